@@ -1,0 +1,32 @@
+"""What autocast does to the operators, by PyTorch's own rules: products in the autocast dtype, reductions in float32."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+
+
+@overload
+def to_autocast_dtype(tensor: torch.Tensor) -> torch.Tensor: ...
+@overload
+def to_autocast_dtype(tensor: None) -> None: ...
+def to_autocast_dtype(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Under autocast, a floating tensor in its dtype (float16 or bfloat16); otherwise `tensor` itself."""
+    if tensor is None or not tensor.is_floating_point() or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+@overload
+def to_autocast_float32(tensor: torch.Tensor) -> torch.Tensor: ...
+@overload
+def to_autocast_float32(tensor: None) -> None: ...
+def to_autocast_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Under a GPU's autocast, a floating tensor in float32; otherwise `tensor` itself.
+
+    PyTorch promotes softmax, norms and losses to float32 on GPUs only; its CPU autocast leaves them as they are.
+    """
+    if tensor is None or tensor.device.type == "cpu" or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    return tensor.float() if tensor.is_floating_point() else tensor

@@ -1,0 +1,1 @@
+"""Hand-written Triton kernels for the Transformer: tensors in, tensors out, no autograd and no modules."""

@@ -1,0 +1,79 @@
+"""Addressing of rows, shared by the kernels that reduce over one dimension of a tensor of any strides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+ROW_DIMENSIONS = 3
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Tensors of one shape seen as rows of a (size_0, size_1, size_2, columns) array, each with strides of its own.
+
+    Attributes:
+        sizes: the three row dimensions, outermost first; their product is the number of rows.
+        columns: the length of a row.
+        strides: for each tensor, its three row strides and its column stride, in elements.
+    """
+
+    sizes: tuple[int, ...]
+    columns: int
+    strides: tuple[tuple[int, ...], ...]
+
+    @property
+    def rows(self) -> int:
+        return self.sizes[0] * self.sizes[1] * self.sizes[2]
+
+
+def row_layout(dim: int, tensors: Sequence[torch.Tensor]) -> tuple[RowLayout, list[torch.Tensor]]:
+    """Lay `tensors` (equal shapes, any strides) out as rows along dimension `dim`, merging the other dimensions.
+
+    Returns the layout and the tensors it describes: the given ones, or contiguous copies where more than three
+    dimensions cannot be merged.
+    """
+    dim %= tensors[0].dim()
+    dims = _merge([d for d in range(tensors[0].dim()) if d != dim], tensors)
+    if len(dims) > ROW_DIMENSIONS:
+        return row_layout(dim, [tensor.contiguous() for tensor in tensors])
+    padding = ROW_DIMENSIONS - len(dims)
+    shape = tensors[0].shape
+    sizes = (1,) * padding + tuple(_product([shape[d] for d in group]) for group in dims)
+    strides = tuple(
+        (0,) * padding + tuple(tensor.stride(group[-1]) for group in dims) + (tensor.stride(dim),) for tensor in tensors
+    )
+    return RowLayout(sizes, shape[dim], strides), list(tensors)
+
+
+def _merge(dims: list[int], tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Group neighbouring dimensions that one stride steps through in every tensor; dimensions of size one vanish."""
+    groups: list[list[int]] = []
+    shape = tensors[0].shape
+    for d in (d for d in dims if shape[d] != 1):
+        if groups and all(tensor.stride(groups[-1][-1]) == shape[d] * tensor.stride(d) for tensor in tensors):
+            groups[-1].append(d)
+        else:
+            groups.append([d])
+    return groups
+
+
+def _product(sizes: Sequence[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+@triton.jit
+def row_offset(row, size_1, size_2, stride_0, stride_1, stride_2):
+    """Offset in elements, 64-bit, of the first element of each row in `row`."""
+    outer = row // size_2
+    inner = (row % size_2).to(tl.int64)
+    middle = (outer % size_1).to(tl.int64)
+    outermost = (outer // size_1).to(tl.int64)
+    return outermost * stride_0 + middle * stride_1 + inner * stride_2
