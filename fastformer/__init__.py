@@ -7,7 +7,15 @@ torch.Size([2, 8, 128, 64])
 """
 
 from fastformer.backend import backend
-from fastformer.ops import softmax
+from fastformer.ops import (
+    attention,
+    feed_forward,
+    layer_norm,
+    linear_cross_entropy,
+    rms_norm,
+    scaled_dot_product_attention,
+    softmax,
+)
 
 __version__ = "0.1.0"
 

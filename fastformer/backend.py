@@ -59,7 +59,7 @@ def use_triton(tensor: torch.Tensor) -> bool:
         raise RuntimeError("backend 'triton' was asked for, but triton is not installed; pip install triton")
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
-            f"backend 'triton' was asked for with a tensor on {tensor.device}: Triton kernels run on a GPU, or on a CPU in "
-            "Triton's interpreter when TRITON_INTERPRET=1 is set before Python starts"
+            f"backend 'triton' was asked for with a tensor on {tensor.device}: Triton kernels run on a GPU, or on "
+            "a CPU in Triton's interpreter when TRITON_INTERPRET=1 is set before Python starts"
         )
     return True

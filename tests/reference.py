@@ -11,3 +11,168 @@ def softmax(input: torch.Tensor, dim: int) -> torch.Tensor:
     numerator = torch.exp(x - finite_maximum)
     total = numerator.sum(dim, keepdim=True)
     return torch.where(total == 0, 0.0, numerator / total)
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] = (None, None),
+    alignment: str = "bottom_right",
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    key_lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense attention in the dtype of its inputs: float64 to judge, a lower one to see what PyTorch's own error is.
+
+    `keep` says which weights dropout keeps. Returns the output and the log-sum-exp.
+    """
+    if key_lengths is not None:
+        parts = [
+            attention(
+                query[b : b + 1],
+                key[b : b + 1, :, :length],
+                value[b : b + 1, :, :length],
+                mask=_cut(mask, b, length),
+                bias=_cut(bias, b, length),
+                causal=causal,
+                window=window,
+                alignment=alignment,
+                scale=scale,
+                softcap=softcap,
+                alibi_slopes=alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b],
+                sinks=sinks,
+                keep=_cut(keep, b, length),
+                dropout_p=dropout_p,
+            )
+            for b, length in enumerate(key_lengths.tolist())
+        ]
+        return torch.cat([output for output, _ in parts]), torch.cat([lse for _, lse in parts])
+    queries, keys, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    offset = keys - queries if alignment == "bottom_right" else 0
+    distance = torch.arange(keys)[None, :] - (torch.arange(queries)[:, None] + offset)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(scores.dtype)[..., None, None] * distance.abs()
+    if bias is not None:
+        scores = scores + bias
+    allowed = torch.ones(queries, keys, dtype=torch.bool) if mask is None else mask
+    left, right = window
+    if causal:
+        right = 0
+    if left is not None:
+        allowed = allowed & (distance >= -left)
+    if right is not None:
+        allowed = allowed & (distance <= right)
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)], -1)
+    if scores.shape[-1] == 0:
+        return scores @ value, query.new_full(query.shape[:-1], float("-inf"))
+    maximum = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    weights = torch.exp(scores - maximum)
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    weights = (weights / total)[..., :keys]
+    if keep is not None:
+        weights = weights * keep / (1.0 - dropout_p)
+    lse = (maximum + total.log()).masked_fill(empty, float("-inf")).squeeze(-1)
+    return weights @ value, lse
+
+
+def _cut(tensor: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    tensor = tensor.expand((1,) * (4 - tensor.dim()) + tuple(tensor.shape)) if tensor.dim() < 4 else tensor
+    tensor = tensor if tensor.shape[0] == 1 else tensor[batch : batch + 1]
+    return tensor if tensor.shape[-1] == 1 else tensor[..., :length]
+
+
+def philox(counter: tuple[int, int, int, int], key: int) -> list[int]:
+    """Philox-4x32-10 (Salmon et al., SC 2011) in plain integers."""
+    c, k = list(counter), [key % 2**32, key >> 32]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b % 2**32, (a >> 32) ^ c[3] ^ k[1], a % 2**32]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+def dropout_keep(seed: int, offset: int, dropout_p: float, shape: tuple[int, int, int, int]) -> torch.Tensor:
+    """Which weights of (batch, heads, queries, keys) attention dropout keeps."""
+    batch, heads, queries, keys = shape
+    threshold = round(dropout_p * 2**32)
+    keep = torch.empty(batch * heads, queries, keys, dtype=torch.bool)
+    for row in range(batch * heads):
+        for query in range(queries):
+            for key in range(keys):
+                word = philox((key // 4, query, row, offset % 2**32), seed)[key % 4]
+                keep[row, query, key] = word >= threshold
+    return keep.view(shape)
+
+
+def layer_norm(input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    x = input.double()
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def rms_norm(input: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    x = input.double()
+    x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    return x if weight is None else x * weight
+
+
+def linear_cross_entropy(
+    input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None, ignore_index: int
+) -> torch.Tensor:
+    """The loss of each row, 0 where it is ignored."""
+    logits = input.double() @ weight.double().T
+    logits = logits if bias is None else logits + bias
+    counts = target != ignore_index
+    at_target = logits.gather(1, target.where(counts, torch.zeros_like(target))[:, None]).squeeze(1)
+    return (logits.logsumexp(1) - at_target) * counts
+
+
+ACTIVATIONS = {
+    "identity": lambda x: x,
+    "relu": lambda x: x.clamp(min=0),
+    "squared_relu": lambda x: x.clamp(min=0) ** 2,
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+}
+
+
+def feed_forward(
+    input: torch.Tensor,
+    up_weight: torch.Tensor,
+    down_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    gate_weight: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """In the dtype of its inputs: float64 to judge, a lower one to see what PyTorch's own error is."""
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return x @ weight.T if bias is None else x @ weight.T + bias
+
+    act = ACTIVATIONS[activation]
+    up = linear(input, up_weight, up_bias)
+    hidden = act(up) if gate_weight is None else act(linear(input, gate_weight, gate_bias)) * up
+    return linear(hidden, down_weight, down_bias)

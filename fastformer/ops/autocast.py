@@ -1,4 +1,4 @@
-"""What autocast does to the operators, by PyTorch's own rules: products in the autocast dtype, reductions in float32."""
+"""Autocast of the operators by PyTorch's own rules: products in the autocast dtype, reductions in float32."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fastformer_kernels.launch import device_guard
+from fastformer_kernels.precision import round_to
 from fastformer_kernels.rows import RowLayout, row_layout, row_offset
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -51,7 +52,7 @@ def _softmax_forward_kernel(
         numerator = tl.exp2(x - tl.where(maximum == float("-inf"), 0.0, maximum))
         total = tl.sum(numerator, axis=1)[:, None]
         y = numerator * (1.0 / tl.where(total == 0.0, 1.0, total))
-        tl.store(y_row + column * output_stride_column, y.to(output_pointer.dtype.element_ty), mask=valid)
+        tl.store(y_row + column * output_stride_column, round_to(y, output_pointer.dtype.element_ty), mask=valid)
     else:
         maximum = tl.full((BLOCK_ROWS, 1), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_ROWS, 1), tl.float32)
@@ -70,7 +71,11 @@ def _softmax_forward_kernel(
             valid = row_valid & (start + column < columns)
             x = tl.load(x_row + (start + column) * input_stride_column, mask=valid, other=float("-inf"))
             y = tl.exp2(x.to(tl.float32) * LOG2_E - shift) * reciprocal
-            tl.store(y_row + (start + column) * output_stride_column, y.to(output_pointer.dtype.element_ty), mask=valid)
+            tl.store(
+                y_row + (start + column) * output_stride_column,
+                round_to(y, output_pointer.dtype.element_ty),
+                mask=valid,
+            )
 
 
 @triton.jit
@@ -118,7 +123,7 @@ def _softmax_backward_kernel(
         dy = tl.load(dy_row + (start + column) * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
         dx = y * (dy - dot)
         dx_column = (start + column) * grad_input_stride_column
-        tl.store(dx_row + dx_column, dx.to(grad_input_pointer.dtype.element_ty), mask=valid)
+        tl.store(dx_row + dx_column, round_to(dx, grad_input_pointer.dtype.element_ty), mask=valid)
 
 
 def softmax_forward(input: torch.Tensor, dim: int) -> torch.Tensor:

@@ -1,0 +1,160 @@
+"""The English prose that comes with Python: docstrings of the standard library and topics of `help()`.
+
+Modules written in Python are parsed, never imported, so nothing of theirs runs. Of the modules written in C, whose
+docstrings exist only once they are loaded, a fixed list without side effects is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import inspect
+import os
+import platform
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from fastformer.data.progress import track
+
+_SKIPPED_FOLDERS = {
+    "__pycache__",
+    "_bundled",
+    "dist-packages",
+    "idle_test",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+}
+
+# fmt: off
+_C_MODULES = (
+    "builtins", "_abc", "_ast", "_asyncio", "_bisect", "_bz2", "_codecs", "_collections", "_contextvars", "_csv",
+    "_ctypes", "_datetime", "_decimal", "_elementtree", "_functools", "_hashlib", "_heapq", "_imp", "_io", "_json",
+    "_locale", "_lsprof", "_lzma", "_multiprocessing", "_opcode", "_operator", "_pickle", "_queue", "_random",
+    "_signal", "_socket", "_sqlite3", "_sre", "_ssl", "_stat", "_statistics", "_string", "_struct", "_thread",
+    "_tracemalloc", "_warnings", "_weakref", "_zoneinfo", "array", "atexit", "binascii", "cmath", "errno",
+    "faulthandler", "fcntl", "gc", "grp", "itertools", "marshal", "math", "mmap", "posix", "pwd", "pyexpat",
+    "resource", "select", "sys", "syslog", "termios", "time", "unicodedata", "zlib",
+)
+# fmt: on
+
+
+def python_fingerprint() -> str:
+    """A short name for this Python installation, safe in file names: the corpus differs between installations."""
+    digest = hashlib.sha256(f"{sys.version}\n{sysconfig.get_path('stdlib')}".encode()).hexdigest()
+    return f"{platform.python_implementation().lower()}-{platform.python_version()}-{digest[:8]}"
+
+
+def python_documentation() -> Iterator[list[str]]:
+    """Yields one list of prose paragraphs per topic and per module, in an order that does not vary."""
+    modules = [
+        *map(_source_docstrings, _source_files(Path(sysconfig.get_path("stdlib")))),
+        *map(_c_docstrings, _C_MODULES),
+    ]
+    for texts in track([*_topics(), *modules], "reading Python's documentation"):
+        yield [paragraph for text in texts for paragraph in prose_paragraphs(text)]
+
+
+def _topics() -> list[list[str]]:
+    from pydoc_data.topics import topics
+
+    return [[topics[name]] for name in sorted(topics)]
+
+
+def _source_files(root: Path) -> Iterator[Path]:
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - _SKIPPED_FOLDERS)
+        yield from (Path(folder, file) for file in sorted(files) if file.endswith(".py"))
+
+
+def _source_docstrings(path: Path) -> Iterator[str]:
+    """Docstrings of a module in the order of the source."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # files kept as examples of bad source
+        return
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+        if text := ast.get_docstring(node):
+            yield text
+
+
+def _c_docstrings(name: str) -> Iterator[str]:
+    try:
+        module = importlib.import_module(name)
+    except ImportError:  # not on this platform
+        return
+    yield from _object_docstrings(module)
+    for _, member in sorted(vars(module).items()):
+        if isinstance(member, ModuleType) or not hasattr(member, "__doc__"):
+            continue
+        if inspect.isclass(member):
+            yield from _object_docstrings(member)
+            for _, attribute in sorted(vars(member).items()):
+                yield from _object_docstrings(attribute)
+        elif inspect.isroutine(member):
+            yield from _object_docstrings(member)
+
+
+def _object_docstrings(item: object) -> Iterator[str]:
+    text = getattr(item, "__doc__", None)
+    if isinstance(text, str):
+        yield inspect.cleandoc(text)
+
+
+# --- Prose ------------------------------------------------------------------------------------------------------------
+
+_NOT_PROSE_LINE = re.compile(
+    r"""\s*(>>>|\.\.\.\s|\.\.\s|[|+][-=|+\s]|\#|\$\s|%|@|Traceback|File\s\")  # doctests, directives, tables, shells
+    |.*(::=|\s=\s|\s->\s)  # grammars, assignments, signatures
+    |\s*(for\s.+\sin\s.+|(if|elif|while|with|def|class|except)\s.+|else|try|finally):(\s|$)  # statements
+    |\s*[\w.]+\(.*\)\s*$  # calls""",
+    re.VERBOSE,
+)
+_UNDERLINE = re.compile(r"\s*([=*~^\"'#+.-])\1{2,}\s*$")
+_ITEM = re.compile(r"\s*(?:[*•-]|\(?\d{1,2}[.)]|:(?:param|type|returns?|rtype|raises|arg)[^:]*:|@\w+(?: \w+)?:)\s+")
+_WORD = re.compile(r"[\"'(*\[`]*[A-Za-z][a-z]*(?:[-'][A-Za-z]+)*[\"')*\]`.,;:!?]*$")
+_BROKEN_WORD = re.compile(r"(?<=[a-z])- (?=[a-z])")  # a line ended at the hyphen
+_SMALLEST_PARAGRAPH = 4
+_SMALLEST_SHARE_OF_WORDS = 0.7
+
+
+def prose_paragraphs(text: str) -> list[str]:
+    """The paragraphs of running English in a documentation text, each on one line.
+
+    Left out are code, doctests, tables, headings, grammars and signatures. The items of a list are paragraphs.
+    """
+    return [paragraph for block in re.split(r"\n\s*\n", text) for paragraph in _joined(block) if _is_prose(paragraph)]
+
+
+def _joined(block: str) -> Iterator[str]:
+    """The paragraphs of a block without blank lines: itself, or its list items; none if a line is not prose."""
+    lines = block.split("\n")
+    if any(_NOT_PROSE_LINE.match(line) or _UNDERLINE.match(line) for line in lines):
+        return
+    collected: list[str] = []
+    for line in lines:
+        if (item := _ITEM.match(line)) and collected:
+            yield _joined_words(collected)
+            collected = []
+        collected += line[item.end() if item else 0 :].split()
+    yield _joined_words(collected)
+
+
+def _joined_words(words: list[str]) -> str:
+    return _BROKEN_WORD.sub("-", " ".join(words))
+
+
+def _is_prose(paragraph: str) -> bool:
+    words = paragraph.split()
+    if len(words) < _SMALLEST_PARAGRAPH or words[0].endswith(")"):
+        return False
+    return sum(_WORD.match(word) is not None for word in words) >= _SMALLEST_SHARE_OF_WORDS * len(words)

@@ -1,0 +1,334 @@
+"""The encoder with heads: pretraining, masked language modelling and sequence classification."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from fastformer.models.configuration import HIDDEN_ACTS, FastformerConfig
+from fastformer.models.inputs import TokenBatch, token_batch
+from fastformer.models.modeling import FastformerModel, FastformerPreTrainedModel
+from fastformer.nn import LayerNorm
+from fastformer.nn.feed_forward import ACTIVATIONS, is_plain_linear
+from fastformer.ops.linear_cross_entropy import linear_cross_entropy
+
+IGNORED_LABEL = -100
+
+
+class MaskedLMHead(nn.Module):
+    """BERT's masked-LM head: dense, activation, norm, and the projection to the vocabulary."""
+
+    def __init__(self, config: FastformerConfig) -> None:
+        super().__init__()
+        self.activation = HIDDEN_ACTS[config.hidden_act]
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden` (tokens, hidden_size) to logits (tokens, vocab_size)."""
+        return self.decoder(self._transform(hidden))
+
+    def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of `hidden` (tokens, hidden_size) against `labels` (tokens,), float32.
+
+        The logits of all tokens are never held at once.
+        """
+        transformed = self._transform(hidden)
+        if not is_plain_linear(self.decoder):
+            return F.cross_entropy(self.decoder(transformed).float(), labels, ignore_index=IGNORED_LABEL)
+        return linear_cross_entropy(
+            transformed, self.decoder.weight, labels, bias=self.decoder.bias, ignore_index=IGNORED_LABEL
+        )
+
+    def masked_loss(
+        self, hidden: torch.Tensor, labels: torch.Tensor, masked_positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The loss of the labelled tokens among `hidden` (total_tokens, hidden_size); only those are computed."""
+        if masked_positions is None:
+            masked_positions = (labels != IGNORED_LABEL).nonzero().squeeze(1)
+        try:
+            hidden, labels = hidden.index_select(0, masked_positions), labels.index_select(0, masked_positions)
+        except IndexError as error:
+            low, high = masked_positions.min().item(), masked_positions.max().item()
+            raise IndexError(
+                f"masked_positions must be from 0 to {hidden.shape[0] - 1}; got {low} to {high}"
+            ) from error
+        return self.loss(hidden, labels)
+
+    def _transform(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.norm(ACTIVATIONS[self.activation](self.dense(hidden)))
+
+
+@dataclass
+class FastformerForPreTrainingOutput(ModelOutput):
+    """What `FastformerForPreTraining` returns.
+
+    Attributes:
+        loss: the sum of the losses below that were computed.
+        prediction_logits: (total_tokens, vocab_size), or (batch, sequence, vocab_size) with zeros at padding.
+        seq_relationship_logits: (batch, 2), is the next sentence, is a random one.
+        hidden_states: if asked for.
+        mlm_loss: mean masked-LM cross-entropy in nats.
+        nsp_loss: mean next-sentence cross-entropy in nats.
+    """
+
+    loss: torch.Tensor | None = None
+    prediction_logits: torch.Tensor | None = None
+    seq_relationship_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    mlm_loss: torch.Tensor | None = None
+    nsp_loss: torch.Tensor | None = None
+
+
+class _MaskedLMModel(FastformerPreTrainedModel):
+    """The encoder with a masked-LM head, whose output projection may be the word embedding."""
+
+    _tied_weights_keys = {"mlm_head.decoder.weight": "model.embeddings.word.weight"}  # noqa: RUF012
+
+    model: FastformerModel
+    mlm_head: MaskedLMHead
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.mlm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.mlm_head.decoder = new_embeddings
+
+    def _masked_lm(
+        self,
+        tokens: TokenBatch,
+        outputs: BaseModelOutputWithPooling,
+        labels: torch.Tensor | None,
+        masked_positions: torch.Tensor | None,
+        return_logits: bool | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Loss and logits, each where wanted, from the encoder's packed output."""
+        _check_masked_positions(masked_positions, labels, tokens)
+        hidden, loss, logits = outputs.last_hidden_state, None, None
+        assert hidden is not None
+        if labels is not None:
+            loss = self.mlm_head.masked_loss(hidden, tokens.pack("labels", labels), masked_positions)
+        if labels is None if return_logits is None else return_logits:
+            logits = tokens.restore(self.mlm_head(hidden))
+        return loss, logits
+
+
+class FastformerForPreTraining(_MaskedLMModel):
+    """BERT's two pretraining objectives: masked language modelling and next-sentence prediction."""
+
+    def __init__(self, config: FastformerConfig) -> None:
+        super().__init__(config)
+        self.model = FastformerModel(config)
+        self.mlm_head = MaskedLMHead(config)
+        self.nsp_head = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        next_sentence_label: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        masked_positions: torch.Tensor | None = None,
+        return_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> FastformerForPreTrainingOutput:
+        """Both heads' logits and losses; inputs dense or packed as in `FastformerModel.forward`.
+
+        Args:
+            labels: like input_ids, int64, -100 where nothing is to be predicted. Labels at padding do not count.
+            next_sentence_label: (batch,) int64, 0 = is the next sentence, 1 = random.
+            masked_positions: (masked_tokens,) int64, packed only: where labels are not -100. Without it they are
+                searched for, which waits for a GPU.
+            return_logits: whether to return the masked-LM logits of every token. None: only without labels, because
+                the loss needs the vocabulary projection at labelled tokens alone. A Hugging Face `Trainer` whose
+                `compute_metrics` wants logits puts ``return_logits=True`` into its batches.
+
+        Returns:
+            `FastformerForPreTrainingOutput`; `loss` is mlm_loss + nsp_loss, as far as their labels were given.
+        """
+        tokens, outputs = _encode(
+            self.model,
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            cu_seqlens,
+            max_seqlen,
+            output_hidden_states,
+            output_attentions,
+        )
+        mlm_loss, logits = self._masked_lm(tokens, outputs, labels, masked_positions, return_logits)
+        seq_relationship_logits = self.nsp_head(outputs.pooler_output)
+        nsp_loss = None
+        if next_sentence_label is not None:
+            nsp_loss = F.cross_entropy(seq_relationship_logits.float(), next_sentence_label)
+        losses = [loss for loss in (mlm_loss, nsp_loss) if loss is not None]
+        return FastformerForPreTrainingOutput(
+            loss=torch.stack(losses).sum() if losses else None,
+            prediction_logits=logits,
+            seq_relationship_logits=seq_relationship_logits,
+            hidden_states=_restored(tokens, outputs.hidden_states),
+            mlm_loss=mlm_loss,
+            nsp_loss=nsp_loss,
+        )
+
+
+class FastformerForMaskedLM(_MaskedLMModel):
+    """Masked language modelling."""
+
+    # What a pretraining checkpoint has beyond this model.
+    _keys_to_ignore_on_load_unexpected = [r"^model\.pooler\.", r"^nsp_head\."]  # noqa: RUF012
+
+    def __init__(self, config: FastformerConfig) -> None:
+        super().__init__(config)
+        self.model = FastformerModel(config, add_pooling_layer=False)
+        self.mlm_head = MaskedLMHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        masked_positions: torch.Tensor | None = None,
+        return_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> MaskedLMOutput:
+        """Loss and logits; arguments as in `FastformerForPreTraining.forward`."""
+        tokens, outputs = _encode(
+            self.model,
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            cu_seqlens,
+            max_seqlen,
+            output_hidden_states,
+            output_attentions,
+        )
+        loss, logits = self._masked_lm(tokens, outputs, labels, masked_positions, return_logits)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=_restored(tokens, outputs.hidden_states))
+
+
+class FastformerForSequenceClassification(FastformerPreTrainedModel):
+    """Classification or regression of whole sequences, from the pooler's output."""
+
+    def __init__(self, config: FastformerConfig) -> None:
+        super().__init__(config)
+        self.model = FastformerModel(config)
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        assert config.num_labels is not None
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> SequenceClassifierOutput:
+        """Loss and logits (batch, num_labels); inputs dense or packed as in `FastformerModel.forward`.
+
+        Args:
+            labels: (batch,) int64 classes, (batch,) or (batch, num_labels) floating targets of a regression, or
+                (batch, num_labels) floating 0 or 1 for several labels at once; which it is says `config.problem_type`,
+                or, where that is None, the labels' dtype and the number of labels, as in Hugging Face's models.
+        """
+        tokens, outputs = _encode(
+            self.model,
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            cu_seqlens,
+            max_seqlen,
+            output_hidden_states,
+            output_attentions,
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=_restored(tokens, outputs.hidden_states)
+        )
+
+
+def _encode(
+    model: FastformerModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
+    output_hidden_states: bool | None,
+    output_attentions: bool | None,
+) -> tuple[TokenBatch, BaseModelOutputWithPooling]:
+    """Pack the inputs and run the encoder on them; its outputs stay packed."""
+    tokens = token_batch(
+        input_ids,
+        attention_mask,
+        token_type_ids,
+        position_ids,
+        cu_seqlens,
+        max_seqlen,
+        model.config.max_position_embeddings,
+    )
+    outputs = model(
+        tokens.input_ids,
+        token_type_ids=tokens.token_type_ids,
+        position_ids=tokens.position_ids,
+        cu_seqlens=tokens.packing.cu_seqlens,
+        max_seqlen=tokens.packing.max_seqlen,
+        output_hidden_states=output_hidden_states,
+        output_attentions=output_attentions,
+        return_dict=True,
+    )
+    return tokens, outputs
+
+
+def _restored(tokens: TokenBatch, hidden_states: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...] | None:
+    return None if hidden_states is None else tuple(map(tokens.restore, hidden_states))
+
+
+def _check_masked_positions(
+    masked_positions: torch.Tensor | None, labels: torch.Tensor | None, tokens: TokenBatch
+) -> None:
+    if masked_positions is None:
+        return
+    if labels is None or tokens.layout is not None:
+        raise ValueError("masked_positions needs labels and packed input: they are indices into its tokens")
+    if masked_positions.dim() != 1 or masked_positions.dtype != torch.int64:
+        raise ValueError(
+            f"masked_positions must be (masked_tokens,) int64; got {tuple(masked_positions.shape)} "
+            f"{masked_positions.dtype}"
+        )

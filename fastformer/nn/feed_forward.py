@@ -1,0 +1,84 @@
+"""The feed-forward network as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastformer.ops.feed_forward import feed_forward
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "squared_relu": lambda input: F.relu(input).square(),
+    "identity": lambda input: input,
+}
+
+
+class FeedForward(nn.Module):
+    """``down(act(up(x)))``, or gated ``down(act(gate(x)) * up(x))`` (Shazeer 2020), fused.
+
+    Args:
+        hidden_size: size of the last dimension of input and output.
+        intermediate_size: size between the two projections.
+        activation: relu, gelu, gelu_tanh, silu, squared_relu or identity.
+        gated: with a third projection, `gate`: the GLU forms.
+        bias: whether the projections have one.
+        device, dtype: of the parameters.
+
+    Shapes: (..., hidden_size) to (..., hidden_size). The projections `up`, `down` and `gate` are `nn.Linear`; one that
+    has been replaced by another module (LoRA, quantisation) is called, so that what it adds is never lost.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str = "gelu",
+        gated: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.activation = activation
+        self.up = nn.Linear(hidden_size, intermediate_size, **factory)
+        self.gate = nn.Linear(hidden_size, intermediate_size, **factory) if gated else None
+        self.down = nn.Linear(intermediate_size, hidden_size, **factory)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`input` (..., hidden_size); returns the same shape."""
+        up, gate, down = self.up, self.gate, self.down
+        if not is_plain_linear(up, down, *([] if gate is None else [gate])):
+            activation = ACTIVATIONS[self.activation]
+            return down(activation(up(input)) if gate is None else activation(gate(input)) * up(input))
+        return feed_forward(
+            input,
+            up.weight,
+            down.weight,
+            up.bias,
+            down.bias,
+            None if gate is None else gate.weight,
+            None if gate is None else gate.bias,
+            activation=self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+
+def is_plain_linear(*modules: nn.Module) -> bool:
+    """Whether each module computes exactly ``x @ weight^T + bias``, so that an operator may read its parameters."""
+    return all(type(module) is nn.Linear for module in modules)

@@ -1,0 +1,77 @@
+"""Packed sequences: tokens one after the other without padding, and the way there and back from a padded batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Packing(NamedTuple):
+    """Where sequences begin and end in packed tokens (total_tokens, ...).
+
+    Attributes:
+        cu_seqlens: (batch + 1,) int32, the first token of each sequence and the total at the end.
+        max_seqlen: at least the length of the longest; an int on the host, so that a GPU is never waited for.
+    """
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+
+
+class DenseLayout(NamedTuple):
+    """Where the real tokens of a padded batch lie.
+
+    Attributes:
+        batch, sequence: the padded shape.
+        indices: (total_tokens,) int64 into the flattened batch, ascending; None where nothing is padding.
+    """
+
+    batch: int
+    sequence: int
+    indices: torch.Tensor | None
+
+    @classmethod
+    def from_mask(
+        cls, batch: int, sequence: int, attention_mask: torch.Tensor | None, device: torch.device
+    ) -> tuple[DenseLayout, Packing]:
+        """The layout of a batch padded on any side, or with gaps.
+
+        Args:
+            batch, sequence: the padded shape.
+            attention_mask: (batch, sequence), non-zero (or True) for a real token; None if all are. Finding the real
+                tokens needs their number on the host: one synchronisation with a GPU, the only one.
+            device: where the tokens are.
+        """
+        if attention_mask is None:
+            starts = torch.arange(0, (batch + 1) * sequence, sequence, dtype=torch.int32, device=device)
+            return cls(batch, sequence, None), Packing(starts, sequence)
+        if tuple(attention_mask.shape) != (batch, sequence):
+            raise ValueError(
+                f"attention_mask must have shape (batch, sequence) = {(batch, sequence)}; "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        real = attention_mask.to(torch.bool)
+        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=device)
+        torch.cumsum(real.sum(dim=1), dim=0, out=cu_seqlens[1:])
+        return cls(batch, sequence, real.flatten().nonzero().squeeze(1)), Packing(cu_seqlens, sequence)
+
+    def pack(self, dense: torch.Tensor) -> torch.Tensor:
+        """(batch, sequence, ...) to (total_tokens, ...)."""
+        tokens = dense.flatten(0, 1)
+        return tokens if self.indices is None else tokens.index_select(0, self.indices)
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """(total_tokens, ...) to (batch, sequence, ...), zeros at padding."""
+        if self.indices is not None:
+            padded = packed.new_zeros(self.batch * self.sequence, *packed.shape[1:])
+            packed = padded.index_copy(0, self.indices, packed)
+        return packed.unflatten(0, (self.batch, self.sequence))
+
+
+def packed_positions(cu_seqlens: torch.Tensor, total_tokens: int) -> torch.Tensor:
+    """Each packed token's position within its sequence, (total_tokens,) int64, without a synchronisation."""
+    starts = cu_seqlens[:-1].long()
+    lengths = cu_seqlens.diff().long()
+    first = torch.repeat_interleave(starts, lengths, output_size=total_tokens)
+    return torch.arange(total_tokens, device=cu_seqlens.device) - first

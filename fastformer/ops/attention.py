@@ -1,0 +1,454 @@
+"""Scaled-dot-product attention, dense and packed, with everything that Transformers add to it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from fastformer_kernels.attention.arguments import (
+    UNBOUNDED,
+    AttentionArguments,
+    AttentionGradients,
+    empty_gradient,
+    empty_lse,
+    empty_output,
+    optional_gradient,
+)
+
+from fastformer.backend import use_triton
+from fastformer.ops.attention_torch import attention_backward_torch, attention_forward_torch
+from fastformer.ops.autocast import to_autocast_dtype
+from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
+
+MAX_HEAD_DIM = 256
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    alignment: str = "bottom_right",
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    key_lengths: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention: ``softmax(softcap(scale * query @ key^T) + bias) @ value``, every argument together with every other.
+
+    Two layouts. *Dense*: query (batch, heads, queries, head_dim), key (batch, kv_heads, keys, head_dim), value (batch,
+    kv_heads, keys, value_head_dim). *Packed*, when `cu_seqlens_q` is given: (total_tokens, heads, head_dim) and so on,
+    sequences one after the other without padding. Any strides. heads must be a multiple of kv_heads: each key/value
+    head serves that many neighbouring query heads.
+
+    Who may attend to whom (all conditions hold together; positions count within a sequence):
+        mask: boolean, True = may attend, or floating, added to the scores; broadcasts to (batch, heads, queries, keys).
+        causal: no key after the query's own position.
+        window: (left, right), how many keys before and after its own position a query sees; None = no limit.
+        alignment: where a query's own position is when queries and keys differ in number: "bottom_right" (the last
+            query is at the last key, as in a cache) or "top_left" (the first is at the first, as in PyTorch).
+        key_lengths: (batch,) int32, the keys of each dense sequence that are not padding.
+
+    What is added to the scores:
+        bias: floating, broadcasts like `mask`; its gradient is summed over the broadcast dimensions.
+        alibi_slopes: (heads,) or (batch, heads) float32; adds ``-slope * |query position - key position|``
+            (Press et al. 2022). Differentiable.
+        softcap: scores become ``softcap * tanh(score / softcap)`` before bias and masks (Gemma 2).
+        sinks: (heads,) learned logits that join each head's normalisation and carry no value (gpt-oss).
+
+    Args:
+        scale: multiplies ``query @ key^T``; default ``1 / sqrt(head_dim)``.
+        dropout_p: probability of dropping an attention weight; the kept ones are scaled by ``1 / (1 - dropout_p)``. The
+            pattern depends on PyTorch's generator and on positions only, not on backend or tile sizes.
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, first token of each packed sequence and the total at the end;
+            cu_seqlens_k defaults to cu_seqlens_q.
+        max_seqlen_q, max_seqlen_k: length of the longest packed sequence (reading it from the GPU would stall it).
+        return_lse: also return the log-sum-exp of the scores, float32, (batch, heads, queries) or packed (heads,
+            total_tokens); differentiable.
+
+    Returns:
+        The output, query's layout with value's head_dim, in query's dtype; with `return_lse` also the log-sum-exp. A
+        query that may attend to nothing gives zeros (log-sum-exp -inf, or its sink) and zero gradients.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is accepted.
+
+    Source: FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
+
+    >>> q = torch.randn(2, 8, 100, 64); k = torch.randn(2, 2, 100, 64); v = torch.randn(2, 2, 100, 64)
+    >>> fastformer.attention(q, k, v, causal=True, window=(31, None), softcap=50.0).shape
+    torch.Size([2, 8, 100, 64])
+    """
+    query, key, value = to_autocast_dtype(query), to_autocast_dtype(key), to_autocast_dtype(value)
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    batch, queries, keys = _check_tensors(query, key, value, packed, cu_seqlens_q, cu_seqlens_k)
+    if packed:
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        queries, keys = _check_max_seqlen(max_seqlen_q, max_seqlen_k, same=cu_seqlens_k is cu_seqlens_q)
+        if key_lengths is not None:
+            raise ValueError("key_lengths is for dense tensors; packed sequences say their lengths in cu_seqlens_k")
+    elif max_seqlen_q is not None or max_seqlen_k is not None:
+        raise ValueError("max_seqlen_q and max_seqlen_k are for packed tensors; give cu_seqlens_q with them")
+    heads = query.shape[-3] if not packed else query.shape[1]
+    boolean_mask, bias = _mask_and_bias(mask, bias, (batch, heads, queries, keys), query)
+    left, right = _check_window(window, causal)
+    if alignment not in ("bottom_right", "top_left"):
+        raise ValueError(f"alignment must be 'bottom_right' or 'top_left'; got {alignment!r}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap must be positive, or None for none; got {softcap}")
+    if key_lengths is not None:
+        _check_int32("key_lengths", key_lengths, (batch,), query)
+    output, lse = _attention(
+        query,
+        key,
+        value,
+        boolean_mask,
+        bias,
+        _check_slopes(alibi_slopes, batch, heads, query),
+        _check_sinks(sinks, heads, query),
+        key_lengths,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        queries,
+        keys,
+        1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
+        left,
+        right,
+        alignment == "bottom_right",
+        softcap or 0.0,
+        dropout_p,
+        _draw_seed(query.device) if dropout_p else None,
+    )
+    return (output, lse) if return_lse else output
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Drop-in for `torch.nn.functional.scaled_dot_product_attention`: same arguments, same meaning.
+
+    Args:
+        query: (..., heads, queries, head_dim); key and value: (..., kv_heads, keys, head_dim). Leading dimensions
+            broadcast.
+        attn_mask: boolean (True = may attend) or floating (added), broadcastable to (..., heads, queries, keys).
+        dropout_p: applied whenever it is not zero.
+        is_causal: lower-triangular from the top left; not together with `attn_mask`.
+        scale: default ``1 / sqrt(head_dim)``.
+        enable_gqa: allow fewer key/value heads than query heads.
+
+    Returns:
+        (..., heads, queries, value_head_dim). The one difference: a fully masked row gives zeros where PyTorch's
+        implementations give zeros or NaN.
+    """
+    if is_causal and attn_mask is not None:
+        raise ValueError("attn_mask must be None when is_causal=True")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} must have at least 2 dimensions, (..., sequence, head_dim); got {tensor.dim()}")
+    heads, kv_heads = (tensor.shape[-3] if tensor.dim() > 2 else 1 for tensor in (query, key))
+    if not enable_gqa and heads != kv_heads and 1 not in (heads, kv_heads):
+        raise ValueError(f"query has {heads} heads and key {kv_heads}; equal numbers are needed unless enable_gqa=True")
+    heads_out = heads if enable_gqa else max(heads, kv_heads)
+    leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    q = _as_batch(query, leading, heads_out)
+    k, v = (_as_batch(t, leading, t.shape[-3] if enable_gqa and t.dim() > 2 else heads_out) for t in (key, value))
+    output = attention(
+        q,
+        k,
+        v,
+        mask=_mask_as_batch(attn_mask, leading),
+        causal=is_causal,
+        alignment="top_left",
+        scale=scale,
+        dropout_p=dropout_p,
+    )
+    assert isinstance(output, torch.Tensor)
+    has_heads = max(query.dim(), key.dim(), value.dim()) > 2
+    return output.reshape(*leading, *output.shape[1:] if has_heads else output.shape[2:])
+
+
+def _as_batch(tensor: torch.Tensor, leading: torch.Size, heads: int) -> torch.Tensor:
+    """View (..., heads, sequence, head_dim) as 4-D, expanding the leading dimensions and the heads."""
+    tensor = tensor.expand(*leading, heads, *tensor.shape[-2:])
+    return tensor.unsqueeze(0) if not leading else tensor.flatten(0, -4)
+
+
+def _mask_as_batch(mask: torch.Tensor | None, leading: torch.Size) -> torch.Tensor | None:
+    if mask is None or (mask.dim() <= 4 and len(leading) <= 1):
+        return mask
+    return mask.expand(*leading, *mask.shape[-3:]).flatten(0, -4)
+
+
+def _check_tensors(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed: bool,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+) -> tuple[int, int, int]:
+    """Check the three tensors against each other; returns the numbers of sequences, queries and keys."""
+    check_floating("query", query)
+    layout = "packed (total_tokens, heads, head_dim)" if packed else "dense (batch, heads, sequence, head_dim)"
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_like(name, tensor, "query", query)
+        if tensor.dim() != (3 if packed else 4):
+            raise ValueError(f"{name} must be {layout}; got shape {tuple(tensor.shape)}")
+        if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}'s head_dim must be from 1 to {MAX_HEAD_DIM}; got {tensor.shape[-1]}")
+    if key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(
+            f"key and value must agree in all but head_dim; got {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key must have the same head_dim; got {query.shape[-1]} and {key.shape[-1]}")
+    heads, kv_heads = (query.shape[1], key.shape[1])
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"query's heads must be a multiple of key's; got {heads} and {kv_heads}")
+    if not packed:
+        if query.shape[0] != key.shape[0]:
+            raise ValueError(f"query and key must have the same batch size; got {query.shape[0]} and {key.shape[0]}")
+        return query.shape[0], query.shape[2], key.shape[2]
+    if cu_seqlens_q is None:
+        raise ValueError("cu_seqlens_k was given without cu_seqlens_q")
+    batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q.dim() == 1 else -1
+    for name, boundaries in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if boundaries is not None:
+            _check_int32(name, boundaries, (batch + 1,), query)
+    if cu_seqlens_k is None and query.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"key has {key.shape[0]} tokens where query has {query.shape[0]}: cross-attention needs cu_seqlens_k"
+        )
+    return batch, query.shape[0], key.shape[0]
+
+
+def _check_int32(name: str, tensor: torch.Tensor, shape: tuple[int, ...], query: torch.Tensor) -> None:
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32; got {tensor.dtype}")
+    check_shape(name, tensor, shape)
+    check_device(name, tensor, "query", query)
+
+
+def _check_max_seqlen(max_seqlen_q: int | None, max_seqlen_k: int | None, same: bool) -> tuple[int, int]:
+    max_seqlen_k = max_seqlen_q if same and max_seqlen_k is None else max_seqlen_k
+    if max_seqlen_q is None or max_seqlen_k is None:
+        missing = "max_seqlen_q" if max_seqlen_q is None else "max_seqlen_k"
+        raise ValueError(f"{missing} is needed with cu_seqlens: the length of the longest packed sequence")
+    return max_seqlen_q, max_seqlen_k
+
+
+def _check_window(window: tuple[int | None, int | None] | None, causal: bool) -> tuple[int, int]:
+    left, right = window or (None, None)
+    for name, extent in (("left", left), ("right", right)):
+        if extent is not None and extent < 0:
+            raise ValueError(f"window's {name} extent must be 0 or more, or None for no limit; got {extent}")
+    if causal:
+        right = 0
+    return UNBOUNDED if left is None else left, UNBOUNDED if right is None else right
+
+
+def _mask_and_bias(
+    mask: torch.Tensor | None, bias: torch.Tensor | None, shape: tuple[int, int, int, int], query: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The boolean mask and the additive bias, 4-D; an additive mask joins the bias."""
+    mask = None if mask is None else _check_broadcast("mask", mask, shape, query)
+    bias = None if bias is None else _check_broadcast("bias", bias, shape, query)
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"bias must be floating; got {bias.dtype}. A boolean one is a mask")
+    if mask is None or mask.dtype == torch.bool:
+        return mask, bias
+    if not mask.is_floating_point():
+        raise TypeError(f"mask must be boolean (True = may attend) or floating (added to the scores); got {mask.dtype}")
+    return None, mask if bias is None else mask + bias
+
+
+def _check_broadcast(
+    name: str, tensor: torch.Tensor, shape: tuple[int, int, int, int], query: torch.Tensor
+) -> torch.Tensor:
+    """`tensor` as 4-D, after checking that it broadcasts to (batch, heads, queries, keys)."""
+    check_device(name, tensor, "query", query)
+    given = tuple(tensor.shape)
+    sizes = (1,) * (4 - len(given)) + given
+    if len(given) > 4 or any(size not in (1, wanted) for size, wanted in zip(sizes, shape, strict=True)):
+        raise ValueError(f"{name} must broadcast to (batch, heads, queries, keys) = {shape}; got shape {given}")
+    return tensor.reshape(sizes)
+
+
+def _check_slopes(slopes: torch.Tensor | None, batch: int, heads: int, query: torch.Tensor) -> torch.Tensor | None:
+    if slopes is None:
+        return None
+    if slopes.dtype != torch.float32:
+        raise TypeError(f"alibi_slopes must be float32; got {slopes.dtype}")
+    check_device("alibi_slopes", slopes, "query", query)
+    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(f"alibi_slopes must have shape {(heads,)} or {(batch, heads)}; got {tuple(slopes.shape)}")
+    return slopes.reshape(-1, heads).contiguous()
+
+
+def _check_sinks(sinks: torch.Tensor | None, heads: int, query: torch.Tensor) -> torch.Tensor | None:
+    if sinks is None:
+        return None
+    check_floating("sinks", sinks)
+    check_device("sinks", sinks, "query", query)
+    check_shape("sinks", sinks, (heads,))
+    return sinks.float().contiguous()
+
+
+def _draw_seed(device: torch.device) -> torch.Tensor:
+    """A fresh seed and offset from PyTorch's generator, on the device: no synchronisation, capturable in a graph."""
+    return torch.randint(0, 2**63 - 1, (2,), device=device, dtype=torch.int64)
+
+
+# The trailing arguments of both operators, in the order of AttentionArguments' fields.
+_ARGUMENTS = (
+    "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? key_lengths, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, SymInt left, SymInt right, "
+    "bool bottom_right, float softcap, float dropout_p, Tensor? seed"
+)
+
+
+@torch.library.custom_op(
+    "fastformer::attention",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, {_ARGUMENTS}) -> (Tensor, Tensor)",
+)
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if use_triton(query):
+        from fastformer_kernels.attention.forward import attention_forward
+
+        return attention_forward(query, key, value, AttentionArguments(*arguments))
+    return attention_forward_torch(query, key, value, AttentionArguments(*arguments))
+
+
+@torch.library.custom_op(
+    "fastformer::attention_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
+        f"bool bias_needs_grad, bool slopes_need_grad, bool sinks_need_grad, {_ARGUMENTS}) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def _attention_backward(
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    bias_needs_grad: bool,
+    slopes_need_grad: bool,
+    sinks_need_grad: bool,
+    *arguments: Any,
+) -> AttentionGradients:
+    if use_triton(query):
+        from fastformer_kernels.attention.backward import attention_backward as backward
+    else:
+        backward = attention_backward_torch
+    return backward(
+        grad_output,
+        grad_lse,
+        query,
+        key,
+        value,
+        output,
+        lse,
+        AttentionArguments(*arguments),
+        bias_needs_grad=bias_needs_grad,
+        slopes_need_grad=slopes_need_grad,
+        sinks_need_grad=sinks_need_grad,
+    )
+
+
+@_attention.register_fake
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return empty_output(query, value), empty_lse(query)
+
+
+@_attention_backward.register_fake
+def _(
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    bias_needs_grad: bool,
+    slopes_need_grad: bool,
+    sinks_need_grad: bool,
+    *arguments: Any,
+) -> AttentionGradients:
+    _, bias, slopes, sinks = arguments[:4]
+    return (
+        empty_gradient(query),
+        empty_gradient(key),
+        empty_gradient(value),
+        optional_gradient(bias, bias_needs_grad, query),
+        optional_gradient(slopes, slopes_need_grad, query),
+        optional_gradient(sinks, sinks_need_grad, query),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    query, key, value, *arguments = inputs
+    tensors = [argument if isinstance(argument, torch.Tensor) else None for argument in arguments]
+    ctx.save_for_backward(query, key, value, *output, *tensors)
+    ctx.arguments = [None if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+    query, key, value, output, lse, *tensors = ctx.saved_tensors
+    arguments = [plain if tensor is None else tensor for tensor, plain in zip(tensors, ctx.arguments, strict=True)]
+    nothing = (None,) * len(arguments)
+    if grad_output is None and grad_lse is None:
+        return None, None, None, *nothing
+    _, bias_needs_grad, slopes_need_grad, sinks_need_grad = ctx.needs_input_grad[3:7]
+    grads = _attention_backward(
+        torch.zeros_like(output) if grad_output is None else grad_output,
+        grad_lse,
+        query,
+        key,
+        value,
+        output,
+        lse,
+        bias_needs_grad,
+        slopes_need_grad,
+        sinks_need_grad,
+        *arguments,
+    )
+    grad_bias, grad_slopes, grad_sinks = (
+        grad if needed else None
+        for grad, needed in zip(grads[3:], (bias_needs_grad, slopes_need_grad, sinks_need_grad), strict=True)
+    )
+    return *grads[:3], None, grad_bias, grad_slopes, grad_sinks, *nothing[4:]
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,1 @@
+"""Scaled-dot-product attention: one kernel family in which every feature composes with every other."""

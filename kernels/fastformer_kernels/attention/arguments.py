@@ -1,0 +1,92 @@
+"""What an attention call says besides its query, key and value. Needs no triton, so that every backend shares it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+UNBOUNDED = -1
+
+
+@dataclass(frozen=True)
+class AttentionArguments:
+    """The arguments of one attention call, checked and in canonical form.
+
+    Dense tensors are (batch, heads, sequence, head_dim); with `cu_seqlens_q` and `cu_seqlens_k` they are packed,
+    (total_tokens, heads, head_dim), and positions, masks and biases count within each sequence.
+
+    Attributes:
+        mask: boolean, True = may attend, 4-D, each dimension 1 or that of (batch, heads, queries, keys).
+        bias: additive, like `mask` in shape, any floating dtype.
+        alibi_slopes: (1 or batch, heads) float32; adds -slope * |query position - key position|.
+        sinks: (heads,) float32; one more logit per head that takes part in the normalisation only.
+        key_lengths: (batch,) int32; keys at or beyond it are masked. Dense only.
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 boundaries of the packed sequences.
+        max_seqlen_q, max_seqlen_k: the longest packed sequence (dense: the sequence length).
+        scale: multiplies the scores.
+        left, right: how far before and after its own position a query may attend; UNBOUNDED for no limit.
+        bottom_right: a query's own position counts from the sequence's end (True) or its start (False).
+        softcap: scores become softcap * tanh(score / softcap); 0 for none.
+        dropout_p: probability that a weight is dropped.
+        seed: (2,) int64 on the tensors' device, the counter-based generator's seed and offset; set with `dropout_p`.
+    """
+
+    mask: torch.Tensor | None
+    bias: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    sinks: torch.Tensor | None
+    key_lengths: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+    scale: float
+    left: int
+    right: int
+    bottom_right: bool
+    softcap: float
+    dropout_p: float
+    seed: torch.Tensor | None
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    def batch(self, query: torch.Tensor) -> int:
+        """The number of sequences."""
+        return query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+
+# Gradients of query, key, value, bias, ALiBi slopes and sinks; the last three are empty where none was asked for.
+AttentionGradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def empty_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """An output for `query`, with value's head_dim, in memory as (batch, sequence, heads, head_dim).
+
+    Whoever merges the heads afterwards then needs no copy.
+    """
+    return empty_gradient(query[..., :1].expand(*query.shape[:-1], value.shape[-1]))
+
+
+def empty_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor like `tensor`, in memory as (batch, sequence, heads, head_dim)."""
+    if tensor.dim() == 3:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    batch, heads, sequence, head_dim = tensor.shape
+    storage = torch.empty(batch, sequence, heads, head_dim, dtype=tensor.dtype, device=tensor.device)
+    return storage.transpose(1, 2)
+
+
+def empty_lse(query: torch.Tensor) -> torch.Tensor:
+    """A log-sum-exp for `query`: float32, (batch, heads, queries), or packed (heads, total_tokens)."""
+    shape = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
+    return torch.empty(shape, dtype=torch.float32, device=query.device)
+
+
+def optional_gradient(tensor: torch.Tensor | None, needed: bool, query: torch.Tensor) -> torch.Tensor:
+    """An uninitialised contiguous gradient of `tensor` if it is needed, else an empty tensor."""
+    if tensor is None or not needed:
+        return query.new_empty(0)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)

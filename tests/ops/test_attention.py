@@ -1,0 +1,302 @@
+"""Attention: both backends against the float64 reference, every feature together with every other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from accuracy import assert_as_accurate
+from hypothesis import given, settings
+
+import fastformer
+from fastformer.ops import attention, scaled_dot_product_attention
+from fastformer.ops import attention as attention_function
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LEARNED = ("bias", "alibi_slopes", "sinks")
+
+
+def run(function: Any, tensors: list[torch.Tensor], options: dict[str, Any], weights: list[torch.Tensor]) -> list[Any]:
+    """Output, log-sum-exp and the gradient of every differentiable argument, for a loss that uses both results."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    learned = {name: options[name].detach().requires_grad_() for name in LEARNED if name in options}
+    output, lse = function(*leaves, **{**options, **learned})
+    finite = torch.isfinite(lse)
+    loss = (output * weights[0].to(output.dtype)).sum()
+    loss = loss + (lse.masked_fill(~finite, 0.0) * weights[1].to(lse.dtype)).sum()
+    loss.backward()
+    return [output.detach(), lse.detach(), *(leaf.grad for leaf in leaves), *(leaf.grad for leaf in learned.values())]
+
+
+def check(tensors: list[torch.Tensor], options: dict[str, Any], seed: int = 0) -> None:
+    """Both backends obey the rule of accuracy on this call."""
+    query, _, value = tensors
+    weights = [torch.randn(*query.shape[:-1], value.shape[-1]), torch.randn(query.shape[:-1])]
+    plain = dict(options)
+    if "dropout_p" in options:
+        torch.manual_seed(seed)
+        state = torch.randint(0, 2**63 - 1, (2,)).tolist()
+        plain["keep"] = reference.dropout_keep(*state, options["dropout_p"], (*query.shape[:3], tensors[1].shape[2]))
+    exact = run(reference.attention, [t.double() for t in tensors], as_dtype(plain, torch.float64), weights)
+    pytorch = run(reference.attention, tensors, as_dtype(plain, query.dtype), weights)
+    names = ["output", "lse", "grad_query", "grad_key", "grad_value", *(f"grad_{n}" for n in LEARNED if n in options)]
+    # Weights are exp(score - lse) of float32 exponents, each rounded to within a unit of its own magnitude, which is
+    # therefore the relative error of a weight, and of all that is a sum of weights. In 16 bits it is negligible.
+    exponent = 1.0 + scale_of(exact[1]) if query.dtype == torch.float32 else 1.0
+    row_sums = sums_of_row_errors(weights[0], exact[0], keys=tensors[1].shape[2], options=options)
+    for backend in ("triton", "torch"):
+        torch.manual_seed(seed)
+        with fastformer.backend(backend):
+            actual = run(with_lse, tensors, options, weights)
+        for name, a, p, e in zip(names, actual, pytorch, exact, strict=True):
+            assert torch.equal(torch.isfinite(a), torch.isfinite(e)), f"{backend} {name}: infinities differ"
+            finite = torch.isfinite(e)
+            unit = exponent * max(scale_of(e), row_sums.get(name, 0.0))
+            assert_as_accurate(f"{backend} {name}", a[finite], p[finite].to(a.dtype), e[finite], scale=unit)
+
+
+def sums_of_row_errors(
+    grad_output: torch.Tensor, output: torch.Tensor, keys: int, options: dict[str, Any]
+) -> dict[str, float]:
+    """The magnitude whose rounding enters the gradients that add up whole rows of dS = P * (dP - delta).
+
+    delta = sum(dO * O) is computed from the output as it is stored, rounded to its dtype: it errs by up to half a unit
+    of sum |dO * O|, and bias, slopes and sinks add that up over the rows that share an element.
+    """
+    rows = (grad_output * output).abs().sum(-1)
+    sums = {}
+    if "bias" in options:
+        sums["grad_bias"] = rows.sum_to_size([*options["bias"].shape[:3]]).max().item()
+    if "alibi_slopes" in options:
+        sums["grad_alibi_slopes"] = (rows.sum((0, 2)) * (rows.shape[2] + keys)).max().item()
+    if "sinks" in options:
+        sums["grad_sinks"] = rows.sum((0, 2)).max().item()
+    return sums
+
+
+def scale_of(exact: torch.Tensor) -> float:
+    """The largest finite magnitude, and at least that of the terms it sums, about 1."""
+    return max([1.0, *exact[torch.isfinite(exact)].abs().flatten().tolist()])
+
+
+def with_lse(*tensors: torch.Tensor, **options: Any) -> Any:
+    return attention_function(*tensors, return_lse=True, **options)
+
+
+def as_dtype(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in options.items()
+    }
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Whole configurations: shapes, strides, dtypes and any subset of the features."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from(DTYPES))
+    batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    queries, keys = draw(st.integers(1, 70)), draw(st.integers(0, 40))
+    head_dim, value_dim = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    heads = kv_heads * group
+
+    def tensor(*shape: int) -> torch.Tensor:
+        layout = draw(st.sampled_from(["plain", "transposed", "sliced", "expanded"]))
+        if layout == "transposed":
+            return torch.randn(shape[0], shape[2], shape[1], shape[3]).to(dtype).transpose(1, 2)
+        if layout == "sliced":
+            return torch.randn(*shape[:-1], shape[-1] * 2).to(dtype)[..., ::2]
+        if layout == "expanded":
+            return torch.randn(1, *shape[1:]).to(dtype).expand(shape)
+        return torch.randn(shape).to(dtype)
+
+    def broadcast() -> tuple[int, ...]:
+        return tuple(draw(st.sampled_from([1, size])) for size in (batch, heads, queries, keys))
+
+    tensors = [
+        tensor(batch, heads, queries, head_dim),
+        tensor(batch, kv_heads, keys, head_dim),
+        tensor(batch, kv_heads, keys, value_dim),
+    ]
+    features: dict[str, Any] = {
+        "mask": lambda: torch.rand(broadcast()) > 0.3,
+        "bias": lambda: torch.randn(broadcast()).to(dtype),
+        "causal": lambda: True,
+        "window": lambda: (
+            draw(st.one_of(st.none(), st.integers(0, 30))),
+            draw(st.one_of(st.none(), st.integers(0, 30))),
+        ),
+        "alignment": lambda: "top_left",
+        "scale": lambda: draw(st.sampled_from([0.5, -0.3, 0.0])),
+        "softcap": lambda: draw(st.sampled_from([1.0, 30.0])),
+        "alibi_slopes": lambda: torch.rand((batch, heads) if draw(st.booleans()) else (heads,)) * 0.2,
+        "sinks": lambda: torch.randn(heads),
+        "key_lengths": lambda: torch.randint(0, keys + 1, (batch,), dtype=torch.int32),
+    }
+    chosen = draw(st.lists(st.sampled_from(sorted(features)), unique=True, max_size=5))
+    return tensors, {name: features[name]() for name in chosen}
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(call=calls())
+def test_any_combination_matches_float64(call: tuple[list[torch.Tensor], dict[str, Any]]) -> None:
+    check(*call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (20, 3)}, {"softcap": 5.0}], ids=str)
+def test_across_tile_borders(options: dict[str, Any], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, heads, size, 16).to(dtype) for heads, size in ((4, 97), (2, 100), (2, 100))]
+    check(tensors, options)
+
+
+def test_dropout_is_the_reference_s() -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 2, size, 8) for size in (35, 19, 19)]
+    check(tensors, {"dropout_p": 0.3, "causal": True, "sinks": torch.randn(2)}, seed=5)
+
+
+def test_dropout_drops_its_share(backend: str) -> None:
+    q = torch.zeros(1, 4, 128, 8)
+    v = torch.eye(128)[None, None].expand(1, 4, 128, 128)
+    torch.manual_seed(0)
+    weights = attention(q, torch.zeros(1, 4, 128, 8), v, dropout_p=0.25)
+    share, standard_error = (weights == 0).float().mean().item(), (0.25 * 0.75 / weights.numel()) ** 0.5
+    assert abs(share - 0.25) < 5 * standard_error
+    assert weights.max().item() == pytest.approx(1 / 128 / 0.75)
+
+
+def packed_and_padded() -> tuple[list[torch.Tensor], torch.Tensor, list[int]]:
+    torch.manual_seed(0)
+    lengths = [5, 0, 40, 17]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return [torch.randn(sum(lengths), heads, 12) for heads in (4, 2, 2)], cu_seqlens, lengths
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (4, None)}], ids=str)
+def test_packed_is_each_sequence_alone(backend: str, options: dict[str, Any]) -> None:
+    tensors, cu_seqlens, lengths = packed_and_padded()
+    leaves = [t.requires_grad_() for t in tensors]
+    output, lse = with_lse(*leaves, cu_seqlens_q=cu_seqlens, max_seqlen_q=max(lengths), **options)
+    grads = torch.autograd.grad(output.square().sum() + lse.sum(), leaves)
+    start = 0
+    for length in lengths:
+        part = [t.detach()[start : start + length].transpose(0, 1)[None].requires_grad_() for t in tensors]
+        alone, alone_lse = with_lse(*part, **options)
+        torch.testing.assert_close(output[start : start + length].transpose(0, 1)[None], alone)
+        torch.testing.assert_close(lse[:, start : start + length][None], alone_lse)
+        for whole, grad in zip(grads, torch.autograd.grad(alone.square().sum() + alone_lse.sum(), part), strict=True):
+            torch.testing.assert_close(whole[start : start + length].transpose(0, 1)[None], grad)
+        start += length
+
+
+def test_packed_cross_attention(backend: str) -> None:
+    torch.manual_seed(0)
+    cu_q, cu_k = (torch.tensor(bounds, dtype=torch.int32) for bounds in ([0, 3, 40], [0, 21, 25]))
+    q, k = torch.randn(40, 2, 8), torch.randn(25, 2, 8)
+    packed = attention(q, k, k, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=37, max_seqlen_k=21)
+    for (q0, q1), (k0, k1) in (((0, 3), (0, 21)), ((3, 40), (21, 25))):
+        alone = attention(*(t.transpose(0, 1)[None] for t in (q[q0:q1], k[k0:k1], k[k0:k1])))
+        torch.testing.assert_close(packed[q0:q1].transpose(0, 1)[None], alone)
+
+
+def test_row_without_keys_gives_zeros(backend: str) -> None:
+    q, k, v = (torch.randn(1, 1, 3, 4, requires_grad=True) for _ in range(3))
+    mask = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
+    for argument in (mask, torch.zeros(3, 3).masked_fill(~mask, float("-inf"))):
+        output, lse = with_lse(q, k, v, mask=argument)
+        grads = torch.autograd.grad(output.sum(), (q, k, v))
+        assert torch.equal(output[0, 0, 1], torch.zeros(4)) and lse[0, 0, 1] == float("-inf")
+        assert torch.equal(grads[0][0, 0, 1], torch.zeros(4))
+        assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_nan_in_nan_out(backend: str) -> None:
+    q, k, v = torch.randn(3, 1, 1, 20, 4).unbind()
+    q[0, 0, 3, 1] = float("nan")
+    output = attention(q, k, v)
+    assert output[0, 0, 3].isnan().all() and not output[0, 0, :3].isnan().any()
+
+
+SDPA_CALLS: list[tuple[tuple[tuple[int, ...], ...], dict[str, Any]]] = [
+    (((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 6)), {}),
+    (((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8)), {"is_causal": True}),
+    (((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8)), {"enable_gqa": True}),
+    (((2, 2, 3, 5, 8), (2, 2, 3, 7, 8), (2, 2, 3, 7, 8)), {"attn_mask": torch.ones(2, 2, 1, 5, 7).tril() > 0}),
+    (((3, 5, 8), (3, 7, 8), (3, 7, 8)), {"scale": 0.1}),
+    (((5, 8), (7, 8), (7, 8)), {"attn_mask": torch.linspace(-1, 1, 35).view(5, 7)}),
+    (((2, 3, 5, 8), (1, 3, 7, 8), (1, 3, 7, 8)), {}),
+    (((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8)), {"attn_mask": torch.ones(5, 7, dtype=torch.bool).triu(-2)}),
+]
+
+
+@pytest.mark.parametrize(("shapes", "options"), SDPA_CALLS)
+def test_drop_in_for_pytorch(backend: str, shapes: tuple[tuple[int, ...], ...], options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape) for shape in shapes]
+    actual = scaled_dot_product_attention(*tensors, **options)
+    torch.testing.assert_close(actual, F.scaled_dot_product_attention(*tensors, **options))
+
+
+def test_registration(backend: str) -> None:
+    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    bias = torch.randn(1, 2, 5, 5, requires_grad=True)
+    arguments = (None, bias, None, None, None, None, None, 5, 5, 0.3, -1, 0, True, 0.0, 0.0, None)
+    torch.library.opcheck(torch.ops.fastformer.attention.default, (q, k, v, *arguments))
+
+
+def test_compiles_without_graph_break() -> None:
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True)
+    for size in (9, 21):
+        leaves = [torch.randn(1, 2, size, 8, requires_grad=True) for _ in range(3)]
+        expected = attention(*leaves, causal=True)
+        actual = compiled(*leaves, causal=True)
+        torch.testing.assert_close(actual, expected)
+        grads = torch.autograd.grad(actual.square().sum(), leaves)
+        for grad, wanted in zip(grads, torch.autograd.grad(expected.square().sum(), leaves), strict=True):
+            torch.testing.assert_close(grad, wanted)
+
+
+def test_autocast() -> None:
+    q = torch.randn(1, 1, 4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention(q, q, q).dtype == torch.bfloat16
+
+
+Q = torch.zeros(2, 4, 5, 8)
+CU = torch.tensor([0, 2, 5], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((Q.double(), Q, Q), {}, TypeError, "query must be float32, float16 or bfloat16"),
+        ((Q, Q.half(), Q), {}, TypeError, "key must have query's dtype"),
+        ((Q[0], Q[0], Q[0]), {}, ValueError, r"query must be dense .*got shape \(4, 5, 8\)"),
+        ((Q, Q[:, :3], Q[:, :3]), {}, ValueError, "heads must be a multiple of key's; got 4 and 3"),
+        ((Q, Q[..., :4], Q), {}, ValueError, "same head_dim; got 8 and 4"),
+        ((Q, Q[:, :, :3], Q), {}, ValueError, "key and value must agree"),
+        ((Q, Q[:1], Q[:1]), {}, ValueError, "same batch size; got 2 and 1"),
+        ((torch.zeros(1, 1, 1, 257),) * 3, {}, ValueError, "head_dim must be from 1 to 256; got 257"),
+        ((Q, Q, Q), {"mask": torch.ones(3, 5, dtype=torch.bool)}, ValueError, r"mask must broadcast.*\(3, 5\)"),
+        ((Q, Q, Q), {"mask": torch.ones(5, 5, dtype=torch.int64)}, TypeError, "mask must be boolean"),
+        ((Q, Q, Q), {"window": (-1, 2)}, ValueError, "window's left extent"),
+        ((Q, Q, Q), {"alignment": "left"}, ValueError, "alignment must be"),
+        ((Q, Q, Q), {"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\)"),
+        ((Q, Q, Q), {"softcap": 0.0}, ValueError, "softcap must be positive"),
+        ((Q, Q, Q), {"sinks": torch.zeros(3)}, ValueError, "sinks must have shape"),
+        ((Q, Q, Q), {"key_lengths": torch.zeros(2)}, TypeError, "key_lengths must be int32"),
+        ((Q, Q, Q), {"max_seqlen_q": 5}, ValueError, "are for packed tensors"),
+        ((Q[0],) * 3, {"cu_seqlens_q": CU}, ValueError, "max_seqlen_q is needed"),
+        ((torch.zeros(6, 1, 8),) * 3, {"cu_seqlens_q": CU, "max_seqlen_q": 3}, ValueError, "must rise from 0 to.*6"),
+        ((torch.zeros(5, 1, 8),) * 3, {"cu_seqlens_q": CU, "max_seqlen_q": 2}, ValueError, "max_seqlen is 2"),
+    ],
+)
+def test_refuses_what_it_cannot_do(arguments: Any, options: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        attention(*arguments, **options)
