@@ -87,9 +87,10 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """RMSNorm over the last dimensions: ``x / sqrt(mean(x^2) + eps) * weight`` (Zhang and Sennrich 2019).
 
-    Arguments, results and errors as in `layer_norm`; `eps` is by default the machine epsilon of input's dtype.
+    Arguments, results and errors as in `layer_norm`; `eps` is by default float32's machine epsilon, which PyTorch
+    too uses for 16-bit inputs, whatever its documentation says.
     """
-    eps = torch.finfo(input.dtype).eps if eps is None and input.is_floating_point() else eps or 0.0
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
     return _normalize(input, normalized_shape, weight, None, eps, residual, centered=False)
 
 

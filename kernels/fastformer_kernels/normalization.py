@@ -92,6 +92,11 @@ def _forward_kernel(
         tl.store(output_pointer + target + column, round_to(y, output_pointer.dtype.element_ty), mask=valid)
     else:
         squares = tl.zeros((BLOCK_ROWS, 1), tl.float32)
+        # Merged about the first tile's mean: about zero, each merge would round a mean that may be far from zero.
+        shift = tl.zeros((BLOCK_ROWS, 1), tl.float32)
+        if CENTERED:
+            x = _load_sum(x_row, input_stride_column, residual_row, residual_stride_column, column, row_valid)
+            shift = tl.sum(x, axis=1)[:, None] / BLOCK_COLUMNS
         for start in range(0, columns, BLOCK_COLUMNS):
             valid = row_valid & (start + column < columns)
             x = _load_sum(x_row, input_stride_column, residual_row, residual_stride_column, start + column, valid)
@@ -100,6 +105,7 @@ def _forward_kernel(
                 tl.store(total_pointer + target + start + column, total, mask=valid)
             if CENTERED:
                 count = tl.minimum(columns - start, BLOCK_COLUMNS).to(tl.float32)
+                x = tl.where(valid, x - shift, 0.0)
                 tile_mean = tl.sum(x, axis=1)[:, None] / count
                 x = tl.where(valid, x - tile_mean, 0.0)
                 share = count / (start + count)
@@ -107,6 +113,7 @@ def _forward_kernel(
                 mean += difference * share
                 squares += difference * difference * share * start
             squares += tl.sum(x * x, axis=1)[:, None]
+        mean += shift
         rstd = tl.rsqrt(squares / columns + eps)
         for start in range(0, columns, BLOCK_COLUMNS):
             valid = row_valid & (start + column < columns)
@@ -297,7 +304,7 @@ def norm_forward(
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     total = None if residual is None else torch.empty_like(output)
     rstd = input.new_empty(rows, dtype=torch.float32)
-    mean = torch.empty_like(rstd) if centered else rstd.new_empty(1)
+    mean = torch.empty_like(rstd) if centered else rstd.new_zeros(1)
     one_pass = columns <= FORWARD_ONE_PASS_COLUMNS
     block_columns = triton.next_power_of_2(columns) if one_pass else TILE_ELEMENTS
     block_rows = _block_rows(block_columns, rows)

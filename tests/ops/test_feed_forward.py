@@ -39,9 +39,13 @@ def check(tensors: list[Any], activation: str) -> None:
         grads = torch.autograd.grad(output, [leaf for leaf in leaves if leaf is not None], grad_output.to(dtype))
         return [output.detach(), *grads]
 
+    # Sums of n terms in float32, in another order than PyTorch's, differ by about sqrt(n) roundings; in 16 bits the one
+    # rounding of the result hides them.
+    longest = max(max(t.shape) for t in tensors if t is not None)
+    units = longest**0.5 if tensors[0].dtype == torch.float32 else 1.0
     exact, pytorch = run(reference.feed_forward, torch.float64), run(reference.feed_forward, tensors[0].dtype)
     for index, (a, p, e) in enumerate(zip(run(feed_forward, tensors[0].dtype), pytorch, exact, strict=True)):
-        assert_as_accurate(f"result {index}", a, p, e, scale=max(1.0, e.abs().max().item()))
+        assert_as_accurate(f"result {index}", a, p, e, scale=units * max(1.0, e.abs().max().item()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

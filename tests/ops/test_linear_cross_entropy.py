@@ -47,8 +47,8 @@ def test_matches_float64(backend: str, reduction: str, dtype: torch.dtype, monke
 
     actual = run(lambda *t: linear_cross_entropy(*t, reduction=reduction), dtype)
     assert actual[0].dtype == torch.float32
-    # Probabilities are exp(logit - lse) of float32 exponents rounded to a unit of their own magnitude, which is thus their
-    # relative error. In 16 bits it is negligible.
+    # Probabilities are exp(logit - lse) of float32 exponents rounded to a unit of their own magnitude, which is thus
+    # their relative error. In 16 bits it is negligible.
     logits = tensors[0].double() @ tensors[1].double().T + tensors[3]
     exponent = 1.0 + logits.abs().max().item() if dtype == torch.float32 else 1.0
     for index, (a, p, e) in enumerate(zip(actual, run(pytorch, dtype), run(exact, torch.float64), strict=True)):
