@@ -6,16 +6,20 @@
 torch.Size([2, 8, 128, 64])
 """
 
-from fastformer.backend import backend
-from fastformer.ops import (
-    attention,
-    feed_forward,
-    layer_norm,
-    linear_cross_entropy,
-    rms_norm,
-    scaled_dot_product_attention,
-    softmax,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastformer.backends import backend
+    from fastformer.ops import (
+        attention,
+        feed_forward,
+        layer_norm,
+        linear_cross_entropy,
+        rms_norm,
+        scaled_dot_product_attention,
+        softmax,
+    )
 
 __version__ = "0.1.0"
 
@@ -29,3 +33,11 @@ __all__ = [
     "scaled_dot_product_attention",
     "softmax",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is: `fastformer --help` needs no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'fastformer' has no attribute {name!r}")
+    module = importlib.import_module("fastformer.backends" if name == "backend" else "fastformer.ops")
+    return globals().setdefault(name, getattr(module, name))

@@ -16,7 +16,7 @@ from fastformer_kernels.attention.arguments import (
     optional_gradient,
 )
 
-from fastformer.backend import use_triton
+from fastformer.backends import use_triton
 from fastformer.ops.attention_torch import attention_backward_torch, attention_forward_torch
 from fastformer.ops.autocast import to_autocast_dtype
 from fastformer.ops.checks import check_device, check_floating, check_like, check_shape

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastformer.backend import use_triton
+from fastformer.backends import use_triton
 from fastformer.ops.autocast import to_autocast_dtype
 from fastformer.ops.checks import check_floating, check_like, check_shape
 

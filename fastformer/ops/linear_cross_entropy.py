@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastformer.backend import use_triton
+from fastformer.backends import use_triton
 from fastformer.ops.autocast import to_autocast_dtype
 from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
 

@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastformer.backend import use_triton
+from fastformer.backends import use_triton
 from fastformer.ops.autocast import to_autocast_float32
 from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
 

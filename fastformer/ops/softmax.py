@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastformer.backend import use_triton
+from fastformer.backends import use_triton
 from fastformer.ops.autocast import to_autocast_float32
 from fastformer.ops.checks import check_floating
 

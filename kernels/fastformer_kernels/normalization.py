@@ -8,7 +8,8 @@ y = x rstd * w with rstd = 1 / sqrt(mean x^2 + eps). With n = (x - mean) rstd an
 
 where RMSNorm has no mean(g). A row that fits is read once and kept in registers, and its backward sums dw and db beside
 dx: each program over the rows it visits, then all programs' sums in a fixed order, so that the result is deterministic.
-A longer row is read twice, its variance merged tile by tile (Chan, Golub and LeVeque, 1979).
+A longer row is read twice, its variance merged tile by tile (Chan, Golub and LeVeque, 1979). The mean is subtracted in
+two parts, since one float32 cannot hold a mean far from zero to the precision of the deviations from it.
 """
 
 from __future__ import annotations
@@ -85,14 +86,17 @@ def _forward_kernel(
         if residual_pointer is not None:
             tl.store(total_pointer + target + column, round_to(x, total_pointer.dtype.element_ty), mask=valid)
         if CENTERED:
-            mean = tl.sum(x, axis=1)[:, None] / columns
-            x = tl.where(valid, x - mean, 0.0)
+            shift = tl.sum(x, axis=1)[:, None] / columns
+            x = tl.where(valid, x - shift, 0.0)
+            remainder = tl.sum(x, axis=1)[:, None] / columns
+            x = tl.where(valid, x - remainder, 0.0)
+            mean = shift + remainder
         rstd = tl.rsqrt(tl.sum(x * x, axis=1)[:, None] / columns + eps)
         y = _scale_and_shift(x * rstd, weight_pointer, bias_pointer, column, columns)
         tl.store(output_pointer + target + column, round_to(y, output_pointer.dtype.element_ty), mask=valid)
     else:
         squares = tl.zeros((BLOCK_ROWS, 1), tl.float32)
-        # Merged about the first tile's mean: about zero, each merge would round a mean that may be far from zero.
+        # The first tile's mean; `mean` is what the whole row's mean is beyond it until the end.
         shift = tl.zeros((BLOCK_ROWS, 1), tl.float32)
         if CENTERED:
             x = _load_sum(x_row, input_stride_column, residual_row, residual_stride_column, column, row_valid)
@@ -113,14 +117,15 @@ def _forward_kernel(
                 mean += difference * share
                 squares += difference * difference * share * start
             squares += tl.sum(x * x, axis=1)[:, None]
-        mean += shift
         rstd = tl.rsqrt(squares / columns + eps)
         for start in range(0, columns, BLOCK_COLUMNS):
             valid = row_valid & (start + column < columns)
             x = _load_sum(x_row, input_stride_column, residual_row, residual_stride_column, start + column, valid)
-            y = _scale_and_shift((x - mean) * rstd, weight_pointer, bias_pointer, start + column, columns)
+            normalised = ((x - shift) - mean) * rstd
+            y = _scale_and_shift(normalised, weight_pointer, bias_pointer, start + column, columns)
             y = round_to(y, output_pointer.dtype.element_ty)
             tl.store(output_pointer + target + start + column, y, mask=valid)
+        mean += shift
     if CENTERED:
         tl.store(mean_pointer + row, mean, mask=row_valid)
     tl.store(rstd_pointer + row, rstd, mask=row_valid)

@@ -11,7 +11,7 @@ import torch
 from accuracy import assert_as_accurate
 from hypothesis import given, settings
 
-from fastformer.backend import backend as use_backend
+from fastformer.backends import backend as use_backend
 from fastformer.ops.feed_forward import ACTIVATIONS, feed_forward
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accuracy import assert_as_accurate
 from hypothesis import given, settings
 
-from fastformer.backend import backend as use_backend
+from fastformer.backends import backend as use_backend
 from fastformer.ops.normalization import layer_norm, rms_norm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -1,0 +1,51 @@
+"""The ``fastformer`` command. What a subcommand needs is imported once the subcommand is known."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+
+import fastformer
+
+COMMANDS = {
+    "pretrain": (
+        "fastformer.training.pretrain",
+        "train a BERT from scratch: masked language modelling and next-sentence prediction",
+    ),
+}
+"""Each subcommand: the module whose `main(arguments, begin)` runs it, and a line of help."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 after an error in what the user gave."""
+    begin = time.monotonic()
+    known, rest = _parser().parse_known_args(arguments)
+    module, _ = COMMANDS[known.command]
+    try:
+        importlib.import_module(module).main(rest, begin)
+    except (ValueError, OSError) as error:
+        if known.debug:
+            raise
+        print(f"fastformer {known.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastformer",
+        description="Transformers on fused Triton kernels.",
+        epilog="`fastformer COMMAND --help` shows a command's options, with examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"fastformer {fastformer.__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error in what was given")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, help_line) in COMMANDS.items():
+        commands.add_parser(name, help=help_line, add_help=False)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""What goes with any training run: its randomness, its speed, its progress, its curve, its end and its result."""
+
+from __future__ import annotations
+
+import copy
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fastformer.data.files import atomic_file, atomic_folder
+
+
+class StepSeed(Callback):
+    """Seeds Python's, NumPy's and PyTorch's generators before each training batch, from (seed, rank, batch number).
+
+    What a step draws (dropout) then depends on nothing that was drawn before, so a resumed run repeats an uninterrupted
+    one exactly, wherever validation, logging or checkpoints fell. The batch number is in Lightning's checkpoints.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        entropy = [self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx]
+        for_python, for_numpy, for_torch = np.random.SeedSequence(entropy).generate_state(3).tolist()
+        random.seed(for_python)
+        np.random.seed(for_numpy)
+        torch.manual_seed(for_torch)
+
+
+class StopAtLimit(Callback):
+    """Ends training after the last optimizer step, or after the step in which the time runs out.
+
+    Lightning then validates, and `StepCheckpoint` saves, at that very step. Time counts from the start of training,
+    anew in a resumed run.
+
+    Args:
+        max_minutes: None for no limit of time.
+    """
+
+    def __init__(self, max_minutes: float | None = None) -> None:
+        if max_minutes is not None and not max_minutes > 0:
+            raise ValueError(f"max_minutes must be above 0; got {max_minutes}")
+        self.max_minutes = max_minutes
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin = time.monotonic()
+        self._step = trainer.global_step
+        self._last_step = trainer.estimated_stepping_batches
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:  # gradients are being accumulated
+            return
+        self._step = trainer.global_step
+        if self._step >= self._last_step or self._out_of_time(trainer):
+            trainer.should_stop = True
+
+    def _out_of_time(self, trainer: Trainer) -> bool:
+        if self.max_minutes is None:
+            return False
+        return trainer.strategy.reduce_boolean_decision(
+            time.monotonic() - self._begin >= 60 * self.max_minutes, all=False
+        )
+
+
+class Throughput(Callback):
+    """Counts real tokens (there is no padding) and the time training takes, validation left out, over all resumes.
+
+    Logs ``train/tokens_per_second``, over all devices, of the batches since it was last logged.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+        self._clock: float | None = None  # when the time was last added; None while it is not counted
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean over the whole run."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock = time.perf_counter()
+        self._step = trainer.global_step
+        self._logged = (self.tokens, self.seconds)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tick()
+        self._paused, self._clock = self._clock is not None, None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._paused:
+            self._clock = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        self.tokens += batch["input_ids"].numel() * trainer.world_size
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        if _is_logged(trainer) or trainer.should_stop:
+            self._tick()
+            tokens, seconds = self._logged
+            rate = (self.tokens - tokens) / (self.seconds - seconds)
+            pl_module.log("train/tokens_per_second", rate, on_step=True, batch_size=1)
+            self._logged = (self.tokens, self.seconds)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tick()
+        self._clock = None
+
+    def state_dict(self) -> dict[str, Any]:
+        self._tick()
+        return {"tokens": self.tokens, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.tokens = state_dict["tokens"]
+        self.seconds = state_dict["seconds"]
+
+    def _tick(self) -> None:
+        if self._clock is not None:
+            now = time.perf_counter()
+            self.seconds += now - self._clock
+            self._clock = now
+
+
+class LossCurve(Callback):
+    """Keeps the losses of a run, over all its resumes, and draws them into a PNG file after each validation.
+
+    Attributes:
+        training: (optimizer step, masked-LM loss of its last batch), in nats, at every logged step.
+        validation: the metrics logged as ``val/...``, with ``step``; the first of them measured before the first step.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.training: list[tuple[int, float]] = []
+        self.validation: list[dict[str, float]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        if _is_logged(trainer):
+            self.training.append((self._step, trainer.callback_metrics["train/mlm_loss"].item()))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validation.append({"step": trainer.global_step, **validation_metrics(trainer)})
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            self.draw()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.draw()
+
+    def draw(self) -> None:
+        """Write the PNG file, whole or not at all."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+        axes = figure.subplots()
+        if self.training:
+            axes.plot(*zip(*self.training, strict=True), color="tab:blue", alpha=0.5, linewidth=1, label="training")
+        heldout = [(point["step"], point["mlm_loss"]) for point in self.validation if "mlm_loss" in point]
+        if heldout:
+            axes.plot(*zip(*heldout, strict=True), color="tab:red", marker="o", markersize=4, label="held-out text")
+        axes.set(xlabel="optimizer step", ylabel="masked-LM loss (nats per masked token)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with atomic_file(self.path) as file:
+            figure.savefig(file, format="png")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"training": self.training, "validation": self.validation}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.training = state_dict["training"]
+        self.validation = state_dict["validation"]
+
+
+class TrainingProgress(ProgressBar):
+    """One bar over all optimizer steps, with losses, tokens/s and the time left; in a log file, a line now and then.
+
+    Args:
+        seconds_between_lines: where the output is no terminal.
+    """
+
+    def __init__(self, seconds_between_lines: float = 15.0) -> None:
+        super().__init__()
+        self.seconds_between_lines = seconds_between_lines
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+
+    def disable(self) -> None:
+        self._console.quiet = True
+
+    def enable(self) -> None:
+        self._console.quiet = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._total = int(trainer.estimated_stepping_batches)
+        self._begin = self._shown = time.monotonic()
+        self._first_step = trainer.global_step
+        if self._console.is_terminal:
+            columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self._console)
+            self._task = self._bar.add_task("", total=self._total, completed=trainer.global_step)
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.monotonic()
+        if now - self._shown < (0.5 if self._bar else self.seconds_between_lines):
+            return
+        self._shown = now
+        step, text = trainer.global_step, _training_text(trainer)
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=text)
+        elif step > self._first_step:
+            left = (now - self._begin) * (self._total - step) / (step - self._first_step)
+            self._console.print(f"step {step:,}/{self._total:,}  {text}  {_clock(left)} left")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._console.print(
+            f"step {trainer.global_step:,}: held-out text: {validation_text(validation_metrics(trainer))}"
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=trainer.global_step)
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+class SavePretrained(Callback):
+    """At the end of training saves model and tokenizer in Hugging Face format: a whole folder or none.
+
+    ``import fastformer.models`` and then ``transformers.pipeline("fill-mask", folder)`` use it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._saved = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._saved:  # resumed after the last step: there was nothing to train
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        state = trainer.strategy.lightning_module_state_dict()  # a collective operation where the model is sharded
+        self._saved = True
+        if not trainer.is_global_zero:
+            return
+        model: Any = pl_module.model
+        tokenizer = copy.deepcopy(trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        with atomic_folder(self.folder) as folder:
+            model.save_pretrained(folder, state_dict={key.removeprefix("model."): state[key] for key in state})
+            tokenizer.save_pretrained(folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def validation_metrics(trainer: Trainer) -> dict[str, float]:
+    """What the last validation logged as ``val/...``."""
+    metrics = trainer.callback_metrics
+    return {name.removeprefix("val/"): metrics[name].item() for name in metrics if name.startswith("val/")}
+
+
+def validation_text(metrics: dict[str, float]) -> str:
+    """One line of English for `validation_metrics`."""
+    parts = []
+    if "mlm_loss" in metrics:
+        parts.append(f"masked-LM loss {metrics['mlm_loss']:.3f} nats")
+    if "nsp_accuracy" in metrics:
+        accuracy, error, chance = (metrics[f"nsp_{name}"] for name in ("accuracy", "standard_error", "chance"))
+        parts.append(f"next-sentence accuracy {accuracy:.1%} ± {error:.1%} (chance {chance:.1%})")
+    return ", ".join(parts)
+
+
+def _is_logged(trainer: Trainer) -> bool:
+    """Whether Lightning logs the optimizer step just done."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and trainer.global_step % every == 0
+
+
+def _training_text(trainer: Trainer) -> str:
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+    formats = {"mlm_loss": "mlm {:.3f}", "nsp_loss": "nsp {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
+    return "  ".join(
+        text.format(metrics[f"train/{name}"]) for name, text in formats.items() if f"train/{name}" in metrics
+    )
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,313 @@
+"""The command: help, errors, and pretraining from its arguments to a model that transformers can use."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastformer import cli
+
+TESTS = Path(__file__).parent
+SUBJECTS, VERBS, OBJECTS = ("cat", "dog", "bird", "fish"), ("eats", "sees", "likes"), ("rice", "bread", "water", "milk")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty documents of twelve sentences, each document about one thing to eat."""
+    chosen = random.Random(0)
+    documents = []
+    for _ in range(60):
+        food = chosen.choice(OBJECTS)
+        sentences = [f"Today the {chosen.choice(SUBJECTS)} {chosen.choice(VERBS)} the {food} here." for _ in range(12)]
+        documents.append("\n".join(sentences))
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n\n".join(documents))
+    return path
+
+
+@pytest.fixture(scope="session")
+def options(corpus: Path) -> list[str]:
+    """A run of two seconds that crosses epochs, with dropout everywhere."""
+    return [
+        "pretrain",
+        *("--data", str(corpus), "--preset", "bert-tiny", "--accelerator", "cpu", "--devices", "1"),
+        *("--max_steps", "14", "--evaluate_every", "3", "--accumulate", "2", "--model.learning_rate", "0.01"),
+        *("--model.overrides.hidden_size", "32", "--model.overrides.intermediate_size", "64"),
+        *("--model.overrides.attention_probs_dropout_prob", "0.1"),
+        *("--corpus.cache_dir", str(corpus.parent / "cache"), "--corpus.vocab_size", "300"),
+        *("--corpus.max_length", "48", "--corpus.tokens_per_batch", "1024", "--corpus.heldout_fraction", "0.2"),
+        *("--trainer.log_every_n_steps", "2"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def run(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("run") / "output"
+    assert cli.main([*options, "--output", str(output)]) == 0
+    return output
+
+
+def metrics(output: Path) -> dict:
+    return json.loads((output / "metrics.json").read_text())
+
+
+def python(*arguments: str, path: str = "") -> subprocess.CompletedProcess:
+    inherited = os.environ.get("PYTHONPATH", "")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [path, inherited]))}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+
+
+def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """The one line of error that a command line ends with."""
+    assert cli.main(list(arguments)) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    return error
+
+
+# --- The command itself -----------------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from fastformer.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: print(sorted({'torch', 'lightning', 'transformers', 'jsonargparse'} & set(sys.modules)))"
+    )
+    shown = python("-c", code).stdout.splitlines()
+    assert any(line.strip().startswith("pretrain ") for line in shown)
+    assert shown[-1] == "[]"
+
+
+def test_unknown_command_is_named(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["pretrian"])
+    assert exit.value.code == 2
+    assert "'pretrian' (choose from" in capsys.readouterr().err
+
+
+def test_unknown_option_is_named(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["pretrain", "--max_stepps", "3"])
+    assert exit.value.code == 2
+    assert "max_stepps" in capsys.readouterr().err
+
+
+def test_unknown_precision_is_named(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["pretrain", "--precision", "12"])
+    assert exit.value.code == 2
+    assert "'12' (choose from" in capsys.readouterr().err
+
+
+def test_pretrain_help_has_examples(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["pretrain", "--help"])
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    assert "  fastformer pretrain --resume" in shown
+    assert "--model.learning_rate" in shown
+    assert "--corpus.tokens_per_batch" in shown
+    assert "--trainer.gradient_clip_val" in shown
+
+
+def test_printed_config_is_accepted(capsys: pytest.CaptureFixture, options: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*options, "--model.schedule", "cosine", "--print_config"])
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "--config", str(tmp_path / "run.yaml"), "--print_config"])
+    assert capsys.readouterr().out == (tmp_path / "run.yaml").read_text()
+    assert "schedule: cosine" in (tmp_path / "run.yaml").read_text()
+
+
+# --- A whole run ------------------------------------------------------------------------------------------------------
+
+
+def test_run_learns_and_says_so_honestly(run: Path) -> None:
+    found = metrics(run)
+    assert found["start"]["step"] == 0
+    assert found["end"]["step"] == found["steps"] == 14
+    assert found["end"]["mlm_loss"] < found["start"]["mlm_loss"] - 0.5
+    assert found["start"]["masked_tokens"] == found["end"]["masked_tokens"] > 0
+    pairs, accuracy = found["end"]["sentence_pairs"], found["end"]["nsp_accuracy"]
+    assert found["end"]["nsp_standard_error"] == pytest.approx((accuracy * (1 - accuracy) / pairs) ** 0.5)
+    assert 0.5 <= found["end"]["nsp_chance"] < 1
+    assert found["tokens_per_second"] == pytest.approx(found["tokens"] / found["training_seconds"])
+
+
+def test_run_leaves_all_it_promises(run: Path) -> None:
+    assert {path.name for path in run.iterdir()} == {
+        *("config.yaml", "checkpoints", "logs", "model", "loss.png", "metrics.json")
+    }
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-0000012.ckpt", "step-0000014.ckpt"]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list(run.glob("logs/tensorboard/*/events*"))
+    (log,) = run.glob("logs/csv/*/metrics.csv")
+    columns = log.read_text().splitlines()[0].split(",")
+    assert {"train/mlm_loss", "train/nsp_loss", "train/learning_rate", "train/tokens_per_second"} <= set(columns)
+    assert {"val/mlm_loss", "val/perplexity", "val/nsp_accuracy"} <= set(columns)
+
+
+def test_saved_model_has_the_loss_that_was_reported(run: Path, corpus: Path) -> None:
+    """Measured here from the folder alone: the held-out batches anew, summed over tokens, not batches."""
+    from fastformer.data import PretrainingDataModule
+    from fastformer.models import FastformerForPreTraining
+
+    data = PretrainingDataModule(
+        data=[str(corpus)],
+        vocab_size=300,
+        max_length=48,
+        tokens_per_batch=1024,
+        heldout_fraction=0.2,
+        cache_dir=str(corpus.parent / "cache"),
+    )
+    data.setup()
+    model = FastformerForPreTraining.from_pretrained(run / "model").eval()
+    losses, correct, pairs = [], 0, 0
+    for batch in data.val_dataloader():
+        with torch.no_grad():
+            output = model(**batch, return_logits=True)
+        places = batch["masked_positions"]
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                output.prediction_logits[places], batch["labels"][places], reduction="none"
+            )
+        )
+        correct += (output.seq_relationship_logits.argmax(-1) == batch["next_sentence_label"]).sum().item()
+        pairs += len(batch["next_sentence_label"])
+    end = metrics(run)["end"]
+    assert end["mlm_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert end["masked_tokens"] == len(torch.cat(losses))
+    assert (end["nsp_accuracy"], end["sentence_pairs"]) == (pytest.approx(correct / pairs), pairs)
+
+
+def test_fill_mask_pipeline_runs_on_the_saved_folder(run: Path) -> None:
+    from transformers import pipeline
+
+    fill = pipeline("fill-mask", str(run / "model"))
+    answers = fill("Today the dog eats the [MASK] here.")
+    assert len(answers) == 5
+    assert sum(answer["score"] for answer in answers) <= 1
+    assert fill.tokenizer.model_max_length == fill.model.config.max_position_embeddings == 48
+
+
+# --- Resuming ---------------------------------------------------------------------------------------------------------
+
+
+def assert_same_run(output: Path, run: Path) -> None:
+    """Bit for bit the same weights, and the same measurements."""
+    weights, expected = (load_file(folder / "model" / "model.safetensors") for folder in (output, run))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert all(metrics(output)[name] == metrics(run)[name] for name in ("start", "end", "steps", "tokens"))
+
+
+@pytest.mark.parametrize(
+    ("kill", "left", "truncated"),
+    [
+        ({"step": 8}, ["step-0000003.ckpt", "step-0000006.ckpt"], "step-0000006.ckpt"),
+        ({"step": 9, "while_writing": True}, ["step-0000003.ckpt", "step-0000006.ckpt"], None),
+    ],
+)
+def test_killed_run_resumes_to_identical_weights(
+    kill: dict, left: list[str], truncated: str | None, options: list[str], run: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    callback = json.dumps([{"class_path": "training.killing.Kill", "init_args": kill}])
+    arguments = [*options, "--output", str(output), "--trainer.callbacks", callback]
+    killed = python("-m", "fastformer.cli", *arguments, path=str(TESTS))
+    assert killed.returncode == -9, killed.stderr
+    assert sorted(path.name for path in (output / "checkpoints").glob("*.ckpt")) == left
+    resume = ["pretrain", "--resume", "--output", str(output), "--trainer.callbacks", "null"]
+    if truncated is None:
+        assert cli.main(resume) == 0
+    else:
+        checkpoint = output / "checkpoints" / truncated
+        os.truncate(checkpoint, checkpoint.stat().st_size // 2)
+        with pytest.warns(UserWarning, match=f"{truncated} is cut short"):
+            assert cli.main(resume) == 0
+    assert_same_run(output, run)
+    assert not list(output.rglob("*.tmp"))
+
+
+def test_run_stopped_by_the_clock_resumes_to_identical_weights(options: list[str], run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    assert cli.main([*options, "--output", str(output), "--max_minutes", "1e-9"]) == 0
+    assert metrics(output)["steps"] == 1
+    assert cli.main(["pretrain", "--resume", "--output", str(output), "--max_minutes", "null"]) == 0
+    assert_same_run(output, run)
+
+
+def test_resuming_a_finished_run_changes_nothing(options: list[str], run: Path) -> None:
+    before = load_file(run / "model" / "model.safetensors")
+    assert cli.main(["pretrain", "--resume", "--output", str(run)]) == 0
+    after = load_file(run / "model" / "model.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert metrics(run)["steps"] == 14
+
+
+# --- Refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_output_with_a_run_is_refused_or_replaced(
+    options: list[str], run: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    assert "holds a finished run" in fails(capsys, *options, "--output", str(run))
+    assert "not both" in fails(capsys, *options, "--output", str(run), "--resume", "--overwrite")
+    (tmp_path / "metrics.json").write_text("of an older run")
+    (tmp_path / "config.yaml").write_text("")
+    short = [*options, "--output", str(tmp_path), "--max_minutes", "1e-9"]
+    assert cli.main([*short, "--overwrite"]) == 0
+    assert metrics(tmp_path)["steps"] == 1
+
+
+def test_output_with_other_things_is_never_touched(
+    options: list[str], capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert "thesis.tex" in fails(capsys, *options, "--output", str(tmp_path), "--overwrite")
+    assert "is not a folder" in fails(capsys, *options, "--output", str(tmp_path / "thesis.tex"))
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_nothing_to_resume(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    assert "nothing to resume" in fails(capsys, "pretrain", "--resume", "--output", str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "bert-huge"], "there is no preset 'bert-huge'; there are bert-tiny"),
+        (["--model.learning_rate", "0"], "learning_rate must be above 0; got 0"),
+        (["--model.overrides.hidden_sise", "32"], "'hidden_sise'"),
+        (["--model.warmup_steps", "14"], "warmup_steps must be .* below the run's 14 steps; got 14"),
+        (["--max_minutes", "-1"], "max_minutes must be above 0"),
+        (["--corpus.mask_probability", "1.5"], "probability must be in"),
+        (["--devices", "none"], "`devices`.* should be an int > 0"),
+    ],
+)
+def test_bad_values_end_in_one_clear_line(
+    arguments: list[str], message: str, options: list[str], capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    error = fails(capsys, *options, "--output", str(output), *arguments)
+    assert error.startswith("fastformer pretrain: error: ")
+    assert re.search(message, error), error
+    # What failed before its first step is no run that stands in the way.
+    assert not (output / "config.yaml").exists()
+
+
+def test_bad_corpora_are_named(options: list[str], capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    for name, message in [("absent.txt", "absent.txt"), ("empty.txt", "corpus is empty")]:
+        error = fails(capsys, *options, "--data", str(tmp_path / name), "--output", str(tmp_path / "output"))
+        assert message in error

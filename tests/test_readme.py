@@ -1,0 +1,53 @@
+"""Every command and snippet of the README runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's main job has run: its command, cut to two steps of the smallest model."""
+    folder = tmp_path_factory.mktemp("readme")
+    install, _, command = blocks("bash")[0].strip().partition(" && ")
+    assert install == "pip install -e ."
+    arguments = [*command.split()[1:], "--preset", "bert-tiny", "--max_steps", "2"]
+    run = subprocess.run(
+        [sys.executable, "-m", "fastformer.cli", *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+def test_main_job(trained: Path) -> None:
+    assert (trained / "runs/pretrain/model/model.safetensors").exists()
+    assert (trained / "runs/pretrain/loss.png").exists()
+
+
+def test_test_command_is_what_ci_runs() -> None:
+    ci = (Path(__file__).parent.parent / ".ci/run").read_text()
+    assert blocks("bash")[1].strip() in ci.replace("--quiet ", "")
+
+
+@pytest.mark.parametrize("snippet", blocks("python"))
+def test_snippet(snippet: str, trained: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", snippet], cwd=trained, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_resume_command(trained: Path) -> None:
+    assert "`fastformer pretrain --resume`" in README
+    command = [sys.executable, "-m", "fastformer.cli", "pretrain", "--resume", "--max_steps", "3"]
+    run = subprocess.run(command, cwd=trained, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

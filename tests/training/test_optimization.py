@@ -1,0 +1,59 @@
+"""The optimizer's groups and the schedule."""
+
+from itertools import pairwise
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import nn
+
+from fastformer.training.optimization import adamw, warmup_and_decay
+
+
+def test_biases_and_norms_are_not_decayed() -> None:
+    module = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3), nn.LayerNorm(3))
+    module[1].weight.requires_grad_(False)
+    optimizer = adamw(module, learning_rate=1.0, weight_decay=0.5, betas=(0.9, 0.999), eps=1e-8)
+    decay = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert decay == {
+        id(module[0].weight): 0.5,
+        id(module[1].bias): 0.0,
+        id(module[2].weight): 0.0,
+        id(module[2].bias): 0.0,
+    }
+
+
+def test_fused_step_is_adamw() -> None:
+    parameter = nn.Parameter(torch.tensor([[1.0, -2.0]]))
+    module = nn.ParameterList([parameter])
+    optimizer = adamw(module, learning_rate=0.1, weight_decay=0.5, betas=(0.9, 0.999), eps=1e-8)
+    parameter.grad = torch.tensor([[3.0, -4.0]])
+    optimizer.step()
+    # In the first step the bias-corrected moments are g and g², so each weight moves by the learning rate.
+    torch.testing.assert_close(parameter.data, torch.tensor([[1.0 * 0.95 - 0.1, -2.0 * 0.95 + 0.1]]))
+    assert optimizer.param_groups[0]["fused"]
+
+
+@given(total=st.integers(1, 500), data=st.data(), schedule=st.sampled_from(["linear", "cosine"]))
+def test_schedule_rises_then_falls_to_zero(total: int, data: st.DataObject, schedule: str) -> None:
+    warmup = data.draw(st.integers(0, total - 1))
+    factor = warmup_and_decay(warmup, total, schedule)
+    factors = [factor(step) for step in range(total + 1)]
+    assert factors[warmup] == pytest.approx(1.0)
+    assert factors[total] == pytest.approx(0.0, abs=1e-12)
+    assert all(0 < value <= 1 for value in factors[:total])
+    assert all(a < b for a, b in pairwise(factors[: warmup + 1]))
+    assert all(a > b for a, b in pairwise(factors[warmup:]))
+
+
+def test_schedules_by_hand() -> None:
+    linear, cosine = warmup_and_decay(1, 5, "linear"), warmup_and_decay(1, 5, "cosine")
+    assert [linear(step) for step in range(5)] == [0.5, 1.0, 0.75, 0.5, 0.25]
+    assert [cosine(step) for step in (0, 1, 3, 5)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("warmup", [-1, 10, 11])
+def test_warmup_must_be_shorter_than_the_run(warmup: int) -> None:
+    with pytest.raises(ValueError, match=f"warmup_steps must be .* below the run's 10 steps; got {warmup}"):
+        warmup_and_decay(warmup, 10, "linear")
