@@ -200,6 +200,32 @@ def test_fill_mask_pipeline_runs_on_the_saved_folder(run: Path) -> None:
     assert fill.tokenizer.model_max_length == fill.model.config.max_position_embeddings == 48
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ["--precision", "bf16-mixed"],
+        ["--corpus.next_sentence", "false", "--corpus.whole_word", "true"],
+        ["--corpus.heldout_fraction", "0"],
+        ["--model.schedule", "cosine", "--model.warmup_steps", "2", "--trainer.max_epochs", "1"],
+    ],
+)
+def test_variants_run_to_their_end(
+    variant: list[str], options: list[str], capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    assert cli.main([*options, "--max_steps", "6", "--output", str(output), *variant]) == 0
+    found = metrics(output)
+    if "--corpus.heldout_fraction" in variant:
+        assert found["start"] is found["end"] is None
+    else:
+        assert found["end"]["mlm_loss"] < found["start"]["mlm_loss"]
+        assert found["end"]["step"] == found["steps"]
+    has_pairs = not {"--corpus.next_sentence", "--corpus.heldout_fraction"} & set(variant)
+    assert ("next-sentence accuracy" in capsys.readouterr().out) == has_pairs
+    assert (output / "checkpoints" / f"step-{found['steps']:07d}.ckpt").exists()
+    assert load_file(output / "model" / "model.safetensors")
+
+
 # --- Resuming ---------------------------------------------------------------------------------------------------------
 
 

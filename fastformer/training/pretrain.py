@@ -146,8 +146,8 @@ def build_parser() -> LightningArgumentParser:
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 _DEFAULT_PRESET = "bert-tiny"
-_DEFAULT_STEPS = 1500
-_DEFAULT_INTERVAL = 250
+_DEFAULT_STEPS = 1000
+_DEFAULT_INTERVAL = 200
 _DATA_HELP = (
     "instead of the default corpus: text files, JSON lines, parquet, folders of these, folders of datasets.save_to_disk"
 )
