@@ -79,6 +79,14 @@ _TRAINER_ARGUMENTS_NOT_OFFERED = {
 }
 
 
+_UNIMPORTANT_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*smaller than the logging interval.*",
+    ".*LeafSpec.*deprecated.*",
+    "Total length of `list` across ranks is zero.*",  # nothing held out, as was asked
+)
+
+
 def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer pretrain``.
 
@@ -349,10 +357,9 @@ def _fill_mask(model: str, text: str) -> list[str]:
 
 
 def _quieten() -> None:
-    """Leave the terminal to progress, warnings and the report."""
+    """Leave the terminal to progress, warnings that matter and the report."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated.*")
+    for message in _UNIMPORTANT_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     transformers_logging.disable_progress_bar()

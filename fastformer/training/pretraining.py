@@ -134,6 +134,9 @@ class MaskedLanguageModeling(LightningModule):
             eps=self.eps,
             allow_fused=self.trainer.precision != "16-mixed",
         )
+        if self.trainer.precision == "bf16-mixed":
+            # Lightning does not clip gradients that a fused step is still to unscale; bfloat16 has no scaler.
+            optimizer._step_supports_amp_scaling = False
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, warmup_and_decay(warmup, int(total_steps), self.schedule)
         )

@@ -12,7 +12,7 @@ cache. Everything is accumulated in float32 in a fixed order: the result is dete
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -273,6 +273,47 @@ class Configuration:
         }
 
 
+# By element size and kernel. The exact float32 product has no tensor cores: its tiles are bounded by registers.
+_FLOAT32 = {
+    "forward": Configuration(64, 64, 32, 4, 3),
+    "gated_forward": Configuration(64, 64, 16, 8, 3),
+    "backward": Configuration(64, 64, 16, 8, 3),
+}
+_LARGE = {
+    2: {
+        "forward": Configuration(128, 128, 64, 8, 3),
+        "gated_forward": Configuration(128, 64, 64, 8, 3),
+        "backward": Configuration(128, 64, 64, 8, 3),
+    },
+    4: _FLOAT32,
+}
+_SMALL = {
+    2: {
+        "forward": Configuration(128, 128, 32, 8, 3),
+        "gated_forward": Configuration(128, 64, 32, 8, 3),
+        "backward": Configuration(128, 64, 32, 8, 3),
+    },
+    4: _FLOAT32,
+}
+_HOPPER = {2: {**_LARGE[2], "gated_forward": Configuration(128, 128, 64, 8, 3)}, 4: _FLOAT32}
+_CDNA = {
+    size: {kernel: replace(choice, stages=2) for kernel, choice in kernels.items()} for size, kernels in _SMALL.items()
+}
+# Small tiles, so that small tests cross their borders.
+_TINY = dict.fromkeys(("forward", "gated_forward", "backward"), Configuration(32, 16, 16, 1, 1))
+_CONFIGURATIONS = {
+    "sm_80": _LARGE,
+    "sm_86": _SMALL,
+    "sm_89": _SMALL,
+    "sm_90": _HOPPER,
+    "sm_100": _LARGE,
+    "sm_120": _SMALL,
+    "gfx90a": _CDNA,
+    "gfx942": _CDNA,
+    "interpreter": {2: _TINY, 4: _TINY},
+}
+
+
 def hidden_forward(
     input: torch.Tensor,
     up_weight: torch.Tensor,
@@ -293,7 +334,8 @@ def hidden_forward(
     hidden = input.new_empty(tokens, intermediate_size)
     up = torch.empty_like(hidden) if store_pre_activations else None
     gate = torch.empty_like(hidden) if store_pre_activations and gate_weight is not None else None
-    configuration = _configuration(architecture_of(input), input.dtype, gate_weight is not None)
+    kernel = "forward" if gate_weight is None else "gated_forward"
+    configuration = _configuration(architecture_of(input), input.dtype, kernel)
     with device_guard(input):
         _hidden_forward_kernel[_grid(tokens, intermediate_size, configuration)](
             input,
@@ -344,7 +386,7 @@ def hidden_backward(
     grad_up = torch.empty_like(up)
     grad_gate = None if gate is None else torch.empty_like(gate)
     hidden = torch.empty_like(up) if store_hidden else None
-    configuration = _configuration(architecture_of(up), up.dtype, gated=False)
+    configuration = _configuration(architecture_of(up), up.dtype, "backward")
     with device_guard(up):
         _hidden_backward_kernel[_grid(tokens, intermediate_size, configuration)](
             grad_output,
@@ -367,8 +409,9 @@ def hidden_backward(
     return grad_up, grad_gate, hidden
 
 
-def _configuration(architecture: Architecture, dtype: torch.dtype, gated: bool) -> Configuration:
-    return Configuration(128, 64 if gated else 128, 64 // dtype.itemsize, 8, 3)
+def _configuration(architecture: Architecture, dtype: torch.dtype, kernel: str) -> Configuration:
+    """The configuration of `kernel`: forward, gated_forward or backward."""
+    return _CONFIGURATIONS[architecture.name][dtype.itemsize][kernel]
 
 
 def _grid(rows: int, columns: int, configuration: Configuration) -> tuple[int]:

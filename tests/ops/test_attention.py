@@ -10,7 +10,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 
 import fastformer
 from fastformer.ops import attention, scaled_dot_product_attention
@@ -45,8 +45,10 @@ def check(tensors: list[torch.Tensor], options: dict[str, Any], seed: int = 0) -
     pytorch = run(reference.attention, tensors, as_dtype(plain, query.dtype), weights)
     names = ["output", "lse", "grad_query", "grad_key", "grad_value", *(f"grad_{n}" for n in LEARNED if n in options)]
     # Weights are exp(score - lse) of float32 exponents, each rounded to within a unit of its own magnitude, which is
-    # therefore the relative error of a weight, and of all that is a sum of weights. In 16 bits it is negligible.
-    exponent = 1.0 + scale_of(exact[1]) if query.dtype == torch.float32 else 1.0
+    # therefore the relative error of a weight. Sums of n such terms, in another order than PyTorch's, differ by about
+    # sqrt(n) roundings. In 16 bits the rounding of the results hides both.
+    longest = max(max(tensor.shape) for tensor in tensors)
+    exponent = (1.0 + scale_of(exact[1])) * longest**0.5 if query.dtype == torch.float32 else 1.0
     row_sums = sums_of_row_errors(weights[0], exact[0], keys=tensors[1].shape[2], options=options)
     for backend in ("triton", "torch"):
         torch.manual_seed(seed)
@@ -141,7 +143,8 @@ def calls(draw: st.DrawFn) -> tuple[list[torch.Tensor], dict[str, Any]]:
     return tensors, {name: features[name]() for name in chosen}
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+# Shrinking would interpret kernels for many minutes; the failing call is printed whole.
+@settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(call=calls())
 def test_any_combination_matches_float64(call: tuple[list[torch.Tensor], dict[str, Any]]) -> None:
     check(*call)
