@@ -6,6 +6,8 @@ nothing is timed at run time, so the first call of a kernel costs one compilatio
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,7 +30,7 @@ class Architecture:
 
 
 # Sources: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability" (maximum shared memory
-# per thread block); AMD CDNA3 ISA guide (64 KiB LDS, wavefronts of 64).
+# per thread block); AMD CDNA3 and CDNA4 ISA guides (64 and 160 KiB LDS, wavefronts of 64).
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
@@ -40,14 +42,35 @@ ARCHITECTURES = {
         Architecture("sm_120", 99 * 1024),
         Architecture("gfx90a", 64 * 1024, warp_size=64),
         Architecture("gfx942", 64 * 1024, warp_size=64),
+        Architecture("gfx950", 160 * 1024, warp_size=64),
     )
 }
 # A CPU tensor reaches a launcher in the interpreter only; any configuration does, the smallest limits are the safest.
 INTERPRETER = Architecture("interpreter", 99 * 1024)
 
 
+# For every launch. A product and a sum in one instruction is faster and rounds once; Triton 3.10 stops doing it unasked.
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
+
+# What `architecture_of` answers while kernels are compiled for a GPU that is not there.
+_target: Architecture | None = None
+
+
+@contextmanager
+def target_architecture(name: str) -> Iterator[None]:
+    """Choose launch configurations for the architecture `name`, whatever holds the tensors."""
+    global _target
+    previous, _target = _target, ARCHITECTURES[name]
+    try:
+        yield
+    finally:
+        _target = previous
+
+
 def architecture_of(tensor: torch.Tensor) -> Architecture:
     """The architecture of the device that holds `tensor`; an unknown one is taken for its nearest older relative."""
+    if _target is not None:
+        return _target
     if not tensor.is_cuda or not torch.cuda.is_available():
         return INTERPRETER
     return _architecture_of_device(tensor.device.index)

@@ -281,16 +281,15 @@ def _key_value_gradient_kernel(
         if slopes_pointer is not None:
             slope = tl.load(slopes_pointer + batch * slopes_stride_b + head)
         for part in tl.static_range(3):
-            BORDER: tl.constexpr = part != 1
             part_low = low if part == 0 else (whole_low if part == 1 else whole_high)
             part_high = whole_low if part == 0 else (whole_high if part == 1 else high)
             if part != 0 or RIGHT_BOUNDED:
                 for start in range(part_low, part_high, BLOCK_M):
                     query = start + tl.arange(0, BLOCK_M)
                     lse, delta = _load_row_statistics(lse_head, delta_head, query, queries)
-                    q = load_rows(q_head, start, queries, q_stride_m, q_stride_d, head_dim, BLOCK_M, BLOCK_D, BORDER)
+                    q = load_rows(q_head, start, queries, q_stride_m, q_stride_d, head_dim, BLOCK_M, BLOCK_D, part != 1)
                     do = load_rows(
-                        do_head, start, queries, do_stride_m, do_stride_d, value_dim, BLOCK_M, BLOCK_V, BORDER
+                        do_head, start, queries, do_stride_m, do_stride_d, value_dim, BLOCK_M, BLOCK_V, part != 1
                     )
                     nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                     weights, dscores, _ = _weights_and_gradient(
@@ -318,7 +317,7 @@ def _key_value_gradient_kernel(
                         batch * heads + head,
                         dropout_threshold,
                         dropout_scale,
-                        BORDER,
+                        part != 1,
                         LEFT_BOUNDED,
                         RIGHT_BOUNDED,
                         SOFTCAP,
@@ -450,14 +449,13 @@ def _query_gradient_kernel(
         first, queries, keys, offset, left, right, LEFT_BOUNDED, RIGHT_BOUNDED, BLOCK_M, BLOCK_N
     )
     for part in tl.static_range(3):
-        BORDER: tl.constexpr = part != 1
         part_low = low if part == 0 else (whole_low if part == 1 else whole_high)
         part_high = whole_low if part == 0 else (whole_high if part == 1 else high)
         if part != 0 or LEFT_BOUNDED:
             for start in range(part_low, part_high, BLOCK_N):
                 key = (start + tl.arange(0, BLOCK_N))[None, :]
-                k = load_rows(k_pointer, start, keys, k_stride_n, k_stride_d, head_dim, BLOCK_N, BLOCK_D, BORDER)
-                v = load_rows(v_pointer, start, keys, v_stride_n, v_stride_d, value_dim, BLOCK_N, BLOCK_V, BORDER)
+                k = load_rows(k_pointer, start, keys, k_stride_n, k_stride_d, head_dim, BLOCK_N, BLOCK_D, part != 1)
+                v = load_rows(v_pointer, start, keys, v_stride_n, v_stride_d, value_dim, BLOCK_N, BLOCK_V, part != 1)
                 nothing = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 _, dscores, dbias = _weights_and_gradient(
                     dot(q, tl.trans(k), nothing, INPUT_PRECISION),
@@ -484,7 +482,7 @@ def _query_gradient_kernel(
                     batch * heads + head,
                     dropout_threshold,
                     dropout_scale,
-                    BORDER,
+                    part != 1,
                     LEFT_BOUNDED,
                     RIGHT_BOUNDED,
                     SOFTCAP,

@@ -1,0 +1,1 @@
+"""What the kernels become on a GPU, found out without one."""

@@ -1,0 +1,118 @@
+"""A stand-in for a GPU: every launcher runs as it would there, up to the launch, and what it compiled is kept.
+
+>>> with stand_in("sm_90") as kernels:
+...     softmax_forward(torch.empty(8, 1024, device="meta"), dim=-1)
+>>> [kernel.name for kernel in kernels]
+['_softmax_forward_kernel']
+
+Tensors may be on the device ``meta``: they take no memory, and count as aligned. Not in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from fastformer_kernels.launch import ARCHITECTURES, Architecture, target_architecture
+from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import get_cache_manager
+
+
+@dataclass(frozen=True)
+class LaunchedKernel:
+    """A kernel as it was compiled for a launch.
+
+    Attributes:
+        name: of the Triton function.
+        binary: the cubin or hsaco.
+        metadata: Triton's: target, num_warps, num_stages, shared (bytes per CTA), hash, ...
+        grid: the programs of the launch in each dimension.
+    """
+
+    name: str
+    binary: bytes
+    metadata: Any
+    grid: tuple[int, int, int]
+
+    def text(self, stage: str) -> str:
+        """The kernel at a stage of the compiler: ttir, ttgir, llir; ptx or amdgcn."""
+        files = get_cache_manager(self.metadata.hash).get_group(f"{self.name}.json") or {}
+        return Path(files[f"{self.name}.{stage}"]).read_text()
+
+
+@contextmanager
+def stand_in(architecture: str) -> Iterator[list[LaunchedKernel]]:
+    """Make every kernel launch within the block compile for `architecture` and stop before it runs.
+
+    Args:
+        architecture: a name in `ARCHITECTURES`.
+
+    Returns:
+        The kernels launched so far, in order; one that was launched twice stands there twice.
+
+    Raises:
+        ValueError: no such architecture. triton.OutOfResources: a kernel needs more shared or tensor memory than the
+            architecture has.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}; got {architecture!r}")
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("kernels are compiled outside Triton's interpreter only; unset TRITON_INTERPRET")
+    launched: list[LaunchedKernel] = []
+    config = triton.runtime.driver
+    previous = config._active
+    config.set_active(_StandInDriver(ARCHITECTURES[architecture], launched))
+    try:
+        with target_architecture(architecture):
+            yield launched
+    finally:
+        config._active = previous
+
+
+def gpu_target(architecture: str) -> GPUTarget:
+    """The compiler's target for an architecture of `ARCHITECTURES`."""
+    warp_size = ARCHITECTURES[architecture].warp_size
+    if architecture.startswith("sm_"):
+        return GPUTarget("cuda", int(architecture.removeprefix("sm_")), warp_size)
+    return GPUTarget("hip", architecture, warp_size)
+
+
+class _StandInDriver:
+    """What Triton's launch path asks of a driver, answered for a GPU that is not there."""
+
+    def __init__(self, architecture: Architecture, launched: list[LaunchedKernel]) -> None:
+        self.architecture = architecture
+        self.launched = launched
+        self.utils = self
+
+    def get_current_device(self) -> str:
+        """Triton keeps the kernels it has compiled by device: here by architecture."""
+        return self.architecture.name
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return gpu_target(self.architecture.name)
+
+    def get_device_properties(self, device: str) -> dict[str, int]:
+        return {"max_shared_mem": self.architecture.shared_memory}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: str) -> tuple[int, Any, int, int, int]:
+        """Module, function, registers, spills, threads per CTA; the function comes back at the launch."""
+        return 1, (name, binary), 0, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        def launch(grid_0: int, grid_1: int, grid_2: int, stream: int, function: Any, *arguments: Any) -> None:
+            # A kernel keeps its launcher for longer than this driver is active.
+            driver = triton.runtime.driver.active
+            driver.launched.append(LaunchedKernel(*function, metadata, (grid_0, grid_1, grid_2)))
+
+        return launch
