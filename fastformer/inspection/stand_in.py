@@ -113,6 +113,7 @@ class _StandInDriver:
         def launch(grid_0: int, grid_1: int, grid_2: int, stream: int, function: Any, *arguments: Any) -> None:
             # A kernel keeps its launcher for longer than this driver is active.
             driver = triton.runtime.driver.active
-            driver.launched.append(LaunchedKernel(*function, metadata, (grid_0, grid_1, grid_2)))
+            name, binary = function
+            driver.launched.append(LaunchedKernel(name, binary, metadata, (grid_0, grid_1, grid_2)))
 
         return launch

@@ -49,7 +49,7 @@ ARCHITECTURES = {
 INTERPRETER = Architecture("interpreter", 99 * 1024)
 
 
-# For every launch. A product and a sum in one instruction is faster and rounds once; Triton 3.10 stops doing it unasked.
+# For every launch: fused multiply-adds are faster and round once. Triton 3.10 stops forming them unasked.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
 # What `architecture_of` answers while kernels are compiled for a GPU that is not there.
