@@ -14,6 +14,10 @@ COMMANDS = {
         "fastformer.training.pretrain",
         "train a BERT from scratch: masked language modelling and next-sentence prediction",
     ),
+    "kernels": (
+        "fastformer.inspection.command",
+        "compile the GPU kernels ahead of time and report what they became; needs no GPU",
+    ),
 }
 """Each subcommand: the module whose `main(arguments, begin)` runs it, and a line of help."""
 

@@ -148,20 +148,24 @@ def _norm(make: Maker, columns: int, centered: bool, residual: bool) -> Any:
     columns = make.size(columns)
     x = make.tensor(make.rows(4096, columns), columns)
     weight, bias = make.tensor(columns, dtype=torch.float32), make.tensor(columns, dtype=torch.float32)
-    added = {"residual": make.tensor(*x.shape)} if residual else {}
-    if centered:
-        return layer_norm(x, (columns,), weight, bias, **added)
-    return rms_norm(x, (columns,), weight, **added)
+    norm = partial(layer_norm, bias=bias) if centered else rms_norm
+    return norm(x, (columns,), weight, residual=make.tensor(*x.shape) if residual else None)
 
 
 def _feed_forward(make: Maker, activation: str, gated: bool) -> Tensor:
     from fastformer.ops.feed_forward import feed_forward
 
     hidden, intermediate = make.size(1024), make.size(4096)
-    up, down = make.tensor(intermediate, hidden), make.tensor(hidden, intermediate)
-    biases = make.tensor(intermediate), make.tensor(hidden)
-    gate = (make.tensor(intermediate, hidden), make.tensor(intermediate)) if gated else (None, None)
-    return feed_forward(make.tensor(make.rows(4096, hidden), hidden), up, down, *biases, *gate, activation)
+    return feed_forward(
+        make.tensor(make.rows(4096, hidden), hidden),
+        make.tensor(intermediate, hidden),
+        make.tensor(hidden, intermediate),
+        make.tensor(intermediate),
+        make.tensor(hidden),
+        gate_weight=make.tensor(intermediate, hidden) if gated else None,
+        gate_bias=make.tensor(intermediate) if gated else None,
+        activation=activation,
+    )
 
 
 def _linear_cross_entropy(make: Maker, classes: int) -> Tensor:
