@@ -75,7 +75,7 @@ def compile_ahead(
         Every specialisation, and those that failed.
     """
     specializations = list(dict.fromkeys(s for name in architectures for s in specializations_of(work, name)))
-    failures = []
+    failures: list[Failure] = []
     steps = _compile_all(specializations, cache.absolute(), processes or os.cpu_count() or 1)
     for failure in track(steps, len(specializations)):  # type: ignore[arg-type]
         if failure is not None:
