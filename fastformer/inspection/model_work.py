@@ -46,17 +46,31 @@ def meta_model(name: str, precision: str) -> PreTrainedModel:
 
 
 def model_work(model: PreTrainedModel, precision: str) -> list[Callable[[], object]]:
-    """Training and evaluation steps of `model` that together launch what any batch of several sequences does.
+    """Training and evaluation steps of `model` that together launch what a batch of several sequences does.
 
-    Triton specialises a kernel on whether a size is a multiple of 16; here are all combinations of such sizes and
-    others for the longest sequence, the number of tokens and of labelled tokens. Batches are packed; a dense batch
-    launches the same kernels, since it is packed on the way in.
+    Triton specialises a kernel on whether a size, or a number of tiles, is one or a multiple of 16, and short rows
+    share a tile; so the longest sequence and the number of labelled tokens run through the powers of two, each also
+    less by three, and the number of tokens is a multiple of 16 or is not. Batches are packed; a dense batch launches
+    the same kernels, since it is packed on the way in.
     """
-    longest = min(model.config.max_position_embeddings, 512) // 16 * 16
-    sizes = itertools.product((longest, longest - 3), (4 * longest, 4 * longest - 5), (longest, longest - 7))
+    longest = model.config.max_position_embeddings
+    batches = list(
+        itertools.product(
+            [size for size in _sizes(longest) if size >= 13], (_SEQUENCES * longest, _SEQUENCES * longest - 5)
+        )
+    )
+    labelled = _sizes(256)
+    rounds = range(max(len(batches), len(labelled)))
     return [
-        partial(_step, model, precision, training, *combination) for combination in sizes for training in (True, False)
+        partial(_step, model, precision, training, *batches[i % len(batches)], labelled[i % len(labelled)])
+        for i in rounds
+        for training in (True, False)
     ]
+
+
+def _sizes(most: int) -> list[int]:
+    """The powers of two from 4 to `most`, and each less by three."""
+    return [(1 << exponent) - less for exponent in range(2, most.bit_length()) for less in (0, 3)]
 
 
 def _step(model: PreTrainedModel, precision: str, training: bool, max_seqlen: int, tokens: int, labelled: int) -> None:
