@@ -28,6 +28,11 @@ def _checked(name: str, source: str) -> str:
 _selected = _checked(os.environ.get("FASTFORMER_BACKEND", "auto"), "FASTFORMER_BACKEND")
 
 
+def selected_backend() -> str:
+    """The selected backend: ``auto``, ``triton`` or ``torch``."""
+    return _selected
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Select the backend of every Fastformer operator within a ``with`` block.

@@ -18,6 +18,10 @@ COMMANDS = {
         "fastformer.inspection.command",
         "compile the GPU kernels ahead of time and report what they became; needs no GPU",
     ),
+    "doctor": (
+        "fastformer.inspection.doctor",
+        "what this machine has, which backend each operator uses on it, and a self-test",
+    ),
 }
 """Each subcommand: the module whose `main(arguments, begin)` runs it, and a line of help."""
 

@@ -33,8 +33,8 @@ def _worse(before: Figures, after: Figures) -> list[str]:
         changes.append(f"spills {before.spill_bytes} -> {after.spill_bytes} bytes a thread")
     if after.shared_memory > after.shared_limit:
         changes.append(f"needs {after.shared_memory} bytes of shared memory of {after.shared_limit}")
-    growth = after.instructions / before.instructions - 1
-    if growth > MOST_MORE_INSTRUCTIONS:
+    if after.instructions > before.instructions * (1 + MOST_MORE_INSTRUCTIONS):
+        growth = after.instructions / before.instructions - 1
         changes.append(
             f"instructions {before.instructions} -> {after.instructions} ({growth:+.1%}, at most "
             f"{MOST_MORE_INSTRUCTIONS:+.0%})"

@@ -76,7 +76,7 @@ def _mix(axis: plt.Axes, architecture: str, group: Sequence[Figures]) -> None:
         for number, entry in enumerate(group, 1)
     ]
     axis.set_yticks(rows, labels, fontsize=7)
-    axis.invert_yaxis()
+    axis.set_ylim(len(group) - 0.4, -0.6)
     for row, entry in enumerate(group):
         spill = f"  spills {entry.spill_bytes} B" if entry.spill_bytes else ""
         axis.text(101, row, f"{sum(entry.loop.values()):,}{spill}", va="center", fontsize=7)
