@@ -73,11 +73,8 @@ def main(arguments: list[str], begin: float) -> None:
     found = devices()
     tests = [run_test(name, device) for device in found for name in _TESTS]
     if options.json:
-        print(
-            json.dumps(
-                {"machine": machine(), "devices": [asdict(d) for d in found], "tests": [_plain(t) for t in tests]}
-            )
-        )
+        results = [{**asdict(test), "passed": test.passed} for test in tests]
+        print(json.dumps({"machine": machine(), "devices": [asdict(device) for device in found], "tests": results}))
     else:
         _show(found, tests)
     if not all(test.passed for test in tests):

@@ -16,7 +16,7 @@ def test_it_reports_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["machine"]["torch"] == torch.__version__
-    assert [device["name"] for device in report["devices"]][0] == "cpu"
+    assert report["devices"][0]["name"] == "cpu"
     assert all(test["passed"] for test in report["tests"])
     assert {test["operator"] for test in report["tests"]} >= {"attention", "softmax", "feed_forward"}
 
