@@ -21,32 +21,35 @@ class Architecture:
     Attributes:
         name: the compiler's name: sm_90, gfx942.
         shared_memory: bytes of shared memory one CTA may use.
+        multiprocessors: of the largest device sold of this architecture; a device that is there says its own number.
         warp_size: threads in a warp.
     """
 
     name: str
     shared_memory: int
+    multiprocessors: int
     warp_size: int = 32
 
 
 # Sources: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability" (maximum shared memory
-# per thread block); AMD CDNA3 and CDNA4 ISA guides (64 and 160 KiB LDS, wavefronts of 64).
+# per thread block); AMD CDNA3 and CDNA4 ISA guides (64 and 160 KiB LDS, wavefronts of 64). Multiprocessors: the makers'
+# data sheets of A100, A40, L40S, H100 SXM, B200, RTX PRO 6000, MI250X (one of its two dies), MI300X, MI355X.
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        Architecture("sm_80", 163 * 1024),
-        Architecture("sm_86", 99 * 1024),
-        Architecture("sm_89", 99 * 1024),
-        Architecture("sm_90", 227 * 1024),
-        Architecture("sm_100", 227 * 1024),
-        Architecture("sm_120", 99 * 1024),
-        Architecture("gfx90a", 64 * 1024, warp_size=64),
-        Architecture("gfx942", 64 * 1024, warp_size=64),
-        Architecture("gfx950", 160 * 1024, warp_size=64),
+        Architecture("sm_80", 163 * 1024, 108),
+        Architecture("sm_86", 99 * 1024, 84),
+        Architecture("sm_89", 99 * 1024, 142),
+        Architecture("sm_90", 227 * 1024, 132),
+        Architecture("sm_100", 227 * 1024, 148),
+        Architecture("sm_120", 99 * 1024, 188),
+        Architecture("gfx90a", 64 * 1024, 110, warp_size=64),
+        Architecture("gfx942", 64 * 1024, 304, warp_size=64),
+        Architecture("gfx950", 160 * 1024, 256, warp_size=64),
     )
 }
 # A CPU tensor reaches a launcher in the interpreter only; any configuration does, the smallest limits are the safest.
-INTERPRETER = Architecture("interpreter", 99 * 1024)
+INTERPRETER = Architecture("interpreter", 99 * 1024, 4)
 
 
 # For every launch: fused multiply-adds are faster and round once. Triton 3.10 stops forming them unasked.
@@ -74,6 +77,13 @@ def architecture_of(tensor: torch.Tensor) -> Architecture:
     if not tensor.is_cuda or not torch.cuda.is_available():
         return INTERPRETER
     return _architecture_of_device(tensor.device.index)
+
+
+def multiprocessors_of(tensor: torch.Tensor) -> int:
+    """How many multiprocessors (AMD: compute units) the device that holds `tensor` has."""
+    if _target is None and tensor.is_cuda and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return architecture_of(tensor).multiprocessors
 
 
 @lru_cache
