@@ -19,51 +19,83 @@ import triton
 import triton.language as tl
 
 from fastformer_kernels.attention.arguments import UNBOUNDED
-from fastformer_kernels.attention.decode_arguments import DecodeArguments, cache_shape, empty_decode_results
+from fastformer_kernels.attention.decode_arguments import (
+    DecodeArguments,
+    cache_shape,
+    cache_strides,
+    empty_decode_results,
+)
 from fastformer_kernels.attention.merge import merge
 from fastformer_kernels.attention.tiles import LN_2, LOG2_E, tanh
 from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard, multiprocessors_of
 from fastformer_kernels.precision import dot, input_precision, round_to
 
+SMALLEST_BLOCK_M = 16
+
 
 @dataclass(frozen=True)
 class DecodeConfiguration:
-    """Keys in a tile and the compiler's knobs; the rows of a tile follow from the call."""
+    """Keys in a tile, the most rows (a tile has no more than the call needs), and the compiler's knobs."""
 
     block_n: int
+    most_rows: int
     num_warps: int
     num_stages: int
 
+    def block_m(self, rows: int) -> int:
+        """Rows of a tile, where a key/value head serves `rows`; a tile of a product has at least 16."""
+        return min(max(triton.next_power_of_2(rows), SMALLEST_BLOCK_M), self.most_rows)
 
-# By element size and the largest head_dim each serves. All fit 99 KiB of shared memory (sm_86, sm_89, sm_120).
-_NVIDIA = {
+
+# By element size and the largest head_dim each serves. float32 products run on no tensor core, which more rows in a
+# tile would fill: they only cost registers.
+_FLOAT32 = {
+    64: DecodeConfiguration(32, 16, 8, 4),
+    128: DecodeConfiguration(32, 16, 8, 3),
+    256: DecodeConfiguration(16, 16, 8, 3),
+}
+_LARGE_SHARED_MEMORY = {
     2: {
-        64: DecodeConfiguration(64, 4, 4),
-        128: DecodeConfiguration(64, 4, 3),
-        256: DecodeConfiguration(32, 4, 3),
+        64: DecodeConfiguration(64, 64, 4, 4),
+        128: DecodeConfiguration(64, 64, 4, 3),
+        256: DecodeConfiguration(32, 32, 4, 3),
     },
-    4: {
-        64: DecodeConfiguration(32, 4, 4),
-        128: DecodeConfiguration(32, 4, 3),
-        256: DecodeConfiguration(16, 4, 3),
+    4: _FLOAT32,
+}
+# Within 99 KiB.
+_SMALL_SHARED_MEMORY = {
+    2: {
+        64: DecodeConfiguration(64, 64, 4, 4),
+        128: DecodeConfiguration(64, 32, 4, 3),
+        256: DecodeConfiguration(32, 32, 4, 3),
     },
+    4: _FLOAT32,
 }
 _AMD = {
     2: {
-        64: DecodeConfiguration(64, 4, 2),
-        128: DecodeConfiguration(64, 4, 2),
-        256: DecodeConfiguration(32, 4, 2),
+        64: DecodeConfiguration(64, 64, 4, 2),
+        128: DecodeConfiguration(64, 32, 4, 2),
+        256: DecodeConfiguration(32, 32, 4, 2),
     },
     4: {
-        64: DecodeConfiguration(32, 4, 2),
-        128: DecodeConfiguration(32, 4, 2),
-        256: DecodeConfiguration(16, 4, 2),
+        64: DecodeConfiguration(32, 32, 4, 2),
+        128: DecodeConfiguration(32, 16, 4, 2),
+        256: DecodeConfiguration(16, 16, 4, 2),
     },
 }
-# Small tiles, so that small tests cross their borders.
-_INTERPRETER = DecodeConfiguration(16, 1, 1)
-SMALLEST_BLOCK_M = 16
-LARGEST_BLOCK_M = 64
+_BY_ARCHITECTURE = {
+    "sm_80": _LARGE_SHARED_MEMORY,
+    "sm_86": _SMALL_SHARED_MEMORY,
+    "sm_89": _SMALL_SHARED_MEMORY,
+    "sm_90": _LARGE_SHARED_MEMORY,
+    "sm_100": _LARGE_SHARED_MEMORY,
+    "sm_120": _SMALL_SHARED_MEMORY,
+    "gfx90a": _AMD,
+    "gfx942": _AMD,
+    "gfx950": _AMD,
+    # Small tiles, so that small tests cross their borders.
+    "interpreter": {size: {256: DecodeConfiguration(16, 16, 1, 1)} for size in (2, 4)},
+}
 
 # Two programs keep a multiprocessor's memory pipeline full while one of them starts or ends.
 PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -92,6 +124,7 @@ def _decode_kernel(
     v_stride_n,
     v_stride_d,
     lengths_pointer,
+    query_lengths_pointer,
     table_pointer,
     table_stride_b,
     table_stride_page,
@@ -130,9 +163,13 @@ def _decode_kernel(
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     query = row // GROUP
     head = kv_head * GROUP + row % GROUP
-    row_valid = query < queries
+    row_stored = query < queries
+    target = split.to(tl.int64) * total_rows + (batch * queries + query) * (kv_heads * GROUP) + head
     length = tl.load(lengths_pointer + batch)
     tl.device_assert(length <= capacity, "a sequence's length exceeds the cache's capacity")
+    if query_lengths_pointer is not None:
+        queries = tl.load(query_lengths_pointer + batch)
+    row_valid = query < queries
     offset = length - queries
 
     low = length * 0
@@ -161,7 +198,9 @@ def _decode_kernel(
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if sinks_pointer is not None:
-        sink = tl.load(sinks_pointer + head, mask=row_valid & (split == 0), other=float("-inf"))
+        # One of the splits counts it.
+        sink = tl.load(sinks_pointer + head, mask=row_valid, other=float("-inf"))
+        sink = tl.where(split == 0, sink, float("-inf"))
         maximum = sink * LOG2_E
         total = tl.where(sink == float("-inf"), 0.0, 1.0)
     for start in range(begin, end, BLOCK_N):
@@ -172,7 +211,7 @@ def _decode_kernel(
             page = batch
             slot = key.to(tl.int64)
         elif PAGE_SIZE % BLOCK_N == 0:
-            entry = table_pointer + batch * table_stride_b + (start // PAGE_SIZE).to(tl.int64) * table_stride_page
+            entry = table_pointer + batch * table_stride_b + tl.cast(start // PAGE_SIZE, tl.int64) * table_stride_page
             page = tl.load(entry).to(tl.int64)
             slot = (start % PAGE_SIZE + tl.arange(0, BLOCK_N)).to(tl.int64)
         else:
@@ -196,6 +235,8 @@ def _decode_kernel(
             allowed = allowed & (distance >= -left)
         if RIGHT_BOUNDED:
             allowed = allowed & (distance <= right)
+        if query_lengths_pointer is not None:
+            allowed = allowed & row_valid[:, None]
         scores = tl.where(allowed, scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
@@ -209,11 +250,10 @@ def _decode_kernel(
     empty = total == 0.0
     output = accumulator / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("-inf"), maximum * LN_2 + tl.log(tl.where(empty, 1.0, total)))
-    target = split.to(tl.int64) * total_rows + (batch * queries + query) * (kv_heads * GROUP) + head
-    tl.store(lse_pointer + target, lse, mask=row_valid)
+    tl.store(lse_pointer + target, lse, mask=row_stored)
     o_tile = o_pointer + target[:, None] * value_dim + dim_v[None, :]
     output = round_to(output, o_pointer.dtype.element_ty)
-    tl.store(o_tile, output, mask=row_valid[:, None] & (dim_v < value_dim)[None, :])
+    tl.store(o_tile, output, mask=row_stored[:, None] & (dim_v < value_dim)[None, :])
 
 
 def decode_forward(
@@ -239,7 +279,7 @@ def decode_forward(
     cache = cache_shape(key_cache, arguments.block_table)
     configuration = decode_configuration(query, value_cache)
     group = heads // cache.kv_heads
-    block_m = min(max(triton.next_power_of_2(group * queries), SMALLEST_BLOCK_M), LARGEST_BLOCK_M)
+    block_m = configuration.block_m(group * queries)
     row_tiles = triton.cdiv(group * queries, block_m)
     programs = batch * cache.kv_heads * row_tiles
     if splits is None:
@@ -260,9 +300,10 @@ def decode_forward(
             partial,
             partial_lse,
             *query.stride(),
-            *_cache_strides(key_cache, paged=table is not None),
-            *_cache_strides(value_cache, paged=table is not None),
+            *cache_strides(key_cache, table),
+            *cache_strides(value_cache, table),
             arguments.lengths,
+            arguments.query_lengths,
             table,
             *((0, 0) if table is None else table.stride()),
             slopes,
@@ -305,10 +346,7 @@ def decode_forward(
 
 def decode_configuration(query: torch.Tensor, value_cache: torch.Tensor) -> DecodeConfiguration:
     """The decode kernel's configuration for these tensors."""
-    name = architecture_of(query).name
-    if name == "interpreter":
-        return _INTERPRETER
-    table = (_AMD if name.startswith("gfx") else _NVIDIA)[query.element_size()]
+    table = _BY_ARCHITECTURE[architecture_of(query).name][query.element_size()]
     head_dim = max(query.shape[-1], value_cache.shape[-1])
     return next(choice for largest, choice in table.items() if head_dim <= largest)
 
@@ -328,9 +366,3 @@ def choose_splits(programs: int, keys: int, configuration: DecodeConfiguration, 
 def _most_keys(capacity: int, queries: int, arguments: DecodeArguments) -> int:
     """The most keys that the queries of a sequence can see together."""
     return capacity if arguments.left == UNBOUNDED else min(capacity, arguments.left + queries)
-
-
-def _cache_strides(cache: torch.Tensor, paged: bool) -> tuple[int, int, int, int]:
-    """Strides over (page, head, key, head_dim); a contiguous cache has one page per sequence."""
-    page, first, second, dim = cache.stride()
-    return (page, second, first, dim) if paged else (page, first, second, dim)

@@ -13,6 +13,7 @@ class DecodeArguments:
 
     Attributes:
         lengths: (batch,) int32, contiguous; how many keys each sequence has in the cache.
+        query_lengths: (batch,) int32, contiguous; how many of the queries each sequence has; None for all.
         block_table: (batch, max_pages) int32, the pages of each sequence in order; None for a contiguous cache.
         alibi_slopes: (1 or batch, heads) float32, contiguous; adds -slope * |query position - key position|.
         sinks: (heads,) float32, contiguous; one more logit per head that takes part in the normalisation only.
@@ -22,6 +23,7 @@ class DecodeArguments:
     """
 
     lengths: torch.Tensor
+    query_lengths: torch.Tensor | None
     block_table: torch.Tensor | None
     alibi_slopes: torch.Tensor | None
     sinks: torch.Tensor | None
@@ -51,6 +53,12 @@ def cache_shape(cache: torch.Tensor, block_table: torch.Tensor | None) -> CacheS
     if block_table is None:
         return CacheShape(cache.shape[2], cache.shape[2], cache.shape[1])
     return CacheShape(cache.shape[1], cache.shape[1] * block_table.shape[1], cache.shape[2])
+
+
+def cache_strides(cache: torch.Tensor, block_table: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """Strides over (page, head, key, head_dim); a contiguous cache has one page per sequence."""
+    page, first, second, dim = cache.stride()
+    return (page, first, second, dim) if block_table is None else (page, second, first, dim)
 
 
 def empty_decode_results(query: torch.Tensor, value_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
