@@ -51,5 +51,8 @@ def check_no_gradient(operator: str, tensors: Iterable[torch.Tensor | None], ins
 def check_lengths(name: str, lengths: torch.Tensor, limit_name: str, limit: int) -> None:
     """Raise ValueError unless `lengths` on a CPU lie in [0, limit]; reading them would stall a GPU, whose kernels
     assert it."""
-    if lengths.device.type == "cpu" and lengths.numel() and (lengths.min() < 0 or lengths.max() > limit):
-        raise ValueError(f"{name} must be from 0 to {limit_name}, {limit}; got {lengths.tolist()}")
+    if lengths.device.type != "cpu":
+        return
+    values = lengths.tolist()
+    if any(not 0 <= value <= limit for value in values):
+        raise ValueError(f"{name} must be from 0 to {limit_name}, {limit}; got {values}")

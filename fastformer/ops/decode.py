@@ -166,7 +166,8 @@ def _decode_attention(
         from fastformer_kernels.attention.decode import decode_forward
 
         return decode_forward(query, key_cache, value_cache, arguments, splits)
-    return _decode_torch(query, key_cache, value_cache, arguments)
+    with torch.autocast(query.device.type, enabled=False):
+        return _decode_torch(query, key_cache, value_cache, arguments)
 
 
 @_decode_attention.register_fake
@@ -183,7 +184,7 @@ def _decode_torch(
     for sequences, length, queries in _equal_sequences(query, arguments):
         output[sequences, :, queries:] = 0.0
         lse[sequences, :, queries:] = NEGATIVE_INFINITY
-        rows = max(1, SCORE_ELEMENTS // max(1, lse[sequences, :, 0].numel() * length))
+        rows = max(1, SCORE_ELEMENTS // max(1, (sequences.stop - sequences.start) * query.shape[1] * length))
         for first in range(0, queries, rows):
             some = slice(first, min(first + rows, queries))
             position = length - queries + first

@@ -47,7 +47,9 @@ def merge_attention(outputs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Te
     check_shape("lses", lses, tuple(outputs.shape[:-1]))
     check_device("lses", lses, "outputs", outputs)
     rows = tuple(outputs.shape[1:-1])
-    output, lse = _merge_attention(outputs.flatten(1, -2) if rows else outputs[:, None], lses.flatten(1))
+    if not rows:
+        outputs, lses = outputs[:, None], lses[:, None]
+    output, lse = _merge_attention(outputs.flatten(1, -2), lses.flatten(1))
     return output.view(*rows, outputs.shape[-1]), lse.view(rows)
 
 

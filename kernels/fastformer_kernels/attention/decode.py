@@ -49,18 +49,17 @@ class DecodeConfiguration:
 
 # By element size and the largest head_dim each serves. float32 products run on no tensor core, which more rows in a
 # tile would fill: they only cost registers.
-_FLOAT32 = {
-    64: DecodeConfiguration(32, 16, 8, 4),
-    128: DecodeConfiguration(32, 16, 8, 3),
-    256: DecodeConfiguration(16, 16, 8, 3),
-}
 _LARGE_SHARED_MEMORY = {
     2: {
         64: DecodeConfiguration(64, 64, 4, 4),
         128: DecodeConfiguration(64, 64, 4, 3),
         256: DecodeConfiguration(32, 32, 4, 3),
     },
-    4: _FLOAT32,
+    4: {
+        64: DecodeConfiguration(32, 16, 8, 4),
+        128: DecodeConfiguration(32, 16, 8, 3),
+        256: DecodeConfiguration(32, 16, 8, 3),
+    },
 }
 # Within 99 KiB.
 _SMALL_SHARED_MEMORY = {
@@ -69,7 +68,11 @@ _SMALL_SHARED_MEMORY = {
         128: DecodeConfiguration(64, 32, 4, 3),
         256: DecodeConfiguration(32, 32, 4, 3),
     },
-    4: _FLOAT32,
+    4: {
+        64: DecodeConfiguration(32, 16, 8, 4),
+        128: DecodeConfiguration(32, 16, 8, 3),
+        256: DecodeConfiguration(32, 16, 8, 2),
+    },
 }
 _AMD = {
     2: {
