@@ -82,6 +82,13 @@ def architecture_of(tensor: torch.Tensor) -> Architecture:
     return _architecture_of_device(tensor.device.index)
 
 
+def multiprocessors_of(tensor: torch.Tensor) -> int:
+    """How many multiprocessors (AMD: compute units) the device that holds `tensor` has."""
+    if _target is None and tensor.is_cuda and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return architecture_of(tensor).multiprocessors
+
+
 @lru_cache
 def _architecture_of_device(index: int) -> Architecture:
     properties = torch.cuda.get_device_properties(index)
@@ -98,13 +105,6 @@ def _architecture_of_device(index: int) -> Architecture:
         )
     # A minor revision shares its family's limits: 8.7 is not 8.6 but is safe with its shared memory.
     return ARCHITECTURES[f"sm_{max(older)}"]
-
-
-def multiprocessors_of(tensor: torch.Tensor) -> int:
-    """The number of multiprocessors of the device that holds `tensor`."""
-    if _target is not None or not tensor.is_cuda or not torch.cuda.is_available():
-        return architecture_of(tensor).multiprocessors
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 def provide_scratch_memory(needed: bool) -> None:
