@@ -139,6 +139,16 @@ def dropout_keep(seed: int, offset: int, dropout_p: float, shape: tuple[int, int
     return keep.view(shape)
 
 
+def matrix_dropout_keep(seed: int, offset: int, dropout_p: float, rows: int, columns: int) -> torch.Tensor:
+    """Which elements of a (rows, columns) matrix dropout keeps."""
+    threshold = round(dropout_p * 2**32)
+    words = [
+        [philox((c // 4, row % 2**32, row >> 32, offset % 2**32), seed)[c % 4] for c in range(columns)]
+        for row in range(rows)
+    ]
+    return torch.tensor(words) >= threshold
+
+
 def layer_norm(input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     x = input.double()
     x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
