@@ -18,6 +18,9 @@ if TYPE_CHECKING:
         linear_cross_entropy,
         log_softmax,
         rms_norm,
+        rotary,
+        rotary_frequencies,
+        rotary_table,
         scaled_dot_product_attention,
         softmax,
     )
@@ -32,6 +35,9 @@ __all__ = [
     "linear_cross_entropy",
     "log_softmax",
     "rms_norm",
+    "rotary",
+    "rotary_frequencies",
+    "rotary_table",
     "scaled_dot_product_attention",
     "softmax",
 ]

@@ -162,6 +162,17 @@ def rms_norm(input: torch.Tensor, weight: torch.Tensor | None, eps: float) -> to
     return x if weight is None else x * weight
 
 
+def rotary(input: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """`input` (..., tokens, head_dim) as complex pairs times e^(i angle); `angles` (..., tokens, pairs) float64."""
+    pairs = angles.shape[-1]
+    turning, rest = input[..., : 2 * pairs].double(), input[..., 2 * pairs :].double()
+    pairwise = turning.unflatten(-1, (pairs, 2)) if interleaved else turning.unflatten(-1, (2, pairs)).mT
+    turned = torch.complex(pairwise[..., 0], pairwise[..., 1]) * torch.polar(torch.ones_like(angles), angles)
+    turned = torch.view_as_real(turned)
+    turned = turned.flatten(-2) if interleaved else turned.mT.flatten(-2)
+    return torch.cat([turned, rest], -1)
+
+
 def linear_cross_entropy(
     input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None, ignore_index: int
 ) -> torch.Tensor:

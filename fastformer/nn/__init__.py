@@ -4,6 +4,7 @@ from fastformer.nn.attention import MultiheadAttention
 from fastformer.nn.feed_forward import FeedForward
 from fastformer.nn.normalization import LayerNorm, RMSNorm
 from fastformer.nn.packing import DenseLayout, Packing, packed_positions
+from fastformer.nn.rotary import RotaryEmbedding
 from fastformer.nn.softmax import LogSoftmax, Softmax
 from fastformer.nn.transformer import TransformerEncoder, TransformerEncoderLayer
 
@@ -15,6 +16,7 @@ __all__ = [
     "MultiheadAttention",
     "Packing",
     "RMSNorm",
+    "RotaryEmbedding",
     "Softmax",
     "TransformerEncoder",
     "TransformerEncoderLayer",
