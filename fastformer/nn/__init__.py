@@ -4,16 +4,19 @@ from fastformer.nn.attention import MultiheadAttention
 from fastformer.nn.feed_forward import FeedForward
 from fastformer.nn.normalization import LayerNorm, RMSNorm
 from fastformer.nn.packing import DenseLayout, Packing, packed_positions
-from fastformer.nn.softmax import Softmax
+from fastformer.nn.rotary import RotaryEmbedding
+from fastformer.nn.softmax import LogSoftmax, Softmax
 from fastformer.nn.transformer import TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
     "DenseLayout",
     "FeedForward",
     "LayerNorm",
+    "LogSoftmax",
     "MultiheadAttention",
     "Packing",
     "RMSNorm",
+    "RotaryEmbedding",
     "Softmax",
     "TransformerEncoder",
     "TransformerEncoderLayer",
