@@ -1,11 +1,19 @@
-"""Modules on Fastformer's operators: drop-in twins of torch.nn's, with its constructors, state_dicts and forwards."""
+"""Modules on Fastformer's operators: drop-in twins of torch.nn's, with its constructors, state_dicts and forwards.
 
-from fastformer.nn.attention import MultiheadAttention
+Every other name is torch.nn's: ``from fastformer import nn`` serves model code in place of ``from torch import nn``.
+"""
+
+from typing import Any
+
+import torch
+
 from fastformer.nn.feed_forward import FeedForward
+from fastformer.nn.multihead_attention import MultiheadAttention
 from fastformer.nn.normalization import LayerNorm, RMSNorm
 from fastformer.nn.packing import DenseLayout, Packing, packed_positions
 from fastformer.nn.softmax import Softmax
-from fastformer.nn.transformer import TransformerEncoder, TransformerEncoderLayer
+from fastformer.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
+from fastformer.nn.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "DenseLayout",
@@ -15,7 +23,22 @@ __all__ = [
     "Packing",
     "RMSNorm",
     "Softmax",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "packed_positions",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What Fastformer has no twin of is torch.nn's own: `nn.Module`, `nn.Linear`, `nn.init`, `nn.functional`."""
+    try:
+        return getattr(torch.nn, name)
+    except AttributeError:
+        raise AttributeError(f"neither 'fastformer.nn' nor 'torch.nn' has an attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(torch.nn)})
