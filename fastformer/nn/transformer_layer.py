@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastformer.nn.feed_forward import ACTIVATIONS, Activation, is_plain_linear
+from fastformer.nn.feed_forward import ACTIVATIONS, Activation, is_plain, is_plain_linear
 from fastformer.nn.multihead_attention import MultiheadAttention
 from fastformer.nn.normalization import LayerNorm, RMSNorm
 from fastformer.ops.feed_forward import feed_forward
@@ -77,8 +77,7 @@ class _TransformerLayer(nn.Module):
 
     def _feed_forward(self, hidden: torch.Tensor, residual: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
         up, down, name = self.linear1, self.linear2, _fused_name(self.activation)
-        drops = self.dropout.training and self.dropout.p > 0.0
-        if name is None or drops or not is_plain_linear(up, down):
+        if name is None or _dropout_p(self.dropout) != 0.0 or not is_plain_linear(up, down):
             return residual + dropout(down(self.dropout(self.activation(up(hidden)))))
         return residual + dropout(feed_forward(hidden, up.weight, down.weight, up.bias, down.bias, activation=name))
 
@@ -210,6 +209,13 @@ def _add_and_normalize(
         return norm(dropout(output), residual=residual)
     total = residual + dropout(output)
     return norm(total), total
+
+
+def _dropout_p(dropout: nn.Module) -> float | None:
+    """The probability with which `dropout` now drops, or None where it does something else."""
+    if not is_plain(dropout, nn.Dropout):
+        return None
+    return dropout.p if dropout.training else 0.0
 
 
 def _replaces_a_block(layer: nn.Module, twin: type[nn.Module]) -> bool:
