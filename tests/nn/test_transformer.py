@@ -20,7 +20,7 @@ STACKS = ["TransformerEncoder", "TransformerDecoder", "Transformer"]
 
 
 def build(package, stack: str, *, final_norm: bool = True, **options) -> nn.Module:
-    """A stack of two layers from torch.nn or fastformer.nn; of a Transformer, one in the encoder, one in the decoder."""
+    """A stack of two layers from torch.nn or fastformer.nn; a Transformer with one layer of each kind."""
     if stack == "Transformer":
         return package.Transformer(MODEL, HEADS, 1, 1, INNER, **options)
     layer = getattr(package, f"{stack}Layer")(MODEL, HEADS, INNER, **options)
