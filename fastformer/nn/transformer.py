@@ -158,3 +158,57 @@ class Transformer(nn.Transformer):
         super().__init__(
             d_model, nhead, custom_encoder=custom_encoder, custom_decoder=custom_decoder, batch_first=batch_first
         )
+
+    def forward(
+        self,
+        src: torch.Tensor,
+        tgt: torch.Tensor,
+        src_mask: torch.Tensor | None = None,
+        tgt_mask: torch.Tensor | None = None,
+        memory_mask: torch.Tensor | None = None,
+        src_key_padding_mask: torch.Tensor | None = None,
+        tgt_key_padding_mask: torch.Tensor | None = None,
+        memory_key_padding_mask: torch.Tensor | None = None,
+        src_is_causal: bool | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Encode `src` and decode `tgt`.
+
+        Args:
+            src: (source, batch, d_model), (batch, source, d_model) if `batch_first`, or (source, d_model).
+            tgt: likewise with the target's length.
+            src_mask: (source, source) or (batch * nhead, source, source); boolean, True = may not attend, or floating,
+                added to the scores.
+            tgt_mask, memory_mask: likewise, (target, target) and (target, source).
+            src_key_padding_mask: (batch, source), unbatched (source,); boolean, True = padding, or floating.
+            tgt_key_padding_mask, memory_key_padding_mask: likewise, (batch, target) and (batch, source).
+            src_is_causal, tgt_is_causal, memory_is_causal: nobody attends to later positions, counted from the first,
+                whether the mask says so too or not. Told so, attention leaves out the work.
+
+        Returns:
+            The same shape as `tgt`.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what is accepted.
+        """
+        batch_dim = 0 if self.batch_first else 1
+        if src.dim() == 3 and tgt.dim() == 3 and src.shape[batch_dim] != tgt.shape[batch_dim]:
+            raise ValueError(
+                f"src and tgt must have the same batch size, dimension {batch_dim}; got shapes {tuple(src.shape)} and "
+                f"{tuple(tgt.shape)}"
+            )
+        for name, tensor in (("src", src), ("tgt", tgt)):
+            if tensor.shape[-1] != self.d_model:
+                raise ValueError(f"{name} must have d_model = {self.d_model} features; got shape {tuple(tensor.shape)}")
+        memory = self.encoder(src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal)
+        return self.decoder(
+            tgt,
+            memory,
+            tgt_mask=tgt_mask,
+            memory_mask=memory_mask,
+            tgt_key_padding_mask=tgt_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask,
+            tgt_is_causal=tgt_is_causal,
+            memory_is_causal=memory_is_causal,
+        )

@@ -213,7 +213,7 @@ def _add_and_normalize(
 
 def _dropout_p(dropout: nn.Module) -> float | None:
     """The probability with which `dropout` now drops, or None where it does something else."""
-    if not is_plain(dropout, nn.Dropout):
+    if not isinstance(dropout, nn.Dropout) or not is_plain(dropout, nn.Dropout):
         return None
     return dropout.p if dropout.training else 0.0
 
