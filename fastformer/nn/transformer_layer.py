@@ -14,14 +14,14 @@ from fastformer.nn.multihead_attention import MultiheadAttention
 from fastformer.nn.normalization import LayerNorm, RMSNorm
 from fastformer.ops.feed_forward import feed_forward
 
-Attend = Callable[[torch.Tensor], torch.Tensor]
+Block = Callable[[torch.Tensor], torch.Tensor]
 
 
 class _TransformerLayer(nn.Module):
     """What both kinds of layer share: the parts, and what stands between them, fused.
 
-    Every block is followed by dropout and the residual's addition; both happen within the next norm or, after the
-    feed-forward block, within its second matrix product. A part that a user has replaced by one of another kind (a
+    Every block is followed by dropout and the residual's addition: both happen within the norm that comes next, or,
+    where none does, in the feed-forward network's second matrix product. A part that a user has replaced by one of another kind (a
     projection with LoRA, a norm, a dropout) is called as it is, at the cost of separate steps.
     """
 
@@ -60,26 +60,25 @@ class _TransformerLayer(nn.Module):
         # PyTorch's encoder asks for this number, and sends nested tensors to layers where it is not 0.
         self.activation_relu_or_gelu = 0
 
-    def _run_blocks(self, hidden: torch.Tensor, attentions: list[Attend]) -> torch.Tensor:
-        """The attention blocks in turn, then the feed-forward block, each with dropout, residual and norm."""
-        norms = [self.get_submodule(f"norm{block}") for block in range(1, len(attentions) + 2)]
-        residual = hidden
-        if self.norm_first:
-            hidden, following = norms[0](hidden), norms[1:]
-        else:
-            following = norms[:-1]
-        for block, (attend, norm) in enumerate(zip(attentions, following, strict=True), start=1):
-            dropout = self.get_submodule(f"dropout{block}")
-            hidden, total = _add_and_normalize(attend(hidden), residual, dropout, norm)
-            residual = total if self.norm_first else hidden
-        output = self._feed_forward(hidden, residual, self.get_submodule(f"dropout{len(norms)}"))
-        return output if self.norm_first else norms[-1](output)
+    def _run_blocks(self, x: torch.Tensor, attentions: list[Block]) -> torch.Tensor:
+        """The attention blocks in turn, then the feed-forward block, each with its dropout, residual and norm."""
+        blocks = range(1, len(attentions) + 2)
+        norms = [self.get_submodule(f"norm{block}") for block in blocks]
+        dropouts = [self.get_submodule(f"dropout{block}") for block in blocks]
+        if not self.norm_first:
+            for block, dropout, norm in zip([*attentions, self._feed_forward], dropouts, norms, strict=True):
+                x, _ = _add_and_normalize(block(x), x, dropout, norm)
+            return x
+        hidden = norms[0](x)
+        for attend, dropout, norm in zip(attentions, dropouts[:-1], norms[1:], strict=True):
+            hidden, x = _add_and_normalize(attend(hidden), x, dropout, norm)
+        return x + dropouts[-1](self._feed_forward(hidden))
 
-    def _feed_forward(self, hidden: torch.Tensor, residual: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
+    def _feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
         up, down, name = self.linear1, self.linear2, _fused_name(self.activation)
         if name is None or _dropout_p(self.dropout) != 0.0 or not is_plain_linear(up, down):
-            return residual + dropout(down(self.dropout(self.activation(up(hidden)))))
-        return residual + dropout(feed_forward(hidden, up.weight, down.weight, up.bias, down.bias, activation=name))
+            return down(self.dropout(self.activation(up(hidden))))
+        return feed_forward(hidden, up.weight, down.weight, up.bias, down.bias, activation=name)
 
 
 class TransformerEncoderLayer(_TransformerLayer, nn.TransformerEncoderLayer):
