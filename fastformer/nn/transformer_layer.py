@@ -21,8 +21,8 @@ class _TransformerLayer(nn.Module):
     """What both kinds of layer share: the parts, and what stands between them, fused.
 
     Every block is followed by dropout and the residual's addition: both happen within the norm that comes next, or,
-    where none does, in the feed-forward network's second matrix product. A part that a user has replaced by one of another kind (a
-    projection with LoRA, a norm, a dropout) is called as it is, at the cost of separate steps.
+    where none does, in the feed-forward network's second matrix product. A part that a user has replaced by one of
+    another kind (a projection with LoRA, a norm, a dropout) is called as it is, at the cost of separate steps.
     """
 
     # The attention blocks' names, in their order.
