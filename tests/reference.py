@@ -5,12 +5,28 @@ from __future__ import annotations
 import torch
 
 
-def softmax(input: torch.Tensor, dim: int) -> torch.Tensor:
-    x = input.double()
-    finite_maximum = x.amax(dim, keepdim=True).clamp(min=torch.finfo(torch.float64).min)
-    numerator = torch.exp(x - finite_maximum)
-    total = numerator.sum(dim, keepdim=True)
-    return torch.where(total == 0, 0.0, numerator / total)
+def softmax(
+    input: torch.Tensor,
+    dim: int,
+    *,
+    mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+    causal_offset: int | None = None,
+    log: bool = False,
+) -> torch.Tensor:
+    """In the dtype of its input: float64 to judge, a lower one to see what PyTorch's own error is."""
+    scores = input * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if causal_offset is not None:
+        last = dim % input.dim() == input.dim() - 1
+        queries, keys = input.shape[-2 if last else -1], input.shape[dim]
+        later = torch.arange(keys)[None, :] > torch.arange(queries)[:, None] + causal_offset
+        scores = scores.masked_fill(later if last else later.T, float("-inf"))
+    empty = (scores == float("-inf")).all(dim, keepdim=True)
+    function = torch.log_softmax if log else torch.softmax
+    result = function(scores.masked_fill(empty, 0.0), dim)
+    return result.masked_fill(empty | (scores == float("-inf")), float("-inf") if log else 0.0)
 
 
 def attention(
@@ -121,6 +137,16 @@ def dropout_keep(seed: int, offset: int, dropout_p: float, shape: tuple[int, int
                 word = philox((key // 4, query, row, offset % 2**32), seed)[key % 4]
                 keep[row, query, key] = word >= threshold
     return keep.view(shape)
+
+
+def matrix_dropout_keep(seed: int, offset: int, dropout_p: float, rows: int, columns: int) -> torch.Tensor:
+    """Which elements of a (rows, columns) matrix dropout keeps."""
+    threshold = round(dropout_p * 2**32)
+    words = [
+        [philox((c // 4, row % 2**32, row >> 32, offset % 2**32), seed)[c % 4] for c in range(columns)]
+        for row in range(rows)
+    ]
+    return torch.tensor(words) >= threshold
 
 
 def layer_norm(input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:

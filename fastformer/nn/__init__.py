@@ -11,7 +11,7 @@ from fastformer.nn.feed_forward import FeedForward
 from fastformer.nn.multihead_attention import MultiheadAttention
 from fastformer.nn.normalization import LayerNorm, RMSNorm
 from fastformer.nn.packing import DenseLayout, Packing, packed_positions
-from fastformer.nn.softmax import Softmax
+from fastformer.nn.softmax import LogSoftmax, Softmax
 from fastformer.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
 from fastformer.nn.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
@@ -19,6 +19,7 @@ __all__ = [
     "DenseLayout",
     "FeedForward",
     "LayerNorm",
+    "LogSoftmax",
     "MultiheadAttention",
     "Packing",
     "RMSNorm",

@@ -4,13 +4,14 @@ from fastformer.ops.attention import attention, scaled_dot_product_attention
 from fastformer.ops.feed_forward import feed_forward
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy
 from fastformer.ops.normalization import layer_norm, rms_norm
-from fastformer.ops.softmax import softmax
+from fastformer.ops.softmax import log_softmax, softmax
 
 __all__ = [
     "attention",
     "feed_forward",
     "layer_norm",
     "linear_cross_entropy",
+    "log_softmax",
     "rms_norm",
     "scaled_dot_product_attention",
     "softmax",
