@@ -1,12 +1,15 @@
 """Modules on Fastformer's operators: drop-in twins of torch.nn's, with its constructors, state_dicts and forwards.
 
-Every other name is torch.nn's: ``from fastformer import nn`` serves model code in place of ``from torch import nn``.
+Every other name is torch.nn's: ``from fastformer import nn`` serves model code in place of ``from torch import nn``,
+and ``import fastformer.nn.functional as F`` in place of ``import torch.nn.functional as F``. Submodules that torch.nn
+alone has (`nn.init`, `nn.utils`) are attributes here, not to be named in an import statement.
 """
 
 from typing import Any
 
 import torch
 
+from fastformer.nn import functional
 from fastformer.nn.feed_forward import FeedForward
 from fastformer.nn.multihead_attention import MultiheadAttention
 from fastformer.nn.normalization import LayerNorm, RMSNorm
@@ -29,12 +32,13 @@ __all__ = [
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "functional",
     "packed_positions",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """What Fastformer has no twin of is torch.nn's own: `nn.Module`, `nn.Linear`, `nn.init`, `nn.functional`."""
+    """What Fastformer has no twin of is torch.nn's own: `nn.Module`, `nn.Linear`, `nn.Parameter`, `nn.init`."""
     try:
         return getattr(torch.nn, name)
     except AttributeError:

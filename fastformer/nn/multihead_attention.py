@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastformer.ops.attention import attention
+from fastformer.ops.checks import FLOATING_DTYPES
 from fastformer.ops.softmax import softmax
 
 
@@ -90,11 +91,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         scores = _as_scores("attn_mask", attn_mask, [(queries, keys), (batch * self.num_heads, queries, keys)], batch)
         k, v = self._with_extra_keys(k, v)
         extra = k.shape[2] - keys
-        if is_causal and (extra or need_weights):
+        if is_causal and extra:
             scores, is_causal = _with_causal(scores, q, keys), False
         mask, bias = _mask_and_bias(padding, scores, extra, q.dtype)
         dropout_p = self.dropout if self.training else 0.0
-        weights = _attention_weights(q, k, mask, bias) if need_weights else None
+        weights = _attention_weights(q, k, mask, bias, is_causal) if need_weights else None
         if weights is None or not dropout_p:
             attended = attention(
                 q, k, v, mask=mask, bias=bias, causal=is_causal, alignment="top_left", dropout_p=dropout_p
@@ -167,8 +168,11 @@ def _as_scores(name: str, mask: torch.Tensor | None, shapes: list[tuple[int, ...
     """PyTorch's mask, one of `shapes`, as (batch or 1, heads or 1, queries or 1, keys)."""
     if mask is None:
         return None
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"{name} must be boolean (True = ignore) or floating (added to the scores); got {mask.dtype}")
+    if mask.dtype != torch.bool and mask.dtype not in FLOATING_DTYPES:
+        raise TypeError(
+            f"{name} must be boolean (True = ignore), float32, float16 or bfloat16 (added to the scores); "
+            f"got {mask.dtype}"
+        )
     if tuple(mask.shape) not in shapes:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}; got {tuple(mask.shape)}")
     if name == "key_padding_mask":
@@ -208,11 +212,10 @@ def _mask_and_bias(
 
 
 def _attention_weights(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, bias: torch.Tensor | None
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, bias: torch.Tensor | None, causal: bool
 ) -> torch.Tensor:
+    # Scaled before the product, which in float16 could overflow.
     scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-2, -1)
-    if bias is not None:
-        scores = scores + bias.to(scores.dtype)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return softmax(scores)
+    if mask is not None and bias is not None:
+        bias = bias.masked_fill(~mask, float("-inf"))
+    return softmax(scores, mask=mask if bias is None else bias, causal=causal, alignment="top_left")

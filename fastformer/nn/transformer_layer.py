@@ -67,11 +67,11 @@ class _TransformerLayer(nn.Module):
         dropouts = [self.get_submodule(f"dropout{block}") for block in blocks]
         if not self.norm_first:
             for block, dropout, norm in zip([*attentions, self._feed_forward], dropouts, norms, strict=True):
-                x, _ = _add_and_normalize(block(x), x, dropout, norm)
+                x = _add_and_normalize(block(x), x, dropout, norm)
             return x
         hidden = norms[0](x)
         for attend, dropout, norm in zip(attentions, dropouts[:-1], norms[1:], strict=True):
-            hidden, x = _add_and_normalize(attend(hidden), x, dropout, norm)
+            hidden, x = _add_and_normalize_with_sum(attend(hidden), x, dropout, norm)
         return x + dropouts[-1](self._feed_forward(hidden))
 
     def _feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -202,12 +202,23 @@ class TransformerDecoderLayer(_TransformerLayer, nn.TransformerDecoderLayer):
 
 def _add_and_normalize(
     output: torch.Tensor, residual: torch.Tensor, dropout: nn.Module, norm: nn.Module
+) -> torch.Tensor:
+    """``residual + dropout(output)``, normalised."""
+    p = _dropout_p(dropout)
+    if p is None or not isinstance(norm, LayerNorm | RMSNorm):
+        return norm(residual + dropout(output))
+    return norm(output, residual, dropout_p=p, return_sum=False)
+
+
+def _add_and_normalize_with_sum(
+    output: torch.Tensor, residual: torch.Tensor, dropout: nn.Module, norm: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``residual + dropout(output)``, normalised and as it is."""
-    if isinstance(norm, LayerNorm | RMSNorm):
-        return norm(dropout(output), residual=residual)
-    total = residual + dropout(output)
-    return norm(total), total
+    p = _dropout_p(dropout)
+    if p is None or not isinstance(norm, LayerNorm | RMSNorm):
+        total = residual + dropout(output)
+        return norm(total), total
+    return norm(output, residual, dropout_p=p)
 
 
 def _dropout_p(dropout: nn.Module) -> float | None:

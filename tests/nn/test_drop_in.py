@@ -177,6 +177,8 @@ def test_language_model(build) -> None:
 def test_other_names_are_torch_nns() -> None:
     assert fastformer.nn.Module is torch.nn.Module
     assert fastformer.nn.functional.gelu is torch.nn.functional.gelu
+    assert fastformer.nn.functional.layer_norm is fastformer.layer_norm
+    assert {"gelu", "layer_norm"} <= set(dir(fastformer.nn.functional))
     # Not a module of Fastformer's own, which would hide PyTorch's.
     assert fastformer.nn.attention is torch.nn.attention
     assert {"Linear", "MultiheadAttention", "functional"} <= set(dir(fastformer.nn))
@@ -187,7 +189,18 @@ def test_other_names_are_torch_nns() -> None:
 def test_no_name_of_torch_nn_is_hidden_but_by_its_twin() -> None:
     for name in set(dir(torch.nn)) & set(vars(fastformer.nn)):
         theirs, ours = getattr(torch.nn, name), getattr(fastformer.nn, name)
-        assert name.startswith("__") or ours is theirs or (isinstance(ours, type) and issubclass(ours, theirs)), name
+        same = ours is theirs or name == "functional" or name.startswith("__")
+        assert same or (isinstance(ours, type) and issubclass(ours, theirs)), name
+
+
+def test_functions_equal_pytorchs() -> None:
+    x, weight, bias = torch.randn(3, 5, 8), torch.randn(8), torch.randn(8)
+    ours, theirs = fastformer.nn.functional, torch.nn.functional
+    torch.testing.assert_close(ours.layer_norm(x, [8], weight, bias, 0.1), theirs.layer_norm(x, [8], weight, bias, 0.1))
+    torch.testing.assert_close(ours.rms_norm(x, [5, 8]), theirs.rms_norm(x, [5, 8]))
+    call = {"attn_mask": torch.rand(5, 5) < 2, "scale": 0.3}
+    expected = theirs.scaled_dot_product_attention(x, x, x, **call)
+    torch.testing.assert_close(ours.scaled_dot_product_attention(x, x, x, **call), expected)
 
 
 def test_imports_no_transformers() -> None:
