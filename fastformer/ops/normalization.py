@@ -202,7 +202,8 @@ def _normalize(
         dtype,
         is_sum and (returns_sum or for_backward),
     )
-    output = output.view(input.shape)
+    # Not a view for autograd: FSDP2's hooks on a module's output do not survive in-place operations on views.
+    output = torch.ops.aten._unsafe_view(output, input.shape)
     return (output, total.view(input.shape)) if returns_sum else output
 
 

@@ -130,7 +130,7 @@ def _position_offsets(
 
 
 def empty_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """An output for `query`, with value's head_dim, in memory as (batch, sequence, heads, head_dim).
+    """An output for `query`, with value's head_dim, laid out in memory as `empty_gradient` says.
 
     Whoever merges the heads afterwards then needs no copy.
     """
@@ -138,12 +138,17 @@ def empty_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def empty_gradient(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor like `tensor`, in memory as (batch, sequence, heads, head_dim)."""
+    """A tensor like `tensor`, in memory as (batch, sequence, heads, head_dim).
+
+    Where `tensor` has the batch within the sequence, PyTorch's layout without `batch_first`, so has the result.
+    """
     if tensor.dim() == 3:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     batch, heads, sequence, head_dim = tensor.shape
-    storage = torch.empty(batch, sequence, heads, head_dim, dtype=tensor.dtype, device=tensor.device)
-    return storage.transpose(1, 2)
+    factory: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device}
+    if tensor.stride(2) > tensor.stride(0):
+        return torch.empty(sequence, batch, heads, head_dim, **factory).permute(1, 2, 0, 3)
+    return torch.empty(batch, sequence, heads, head_dim, **factory).transpose(1, 2)
 
 
 def empty_lse(query: torch.Tensor) -> torch.Tensor:
