@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastformer.ops.feed_forward import feed_forward
 
@@ -80,5 +81,15 @@ class FeedForward(nn.Module):
 
 
 def is_plain_linear(*modules: nn.Module) -> bool:
-    """Whether each module computes exactly ``x @ weight^T + bias``, so that an operator may read its parameters."""
-    return all(type(module) is nn.Linear for module in modules)
+    """Whether calling each module is exactly ``x @ weight^T + bias``, so that an operator may read its parameters.
+
+    It is not where the module is of another class (LoRA, quantisation, `torch.nn.utils.parametrize`), has hooks (weight
+    norm, pruning) or a forward of its own (offloading), or where its weight is a tensor subclass (DTensor).
+    """
+    return all(is_plain(module, nn.Linear) and not is_traceable_wrapper_subclass(module.weight) for module in modules)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` runs the forward of `kind` and nothing else."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return type(module) is kind and "forward" not in vars(module) and not any(hooks)

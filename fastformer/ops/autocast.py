@@ -32,6 +32,13 @@ def to_autocast_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
+def autocast_float32_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that `to_autocast_float32` gives to a floating `tensor`, for an operator that converts as it reads."""
+    if tensor.device.type == "cpu" or not torch.is_autocast_enabled(_device_type(tensor)):
+        return tensor.dtype
+    return torch.float32
+
+
 def _device_type(tensor: torch.Tensor) -> str:
     """Whose autocast holds for `tensor`: PyTorch has none for meta, which stands for a GPU."""
     return "cuda" if tensor.is_meta else tensor.device.type

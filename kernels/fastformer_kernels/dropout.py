@@ -1,0 +1,31 @@
+"""Dropout of a matrix's elements, as a pure function of (seed, offset, row, column).
+
+Philox-4x32-10 (Salmon et al., SC 2011) with the counter (column // 4, row, row's upper word, offset): its four words
+serve four neighbouring columns, so that every tile size and the backward draw the same ones.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dropout_keep(seed_pointer, row, start, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Which elements dropout keeps, (BLOCK_ROWS, BLOCK_COLUMNS) boolean.
+
+    `row` is (BLOCK_ROWS, 1) int64, the columns begin at `start`, a multiple of 4 as BLOCK_COLUMNS is; a word below
+    `threshold` drops its element.
+    """
+    counter = (start // 4 + tl.arange(0, BLOCK_COLUMNS // 4)).to(tl.uint32)[None, :]
+    zero = (row * 0).to(tl.uint32) + counter * 0
+    word_0, word_1, word_2, word_3 = tl.philox(
+        tl.load(seed_pointer),
+        counter + zero,
+        row.to(tl.uint32) + zero,
+        (row >> 32).to(tl.uint32) + zero,
+        tl.load(seed_pointer + 1).to(tl.uint32) + zero,
+    )
+    words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
+    words = tl.reshape(words, (BLOCK_ROWS, BLOCK_COLUMNS))
+    return words.to(tl.uint32, bitcast=True).to(tl.int64) >= threshold
