@@ -12,9 +12,10 @@ import contextlib
 import importlib
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,16 @@ class Specialization:
     Attributes:
         architecture: a name in `ARCHITECTURES`.
         module, kernel: where the Triton function is.
-        data: Triton's own serialisation of signature, constants, attributes and options.
+        data: Triton's own serialisation of signature, constants, attributes and options, as JSON. That forgets the
+            classes of named tuples, which kernels take for arguments; hence
+        arguments: signature, constants and attributes, pickled.
     """
 
     architecture: str
     module: str
     kernel: str
     data: str
+    arguments: bytes = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,9 @@ def specializations_of(work: Sequence[Work], architecture: str) -> list[Speciali
     found: dict[Specialization, None] = {}
 
     def keep(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
-        found[Specialization(architecture, fn.module, fn.name, compile["specialization_data"])] = None
+        arguments = pickle.dumps((compile["signature"], compile["constants"], compile["configs"][0]))
+        data = compile["specialization_data"]
+        found[Specialization(architecture, fn.module, fn.name, data, arguments)] = None
         return True  # stops the launch here
 
     previous, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, keep
@@ -155,14 +161,25 @@ def _compile(specialization: Specialization) -> str | None:
     """Compile one specialisation into the cache; returns why it cannot run, if it cannot."""
     with stand_in(specialization.architecture):
         try:
-            kernel = _find(specialization).preload(specialization.data)
+            kernel = _specialize(_find(specialization), specialization)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-    assert kernel is not None
     limit = ARCHITECTURES[specialization.architecture].shared_memory
     if kernel.metadata.shared > limit:
         return f"needs {kernel.metadata.shared} bytes of shared memory, {specialization.architecture} has {limit}"
     return None
+
+
+def _specialize(function: JITFunction, specialization: Specialization) -> Any:
+    """What `JITFunction.preload` does with JSON, from pickled arguments; returns the compiled kernel."""
+    device = triton.runtime.driver.active.get_current_device()
+    backend = function.device_caches[device][3]
+    known = json.loads(specialization.data)
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in known["options"].items()}
+    signature, constants, attributes = pickle.loads(specialization.arguments)
+    return function._do_compile(
+        known["key"], signature, device, constants, backend.parse_options(options), attributes, warmup=True
+    )
 
 
 def _find(specialization: Specialization) -> JITFunction:

@@ -96,13 +96,20 @@ def cases(
                         watched if guarded else (not dtypes or dtype in dtypes) and (not layouts or layout in layouts)
                     )
                     if chosen and (not operators or operator in operators):
-                        yield Case(operator, variant, dtype, layout, partial(_run, call, dtype, layout), watched)
+                        run = partial(_run, call, dtype, layout, deterministic="deterministic" in variant)
+                        yield Case(operator, variant, dtype, layout, run, watched)
 
 
-def _run(call: Callable[[Maker], Any], dtype: str, layout: str) -> None:
-    result = call(Maker(dtype, layout))
-    results = [tensor for tensor in (result if isinstance(result, tuple) else (result,)) if tensor.requires_grad]
-    torch.autograd.backward(results, [torch.empty_like(tensor) for tensor in results])
+def _run(call: Callable[[Maker], Any], dtype: str, layout: str, deterministic: bool) -> None:
+    previous = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        result = call(Maker(dtype, layout))
+        results = [tensor for tensor in (result if isinstance(result, tuple) else (result,)) if tensor.requires_grad]
+        if results:
+            torch.autograd.backward(results, [torch.empty_like(tensor) for tensor in results])
+    finally:
+        torch.use_deterministic_algorithms(previous)
 
 
 def _attention(make: Maker, head_dim: int, features: tuple[str, ...] = (), value_dim: int = 0, group: int = 1) -> Any:
@@ -127,6 +134,7 @@ def _attention(make: Maker, head_dim: int, features: tuple[str, ...] = (), value
         "dropout": lambda: {"dropout_p": 0.1},
         "sinks": lambda: {"sinks": make.tensor(heads, dtype=torch.float32)},
         "alibi": lambda: {"alibi_slopes": make.tensor(heads, dtype=torch.float32)},
+        "relative": lambda: {"relative_bias": make.tensor(heads, 2 * sequence - 1)},
         "bias": lambda: {"bias": make.tensor(1, heads, sequence, sequence)},
         "mask": lambda: {"mask": make.tensor(2, 1, sequence, sequence, dtype=torch.bool, requires_grad=False)},
         "key_lengths": lambda: {"key_lengths": torch.empty(2, dtype=torch.int32, device="meta")},
@@ -136,20 +144,76 @@ def _attention(make: Maker, head_dim: int, features: tuple[str, ...] = (), value
     return attention(*tensors, **options)
 
 
-def _softmax(make: Maker, columns: int) -> Tensor:
-    from fastformer.ops.softmax import softmax
-
-    return softmax(make.tensor(make.rows(4096, columns), make.size(columns)))
+def _lengths(batch: int) -> Tensor:
+    return torch.empty(batch, dtype=torch.int32, device="meta")
 
 
-def _norm(make: Maker, columns: int, centered: bool, residual: bool) -> Any:
+def _caches(make: Maker, batch: int, kv_heads: int, head_dim: int, paged: bool) -> tuple[list[Tensor], Tensor | None]:
+    """Key and value caches for 4,096 tokens a sequence, and the block table of paged ones."""
+    tokens, page = make.rows(4096, kv_heads * head_dim), 16
+    shape = (batch * tokens // page, page, kv_heads, head_dim) if paged else (batch, kv_heads, tokens, head_dim)
+    table = torch.empty(batch, tokens // page, dtype=torch.int32, device="meta") if paged else None
+    return [make.tensor(*shape, requires_grad=False) for _ in range(2)], table
+
+
+def _decode(make: Maker, queries: int, group: int, paged: bool) -> Tensor:
+    from fastformer.ops.decode import decode_attention
+
+    batch, kv_heads, head_dim = 4, 8, 128
+    caches, table = _caches(make, batch, kv_heads, head_dim, paged)
+    query = make.tensor(batch, kv_heads * group, queries, head_dim, requires_grad=False)
+    result = decode_attention(query, *caches, lengths=_lengths(batch), block_table=table)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _append(make: Maker, tokens: int, paged: bool) -> Tensor:
+    from fastformer.ops.kv_cache import append_to_cache
+
+    batch, heads, kv_heads, head_dim = 4, 32, 8, 128
+    caches, table = _caches(make, batch, kv_heads, head_dim, paged)
+    query, key, value = (make.tensor(batch, h, tokens, head_dim, requires_grad=False) for h in (heads, *[kv_heads] * 2))
+    angles = [torch.empty(4096, head_dim // 2, device="meta") for _ in range(2)]
+    options: dict[str, Any] = {"cos": angles[0], "sin": angles[1], "query": query, "block_table": table}
+    result = append_to_cache(key, value, *caches, lengths=_lengths(batch), **options)
+    assert result is not None
+    return result
+
+
+def _merge(make: Maker) -> Any:
+    from fastformer.ops.merge_attention import merge_attention
+
+    rows = make.rows(4096, 128)
+    return merge_attention(make.tensor(4, rows, 128), make.tensor(4, rows, dtype=torch.float32))
+
+
+def _rotary(make: Maker, interleaved: bool) -> Any:
+    from fastformer.ops.rotary import rotary
+
+    sequence = make.rows(1024, 8 * 128)
+    query, key = (make.tensor(2, sequence, heads, 128).transpose(1, 2) for heads in (8, 2))
+    angles = [torch.empty(sequence, 64, device="meta") for _ in range(2)]
+    return rotary(query, key, *angles, interleaved=interleaved)
+
+
+def _softmax(make: Maker, columns: int, log: bool = False, masked: bool = False, causal: bool = False) -> Tensor:
+    from fastformer.ops.softmax import log_softmax, softmax
+
+    columns = make.size(columns)
+    x = make.tensor(make.rows(4096, columns), columns)
+    mask = make.tensor(1, columns, dtype=torch.bool, requires_grad=False) if masked else None
+    return (log_softmax if log else softmax)(x, mask=mask, causal=causal)
+
+
+def _norm(make: Maker, columns: int, centered: bool, residual: bool, dropout_p: float = 0.0) -> Any:
     from fastformer.ops.normalization import layer_norm, rms_norm
 
     columns = make.size(columns)
     x = make.tensor(make.rows(4096, columns), columns)
     weight, bias = make.tensor(columns, dtype=torch.float32), make.tensor(columns, dtype=torch.float32)
     norm = partial(layer_norm, bias=bias) if centered else rms_norm
-    return norm(x, (columns,), weight, residual=make.tensor(*x.shape) if residual else None)
+    added = make.tensor(*x.shape) if residual else None
+    return norm(x, (columns,), weight, residual=added, dropout_p=dropout_p)
 
 
 def _feed_forward(make: Maker, activation: str, gated: bool) -> Tensor:
@@ -181,7 +245,7 @@ _16_BIT = ("float16", "bfloat16")
 _EVERY = tuple(DTYPES)
 _BF16 = ("bfloat16",)
 _NEVER: tuple[str, ...] = ()
-_FEATURES = ("window", "softcap", "dropout", "sinks", "alibi", "bias", "mask", "key_lengths", "packed")
+_FEATURES = ("window", "softcap", "dropout", "sinks", "alibi", "bias", "mask", "key_lengths", "packed", "relative")
 
 # For each operator its variants: the call, and the dtypes in which the regression gate watches its aligned layout.
 _CASES: dict[str, dict[str, tuple[Callable[[Maker], Any], tuple[str, ...]]]] = {
@@ -194,6 +258,8 @@ _CASES: dict[str, dict[str, tuple[Callable[[Maker], Any], tuple[str, ...]]]] = {
         "d80-value96": (partial(_attention, head_dim=80, value_dim=96), _NEVER),
         "d128-causal-grouped": (partial(_attention, head_dim=128, group=4, features=("causal",)), _NEVER),
         "d64-packed-causal": (partial(_attention, head_dim=64, features=("packed", "causal")), _NEVER),
+        "d64-deterministic": (partial(_attention, head_dim=64), _NEVER),
+        "d128-causal-deterministic": (partial(_attention, head_dim=128, features=("causal",)), _BF16),
         **{f"d64-{name}": (partial(_attention, head_dim=64, features=(name,)), _NEVER) for name in _FEATURES},
         "d128-everything": (
             partial(
@@ -205,19 +271,45 @@ _CASES: dict[str, dict[str, tuple[Callable[[Maker], Any], tuple[str, ...]]]] = {
             _NEVER,
         ),
     },
+    "decode": {
+        f"{'paged' if paged else 'contiguous'}-{queries}-group-{group}": (
+            partial(_decode, queries=queries, group=group, paged=paged),
+            _BF16 if paged and queries == 1 and group == 4 else _NEVER,
+        )
+        for paged in (False, True)
+        for queries, group in ((1, 1), (1, 4), (4, 4))
+    },
+    "append_to_cache": {
+        f"{'paged' if paged else 'contiguous'}-{tokens}": (
+            partial(_append, tokens=tokens, paged=paged),
+            _BF16 if paged and tokens == 1 else _NEVER,
+        )
+        for paged in (False, True)
+        for tokens in (1, 512)
+    },
+    "merge_attention": {"4-parts": (_merge, _BF16)},
+    "rotary": {
+        "half": (partial(_rotary, interleaved=False), _BF16),
+        "interleaved": (partial(_rotary, interleaved=True), _NEVER),
+    },
     "softmax": {
         "1024": (partial(_softmax, columns=1024), _BF16),
         "8192": (partial(_softmax, columns=8192), _NEVER),
         "65536": (partial(_softmax, columns=65536), _BF16),
+        "1024-log": (partial(_softmax, columns=1024, log=True), _NEVER),
+        "1024-masked-causal": (partial(_softmax, columns=1024, masked=True, causal=True), _NEVER),
     },
     "norm": {
         f"{'layer' if centered else 'rms'}-{columns}{'-residual' if residual else ''}": (
             partial(_norm, columns=columns, centered=centered, residual=residual),
-            _BF16 if columns == 1024 or (columns == 32768 and centered and residual) else _NEVER,
+            _BF16 if centered and (columns == 1024 or (columns == 32768 and residual)) else _NEVER,
         )
         for columns in (768, 1024, 4096, 32768)
         for centered in (True, False)
         for residual in (False, True)
+    }
+    | {
+        "layer-768-residual-dropout": (partial(_norm, columns=768, centered=True, residual=True, dropout_p=0.1), _NEVER)
     },
     "feed_forward": {
         "gelu": (partial(_feed_forward, activation="gelu", gated=False), ("float32", "bfloat16")),
