@@ -14,18 +14,21 @@ if TYPE_CHECKING:
     from fastformer.ops import (
         append_to_cache,
         attention,
+        attention_weights,
         decode_attention,
         feed_forward,
         layer_norm,
         linear_cross_entropy,
         log_softmax,
         merge_attention,
+        relative_position_bias,
         rms_norm,
         rotary,
         rotary_frequencies,
         rotary_table,
         scaled_dot_product_attention,
         softmax,
+        t5_buckets,
     )
 
 __version__ = "0.1.0"
@@ -33,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "append_to_cache",
     "attention",
+    "attention_weights",
     "backend",
     "decode_attention",
     "feed_forward",
@@ -40,12 +44,14 @@ __all__ = [
     "linear_cross_entropy",
     "log_softmax",
     "merge_attention",
+    "relative_position_bias",
     "rms_norm",
     "rotary",
     "rotary_frequencies",
     "rotary_table",
     "scaled_dot_product_attention",
     "softmax",
+    "t5_buckets",
 ]
 
 
