@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastformer.backends import backend
     from fastformer.ops import (
         attention,
+        cross_entropy,
         feed_forward,
         layer_norm,
         linear_cross_entropy,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "attention",
     "backend",
+    "cross_entropy",
     "feed_forward",
     "layer_norm",
     "linear_cross_entropy",

@@ -136,15 +136,29 @@ def rms_norm(input: torch.Tensor, weight: torch.Tensor | None, eps: float) -> to
     return x if weight is None else x * weight
 
 
-def linear_cross_entropy(
-    input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None, ignore_index: int
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    class_weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
 ) -> torch.Tensor:
-    """The loss of each row, 0 where it is ignored."""
-    logits = input.double() @ weight.double().T
-    logits = logits if bias is None else logits + bias
+    """Of rows of logits (rows, classes), in their dtype: float64 to judge, a lower one to see PyTorch's own error."""
+    classes = logits.shape[1]
+    z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    w = torch.ones(classes, dtype=z.dtype) if class_weight is None else class_weight.to(z.dtype)
     counts = target != ignore_index
-    at_target = logits.gather(1, target.where(counts, torch.zeros_like(target))[:, None]).squeeze(1)
-    return (logits.logsumexp(1) - at_target) * counts
+    column = target.where(counts, torch.zeros_like(target))
+    target_weight = w[column] * counts
+    log_probabilities = z.log_softmax(1)
+    losses = -target_weight * (1 - label_smoothing) * log_probabilities.gather(1, column[:, None]).squeeze(1)
+    losses = losses - label_smoothing / classes * (log_probabilities * w).sum(1) * counts
+    losses = losses + z_loss * target_weight * z.logsumexp(1) ** 2
+    return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / target_weight.sum()}[reduction]
 
 
 ACTIVATIONS = {
