@@ -94,6 +94,18 @@ def _architecture_of_device(index: int) -> Architecture:
     return ARCHITECTURES[f"sm_{max(older)}"]
 
 
+def multiprocessors(tensor: torch.Tensor) -> int:
+    """How many programs of one CTA each run at once on the device that holds `tensor`; a few where there is no GPU."""
+    if not tensor.is_cuda or not torch.cuda.is_available():
+        return 4
+    return _multiprocessors_of_device(tensor.device.index)
+
+
+@lru_cache
+def _multiprocessors_of_device(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def device_guard(tensor: torch.Tensor) -> torch.cuda.device:
     """Make `tensor`'s GPU current for a launch, so that a kernel runs there and on that device's current stream.
 

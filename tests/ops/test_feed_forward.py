@@ -82,7 +82,15 @@ def test_leading_dimensions_and_no_tokens(backend: str) -> None:
 def test_registration(backend: str) -> None:
     tensors = make(3, 4, 6, True, True, torch.float32)
     leaves = [t.detach().requires_grad_() for t in tensors]
-    torch.library.opcheck(torch.ops.fastformer.feed_forward.default, (*leaves, "gelu", True))
+    residual, seed = torch.randn(3, 5, requires_grad=True), torch.tensor([3, 4])
+    ops = torch.ops.fastformer
+    for stored in (True, False):
+        torch.library.opcheck(ops.feed_forward.default, (*leaves, residual, seed, "gelu", 0.2, 0.3, stored))
+    x, up, down, up_bias, _, gate, gate_bias = tensors
+    saved = (x, up, down, up_bias, gate, gate_bias, None, None, seed)
+    torch.library.opcheck(
+        ops.feed_forward_backward.default, (torch.randn(3, 5), *saved, "gelu", 0.2, 0.3, [True, False] * 3 + [True])
+    )
 
 
 def test_compiles_without_graph_break() -> None:
