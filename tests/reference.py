@@ -123,6 +123,18 @@ def dropout_keep(seed: int, offset: int, dropout_p: float, shape: tuple[int, int
     return keep.view(shape)
 
 
+def matrix_dropout_scale(
+    seed: int, offset: int, probability: float, stream: int, shape: tuple[int, int]
+) -> torch.Tensor:
+    """What dropout multiplies the elements of a matrix by: 0, or 1 / (1 - probability)."""
+    threshold = round(probability * 2**32)
+    words = [
+        [philox((column // 4, row, stream, offset % 2**32), seed)[column % 4] for column in range(shape[1])]
+        for row in range(shape[0])
+    ]
+    return (torch.tensor(words).view(shape) >= threshold).double() / (1.0 - probability)
+
+
 def layer_norm(input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     x = input.double()
     x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
@@ -180,8 +192,14 @@ def feed_forward(
     gate_weight: torch.Tensor | None,
     gate_bias: torch.Tensor | None,
     activation: str,
+    residual: torch.Tensor | None = None,
+    hidden_scale: torch.Tensor | float = 1.0,
+    output_scale: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
-    """In the dtype of its inputs: float64 to judge, a lower one to see what PyTorch's own error is."""
+    """In the dtype of its inputs: float64 to judge, a lower one to see what PyTorch's own error is.
+
+    The scales are what dropout multiplies by: 0 or 1 / (1 - p).
+    """
 
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return x @ weight.T if bias is None else x @ weight.T + bias
@@ -189,4 +207,5 @@ def feed_forward(
     act = ACTIVATIONS[activation]
     up = linear(input, up_weight, up_bias)
     hidden = act(up) if gate_weight is None else act(linear(input, gate_weight, gate_bias)) * up
-    return linear(hidden, down_weight, down_bias)
+    output = linear(hidden * hidden_scale, down_weight, down_bias) * output_scale
+    return output if residual is None else output + residual

@@ -40,7 +40,8 @@ class FeedForward(nn.Module):
         recompute: keep no pre-activations for the backward, which computes them again.
 
     Shapes: (..., hidden_size) to (..., hidden_size). The projections `up`, `down` and `gate` are `nn.Linear`; one that
-    has been replaced by another module (LoRA, quantisation) is called, so that what it adds is never lost.
+    has been replaced by another module (LoRA, quantisation) is called, so that what it adds is never lost, in unfused
+    steps that keep what PyTorch keeps for the backward, `recompute` or not.
     """
 
     def __init__(
