@@ -5,12 +5,28 @@ from __future__ import annotations
 import torch
 
 
-def softmax(input: torch.Tensor, dim: int) -> torch.Tensor:
-    x = input.double()
-    finite_maximum = x.amax(dim, keepdim=True).clamp(min=torch.finfo(torch.float64).min)
-    numerator = torch.exp(x - finite_maximum)
-    total = numerator.sum(dim, keepdim=True)
-    return torch.where(total == 0, 0.0, numerator / total)
+def softmax(
+    input: torch.Tensor,
+    dim: int,
+    *,
+    mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+    causal_offset: int | None = None,
+    log: bool = False,
+) -> torch.Tensor:
+    """In the dtype of its input: float64 to judge, a lower one to see what PyTorch's own error is."""
+    scores = input * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if causal_offset is not None:
+        last = dim % input.dim() == input.dim() - 1
+        queries, keys = input.shape[-2 if last else -1], input.shape[dim]
+        later = torch.arange(keys)[None, :] > torch.arange(queries)[:, None] + causal_offset
+        scores = scores.masked_fill(later if last else later.T, float("-inf"))
+    empty = (scores == float("-inf")).all(dim, keepdim=True)
+    function = torch.log_softmax if log else torch.softmax
+    result = function(scores.masked_fill(empty, 0.0), dim)
+    return result.masked_fill(empty | (scores == float("-inf")), float("-inf") if log else 0.0)
 
 
 def attention(
@@ -23,10 +39,13 @@ def attention(
     causal: bool = False,
     window: tuple[int | None, int | None] = (None, None),
     alignment: str = "bottom_right",
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
     softcap: float | None = None,
+    relative_bias: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    chunk: int | None = None,
+    prefix_lengths: torch.Tensor | None = None,
     keep: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     key_lengths: torch.Tensor | None = None,
@@ -35,9 +54,10 @@ def attention(
 
     `keep` says which weights dropout keeps. Returns the output and the log-sum-exp.
     """
-    if key_lengths is not None:
+    if key_lengths is not None or prefix_lengths is not None:
+        lengths = [key.shape[2]] * len(query) if key_lengths is None else key_lengths.tolist()
         parts = [
-            attention(
+            _attention(
                 query[b : b + 1],
                 key[b : b + 1, :, :length],
                 value[b : b + 1, :, :length],
@@ -48,23 +68,72 @@ def attention(
                 alignment=alignment,
                 scale=scale,
                 softcap=softcap,
+                relative_bias=relative_bias,
                 alibi_slopes=alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b],
                 sinks=sinks,
+                chunk=chunk,
+                prefix=0 if prefix_lengths is None else int(prefix_lengths[b]),
                 keep=_cut(keep, b, length),
                 dropout_p=dropout_p,
             )
-            for b, length in enumerate(key_lengths.tolist())
+            for b, length in enumerate(lengths)
         ]
         return torch.cat([output for output, _ in parts]), torch.cat([lse for _, lse in parts])
+    return _attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        window=window,
+        alignment=alignment,
+        scale=scale,
+        softcap=softcap,
+        relative_bias=relative_bias,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        chunk=chunk,
+        prefix=0,
+        keep=keep,
+        dropout_p=dropout_p,
+    )
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    causal: bool,
+    window: tuple[int | None, int | None],
+    alignment: str,
+    scale: float | torch.Tensor | None,
+    softcap: float | None,
+    relative_bias: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    chunk: int | None,
+    prefix: int,
+    keep: torch.Tensor | None,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences of one length."""
     queries, keys, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = query @ key.transpose(-1, -2) * (scale[:, None, None] if isinstance(scale, torch.Tensor) else scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     offset = keys - queries if alignment == "bottom_right" else 0
     distance = torch.arange(keys)[None, :] - (torch.arange(queries)[:, None] + offset)
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(scores.dtype)[..., None, None] * distance.abs()
+    if relative_bias is not None:
+        reach = relative_bias.shape[1] // 2
+        scores = scores + relative_bias[:, distance.clamp(-reach, reach) + reach]
     if bias is not None:
         scores = scores + bias
     allowed = torch.ones(queries, keys, dtype=torch.bool) if mask is None else mask
@@ -74,7 +143,10 @@ def attention(
     if left is not None:
         allowed = allowed & (distance >= -left)
     if right is not None:
-        allowed = allowed & (distance <= right)
+        allowed = allowed & ((distance <= right) | (torch.arange(keys) < prefix))
+    if chunk is not None:
+        key_position = torch.arange(keys)[None, :]
+        allowed = allowed & (key_position // chunk == (key_position - distance) // chunk)
     scores = scores.masked_fill(~allowed, float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)], -1)
@@ -123,16 +195,14 @@ def dropout_keep(seed: int, offset: int, dropout_p: float, shape: tuple[int, int
     return keep.view(shape)
 
 
-def matrix_dropout_scale(
-    seed: int, offset: int, probability: float, stream: int, shape: tuple[int, int]
-) -> torch.Tensor:
-    """What dropout multiplies the elements of a matrix by: 0, or 1 / (1 - probability)."""
-    threshold = round(probability * 2**32)
+def matrix_dropout_keep(seed: int, offset: int, dropout_p: float, rows: int, columns: int) -> torch.Tensor:
+    """Which elements of a (rows, columns) matrix dropout keeps."""
+    threshold = round(dropout_p * 2**32)
     words = [
-        [philox((column // 4, row, stream, offset % 2**32), seed)[column % 4] for column in range(shape[1])]
-        for row in range(shape[0])
+        [philox((c // 4, row % 2**32, row >> 32, offset % 2**32), seed)[c % 4] for c in range(columns)]
+        for row in range(rows)
     ]
-    return (torch.tensor(words).view(shape) >= threshold).double() / (1.0 - probability)
+    return torch.tensor(words) >= threshold
 
 
 def layer_norm(input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -146,6 +216,17 @@ def rms_norm(input: torch.Tensor, weight: torch.Tensor | None, eps: float) -> to
     x = input.double()
     x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
     return x if weight is None else x * weight
+
+
+def rotary(input: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """`input` (..., tokens, head_dim) as complex pairs times e^(i angle); `angles` (..., tokens, pairs) float64."""
+    pairs = angles.shape[-1]
+    turning, rest = input[..., : 2 * pairs].double(), input[..., 2 * pairs :].double()
+    pairwise = turning.unflatten(-1, (pairs, 2)) if interleaved else turning.unflatten(-1, (2, pairs)).mT
+    turned = torch.complex(pairwise[..., 0], pairwise[..., 1]) * torch.polar(torch.ones_like(angles), angles)
+    turned = torch.view_as_real(turned)
+    turned = turned.flatten(-2) if interleaved else turned.mT.flatten(-2)
+    return torch.cat([turned, rest], -1)
 
 
 def cross_entropy(

@@ -1,12 +1,24 @@
-"""Modules on Fastformer's operators: drop-in twins of torch.nn's, with its constructors, state_dicts and forwards."""
+"""Modules on Fastformer's operators: drop-in twins of torch.nn's, with its constructors, state_dicts and forwards.
 
-from fastformer.nn.attention import MultiheadAttention
+Every other name is torch.nn's: ``from fastformer import nn`` serves model code in place of ``from torch import nn``,
+and ``import fastformer.nn.functional as F`` in place of ``import torch.nn.functional as F``. Submodules that torch.nn
+alone has (`nn.init`, `nn.utils`) are attributes here, not to be named in an import statement.
+"""
+
+from typing import Any
+
+import torch
+
+from fastformer.nn import functional
 from fastformer.nn.cross_entropy import CrossEntropyLoss, LinearCrossEntropy, LinearCrossEntropyLoss
 from fastformer.nn.feed_forward import FeedForward
+from fastformer.nn.multihead_attention import MultiheadAttention
 from fastformer.nn.normalization import LayerNorm, RMSNorm
 from fastformer.nn.packing import DenseLayout, Packing, packed_positions
-from fastformer.nn.softmax import Softmax
-from fastformer.nn.transformer import TransformerEncoder, TransformerEncoderLayer
+from fastformer.nn.rotary import RotaryEmbedding
+from fastformer.nn.softmax import LogSoftmax, Softmax
+from fastformer.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
+from fastformer.nn.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "CrossEntropyLoss",
@@ -15,11 +27,29 @@ __all__ = [
     "LayerNorm",
     "LinearCrossEntropy",
     "LinearCrossEntropyLoss",
+    "LogSoftmax",
     "MultiheadAttention",
     "Packing",
     "RMSNorm",
+    "RotaryEmbedding",
     "Softmax",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "functional",
     "packed_positions",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What Fastformer has no twin of is torch.nn's own: `nn.Module`, `nn.Linear`, `nn.Parameter`, `nn.init`."""
+    try:
+        return getattr(torch.nn, name)
+    except AttributeError:
+        raise AttributeError(f"neither 'fastformer.nn' nor 'torch.nn' has an attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(torch.nn)})

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastformer.ops.dropout import check_probability
+from fastformer.ops.dropout import check_dropout_p
 from fastformer.ops.feed_forward import feed_forward
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -61,8 +62,8 @@ class FeedForward(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-        check_probability("hidden_dropout", hidden_dropout)
-        check_probability("dropout", dropout)
+        check_dropout_p(hidden_dropout, "hidden_dropout")
+        check_dropout_p(dropout, "dropout")
         factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.activation = activation
         self.hidden_dropout = hidden_dropout
@@ -101,5 +102,15 @@ class FeedForward(nn.Module):
 
 
 def is_plain_linear(*modules: nn.Module) -> bool:
-    """Whether each module computes exactly ``x @ weight^T + bias``, so that an operator may read its parameters."""
-    return all(type(module) is nn.Linear for module in modules)
+    """Whether calling each module is exactly ``x @ weight^T + bias``, so that an operator may read its parameters.
+
+    It is not where the module is of another class (LoRA, quantisation, `torch.nn.utils.parametrize`), has hooks (weight
+    norm, pruning) or a forward of its own (offloading), or where its weight is a tensor subclass (DTensor).
+    """
+    return all(is_plain(module, nn.Linear) and not is_traceable_wrapper_subclass(module.weight) for module in modules)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` runs the forward of `kind` and nothing else."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return type(module) is kind and "forward" not in vars(module) and not any(hooks)

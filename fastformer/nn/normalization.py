@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Literal, overload
 
 import torch
+from torch import Tensor
 
 from fastformer.ops.normalization import layer_norm, rms_norm
 
@@ -13,37 +14,115 @@ class LayerNorm(torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` on Fastformer's operator: same constructor, state_dict and forward, and a fused residual."""
 
     @overload
-    def forward(self, input: torch.Tensor, residual: None = None) -> torch.Tensor: ...
-    @overload
-    def forward(self, input: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
     def forward(
-        self, input: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Normalise `input`; with `residual` (same shape) return the normalised sum of the two, and the sum."""
-        if residual is None:
-            return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-        input, residual = _promoted(input, residual)
-        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, residual=residual)
+        self,
+        input: Tensor,
+        residual: None = None,
+        *,
+        input_bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        return_sum: bool = True,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor,
+        *,
+        input_bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        return_sum: Literal[True] = True,
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor,
+        *,
+        input_bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        return_sum: Literal[False],
+    ) -> Tensor: ...
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        input_bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        return_sum: bool = True,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalise ``residual + dropout(input + input_bias)``, each part only if it is given.
+
+        Args:
+            input, residual: of one shape, ending in `normalized_shape`.
+            input_bias: of `normalized_shape`, the bias of the projection that produced `input`.
+            dropout_p: probability of dropping an element, applied in training and evaluation alike.
+            return_sum: with `residual`, return the pair (normalised, sum); otherwise the normalised value only.
+        """
+        return layer_norm(
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            residual=residual,  # type: ignore[arg-type]
+            input_bias=input_bias,
+            dropout_p=dropout_p,
+            return_sum=return_sum,
+        )
 
 
 class RMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` on Fastformer's operator: same constructor, state_dict and forward, and a fused residual."""
 
     @overload
-    def forward(self, input: torch.Tensor, residual: None = None) -> torch.Tensor: ...
-    @overload
-    def forward(self, input: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
     def forward(
-        self, input: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Normalise `input`; with `residual` (same shape) return the normalised sum of the two, and the sum."""
-        if residual is None:
-            return rms_norm(input, self.normalized_shape, self.weight, self.eps)
-        input, residual = _promoted(input, residual)
-        return rms_norm(input, self.normalized_shape, self.weight, self.eps, residual=residual)
-
-
-def _promoted(input: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in the dtype of their sum: under autocast a block's output is narrower than its input."""
-    dtype = torch.promote_types(input.dtype, residual.dtype)
-    return input.to(dtype), residual.to(dtype)
+        self,
+        input: Tensor,
+        residual: None = None,
+        *,
+        input_bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        return_sum: bool = True,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor,
+        *,
+        input_bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        return_sum: Literal[True] = True,
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor,
+        *,
+        input_bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        return_sum: Literal[False],
+    ) -> Tensor: ...
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        input_bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        return_sum: bool = True,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalise ``residual + dropout(input + input_bias)``; arguments and result as in `LayerNorm.forward`."""
+        return rms_norm(
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.eps,
+            residual=residual,  # type: ignore[arg-type]
+            input_bias=input_bias,
+            dropout_p=dropout_p,
+            return_sum=return_sum,
+        )

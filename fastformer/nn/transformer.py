@@ -1,136 +1,46 @@
-"""The encoder of "Attention Is All You Need" with torch.nn's names."""
+"""The Transformer of "Attention Is All You Need" with torch.nn's names: stacks of layers, and encoder with decoder."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastformer.nn.attention import MultiheadAttention
-from fastformer.nn.feed_forward import ACTIVATIONS, Activation, is_plain_linear
+from fastformer.nn.feed_forward import Activation
 from fastformer.nn.normalization import LayerNorm
-from fastformer.ops.feed_forward import feed_forward
+from fastformer.nn.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
 
-class TransformerEncoderLayer(nn.Module):
-    """`torch.nn.TransformerEncoderLayer` on Fastformer's operators: same constructor, state_dict and forward.
+class TransformerEncoder(nn.TransformerEncoder):
+    """`torch.nn.TransformerEncoder`: a stack of clones of one layer. Same constructor, state_dict, forward and outputs.
 
-    Args:
-        d_model: features of the input.
-        nhead: attention heads.
-        dim_feedforward: features between the two feed-forward projections.
-        dropout: of attention weights, activations and both blocks' outputs, in training.
-        activation: "relu", "gelu" or any callable. ReLU, GELU (either form) and SiLU run fused into the projections;
-            another callable, or dropout between the projections, runs as separate steps.
-        layer_norm_eps: of both norms.
-        batch_first: (batch, sequence, d_model) instead of (sequence, batch, d_model).
-        norm_first: normalise before each block instead of after.
-        bias: of projections and norms.
-        device, dtype: of the parameters.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: str | Activation = F.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        self.self_attn = MultiheadAttention(d_model, nhead, dropout=dropout, batch_first=batch_first, **factory)
-        self.linear1 = nn.Linear(d_model, dim_feedforward, **factory)
-        self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, d_model, **factory)
-        self.norm_first = norm_first
-        self.norm1 = LayerNorm(d_model, eps=layer_norm_eps, **factory)
-        self.norm2 = LayerNorm(d_model, eps=layer_norm_eps, **factory)
-        self.dropout1 = nn.Dropout(dropout)
-        self.dropout2 = nn.Dropout(dropout)
-        self.activation = _activation(activation)
-
-    def forward(
-        self,
-        src: torch.Tensor,
-        src_mask: torch.Tensor | None = None,
-        src_key_padding_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-    ) -> torch.Tensor:
-        """Encode.
-
-        Args:
-            src: (sequence, batch, d_model), (batch, sequence, d_model) if `batch_first`, or (sequence, d_model).
-            src_mask: (sequence, sequence) or (batch * nhead, sequence, sequence); boolean, True = may not attend, or
-                floating, added to the scores.
-            src_key_padding_mask: (batch, sequence); boolean, True = padding, or floating.
-            is_causal: nobody attends to later positions, whether `src_mask` says so too or not.
-
-        Returns:
-            The same shape as `src`.
-        """
-        if self.norm_first:
-            attended = self._attend(self.norm1(src), src_mask, src_key_padding_mask, is_causal)
-            normalised, src = self.norm2(attended, residual=src)
-            return src + self._feed_forward(normalised)
-        attended = self._attend(src, src_mask, src_key_padding_mask, is_causal)
-        src, _ = self.norm1(attended, residual=src)
-        src, _ = self.norm2(self._feed_forward(src), residual=src)
-        return src
-
-    def _attend(
-        self,
-        src: torch.Tensor,
-        mask: torch.Tensor | None,
-        key_padding_mask: torch.Tensor | None,
-        is_causal: bool,
-    ) -> torch.Tensor:
-        output, _ = self.self_attn(src, src, src, key_padding_mask, False, mask, is_causal=is_causal)
-        return self.dropout1(output)
-
-    def _feed_forward(self, src: torch.Tensor) -> torch.Tensor:
-        name = _fused_name(self.activation)
-        drops = self.training and self.dropout.p > 0.0
-        if name is None or drops or not is_plain_linear(self.linear1, self.linear2):
-            return self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(src)))))
-        up, down = self.linear1, self.linear2
-        return self.dropout2(feed_forward(src, up.weight, down.weight, up.bias, down.bias, activation=name))
-
-
-class TransformerEncoder(nn.Module):
-    """`torch.nn.TransformerEncoder`: a stack of clones of one layer. Same constructor, state_dict and forward.
+    Where it differs: PyTorch's, in evaluation without gradients, sets the output at padding to zero; here it is the
+    same in training and evaluation, undefined at padding. Nested tensors are neither made nor taken.
 
     Args:
         encoder_layer: the layer to clone; the clones start with equal parameters.
         num_layers: how many.
         norm: applied to the last layer's output.
-        enable_nested_tensor, mask_check: accepted as in PyTorch. They permit a faster way through padding there, which
-            zeroes the output at padding in evaluation; here padding is always masked and its output is undefined.
+        enable_nested_tensor, mask_check: accepted as in PyTorch, where they permit and guard nested tensors.
+
+    >>> layer = fastformer.nn.TransformerEncoderLayer(d_model=64, nhead=8)
+    >>> fastformer.nn.TransformerEncoder(layer, num_layers=2)(torch.randn(10, 2, 64)).shape
+    torch.Size([10, 2, 64])
     """
 
     def __init__(
         self,
-        encoder_layer: nn.Module,
+        encoder_layer: nn.TransformerEncoderLayer,
         num_layers: int,
         norm: nn.Module | None = None,
         enable_nested_tensor: bool = True,
         mask_check: bool = True,
     ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(copy.deepcopy(encoder_layer) for _ in range(num_layers))
-        self.num_layers = num_layers
-        self.norm = norm
+        # PyTorch warns where a layer keeps it from making nested tensors, as every layer would here.
+        super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
         self.enable_nested_tensor = enable_nested_tensor
-        self.mask_check = mask_check
 
     def forward(
         self,
@@ -142,27 +52,163 @@ class TransformerEncoder(nn.Module):
         """Encode `src`; masks as in `TransformerEncoderLayer`, for every layer.
 
         ``is_causal=None`` means False: a causal `mask` is applied as the mask it is. (PyTorch compares it with a causal
-        one, which waits for the GPU.)
+        one, which waits for the GPU and breaks a compiled graph.)
         """
         for layer in self.layers:
             src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=bool(is_causal))
         return src if self.norm is None else self.norm(src)
 
 
-def _activation(activation: str | Activation) -> Activation:
-    if not isinstance(activation, str):
-        return activation
-    if activation not in ("relu", "gelu"):
-        raise ValueError(f"activation must be 'relu', 'gelu' or a callable; got {activation!r}")
-    return ACTIVATIONS[activation]
+class TransformerDecoder(nn.TransformerDecoder):
+    """`torch.nn.TransformerDecoder`: a stack of clones of one layer. Same constructor, state_dict, forward and outputs.
+
+    Args:
+        decoder_layer: the layer to clone; the clones start with equal parameters.
+        num_layers: how many.
+        norm: applied to the last layer's output.
+
+    >>> layer = fastformer.nn.TransformerDecoderLayer(d_model=64, nhead=8)
+    >>> decoder = fastformer.nn.TransformerDecoder(layer, num_layers=2)
+    >>> decoder(torch.randn(7, 2, 64), torch.randn(10, 2, 64), tgt_is_causal=True).shape
+    torch.Size([7, 2, 64])
+    """
+
+    def forward(
+        self,
+        tgt: torch.Tensor,
+        memory: torch.Tensor,
+        tgt_mask: torch.Tensor | None = None,
+        memory_mask: torch.Tensor | None = None,
+        tgt_key_padding_mask: torch.Tensor | None = None,
+        memory_key_padding_mask: torch.Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Decode `tgt`; arguments as in `TransformerDecoderLayer`, for every layer.
+
+        ``tgt_is_causal=None`` means False: a causal `tgt_mask` is applied as the mask it is.
+        """
+        for layer in self.layers:
+            tgt = layer(
+                tgt,
+                memory,
+                tgt_mask=tgt_mask,
+                memory_mask=memory_mask,
+                tgt_key_padding_mask=tgt_key_padding_mask,
+                memory_key_padding_mask=memory_key_padding_mask,
+                tgt_is_causal=bool(tgt_is_causal),
+                memory_is_causal=memory_is_causal,
+            )
+        return tgt if self.norm is None else self.norm(tgt)
 
 
-def _fused_name(activation: Activation) -> str | None:
-    """The operator's name for `activation`, or None if it has none."""
-    if isinstance(activation, nn.GELU):
-        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
-    if isinstance(activation, nn.ReLU):
-        return "relu"
-    if isinstance(activation, nn.SiLU):
-        return "silu"
-    return next((name for name, function in ACTIVATIONS.items() if function is activation), None)
+class Transformer(nn.Transformer):
+    """`torch.nn.Transformer` on Fastformer's operators: same constructor, state_dict, forward and outputs.
+
+    An encoder and a decoder (Vaswani et al. 2017), each with a final norm. What PyTorch answers with NaN, a target
+    whose source is all padding, stays finite: attention to nothing adds zero.
+
+    Args:
+        d_model: features of source and target.
+        nhead: attention heads.
+        num_encoder_layers, num_decoder_layers: how many layers of each kind.
+        dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias: as in
+            `TransformerEncoderLayer`, for all layers.
+        custom_encoder, custom_decoder: called in place of those described by the other arguments.
+        device, dtype: of the parameters.
+
+    >>> model = fastformer.nn.Transformer(d_model=64, nhead=8, num_encoder_layers=2, num_decoder_layers=2)
+    >>> source, target = torch.randn(10, 2, 64), torch.randn(7, 2, 64)
+    >>> model(source, target, tgt_mask=model.generate_square_subsequent_mask(7), tgt_is_causal=True).shape
+    torch.Size([7, 2, 64])
+    """
+
+    def __init__(
+        self,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Activation = F.relu,
+        custom_encoder: Any | None = None,
+        custom_decoder: Any | None = None,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        layer = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first)
+        if custom_encoder is None:
+            custom_encoder = TransformerEncoder(
+                TransformerEncoderLayer(*layer, **factory),
+                num_encoder_layers,
+                LayerNorm(d_model, eps=layer_norm_eps, **factory),
+            )
+        if custom_decoder is None:
+            custom_decoder = TransformerDecoder(
+                TransformerDecoderLayer(*layer, **factory),
+                num_decoder_layers,
+                LayerNorm(d_model, eps=layer_norm_eps, **factory),
+            )
+        super().__init__(
+            d_model, nhead, custom_encoder=custom_encoder, custom_decoder=custom_decoder, batch_first=batch_first
+        )
+
+    def forward(
+        self,
+        src: torch.Tensor,
+        tgt: torch.Tensor,
+        src_mask: torch.Tensor | None = None,
+        tgt_mask: torch.Tensor | None = None,
+        memory_mask: torch.Tensor | None = None,
+        src_key_padding_mask: torch.Tensor | None = None,
+        tgt_key_padding_mask: torch.Tensor | None = None,
+        memory_key_padding_mask: torch.Tensor | None = None,
+        src_is_causal: bool | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Encode `src` and decode `tgt`.
+
+        Args:
+            src: (source, batch, d_model), (batch, source, d_model) if `batch_first`, or (source, d_model).
+            tgt: likewise with the target's length.
+            src_mask: (source, source) or (batch * nhead, source, source); boolean, True = may not attend, or floating,
+                added to the scores.
+            tgt_mask, memory_mask: likewise, (target, target) and (target, source).
+            src_key_padding_mask: (batch, source), unbatched (source,); boolean, True = padding, or floating.
+            tgt_key_padding_mask, memory_key_padding_mask: likewise, (batch, target) and (batch, source).
+            src_is_causal, tgt_is_causal, memory_is_causal: nobody attends to later positions, counted from the first,
+                whether the mask says so too or not. Told so, attention leaves out the work.
+
+        Returns:
+            The same shape as `tgt`.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what is accepted.
+        """
+        batch_dim = 0 if self.batch_first else 1
+        if src.dim() == 3 and tgt.dim() == 3 and src.shape[batch_dim] != tgt.shape[batch_dim]:
+            raise ValueError(
+                f"src and tgt must have the same batch size, dimension {batch_dim}; got shapes {tuple(src.shape)} and "
+                f"{tuple(tgt.shape)}"
+            )
+        for name, tensor in (("src", src), ("tgt", tgt)):
+            if tensor.shape[-1] != self.d_model:
+                raise ValueError(f"{name} must have d_model = {self.d_model} features; got shape {tuple(tensor.shape)}")
+        memory = self.encoder(src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal)
+        return self.decoder(
+            tgt,
+            memory,
+            tgt_mask=tgt_mask,
+            memory_mask=memory_mask,
+            tgt_key_padding_mask=tgt_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask,
+            tgt_is_causal=tgt_is_causal,
+            memory_is_causal=memory_is_causal,
+        )

@@ -29,7 +29,7 @@ def dropout_keep(
         (r, m, n) boolean, True where the weight is kept.
     """
     counters = (keys // 4, queries[:, None], rows[:, None, None], torch.tensor(offset & _WORD, device=keys.device))
-    words = torch.stack(torch.broadcast_tensors(*philox(seed, counters)), dim=-1)
+    words = torch.stack(torch.broadcast_tensors(*_philox(seed, counters)), dim=-1)
     lane = (keys % 4).expand(words.shape[:-1])[..., None]
     return words.gather(-1, lane).squeeze(-1) >= dropout_threshold(dropout_p)
 
@@ -39,8 +39,7 @@ def dropout_threshold(dropout_p: float) -> int:
     return min(round(dropout_p * 2**32), _WORD)
 
 
-def philox(seed: int | torch.Tensor, counters: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The four words drawn for each of the broadcast counters, int64 with 32 bits set."""
+def _philox(seed: int, counters: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     c0, c1, c2, c3 = counters
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):

@@ -30,3 +30,10 @@ def to_autocast_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor is None or tensor.device.type == "cpu" or not torch.is_autocast_enabled(tensor.device.type):
         return tensor
     return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def autocast_float32_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that `to_autocast_float32` gives to a floating `tensor`, for an operator that converts as it reads."""
+    if tensor.device.type == "cpu" or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor.dtype
+    return torch.float32

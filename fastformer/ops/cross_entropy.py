@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
@@ -34,11 +35,12 @@ def cross_entropy(
     softcap: float | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """Cross-entropy, as `torch.nn.functional.cross_entropy` of class indices, with z-loss and softcap.
+    """Cross-entropy, as `torch.nn.functional.cross_entropy`, with z-loss and softcap.
 
     Args:
         input: logits (classes,), (N, classes) or (N, classes, ...): float32, float16 or bfloat16, any strides.
-        target: int64 classes, of input's shape without `classes`.
+        target: int64 classes, of input's shape without `classes`. Class probabilities, of input's shape, are left to
+            PyTorch's own operator, and only with PyTorch's own options.
         weight: (classes,) floating, how much each class counts, also in the mean: the weighted losses' sum is divided
             by the sum of the targets' weights.
         size_average, reduce: PyTorch's deprecated names for `reduction`.
@@ -55,14 +57,18 @@ def cross_entropy(
         float32.
 
     Raises:
-        TypeError, ValueError: naming the argument; class-probability targets are not supported. IndexError: a target
-            is no class (on a CPU; on a GPU, where looking would stall it, its loss is NaN).
+        TypeError, ValueError: naming the argument. IndexError: a target is no class (on a CPU; on a GPU, where looking
+            would stall it, its loss is NaN).
 
     >>> fastformer.cross_entropy(torch.zeros(3, 8), torch.tensor([0, 5, -100]))
     tensor(2.0794)
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    if target.is_floating_point():
+        if z_loss or softcap is not None or inplace:
+            raise TypeError("z_loss, softcap and inplace need a target of int64 classes; got class probabilities")
+        return F.cross_entropy(input, target, weight, reduction=reduction, label_smoothing=label_smoothing)
     _check(input, target, weight, inplace)
     options = checked_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
     logits = input if input.dim() > 1 else input[None]
@@ -85,11 +91,6 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) 
     check_floating("input", input)
     if input.dim() == 0:
         raise ValueError("input must be logits (classes,), (N, classes) or (N, classes, ...); got a scalar")
-    if target.is_floating_point():
-        raise TypeError(
-            f"target must be int64 classes; got {target.dtype}: for class probabilities use "
-            "torch.nn.functional.cross_entropy"
-        )
     check_target("target", target, tuple(input.shape[:1] + input.shape[2:]) if input.dim() > 1 else (), input)
     if weight is not None:
         check_class_weight("weight", weight, input.shape[min(1, input.dim() - 1)], input)

@@ -1,7 +1,7 @@
-"""Dropout of the elements of a matrix, drawn from a counter, so that the backward draws the same mask again.
+"""Dropout of a matrix's elements, regenerated anywhere: Philox-4x32-10 as a pure function of row and column.
 
-The mask is a function of (seed, offset, stream, row, column) alone, the same as the Triton kernels': Philox-4x32-10
-(Salmon et al., SC 2011) of (column // 4, row, stream, offset), whose four words serve four neighbouring columns.
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The four words drawn for one counter serve four
+neighbouring columns. The Triton kernels draw the same words.
 """
 
 from __future__ import annotations
@@ -9,42 +9,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastformer.ops.attention_dropout import dropout_threshold, philox
+_WORD = 0xFFFFFFFF
+_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
+_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+# Counters drawn together: few enough that every intermediate stays in a CPU core's cache.
+_CHUNK = 16384
 
-# Elements whose 64-bit words are in the cache together.
-_CACHED_ELEMENTS = 1 << 17
 
-
-def check_probability(name: str, probability: float) -> None:
-    """Raise ValueError unless `probability` is in [0, 1)."""
-    if not 0.0 <= probability < 1.0:
-        raise ValueError(f"{name} must be in [0, 1); got {probability}")
+def check_dropout_p(dropout_p: float, name: str = "dropout_p") -> None:
+    """Raise ValueError, naming the argument, unless `dropout_p` is a probability below one."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{name} must be in [0, 1); got {dropout_p}")
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A fresh seed and offset, (2,) int64, from PyTorch's generator: no synchronisation, capturable in a graph."""
+    """A fresh seed and offset from PyTorch's generator, on the device: no synchronisation, capturable in a graph."""
     return torch.randint(0, 2**63 - 1, (2,), device=device, dtype=torch.int64)
 
 
-def drop_(matrix: Tensor, probability: float, seed: Tensor, stream: int) -> Tensor:
-    """Drop elements of `matrix` (rows, columns) in place, and scale the others by ``1 / (1 - probability)``.
+def dropout_threshold(dropout_p: float) -> int:
+    """The 32-bit word below which an element is dropped."""
+    return min(round(dropout_p * 2**32), _WORD)
+
+
+def apply_dropout_(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
+    """Drop elements of `input` (rows, columns), floating, in place, and scale those kept by ``1 / (1 - dropout_p)``.
 
     Args:
-        seed: as `draw_seed` returns it.
-        stream: tells apart the dropouts that share a seed.
+        seed: (2,) int64, seed and offset.
+        dropout_p: probability that an element is dropped.
     """
-    rows, columns = matrix.shape
-    step = max(1, _CACHED_ELEMENTS // max(1, columns))
+    rows, columns = input.shape
+    counters = torch.arange((columns + 3) // 4, device=input.device)
+    step = max(1, _CHUNK // max(1, counters.shape[0]))
     for start in range(0, rows, step):
-        chunk = matrix[start : start + step]
-        chunk.masked_fill_(~_keep(start, chunk.shape, probability, seed, stream), 0.0)
-    return matrix.mul_(1.0 / (1.0 - probability))
+        chunk = input[start : start + step]
+        row = torch.arange(start, start + chunk.shape[0], device=input.device)[:, None]
+        words = torch.stack(_philox(seed[0], (counters, row & _WORD, row >> 32, seed[1] & _WORD)), dim=-1)
+        chunk.masked_fill_(words.flatten(1)[:, :columns] < dropout_threshold(dropout_p), 0.0)
+        chunk.mul_(1.0 / (1.0 - dropout_p))
+    return input
 
 
-def _keep(first_row: int, shape: torch.Size, probability: float, seed: Tensor, stream: int) -> Tensor:
-    rows, columns = shape
-    group = torch.arange((columns + 3) // 4, device=seed.device)
-    row = torch.arange(first_row, first_row + rows, device=seed.device)[:, None]
-    counters = (group, row, torch.full_like(group[:1], stream), seed[1] & 0xFFFFFFFF)
-    words = torch.stack(torch.broadcast_tensors(*philox(seed[0], counters)), dim=-1)
-    return words.view(rows, -1)[:, :columns] >= dropout_threshold(probability)
+def _philox(seed: Tensor, counters: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    c0, c1, c2, c3 = counters
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        # int64 products wrap modulo 2**64, which leaves both 32-bit halves intact.
+        product_a, product_b = c0 * _ROUND_A, c2 * _ROUND_B
+        c0, c2 = ((product_b >> 32) & _WORD) ^ c1 ^ k0, ((product_a >> 32) & _WORD) ^ c3 ^ k1
+        c1, c3 = product_b & _WORD, product_a & _WORD
+        k0, k1 = (k0 + _KEY_A) & _WORD, (k1 + _KEY_B) & _WORD
+    return c0, c1, c2, c3

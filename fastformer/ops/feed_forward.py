@@ -12,12 +12,10 @@ from torch import Tensor
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import to_autocast_dtype
 from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
-from fastformer.ops.dropout import check_probability, draw_seed, drop_
+from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropout_threshold
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "squared_relu", "identity")
 _GELU_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
-# The two dropouts share a seed.
-_HIDDEN_STREAM, _OUTPUT_STREAM = 0, 1
 
 
 def feed_forward(
@@ -76,8 +74,8 @@ def feed_forward(
     up_bias, down_bias = to_autocast_dtype(up_bias), to_autocast_dtype(down_bias)
     gate_weight, gate_bias = to_autocast_dtype(gate_weight), to_autocast_dtype(gate_bias)
     _check(input, up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias, activation)
-    check_probability("hidden_dropout_p", hidden_dropout_p)
-    check_probability("output_dropout_p", output_dropout_p)
+    check_dropout_p(hidden_dropout_p, "hidden_dropout_p")
+    check_dropout_p(output_dropout_p, "output_dropout_p")
     output_shape = (*input.shape[:-1], down_weight.shape[0])
     if residual is not None:
         check_floating("residual", residual)
@@ -95,7 +93,8 @@ def feed_forward(
         gate_weight,
         gate_bias,
         None if residual is None else residual.reshape(tokens, down_weight.shape[0]),
-        draw_seed(input.device) if hidden_dropout_p or output_dropout_p else None,
+        draw_seed(input.device) if hidden_dropout_p else None,
+        draw_seed(input.device) if output_dropout_p else None,
         activation,
         hidden_dropout_p,
         output_dropout_p,
@@ -148,7 +147,8 @@ def _feed_forward(
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
     residual: Tensor | None,
-    seed: Tensor | None,
+    hidden_seed: Tensor | None,
+    output_seed: Tensor | None,
     activation: str,
     hidden_dropout_p: float,
     output_dropout_p: float,
@@ -159,17 +159,17 @@ def _feed_forward(
     if _runs_kernel(input, up_weight, down_weight):
         from fastformer_kernels.feed_forward import hidden_forward, output_forward
 
-        dropout = _kernel_dropout(hidden_dropout_p, seed, _HIDDEN_STREAM)
+        dropout = _kernel_dropout(hidden_seed, hidden_dropout_p)
         hidden, up, gate = hidden_forward(*projections, activation, dropout, store_pre_activations)
-        dropout = _kernel_dropout(output_dropout_p, seed, _OUTPUT_STREAM)
+        dropout = _kernel_dropout(output_seed, output_dropout_p)
         output = output_forward(hidden, down_weight, down_bias, residual, dropout)
     else:
         hidden, up, gate = _hidden_forward_torch(*projections, activation, store_pre_activations)
-        if seed is not None and hidden_dropout_p:
-            drop_(hidden, hidden_dropout_p, seed, _HIDDEN_STREAM)
+        if hidden_seed is not None:
+            apply_dropout_(hidden, hidden_seed, hidden_dropout_p)
         output = F.linear(hidden, down_weight, down_bias)
-        if seed is not None and output_dropout_p:
-            drop_(output, output_dropout_p, seed, _OUTPUT_STREAM)
+        if output_seed is not None:
+            apply_dropout_(output, output_seed, output_dropout_p)
         if residual is not None:
             output = (output + residual).contiguous()
     empty = input.new_empty
@@ -186,7 +186,8 @@ def _(
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
     residual: Tensor | None,
-    seed: Tensor | None,
+    hidden_seed: Tensor | None,
+    output_seed: Tensor | None,
     activation: str,
     hidden_dropout_p: float,
     output_dropout_p: float,
@@ -212,7 +213,8 @@ def _feed_forward_backward(
     gate_bias: Tensor | None,
     up: Tensor | None,
     gate: Tensor | None,
-    seed: Tensor | None,
+    hidden_seed: Tensor | None,
+    output_seed: Tensor | None,
     activation: str,
     hidden_dropout_p: float,
     output_dropout_p: float,
@@ -227,12 +229,12 @@ def _feed_forward_backward(
     if up is None and (needs_pre_activations or needs_down):
         up = F.linear(input, up_weight, up_bias)
         gate = None if gate_weight is None else F.linear(input, gate_weight, gate_bias)
-    grad_product = _product_gradient(grad_output, input, output_dropout_p, seed)
+    grad_product = _product_gradient(grad_output, input, output_seed, output_dropout_p)
     grad_up = grad_gate = grad_input = grad_down = None
     if up is not None and needs_pre_activations and _runs_kernel(input, up_weight, down_weight):
         from fastformer_kernels.feed_forward import hidden_backward
 
-        dropout = _kernel_dropout(hidden_dropout_p, seed, _HIDDEN_STREAM)
+        dropout = _kernel_dropout(hidden_seed, hidden_dropout_p)
         grad_up, grad_gate, hidden = hidden_backward(
             grad_product, down_weight, up, gate, activation, dropout, needs_down
         )
@@ -242,14 +244,14 @@ def _feed_forward_backward(
         # The hidden layer is gone before the gradients of the pre-activations are there: never three of that size.
         if needs_down:
             hidden = _hidden_torch(up, gate, activation)
-            if seed is not None and hidden_dropout_p:
-                drop_(hidden, hidden_dropout_p, seed, _HIDDEN_STREAM)
+            if hidden_seed is not None:
+                apply_dropout_(hidden, hidden_seed, hidden_dropout_p)
             grad_down = _weight_gradient(grad_product, hidden)
             del hidden
         if needs_pre_activations:
             grad_hidden = grad_product @ down_weight
-            if seed is not None and hidden_dropout_p:
-                drop_(grad_hidden, hidden_dropout_p, seed, _HIDDEN_STREAM)
+            if hidden_seed is not None:
+                apply_dropout_(grad_hidden, hidden_seed, hidden_dropout_p)
             grad_up, grad_gate = _hidden_backward_torch(grad_hidden, up, gate, activation)
     if needs_input and grad_up is not None:
         grad_input = grad_up @ up_weight
@@ -267,15 +269,16 @@ def _feed_forward_backward(
     return [gradient for gradient in gradients if gradient is not None]
 
 
-def _product_gradient(grad_output: Tensor, input: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+def _product_gradient(grad_output: Tensor, input: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     """The gradient of what the second projection gave, before dropout, in the products' dtype."""
-    if seed is None or not dropout_p:
+    if seed is None:
         return grad_output.to(input.dtype)
     if use_triton(input) and grad_output.numel():
-        from fastformer_kernels.feed_forward import Dropout, apply_dropout
+        from fastformer_kernels.feed_forward import apply_dropout
 
-        return apply_dropout(grad_output, Dropout(dropout_p, seed, _OUTPUT_STREAM), input.dtype)
-    return drop_(grad_output.to(input.dtype, copy=True).contiguous(), dropout_p, seed, _OUTPUT_STREAM)
+        return apply_dropout(grad_output, _kernel_dropout(seed, dropout_p), input.dtype)
+    gradient = torch.empty(grad_output.shape, dtype=input.dtype, device=input.device)
+    return apply_dropout_(gradient.copy_(grad_output), seed, dropout_p)
 
 
 def _weight_gradient(grad_output: Tensor | None, input: Tensor | None) -> Tensor | None:
@@ -297,7 +300,8 @@ def _(
     gate_bias: Tensor | None,
     up: Tensor | None,
     gate: Tensor | None,
-    seed: Tensor | None,
+    hidden_seed: Tensor | None,
+    output_seed: Tensor | None,
     activation: str,
     hidden_dropout_p: float,
     output_dropout_p: float,
@@ -310,9 +314,11 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    input, up_weight, down_weight, up_bias, _, gate_weight, gate_bias, residual, seed, *options, stored = inputs
+    input, up_weight, down_weight, up_bias, _, gate_weight, gate_bias, residual, *seeds, activation, p, q, stored = (
+        inputs
+    )
     _, up, gate = output
-    ctx.options = options
+    ctx.options = (activation, p, q)
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(
         input,
@@ -324,7 +330,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         None if stored else gate_bias,
         up if stored else None,
         gate if stored and gate_weight is not None else None,
-        seed,
+        *seeds,
     )
     ctx.mark_non_differentiable(up, gate)
     ctx.set_materialize_grads(False)
@@ -333,14 +339,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     needs_grad, needs_residual = list(ctx.needs_input_grad[:7]), ctx.needs_input_grad[7]
     if grad_output is None:
-        return (None,) * 13
+        return (None,) * 14
     gradients = iter(())
     if any(needs_grad):
         gradients = iter(_feed_forward_backward(grad_output, *ctx.saved_tensors, *ctx.options, needs_grad))
     return (
         *(next(gradients) if needed else None for needed in needs_grad),
         grad_output.to(ctx.residual_dtype) if needs_residual else None,
-        *(None,) * 5,
+        *(None,) * 6,
     )
 
 
@@ -351,11 +357,11 @@ def _runs_kernel(input: Tensor, up_weight: Tensor, down_weight: Tensor) -> bool:
     return use_triton(input) and input.shape[0] > 0 and up_weight.shape[0] > 0 and down_weight.shape[0] > 0
 
 
-def _kernel_dropout(probability: float, seed: Tensor | None, stream: int) -> Any:
+def _kernel_dropout(seed: Tensor | None, dropout_p: float) -> Any:
     """The kernels' `Dropout`, or None where nothing is dropped."""
-    from fastformer_kernels.feed_forward import Dropout
+    from fastformer_kernels.dropout import Dropout
 
-    return None if seed is None or not probability else Dropout(probability, seed, stream)
+    return None if seed is None else Dropout(seed, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
 
 
 def _hidden_forward_torch(

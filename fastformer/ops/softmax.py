@@ -1,85 +1,313 @@
-"""Softmax along one dimension."""
+"""Softmax and log-softmax along one dimension, of scores that may be scaled and masked on the way."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastformer.backends import use_triton
-from fastformer.ops.autocast import to_autocast_float32
-from fastformer.ops.checks import check_floating
+from fastformer.ops.autocast import autocast_float32_dtype
+from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating
 
 
-def softmax(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
-    """Softmax: ``y_i = exp(x_i) / sum_j exp(x_j)`` along `dim`.
+def softmax(
+    input: Tensor,
+    dim: int = -1,
+    dtype: torch.dtype | None = None,
+    *,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    causal: bool = False,
+    alignment: str = "bottom_right",
+    inplace: bool = False,
+) -> Tensor:
+    """Softmax: ``y_i = exp(s_i) / sum_j exp(s_j)`` along `dim`, with ``s = scale * input + mask``.
+
+    The first three arguments are those of `torch.nn.functional.softmax`.
 
     Args:
         input: float32, float16 or bfloat16, any shape with at least one dimension, any strides.
         dim: the dimension to normalise; negative counts from the end.
+        dtype: of the result, float32, float16 or bfloat16, to which `input` (of any dtype but complex) is converted
+            first; by default input's.
+        mask: boolean, True = takes part, or floating, added to the scaled input; broadcasts to input's shape. A
+            floating one is differentiable.
+        scale: multiplies the input.
+        causal: of the last two dimensions, `dim` counts keys and the other one queries; no key after a query's own
+            position takes part.
+        alignment: where a query's own position is when queries and keys differ in number: "bottom_right" (the last
+            query is at the last key) or "top_left" (the first is at the first).
+        inplace: overwrite `input` with the result and return it. Autograd's rules for in-place operations hold.
 
     Returns:
-        A tensor of the same shape and dtype, accumulated in float32. A row of ``-inf`` gives zeros (PyTorch: NaN).
+        A tensor of input's shape, accumulated in float32. A row where nothing takes part gives zeros and no gradient
+        (PyTorch: NaN).
 
     Raises:
-        TypeError: `input` is of another dtype.
+        TypeError, ValueError: naming the argument, what was given and what is accepted.
         IndexError: `dim` is out of range.
 
     >>> fastformer.softmax(torch.tensor([0.0, 0.0, float("-inf")]))
     tensor([0.5000, 0.5000, 0.0000])
     """
-    check_floating("input", input)
+    return _checked_softmax(input, dim, dtype, mask, scale, causal, alignment, inplace, log=False)
+
+
+def log_softmax(
+    input: Tensor,
+    dim: int = -1,
+    dtype: torch.dtype | None = None,
+    *,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    causal: bool = False,
+    alignment: str = "bottom_right",
+    inplace: bool = False,
+) -> Tensor:
+    """Log-softmax: ``y_i = s_i - log sum_j exp(s_j)`` along `dim`, with ``s = scale * input + mask``.
+
+    Arguments and errors as in `softmax`. What takes no part gives ``-inf``, whatever gradient arrives there is dropped.
+    """
+    return _checked_softmax(input, dim, dtype, mask, scale, causal, alignment, inplace, log=True)
+
+
+def _checked_softmax(
+    input: Tensor,
+    dim: int,
+    dtype: torch.dtype | None,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    alignment: str,
+    inplace: bool,
+    log: bool,
+) -> Tensor:
+    if dtype is None:
+        check_floating("input", input)
+        output_dtype = input.dtype if inplace else autocast_float32_dtype(input)
+    elif dtype not in FLOATING_DTYPES:
+        raise TypeError(f"dtype must be float32, float16 or bfloat16; got {dtype}")
+    elif inplace and dtype != input.dtype:
+        raise TypeError(f"dtype must be input's, {input.dtype}, when inplace=True; got {dtype}")
+    elif input.is_complex():
+        raise TypeError(f"input must be real; got {input.dtype}")
+    else:
+        output_dtype = dtype
     if not -input.dim() <= dim < input.dim():
         raise IndexError(f"dim must be in [{-input.dim()}, {input.dim() - 1}] for a {input.dim()}-D input; got {dim}")
-    return _softmax(to_autocast_float32(input), dim)
+    if mask is not None:
+        _check_mask(mask, input)
+    causal_offset = _causal_offset(input, dim, alignment) if causal else None
+    if inplace:
+        return _InplaceSoftmax.apply(input, mask, dim, scale, causal_offset, log)
+    if torch.promote_types(input.dtype, output_dtype) != output_dtype or input.dtype not in FLOATING_DTYPES:
+        input = input.to(output_dtype)
+    return _softmax(input, mask, dim, scale, causal_offset, log, output_dtype)
+
+
+def _check_mask(mask: Tensor, input: Tensor) -> None:
+    check_device("mask", mask, "input", input)
+    if mask.dtype != torch.bool and mask.dtype not in FLOATING_DTYPES:
+        raise TypeError(
+            "mask must be boolean (True = takes part), float32, float16 or bfloat16 (added to the scaled input); got "
+            f"{mask.dtype}"
+        )
+    given, wanted = tuple(mask.shape), tuple(input.shape)
+    sizes = (1,) * (len(wanted) - len(given)) + given
+    if len(given) > len(wanted) or any(s not in (1, w) for s, w in zip(sizes, wanted, strict=True)):
+        raise ValueError(f"mask must broadcast to input's shape, {wanted}; got {given}")
+
+
+def _causal_offset(input: Tensor, dim: int, alignment: str) -> int:
+    """What a query's index lacks to its own position among the keys."""
+    if alignment not in ("bottom_right", "top_left"):
+        raise ValueError(f"alignment must be 'bottom_right' or 'top_left'; got {alignment!r}")
+    if input.dim() < 2 or dim % input.dim() < input.dim() - 2:
+        raise ValueError(
+            f"causal needs an input of two or more dimensions with dim one of the last two; got dim={dim} of a "
+            f"{input.dim()}-D input"
+        )
+    keys, queries = input.shape[dim], input.shape[_query_dim(input, dim)]
+    return keys - queries if alignment == "bottom_right" else 0
+
+
+def _query_dim(input: Tensor, dim: int) -> int:
+    return -2 if dim in (-1, input.dim() - 1) else -1
 
 
 @torch.library.custom_op("fastformer::softmax", mutates_args=())
-def _softmax(input: torch.Tensor, dim: int) -> torch.Tensor:
-    if input.numel() == 0:
-        return torch.empty_like(input)
-    if use_triton(input):
-        from fastformer_kernels.softmax import softmax_forward
+def _softmax(
+    input: Tensor,
+    mask: Tensor | None,
+    dim: int,
+    scale: float,
+    causal_offset: int | None,
+    log: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    output = torch.empty_like(input, dtype=dtype)
+    _run_softmax(input, output, mask, dim, scale, causal_offset, log)
+    return output
 
-        return softmax_forward(input, dim)
-    return _softmax_torch(input, dim)
+
+@torch.library.custom_op("fastformer::softmax_", mutates_args=("input",))
+def _softmax_inplace(
+    input: Tensor, mask: Tensor | None, dim: int, scale: float, causal_offset: int | None, log: bool
+) -> None:
+    _run_softmax(input, input, mask, dim, scale, causal_offset, log)
 
 
 @torch.library.custom_op("fastformer::softmax_backward", mutates_args=())
-def _softmax_backward(grad_output: torch.Tensor, output: torch.Tensor, dim: int) -> torch.Tensor:
+def _softmax_backward(
+    grad_output: Tensor, output: Tensor, dim: int, scale: float, log: bool, dtype: torch.dtype
+) -> Tensor:
+    grad_input = torch.empty_like(output, dtype=dtype)
     if output.numel() == 0:
-        return torch.empty_like(output)
+        return grad_input
     if use_triton(output):
         from fastformer_kernels.softmax import softmax_backward
 
-        return softmax_backward(grad_output, output, dim)
-    return torch._softmax_backward_data(grad_output, output, dim, output.dtype)
+        softmax_backward(grad_output, output, grad_input, dim, scale=scale, log=log)
+    else:
+        _softmax_backward_torch(grad_output, output, grad_input, dim, scale, log)
+    return grad_input
 
 
 @_softmax.register_fake
-def _(input: torch.Tensor, dim: int) -> torch.Tensor:
-    return torch.empty_like(input)
+def _(
+    input: Tensor,
+    mask: Tensor | None,
+    dim: int,
+    scale: float,
+    causal_offset: int | None,
+    log: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty_like(input, dtype=dtype)
+
+
+@_softmax_inplace.register_fake
+def _(input: Tensor, mask: Tensor | None, dim: int, scale: float, causal_offset: int | None, log: bool) -> None:
+    pass
 
 
 @_softmax_backward.register_fake
-def _(grad_output: torch.Tensor, output: torch.Tensor, dim: int) -> torch.Tensor:
-    return torch.empty_like(output)
+def _(grad_output: Tensor, output: Tensor, dim: int, scale: float, log: bool, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(output, dtype=dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[torch.Tensor, int], output: torch.Tensor) -> None:
-    ctx.dim = inputs[1]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, mask, ctx.dim, ctx.scale, _, ctx.log, _ = inputs
+    ctx.input_dtype = input.dtype
+    if mask is not None:
+        ctx.mask_dtype, ctx.mask_shape = mask.dtype, mask.shape
     ctx.save_for_backward(output)
 
 
-def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     (output,) = ctx.saved_tensors
-    return _softmax_backward(grad_output, output, ctx.dim), None
+    return *_input_and_mask_gradients(ctx, grad_output, output), None, None, None, None, None
 
 
 _softmax.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _softmax_torch(input: torch.Tensor, dim: int) -> torch.Tensor:
-    output = torch.softmax(input, dim)
-    empty_row = input.amax(dim, keepdim=True) == float("-inf")
-    return output.masked_fill_(empty_row, 0.0)
+class _InplaceSoftmax(torch.autograd.Function):
+    """PyTorch registers derivatives with functional operators only; a function of this kind may change its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, mask: Tensor | None, dim: int, scale: float, causal_offset: int | None, log: bool
+    ) -> Tensor:
+        _softmax_inplace(input, mask, dim, scale, causal_offset, log)
+        ctx.mark_dirty(input)
+        _setup_context(ctx, (input, mask, dim, scale, causal_offset, log, input.dtype), input)
+        return input
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (output,) = ctx.saved_tensors
+        return *_input_and_mask_gradients(ctx, grad_output, output), None, None, None, None
+
+
+def _input_and_mask_gradients(ctx: Any, grad_output: Tensor, output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    input_needs_grad, mask_needs_grad = ctx.needs_input_grad[:2]
+    grad_input = grad_mask = None
+    if mask_needs_grad:
+        # In float32, since the sum over what the mask was broadcast along would add up the rounding of every term.
+        dtype = ctx.mask_dtype if ctx.mask_shape == output.shape else torch.float32
+        grad_mask = _softmax_backward(grad_output, output, ctx.dim, 1.0, ctx.log, dtype)
+        grad_mask = grad_mask.sum_to_size(ctx.mask_shape).to(ctx.mask_dtype)
+    if input_needs_grad:
+        grad_input = _softmax_backward(grad_output, output, ctx.dim, ctx.scale, ctx.log, ctx.input_dtype)
+    return grad_input, grad_mask
+
+
+def _run_softmax(
+    input: Tensor, output: Tensor, mask: Tensor | None, dim: int, scale: float, causal_offset: int | None, log: bool
+) -> None:
+    if input.numel() == 0:
+        return
+    mask = None if mask is None else mask.expand(input.shape)
+    if use_triton(input):
+        from fastformer_kernels.softmax import softmax_forward
+
+        softmax_forward(input, output, dim, mask=mask, scale=scale, causal_offset=causal_offset, log=log)
+    else:
+        _softmax_torch(input, output, mask, dim, scale, causal_offset, log)
+
+
+def _softmax_torch(
+    input: Tensor, output: Tensor, mask: Tensor | None, dim: int, scale: float, causal_offset: int | None, log: bool
+) -> None:
+    scores = input
+    if scale != 1.0 or (mask is not None and mask.dtype != torch.bool):
+        scores = input.float() * scale
+    excluded = None if causal_offset is None else _later_keys(scores, dim, causal_offset)
+    if mask is not None and mask.dtype == torch.bool:
+        excluded = ~mask if excluded is None else excluded | ~mask
+    elif mask is not None:
+        scores.add_(mask)
+    if excluded is not None:
+        scores = scores.masked_fill(excluded, float("-inf"))
+    # Before the scores are overwritten; otherwise PyTorch's NaN, from a row's first element on, says where to look.
+    look_first = scores is output or output.device.type != "cpu"
+    empty_row = _empty_rows(scores, dim) if look_first else None
+    function = torch.log_softmax if log else torch.softmax
+    if scores.dtype == output.dtype:
+        function(scores, dim, out=output)
+    else:
+        output.copy_(function(scores, dim, torch.promote_types(scores.dtype, output.dtype)))
+    if empty_row is None and output.select(dim, 0).isnan().any():
+        empty_row = _empty_rows(scores, dim)
+    if empty_row is not None:
+        output.masked_fill_(empty_row, float("-inf") if log else 0.0)
+
+
+def _empty_rows(scores: Tensor, dim: int) -> Tensor:
+    return scores.amax(dim, keepdim=True) == float("-inf")
+
+
+def _later_keys(scores: Tensor, dim: int, causal_offset: int) -> Tensor:
+    """Where a key comes after its query; broadcasts to scores' shape."""
+    query_dim = _query_dim(scores, dim)
+    keys = torch.arange(scores.shape[dim], device=scores.device)
+    queries = torch.arange(scores.shape[query_dim], device=scores.device)
+    return keys > queries[:, None] + causal_offset if query_dim == -2 else keys[:, None] > queries + causal_offset
+
+
+def _softmax_backward_torch(
+    grad_output: Tensor, output: Tensor, grad_input: Tensor, dim: int, scale: float, log: bool
+) -> None:
+    grad_output = grad_output.to(output.dtype)
+    if log:
+        grad_output = grad_output.masked_fill(output == float("-inf"), 0.0)
+        grad_scores = torch._log_softmax_backward_data(grad_output, output, dim, output.dtype)
+    else:
+        grad_scores = torch._softmax_backward_data(grad_output, output, dim, output.dtype)
+    if scale == 1.0:
+        grad_input.copy_(grad_scores)
+    else:
+        torch.mul(grad_scores, scale, out=grad_input)

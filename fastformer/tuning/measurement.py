@@ -102,7 +102,7 @@ def _call(problem: Problem, device: torch.device | str) -> Callable[[], object]:
         up, gate = matrix(columns, depth), matrix(columns, depth) if gated else None
         return lambda: hidden_forward(input, up, None, gate, None, _ACTIVATION, None, True)
     if problem.operation == "output_forward":
-        dropout = Dropout(0.1, torch.zeros(2, dtype=torch.int64, device=device), 0)
+        dropout = Dropout(torch.zeros(2, dtype=torch.int64, device=device), 2**32 // 10, 1.0 / 0.9)
         down, residual = matrix(columns, depth), matrix(tokens, columns)
         return lambda: output_forward(input, down, None, residual, dropout)
     down, up = matrix(depth, columns), matrix(tokens, columns)

@@ -1,7 +1,7 @@
-"""Dropout of the elements of a matrix, drawn from a counter: nothing is stored, the backward draws the same again.
+"""Dropout of a matrix's elements, as a pure function of (seed, offset, row, column).
 
-Philox-4x32-10 (Salmon et al., SC 2011) of (column // 4, row, stream, offset) under the key `seed`: its four words serve
-four neighbouring columns. The mask depends on nothing else, neither on the tile nor on the architecture or backend.
+Philox-4x32-10 (Salmon et al., SC 2011) with the counter (column // 4, row, row's upper word, offset): its four words
+serve four neighbouring columns, so that every tile size and the backward draw the same ones.
 """
 
 from __future__ import annotations
@@ -15,45 +15,50 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class Dropout:
-    """Which elements are dropped.
+    """Which elements to drop.
 
     Attributes:
-        probability: of an element being dropped, in (0, 1).
-        seed: (2,) int64 on the tensors' device, the generator's seed and offset.
-        stream: tells apart the dropouts of one operation, which share a seed.
+        seed: (2,) int64 on the tensors' device, seed and offset.
+        threshold: the 32-bit word below which an element is dropped.
+        scale: of those kept.
     """
 
-    probability: float
     seed: torch.Tensor
-    stream: int
+    threshold: int
+    scale: float
 
 
-def dropout_arguments(dropout: Dropout | None) -> tuple[torch.Tensor | None, int, int, float]:
-    """What a kernel takes: seed_pointer (None without dropout), stream, the threshold of kept words and their scale."""
-    if dropout is None:
-        return None, 0, 0, 1.0
-    threshold = min(round(dropout.probability * 2**32), 2**32 - 1)
-    # Triton takes 32 bits as signed.
-    signed = threshold - 2**32 if threshold >= 2**31 else threshold
-    return dropout.seed, dropout.stream, signed, 1.0 / (1.0 - dropout.probability)
+def dropout_arguments(dropout: Dropout | None) -> tuple[torch.Tensor | None, int, float]:
+    """What a kernel takes: seed_pointer (None without dropout), threshold and scale."""
+    return (None, 0, 1.0) if dropout is None else (dropout.seed, dropout.threshold, dropout.scale)
 
 
 @triton.jit
-def drop(x, seed_pointer, stream, threshold, scale, row, first_column, COLUMNS: tl.constexpr):
-    """The tile `x` of rows `row` (ROWS,) and COLUMNS columns from `first_column`, a multiple of 4, after dropout."""
+def dropout_keep(seed_pointer, row, start, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Which elements dropout keeps, (BLOCK_ROWS, BLOCK_COLUMNS) boolean.
+
+    `row` is (BLOCK_ROWS, 1) int64, the columns begin at `start`, a multiple of 4 as BLOCK_COLUMNS is; a word below
+    `threshold` drops its element.
+    """
+    counter = (start // 4 + tl.arange(0, BLOCK_COLUMNS // 4)).to(tl.uint32)[None, :]
+    zero = (row * 0).to(tl.uint32) + counter * 0
+    word_0, word_1, word_2, word_3 = tl.philox(
+        tl.load(seed_pointer),
+        counter + zero,
+        row.to(tl.uint32) + zero,
+        (row >> 32).to(tl.uint32) + zero,
+        tl.load(seed_pointer + 1).to(tl.uint32) + zero,
+    )
+    words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
+    words = tl.reshape(words, (BLOCK_ROWS, BLOCK_COLUMNS))
+    return words.to(tl.uint32, bitcast=True).to(tl.int64) >= threshold
+
+
+@triton.jit
+def drop(x, seed_pointer, threshold, scale, row, start, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """A tile `x` of rows `row` (BLOCK_ROWS,), columns from `start`, after dropout if there is a seed."""
     if seed_pointer is None:
         return x
     else:
-        group = first_column // 4 + tl.arange(0, COLUMNS // 4)
-        counter = group.to(tl.uint32)[None, :] + tl.zeros((row.shape[0], 1), tl.uint32)
-        zero = counter * 0
-        word_0, word_1, word_2, word_3 = tl.philox(
-            tl.load(seed_pointer),
-            counter,
-            row.to(tl.uint32)[:, None] + zero,
-            tl.full((), stream, tl.uint32) + zero,
-            tl.load(seed_pointer + 1).to(tl.uint32) + zero,
-        )
-        words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3)).reshape(row.shape[0], COLUMNS)
-        keep = words.to(tl.uint32, bitcast=True) >= tl.full((), threshold, tl.int32).to(tl.uint32, bitcast=True)
+        keep = dropout_keep(seed_pointer, row.to(tl.int64)[:, None], start, threshold, BLOCK_ROWS, BLOCK_COLUMNS)
         return tl.where(keep, x * scale, 0.0)

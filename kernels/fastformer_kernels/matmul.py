@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastformer_kernels.launch import COMPILER_OPTIONS, multiprocessors
+from fastformer_kernels.launch import COMPILER_OPTIONS, multiprocessors_of
 from fastformer_kernels.precision import dot
 
 GROUP_ROWS = 8
@@ -172,7 +172,7 @@ class Configuration:
 
     def grid(self, rows: int, columns: int, tensor: torch.Tensor) -> tuple[int]:
         """A program for every tile, or as many as the GPU runs at once."""
-        return (min(triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns), multiprocessors(tensor)),)
+        return (min(triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns), multiprocessors_of(tensor)),)
 
 
 def operands(

@@ -1,4 +1,6 @@
-"""LayerNorm and RMSNorm of rows, with an optional residual added first, and their gradients.
+"""LayerNorm and RMSNorm of rows, after bias, dropout and residual addition, and their gradients.
+
+    x = residual + dropout(input + input_bias)
 
 LayerNorm (Ba et al., 2016, https://arxiv.org/abs/1607.06450): y = (x - mean x) rstd * w + b with
 rstd = 1 / sqrt(var x + eps); RMSNorm (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467) leaves the mean out:
@@ -14,29 +16,59 @@ two parts, since one float32 cannot hold a mean far from zero to the precision o
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from fastformer_kernels.launch import architecture_of, device_guard
+from fastformer_kernels.dropout import Dropout, dropout_keep
+from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard
 from fastformer_kernels.precision import round_to
+from fastformer_kernels.rows import aligned, alignment
 
 FORWARD_ONE_PASS_COLUMNS = 16384
-BACKWARD_ONE_PASS_COLUMNS = 8192
+BACKWARD_ONE_PASS_BYTES = 16384
 TILE_ELEMENTS = 4096
 ELEMENTS_PER_THREAD = 16
+# The backward holds a row, its gradient and up to three running sums at once: half as much to a thread.
+BACKWARD_TILE_ELEMENTS = 2048
+BACKWARD_ELEMENTS_PER_THREAD = 8
 # Enough to keep the memory busy, few enough that their partial sums of dw and db stay small beside dx.
 BACKWARD_PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 @triton.jit
-def _load_sum(input_row, input_stride, residual_row, residual_stride, column, valid):
-    """Elements of input, or of input + residual rounded to the input's dtype, in float32; zero where not valid."""
-    x = tl.load(input_row + column * input_stride, mask=valid, other=0.0)
+def _load_sum(
+    input_row,
+    input_stride,
+    input_bias_pointer,
+    residual_row,
+    residual_stride,
+    seed_pointer,
+    threshold,
+    dropout_scale,
+    row,
+    row_valid,
+    start,
+    columns,
+    dtype: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """What is normalised, in float32 and rounded to `dtype`, from column `start` on; zero beyond the rows' end."""
+    column = start + tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
+    valid = row_valid & (column < columns)
+    x = tl.load(input_row + column * input_stride, mask=valid, other=0.0).to(tl.float32)
+    if input_bias_pointer is not None:
+        x += tl.load(input_bias_pointer + column, mask=column < columns, other=0.0).to(tl.float32)
+    if seed_pointer is not None:
+        keep = dropout_keep(seed_pointer, row, start, threshold, BLOCK_ROWS, BLOCK_COLUMNS)
+        x = tl.where(keep, x * dropout_scale, 0.0)
     if residual_row is not None:
-        residual = tl.load(residual_row + column * residual_stride, mask=valid, other=0.0)
-        x = round_to(x.to(tl.float32) + residual.to(tl.float32), x.dtype)
-    return x.to(tl.float32)
+        x += tl.load(residual_row + column * residual_stride, mask=valid, other=0.0).to(tl.float32)
+    x = round_to(x, dtype).to(tl.float32)
+    return tl.where(valid, x, 0.0)
 
 
 @triton.jit
@@ -52,7 +84,9 @@ def _scale_and_shift(normalised, weight_pointer, bias_pointer, column, columns):
 @triton.jit
 def _forward_kernel(
     input_pointer,
+    input_bias_pointer,
     residual_pointer,
+    seed_pointer,
     weight_pointer,
     bias_pointer,
     output_pointer,
@@ -62,29 +96,50 @@ def _forward_kernel(
     rows,
     columns,
     eps,
+    threshold,
+    dropout_scale,
     input_stride_row,
     input_stride_column,
     residual_stride_row,
     residual_stride_column,
     CENTERED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     ONE_PASS: tl.constexpr,
 ):
+    columns = aligned(columns, ALIGNMENT)
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     row_valid = row < rows
-    x_row = input_pointer + row * input_stride_row
+    x_row = input_pointer + aligned(row * input_stride_row, ALIGNMENT)
     residual_row = residual_pointer
     if residual_pointer is not None:
-        residual_row = residual_pointer + row * residual_stride_row
+        residual_row = residual_pointer + aligned(row * residual_stride_row, ALIGNMENT)
     target = row * columns
+    dtype: tl.constexpr = output_pointer.dtype.element_ty
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
     mean = tl.zeros((BLOCK_ROWS, 1), tl.float32)
     if ONE_PASS:
         valid = row_valid & (column < columns)
-        x = _load_sum(x_row, input_stride_column, residual_row, residual_stride_column, column, valid)
-        if residual_pointer is not None:
-            tl.store(total_pointer + target + column, round_to(x, total_pointer.dtype.element_ty), mask=valid)
+        x = _load_sum(
+            x_row,
+            input_stride_column,
+            input_bias_pointer,
+            residual_row,
+            residual_stride_column,
+            seed_pointer,
+            threshold,
+            dropout_scale,
+            row,
+            row_valid,
+            0,
+            columns,
+            dtype,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+        )
+        if total_pointer is not None:
+            tl.store(total_pointer + target + column, round_to(x, dtype), mask=valid)
         if CENTERED:
             shift = tl.sum(x, axis=1)[:, None] / columns
             x = tl.where(valid, x - shift, 0.0)
@@ -93,21 +148,35 @@ def _forward_kernel(
             mean = shift + remainder
         rstd = tl.rsqrt(tl.sum(x * x, axis=1)[:, None] / columns + eps)
         y = _scale_and_shift(x * rstd, weight_pointer, bias_pointer, column, columns)
-        tl.store(output_pointer + target + column, round_to(y, output_pointer.dtype.element_ty), mask=valid)
+        tl.store(output_pointer + target + column, round_to(y, dtype), mask=valid)
     else:
         squares = tl.zeros((BLOCK_ROWS, 1), tl.float32)
         # The first tile's mean; `mean` is what the whole row's mean is beyond it until the end.
         shift = tl.zeros((BLOCK_ROWS, 1), tl.float32)
-        if CENTERED:
-            x = _load_sum(x_row, input_stride_column, residual_row, residual_stride_column, column, row_valid)
-            shift = tl.sum(x, axis=1)[:, None] / BLOCK_COLUMNS
         for start in range(0, columns, BLOCK_COLUMNS):
             valid = row_valid & (start + column < columns)
-            x = _load_sum(x_row, input_stride_column, residual_row, residual_stride_column, start + column, valid)
-            if residual_pointer is not None:
-                total = round_to(x, total_pointer.dtype.element_ty)
-                tl.store(total_pointer + target + start + column, total, mask=valid)
+            x = _load_sum(
+                x_row,
+                input_stride_column,
+                input_bias_pointer,
+                residual_row,
+                residual_stride_column,
+                seed_pointer,
+                threshold,
+                dropout_scale,
+                row,
+                row_valid,
+                start,
+                columns,
+                dtype,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
+            )
+            if total_pointer is not None:
+                tl.store(total_pointer + target + start + column, round_to(x, dtype), mask=valid)
             if CENTERED:
+                if start == 0:
+                    shift = tl.sum(x, axis=1)[:, None] / BLOCK_COLUMNS
                 count = tl.minimum(columns - start, BLOCK_COLUMNS).to(tl.float32)
                 x = tl.where(valid, x - shift, 0.0)
                 tile_mean = tl.sum(x, axis=1)[:, None] / count
@@ -120,11 +189,26 @@ def _forward_kernel(
         rstd = tl.rsqrt(squares / columns + eps)
         for start in range(0, columns, BLOCK_COLUMNS):
             valid = row_valid & (start + column < columns)
-            x = _load_sum(x_row, input_stride_column, residual_row, residual_stride_column, start + column, valid)
+            x = _load_sum(
+                x_row,
+                input_stride_column,
+                input_bias_pointer,
+                residual_row,
+                residual_stride_column,
+                seed_pointer,
+                threshold,
+                dropout_scale,
+                row,
+                row_valid,
+                start,
+                columns,
+                dtype,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
+            )
             normalised = ((x - shift) - mean) * rstd
             y = _scale_and_shift(normalised, weight_pointer, bias_pointer, start + column, columns)
-            y = round_to(y, output_pointer.dtype.element_ty)
-            tl.store(output_pointer + target + start + column, y, mask=valid)
+            tl.store(output_pointer + target + start + column, round_to(y, dtype), mask=valid)
         mean += shift
     if CENTERED:
         tl.store(mean_pointer + row, mean, mask=row_valid)
@@ -132,42 +216,78 @@ def _forward_kernel(
 
 
 @triton.jit
+def _store_gradients(
+    dx,
+    grad_input_pointer,
+    grad_residual_pointer,
+    seed_pointer,
+    threshold,
+    dropout_scale,
+    row,
+    start,
+    target,
+    valid,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Store dx as the residual's gradient, if that has one of its own, and what dropout leaves of it as the input's.
+
+    Returns the latter.
+    """
+    if grad_residual_pointer is not None:
+        tl.store(grad_residual_pointer + target, round_to(dx, grad_residual_pointer.dtype.element_ty), mask=valid)
+    if seed_pointer is not None:
+        keep = dropout_keep(seed_pointer, row, start, threshold, BLOCK_ROWS, BLOCK_COLUMNS)
+        dx = tl.where(keep, dx * dropout_scale, 0.0)
+    tl.store(grad_input_pointer + target, round_to(dx, grad_input_pointer.dtype.element_ty), mask=valid)
+    return dx
+
+
+@triton.jit
 def _backward_kernel(
     grad_output_pointer,
     grad_sum_pointer,
-    input_pointer,
+    x_pointer,
     weight_pointer,
     mean_pointer,
     rstd_pointer,
+    seed_pointer,
     grad_input_pointer,
+    grad_residual_pointer,
     weight_sums_pointer,
     bias_sums_pointer,
+    input_bias_sums_pointer,
     rows,
     columns,
+    threshold,
+    dropout_scale,
     grad_output_stride_row,
     grad_output_stride_column,
     grad_sum_stride_row,
     grad_sum_stride_column,
-    input_stride_row,
-    input_stride_column,
+    x_stride_row,
+    x_stride_column,
     CENTERED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Rows held in registers: dx, and this program's sums for dw and db."""
+    """Rows held in registers: dx, and this program's sums for the gradients of weight and biases."""
+    columns = aligned(columns, ALIGNMENT)
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
     column_valid = column < columns
     program = tl.program_id(0).to(tl.int64)
     weight_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     bias_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    input_bias_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for start in range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
         row = (start + tl.arange(0, BLOCK_ROWS).to(tl.int64))[:, None]
         row_valid = row < rows
         valid = row_valid & column_valid
-        dy_pointer = grad_output_pointer + row * grad_output_stride_row + column * grad_output_stride_column
-        dy = tl.load(dy_pointer, mask=valid, other=0.0).to(tl.float32)
-        x_pointer = input_pointer + row * input_stride_row + column * input_stride_column
-        x = tl.load(x_pointer, mask=valid, other=0.0).to(tl.float32)
+        dy_row = grad_output_pointer + aligned(row * grad_output_stride_row, ALIGNMENT)
+        dy = tl.load(dy_row + column * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
+        x_row = x_pointer + aligned(row * x_stride_row, ALIGNMENT)
+        x = tl.load(x_row + column * x_stride_column, mask=valid, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_pointer + row, mask=row_valid, other=0.0)
         if CENTERED:
             x = tl.where(valid, x - tl.load(mean_pointer + row, mask=row_valid, other=0.0), 0.0)
@@ -182,75 +302,113 @@ def _backward_kernel(
             dx -= tl.sum(g, axis=1)[:, None] / columns
         dx *= rstd
         if grad_sum_pointer is not None:
-            sum_pointer = grad_sum_pointer + row * grad_sum_stride_row + column * grad_sum_stride_column
-            dx += tl.load(sum_pointer, mask=valid, other=0.0).to(tl.float32)
-        dx = round_to(dx, grad_input_pointer.dtype.element_ty)
-        tl.store(grad_input_pointer + row * columns + column, dx, mask=valid)
+            sum_row = grad_sum_pointer + aligned(row * grad_sum_stride_row, ALIGNMENT)
+            dx += tl.load(sum_row + column * grad_sum_stride_column, mask=valid, other=0.0).to(tl.float32)
+        dx = _store_gradients(
+            dx,
+            grad_input_pointer,
+            grad_residual_pointer,
+            seed_pointer,
+            threshold,
+            dropout_scale,
+            row,
+            0,
+            row * columns + column,
+            valid,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+        )
+        if input_bias_sums_pointer is not None:
+            input_bias_sum += tl.where(valid, dx, 0.0)
     sums = program * columns + column
     if weight_sums_pointer is not None:
         tl.store(weight_sums_pointer + sums, tl.sum(weight_sum, axis=0)[None, :], mask=column_valid)
     if bias_sums_pointer is not None:
         tl.store(bias_sums_pointer + sums, tl.sum(bias_sum, axis=0)[None, :], mask=column_valid)
+    if input_bias_sums_pointer is not None:
+        tl.store(input_bias_sums_pointer + sums, tl.sum(input_bias_sum, axis=0)[None, :], mask=column_valid)
 
 
 @triton.jit
 def _backward_long_row_kernel(
     grad_output_pointer,
     grad_sum_pointer,
-    input_pointer,
+    x_pointer,
     weight_pointer,
     mean_pointer,
     rstd_pointer,
+    seed_pointer,
     grad_input_pointer,
+    grad_residual_pointer,
     columns,
+    threshold,
+    dropout_scale,
     grad_output_stride_row,
     grad_output_stride_column,
     grad_sum_stride_row,
     grad_sum_stride_column,
-    input_stride_row,
-    input_stride_column,
+    x_stride_row,
+    x_stride_column,
     CENTERED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """dx of one row that does not fit in registers, read twice."""
-    row = tl.program_id(0).to(tl.int64)
-    dy_row = grad_output_pointer + row * grad_output_stride_row
-    x_row = input_pointer + row * input_stride_row
+    columns = aligned(columns, ALIGNMENT)
+    row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
+    dy_row = grad_output_pointer + aligned(row * grad_output_stride_row, ALIGNMENT)
+    x_row = x_pointer + aligned(row * x_stride_row, ALIGNMENT)
+    sum_row = grad_sum_pointer
+    if grad_sum_pointer is not None:
+        sum_row = grad_sum_pointer + aligned(row * grad_sum_stride_row, ALIGNMENT)
     rstd = tl.load(rstd_pointer + row)
-    mean = 0.0
+    mean = tl.zeros((1, 1), tl.float32)
     if CENTERED:
         mean = tl.load(mean_pointer + row)
-    column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)
-    products = tl.zeros((BLOCK_COLUMNS,), tl.float32)
-    sums = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
+    products = tl.zeros((1, BLOCK_COLUMNS), tl.float32)
+    sums = tl.zeros((1, BLOCK_COLUMNS), tl.float32)
     for start in range(0, columns, BLOCK_COLUMNS):
-        valid = start + column < columns
-        dy = tl.load(dy_row + (start + column) * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
-        x = tl.load(x_row + (start + column) * input_stride_column, mask=valid, other=0.0).to(tl.float32)
-        g = _scale_and_shift(dy, weight_pointer, None, start + column, columns)
+        at = start + column
+        valid = at < columns
+        dy = tl.load(dy_row + at * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
+        x = tl.load(x_row + at * x_stride_column, mask=valid, other=0.0).to(tl.float32)
+        g = _scale_and_shift(dy, weight_pointer, None, at, columns)
         products += g * ((x - mean) * rstd)
         sums += g
-    mean_product = tl.sum(products) / columns
-    mean_g = 0.0
+    mean_product = tl.sum(products, axis=1)[:, None] / columns
+    mean_g = tl.zeros((1, 1), tl.float32)
     if CENTERED:
-        mean_g = tl.sum(sums) / columns
+        mean_g = tl.sum(sums, axis=1)[:, None] / columns
     for start in range(0, columns, BLOCK_COLUMNS):
-        valid = start + column < columns
-        dy = tl.load(dy_row + (start + column) * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
-        x = tl.load(x_row + (start + column) * input_stride_column, mask=valid, other=0.0).to(tl.float32)
-        g = _scale_and_shift(dy, weight_pointer, None, start + column, columns)
+        at = start + column
+        valid = at < columns
+        dy = tl.load(dy_row + at * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
+        x = tl.load(x_row + at * x_stride_column, mask=valid, other=0.0).to(tl.float32)
+        g = _scale_and_shift(dy, weight_pointer, None, at, columns)
         dx = rstd * (g - (x - mean) * rstd * mean_product - mean_g)
         if grad_sum_pointer is not None:
-            sum_pointer = grad_sum_pointer + row * grad_sum_stride_row + (start + column) * grad_sum_stride_column
-            dx += tl.load(sum_pointer, mask=valid, other=0.0).to(tl.float32)
-        dx = round_to(dx, grad_input_pointer.dtype.element_ty)
-        tl.store(grad_input_pointer + row * columns + start + column, dx, mask=valid)
+            dx += tl.load(sum_row + at * grad_sum_stride_column, mask=valid, other=0.0).to(tl.float32)
+        _store_gradients(
+            dx,
+            grad_input_pointer,
+            grad_residual_pointer,
+            seed_pointer,
+            threshold,
+            dropout_scale,
+            row,
+            start,
+            row * columns + at,
+            valid,
+            1,
+            BLOCK_COLUMNS,
+        )
 
 
 @triton.jit
 def _parameter_sums_kernel(
     grad_output_pointer,
-    input_pointer,
+    x_pointer,
     mean_pointer,
     rstd_pointer,
     weight_sums_pointer,
@@ -259,23 +417,25 @@ def _parameter_sums_kernel(
     columns,
     grad_output_stride_row,
     grad_output_stride_column,
-    input_stride_row,
-    input_stride_column,
+    x_stride_row,
+    x_stride_column,
     CENTERED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Sums for dw and db of one tile of columns, over every num_programs(1)-th row."""
+    columns = aligned(columns, ALIGNMENT)
     column = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     valid = column < columns
     program = tl.program_id(1).to(tl.int64)
     weight_sum = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     bias_sum = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     for row in range(program, rows, tl.num_programs(1)):
-        dy_pointer = grad_output_pointer + row * grad_output_stride_row + column * grad_output_stride_column
-        dy = tl.load(dy_pointer, mask=valid, other=0.0).to(tl.float32)
+        dy_row = grad_output_pointer + aligned(row * grad_output_stride_row, ALIGNMENT)
+        dy = tl.load(dy_row + column * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
         if weight_sums_pointer is not None:
-            x_pointer = input_pointer + row * input_stride_row + column * input_stride_column
-            x = tl.load(x_pointer, mask=valid, other=0.0).to(tl.float32)
+            x_row = x_pointer + aligned(row * x_stride_row, ALIGNMENT)
+            x = tl.load(x_row + column * x_stride_column, mask=valid, other=0.0).to(tl.float32)
             if CENTERED:
                 x -= tl.load(mean_pointer + row)
             weight_sum += dy * (x * tl.load(rstd_pointer + row))
@@ -288,37 +448,45 @@ def _parameter_sums_kernel(
 
 def norm_forward(
     input: torch.Tensor,
+    input_bias: torch.Tensor | None,
     residual: torch.Tensor | None,
+    dropout: Dropout | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
+    *,
     centered: bool,
+    dtype: torch.dtype,
+    keep_sum: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Normalise the rows of `input`, or of `input` + `residual`.
+    """Normalise the rows of x = `residual` + dropout(`input` + `input_bias`).
 
     Args:
-        input, residual: (rows, columns), of one dtype, any strides.
-        weight, bias: (columns,), any floating dtype.
+        input, residual: (rows, columns), any strides and floating dtypes.
+        input_bias, weight, bias: (columns,), any floating dtypes.
         centered: LayerNorm where true, RMSNorm where false.
+        dtype: of the output and x, as wide as input's and residual's or wider.
+        keep_sum: return x.
 
     Returns:
-        The output and, with a residual, the sum: contiguous, in `input`'s dtype; the rows' mean (one unused element for
-        RMSNorm) and rstd, float32.
+        The output and x, both contiguous; the rows' mean (one unused element for RMSNorm) and rstd, float32.
     """
     rows, columns = input.shape
-    output = torch.empty_like(input, memory_format=torch.contiguous_format)
-    total = None if residual is None else torch.empty_like(output)
+    output = input.new_empty(rows, columns, dtype=dtype)
+    total = torch.empty_like(output) if keep_sum else None
     rstd = input.new_empty(rows, dtype=torch.float32)
     mean = torch.empty_like(rstd) if centered else rstd.new_zeros(1)
     one_pass = columns <= FORWARD_ONE_PASS_COLUMNS
-    block_columns = triton.next_power_of_2(columns) if one_pass else TILE_ELEMENTS
-    block_rows = _block_rows(block_columns, rows)
+    block_columns = _one_pass_block(columns) if one_pass else TILE_ELEMENTS
+    block_rows = _block_rows(block_columns, rows, TILE_ELEMENTS)
     with device_guard(input):
         _forward_kernel[(triton.cdiv(rows, block_rows),)](
             input,
+            _contiguous(input_bias),
             residual,
-            None if weight is None else weight.contiguous(),
-            None if bias is None else bias.contiguous(),
+            None if dropout is None else dropout.seed,
+            _contiguous(weight),
+            _contiguous(bias),
             output,
             total,
             mean,
@@ -326,69 +494,98 @@ def norm_forward(
             rows,
             columns,
             eps,
+            *_dropout_numbers(dropout),
             *input.stride(),
             *_strides(residual),
             CENTERED=centered,
+            ALIGNMENT=alignment(columns, input.stride(0), _strides(residual)[0]),
             BLOCK_ROWS=block_rows,
             BLOCK_COLUMNS=block_columns,
             ONE_PASS=one_pass,
-            num_warps=_warps(input, block_rows * block_columns),
+            num_warps=_warps(input, block_rows * block_columns // ELEMENTS_PER_THREAD),
+            **COMPILER_OPTIONS,
         )
     return output, total, mean, rstd
+
+
+class NormGradients(NamedTuple):
+    """What `norm_backward` returns; None for what was not asked for."""
+
+    input: torch.Tensor
+    residual: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    input_bias: torch.Tensor | None
 
 
 def norm_backward(
     grad_output: torch.Tensor,
     grad_sum: torch.Tensor | None,
-    input: torch.Tensor,
+    x: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
     weight: torch.Tensor | None,
+    dropout: Dropout | None,
+    *,
     centered: bool,
+    input_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
     weight_needs_grad: bool,
     bias_needs_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of what was normalised (contiguous, in its dtype) and, where needed, of weight and bias (float32).
+    input_bias_needs_grad: bool,
+) -> NormGradients:
+    """Gradients of everything that `norm_forward` was given.
 
     Args:
-        grad_output, grad_sum: gradients of the output and of the sum, shaped like `input`, any strides.
-        input: what was normalised, (rows, columns), any strides.
+        grad_output, grad_sum: gradients of the output and of x, shaped like `x`, any strides.
+        x: what was normalised, (rows, columns), any strides.
         mean, rstd: as `norm_forward` returned them.
+        input_dtype: of the input's gradient, which is contiguous.
+        residual_dtype: of the residual's gradient, contiguous; None if it is not wanted.
+
+    Returns:
+        Gradients of weight and biases are float32.
     """
-    rows, columns = input.shape
-    grad_input = torch.empty_like(input, memory_format=torch.contiguous_format)
-    weight = None if weight is None else weight.contiguous()
-    one_pass = columns <= BACKWARD_ONE_PASS_COLUMNS
-    block_columns = triton.next_power_of_2(columns) if one_pass else TILE_ELEMENTS
-    block_rows = _block_rows(block_columns, rows)
-    programs = min(triton.cdiv(rows, block_rows), _most_programs(input))
+    rows, columns = x.shape
+    grad_input = x.new_empty(rows, columns, dtype=input_dtype)
+    grad_residual = None if residual_dtype is None else torch.empty_like(grad_input, dtype=residual_dtype)
+    one_pass = columns * max(x.element_size(), grad_output.element_size()) <= BACKWARD_ONE_PASS_BYTES
+    block_columns = _one_pass_block(columns) if one_pass else TILE_ELEMENTS
+    block_rows = _block_rows(block_columns, rows, BACKWARD_TILE_ELEMENTS)
+    programs = min(triton.cdiv(rows, block_rows), _most_programs(x))
     weight_sums = rstd.new_empty((programs, columns)) if weight_needs_grad else None
     bias_sums = rstd.new_empty((programs, columns)) if bias_needs_grad else None
-    tensors = (grad_output, grad_sum, input, weight, mean, rstd, grad_input)
-    strides = (*grad_output.stride(), *_strides(grad_sum), *input.stride())
-    warps = _warps(input, block_rows * block_columns)
-    with device_guard(input):
+    input_bias_sums = rstd.new_empty((programs, columns)) if input_bias_needs_grad and one_pass else None
+    seed = None if dropout is None else dropout.seed
+    tensors = (grad_output, grad_sum, x, _contiguous(weight), mean, rstd, seed, grad_input, grad_residual)
+    strides = (*grad_output.stride(), *_strides(grad_sum), *x.stride())
+    options = {
+        "CENTERED": centered,
+        "ALIGNMENT": alignment(columns, grad_output.stride(0), _strides(grad_sum)[0], x.stride(0)),
+        "BLOCK_COLUMNS": block_columns,
+        "num_warps": _warps(x, block_rows * block_columns // BACKWARD_ELEMENTS_PER_THREAD),
+        **COMPILER_OPTIONS,
+    }
+    with device_guard(x):
         if one_pass:
             _backward_kernel[(programs,)](
                 *tensors,
                 weight_sums,
                 bias_sums,
+                input_bias_sums,
                 rows,
                 columns,
+                *_dropout_numbers(dropout),
                 *strides,
-                CENTERED=centered,
                 BLOCK_ROWS=block_rows,
-                BLOCK_COLUMNS=block_columns,
-                num_warps=warps,
+                **options,
             )
         else:
-            _backward_long_row_kernel[(rows,)](
-                *tensors, columns, *strides, CENTERED=centered, BLOCK_COLUMNS=block_columns, num_warps=warps
-            )
+            _backward_long_row_kernel[(rows,)](*tensors, columns, *_dropout_numbers(dropout), *strides, **options)
             if weight_needs_grad or bias_needs_grad:
                 _parameter_sums_kernel[(triton.cdiv(columns, block_columns), programs)](
                     grad_output,
-                    input,
+                    x,
                     mean,
                     rstd,
                     weight_sums,
@@ -396,31 +593,46 @@ def norm_backward(
                     rows,
                     columns,
                     *grad_output.stride(),
-                    *input.stride(),
-                    CENTERED=centered,
-                    BLOCK_COLUMNS=block_columns,
-                    num_warps=warps,
+                    *x.stride(),
+                    **options,
                 )
-    return (
-        grad_input,
-        None if weight_sums is None else weight_sums.sum(0),
-        None if bias_sums is None else bias_sums.sum(0),
+    grad_input_bias = _sum_of_programs(input_bias_sums)
+    if input_bias_needs_grad and not one_pass:
+        grad_input_bias = grad_input.sum(0, dtype=torch.float32)
+    return NormGradients(
+        grad_input, grad_residual, _sum_of_programs(weight_sums), _sum_of_programs(bias_sums), grad_input_bias
     )
+
+
+def _sum_of_programs(sums: torch.Tensor | None) -> torch.Tensor | None:
+    return None if sums is None else sums.sum(0)
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _dropout_numbers(dropout: Dropout | None) -> tuple[int, float]:
+    return (0, 1.0) if dropout is None else (dropout.threshold, dropout.scale)
 
 
 def _strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0) if tensor is None else tensor.stride()
 
 
-def _block_rows(block_columns: int, rows: int) -> int:
+def _one_pass_block(columns: int) -> int:
+    """Columns of a tile that holds whole rows; dropout draws its random words for four at a time."""
+    return max(4, triton.next_power_of_2(columns))
+
+
+def _block_rows(block_columns: int, rows: int, tile_elements: int) -> int:
     """Whole rows in a tile: several where they are short."""
-    return max(1, min(TILE_ELEMENTS // block_columns, triton.next_power_of_2(rows)))
+    return max(1, min(tile_elements // block_columns, triton.next_power_of_2(rows)))
 
 
-def _warps(tensor: torch.Tensor, tile_elements: int) -> int:
-    """Warps for a tile, from one to the 1,024 threads that every architecture allows."""
-    threads = min(1024, tile_elements // ELEMENTS_PER_THREAD)
-    return max(1, threads // architecture_of(tensor).warp_size)
+def _warps(tensor: torch.Tensor, threads: int) -> int:
+    """Warps for so many threads, from one to the 1,024 threads that every architecture allows."""
+    return max(1, min(1024, threads) // architecture_of(tensor).warp_size)
 
 
 def _most_programs(tensor: torch.Tensor) -> int:

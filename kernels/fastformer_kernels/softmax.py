@@ -1,8 +1,12 @@
-"""Softmax along one dimension: y_i = exp(x_i - max x) / sum_j exp(x_j - max x), and its gradient
-dx = y * (dy - sum_j y_j dy_j).
+"""Softmax and log-softmax along one dimension of masked and scaled scores, and their gradients.
+
+    s = scale x + mask,  y_i = exp(s_i - max s) / sum_j exp(s_j - max s),  dx = scale y (dy - sum_j y_j dy_j)
+    log-softmax:  y_i = s_i - max s - log sum_j exp(s_j - max s),          dx = scale (dy - exp(y) sum_j dy_j)
 
 A row that fits is read once and kept in registers; a longer one is read twice, the first time with the online
-normaliser of Milakov and Gimelshein (2018, https://arxiv.org/abs/1805.02867). A row of -inf gives zeros.
+normaliser of Milakov and Gimelshein (2018, https://arxiv.org/abs/1805.02867). A row of -inf gives zeros (log-softmax
+-inf), and what has no probability has no gradient. The maximum is subtracted before anything else is done to a score:
+the rounding of a large score times log2 e would reach the result undivided.
 """
 
 from __future__ import annotations
@@ -11,23 +15,70 @@ import torch
 import triton
 import triton.language as tl
 
-from fastformer_kernels.launch import device_guard
+from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard
 from fastformer_kernels.precision import round_to
-from fastformer_kernels.rows import RowLayout, row_layout, row_offset
+from fastformer_kernels.rows import RowLayout, aligned, row_layout, row_offset
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 ONE_PASS_COLUMNS = 16384
 TILE_ELEMENTS = 4096
+ELEMENTS_PER_THREAD = 16
+# Rows side by side where neighbouring rows, not columns, are neighbours in memory: a whole sector of 32 bytes and more.
+STRIDED_BLOCK_ROWS = 32
+
+
+@triton.jit
+def _load_scores(
+    x_row, x_stride, mask_row, mask_stride, limit, row_valid, column, columns, scale, CAUSAL: tl.constexpr
+):
+    """A tile of scores in float32; -inf where there is none to attend to. `limit` is the last column a row may see."""
+    valid = row_valid & (column < columns)
+    if CAUSAL:
+        # In steps of 16 columns, which keep the loads wide.
+        valid = valid & (column // 16 <= limit // 16)
+    scores = tl.load(x_row + column * x_stride, mask=valid, other=float("-inf")).to(tl.float32) * scale
+    scores = tl.where(valid, scores, float("-inf"))
+    if mask_row is not None:
+        mask = tl.load(mask_row + column * mask_stride, mask=valid, other=0)
+        if mask.dtype.is_floating():
+            scores += mask.to(tl.float32)
+        else:
+            scores = tl.where(mask != 0, scores, float("-inf"))
+    if CAUSAL:
+        scores = tl.where(column <= limit, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _finite(maximum):
+    """`maximum`, or zero where the row is empty, so that subtracting it leaves -inf."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def _normalised(scores, maximum, total, LOG: tl.constexpr):
+    shifted = scores - _finite(maximum)
+    total = tl.where(total == 0.0, 1.0, total)
+    if LOG:
+        y = shifted - tl.log2(total) * LN_2
+    else:
+        y = tl.exp2(shifted * LOG2_E) * (1.0 / total)
+    return y
 
 
 @triton.jit
 def _softmax_forward_kernel(
     input_pointer,
+    mask_pointer,
     output_pointer,
     rows,
     size_1,
     size_2,
     columns,
+    queries,
+    causal_offset,
+    scale,
     input_stride_0,
     input_stride_1,
     input_stride_2,
@@ -36,46 +87,86 @@ def _softmax_forward_kernel(
     output_stride_1,
     output_stride_2,
     output_stride_column,
+    mask_stride_0,
+    mask_stride_1,
+    mask_stride_2,
+    mask_stride_column,
+    CAUSAL: tl.constexpr,
+    LOG: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     ONE_PASS: tl.constexpr,
 ):
+    columns = aligned(columns, ALIGNMENT)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_valid = (row < rows)[:, None]
-    x_row = input_pointer + row_offset(row, size_1, size_2, input_stride_0, input_stride_1, input_stride_2)[:, None]
-    y_row = output_pointer + row_offset(row, size_1, size_2, output_stride_0, output_stride_1, output_stride_2)[:, None]
+    x_row = (
+        input_pointer
+        + row_offset(row, size_1, size_2, input_stride_0, input_stride_1, input_stride_2, ALIGNMENT)[:, None]
+    )
+    y_row = (
+        output_pointer
+        + row_offset(row, size_1, size_2, output_stride_0, output_stride_1, output_stride_2, ALIGNMENT)[:, None]
+    )
+    mask_row = mask_pointer
+    if mask_pointer is not None:
+        mask_row = (
+            mask_pointer
+            + row_offset(row, size_1, size_2, mask_stride_0, mask_stride_1, mask_stride_2, ALIGNMENT)[:, None]
+        )
+    limit = (row % queries + causal_offset)[:, None]
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
     if ONE_PASS:
-        valid = row_valid & (column < columns)
-        x = tl.load(x_row + column * input_stride_column, mask=valid, other=float("-inf")).to(tl.float32) * LOG2_E
-        maximum = tl.max(x, axis=1)[:, None]
-        numerator = tl.exp2(x - tl.where(maximum == float("-inf"), 0.0, maximum))
-        total = tl.sum(numerator, axis=1)[:, None]
-        y = numerator * (1.0 / tl.where(total == 0.0, 1.0, total))
-        tl.store(y_row + column * output_stride_column, round_to(y, output_pointer.dtype.element_ty), mask=valid)
+        scores = _load_scores(
+            x_row, input_stride_column, mask_row, mask_stride_column, limit, row_valid, column, columns, scale, CAUSAL
+        )
+        maximum = tl.max(scores, axis=1)[:, None]
+        total = tl.sum(tl.exp2((scores - _finite(maximum)) * LOG2_E), axis=1)[:, None]
+        y = round_to(_normalised(scores, maximum, total, LOG), output_pointer.dtype.element_ty)
+        tl.store(y_row + column * output_stride_column, y, mask=row_valid & (column < columns))
     else:
         maximum = tl.full((BLOCK_ROWS, 1), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_ROWS, 1), tl.float32)
         for start in range(0, columns, BLOCK_COLUMNS):
-            valid = row_valid & (start + column < columns)
-            x = tl.load(x_row + (start + column) * input_stride_column, mask=valid, other=float("-inf"))
-            x = x.to(tl.float32) * LOG2_E
-            tile_maximum = tl.max(x, axis=1)[:, None]
-            new_maximum = tl.maximum(maximum, tile_maximum)
-            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            total = total * tl.exp2(maximum - shift) + tl.sum(tl.exp2(x - shift), axis=1)[:, None]
-            maximum = new_maximum
-        shift = tl.where(maximum == float("-inf"), 0.0, maximum)
-        reciprocal = 1.0 / tl.where(total == 0.0, 1.0, total)
-        for start in range(0, columns, BLOCK_COLUMNS):
-            valid = row_valid & (start + column < columns)
-            x = tl.load(x_row + (start + column) * input_stride_column, mask=valid, other=float("-inf"))
-            y = tl.exp2(x.to(tl.float32) * LOG2_E - shift) * reciprocal
-            tl.store(
-                y_row + (start + column) * output_stride_column,
-                round_to(y, output_pointer.dtype.element_ty),
-                mask=valid,
+            at = start + column
+            scores = _load_scores(
+                x_row, input_stride_column, mask_row, mask_stride_column, limit, row_valid, at, columns, scale, CAUSAL
             )
+            previous = maximum
+            maximum = tl.maximum(maximum, tl.max(scores, axis=1)[:, None])
+            total *= tl.exp2((previous - _finite(maximum)) * LOG2_E)
+            total += tl.sum(tl.exp2((scores - _finite(maximum)) * LOG2_E), axis=1)[:, None]
+        for start in range(0, columns, BLOCK_COLUMNS):
+            at = start + column
+            scores = _load_scores(
+                x_row, input_stride_column, mask_row, mask_stride_column, limit, row_valid, at, columns, scale, CAUSAL
+            )
+            y = round_to(_normalised(scores, maximum, total, LOG), output_pointer.dtype.element_ty)
+            tl.store(y_row + at * output_stride_column, y, mask=row_valid & (at < columns))
+
+
+@triton.jit
+def _load_gradient(dy_row, dy_stride, y_row, y_stride, valid, column, LOG: tl.constexpr):
+    """A tile of probabilities and of the gradient that arrives at them, both zero where there is no probability."""
+    dy = tl.load(dy_row + column * dy_stride, mask=valid, other=0.0).to(tl.float32)
+    if LOG:
+        y = tl.load(y_row + column * y_stride, mask=valid, other=float("-inf")).to(tl.float32)
+        dy = tl.where(y == float("-inf"), 0.0, dy)
+        y = tl.exp2(y * LOG2_E)
+    else:
+        y = tl.load(y_row + column * y_stride, mask=valid, other=0.0).to(tl.float32)
+    return y, dy
+
+
+@triton.jit
+def _dot_term(y, dy, LOG: tl.constexpr):
+    return dy if LOG else y * dy
+
+
+@triton.jit
+def _grad_scores(y, dy, dot, LOG: tl.constexpr):
+    return dy - y * dot if LOG else y * (dy - dot)
 
 
 @triton.jit
@@ -87,6 +178,7 @@ def _softmax_backward_kernel(
     size_1,
     size_2,
     columns,
+    scale,
     grad_output_stride_0,
     grad_output_stride_1,
     grad_output_stride_2,
@@ -99,84 +191,150 @@ def _softmax_backward_kernel(
     grad_input_stride_1,
     grad_input_stride_2,
     grad_input_stride_column,
+    LOG: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    ONE_PASS: tl.constexpr,
 ):
+    columns = aligned(columns, ALIGNMENT)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_valid = (row < rows)[:, None]
-    dy_offset = row_offset(row, size_1, size_2, grad_output_stride_0, grad_output_stride_1, grad_output_stride_2)
+    dy_offset = row_offset(
+        row, size_1, size_2, grad_output_stride_0, grad_output_stride_1, grad_output_stride_2, ALIGNMENT
+    )
     dy_row = grad_output_pointer + dy_offset[:, None]
-    y_row = output_pointer + row_offset(row, size_1, size_2, output_stride_0, output_stride_1, output_stride_2)[:, None]
-    dx_offset = row_offset(row, size_1, size_2, grad_input_stride_0, grad_input_stride_1, grad_input_stride_2)
+    y_row = (
+        output_pointer
+        + row_offset(row, size_1, size_2, output_stride_0, output_stride_1, output_stride_2, ALIGNMENT)[:, None]
+    )
+    dx_offset = row_offset(
+        row, size_1, size_2, grad_input_stride_0, grad_input_stride_1, grad_input_stride_2, ALIGNMENT
+    )
     dx_row = grad_input_pointer + dx_offset[:, None]
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
-    product = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for start in range(0, columns, BLOCK_COLUMNS):
-        valid = row_valid & (start + column < columns)
-        y = tl.load(y_row + (start + column) * output_stride_column, mask=valid, other=0.0).to(tl.float32)
-        dy = tl.load(dy_row + (start + column) * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
-        product += y * dy
-    dot = tl.sum(product, axis=1)[:, None]
-    for start in range(0, columns, BLOCK_COLUMNS):
-        valid = row_valid & (start + column < columns)
-        y = tl.load(y_row + (start + column) * output_stride_column, mask=valid, other=0.0).to(tl.float32)
-        dy = tl.load(dy_row + (start + column) * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
-        dx = y * (dy - dot)
-        dx_column = (start + column) * grad_input_stride_column
-        tl.store(dx_row + dx_column, round_to(dx, grad_input_pointer.dtype.element_ty), mask=valid)
+    if ONE_PASS:
+        valid = row_valid & (column < columns)
+        y, dy = _load_gradient(dy_row, grad_output_stride_column, y_row, output_stride_column, valid, column, LOG)
+        dot = tl.sum(_dot_term(y, dy, LOG), axis=1)[:, None]
+        dx = round_to(scale * _grad_scores(y, dy, dot, LOG), grad_input_pointer.dtype.element_ty)
+        tl.store(dx_row + column * grad_input_stride_column, dx, mask=valid)
+    else:
+        terms = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        for start in range(0, columns, BLOCK_COLUMNS):
+            at = start + column
+            valid = row_valid & (at < columns)
+            y, dy = _load_gradient(dy_row, grad_output_stride_column, y_row, output_stride_column, valid, at, LOG)
+            terms += _dot_term(y, dy, LOG)
+        dot = tl.sum(terms, axis=1)[:, None]
+        for start in range(0, columns, BLOCK_COLUMNS):
+            at = start + column
+            valid = row_valid & (at < columns)
+            y, dy = _load_gradient(dy_row, grad_output_stride_column, y_row, output_stride_column, valid, at, LOG)
+            dx = round_to(scale * _grad_scores(y, dy, dot, LOG), grad_input_pointer.dtype.element_ty)
+            tl.store(dx_row + at * grad_input_stride_column, dx, mask=valid)
 
 
-def softmax_forward(input: torch.Tensor, dim: int) -> torch.Tensor:
-    """Softmax of `input` (any shape and strides) along `dim`; same shape and dtype, accumulated in float32."""
-    output = torch.empty_like(input)
-    layout, (input, target) = row_layout(dim, [input, output])
-    one_pass = layout.columns <= ONE_PASS_COLUMNS
-    blocks = _blocks(layout, ONE_PASS_COLUMNS if one_pass else TILE_ELEMENTS)
+def softmax_forward(
+    input: torch.Tensor,
+    output: torch.Tensor,
+    dim: int,
+    *,
+    mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+    causal_offset: int | None = None,
+    log: bool = False,
+) -> None:
+    """Write the softmax of ``scale * input + mask`` along `dim` into `output`, accumulated in float32.
+
+    Args:
+        input: floating, any shape and strides.
+        output: of input's shape, any strides and floating dtype; may be `input` itself.
+        mask: of input's shape, any strides, most of them often zero; boolean (True = may attend) or floating (added).
+        causal_offset: a row sees the columns up to its own index along the last dimension but `dim`, plus this; None
+            for all columns.
+        log: log-softmax instead.
+    """
+    given = [input, output] if mask is None else [input, output, mask]
+    layout, (x, y, *masks) = row_layout(dim, given)
+    blocks = _blocks(layout)
+    queries = 1 if causal_offset is None else input.shape[-2 if dim % input.dim() == input.dim() - 1 else -1]
     with device_guard(input):
         _softmax_forward_kernel[(triton.cdiv(layout.rows, blocks["BLOCK_ROWS"]),)](
-            input,
-            target,
+            x,
+            masks[0] if masks else None,
+            y,
             layout.rows,
             *layout.sizes[1:],
             layout.columns,
+            queries,
+            causal_offset or 0,
+            scale,
             *layout.strides[0],
             *layout.strides[1],
-            ONE_PASS=one_pass,
+            *(layout.strides[2] if masks else (0, 0, 0, 0)),
+            CAUSAL=causal_offset is not None,
+            LOG=log,
+            ALIGNMENT=layout.alignment,
             **blocks,
-            num_warps=_warps(blocks),
+            num_warps=_warps(blocks, input),
+            **COMPILER_OPTIONS,
         )
-    return target
+    if y is not output:
+        output.copy_(y)
 
 
-def softmax_backward(grad_output: torch.Tensor, output: torch.Tensor, dim: int) -> torch.Tensor:
-    """Gradient of the softmax's input from the gradient of its `output`; shaped and typed like `output`."""
-    grad_input = torch.empty_like(output)
-    layout, (grad_output, output, target) = row_layout(dim, [grad_output, output, grad_input])
-    blocks = _blocks(layout, TILE_ELEMENTS)
+def softmax_backward(
+    grad_output: torch.Tensor,
+    output: torch.Tensor,
+    grad_input: torch.Tensor,
+    dim: int,
+    *,
+    scale: float = 1.0,
+    log: bool = False,
+) -> None:
+    """Write the gradient of the input into `grad_input`, from the softmax's `output` and its gradient.
+
+    All three are of one shape, with any strides and floating dtypes.
+    """
+    layout, (dy, y, dx) = row_layout(dim, [grad_output, output, grad_input])
+    blocks = _blocks(layout)
     with device_guard(output):
         _softmax_backward_kernel[(triton.cdiv(layout.rows, blocks["BLOCK_ROWS"]),)](
-            grad_output,
-            output,
-            target,
+            dy,
+            y,
+            dx,
             layout.rows,
             *layout.sizes[1:],
             layout.columns,
+            scale,
             *layout.strides[0],
             *layout.strides[1],
             *layout.strides[2],
+            LOG=log,
+            ALIGNMENT=layout.alignment,
             **blocks,
-            num_warps=_warps(blocks),
+            num_warps=_warps(blocks, output),
+            **COMPILER_OPTIONS,
         )
-    return target
+    if dx is not grad_input:
+        grad_input.copy_(dx)
 
 
-def _blocks(layout: RowLayout, most_columns: int) -> dict[str, int]:
-    """Tile sizes: whole rows where they fit, several to a program where they are short."""
-    columns = min(triton.next_power_of_2(layout.columns), most_columns)
-    rows = max(1, min(TILE_ELEMENTS // columns, triton.next_power_of_2(layout.rows)))
-    return {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns}
+def _blocks(layout: RowLayout) -> dict[str, int]:
+    """Tile sizes: whole rows where they fit, several to a program where they are short or lie across memory."""
+    columns = triton.next_power_of_2(layout.columns)
+    along_memory = layout.strides[0][-1] <= max(1, layout.strides[0][-2])
+    most_rows = triton.next_power_of_2(layout.rows)
+    fewest_rows = 1 if along_memory else min(STRIDED_BLOCK_ROWS, most_rows)
+    one_pass = columns * fewest_rows <= ONE_PASS_COLUMNS
+    if not one_pass:
+        columns = TILE_ELEMENTS // fewest_rows
+    rows = min(max(fewest_rows, TILE_ELEMENTS // columns), most_rows)
+    return {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "ONE_PASS": one_pass}
 
 
-def _warps(blocks: dict[str, int]) -> int:
-    """One warp for every 1,024 elements of the tile, from 1 to 16."""
-    return max(1, min(16, blocks["BLOCK_ROWS"] * blocks["BLOCK_COLUMNS"] // 1024))
+def _warps(blocks: dict[str, int], tensor: torch.Tensor) -> int:
+    """Warps for a tile, from one to the 1,024 threads that every architecture allows."""
+    threads = min(1024, blocks["BLOCK_ROWS"] * blocks["BLOCK_COLUMNS"] // ELEMENTS_PER_THREAD)
+    return max(1, threads // architecture_of(tensor).warp_size)

@@ -144,6 +144,12 @@ def test_deprecated_reductions() -> None:
     assert torch.equal(rows, cross_entropy(logits, target, reduction="none"))
 
 
+def test_class_probabilities_are_pytorchs() -> None:
+    logits, target = torch.randn(3, 5), torch.rand(3, 5)
+    options = {"weight": torch.rand(5), "reduction": "sum", "label_smoothing": 0.1}
+    assert torch.equal(cross_entropy(logits, target, **options), F.cross_entropy(logits, target, **options))
+
+
 def test_gradient_takes_the_logits_place(backend: str) -> None:
     leaf = torch.randn(4, 6, requires_grad=True)
     target = torch.tensor([0, 5, 2, -100])
@@ -222,7 +228,7 @@ def test_compiles_without_graph_break(inplace: bool) -> None:
     [
         ({"input": torch.zeros(3, 5).long()}, TypeError, "input must be float32, float16 or bfloat16"),
         ({"input": torch.tensor(0.0)}, ValueError, "got a scalar"),
-        ({"target": torch.rand(3, 5)}, TypeError, "for class probabilities use torch.nn.functional.cross_entropy"),
+        ({"target": torch.rand(3, 5), "softcap": 2.0}, TypeError, "softcap and inplace need a target of int64 classes"),
         ({"target": torch.zeros(3, dtype=torch.int32)}, TypeError, "target must be int64; got torch.int32"),
         ({"target": torch.zeros(4, dtype=torch.int64)}, ValueError, r"target must have shape \(3,\); got \(4,\)"),
         ({"target": torch.full((3,), 5)}, IndexError, "target must be a class from 0 to 4 or -100; got 5"),

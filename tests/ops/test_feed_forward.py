@@ -44,6 +44,14 @@ def make(tokens: int, features: int, intermediate: int, gated: bool, biased: boo
     return [x, up, down, bias(intermediate), bias(features + 1), gate, bias(intermediate) if gated else None]
 
 
+def dropout_scale(p: float, rows: int, columns: int) -> torch.Tensor | float:
+    """What the next dropout multiplies its elements by, drawn as the operator draws it."""
+    if p == 0.0:
+        return 1.0
+    seed, offset = torch.randint(0, 2**63 - 1, (2,)).tolist()
+    return reference.matrix_dropout_keep(seed, offset, p, rows, columns).double() / (1.0 - p)
+
+
 def check(
     tensors: list[Any],
     activation: str,
@@ -55,10 +63,9 @@ def check(
     input, up, down, *_ = tensors
     grad_output = torch.randn(input.shape[0], down.shape[0])
     torch.manual_seed(3)
-    seed, offset = torch.randint(0, 2**63 - 1, (2,)).tolist()
     scales = [
-        reference.matrix_dropout_scale(seed, offset, p, stream, (input.shape[0], columns)) if p else 1.0
-        for stream, p, columns in ((0, hidden_dropout_p, up.shape[0]), (1, output_dropout_p, down.shape[0]))
+        dropout_scale(p, input.shape[0], columns)
+        for p, columns in ((hidden_dropout_p, up.shape[0]), (output_dropout_p, down.shape[0]))
     ]
 
     def run(function: Any, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -205,9 +212,9 @@ def test_registration(backend: str) -> None:
     leaves = [t.detach().requires_grad_() for t in tensors]
     residual, seed = torch.randn(3, 5, requires_grad=True), torch.tensor([3, 4])
     ops = torch.ops.fastformer
-    torch.library.opcheck(ops.feed_forward.default, (*leaves, residual, seed, "gelu", 0.2, 0.3, True))
+    torch.library.opcheck(ops.feed_forward.default, (*leaves, residual, seed, seed, "gelu", 0.2, 0.3, True))
     x, up, down, up_bias, _, gate, gate_bias = tensors
-    saved = (x, up, down, up_bias, gate, gate_bias, None, None, seed)
+    saved = (x, up, down, up_bias, gate, gate_bias, None, None, seed, seed)
     needs_grad = [True, False, True, False, True, False, True]
     torch.library.opcheck(ops.feed_forward_backward.default, (torch.randn(3, 5), *saved, "gelu", 0.2, 0.3, needs_grad))
 

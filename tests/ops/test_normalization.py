@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -13,6 +14,7 @@ from accuracy import assert_as_accurate
 from hypothesis import given, settings
 
 from fastformer.backends import backend as use_backend
+from fastformer.ops import normalization
 from fastformer.ops.normalization import layer_norm, rms_norm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -68,18 +70,126 @@ def test_any_strides(data: st.DataObject) -> None:
             check(x, centered, affine)
 
 
-@pytest.mark.parametrize("centered", [True, False])
-def test_residual_is_added_first(backend: str, centered: bool) -> None:
+def fused(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    input_bias: torch.Tensor | None,
+    keep: torch.Tensor | None,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normalised value and the sum, in plain PyTorch; LayerNorm where there is a bias."""
+    total = x if input_bias is None else x + input_bias
+    if keep is not None:
+        total = total * keep / (1.0 - dropout_p)
+    total = total if residual is None else total + residual
+    if bias is None:
+        return F.rms_norm(total, weight.shape, weight, EPS), total
+    return F.layer_norm(total, weight.shape, weight, bias, EPS), total
+
+
+def check_fused(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    centered: bool,
+    with_input_bias: bool,
+    dropout_p: float,
+    return_sum: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, columns = shape
+    seed = torch.tensor([(5 << 40) + 17, 2**33 + 3])
+    monkeypatch.setattr(normalization, "draw_seed", lambda device: seed)
+    keep = reference.matrix_dropout_keep(*seed.tolist(), dropout_p, rows, columns) if dropout_p else None
+    given = {
+        "x": torch.randn(shape).to(dtype),
+        "residual": None if residual_dtype is None else torch.randn(shape).to(residual_dtype),
+        "weight": torch.randn(columns),
+        "bias": torch.randn(columns) if centered else None,
+        "input_bias": torch.randn(columns).to(dtype) if with_input_bias else None,
+    }
+    grad_output, grad_sum = torch.randn(shape), torch.randn(shape)
+
+    def run(function: Any, wide: torch.dtype | None) -> list[torch.Tensor]:
+        leaves = {
+            name: tensor if tensor is None else tensor.to(wide or tensor.dtype).requires_grad_()
+            for name, tensor in given.items()
+        }
+        output, total = function(**leaves)
+        outputs, grads = [output], [grad_output.to(output.dtype)]
+        if return_sum and residual_dtype is not None:
+            outputs.append(total)
+            grads.append(grad_sum.to(total.dtype))
+        inputs = [leaf for leaf in leaves.values() if leaf is not None]
+        return [*(tensor.detach() for tensor in outputs), *torch.autograd.grad(outputs, inputs, grads)]
+
+    def own(x: torch.Tensor, residual: Any, weight: torch.Tensor, bias: Any, input_bias: Any) -> Any:
+        options = {"residual": residual, "input_bias": input_bias, "dropout_p": dropout_p, "return_sum": return_sum}
+        if centered:
+            result = layer_norm(x, (columns,), weight, bias, EPS, **options)
+        else:
+            result = rms_norm(x, (columns,), weight, EPS, **options)
+        return result if isinstance(result, tuple) else (result, None)
+
+    plain = partial(fused, keep=keep, dropout_p=dropout_p)
+    exact = run(plain, torch.float64)
+    actual, pytorch = run(own, None), run(plain, None)
+    sum_dtype = dtype if residual_dtype is None else torch.promote_types(dtype, residual_dtype)
+    for index, (a, p, e) in enumerate(zip(actual, pytorch, exact, strict=True)):
+        # Up to six roundings of the sum and, in float32, six of the norm (see `check`), by half a unit each; the sum's
+        # unit is its own dtype's, also where it reaches a float32 gradient.
+        units = 6.0 * max(1.0, torch.finfo(sum_dtype).eps / torch.finfo(a.dtype).eps)
+        assert_as_accurate(str(index), a, p.to(a.dtype), e, scale=units * max(1.0, e.abs().max().item()))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_bias_dropout_and_residual_come_first(data: st.DataObject) -> None:
     torch.manual_seed(0)
-    norm = layer_norm if centered else rms_norm
-    x, r = torch.randn(2, 6, 20, requires_grad=True), torch.randn(2, 6, 20, requires_grad=True)
-    output, total = norm(x, (20,), residual=r)
-    alone = norm(x + r, (20,))
-    torch.testing.assert_close(output, alone)
-    torch.testing.assert_close(total, x + r)
-    fused = torch.autograd.grad(output.sin().sum() + total.square().sum(), (x, r))
-    plain = torch.autograd.grad(alone.sin().sum() + (x + r).square().sum(), (x, r))
-    torch.testing.assert_close(fused, plain)
+    arguments = data.draw(
+        st.tuples(
+            st.tuples(st.integers(1, 7), st.integers(8, 40)),
+            st.sampled_from(DTYPES),
+            st.sampled_from([None, *DTYPES]),
+            st.booleans(),
+            st.booleans(),
+            st.sampled_from([0.0, 0.3]),
+            st.booleans(),
+        )
+    )
+    for name in ("triton", "torch"):
+        with use_backend(name), pytest.MonkeyPatch.context() as monkeypatch:
+            check_fused(*arguments, monkeypatch)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_long_rows(backend: str, centered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("fastformer_kernels.normalization.FORWARD_ONE_PASS_COLUMNS", 64)
+    monkeypatch.setattr("fastformer_kernels.normalization.BACKWARD_ONE_PASS_BYTES", 64)
+    monkeypatch.setattr("fastformer_kernels.normalization.TILE_ELEMENTS", 64)
+    check_fused((5, 203), torch.float32, torch.float32, centered, True, 0.25, True, monkeypatch)
+    check_fused((3, 128), torch.bfloat16, None, centered, False, 0.0, True, monkeypatch)
+
+
+def test_dropout_drops_the_right_share(backend: str) -> None:
+    torch.manual_seed(0)
+    x, zero = torch.ones(100, 200), torch.zeros(100, 200)
+    _, total = layer_norm(x, (200,), residual=zero, dropout_p=0.2)
+    # Five standard deviations of a binomial of 20,000.
+    assert abs((total == 0).double().mean().item() - 0.2) < 5 * (0.2 * 0.8 / 20000) ** 0.5
+    assert torch.equal(total.unique(), torch.tensor([0.0, 1.0 / (1.0 - 0.2)]))
+    _, again = layer_norm(x, (200,), residual=zero, dropout_p=0.2)
+    assert not torch.equal(total, again)
+
+
+def test_only_the_sum_is_used(backend: str) -> None:
+    x, r = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+    _, total = layer_norm(x, (8,), residual=r)
+    for gradient in torch.autograd.grad(total.sum(), (x, r)):
+        torch.testing.assert_close(gradient, torch.ones(3, 8))
 
 
 def test_float32_parameters_with_bfloat16_input(backend: str) -> None:
@@ -105,19 +215,39 @@ def test_empty(backend: str) -> None:
 
 def test_registration(backend: str) -> None:
     x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
-    torch.library.opcheck(torch.ops.fastformer.norm.default, (x, None, w, w.detach().requires_grad_(), 1e-5, True))
     torch.library.opcheck(
-        torch.ops.fastformer.norm.default, (x, x.detach().clone().requires_grad_(), w, None, 1e-5, False)
+        torch.ops.fastformer.norm.default,
+        (x, None, w, w.detach().requires_grad_(), None, None, 1e-5, True, 0.0, torch.float32, False),
+    )
+    torch.library.opcheck(
+        torch.ops.fastformer.norm.default,
+        (
+            x,
+            x.detach().clone().requires_grad_(),
+            w,
+            None,
+            w.detach().clone().requires_grad_(),
+            torch.tensor([1, 2]),
+            1e-5,
+            False,
+            0.3,
+            torch.float32,
+            True,
+        ),
     )
 
 
 def test_compiles_without_graph_break() -> None:
-    compiled = torch.compile(layer_norm, fullgraph=True, dynamic=True)
+    def fused_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, dropout_p: float) -> torch.Tensor:
+        output, total = layer_norm(x, (8,), weight, residual=residual, input_bias=weight, dropout_p=dropout_p)
+        return output * total
+
+    compiled = torch.compile(fused_norm, fullgraph=True, dynamic=True)
     weight = torch.randn(8, requires_grad=True)
     for size in (3, 11):
-        x = torch.randn(size, 8, requires_grad=True)
-        torch.testing.assert_close(compiled(x, (8,), weight), layer_norm(x, (8,), weight))
-        compiled(x, (8,), weight).sum().backward()
+        x, residual = torch.randn(size, 8, requires_grad=True), torch.randn(size, 8)
+        torch.testing.assert_close(compiled(x, residual, weight, 0.0), fused_norm(x, residual, weight, 0.0))
+        compiled(x, residual, weight, 0.5).sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -136,3 +266,17 @@ def test_compiles_without_graph_break() -> None:
 def test_refuses_what_it_cannot_do(arguments: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         layer_norm(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\); got 1.0"),
+        ({"input_bias": torch.ones(2)}, ValueError, r"input_bias must have shape \(3,\); got \(2,\)"),
+        ({"residual": torch.ones(3)}, ValueError, r"residual must have shape \(2, 3\); got \(3,\)"),
+        ({"residual": torch.ones(2, 3).double()}, TypeError, "residual must be float32, float16 or bfloat16; got"),
+    ],
+)
+def test_refuses_wrong_options(options: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        layer_norm(torch.ones(2, 3), (3,), **options)

@@ -88,4 +88,4 @@ def hidden_backward(
 
 apply_dropout = elementwise.apply_dropout
 
-__all__ = ["Dropout", "apply_dropout", "hidden_backward", "hidden_forward", "output_forward"]
+__all__ = ["apply_dropout", "hidden_backward", "hidden_forward", "output_forward"]

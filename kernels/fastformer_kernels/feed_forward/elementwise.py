@@ -56,7 +56,6 @@ def _activation_forward_kernel(
     gate_pointer,
     hidden_pointer,
     seed_pointer,
-    stream,
     threshold,
     scale,
     tokens,
@@ -67,7 +66,7 @@ def _activation_forward_kernel(
 ):
     row, first_column, offsets, valid = _tile(tokens, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     hidden = hidden_of(_load(up_pointer, offsets, valid), _load(gate_pointer, offsets, valid), ACTIVATION)
-    hidden = drop(hidden, seed_pointer, stream, threshold, scale, row, first_column, BLOCK_COLUMNS)
+    hidden = drop(hidden, seed_pointer, threshold, scale, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
     _store(hidden_pointer, offsets, hidden, valid)
 
 
@@ -80,7 +79,6 @@ def _activation_backward_kernel(
     grad_gate_pointer,
     hidden_pointer,
     seed_pointer,
-    stream,
     threshold,
     scale,
     tokens,
@@ -92,14 +90,14 @@ def _activation_backward_kernel(
     row, first_column, offsets, valid = _tile(tokens, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     grad_hidden = _load(grad_hidden_pointer, offsets, valid)
     up, gate = _load(up_pointer, offsets, valid), _load(gate_pointer, offsets, valid)
-    grad_hidden = drop(grad_hidden, seed_pointer, stream, threshold, scale, row, first_column, BLOCK_COLUMNS)
+    grad_hidden = drop(grad_hidden, seed_pointer, threshold, scale, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
     grad_up, grad_gate = gradients_of(grad_hidden, up, gate, ACTIVATION)
     _store(grad_up_pointer, offsets, grad_up, valid)
     if grad_gate_pointer is not None:
         _store(grad_gate_pointer, offsets, grad_gate, valid)
     if hidden_pointer is not None:
         hidden = hidden_of(up, gate, ACTIVATION)
-        hidden = drop(hidden, seed_pointer, stream, threshold, scale, row, first_column, BLOCK_COLUMNS)
+        hidden = drop(hidden, seed_pointer, threshold, scale, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
         _store(hidden_pointer, offsets, hidden, valid)
 
 
@@ -110,7 +108,6 @@ def _bias_dropout_residual_kernel(
     bias_pointer,
     residual_pointer,
     seed_pointer,
-    stream,
     threshold,
     scale,
     tokens,
@@ -126,7 +123,7 @@ def _bias_dropout_residual_kernel(
     if bias_pointer is not None:
         column = first_column + tl.arange(0, BLOCK_COLUMNS)
         output += _load(bias_pointer, column.to(tl.int64) * bias_stride, column < columns)[None, :]
-    output = drop(output, seed_pointer, stream, threshold, scale, row, first_column, BLOCK_COLUMNS)
+    output = drop(output, seed_pointer, threshold, scale, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
     if residual_pointer is not None:
         places = _strided(row, first_column, residual_stride_row, residual_stride_column, BLOCK_COLUMNS)
         output += _load(residual_pointer, places, valid)
@@ -138,7 +135,6 @@ def _dropout_kernel(
     input_pointer,
     output_pointer,
     seed_pointer,
-    stream,
     threshold,
     scale,
     tokens,
@@ -150,7 +146,7 @@ def _dropout_kernel(
 ):
     row, first_column, offsets, valid = _tile(tokens, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     x = _load(input_pointer, _strided(row, first_column, input_stride_row, input_stride_column, BLOCK_COLUMNS), valid)
-    x = drop(x, seed_pointer, stream, threshold, scale, row, first_column, BLOCK_COLUMNS)
+    x = drop(x, seed_pointer, threshold, scale, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
     _store(output_pointer, offsets, x, valid)
 
 

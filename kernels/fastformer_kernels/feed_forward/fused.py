@@ -58,7 +58,6 @@ def _hidden_forward_kernel(
     up_pointer,
     gate_pointer,
     seed_pointer,
-    stream,
     threshold,
     scale,
     tokens,
@@ -114,7 +113,7 @@ def _hidden_forward_kernel(
                 if gate_pointer is not None:
                     tl.store(gate_pointer + offsets, round_to(gate, dtype), mask=valid)
                 hidden = hidden_of(up, gate, ACTIVATION)
-            hidden = drop(hidden, seed_pointer, stream, threshold, scale, row, part_column, PART_COLUMNS)
+            hidden = drop(hidden, seed_pointer, threshold, scale, row, part_column, BLOCK_ROWS, PART_COLUMNS)
             tl.store(hidden_pointer + offsets, round_to(hidden, dtype), mask=valid)
 
 
@@ -126,7 +125,6 @@ def _output_kernel(
     residual_pointer,
     output_pointer,
     seed_pointer,
-    stream,
     threshold,
     scale,
     tokens,
@@ -164,7 +162,7 @@ def _output_kernel(
             column = part_column + tl.arange(0, PART_COLUMNS)
             valid = (row < tokens)[:, None] & (column < out_features)[None, :]
             output = _add_bias(column_part(product, part, PARTS), bias_pointer, bias_stride, column, out_features)
-            output = drop(output, seed_pointer, stream, threshold, scale, row, part_column, PART_COLUMNS)
+            output = drop(output, seed_pointer, threshold, scale, row, part_column, BLOCK_ROWS, PART_COLUMNS)
             if residual_pointer is not None:
                 places = residual_pointer + element_offsets(row, column, residual_stride_row, residual_stride_column)
                 output += tl.load(places, mask=valid, other=0.0).to(tl.float32)
@@ -182,7 +180,6 @@ def _hidden_backward_kernel(
     grad_gate_pointer,
     hidden_pointer,
     seed_pointer,
-    stream,
     threshold,
     scale,
     tokens,
@@ -220,7 +217,7 @@ def _hidden_backward_kernel(
             valid = (row < tokens)[:, None] & (column < intermediate_size)[None, :]
             offsets = element_offsets(row, column, intermediate_size, 1)
             grad_hidden = column_part(product, part, PARTS)
-            grad_hidden = drop(grad_hidden, seed_pointer, stream, threshold, scale, row, part_column, PART_COLUMNS)
+            grad_hidden = drop(grad_hidden, seed_pointer, threshold, scale, row, part_column, BLOCK_ROWS, PART_COLUMNS)
             up = tl.load(up_pointer + offsets, mask=valid, other=0.0).to(tl.float32)
             if gate_pointer is None:
                 hidden = hidden_of(up, None, ACTIVATION)
@@ -232,7 +229,7 @@ def _hidden_backward_kernel(
                 tl.store(grad_gate_pointer + offsets, round_to(grad_gate, dtype), mask=valid)
             tl.store(grad_up_pointer + offsets, round_to(grad_up, dtype), mask=valid)
             if hidden_pointer is not None:
-                hidden = drop(hidden, seed_pointer, stream, threshold, scale, row, part_column, PART_COLUMNS)
+                hidden = drop(hidden, seed_pointer, threshold, scale, row, part_column, BLOCK_ROWS, PART_COLUMNS)
                 tl.store(hidden_pointer + offsets, round_to(hidden, dtype), mask=valid)
 
 

@@ -1,0 +1,221 @@
+"""Multi-head attention as a module."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from fastformer.ops.attention import attention
+from fastformer.ops.checks import FLOATING_DTYPES
+from fastformer.ops.softmax import softmax
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` on Fastformer's operator: same constructor, state_dict, forward and outputs.
+
+    Scores are never held for all queries and keys unless weights are asked for. The projections are matrix products
+    that read and write the layout they are given: neither layout is copied into the other.
+
+    Where it differs, PyTorch's answer is NaN, an error or a guess:
+
+    - A query that may attend to nothing gives the output projection of zeros, zero weights and zero gradients
+      (PyTorch: NaN).
+    - ``is_causal=True`` is a condition, not a hint: it holds together with `attn_mask`, which may also be None
+      (PyTorch requires a mask, and on some of its paths ignores it). The keys of `add_bias_kv` and `add_zero_attn` may
+      be attended to from every position.
+    - The two masks may differ in dtype, and a floating one from the input.
+    - `out_proj` is called, not read: what replaces it (LoRA, quantisation) or hooks into it counts.
+    - Nested tensors and float64 are refused.
+
+    Args:
+        embed_dim: features of the query and the output; a multiple of `num_heads`.
+        num_heads: attention heads, each of ``embed_dim / num_heads`` features, at most 256.
+        dropout: probability of dropping an attention weight in training.
+        bias: whether the projections have one.
+        add_bias_kv: append one learned key and value to those projected.
+        add_zero_attn: append one key and value of zeros.
+        kdim, vdim: features of key and value; by default `embed_dim`.
+        batch_first: (batch, sequence, features) instead of (sequence, batch, features).
+        device, dtype: of the parameters.
+
+    Source: Vaswani et al. 2017, section 3.2.2.
+
+    >>> attention = fastformer.nn.MultiheadAttention(embed_dim=64, num_heads=8, batch_first=True)
+    >>> tokens = torch.randn(2, 10, 64)
+    >>> output, weights = attention(tokens, tokens, tokens, is_causal=True)
+    >>> output.shape, weights.shape
+    (torch.Size([2, 10, 64]), torch.Size([2, 10, 10]))
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend.
+
+        Args:
+            query: (queries, batch, embed_dim), or (batch, queries, embed_dim) if `batch_first`; unbatched (queries,
+                embed_dim).
+            key, value: likewise with the number of keys, `kdim` and `vdim`.
+            key_padding_mask: (batch, keys); unbatched (keys,). Boolean, True = ignore this key, or floating, added to
+                the scores.
+            need_weights: also return the attention weights, which takes memory for every query with every key. The
+                output is the fused operator's all the same, unless dropout is active: then the weights returned are,
+                as in PyTorch, those the output was made with, dropped ones being zero.
+            attn_mask: (queries, keys) or (batch * num_heads, queries, keys). Boolean, True = may not attend, or
+                floating, added to the scores.
+            average_attn_weights: return the weights' mean over the heads instead of each head's.
+            is_causal: no key after the query's own position, counted from the first.
+
+        Returns:
+            The output, in `query`'s layout, and the weights (batch, queries, keys), or (batch, num_heads, queries,
+            keys) without averaging, or None. Keys count those that `add_bias_kv` and `add_zero_attn` append.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what is accepted.
+        """
+        self._check(query, key, value)
+        batched = query.dim() == 3
+        q, k, v = (self._split_heads(projected) for projected in self._project(query, key, value))
+        (batch, _, queries, _), keys = q.shape, k.shape[2]
+        padding = _as_scores("key_padding_mask", key_padding_mask, [(batch, keys) if batched else (keys,)], batch)
+        scores = _as_scores("attn_mask", attn_mask, [(queries, keys), (batch * self.num_heads, queries, keys)], batch)
+        k, v = self._with_extra_keys(k, v)
+        extra = k.shape[2] - keys
+        if is_causal and extra:
+            scores, is_causal = _with_causal(scores, q, keys), False
+        mask, bias = _mask_and_bias(padding, scores, extra, q.dtype)
+        dropout_p = self.dropout if self.training else 0.0
+        weights = _attention_weights(q, k, mask, bias, is_causal) if need_weights else None
+        if weights is None or not dropout_p:
+            attended = attention(
+                q, k, v, mask=mask, bias=bias, causal=is_causal, alignment="top_left", dropout_p=dropout_p
+            )
+            assert isinstance(attended, torch.Tensor)
+        else:
+            weights = F.dropout(weights, dropout_p)
+            attended = weights @ v
+        output = self.out_proj(self._merge_heads(attended, batched))
+        if weights is not None:
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
+        return output, weights
+
+    def _check(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        features = (self.embed_dim, self.kdim, self.vdim)
+        for name, tensor, size in zip(("query", "key", "value"), (query, key, value), features, strict=True):
+            if tensor.is_nested:
+                raise TypeError(f"{name} must be a dense tensor, with padding in key_padding_mask; got a nested one")
+            if query.dim() not in (2, 3) or tensor.dim() != query.dim() or tensor.shape[-1] != size:
+                accepted = "3-D (batched) or all three 2-D (unbatched)" if name == "query" else "of query's dimensions"
+                raise ValueError(f"{name} must be {accepted}, with {size} features; got shape {tuple(tensor.shape)}")
+        batch_dim = 0 if self.batch_first else 1
+        if key.shape[:-1] != value.shape[:-1] or (query.dim() == 3 and key.shape[batch_dim] != query.shape[batch_dim]):
+            raise ValueError(
+                "query, key and value must have the same batch size, key and value the same length; got shapes "
+                f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+            )
+
+    def _project(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, in as few matrix products as the inputs differ."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if weight is not None and query is key is value:
+            return F.linear(query, weight, bias).chunk(3, dim=-1)
+        q_bias, k_bias, v_bias = (None, None, None) if bias is None else bias.chunk(3)
+        if weight is not None and key is value:
+            q_weight, kv_weight = weight.tensor_split([self.embed_dim])
+            kv_bias = None if bias is None else bias[self.embed_dim :]
+            return F.linear(query, q_weight, q_bias), *F.linear(key, kv_weight, kv_bias).chunk(2, dim=-1)
+        separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        q_weight, k_weight, v_weight = separate if weight is None else weight.chunk(3)
+        return F.linear(query, q_weight, q_bias), F.linear(key, k_weight, k_bias), F.linear(value, v_weight, v_bias)
+
+    def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """A projection, in the inputs' layout, as (batch, heads, sequence, head_dim)."""
+        heads = projected.unflatten(-1, (self.num_heads, -1))
+        if heads.dim() == 3:
+            return heads.transpose(0, 1).unsqueeze(0)
+        return heads.transpose(1, 2) if self.batch_first else heads.permute(1, 2, 0, 3)
+
+    def _merge_heads(self, heads: torch.Tensor, batched: bool) -> torch.Tensor:
+        """The inverse of `_split_heads`."""
+        if not batched:
+            return heads.squeeze(0).transpose(0, 1).flatten(1)
+        return (heads.transpose(1, 2) if self.batch_first else heads.permute(2, 0, 1, 3)).flatten(2)
+
+    def _with_extra_keys(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the learned (`add_bias_kv`) and the zero (`add_zero_attn`) key and value."""
+        if self.bias_k is not None and self.bias_v is not None:
+            key, value = (
+                torch.cat([x, learned.view(self.num_heads, 1, -1).to(x.dtype).expand(x.shape[0], -1, -1, -1)], dim=2)
+                for x, learned in ((key, self.bias_k), (value, self.bias_v))
+            )
+        if self.add_zero_attn:
+            key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+        return key, value
+
+
+def _as_scores(name: str, mask: torch.Tensor | None, shapes: list[tuple[int, ...]], batch: int) -> torch.Tensor | None:
+    """PyTorch's mask, one of `shapes`, as (batch or 1, heads or 1, queries or 1, keys)."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool and mask.dtype not in FLOATING_DTYPES:
+        raise TypeError(
+            f"{name} must be boolean (True = ignore), float32, float16 or bfloat16 (added to the scores); "
+            f"got {mask.dtype}"
+        )
+    if tuple(mask.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}; got {tuple(mask.shape)}")
+    if name == "key_padding_mask":
+        return mask.reshape(batch, 1, 1, mask.shape[-1])
+    return mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (batch, -1))
+
+
+def _with_causal(mask: torch.Tensor | None, query: torch.Tensor, keys: int) -> torch.Tensor:
+    """PyTorch's 4-D `mask`, or none, and causality with it."""
+    later = torch.ones(query.shape[2], keys, dtype=torch.bool, device=query.device).triu(1)
+    if mask is None:
+        return later[None, None]
+    return mask | later if mask.dtype == torch.bool else mask.masked_fill(later, float("-inf"))
+
+
+def _mask_and_bias(
+    padding: torch.Tensor | None, scores: torch.Tensor | None, extra_keys: int, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """PyTorch's masks, 4-D, as the operator's mask (True = may attend) and bias.
+
+    The extra keys, which no mask knows, may be attended to.
+    """
+    if extra_keys:
+        padding, scores = (None if mask is None else F.pad(mask, (0, extra_keys)) for mask in (padding, scores))
+    if padding is not None and scores is not None and padding.dtype == scores.dtype == torch.bool:
+        # Both in one boolean mask would be the product of their sizes; one of each kind stays their sum.
+        scores = torch.zeros_like(scores, dtype=dtype).masked_fill_(scores, float("-inf"))
+    mask, bias = None, None
+    for given in (padding, scores):
+        if given is None:
+            continue
+        if given.dtype == torch.bool:
+            mask = ~given
+        else:
+            bias = given if bias is None else bias + given
+    return mask, bias
+
+
+def _attention_weights(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, bias: torch.Tensor | None, causal: bool
+) -> torch.Tensor:
+    # Scaled before the product, which in float16 could overflow.
+    scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-2, -1)
+    if mask is not None and bias is not None:
+        bias = bias.masked_fill(~mask, float("-inf"))
+    return softmax(scores, mask=mask if bias is None else bias, causal=causal, alignment="top_left")

@@ -1,0 +1,256 @@
+"""One layer of an encoder or a decoder with torch.nn's names: attention blocks and a feed-forward block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastformer.nn.feed_forward import ACTIVATIONS, Activation, is_plain, is_plain_linear
+from fastformer.nn.multihead_attention import MultiheadAttention
+from fastformer.nn.normalization import LayerNorm, RMSNorm
+from fastformer.ops.feed_forward import feed_forward
+
+Block = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _TransformerLayer(nn.Module):
+    """What both kinds of layer share: the parts, and what stands between them, fused.
+
+    Every block is followed by dropout and the residual's addition: both happen within the norm that comes next, or,
+    where none does, in the feed-forward network's second matrix product. A part that a user has replaced by one of
+    another kind (a projection with LoRA, a norm, a dropout) is called as it is, at the cost of separate steps.
+    """
+
+    # The attention blocks' names, in their order.
+    _attentions: tuple[str, ...]
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Activation = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        # Not super(): PyTorch's own layer, a base of both layers here, would build its own parts.
+        nn.Module.__init__(self)
+        factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        for name in self._attentions:
+            self.add_module(name, MultiheadAttention(d_model, nhead, dropout, batch_first=batch_first, **factory))
+        self.linear1 = nn.Linear(d_model, dim_feedforward, **factory)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(dim_feedforward, d_model, **factory)
+        self.norm_first = norm_first
+        blocks = range(1, len(self._attentions) + 2)
+        for block in blocks:
+            self.add_module(f"norm{block}", LayerNorm(d_model, eps=layer_norm_eps, **factory))
+        for block in blocks:
+            self.add_module(f"dropout{block}", nn.Dropout(dropout))
+        self.activation = _activation(activation)
+        # PyTorch's encoder asks for this number, and sends nested tensors to layers where it is not 0.
+        self.activation_relu_or_gelu = 0
+
+    def _run_blocks(self, x: torch.Tensor, attentions: list[Block]) -> torch.Tensor:
+        """The attention blocks in turn, then the feed-forward block, each with its dropout, residual and norm."""
+        blocks = range(1, len(attentions) + 2)
+        norms = [self.get_submodule(f"norm{block}") for block in blocks]
+        dropouts = [self.get_submodule(f"dropout{block}") for block in blocks]
+        if not self.norm_first:
+            for block, dropout, norm in zip([*attentions, self._feed_forward], dropouts, norms, strict=True):
+                x = _add_and_normalize(block(x), x, dropout, norm)
+            return x
+        hidden = norms[0](x)
+        for attend, dropout, norm in zip(attentions, dropouts[:-1], norms[1:], strict=True):
+            hidden, x = _add_and_normalize_with_sum(attend(hidden), x, dropout, norm)
+        return x + dropouts[-1](self._feed_forward(hidden))
+
+    def _feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        up, down, name = self.linear1, self.linear2, _fused_name(self.activation)
+        if name is None or _dropout_p(self.dropout) != 0.0 or not is_plain_linear(up, down):
+            return down(self.dropout(self.activation(up(hidden))))
+        return feed_forward(hidden, up.weight, down.weight, up.bias, down.bias, activation=name)
+
+
+class TransformerEncoderLayer(_TransformerLayer, nn.TransformerEncoderLayer):
+    """`torch.nn.TransformerEncoderLayer` on Fastformer's operators: same constructor, state_dict, forward and outputs.
+
+    Self-attention and a feed-forward network, each with dropout, residual and norm. Between the matrix products run
+    fused operators only: attention, the activation with its product, and each residual with its norm.
+
+    Where it differs, PyTorch's answer is NaN or an error; see `MultiheadAttention`.
+
+    Args:
+        d_model: features of the input.
+        nhead: attention heads.
+        dim_feedforward: features between the two feed-forward projections.
+        dropout: of attention weights, activations and both blocks' outputs, in training.
+        activation: "relu", "gelu" or any callable. ReLU, GELU (either form) and SiLU, as functions or modules, run
+            fused into the projections; another callable runs as a step of its own.
+        layer_norm_eps: of both norms.
+        batch_first: (batch, sequence, d_model) instead of (sequence, batch, d_model).
+        norm_first: normalise before each block (Xiong et al. 2020) instead of after (Vaswani et al. 2017).
+        bias: whether projections and norms have one.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an unknown activation.
+
+    >>> layer = fastformer.nn.TransformerEncoderLayer(d_model=64, nhead=8, batch_first=True)
+    >>> padding = torch.arange(10) >= torch.tensor([[10], [7]])
+    >>> layer(torch.randn(2, 10, 64), src_key_padding_mask=padding).shape
+    torch.Size([2, 10, 64])
+    """
+
+    _attentions = ("self_attn",)
+
+    def forward(
+        self,
+        src: torch.Tensor,
+        src_mask: torch.Tensor | None = None,
+        src_key_padding_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Encode.
+
+        Args:
+            src: (sequence, batch, d_model), (batch, sequence, d_model) if `batch_first`, or (sequence, d_model).
+            src_mask: (sequence, sequence) or (batch * nhead, sequence, sequence); boolean, True = may not attend, or
+                floating, added to the scores.
+            src_key_padding_mask: (batch, sequence), unbatched (sequence,); boolean, True = padding, or floating.
+            is_causal: nobody attends to later positions, whether `src_mask` says so too or not. Told so, attention
+                leaves out the work; a causal `src_mask` alone is applied like any other.
+
+        Returns:
+            The same shape as `src`.
+        """
+
+        if _replaces_a_block(self, nn.TransformerEncoderLayer):
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+
+        def attend(x: torch.Tensor) -> torch.Tensor:
+            return self.self_attn(x, x, x, src_key_padding_mask, False, src_mask, is_causal=is_causal)[0]
+
+        return self._run_blocks(src, [attend])
+
+
+class TransformerDecoderLayer(_TransformerLayer, nn.TransformerDecoderLayer):
+    """`torch.nn.TransformerDecoderLayer` on Fastformer's operators: same constructor, state_dict, forward and outputs.
+
+    Self-attention, attention to an encoder's output and a feed-forward network, each with dropout, residual and norm;
+    fused as in `TransformerEncoderLayer`, whose arguments it takes.
+
+    >>> layer = fastformer.nn.TransformerDecoderLayer(d_model=64, nhead=8, batch_first=True)
+    >>> memory, target = torch.randn(2, 10, 64), torch.randn(2, 7, 64)
+    >>> layer(target, memory, tgt_is_causal=True).shape
+    torch.Size([2, 7, 64])
+    """
+
+    _attentions = ("self_attn", "multihead_attn")
+
+    def forward(
+        self,
+        tgt: torch.Tensor,
+        memory: torch.Tensor,
+        tgt_mask: torch.Tensor | None = None,
+        memory_mask: torch.Tensor | None = None,
+        tgt_key_padding_mask: torch.Tensor | None = None,
+        memory_key_padding_mask: torch.Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Decode.
+
+        Args:
+            tgt: (target, batch, d_model), (batch, target, d_model) if `batch_first`, or (target, d_model).
+            memory: likewise with the source's length: the encoder's output.
+            tgt_mask: (target, target) or (batch * nhead, target, target); boolean, True = may not attend, or floating,
+                added to the scores.
+            memory_mask: likewise, (target, source) or (batch * nhead, target, source).
+            tgt_key_padding_mask: (batch, target), unbatched (target,); boolean, True = padding, or floating.
+            memory_key_padding_mask: likewise, (batch, source), unbatched (source,).
+            tgt_is_causal, memory_is_causal: nobody attends to later positions, counted from the first, whether the mask
+                says so too or not.
+
+        Returns:
+            The same shape as `tgt`.
+        """
+
+        if _replaces_a_block(self, nn.TransformerDecoderLayer):
+            masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+            return super().forward(tgt, memory, *masks, tgt_is_causal, memory_is_causal)
+
+        def attend(x: torch.Tensor) -> torch.Tensor:
+            return self.self_attn(x, x, x, tgt_key_padding_mask, False, tgt_mask, is_causal=tgt_is_causal)[0]
+
+        def attend_to_memory(x: torch.Tensor) -> torch.Tensor:
+            return self.multihead_attn(
+                x, memory, memory, memory_key_padding_mask, False, memory_mask, is_causal=memory_is_causal
+            )[0]
+
+        return self._run_blocks(tgt, [attend, attend_to_memory])
+
+
+def _add_and_normalize(
+    output: torch.Tensor, residual: torch.Tensor, dropout: nn.Module, norm: nn.Module
+) -> torch.Tensor:
+    """``residual + dropout(output)``, normalised."""
+    p = _dropout_p(dropout)
+    if p is None or not isinstance(norm, LayerNorm | RMSNorm):
+        return norm(residual + dropout(output))
+    return norm(output, residual, dropout_p=p, return_sum=False)
+
+
+def _add_and_normalize_with_sum(
+    output: torch.Tensor, residual: torch.Tensor, dropout: nn.Module, norm: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``residual + dropout(output)``, normalised and as it is."""
+    p = _dropout_p(dropout)
+    if p is None or not isinstance(norm, LayerNorm | RMSNorm):
+        total = residual + dropout(output)
+        return norm(total), total
+    return norm(output, residual, dropout_p=p)
+
+
+def _dropout_p(dropout: nn.Module) -> float | None:
+    """The probability with which `dropout` now drops, or None where it does something else."""
+    if not isinstance(dropout, nn.Dropout) or not is_plain(dropout, nn.Dropout):
+        return None
+    return dropout.p if dropout.training else 0.0
+
+
+def _replaces_a_block(layer: nn.Module, twin: type[nn.Module]) -> bool:
+    """Whether a subclass of one of the layers has its own method for a block, under the name PyTorch gives it.
+
+    Then PyTorch's forward, which calls these methods, is the layer's.
+    """
+    blocks = [name for name in ("_sa_block", "_mha_block", "_ff_block") if hasattr(twin, name)]
+    return any(getattr(getattr(layer, name), "__func__", None) is not getattr(twin, name) for name in blocks)
+
+
+def _activation(activation: str | Activation) -> Activation:
+    if not isinstance(activation, str):
+        return activation
+    if activation not in ("relu", "gelu"):
+        raise ValueError(f"activation must be 'relu', 'gelu' or a callable; got {activation!r}")
+    return ACTIVATIONS[activation]
+
+
+def _fused_name(activation: Activation) -> str | None:
+    """The operator's name for `activation`, or None if it has none."""
+    if isinstance(activation, nn.GELU):
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    if isinstance(activation, nn.ReLU):
+        return "relu"
+    if isinstance(activation, nn.SiLU):
+        return "silu"
+    return next((name for name, function in ACTIVATIONS.items() if function is activation), None)
