@@ -2,6 +2,7 @@
 
 from fastformer.ops.attention import attention, scaled_dot_product_attention
 from fastformer.ops.attention_weights import attention_weights
+from fastformer.ops.cross_entropy import cross_entropy
 from fastformer.ops.decode import decode_attention
 from fastformer.ops.feed_forward import feed_forward
 from fastformer.ops.kv_cache import append_to_cache
@@ -16,6 +17,7 @@ __all__ = [
     "append_to_cache",
     "attention",
     "attention_weights",
+    "cross_entropy",
     "decode_attention",
     "feed_forward",
     "layer_norm",
