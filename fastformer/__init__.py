@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         rotary_table,
         scaled_dot_product_attention,
         softmax,
+        transformer_embedding,
     )
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "rotary_table",
     "scaled_dot_product_attention",
     "softmax",
+    "transformer_embedding",
 ]
 
 

@@ -1,6 +1,7 @@
 """Operators: one file each, with the public function, its checks, registration, backward and PyTorch implementation."""
 
 from fastformer.ops.attention import attention, scaled_dot_product_attention
+from fastformer.ops.embedding import transformer_embedding
 from fastformer.ops.feed_forward import feed_forward
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy
 from fastformer.ops.normalization import layer_norm, rms_norm
@@ -19,4 +20,5 @@ __all__ = [
     "rotary_table",
     "scaled_dot_product_attention",
     "softmax",
+    "transformer_embedding",
 ]
