@@ -58,34 +58,35 @@ class TransformerEmbedding(nn.Module):
     ) -> Tensor:
         """Embed `input_ids`, (batch, sequence) or packed (total_tokens,); the other arguments as in
         `fastformer.transformer_embedding`. Returns (*input_ids.shape, hidden_size)."""
-        if not self._is_plain():
-            return self._composed(input_ids, token_type_ids, position_ids, cu_seqlens)
-        return transformer_embedding(
-            input_ids,
-            self.word.weight,
-            self.position.weight,
-            None if self.token_type is None else self.token_type.weight,
-            self.norm.weight,
-            self.norm.bias,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            cu_seqlens=cu_seqlens,
-            padding_idx=self.word.padding_idx,
-            eps=self.norm.eps,
-            dropout_p=self.dropout.p if self.training else 0.0,
-        )
-
-    def _is_plain(self) -> bool:
-        """Whether the submodules compute exactly what the operator does from their parameters."""
         tables = [self.word, self.position, *([] if self.token_type is None else [self.token_type])]
-        plain = all(
-            type(table) is nn.Embedding and table.max_norm is None and not table.scale_grad_by_freq and not table.sparse
-            for table in tables
-        )
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in [*tables, self.norm])
-        return plain and type(self.norm) is LayerNorm and type(self.dropout) is nn.Dropout and not hooked
+        dropout_p = self.dropout.p if self.training else 0.0
+        norm_is_plain = type(self.norm) is LayerNorm and type(self.dropout) is nn.Dropout and not _hooked(self.norm)
+        if norm_is_plain and all(map(_is_plain_embedding, tables)):
+            return transformer_embedding(
+                input_ids,
+                self.word.weight,
+                self.position.weight,
+                None if self.token_type is None else self.token_type.weight,
+                self.norm.weight,
+                self.norm.bias,
+                position_ids=position_ids,
+                token_type_ids=token_type_ids,
+                cu_seqlens=cu_seqlens,
+                padding_idx=self.word.padding_idx,
+                eps=self.norm.eps,
+                dropout_p=dropout_p,
+            )
+        total = self._sum(input_ids, token_type_ids, position_ids, cu_seqlens)
+        if not norm_is_plain:
+            return self.dropout(self.norm(total))
+        # Each token a word of its own: dropout's pattern is the one of the fused way.
+        flat = total.flatten(0, -2)
+        each = torch.arange(flat.shape[0], device=flat.device)
+        return transformer_embedding(
+            each, flat, None, None, self.norm.weight, self.norm.bias, eps=self.norm.eps, dropout_p=dropout_p
+        ).view(total.shape)
 
-    def _composed(
+    def _sum(
         self,
         input_ids: Tensor,
         token_type_ids: Tensor | None,
@@ -99,4 +100,15 @@ class TransformerEmbedding(nn.Module):
         total = self.word(input_ids) + self.position(position_ids)
         if self.token_type is not None:
             total = total + self.token_type(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
-        return self.dropout(self.norm(total))
+        return total
+
+
+def _is_plain_embedding(table: nn.Module) -> bool:
+    """Whether `table` computes exactly what the operator does from its weight."""
+    if type(table) is not nn.Embedding or _hooked(table):
+        return False
+    return table.max_norm is None and not table.scale_grad_by_freq and not table.sparse
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -30,6 +30,7 @@ from fastformer_kernels.rows import aligned, alignment
 
 FORWARD_ONE_PASS_COLUMNS = 16384
 BACKWARD_ONE_PASS_BYTES = 16384
+BACKWARD_THREE_SUMS_COLUMNS = 4096
 TILE_ELEMENTS = 4096
 ELEMENTS_PER_THREAD = 16
 # The backward holds a row, its gradient and up to three running sums at once: half as much to a thread.
@@ -571,7 +572,9 @@ def norm_backward(
     programs = min(triton.cdiv(rows, block_rows), most_programs(x))
     weight_sums = rstd.new_empty((programs, columns)) if weight_needs_grad else None
     bias_sums = rstd.new_empty((programs, columns)) if bias_needs_grad else None
-    input_bias_sums = rstd.new_empty((programs, columns)) if input_bias_needs_grad and one_pass else None
+    # Of the widest rows' registers a third running sum would spill some.
+    sums_input_bias = input_bias_needs_grad and one_pass and columns <= BACKWARD_THREE_SUMS_COLUMNS
+    input_bias_sums = rstd.new_empty((programs, columns)) if sums_input_bias else None
     seed = None if dropout is None else dropout.seed
     tensors = (grad_output, grad_sum, x, _contiguous(weight), mean, rstd, seed, grad_input, grad_residual)
     strides = (*grad_output.stride(), *_strides(grad_sum), *x.stride())
@@ -613,7 +616,7 @@ def norm_backward(
                     **options,
                 )
     grad_input_bias = _sum_of_programs(input_bias_sums)
-    if input_bias_needs_grad and not one_pass:
+    if input_bias_needs_grad and not sums_input_bias:
         grad_input_bias = grad_input.sum(0, dtype=torch.float32)
     return NormGradients(
         grad_input, grad_residual, _sum_of_programs(weight_sums), _sum_of_programs(bias_sums), grad_input_bias
