@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         scaled_dot_product_attention,
         softmax,
         t5_buckets,
+        transformer_embedding,
     )
 
 __version__ = "0.1.0"
@@ -54,6 +55,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "softmax",
     "t5_buckets",
+    "transformer_embedding",
 ]
 
 

@@ -290,3 +290,18 @@ def feed_forward(
     hidden = act(up) if gate_weight is None else act(linear(input, gate_weight, gate_bias)) * up
     output = linear(hidden * hidden_scale, down_weight, down_bias) * output_scale
     return output if residual is None else output + residual
+
+
+def transformer_embedding(
+    ids: list[torch.Tensor | None],
+    tables: list[torch.Tensor | None],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    keep: torch.Tensor | None,
+    dropout_p: float,
+) -> torch.Tensor:
+    """In the dtype of its tables: float64 to judge, a lower one to see what PyTorch's own error is."""
+    total = sum(table[indices] for table, indices in zip(tables, ids, strict=True) if table is not None)
+    output = torch.nn.functional.layer_norm(total, total.shape[-1:], weight, bias, eps)
+    return output if keep is None else output * keep.view(output.shape) / (1.0 - dropout_p)

@@ -4,6 +4,7 @@ from fastformer.ops.attention import attention, scaled_dot_product_attention
 from fastformer.ops.attention_weights import attention_weights
 from fastformer.ops.cross_entropy import cross_entropy
 from fastformer.ops.decode import decode_attention
+from fastformer.ops.embedding import transformer_embedding
 from fastformer.ops.feed_forward import feed_forward
 from fastformer.ops.kv_cache import append_to_cache
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy
@@ -32,4 +33,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "softmax",
     "t5_buckets",
+    "transformer_embedding",
 ]

@@ -29,6 +29,7 @@ from fastformer_kernels.rows import aligned, alignment
 
 FORWARD_ONE_PASS_COLUMNS = 16384
 BACKWARD_ONE_PASS_BYTES = 16384
+BACKWARD_THREE_SUMS_COLUMNS = 4096
 TILE_ELEMENTS = 4096
 ELEMENTS_PER_THREAD = 16
 # The backward holds a row, its gradient and up to three running sums at once: half as much to a thread.
@@ -72,7 +73,7 @@ def _load_sum(
 
 
 @triton.jit
-def _scale_and_shift(normalised, weight_pointer, bias_pointer, column, columns):
+def scale_and_shift(normalised, weight_pointer, bias_pointer, column, columns):
     y = normalised
     if weight_pointer is not None:
         y *= tl.load(weight_pointer + column, mask=column < columns, other=0.0).to(tl.float32)
@@ -147,7 +148,7 @@ def _forward_kernel(
             x = tl.where(valid, x - remainder, 0.0)
             mean = shift + remainder
         rstd = tl.rsqrt(tl.sum(x * x, axis=1)[:, None] / columns + eps)
-        y = _scale_and_shift(x * rstd, weight_pointer, bias_pointer, column, columns)
+        y = scale_and_shift(x * rstd, weight_pointer, bias_pointer, column, columns)
         tl.store(output_pointer + target + column, round_to(y, dtype), mask=valid)
     else:
         squares = tl.zeros((BLOCK_ROWS, 1), tl.float32)
@@ -207,7 +208,7 @@ def _forward_kernel(
                 BLOCK_COLUMNS,
             )
             normalised = ((x - shift) - mean) * rstd
-            y = _scale_and_shift(normalised, weight_pointer, bias_pointer, start + column, columns)
+            y = scale_and_shift(normalised, weight_pointer, bias_pointer, start + column, columns)
             tl.store(output_pointer + target + start + column, round_to(y, dtype), mask=valid)
         mean += shift
     if CENTERED:
@@ -296,7 +297,7 @@ def _backward_kernel(
             weight_sum += dy * normalised
         if bias_sums_pointer is not None:
             bias_sum += dy
-        g = _scale_and_shift(dy, weight_pointer, None, column, columns)
+        g = scale_and_shift(dy, weight_pointer, None, column, columns)
         dx = g - normalised * (tl.sum(g * normalised, axis=1)[:, None] / columns)
         if CENTERED:
             dx -= tl.sum(g, axis=1)[:, None] / columns
@@ -373,7 +374,7 @@ def _backward_long_row_kernel(
         valid = at < columns
         dy = tl.load(dy_row + at * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
         x = tl.load(x_row + at * x_stride_column, mask=valid, other=0.0).to(tl.float32)
-        g = _scale_and_shift(dy, weight_pointer, None, at, columns)
+        g = scale_and_shift(dy, weight_pointer, None, at, columns)
         products += g * ((x - mean) * rstd)
         sums += g
     mean_product = tl.sum(products, axis=1)[:, None] / columns
@@ -385,7 +386,7 @@ def _backward_long_row_kernel(
         valid = at < columns
         dy = tl.load(dy_row + at * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
         x = tl.load(x_row + at * x_stride_column, mask=valid, other=0.0).to(tl.float32)
-        g = _scale_and_shift(dy, weight_pointer, None, at, columns)
+        g = scale_and_shift(dy, weight_pointer, None, at, columns)
         dx = rstd * (g - (x - mean) * rstd * mean_product - mean_g)
         if grad_sum_pointer is not None:
             dx += tl.load(sum_row + at * grad_sum_stride_column, mask=valid, other=0.0).to(tl.float32)
@@ -552,10 +553,12 @@ def norm_backward(
     one_pass = columns * max(x.element_size(), grad_output.element_size()) <= BACKWARD_ONE_PASS_BYTES
     block_columns = _one_pass_block(columns) if one_pass else TILE_ELEMENTS
     block_rows = _block_rows(block_columns, rows, BACKWARD_TILE_ELEMENTS)
-    programs = min(triton.cdiv(rows, block_rows), _most_programs(x))
+    programs = min(triton.cdiv(rows, block_rows), most_programs(x))
     weight_sums = rstd.new_empty((programs, columns)) if weight_needs_grad else None
     bias_sums = rstd.new_empty((programs, columns)) if bias_needs_grad else None
-    input_bias_sums = rstd.new_empty((programs, columns)) if input_bias_needs_grad and one_pass else None
+    # Of the widest rows' registers a third running sum would spill some.
+    sums_input_bias = input_bias_needs_grad and one_pass and columns <= BACKWARD_THREE_SUMS_COLUMNS
+    input_bias_sums = rstd.new_empty((programs, columns)) if sums_input_bias else None
     seed = None if dropout is None else dropout.seed
     tensors = (grad_output, grad_sum, x, _contiguous(weight), mean, rstd, seed, grad_input, grad_residual)
     strides = (*grad_output.stride(), *_strides(grad_sum), *x.stride())
@@ -597,7 +600,7 @@ def norm_backward(
                     **options,
                 )
     grad_input_bias = _sum_of_programs(input_bias_sums)
-    if input_bias_needs_grad and not one_pass:
+    if input_bias_needs_grad and not sums_input_bias:
         grad_input_bias = grad_input.sum(0, dtype=torch.float32)
     return NormGradients(
         grad_input, grad_residual, _sum_of_programs(weight_sums), _sum_of_programs(bias_sums), grad_input_bias
@@ -635,7 +638,7 @@ def _warps(tensor: torch.Tensor, threads: int) -> int:
     return max(1, min(1024, threads) // architecture_of(tensor).warp_size)
 
 
-def _most_programs(tensor: torch.Tensor) -> int:
+def most_programs(tensor: torch.Tensor) -> int:
     """Programs that the sums of dw and db are divided among."""
     if not tensor.is_cuda or not torch.cuda.is_available():
         return BACKWARD_PROGRAMS_PER_MULTIPROCESSOR
