@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastformer.backends import backend
     from fastformer.ops import (
+        append_to_cache,
         attention,
+        decode_attention,
         feed_forward,
         layer_norm,
         linear_cross_entropy,
         log_softmax,
+        merge_attention,
         rms_norm,
+        rotary,
+        rotary_frequencies,
+        rotary_table,
         scaled_dot_product_attention,
         softmax,
     )
@@ -25,13 +31,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "append_to_cache",
     "attention",
     "backend",
+    "decode_attention",
     "feed_forward",
     "layer_norm",
     "linear_cross_entropy",
     "log_softmax",
+    "merge_attention",
     "rms_norm",
+    "rotary",
+    "rotary_frequencies",
+    "rotary_table",
     "scaled_dot_product_attention",
     "softmax",
 ]

@@ -7,6 +7,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.install()
 torch.set_num_threads(1)
 
 

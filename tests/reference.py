@@ -39,10 +39,13 @@ def attention(
     causal: bool = False,
     window: tuple[int | None, int | None] = (None, None),
     alignment: str = "bottom_right",
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
     softcap: float | None = None,
+    relative_bias: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    chunk: int | None = None,
+    prefix_lengths: torch.Tensor | None = None,
     keep: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     key_lengths: torch.Tensor | None = None,
@@ -51,9 +54,10 @@ def attention(
 
     `keep` says which weights dropout keeps. Returns the output and the log-sum-exp.
     """
-    if key_lengths is not None:
+    if key_lengths is not None or prefix_lengths is not None:
+        lengths = [key.shape[2]] * len(query) if key_lengths is None else key_lengths.tolist()
         parts = [
-            attention(
+            _attention(
                 query[b : b + 1],
                 key[b : b + 1, :, :length],
                 value[b : b + 1, :, :length],
@@ -64,23 +68,72 @@ def attention(
                 alignment=alignment,
                 scale=scale,
                 softcap=softcap,
+                relative_bias=relative_bias,
                 alibi_slopes=alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b],
                 sinks=sinks,
+                chunk=chunk,
+                prefix=0 if prefix_lengths is None else int(prefix_lengths[b]),
                 keep=_cut(keep, b, length),
                 dropout_p=dropout_p,
             )
-            for b, length in enumerate(key_lengths.tolist())
+            for b, length in enumerate(lengths)
         ]
         return torch.cat([output for output, _ in parts]), torch.cat([lse for _, lse in parts])
+    return _attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        window=window,
+        alignment=alignment,
+        scale=scale,
+        softcap=softcap,
+        relative_bias=relative_bias,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        chunk=chunk,
+        prefix=0,
+        keep=keep,
+        dropout_p=dropout_p,
+    )
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    causal: bool,
+    window: tuple[int | None, int | None],
+    alignment: str,
+    scale: float | torch.Tensor | None,
+    softcap: float | None,
+    relative_bias: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    chunk: int | None,
+    prefix: int,
+    keep: torch.Tensor | None,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences of one length."""
     queries, keys, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = query @ key.transpose(-1, -2) * (scale[:, None, None] if isinstance(scale, torch.Tensor) else scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     offset = keys - queries if alignment == "bottom_right" else 0
     distance = torch.arange(keys)[None, :] - (torch.arange(queries)[:, None] + offset)
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(scores.dtype)[..., None, None] * distance.abs()
+    if relative_bias is not None:
+        reach = relative_bias.shape[1] // 2
+        scores = scores + relative_bias[:, distance.clamp(-reach, reach) + reach]
     if bias is not None:
         scores = scores + bias
     allowed = torch.ones(queries, keys, dtype=torch.bool) if mask is None else mask
@@ -90,7 +143,10 @@ def attention(
     if left is not None:
         allowed = allowed & (distance >= -left)
     if right is not None:
-        allowed = allowed & (distance <= right)
+        allowed = allowed & ((distance <= right) | (torch.arange(keys) < prefix))
+    if chunk is not None:
+        key_position = torch.arange(keys)[None, :]
+        allowed = allowed & (key_position // chunk == (key_position - distance) // chunk)
     scores = scores.masked_fill(~allowed, float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)], -1)
@@ -160,6 +216,17 @@ def rms_norm(input: torch.Tensor, weight: torch.Tensor | None, eps: float) -> to
     x = input.double()
     x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
     return x if weight is None else x * weight
+
+
+def rotary(input: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """`input` (..., tokens, head_dim) as complex pairs times e^(i angle); `angles` (..., tokens, pairs) float64."""
+    pairs = angles.shape[-1]
+    turning, rest = input[..., : 2 * pairs].double(), input[..., 2 * pairs :].double()
+    pairwise = turning.unflatten(-1, (pairs, 2)) if interleaved else turning.unflatten(-1, (2, pairs)).mT
+    turned = torch.complex(pairwise[..., 0], pairwise[..., 1]) * torch.polar(torch.ones_like(angles), angles)
+    turned = torch.view_as_real(turned)
+    turned = turned.flatten(-2) if interleaved else turned.mT.flatten(-2)
+    return torch.cat([turned, rest], -1)
 
 
 def linear_cross_entropy(

@@ -14,6 +14,7 @@ from fastformer.nn.feed_forward import FeedForward
 from fastformer.nn.multihead_attention import MultiheadAttention
 from fastformer.nn.normalization import LayerNorm, RMSNorm
 from fastformer.nn.packing import DenseLayout, Packing, packed_positions
+from fastformer.nn.rotary import RotaryEmbedding
 from fastformer.nn.softmax import LogSoftmax, Softmax
 from fastformer.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
 from fastformer.nn.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
@@ -26,6 +27,7 @@ __all__ = [
     "MultiheadAttention",
     "Packing",
     "RMSNorm",
+    "RotaryEmbedding",
     "Softmax",
     "Transformer",
     "TransformerDecoder",

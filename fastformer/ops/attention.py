@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from fastformer_kernels.attention.arguments import (
     UNBOUNDED,
     AttentionArguments,
     AttentionGradients,
+    Learned,
     empty_gradient,
     empty_lse,
     empty_output,
@@ -31,12 +33,17 @@ def attention(
     *,
     mask: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    alignment: str = "bottom_right",
-    scale: float | None = None,
-    softcap: float | None = None,
+    relative_bias: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    causal: bool = False,
+    prefix_lengths: torch.Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    chunk: int | None = None,
+    alignment: str = "bottom_right",
+    scale: float | torch.Tensor | None = None,
+    query_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    key_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     key_lengths: torch.Tensor | None = None,
@@ -56,20 +63,29 @@ def attention(
     Who may attend to whom (all conditions hold together; positions count within a sequence):
         mask: boolean, True = may attend, or floating, added to the scores; broadcasts to (batch, heads, queries, keys).
         causal: no key after the query's own position.
+        prefix_lengths: (batch,) int32; the first keys of each sequence, to which neither `causal` nor the window's
+            right limit applies (prefix language models).
         window: (left, right), how many keys before and after its own position a query sees; None = no limit.
+        chunk: a query sees only its own chunk of this many positions, counted from the first key (Llama 4).
         alignment: where a query's own position is when queries and keys differ in number: "bottom_right" (the last
             query is at the last key, as in a cache) or "top_left" (the first is at the first, as in PyTorch).
         key_lengths: (batch,) int32, the keys of each dense sequence that are not padding.
+        Documents packed into one row are sequences: give their boundaries in `cu_seqlens_q`, and none sees another.
 
-    What is added to the scores:
+    What makes the scores, in this order:
+        query_norm, key_norm: applied to query and key first, for instance ``fastformer.nn.RMSNorm(head_dim)``.
+        scale: multiplies ``query @ key^T``; default ``1 / sqrt(head_dim)``. A (heads,) float32 tensor gives each head
+            its own, and is differentiable.
+        softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
         bias: floating, broadcasts like `mask`; its gradient is summed over the broadcast dimensions.
+        relative_bias: (heads, 2 * max_distance + 1) floating; the bias by key position - query position, from
+            -max_distance to max_distance, and beyond them the same as at them. `relative_position_bias` makes it from
+            a table and a bucket function (T5); a (heads, queries, keys) bias is never formed.
         alibi_slopes: (heads,) or (batch, heads) float32; adds ``-slope * |query position - key position|``
             (Press et al. 2022). Differentiable.
-        softcap: scores become ``softcap * tanh(score / softcap)`` before bias and masks (Gemma 2).
         sinks: (heads,) learned logits that join each head's normalisation and carry no value (gpt-oss).
 
     Args:
-        scale: multiplies ``query @ key^T``; default ``1 / sqrt(head_dim)``.
         dropout_p: probability of dropping an attention weight; the kept ones are scaled by ``1 / (1 - dropout_p)``. The
             pattern depends on PyTorch's generator and on positions only, not on backend or tile sizes.
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, first token of each packed sequence and the total at the end;
@@ -91,6 +107,63 @@ def attention(
     >>> fastformer.attention(q, k, v, causal=True, window=(31, None), softcap=50.0).shape
     torch.Size([2, 8, 100, 64])
     """
+    query = query if query_norm is None else query_norm(query)
+    key = key if key_norm is None else key_norm(key)
+    query, key, value, arguments = checked_arguments(
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        relative_bias=relative_bias,
+        alibi_slopes=alibi_slopes,
+        causal=causal,
+        prefix_lengths=prefix_lengths,
+        window=window,
+        chunk=chunk,
+        alignment=alignment,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        key_lengths=key_lengths,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+    output, lse = _attention(query, key, value, *arguments.fields())
+    return (output, lse) if return_lse else output
+
+
+def checked_arguments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    relative_bias: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    causal: bool,
+    prefix_lengths: torch.Tensor | None,
+    window: tuple[int | None, int | None] | None,
+    chunk: int | None,
+    alignment: str,
+    scale: float | torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    dropout_p: float,
+    key_lengths: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionArguments]:
+    """Check a call of `attention` and bring it into canonical form.
+
+    Returns query, key and value in autocast's dtype, and what else the call says.
+    """
     query, key, value = to_autocast_dtype(query), to_autocast_dtype(key), to_autocast_dtype(value)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     batch, queries, keys = _check_tensors(query, key, value, packed, cu_seqlens_q, cu_seqlens_k)
@@ -101,39 +174,50 @@ def attention(
             raise ValueError("key_lengths is for dense tensors; packed sequences say their lengths in cu_seqlens_k")
     elif max_seqlen_q is not None or max_seqlen_k is not None:
         raise ValueError("max_seqlen_q and max_seqlen_k are for packed tensors; give cu_seqlens_q with them")
-    heads = query.shape[-3] if not packed else query.shape[1]
+    heads = query.shape[1]
     boolean_mask, bias = _mask_and_bias(mask, bias, (batch, heads, queries, keys), query)
     left, right = _check_window(window, causal)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be 1 or more, or None for no limit; got {chunk}")
     if alignment not in ("bottom_right", "top_left"):
         raise ValueError(f"alignment must be 'bottom_right' or 'top_left'; got {alignment!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"softcap must be positive, or None for none; got {softcap}")
-    if key_lengths is not None:
-        _check_int32("key_lengths", key_lengths, (batch,), query)
-    output, lse = _attention(
+    for name, counts in (("key_lengths", key_lengths), ("prefix_lengths", prefix_lengths)):
+        if counts is not None:
+            _check_int32(name, counts, (batch,), query)
+    if prefix_lengths is not None and right == UNBOUNDED:
+        raise ValueError("prefix_lengths needs causal=True or a window with a right limit, which it lifts")
+    head_scales, factor = _check_scale(scale, heads, query)
+    return (
         query,
         key,
         value,
-        boolean_mask,
-        bias,
-        _check_slopes(alibi_slopes, batch, heads, query),
-        _check_sinks(sinks, heads, query),
-        key_lengths,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        queries,
-        keys,
-        1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
-        left,
-        right,
-        alignment == "bottom_right",
-        softcap or 0.0,
-        dropout_p,
-        _draw_seed(query.device) if dropout_p else None,
+        AttentionArguments(
+            mask=boolean_mask,
+            bias=bias,
+            relative_bias=_check_relative_bias(relative_bias, heads, query),
+            alibi_slopes=_check_slopes(alibi_slopes, batch, heads, query),
+            head_scales=head_scales,
+            sinks=_check_sinks(sinks, heads, query),
+            key_lengths=key_lengths,
+            prefix_lengths=prefix_lengths,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=queries,
+            max_seqlen_k=keys,
+            scale=factor,
+            left=left,
+            right=right,
+            chunk=chunk or 0,
+            bottom_right=alignment == "bottom_right",
+            softcap=softcap or 0.0,
+            dropout_p=dropout_p,
+            seed=_draw_seed(query.device) if dropout_p else None,
+        ),
     )
-    return (output, lse) if return_lse else output
 
 
 def scaled_dot_product_attention(
@@ -315,6 +399,31 @@ def _check_sinks(sinks: torch.Tensor | None, heads: int, query: torch.Tensor) ->
     return sinks.float().contiguous()
 
 
+def _check_scale(
+    scale: float | torch.Tensor | None, heads: int, query: torch.Tensor
+) -> tuple[torch.Tensor | None, float]:
+    """The scale of each head, if it has its own, and the one of all."""
+    if not isinstance(scale, torch.Tensor):
+        return None, 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    if scale.dtype != torch.float32:
+        raise TypeError(f"scale must be a number or float32; got {scale.dtype}")
+    check_device("scale", scale, "query", query)
+    check_shape("scale", scale, (heads,))
+    return scale.contiguous(), 1.0
+
+
+def _check_relative_bias(bias: torch.Tensor | None, heads: int, query: torch.Tensor) -> torch.Tensor | None:
+    if bias is None:
+        return None
+    check_floating("relative_bias", bias)
+    check_device("relative_bias", bias, "query", query)
+    if bias.dim() != 2 or bias.shape[0] != heads or bias.shape[1] % 2 == 0:
+        raise ValueError(
+            f"relative_bias must have shape (heads, 2 * max_distance + 1) with {heads} heads; got {tuple(bias.shape)}"
+        )
+    return bias.contiguous()
+
+
 def _draw_seed(device: torch.device) -> torch.Tensor:
     """A fresh seed and offset from PyTorch's generator, on the device: no synchronisation, capturable in a graph."""
     return torch.randint(0, 2**63 - 1, (2,), device=device, dtype=torch.int64)
@@ -322,9 +431,10 @@ def _draw_seed(device: torch.device) -> torch.Tensor:
 
 # The trailing arguments of both operators, in the order of AttentionArguments' fields.
 _ARGUMENTS = (
-    "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? key_lengths, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, SymInt left, SymInt right, "
-    "bool bottom_right, float softcap, float dropout_p, Tensor? seed"
+    "Tensor? mask, Tensor? bias, Tensor? relative_bias, Tensor? alibi_slopes, Tensor? head_scales, Tensor? sinks, "
+    "Tensor? key_lengths, Tensor? prefix_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, float scale, SymInt left, SymInt right, SymInt chunk, bool bottom_right, float softcap, "
+    "float dropout_p, Tensor? seed"
 )
 
 
@@ -348,8 +458,7 @@ def _attention(
     mutates_args=(),
     schema=(
         "(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
-        f"bool bias_needs_grad, bool slopes_need_grad, bool sinks_need_grad, {_ARGUMENTS}) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"bool[] needed, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * len(AttentionGradients._fields))})"
     ),
 )
 def _attention_backward(
@@ -360,28 +469,15 @@ def _attention_backward(
     value: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
-    bias_needs_grad: bool,
-    slopes_need_grad: bool,
-    sinks_need_grad: bool,
+    needed: Sequence[bool],
     *arguments: Any,
-) -> AttentionGradients:
+) -> tuple[torch.Tensor, ...]:
     if use_triton(query):
         from fastformer_kernels.attention.backward import attention_backward as backward
     else:
         backward = attention_backward_torch
-    return backward(
-        grad_output,
-        grad_lse,
-        query,
-        key,
-        value,
-        output,
-        lse,
-        AttentionArguments(*arguments),
-        bias_needs_grad=bias_needs_grad,
-        slopes_need_grad=slopes_need_grad,
-        sinks_need_grad=sinks_need_grad,
-    )
+    inputs = (grad_output, grad_lse, query, key, value, output, lse)
+    return tuple(backward(*inputs, AttentionArguments(*arguments), Learned(*needed)))
 
 
 @_attention.register_fake
@@ -400,19 +496,15 @@ def _(
     value: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
-    bias_needs_grad: bool,
-    slopes_need_grad: bool,
-    sinks_need_grad: bool,
+    needed: Sequence[bool],
     *arguments: Any,
-) -> AttentionGradients:
-    _, bias, slopes, sinks = arguments[:4]
+) -> tuple[torch.Tensor, ...]:
+    learned = AttentionArguments(*arguments).learned
     return (
         empty_gradient(query),
         empty_gradient(key),
         empty_gradient(value),
-        optional_gradient(bias, bias_needs_grad, query),
-        optional_gradient(slopes, slopes_need_grad, query),
-        optional_gradient(sinks, sinks_need_grad, query),
+        *(optional_gradient(tensor, wanted, query) for tensor, wanted in zip(learned, needed, strict=True)),
     )
 
 
@@ -430,7 +522,8 @@ def _backward(ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor
     nothing = (None,) * len(arguments)
     if grad_output is None and grad_lse is None:
         return None, None, None, *nothing
-    _, bias_needs_grad, slopes_need_grad, sinks_need_grad = ctx.needs_input_grad[3:7]
+    # After query, key, value and mask come the learned arguments.
+    needed = list(ctx.needs_input_grad[4 : 4 + len(Learned._fields)])
     grads = _attention_backward(
         torch.zeros_like(output) if grad_output is None else grad_output,
         grad_lse,
@@ -439,16 +532,11 @@ def _backward(ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor
         value,
         output,
         lse,
-        bias_needs_grad,
-        slopes_need_grad,
-        sinks_need_grad,
+        needed,
         *arguments,
     )
-    grad_bias, grad_slopes, grad_sinks = (
-        grad if needed else None
-        for grad, needed in zip(grads[3:], (bias_needs_grad, slopes_need_grad, sinks_need_grad), strict=True)
-    )
-    return *grads[:3], None, grad_bias, grad_slopes, grad_sinks, *nothing[4:]
+    learned = [grad if wanted else None for grad, wanted in zip(grads[3:], needed, strict=True)]
+    return *grads[:3], None, *learned, *nothing[1 + len(learned) :]
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)

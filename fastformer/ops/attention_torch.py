@@ -18,6 +18,7 @@ from fastformer_kernels.attention.arguments import (
     UNBOUNDED,
     AttentionArguments,
     AttentionGradients,
+    Learned,
     empty_gradient,
     empty_lse,
     empty_output,
@@ -54,36 +55,37 @@ def attention_backward_torch(
     output: torch.Tensor,
     lse: torch.Tensor,
     arguments: AttentionArguments,
-    *,
-    bias_needs_grad: bool,
-    slopes_need_grad: bool,
-    sinks_need_grad: bool,
+    needed: Learned[bool],
 ) -> AttentionGradients:
-    """Gradients of query, key, value, bias, slopes and sinks; the last three empty where not needed."""
+    """Gradients of checked arguments; those of learned ones that are not `needed` are empty."""
     grad_query, grad_key, grad_value = (empty_gradient(tensor).zero_() for tensor in (query, key, value))
-    bias, slopes, sinks = arguments.bias, arguments.alibi_slopes, arguments.sinks
-    grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias_needs_grad else None
-    grad_slopes = torch.zeros_like(slopes) if slopes is not None and slopes_need_grad else None
-    grad_sinks = torch.zeros_like(sinks) if sinks is not None and sinks_need_grad else None
+    learned = arguments.learned
+    sums = Learned(
+        *(
+            torch.zeros_like(tensor, dtype=torch.float32) if wanted and tensor is not None else None
+            for tensor, wanted in zip(learned, needed, strict=True)
+        )
+    )
     for segment in _segments(query, key, arguments):
         q, k, v = segment.queries(query), segment.keys(key), segment.keys(value)
         o, do = segment.queries(output), segment.queries(grad_output)
         row_lse = segment.rows(lse)
         dlse = None if grad_lse is None else segment.rows(grad_lse)
-        if segment.fits_flash(q, k, v) and dlse is None and grad_bias is None:
+        if segment.fits_flash(q, k, v) and dlse is None and sums.bias is None:
             grads = _backward_flash(do, q, k, v, o, row_lse, segment)
         else:
-            grads = _backward_explicit(do, dlse, q, k, v, o, row_lse, segment, grad_bias, grad_slopes, grad_sinks)
+            grads = _backward_explicit(do, dlse, q, k, v, o, row_lse, segment, sums)
         segment.queries(grad_query).copy_(grads[0])
         segment.keys(grad_key).copy_(grads[1])
         segment.keys(grad_value).copy_(grads[2])
-    return (
+    return AttentionGradients(
         grad_query,
         grad_key,
         grad_value,
-        query.new_empty(0) if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-        query.new_empty(0) if grad_slopes is None else grad_slopes,
-        query.new_empty(0) if grad_sinks is None else grad_sinks,
+        *(
+            query.new_empty(0) if total is None or tensor is None else total.to(tensor.dtype)
+            for total, tensor in zip(sums, learned, strict=True)
+        ),
     )
 
 
@@ -95,12 +97,14 @@ class _Segment:
         arguments: mask, bias, slopes and the rest, cut to this segment.
         batch: the sequences.
         query_tokens, key_tokens: positions along the sequence (dense) or the token dimension (packed).
+        prefix: keys that the limit to the right does not concern.
     """
 
     arguments: AttentionArguments
     batch: slice
     query_tokens: slice
     key_tokens: slice
+    prefix: int
 
     def queries(self, tensor: torch.Tensor) -> torch.Tensor:
         """This segment's part of a query-shaped tensor, as a (batch, heads, sequence, head_dim) view."""
@@ -126,6 +130,8 @@ class _Segment:
             q.device.type == "cpu"
             and not (a.softcap or a.dropout_p)
             and a.alibi_slopes is None
+            and a.relative_bias is None
+            and a.head_scales is None
             and a.sinks is None
             and q.shape[-1] == v.shape[-1]
             # It reads neighbouring elements whatever the last stride says.
@@ -136,21 +142,26 @@ class _Segment:
 def _segments(query: torch.Tensor, key: torch.Tensor, arguments: AttentionArguments) -> Iterator[_Segment]:
     if query.numel() == 0:
         return
+    batch = arguments.batch(query)
+    prefixes = [0] * batch if arguments.prefix_lengths is None else arguments.prefix_lengths.tolist()
     if arguments.cu_seqlens_q is not None and arguments.cu_seqlens_k is not None:
         q_bounds = _boundaries("cu_seqlens_q", arguments.cu_seqlens_q, query.shape[0], arguments.max_seqlen_q)
         k_bounds = _boundaries("cu_seqlens_k", arguments.cu_seqlens_k, key.shape[0], arguments.max_seqlen_k)
-        for index in range(len(q_bounds) - 1):
+        for index in range(batch):
             yield _segment(
                 arguments,
                 slice(index, index + 1),
                 slice(*q_bounds[index : index + 2]),
                 slice(*k_bounds[index : index + 2]),
+                prefixes[index],
             )
-    elif arguments.key_lengths is not None:
-        for index, length in enumerate(arguments.key_lengths.tolist()):
-            yield _segment(arguments, slice(index, index + 1), slice(0, query.shape[2]), slice(0, length))
+    elif arguments.key_lengths is not None or arguments.prefix_lengths is not None:
+        lengths = [key.shape[2]] * batch if arguments.key_lengths is None else arguments.key_lengths.tolist()
+        for index, length in enumerate(lengths):
+            queries = slice(0, query.shape[2])
+            yield _segment(arguments, slice(index, index + 1), queries, slice(0, length), prefixes[index])
     else:
-        yield _segment(arguments, slice(0, query.shape[0]), slice(0, query.shape[2]), slice(0, key.shape[2]))
+        yield _segment(arguments, slice(0, batch), slice(0, query.shape[2]), slice(0, key.shape[2]), 0)
 
 
 def _boundaries(name: str, cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> list[int]:
@@ -163,7 +174,9 @@ def _boundaries(name: str, cu_seqlens: torch.Tensor, total: int, max_seqlen: int
     return bounds
 
 
-def _segment(arguments: AttentionArguments, batch: slice, query_tokens: slice, key_tokens: slice) -> _Segment:
+def _segment(
+    arguments: AttentionArguments, batch: slice, query_tokens: slice, key_tokens: slice, prefix: int
+) -> _Segment:
     queries = slice(0, query_tokens.stop - query_tokens.start)
     keys = slice(0, key_tokens.stop - key_tokens.start)
     cut = replace(
@@ -172,7 +185,7 @@ def _segment(arguments: AttentionArguments, batch: slice, query_tokens: slice, k
         bias=_cut_broadcast(arguments.bias, batch, queries, keys),
         alibi_slopes=None if arguments.alibi_slopes is None else _cut_dim(arguments.alibi_slopes, 0, batch),
     )
-    return _Segment(cut, batch, query_tokens, key_tokens)
+    return _Segment(cut, batch, query_tokens, key_tokens, prefix)
 
 
 def _cut_broadcast(tensor: torch.Tensor | None, batch: slice, queries: slice, keys: slice) -> torch.Tensor | None:
@@ -189,7 +202,7 @@ def _cut_dim(tensor: torch.Tensor, dim: int, cut: slice) -> torch.Tensor:
 def _forward_flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: _Segment
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    causal, additive = _flash_mask(q, k, segment.arguments)
+    causal, additive = _flash_mask(q, k, segment)
     output, lse = _flash_forward(q, k, v, 0.0, causal, attn_mask=additive, scale=segment.arguments.scale)
     if additive is not None:
         lse = lse.masked_fill((additive == NEGATIVE_INFINITY).all(-1), NEGATIVE_INFINITY)
@@ -205,7 +218,7 @@ def _backward_flash(
     lse: torch.Tensor,
     segment: _Segment,
 ) -> tuple[torch.Tensor, ...]:
-    causal, additive = _flash_mask(q, k, segment.arguments)
+    causal, additive = _flash_mask(q, k, segment)
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -220,14 +233,14 @@ def _sum_groups(grad: torch.Tensor, group: int) -> torch.Tensor:
     return grad if group == 1 else grad.unflatten(1, (-1, group)).sum(2)
 
 
-def _flash_mask(q: torch.Tensor, k: torch.Tensor, arguments: AttentionArguments) -> tuple[bool, torch.Tensor | None]:
-    """Flash attention's is_causal and additive mask for these arguments."""
-    m, n = q.shape[2], k.shape[2]
+def _flash_mask(q: torch.Tensor, k: torch.Tensor, segment: _Segment) -> tuple[bool, torch.Tensor | None]:
+    """Flash attention's is_causal and additive mask for this segment."""
+    m, n, arguments = q.shape[2], k.shape[2], segment.arguments
     top_left = m == n or not arguments.bottom_right
     plain = arguments.mask is None and arguments.bias is None and arguments.left == UNBOUNDED
-    if plain and arguments.right == 0 and top_left:
+    if plain and not (arguments.chunk or segment.prefix) and arguments.right == 0 and top_left:
         return True, None
-    allowed = _allowed(arguments, slice(0, m), m, n, q.device)
+    allowed = _allowed(segment, slice(0, m), m, n, q.device)
     additive = arguments.bias
     if allowed is not None:
         additive = torch.zeros((), dtype=torch.float32) if additive is None else additive
@@ -242,15 +255,19 @@ def _distance(arguments: AttentionArguments, rows: slice, m: int, n: int, device
     return torch.arange(n, device=device) - queries[:, None]
 
 
-def _allowed(arguments: AttentionArguments, rows: slice, m: int, n: int, device: torch.device) -> torch.Tensor | None:
-    """Which keys mask, causality and window let the queries in `rows` attend to; 4-D, or None where all may."""
+def _allowed(segment: _Segment, rows: slice, m: int, n: int, device: torch.device) -> torch.Tensor | None:
+    """Which keys the queries in `rows` may attend to by mask and position; 4-D, or None where all may."""
+    arguments = segment.arguments
     conditions = [] if arguments.mask is None else [_cut_dim(arguments.mask, 2, rows)]
-    if arguments.right != UNBOUNDED or arguments.left != UNBOUNDED:
+    if arguments.right != UNBOUNDED or arguments.left != UNBOUNDED or arguments.chunk:
         distance = _distance(arguments, rows, m, n, device)[None, None]
+        key = torch.arange(n, device=device)
         if arguments.right != UNBOUNDED:
-            conditions.append(distance <= arguments.right)
+            conditions.append((distance <= arguments.right) | (key < segment.prefix))
         if arguments.left != UNBOUNDED:
             conditions.append(distance >= -arguments.left)
+        if arguments.chunk:
+            conditions.append(key // arguments.chunk == (key - distance) // arguments.chunk)
     return functools.reduce(torch.logical_and, conditions) if conditions else None
 
 
@@ -260,19 +277,26 @@ class _Scores:
 
     Attributes:
         values: (batch, heads, rows, keys).
+        products: of queries and keys, before any scale.
         softcap_slope: derivative of the softcap, where there is one.
         keep: which weights dropout keeps, where there is dropout.
     """
 
     values: torch.Tensor
+    products: torch.Tensor | None
     softcap_slope: torch.Tensor | None
     keep: torch.Tensor | None
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, rows: slice, m: int, segment: _Segment) -> _Scores:
     a, n = segment.arguments, k.shape[2]
-    values = torch.matmul(q, k.transpose(-1, -2)).mul_(a.scale)
-    slope = None
+    values = torch.matmul(q, k.transpose(-1, -2))
+    products, slope = None, None
+    if a.head_scales is not None:
+        products = values
+        values = values * (a.scale * a.head_scales[:, None, None])
+    else:
+        values.mul_(a.scale)
     if a.softcap:
         capped = torch.tanh(values / a.softcap)
         values, slope = capped * a.softcap, 1.0 - capped * capped
@@ -281,10 +305,14 @@ def _scores(q: torch.Tensor, k: torch.Tensor, rows: slice, m: int, segment: _Seg
         values = values - a.alibi_slopes[:, :, None, None] * distance
     if a.bias is not None:
         values = values + _cut_dim(a.bias, 2, rows).float()
-    allowed = _allowed(a, rows, m, n, q.device)
+    if a.relative_bias is not None:
+        reach = a.relative_bias.shape[1] // 2
+        place = _distance(a, rows, m, n, q.device).clamp(-reach, reach) + reach
+        values = values + a.relative_bias.float()[:, place]
+    allowed = _allowed(segment, rows, m, n, q.device)
     if allowed is not None:
         values = values.masked_fill(~allowed, NEGATIVE_INFINITY)
-    return _Scores(values, slope, _keep(q, n, rows, segment))
+    return _Scores(values, products, slope, _keep(q, n, rows, segment))
 
 
 def _keep(q: torch.Tensor, n: int, rows: slice, segment: _Segment) -> torch.Tensor | None:
@@ -352,11 +380,9 @@ def _backward_explicit(
     o: torch.Tensor,
     lse: torch.Tensor,
     segment: _Segment,
-    grad_bias: torch.Tensor | None,
-    grad_slopes: torch.Tensor | None,
-    grad_sinks: torch.Tensor | None,
+    sums: Learned[torch.Tensor | None],
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of q, k and v; those of bias, slopes and sinks are added to the given tensors."""
+    """Gradients of q, k and v; those of learned arguments are added to `sums`."""
     a, m, n, group = segment.arguments, q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = _float_heads(k, q.shape[1]), _float_heads(v, q.shape[1])
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -375,23 +401,35 @@ def _backward_explicit(
             dweights = dweights * scores.keep / (1.0 - a.dropout_p)
         dv += torch.matmul(dropped.transpose(-1, -2), do_rows)
         dscores = weights * (dweights - delta)
-        if grad_bias is not None:
-            target = _cut_broadcast(grad_bias, segment.batch, slice(0, m), slice(0, n))
+        if sums.bias is not None:
+            target = _cut_broadcast(sums.bias, segment.batch, slice(0, m), slice(0, n))
             assert target is not None
             target = _cut_dim(target, 2, rows)
             target += dscores.sum_to_size(target.shape)
-        if grad_slopes is not None:
-            distance = _distance(a, rows, m, n, q.device).abs()
-            target = _cut_dim(grad_slopes, 0, segment.batch)
-            target -= (dscores * distance).sum((-1, -2)).sum_to_size(target.shape)
-        if grad_sinks is not None and a.sinks is not None:
-            grad_sinks -= (torch.exp(a.sinks[:, None, None] - row_lse) * delta).sum((0, 2, 3))
+        distance = _distance(a, rows, m, n, q.device)
+        if sums.relative is not None:
+            _add_by_distance(sums.relative, dscores, distance)
+        if sums.alibi_slopes is not None:
+            target = _cut_dim(sums.alibi_slopes, 0, segment.batch)
+            target -= (dscores * distance.abs()).sum((-1, -2)).sum_to_size(target.shape)
+        if sums.sinks is not None and a.sinks is not None:
+            sums.sinks.sub_((torch.exp(a.sinks[:, None, None] - row_lse) * delta).sum((0, 2, 3)))
         if scores.softcap_slope is not None:
             dscores = dscores * scores.softcap_slope
-        dscores = dscores * a.scale
+        if sums.head_scales is not None and scores.products is not None:
+            sums.head_scales.add_((dscores * scores.products).sum((0, 2, 3)), alpha=a.scale)
+        scale = a.scale if a.head_scales is None else a.scale * a.head_scales[:, None, None]
+        dscores = dscores * scale
         dq[:, :, rows] = torch.matmul(dscores, k)
         dk += torch.matmul(dscores.transpose(-1, -2), q_rows)
     return dq, _sum_groups(dk, group), _sum_groups(dv, group)
+
+
+def _add_by_distance(total: torch.Tensor, dscores: torch.Tensor, distance: torch.Tensor) -> None:
+    """Add (batch, heads, rows, keys) to (heads, 2 * reach + 1) by the keys' distance (rows, keys)."""
+    reach = total.shape[1] // 2
+    place = (distance.clamp(-reach, reach) + reach).flatten()
+    total.index_add_(1, place, dscores.sum(0).flatten(1))
 
 
 def _float_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:

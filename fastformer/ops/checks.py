@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,3 +32,27 @@ def check_device(name: str, tensor: torch.Tensor, reference_name: str, reference
     """Raise ValueError unless `tensor` is on the device of `reference`."""
     if tensor.device != reference.device:
         raise ValueError(f"{name} must be on {reference_name}'s device, {reference.device}; got {tensor.device}")
+
+
+def check_int32(name: str, tensor: torch.Tensor, shape: tuple[int, ...], like_name: str, like: torch.Tensor) -> None:
+    """Raise unless `tensor` is int32 (TypeError), of `shape` and on the device of `like` (ValueError)."""
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32; got {tensor.dtype}")
+    check_shape(name, tensor, shape)
+    check_device(name, tensor, like_name, like)
+
+
+def check_no_gradient(operator: str, tensors: Iterable[torch.Tensor | None], instead: str) -> None:
+    """Raise RuntimeError if autograd would expect a gradient of an operator that has none."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(f"{operator} has no gradient: call it under torch.no_grad(), or {instead}")
+
+
+def check_lengths(name: str, lengths: torch.Tensor, limit_name: str, limit: int) -> None:
+    """Raise ValueError unless `lengths` on a CPU lie in [0, limit]; reading them would stall a GPU, whose kernels
+    assert it."""
+    if lengths.device.type != "cpu":
+        return
+    values = lengths.tolist()
+    if any(not 0 <= value <= limit for value in values):
+        raise ValueError(f"{name} must be from 0 to {limit_name}, {limit}; got {values}")

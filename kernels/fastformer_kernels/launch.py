@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import triton
 
 
 @dataclass(frozen=True)
@@ -21,32 +22,37 @@ class Architecture:
     Attributes:
         name: the compiler's name: sm_90, gfx942.
         shared_memory: bytes of shared memory one CTA may use.
+        multiprocessors: of its largest device (compute units on AMD).
+        l2: bytes of level-2 cache (of one die on AMD).
         warp_size: threads in a warp.
     """
 
     name: str
     shared_memory: int
+    multiprocessors: int
+    l2: int
     warp_size: int = 32
 
 
 # Sources: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability" (maximum shared memory
-# per thread block); AMD CDNA3 and CDNA4 ISA guides (64 and 160 KiB LDS, wavefronts of 64).
+# per thread block); AMD CDNA3 and CDNA4 ISA guides (64 and 160 KiB LDS, wavefronts of 64); multiprocessors and L2 from
+# the white papers of A100, GA102, AD102, H100 SXM, B200, RTX PRO 6000, MI250X (one die), MI300X and MI355X.
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        Architecture("sm_80", 163 * 1024),
-        Architecture("sm_86", 99 * 1024),
-        Architecture("sm_89", 99 * 1024),
-        Architecture("sm_90", 227 * 1024),
-        Architecture("sm_100", 227 * 1024),
-        Architecture("sm_120", 99 * 1024),
-        Architecture("gfx90a", 64 * 1024, warp_size=64),
-        Architecture("gfx942", 64 * 1024, warp_size=64),
-        Architecture("gfx950", 160 * 1024, warp_size=64),
+        Architecture("sm_80", 163 * 1024, 108, 40 << 20),
+        Architecture("sm_86", 99 * 1024, 84, 6 << 20),
+        Architecture("sm_89", 99 * 1024, 142, 96 << 20),
+        Architecture("sm_90", 227 * 1024, 132, 50 << 20),
+        Architecture("sm_100", 227 * 1024, 148, 126 << 20),
+        Architecture("sm_120", 99 * 1024, 188, 128 << 20),
+        Architecture("gfx90a", 64 * 1024, 110, 8 << 20, warp_size=64),
+        Architecture("gfx942", 64 * 1024, 304, 4 << 20, warp_size=64),
+        Architecture("gfx950", 160 * 1024, 256, 4 << 20, warp_size=64),
     )
 }
 # A CPU tensor reaches a launcher in the interpreter only; any configuration does, the smallest limits are the safest.
-INTERPRETER = Architecture("interpreter", 99 * 1024)
+INTERPRETER = Architecture("interpreter", 99 * 1024, 2, 1 << 20)
 
 
 # For every launch: fused multiply-adds are faster and round once. Triton 3.10 stops forming them unasked.
@@ -76,6 +82,13 @@ def architecture_of(tensor: torch.Tensor) -> Architecture:
     return _architecture_of_device(tensor.device.index)
 
 
+def multiprocessors_of(tensor: torch.Tensor) -> int:
+    """How many multiprocessors (AMD: compute units) the device that holds `tensor` has."""
+    if _target is None and tensor.is_cuda and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return architecture_of(tensor).multiprocessors
+
+
 @lru_cache
 def _architecture_of_device(index: int) -> Architecture:
     properties = torch.cuda.get_device_properties(index)
@@ -92,6 +105,19 @@ def _architecture_of_device(index: int) -> Architecture:
         )
     # A minor revision shares its family's limits: 8.7 is not 8.6 but is safe with its shared memory.
     return ARCHITECTURES[f"sm_{max(older)}"]
+
+
+def provide_scratch_memory(needed: bool) -> None:
+    """Let kernels that make tensor descriptors have memory for them, from PyTorch's allocator on the current device.
+
+    Triton keeps the allocator for each thread and context, hence the call before each launch.
+    """
+    if needed:
+        triton.set_allocator(_allocate)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def device_guard(tensor: torch.Tensor) -> torch.cuda.device:

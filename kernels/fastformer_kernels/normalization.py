@@ -29,9 +29,12 @@ from fastformer_kernels.precision import round_to
 from fastformer_kernels.rows import aligned, alignment
 
 FORWARD_ONE_PASS_COLUMNS = 16384
-BACKWARD_ONE_PASS_COLUMNS = 8192
+BACKWARD_ONE_PASS_BYTES = 16384
 TILE_ELEMENTS = 4096
 ELEMENTS_PER_THREAD = 16
+# The backward holds a row, its gradient and up to three running sums at once: half as much to a thread.
+BACKWARD_TILE_ELEMENTS = 2048
+BACKWARD_ELEMENTS_PER_THREAD = 8
 # Enough to keep the memory busy, few enough that their partial sums of dw and db stay small beside dx.
 BACKWARD_PROGRAMS_PER_MULTIPROCESSOR = 4
 
@@ -491,7 +494,7 @@ def norm_forward(
     mean = torch.empty_like(rstd) if centered else rstd.new_zeros(1)
     one_pass = columns <= FORWARD_ONE_PASS_COLUMNS
     block_columns = _one_pass_block(columns) if one_pass else TILE_ELEMENTS
-    block_rows = _block_rows(block_columns, rows)
+    block_rows = _block_rows(block_columns, rows, TILE_ELEMENTS)
     with device_guard(input):
         _forward_kernel[(triton.cdiv(rows, block_rows),)](
             input,
@@ -515,7 +518,7 @@ def norm_forward(
             BLOCK_ROWS=block_rows,
             BLOCK_COLUMNS=block_columns,
             ONE_PASS=one_pass,
-            num_warps=_warps(input, block_rows * block_columns),
+            num_warps=_warps(input, block_rows * block_columns // ELEMENTS_PER_THREAD),
             **COMPILER_OPTIONS,
         )
     return output, total, mean, rstd
@@ -562,9 +565,9 @@ def norm_backward(
     rows, columns = x.shape
     grad_input = x.new_empty(rows, columns, dtype=input_dtype)
     grad_residual = None if residual_dtype is None else torch.empty_like(grad_input, dtype=residual_dtype)
-    one_pass = columns <= BACKWARD_ONE_PASS_COLUMNS
+    one_pass = columns * max(x.element_size(), grad_output.element_size()) <= BACKWARD_ONE_PASS_BYTES
     block_columns = _one_pass_block(columns) if one_pass else TILE_ELEMENTS
-    block_rows = _block_rows(block_columns, rows)
+    block_rows = _block_rows(block_columns, rows, BACKWARD_TILE_ELEMENTS)
     programs = min(triton.cdiv(rows, block_rows), _most_programs(x))
     weight_sums = rstd.new_empty((programs, columns)) if weight_needs_grad else None
     bias_sums = rstd.new_empty((programs, columns)) if bias_needs_grad else None
@@ -576,7 +579,7 @@ def norm_backward(
         "CENTERED": centered,
         "ALIGNMENT": alignment(columns, grad_output.stride(0), _strides(grad_sum)[0], x.stride(0)),
         "BLOCK_COLUMNS": block_columns,
-        "num_warps": _warps(x, block_rows * block_columns),
+        "num_warps": _warps(x, block_rows * block_columns // BACKWARD_ELEMENTS_PER_THREAD),
         **COMPILER_OPTIONS,
     }
     with device_guard(x):
@@ -638,15 +641,14 @@ def _one_pass_block(columns: int) -> int:
     return max(4, triton.next_power_of_2(columns))
 
 
-def _block_rows(block_columns: int, rows: int) -> int:
+def _block_rows(block_columns: int, rows: int, tile_elements: int) -> int:
     """Whole rows in a tile: several where they are short."""
-    return max(1, min(TILE_ELEMENTS // block_columns, triton.next_power_of_2(rows)))
+    return max(1, min(tile_elements // block_columns, triton.next_power_of_2(rows)))
 
 
-def _warps(tensor: torch.Tensor, tile_elements: int) -> int:
-    """Warps for a tile, from one to the 1,024 threads that every architecture allows."""
-    threads = min(1024, tile_elements // ELEMENTS_PER_THREAD)
-    return max(1, threads // architecture_of(tensor).warp_size)
+def _warps(tensor: torch.Tensor, threads: int) -> int:
+    """Warps for so many threads, from one to the 1,024 threads that every architecture allows."""
+    return max(1, min(1024, threads) // architecture_of(tensor).warp_size)
 
 
 def _most_programs(tensor: torch.Tensor) -> int:

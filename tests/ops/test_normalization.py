@@ -168,7 +168,7 @@ def test_bias_dropout_and_residual_come_first(data: st.DataObject) -> None:
 def test_long_rows(backend: str, centered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr("fastformer_kernels.normalization.FORWARD_ONE_PASS_COLUMNS", 64)
-    monkeypatch.setattr("fastformer_kernels.normalization.BACKWARD_ONE_PASS_COLUMNS", 64)
+    monkeypatch.setattr("fastformer_kernels.normalization.BACKWARD_ONE_PASS_BYTES", 64)
     monkeypatch.setattr("fastformer_kernels.normalization.TILE_ELEMENTS", 64)
     check_fused((5, 203), torch.float32, torch.float32, centered, True, 0.25, True, monkeypatch)
     check_fused((3, 128), torch.bfloat16, None, centered, False, 0.0, True, monkeypatch)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 UNBOUNDED = -1
+
+T = TypeVar("T")
+
+
+class Learned(NamedTuple, Generic[T]):
+    """One thing for each learned argument, in the order in which operators take them."""
+
+    bias: T
+    relative: T
+    alibi_slopes: T
+    head_scales: T
+    sinks: T
 
 
 @dataclass(frozen=True)
@@ -20,13 +32,18 @@ class AttentionArguments:
     Attributes:
         mask: boolean, True = may attend, 4-D, each dimension 1 or that of (batch, heads, queries, keys).
         bias: additive, like `mask` in shape, any floating dtype.
+        relative_bias: (heads, 2 * max_distance + 1), any floating dtype, contiguous; adds its element number
+            max_distance + (key position - query position), the distance limited to max_distance either way.
         alibi_slopes: (1 or batch, heads) float32; adds -slope * |query position - key position|.
+        head_scales: (heads,) float32; multiplies each head's scores in addition to `scale`.
         sinks: (heads,) float32; one more logit per head that takes part in the normalisation only.
         key_lengths: (batch,) int32; keys at or beyond it are masked. Dense only.
+        prefix_lengths: (batch,) int32; keys before it are exempt from `right`.
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 boundaries of the packed sequences.
         max_seqlen_q, max_seqlen_k: the longest packed sequence (dense: the sequence length).
         scale: multiplies the scores.
         left, right: how far before and after its own position a query may attend; UNBOUNDED for no limit.
+        chunk: a query may attend only within its own chunk of this many positions; 0 for no limit.
         bottom_right: a query's own position counts from the sequence's end (True) or its start (False).
         softcap: scores become softcap * tanh(score / softcap); 0 for none.
         dropout_p: probability that a weight is dropped.
@@ -35,9 +52,12 @@ class AttentionArguments:
 
     mask: torch.Tensor | None
     bias: torch.Tensor | None
+    relative_bias: torch.Tensor | None
     alibi_slopes: torch.Tensor | None
+    head_scales: torch.Tensor | None
     sinks: torch.Tensor | None
     key_lengths: torch.Tensor | None
+    prefix_lengths: torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None
     cu_seqlens_k: torch.Tensor | None
     max_seqlen_q: int
@@ -45,10 +65,19 @@ class AttentionArguments:
     scale: float
     left: int
     right: int
+    chunk: int
     bottom_right: bool
     softcap: float
     dropout_p: float
     seed: torch.Tensor | None
+
+    def fields(self) -> tuple[Any, ...]:
+        """The values in the order of the constructor's arguments."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def learned(self) -> Learned[torch.Tensor | None]:
+        return Learned(self.bias, self.relative_bias, self.alibi_slopes, self.head_scales, self.sinks)
 
     @property
     def packed(self) -> bool:
@@ -59,8 +88,45 @@ class AttentionArguments:
         return query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
 
-# Gradients of query, key, value, bias, ALiBi slopes and sinks; the last three are empty where none was asked for.
-AttentionGradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+class AttentionGradients(NamedTuple):
+    """Gradients of a call's differentiable arguments; those of learned ones are empty where none was asked for."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor
+    relative_bias: torch.Tensor
+    alibi_slopes: torch.Tensor
+    head_scales: torch.Tensor
+    sinks: torch.Tensor
+
+
+def sum_by_distance(scores: torch.Tensor, arguments: AttentionArguments) -> torch.Tensor:
+    """Sum (batch, heads, queries, keys) by head and key position - query position, as `relative_bias` is laid out."""
+    assert arguments.relative_bias is not None
+    heads, places = arguments.relative_bias.shape
+    batch, _, queries, keys = scores.shape
+    q = torch.arange(queries, device=scores.device)
+    k = torch.arange(keys, device=scores.device)
+    offsets = _position_offsets(arguments, batch, queries, keys, scores.device)
+    distance = k - q[:, None] - offsets[:, None, None]
+    place = distance.clamp(-(places // 2), places // 2) + places // 2
+    head = torch.arange(heads, device=scores.device)[:, None, None]
+    sums = torch.zeros(heads, places, dtype=scores.dtype, device=scores.device)
+    return sums.index_put_((head, place[:, None]), scores, accumulate=True)
+
+
+def _position_offsets(
+    arguments: AttentionArguments, batch: int, queries: int, keys: int, device: torch.device
+) -> torch.Tensor:
+    """(batch,): the position of each sequence's first query."""
+    if not arguments.bottom_right:
+        return torch.zeros(batch, dtype=torch.int64, device=device)
+    if arguments.cu_seqlens_q is not None and arguments.cu_seqlens_k is not None:
+        return (arguments.cu_seqlens_k.diff() - arguments.cu_seqlens_q.diff()).long()
+    if arguments.key_lengths is not None:
+        return arguments.key_lengths.long() - queries
+    return torch.full((batch,), keys - queries, dtype=torch.int64, device=device)
 
 
 def empty_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

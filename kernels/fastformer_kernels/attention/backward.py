@@ -1,60 +1,98 @@
 """Attention backward: weights are recomputed tile by tile from the log-sum-exp.
 
 With P the weights, dP = dO V^T and delta = rowsum(dO * O) - dLSE: dS = P * (dP - delta), dQ = scale dS K,
-dK = scale dS^T Q, dV = P^T dO (FlashAttention-2, Dao 2023, https://arxiv.org/abs/2307.08691). One kernel owns a tile of
-keys and walks over the queries of every head that shares them (dK, dV), another owns a tile of queries (dQ, and the
-gradients of bias and slopes): two clean kernels need fewer registers than one, and no atomics for dQ, dK and dV, which
-are deterministic.
+dK = scale dS^T Q, dV = P^T dO (FlashAttention-2, Dao 2023, https://arxiv.org/abs/2307.08691).
+
+A program owns a tile of keys and walks over the queries of every head that shares them: five products a tile pair, dK
+and dV in registers, dQ (and the gradients of bias, relative bias and slopes) added up in memory. Those additions come
+in any order; when determinism is asked for, the programs leave them out and another kernel, whose programs own tiles
+of queries, recomputes the weights and forms dQ by itself.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fastformer_kernels.attention.arguments import AttentionArguments, AttentionGradients, empty_gradient
+from fastformer_kernels.attention.arguments import (
+    AttentionArguments,
+    AttentionGradients,
+    Learned,
+    empty_gradient,
+    sum_by_distance,
+)
+from fastformer_kernels.attention.kernel_arguments import (
+    Addend,
+    Relative,
+    addend,
+    features,
+    folds_scale,
+    lengths,
+    operand,
+    relative,
+    rows,
+)
 from fastformer_kernels.attention.launch import (
+    AttentionConfiguration,
     backward_configuration,
-    broadcast_strides,
-    feature_arguments,
-    row_strides,
-    tensor_strides,
+    deterministic_configuration,
+    has_borders,
+    launch_size,
+    section_of,
+    uses_descriptors,
 )
 from fastformer_kernels.attention.tiles import (
     LOG2_E,
+    at_head,
     bias_and_mask,
+    border_start,
+    border_tiles,
     dropout_keep,
+    key_bounds,
     key_ranges,
     load_rows,
+    prefix_length,
+    query_bounds,
     query_ranges,
-    sequence_bounds,
+    relative_at_head,
+    row_mask,
+    row_pointers,
+    rows_of,
+    scale_of,
+    slope_of,
     store_rows,
     tanh,
+    tile_of_work,
 )
-from fastformer_kernels.launch import device_guard
+from fastformer_kernels.launch import COMPILER_OPTIONS, device_guard, provide_scratch_memory
 from fastformer_kernels.precision import dot, input_precision, round_to
+
+
+class ScoreGradients(NamedTuple):
+    """Where the gradients of what is added to the scores go.
+
+    Attributes:
+        bias: float32, like the bias, added to atomically.
+        relative: float32, like the relative bias, added to atomically.
+        slopes, head_scales: (batch, heads, tiles) float32, one element for each program and head.
+    """
+
+    bias: Addend
+    relative: Relative
+    slopes: torch.Tensor | None
+    head_scales: torch.Tensor | None
 
 
 @triton.jit
 def _delta_kernel(
-    o_pointer,
-    do_pointer,
-    dlse_pointer,
-    delta_pointer,
-    o_stride_b,
-    o_stride_h,
-    o_stride_m,
-    o_stride_d,
-    do_stride_b,
-    do_stride_h,
-    do_stride_m,
-    do_stride_d,
-    dlse_stride_b,
-    dlse_stride_h,
-    dlse_stride_m,
-    delta_stride_b,
-    delta_stride_h,
+    o,
+    do,
+    dlse,
+    delta,
     tiles,
     heads,
     queries,
@@ -67,16 +105,18 @@ def _delta_kernel(
     first = program % tiles * BLOCK_M
     head = (program // tiles % heads).to(tl.int64)
     batch = (program // tiles // heads).to(tl.int64)
-    o_pointer += batch * o_stride_b + head * o_stride_h
-    do_pointer += batch * do_stride_b + head * do_stride_h
-    o = load_rows(o_pointer, first, queries, o_stride_m, o_stride_d, value_dim, BLOCK_M, BLOCK_V, True)
-    do = load_rows(do_pointer, first, queries, do_stride_m, do_stride_d, value_dim, BLOCK_M, BLOCK_V, True)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+    o_pointer = o.pointer + batch * o.stride_b + head * o.stride_h
+    do_pointer = do.pointer + batch * do.stride_b + head * do.stride_h
+    o_tile = load_rows(o_pointer, first, queries, o.stride_row, o.stride_dim, value_dim, BLOCK_M, BLOCK_V, True, False)
+    do_tile = load_rows(
+        do_pointer, first, queries, do.stride_row, do.stride_dim, value_dim, BLOCK_M, BLOCK_V, True, False
+    )
+    sums = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), axis=1)
     row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
-    if dlse_pointer is not None:
-        at = batch * dlse_stride_b + head * dlse_stride_h + row * dlse_stride_m
-        delta -= tl.load(dlse_pointer + at, mask=row < queries, other=0.0)
-    tl.store(delta_pointer + batch * delta_stride_b + head * delta_stride_h + row, delta, mask=row < queries)
+    if dlse.pointer is not None:
+        at = batch * dlse.stride_b + head * dlse.stride_h + row * dlse.stride_row
+        sums -= tl.load(dlse.pointer + at, mask=row < queries, other=0.0)
+    tl.store(delta.pointer + batch * delta.stride_b + head * delta.stride_h + row, sums, mask=row < queries)
 
 
 @triton.jit
@@ -90,34 +130,25 @@ def _weights_and_gradient(
     queries,
     keys,
     offset,
-    left,
-    right,
+    prefix,
     scale,
-    softcap,
     slope,
     mask_pointer,
-    mask_stride_m,
-    mask_stride_n,
     bias_pointer,
-    bias_stride_m,
-    bias_stride_n,
-    seed_pointer,
+    relative_pointer,
     dropout_row,
-    dropout_threshold,
-    dropout_scale,
+    features,
     BORDER: tl.constexpr,
-    LEFT_BOUNDED: tl.constexpr,
-    RIGHT_BOUNDED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    PREFIX: tl.constexpr,
     FOLD_SCALE: tl.constexpr,
 ):
     """From raw products Q K^T and dO V^T of one tile, in either orientation: the weights as they met V, the gradient of
     the scores before the softcap (to be scaled), and after it (the bias's)."""
     multiplier = scale * LOG2_E if FOLD_SCALE else 1.0
     scores = raw_scores
-    if SOFTCAP:
-        capped = tanh(raw_scores * (scale / softcap))
-        scores = capped * (softcap * LOG2_E)
+    if features.softcap is not None:
+        capped = tanh(raw_scores * (scale / features.softcap))
+        scores = capped * (features.softcap * LOG2_E)
     elif not FOLD_SCALE:
         scores = raw_scores * (scale * LOG2_E)
     scores = bias_and_mask(
@@ -127,28 +158,24 @@ def _weights_and_gradient(
         queries,
         keys,
         offset,
-        left,
-        right,
+        prefix,
         slope,
         mask_pointer,
-        mask_stride_m,
-        mask_stride_n,
         bias_pointer,
-        bias_stride_m,
-        bias_stride_n,
+        relative_pointer,
+        features,
+        PREFIX,
         BORDER,
-        LEFT_BOUNDED,
-        RIGHT_BOUNDED,
     )
     weights = tl.exp2(scores * multiplier - lse * LOG2_E)
     dropped = weights
-    if seed_pointer is not None:
-        keep = dropout_keep(seed_pointer, dropout_row, query, key, dropout_threshold)
-        dropped = tl.where(keep, weights * dropout_scale, 0.0)
-        dweights = tl.where(keep, dweights * dropout_scale, 0.0)
+    if features.dropout.seed is not None:
+        keep = dropout_keep(features.dropout, dropout_row, query, key)
+        dropped = tl.where(keep, weights * features.dropout.scale, 0.0)
+        dweights = tl.where(keep, dweights * features.dropout.scale, 0.0)
     dbias = weights * (dweights - delta)
     dscores = dbias
-    if SOFTCAP:
+    if features.softcap is not None:
         dscores = dbias * (1.0 - capped * capped)
     return dropped, dscores, dbias
 
@@ -162,381 +189,703 @@ def _load_row_statistics(lse_pointer, delta_pointer, query, queries):
 
 
 @triton.jit
-def _key_value_gradient_kernel(
-    q_pointer,
-    k_pointer,
-    v_pointer,
-    do_pointer,
-    lse_pointer,
-    delta_pointer,
-    dk_pointer,
-    dv_pointer,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    q_stride_d,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    k_stride_d,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    v_stride_d,
-    do_stride_b,
-    do_stride_h,
-    do_stride_m,
-    do_stride_d,
-    lse_stride_b,
-    lse_stride_h,
-    dk_stride_b,
-    dk_stride_h,
-    dk_stride_n,
-    dk_stride_d,
-    dv_stride_b,
-    dv_stride_h,
-    dv_stride_n,
-    dv_stride_d,
-    tiles,
-    heads,
-    group,
-    queries,
-    keys,
-    scale,
-    softcap,
-    left,
-    right,
-    dropout_threshold,
-    dropout_scale,
-    mask_pointer,
-    mask_stride_b,
-    mask_stride_h,
-    mask_stride_m,
-    mask_stride_n,
-    bias_pointer,
-    bias_stride_b,
-    bias_stride_h,
-    bias_stride_m,
-    bias_stride_n,
-    slopes_pointer,
-    slopes_stride_b,
-    key_lengths_pointer,
-    cu_seqlens_q_pointer,
-    cu_seqlens_k_pointer,
-    seed_pointer,
-    head_dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    BOTTOM_RIGHT: tl.constexpr,
-    LEFT_BOUNDED: tl.constexpr,
-    RIGHT_BOUNDED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    FOLD_SCALE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    program = tl.program_id(0)
-    first = program % tiles * BLOCK_N
-    kv_heads = heads // group
-    kv_head = (program // tiles % kv_heads).to(tl.int64)
-    batch = (program // tiles // kv_heads).to(tl.int64)
-    q_start, queries = sequence_bounds(batch, cu_seqlens_q_pointer, None, queries)
-    k_start, stored_keys = sequence_bounds(batch, cu_seqlens_k_pointer, None, keys)
-    if first >= stored_keys:
-        return
-    keys = stored_keys
-    if key_lengths_pointer is not None:
-        keys = tl.load(key_lengths_pointer + batch)
-    offset = keys - queries if BOTTOM_RIGHT else 0
-    k_pointer += batch * k_stride_b + kv_head * k_stride_h + k_start * k_stride_n
-    v_pointer += batch * v_stride_b + kv_head * v_stride_h + k_start * v_stride_n
-    dk_pointer += batch * dk_stride_b + kv_head * dk_stride_h + k_start * dk_stride_n
-    dv_pointer += batch * dv_stride_b + kv_head * dv_stride_h + k_start * dv_stride_n
-
-    key = (first + tl.arange(0, BLOCK_N))[:, None]
-    k = load_rows(k_pointer, first, keys, k_stride_n, k_stride_d, head_dim, BLOCK_N, BLOCK_D, True)
-    v = load_rows(v_pointer, first, keys, v_stride_n, v_stride_d, value_dim, BLOCK_N, BLOCK_V, True)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    low, whole_low, whole_high, high = query_ranges(
-        first, queries, offset, left, right, LEFT_BOUNDED, RIGHT_BOUNDED, BLOCK_M, BLOCK_N
-    )
-    if first >= keys:
-        low, whole_low, whole_high, high = high, high, high, high
-    for member in range(group):
-        head = kv_head * group + member
-        q_head = q_pointer + batch * q_stride_b + head * q_stride_h + q_start * q_stride_m
-        do_head = do_pointer + batch * do_stride_b + head * do_stride_h + q_start * do_stride_m
-        lse_head = lse_pointer + batch * lse_stride_b + head * lse_stride_h + q_start
-        delta_head = delta_pointer + batch * lse_stride_b + head * lse_stride_h + q_start
-        mask_head = None
-        if mask_pointer is not None:
-            mask_head = mask_pointer + batch * mask_stride_b + head * mask_stride_h
-        bias_head = None
-        if bias_pointer is not None:
-            bias_head = bias_pointer + batch * bias_stride_b + head * bias_stride_h
-        slope = None
-        if slopes_pointer is not None:
-            slope = tl.load(slopes_pointer + batch * slopes_stride_b + head)
-        for part in tl.static_range(3):
-            part_low = low if part == 0 else (whole_low if part == 1 else whole_high)
-            part_high = whole_low if part == 0 else (whole_high if part == 1 else high)
-            if part != 0 or RIGHT_BOUNDED:
-                for start in range(part_low, part_high, BLOCK_M):
-                    query = start + tl.arange(0, BLOCK_M)
-                    lse, delta = _load_row_statistics(lse_head, delta_head, query, queries)
-                    q = load_rows(q_head, start, queries, q_stride_m, q_stride_d, head_dim, BLOCK_M, BLOCK_D, part != 1)
-                    do = load_rows(
-                        do_head, start, queries, do_stride_m, do_stride_d, value_dim, BLOCK_M, BLOCK_V, part != 1
-                    )
-                    nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                    weights, dscores, _ = _weights_and_gradient(
-                        dot(k, tl.trans(q), nothing, INPUT_PRECISION),
-                        dot(v, tl.trans(do), nothing, INPUT_PRECISION),
-                        lse[None, :],
-                        delta[None, :],
-                        query[None, :],
-                        key,
-                        queries,
-                        keys,
-                        offset,
-                        left,
-                        right,
-                        scale,
-                        softcap,
-                        slope,
-                        mask_head,
-                        mask_stride_m,
-                        mask_stride_n,
-                        bias_head,
-                        bias_stride_m,
-                        bias_stride_n,
-                        seed_pointer,
-                        batch * heads + head,
-                        dropout_threshold,
-                        dropout_scale,
-                        part != 1,
-                        LEFT_BOUNDED,
-                        RIGHT_BOUNDED,
-                        SOFTCAP,
-                        FOLD_SCALE,
-                    )
-                    dv = dot(round_to(weights, do.dtype), do, dv, INPUT_PRECISION)
-                    dk = dot(round_to(dscores, q.dtype), q, dk, INPUT_PRECISION)
-    # Keys beyond a sequence's length were loaded as zeros, which whole tiles do not mask.
-    dk = tl.where(key < keys, dk, 0.0)
-    dv = tl.where(key < keys, dv, 0.0)
-    dk = round_to(dk * scale, dk_pointer.dtype.element_ty)
-    dv = round_to(dv, dv_pointer.dtype.element_ty)
-    store_rows(dk_pointer, dk, first, stored_keys, dk_stride_n, dk_stride_d, head_dim, BLOCK_N, BLOCK_D)
-    store_rows(dv_pointer, dv, first, stored_keys, dv_stride_n, dv_stride_d, value_dim, BLOCK_N, BLOCK_V)
-
-
-@triton.jit
-def _query_gradient_kernel(
-    q_pointer,
-    k_pointer,
-    v_pointer,
-    do_pointer,
-    lse_pointer,
-    delta_pointer,
-    dq_pointer,
-    dbias_pointer,
-    dslopes_pointer,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    q_stride_d,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    k_stride_d,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    v_stride_d,
-    do_stride_b,
-    do_stride_h,
-    do_stride_m,
-    do_stride_d,
-    lse_stride_b,
-    lse_stride_h,
-    dq_stride_b,
-    dq_stride_h,
-    dq_stride_m,
-    dq_stride_d,
-    dbias_stride_b,
-    dbias_stride_h,
-    dbias_stride_m,
-    dbias_stride_n,
-    tiles,
-    heads,
-    group,
-    queries,
-    keys,
-    scale,
-    softcap,
-    left,
-    right,
-    dropout_threshold,
-    dropout_scale,
-    mask_pointer,
-    mask_stride_b,
-    mask_stride_h,
-    mask_stride_m,
-    mask_stride_n,
-    bias_pointer,
-    bias_stride_b,
-    bias_stride_h,
-    bias_stride_m,
-    bias_stride_n,
-    slopes_pointer,
-    slopes_stride_b,
-    key_lengths_pointer,
-    cu_seqlens_q_pointer,
-    cu_seqlens_k_pointer,
-    seed_pointer,
-    head_dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    BIAS_SUM_QUERIES: tl.constexpr,
-    BIAS_SUM_KEYS: tl.constexpr,
-    BOTTOM_RIGHT: tl.constexpr,
-    LEFT_BOUNDED: tl.constexpr,
-    RIGHT_BOUNDED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    FOLD_SCALE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    program = tl.program_id(0)
-    tile = tiles - 1 - program % tiles
-    first = tile * BLOCK_M
-    head = (program // tiles % heads).to(tl.int64)
-    batch = (program // tiles // heads).to(tl.int64)
-    q_start, queries = sequence_bounds(batch, cu_seqlens_q_pointer, None, queries)
-    if first >= queries:
-        return
-    k_start, keys = sequence_bounds(batch, cu_seqlens_k_pointer, key_lengths_pointer, keys)
-    offset = keys - queries if BOTTOM_RIGHT else 0
-    q_pointer += batch * q_stride_b + head * q_stride_h + q_start * q_stride_m
-    k_pointer += batch * k_stride_b + (head // group) * k_stride_h + k_start * k_stride_n
-    v_pointer += batch * v_stride_b + (head // group) * v_stride_h + k_start * v_stride_n
-    do_pointer += batch * do_stride_b + head * do_stride_h + q_start * do_stride_m
-    dq_pointer += batch * dq_stride_b + head * dq_stride_h + q_start * dq_stride_m
-    if mask_pointer is not None:
-        mask_pointer += batch * mask_stride_b + head * mask_stride_h
-    if bias_pointer is not None:
-        bias_pointer += batch * bias_stride_b + head * bias_stride_h
-    if dbias_pointer is not None:
-        dbias_pointer += batch * dbias_stride_b + head * dbias_stride_h
-    slope = None
-    if slopes_pointer is not None:
-        slope = tl.load(slopes_pointer + batch * slopes_stride_b + head)
-
-    query = first + tl.arange(0, BLOCK_M)
-    statistics = batch * lse_stride_b + head * lse_stride_h + q_start
-    lse, delta = _load_row_statistics(lse_pointer + statistics, delta_pointer + statistics, query, queries)
-    q = load_rows(q_pointer, first, queries, q_stride_m, q_stride_d, head_dim, BLOCK_M, BLOCK_D, True)
-    do = load_rows(do_pointer, first, queries, do_stride_m, do_stride_d, value_dim, BLOCK_M, BLOCK_V, True)
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dslope = tl.zeros((BLOCK_M,), tl.float32)
-    low, whole_low, whole_high, high = key_ranges(
-        first, queries, keys, offset, left, right, LEFT_BOUNDED, RIGHT_BOUNDED, BLOCK_M, BLOCK_N
-    )
-    for part in tl.static_range(3):
-        part_low = low if part == 0 else (whole_low if part == 1 else whole_high)
-        part_high = whole_low if part == 0 else (whole_high if part == 1 else high)
-        if part != 0 or LEFT_BOUNDED:
-            for start in range(part_low, part_high, BLOCK_N):
-                key = (start + tl.arange(0, BLOCK_N))[None, :]
-                k = load_rows(k_pointer, start, keys, k_stride_n, k_stride_d, head_dim, BLOCK_N, BLOCK_D, part != 1)
-                v = load_rows(v_pointer, start, keys, v_stride_n, v_stride_d, value_dim, BLOCK_N, BLOCK_V, part != 1)
-                nothing = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                _, dscores, dbias = _weights_and_gradient(
-                    dot(q, tl.trans(k), nothing, INPUT_PRECISION),
-                    dot(do, tl.trans(v), nothing, INPUT_PRECISION),
-                    lse[:, None],
-                    delta[:, None],
-                    query[:, None],
-                    key,
-                    queries,
-                    keys,
-                    offset,
-                    left,
-                    right,
-                    scale,
-                    softcap,
-                    slope,
-                    mask_pointer,
-                    mask_stride_m,
-                    mask_stride_n,
-                    bias_pointer,
-                    bias_stride_m,
-                    bias_stride_n,
-                    seed_pointer,
-                    batch * heads + head,
-                    dropout_threshold,
-                    dropout_scale,
-                    part != 1,
-                    LEFT_BOUNDED,
-                    RIGHT_BOUNDED,
-                    SOFTCAP,
-                    FOLD_SCALE,
-                )
-                if dbias_pointer is not None:
-                    _add_bias_gradient(
-                        dbias_pointer,
-                        dbias,
-                        query[:, None],
-                        key,
-                        queries,
-                        keys,
-                        dbias_stride_m,
-                        dbias_stride_n,
-                        BIAS_SUM_QUERIES,
-                        BIAS_SUM_KEYS,
-                    )
-                if dslopes_pointer is not None:
-                    distance = tl.abs(key - query[:, None] - offset).to(tl.float32)
-                    dslope -= tl.sum(dbias * distance, axis=1)
-                dq = dot(round_to(dscores, k.dtype), k, dq, INPUT_PRECISION)
-    if dslopes_pointer is not None:
-        tl.store(dslopes_pointer + (batch * heads + head) * tiles + tile, tl.sum(dslope))
-    dq = round_to(dq * scale, dq_pointer.dtype.element_ty)
-    store_rows(dq_pointer, dq, first, queries, dq_stride_m, dq_stride_d, head_dim, BLOCK_M, BLOCK_D)
-
-
-@triton.jit
-def _add_bias_gradient(
-    dbias_pointer,
+def _add_score_gradients(
+    gradients,
+    raw_scores,
+    dscores,
     dbias,
+    dslope,
+    dscale,
     query,
     key,
     queries,
     keys,
-    stride_m,
-    stride_n,
-    SUM_QUERIES: tl.constexpr,
-    SUM_KEYS: tl.constexpr,
+    offset,
+    batch,
+    head,
+    QUERY_AXIS: tl.constexpr,
 ):
-    """Add a tile of the bias's gradient, summed first over what the bias broadcasts within the tile."""
-    at = query.to(tl.int64) * stride_m + key.to(tl.int64) * stride_n
-    valid = (query < queries) & (key < keys)
-    if SUM_QUERIES and SUM_KEYS:
-        tl.atomic_add(dbias_pointer, tl.sum(tl.sum(dbias, axis=1), axis=0), sem="relaxed")
-    elif SUM_QUERIES:
-        columns = key.to(tl.int64) * stride_n
-        tl.atomic_add(dbias_pointer + columns, tl.sum(dbias, axis=0)[None, :], mask=key < keys, sem="relaxed")
-    elif SUM_KEYS:
-        rows = query.to(tl.int64) * stride_m
-        tl.atomic_add(dbias_pointer + rows, tl.sum(dbias, axis=1)[:, None], mask=query < queries, sem="relaxed")
+    """Add a tile of the scores' gradient to that of bias and relative bias; returns the sums so far, by row of the
+    tile, of the slope's gradient and the scale's."""
+    if gradients.bias.pointer is not None:
+        pointer = at_head(gradients.bias, batch, head)
+        at_query = query.to(tl.int64) * gradients.bias.stride_m
+        at_key = key.to(tl.int64) * gradients.bias.stride_n
+        valid = (query < queries) & (key < keys)
+        # A stride of zero means that the bias broadcasts: sum first what shares an element.
+        if gradients.bias.stride_m == 0 and gradients.bias.stride_n == 0:
+            total = tl.sum(tl.sum(dbias, axis=1), axis=0)
+            tl.atomic_add(pointer, total, sem="relaxed")
+        elif gradients.bias.stride_m == 0:
+            sums = tl.sum(dbias, axis=QUERY_AXIS, keep_dims=True)
+            tl.atomic_add(pointer + at_key, sums, mask=key < keys, sem="relaxed")
+        elif gradients.bias.stride_n == 0:
+            sums = tl.sum(dbias, axis=1 - QUERY_AXIS, keep_dims=True)
+            tl.atomic_add(pointer + at_query, sums, mask=query < queries, sem="relaxed")
+        else:
+            tl.atomic_add(pointer + at_query + at_key, dbias, mask=valid, sem="relaxed")
+    if gradients.relative.pointer is not None:
+        _add_relative_gradient(gradients.relative, dbias, query, key, offset, head, QUERY_AXIS)
+    if gradients.slopes is not None:
+        distance = tl.abs(key - query - offset).to(tl.float32)
+        dslope -= tl.sum(dbias * distance, axis=1)
+    if gradients.head_scales is not None:
+        dscale += tl.sum(dscores * raw_scores, axis=1)
+    return dslope, dscale
+
+
+@triton.jit
+def _store_program_sums(gradients, dslope, dscale, batch, head, heads, tile, tiles):
+    """Store what `_add_score_gradients` summed for one head."""
+    at = (batch * heads + head) * tiles + tile
+    if gradients.slopes is not None:
+        tl.store(gradients.slopes + at, tl.sum(dslope))
+    if gradients.head_scales is not None:
+        tl.store(gradients.head_scales + at, tl.sum(dscale))
+
+
+@triton.jit
+def _add_relative_gradient(gradient, dbias, query, key, offset, head, QUERY_AXIS: tl.constexpr):
+    """Sum a tile along its diagonals, on each of which key - query is constant, and add the sums.
+
+    Row i is rotated by i places, which turns diagonals into columns: column c then holds the diagonal c, and that
+    which comes COLUMNS later, where the rotation wrapped around.
+    """
+    ROWS: tl.constexpr = dbias.shape[0]
+    COLUMNS: tl.constexpr = dbias.shape[1]
+    column = tl.arange(0, COLUMNS)
+    place = tl.arange(0, ROWS)[:, None] + column[None, :]
+    rotated = tl.gather(dbias, place % COLUMNS, 1)
+    corner = tl.min(key) - tl.min(query) - offset
+    pointer = gradient.pointer + head * (2 * gradient.max_distance + 1) + gradient.max_distance
+    for wraps in tl.static_range((ROWS + COLUMNS - 2) // COLUMNS + 1):
+        sums = tl.sum(tl.where(place // COLUMNS == wraps, rotated, 0.0), axis=0)
+        shift = column - wraps * COLUMNS
+        distance = corner + (shift if QUERY_AXIS == 0 else -shift)
+        distance = tl.minimum(tl.maximum(distance, -gradient.max_distance), gradient.max_distance)
+        tl.atomic_add(pointer + distance, sums, sem="relaxed")
+
+
+@triton.jit
+def _key_value_gradient_kernel(
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    dq,
+    dk,
+    dv,
+    gradients,
+    works,
+    tiles,
+    section,
+    heads,
+    group,
+    queries,
+    keys,
+    lengths,
+    features,
+    head_dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BORDERS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """dK and dV; with a pointer in `dq`, also what `_query_gradient_kernel` computes otherwise."""
+    if PERSISTENT:
+        for work in range(tl.program_id(0), works, tl.num_programs(0)):
+            _key_value_gradient_tile(
+                q,
+                k,
+                v,
+                do,
+                lse,
+                delta,
+                dq,
+                dk,
+                dv,
+                gradients,
+                work,
+                works,
+                tiles,
+                section,
+                heads,
+                group,
+                queries,
+                keys,
+                lengths,
+                features,
+                head_dim,
+                value_dim,
+                BOTTOM_RIGHT,
+                FOLD_SCALE,
+                INPUT_PRECISION,
+                BORDERS,
+                DESCRIPTORS,
+                WARP_SPECIALIZE,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_V,
+            )
     else:
-        tl.atomic_add(dbias_pointer + at, dbias, mask=valid, sem="relaxed")
+        work = tl.program_id(0)
+        _key_value_gradient_tile(
+            q,
+            k,
+            v,
+            do,
+            lse,
+            delta,
+            dq,
+            dk,
+            dv,
+            gradients,
+            work,
+            works,
+            tiles,
+            section,
+            heads,
+            group,
+            queries,
+            keys,
+            lengths,
+            features,
+            head_dim,
+            value_dim,
+            BOTTOM_RIGHT,
+            FOLD_SCALE,
+            INPUT_PRECISION,
+            BORDERS,
+            DESCRIPTORS,
+            WARP_SPECIALIZE,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_V,
+        )
+
+
+@triton.jit
+def _key_value_gradient_tile(
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    dq,
+    dk,
+    dv,
+    gradients,
+    work,
+    works,
+    tiles,
+    section,
+    heads,
+    group,
+    queries,
+    keys,
+    lengths,
+    features,
+    head_dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BORDERS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One tile of keys and all the queries that meet it."""
+    PREFIX: tl.constexpr = lengths.prefix_lengths is not None
+    # Under causality the first keys meet the most queries.
+    tile, row = tile_of_work(work, tiles, works // tiles, section)
+    kv_head = (row % (heads // group)).to(tl.int64)
+    batch = (row // (heads // group)).to(tl.int64)
+    first = tile * BLOCK_N
+    k_start, keys, stored_keys = key_bounds(batch, lengths, keys)
+    q_start, queries = query_bounds(batch, lengths, queries)
+    prefix = prefix_length(batch, lengths)
+    offset = keys - queries if BOTTOM_RIGHT else 0
+    k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
+    v_pointer = v.pointer + batch * v.stride_b + kv_head * v.stride_h + k_start * v.stride_row
+    key_tile = load_rows(k_pointer, first, keys, k.stride_row, k.stride_dim, head_dim, BLOCK_N, BLOCK_D, True, False)
+    value_tile = load_rows(v_pointer, first, keys, v.stride_row, v.stride_dim, value_dim, BLOCK_N, BLOCK_V, True, False)
+    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv_tile = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    low, whole_low, whole_high, high = query_ranges(
+        first, queries, keys, offset, prefix, features.limits, PREFIX, BLOCK_M, BLOCK_N
+    )
+    if first >= keys:
+        low, whole_low, whole_high, high = queries, queries, queries, queries
+    for member in range(group):
+        head = kv_head * group + member
+        q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
+        do_pointer = do.pointer + batch * do.stride_b + head * do.stride_h + q_start * do.stride_row
+        statistics = batch * lse.stride_b + head * lse.stride_h + q_start
+        q_source = rows_of(q_pointer, queries, q.stride_row, head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
+        do_source = rows_of(do_pointer, queries, do.stride_row, value_dim, BLOCK_M, BLOCK_V, DESCRIPTORS)
+        dq_source = dq.pointer
+        if dq.pointer is not None:
+            dq_pointer = dq.pointer + batch * dq.stride_b + head * dq.stride_h + q_start * dq.stride_row
+            dq_source = rows_of(dq_pointer, queries, dq.stride_row, head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
+        dk_tile, dv_tile = _meet_queries(
+            dk_tile,
+            dv_tile,
+            key_tile,
+            value_tile,
+            q_source,
+            do_source,
+            dq_source,
+            q,
+            do,
+            dq,
+            lse.pointer + statistics,
+            delta.pointer + statistics,
+            gradients,
+            batch,
+            head,
+            heads,
+            tile,
+            tiles,
+            low,
+            whole_low,
+            whole_high,
+            high,
+            queries,
+            keys,
+            offset,
+            prefix,
+            features,
+            head_dim,
+            value_dim,
+            PREFIX,
+            FOLD_SCALE,
+            INPUT_PRECISION,
+            BORDERS,
+            DESCRIPTORS,
+            WARP_SPECIALIZE,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_V,
+        )
+    # With a scale per head, the queries' products were scaled head by head.
+    dk_scale = features.scale if features.head_scales is None else 1.0
+    dk_pointer = dk.pointer + batch * dk.stride_b + kv_head * dk.stride_h + k_start * dk.stride_row
+    dv_pointer = dv.pointer + batch * dv.stride_b + kv_head * dv.stride_h + k_start * dv.stride_row
+    dk_tile = round_to(dk_tile * dk_scale, dk.pointer.dtype.element_ty)
+    dv_tile = round_to(dv_tile, dv.pointer.dtype.element_ty)
+    store_rows(dk_pointer, dk_tile, first, stored_keys, dk.stride_row, dk.stride_dim, head_dim, BLOCK_N, BLOCK_D)
+    store_rows(dv_pointer, dv_tile, first, stored_keys, dv.stride_row, dv.stride_dim, value_dim, BLOCK_N, BLOCK_V)
+
+
+@triton.jit
+def _meet_queries(
+    dk_tile,
+    dv_tile,
+    key_tile,
+    value_tile,
+    q_source,
+    do_source,
+    dq_source,
+    q,
+    do,
+    dq,
+    lse_pointer,
+    delta_pointer,
+    gradients,
+    batch,
+    head,
+    heads,
+    tile,
+    tiles,
+    low,
+    whole_low,
+    whole_high,
+    high,
+    queries,
+    keys,
+    offset,
+    prefix,
+    features,
+    head_dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    PREFIX: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BORDERS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Take one head's queries into dK and dV of a tile of keys, whole tiles first, then those that need a test."""
+    scale = scale_of(features, head)
+    slope = slope_of(features, batch, head)
+    mask_pointer = at_head(features.mask, batch, head)
+    bias_pointer = at_head(features.bias, batch, head)
+    relative_pointer = relative_at_head(features, head)
+    key = (tile * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    dslope = tl.zeros((BLOCK_N,), tl.float32)
+    dscale = tl.zeros((BLOCK_N,), tl.float32)
+    for part in tl.static_range(2 if BORDERS else 1):
+        if part == 1:
+            count = border_tiles(low, whole_low, whole_high, high, BLOCK_M)
+        else:
+            count = (whole_high - whole_low) // BLOCK_M
+        for index in tl.range(0, count, warp_specialize=WARP_SPECIALIZE and part == 0):
+            if part == 1:
+                start = border_start(index, low, whole_low, whole_high, BLOCK_M)
+            else:
+                start = whole_low + index * BLOCK_M
+            query = start + tl.arange(0, BLOCK_M)
+            row_lse, row_delta = _load_row_statistics(lse_pointer, delta_pointer, query, queries)
+            q_tile = load_rows(
+                q_source, start, queries, q.stride_row, q.stride_dim, head_dim, BLOCK_M, BLOCK_D, part == 1, DESCRIPTORS
+            )
+            do_tile = load_rows(
+                do_source,
+                start,
+                queries,
+                do.stride_row,
+                do.stride_dim,
+                value_dim,
+                BLOCK_M,
+                BLOCK_V,
+                part == 1,
+                DESCRIPTORS,
+            )
+            nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            raw_scores = dot(key_tile, tl.trans(q_tile), nothing, INPUT_PRECISION)
+            weights, dscores, dbias = _weights_and_gradient(
+                raw_scores,
+                dot(value_tile, tl.trans(do_tile), nothing, INPUT_PRECISION),
+                row_lse[None, :],
+                row_delta[None, :],
+                query[None, :],
+                key,
+                queries,
+                keys,
+                offset,
+                prefix,
+                scale,
+                slope,
+                mask_pointer,
+                bias_pointer,
+                relative_pointer,
+                batch * heads + head,
+                features,
+                part == 1,
+                PREFIX,
+                FOLD_SCALE,
+            )
+            dv_tile = dot(round_to(weights, do_tile.dtype), do_tile, dv_tile, INPUT_PRECISION)
+            dslope, dscale = _add_score_gradients(
+                gradients,
+                raw_scores,
+                dscores,
+                dbias,
+                dslope,
+                dscale,
+                query[None, :],
+                key,
+                queries,
+                keys,
+                offset,
+                batch,
+                head,
+                1,
+            )
+            if features.head_scales is not None:
+                dscores *= scale
+            dscores = round_to(dscores, q_tile.dtype)
+            dk_tile = dot(dscores, q_tile, dk_tile, INPUT_PRECISION)
+            if dq.pointer is not None:
+                if DESCRIPTORS and BLOCK_M < 64:
+                    # wgmma needs 64 rows, which head_dim has: dQ^T = K^T dS.
+                    nothing = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
+                    dq_tile = tl.trans(dot(tl.trans(key_tile), dscores, nothing, INPUT_PRECISION))
+                else:
+                    nothing = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+                    dq_tile = dot(tl.trans(dscores), key_tile, nothing, INPUT_PRECISION)
+                if DESCRIPTORS:
+                    dq_source.atomic_add([start, 0], dq_tile)
+                else:
+                    tl.atomic_add(
+                        row_pointers(dq_source, start, dq.stride_row, dq.stride_dim, BLOCK_M, BLOCK_D),
+                        dq_tile,
+                        mask=row_mask(start, queries, head_dim, BLOCK_M, BLOCK_D),
+                        sem="relaxed",
+                    )
+    _store_program_sums(gradients, dslope, dscale, batch, head, heads, tile, tiles)
+    return dk_tile, dv_tile
+
+
+@triton.jit
+def _query_gradient_kernel(
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    dq,
+    gradients,
+    works,
+    tiles,
+    section,
+    heads,
+    group,
+    queries,
+    keys,
+    lengths,
+    features,
+    head_dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BORDERS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """dQ in registers, without additions in memory; also the scores' gradients."""
+    if PERSISTENT:
+        for work in range(tl.program_id(0), works, tl.num_programs(0)):
+            _query_gradient_tile(
+                q,
+                k,
+                v,
+                do,
+                lse,
+                delta,
+                dq,
+                gradients,
+                work,
+                works,
+                tiles,
+                section,
+                heads,
+                group,
+                queries,
+                keys,
+                lengths,
+                features,
+                head_dim,
+                value_dim,
+                BOTTOM_RIGHT,
+                FOLD_SCALE,
+                INPUT_PRECISION,
+                BORDERS,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_V,
+            )
+    else:
+        work = tl.program_id(0)
+        _query_gradient_tile(
+            q,
+            k,
+            v,
+            do,
+            lse,
+            delta,
+            dq,
+            gradients,
+            work,
+            works,
+            tiles,
+            section,
+            heads,
+            group,
+            queries,
+            keys,
+            lengths,
+            features,
+            head_dim,
+            value_dim,
+            BOTTOM_RIGHT,
+            FOLD_SCALE,
+            INPUT_PRECISION,
+            BORDERS,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_V,
+        )
+
+
+@triton.jit
+def _query_gradient_tile(
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    dq,
+    gradients,
+    work,
+    works,
+    tiles,
+    section,
+    heads,
+    group,
+    queries,
+    keys,
+    lengths,
+    features,
+    head_dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BORDERS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One tile of queries and all the keys that it meets."""
+    PREFIX: tl.constexpr = lengths.prefix_lengths is not None
+    rank, row = tile_of_work(work, tiles, works // tiles, section)
+    head = (row % heads).to(tl.int64)
+    batch = (row // heads).to(tl.int64)
+    # Under causality the last queries meet the most keys.
+    tile = tiles - 1 - rank
+    first = tile * BLOCK_M
+    q_start, queries = query_bounds(batch, lengths, queries)
+    k_start, keys, _stored_keys = key_bounds(batch, lengths, keys)
+    prefix = prefix_length(batch, lengths)
+    offset = keys - queries if BOTTOM_RIGHT else 0
+    kv_head = head // group
+    q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
+    k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
+    v_pointer = v.pointer + batch * v.stride_b + kv_head * v.stride_h + k_start * v.stride_row
+    do_pointer = do.pointer + batch * do.stride_b + head * do.stride_h + q_start * do.stride_row
+    statistics = batch * lse.stride_b + head * lse.stride_h + q_start
+    query = first + tl.arange(0, BLOCK_M)
+    row_lse, row_delta = _load_row_statistics(lse.pointer + statistics, delta.pointer + statistics, query, queries)
+    q_tile = load_rows(q_pointer, first, queries, q.stride_row, q.stride_dim, head_dim, BLOCK_M, BLOCK_D, True, False)
+    do_tile = load_rows(
+        do_pointer, first, queries, do.stride_row, do.stride_dim, value_dim, BLOCK_M, BLOCK_V, True, False
+    )
+    scale = scale_of(features, head)
+    slope = slope_of(features, batch, head)
+    mask_pointer = at_head(features.mask, batch, head)
+    bias_pointer = at_head(features.bias, batch, head)
+    relative_pointer = relative_at_head(features, head)
+    dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dslope = tl.zeros((BLOCK_M,), tl.float32)
+    dscale = tl.zeros((BLOCK_M,), tl.float32)
+    low, whole_low, whole_high, high = key_ranges(
+        first, queries, keys, offset, prefix, features.limits, PREFIX, BLOCK_M, BLOCK_N
+    )
+    # A packed sequence may have fewer tiles than the longest one: nothing is loaded then, and nothing stored.
+    if first >= queries:
+        low, whole_low, whole_high, high = 0, 0, 0, 0
+    for part in tl.static_range(2 if BORDERS else 1):
+        if part == 1:
+            count = border_tiles(low, whole_low, whole_high, high, BLOCK_N)
+        else:
+            count = (whole_high - whole_low) // BLOCK_N
+        for index in range(count):
+            if part == 1:
+                start = border_start(index, low, whole_low, whole_high, BLOCK_N)
+            else:
+                start = whole_low + index * BLOCK_N
+            key = (start + tl.arange(0, BLOCK_N))[None, :]
+            key_tile = load_rows(
+                k_pointer, start, keys, k.stride_row, k.stride_dim, head_dim, BLOCK_N, BLOCK_D, part == 1, False
+            )
+            value_tile = load_rows(
+                v_pointer, start, keys, v.stride_row, v.stride_dim, value_dim, BLOCK_N, BLOCK_V, part == 1, False
+            )
+            nothing = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            raw_scores = dot(q_tile, tl.trans(key_tile), nothing, INPUT_PRECISION)
+            _, dscores, dbias = _weights_and_gradient(
+                raw_scores,
+                dot(do_tile, tl.trans(value_tile), nothing, INPUT_PRECISION),
+                row_lse[:, None],
+                row_delta[:, None],
+                query[:, None],
+                key,
+                queries,
+                keys,
+                offset,
+                prefix,
+                scale,
+                slope,
+                mask_pointer,
+                bias_pointer,
+                relative_pointer,
+                batch * heads + head,
+                features,
+                part == 1,
+                PREFIX,
+                FOLD_SCALE,
+            )
+            dslope, dscale = _add_score_gradients(
+                gradients,
+                raw_scores,
+                dscores,
+                dbias,
+                dslope,
+                dscale,
+                query[:, None],
+                key,
+                queries,
+                keys,
+                offset,
+                batch,
+                head,
+                0,
+            )
+            dq_tile = dot(round_to(dscores, key_tile.dtype), key_tile, dq_tile, INPUT_PRECISION)
+    _store_program_sums(gradients, dslope, dscale, batch, head, heads, tile, tiles)
+    dq_pointer = dq.pointer + batch * dq.stride_b + head * dq.stride_h + q_start * dq.stride_row
+    dq_tile = round_to(dq_tile * scale, dq.pointer.dtype.element_ty)
+    store_rows(dq_pointer, dq_tile, first, queries, dq.stride_row, dq.stride_dim, head_dim, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def _scale_and_round_kernel(
+    total, dq, tiles, heads, queries, scale, head_dim: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """dQ from the float32 sums of its parts; packed tokens count as one sequence."""
+    program = tl.program_id(0)
+    first = program % tiles * BLOCK_M
+    head = (program // tiles % heads).to(tl.int64)
+    batch = (program // tiles // heads).to(tl.int64)
+    source = total.pointer + batch * total.stride_b + head * total.stride_h
+    target = dq.pointer + batch * dq.stride_b + head * dq.stride_h
+    tile = load_rows(
+        source, first, queries, total.stride_row, total.stride_dim, head_dim, BLOCK_M, BLOCK_D, True, False
+    )
+    tile = round_to(tile * scale, dq.pointer.dtype.element_ty)
+    store_rows(target, tile, first, queries, dq.stride_row, dq.stride_dim, head_dim, BLOCK_M, BLOCK_D)
 
 
 def attention_backward(
@@ -548,125 +897,229 @@ def attention_backward(
     output: torch.Tensor,
     lse: torch.Tensor,
     arguments: AttentionArguments,
-    *,
-    bias_needs_grad: bool,
-    slopes_need_grad: bool,
-    sinks_need_grad: bool,
+    needed: Learned[bool],
 ) -> AttentionGradients:
-    """Gradients of query, key, value, bias, slopes and sinks; the last three empty where not needed."""
-    grads = empty_gradient(query), empty_gradient(key), empty_gradient(value)
-    configuration = backward_configuration(query, value)
-    batch, heads, group = arguments.batch(query), query.shape[1], query.shape[1] // key.shape[1]
-    query_tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
-    key_tiles = triton.cdiv(arguments.max_seqlen_k, configuration.block_n)
-    bias, sinks = arguments.bias, arguments.sinks
-    grad_bias = _bias_buffer(bias, batch, arguments, heads) if bias is not None and bias_needs_grad else None
-    slope_parts = query.new_zeros(batch, heads, max(query_tiles, 1), dtype=torch.float32) if slopes_need_grad else None
+    """Gradients of checked arguments; those of learned ones that are not `needed` are empty."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    configuration = (deterministic_configuration if deterministic else backward_configuration)(query, value)
     delta = torch.empty_like(lse)
-    features = feature_arguments(arguments)
-    del features["sinks_pointer"]
-    shared = {
-        **features,
-        "head_dim": query.shape[-1],
-        "value_dim": value.shape[-1],
-        "INPUT_PRECISION": input_precision(query.dtype),
-        **configuration.blocks(query, value),
-        "num_warps": configuration.num_warps,
-        "num_stages": configuration.num_stages,
-    }
-    strides = [stride for tensor in (query, key, value, grad_output) for stride in tensor_strides(tensor)]
-    sizes = (heads, group, arguments.max_seqlen_q, arguments.max_seqlen_k)
+    grad_key, grad_value = empty_gradient(key), empty_gradient(value)
+    grad_query = empty_gradient(query)
+    length, block = arguments.max_seqlen_k, configuration.block_n
+    if deterministic:
+        length, block = arguments.max_seqlen_q, configuration.block_m
+    gradients = _score_gradients(query, arguments, needed, deterministic, triton.cdiv(length, block))
+    inputs = (query, key, value, grad_output, lse, delta)
     with device_guard(query):
         if query.numel():
             _launch_delta(output, grad_output, grad_lse, delta)
-        if query_tiles * heads * batch and query.numel():
-            _query_gradient_kernel[(query_tiles * heads * batch,)](
-                query,
-                key,
-                value,
-                grad_output,
-                lse,
-                delta,
-                grads[0],
-                grad_bias,
-                slope_parts,
-                *strides,
-                *row_strides(lse),
-                *tensor_strides(grads[0]),
-                *broadcast_strides(grad_bias),
-                query_tiles,
-                *sizes,
-                BIAS_SUM_QUERIES=grad_bias is not None and grad_bias.shape[2] == 1,
-                BIAS_SUM_KEYS=grad_bias is not None and grad_bias.shape[3] == 1,
-                **shared,
-            )
-        if key_tiles * heads * batch and key.numel():
-            _key_value_gradient_kernel[(key_tiles * (heads // group) * batch,)](
-                query,
-                key,
-                value,
-                grad_output,
-                lse,
-                delta,
-                grads[1],
-                grads[2],
-                *strides,
-                *row_strides(lse),
-                *tensor_strides(grads[1]),
-                *tensor_strides(grads[2]),
-                key_tiles,
-                *sizes,
-                **shared,
-            )
-    return (
-        *grads,
-        query.new_empty(0) if grad_bias is None or bias is None else grad_bias.sum_to_size(bias.shape).to(bias.dtype),
-        _slopes_gradient(slope_parts, arguments.alibi_slopes, query),
-        _sinks_gradient(sinks, lse, delta) if sinks is not None and sinks_need_grad else query.new_empty(0),
+        if deterministic:
+            _launch_query_gradient(inputs, grad_query, gradients, arguments, configuration)
+            _launch_key_value_gradient(inputs, None, grad_key, grad_value, _NO_GRADIENTS, arguments, configuration)
+        else:
+            total = torch.zeros_like(grad_query, dtype=torch.float32)
+            _launch_key_value_gradient(inputs, total, grad_key, grad_value, gradients, arguments, configuration)
+            _launch_scale_and_round(total, grad_query, 1.0 if arguments.head_scales is not None else arguments.scale)
+    learned = _learned_gradients(gradients, lse, delta, arguments, needed)
+    return AttentionGradients(grad_query, grad_key, grad_value, *learned)
+
+
+_NO_GRADIENTS = ScoreGradients(addend(None), relative(None), None, None)
+
+
+def _score_gradients(
+    query: torch.Tensor, arguments: AttentionArguments, needed: Learned[bool], deterministic: bool, tiles: int
+) -> ScoreGradients:
+    """Zeroed places for the gradients of what is added to the scores.
+
+    No element is shared when determinism is asked for: bias and relative bias then add up from the whole gradient of
+    the scores.
+    """
+    batch, heads = arguments.batch(query), query.shape[1]
+    zeros = functools.partial(torch.zeros, dtype=torch.float32, device=query.device)
+    parts = functools.partial(zeros, batch, heads, max(tiles, 1))
+    bias_shape = arguments.bias.shape if arguments.bias is not None and needed.bias else None
+    relative_shape = arguments.relative_bias.shape if arguments.relative_bias is not None and needed.relative else None
+    if deterministic and (bias_shape is not None or relative_shape is not None):
+        bias_shape = torch.Size((batch, heads, arguments.max_seqlen_q, arguments.max_seqlen_k))
+        relative_shape = None
+    return ScoreGradients(
+        bias=addend(None if bias_shape is None else zeros(bias_shape)),
+        relative=relative(None if relative_shape is None else zeros(relative_shape)),
+        slopes=parts() if needed.alibi_slopes else None,
+        head_scales=parts() if needed.head_scales else None,
     )
 
 
-def _bias_buffer(bias: torch.Tensor, batch: int, arguments: AttentionArguments, heads: int) -> torch.Tensor:
-    """Where the bias's gradient adds up, in float32; no element is shared when determinism is asked for."""
-    shape = bias.shape
-    if torch.are_deterministic_algorithms_enabled():
-        shape = torch.Size((batch, heads, arguments.max_seqlen_q, arguments.max_seqlen_k))
-    return torch.zeros(shape, dtype=torch.float32, device=bias.device)
+def _learned_gradients(
+    gradients: ScoreGradients,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    arguments: AttentionArguments,
+    needed: Learned[bool],
+) -> Learned[torch.Tensor]:
+    """The gradients in the shapes and dtypes of their arguments."""
+    grad_bias, grad_relative, grad_slopes, grad_scales, grad_sinks = (lse.new_empty(0) for _ in Learned._fields)
+    scores, sums = gradients.bias.pointer, gradients.relative.pointer
+    if needed.bias and arguments.bias is not None and scores is not None:
+        grad_bias = scores.sum_to_size(arguments.bias.shape).to(arguments.bias.dtype)
+    if needed.relative and arguments.relative_bias is not None:
+        if sums is None:
+            assert scores is not None
+            sums = sum_by_distance(scores, arguments)
+        grad_relative = sums.to(arguments.relative_bias.dtype)
+    if gradients.slopes is not None and arguments.alibi_slopes is not None:
+        grad_slopes = gradients.slopes.sum(-1).sum_to_size(arguments.alibi_slopes.shape)
+    if gradients.head_scales is not None:
+        grad_scales = gradients.head_scales.sum((0, 2)) * arguments.scale
+    if needed.sinks and arguments.sinks is not None:
+        # A sink's weight in each row is exp(sink - lse); it meets no value, so its gradient is -weight * delta.
+        by_row = lse if lse.dim() == 3 else lse[None]
+        grad_sinks = -(torch.exp(arguments.sinks[:, None] - by_row) * delta.view_as(by_row)).sum((0, 2))
+    return Learned(grad_bias, grad_relative, grad_slopes, grad_scales, grad_sinks)
 
 
-def _slopes_gradient(parts: torch.Tensor | None, slopes: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor:
-    if parts is None or slopes is None:
-        return query.new_empty(0)
-    return parts.sum(-1).sum_to_size(slopes.shape)
+def _launch_key_value_gradient(
+    inputs: tuple[torch.Tensor, ...],
+    total: torch.Tensor | None,
+    grad_key: torch.Tensor,
+    grad_value: torch.Tensor,
+    gradients: ScoreGradients,
+    arguments: AttentionArguments,
+    configuration: AttentionConfiguration,
+) -> None:
+    query, key, value, grad_output, lse, delta = inputs
+    tiles = triton.cdiv(arguments.max_seqlen_k, configuration.block_n)
+    heads, kv_heads = query.shape[1], key.shape[1]
+    works = tiles * kv_heads * arguments.batch(query)
+    if works == 0 or key.numel() == 0:
+        return
+    descriptors = configuration.descriptors and uses_descriptors(
+        query, grad_output, *([] if total is None else [total])
+    )
+    borders = any(
+        has_borders(arguments, length, block)
+        for length, block in (
+            (arguments.max_seqlen_q, configuration.block_m),
+            (arguments.max_seqlen_k, configuration.block_n),
+        )
+    )
+    programs = launch_size(works, query, arguments, configuration)
+    provide_scratch_memory(descriptors)
+    _key_value_gradient_kernel[(programs,)](
+        *(operand(tensor) for tensor in (query, key, value, grad_output)),
+        rows(lse),
+        rows(delta),
+        operand(total),
+        operand(grad_key),
+        operand(grad_value),
+        gradients,
+        works,
+        tiles,
+        section_of(query, grad_output, arguments),
+        heads,
+        heads // kv_heads,
+        arguments.max_seqlen_q,
+        arguments.max_seqlen_k,
+        lengths(arguments),
+        features(arguments),
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+        BOTTOM_RIGHT=arguments.bottom_right,
+        FOLD_SCALE=folds_scale(arguments),
+        INPUT_PRECISION=input_precision(query.dtype),
+        BORDERS=borders,
+        PERSISTENT=programs < works,
+        DESCRIPTORS=descriptors,
+        WARP_SPECIALIZE=descriptors and configuration.warp_specialize and not borders,
+        **configuration.options(query, value),
+    )
 
 
-def _sinks_gradient(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """The sink's weight in each row is exp(sink - lse); it meets no value, so its gradient is -weight * delta."""
-    rows = lse if lse.dim() == 3 else lse[None]
-    weights = torch.exp(sinks[:, None] - rows)
-    return -(weights * delta.view_as(rows)).sum((0, 2))
+def _launch_query_gradient(
+    inputs: tuple[torch.Tensor, ...],
+    grad_query: torch.Tensor,
+    gradients: ScoreGradients,
+    arguments: AttentionArguments,
+    configuration: AttentionConfiguration,
+) -> None:
+    query, key, value, grad_output, lse, delta = inputs
+    tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
+    heads = query.shape[1]
+    works = tiles * heads * arguments.batch(query)
+    if works == 0 or query.numel() == 0:
+        return
+    programs = launch_size(works, query, arguments, configuration)
+    _query_gradient_kernel[(programs,)](
+        *(operand(tensor) for tensor in (query, key, value, grad_output)),
+        rows(lse),
+        rows(delta),
+        operand(grad_query),
+        gradients,
+        works,
+        tiles,
+        section_of(key, value, arguments),
+        heads,
+        heads // key.shape[1],
+        arguments.max_seqlen_q,
+        arguments.max_seqlen_k,
+        lengths(arguments),
+        features(arguments),
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+        BOTTOM_RIGHT=arguments.bottom_right,
+        FOLD_SCALE=folds_scale(arguments),
+        INPUT_PRECISION=input_precision(query.dtype),
+        BORDERS=has_borders(arguments, arguments.max_seqlen_k, configuration.block_n),
+        PERSISTENT=programs < works,
+        **configuration.options(query, value),
+    )
 
 
 def _launch_delta(
     output: torch.Tensor, grad_output: torch.Tensor, grad_lse: torch.Tensor | None, delta: torch.Tensor
 ) -> None:
-    block_v = max(16, triton.next_power_of_2(output.shape[-1]))
-    block_m = max(1, 4096 // block_v)
-    batch, heads, rows = delta.shape if delta.dim() == 3 else (1, *delta.shape)
-    tiles = triton.cdiv(rows, block_m)
+    block_v, block_m = _row_blocks(output)
+    batch, heads, length = delta.shape if delta.dim() == 3 else (1, *delta.shape)
+    tiles = triton.cdiv(length, block_m)
     _delta_kernel[(tiles * heads * batch,)](
-        output,
-        grad_output,
-        grad_lse,
-        delta,
-        *tensor_strides(output),
-        *tensor_strides(grad_output),
-        *((0, 0, 0) if grad_lse is None else (*row_strides(grad_lse), grad_lse.stride(-1))),
-        *row_strides(delta),
+        operand(output),
+        operand(grad_output),
+        rows(grad_lse),
+        rows(delta),
         tiles,
         heads,
-        rows,
+        length,
         value_dim=output.shape[-1],
         BLOCK_M=block_m,
         BLOCK_V=block_v,
+        **COMPILER_OPTIONS,
     )
+
+
+def _launch_scale_and_round(total: torch.Tensor, grad_query: torch.Tensor, scale: float) -> None:
+    if total.numel() == 0:
+        return
+    block_d, block_m = _row_blocks(total)
+    batch, heads, length, head_dim = (
+        total.shape if total.dim() == 4 else (1, total.shape[1], len(total), total.shape[2])
+    )
+    tiles = triton.cdiv(length, block_m)
+    _scale_and_round_kernel[(tiles * heads * batch,)](
+        operand(total),
+        operand(grad_query),
+        tiles,
+        heads,
+        length,
+        scale,
+        head_dim=head_dim,
+        BLOCK_M=block_m,
+        BLOCK_D=block_d,
+        **COMPILER_OPTIONS,
+    )
+
+
+def _row_blocks(tensor: torch.Tensor) -> tuple[int, int]:
+    """Columns and rows of a tile of about 4,096 elements."""
+    columns = max(16, triton.next_power_of_2(tensor.shape[-1]))
+    return columns, 4096 // columns

@@ -1,8 +1,8 @@
 """Attention forward: O = softmax(S) V with S = softcap(scale Q K^T) + bias, masked, and its log-sum-exp.
 
 FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691): a program owns a tile of queries and walks over the tiles
-of keys with an online softmax. Tiles that causality, window and length leave whole have a loop of their own, without
-tests.
+of keys with an online softmax. Tiles that causality, window, chunk and length leave whole have a loop of their own,
+without tests.
 """
 
 from __future__ import annotations
@@ -12,19 +12,36 @@ import triton
 import triton.language as tl
 
 from fastformer_kernels.attention.arguments import AttentionArguments, empty_lse, empty_output
-from fastformer_kernels.attention.launch import feature_arguments, forward_configuration, row_strides, tensor_strides
+from fastformer_kernels.attention.kernel_arguments import features, folds_scale, lengths, operand, rows
+from fastformer_kernels.attention.launch import (
+    forward_configuration,
+    has_borders,
+    launch_size,
+    section_of,
+    uses_descriptors,
+)
 from fastformer_kernels.attention.tiles import (
     LN_2,
     LOG2_E,
+    at_head,
     bias_and_mask,
+    border_start,
+    border_tiles,
     dropout_keep,
+    key_bounds,
     key_ranges,
     load_rows,
-    sequence_bounds,
+    prefix_length,
+    query_bounds,
+    relative_at_head,
+    rows_of,
+    scale_of,
+    slope_of,
     store_rows,
     tanh,
+    tile_of_work,
 )
-from fastformer_kernels.launch import device_guard
+from fastformer_kernels.launch import device_guard, provide_scratch_memory
 from fastformer_kernels.precision import dot, input_precision, round_to
 
 
@@ -34,51 +51,55 @@ def _attend(
     maximum,
     total,
     q,
-    k_pointer,
-    v_pointer,
+    k_source,
+    v_source,
+    k,
+    v,
     low,
+    whole_low,
+    whole_high,
     high,
     query,
     queries,
     keys,
     offset,
-    left,
-    right,
+    prefix,
     scale,
-    softcap,
     slope,
-    k_stride_n,
-    k_stride_d,
-    v_stride_n,
-    v_stride_d,
-    head_dim,
-    value_dim,
     mask_pointer,
-    mask_stride_m,
-    mask_stride_n,
     bias_pointer,
-    bias_stride_m,
-    bias_stride_n,
-    seed_pointer,
+    relative_pointer,
     dropout_row,
-    dropout_threshold,
+    features,
+    head_dim: tl.constexpr,
+    value_dim: tl.constexpr,
     BORDER: tl.constexpr,
-    LEFT_BOUNDED: tl.constexpr,
-    RIGHT_BOUNDED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    PREFIX: tl.constexpr,
     FOLD_SCALE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Take the keys [low, high) into the online softmax."""
+    """Take the border tiles, or the whole ones, into the online softmax."""
     multiplier = scale * LOG2_E if FOLD_SCALE else 1.0
-    for start in range(low, high, BLOCK_N):
-        k = load_rows(k_pointer, start, keys, k_stride_n, k_stride_d, head_dim, BLOCK_N, BLOCK_D, BORDER)
-        scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32), INPUT_PRECISION)
-        if SOFTCAP:
-            scores = tanh(scores * (scale / softcap)) * (softcap * LOG2_E)
+    if BORDER:
+        count = border_tiles(low, whole_low, whole_high, high, BLOCK_N)
+    else:
+        count = (whole_high - whole_low) // BLOCK_N
+    for index in tl.range(0, count, warp_specialize=WARP_SPECIALIZE and not BORDER):
+        if BORDER:
+            start = border_start(index, low, whole_low, whole_high, BLOCK_N)
+        else:
+            start = whole_low + index * BLOCK_N
+        key_tile = load_rows(
+            k_source, start, keys, k.stride_row, k.stride_dim, head_dim, BLOCK_N, BLOCK_D, BORDER, DESCRIPTORS
+        )
+        scores = dot(q, tl.trans(key_tile), tl.zeros((q.shape[0], BLOCK_N), tl.float32), INPUT_PRECISION)
+        if features.softcap is not None:
+            scores = tanh(scores * (scale / features.softcap)) * (features.softcap * LOG2_E)
         elif not FOLD_SCALE:
             scores *= scale * LOG2_E
         key = (start + tl.arange(0, BLOCK_N))[None, :]
@@ -89,187 +110,249 @@ def _attend(
             queries,
             keys,
             offset,
-            left,
-            right,
+            prefix,
             slope,
             mask_pointer,
-            mask_stride_m,
-            mask_stride_n,
             bias_pointer,
-            bias_stride_m,
-            bias_stride_n,
+            relative_pointer,
+            features,
+            PREFIX,
             BORDER,
-            LEFT_BOUNDED,
-            RIGHT_BOUNDED,
         )
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * multiplier)
         shift = new_maximum
-        if BORDER or mask_pointer is not None or bias_pointer is not None:
+        if BORDER or mask_pointer is not None or bias_pointer is not None or relative_pointer is not None:
             shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         weights = tl.exp2(scores * multiplier - shift[:, None])
         rescale = tl.exp2(maximum - shift)
         total = total * rescale + tl.sum(weights, axis=1)
-        if seed_pointer is not None:
-            keep = dropout_keep(seed_pointer, dropout_row, query[:, None], key, dropout_threshold)
+        if features.dropout.seed is not None:
+            keep = dropout_keep(features.dropout, dropout_row, query[:, None], key)
             weights = tl.where(keep, weights, 0.0)
-        v = load_rows(v_pointer, start, keys, v_stride_n, v_stride_d, value_dim, BLOCK_N, BLOCK_V, BORDER)
-        accumulator = dot(round_to(weights, v.dtype), v, accumulator * rescale[:, None], INPUT_PRECISION)
+        value_tile = load_rows(
+            v_source, start, keys, v.stride_row, v.stride_dim, value_dim, BLOCK_N, BLOCK_V, BORDER, DESCRIPTORS
+        )
+        accumulator = dot(
+            round_to(weights, value_tile.dtype), value_tile, accumulator * rescale[:, None], INPUT_PRECISION
+        )
         maximum = new_maximum
     return accumulator, maximum, total
 
 
 @triton.jit
 def _attention_forward_kernel(
-    q_pointer,
-    k_pointer,
-    v_pointer,
-    o_pointer,
-    lse_pointer,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    q_stride_d,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    k_stride_d,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    v_stride_d,
-    o_stride_b,
-    o_stride_h,
-    o_stride_m,
-    o_stride_d,
-    lse_stride_b,
-    lse_stride_h,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    sinks_pointer,
+    works,
     tiles,
+    section,
     heads,
     group,
     queries,
     keys,
-    scale,
-    softcap,
-    left,
-    right,
-    dropout_threshold,
-    dropout_scale,
-    mask_pointer,
-    mask_stride_b,
-    mask_stride_h,
-    mask_stride_m,
-    mask_stride_n,
-    bias_pointer,
-    bias_stride_b,
-    bias_stride_h,
-    bias_stride_m,
-    bias_stride_n,
-    slopes_pointer,
-    slopes_stride_b,
-    sinks_pointer,
-    key_lengths_pointer,
-    cu_seqlens_q_pointer,
-    cu_seqlens_k_pointer,
-    seed_pointer,
+    lengths,
+    features,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
-    LEFT_BOUNDED: tl.constexpr,
-    RIGHT_BOUNDED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     FOLD_SCALE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    BORDERS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    # Later queries see more keys when causal: the longest tiles start first.
-    first = (tiles - 1 - program % tiles) * BLOCK_M
-    head = (program // tiles % heads).to(tl.int64)
-    batch = (program // tiles // heads).to(tl.int64)
-    q_start, queries = sequence_bounds(batch, cu_seqlens_q_pointer, None, queries)
-    if first >= queries:
-        return
-    k_start, keys = sequence_bounds(batch, cu_seqlens_k_pointer, key_lengths_pointer, keys)
-    offset = keys - queries if BOTTOM_RIGHT else 0
-    q_pointer += batch * q_stride_b + head * q_stride_h + q_start * q_stride_m
-    k_pointer += batch * k_stride_b + (head // group) * k_stride_h + k_start * k_stride_n
-    v_pointer += batch * v_stride_b + (head // group) * v_stride_h + k_start * v_stride_n
-    o_pointer += batch * o_stride_b + head * o_stride_h + q_start * o_stride_m
-    lse_pointer += batch * lse_stride_b + head * lse_stride_h + q_start
-    if mask_pointer is not None:
-        mask_pointer += batch * mask_stride_b + head * mask_stride_h
-    if bias_pointer is not None:
-        bias_pointer += batch * bias_stride_b + head * bias_stride_h
-    slope = None
-    if slopes_pointer is not None:
-        slope = tl.load(slopes_pointer + batch * slopes_stride_b + head)
-
-    query = first + tl.arange(0, BLOCK_M)
-    q = load_rows(q_pointer, first, queries, q_stride_m, q_stride_d, head_dim, BLOCK_M, BLOCK_D, True)
-    accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    if sinks_pointer is not None:
-        sink = tl.load(sinks_pointer + head) * LOG2_E
-        maximum = tl.zeros((BLOCK_M,), tl.float32) + sink
-        total = tl.where(maximum == float("-inf"), 0.0, 1.0)
-    low, whole_low, whole_high, high = key_ranges(
-        first, queries, keys, offset, left, right, LEFT_BOUNDED, RIGHT_BOUNDED, BLOCK_M, BLOCK_N
-    )
-    for part in tl.static_range(3):
-        if part != 0 or LEFT_BOUNDED:
-            accumulator, maximum, total = _attend(
-                accumulator,
-                maximum,
-                total,
+    if PERSISTENT:
+        for work in range(tl.program_id(0), works, tl.num_programs(0)):
+            _forward_tile(
                 q,
-                k_pointer,
-                v_pointer,
-                low if part == 0 else (whole_low if part == 1 else whole_high),
-                whole_low if part == 0 else (whole_high if part == 1 else high),
-                query,
+                k,
+                v,
+                o,
+                lse,
+                sinks_pointer,
+                work,
+                works,
+                tiles,
+                section,
+                heads,
+                group,
                 queries,
                 keys,
-                offset,
-                left,
-                right,
-                scale,
-                softcap,
-                slope,
-                k_stride_n,
-                k_stride_d,
-                v_stride_n,
-                v_stride_d,
+                lengths,
+                features,
                 head_dim,
                 value_dim,
-                mask_pointer,
-                mask_stride_m,
-                mask_stride_n,
-                bias_pointer,
-                bias_stride_m,
-                bias_stride_n,
-                seed_pointer,
-                batch * heads + head,
-                dropout_threshold,
-                part != 1,
-                LEFT_BOUNDED,
-                RIGHT_BOUNDED,
-                SOFTCAP,
+                BOTTOM_RIGHT,
                 FOLD_SCALE,
                 INPUT_PRECISION,
+                BORDERS,
+                DESCRIPTORS,
+                WARP_SPECIALIZE,
+                BLOCK_M,
                 BLOCK_N,
                 BLOCK_D,
                 BLOCK_V,
             )
+    else:
+        work = tl.program_id(0)
+        _forward_tile(
+            q,
+            k,
+            v,
+            o,
+            lse,
+            sinks_pointer,
+            work,
+            works,
+            tiles,
+            section,
+            heads,
+            group,
+            queries,
+            keys,
+            lengths,
+            features,
+            head_dim,
+            value_dim,
+            BOTTOM_RIGHT,
+            FOLD_SCALE,
+            INPUT_PRECISION,
+            BORDERS,
+            DESCRIPTORS,
+            WARP_SPECIALIZE,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_V,
+        )
+
+
+@triton.jit
+def _forward_tile(
+    q,
+    k,
+    v,
+    o,
+    lse,
+    sinks_pointer,
+    work,
+    works,
+    tiles,
+    section,
+    heads,
+    group,
+    queries,
+    keys,
+    lengths,
+    features,
+    head_dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BORDERS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Output and log-sum-exp of a tile of queries of one head of one sequence."""
+    PREFIX: tl.constexpr = lengths.prefix_lengths is not None
+    rank, row = tile_of_work(work, tiles, works // tiles, section)
+    head = (row % heads).to(tl.int64)
+    batch = (row // heads).to(tl.int64)
+    # Under causality the last queries meet the most keys.
+    first = (tiles - 1 - rank) * BLOCK_M
+    q_start, queries = query_bounds(batch, lengths, queries)
+    k_start, keys, _ = key_bounds(batch, lengths, keys)
+    prefix = prefix_length(batch, lengths)
+    offset = keys - queries if BOTTOM_RIGHT else 0
+    kv_head = head // group
+    k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
+    v_pointer = v.pointer + batch * v.stride_b + kv_head * v.stride_h + k_start * v.stride_row
+    k_source = rows_of(k_pointer, keys, k.stride_row, head_dim, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v_source = rows_of(v_pointer, keys, v.stride_row, value_dim, BLOCK_N, BLOCK_V, DESCRIPTORS)
+    q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
+    q_source = rows_of(q_pointer, queries, q.stride_row, head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    q_tile = load_rows(
+        q_source, first, queries, q.stride_row, q.stride_dim, head_dim, BLOCK_M, BLOCK_D, True, DESCRIPTORS
+    )
+    scale = scale_of(features, head)
+    slope = slope_of(features, batch, head)
+    mask_pointer = at_head(features.mask, batch, head)
+    bias_pointer = at_head(features.bias, batch, head)
+    relative_pointer = relative_at_head(features, head)
+    query = first + tl.arange(0, BLOCK_M)
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if sinks_pointer is not None:
+        maximum = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_pointer + head) * LOG2_E
+        total = tl.where(maximum == float("-inf"), 0.0, 1.0)
+    low, whole_low, whole_high, high = key_ranges(
+        first, queries, keys, offset, prefix, features.limits, PREFIX, BLOCK_M, BLOCK_N
+    )
+    # A packed sequence may have fewer tiles than the longest one: nothing is loaded then, and nothing stored.
+    if first >= queries:
+        low, whole_low, whole_high, high = 0, 0, 0, 0
+    for part in tl.static_range(2 if BORDERS else 1):
+        accumulator, maximum, total = _attend(
+            accumulator,
+            maximum,
+            total,
+            q_tile,
+            k_source,
+            v_source,
+            k,
+            v,
+            low,
+            whole_low,
+            whole_high,
+            high,
+            query,
+            queries,
+            keys,
+            offset,
+            prefix,
+            scale,
+            slope,
+            mask_pointer,
+            bias_pointer,
+            relative_pointer,
+            batch * heads + head,
+            features,
+            head_dim,
+            value_dim,
+            part == 1,
+            PREFIX,
+            FOLD_SCALE,
+            INPUT_PRECISION,
+            DESCRIPTORS,
+            WARP_SPECIALIZE,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_V,
+        )
     empty = total == 0.0
-    output = accumulator * (dropout_scale / tl.where(empty, 1.0, total))[:, None]
-    lse = tl.where(empty, float("-inf"), maximum * LN_2 + tl.log(tl.where(empty, 1.0, total)))
-    tl.store(lse_pointer + query, lse, mask=query < queries)
-    output = round_to(output, o_pointer.dtype.element_ty)
-    store_rows(o_pointer, output, first, queries, o_stride_m, o_stride_d, value_dim, BLOCK_M, BLOCK_V)
+    output = accumulator * (features.dropout.scale / tl.where(empty, 1.0, total))[:, None]
+    row_lse = tl.where(empty, float("-inf"), maximum * LN_2 + tl.log(tl.where(empty, 1.0, total)))
+    lse_pointer = lse.pointer + batch * lse.stride_b + head * lse.stride_h + q_start
+    tl.store(lse_pointer + query, row_lse, mask=query < queries)
+    o_pointer = o.pointer + batch * o.stride_b + head * o.stride_h + q_start * o.stride_row
+    output = round_to(output, o.pointer.dtype.element_ty)
+    store_rows(o_pointer, output, first, queries, o.stride_row, o.stride_dim, value_dim, BLOCK_M, BLOCK_V)
 
 
 def attention_forward(
@@ -280,31 +363,39 @@ def attention_forward(
     configuration = forward_configuration(query, value)
     heads = query.shape[1]
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
-    if query.numel() == 0 or tiles == 0:
+    works = tiles * heads * arguments.batch(query)
+    if query.numel() == 0 or works == 0:
         return output, lse
+    descriptors = configuration.descriptors and uses_descriptors(query, key, value)
+    borders = has_borders(arguments, arguments.max_seqlen_k, configuration.block_n)
+    programs = launch_size(works, query, arguments, configuration)
     with device_guard(query):
-        _attention_forward_kernel[(tiles * heads * arguments.batch(query),)](
-            query,
-            key,
-            value,
-            output,
-            lse,
-            *tensor_strides(query),
-            *tensor_strides(key),
-            *tensor_strides(value),
-            *tensor_strides(output),
-            *row_strides(lse),
+        provide_scratch_memory(descriptors)
+        _attention_forward_kernel[(programs,)](
+            operand(query),
+            operand(key),
+            operand(value),
+            operand(output),
+            rows(lse),
+            arguments.sinks,
+            works,
             tiles,
+            section_of(key, value, arguments),
             heads,
             heads // key.shape[1],
             arguments.max_seqlen_q,
             arguments.max_seqlen_k,
-            **feature_arguments(arguments),
+            lengths(arguments),
+            features(arguments),
             head_dim=query.shape[-1],
             value_dim=value.shape[-1],
+            BOTTOM_RIGHT=arguments.bottom_right,
+            FOLD_SCALE=folds_scale(arguments),
             INPUT_PRECISION=input_precision(query.dtype),
-            **configuration.blocks(query, value),
-            num_warps=configuration.num_warps,
-            num_stages=configuration.num_stages,
+            BORDERS=borders,
+            PERSISTENT=programs < works,
+            DESCRIPTORS=descriptors,
+            WARP_SPECIALIZE=descriptors and configuration.warp_specialize and not borders,
+            **configuration.options(query, value),
         )
     return output, lse

@@ -1,4 +1,4 @@
-"""How the attention kernels are launched: configurations by rule, and the arguments that both directions share."""
+"""How the attention kernels are launched: configurations by rule, grids, and what decides between ways of loading."""
 
 from __future__ import annotations
 
@@ -8,25 +8,39 @@ import torch
 import triton
 
 from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
-from fastformer_kernels.launch import architecture_of
+from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, multiprocessors_of
 
 
 @dataclass(frozen=True)
 class AttentionConfiguration:
-    """Tile sizes (queries, keys) and the compiler's knobs for one kernel."""
+    """Tile sizes and the compiler's knobs for one kernel.
+
+    Attributes:
+        block_m, block_n: queries and keys of a tile.
+        num_warps, num_stages: of the compiler.
+        resident: CTAs that a multiprocessor holds, by registers and shared memory.
+        descriptors: whether tiles are copied by the bulk copy engine (TMA), where alignment allows.
+        warp_specialize: whether, with descriptors, copies and products go to warps of their own.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    resident: int = 1
+    descriptors: bool = False
+    warp_specialize: bool = False
 
-    def blocks(self, query: torch.Tensor, value: torch.Tensor) -> dict[str, int]:
-        """The kernel's tile sizes; a tile of a product has at least 16 rows and columns."""
+    def options(self, query: torch.Tensor, value: torch.Tensor) -> dict[str, object]:
+        """The keyword arguments of a launch; a tile of a product has at least 16 rows and columns."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_D": _block_of(query.shape[-1]),
             "BLOCK_V": _block_of(value.shape[-1]),
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            **COMPILER_OPTIONS,
         }
 
 
@@ -59,8 +73,9 @@ _BACKWARD = {
         256: AttentionConfiguration(16, 16, 8, 1),
     },
 }
+_DETERMINISTIC = _BACKWARD
 # Small tiles, so that small tests cross their borders.
-_INTERPRETER = AttentionConfiguration(32, 16, 1, 1)
+_INTERPRETER = AttentionConfiguration(16, 16, 1, 1)
 
 
 def forward_configuration(query: torch.Tensor, value: torch.Tensor) -> AttentionConfiguration:
@@ -69,8 +84,13 @@ def forward_configuration(query: torch.Tensor, value: torch.Tensor) -> Attention
 
 
 def backward_configuration(query: torch.Tensor, value: torch.Tensor) -> AttentionConfiguration:
-    """The backward kernels' configuration for these tensors."""
+    """The configuration of the backward kernel that adds dQ up in memory."""
     return _choose(_BACKWARD, query, value)
+
+
+def deterministic_configuration(query: torch.Tensor, value: torch.Tensor) -> AttentionConfiguration:
+    """The configuration of the two backward kernels of which each writes what it owns."""
+    return _choose(_DETERMINISTIC, query, value)
 
 
 def _choose(
@@ -82,57 +102,41 @@ def _choose(
     return next(choice for largest, choice in table[query.element_size()].items() if head_dim <= largest)
 
 
-def tensor_strides(tensor: torch.Tensor) -> tuple[int, int, int, int]:
-    """Strides over (batch, heads, sequence, head_dim); packed tokens have one batch."""
-    if tensor.dim() == 3:
-        return 0, tensor.stride(1), tensor.stride(0), tensor.stride(2)
-    return tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)
+def has_borders(arguments: AttentionArguments, length: int, block: int) -> bool:
+    """Whether some tile of `block` of `length` rows may need a test."""
+    return (
+        arguments.left != UNBOUNDED
+        or arguments.right != UNBOUNDED
+        or arguments.chunk != 0
+        or arguments.key_lengths is not None
+        or arguments.packed
+        or length % block != 0
+    )
 
 
-def row_strides(lse: torch.Tensor) -> tuple[int, int]:
-    """Strides over (batch, heads) of a log-sum-exp, whose queries are contiguous."""
-    return (0, lse.stride(0)) if lse.dim() == 2 else (lse.stride(0), lse.stride(1))
+def launch_size(
+    works: int, query: torch.Tensor, arguments: AttentionArguments, configuration: AttentionConfiguration
+) -> int:
+    """Programs of a launch: as many as the device holds, each taking one tile after another, where causality makes
+    tiles of different lengths; else one for each tile."""
+    if arguments.right == UNBOUNDED:
+        return works
+    return min(works, multiprocessors_of(query) * configuration.resident)
 
 
-def broadcast_strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    """Strides of a 4-D tensor over (batch, heads, queries, keys), 0 where it broadcasts."""
-    if tensor is None:
-        return 0, 0, 0, 0
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+def section_of(first: torch.Tensor, second: torch.Tensor, arguments: AttentionArguments) -> int:
+    """How many heads' matrices, those that every tile of the head walks over, fill half of the L2 cache."""
+    length = max(arguments.max_seqlen_q, arguments.max_seqlen_k, 1)
+    bytes_per_head = length * (first.shape[-1] + second.shape[-1]) * first.element_size()
+    return max(1, architecture_of(first).l2 // 2 // bytes_per_head)
 
 
-def feature_arguments(arguments: AttentionArguments) -> dict[str, object]:
-    """The arguments that the forward and backward kernels take alike, by name."""
-    named: dict[str, object] = {
-        "scale": arguments.scale,
-        "softcap": arguments.softcap,
-        "left": arguments.left,
-        "right": arguments.right,
-        "dropout_threshold": min(round(arguments.dropout_p * 2**32), 2**32 - 1),
-        "dropout_scale": 1.0 / (1.0 - arguments.dropout_p),
-        "slopes_pointer": arguments.alibi_slopes,
-        "slopes_stride_b": _batch_stride(arguments.alibi_slopes),
-        "key_lengths_pointer": arguments.key_lengths,
-        "cu_seqlens_q_pointer": arguments.cu_seqlens_q,
-        "cu_seqlens_k_pointer": arguments.cu_seqlens_k,
-        "seed_pointer": arguments.seed,
-        "sinks_pointer": arguments.sinks,
-        "BOTTOM_RIGHT": arguments.bottom_right,
-        "LEFT_BOUNDED": arguments.left != UNBOUNDED,
-        "RIGHT_BOUNDED": arguments.right != UNBOUNDED,
-        "SOFTCAP": arguments.softcap != 0.0,
-        # exp2's multiply-add can take the scale only where nothing is added to the scores and their order is kept.
-        "FOLD_SCALE": arguments.scale > 0.0
-        and not arguments.softcap
-        and arguments.bias is None
-        and arguments.alibi_slopes is None,
-    }
-    for name, tensor in (("mask", arguments.mask), ("bias", arguments.bias)):
-        named[f"{name}_pointer"] = tensor
-        for axis, stride in zip("bhmn", broadcast_strides(tensor), strict=True):
-            named[f"{name}_stride_{axis}"] = stride
-    return named
-
-
-def _batch_stride(slopes: torch.Tensor | None) -> int:
-    return 0 if slopes is None or slopes.shape[0] == 1 else slopes.stride(0)
+def uses_descriptors(*tensors: torch.Tensor) -> bool:
+    """Whether tensor descriptors can describe these tensors: aligned to 16 bytes, rows contiguous and apart."""
+    return all(
+        tensor.stride(-1) == 1
+        and tensor.data_ptr() % 16 == 0
+        and tensor.stride(0 if tensor.dim() == 3 else 2) > 0
+        and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )

@@ -14,110 +14,231 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
+# --- Which tile a program works on ------------------------------------------------------------------------------------
+
+
 @triton.jit
-def sequence_bounds(batch, cu_seqlens_pointer, lengths_pointer, length):
-    """First token (packed) and length of sequence `batch`; `length` stands where nothing says otherwise."""
+def tile_of_work(work, tiles, heads, section):
+    """Rank of the tile and its (batch, head).
+
+    Heads are taken in sections whose keys and values fit the L2 cache together; within a section every head's tile of
+    rank 0 comes first, then those of rank 1: the longest first, if ranks are by length.
+    """
+    first = work // (tiles * section) * section
+    size = tl.minimum(section, heads - first)
+    index = work - first * tiles
+    return index // size, first + index % size
+
+
+# --- Where a sequence lies --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def query_bounds(batch, lengths, queries):
+    """First token (0 unless packed) and length of the queries of sequence `batch`."""
     start = batch * 0
-    if cu_seqlens_pointer is not None:
-        start = tl.load(cu_seqlens_pointer + batch).to(tl.int64)
-        length = (tl.load(cu_seqlens_pointer + batch + 1) - start).to(tl.int32)
-    elif lengths_pointer is not None:
-        length = tl.load(lengths_pointer + batch)
-    return start, length
+    if lengths.cu_seqlens_q is not None:
+        start = tl.load(lengths.cu_seqlens_q + batch).to(tl.int64)
+        queries = (tl.load(lengths.cu_seqlens_q + batch + 1) - start).to(tl.int32)
+    return start, queries
+
+
+@triton.jit
+def key_bounds(batch, lengths, keys):
+    """First token (0 unless packed), length and stored length of the keys of sequence `batch`."""
+    start = batch * 0
+    if lengths.cu_seqlens_k is not None:
+        start = tl.load(lengths.cu_seqlens_k + batch).to(tl.int64)
+        keys = (tl.load(lengths.cu_seqlens_k + batch + 1) - start).to(tl.int32)
+    stored = keys
+    if lengths.key_lengths is not None:
+        keys = tl.load(lengths.key_lengths + batch)
+    return start, keys, stored
+
+
+@triton.jit
+def prefix_length(batch, lengths):
+    """How many keys everyone may attend to whatever the limit to the right."""
+    prefix = 0
+    if lengths.prefix_lengths is not None:
+        prefix = tl.load(lengths.prefix_lengths + batch)
+    return prefix
+
+
+# --- Which tiles meet -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _chunk_start(position, chunk):
+    """First position of the chunk that holds `position`, which may be negative (integer division truncates)."""
+    return (position - tl.where(position < 0, chunk - 1, 0)) // chunk * chunk
 
 
 @triton.jit
 def key_ranges(
-    first,
-    queries,
-    keys,
-    offset,
-    left,
-    right,
-    LEFT_BOUNDED: tl.constexpr,
-    RIGHT_BOUNDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    first, queries, keys, offset, prefix, limits, PREFIX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """The keys that the queries from `first` meet: [low, whole_low) and [whole_high, high) in tiles that need a test,
-    [whole_low, whole_high) in tiles that need none."""
-    last = tl.minimum(first + BLOCK_M, queries) - 1
+    [whole_low, whole_high) in tiles that need none. All but `high` are multiples of BLOCK_N."""
+    first_position = first + offset
+    last_position = tl.minimum(first + BLOCK_M, queries) - 1 + offset
     low = first * 0
     whole_low = low
     high = keys
     whole_high = keys
-    if LEFT_BOUNDED:
-        low = tl.maximum(first + offset - left, 0) // BLOCK_N * BLOCK_N
-        whole_low = tl.cdiv(tl.maximum(last + offset - left, 0), BLOCK_N) * BLOCK_N
-    if RIGHT_BOUNDED:
-        high = tl.minimum(keys, tl.maximum(last + offset + right + 1, 0))
-        whole_high = tl.minimum(keys, tl.maximum(first + offset + right + 1, 0))
-    whole_low = tl.minimum(tl.maximum(whole_low, low), high)
-    return low, whole_low, tl.maximum(whole_low, whole_high // BLOCK_N * BLOCK_N), high
+    if limits.right is not None:
+        high = tl.minimum(high, last_position + limits.right + 1)
+        whole_high = tl.minimum(whole_high, first_position + limits.right + 1)
+        if PREFIX:
+            high = tl.maximum(high, tl.minimum(prefix, keys))
+            whole_high = tl.maximum(whole_high, tl.minimum(prefix, keys))
+    if limits.left is not None:
+        low = tl.maximum(low, first_position - limits.left)
+        whole_low = tl.maximum(whole_low, last_position - limits.left)
+    if limits.chunk is not None:
+        low = tl.maximum(low, _chunk_start(first_position, limits.chunk))
+        whole_low = tl.maximum(whole_low, _chunk_start(last_position, limits.chunk))
+        high = tl.minimum(high, _chunk_start(last_position, limits.chunk) + limits.chunk)
+        whole_high = tl.minimum(whole_high, _chunk_start(first_position, limits.chunk) + limits.chunk)
+    return _in_tiles(low, whole_low, whole_high, high, BLOCK_N)
 
 
 @triton.jit
 def query_ranges(
-    first,
-    queries,
-    offset,
-    left,
-    right,
-    LEFT_BOUNDED: tl.constexpr,
-    RIGHT_BOUNDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    first, queries, keys, offset, prefix, limits, PREFIX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """The queries that meet the keys from `first`, split as in `key_ranges`."""
-    last = first + BLOCK_N - 1
+    last = tl.minimum(first + BLOCK_N, keys) - 1
     low = first * 0
     whole_low = low
     high = queries
     whole_high = queries
-    if RIGHT_BOUNDED:
-        low = tl.maximum(first - offset - right, 0) // BLOCK_M * BLOCK_M
-        whole_low = tl.cdiv(tl.maximum(last - offset - right, 0), BLOCK_M) * BLOCK_M
-    if LEFT_BOUNDED:
-        high = tl.minimum(queries, tl.maximum(last - offset + left + 1, 0))
-        whole_high = tl.minimum(queries, tl.maximum(first - offset + left + 1, 0))
-    whole_low = tl.minimum(tl.maximum(whole_low, low), high)
-    return low, whole_low, tl.maximum(whole_low, whole_high // BLOCK_M * BLOCK_M), high
+    if limits.right is not None:
+        low = tl.maximum(low, first - offset - limits.right)
+        whole_low = tl.maximum(whole_low, last - offset - limits.right)
+        if PREFIX:
+            low = tl.where(first < prefix, 0, low)
+            whole_low = tl.where(last < prefix, 0, whole_low)
+    if limits.left is not None:
+        high = tl.minimum(high, last - offset + limits.left + 1)
+        whole_high = tl.minimum(whole_high, first - offset + limits.left + 1)
+    if limits.chunk is not None:
+        low = tl.maximum(low, _chunk_start(first, limits.chunk) - offset)
+        whole_low = tl.maximum(whole_low, _chunk_start(last, limits.chunk) - offset)
+        high = tl.minimum(high, _chunk_start(last, limits.chunk) + limits.chunk - offset)
+        whole_high = tl.minimum(whole_high, _chunk_start(first, limits.chunk) + limits.chunk - offset)
+    if last < first + BLOCK_N - 1:
+        # Rows beyond the last key must be masked, in every tile.
+        whole_low = high
+    return _in_tiles(low, whole_low, whole_high, high, BLOCK_M)
+
+
+@triton.jit
+def _in_tiles(low, whole_low, whole_high, high, BLOCK: tl.constexpr):
+    """Round ranges to multiples of BLOCK, outwards and for the whole tiles inwards, in rising order."""
+    low = tl.maximum(low, 0) // BLOCK * BLOCK
+    high = tl.maximum(high, low)
+    end = tl.cdiv(high, BLOCK) * BLOCK
+    whole_low = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(whole_low, 0), BLOCK) * BLOCK, low), end)
+    whole_high = tl.minimum(tl.maximum(tl.maximum(whole_high, 0) // BLOCK * BLOCK, whole_low), end)
+    return low, whole_low, whole_high, high
+
+
+@triton.jit
+def border_tiles(low, whole_low, whole_high, high, BLOCK: tl.constexpr):
+    """How many tiles need a test."""
+    return tl.cdiv(whole_low - low + tl.maximum(high - whole_high, 0), BLOCK)
+
+
+@triton.jit
+def border_start(index, low, whole_low, whole_high, BLOCK: tl.constexpr):
+    """Where the border tile `index` starts: those before the whole tiles first, then those after."""
+    start = low + index * BLOCK
+    return tl.where(start < whole_low, start, start - whole_low + whole_high)
+
+
+# --- Rows of a (length, head_dim) matrix ------------------------------------------------------------------------------
+
+
+@triton.jit
+def rows_of(
+    pointer,
+    length,
+    stride_row,
+    head_dim: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """What `load_rows` takes a matrix from: a tensor descriptor (for the bulk copy engine), or its pointer."""
+    if DESCRIPTOR:
+        shape = [tl.maximum(length, 1), head_dim]
+        return tl.make_tensor_descriptor(pointer, shape, [tl.cast(stride_row, tl.int64), 1], [BLOCK, BLOCK_D])
+    else:
+        return pointer
 
 
 @triton.jit
 def load_rows(
-    pointer,
+    source,
     start,
     length,
     stride_row,
     stride_dim,
-    head_dim,
+    head_dim: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHECK: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
 ):
-    """Rows [start, start + BLOCK) of a (length, head_dim) matrix; with CHECK, zeros beyond its end."""
+    """Rows [start, start + BLOCK) of a matrix; with CHECK or a descriptor, zeros beyond its end."""
+    if DESCRIPTOR:
+        return source.load([start, 0])
+    else:
+        row = tl.arange(0, BLOCK)
+        dim = tl.arange(0, BLOCK_D)
+        pointers = source + tl.cast(start, tl.int64) * stride_row
+        pointers += row.to(tl.int64)[:, None] * stride_row + dim.to(tl.int64)[None, :] * stride_dim
+        if CHECK:
+            return tl.load(pointers, mask=(row < length - start)[:, None] & (dim < head_dim)[None, :], other=0.0)
+        elif head_dim != BLOCK_D:
+            return tl.load(pointers, mask=(dim < head_dim)[None, :], other=0.0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def row_pointers(pointer, start, stride_row, stride_dim, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers to rows [start, start + BLOCK) of a matrix, with 64-bit offsets."""
     row = start + tl.arange(0, BLOCK)
     dim = tl.arange(0, BLOCK_D)
-    pointers = pointer + row.to(tl.int64)[:, None] * stride_row + dim.to(tl.int64)[None, :] * stride_dim
-    if CHECK:
-        tile = tl.load(pointers, mask=(row < length)[:, None] & (dim < head_dim)[None, :], other=0.0)
-    elif head_dim != BLOCK_D:
-        tile = tl.load(pointers, mask=(dim < head_dim)[None, :], other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
+    return pointer + row.to(tl.int64)[:, None] * stride_row + dim.to(tl.int64)[None, :] * stride_dim
+
+
+@triton.jit
+def row_mask(start, length, head_dim: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which elements of rows [start, start + BLOCK) lie in a (length, head_dim) matrix."""
+    return (start + tl.arange(0, BLOCK) < length)[:, None] & (tl.arange(0, BLOCK_D) < head_dim)[None, :]
 
 
 @triton.jit
 def store_rows(
-    pointer, tile, start, length, stride_row, stride_dim, head_dim, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+    pointer,
+    tile,
+    start,
+    length,
+    stride_row,
+    stride_dim,
+    head_dim: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Store rows [start, start + BLOCK) of a (length, head_dim) matrix, up to its end."""
-    row = start + tl.arange(0, BLOCK)
-    dim = tl.arange(0, BLOCK_D)
-    pointers = pointer + row.to(tl.int64)[:, None] * stride_row + dim.to(tl.int64)[None, :] * stride_dim
-    tl.store(pointers, tile, mask=(row < length)[:, None] & (dim < head_dim)[None, :])
+    """Store rows [start, start + BLOCK) of a matrix, up to its end."""
+    pointers = row_pointers(pointer, start, stride_row, stride_dim, BLOCK, BLOCK_D)
+    tl.store(pointers, tile, mask=row_mask(start, length, head_dim, BLOCK, BLOCK_D))
+
+
+# --- Scores -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -129,6 +250,43 @@ def tanh(x):
 
 
 @triton.jit
+def at_head(addend, batch, head):
+    """The pointer of a mask or bias at (batch, head), or None."""
+    pointer = addend.pointer
+    if addend.pointer is not None:
+        pointer = addend.pointer + batch * addend.stride_b + head * addend.stride_h
+    return pointer
+
+
+@triton.jit
+def slope_of(features, batch, head):
+    """The ALiBi slope of (batch, head), or None."""
+    slope = None
+    if features.slopes is not None:
+        slope = tl.load(features.slopes + batch * features.slopes_stride_b + head)
+    return slope
+
+
+@triton.jit
+def relative_at_head(features, head):
+    """The pointer of a head's bias for distance 0, or None."""
+    pointer = features.relative.pointer
+    if features.relative.pointer is not None:
+        distance = features.relative.max_distance
+        pointer = features.relative.pointer + head * (2 * distance + 1) + distance
+    return pointer
+
+
+@triton.jit
+def scale_of(features, head):
+    """What multiplies this head's products of queries and keys."""
+    scale = features.scale
+    if features.head_scales is not None:
+        scale = scale * tl.load(features.head_scales + head)
+    return scale
+
+
+@triton.jit
 def bias_and_mask(
     scores,
     query,
@@ -136,49 +294,56 @@ def bias_and_mask(
     queries,
     keys,
     offset,
-    left,
-    right,
+    prefix,
     slope,
     mask_pointer,
-    mask_stride_m,
-    mask_stride_n,
     bias_pointer,
-    bias_stride_m,
-    bias_stride_n,
+    relative_pointer,
+    features,
+    PREFIX: tl.constexpr,
     BORDER: tl.constexpr,
-    LEFT_BOUNDED: tl.constexpr,
-    RIGHT_BOUNDED: tl.constexpr,
 ):
-    """Add ALiBi and bias to a tile of scores, and set what may not be attended to to -inf."""
+    """Add every bias to a tile of scores, and set what may not be attended to to -inf."""
+    limits = features.limits
     distance = key - query - offset
     inside = (query < queries) & (key < keys)
     if slope is not None:
         scores -= slope * LOG2_E * tl.abs(distance).to(tl.float32)
+    if relative_pointer is not None:
+        reach = features.relative.max_distance
+        at = tl.minimum(tl.maximum(distance, -reach), reach)
+        scores += tl.load(relative_pointer + at).to(tl.float32) * LOG2_E
     if bias_pointer is not None:
-        at = query.to(tl.int64) * bias_stride_m + key.to(tl.int64) * bias_stride_n
+        at = query.to(tl.int64) * features.bias.stride_m + key.to(tl.int64) * features.bias.stride_n
         scores += tl.load(bias_pointer + at, mask=inside, other=0.0).to(tl.float32) * LOG2_E
     if mask_pointer is not None:
-        at = query.to(tl.int64) * mask_stride_m + key.to(tl.int64) * mask_stride_n
+        at = query.to(tl.int64) * features.mask.stride_m + key.to(tl.int64) * features.mask.stride_n
         scores = tl.where(tl.load(mask_pointer + at, mask=inside, other=0) != 0, scores, float("-inf"))
     if BORDER:
         allowed = inside
-        if LEFT_BOUNDED:
-            allowed = allowed & (distance >= -left)
-        if RIGHT_BOUNDED:
-            allowed = allowed & (distance <= right)
+        if limits.right is not None:
+            if PREFIX:
+                allowed = allowed & ((distance <= limits.right) | (key < prefix))
+            else:
+                allowed = allowed & (distance <= limits.right)
+        if limits.left is not None:
+            allowed = allowed & (distance >= -limits.left)
+        if limits.chunk is not None:
+            start = _chunk_start(query + offset, limits.chunk)
+            allowed = allowed & (key >= start) & (key < start + limits.chunk)
         scores = tl.where(allowed, scores, float("-inf"))
     return scores
 
 
 @triton.jit
-def dropout_keep(seed_pointer, row, query, key, threshold):
+def dropout_keep(dropout, row, query, key):
     """Which weights dropout keeps: Philox-4x32-10 of (seed, offset, batch and head, query, key)."""
     zero = (query * 0 + key * 0).to(tl.uint32)
     counter = (key // 4).to(tl.uint32) + zero
-    offset = tl.load(seed_pointer + 1).to(tl.uint32) + zero
+    offset = tl.load(dropout.seed + 1).to(tl.uint32) + zero
     word_0, word_1, word_2, word_3 = tl.philox(
-        tl.load(seed_pointer), counter, query.to(tl.uint32) + zero, row.to(tl.uint32) + zero, offset
+        tl.load(dropout.seed), counter, query.to(tl.uint32) + zero, row.to(tl.uint32) + zero, offset
     )
     lane = key % 4
     word = tl.where(lane < 2, tl.where(lane == 0, word_0, word_1), tl.where(lane == 2, word_2, word_3))
-    return word.to(tl.uint32, bitcast=True).to(tl.int64) >= threshold
+    return word.to(tl.uint32, bitcast=True).to(tl.int64) >= dropout.threshold

@@ -1,0 +1,92 @@
+"""Rotary position embedding as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastformer.ops.rotary import rotary, rotary_frequencies, rotary_table
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """Rotary position embedding of queries and keys (Su et al. 2021), with its table of cosines and sines.
+
+    Args:
+        rotary_dim: features that turn, an even number up to head_dim; the others stay.
+        max_positions: rows of the table.
+        base: theta of the paper.
+        scaling: by which positions are divided (position interpolation, Chen et al. 2023).
+        interleaved: pairs are neighbouring features, as in the paper; otherwise one from each half, as in Llama.
+        frequencies: (rotary_dim / 2,), in place of those that `base` and `scaling` give: any other scaling.
+        magnitude: multiplies cosine and sine (YaRN's attention scaling).
+        device: of the table.
+
+    The table, `cos` and `sin`, is float32 whatever the module is converted to, and not part of the state_dict.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self,
+        rotary_dim: int,
+        max_positions: int,
+        base: float = 10000.0,
+        scaling: float = 1.0,
+        interleaved: bool = False,
+        frequencies: Tensor | None = None,
+        magnitude: float = 1.0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if frequencies is None:
+            frequencies = rotary_frequencies(rotary_dim, base, scaling)
+        elif tuple(frequencies.shape) != (rotary_dim // 2,):
+            raise ValueError(f"frequencies must have shape ({rotary_dim // 2},); got {tuple(frequencies.shape)}")
+        self.rotary_dim = rotary_dim
+        self.max_positions = max_positions
+        self.interleaved = interleaved
+        self.frequencies = tuple(frequencies.tolist())
+        self.magnitude = magnitude
+        self.register_buffer("cos", None, persistent=False)
+        self.register_buffer("sin", None, persistent=False)
+        self._fill_table(device)
+
+    def _fill_table(self, device: torch.device | str | None) -> None:
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device="cpu")
+        self.cos, self.sin = rotary_table(frequencies, self.max_positions, self.magnitude, device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Follow the module to another device; another dtype would cost the angles their precision."""
+        super()._apply(fn, recurse)
+        self._fill_table(self.cos.device)
+        return self
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        position_ids: Tensor | None = None,
+        offsets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        inplace: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate `query` and `key`: (batch, heads, sequence, head_dim), or (total_tokens, heads, head_dim) with
+        `cu_seqlens`. Arguments and result as in `fastformer.rotary`."""
+        return rotary(
+            query,
+            key,
+            self.cos,
+            self.sin,
+            position_ids=position_ids,
+            offsets=offsets,
+            cu_seqlens=cu_seqlens,
+            interleaved=self.interleaved,
+            inplace=inplace,
+        )
+
+    def extra_repr(self) -> str:
+        return f"rotary_dim={self.rotary_dim}, max_positions={self.max_positions}, interleaved={self.interleaved}"

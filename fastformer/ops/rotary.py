@@ -1,0 +1,344 @@
+"""Rotary position embedding of queries and keys, dense and packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from fastformer.backends import use_triton
+from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
+
+
+def rotary_frequencies(rotary_dim: int, base: float = 10000.0, scaling: float = 1.0) -> Tensor:
+    """The angles that a pair of features turns by from one position to the next: ``base ** (-2 i / dim) / scaling``.
+
+    Args:
+        rotary_dim: features that turn, an even number.
+        base: theta of Su et al. 2021; 10,000 there, 500,000 in Llama 3.
+        scaling: by which positions are divided (position interpolation, Chen et al. 2023).
+
+    Returns:
+        (rotary_dim / 2,) float64 in radians.
+    """
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise ValueError(f"rotary_dim must be an even number from 2; got {rotary_dim}")
+    if not base > 0.0:
+        raise ValueError(f"base must be positive; got {base}")
+    if not scaling > 0.0:
+        raise ValueError(f"scaling must be positive; got {scaling}")
+    return base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim) / scaling
+
+
+def rotary_table(
+    frequencies: Tensor, positions: int, magnitude: float = 1.0, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles.
+
+    Args:
+        frequencies: (rotary_dim / 2,), radians from one position to the next: those of `rotary_frequencies`, or any
+            other, such as the `inv_freq` of Hugging Face's Llama 3, YaRN or LongRoPE scalings.
+        positions: how many, from 0.
+        magnitude: multiplies both (YaRN's attention scaling).
+        device: of the result.
+
+    Returns:
+        cos and sin, each (positions, rotary_dim / 2) float32, from angles in float64.
+    """
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies.detach().cpu().double()
+    return (angles.cos() * magnitude).float().to(device), (angles.sin() * magnitude).float().to(device)
+
+
+@overload
+def rotary(
+    query: Tensor,
+    key: None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    offsets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+) -> tuple[Tensor, None]: ...
+@overload
+def rotary(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    offsets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+def rotary(
+    query: Tensor,
+    key: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    offsets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Rotary position embedding: turn pairs of features by angles that grow with the position (Su et al. 2021).
+
+    Args:
+        query: (batch, heads, sequence, head_dim), or packed (total_tokens, heads, head_dim) with `cu_seqlens`; float32,
+            float16 or bfloat16, any strides.
+        key: like `query`, but for the number of heads; or None.
+        cos, sin: (positions, rotary_dim / 2) float32, as `rotary_table` makes them. With rotary_dim < head_dim the
+            features from rotary_dim on stay as they are. Constants: they get no gradient.
+        position_ids: int64 or int32, (batch, sequence), (1, sequence) or packed (total_tokens,): each token's row of
+            the table. By default its index within its sequence.
+        offsets: (batch,) int64 or int32, added to each sequence's default positions: the keys already in a cache.
+        cu_seqlens: (batch + 1,) int32, first token of each packed sequence and the total at the end.
+        interleaved: pairs are features (2 i, 2 i + 1), as in the paper and GPT-J; otherwise
+            (i, i + rotary_dim / 2), as in Llama and GPT-NeoX.
+        inplace: overwrite `query` and `key` and return them. Autograd's rules for in-place operations hold.
+
+    Returns:
+        The rotated query and key (None without one), of their own shapes and dtypes, computed in float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is accepted.
+        IndexError: a position is outside the table, on the CPU; a GPU is not waited for, such a token becomes NaN.
+
+    >>> cos, sin = fastformer.rotary_table(fastformer.rotary_frequencies(64), positions=128)
+    >>> q, k = torch.randn(2, 8, 128, 64), torch.randn(2, 2, 128, 64)
+    >>> q, k = fastformer.rotary(q, k, cos, sin)
+    """
+    check_floating("query", query)
+    packed = cu_seqlens is not None
+    layout = "packed (total_tokens, heads, head_dim)" if packed else "dense (batch, heads, sequence, head_dim)"
+    if query.dim() != (3 if packed else 4):
+        raise ValueError(f"query must be {layout}; got shape {tuple(query.shape)}")
+    if key is not None:
+        check_like("key", key, "query", query)
+        if key.dim() != query.dim() or _without_heads(key) != _without_heads(query):
+            raise ValueError(
+                f"key must have query's shape but for the heads, {tuple(query.shape)}; got {tuple(key.shape)}"
+            )
+    _check_table(cos, sin, query)
+    batch = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if cu_seqlens is not None:
+        _check_integers("cu_seqlens", cu_seqlens, [(batch + 1,)], query)
+    if position_ids is not None:
+        shapes = [(query.shape[0],)] if packed else [(query.shape[0], query.shape[2]), (1, query.shape[2])]
+        _check_integers("position_ids", position_ids, shapes, query)
+        if offsets is not None:
+            raise ValueError("position_ids and offsets were both given; offsets are added to default positions only")
+    if offsets is not None:
+        _check_integers("offsets", offsets, [(batch,)], query)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    position_ids, offsets, cu_seqlens = (
+        None if tensor is None else tensor.contiguous() for tensor in (position_ids, offsets, cu_seqlens)
+    )
+    table = (cos, sin, position_ids, offsets, cu_seqlens, interleaved)
+    if not inplace:
+        rotated_query, rotated_key = _rotary(query, key, *table, False)
+        return rotated_query, None if key is None else rotated_key
+    tensors = [tensor for tensor in (query, key) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        # One at a time, since autograd lets a function of several outputs change no views, such as a projection's.
+        for tensor in tensors:
+            _InplaceRotary.apply(tensor, *table)
+    else:
+        _rotary_inplace(query, key, *table)
+    return query, key
+
+
+def _without_heads(tensor: Tensor) -> tuple[int, ...]:
+    shape = tuple(tensor.shape)
+    return shape[:1] + shape[2:]
+
+
+def _check_table(cos: Tensor, sin: Tensor, query: Tensor) -> None:
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32; got {table.dtype}")
+        if table.dim() != 2 or table.shape[0] == 0 or not 1 <= table.shape[1] <= query.shape[-1] // 2:
+            raise ValueError(
+                f"{name} must have shape (positions, rotary_dim / 2), not empty, with rotary_dim up to head_dim, "
+                f"{query.shape[-1]}; got {tuple(table.shape)}"
+            )
+        if table.requires_grad:
+            raise ValueError(f"{name} must not require a gradient: the rotation's angles are constants")
+        check_device(name, table, "query", query)
+    check_shape("sin", sin, tuple(cos.shape))
+
+
+def _check_integers(name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]], query: Tensor) -> None:
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32; got {tensor.dtype}")
+    if tuple(tensor.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}; got {tuple(tensor.shape)}")
+    check_device(name, tensor, "query", query)
+
+
+@torch.library.custom_op("fastformer::rotary", mutates_args=())
+def _rotary(
+    query: Tensor,
+    key: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Rotated query and key, the latter empty where there is none."""
+    inputs = [query] if key is None else [query, key]
+    outputs = [torch.empty_like(tensor) for tensor in inputs]
+    _rotate(inputs, outputs, cos, sin, position_ids, offsets, cu_seqlens, interleaved, inverse)
+    return outputs[0], query.new_empty(0) if key is None else outputs[1]
+
+
+@_rotary.register_fake
+def _(
+    query: Tensor,
+    key: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(0) if key is None else torch.empty_like(key)
+
+
+@torch.library.custom_op("fastformer::rotary_", mutates_args=("query", "key"))
+def _rotary_inplace(
+    query: Tensor,
+    key: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+) -> None:
+    tensors = [query] if key is None else [query, key]
+    _rotate(tensors, tensors, cos, sin, position_ids, offsets, cu_seqlens, interleaved, False)
+
+
+@_rotary_inplace.register_fake
+def _(
+    query: Tensor,
+    key: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+) -> None:
+    pass
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.has_key, ctx.interleaved, ctx.inverse = inputs[1] is not None, inputs[7], inputs[8]
+    ctx.save_for_backward(*inputs[2:7])
+
+
+def _backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
+    grad_query, grad_key = _rotary(
+        grad_query, grad_key if ctx.has_key else None, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse
+    )
+    return grad_query, grad_key if ctx.has_key else None, *(None,) * 7
+
+
+_rotary.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _InplaceRotary(torch.autograd.Function):
+    """PyTorch registers derivatives with functional operators only; a function of this kind may change its input."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, *table: Any) -> Tensor:
+        ctx.interleaved = table[-1]
+        ctx.save_for_backward(*table[:-1])
+        ctx.mark_dirty(input)
+        _rotary_inplace(input, None, *table)
+        return input
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad, _ = _rotary(grad, None, *ctx.saved_tensors, ctx.interleaved, True)
+        return grad, *(None,) * 6
+
+
+def _rotate(
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+) -> None:
+    if not any(tensor.numel() for tensor in inputs):
+        return
+    if use_triton(inputs[0]):
+        from fastformer_kernels.rotary import rotate
+
+        rotate(
+            inputs,
+            outputs,
+            cos,
+            sin,
+            position_ids=position_ids,
+            offsets=offsets,
+            cu_seqlens=cu_seqlens,
+            interleaved=interleaved,
+            inverse=inverse,
+        )
+        return
+    positions = _positions(inputs[0], position_ids, offsets, cu_seqlens)
+    if positions.device.type == "cpu":
+        low, high = (bound.item() for bound in positions.aminmax())
+        if low < 0 or high >= cos.shape[0]:
+            raise IndexError(f"positions must be from 0 to {cos.shape[0] - 1}, the last of cos; got {low} to {high}")
+    cos, sin = (table[positions].unsqueeze(1) for table in (cos, sin))
+    for input, output in zip(inputs, outputs, strict=True):
+        _rotate_torch(input, output, cos, -sin if inverse else sin, interleaved)
+
+
+def _positions(query: Tensor, position_ids: Tensor | None, offsets: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Each token's position: (batch or 1, sequence), or packed (total_tokens,)."""
+    if position_ids is not None:
+        return position_ids
+    if cu_seqlens is None:
+        positions = torch.arange(query.shape[2], device=query.device)[None, :]
+        return positions if offsets is None else positions + offsets[:, None]
+    positions = torch.arange(query.shape[0], device=query.device)
+    sequence = torch.searchsorted(cu_seqlens, positions.to(cu_seqlens.dtype), right=True) - 1
+    positions = positions - cu_seqlens[sequence]
+    return positions if offsets is None else positions + offsets[sequence]
+
+
+def _rotate_torch(input: Tensor, output: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    pairs = cos.shape[-1]
+    if output is not input:
+        output[..., 2 * pairs :] = input[..., 2 * pairs :]
+    if interleaved:
+        first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+    else:
+        first, second = slice(0, pairs), slice(pairs, 2 * pairs)
+    a, b = input[..., first].float(), input[..., second].float()
+    turned = torch.addcmul(b * cos, a, sin)
+    output[..., first] = torch.addcmul(a * cos, b, sin, value=-1.0)
+    output[..., second] = turned

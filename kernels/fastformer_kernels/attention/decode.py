@@ -1,0 +1,371 @@
+"""Attention of few queries over a long cache: O = softmax(S) V, S = softcap(scale Q K^T) - slope |distance|, masked.
+
+Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023, https://pytorch.org/blog/flash-decoding/): the keys of a sequence
+are split among programs, which would otherwise be too few to fill a GPU; each leaves its output and log-sum-exp, and
+`merge` adds them up. The query heads that share a key/value head, times the tokens of a speculative query, are the
+rows of one tile, so that the cache is read once for all of them and a tensor core has work for its rows. Paged caches
+(Kwon et al. 2023, https://arxiv.org/abs/2309.06180) differ in where a key lies, nothing else.
+
+Reading the cache bounds the time: one loop tests every tile, since a second loop for border tiles would drain the
+pipeline of loads, which costs more than the tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from fastformer_kernels.attention.arguments import UNBOUNDED
+from fastformer_kernels.attention.decode_arguments import (
+    DecodeArguments,
+    cache_shape,
+    cache_strides,
+    empty_decode_results,
+)
+from fastformer_kernels.attention.merge import merge
+from fastformer_kernels.attention.tiles import LN_2, LOG2_E, tanh
+from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard, multiprocessors_of
+from fastformer_kernels.precision import dot, input_precision, round_to
+
+SMALLEST_BLOCK_M = 16
+
+
+@dataclass(frozen=True)
+class DecodeConfiguration:
+    """Keys in a tile, the most rows (a tile has no more than the call needs), and the compiler's knobs."""
+
+    block_n: int
+    most_rows: int
+    num_warps: int
+    num_stages: int
+
+    def block_m(self, rows: int) -> int:
+        """Rows of a tile, where a key/value head serves `rows`; a tile of a product has at least 16."""
+        return min(max(triton.next_power_of_2(rows), SMALLEST_BLOCK_M), self.most_rows)
+
+
+# By element size and the largest head_dim each serves. float32 products run on no tensor core, which more rows in a
+# tile would fill: they only cost registers.
+_LARGE_SHARED_MEMORY = {
+    2: {
+        64: DecodeConfiguration(64, 64, 4, 4),
+        128: DecodeConfiguration(64, 64, 4, 3),
+        256: DecodeConfiguration(32, 32, 4, 3),
+    },
+    4: {
+        64: DecodeConfiguration(32, 16, 8, 4),
+        128: DecodeConfiguration(32, 16, 8, 3),
+        256: DecodeConfiguration(32, 16, 8, 3),
+    },
+}
+# Within 99 KiB.
+_SMALL_SHARED_MEMORY = {
+    2: {
+        64: DecodeConfiguration(64, 64, 4, 4),
+        128: DecodeConfiguration(64, 32, 4, 3),
+        256: DecodeConfiguration(32, 32, 4, 3),
+    },
+    4: {
+        64: DecodeConfiguration(32, 16, 8, 4),
+        128: DecodeConfiguration(32, 16, 8, 3),
+        256: DecodeConfiguration(32, 16, 8, 2),
+    },
+}
+_AMD = {
+    2: {
+        64: DecodeConfiguration(64, 64, 4, 2),
+        128: DecodeConfiguration(64, 32, 4, 2),
+        256: DecodeConfiguration(32, 32, 4, 2),
+    },
+    4: {
+        64: DecodeConfiguration(32, 32, 4, 2),
+        128: DecodeConfiguration(32, 16, 4, 2),
+        256: DecodeConfiguration(16, 16, 4, 2),
+    },
+}
+_BY_ARCHITECTURE = {
+    "sm_80": _LARGE_SHARED_MEMORY,
+    "sm_86": _SMALL_SHARED_MEMORY,
+    "sm_89": _SMALL_SHARED_MEMORY,
+    "sm_90": _LARGE_SHARED_MEMORY,
+    "sm_100": _LARGE_SHARED_MEMORY,
+    "sm_120": _SMALL_SHARED_MEMORY,
+    "gfx90a": _AMD,
+    "gfx942": _AMD,
+    "gfx950": _AMD,
+    # Small tiles, so that small tests cross their borders.
+    "interpreter": {size: {256: DecodeConfiguration(16, 16, 1, 1)} for size in (2, 4)},
+}
+
+# Two programs keep a multiprocessor's memory pipeline full while one of them starts or ends.
+PROGRAMS_PER_MULTIPROCESSOR = 2
+# A split with fewer tiles than this spends more on starting and on the merge than it saves.
+TILES_PER_SPLIT = 4
+MOST_SPLITS = 128
+
+
+@triton.jit
+def _decode_kernel(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    o_pointer,
+    lse_pointer,
+    q_stride_b,
+    q_stride_h,
+    q_stride_m,
+    q_stride_d,
+    k_stride_page,
+    k_stride_h,
+    k_stride_n,
+    k_stride_d,
+    v_stride_page,
+    v_stride_h,
+    v_stride_n,
+    v_stride_d,
+    lengths_pointer,
+    query_lengths_pointer,
+    table_pointer,
+    table_stride_b,
+    table_stride_page,
+    slopes_pointer,
+    slopes_stride_b,
+    sinks_pointer,
+    row_tiles,
+    splits,
+    kv_heads,
+    queries,
+    total_rows,
+    capacity,
+    scale,
+    softcap,
+    left,
+    right,
+    PAGE_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    head_dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    LEFT_BOUNDED: tl.constexpr,
+    RIGHT_BOUNDED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Rows are (query, query head of the group), the head running fastest, so that a tile spans few positions."""
+    program = tl.program_id(0)
+    row_tile = program % row_tiles
+    split = program // row_tiles % splits
+    kv_head = (program // row_tiles // splits % kv_heads).to(tl.int64)
+    batch = (program // row_tiles // splits // kv_heads).to(tl.int64)
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    row_stored = query < queries
+    target = split.to(tl.int64) * total_rows + (batch * queries + query) * (kv_heads * GROUP) + head
+    length = tl.load(lengths_pointer + batch)
+    tl.device_assert(length <= capacity, "a sequence's length exceeds the cache's capacity")
+    if query_lengths_pointer is not None:
+        queries = tl.load(query_lengths_pointer + batch)
+    row_valid = query < queries
+    offset = length - queries
+
+    low = length * 0
+    high = length
+    if LEFT_BOUNDED:
+        low = tl.maximum(row_tile * BLOCK_M // GROUP + offset - left, 0)
+    if RIGHT_BOUNDED:
+        last_query = tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)
+        high = tl.minimum(length, last_query + offset + right + 1)
+    first_tile = low // BLOCK_N
+    share = tl.cdiv(tl.cdiv(tl.maximum(high, low), BLOCK_N) - first_tile, splits)
+    begin = (first_tile + split * share) * BLOCK_N
+    end = tl.minimum(begin + share * BLOCK_N, high)
+
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_V)
+    q_row = q_pointer + batch * q_stride_b + head * q_stride_h + query.to(tl.int64) * q_stride_m
+    q_tile = q_row[:, None] + dim.to(tl.int64)[None, :] * q_stride_d
+    q = tl.load(q_tile, mask=row_valid[:, None] & (dim < head_dim)[None, :], other=0.0)
+    k_column = k_pointer + kv_head * k_stride_h + dim.to(tl.int64)[None, :] * k_stride_d
+    v_column = v_pointer + kv_head * v_stride_h + dim_v.to(tl.int64)[None, :] * v_stride_d
+    if slopes_pointer is not None:
+        slope = tl.load(slopes_pointer + batch * slopes_stride_b + head, mask=row_valid, other=0.0) * LOG2_E
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if sinks_pointer is not None:
+        # One of the splits counts it.
+        sink = tl.load(sinks_pointer + head, mask=row_valid, other=float("-inf"))
+        sink = tl.where(split == 0, sink, float("-inf"))
+        maximum = sink * LOG2_E
+        total = tl.where(sink == float("-inf"), 0.0, 1.0)
+    for start in range(begin, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        # A page that no query sees may be gone: neither it nor its entry in the table is read.
+        present = (key >= low) & (key < end)
+        if table_pointer is None:
+            page = batch
+            slot = key.to(tl.int64)
+        elif PAGE_SIZE % BLOCK_N == 0:
+            entry = table_pointer + batch * table_stride_b + tl.cast(start // PAGE_SIZE, tl.int64) * table_stride_page
+            page = tl.load(entry).to(tl.int64)
+            slot = (start % PAGE_SIZE + tl.arange(0, BLOCK_N)).to(tl.int64)
+        else:
+            entry = table_pointer + batch * table_stride_b + (key // PAGE_SIZE).to(tl.int64) * table_stride_page
+            page = tl.load(entry, mask=present, other=0).to(tl.int64)
+            slot = (key % PAGE_SIZE).to(tl.int64)
+        k_row = page * k_stride_page + slot * k_stride_n
+        v_row = page * v_stride_page + slot * v_stride_n
+        k = tl.load(k_column + k_row[:, None], mask=present[:, None] & (dim < head_dim)[None, :], other=0.0)
+        nothing = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        scores = dot(q, tl.trans(k), nothing, INPUT_PRECISION)
+        if SOFTCAP:
+            scores = tanh(scores * (scale / softcap)) * (softcap * LOG2_E)
+        else:
+            scores *= scale * LOG2_E
+        distance = key[None, :] - (query + offset)[:, None]
+        if slopes_pointer is not None:
+            scores -= slope[:, None] * tl.abs(distance).to(tl.float32)
+        allowed = present[None, :]
+        if LEFT_BOUNDED:
+            allowed = allowed & (distance >= -left)
+        if RIGHT_BOUNDED:
+            allowed = allowed & (distance <= right)
+        if query_lengths_pointer is not None:
+            allowed = allowed & row_valid[:, None]
+        scores = tl.where(allowed, scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(scores - shift[:, None])
+        rescale = tl.exp2(maximum - shift)
+        total = total * rescale + tl.sum(weights, axis=1)
+        v = tl.load(v_column + v_row[:, None], mask=present[:, None] & (dim_v < value_dim)[None, :], other=0.0)
+        accumulator = dot(round_to(weights, v.dtype), v, accumulator * rescale[:, None], INPUT_PRECISION)
+        maximum = new_maximum
+
+    empty = total == 0.0
+    output = accumulator / tl.where(empty, 1.0, total)[:, None]
+    lse = tl.where(empty, float("-inf"), maximum * LN_2 + tl.log(tl.where(empty, 1.0, total)))
+    tl.store(lse_pointer + target, lse, mask=row_stored)
+    o_tile = o_pointer + target[:, None] * value_dim + dim_v[None, :]
+    output = round_to(output, o_pointer.dtype.element_ty)
+    tl.store(o_tile, output, mask=row_stored[:, None] & (dim_v < value_dim)[None, :])
+
+
+def decode_forward(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    arguments: DecodeArguments,
+    splits: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of checked arguments.
+
+    Args:
+        query: (batch, heads, queries, head_dim), any strides.
+        key_cache, value_cache: (batch, kv_heads, capacity, head_dim) or, with a block table, (pages, page_size,
+            kv_heads, head_dim), any strides.
+        splits: how many programs share a sequence's keys; None chooses by rule.
+    """
+    batch, heads, queries, head_dim = query.shape
+    value_dim = value_cache.shape[-1]
+    output, lse = empty_decode_results(query, value_dim)
+    if query.numel() == 0:
+        return output, lse
+    cache = cache_shape(key_cache, arguments.block_table)
+    configuration = decode_configuration(query, value_cache)
+    group = heads // cache.kv_heads
+    block_m = configuration.block_m(group * queries)
+    row_tiles = triton.cdiv(group * queries, block_m)
+    programs = batch * cache.kv_heads * row_tiles
+    if splits is None:
+        splits = choose_splits(programs, _most_keys(cache.capacity, queries, arguments), configuration, query)
+    partial, partial_lse = output, lse
+    rows = batch * queries * heads
+    if splits > 1:
+        partial = query.new_empty(splits, rows, value_dim, dtype=torch.float32)
+        partial_lse = query.new_empty(splits, rows, dtype=torch.float32)
+    table, slopes = arguments.block_table, arguments.alibi_slopes
+    # Beyond the capacity a window is no limit; within it positions cannot overflow.
+    left, right = (min(extent, cache.capacity + queries) for extent in (arguments.left, arguments.right))
+    with device_guard(query):
+        _decode_kernel[(programs * splits,)](
+            query,
+            key_cache,
+            value_cache,
+            partial,
+            partial_lse,
+            *query.stride(),
+            *cache_strides(key_cache, table),
+            *cache_strides(value_cache, table),
+            arguments.lengths,
+            arguments.query_lengths,
+            table,
+            *((0, 0) if table is None else table.stride()),
+            slopes,
+            0 if slopes is None or slopes.shape[0] == 1 else slopes.stride(0),
+            arguments.sinks,
+            row_tiles,
+            splits,
+            cache.kv_heads,
+            queries,
+            rows,
+            cache.capacity,
+            arguments.scale,
+            arguments.softcap,
+            left,
+            right,
+            PAGE_SIZE=1 if table is None else cache.page_size,
+            GROUP=group,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            LEFT_BOUNDED=left != UNBOUNDED,
+            RIGHT_BOUNDED=right != UNBOUNDED,
+            SOFTCAP=arguments.softcap != 0.0,
+            INPUT_PRECISION=input_precision(query.dtype),
+            BLOCK_M=block_m,
+            BLOCK_N=configuration.block_n,
+            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
+            num_warps=configuration.num_warps,
+            # The compiler divides the stages among a load and the loads that wait for it: here pages, then keys.
+            num_stages=configuration.num_stages if table is None else 2 * configuration.num_stages - 1,
+            # Keeps device_assert: a length that cannot be must fail, not read another sequence's keys.
+            debug=True,
+            sanitize_overflow=False,
+            **COMPILER_OPTIONS,
+        )
+    if splits > 1:
+        merge(partial, partial_lse, output.transpose(1, 2).view(rows, value_dim), lse.transpose(1, 2).view(rows))
+    return output, lse
+
+
+def decode_configuration(query: torch.Tensor, value_cache: torch.Tensor) -> DecodeConfiguration:
+    """The decode kernel's configuration for these tensors."""
+    table = _BY_ARCHITECTURE[architecture_of(query).name][query.element_size()]
+    head_dim = max(query.shape[-1], value_cache.shape[-1])
+    return next(choice for largest, choice in table.items() if head_dim <= largest)
+
+
+def choose_splits(programs: int, keys: int, configuration: DecodeConfiguration, tensor: torch.Tensor) -> int:
+    """How many programs share a sequence's keys: as many as one wave of the device holds, if each has enough to do.
+
+    Args:
+        programs: the programs without splits.
+        keys: the most keys that a row can see; how many it does see only the device knows.
+        tensor: on the device that will run them.
+    """
+    wave = multiprocessors_of(tensor) * PROGRAMS_PER_MULTIPROCESSOR
+    return max(1, min(wave // programs, keys // (configuration.block_n * TILES_PER_SPLIT), MOST_SPLITS))
+
+
+def _most_keys(capacity: int, queries: int, arguments: DecodeArguments) -> int:
+    """The most keys that the queries of a sequence can see together."""
+    return capacity if arguments.left == UNBOUNDED else min(capacity, arguments.left + queries)

@@ -1,0 +1,71 @@
+"""What a decode call says besides its query and caches. Needs no triton, so that every backend shares it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DecodeArguments:
+    """The arguments of one decode call, checked and in canonical form.
+
+    Attributes:
+        lengths: (batch,) int32, contiguous; how many keys each sequence has in the cache.
+        query_lengths: (batch,) int32, contiguous; how many of the queries each sequence has; None for all.
+        block_table: (batch, max_pages) int32, the pages of each sequence in order; None for a contiguous cache.
+        alibi_slopes: (1 or batch, heads) float32, contiguous; adds -slope * |query position - key position|.
+        sinks: (heads,) float32, contiguous; one more logit per head that takes part in the normalisation only.
+        scale: multiplies the scores.
+        left, right: how far before and after its own position a query may attend; UNBOUNDED for no limit.
+        softcap: scores become softcap * tanh(score / softcap); 0 for none.
+    """
+
+    lengths: torch.Tensor
+    query_lengths: torch.Tensor | None
+    block_table: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    sinks: torch.Tensor | None
+    scale: float
+    left: int
+    right: int
+    softcap: float
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """How a cache is laid out.
+
+    Attributes:
+        page_size: keys in a page; for a contiguous cache, which is one page per sequence, its capacity.
+        capacity: the most keys that a sequence can have.
+    """
+
+    page_size: int
+    capacity: int
+    kv_heads: int
+
+
+def cache_shape(cache: torch.Tensor, block_table: torch.Tensor | None) -> CacheShape:
+    """The layout of a contiguous (batch, kv_heads, capacity, head_dim) or paged (pages, page_size, kv_heads, head_dim)
+    cache."""
+    if block_table is None:
+        return CacheShape(cache.shape[2], cache.shape[2], cache.shape[1])
+    return CacheShape(cache.shape[1], cache.shape[1] * block_table.shape[1], cache.shape[2])
+
+
+def cache_strides(cache: torch.Tensor, block_table: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """Strides over (page, head, key, head_dim); a contiguous cache has one page per sequence."""
+    page, first, second, dim = cache.stride()
+    return (page, first, second, dim) if block_table is None else (page, second, first, dim)
+
+
+def empty_decode_results(query: torch.Tensor, value_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (batch, heads, queries, value_dim) and float32 log-sum-exp (batch, heads, queries) of a decode.
+
+    Both lie in memory as (batch, queries, heads): whoever merges the heads afterwards needs no copy.
+    """
+    batch, heads, queries, _ = query.shape
+    output = query.new_empty(batch, queries, heads, value_dim).transpose(1, 2)
+    return output, query.new_empty(batch, queries, heads, dtype=torch.float32).transpose(1, 2)

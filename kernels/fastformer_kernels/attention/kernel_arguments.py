@@ -1,0 +1,154 @@
+"""The attention kernels' arguments in groups. A field that is None is absent at compile time and costs nothing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
+
+
+class Operand(NamedTuple):
+    """A (batch, heads, rows, head_dim) tensor; packed tokens, (rows, heads, head_dim), have one batch."""
+
+    pointer: torch.Tensor | None
+    stride_b: int
+    stride_h: int
+    stride_row: int
+    stride_dim: int
+
+
+class Rows(NamedTuple):
+    """A (batch, heads, rows) float32 tensor, such as the log-sum-exp."""
+
+    pointer: torch.Tensor | None
+    stride_b: int
+    stride_h: int
+    stride_row: int
+
+
+class Addend(NamedTuple):
+    """A mask, a bias or a bias's gradient: (batch, heads, queries, keys), stride 0 where it broadcasts."""
+
+    pointer: torch.Tensor | None
+    stride_b: int
+    stride_h: int
+    stride_m: int
+    stride_n: int
+
+
+class Relative(NamedTuple):
+    """A bias by relative position, or its gradient: (heads, 2 * max_distance + 1), contiguous."""
+
+    pointer: torch.Tensor | None
+    max_distance: int
+
+
+class Lengths(NamedTuple):
+    """What says how long each sequence is."""
+
+    key_lengths: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    prefix_lengths: torch.Tensor | None
+
+
+class Limits(NamedTuple):
+    """Whom a query may attend to by position: distances to either side and the chunk's size."""
+
+    left: int | None
+    right: int | None
+    chunk: int | None
+
+
+class Dropout(NamedTuple):
+    """The generator's state on the device, the word below which a weight is dropped, and 1 / (1 - p)."""
+
+    seed: torch.Tensor | None
+    threshold: int
+    scale: float
+
+
+class Features(NamedTuple):
+    """What turns products of queries and keys into weights."""
+
+    scale: float
+    head_scales: torch.Tensor | None
+    softcap: float | None
+    mask: Addend
+    bias: Addend
+    relative: Relative
+    slopes: torch.Tensor | None
+    slopes_stride_b: int
+    limits: Limits
+    dropout: Dropout
+
+
+def operand(tensor: torch.Tensor | None) -> Operand:
+    """`tensor`, dense or packed."""
+    if tensor is None:
+        return Operand(None, 0, 0, 0, 0)
+    if tensor.dim() == 3:
+        return Operand(tensor, 0, tensor.stride(1), tensor.stride(0), tensor.stride(2))
+    return Operand(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3))
+
+
+def rows(tensor: torch.Tensor | None) -> Rows:
+    """A log-sum-exp or the like, dense (batch, heads, queries) or packed (heads, total_tokens)."""
+    if tensor is None:
+        return Rows(None, 0, 0, 0)
+    stride_b = 0 if tensor.dim() == 2 else tensor.stride(0)
+    return Rows(tensor, stride_b, tensor.stride(-2), tensor.stride(-1))
+
+
+def addend(tensor: torch.Tensor | None) -> Addend:
+    """A 4-D tensor that broadcasts to (batch, heads, queries, keys)."""
+    if tensor is None:
+        return Addend(None, 0, 0, 0, 0)
+    return Addend(tensor, *(0 if size == 1 else s for size, s in zip(tensor.shape, tensor.stride(), strict=True)))
+
+
+def relative(tensor: torch.Tensor | None) -> Relative:
+    """A bias by relative position."""
+    return Relative(tensor, 0 if tensor is None else tensor.shape[1] // 2)
+
+
+def lengths(arguments: AttentionArguments) -> Lengths:
+    """The sequences' lengths."""
+    return Lengths(arguments.key_lengths, arguments.cu_seqlens_q, arguments.cu_seqlens_k, arguments.prefix_lengths)
+
+
+def features(arguments: AttentionArguments) -> Features:
+    """The features of a call, for every kernel alike."""
+    slopes = arguments.alibi_slopes
+    return Features(
+        scale=arguments.scale,
+        head_scales=arguments.head_scales,
+        softcap=arguments.softcap or None,
+        mask=addend(arguments.mask),
+        bias=addend(arguments.bias),
+        relative=relative(arguments.relative_bias),
+        slopes=slopes,
+        slopes_stride_b=0 if slopes is None or slopes.shape[0] == 1 else slopes.stride(0),
+        limits=Limits(
+            None if arguments.left == UNBOUNDED else arguments.left,
+            None if arguments.right == UNBOUNDED else arguments.right,
+            arguments.chunk or None,
+        ),
+        dropout=Dropout(
+            arguments.seed, min(round(arguments.dropout_p * 2**32), 2**32 - 1), 1.0 / (1.0 - arguments.dropout_p)
+        ),
+    )
+
+
+def folds_scale(arguments: AttentionArguments) -> bool:
+    """Whether exp2's multiply-add can take the scale: nothing is added to the scores, and their order is kept."""
+    return (
+        arguments.scale > 0.0
+        and arguments.head_scales is None
+        and not arguments.softcap
+        and arguments.bias is None
+        and arguments.relative_bias is None
+        and arguments.alibi_slopes is None
+    )

@@ -1,0 +1,100 @@
+"""Merge attention over disjoint parts of the keys: O = sum_i exp(lse_i - lse) O_i, lse = log sum_i exp(lse_i).
+
+Each O_i is normalised by its own log-sum-exp lse_i (Flash-Decoding's second step; Milakov and Gimelshein 2018,
+https://arxiv.org/abs/1805.02867). Parts are added in their order, so that the result is deterministic.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastformer_kernels.attention.tiles import LN_2, LOG2_E
+from fastformer_kernels.launch import COMPILER_OPTIONS, device_guard
+from fastformer_kernels.precision import round_to
+
+TILE_ELEMENTS = 4096
+MOST_PARTS_IN_TILE = 16
+NUM_WARPS = 4
+
+
+@triton.jit
+def _merge_kernel(
+    outputs_pointer,
+    lses_pointer,
+    output_pointer,
+    lse_pointer,
+    parts,
+    rows,
+    outputs_stride_part,
+    outputs_stride_row,
+    outputs_stride_dim,
+    lses_stride_part,
+    lses_stride_row,
+    head_dim: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    dim = tl.arange(0, BLOCK_D).to(tl.int64)
+    row_valid = row < rows
+    tile_valid = row_valid[:, None] & (dim < head_dim)[None, :]
+    accumulator = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+    maximum = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = (start + tl.arange(0, BLOCK_PARTS)).to(tl.int64)
+        lses_tile = lses_pointer + part[:, None] * lses_stride_part + row[None, :] * lses_stride_row
+        lses = tl.load(lses_tile, mask=(part < parts)[:, None] & row_valid[None, :], other=float("-inf")) * LOG2_E
+        outputs_row = part[:, None] * outputs_stride_part + row[None, :] * outputs_stride_row
+        outputs_tile = outputs_pointer + outputs_row[:, :, None] + dim[None, None, :] * outputs_stride_dim
+        # A part without keys has no output to speak of.
+        present = (lses != float("-inf"))[:, :, None] & tile_valid[None, :, :]
+        outputs = tl.load(outputs_tile, mask=present, other=0.0).to(tl.float32)
+        new_maximum = tl.maximum(maximum, tl.max(lses, axis=0))
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(lses - shift[None, :])
+        rescale = tl.exp2(maximum - shift)
+        total = total * rescale + tl.sum(weights, axis=0)
+        accumulator = accumulator * rescale[:, None] + tl.sum(weights[:, :, None] * outputs, axis=0)
+        maximum = new_maximum
+    empty = total == 0.0
+    output = round_to(accumulator / tl.where(empty, 1.0, total)[:, None], output_pointer.dtype.element_ty)
+    lse = tl.where(empty, float("-inf"), maximum * LN_2 + tl.log(tl.where(empty, 1.0, total)))
+    tl.store(output_pointer + row[:, None] * head_dim + dim[None, :], output, mask=tile_valid)
+    tl.store(lse_pointer + row, lse, mask=row_valid)
+
+
+def merge(outputs: torch.Tensor, lses: torch.Tensor, output: torch.Tensor, lse: torch.Tensor) -> None:
+    """Merge `outputs` (parts, rows, head_dim) and `lses` (parts, rows), any strides, into `output` and `lse`.
+
+    Args:
+        output: (rows, head_dim), contiguous, any floating dtype.
+        lse: (rows,), contiguous, float32.
+    """
+    parts, rows, head_dim = outputs.shape
+    if rows == 0:
+        return
+    block_d = triton.next_power_of_2(head_dim)
+    block_parts = min(triton.next_power_of_2(parts), MOST_PARTS_IN_TILE)
+    block_rows = max(1, TILE_ELEMENTS // (block_parts * block_d))
+    block_rows = min(block_rows, triton.next_power_of_2(rows))
+    with device_guard(outputs):
+        _merge_kernel[(triton.cdiv(rows, block_rows),)](
+            outputs,
+            lses,
+            output,
+            lse,
+            parts,
+            rows,
+            *outputs.stride(),
+            *lses.stride(),
+            head_dim=head_dim,
+            BLOCK_PARTS=block_parts,
+            BLOCK_ROWS=block_rows,
+            BLOCK_D=block_d,
+            num_warps=NUM_WARPS,
+            **COMPILER_OPTIONS,
+        )
