@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastformer.ops import (
         append_to_cache,
         attention,
+        cross_entropy,
         decode_attention,
         feed_forward,
         layer_norm,
@@ -34,6 +35,7 @@ __all__ = [
     "append_to_cache",
     "attention",
     "backend",
+    "cross_entropy",
     "decode_attention",
     "feed_forward",
     "layer_norm",

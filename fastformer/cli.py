@@ -14,6 +14,7 @@ COMMANDS = {
         "fastformer.training.pretrain",
         "train a BERT from scratch: masked language modelling and next-sentence prediction",
     ),
+    "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),
 }
 """Each subcommand: the module whose `main(arguments, begin)` runs it, and a line of help."""
 

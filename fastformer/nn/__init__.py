@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastformer.nn import functional
+from fastformer.nn.cross_entropy import CrossEntropyLoss, LinearCrossEntropy, LinearCrossEntropyLoss
 from fastformer.nn.feed_forward import FeedForward
 from fastformer.nn.multihead_attention import MultiheadAttention
 from fastformer.nn.normalization import LayerNorm, RMSNorm
@@ -20,9 +21,12 @@ from fastformer.nn.transformer import Transformer, TransformerDecoder, Transform
 from fastformer.nn.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
+    "CrossEntropyLoss",
     "DenseLayout",
     "FeedForward",
     "LayerNorm",
+    "LinearCrossEntropy",
+    "LinearCrossEntropyLoss",
     "LogSoftmax",
     "MultiheadAttention",
     "Packing",

@@ -1,6 +1,7 @@
 """Operators: one file each, with the public function, its checks, registration, backward and PyTorch implementation."""
 
 from fastformer.ops.attention import attention, scaled_dot_product_attention
+from fastformer.ops.cross_entropy import cross_entropy
 from fastformer.ops.decode import decode_attention
 from fastformer.ops.feed_forward import feed_forward
 from fastformer.ops.kv_cache import append_to_cache
@@ -13,6 +14,7 @@ from fastformer.ops.softmax import log_softmax, softmax
 __all__ = [
     "append_to_cache",
     "attention",
+    "cross_entropy",
     "decode_attention",
     "feed_forward",
     "layer_norm",

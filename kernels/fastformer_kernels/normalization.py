@@ -16,14 +16,13 @@ two parts, since one float32 cannot hold a mean far from zero to the precision o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fastformer_kernels.dropout import dropout_keep
+from fastformer_kernels.dropout import Dropout, dropout_keep
 from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard
 from fastformer_kernels.precision import round_to
 from fastformer_kernels.rows import aligned, alignment
@@ -445,21 +444,6 @@ def _parameter_sums_kernel(
         tl.store(weight_sums_pointer + program * columns + column, weight_sum, mask=valid)
     if bias_sums_pointer is not None:
         tl.store(bias_sums_pointer + program * columns + column, bias_sum, mask=valid)
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Which elements to drop.
-
-    Attributes:
-        seed: (2,) int64 on the tensors' device, seed and offset.
-        threshold: the 32-bit word below which an element is dropped.
-        scale: of those kept.
-    """
-
-    seed: torch.Tensor
-    threshold: int
-    scale: float
 
 
 def norm_forward(
