@@ -100,7 +100,8 @@ def feed_forward(
         output_dropout_p,
         for_backward and not recompute,
     )
-    return output.view(output_shape)
+    # Not a view for autograd: FSDP2's hooks on a module's output do not survive in-place operations on views.
+    return torch.ops.aten._unsafe_view(output, output_shape)
 
 
 def _check(
