@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastformer.ops import (
         append_to_cache,
         attention,
+        attention_weights,
         cross_entropy,
         decode_attention,
         feed_forward,
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
         linear_cross_entropy,
         log_softmax,
         merge_attention,
+        relative_position_bias,
         rms_norm,
         rotary,
         rotary_frequencies,
         rotary_table,
         scaled_dot_product_attention,
         softmax,
+        t5_buckets,
     )
 
 __version__ = "0.1.0"
@@ -34,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "append_to_cache",
     "attention",
+    "attention_weights",
     "backend",
     "cross_entropy",
     "decode_attention",
@@ -42,12 +46,14 @@ __all__ = [
     "linear_cross_entropy",
     "log_softmax",
     "merge_attention",
+    "relative_position_bias",
     "rms_norm",
     "rotary",
     "rotary_frequencies",
     "rotary_table",
     "scaled_dot_product_attention",
     "softmax",
+    "t5_buckets",
 ]
 
 

@@ -93,6 +93,11 @@ def deterministic_configuration(query: torch.Tensor, value: torch.Tensor) -> Att
     return _choose(_DETERMINISTIC, query, value)
 
 
+def weights_configuration(query: torch.Tensor) -> AttentionConfiguration:
+    """The configuration of the kernel that writes weights: small, as a few rows are wanted."""
+    return _INTERPRETER if architecture_of(query).name == "interpreter" else AttentionConfiguration(16, 64, 4, 1)
+
+
 def _choose(
     table: dict[int, dict[int, AttentionConfiguration]], query: torch.Tensor, value: torch.Tensor
 ) -> AttentionConfiguration:
