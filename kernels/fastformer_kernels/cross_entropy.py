@@ -24,7 +24,7 @@ import triton.language as tl
 from fastformer_kernels.attention.tiles import tanh
 from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard
 from fastformer_kernels.precision import round_to
-from fastformer_kernels.rows import row_layout, row_offset
+from fastformer_kernels.rows import alignment, row_layout, row_offset
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -141,13 +141,16 @@ def _cross_entropy_kernel(
     gradient_stride_2,
     gradient_stride_class,
     SMOOTHS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Loss and lse where there is a loss to store, else lse is read; the gradient where there is one to store."""
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     row_valid = row < rows
-    logits_row = logits_pointer + row_offset(row, size_1, size_2, logits_stride_0, logits_stride_1, logits_stride_2)
+    logits_row = logits_pointer + row_offset(
+        row, size_1, size_2, logits_stride_0, logits_stride_1, logits_stride_2, ALIGNMENT
+    )
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
     whole = classes // BLOCK_COLUMNS * BLOCK_COLUMNS
     tail = whole + column
@@ -188,7 +191,7 @@ def _cross_entropy_kernel(
         gradient_row = gradient_pointer
         if gradient_pointer is not None:
             gradient_row = gradient_pointer + row_offset(
-                row, size_1, size_2, gradient_stride_0, gradient_stride_1, gradient_stride_2
+                row, size_1, size_2, gradient_stride_0, gradient_stride_1, gradient_stride_2, ALIGNMENT
             )
             # A target that is no class makes its row's gradient NaN.
             grad_loss = tl.where(known, tl.load(grad_loss_pointer + row, mask=row_valid, other=0.0), float("nan"))
@@ -329,6 +332,7 @@ def _launch(
             *layout.strides[0],
             *layout.strides[1],
             SMOOTHS=smooths,
+            ALIGNMENT=alignment(*(stride for strides in layout.strides for stride in strides[:-1])),
             BLOCK_ROWS=block_rows,
             BLOCK_COLUMNS=block_columns,
             num_warps=_warps(logits, block_rows * block_columns),

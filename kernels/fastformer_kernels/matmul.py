@@ -198,4 +198,4 @@ def operands(
 def _is_copied_by_descriptor(matrix: torch.Tensor) -> bool:
     stride, unit = matrix.stride()
     aligned = stride * matrix.itemsize % 16 == 0 and matrix.data_ptr() % 16 == 0
-    return unit == 1 and stride >= matrix.shape[1] and aligned
+    return unit == 1 and stride >= matrix.shape[1] > 0 and aligned

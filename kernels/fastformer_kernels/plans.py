@@ -108,7 +108,12 @@ def forced_plan(plan: Plan) -> Iterator[None]:
 
 def plans_path() -> Path:
     """Where measured plans are kept: plans.json in FASTFORMER_CACHE, by default ~/.cache/fastformer."""
-    return Path(os.environ.get("FASTFORMER_CACHE") or "~/.cache/fastformer").expanduser() / "plans.json"
+    return _plans_path(os.environ.get("FASTFORMER_CACHE") or "~/.cache/fastformer")
+
+
+@lru_cache
+def _plans_path(folder: str) -> Path:
+    return Path(folder).expanduser() / "plans.json"
 
 
 def measured_plans(architecture: str) -> Mapping[str, Plan]:

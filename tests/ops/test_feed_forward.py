@@ -205,6 +205,9 @@ def test_leading_dimensions_and_no_tokens(implementation: None) -> None:
     assert feed_forward(torch.randn(2, 3, 4), up, down, residual=torch.zeros(2, 3, 5)).shape == (2, 3, 5)
     feed_forward(torch.randn(0, 4), up, down, hidden_dropout_p=0.5, output_dropout_p=0.5).sum().backward()
     assert torch.equal(up.grad, torch.zeros(6, 4))
+    bias = torch.randn(6)
+    nothing = feed_forward(torch.randn(3, 0), torch.randn(6, 0), down, bias, residual=torch.ones(3, 5))
+    torch.testing.assert_close(nothing, (torch.nn.functional.gelu(bias) @ down.T + 1).expand(3, 5))
 
 
 def test_registration(backend: str) -> None:
