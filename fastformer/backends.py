@@ -28,6 +28,11 @@ def _checked(name: str, source: str) -> str:
 _selected = _checked(os.environ.get("FASTFORMER_BACKEND", "auto"), "FASTFORMER_BACKEND")
 
 
+def selected_backend() -> str:
+    """The selected backend: ``auto``, ``triton`` or ``torch``."""
+    return _selected
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Select the backend of every Fastformer operator within a ``with`` block.
@@ -57,7 +62,8 @@ def use_triton(tensor: torch.Tensor) -> bool:
         return False
     if not HAS_TRITON:
         raise RuntimeError("backend 'triton' was asked for, but triton is not installed; pip install triton")
-    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    # A tensor on meta gets here only while its kernels are compiled for a GPU that is not there.
+    if not tensor.is_cuda and not tensor.is_meta and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
             f"backend 'triton' was asked for with a tensor on {tensor.device}: Triton kernels run on a GPU, or on "
             "a CPU in Triton's interpreter when TRITON_INTERPRET=1 is set before Python starts"

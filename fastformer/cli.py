@@ -15,6 +15,14 @@ COMMANDS = {
         "train a BERT from scratch: masked language modelling and next-sentence prediction",
     ),
     "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),
+    "kernels": (
+        "fastformer.inspection.command",
+        "compile the GPU kernels ahead of time and report what they became; needs no GPU",
+    ),
+    "doctor": (
+        "fastformer.inspection.doctor",
+        "what this machine has, which backend each operator uses on it, and a self-test",
+    ),
 }
 """Each subcommand: the module whose `main(arguments, begin)` runs it, and a line of help."""
 

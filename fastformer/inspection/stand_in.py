@@ -30,12 +30,14 @@ class LaunchedKernel:
         name: of the Triton function.
         binary: the cubin or hsaco.
         metadata: Triton's: target, num_warps, num_stages, shared (bytes per CTA), hash, ...
+        constants: the Triton function's compile-time arguments by name.
         grid: the programs of the launch in each dimension.
     """
 
     name: str
     binary: bytes
     metadata: Any
+    constants: dict[str, Any]
     grid: tuple[int, int, int]
 
     def text(self, stage: str) -> str:
@@ -114,6 +116,7 @@ class _StandInDriver:
             # A kernel keeps its launcher for longer than this driver is active.
             driver = triton.runtime.driver.active
             name, binary = function
-            driver.launched.append(LaunchedKernel(name, binary, metadata, (grid_0, grid_1, grid_2)))
+            constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
+            driver.launched.append(LaunchedKernel(name, binary, metadata, constants, (grid_0, grid_1, grid_2)))
 
         return launch

@@ -1,0 +1,228 @@
+"""The command ``fastformer kernels``: compile kernels ahead of time and report what they became, with no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from fastformer_kernels.launch import ARCHITECTURES
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fastformer.inspection.compilation import Failure, Work, compile_ahead, compiled_by, relocate
+from fastformer.inspection.gate import regressions
+from fastformer.inspection.report import Figures, as_json, as_table, figures_of, from_json
+from fastformer.inspection.workload import DTYPES, LAYOUTS, OPERATORS, cases
+
+_COMPILE = """\
+Compile kernels ahead of time, for GPUs that need not be there, into a Triton cache. A machine with such a GPU and the
+same version of triton and fastformer then launches them without compiling: set TRITON_CACHE_DIR to the cache there.
+
+examples:
+  fastformer kernels compile --arch sm_90 --model bert-base --precision bf16-mixed --out /opt/fastformer-cache
+  fastformer kernels compile --arch sm_80,sm_90,gfx942 --model runs/pretrain/model --out cache --home /opt/cache
+  fastformer kernels compile --arch sm_90 --operators softmax,norm --dtypes bfloat16 --out cache
+
+Without --model: every case of every operator, a thousand kernels for each architecture.
+"""
+
+_REPORT = """\
+Report what kernels become on each architecture: registers, spills, shared memory, residency, instructions, and a
+model's bracket of the fraction of peak. Kernels are compiled first, unless --cache has them.
+
+examples:
+  fastformer kernels report --arch sm_90 --operators attention --dtypes bfloat16 --layouts aligned
+  fastformer kernels report --arch sm_80,sm_90,sm_100,gfx942 --model bert-base --json report.json --picture report.png
+"""
+
+_CHECK = """\
+The regression gate: compile the guarded cases, and compare with the figures kept in the repository. A new spill, too
+much shared memory, a lost wgmma, tcgen05, TMA or asynchronous copy, or over 3% more instructions is an error, and so is
+a kernel that is not in the figures.
+
+examples:
+  fastformer kernels check --figures tests/inspection/kernel_figures.json
+  fastformer kernels check --figures tests/inspection/kernel_figures.json --update
+"""
+
+GUARDED_ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+_console = Console(highlight=False, soft_wrap=True)
+
+
+def main(arguments: list[str], begin: float) -> None:
+    """Run ``fastformer kernels`` with the arguments that follow."""
+    options = _parser().parse_args(arguments)
+    options.run(options)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="fastformer kernels", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    compile = commands.add_parser(
+        "compile",
+        help="compile kernels into a Triton cache",
+        description=_COMPILE,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    _add_work(compile)
+    compile.add_argument("--out", type=Path, default=Path("fastformer-cache"), help="the cache (default: %(default)s)")
+    compile.add_argument("--home", type=Path, help="the absolute path where the cache will be used, if not --out")
+    compile.set_defaults(run=_compile)
+
+    report = commands.add_parser(
+        "report",
+        help="report registers, spills, instructions, ... of kernels",
+        description=_REPORT,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    _add_work(report)
+    report.add_argument("--json", type=Path, help="write the figures here")
+    report.add_argument("--picture", type=Path, help="draw a roofline and the instruction mix here, as PNG, PDF or SVG")
+    report.add_argument("--cache", type=Path, help="where compiled kernels are kept from one report to the next")
+    report.set_defaults(run=_report)
+
+    check = commands.add_parser(
+        "check",
+        help="fail if compiled kernels got worse",
+        description=_CHECK,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    check.add_argument("--figures", type=Path, required=True, help="the recorded figures")
+    check.add_argument("--update", action="store_true", help="record the figures as they are now")
+    _add_arch(check, ",".join(GUARDED_ARCHITECTURES))
+    check.set_defaults(run=_check)
+    return parser
+
+
+def _add_arch(parser: ArgumentParser, default: str | None = None) -> None:
+    parser.add_argument(
+        "--arch",
+        type=_names,
+        required=default is None,
+        default=default,
+        metavar="NAME,...",
+        help=f"of {', '.join(ARCHITECTURES)}{f' (default: {default})' if default else ''}",
+    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="compile this many kernels at once")
+
+
+def _add_work(parser: ArgumentParser) -> None:
+    _add_arch(parser)
+    parser.add_argument("--model", help="what this model launches: a folder in Hugging Face's format, or a preset")
+    parser.add_argument("--precision", default="bf16-mixed", help="of the model: 32-true, bf16-mixed (default), ...")
+    parser.add_argument("--operators", type=_names, metavar="NAME,...", help=f"only these of {', '.join(OPERATORS)}")
+    parser.add_argument("--dtypes", type=_names, metavar="NAME,...", help=f"only these of {', '.join(DTYPES)}")
+    parser.add_argument("--layouts", type=_names, metavar="NAME,...", help=f"only these of {', '.join(LAYOUTS)}")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _compile(options: Namespace) -> None:
+    if options.home and not options.home.is_absolute():
+        raise ValueError(f"--home must be an absolute path; got {options.home}")
+    work = [run for _, run in _work(options)]
+    kernels = _compiled(work, options, options.out)
+    # The proof: the same launches, as a GPU machine makes them, find everything there.
+    missed = compiled_by(work, options.arch, options.out)
+    if missed:
+        _console.print(f"the cache lacks {', '.join(f'{name} ({n})' for name, n in Counter(missed).items())}")
+        raise SystemExit(1)
+    if options.home:
+        relocate(options.out, options.home)
+    size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
+    _console.print(
+        f"{kernels} kernels for {', '.join(options.arch)} in {options.out} ({size / 2**20:.0f} MiB); launched again, "
+        f"none was compiled\nuse it with TRITON_CACHE_DIR={options.home or options.out.absolute()}"
+    )
+
+
+def _report(options: Namespace) -> None:
+    figures = _figures(_work(options), options, options.cache)
+    _console.print(as_table(figures))
+    if options.json:
+        _write_json(figures, options.json)
+    if options.picture:
+        from fastformer.inspection.picture import draw
+
+        draw(figures, options.picture)
+
+
+def _check(options: Namespace) -> None:
+    figures = _figures([(case.name, case.run) for case in cases(guarded=True)], options, None)
+    if options.update:
+        _write_json(figures, options.figures)
+        _console.print(f"recorded {len(figures)} kernels in {options.figures}")
+        return
+    recorded = json.loads(options.figures.read_text())
+    current = as_json(figures)
+    if recorded["triton"] != current["triton"]:
+        raise ValueError(
+            f"{options.figures} was recorded with triton {recorded['triton']}, this is {current['triton']}; other "
+            "compilers give other code. Record it again with --update"
+        )
+    expected = [entry for entry in from_json(recorded) if entry.architecture in options.arch]
+    worse = regressions(expected, figures)
+    if worse:
+        _console.print("\n".join(["compiled kernels got worse, or are not in the figures:", *worse]), markup=False)
+        _console.print(f"if that is wanted: fastformer kernels check --figures {options.figures} --update")
+        raise SystemExit(1)
+    _console.print(f"{len(figures)} kernels are no worse than recorded in {options.figures}")
+
+
+def _figures(work: Sequence[tuple[str, Work]], options: Namespace, cache: Path | None) -> list[Figures]:
+    with tempfile.TemporaryDirectory() as folder:
+        cache = cache or Path(folder)
+        _compiled([run for _, run in work], options, cache)
+        return list(figures_of(work, options.arch, cache, options.processes))
+
+
+def _compiled(work: Sequence[Work], options: Namespace, cache: Path) -> int:
+    """Compile `work` into `cache`; returns the number of kernels."""
+    unknown = sorted(set(options.arch) - set(ARCHITECTURES))
+    if unknown:
+        raise ValueError(f"--arch must be among {', '.join(ARCHITECTURES)}; got {', '.join(unknown)}")
+    specializations, failures = compile_ahead(work, options.arch, cache, options.processes, _track)
+    if failures:
+        _console.print(_explained(failures), markup=False)
+        raise SystemExit(1)
+    return len(specializations)
+
+
+def _write_json(figures: Sequence[Figures], path: Path) -> None:
+    path.write_text(json.dumps(as_json(figures), indent=1) + "\n")
+
+
+def _work(options: Namespace) -> list[tuple[str, Work]]:
+    """The work that the options name."""
+    if options.model is None:
+        return [(case.name, case.run) for case in cases(options.operators, options.dtypes, options.layouts)]
+    if options.operators or options.dtypes or options.layouts:
+        raise ValueError("--operators, --dtypes and --layouts choose cases; a --model says itself what it launches")
+    from fastformer.inspection.model_work import PRECISIONS, meta_model, model_work
+
+    if options.precision not in PRECISIONS:
+        raise ValueError(f"--precision must be one of {', '.join(PRECISIONS)}; got {options.precision!r}")
+    steps = model_work(meta_model(options.model, options.precision), options.precision)
+    return [(f"{options.model}, step {number}", step) for number, step in enumerate(steps, 1)]
+
+
+def _explained(failures: list[Failure]) -> str:
+    lines = [
+        f"{failure.specialization.architecture} {failure.specialization.kernel}: {failure.reason}"
+        for failure in failures
+    ]
+    return "\n".join([f"{len(failures)} kernels failed:", *dict.fromkeys(lines)])
+
+
+def _track(steps: Iterable[None], total: int) -> Iterator[None]:
+    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield from progress.track(steps, total)

@@ -1,0 +1,259 @@
+"""Every kernel, forward and backward, with every feature, on small tensors: values, bounds and races."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from accuracy import assert_as_accurate
+
+import fastformer
+from fastformer.ops.attention import attention
+from fastformer.ops.feed_forward import feed_forward
+from fastformer.ops.linear_cross_entropy import linear_cross_entropy
+from fastformer.ops.normalization import layer_norm, rms_norm
+from fastformer.ops.softmax import softmax
+
+DEVICE = "cuda"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+Function = Callable[..., Any]
+
+
+def results(function: Function, tensors: list[torch.Tensor], dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
+    """Outputs and gradients in `dtype`, for fixed gradients of the outputs."""
+    torch.manual_seed(seed)
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+    outputs = function(*leaves)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(output.shape, generator=generator) for output in outputs]
+    finite = [torch.where(torch.isfinite(output), output, 0.0) for output in outputs]
+    loss = sum((output * weight.to(output.dtype)).sum() for output, weight in zip(finite, weights, strict=True))
+    return [*(output.detach() for output in outputs), *torch.autograd.grad(loss, leaves, allow_unused=True)]
+
+
+def agree(
+    operator: Function, exact: Function, pytorch: Function, tensors: list[torch.Tensor], dtype: torch.dtype
+) -> None:
+    """The operator's results and gradients obey the rule of accuracy.
+
+    Of float32 results the unit of rounding is that of a sum over a row: terms of magnitude up to the largest, added in
+    another order than PyTorch's.
+    """
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    terms = max(max(tensor.shape, default=1) for tensor in tensors) if dtype == torch.float32 else 1
+    with fastformer.backend("triton"):
+        actual = results(operator, tensors, dtype, seed=1)
+    for number, (a, p, e) in enumerate(
+        zip(
+            actual,
+            results(pytorch, tensors, dtype, seed=1),
+            results(exact, tensors, torch.float64, seed=1),
+            strict=True,
+        )
+    ):
+        finite = torch.isfinite(e)
+        assert torch.equal(torch.isfinite(a), finite), f"result {number}: infinities differ"
+        magnitude = max(1.0, e[finite].abs().max().item() if finite.any() else 0.0)
+        assert_as_accurate(
+            f"result {number}", a[finite], p[finite].to(a.dtype), e[finite], scale=magnitude * 4 * terms**0.5
+        )
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE)
+
+
+QUERIES, KEYS, HEADS = 37, 45, 2
+FEATURES: dict[str, Callable[[], dict[str, Any]]] = {
+    "plain": dict,
+    "causal": lambda: {"causal": True},
+    "causal-top-left": lambda: {"causal": True, "alignment": "top_left"},
+    "window": lambda: {"window": (9, 4)},
+    "softcap": lambda: {"softcap": 3.0},
+    "alibi": lambda: {"alibi_slopes": torch.tensor([0.1, 0.3], device=DEVICE)},
+    "sinks": lambda: {"sinks": torch.tensor([0.5, -1.0], device=DEVICE)},
+    "bias": lambda: {"bias": randn(1, HEADS, QUERIES, KEYS)},
+    "bias-of-keys": lambda: {"bias": randn(1, 1, 1, KEYS)},
+    "mask": lambda: {"mask": torch.rand(1, 1, QUERIES, KEYS, device=DEVICE) > 0.3},
+    "key-lengths": lambda: {"key_lengths": torch.tensor([21], dtype=torch.int32, device=DEVICE)},
+    "everything": lambda: {
+        "causal": True,
+        "window": (30, None),
+        "softcap": 5.0,
+        "alibi_slopes": torch.tensor([0.1, 0.3], device=DEVICE),
+        "sinks": torch.tensor([0.5, -1.0], device=DEVICE),
+        "mask": torch.rand(1, HEADS, QUERIES, KEYS, device=DEVICE) > 0.2,
+        "bias": randn(1, 1, QUERIES, KEYS),
+    },
+}
+LEARNED = ("bias", "alibi_slopes", "sinks")
+
+
+def check_attention(tensors: list[torch.Tensor], options: dict[str, Any], dtype: torch.dtype) -> None:
+    learned = [name for name in LEARNED if name in options]
+
+    def call(function: Function) -> Function:
+        def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *given: torch.Tensor) -> Any:
+            # Slopes and sinks are float32 whatever the dtype.
+            named = {
+                name: tensor.float() if name != "bias" and tensor.dtype != torch.float64 else tensor
+                for name, tensor in zip(learned, given, strict=True)
+            }
+            return function(query, key, value, **{**options, **named})
+
+        return run
+
+    def operator(*tensors: torch.Tensor, **options: Any) -> Any:
+        return attention(*tensors, return_lse=True, **options)
+
+    leaves = [*tensors, *(options[name] for name in learned)]
+    agree(call(operator), call(reference.attention), call(reference.attention), leaves, dtype)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_attention(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastformer_kernels import launch
+
+    monkeypatch.setattr(launch, "_target", launch.INTERPRETER)
+    torch.manual_seed(0)
+    tensors = [randn(1, HEADS, size, 16) for size in (QUERIES, KEYS, KEYS)]
+    check_attention(tensors, FEATURES[feature](), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_as_an_architecture_launches_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastformer_kernels import launch
+
+    monkeypatch.setattr(launch, "_target", launch.ARCHITECTURES["sm_90"])
+    torch.manual_seed(0)
+    # Two tiles of queries and of keys, a group of two, head_dims that fill no tile, any strides.
+    tensors = [randn(1, 150, 2, 20).transpose(1, 2), randn(1, 1, 140, 20), randn(1, 1, 140, 9 * 2)[..., ::2]]
+    check_attention(tensors, {"causal": True}, dtype)
+
+
+def test_packed_attention(tiles: str) -> None:
+    torch.manual_seed(0)
+    lengths = [5, 0, 40, 17]
+    boundaries = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
+    tensors = [randn(sum(lengths), 2, 16).bfloat16() for _ in range(3)]
+    options = {"causal": True}
+    with fastformer.backend("triton"):
+        packed = attention(*tensors, cu_seqlens_q=boundaries, max_seqlen_q=max(lengths), **options)
+        start = 0
+        for length in lengths:
+            part = [tensor[start : start + length].transpose(0, 1)[None] for tensor in tensors]
+            if length:
+                alone = attention(*part, **options)
+                torch.testing.assert_close(packed[start : start + length].transpose(0, 1)[None], alone)
+            start += length
+
+
+def test_dropout_of_attention_is_the_reference_s(tiles: str) -> None:
+    torch.manual_seed(0)
+    tensors = [randn(1, 2, size, 8) for size in (35, 19, 19)]
+    torch.manual_seed(1)
+    state = torch.randint(0, 2**63 - 1, (2,)).tolist()
+    keep = reference.dropout_keep(*state, 0.3, (1, 2, 35, 19))
+
+    def exact(*tensors: torch.Tensor) -> Any:
+        return reference.attention(*tensors, keep=keep, dropout_p=0.3)[0]
+
+    agree(lambda *tensors: attention(*tensors, dropout_p=0.3), exact, exact, tensors, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 33), (3, 17000)])
+def test_softmax(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    pytorch = lambda x: torch.softmax(x, -1)  # noqa: E731
+    agree(lambda x: softmax(x, -1), lambda x: reference.softmax(x, -1), pytorch, [randn(*shape) * 3], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("shape", [(5, 33), (300, 24), (2, 20000)])
+def test_norm(shape: tuple[int, int], centered: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    columns = shape[1]
+    x, weight, bias = randn(*shape) * 2 + 1, randn(columns), randn(columns)
+    if centered:
+        agree(
+            lambda x, w, b: layer_norm(x, (columns,), w, b, 1e-5),
+            lambda x, w, b: reference.layer_norm(x, w, b, 1e-5),
+            lambda x, w, b: F.layer_norm(x, (columns,), w, b, 1e-5),
+            [x, weight, bias],
+            dtype,
+        )
+    else:
+        agree(
+            lambda x, w: rms_norm(x, (columns,), w, 1e-5),
+            lambda x, w: reference.rms_norm(x, w, 1e-5),
+            lambda x, w: F.rms_norm(x, (columns,), w, 1e-5),
+            [x, weight],
+            dtype,
+        )
+
+
+def test_norm_with_residual() -> None:
+    torch.manual_seed(0)
+    agree(
+        lambda x, r, w, b: layer_norm(x, (24,), w, b, 1e-5, residual=r),
+        lambda x, r, w, b: (reference.layer_norm(x + r, w, b, 1e-5), x + r),
+        lambda x, r, w, b: (F.layer_norm(x + r, (24,), w, b, 1e-5), x + r),
+        [randn(9, 24), randn(9, 24), randn(24), randn(24)],
+        torch.bfloat16,
+    )
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))
+def test_feed_forward(activation: str, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastformer_kernels import launch
+
+    monkeypatch.setattr(launch, "_target", launch.INTERPRETER)
+    check_feed_forward(activation, gated, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_feed_forward_as_an_architecture_launches_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastformer_kernels import launch
+
+    monkeypatch.setattr(launch, "_target", launch.ARCHITECTURES["sm_90"])
+    check_feed_forward("silu", True, dtype)
+
+
+def check_feed_forward(activation: str, gated: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tokens, features, intermediate = 37, 20, 45
+    shapes = [(tokens, features), (intermediate, features), (features, intermediate), (intermediate,), (features,)]
+    shapes += [(intermediate, features), (intermediate,)] if gated else []
+    # Small enough that the exponentials of the reference stay finite in float16.
+    tensors = [randn(*shape) / 2 for shape in shapes]
+
+    def call(function: Function) -> Function:
+        def run(*tensors: torch.Tensor) -> torch.Tensor:
+            return function(*tensors, *([] if gated else [None, None]), activation)
+
+        return run
+
+    plain = call(reference.feed_forward)
+    agree(call(feed_forward), plain, plain, tensors, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_cross_entropy(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    target = torch.randint(0, 70, (21,), device=DEVICE)
+    target[::4] = -100
+    agree(
+        lambda x, w, b: linear_cross_entropy(x, w, target, b, reduction="sum"),
+        lambda x, w, b: reference.linear_cross_entropy(x, w, target, b, -100).sum(),
+        lambda x, w, b: F.cross_entropy((x @ w.T + b).float(), target, reduction="sum"),
+        [randn(21, 16), randn(70, 16), randn(70)],
+        dtype,
+    )

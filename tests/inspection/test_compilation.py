@@ -1,0 +1,135 @@
+"""Ahead-of-time compilation: a machine that has the cache launches without compiling, and this can fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from inspection.processes import fastformer, python
+
+# What a GPU machine does, up to the launch: the operators through Triton's own launch path, on the cache it was given.
+LAUNCH = """
+import json, sys
+import torch, triton
+import fastformer
+from fastformer.inspection.meta_operators import kernels_of_meta_operators
+from fastformer.inspection.stand_in import stand_in
+
+compiled = []
+triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or compiled.append(src.name)
+architecture, dtype, rows, columns = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+with stand_in(architecture) as launched, kernels_of_meta_operators():
+    x = torch.empty(rows, columns, dtype=dtype, device="meta", requires_grad=True)
+    fastformer.softmax(x).backward(torch.empty_like(x))
+print(json.dumps({"launched": [kernel.name for kernel in launched], "compiled": compiled}))
+"""
+
+
+def launch(cache: Path, architecture: str, dtype: str, rows: int, columns: int) -> dict[str, list[str]]:
+    done = python("-c", LAUNCH, architecture, dtype, str(rows), str(columns), cache=cache)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("compiled") / "cache"
+    options = ("--operators", "softmax", "--dtypes", "bfloat16", "--layouts", "aligned,odd", "--processes", "1")
+    done = fastformer("kernels", "compile", "--arch", "sm_90,gfx942", *options, "--out", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "launched again, none was compiled" in done.stdout
+    return path
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 1024), (4093, 1021)])
+def test_a_launch_finds_its_kernels_in_the_cache(cache: Path, architecture: str, rows: int, columns: int) -> None:
+    found = launch(cache, architecture, "bfloat16", rows, columns)
+    assert len(found["launched"]) == 2
+    assert found["compiled"] == []
+
+
+def test_what_was_not_compiled_ahead_is_missed(cache: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    assert len(launch(copy, "sm_90", "float16", 4096, 1024)["compiled"]) == 2
+    assert len(launch(copy, "sm_80", "bfloat16", 4096, 1024)["compiled"]) == 2
+
+
+def test_a_cache_is_used_where_it_was_prepared_for(cache: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(cache, home)
+    code = "import sys; from pathlib import Path; from fastformer.inspection.compilation import relocate\n"
+    code += "relocate(Path(sys.argv[1]), Path(sys.argv[1]))"
+    hidden = cache.rename(cache.with_name("hidden"))
+    try:
+        away = shutil.copytree(home, tmp_path / "away")
+        assert len(launch(away, "sm_90", "bfloat16", 4096, 1024)["compiled"]) == 2
+        assert python("-c", code, str(home)).returncode == 0
+        assert launch(home, "sm_90", "bfloat16", 4096, 1024)["compiled"] == []
+    finally:
+        hidden.rename(cache)
+
+
+# A training step of a batch unlike those that the command compiled for.
+STEP = """
+import sys
+import torch, triton
+from fastformer.inspection.meta_operators import kernels_of_meta_operators
+from fastformer.inspection.model_work import meta_model
+from fastformer.inspection.stand_in import stand_in
+
+compiled = []
+triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or compiled.append(src.name)
+model = meta_model(sys.argv[1], "32-true")
+def integers(size, dtype=torch.int64): return torch.empty(size, dtype=dtype, device="meta")
+with stand_in("sm_80") as launched, kernels_of_meta_operators():
+    model(
+        input_ids=integers(77), cu_seqlens=integers(4, torch.int32), max_seqlen=int(sys.argv[2]),
+        labels=integers(77), masked_positions=integers(int(sys.argv[3])), next_sentence_label=integers(3),
+    ).loss.backward()
+print(len(launched), compiled)
+"""
+
+
+def test_a_model_launches_nothing_but_what_was_compiled_for_it(tmp_path: Path) -> None:
+    from fastformer.models import preset
+
+    config = preset(
+        "bert-tiny",
+        num_hidden_layers=1,
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        max_position_embeddings=16,
+    )
+    config.architectures = ["FastformerForPreTraining"]
+    config.save_pretrained(tmp_path / "model")
+    model, cache = str(tmp_path / "model"), tmp_path / "cache"
+    options = ("--arch", "sm_80", "--model", model, "--precision", "32-true", "--processes", "1")
+    done = fastformer("kernels", "compile", *options, "--out", str(cache))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for max_seqlen, masked in ((16, 11), (15, 16)):
+        step = python("-c", STEP, model, str(max_seqlen), str(masked), cache=cache)
+        assert step.returncode == 0, step.stderr
+        launched, compiled = step.stdout.split(maxsplit=1)
+        assert int(launched) >= 10
+        assert compiled.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--arch", "sm_91"), "--arch must be among sm_80"),
+        (("--arch", "sm_90", "--operators", "sofmax"), "operators must be among attention"),
+        (("--arch", "sm_90", "--model", "bert-huge"), "--model must be a folder with a config.json or a preset"),
+        (("--arch", "sm_90", "--model", "bert-tiny", "--precision", "8"), "--precision must be one of 32-true"),
+        (("--arch", "sm_90", "--model", "bert-tiny", "--dtypes", "float16"), "--dtypes and --layouts choose cases"),
+        (("--arch", "sm_90", "--home", "here"), "--home must be an absolute path"),
+    ],
+)
+def test_wrong_options_are_named(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = fastformer("kernels", "compile", *arguments, "--out", str(tmp_path / "cache"))
+    assert done.returncode == 2
+    assert message in done.stderr
