@@ -51,7 +51,7 @@ def dropout_keep(seed_pointer, row, start, threshold, BLOCK_ROWS: tl.constexpr, 
     )
     words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
     words = tl.reshape(words, (BLOCK_ROWS, BLOCK_COLUMNS))
-    return words.to(tl.uint32, bitcast=True).to(tl.int64) >= threshold
+    return words.to(tl.uint32, bitcast=True) >= tl.full((1, 1), threshold, tl.uint32)
 
 
 @triton.jit

@@ -33,8 +33,9 @@ BACKWARD_THREE_SUMS_COLUMNS = 4096
 TILE_ELEMENTS = 4096
 ELEMENTS_PER_THREAD = 16
 # The backward holds a row, its gradient and up to three running sums at once: half as much to a thread.
-BACKWARD_TILE_ELEMENTS = 2048
 BACKWARD_ELEMENTS_PER_THREAD = 8
+# At most, to leave each 128 registers.
+BACKWARD_THREADS = 512
 # Enough to keep the memory busy, few enough that their partial sums of dw and db stay small beside dx.
 BACKWARD_PROGRAMS_PER_MULTIPROCESSOR = 4
 
@@ -479,7 +480,7 @@ def norm_forward(
     mean = torch.empty_like(rstd) if centered else rstd.new_zeros(1)
     one_pass = columns <= FORWARD_ONE_PASS_COLUMNS
     block_columns = _one_pass_block(columns) if one_pass else TILE_ELEMENTS
-    block_rows = _block_rows(block_columns, rows, TILE_ELEMENTS)
+    block_rows = _block_rows(block_columns, rows)
     with device_guard(input):
         _forward_kernel[(triton.cdiv(rows, block_rows),)](
             input,
@@ -552,7 +553,7 @@ def norm_backward(
     grad_residual = None if residual_dtype is None else torch.empty_like(grad_input, dtype=residual_dtype)
     one_pass = columns * max(x.element_size(), grad_output.element_size()) <= BACKWARD_ONE_PASS_BYTES
     block_columns = _one_pass_block(columns) if one_pass else TILE_ELEMENTS
-    block_rows = _block_rows(block_columns, rows, BACKWARD_TILE_ELEMENTS)
+    block_rows = _block_rows(block_columns, rows)
     programs = min(triton.cdiv(rows, block_rows), most_programs(x))
     weight_sums = rstd.new_empty((programs, columns)) if weight_needs_grad else None
     bias_sums = rstd.new_empty((programs, columns)) if bias_needs_grad else None
@@ -566,7 +567,7 @@ def norm_backward(
         "CENTERED": centered,
         "ALIGNMENT": alignment(columns, grad_output.stride(0), _strides(grad_sum)[0], x.stride(0)),
         "BLOCK_COLUMNS": block_columns,
-        "num_warps": _warps(x, block_rows * block_columns // BACKWARD_ELEMENTS_PER_THREAD),
+        "num_warps": _warps(x, min(BACKWARD_THREADS, block_rows * block_columns // BACKWARD_ELEMENTS_PER_THREAD)),
         **COMPILER_OPTIONS,
     }
     with device_guard(x):
@@ -628,9 +629,9 @@ def _one_pass_block(columns: int) -> int:
     return max(4, triton.next_power_of_2(columns))
 
 
-def _block_rows(block_columns: int, rows: int, tile_elements: int) -> int:
+def _block_rows(block_columns: int, rows: int) -> int:
     """Whole rows in a tile: several where they are short."""
-    return max(1, min(tile_elements // block_columns, triton.next_power_of_2(rows)))
+    return max(1, min(TILE_ELEMENTS // block_columns, triton.next_power_of_2(rows)))
 
 
 def _warps(tensor: torch.Tensor, threads: int) -> int:
