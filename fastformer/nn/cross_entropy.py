@@ -51,29 +51,26 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
 
-class LinearCrossEntropyLoss(nn.Module):
-    """`torch.nn.LinearCrossEntropyLoss` of class indices, which never holds all logits: same parameters and state_dict.
+class LinearCrossEntropyLoss(nn.LinearCrossEntropyLoss):
+    """`torch.nn.LinearCrossEntropyLoss` that never holds all logits: same constructor, state_dict and forward.
 
     The projection is `linear`, an `nn.Linear`, so that its weight can be tied to an embedding's. Where it has been
-    replaced by another module (LoRA, quantisation) that is called, and its logits are held at once.
+    replaced by another module (LoRA, quantisation) that is called, and its logits are held at once. Class
+    probabilities, `out_features` and `options` are left to PyTorch's own operator.
 
     Args:
         in_features: size of the last dimension of the input.
         num_classes: number of classes.
-        bias: whether the projection has one.
-        device, dtype: of the parameters.
-        reduction, ignore_index, label_smoothing: as in `fastformer.linear_cross_entropy`; `ignore_index` None is -100.
-        weight: (num_classes,), how much each class counts; a buffer.
+        out_features, options, bias, device, dtype, reduction, weight, ignore_index, label_smoothing: as in PyTorch.
         z_loss, softcap, memory_budget: as in `fastformer.linear_cross_entropy`.
     """
-
-    weight: torch.Tensor | None
 
     def __init__(
         self,
         in_features: int,
         num_classes: int,
         *,
+        out_features: tuple[int, ...] = (),
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -81,28 +78,43 @@ class LinearCrossEntropyLoss(nn.Module):
         weight: torch.Tensor | None = None,
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
+        options: nn.LinearCrossEntropyOptions | None = None,
         z_loss: float = 0.0,
         softcap: float | None = None,
         memory_budget: int | None = None,
     ) -> None:
-        super().__init__()
-        self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
-        self.register_buffer("weight", weight)
-        self.reduction = reduction
-        self.ignore_index = -100 if ignore_index is None else ignore_index
-        self.label_smoothing = label_smoothing
+        super().__init__(
+            in_features,
+            num_classes,
+            out_features=out_features,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            reduction=reduction,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+        )
         self.z_loss = z_loss
         self.softcap = softcap
         self.memory_budget = memory_budget
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Loss of `input` (..., in_features) and classes `target` (...), in float32."""
+        if self.out_features or self.options is not None or target.is_floating_point():
+            if self.z_loss or self.softcap is not None or self.memory_budget is not None:
+                raise ValueError(
+                    "z_loss, softcap and memory_budget need a target of classes, no out_features and no options"
+                )
+            return super().forward(input, target)
+        ignore_index = -100 if self.ignore_index is None else self.ignore_index
         if not is_plain_linear(self.linear):
             loss = cross_entropy(
                 self.linear(input).flatten(0, -2).float(),
                 target.flatten(),
                 self.weight,
-                ignore_index=self.ignore_index,
+                ignore_index=ignore_index,
                 reduction=self.reduction,
                 label_smoothing=self.label_smoothing,
                 z_loss=self.z_loss,
@@ -114,7 +126,7 @@ class LinearCrossEntropyLoss(nn.Module):
             self.linear.weight,
             target,
             self.linear.bias,
-            self.ignore_index,
+            ignore_index,
             self.reduction,
             class_weight=self.weight,
             label_smoothing=self.label_smoothing,

@@ -75,3 +75,15 @@ def test_tied_weight_takes_both_gradients() -> None:
     module(embedding(tokens), tokens).backward()
     expected = torch.nn.functional.cross_entropy(embedding(tokens) @ embedding.weight.T, tokens)
     torch.testing.assert_close(embedding.weight.grad, *torch.autograd.grad(expected, embedding.weight))
+
+
+def test_what_is_left_to_pytorch() -> None:
+    torch.manual_seed(0)
+    ours = LinearCrossEntropyLoss(4, 5, out_features=(2,))
+    theirs = torch.nn.LinearCrossEntropyLoss(4, 5, out_features=(2,))
+    ours.load_state_dict(theirs.state_dict())
+    input, target = torch.randn(3, 4), torch.randint(0, 5, (3, 2))
+    assert torch.equal(ours(input, target), theirs(input, target))
+    probabilities = torch.rand(3, 5)
+    with pytest.raises(ValueError, match="z_loss, softcap and memory_budget need a target of classes"):
+        LinearCrossEntropyLoss(4, 5, z_loss=0.1)(input, probabilities)
