@@ -14,18 +14,23 @@ if TYPE_CHECKING:
     from fastformer.ops import (
         append_to_cache,
         attention,
+        attention_weights,
+        cross_entropy,
         decode_attention,
         feed_forward,
         layer_norm,
         linear_cross_entropy,
         log_softmax,
         merge_attention,
+        relative_position_bias,
         rms_norm,
         rotary,
         rotary_frequencies,
         rotary_table,
         scaled_dot_product_attention,
         softmax,
+        t5_buckets,
+        transformer_embedding,
     )
 
 __version__ = "0.1.0"
@@ -33,19 +38,24 @@ __version__ = "0.1.0"
 __all__ = [
     "append_to_cache",
     "attention",
+    "attention_weights",
     "backend",
+    "cross_entropy",
     "decode_attention",
     "feed_forward",
     "layer_norm",
     "linear_cross_entropy",
     "log_softmax",
     "merge_attention",
+    "relative_position_bias",
     "rms_norm",
     "rotary",
     "rotary_frequencies",
     "rotary_table",
     "scaled_dot_product_attention",
     "softmax",
+    "t5_buckets",
+    "transformer_embedding",
 ]
 
 

@@ -229,15 +229,29 @@ def rotary(input: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torc
     return torch.cat([turned, rest], -1)
 
 
-def linear_cross_entropy(
-    input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None, ignore_index: int
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    class_weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
 ) -> torch.Tensor:
-    """The loss of each row, 0 where it is ignored."""
-    logits = input.double() @ weight.double().T
-    logits = logits if bias is None else logits + bias
+    """Of rows of logits (rows, classes), in their dtype: float64 to judge, a lower one to see PyTorch's own error."""
+    classes = logits.shape[1]
+    z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    w = torch.ones(classes, dtype=z.dtype) if class_weight is None else class_weight.to(z.dtype)
     counts = target != ignore_index
-    at_target = logits.gather(1, target.where(counts, torch.zeros_like(target))[:, None]).squeeze(1)
-    return (logits.logsumexp(1) - at_target) * counts
+    column = target.where(counts, torch.zeros_like(target))
+    target_weight = w[column] * counts
+    log_probabilities = z.log_softmax(1)
+    losses = -target_weight * (1 - label_smoothing) * log_probabilities.gather(1, column[:, None]).squeeze(1)
+    losses = losses - label_smoothing / classes * (log_probabilities * w).sum(1) * counts
+    losses = losses + z_loss * target_weight * z.logsumexp(1) ** 2
+    return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / target_weight.sum()}[reduction]
 
 
 ACTIVATIONS = {
@@ -259,8 +273,14 @@ def feed_forward(
     gate_weight: torch.Tensor | None,
     gate_bias: torch.Tensor | None,
     activation: str,
+    residual: torch.Tensor | None = None,
+    hidden_scale: torch.Tensor | float = 1.0,
+    output_scale: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
-    """In the dtype of its inputs: float64 to judge, a lower one to see what PyTorch's own error is."""
+    """In the dtype of its inputs: float64 to judge, a lower one to see what PyTorch's own error is.
+
+    The scales are what dropout multiplies by: 0 or 1 / (1 - p).
+    """
 
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return x @ weight.T if bias is None else x @ weight.T + bias
@@ -268,4 +288,20 @@ def feed_forward(
     act = ACTIVATIONS[activation]
     up = linear(input, up_weight, up_bias)
     hidden = act(up) if gate_weight is None else act(linear(input, gate_weight, gate_bias)) * up
-    return linear(hidden, down_weight, down_bias)
+    output = linear(hidden * hidden_scale, down_weight, down_bias) * output_scale
+    return output if residual is None else output + residual
+
+
+def transformer_embedding(
+    ids: list[torch.Tensor | None],
+    tables: list[torch.Tensor | None],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    keep: torch.Tensor | None,
+    dropout_p: float,
+) -> torch.Tensor:
+    """In the dtype of its tables: float64 to judge, a lower one to see what PyTorch's own error is."""
+    total = sum(table[indices] for table, indices in zip(tables, ids, strict=True) if table is not None)
+    output = torch.nn.functional.layer_norm(total, total.shape[-1:], weight, bias, eps)
+    return output if keep is None else output * keep.view(output.shape) / (1.0 - dropout_p)

@@ -14,31 +14,8 @@ from transformers.utils.generic import can_return_tuple
 
 from fastformer.models.block import Block
 from fastformer.models.configuration import FastformerConfig
-from fastformer.models.inputs import TokenBatch, token_batch
-from fastformer.nn import LayerNorm, Packing
-
-
-class Embeddings(nn.Module):
-    """The sum of word, position and token type embeddings, normalised."""
-
-    def __init__(self, config: FastformerConfig) -> None:
-        super().__init__()
-        self.word = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, tokens: TokenBatch) -> torch.Tensor:
-        """Returns (total_tokens, hidden_size)."""
-        words = _look_up("input_ids", self.word, tokens.input_ids)
-        positions = _look_up("position_ids", self.position, tokens.position_ids)
-        if tokens.token_type_ids is None:
-            types = self.token_type.weight[0]
-        else:
-            types = _look_up("token_type_ids", self.token_type, tokens.token_type_ids)
-        normalised, _ = self.norm(words + types, residual=positions)
-        return self.dropout(normalised)
+from fastformer.models.inputs import token_batch
+from fastformer.nn import Packing, TransformerEmbedding
 
 
 class Pooler(nn.Module):
@@ -67,7 +44,7 @@ class FastformerPreTrainedModel(PreTrainedModel):
     config_class = FastformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Embeddings", "Block"]  # noqa: RUF012
+    _no_split_modules = ["TransformerEmbedding", "Block"]  # noqa: RUF012
     _input_embed_layer = "word"
 
     @classmethod
@@ -98,7 +75,15 @@ class FastformerModel(FastformerPreTrainedModel):
     def __init__(self, config: FastformerConfig, add_pooling_layer: bool = True) -> None:
         config.validate_architecture()
         super().__init__(config)
-        self.embeddings = Embeddings(config)
+        self.embeddings = TransformerEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            config.max_position_embeddings,
+            config.type_vocab_size,
+            padding_idx=config.pad_token_id,
+            eps=config.layer_norm_eps,
+            dropout=config.hidden_dropout_prob,
+        )
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.pooler = Pooler(config) if add_pooling_layer else None
         self.post_init()
@@ -151,7 +136,7 @@ class FastformerModel(FastformerPreTrainedModel):
             max_seqlen,
             self.config.max_position_embeddings,
         )
-        hidden = self.embeddings(tokens)
+        hidden = self.embeddings(tokens.input_ids, tokens.token_type_ids, tokens.position_ids)
         hidden_states = [hidden]
         for layer in self.layers:
             hidden = layer(hidden, tokens.packing)
@@ -162,15 +147,6 @@ class FastformerModel(FastformerPreTrainedModel):
             pooler_output=None if self.pooler is None else self.pooler(hidden, tokens.packing),
             hidden_states=tuple(map(tokens.restore, hidden_states)) if returns_hidden_states else None,
         )
-
-
-def _look_up(name: str, table: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
-    try:
-        return table(ids)
-    except IndexError as error:
-        raise IndexError(
-            f"{name} must be from 0 to {table.num_embeddings - 1}; got {ids.min().item()} to {ids.max().item()}"
-        ) from error
 
 
 def _damaged_file(folder: Any) -> Path | None:

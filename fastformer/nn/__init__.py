@@ -10,19 +10,25 @@ from typing import Any
 import torch
 
 from fastformer.nn import functional
+from fastformer.nn.cross_entropy import CrossEntropyLoss, LinearCrossEntropy, LinearCrossEntropyLoss
+from fastformer.nn.embedding import TransformerEmbedding
 from fastformer.nn.feed_forward import FeedForward
 from fastformer.nn.multihead_attention import MultiheadAttention
 from fastformer.nn.normalization import LayerNorm, RMSNorm
-from fastformer.nn.packing import DenseLayout, Packing, packed_positions
+from fastformer.nn.packing import DenseLayout, Packing
 from fastformer.nn.rotary import RotaryEmbedding
 from fastformer.nn.softmax import LogSoftmax, Softmax
 from fastformer.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
 from fastformer.nn.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
+from fastformer.ops.packing import packed_positions
 
 __all__ = [
+    "CrossEntropyLoss",
     "DenseLayout",
     "FeedForward",
     "LayerNorm",
+    "LinearCrossEntropy",
+    "LinearCrossEntropyLoss",
     "LogSoftmax",
     "MultiheadAttention",
     "Packing",
@@ -32,6 +38,7 @@ __all__ = [
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
+    "TransformerEmbedding",
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "functional",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastformer.ops.dropout import check_dropout_p
 from fastformer.ops.feed_forward import feed_forward
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -35,9 +36,13 @@ class FeedForward(nn.Module):
         gated: with a third projection, `gate`: the GLU forms.
         bias: whether the projections have one.
         device, dtype: of the parameters.
+        hidden_dropout: probability of dropping an element between the projections, in training.
+        dropout: the same of the output, before a residual is added.
+        recompute: keep no pre-activations for the backward, which computes them again.
 
     Shapes: (..., hidden_size) to (..., hidden_size). The projections `up`, `down` and `gate` are `nn.Linear`; one that
-    has been replaced by another module (LoRA, quantisation) is called, so that what it adds is never lost.
+    has been replaced by another module (LoRA, quantisation) is called, so that what it adds is never lost, in unfused
+    steps that keep what PyTorch keeps for the backward, `recompute` or not.
     """
 
     def __init__(
@@ -49,22 +54,34 @@ class FeedForward(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        hidden_dropout: float = 0.0,
+        dropout: float = 0.0,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        check_dropout_p(hidden_dropout, "hidden_dropout")
+        check_dropout_p(dropout, "dropout")
         factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.activation = activation
+        self.hidden_dropout = hidden_dropout
+        self.dropout = dropout
+        self.recompute = recompute
         self.up = nn.Linear(hidden_size, intermediate_size, **factory)
         self.gate = nn.Linear(hidden_size, intermediate_size, **factory) if gated else None
         self.down = nn.Linear(intermediate_size, hidden_size, **factory)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`input` (..., hidden_size); returns the same shape."""
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """`input` (..., hidden_size), `residual` of the same shape, added last; returns the same shape."""
         up, gate, down = self.up, self.gate, self.down
         if not is_plain_linear(up, down, *([] if gate is None else [gate])):
             activation = ACTIVATIONS[self.activation]
-            return down(activation(up(input)) if gate is None else activation(gate(input)) * up(input))
+            hidden = activation(up(input)) if gate is None else activation(gate(input)) * up(input)
+            hidden = F.dropout(hidden, self.hidden_dropout, self.training)
+            output = F.dropout(down(hidden), self.dropout, self.training)
+            return output if residual is None else output + residual
         return feed_forward(
             input,
             up.weight,
@@ -74,10 +91,14 @@ class FeedForward(nn.Module):
             None if gate is None else gate.weight,
             None if gate is None else gate.bias,
             activation=self.activation,
+            hidden_dropout_p=self.hidden_dropout if self.training else 0.0,
+            output_dropout_p=self.dropout if self.training else 0.0,
+            residual=residual,
+            recompute=self.recompute,
         )
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation}"
+        return f"activation={self.activation}, hidden_dropout={self.hidden_dropout}, dropout={self.dropout}"
 
 
 def is_plain_linear(*modules: nn.Module) -> bool:

@@ -67,11 +67,3 @@ class DenseLayout(NamedTuple):
             padded = packed.new_zeros(self.batch * self.sequence, *packed.shape[1:])
             packed = padded.index_copy(0, self.indices, packed)
         return packed.unflatten(0, (self.batch, self.sequence))
-
-
-def packed_positions(cu_seqlens: torch.Tensor, total_tokens: int) -> torch.Tensor:
-    """Each packed token's position within its sequence, (total_tokens,) int64, without a synchronisation."""
-    starts = cu_seqlens[:-1].long()
-    lengths = cu_seqlens.diff().long()
-    first = torch.repeat_interleave(starts, lengths, output_size=total_tokens)
-    return torch.arange(total_tokens, device=cu_seqlens.device) - first

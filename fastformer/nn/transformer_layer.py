@@ -72,13 +72,27 @@ class _TransformerLayer(nn.Module):
         hidden = norms[0](x)
         for attend, dropout, norm in zip(attentions, dropouts[:-1], norms[1:], strict=True):
             hidden, x = _add_and_normalize_with_sum(attend(hidden), x, dropout, norm)
-        return x + dropouts[-1](self._feed_forward(hidden))
+        return self._feed_forward(hidden, residual=x)
 
-    def _feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _feed_forward(self, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The feed-forward block, and with `residual` its dropout and the addition."""
         up, down, name = self.linear1, self.linear2, _fused_name(self.activation)
-        if name is None or _dropout_p(self.dropout) != 0.0 or not is_plain_linear(up, down):
-            return down(self.dropout(self.activation(up(hidden))))
-        return feed_forward(hidden, up.weight, down.weight, up.bias, down.bias, activation=name)
+        dropout = self.get_submodule(f"dropout{len(self._attentions) + 1}")
+        hidden_p, output_p = _dropout_p(self.dropout), _dropout_p(dropout) if residual is not None else 0.0
+        if name is None or hidden_p is None or output_p is None or not is_plain_linear(up, down):
+            output = down(self.dropout(self.activation(up(hidden))))
+            return output if residual is None else residual + dropout(output)
+        return feed_forward(
+            hidden,
+            up.weight,
+            down.weight,
+            up.bias,
+            down.bias,
+            activation=name,
+            hidden_dropout_p=hidden_p,
+            output_dropout_p=output_p,
+            residual=residual,
+        )
 
 
 class TransformerEncoderLayer(_TransformerLayer, nn.TransformerEncoderLayer):

@@ -429,8 +429,8 @@ def _draw_seed(device: torch.device) -> torch.Tensor:
     return torch.randint(0, 2**63 - 1, (2,), device=device, dtype=torch.int64)
 
 
-# The trailing arguments of both operators, in the order of AttentionArguments' fields.
-_ARGUMENTS = (
+# The trailing arguments of every attention operator, in the order of AttentionArguments' fields.
+ARGUMENTS_SCHEMA = (
     "Tensor? mask, Tensor? bias, Tensor? relative_bias, Tensor? alibi_slopes, Tensor? head_scales, Tensor? sinks, "
     "Tensor? key_lengths, Tensor? prefix_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, "
     "SymInt max_seqlen_k, float scale, SymInt left, SymInt right, SymInt chunk, bool bottom_right, float softcap, "
@@ -441,7 +441,7 @@ _ARGUMENTS = (
 @torch.library.custom_op(
     "fastformer::attention",
     mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor query, Tensor key, Tensor value, {ARGUMENTS_SCHEMA}) -> (Tensor, Tensor)",
 )
 def _attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any
@@ -458,7 +458,7 @@ def _attention(
     mutates_args=(),
     schema=(
         "(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
-        f"bool[] needed, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * len(AttentionGradients._fields))})"
+        f"bool[] needed, {ARGUMENTS_SCHEMA}) -> ({', '.join(['Tensor'] * len(AttentionGradients._fields))})"
     ),
 )
 def _attention_backward(

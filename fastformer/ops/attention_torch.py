@@ -89,6 +89,45 @@ def attention_backward_torch(
     )
 
 
+def attention_weights_torch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    heads: torch.Tensor,
+    query_rows: torch.Tensor,
+    arguments: AttentionArguments,
+) -> torch.Tensor:
+    """Weights (batch, chosen heads, chosen rows, keys); see `fastformer.attention_weights`."""
+    weights = query.new_zeros(arguments.batch(query), len(heads), len(query_rows), arguments.max_seqlen_k)
+    chosen = _choose_heads(arguments, heads)
+    for segment in _segments(query, key, chosen):
+        q, k = segment.queries(query)[:, heads], segment.keys(key)
+        k = k[:, heads // (query.shape[1] // key.shape[1])].float()
+        row_lse = segment.rows(lse)[:, heads, :, None]
+        row_lse = row_lse.masked_fill(row_lse == NEGATIVE_INFINITY, -NEGATIVE_INFINITY)
+        m, n = q.shape[2], k.shape[2]
+        for place, row in enumerate(query_rows.tolist()):
+            if row < m:
+                at = slice(row, row + 1)
+                scores = _scores(q[:, :, at].float(), k, at, m, segment)
+                weights[segment.batch, :, place, :n] = torch.exp(scores.values - row_lse[:, :, at]).squeeze(2)
+    return weights
+
+
+def _choose_heads(arguments: AttentionArguments, heads: torch.Tensor) -> AttentionArguments:
+    def take(tensor: torch.Tensor | None, dim: int) -> torch.Tensor | None:
+        return tensor if tensor is None or tensor.shape[dim] == 1 else tensor.index_select(dim, heads)
+
+    return replace(
+        arguments,
+        mask=take(arguments.mask, 1),
+        bias=take(arguments.bias, 1),
+        relative_bias=take(arguments.relative_bias, 0),
+        alibi_slopes=take(arguments.alibi_slopes, 1),
+        head_scales=take(arguments.head_scales, 0),
+    )
+
+
 @dataclass(frozen=True)
 class _Segment:
     """Consecutive sequences of equal lengths: where they lie in the whole call's tensors, and its arguments for them.

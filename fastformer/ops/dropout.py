@@ -16,10 +16,10 @@ _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 _CHUNK = 16384
 
 
-def check_dropout_p(dropout_p: float) -> None:
-    """Raise ValueError unless `dropout_p` is a probability below one."""
+def check_dropout_p(dropout_p: float, name: str = "dropout_p") -> None:
+    """Raise ValueError, naming the argument, unless `dropout_p` is a probability below one."""
     if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
+        raise ValueError(f"{name} must be in [0, 1); got {dropout_p}")
 
 
 def draw_seed(device: torch.device) -> Tensor:

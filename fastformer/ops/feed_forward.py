@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import to_autocast_dtype
-from fastformer.ops.checks import check_floating, check_like, check_shape
+from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
+from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropout_threshold
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "squared_relu", "identity")
 _GELU_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -26,11 +27,16 @@ def feed_forward(
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
     activation: str = "gelu",
+    *,
+    hidden_dropout_p: float = 0.0,
+    output_dropout_p: float = 0.0,
+    residual: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """Feed-forward: ``act(x up^T + up_bias) down^T + down_bias`` (Vaswani et al. 2017, equation 2).
 
     With `gate_weight`: ``(act(x gate^T + gate_bias) * (x up^T + up_bias)) down^T + down_bias`` (Shazeer 2020). For the
-    backward it keeps the input and the pre-activations; the hidden layer is computed again.
+    backward it keeps the input and the pre-activations; the hidden layer is computed again, and so are dropout's masks.
 
     Args:
         input: (..., in_features), float32, float16 or bfloat16, any strides.
@@ -41,13 +47,21 @@ def feed_forward(
         gate_weight: (intermediate_size, in_features); makes the block gated.
         gate_bias: (intermediate_size,); only with `gate_weight`.
         activation: relu, gelu (with erf), gelu_tanh, silu, squared_relu or identity.
+        hidden_dropout_p: probability of dropping an element between the projections; the kept ones are scaled by
+            ``1 / (1 - p)``. Applied whenever it is not zero.
+        output_dropout_p: the same, after the second projection.
+        residual: (..., out_features), floating; added last, with its gradient.
+        recompute: keep no pre-activations for the backward, which computes them again: one more product (two when
+            gated) for intermediate_size (2 intermediate_size) elements less per token.
 
     Returns:
-        (..., out_features), of input's dtype (under autocast, the autocast dtype), accumulated in float32.
+        (..., out_features), of input's dtype (under autocast, the autocast dtype) or residual's if that is wider,
+        accumulated in float32.
 
     Raises:
         TypeError: `input` is of another dtype, or a parameter's dtype is not input's.
-        ValueError: an unknown activation, a shape that does not fit, another device, a gate's bias without its weight.
+        ValueError: an unknown activation, a shape that does not fit, another device, a gate's bias without its weight,
+            a probability outside [0, 1).
 
     >>> fastformer.feed_forward(torch.randn(2, 7, 16), torch.randn(64, 16), torch.randn(16, 64)).shape
     torch.Size([2, 7, 16])
@@ -60,20 +74,34 @@ def feed_forward(
     up_bias, down_bias = to_autocast_dtype(up_bias), to_autocast_dtype(down_bias)
     gate_weight, gate_bias = to_autocast_dtype(gate_weight), to_autocast_dtype(gate_bias)
     _check(input, up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias, activation)
+    check_dropout_p(hidden_dropout_p, "hidden_dropout_p")
+    check_dropout_p(output_dropout_p, "output_dropout_p")
+    output_shape = (*input.shape[:-1], down_weight.shape[0])
+    if residual is not None:
+        check_floating("residual", residual)
+        check_device("residual", residual, "input", input)
+        check_shape("residual", residual, output_shape)
     tensors = (input, up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias)
     for_backward = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    tokens = math.prod(input.shape[:-1])
     output, _, _ = _feed_forward(
-        input.reshape(math.prod(input.shape[:-1]), input.shape[-1]),
+        input.reshape(tokens, input.shape[-1]),
         up_weight,
         down_weight,
         up_bias,
         down_bias,
         gate_weight,
         gate_bias,
+        None if residual is None else residual.reshape(tokens, down_weight.shape[0]),
+        draw_seed(input.device) if hidden_dropout_p else None,
+        draw_seed(input.device) if output_dropout_p else None,
         activation,
-        for_backward,
+        hidden_dropout_p,
+        output_dropout_p,
+        for_backward and not recompute,
     )
-    return output.view(*input.shape[:-1], down_weight.shape[0])
+    # Not a view for autograd: FSDP2's hooks on a module's output do not survive in-place operations on views.
+    return torch.ops.aten._unsafe_view(output, output_shape)
 
 
 def _check(
@@ -119,17 +147,34 @@ def _feed_forward(
     down_bias: Tensor | None,
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
+    residual: Tensor | None,
+    hidden_seed: Tensor | None,
+    output_seed: Tensor | None,
     activation: str,
-    for_backward: bool,
+    hidden_dropout_p: float,
+    output_dropout_p: float,
+    store_pre_activations: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (tokens, out_features) and the pre-activations of up and gate, each empty unless it is needed."""
-    if _runs_kernel(input, up_weight):
-        from fastformer_kernels.feed_forward import hidden_forward
+    """Output (tokens, out_features) and the pre-activations of up and gate, each empty unless it is stored."""
+    projections = (input, up_weight, up_bias, gate_weight, gate_bias)
+    if _runs_kernel(input, up_weight, down_weight):
+        from fastformer_kernels.feed_forward import hidden_forward, output_forward
+
+        dropout = _kernel_dropout(hidden_seed, hidden_dropout_p)
+        hidden, up, gate = hidden_forward(*projections, activation, dropout, store_pre_activations)
+        dropout = _kernel_dropout(output_seed, output_dropout_p)
+        output = output_forward(hidden, down_weight, down_bias, residual, dropout)
     else:
-        hidden_forward = _hidden_forward_torch
-    hidden, up, gate = hidden_forward(input, up_weight, up_bias, gate_weight, gate_bias, activation, for_backward)
+        hidden, up, gate = _hidden_forward_torch(*projections, activation, store_pre_activations)
+        if hidden_seed is not None:
+            apply_dropout_(hidden, hidden_seed, hidden_dropout_p)
+        output = F.linear(hidden, down_weight, down_bias)
+        if output_seed is not None:
+            apply_dropout_(output, output_seed, output_dropout_p)
+        if residual is not None:
+            output = (output + residual).contiguous()
     empty = input.new_empty
-    return F.linear(hidden, down_weight, down_bias), empty(0) if up is None else up, empty(0) if gate is None else gate
+    return output, empty(0) if up is None else up, empty(0) if gate is None else gate
 
 
 @_feed_forward.register_fake
@@ -141,14 +186,20 @@ def _(
     down_bias: Tensor | None,
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
+    residual: Tensor | None,
+    hidden_seed: Tensor | None,
+    output_seed: Tensor | None,
     activation: str,
-    for_backward: bool,
+    hidden_dropout_p: float,
+    output_dropout_p: float,
+    store_pre_activations: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
     pre_activation = (input.shape[0], up_weight.shape[0])
     return (
-        input.new_empty(input.shape[0], down_weight.shape[0]),
-        input.new_empty(pre_activation if for_backward else 0),
-        input.new_empty(pre_activation if for_backward and gate_weight is not None else 0),
+        input.new_empty(input.shape[0], down_weight.shape[0], dtype=dtype),
+        input.new_empty(pre_activation if store_pre_activations else 0),
+        input.new_empty(pre_activation if store_pre_activations and gate_weight is not None else 0),
     )
 
 
@@ -158,27 +209,51 @@ def _feed_forward_backward(
     input: Tensor,
     up_weight: Tensor,
     down_weight: Tensor,
+    up_bias: Tensor | None,
     gate_weight: Tensor | None,
-    up: Tensor,
+    gate_bias: Tensor | None,
+    up: Tensor | None,
     gate: Tensor | None,
+    hidden_seed: Tensor | None,
+    output_seed: Tensor | None,
     activation: str,
+    hidden_dropout_p: float,
+    output_dropout_p: float,
     needs_grad: list[bool],
 ) -> list[Tensor]:
-    """Gradients of those tensors, in the order of the forward's arguments, whose `needs_grad` is set."""
+    """Gradients of those tensors, in the order of the forward's arguments, whose `needs_grad` is set.
+
+    Pre-activations that are None are computed again.
+    """
     needs_input, needs_up, needs_down, needs_up_bias, needs_down_bias, needs_gate, needs_gate_bias = needs_grad
     needs_pre_activations = needs_input or needs_up or needs_up_bias or needs_gate or needs_gate_bias
-    grad_up = grad_gate = grad_input = None
-    if needs_pre_activations and _runs_kernel(input, up_weight):
+    if up is None and (needs_pre_activations or needs_down):
+        up = F.linear(input, up_weight, up_bias)
+        gate = None if gate_weight is None else F.linear(input, gate_weight, gate_bias)
+    grad_product = _product_gradient(grad_output, input, output_seed, output_dropout_p)
+    grad_up = grad_gate = grad_input = grad_down = None
+    if up is not None and needs_pre_activations and _runs_kernel(input, up_weight, down_weight):
         from fastformer_kernels.feed_forward import hidden_backward
 
-        grad_up, grad_gate, hidden = hidden_backward(grad_output, down_weight, up, gate, activation, needs_down)
-        grad_down = _weight_gradient(grad_output, hidden)
+        dropout = _kernel_dropout(hidden_seed, hidden_dropout_p)
+        grad_up, grad_gate, hidden = hidden_backward(
+            grad_product, down_weight, up, gate, activation, dropout, needs_down
+        )
+        grad_down = _weight_gradient(grad_product, hidden)
         del hidden
-    else:
+    elif up is not None:
         # The hidden layer is gone before the gradients of the pre-activations are there: never three of that size.
-        grad_down = _weight_gradient(grad_output, _hidden_torch(up, gate, activation) if needs_down else None)
+        if needs_down:
+            hidden = _hidden_torch(up, gate, activation)
+            if hidden_seed is not None:
+                apply_dropout_(hidden, hidden_seed, hidden_dropout_p)
+            grad_down = _weight_gradient(grad_product, hidden)
+            del hidden
         if needs_pre_activations:
-            grad_up, grad_gate = _hidden_backward_torch(grad_output, down_weight, up, gate, activation)
+            grad_hidden = grad_product @ down_weight
+            if hidden_seed is not None:
+                apply_dropout_(grad_hidden, hidden_seed, hidden_dropout_p)
+            grad_up, grad_gate = _hidden_backward_torch(grad_hidden, up, gate, activation)
     if needs_input and grad_up is not None:
         grad_input = grad_up @ up_weight
         if grad_gate is not None and gate_weight is not None:
@@ -188,11 +263,23 @@ def _feed_forward_backward(
         _weight_gradient(grad_up, input if needs_up else None),
         grad_down,
         _bias_gradient(grad_up if needs_up_bias else None),
-        _bias_gradient(grad_output if needs_down_bias else None),
+        _bias_gradient(grad_product if needs_down_bias else None),
         _weight_gradient(grad_gate, input if needs_gate else None),
         _bias_gradient(grad_gate if needs_gate_bias else None),
     )
     return [gradient for gradient in gradients if gradient is not None]
+
+
+def _product_gradient(grad_output: Tensor, input: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+    """The gradient of what the second projection gave, before dropout, in the products' dtype."""
+    if seed is None:
+        return grad_output.to(input.dtype)
+    if use_triton(input) and grad_output.numel():
+        from fastformer_kernels.feed_forward import apply_dropout
+
+        return apply_dropout(grad_output, _kernel_dropout(seed, dropout_p), input.dtype)
+    gradient = torch.empty(grad_output.shape, dtype=input.dtype, device=input.device)
+    return apply_dropout_(gradient.copy_(grad_output), seed, dropout_p)
 
 
 def _weight_gradient(grad_output: Tensor | None, input: Tensor | None) -> Tensor | None:
@@ -209,10 +296,16 @@ def _(
     input: Tensor,
     up_weight: Tensor,
     down_weight: Tensor,
+    up_bias: Tensor | None,
     gate_weight: Tensor | None,
-    up: Tensor,
+    gate_bias: Tensor | None,
+    up: Tensor | None,
     gate: Tensor | None,
+    hidden_seed: Tensor | None,
+    output_seed: Tensor | None,
     activation: str,
+    hidden_dropout_p: float,
+    output_dropout_p: float,
     needs_grad: list[bool],
 ) -> list[Tensor]:
     out_features, intermediate_size = down_weight.shape
@@ -222,25 +315,54 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    input, up_weight, down_weight, _, _, gate_weight, _, activation, _ = inputs
+    input, up_weight, down_weight, up_bias, _, gate_weight, gate_bias, residual, *seeds, activation, p, q, stored = (
+        inputs
+    )
     _, up, gate = output
-    ctx.activation = activation
-    ctx.save_for_backward(input, up_weight, down_weight, gate_weight, up, None if gate_weight is None else gate)
+    ctx.options = (activation, p, q)
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.save_for_backward(
+        input,
+        up_weight,
+        down_weight,
+        # A bias is needed only where the pre-activations are computed again.
+        None if stored else up_bias,
+        gate_weight,
+        None if stored else gate_bias,
+        up if stored else None,
+        gate if stored and gate_weight is not None else None,
+        *seeds,
+    )
     ctx.mark_non_differentiable(up, gate)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    needs_grad = list(ctx.needs_input_grad[:7])
-    gradients = iter(_feed_forward_backward(grad_output, *ctx.saved_tensors, ctx.activation, needs_grad))
-    return *(next(gradients) if needed else None for needed in needs_grad), None, None
+def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    needs_grad, needs_residual = list(ctx.needs_input_grad[:7]), ctx.needs_input_grad[7]
+    if grad_output is None:
+        return (None,) * 14
+    gradients = iter(())
+    if any(needs_grad):
+        gradients = iter(_feed_forward_backward(grad_output, *ctx.saved_tensors, *ctx.options, needs_grad))
+    return (
+        *(next(gradients) if needed else None for needed in needs_grad),
+        grad_output.to(ctx.residual_dtype) if needs_residual else None,
+        *(None,) * 6,
+    )
 
 
 _feed_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _runs_kernel(input: Tensor, up_weight: Tensor) -> bool:
-    return use_triton(input) and input.shape[0] > 0 and up_weight.shape[0] > 0
+def _runs_kernel(input: Tensor, up_weight: Tensor, down_weight: Tensor) -> bool:
+    return use_triton(input) and input.shape[0] > 0 and up_weight.shape[0] > 0 and down_weight.shape[0] > 0
+
+
+def _kernel_dropout(seed: Tensor | None, dropout_p: float) -> Any:
+    """The kernels' `Dropout`, or None where nothing is dropped."""
+    from fastformer_kernels.dropout import Dropout
+
+    return None if seed is None else Dropout(seed, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
 
 
 def _hidden_forward_torch(
@@ -268,10 +390,9 @@ def _hidden_torch(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
 
 
 def _hidden_backward_torch(
-    grad_output: Tensor, down_weight: Tensor, up: Tensor, gate: Tensor | None, activation: str
+    grad_hidden: Tensor, up: Tensor, gate: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the pre-activations `up` and `gate`."""
-    grad_hidden = grad_output @ down_weight
+    """Gradients of the pre-activations `up` and `gate`; `grad_hidden` is used up."""
     if gate is None:
         return _activate_backward(grad_hidden, up, activation), None
     grad_up = _activate(gate, activation, out=torch.empty_like(gate)).mul_(grad_hidden)

@@ -74,28 +74,26 @@ def _empty_results(outputs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Ten
 
 
 def _merge_torch(outputs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    lse = torch.logsumexp(lses, 0)
-    weights = _weights(lses, lse)
     total = torch.zeros(outputs.shape[1:], dtype=torch.float32, device=outputs.device)
-    for output, weight, part in zip(outputs, weights, lses, strict=True):
-        total += (output * weight[:, None]).masked_fill_((part == NEGATIVE_INFINITY)[:, None], 0.0)
-    return total.to(outputs.dtype), lse
+    for output, weight, lse in zip(outputs, _weights(lses), lses, strict=True):
+        total += (output * weight[:, None]).masked_fill_((lse == NEGATIVE_INFINITY)[:, None], 0.0)
+    return total.to(outputs.dtype), torch.logsumexp(lses, 0)
 
 
-def _weights(lses: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """(parts, rows): the share of each part, zeros where no part has a key."""
-    return torch.exp(lses - lse.masked_fill(lse == NEGATIVE_INFINITY, 0.0))
+def _weights(lses: torch.Tensor) -> torch.Tensor:
+    """(parts, rows): the share of each part, 0 for one without keys."""
+    return torch.softmax(lses, 0).masked_fill_(lses == NEGATIVE_INFINITY, 0.0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx: Any, grad_output: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """d output_i = w_i d output; d lse_i = w_i (p_i - sum_j w_j p_j + d lse) with p_i = d output . output_i."""
-    outputs, lses, lse = ctx.saved_tensors
-    weights, absent = _weights(lses, lse), lses == NEGATIVE_INFINITY
-    products = (outputs.float() * grad_output.float()).sum(-1).masked_fill(absent, 0.0)
+    outputs, lses = ctx.saved_tensors
+    weights = _weights(lses)
+    products = (outputs.float() * grad_output.float()).sum(-1).masked_fill(lses == NEGATIVE_INFINITY, 0.0)
     grad_lses = weights * (products - (weights * products).sum(0) + grad_lse)
     return (weights[..., None] * grad_output.float()).to(outputs.dtype), grad_lses
 

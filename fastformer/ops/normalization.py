@@ -229,7 +229,7 @@ def _norm(
             input,
             input_bias,
             residual,
-            _kernel_dropout(seed, dropout_p),
+            kernel_dropout(seed, dropout_p),
             weight,
             bias,
             eps,
@@ -239,7 +239,7 @@ def _norm(
         )
         return output, output.new_empty(0) if total is None else total, mean, rstd
     total = _sum_torch(input, residual, input_bias, seed, dropout_p, dtype)
-    output, mean, rstd = _norm_torch(total, weight, bias, eps, centered, dtype)
+    output, mean, rstd = norm_torch(total, weight, bias, eps, centered, dtype)
     if not keep_sum:
         return output, output.new_empty(0), mean, rstd
     # An operator's outputs may not be its inputs.
@@ -298,7 +298,7 @@ def _norm_backward(
             mean,
             rstd,
             weight,
-            _kernel_dropout(seed, dropout_p),
+            kernel_dropout(seed, dropout_p),
             centered=centered,
             input_dtype=input_dtype,
             residual_dtype=residual_dtype,
@@ -307,7 +307,7 @@ def _norm_backward(
             input_bias_needs_grad=input_bias_needs_grad,
         )
     else:
-        grad_x, grad_weight, grad_bias = _norm_backward_torch(
+        grad_x, grad_weight, grad_bias = norm_backward_torch(
             grad_output, x, mean, rstd, weight, centered, weight_needs_grad, bias_needs_grad
         )
         grad_input, grad_residual, grad_input_bias = _sum_backward_torch(
@@ -400,7 +400,8 @@ def _backward(
 _norm.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _kernel_dropout(seed: Tensor | None, dropout_p: float) -> Any:
+def kernel_dropout(seed: Tensor | None, dropout_p: float) -> Any:
+    """The kernels' description of dropout; None without a seed."""
     from fastformer_kernels.normalization import Dropout
 
     return None if seed is None else Dropout(seed, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
@@ -428,7 +429,7 @@ def _sum_torch(
     return total.to(dtype)
 
 
-def _norm_torch(
+def norm_torch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centered: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     if centered:
@@ -447,7 +448,7 @@ def _parameter(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return None if parameter is None else parameter.to(x.dtype if x.dtype == torch.float32 else torch.float32)
 
 
-def _norm_backward_torch(
+def norm_backward_torch(
     grad_output: Tensor,
     x: Tensor,
     mean: Tensor,

@@ -29,7 +29,7 @@ def rotary_frequencies(rotary_dim: int, base: float = 10000.0, scaling: float = 
         raise ValueError(f"base must be positive; got {base}")
     if not scaling > 0.0:
         raise ValueError(f"scaling must be positive; got {scaling}")
-    return base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim) / scaling
+    return base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim) / scaling
 
 
 def rotary_table(
@@ -47,7 +47,7 @@ def rotary_table(
     Returns:
         cos and sin, each (positions, rotary_dim / 2) float32, from angles in float64.
     """
-    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies.detach().cpu().double()
+    angles = torch.arange(positions, dtype=torch.float64, device="cpu")[:, None] * frequencies.detach().cpu().double()
     return (angles.cos() * magnitude).float().to(device), (angles.sin() * magnitude).float().to(device)
 
 

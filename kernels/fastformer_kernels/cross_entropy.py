@@ -1,88 +1,346 @@
-"""Cross-entropy of rows of logits and, in the same pass over memory, its gradient in their place.
+"""Cross-entropy of rows of logits and its gradient, which may take the logits' place.
 
-loss = log sum_j exp(z_j) - z_t and d loss / dz_j = softmax(z)_j - [j = t], times the weight of the row.
+With classes c, target t, class weights w, label smoothing s (Szegedy et al., 2016, https://arxiv.org/abs/1512.00567),
+z-loss a (Chowdhery et al., 2022, https://arxiv.org/abs/2204.02311, section 5) and, for a softcap k (Gemma Team, 2024,
+https://arxiv.org/abs/2408.00118, section 2), z = k tanh(logit / k):
+
+    lse = log sum_c exp(z_c)
+    loss = (1 - s) w_t (lse - z_t) + s / C sum_c w_c (lse - z_c) + a w_t lse^2
+    d loss / d z_c = exp(z_c - lse) ((1 - s) w_t + s / C sum_c w_c + 2 a w_t lse) - [c = t] (1 - s) w_t - s / C w_c
+
+and d z / d logit = 1 - (z / k)^2. A row is read once for lse, online (Milakov and Gimelshein, 2018,
+https://arxiv.org/abs/1805.02867), and once for the gradient; a tile holds several rows where they are short. Whole
+tiles are loaded without a test of the column, so that they are read in 128 bits wherever the rows are aligned.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from fastformer_kernels.launch import device_guard
+from fastformer_kernels.attention.tiles import tanh
+from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard
 from fastformer_kernels.precision import round_to
+from fastformer_kernels.rows import alignment, row_layout, row_offset
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-MAX_BLOCK = 4096
+TILE_ELEMENTS = 4096
+# With smoothing or a softcap more is live for each element: a whole tile spills on sm_90 and later.
+LIVE_TILE_ELEMENTS = 2048
+# A tile's columns where neighbouring rows, not neighbouring classes, are next to each other in memory.
+TRANSPOSED_COLUMNS = 64
+THREADS = 256
+
+
+@dataclass(frozen=True)
+class CrossEntropyOptions:
+    """What the loss of a row is made of.
+
+    Attributes:
+        ignore_index: rows with this target have loss and gradient zero.
+        label_smoothing: the share s of the loss that all classes take alike.
+        z_loss: the factor a of lse^2.
+        softcap: the bound k of the capped logits; 0 leaves them as they are.
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0
+
+
+@triton.jit
+def _load_logits(logits_row, column, stride, valid, softcap):
+    """Logits of a tile in float32, capped; -inf where not valid."""
+    z = tl.load(logits_row + column * stride, mask=valid, other=float("-inf")).to(tl.float32)
+    if softcap is not None:
+        z = tl.where(valid, softcap * tanh(z / softcap), float("-inf"))
+    return z
+
+
+@triton.jit
+def _accumulate(z, maximum, total):
+    """Each lane's maximum and sum of exp(z - maximum) with one more logit."""
+    new_maximum = tl.maximum(maximum, z)
+    shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    return new_maximum, total * tl.exp2((maximum - shift) * LOG2_E) + tl.exp2((z - shift) * LOG2_E)
+
+
+@triton.jit
+def _load_class_weight(class_weight_pointer, column, valid):
+    if class_weight_pointer is None:
+        return tl.where(valid, 1.0, 0.0)
+    else:
+        return tl.load(class_weight_pointer + column, mask=valid, other=0.0)
+
+
+@triton.jit
+def _finish_tile(
+    logits_row,
+    gradient_row,
+    class_weight_pointer,
+    column,
+    valid,
+    target,
+    counts,
+    lse,
+    of_probability,
+    of_target,
+    of_class,
+    smooth_sum,
+    logits_stride,
+    gradient_stride,
+    softcap,
+    SMOOTHS: tl.constexpr,
+):
+    """Store the gradient of a tile; returns the lanes' sums of w_c (lse - z_c) with this tile's."""
+    z = _load_logits(logits_row, column, logits_stride, valid, softcap)
+    if SMOOTHS:
+        class_weight = _load_class_weight(class_weight_pointer, column, valid)
+        smooth_sum += tl.where(valid, class_weight * (lse - z), 0.0)
+    if gradient_row is not None:
+        gradient = tl.exp2((z - lse) * LOG2_E) * of_probability - tl.where(column == target, of_target, 0.0)
+        if SMOOTHS:
+            gradient -= class_weight * of_class
+        if softcap is not None:
+            capped = z / softcap
+            gradient *= 1.0 - capped * capped
+        gradient = round_to(tl.where(counts, gradient, 0.0), gradient_row.dtype.element_ty)
+        tl.store(gradient_row + column * gradient_stride, gradient, mask=valid)
+    return smooth_sum
 
 
 @triton.jit
 def _cross_entropy_kernel(
     logits_pointer,
+    gradient_pointer,
     target_pointer,
-    row_weight_pointer,
+    class_weight_pointer,
+    class_weight_sum_pointer,
+    grad_loss_pointer,
     loss_pointer,
+    lse_pointer,
+    rows,
     classes,
     ignore_index,
-    BLOCK: tl.constexpr,
+    label_smoothing,
+    z_loss,
+    softcap,
+    size_1,
+    size_2,
+    logits_stride_0,
+    logits_stride_1,
+    logits_stride_2,
+    logits_stride_class,
+    gradient_stride_0,
+    gradient_stride_1,
+    gradient_stride_2,
+    gradient_stride_class,
+    SMOOTHS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    logits_pointer += row * classes
-    target = tl.load(target_pointer + row)
-    column = tl.arange(0, BLOCK)
-    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, classes, BLOCK):
-        z = tl.load(logits_pointer + start + column, mask=start + column < classes, other=float("-inf"))
-        z = z.to(tl.float32) * LOG2_E
-        new_maximum = tl.maximum(maximum, z)
-        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        total = total * tl.exp2(maximum - shift) + tl.exp2(z - shift)
-        maximum = new_maximum
-    row_maximum = tl.max(maximum, axis=0)
-    lse = row_maximum + tl.log2(tl.sum(total * tl.exp2(maximum - row_maximum), axis=0))
+    """Loss and lse where there is a loss to store, else lse is read; the gradient where there is one to store."""
+    row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    row_valid = row < rows
+    logits_row = logits_pointer + row_offset(
+        row, size_1, size_2, logits_stride_0, logits_stride_1, logits_stride_2, ALIGNMENT
+    )
+    column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
+    whole = classes // BLOCK_COLUMNS * BLOCK_COLUMNS
+    tail = whole + column
+    tail_valid = row_valid & (tail < classes)
+    if loss_pointer is not None:
+        maximum = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        for start in range(0, whole, BLOCK_COLUMNS):
+            z = _load_logits(logits_row, start + column, logits_stride_class, row_valid, softcap)
+            maximum, total = _accumulate(z, maximum, total)
+        if whole < classes:
+            z = _load_logits(logits_row, tail, logits_stride_class, tail_valid, softcap)
+            maximum, total = _accumulate(z, maximum, total)
+        row_maximum = tl.max(maximum, axis=1)[:, None]
+        total = tl.sum(total * tl.exp2((maximum - row_maximum) * LOG2_E), axis=1)[:, None]
+        lse = row_maximum + tl.log2(total) * LN_2
+        tl.store(lse_pointer + row, lse, mask=row_valid)
+    else:
+        lse = tl.load(lse_pointer + row, mask=row_valid, other=0.0)
 
+    target = tl.load(target_pointer + row, mask=row_valid, other=ignore_index)
     counts = target != ignore_index
     known = counts & (target >= 0) & (target < classes)
-    at_target = tl.load(logits_pointer + tl.where(known, target, 0)).to(tl.float32)
-    loss = tl.where(known, lse * LN_2 - at_target, float("nan"))
-    tl.store(loss_pointer + row, tl.where(counts, loss, 0.0))
+    target_weight = _load_class_weight(class_weight_pointer, target, known)
+    of_target = target_weight * (1.0 - label_smoothing)
+    of_class = label_smoothing / classes
+    if class_weight_sum_pointer is not None:
+        smooth_weight = of_class * tl.load(class_weight_sum_pointer)
+    else:
+        smooth_weight = label_smoothing
+    of_probability = of_target + smooth_weight + 2.0 * z_loss * target_weight * lse
+    loss = tl.zeros((BLOCK_ROWS, 1), tl.float32)
+    if loss_pointer is not None:
+        at_target = _load_logits(logits_row, target, logits_stride_class, known, softcap)
+        loss = of_target * (lse - at_target) + z_loss * target_weight * lse * lse
 
-    if row_weight_pointer is not None:
-        weight = tl.where(known, tl.load(row_weight_pointer + row), tl.where(counts, float("nan"), 0.0))
-        for start in range(0, classes, BLOCK):
-            inside = start + column < classes
-            z = tl.load(logits_pointer + start + column, mask=inside, other=float("-inf")).to(tl.float32)
-            gradient = tl.exp2(z * LOG2_E - lse)
-            gradient = (gradient - tl.where(start + column == target, 1.0, 0.0)) * weight
-            gradient = tl.where(counts, gradient, 0.0)
-            tl.store(logits_pointer + start + column, round_to(gradient, logits_pointer.dtype.element_ty), mask=inside)
+    if SMOOTHS or gradient_pointer is not None:
+        gradient_row = gradient_pointer
+        if gradient_pointer is not None:
+            gradient_row = gradient_pointer + row_offset(
+                row, size_1, size_2, gradient_stride_0, gradient_stride_1, gradient_stride_2, ALIGNMENT
+            )
+            # A target that is no class makes its row's gradient NaN.
+            grad_loss = tl.where(known, tl.load(grad_loss_pointer + row, mask=row_valid, other=0.0), float("nan"))
+            of_probability *= grad_loss
+            of_target *= grad_loss
+            gradient_of_class = of_class * grad_loss
+        else:
+            gradient_of_class = tl.zeros((BLOCK_ROWS, 1), tl.float32)
+        smooth_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        for start in range(0, whole, BLOCK_COLUMNS):
+            smooth_sum = _finish_tile(
+                logits_row,
+                gradient_row,
+                class_weight_pointer,
+                start + column,
+                row_valid,
+                target,
+                counts,
+                lse,
+                of_probability,
+                of_target,
+                gradient_of_class,
+                smooth_sum,
+                logits_stride_class,
+                gradient_stride_class,
+                softcap,
+                SMOOTHS,
+            )
+        if whole < classes:
+            smooth_sum = _finish_tile(
+                logits_row,
+                gradient_row,
+                class_weight_pointer,
+                tail,
+                tail_valid,
+                target,
+                counts,
+                lse,
+                of_probability,
+                of_target,
+                gradient_of_class,
+                smooth_sum,
+                logits_stride_class,
+                gradient_stride_class,
+                softcap,
+                SMOOTHS,
+            )
+        if SMOOTHS:
+            loss += of_class * tl.sum(smooth_sum, axis=1)[:, None]
+    if loss_pointer is not None:
+        loss = tl.where(known, loss, float("nan"))
+        tl.store(loss_pointer + row, tl.where(counts, loss, 0.0), mask=row_valid)
+
+
+def cross_entropy_forward(
+    logits: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None, options: CrossEntropyOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and log-sum-exp of each row, (rows,) float32.
+
+    Args:
+        logits: (N, classes, ...), any strides.
+        target: int64, contiguous, one for each row of `logits` in the order of its other dimensions. A target that is
+            no class gives NaN.
+        class_weight: (classes,) float32 contiguous.
+    """
+    loss = torch.empty(target.numel(), dtype=torch.float32, device=logits.device)
+    lse = torch.empty_like(loss)
+    _launch(logits, None, target, class_weight, None, loss, lse, options)
+    return loss, lse
+
+
+def cross_entropy_backward(
+    logits: torch.Tensor,
+    gradient: torch.Tensor,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    grad_loss: torch.Tensor,
+    lse: torch.Tensor,
+    options: CrossEntropyOptions,
+) -> None:
+    """Write the gradient of `logits` to `gradient`, which may be `logits`.
+
+    Args:
+        grad_loss: (rows,) float32 contiguous, the gradient of each row's loss.
+        lse: as `cross_entropy_forward` returned it.
+    """
+    _launch(logits, gradient, target, class_weight, grad_loss, None, lse, options)
 
 
 def cross_entropy_in_place(
-    logits: torch.Tensor, target: torch.Tensor, row_weight: torch.Tensor | None, ignore_index: int
-) -> torch.Tensor:
-    """Loss of each row, (rows,) float32; with `row_weight` the logits become their gradients, times those weights.
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    grad_loss: torch.Tensor,
+    options: CrossEntropyOptions,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `cross_entropy_forward`, and in the same launch the gradient, for `grad_loss`, in the logits' place."""
+    loss = torch.empty(target.numel(), dtype=torch.float32, device=logits.device)
+    lse = torch.empty_like(loss)
+    _launch(logits, logits, target, class_weight, grad_loss, loss, lse, options)
+    return loss, lse
 
-    Args:
-        logits: (rows, classes) contiguous.
-        target: (rows,) int64 contiguous. Rows of `ignore_index` have loss and gradient zero; a target that is no class
-            gives NaN.
-        row_weight: (rows,) float32 contiguous, or None to leave the logits as they are.
-    """
-    rows, classes = logits.shape
-    loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    block = min(triton.next_power_of_2(classes), MAX_BLOCK)
+
+def _launch(
+    logits: torch.Tensor,
+    gradient: torch.Tensor | None,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    grad_loss: torch.Tensor | None,
+    loss: torch.Tensor | None,
+    lse: torch.Tensor,
+    options: CrossEntropyOptions,
+) -> None:
+    layout, (logits_rows, gradient_rows) = row_layout(1, [logits, logits if gradient is None else gradient])
+    *row_strides, class_stride = layout.strides[0]
+    transposed = class_stride != 1 and row_strides[-1] == 1
+    smooths = options.label_smoothing > 0.0
+    elements = LIVE_TILE_ELEMENTS if smooths or options.softcap else TILE_ELEMENTS
+    block_columns = min(triton.next_power_of_2(layout.columns), TRANSPOSED_COLUMNS if transposed else elements)
+    block_rows = min(elements // block_columns, triton.next_power_of_2(layout.rows))
     with device_guard(logits):
-        _cross_entropy_kernel[(rows,)](
-            logits,
+        _cross_entropy_kernel[(triton.cdiv(layout.rows, block_rows),)](
+            logits_rows,
+            None if gradient is None else gradient_rows,
             target,
-            row_weight,
+            class_weight,
+            class_weight.sum() if class_weight is not None and smooths else None,
+            grad_loss,
             loss,
-            classes,
-            ignore_index,
-            BLOCK=block,
-            num_warps=max(1, min(8, block // 512)),
+            lse,
+            layout.rows,
+            layout.columns,
+            options.ignore_index,
+            options.label_smoothing,
+            options.z_loss,
+            options.softcap or None,
+            *layout.sizes[1:],
+            *layout.strides[0],
+            *layout.strides[1],
+            SMOOTHS=smooths,
+            ALIGNMENT=alignment(*(stride for strides in layout.strides for stride in strides[:-1])),
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLUMNS=block_columns,
+            num_warps=_warps(logits, block_rows * block_columns),
+            **COMPILER_OPTIONS,
         )
-    return loss
+    if gradient is not None and gradient_rows is not gradient:
+        gradient.copy_(gradient_rows)
+
+
+def _warps(tensor: torch.Tensor, tile_elements: int) -> int:
+    return max(1, min(THREADS, tile_elements // 8) // architecture_of(tensor).warp_size)

@@ -6,8 +6,31 @@ serve four neighbouring columns, so that every tile size and the backward draw t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Which elements to drop.
+
+    Attributes:
+        seed: (2,) int64 on the tensors' device, seed and offset.
+        threshold: the 32-bit word below which an element is dropped.
+        scale: of those kept.
+    """
+
+    seed: torch.Tensor
+    threshold: int
+    scale: float
+
+
+def dropout_arguments(dropout: Dropout | None) -> tuple[torch.Tensor | None, int, float]:
+    """What a kernel takes: seed_pointer (None without dropout), threshold and scale."""
+    return (None, 0, 1.0) if dropout is None else (dropout.seed, dropout.threshold, dropout.scale)
 
 
 @triton.jit
@@ -28,4 +51,14 @@ def dropout_keep(seed_pointer, row, start, threshold, BLOCK_ROWS: tl.constexpr, 
     )
     words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
     words = tl.reshape(words, (BLOCK_ROWS, BLOCK_COLUMNS))
-    return words.to(tl.uint32, bitcast=True).to(tl.int64) >= threshold
+    return words.to(tl.uint32, bitcast=True) >= tl.full((1, 1), threshold, tl.uint32)
+
+
+@triton.jit
+def drop(x, seed_pointer, threshold, scale, row, start, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """A tile `x` of rows `row` (BLOCK_ROWS,), columns from `start`, after dropout if there is a seed."""
+    if seed_pointer is None:
+        return x
+    else:
+        keep = dropout_keep(seed_pointer, row.to(tl.int64)[:, None], start, threshold, BLOCK_ROWS, BLOCK_COLUMNS)
+        return tl.where(keep, x * scale, 0.0)

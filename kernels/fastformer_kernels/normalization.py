@@ -16,25 +16,26 @@ two parts, since one float32 cannot hold a mean far from zero to the precision o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fastformer_kernels.dropout import dropout_keep
+from fastformer_kernels.dropout import Dropout, dropout_keep
 from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard
 from fastformer_kernels.precision import round_to
 from fastformer_kernels.rows import aligned, alignment
 
 FORWARD_ONE_PASS_COLUMNS = 16384
 BACKWARD_ONE_PASS_BYTES = 16384
+BACKWARD_THREE_SUMS_COLUMNS = 4096
 TILE_ELEMENTS = 4096
 ELEMENTS_PER_THREAD = 16
 # The backward holds a row, its gradient and up to three running sums at once: half as much to a thread.
-BACKWARD_TILE_ELEMENTS = 2048
 BACKWARD_ELEMENTS_PER_THREAD = 8
+# At most, to leave each 128 registers.
+BACKWARD_THREADS = 512
 # Enough to keep the memory busy, few enough that their partial sums of dw and db stay small beside dx.
 BACKWARD_PROGRAMS_PER_MULTIPROCESSOR = 4
 
@@ -73,7 +74,7 @@ def _load_sum(
 
 
 @triton.jit
-def _scale_and_shift(normalised, weight_pointer, bias_pointer, column, columns):
+def scale_and_shift(normalised, weight_pointer, bias_pointer, column, columns):
     y = normalised
     if weight_pointer is not None:
         y *= tl.load(weight_pointer + column, mask=column < columns, other=0.0).to(tl.float32)
@@ -148,7 +149,7 @@ def _forward_kernel(
             x = tl.where(valid, x - remainder, 0.0)
             mean = shift + remainder
         rstd = tl.rsqrt(tl.sum(x * x, axis=1)[:, None] / columns + eps)
-        y = _scale_and_shift(x * rstd, weight_pointer, bias_pointer, column, columns)
+        y = scale_and_shift(x * rstd, weight_pointer, bias_pointer, column, columns)
         tl.store(output_pointer + target + column, round_to(y, dtype), mask=valid)
     else:
         squares = tl.zeros((BLOCK_ROWS, 1), tl.float32)
@@ -208,7 +209,7 @@ def _forward_kernel(
                 BLOCK_COLUMNS,
             )
             normalised = ((x - shift) - mean) * rstd
-            y = _scale_and_shift(normalised, weight_pointer, bias_pointer, start + column, columns)
+            y = scale_and_shift(normalised, weight_pointer, bias_pointer, start + column, columns)
             tl.store(output_pointer + target + start + column, round_to(y, dtype), mask=valid)
         mean += shift
     if CENTERED:
@@ -297,7 +298,7 @@ def _backward_kernel(
             weight_sum += dy * normalised
         if bias_sums_pointer is not None:
             bias_sum += dy
-        g = _scale_and_shift(dy, weight_pointer, None, column, columns)
+        g = scale_and_shift(dy, weight_pointer, None, column, columns)
         dx = g - normalised * (tl.sum(g * normalised, axis=1)[:, None] / columns)
         if CENTERED:
             dx -= tl.sum(g, axis=1)[:, None] / columns
@@ -374,7 +375,7 @@ def _backward_long_row_kernel(
         valid = at < columns
         dy = tl.load(dy_row + at * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
         x = tl.load(x_row + at * x_stride_column, mask=valid, other=0.0).to(tl.float32)
-        g = _scale_and_shift(dy, weight_pointer, None, at, columns)
+        g = scale_and_shift(dy, weight_pointer, None, at, columns)
         products += g * ((x - mean) * rstd)
         sums += g
     mean_product = tl.sum(products, axis=1)[:, None] / columns
@@ -386,7 +387,7 @@ def _backward_long_row_kernel(
         valid = at < columns
         dy = tl.load(dy_row + at * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
         x = tl.load(x_row + at * x_stride_column, mask=valid, other=0.0).to(tl.float32)
-        g = _scale_and_shift(dy, weight_pointer, None, at, columns)
+        g = scale_and_shift(dy, weight_pointer, None, at, columns)
         dx = rstd * (g - (x - mean) * rstd * mean_product - mean_g)
         if grad_sum_pointer is not None:
             dx += tl.load(sum_row + at * grad_sum_stride_column, mask=valid, other=0.0).to(tl.float32)
@@ -447,21 +448,6 @@ def _parameter_sums_kernel(
         tl.store(bias_sums_pointer + program * columns + column, bias_sum, mask=valid)
 
 
-@dataclass(frozen=True)
-class Dropout:
-    """Which elements to drop.
-
-    Attributes:
-        seed: (2,) int64 on the tensors' device, seed and offset.
-        threshold: the 32-bit word below which an element is dropped.
-        scale: of those kept.
-    """
-
-    seed: torch.Tensor
-    threshold: int
-    scale: float
-
-
 def norm_forward(
     input: torch.Tensor,
     input_bias: torch.Tensor | None,
@@ -494,7 +480,7 @@ def norm_forward(
     mean = torch.empty_like(rstd) if centered else rstd.new_zeros(1)
     one_pass = columns <= FORWARD_ONE_PASS_COLUMNS
     block_columns = _one_pass_block(columns) if one_pass else TILE_ELEMENTS
-    block_rows = _block_rows(block_columns, rows, TILE_ELEMENTS)
+    block_rows = _block_rows(block_columns, rows)
     with device_guard(input):
         _forward_kernel[(triton.cdiv(rows, block_rows),)](
             input,
@@ -567,11 +553,13 @@ def norm_backward(
     grad_residual = None if residual_dtype is None else torch.empty_like(grad_input, dtype=residual_dtype)
     one_pass = columns * max(x.element_size(), grad_output.element_size()) <= BACKWARD_ONE_PASS_BYTES
     block_columns = _one_pass_block(columns) if one_pass else TILE_ELEMENTS
-    block_rows = _block_rows(block_columns, rows, BACKWARD_TILE_ELEMENTS)
-    programs = min(triton.cdiv(rows, block_rows), _most_programs(x))
+    block_rows = _block_rows(block_columns, rows)
+    programs = min(triton.cdiv(rows, block_rows), most_programs(x))
     weight_sums = rstd.new_empty((programs, columns)) if weight_needs_grad else None
     bias_sums = rstd.new_empty((programs, columns)) if bias_needs_grad else None
-    input_bias_sums = rstd.new_empty((programs, columns)) if input_bias_needs_grad and one_pass else None
+    # Of the widest rows' registers a third running sum would spill some.
+    sums_input_bias = input_bias_needs_grad and one_pass and columns <= BACKWARD_THREE_SUMS_COLUMNS
+    input_bias_sums = rstd.new_empty((programs, columns)) if sums_input_bias else None
     seed = None if dropout is None else dropout.seed
     tensors = (grad_output, grad_sum, x, _contiguous(weight), mean, rstd, seed, grad_input, grad_residual)
     strides = (*grad_output.stride(), *_strides(grad_sum), *x.stride())
@@ -579,7 +567,7 @@ def norm_backward(
         "CENTERED": centered,
         "ALIGNMENT": alignment(columns, grad_output.stride(0), _strides(grad_sum)[0], x.stride(0)),
         "BLOCK_COLUMNS": block_columns,
-        "num_warps": _warps(x, block_rows * block_columns // BACKWARD_ELEMENTS_PER_THREAD),
+        "num_warps": _warps(x, min(BACKWARD_THREADS, block_rows * block_columns // BACKWARD_ELEMENTS_PER_THREAD)),
         **COMPILER_OPTIONS,
     }
     with device_guard(x):
@@ -613,7 +601,7 @@ def norm_backward(
                     **options,
                 )
     grad_input_bias = _sum_of_programs(input_bias_sums)
-    if input_bias_needs_grad and not one_pass:
+    if input_bias_needs_grad and not sums_input_bias:
         grad_input_bias = grad_input.sum(0, dtype=torch.float32)
     return NormGradients(
         grad_input, grad_residual, _sum_of_programs(weight_sums), _sum_of_programs(bias_sums), grad_input_bias
@@ -641,9 +629,9 @@ def _one_pass_block(columns: int) -> int:
     return max(4, triton.next_power_of_2(columns))
 
 
-def _block_rows(block_columns: int, rows: int, tile_elements: int) -> int:
+def _block_rows(block_columns: int, rows: int) -> int:
     """Whole rows in a tile: several where they are short."""
-    return max(1, min(tile_elements // block_columns, triton.next_power_of_2(rows)))
+    return max(1, min(TILE_ELEMENTS // block_columns, triton.next_power_of_2(rows)))
 
 
 def _warps(tensor: torch.Tensor, threads: int) -> int:
@@ -651,7 +639,7 @@ def _warps(tensor: torch.Tensor, threads: int) -> int:
     return max(1, min(1024, threads) // architecture_of(tensor).warp_size)
 
 
-def _most_programs(tensor: torch.Tensor) -> int:
+def most_programs(tensor: torch.Tensor) -> int:
     """Programs that the sums of dw and db are divided among."""
     if not tensor.is_cuda or not torch.cuda.is_available():
         return BACKWARD_PROGRAMS_PER_MULTIPROCESSOR

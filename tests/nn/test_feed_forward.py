@@ -61,3 +61,36 @@ def test_refuses_an_unknown_activation() -> None:
         ValueError, match="activation must be one of relu, gelu, gelu_tanh, silu, squared_relu, identity; got 'tanh'"
     ):
         FeedForward(6, 10, activation="tanh")
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
+def test_dropout_in_training_only_and_a_residual(gated: bool, recompute: bool) -> None:
+    module = FeedForward(6, 10, gated=gated, hidden_dropout=0.5, dropout=0.4, recompute=recompute)
+    x, residual = torch.randn(50, 6), torch.randn(50, 6)
+    torch.testing.assert_close(module.eval()(x, residual), formula(module, x) + residual)
+    module.train()
+    torch.manual_seed(0)
+    dropped = module(x, residual) - residual
+    assert 0.3 < (dropped.abs() < 1e-6).float().mean() < 0.5
+    torch.manual_seed(0)
+    torch.testing.assert_close(module(x), dropped)
+    # The output's dropout aside, only the hidden one is left to change the values.
+    assert not torch.allclose(dropped * 0.6, torch.where(dropped == 0, 0.0, formula(module, x)))
+
+
+def test_a_replaced_projection_keeps_dropout_and_residual() -> None:
+    class Other(torch.nn.Linear):
+        pass
+
+    module = FeedForward(6, 10, hidden_dropout=0.9, dropout=0.9)
+    module.up = Other(6, 10)
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(module.eval()(x, x), formula(module, x) + x)
+    assert (module.train()(torch.ones(50, 6)) == 0).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("name", ["hidden_dropout", "dropout"])
+def test_refuses_an_impossible_dropout(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\); got 1.5"):
+        FeedForward(6, 10, **{name: 1.5})

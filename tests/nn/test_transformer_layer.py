@@ -162,20 +162,10 @@ class DispatchedOperators(TorchDispatchMode):
         return output
 
 
-UNFUSED = pytest.mark.xfail(strict=True, reason="feed_forward has no dropout and no residual yet")
-
-
 @both_layers
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize(
-    ("norm_first", "training"),
-    [
-        (False, False),
-        pytest.param(False, True, marks=UNFUSED),
-        pytest.param(True, False, marks=UNFUSED),
-        pytest.param(True, True, marks=UNFUSED),
-    ],
-)
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("training", [False, True])
 def test_nothing_but_products_and_fused_operators(
     their_class: type[nn.Module], our_class: type[nn.Module], norm_first: bool, batch_first: bool, training: bool
 ) -> None:
@@ -245,9 +235,10 @@ def test_compiles_without_graph_break() -> None:
 
 
 @both_layers
+@pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.filterwarnings("error:FSDP2-wrapped module")
-def test_sharded_parameters(their_class: type[nn.Module], our_class: type[nn.Module]) -> None:
-    _, layer = twins(their_class, our_class, dropout=0.0)
+def test_sharded_parameters(their_class: type[nn.Module], our_class: type[nn.Module], norm_first: bool) -> None:
+    _, layer = twins(their_class, our_class, dropout=0.0, norm_first=norm_first)
     inputs = inputs_of(our_class)
     expected = outputs_and_gradients(layer, *inputs)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,58 +1,140 @@
-"""Linear cross-entropy: both backends against float64, and its memory."""
+"""Linear cross-entropy: both backends against float64, over options, shapes and dtypes; and its memory."""
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
+from hypothesis import given, settings
 
+from fastformer.backends import backend as use_backend
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy
 
-# The package exports the function under its module's name.
-operator = importlib.import_module("fastformer.ops.linear_cross_entropy")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+REDUCTIONS = ["mean", "sum", "none"]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"label_smoothing": 0.2},
+    {"z_loss": 0.1},
+    {"softcap": 1.5},
+    {"class_weight": True},
+    {"class_weight": True, "label_smoothing": 0.3, "z_loss": 0.05, "softcap": 2.0, "ignore_index": 2},
+]
 
 
 def problem(dtype: torch.dtype = torch.float32, rows: int = 13, classes: int = 301) -> list[torch.Tensor]:
     torch.manual_seed(0)
     target = torch.randint(0, classes, (rows,))
-    target[3] = -100
+    target[rows // 4] = -100
     return [torch.randn(rows, 16).to(dtype), torch.randn(classes, 16).to(dtype), target, torch.randn(classes).to(dtype)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_matches_float64(backend: str, reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operator, "LOGIT_ELEMENTS", 4 * 301)  # four rows at a time
-    tensors = problem(dtype)
-    row_grad = torch.rand(13)
+def bytes_of_rows(rows: int, classes: int, dtype: torch.dtype) -> int:
+    """A memory budget for just so many rows: each starts at a multiple of 128 bytes."""
+    return rows * -(-classes * dtype.itemsize // 128) * 128
+
+
+def check(tensors: list[Any], options: dict[str, Any], memory_budget: int | None) -> None:
+    input, weight, target, bias = tensors
+    reduction, dtype = options["reduction"], input.dtype
+    grad = torch.rand(target.shape) if reduction == "none" else torch.tensor(0.7)
 
     def run(function: Any, dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [t.detach().to(dtype).requires_grad_() if t.is_floating_point() else t for t in tensors]
+        leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in (input, weight, bias)]
         loss = function(*leaves)
-        grads = torch.autograd.grad((loss * row_grad.to(loss.dtype)).sum(), [leaves[0], leaves[1], leaves[3]])
-        return [loss.detach(), *grads]
+        gradients = torch.autograd.grad(loss, [t for t in leaves if t is not None], grad.to(loss.dtype))
+        return [loss.detach(), *gradients]
 
-    def exact(input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        rows = reference.linear_cross_entropy(input, weight, target, bias, -100)
-        return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / 12}[reduction]
+    def naive(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return reference.cross_entropy(F.linear(input, weight, bias), target, **options)
 
-    def pytorch(input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(F.linear(input, weight, bias), target, reduction=reduction)
+    def ours(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear_cross_entropy(input, weight, target, bias, **options, memory_budget=memory_budget)
 
-    actual = run(lambda *t: linear_cross_entropy(*t, reduction=reduction), dtype)
+    actual = run(ours, dtype)
     assert actual[0].dtype == torch.float32
     # Probabilities are exp(logit - lse) of float32 exponents rounded to a unit of their own magnitude, which is thus
-    # their relative error. In 16 bits it is negligible.
-    logits = tensors[0].double() @ tensors[1].double().T + tensors[3]
-    exponent = 1.0 + logits.abs().max().item() if dtype == torch.float32 else 1.0
-    for index, (a, p, e) in enumerate(zip(actual, run(pytorch, dtype), run(exact, torch.float64), strict=True)):
-        assert_as_accurate(f"result {index}", a, p.to(a.dtype), e, scale=exponent * max(1.0, e.abs().max().item()))
+    # their relative error; a softcap's tanh is a few roundings off, of values up to the cap. In 16 bits all of it is
+    # negligible.
+    units = 1.0
+    if dtype == torch.float32:
+        logits = F.linear(input, weight, bias)
+        units = 1.0 + logits.abs().max().item() + 4.0 * (options.get("softcap") or 0.0)
+    for index, (a, p, e) in enumerate(zip(actual, run(naive, dtype), run(naive, torch.float64), strict=True)):
+        assert_as_accurate(f"result {index}", a, p.to(a.dtype), e, scale=units * max(1.0, e.abs().max().item()))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matches_float64(backend: str, dtype: torch.dtype, reduction: str, options: dict[str, Any]) -> None:
+    tensors = problem(dtype, classes=201)
+    tensors[2][5] = options.get("ignore_index", -100)
+    if "ignore_index" in options:
+        tensors[2][3] = 7
+    if "class_weight" in options:
+        options = {**options, "class_weight": torch.rand(201)}
+    check(tensors, {**options, "reduction": reduction}, bytes_of_rows(4, 201, dtype))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 20),
+    features=st.integers(1, 40),
+    classes=st.integers(1, 150),
+    rows_at_once=st.integers(1, 25),
+    biased=st.booleans(),
+    transposed=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    reduction=st.sampled_from(REDUCTIONS),
+    options=st.sampled_from(OPTIONS[:5]),
+)
+def test_any_shape_and_strides(
+    rows: int,
+    features: int,
+    classes: int,
+    rows_at_once: int,
+    biased: bool,
+    transposed: bool,
+    dtype: torch.dtype,
+    reduction: str,
+    options: dict[str, Any],
+) -> None:
+    torch.manual_seed(0)
+    input, weight = torch.randn(rows, features), torch.randn(classes, features) / features**0.5
+    if transposed:
+        input, weight = torch.randn(features, rows).T, torch.randn(features, classes).T / features**0.5
+    bias = torch.randn(classes).to(dtype) if biased else None
+    if "class_weight" in options:
+        options = {**options, "class_weight": torch.rand(classes) + 0.1}
+    tensors = [input.to(dtype), weight.to(dtype), torch.randint(0, classes, (rows,)), bias]
+    for name in ("triton", "torch"):
+        with use_backend(name):
+            check(tensors, {**options, "reduction": reduction}, bytes_of_rows(rows_at_once, classes, dtype))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_returns_the_z_loss_that_the_loss_includes(backend: str, reduction: str) -> None:
+    input, weight, target, bias = problem()
+    class_weight = torch.rand(301)
+    loss, z_loss = linear_cross_entropy(
+        input, weight.requires_grad_(), target, bias, reduction=reduction, class_weight=class_weight, z_loss=0.2,
+        return_z_loss=True,
+    )  # fmt: skip
+    without = linear_cross_entropy(input, weight, target, bias, reduction=reduction, class_weight=class_weight)
+    torch.testing.assert_close(loss, without + z_loss)
+    assert loss.requires_grad and not z_loss.requires_grad and z_loss.sum() > 0
+
+
+def test_leading_dimensions(backend: str) -> None:
+    input, weight, target, bias = problem(rows=12)
+    losses = linear_cross_entropy(input.view(3, 4, 16), weight, target.view(3, 4), bias, reduction="none")
+    assert torch.equal(losses.flatten(), linear_cross_entropy(input, weight, target, bias, reduction="none"))
 
 
 def test_nothing_to_learn_from(backend: str) -> None:
@@ -62,34 +144,40 @@ def test_nothing_to_learn_from(backend: str) -> None:
     assert linear_cross_entropy(input, weight, target, bias, reduction="sum").item() == 0.0
 
 
-def test_no_rows(backend: str) -> None:
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_no_rows(backend: str, reduction: str) -> None:
     weight = torch.randn(5, 4, requires_grad=True)
-    linear_cross_entropy(torch.empty(0, 4), weight, torch.empty(0, dtype=torch.int64), reduction="sum").backward()
+    target = torch.empty(0, dtype=torch.int64)
+    linear_cross_entropy(torch.empty(0, 4), weight, target, reduction=reduction).sum().backward()
     assert torch.equal(weight.grad, torch.zeros(5, 4))
 
 
-def test_never_holds_all_logits(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[int] = []
-    linear = F.linear
+@pytest.mark.parametrize(("budget", "most_rows"), [(4 * 1280 - 1, 3), (1, 1), (1 << 20, 13)])
+def test_holds_no_more_logits_than_its_budget(
+    backend: str, budget: int, most_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of 301 float32 logits takes 1,280 bytes, a multiple of 128. All chunks share one place."""
+    held: list[tuple[int, int]] = []
+    project = torch.addmm
 
-    def watch(*tensors: Any) -> torch.Tensor:
-        held.append(linear(*tensors).numel())
-        return linear(*tensors)
+    def watch(*tensors: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        held.append((out.shape[0], out.data_ptr()))
+        return project(*tensors, out=out)
 
-    monkeypatch.setattr(F, "linear", watch)
-    monkeypatch.setattr(operator, "LOGIT_ELEMENTS", 1000)
-    linear_cross_entropy(*problem())
-    assert len(held) == 5 and max(held) <= 1000
+    monkeypatch.setattr(torch, "addmm", watch)
+    linear_cross_entropy(*problem(), memory_budget=budget)
+    rows, places = zip(*held, strict=True)
+    assert max(rows) == most_rows and sum(rows) == 13 and len(set(places)) == 1
 
 
 def test_registration(backend: str) -> None:
     input, weight, target, bias = problem(rows=5, classes=7)
     leaves = [t.requires_grad_() for t in (input, weight, bias)]
+    options = (-100, 0.1, 0.1, 2.0, 1 << 20)
+    tensors = (leaves[0], leaves[1], target, leaves[2], torch.rand(7))
     ops = torch.ops.fastformer
-    torch.library.opcheck(
-        ops.linear_cross_entropy.default, (leaves[0], leaves[1], target, leaves[2], torch.ones(5), -100, True)
-    )
-    torch.library.opcheck(ops.linear_cross_entropy_rows.default, (leaves[0], leaves[1], target, leaves[2], -100))
+    torch.library.opcheck(ops.linear_cross_entropy.default, (*tensors, torch.ones(5), *options, True))
+    torch.library.opcheck(ops.linear_cross_entropy_rows.default, (*tensors, *options))
 
 
 def test_compiles_without_graph_break() -> None:
@@ -101,6 +189,14 @@ def test_compiles_without_graph_break() -> None:
         compiled(input, weight, target).backward()
 
 
+def test_autocast() -> None:
+    input, weight, target, bias = problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(input, weight, target, bias)
+    sixteen = [t.bfloat16() for t in (input, weight, bias)]
+    assert torch.equal(loss, linear_cross_entropy(sixteen[0], sixteen[1], target, sixteen[2]))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -109,6 +205,9 @@ def test_compiles_without_graph_break() -> None:
         ({"target": torch.zeros(12, dtype=torch.int64)}, ValueError, r"target must have shape \(13,\)"),
         ({"weight": torch.zeros(301, 15)}, ValueError, r"input and weight must be .* \(301, 15\)"),
         ({"reduction": "max"}, ValueError, "reduction must be one of mean, sum, none; got 'max'"),
+        ({"class_weight": torch.zeros(300)}, ValueError, r"class_weight must have shape \(301,\); got \(300,\)"),
+        ({"memory_budget": 0}, ValueError, "memory_budget must be at least 1 byte; got 0"),
+        ({"softcap": -1.0}, ValueError, "softcap must be positive, or None; got -1.0"),
     ],
 )
 def test_refuses_what_it_cannot_do(change: dict[str, Any], error: type, message: str) -> None:

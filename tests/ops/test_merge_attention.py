@@ -56,11 +56,11 @@ def test_matches_float64(parts: int, rows: list[int], head_dim: int, dtype: torc
 
 def test_parts_of_the_keys_make_the_whole(backend: str) -> None:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 4, 20, 8, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 12, 8, requires_grad=True) for _ in range(3))
     whole, whole_lse = attention(q, k, v, return_lse=True)
     parts = [
         attention(q, k[:, :, i], v[:, :, i], return_lse=True)
-        for i in (slice(3), slice(3, 3), slice(3, 11), slice(11, 20))
+        for i in (slice(3), slice(3, 3), slice(3, 5), slice(5, 12))
     ]
     output, lse = merge_attention(*(torch.stack(part) for part in zip(*parts, strict=True)))
     torch.testing.assert_close(output, whole)

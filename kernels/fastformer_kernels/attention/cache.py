@@ -47,15 +47,23 @@ def _rotate(
     """Rotate the first rotary_dim elements of each row; one that has no place in the tables is copied."""
     pair = tl.arange(0, BLOCK_PAIRS).to(tl.int64)[None, :]
     valid = present & (pair < rotary_dim // 2)
-    a_at = 2 * pair if INTERLEAVED else pair
-    b_at = a_at + (1 if INTERLEAVED else rotary_dim // 2)
-    a = tl.load(source + a_at * source_stride, mask=valid, other=0.0).to(tl.float32)
-    b = tl.load(source + b_at * source_stride, mask=valid, other=0.0).to(tl.float32)
     cos = tl.load(cos_row + pair * cos_stride, mask=valid & placed, other=1.0)
     sin = tl.load(sin_row + pair * sin_stride, mask=valid & placed, other=0.0)
     dtype = target.dtype.element_ty
-    tl.store(target + a_at * target_stride, round_to(a * cos - b * sin, dtype), mask=valid)
-    tl.store(target + b_at * target_stride, round_to(b * cos + a * sin, dtype), mask=valid)
+    if INTERLEAVED:
+        # Read and written whole, since every other element alone would take an access each.
+        dim = tl.arange(0, 2 * BLOCK_PAIRS).to(tl.int64)[None, :]
+        dim_valid = present & (dim < rotary_dim)
+        x = tl.load(source + dim * source_stride, mask=dim_valid, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, (x.shape[0], BLOCK_PAIRS, 2)))
+        rotated = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), x.shape)
+        tl.store(target + dim * target_stride, round_to(rotated, dtype), mask=dim_valid)
+    else:
+        b_at = pair + rotary_dim // 2
+        a = tl.load(source + pair * source_stride, mask=valid, other=0.0).to(tl.float32)
+        b = tl.load(source + b_at * source_stride, mask=valid, other=0.0).to(tl.float32)
+        tl.store(target + pair * target_stride, round_to(a * cos - b * sin, dtype), mask=valid)
+        tl.store(target + b_at * target_stride, round_to(b * cos + a * sin, dtype), mask=valid)
 
 
 @triton.jit

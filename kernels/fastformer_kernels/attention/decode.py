@@ -69,9 +69,9 @@ _SMALL_SHARED_MEMORY = {
         256: DecodeConfiguration(32, 32, 4, 3),
     },
     4: {
-        64: DecodeConfiguration(32, 16, 8, 4),
+        64: DecodeConfiguration(32, 16, 8, 3),
         128: DecodeConfiguration(32, 16, 8, 3),
-        256: DecodeConfiguration(32, 16, 8, 2),
+        256: DecodeConfiguration(16, 16, 8, 3),
     },
 }
 _AMD = {

@@ -285,8 +285,10 @@ def _forward_tile(
     v_source = rows_of(v_pointer, keys, v.stride_row, value_dim, BLOCK_N, BLOCK_V, DESCRIPTORS)
     q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
     q_source = rows_of(q_pointer, queries, q.stride_row, head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    # An empty sequence's descriptor has one row, which is not there: start after it.
+    q_first = tl.where(first < queries, first, tl.maximum(first, 1))
     q_tile = load_rows(
-        q_source, first, queries, q.stride_row, q.stride_dim, head_dim, BLOCK_M, BLOCK_D, True, DESCRIPTORS
+        q_source, q_first, queries, q.stride_row, q.stride_dim, head_dim, BLOCK_M, BLOCK_D, True, DESCRIPTORS
     )
     scale = scale_of(features, head)
     slope = slope_of(features, batch, head)
@@ -360,7 +362,7 @@ def attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of checked arguments; layouts as in `AttentionArguments`."""
     output, lse = empty_output(query, value), empty_lse(query)
-    configuration = forward_configuration(query, value)
+    configuration = forward_configuration(query, key, value, arguments)
     heads = query.shape[1]
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
     works = tiles * heads * arguments.batch(query)

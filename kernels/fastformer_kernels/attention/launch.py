@@ -18,7 +18,9 @@ class AttentionConfiguration:
     Attributes:
         block_m, block_n: queries and keys of a tile.
         num_warps, num_stages: of the compiler.
-        resident: CTAs that a multiprocessor holds, by registers and shared memory.
+        resident: CTAs that a multiprocessor holds; programs then take one tile after another where causality makes
+            tiles of different lengths. 0: a program for each tile, where the compiler would keep too much in registers
+            across tiles; they start longest first all the same.
         descriptors: whether tiles are copied by the bulk copy engine (TMA), where alignment allows.
         warp_specialize: whether, with descriptors, copies and products go to warps of their own.
     """
@@ -27,7 +29,7 @@ class AttentionConfiguration:
     block_n: int
     num_warps: int
     num_stages: int
-    resident: int = 1
+    resident: int = 0
     descriptors: bool = False
     warp_specialize: bool = False
 
@@ -48,58 +50,158 @@ def _block_of(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-# By element size and the largest head_dim each serves. All fit 99 KiB of shared memory (sm_86, sm_89, sm_120).
-_FORWARD = {
-    2: {
-        64: AttentionConfiguration(128, 64, 4, 3),
-        128: AttentionConfiguration(128, 32, 4, 3),
-        256: AttentionConfiguration(64, 32, 4, 2),
-    },
-    4: {
-        64: AttentionConfiguration(64, 32, 4, 2),
-        128: AttentionConfiguration(32, 32, 4, 2),
-        256: AttentionConfiguration(32, 16, 8, 1),
-    },
+Table = dict[int, dict[int, AttentionConfiguration]]
+
+# By element size and the largest head_dim each serves, chosen from what they compile to: no spills for 16-bit types at
+# head_dim 64 and 128 in either direction. 64 rows on 8 warps would repeat products at head_dim 64.
+_FLOAT32_FORWARD = {
+    64: AttentionConfiguration(64, 32, 4, 2),
+    128: AttentionConfiguration(32, 32, 4, 2),
+    256: AttentionConfiguration(32, 16, 8, 1),
 }
-_BACKWARD = {
+_FLOAT32_BACKWARD = {
+    64: AttentionConfiguration(32, 32, 4, 1),
+    128: AttentionConfiguration(32, 32, 8, 1),
+    256: AttentionConfiguration(16, 16, 8, 1),
+}
+_AMPERE_FORWARD: Table = {
     2: {
-        64: AttentionConfiguration(64, 64, 4, 2),
-        128: AttentionConfiguration(64, 64, 8, 1),
+        64: AttentionConfiguration(128, 64, 8, 3),
+        128: AttentionConfiguration(128, 64, 8, 3),
+        256: AttentionConfiguration(64, 64, 8, 2),
+    },
+    4: _FLOAT32_FORWARD,
+}
+_AMPERE_BACKWARD: Table = {
+    2: {
+        64: AttentionConfiguration(32, 64, 4, 2),
+        128: AttentionConfiguration(64, 64, 8, 2),
         256: AttentionConfiguration(32, 32, 8, 1),
     },
-    4: {
-        64: AttentionConfiguration(32, 32, 4, 1),
-        128: AttentionConfiguration(32, 32, 8, 1),
-        256: AttentionConfiguration(16, 16, 8, 1),
+    4: _FLOAT32_BACKWARD,
+}
+# 99 KiB of shared memory.
+_ADA_FORWARD: Table = {2: {**_AMPERE_FORWARD[2], 256: AttentionConfiguration(64, 32, 8, 2)}, 4: _FLOAT32_FORWARD}
+_CDNA_FORWARD: Table = {
+    2: {
+        64: AttentionConfiguration(128, 64, 4, 1),
+        128: AttentionConfiguration(128, 32, 4, 1),
+        256: AttentionConfiguration(64, 32, 4, 1),
+    },
+    4: _FLOAT32_FORWARD,
+}
+_CDNA_BACKWARD: Table = {
+    2: {
+        64: AttentionConfiguration(32, 64, 4, 1),
+        128: AttentionConfiguration(32, 64, 4, 1),
+        256: AttentionConfiguration(16, 32, 4, 1),
+    },
+    4: _FLOAT32_BACKWARD,
+}
+_FORWARD: dict[str, Table] = {
+    "sm_80": _AMPERE_FORWARD,
+    "sm_86": _ADA_FORWARD,
+    "sm_89": _ADA_FORWARD,
+    "sm_90": {
+        2: {
+            64: AttentionConfiguration(128, 128, 8, 2, resident=1, descriptors=True),
+            128: AttentionConfiguration(128, 128, 8, 2, resident=1, descriptors=True),
+            256: AttentionConfiguration(128, 64, 8, 2, resident=1, descriptors=True),
+        },
+        4: _FLOAT32_FORWARD,
+    },
+    "sm_100": {
+        2: {
+            64: AttentionConfiguration(128, 128, 8, 2, descriptors=True),
+            128: AttentionConfiguration(128, 128, 8, 2, descriptors=True),
+            256: AttentionConfiguration(128, 64, 8, 1, descriptors=True),
+        },
+        4: _FLOAT32_FORWARD,
+    },
+    "sm_120": _ADA_FORWARD,
+    "gfx90a": _CDNA_FORWARD,
+    "gfx942": _CDNA_FORWARD,
+    "gfx950": _CDNA_FORWARD,
+}
+# Where no tile needs a test, a single loop remains, which the compiler can split among specialised warps.
+_FORWARD_WHOLE: dict[str, Table] = {
+    "sm_90": {
+        2: {
+            64: AttentionConfiguration(128, 128, 4, 2, descriptors=True, warp_specialize=True),
+            128: AttentionConfiguration(128, 128, 4, 2, descriptors=True, warp_specialize=True),
+        }
+    },
+    "sm_100": {
+        2: {
+            64: AttentionConfiguration(128, 128, 4, 2, descriptors=True, warp_specialize=True),
+            128: AttentionConfiguration(128, 128, 8, 2, descriptors=True, warp_specialize=True),
+        }
     },
 }
-_DETERMINISTIC = _BACKWARD
+_BACKWARD: dict[str, Table] = {
+    "sm_80": _AMPERE_BACKWARD,
+    "sm_86": _AMPERE_BACKWARD,
+    "sm_89": _AMPERE_BACKWARD,
+    "sm_90": {
+        2: {
+            64: AttentionConfiguration(64, 128, 8, 2, descriptors=True),
+            128: AttentionConfiguration(32, 128, 8, 2, descriptors=True),
+            256: AttentionConfiguration(32, 32, 8, 1),
+        },
+        4: _FLOAT32_BACKWARD,
+    },
+    "sm_100": {
+        2: {
+            64: AttentionConfiguration(64, 128, 8, 2, descriptors=True),
+            128: AttentionConfiguration(64, 128, 8, 1, descriptors=True),
+            256: AttentionConfiguration(32, 32, 8, 1),
+        },
+        4: _FLOAT32_BACKWARD,
+    },
+    "sm_120": _AMPERE_BACKWARD,
+    "gfx90a": _CDNA_BACKWARD,
+    "gfx942": _CDNA_BACKWARD,
+    "gfx950": _CDNA_BACKWARD,
+}
+_DETERMINISTIC: dict[str, Table] = {**_BACKWARD, "sm_90": _AMPERE_BACKWARD, "sm_100": _AMPERE_BACKWARD}
 # Small tiles, so that small tests cross their borders.
-_INTERPRETER = AttentionConfiguration(16, 16, 1, 1)
+_INTERPRETER = AttentionConfiguration(16, 16, 1, 1, resident=1)
 
 
-def forward_configuration(query: torch.Tensor, value: torch.Tensor) -> AttentionConfiguration:
-    """The forward kernel's configuration for these tensors."""
-    return _choose(_FORWARD, query, value)
+def forward_configuration(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
+) -> AttentionConfiguration:
+    """The forward kernel's configuration for this call."""
+    whole = _choose(_FORWARD_WHOLE, query, value)
+    if (
+        whole is not None
+        and uses_descriptors(query, key, value)
+        and not has_borders(arguments, arguments.max_seqlen_k, whole.block_n)
+    ):
+        return whole
+    return _choose(_FORWARD, query, value) or _INTERPRETER
 
 
 def backward_configuration(query: torch.Tensor, value: torch.Tensor) -> AttentionConfiguration:
     """The configuration of the backward kernel that adds dQ up in memory."""
-    return _choose(_BACKWARD, query, value)
+    return _choose(_BACKWARD, query, value) or _INTERPRETER
 
 
 def deterministic_configuration(query: torch.Tensor, value: torch.Tensor) -> AttentionConfiguration:
     """The configuration of the two backward kernels of which each writes what it owns."""
-    return _choose(_DETERMINISTIC, query, value)
+    return _choose(_DETERMINISTIC, query, value) or _INTERPRETER
 
 
-def _choose(
-    table: dict[int, dict[int, AttentionConfiguration]], query: torch.Tensor, value: torch.Tensor
-) -> AttentionConfiguration:
-    if architecture_of(query).name == "interpreter":
-        return _INTERPRETER
+def weights_configuration(query: torch.Tensor) -> AttentionConfiguration:
+    """The configuration of the kernel that writes weights: small, as a few rows are wanted."""
+    return _INTERPRETER if architecture_of(query).name == "interpreter" else AttentionConfiguration(16, 64, 4, 1)
+
+
+def _choose(tables: dict[str, Table], query: torch.Tensor, value: torch.Tensor) -> AttentionConfiguration | None:
+    """The first configuration that serves these head_dims on the tensors' architecture, if any does."""
+    by_head_dim = tables.get(architecture_of(query).name, {}).get(query.element_size(), {})
     head_dim = max(query.shape[-1], value.shape[-1])
-    return next(choice for largest, choice in table[query.element_size()].items() if head_dim <= largest)
+    return next((choice for largest, choice in by_head_dim.items() if head_dim <= largest), None)
 
 
 def has_borders(arguments: AttentionArguments, length: int, block: int) -> bool:
@@ -119,7 +221,7 @@ def launch_size(
 ) -> int:
     """Programs of a launch: as many as the device holds, each taking one tile after another, where causality makes
     tiles of different lengths; else one for each tile."""
-    if arguments.right == UNBOUNDED:
+    if arguments.right == UNBOUNDED or configuration.resident == 0:
         return works
     return min(works, multiprocessors_of(query) * configuration.resident)
 

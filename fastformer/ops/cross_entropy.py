@@ -1,0 +1,380 @@
+"""Cross-entropy of logits that are there; `linear_cross_entropy` is for those that are a projection's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+
+from fastformer.backends import use_triton
+from fastformer.ops.checks import check_device, check_floating, check_shape
+
+REDUCTIONS = ("mean", "sum", "none")
+# Rows that the CPU works on together: their float32 logits stay in its last-level cache.
+_CACHED_ELEMENTS = 1 << 20
+
+Options = tuple[int, float, float, float]
+"""ignore_index, label_smoothing, z_loss and softcap (0: none), as the registered operators take them."""
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """Cross-entropy, as `torch.nn.functional.cross_entropy`, with z-loss and softcap.
+
+    Args:
+        input: logits (classes,), (N, classes) or (N, classes, ...): float32, float16 or bfloat16, any strides.
+        target: int64 classes, of input's shape without `classes`. Class probabilities, of input's shape, are left to
+            PyTorch's own operator, and only with PyTorch's own options.
+        weight: (classes,) floating, how much each class counts, also in the mean: the weighted losses' sum is divided
+            by the sum of the targets' weights.
+        size_average, reduce: PyTorch's deprecated names for `reduction`.
+        ignore_index: rows with this target count for nothing.
+        reduction: "mean" over the rows that count (NaN when there are none, as in PyTorch), "sum" or "none".
+        label_smoothing: in [0, 1], the share of the loss that all classes take alike (Szegedy et al. 2016).
+        z_loss: adds ``z_loss * logsumexp(logits)^2`` to a row's loss, weighted like its target (Chowdhery et al. 2022).
+        softcap: positive; the logits are ``softcap * tanh(input / softcap)`` (Gemma Team 2024).
+        inplace: the backward writes the gradient over `input`, which nothing else may use afterwards. Under
+            `torch.compile`, which places the gradient itself, it changes nothing.
+
+    Returns:
+        A scalar, or target's shape for "none"; in input's dtype (under autocast on a GPU float32), accumulated in
+        float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument. IndexError: a target is no class (on a CPU; on a GPU, where looking
+            would stall it, its loss is NaN).
+
+    >>> fastformer.cross_entropy(torch.zeros(3, 8), torch.tensor([0, 5, -100]))
+    tensor(2.0794)
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if target.is_floating_point():
+        if z_loss or softcap is not None or inplace:
+            raise TypeError("z_loss, softcap and inplace need a target of int64 classes; got class probabilities")
+        return F.cross_entropy(input, target, weight, reduction=reduction, label_smoothing=label_smoothing)
+    _check(input, target, weight, inplace)
+    options = checked_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
+    logits = input if input.dim() > 1 else input[None]
+    class_weight = None if weight is None else weight.float().contiguous()
+    rows = target.reshape(-1)
+    inplace = inplace and input.requires_grad and not torch.compiler.is_compiling()
+    losses, _ = _cross_entropy(logits, rows, class_weight, *options, inplace)
+    # A GPU's autocast takes losses in float32; the logits need no copy for that.
+    autocast = input.is_cuda and torch.is_autocast_enabled("cuda")
+    dtype = torch.float32 if autocast else input.dtype
+    if reduction == "none":
+        return losses.view(target.shape).to(dtype)
+    loss = losses.sum()
+    if reduction == "mean":
+        loss = loss / row_weights(rows, logits.shape[1], class_weight, ignore_index).sum()
+    return loss.to(dtype)
+
+
+def _check(input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) -> None:
+    check_floating("input", input)
+    if input.dim() == 0:
+        raise ValueError("input must be logits (classes,), (N, classes) or (N, classes, ...); got a scalar")
+    check_target("target", target, tuple(input.shape[:1] + input.shape[2:]) if input.dim() > 1 else (), input)
+    if weight is not None:
+        check_class_weight("weight", weight, input.shape[min(1, input.dim() - 1)], input)
+    if inplace and input.is_leaf and input.requires_grad:
+        raise ValueError("inplace=True would overwrite input, a leaf that requires its gradient; use inplace=False")
+
+
+def check_target(name: str, target: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
+    """Raise unless `target` is int64, has `shape` and is on input's device."""
+    if target.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64; got {target.dtype}")
+    check_shape(name, target, shape)
+    check_device(name, target, "input", input)
+
+
+def check_class_weight(name: str, class_weight: Tensor, classes: int, input: Tensor) -> None:
+    """Raise unless `class_weight` is floating, of shape (classes,) and on input's device."""
+    check_floating(name, class_weight)
+    check_shape(name, class_weight, (classes,))
+    check_device(name, class_weight, "input", input)
+
+
+def checked_options(
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str
+) -> Options:
+    """The options as the registered operators take them, once they are known to be good."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing}")
+    if not z_loss >= 0.0:
+        raise ValueError(f"z_loss must be at least 0; got {z_loss}")
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap must be positive, or None; got {softcap}")
+    return ignore_index, label_smoothing, z_loss, softcap or 0.0
+
+
+def row_weights(target: Tensor, classes: int, class_weight: Tensor | None, ignore_index: int) -> Tensor:
+    """How much each row of `target` (rows,) counts in a mean, float32: its class's weight, 0 where it is ignored."""
+    counts = target != ignore_index
+    if class_weight is None:
+        return counts.float()
+    # A target that is no class has made its loss NaN already.
+    return class_weight[target.clamp(0, classes - 1)] * counts
+
+
+def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise IndexError if a target is no class, on a CPU: on a GPU looking would stall it."""
+    if target.device.type != "cpu":
+        return
+    wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
+    if wrong.numel():
+        raise IndexError(f"target must be a class from 0 to {classes - 1} or {ignore_index}; got {wrong[0].item()}")
+
+
+@torch.library.custom_op("fastformer::cross_entropy", mutates_args=())
+def _cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp of each row, in float32."""
+    check_classes(target, logits.shape[1], ignore_index)
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    if use_triton(logits) and logits.numel():
+        from fastformer_kernels.cross_entropy import CrossEntropyOptions, cross_entropy_forward
+
+        return cross_entropy_forward(logits, target.contiguous(), class_weight, CrossEntropyOptions(*options))
+    return forward_torch(_as_rows(logits), target, class_weight, options)
+
+
+@_cross_entropy.register_fake
+def _(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    loss = logits.new_empty(target.shape, dtype=torch.float32)
+    return loss, torch.empty_like(loss)
+
+
+@torch.library.custom_op("fastformer::cross_entropy_backward_", mutates_args=("gradient",))
+def _write_gradient(
+    gradient: Tensor,
+    logits: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    grad_loss: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> None:
+    """Write the gradient of `logits`, or of the logits that are in its place, to `gradient`."""
+    logits = gradient if logits is None else logits
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    if use_triton(logits) and logits.numel():
+        from fastformer_kernels.cross_entropy import CrossEntropyOptions, cross_entropy_backward
+
+        cross_entropy_backward(
+            logits,
+            gradient,
+            target.contiguous(),
+            class_weight,
+            grad_loss.contiguous(),
+            lse,
+            CrossEntropyOptions(*options),
+        )
+        return
+    rows = _as_rows(gradient)
+    backward_torch(_as_rows(logits), rows, target, class_weight, grad_loss, lse, options)
+    if rows.data_ptr() != gradient.data_ptr():
+        gradient.copy_(rows.view(gradient.movedim(1, -1).shape).movedim(-1, 1))
+
+
+@torch.library.custom_op("fastformer::cross_entropy_backward", mutates_args=())
+def _gradient(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    grad_loss: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> Tensor:
+    gradient = torch.empty_like(logits)
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    _write_gradient(gradient, logits, target, class_weight, grad_loss, lse, *options)
+    return gradient
+
+
+@_gradient.register_fake
+def _(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    grad_loss: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, target, class_weight, *ctx.options, ctx.inplace = inputs
+    ctx.save_for_backward(logits, target, class_weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    gradient: Tensor | None = None
+    if grad_loss is not None and ctx.needs_input_grad[0]:
+        logits, target, class_weight, lse = ctx.saved_tensors
+        if ctx.inplace:
+            _write_gradient(logits, None, target, class_weight, grad_loss, lse, *ctx.options)
+            gradient = logits
+        else:
+            gradient = _gradient(logits, target, class_weight, grad_loss, lse, *ctx.options)
+    return gradient, *(None,) * 7
+
+
+_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _as_rows(logits: Tensor) -> Tensor:
+    """(N, classes, ...) as (rows, classes), a view wherever there can be one."""
+    return logits.movedim(1, -1).reshape(-1, logits.shape[1])
+
+
+def forward_torch(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp of the rows of `logits` (rows, classes), in float32."""
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    lse = torch.empty_like(losses)
+    for rows in _cached_chunks(logits):
+        z = _capped(logits[rows], options[3])
+        losses[rows], lse[rows] = _losses(z, target[rows], class_weight, options)
+    return losses, lse
+
+
+def backward_torch(
+    logits: Tensor,
+    gradient: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    grad_loss: Tensor,
+    lse: Tensor,
+    options: Options,
+) -> None:
+    """Write the gradient of `logits` (rows, classes) to `gradient`, which may be `logits`."""
+    for rows in _cached_chunks(logits):
+        z = _capped(logits[rows], options[3])
+        _write_gradient_of(z, gradient[rows], target[rows], class_weight, grad_loss[rows], lse[rows], options)
+
+
+def in_place_torch(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, grad_loss: Tensor, options: Options
+) -> tuple[Tensor, Tensor]:
+    """As `forward_torch`, and the gradient in the logits' place while they are in the cache."""
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    lse = torch.empty_like(losses)
+    for rows in _cached_chunks(logits):
+        z = _capped(logits[rows], options[3])
+        losses[rows], lse[rows] = _losses(z, target[rows], class_weight, options)
+        _write_gradient_of(z, logits[rows], target[rows], class_weight, grad_loss[rows], lse[rows], options)
+    return losses, lse
+
+
+def _cached_chunks(logits: Tensor) -> Iterator[slice]:
+    step = max(1, _CACHED_ELEMENTS // max(1, logits.shape[1]))
+    for start in range(0, logits.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    """The logits in float32, capped; the given ones themselves where they are that."""
+    return torch.tanh(logits.float() / softcap).mul_(softcap) if softcap else logits.float()
+
+
+def _losses(z: Tensor, target: Tensor, class_weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    ignore_index, label_smoothing, z_loss, _ = options
+    column, known, weight = _targets(target, z.shape[1], class_weight, ignore_index)
+    lse = z.logsumexp(1)
+    losses = weight * ((1.0 - label_smoothing) * (lse - z.gather(1, column).squeeze(1)) + z_loss * lse.square())
+    if label_smoothing:
+        distance = lse[:, None] - z
+        distance = distance.sum(1) if class_weight is None else distance @ class_weight
+        losses += label_smoothing / z.shape[1] * distance
+    return losses.masked_fill(~known, float("nan")).masked_fill(target == ignore_index, 0.0), lse
+
+
+def _write_gradient_of(
+    z: Tensor,
+    gradient: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    grad_loss: Tensor,
+    lse: Tensor,
+    options: Options,
+) -> None:
+    ignore_index, label_smoothing, z_loss, softcap = options
+    column, known, weight = _targets(target, z.shape[1], class_weight, ignore_index)
+    grad_loss = grad_loss.masked_fill(~known, float("nan"))
+    total_weight = 1.0 if class_weight is None else class_weight.sum() / z.shape[1]
+    of_target = grad_loss * weight * (1.0 - label_smoothing)
+    of_probability = of_target + grad_loss * (label_smoothing * total_weight + 2.0 * z_loss * weight * lse)
+    slope = 1.0 - (z / softcap).square_() if softcap else None
+    out = gradient if gradient.dtype == torch.float32 else torch.empty_like(z)
+    torch.sub(z, lse[:, None], out=out).exp_().mul_(of_probability[:, None])
+    out.scatter_add_(1, column, -of_target[:, None])
+    if label_smoothing:
+        of_class = grad_loss[:, None] * (label_smoothing / z.shape[1])
+        out.sub_(of_class if class_weight is None else of_class * class_weight)
+    if slope is not None:
+        out.mul_(slope)
+    out.masked_fill_((target == ignore_index)[:, None], 0.0)
+    if out is not gradient:
+        gradient.copy_(out)
+
+
+def _targets(
+    target: Tensor, classes: int, class_weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A column (rows, 1) to look at for each row, whether it is the row's class, and the weight of that class."""
+    # A target that is no class gets here on a GPU without triton only.
+    known = (target != ignore_index) & (target >= 0) & (target < classes)
+    column = target.masked_fill(~known, 0)
+    weight = torch.ones_like(column, dtype=torch.float32) if class_weight is None else class_weight[column]
+    return column[:, None], known, weight

@@ -1,0 +1,60 @@
+"""Biases by relative position, from a learned table and a bucket function (T5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def relative_position_bias(table: Tensor, buckets: Callable[[Tensor], Tensor], max_distance: int) -> Tensor:
+    """The `relative_bias` that `fastformer.attention` takes, differentiable in the table.
+
+    Args:
+        table: (num_buckets, heads).
+        buckets: maps distances, key position - query position, int64, to rows of the table. It must be constant from
+            `max_distance` on in either direction.
+        max_distance: the largest distance with a bucket of its own, in tokens.
+
+    Returns:
+        (heads, 2 * max_distance + 1), of the table's dtype.
+
+    >>> bias = relative_position_bias(torch.randn(32, 8), t5_buckets(), max_distance=128)
+    >>> fastformer.attention(q, k, v, relative_bias=bias, scale=1.0)
+    """
+    if table.dim() != 2:
+        raise ValueError(f"table must have shape (num_buckets, heads); got {tuple(table.shape)}")
+    if max_distance < 0:
+        raise ValueError(f"max_distance must be 0 or more; got {max_distance}")
+    distance = torch.arange(-max_distance, max_distance + 1, device=table.device)
+    return table[buckets(distance)].T
+
+
+def t5_buckets(
+    num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
+) -> Callable[[Tensor], Tensor]:
+    """T5's buckets: one for each small distance, then logarithmically wider ones up to `max_distance` tokens.
+
+    Args:
+        num_buckets: rows of the table, half of them for either direction if `bidirectional`.
+        bidirectional: encoders; decoders, where no key is later than the query, give 0 to every later key.
+
+    Source: Raffel et al. 2020, https://arxiv.org/abs/1910.10683, section 2.1.
+    """
+    of_direction = num_buckets // 2 if bidirectional else num_buckets
+    exact = of_direction // 2
+    if exact < 1 or max_distance <= exact:
+        raise ValueError(
+            f"num_buckets must leave a bucket for distances below max_distance; got {num_buckets} and {max_distance}"
+        )
+
+    def buckets(distance: Tensor) -> Tensor:
+        later = (distance > 0) * of_direction if bidirectional else torch.zeros_like(distance)
+        magnitude = distance.abs() if bidirectional else (-distance).clamp(min=0)
+        position = torch.log(magnitude.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+        wide = exact + (position * (of_direction - exact)).long()
+        return later + torch.where(magnitude < exact, magnitude, wide.clamp(max=of_direction - 1))
+
+    return buckets

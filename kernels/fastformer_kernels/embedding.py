@@ -1,0 +1,388 @@
+"""A Transformer's input: the sum of word, position and token type embeddings, LayerNorm and dropout, and its gradients.
+
+    x = word[id] + position[p] + token_type[t],  y = dropout(LayerNorm(x))
+
+as in BERT (Devlin et al., 2019, section 3). The sum is never stored: the backward gathers it again. A table's gradient
+is gathered too: its rows' tokens, sorted, say which rows of dx to add, so that no addition is atomic, every result is
+deterministic and each row is written once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastformer_kernels.dropout import dropout_keep
+from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard
+from fastformer_kernels.normalization import Dropout, most_programs, scale_and_shift
+from fastformer_kernels.precision import round_to
+from fastformer_kernels.rows import aligned, alignment
+
+MAX_COLUMNS = 4096
+TILE_ELEMENTS = 2048
+ELEMENTS_PER_THREAD = 8
+TABLE_BLOCK_TOKENS = 8
+TABLE_BLOCK_COLUMNS = 256
+# Tokens of one row of a table that one program adds up; rows with more are divided among at most so many programs.
+TOKENS_PER_SPLIT = 64
+MOST_SPLITS = 64
+
+
+@triton.jit
+def _load_row(table_pointer, id, rows, column, columns, valid):
+    """Rows `id` of a table in float32; NaN for one that it does not have, since an error cannot be raised here."""
+    known = (id >= 0) & (id < rows)
+    x = tl.load(table_pointer + tl.where(known, id, 0) * columns + column, mask=valid, other=0.0).to(tl.float32)
+    return tl.where(known, x, float("nan"))
+
+
+@triton.jit
+def _load_sum(
+    word_ids_pointer,
+    position_ids_pointer,
+    token_type_ids_pointer,
+    word_pointer,
+    position_pointer,
+    token_type_pointer,
+    words,
+    positions,
+    token_types,
+    row,
+    row_valid,
+    column,
+    columns,
+):
+    valid = row_valid & (column < columns)
+    word = tl.load(word_ids_pointer + row, mask=row_valid, other=0).to(tl.int64)
+    x = _load_row(word_pointer, word, words, column, columns, valid)
+    if position_pointer is not None:
+        position = tl.load(position_ids_pointer + row, mask=row_valid, other=0).to(tl.int64)
+        x += _load_row(position_pointer, position, positions, column, columns, valid)
+    if token_type_pointer is not None:
+        token_type = row * 0
+        if token_type_ids_pointer is not None:
+            token_type = tl.load(token_type_ids_pointer + row, mask=row_valid, other=0).to(tl.int64)
+        x += _load_row(token_type_pointer, token_type, token_types, column, columns, valid)
+    return tl.where(valid, x, 0.0)
+
+
+@triton.jit
+def _forward_kernel(
+    word_ids_pointer,
+    position_ids_pointer,
+    token_type_ids_pointer,
+    word_pointer,
+    position_pointer,
+    token_type_pointer,
+    weight_pointer,
+    bias_pointer,
+    seed_pointer,
+    output_pointer,
+    mean_pointer,
+    rstd_pointer,
+    words,
+    positions,
+    token_types,
+    rows,
+    columns,
+    eps,
+    threshold,
+    dropout_scale,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    columns = aligned(columns, ALIGNMENT)
+    row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    row_valid = row < rows
+    column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
+    valid = row_valid & (column < columns)
+    x = _load_sum(
+        word_ids_pointer,
+        position_ids_pointer,
+        token_type_ids_pointer,
+        word_pointer,
+        position_pointer,
+        token_type_pointer,
+        words,
+        positions,
+        token_types,
+        row,
+        row_valid,
+        column,
+        columns,
+    )
+    # In two parts, as in LayerNorm: one float32 cannot hold a mean far from zero to the deviations' precision.
+    shift = tl.sum(x, axis=1)[:, None] / columns
+    x = tl.where(valid, x - shift, 0.0)
+    remainder = tl.sum(x, axis=1)[:, None] / columns
+    x = tl.where(valid, x - remainder, 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1)[:, None] / columns + eps)
+    y = scale_and_shift(x * rstd, weight_pointer, bias_pointer, column, columns)
+    if seed_pointer is not None:
+        keep = dropout_keep(seed_pointer, row, 0, threshold, BLOCK_ROWS, BLOCK_COLUMNS)
+        y = tl.where(keep, y * dropout_scale, 0.0)
+    tl.store(output_pointer + row * columns + column, round_to(y, output_pointer.dtype.element_ty), mask=valid)
+    tl.store(mean_pointer + row, shift + remainder, mask=row_valid)
+    tl.store(rstd_pointer + row, rstd, mask=row_valid)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_output_pointer,
+    word_ids_pointer,
+    position_ids_pointer,
+    token_type_ids_pointer,
+    word_pointer,
+    position_pointer,
+    token_type_pointer,
+    weight_pointer,
+    seed_pointer,
+    mean_pointer,
+    rstd_pointer,
+    grad_sum_pointer,
+    weight_sums_pointer,
+    bias_sums_pointer,
+    words,
+    positions,
+    token_types,
+    rows,
+    columns,
+    threshold,
+    dropout_scale,
+    grad_output_stride_row,
+    grad_output_stride_column,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Gradient of the sum of embeddings, and this program's sums for the gradients of LayerNorm's parameters."""
+    columns = aligned(columns, ALIGNMENT)
+    column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
+    program = tl.program_id(0).to(tl.int64)
+    weight_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    bias_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for start in range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
+        row = (start + tl.arange(0, BLOCK_ROWS).to(tl.int64))[:, None]
+        row_valid = row < rows
+        valid = row_valid & (column < columns)
+        dy_row = grad_output_pointer + aligned(row * grad_output_stride_row, ALIGNMENT)
+        dy = tl.load(dy_row + column * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
+        if seed_pointer is not None:
+            keep = dropout_keep(seed_pointer, row, 0, threshold, BLOCK_ROWS, BLOCK_COLUMNS)
+            dy = tl.where(keep, dy * dropout_scale, 0.0)
+        x = _load_sum(
+            word_ids_pointer,
+            position_ids_pointer,
+            token_type_ids_pointer,
+            word_pointer,
+            position_pointer,
+            token_type_pointer,
+            words,
+            positions,
+            token_types,
+            row,
+            row_valid,
+            column,
+            columns,
+        )
+        mean = tl.load(mean_pointer + row, mask=row_valid, other=0.0)
+        rstd = tl.load(rstd_pointer + row, mask=row_valid, other=0.0)
+        normalised = tl.where(valid, (x - mean) * rstd, 0.0)
+        if weight_sums_pointer is not None:
+            weight_sum += dy * normalised
+        if bias_sums_pointer is not None:
+            bias_sum += dy
+        g = scale_and_shift(dy, weight_pointer, None, column, columns)
+        dx = g - normalised * (tl.sum(g * normalised, axis=1)[:, None] / columns)
+        dx = rstd * (dx - tl.sum(g, axis=1)[:, None] / columns)
+        dx = round_to(dx, grad_sum_pointer.dtype.element_ty)
+        tl.store(grad_sum_pointer + row * columns + column, dx, mask=valid)
+    sums = program * columns + column
+    if weight_sums_pointer is not None:
+        tl.store(weight_sums_pointer + sums, tl.sum(weight_sum, axis=0)[None, :], mask=column < columns)
+    if bias_sums_pointer is not None:
+        tl.store(bias_sums_pointer + sums, tl.sum(bias_sum, axis=0)[None, :], mask=column < columns)
+
+
+@triton.jit
+def _table_gradient_kernel(
+    grad_sum_pointer,
+    order_pointer,
+    starts_pointer,
+    grad_table_pointer,
+    columns,
+    padding_idx,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """One row of a table, or one of several parts of it: the sum of its tokens' gradients."""
+    columns = aligned(columns, ALIGNMENT)
+    table_row = tl.program_id(0).to(tl.int64)
+    column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)[None, :]
+    begin = tl.load(starts_pointer + table_row)
+    end = tl.load(starts_pointer + table_row + 1)
+    end = tl.where(table_row == padding_idx, begin, end)
+    length = tl.cdiv(end - begin, tl.num_programs(2))
+    begin += tl.program_id(2) * length
+    end = tl.minimum(end, begin + length)
+    total = tl.zeros((BLOCK_TOKENS, BLOCK_COLUMNS), tl.float32)
+    for start in range(begin, end, BLOCK_TOKENS):
+        at = (start + tl.arange(0, BLOCK_TOKENS))[:, None]
+        token = tl.load(order_pointer + at, mask=at < end, other=0)
+        dx = tl.load(grad_sum_pointer + token * columns + column, mask=(at < end) & (column < columns), other=0.0)
+        total += dx.to(tl.float32)
+    target = (tl.program_id(2) * tl.num_programs(0).to(tl.int64) + table_row) * columns + column
+    total = round_to(tl.sum(total, axis=0)[None, :], grad_table_pointer.dtype.element_ty)
+    tl.store(grad_table_pointer + target, total, mask=column < columns)
+
+
+def embedding_forward(
+    ids: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    tables: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    dropout: Dropout | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Embed tokens.
+
+    Args:
+        ids: of words, positions and token types, each (tokens,) int64 or int32, contiguous; a table without ids is
+            read at row 0.
+        tables: of words, positions and token types, each (rows, columns), contiguous and of one floating dtype.
+        weight, bias: LayerNorm's, (columns,), contiguous, any floating dtype.
+
+    Returns:
+        The output, (tokens, columns) in the tables' dtype; the rows' mean and rstd, (tokens,) float32.
+    """
+    word = tables[0]
+    rows, columns = ids[0].shape[0], word.shape[1]
+    output = word.new_empty(rows, columns)
+    mean = word.new_empty(rows, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    blocks = _blocks(rows, columns)
+    with device_guard(word):
+        _forward_kernel[(triton.cdiv(rows, blocks["BLOCK_ROWS"]),)](
+            *ids,
+            *tables,
+            weight,
+            bias,
+            None if dropout is None else dropout.seed,
+            output,
+            mean,
+            rstd,
+            *_table_rows(tables),
+            rows,
+            columns,
+            eps,
+            *((0, 1.0) if dropout is None else (dropout.threshold, dropout.scale)),
+            ALIGNMENT=alignment(columns),
+            **blocks,
+            num_warps=_warps(blocks, word),
+            **COMPILER_OPTIONS,
+        )
+    return output, mean, rstd
+
+
+def embedding_backward(
+    grad_output: torch.Tensor,
+    ids: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    tables: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    dropout: Dropout | None,
+    *,
+    weight_needs_grad: bool,
+    bias_needs_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of the sum of embeddings, (tokens, columns) in the tables' dtype, and of LayerNorm's weight and bias,
+    float32, where needed.
+
+    `grad_output` is (tokens, columns), any strides; the other arguments are those and the results of
+    `embedding_forward`.
+    """
+    word = tables[0]
+    rows, columns = ids[0].shape[0], word.shape[1]
+    grad_sum = word.new_empty(rows, columns)
+    blocks = _blocks(rows, columns)
+    programs = min(triton.cdiv(rows, blocks["BLOCK_ROWS"]), most_programs(word))
+    weight_sums = rstd.new_empty((programs, columns)) if weight_needs_grad else None
+    bias_sums = rstd.new_empty((programs, columns)) if bias_needs_grad else None
+    with device_guard(word):
+        _backward_kernel[(programs,)](
+            grad_output,
+            *ids,
+            *tables,
+            weight,
+            None if dropout is None else dropout.seed,
+            mean,
+            rstd,
+            grad_sum,
+            weight_sums,
+            bias_sums,
+            *_table_rows(tables),
+            rows,
+            columns,
+            *((0, 1.0) if dropout is None else (dropout.threshold, dropout.scale)),
+            *grad_output.stride(),
+            ALIGNMENT=alignment(columns, grad_output.stride(0)),
+            **blocks,
+            num_warps=_warps(blocks, word),
+            **COMPILER_OPTIONS,
+        )
+    return (
+        grad_sum,
+        None if weight_sums is None else weight_sums.sum(0),
+        None if bias_sums is None else bias_sums.sum(0),
+    )
+
+
+def table_gradient(grad_sum: torch.Tensor, order: torch.Tensor, starts: torch.Tensor, padding_idx: int) -> torch.Tensor:
+    """Gradient of a table, (rows, columns) in `grad_sum`'s dtype.
+
+    Args:
+        grad_sum: (tokens, columns), contiguous.
+        order: (tokens,) int64, the tokens sorted by their row of the table.
+        starts: (rows + 1,) int64, where each row's tokens begin in `order`.
+        padding_idx: a row whose gradient stays zero; -1 for none.
+    """
+    tokens, columns = grad_sum.shape
+    rows = starts.shape[0] - 1
+    splits = max(1, min(MOST_SPLITS, tokens // (rows * TOKENS_PER_SPLIT)))
+    parts = grad_sum.new_empty(splits, rows, columns, dtype=grad_sum.dtype if splits == 1 else torch.float32)
+    block_columns = min(TABLE_BLOCK_COLUMNS, triton.next_power_of_2(columns))
+    with device_guard(grad_sum):
+        _table_gradient_kernel[(rows, triton.cdiv(columns, block_columns), splits)](
+            grad_sum,
+            order,
+            starts,
+            parts,
+            columns,
+            padding_idx,
+            ALIGNMENT=alignment(columns),
+            BLOCK_TOKENS=TABLE_BLOCK_TOKENS,
+            BLOCK_COLUMNS=block_columns,
+            num_warps=max(1, 128 // architecture_of(grad_sum).warp_size),
+            **COMPILER_OPTIONS,
+        )
+    return parts[0] if splits == 1 else parts.sum(0).to(grad_sum.dtype)
+
+
+def _table_rows(tables: tuple[torch.Tensor | None, ...]) -> tuple[int, ...]:
+    return tuple(0 if table is None else table.shape[0] for table in tables)
+
+
+def _blocks(rows: int, columns: int) -> dict[str, int]:
+    """Tiles of whole rows, several where they are short; dropout draws its random words for four columns at a time."""
+    block_columns = max(4, triton.next_power_of_2(columns))
+    block_rows = max(1, min(TILE_ELEMENTS // block_columns, triton.next_power_of_2(rows)))
+    return {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}
+
+
+def _warps(blocks: dict[str, int], tensor: torch.Tensor) -> int:
+    threads = blocks["BLOCK_ROWS"] * blocks["BLOCK_COLUMNS"] // ELEMENTS_PER_THREAD
+    return max(1, threads // architecture_of(tensor).warp_size)

@@ -1,0 +1,229 @@
+"""What stands between the products of a feed-forward block where these are a library's: each one pass over memory.
+
+    hidden = drop(act(up)), or drop(act(gate) * up)          from pre-activations that have their bias
+    d up, d gate and hidden again                            from d hidden and the pre-activations
+    output = drop(product + bias) + residual
+    d product = drop(d output)
+
+The library adds a bias to a product in its own epilogue, so that only the last of these has one to add. Results take
+the place of an argument where they can. All matrices are (tokens, columns), contiguous but for residual and d output.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastformer_kernels.activations import gradients_of, hidden_of
+from fastformer_kernels.dropout import Dropout, drop, dropout_arguments
+from fastformer_kernels.launch import COMPILER_OPTIONS, device_guard
+from fastformer_kernels.precision import round_to
+
+TILE_ELEMENTS = 2048
+TILE_COLUMNS = 512
+
+
+@triton.jit
+def _tile(tokens, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Rows and first column of this program's tile, the offsets of its elements and which of them exist."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first_column = tl.program_id(1) * BLOCK_COLUMNS
+    column = first_column + tl.arange(0, BLOCK_COLUMNS)
+    valid = (row < tokens)[:, None] & (column < columns)[None, :]
+    return row, first_column, row.to(tl.int64)[:, None] * columns + column[None, :], valid
+
+
+@triton.jit
+def _load(pointer, offsets, valid):
+    return None if pointer is None else tl.load(pointer + offsets, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, offsets, x, valid):
+    tl.store(pointer + offsets, round_to(x, pointer.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _strided(row, first_column, stride_row, stride_column, BLOCK_COLUMNS: tl.constexpr):
+    column = (first_column + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)
+    return row.to(tl.int64)[:, None] * stride_row + column[None, :] * stride_column
+
+
+@triton.jit
+def _activation_forward_kernel(
+    up_pointer,
+    gate_pointer,
+    hidden_pointer,
+    seed_pointer,
+    threshold,
+    scale,
+    tokens,
+    columns,
+    ACTIVATION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    row, first_column, offsets, valid = _tile(tokens, columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    hidden = hidden_of(_load(up_pointer, offsets, valid), _load(gate_pointer, offsets, valid), ACTIVATION)
+    hidden = drop(hidden, seed_pointer, threshold, scale, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
+    _store(hidden_pointer, offsets, hidden, valid)
+
+
+@triton.jit
+def _activation_backward_kernel(
+    grad_hidden_pointer,
+    up_pointer,
+    gate_pointer,
+    grad_up_pointer,
+    grad_gate_pointer,
+    hidden_pointer,
+    seed_pointer,
+    threshold,
+    scale,
+    tokens,
+    columns,
+    ACTIVATION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    row, first_column, offsets, valid = _tile(tokens, columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    grad_hidden = _load(grad_hidden_pointer, offsets, valid)
+    up, gate = _load(up_pointer, offsets, valid), _load(gate_pointer, offsets, valid)
+    grad_hidden = drop(grad_hidden, seed_pointer, threshold, scale, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
+    grad_up, grad_gate = gradients_of(grad_hidden, up, gate, ACTIVATION)
+    _store(grad_up_pointer, offsets, grad_up, valid)
+    if grad_gate_pointer is not None:
+        _store(grad_gate_pointer, offsets, grad_gate, valid)
+    if hidden_pointer is not None:
+        hidden = hidden_of(up, gate, ACTIVATION)
+        hidden = drop(hidden, seed_pointer, threshold, scale, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
+        _store(hidden_pointer, offsets, hidden, valid)
+
+
+@triton.jit
+def _bias_dropout_residual_kernel(
+    product_pointer,
+    output_pointer,
+    bias_pointer,
+    residual_pointer,
+    seed_pointer,
+    threshold,
+    scale,
+    tokens,
+    columns,
+    bias_stride,
+    residual_stride_row,
+    residual_stride_column,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    row, first_column, offsets, valid = _tile(tokens, columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    output = _load(product_pointer, offsets, valid)
+    if bias_pointer is not None:
+        column = first_column + tl.arange(0, BLOCK_COLUMNS)
+        output += _load(bias_pointer, column.to(tl.int64) * bias_stride, column < columns)[None, :]
+    output = drop(output, seed_pointer, threshold, scale, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
+    if residual_pointer is not None:
+        places = _strided(row, first_column, residual_stride_row, residual_stride_column, BLOCK_COLUMNS)
+        output += _load(residual_pointer, places, valid)
+    _store(output_pointer, offsets, output, valid)
+
+
+@triton.jit
+def _dropout_kernel(
+    input_pointer,
+    output_pointer,
+    seed_pointer,
+    threshold,
+    scale,
+    tokens,
+    columns,
+    input_stride_row,
+    input_stride_column,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    row, first_column, offsets, valid = _tile(tokens, columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    x = _load(input_pointer, _strided(row, first_column, input_stride_row, input_stride_column, BLOCK_COLUMNS), valid)
+    x = drop(x, seed_pointer, threshold, scale, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
+    _store(output_pointer, offsets, x, valid)
+
+
+def activation_forward(
+    up: torch.Tensor, gate: torch.Tensor | None, activation: str, dropout: Dropout | None, hidden: torch.Tensor
+) -> None:
+    """Write the hidden layer to `hidden`, which may be `up` or `gate`."""
+    grid, blocks = _launch(up)
+    with device_guard(up):
+        _activation_forward_kernel[grid](
+            up, gate, hidden, *dropout_arguments(dropout), *up.shape, ACTIVATION=activation, **blocks
+        )
+
+
+def activation_backward(
+    grad_hidden: torch.Tensor,
+    up: torch.Tensor,
+    gate: torch.Tensor | None,
+    activation: str,
+    dropout: Dropout | None,
+    store_hidden: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of `up` (in the place of `grad_hidden`) and `gate`, and the hidden layer unless not `store_hidden`."""
+    grad_gate = None if gate is None else torch.empty_like(gate)
+    hidden = torch.empty_like(up) if store_hidden else None
+    grid, blocks = _launch(up)
+    with device_guard(up):
+        _activation_backward_kernel[grid](
+            grad_hidden,
+            up,
+            gate,
+            grad_hidden,
+            grad_gate,
+            hidden,
+            *dropout_arguments(dropout),
+            *up.shape,
+            ACTIVATION=activation,
+            **blocks,
+        )
+    return grad_hidden, grad_gate, hidden
+
+
+def bias_dropout_residual(
+    product: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, dropout: Dropout | None
+) -> torch.Tensor:
+    """The block's output from its last product, in the product's place unless `residual` has a wider dtype."""
+    dtype = product.dtype if residual is None else torch.promote_types(product.dtype, residual.dtype)
+    output = product if dtype == product.dtype else torch.empty_like(product, dtype=dtype)
+    grid, blocks = _launch(output)
+    with device_guard(output):
+        _bias_dropout_residual_kernel[grid](
+            product,
+            output,
+            bias,
+            residual,
+            *dropout_arguments(dropout),
+            *output.shape,
+            0 if bias is None else bias.stride(0),
+            *((0, 0) if residual is None else residual.stride()),
+            **blocks,
+        )
+    return output
+
+
+def apply_dropout(input: torch.Tensor, dropout: Dropout, dtype: torch.dtype) -> torch.Tensor:
+    """`input` (tokens, columns), of any strides, after dropout (of a gradient: the backward), in `dtype`."""
+    output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
+    grid, blocks = _launch(output)
+    with device_guard(input):
+        _dropout_kernel[grid](input, output, *dropout_arguments(dropout), *output.shape, *input.stride(), **blocks)
+    return output
+
+
+def _launch(matrix: torch.Tensor) -> tuple[tuple[int, int], dict[str, int | bool]]:
+    """The grid over tiles of `matrix`, and the keyword arguments of the launch."""
+    tokens, columns = matrix.shape
+    block_columns = max(4, min(TILE_COLUMNS, triton.next_power_of_2(columns)))
+    block_rows = min(TILE_ELEMENTS // block_columns, triton.next_power_of_2(tokens))
+    blocks = {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns, "num_warps": 4, **COMPILER_OPTIONS}
+    return (triton.cdiv(tokens, block_rows), triton.cdiv(columns, block_columns)), blocks

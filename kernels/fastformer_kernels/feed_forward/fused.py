@@ -1,0 +1,436 @@
+"""The feed-forward block's products with what surrounds them in their epilogues, and their gradient.
+
+    hidden = drop(act(x U^T + b)), or drop(act(x G^T + c) * (x U^T + b)) when gated
+    output = drop(hidden D^T + d) + residual
+    d up, d gate and hidden again, from d hidden = d output D and the pre-activations
+
+Gated forms: Shazeer 2020, https://arxiv.org/abs/2002.05202. The two products of a gated layer share the tile of x. The
+pre-activations are stored only when a backward will need them; the hidden layer, which the weight gradient of D needs,
+is never saved: the backward computes it again beside the gradients.
+
+The backward of the activation is the epilogue of the product that makes d hidden, not the prologue of those that use d
+up. As a prologue it would be done again for every tile of d x's columns, inside the loop over the depth, between a
+copy and the tensor cores, and once more for the weight gradient. Compiled for sm_90 (128 x 128 x 64, GELU) that loop
+has three copies instead of two, and 202 registers against the epilogue's 163; for sm_80 it spills 1,328 bytes.
+
+The products left over (the weight and input gradients) have nothing to fuse and belong to the GPU's library. Everything
+is accumulated in float32 in a fixed order: the result is deterministic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from fastformer_kernels.activations import gradients_of, hidden_of
+from fastformer_kernels.dropout import Dropout, drop, dropout_arguments
+from fastformer_kernels.launch import architecture_of, device_guard
+from fastformer_kernels.matmul import (
+    Configuration,
+    column_part,
+    element_offsets,
+    operands,
+    tile_origin,
+    tile_products,
+)
+from fastformer_kernels.precision import input_precision, round_to
+
+
+@triton.jit
+def _add_bias(x, bias_pointer, bias_stride, column, columns):
+    if bias_pointer is not None:
+        bias = tl.load(bias_pointer + column.to(tl.int64) * bias_stride, mask=column < columns, other=0.0)
+        x += bias.to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
+def _hidden_forward_kernel(
+    input,
+    up_weight,
+    up_bias_pointer,
+    gate_weight,
+    gate_bias_pointer,
+    hidden_pointer,
+    up_pointer,
+    gate_pointer,
+    seed_pointer,
+    threshold,
+    scale,
+    tokens,
+    intermediate_size,
+    in_features,
+    input_stride,
+    input_stride_depth,
+    up_weight_stride,
+    up_weight_stride_depth,
+    up_bias_stride,
+    gate_weight_stride,
+    gate_weight_stride_depth,
+    gate_bias_stride,
+    ACTIVATION: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    INPUT_ACCESS: tl.constexpr,
+    WEIGHT_ACCESS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    dtype: tl.constexpr = hidden_pointer.dtype.element_ty
+    PART_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PARTS
+    tiles = tl.cdiv(tokens, BLOCK_ROWS) * tl.cdiv(intermediate_size, BLOCK_COLUMNS)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first_row, first_column = tile_origin(tile, tokens, intermediate_size, BLOCK_ROWS, BLOCK_COLUMNS, GROUP_ROWS)
+        up_tile, gate_tile = tile_products(
+            input, up_weight, gate_weight, first_row, first_column, tokens, intermediate_size, in_features,
+            input_stride, input_stride_depth, up_weight_stride, up_weight_stride_depth, gate_weight_stride,
+            gate_weight_stride_depth, INPUT_ACCESS, WEIGHT_ACCESS, INPUT_PRECISION, EVEN_DEPTH, BLOCK_ROWS,
+            BLOCK_COLUMNS, BLOCK_DEPTH,
+        )  # fmt: skip
+        row = first_row + tl.arange(0, BLOCK_ROWS)
+        for part in tl.static_range(PARTS):
+            part_column = first_column + part * PART_COLUMNS
+            column = part_column + tl.arange(0, PART_COLUMNS)
+            valid = (row < tokens)[:, None] & (column < intermediate_size)[None, :]
+            offsets = element_offsets(row, column, intermediate_size, 1)
+            up = _add_bias(
+                column_part(up_tile, part, PARTS), up_bias_pointer, up_bias_stride, column, intermediate_size
+            )
+            if up_pointer is not None:
+                tl.store(up_pointer + offsets, round_to(up, dtype), mask=valid)
+            if gate_weight is None:
+                hidden = hidden_of(up, None, ACTIVATION)
+            else:
+                gate = _add_bias(
+                    column_part(gate_tile, part, PARTS), gate_bias_pointer, gate_bias_stride, column, intermediate_size
+                )
+                if gate_pointer is not None:
+                    tl.store(gate_pointer + offsets, round_to(gate, dtype), mask=valid)
+                hidden = hidden_of(up, gate, ACTIVATION)
+            hidden = drop(hidden, seed_pointer, threshold, scale, row, part_column, BLOCK_ROWS, PART_COLUMNS)
+            tl.store(hidden_pointer + offsets, round_to(hidden, dtype), mask=valid)
+
+
+@triton.jit
+def _output_kernel(
+    hidden,
+    down_weight,
+    bias_pointer,
+    residual_pointer,
+    output_pointer,
+    seed_pointer,
+    threshold,
+    scale,
+    tokens,
+    out_features,
+    intermediate_size,
+    hidden_stride,
+    hidden_stride_depth,
+    weight_stride,
+    weight_stride_depth,
+    bias_stride,
+    residual_stride_row,
+    residual_stride_column,
+    INPUT_PRECISION: tl.constexpr,
+    INPUT_ACCESS: tl.constexpr,
+    WEIGHT_ACCESS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    PART_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PARTS
+    tiles = tl.cdiv(tokens, BLOCK_ROWS) * tl.cdiv(out_features, BLOCK_COLUMNS)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first_row, first_column = tile_origin(tile, tokens, out_features, BLOCK_ROWS, BLOCK_COLUMNS, GROUP_ROWS)
+        product, _ = tile_products(
+            hidden, down_weight, None, first_row, first_column, tokens, out_features, intermediate_size,
+            hidden_stride, hidden_stride_depth, weight_stride, weight_stride_depth, 0, 0, INPUT_ACCESS, WEIGHT_ACCESS,
+            INPUT_PRECISION, EVEN_DEPTH, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
+        )  # fmt: skip
+        row = first_row + tl.arange(0, BLOCK_ROWS)
+        for part in tl.static_range(PARTS):
+            part_column = first_column + part * PART_COLUMNS
+            column = part_column + tl.arange(0, PART_COLUMNS)
+            valid = (row < tokens)[:, None] & (column < out_features)[None, :]
+            output = _add_bias(column_part(product, part, PARTS), bias_pointer, bias_stride, column, out_features)
+            output = drop(output, seed_pointer, threshold, scale, row, part_column, BLOCK_ROWS, PART_COLUMNS)
+            if residual_pointer is not None:
+                places = residual_pointer + element_offsets(row, column, residual_stride_row, residual_stride_column)
+                output += tl.load(places, mask=valid, other=0.0).to(tl.float32)
+            places = output_pointer + element_offsets(row, column, out_features, 1)
+            tl.store(places, round_to(output, output_pointer.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _hidden_backward_kernel(
+    grad_output,
+    down_weight,
+    up_pointer,
+    gate_pointer,
+    grad_up_pointer,
+    grad_gate_pointer,
+    hidden_pointer,
+    seed_pointer,
+    threshold,
+    scale,
+    tokens,
+    intermediate_size,
+    out_features,
+    grad_output_stride,
+    grad_output_stride_depth,
+    weight_stride,
+    weight_stride_depth,
+    ACTIVATION: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    INPUT_ACCESS: tl.constexpr,
+    WEIGHT_ACCESS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    dtype: tl.constexpr = grad_up_pointer.dtype.element_ty
+    PART_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PARTS
+    tiles = tl.cdiv(tokens, BLOCK_ROWS) * tl.cdiv(intermediate_size, BLOCK_COLUMNS)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first_row, first_column = tile_origin(tile, tokens, intermediate_size, BLOCK_ROWS, BLOCK_COLUMNS, GROUP_ROWS)
+        product, _ = tile_products(
+            grad_output, down_weight, None, first_row, first_column, tokens, intermediate_size, out_features,
+            grad_output_stride, grad_output_stride_depth, weight_stride, weight_stride_depth, 0, 0, INPUT_ACCESS,
+            WEIGHT_ACCESS, INPUT_PRECISION, EVEN_DEPTH, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
+        )  # fmt: skip
+        row = first_row + tl.arange(0, BLOCK_ROWS)
+        for part in tl.static_range(PARTS):
+            part_column = first_column + part * PART_COLUMNS
+            column = part_column + tl.arange(0, PART_COLUMNS)
+            valid = (row < tokens)[:, None] & (column < intermediate_size)[None, :]
+            offsets = element_offsets(row, column, intermediate_size, 1)
+            grad_hidden = column_part(product, part, PARTS)
+            grad_hidden = drop(grad_hidden, seed_pointer, threshold, scale, row, part_column, BLOCK_ROWS, PART_COLUMNS)
+            up = tl.load(up_pointer + offsets, mask=valid, other=0.0).to(tl.float32)
+            if gate_pointer is None:
+                hidden = hidden_of(up, None, ACTIVATION)
+                grad_up, _ = gradients_of(grad_hidden, up, None, ACTIVATION)
+            else:
+                gate = tl.load(gate_pointer + offsets, mask=valid, other=0.0).to(tl.float32)
+                hidden = hidden_of(up, gate, ACTIVATION)
+                grad_up, grad_gate = gradients_of(grad_hidden, up, gate, ACTIVATION)
+                tl.store(grad_gate_pointer + offsets, round_to(grad_gate, dtype), mask=valid)
+            tl.store(grad_up_pointer + offsets, round_to(grad_up, dtype), mask=valid)
+            if hidden_pointer is not None:
+                hidden = drop(hidden, seed_pointer, threshold, scale, row, part_column, BLOCK_ROWS, PART_COLUMNS)
+                tl.store(hidden_pointer + offsets, round_to(hidden, dtype), mask=valid)
+
+
+# By element size and kernel. The exact float32 product has no tensor cores: its tiles are bounded by registers.
+_FLOAT32 = {
+    "forward": Configuration(64, 64, 32, 4, 3),
+    "gated_forward": Configuration(64, 64, 16, 8, 3),
+    "output": Configuration(64, 64, 32, 4, 3),
+    "backward": Configuration(64, 64, 16, 8, 3),
+    "gated_backward": Configuration(64, 64, 16, 8, 3),
+}
+_AMPERE = {
+    "forward": Configuration(128, 128, 64, 8, 3, parts=2),
+    "gated_forward": Configuration(128, 64, 64, 8, 3, parts=2),
+    "output": Configuration(128, 128, 64, 8, 3, parts=2),
+    "backward": Configuration(128, 128, 64, 8, 3, parts=4),
+    "gated_backward": Configuration(128, 128, 64, 8, 3, parts=4),
+}
+_HOPPER = {
+    "forward": Configuration(128, 256, 64, 8, 3, descriptors=True, parts=8),
+    "gated_forward": Configuration(128, 128, 64, 8, 3, descriptors=True, parts=4),
+    "output": Configuration(128, 256, 64, 8, 3, descriptors=True, parts=4),
+    "backward": Configuration(128, 128, 64, 8, 4, descriptors=True, parts=4),
+    "gated_backward": Configuration(128, 128, 64, 8, 4, descriptors=True, parts=4),
+}
+# The accumulator is in tensor memory: wide tiles leave the registers free.
+_BLACKWELL = {
+    "forward": Configuration(128, 256, 64, 8, 3, descriptors=True, parts=8),
+    "gated_forward": Configuration(128, 128, 64, 8, 3, descriptors=True, parts=4),
+    "output": Configuration(128, 256, 64, 8, 3, descriptors=True, parts=8),
+    "backward": Configuration(128, 256, 64, 8, 3, descriptors=True, parts=8),
+    "gated_backward": Configuration(128, 128, 64, 8, 4, descriptors=True, parts=4),
+}
+_SMALL_MEMORY = {kernel: replace(choice, depth=32) for kernel, choice in _AMPERE.items()}
+_CDNA = {kernel: replace(choice, stages=2) for kernel, choice in _AMPERE.items()}
+# Small tiles, so that small tests cross their borders.
+_TINY = dict.fromkeys(_AMPERE, Configuration(32, 16, 16, 1, 1, parts=2))
+_CONFIGURATIONS = {
+    "sm_80": {2: _AMPERE, 4: _FLOAT32},
+    "sm_86": {2: _SMALL_MEMORY, 4: _FLOAT32},
+    "sm_89": {2: _SMALL_MEMORY, 4: _FLOAT32},
+    "sm_90": {2: _HOPPER, 4: _FLOAT32},
+    "sm_100": {2: _BLACKWELL, 4: _FLOAT32},
+    "sm_120": {2: _SMALL_MEMORY, 4: _FLOAT32},
+    "gfx90a": {2: _CDNA, 4: _FLOAT32},
+    "gfx942": {2: _CDNA, 4: _FLOAT32},
+    "gfx950": {2: _CDNA, 4: _FLOAT32},
+    "interpreter": {2: _TINY, 4: _TINY},
+}
+
+
+def hidden_forward(
+    input: torch.Tensor,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    gate_weight: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
+    activation: str,
+    dropout: Dropout | None,
+    store_pre_activations: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The hidden layer of `input` (tokens, in_features) and weights (intermediate_size, in_features), any strides.
+
+    Returns:
+        The hidden layer (tokens, intermediate_size) and the pre-activations of up and gate, each None unless it exists
+        and `store_pre_activations` is set; all contiguous, of `input`'s dtype.
+    """
+    tokens, in_features = input.shape
+    intermediate_size = up_weight.shape[0]
+    hidden = input.new_empty(tokens, intermediate_size)
+    up = torch.empty_like(hidden) if store_pre_activations else None
+    gate = torch.empty_like(hidden) if store_pre_activations and gate_weight is not None else None
+    configuration = _configuration(input, "forward" if gate_weight is None else "gated_forward")
+    (x,), input_access = operands(configuration.rows, (input,), configuration)
+    (w, v), weight_access = operands(configuration.columns, (up_weight, gate_weight), configuration)
+    with device_guard(input):
+        _hidden_forward_kernel[configuration.grid(tokens, intermediate_size, input)](
+            x,
+            w,
+            up_bias,
+            v,
+            gate_bias,
+            hidden,
+            up,
+            gate,
+            *dropout_arguments(dropout),
+            tokens,
+            intermediate_size,
+            in_features,
+            *input.stride(),
+            *up_weight.stride(),
+            _stride(up_bias),
+            *((0, 0) if gate_weight is None else gate_weight.stride()),
+            _stride(gate_bias),
+            ACTIVATION=activation,
+            INPUT_PRECISION=input_precision(input.dtype),
+            INPUT_ACCESS=input_access,
+            WEIGHT_ACCESS=weight_access,
+            **configuration.options(in_features),
+        )
+    return hidden, up, gate
+
+
+def output_forward(
+    hidden: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dropout: Dropout | None,
+) -> torch.Tensor:
+    """The block's output (tokens, out_features), contiguous, from `hidden` (tokens, intermediate_size).
+
+    Args:
+        down_weight: (out_features, intermediate_size), any strides.
+        residual: (tokens, out_features), floating, any strides; the output has the wider of its dtype and hidden's.
+    """
+    tokens, intermediate_size = hidden.shape
+    out_features = down_weight.shape[0]
+    dtype = hidden.dtype if residual is None else torch.promote_types(hidden.dtype, residual.dtype)
+    output = hidden.new_empty(tokens, out_features, dtype=dtype)
+    configuration = _configuration(hidden, "output")
+    (h,), input_access = operands(configuration.rows, (hidden,), configuration)
+    (w,), weight_access = operands(configuration.columns, (down_weight,), configuration)
+    with device_guard(hidden):
+        _output_kernel[configuration.grid(tokens, out_features, hidden)](
+            h,
+            w,
+            down_bias,
+            residual,
+            output,
+            *dropout_arguments(dropout),
+            tokens,
+            out_features,
+            intermediate_size,
+            *hidden.stride(),
+            *down_weight.stride(),
+            _stride(down_bias),
+            *((0, 0) if residual is None else residual.stride()),
+            INPUT_PRECISION=input_precision(hidden.dtype),
+            INPUT_ACCESS=input_access,
+            WEIGHT_ACCESS=weight_access,
+            **configuration.options(intermediate_size),
+        )
+    return output
+
+
+def hidden_backward(
+    grad_output: torch.Tensor,
+    down_weight: torch.Tensor,
+    up: torch.Tensor,
+    gate: torch.Tensor | None,
+    activation: str,
+    dropout: Dropout | None,
+    store_hidden: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of the pre-activations `up` and `gate` (tokens, intermediate_size; contiguous), and the hidden layer.
+
+    Args:
+        grad_output: (tokens, out_features), any strides.
+        down_weight: (out_features, intermediate_size), any strides.
+
+    Returns:
+        The gradient of `up`, that of `gate` (None without it) and the recomputed hidden layer (None unless
+        `store_hidden` is set), all shaped like `up`.
+    """
+    tokens, intermediate_size = up.shape
+    out_features = down_weight.shape[0]
+    grad_up = torch.empty_like(up)
+    grad_gate = None if gate is None else torch.empty_like(gate)
+    hidden = torch.empty_like(up) if store_hidden else None
+    configuration = _configuration(up, "backward" if gate is None else "gated_backward")
+    (dy,), input_access = operands(configuration.rows, (grad_output,), configuration)
+    (w,), weight_access = operands(configuration.columns, (down_weight.T,), configuration)
+    with device_guard(up):
+        _hidden_backward_kernel[configuration.grid(tokens, intermediate_size, up)](
+            dy,
+            w,
+            up,
+            gate,
+            grad_up,
+            grad_gate,
+            hidden,
+            *dropout_arguments(dropout),
+            tokens,
+            intermediate_size,
+            out_features,
+            *grad_output.stride(),
+            *down_weight.T.stride(),
+            ACTIVATION=activation,
+            INPUT_PRECISION=input_precision(up.dtype),
+            INPUT_ACCESS=input_access,
+            WEIGHT_ACCESS=weight_access,
+            **configuration.options(out_features),
+        )
+    return grad_up, grad_gate, hidden
+
+
+def _configuration(tensor: torch.Tensor, kernel: str) -> Configuration:
+    """The configuration of `kernel` for `tensor`'s device and dtype."""
+    return _CONFIGURATIONS[architecture_of(tensor).name][tensor.dtype.itemsize][kernel]
+
+
+def _stride(bias: torch.Tensor | None) -> int:
+    return 0 if bias is None else bias.stride(0)
