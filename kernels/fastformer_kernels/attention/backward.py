@@ -29,10 +29,9 @@ from fastformer_kernels.attention.kernel_arguments import (
     Addend,
     Relative,
     addend,
-    features,
     folds_scale,
-    lengths,
     operand,
+    problem,
     relative,
     rows,
 )
@@ -278,15 +277,7 @@ def _key_value_gradient_kernel(
     dk,
     dv,
     gradients,
-    works,
-    tiles,
-    section,
-    heads,
-    group,
-    queries,
-    keys,
-    lengths,
-    features,
+    problem,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -303,7 +294,7 @@ def _key_value_gradient_kernel(
 ):
     """dK and dV; with a pointer in `dq`, also what `_query_gradient_kernel` computes otherwise."""
     if PERSISTENT:
-        for work in range(tl.program_id(0), works, tl.num_programs(0)):
+        for work in range(tl.program_id(0), problem.works, tl.num_programs(0)):
             _key_value_gradient_tile(
                 q,
                 k,
@@ -316,15 +307,7 @@ def _key_value_gradient_kernel(
                 dv,
                 gradients,
                 work,
-                works,
-                tiles,
-                section,
-                heads,
-                group,
-                queries,
-                keys,
-                lengths,
-                features,
+                problem,
                 head_dim,
                 value_dim,
                 BOTTOM_RIGHT,
@@ -352,15 +335,7 @@ def _key_value_gradient_kernel(
             dv,
             gradients,
             work,
-            works,
-            tiles,
-            section,
-            heads,
-            group,
-            queries,
-            keys,
-            lengths,
-            features,
+            problem,
             head_dim,
             value_dim,
             BOTTOM_RIGHT,
@@ -389,15 +364,7 @@ def _key_value_gradient_tile(
     dv,
     gradients,
     work,
-    works,
-    tiles,
-    section,
-    heads,
-    group,
-    queries,
-    keys,
-    lengths,
-    features,
+    problem,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -412,15 +379,16 @@ def _key_value_gradient_tile(
     BLOCK_V: tl.constexpr,
 ):
     """One tile of keys and all the queries that meet it."""
-    PREFIX: tl.constexpr = lengths.prefix_lengths is not None
+    features = problem.features
+    PREFIX: tl.constexpr = problem.lengths.prefix_lengths is not None
     # Under causality the first keys meet the most queries.
-    tile, row = tile_of_work(work, tiles, works // tiles, section)
-    kv_head = (row % (heads // group)).to(tl.int64)
-    batch = (row // (heads // group)).to(tl.int64)
+    tile, row = tile_of_work(work, problem.tiles, problem.works // problem.tiles, problem.section)
+    kv_head = (row % (problem.heads // problem.group)).to(tl.int64)
+    batch = (row // (problem.heads // problem.group)).to(tl.int64)
     first = tile * BLOCK_N
-    k_start, keys, stored_keys = key_bounds(batch, lengths, keys)
-    q_start, queries = query_bounds(batch, lengths, queries)
-    prefix = prefix_length(batch, lengths)
+    k_start, keys, stored_keys = key_bounds(batch, problem.lengths, problem.keys)
+    q_start, queries = query_bounds(batch, problem.lengths, problem.queries)
+    prefix = prefix_length(batch, problem.lengths)
     offset = keys - queries if BOTTOM_RIGHT else 0
     k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
     v_pointer = v.pointer + batch * v.stride_b + kv_head * v.stride_h + k_start * v.stride_row
@@ -433,8 +401,8 @@ def _key_value_gradient_tile(
     )
     if first >= keys:
         low, whole_low, whole_high, high = queries, queries, queries, queries
-    for member in range(group):
-        head = kv_head * group + member
+    for member in range(problem.group):
+        head = kv_head * problem.group + member
         q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
         do_pointer = do.pointer + batch * do.stride_b + head * do.stride_h + q_start * do.stride_row
         statistics = batch * lse.stride_b + head * lse.stride_h + q_start
@@ -460,9 +428,9 @@ def _key_value_gradient_tile(
             gradients,
             batch,
             head,
-            heads,
+            problem.heads,
             tile,
-            tiles,
+            problem.tiles,
             low,
             whole_low,
             whole_high,
@@ -649,15 +617,7 @@ def _query_gradient_kernel(
     delta,
     dq,
     gradients,
-    works,
-    tiles,
-    section,
-    heads,
-    group,
-    queries,
-    keys,
-    lengths,
-    features,
+    problem,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -672,7 +632,7 @@ def _query_gradient_kernel(
 ):
     """dQ in registers, without additions in memory; also the scores' gradients."""
     if PERSISTENT:
-        for work in range(tl.program_id(0), works, tl.num_programs(0)):
+        for work in range(tl.program_id(0), problem.works, tl.num_programs(0)):
             _query_gradient_tile(
                 q,
                 k,
@@ -683,15 +643,7 @@ def _query_gradient_kernel(
                 dq,
                 gradients,
                 work,
-                works,
-                tiles,
-                section,
-                heads,
-                group,
-                queries,
-                keys,
-                lengths,
-                features,
+                problem,
                 head_dim,
                 value_dim,
                 BOTTOM_RIGHT,
@@ -715,15 +667,7 @@ def _query_gradient_kernel(
             dq,
             gradients,
             work,
-            works,
-            tiles,
-            section,
-            heads,
-            group,
-            queries,
-            keys,
-            lengths,
-            features,
+            problem,
             head_dim,
             value_dim,
             BOTTOM_RIGHT,
@@ -748,15 +692,7 @@ def _query_gradient_tile(
     dq,
     gradients,
     work,
-    works,
-    tiles,
-    section,
-    heads,
-    group,
-    queries,
-    keys,
-    lengths,
-    features,
+    problem,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -769,18 +705,20 @@ def _query_gradient_tile(
     BLOCK_V: tl.constexpr,
 ):
     """One tile of queries and all the keys that it meets."""
-    PREFIX: tl.constexpr = lengths.prefix_lengths is not None
-    rank, row = tile_of_work(work, tiles, works // tiles, section)
+    features = problem.features
+    heads = problem.heads
+    PREFIX: tl.constexpr = problem.lengths.prefix_lengths is not None
+    rank, row = tile_of_work(work, problem.tiles, problem.works // problem.tiles, problem.section)
     head = (row % heads).to(tl.int64)
     batch = (row // heads).to(tl.int64)
     # Under causality the last queries meet the most keys.
-    tile = tiles - 1 - rank
+    tile = problem.tiles - 1 - rank
     first = tile * BLOCK_M
-    q_start, queries = query_bounds(batch, lengths, queries)
-    k_start, keys, _stored_keys = key_bounds(batch, lengths, keys)
-    prefix = prefix_length(batch, lengths)
+    q_start, queries = query_bounds(batch, problem.lengths, problem.queries)
+    k_start, keys, _stored_keys = key_bounds(batch, problem.lengths, problem.keys)
+    prefix = prefix_length(batch, problem.lengths)
     offset = keys - queries if BOTTOM_RIGHT else 0
-    kv_head = head // group
+    kv_head = head // problem.group
     q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
     k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
     v_pointer = v.pointer + batch * v.stride_b + kv_head * v.stride_h + k_start * v.stride_row
@@ -864,7 +802,7 @@ def _query_gradient_tile(
                 0,
             )
             dq_tile = dot(round_to(dscores, key_tile.dtype), key_tile, dq_tile, INPUT_PRECISION)
-    _store_program_sums(gradients, dslope, dscale, batch, head, heads, tile, tiles)
+    _store_program_sums(gradients, dslope, dscale, batch, head, heads, tile, problem.tiles)
     dq_pointer = dq.pointer + batch * dq.stride_b + head * dq.stride_h + q_start * dq.stride_row
     dq_tile = round_to(dq_tile * scale, dq.pointer.dtype.element_ty)
     store_rows(dq_pointer, dq_tile, first, queries, dq.stride_row, dq.stride_dim, head_dim, BLOCK_M, BLOCK_D)
@@ -990,8 +928,7 @@ def _launch_key_value_gradient(
 ) -> None:
     query, key, value, grad_output, lse, delta = inputs
     tiles = triton.cdiv(arguments.max_seqlen_k, configuration.block_n)
-    heads, kv_heads = query.shape[1], key.shape[1]
-    works = tiles * kv_heads * arguments.batch(query)
+    works = tiles * key.shape[1] * arguments.batch(query)
     if works == 0 or key.numel() == 0:
         return
     descriptors = configuration.descriptors and uses_descriptors(
@@ -1014,15 +951,7 @@ def _launch_key_value_gradient(
         operand(grad_key),
         operand(grad_value),
         gradients,
-        works,
-        tiles,
-        section_of(query, grad_output, arguments),
-        heads,
-        heads // kv_heads,
-        arguments.max_seqlen_q,
-        arguments.max_seqlen_k,
-        lengths(arguments),
-        features(arguments),
+        problem(query, key, arguments, works=works, tiles=tiles, section=section_of(query, grad_output, arguments)),
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
         BOTTOM_RIGHT=arguments.bottom_right,
@@ -1045,8 +974,7 @@ def _launch_query_gradient(
 ) -> None:
     query, key, value, grad_output, lse, delta = inputs
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
-    heads = query.shape[1]
-    works = tiles * heads * arguments.batch(query)
+    works = tiles * query.shape[1] * arguments.batch(query)
     if works == 0 or query.numel() == 0:
         return
     programs = launch_size(works, query, arguments, configuration)
@@ -1056,15 +984,7 @@ def _launch_query_gradient(
         rows(delta),
         operand(grad_query),
         gradients,
-        works,
-        tiles,
-        section_of(key, value, arguments),
-        heads,
-        heads // key.shape[1],
-        arguments.max_seqlen_q,
-        arguments.max_seqlen_k,
-        lengths(arguments),
-        features(arguments),
+        problem(query, key, arguments, works=works, tiles=tiles, section=section_of(key, value, arguments)),
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
         BOTTOM_RIGHT=arguments.bottom_right,
