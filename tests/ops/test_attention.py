@@ -411,10 +411,17 @@ def test_compiles_without_graph_break() -> None:
             torch.testing.assert_close(grad, wanted)
 
 
-def test_autocast() -> None:
-    q = torch.randn(1, 1, 4, 8)
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=str)
+def test_autocast_rounds_the_inputs_and_nothing_else(backend: str, options: dict[str, Any]) -> None:
+    q, k, v = torch.randn(3, 1, 2, 20, 8)
+    expected = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), **options)
+    leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert attention(q, q, q).dtype == torch.bfloat16
+        actual = attention(*leaves, **options)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        within = torch.autograd.grad(actual.sum(), leaves, retain_graph=True)
+    for grad, wanted in zip(within, torch.autograd.grad(actual.sum(), leaves), strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=0, atol=0)
 
 
 Q = torch.zeros(2, 4, 5, 8)

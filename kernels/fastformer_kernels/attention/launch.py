@@ -55,7 +55,7 @@ Table = dict[int, dict[int, AttentionConfiguration]]
 # By element size and the largest head_dim each serves, chosen from what they compile to: no spills for 16-bit types at
 # head_dim 64 and 128 in either direction. 64 rows on 8 warps would repeat products at head_dim 64.
 _FLOAT32_FORWARD = {
-    64: AttentionConfiguration(64, 32, 4, 2),
+    64: AttentionConfiguration(32, 32, 4, 2),
     128: AttentionConfiguration(32, 32, 4, 2),
     256: AttentionConfiguration(32, 16, 8, 1),
 }
@@ -96,7 +96,11 @@ _CDNA_BACKWARD: Table = {
         128: AttentionConfiguration(32, 64, 4, 1),
         256: AttentionConfiguration(16, 32, 4, 1),
     },
-    4: _FLOAT32_BACKWARD,
+    4: {
+        64: AttentionConfiguration(32, 32, 4, 1),
+        128: AttentionConfiguration(16, 32, 4, 1),
+        256: AttentionConfiguration(16, 16, 4, 1),
+    },
 }
 _FORWARD: dict[str, Table] = {
     "sm_80": _AMPERE_FORWARD,
@@ -163,7 +167,11 @@ _BACKWARD: dict[str, Table] = {
     "gfx942": _CDNA_BACKWARD,
     "gfx950": _CDNA_BACKWARD,
 }
-_DETERMINISTIC: dict[str, Table] = {**_BACKWARD, "sm_90": _AMPERE_BACKWARD, "sm_100": _AMPERE_BACKWARD}
+_DETERMINISTIC: dict[str, Table] = {
+    **_BACKWARD,
+    "sm_90": {2: {**_AMPERE_BACKWARD[2], 128: AttentionConfiguration(64, 32, 8, 2)}, 4: _FLOAT32_BACKWARD},
+    "sm_100": _AMPERE_BACKWARD,
+}
 # Small tiles, so that small tests cross their borders.
 _INTERPRETER = AttentionConfiguration(16, 16, 1, 1, resident=1)
 
