@@ -19,6 +19,10 @@ COMMANDS = {
         "fastformer.inspection.command",
         "compile the GPU kernels ahead of time and report what they became; needs no GPU",
     ),
+    "numerics": (
+        "fastformer.inspection.numerics",
+        "the error of every operator against float64, beside PyTorch's own",
+    ),
     "doctor": (
         "fastformer.inspection.doctor",
         "what this machine has, which backend each operator uses on it, and a self-test",

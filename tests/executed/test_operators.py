@@ -13,10 +13,14 @@ from accuracy import assert_as_accurate
 
 import fastformer
 from fastformer.ops.attention import attention
+from fastformer.ops.decode import decode_attention
 from fastformer.ops.feed_forward import feed_forward
+from fastformer.ops.kv_cache import append_to_cache
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy
+from fastformer.ops.merge_attention import merge_attention
 from fastformer.ops.normalization import layer_norm, rms_norm
-from fastformer.ops.softmax import softmax
+from fastformer.ops.rotary import rotary
+from fastformer.ops.softmax import log_softmax, softmax
 
 DEVICE = "cuda"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -72,6 +76,9 @@ QUERIES, KEYS, HEADS = 37, 45, 2
 FEATURES: dict[str, Callable[[], dict[str, Any]]] = {
     "plain": dict,
     "causal": lambda: {"causal": True},
+    "relative-bias": lambda: {"relative_bias": randn(HEADS, 41)},
+    "prefix": lambda: {"causal": True, "prefix_lengths": torch.tensor([11], dtype=torch.int32, device=DEVICE)},
+    "chunk": lambda: {"chunk": 16},
     "causal-top-left": lambda: {"causal": True, "alignment": "top_left"},
     "window": lambda: {"window": (9, 4)},
     "softcap": lambda: {"softcap": 3.0},
@@ -91,7 +98,7 @@ FEATURES: dict[str, Callable[[], dict[str, Any]]] = {
         "bias": randn(1, 1, QUERIES, KEYS),
     },
 }
-LEARNED = ("bias", "alibi_slopes", "sinks")
+LEARNED = ("bias", "relative_bias", "alibi_slopes", "sinks")
 
 
 def check_attention(tensors: list[torch.Tensor], options: dict[str, Any], dtype: torch.dtype) -> None:
@@ -101,7 +108,7 @@ def check_attention(tensors: list[torch.Tensor], options: dict[str, Any], dtype:
         def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *given: torch.Tensor) -> Any:
             # Slopes and sinks are float32 whatever the dtype.
             named = {
-                name: tensor.float() if name != "bias" and tensor.dtype != torch.float64 else tensor
+                name: tensor.float() if "bias" not in name and tensor.dtype != torch.float64 else tensor
                 for name, tensor in zip(learned, given, strict=True)
             }
             return function(query, key, value, **{**options, **named})
@@ -257,3 +264,107 @@ def test_linear_cross_entropy(dtype: torch.dtype) -> None:
         [randn(21, 16), randn(70, 16), randn(70)],
         dtype,
     )
+
+
+@pytest.mark.parametrize("options", [{"log": True}, {"mask": True, "causal": True, "scale": 0.5}], ids=str)
+def test_forms_of_softmax(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    given = dict(options)
+    log, masked = given.pop("log", False), given.pop("mask", False)
+    mask = torch.rand(1, 33, device=DEVICE) > 0.3 if masked else None
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        scores = x * given.get("scale", 1.0)
+        if given.get("causal"):
+            scores = scores.masked_fill(torch.ones(5, 33, dtype=torch.bool).tril(28).logical_not(), float("-inf"))
+        scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+        return scores.log_softmax(-1) if log else scores.softmax(-1)
+
+    operator = log_softmax if log else softmax
+    agree(lambda x: operator(x, mask=mask, **given), exact, exact, [randn(2, 5, 33)], torch.bfloat16)
+
+
+def test_norm_with_dropout_and_input_bias() -> None:
+    torch.manual_seed(0)
+    tensors = [randn(9, 40).bfloat16() for _ in range(2)] + [randn(40).bfloat16() for _ in range(3)]
+
+    def run(backend: str) -> list[torch.Tensor]:
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+        x, residual, weight, bias, input_bias = leaves
+        torch.manual_seed(1)
+        with fastformer.backend(backend):
+            output, total = layer_norm(x, (40,), weight, bias, residual=residual, input_bias=input_bias, dropout_p=0.4)
+            loss = output.float().square().sum() + total.float().square().sum()
+        return [output.detach(), total.detach(), *torch.autograd.grad(loss, leaves)]
+
+    # The two backends drop the same elements; they round alike but for the order of their float32 sums.
+    for kernel, pytorch in zip(run("triton"), run("torch"), strict=True):
+        torch.testing.assert_close(kernel, pytorch, atol=2**-6, rtol=2**-6)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary(interleaved: bool) -> None:
+    torch.manual_seed(0)
+    angles = torch.rand(21, 6, dtype=torch.float64) * 6
+    cos, sin = angles.cos().float(), angles.sin().float()
+
+    def exact(*tensors: torch.Tensor) -> Any:
+        rotated = []
+        for x in tensors:
+            pairs = x[..., :12].unflatten(-1, (6, 2) if interleaved else (2, 6))
+            a, b = pairs.unbind(-1 if interleaved else -2)
+            c, s = cos.to(x.dtype), sin.to(x.dtype)
+            turned = torch.stack([a * c - b * s, b * c + a * s], -1 if interleaved else -2).flatten(-2)
+            rotated.append(torch.cat([turned, x[..., 12:]], -1))
+        return tuple(rotated)
+
+    tensors = [randn(2, heads, 21, 16) for heads in (4, 2)]
+    agree(lambda q, k: rotary(q, k, cos, sin, interleaved=interleaved), exact, exact, tensors, torch.bfloat16)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_decoding_with_a_cache(paged: bool) -> None:
+    """Tokens appended, rotated, and attended to over split keys, as attention over the whole sequences gives it."""
+    torch.manual_seed(0)
+    batch, heads, kv_heads, head_dim, tokens = 2, 4, 2, 16, 3
+    lengths = torch.tensor([70, 9], dtype=torch.int32, device=DEVICE)
+    shape = (14, 16, kv_heads, head_dim) if paged else (batch, kv_heads, 96, head_dim)
+    table = torch.randperm(14)[: batch * 6].view(batch, 6).to(torch.int32) if paged else None
+    start = [randn(*shape).bfloat16() for _ in range(2)]
+    query, key, value = (randn(batch, h, tokens, head_dim).bfloat16() for h in (heads, kv_heads, kv_heads))
+    angles = torch.rand(96, head_dim // 2)
+
+    def run(backend: str) -> list[torch.Tensor]:
+        caches = [cache.clone() for cache in start]
+        with fastformer.backend(backend):
+            rotated = append_to_cache(
+                key, value, *caches, lengths=lengths, block_table=table, query=query, cos=angles.cos(), sin=angles.sin()
+            )
+            output, lse = decode_attention(
+                rotated, *caches, lengths=lengths + tokens, block_table=table, splits=3, return_lse=True
+            )
+        return [*caches, rotated, output, lse]
+
+    for kernel, pytorch in zip(run("triton"), run("torch"), strict=True):
+        torch.testing.assert_close(kernel, pytorch, atol=2**-7, rtol=2**-7)
+
+
+def test_merging_of_attention() -> None:
+    torch.manual_seed(0)
+    lses = randn(3, 2, 7)
+    lses[1, 0, 2] = float("-inf")
+
+    def exact(outputs: torch.Tensor) -> torch.Tensor:
+        return (outputs * lses.to(outputs.dtype).softmax(0)[..., None]).sum(0)
+
+    agree(lambda outputs: merge_attention(outputs, lses)[0], exact, exact, [randn(3, 2, 7, 20)], torch.bfloat16)
+
+
+def test_deterministic_attention() -> None:
+    torch.manual_seed(0)
+    tensors = [randn(1, HEADS, size, 16) for size in (QUERIES, KEYS, KEYS)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        check_attention(tensors, FEATURES["bias"](), torch.bfloat16)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,377 @@
+"""The command ``fastformer numerics``: the error of every operator against float64, beside PyTorch's own.
+
+Errors are the largest over all elements, in units of rounding: of the dtype's epsilon at the largest exact magnitude.
+The rule that Fastformer keeps is that an operator's error is at most twice PyTorch's in the same dtype plus one unit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import fastformer
+from fastformer.backends import HAS_TRITON
+
+_DESCRIPTION = """\
+Measure the error of every operator and its gradients against float64 on this machine, over regimes that strain it:
+large logits, long rows, tiny scales, masks. Beside it stand PyTorch's plain computation in the same dtype and, for
+attention, scaled_dot_product_attention. The Triton backend is measured on a GPU, or with TRITON_INTERPRET=1.
+
+examples:
+  fastformer numerics
+  fastformer numerics --operators attention --dtypes bfloat16,float32 --json numerics.json --picture numerics.png
+"""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Function = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An operator in one regime.
+
+    Attributes:
+        operator, regime: their names.
+        make: its tensors in float64; gradients are taken of all.
+        ours: the operator. plain: PyTorch's own computation, in the dtype of its inputs; float64 gives the exact one.
+        fused: PyTorch's fused operator, where there is one beside `plain`.
+    """
+
+    operator: str
+    regime: str
+    make: Callable[[], list[Tensor]]
+    ours: Function
+    plain: Function
+    fused: Function | None = None
+
+
+@dataclass(frozen=True)
+class Error:
+    """The error of one result of one implementation, in units of rounding.
+
+    Attributes:
+        result: output, or gradient 0, 1, ... of a tensor of the problem.
+        implementation: triton, torch (Fastformer's backends), pytorch (plain) or sdpa.
+        units: None where the implementation gives NaN or infinity and float64 does not.
+        kept: whether the rule holds; None for PyTorch's own.
+    """
+
+    operator: str
+    regime: str
+    dtype: str
+    result: str
+    implementation: str
+    units: float | None
+    kept: bool | None
+
+
+def main(arguments: list[str], begin: float) -> None:
+    """Run ``fastformer numerics`` with the arguments that follow."""
+    parser = ArgumentParser(
+        prog="fastformer numerics", description=_DESCRIPTION, formatter_class=RawDescriptionHelpFormatter
+    )
+    names = list(dict.fromkeys(problem.operator for problem in problems()))
+    parser.add_argument("--operators", help=f"only these of {', '.join(names)}")
+    parser.add_argument("--dtypes", help=f"only these of {', '.join(DTYPES)}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the random tensors")
+    parser.add_argument("--json", type=Path, help="write the errors here")
+    parser.add_argument("--picture", type=Path, help="draw them here")
+    options = parser.parse_args(arguments)
+    operators = _chosen("--operators", options.operators, names)
+    dtypes = _chosen("--dtypes", options.dtypes, list(DTYPES))
+    errors = [
+        error
+        for problem in problems()
+        if problem.operator in operators
+        for dtype in dtypes
+        for error in errors_of(problem, dtype, options.device, options.seed)
+    ]
+    Console().print(as_table(errors))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(error) for error in errors], indent=1) + "\n")
+    if options.picture:
+        draw(errors, options.picture)
+
+
+def _chosen(option: str, given: str | None, known: list[str]) -> list[str]:
+    names = known if given is None else [name.strip() for name in given.split(",")]
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ValueError(f"{option} must be among {', '.join(known)}; got {', '.join(unknown)}")
+    return names
+
+
+def errors_of(problem: Problem, dtype: str, device: str, seed: int) -> Iterator[Error]:
+    """The errors of every implementation and result of a problem in one dtype."""
+    torch.manual_seed(seed)
+    tensors = [tensor.to(device, DTYPES[dtype]) for tensor in problem.make()]
+    exact = _results(problem.plain, [tensor.double() for tensor in tensors])
+    measured = {"pytorch": _units(_results(problem.plain, tensors), exact)}
+    if problem.fused is not None:
+        measured["sdpa"] = _units(_results(problem.fused, tensors), exact)
+    for backend in available_backends(device):
+        with fastformer.backend(backend):
+            measured[backend] = _units(_results(problem.ours, tensors), exact)
+    for implementation, units in measured.items():
+        for number, error in enumerate(units):
+            own = implementation in ("pytorch", "sdpa")
+            allowed = _allowed([measured[name][number] for name in ("pytorch", "sdpa") if name in measured])
+            kept = None if own else error is not None and error <= allowed
+            result = "output" if number == 0 else f"gradient {number - 1}"
+            yield Error(problem.operator, problem.regime, dtype, result, implementation, error, kept)
+
+
+def available_backends(device: str) -> list[str]:
+    """Fastformer's backends that can run on `device` in this process."""
+    on_gpu = torch.device(device).type == "cuda"
+    kernels = HAS_TRITON and (on_gpu or os.environ.get("TRITON_INTERPRET") == "1")
+    return ["triton", "torch"] if kernels else ["torch"]
+
+
+def _allowed(pytorch: list[float | None]) -> float:
+    """Twice PyTorch's worst plus one unit; anything finite where PyTorch itself fails."""
+    return float("inf") if None in pytorch else 2 * max(error for error in pytorch if error is not None) + 1
+
+
+def _results(function: Function, tensors: list[Tensor]) -> list[Tensor]:
+    """Output and gradients, of a loss that weighs each element of the output differently."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    output = function(*leaves)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
+    return [output.detach(), *torch.autograd.grad(output, leaves, weights.to(output))]
+
+
+def _units(actual: list[Tensor], exact: list[Tensor]) -> list[float | None]:
+    units: list[float | None] = []
+    for a, e in zip(actual, exact, strict=True):
+        unit = torch.finfo(a.dtype).eps * max(e.abs().max().item(), torch.finfo(a.dtype).tiny)
+        error = (a.double() - e).abs().max().item() / unit
+        units.append(error if error < float("inf") else None)  # NaN compares false
+    return units
+
+
+# --- Problems ---------------------------------------------------------------------------------------------------------
+
+
+def _randn(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64) * scale + shift
+
+
+def _attention_problem(
+    regime: str,
+    keys: int = 96,
+    scale: float = 1.0,
+    value_scale: float = 1.0,
+    masked: bool = False,
+    causal: bool = False,
+) -> Problem:
+    queries = 32
+    mask = torch.rand(queries, keys, generator=torch.Generator().manual_seed(0)) > 0.5 if masked else None
+    if causal:
+        mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+    def make() -> list[Tensor]:
+        return [
+            _randn(1, 2, queries, 32, scale=scale),
+            _randn(1, 2, keys, 32),
+            _randn(1, 2, keys, 32, scale=value_scale),
+        ]
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = fastformer.attention(query, key, value, mask=None if mask is None else mask.to(query.device))
+        assert isinstance(output, Tensor)
+        return output
+
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        scores = scores if mask is None else scores.masked_fill(~mask.to(query.device), float("-inf"))
+        return scores.softmax(-1) @ value
+
+    def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, None if mask is None else mask.to(query.device))
+
+    return Problem("attention", regime, make, ours, plain, fused)
+
+
+def _softmax_problem(
+    regime: str, shape: tuple[int, int] = (32, 500), scale: float = 1.0, shift: float = 0.0
+) -> Problem:
+    return Problem(
+        "softmax",
+        regime,
+        lambda: [_randn(*shape, scale=scale, shift=shift)],
+        lambda x: fastformer.softmax(x),
+        lambda x: x.softmax(-1),
+    )
+
+
+_NORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "layer_norm": (fastformer.layer_norm, F.layer_norm),
+    "rms_norm": (fastformer.rms_norm, F.rms_norm),
+}
+
+
+def _norm_problem(
+    operator: str, regime: str, shape: tuple[int, int] = (32, 500), scale: float = 1.0, shift: float = 0.0
+) -> Problem:
+    columns = shape[1]
+    ours, plain = _NORMS[operator]
+    return Problem(
+        operator,
+        regime,
+        lambda: [_randn(*shape, scale=scale, shift=shift), _randn(columns)],
+        lambda x, weight: ours(x, (columns,), weight, eps=1e-5),
+        lambda x, weight: plain(x, (columns,), weight, eps=1e-5),
+    )
+
+
+def _feed_forward_problem(regime: str, intermediate: int = 96, scale: float = 1.0) -> Problem:
+    features = 48
+    return Problem(
+        "feed_forward",
+        regime,
+        lambda: [
+            _randn(32, features, scale=scale),
+            _randn(intermediate, features, scale=features**-0.5),
+            _randn(features, intermediate, scale=intermediate**-0.5),
+        ],
+        lambda x, up, down: fastformer.feed_forward(x, up, down),
+        lambda x, up, down: F.linear(F.gelu(F.linear(x, up)), down),
+    )
+
+
+def _cross_entropy_problem(regime: str, classes: int = 500, scale: float = 1.0) -> Problem:
+    target = torch.arange(32) * 7 % classes
+    return Problem(
+        "linear_cross_entropy",
+        regime,
+        lambda: [_randn(32, 48, scale=scale), _randn(classes, 48, scale=48**-0.5)],
+        lambda x, weight: fastformer.linear_cross_entropy(x, weight, target.to(x.device)),
+        lambda x, weight: F.cross_entropy(_at_least_float32(x @ weight.T), target.to(x.device)),
+    )
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def problems() -> list[Problem]:
+    """Every operator in every regime."""
+    return [
+        _attention_problem("ordinary"),
+        _attention_problem("large logits", scale=30.0),
+        _attention_problem("long rows", keys=1000),
+        _attention_problem("tiny values", value_scale=1e-4),
+        _attention_problem("random mask", masked=True),
+        _attention_problem("causal", causal=True),
+        _softmax_problem("ordinary"),
+        _softmax_problem("large logits", scale=50.0),
+        _softmax_problem("long rows", shape=(2, 40000)),
+        _softmax_problem("tiny scale", scale=1e-4),
+        _softmax_problem("far from zero", shift=1000.0),
+        *(
+            _norm_problem(operator, regime, **options)
+            for operator in _NORMS
+            for regime, options in (
+                ("ordinary", dict[str, Any]()),
+                ("far from zero", {"shift": 100.0}),
+                ("long rows", {"shape": (2, 40000)}),
+                ("tiny scale", {"scale": 1e-3}),
+            )
+        ),
+        _feed_forward_problem("ordinary"),
+        _feed_forward_problem("long rows", intermediate=1000),
+        _feed_forward_problem("large inputs", scale=30.0),
+        _feed_forward_problem("tiny scale", scale=1e-3),
+        _cross_entropy_problem("ordinary"),
+        _cross_entropy_problem("large logits", scale=30.0),
+        _cross_entropy_problem("long rows", classes=20000),
+        _cross_entropy_problem("tiny scale", scale=1e-3),
+    ]
+
+
+# --- Showing ----------------------------------------------------------------------------------------------------------
+
+# Implementations with the colors (Okabe and Ito's) and markers of the picture.
+_STYLES = (("triton", "#D55E00", "o"), ("torch", "#E69F00", "s"), ("pytorch", "#0072B2", "d"), ("sdpa", "#009E73", "v"))
+_IMPLEMENTATIONS = tuple(name for name, _, _ in _STYLES)
+
+
+def as_table(errors: Sequence[Error]) -> Table:
+    """A row for each operator, regime and dtype with the worst result of each implementation."""
+    table = Table(title="largest error of output and gradients against float64, in units of rounding")
+    for heading in ("operator", "regime", "dtype"):
+        table.add_column(heading, no_wrap=True)
+    shown = [name for name in _IMPLEMENTATIONS if any(error.implementation == name for error in errors)]
+    for name in shown:
+        table.add_column({"pytorch": "PyTorch", "sdpa": "SDPA"}.get(name, name), justify="right")
+    table.add_column("rule")
+    for key, row in _grouped(errors).items():
+        broken = sorted({error.result for error in row if error.kept is False})
+        cells = [_worst([error.units for error in row if error.implementation == name]) for name in shown]
+        table.add_row(*key, *cells, f"[red]broken: {', '.join(broken)}[/]" if broken else "kept")
+    return table
+
+
+def _worst(units: list[float | None]) -> str:
+    if not units:
+        return ""
+    return "not finite" if None in units else f"{max(unit for unit in units if unit is not None):.2f}"
+
+
+def _grouped(errors: Sequence[Error]) -> dict[tuple[str, str, str], list[Error]]:
+    rows: dict[tuple[str, str, str], list[Error]] = {}
+    for error in errors:
+        rows.setdefault((error.operator, error.regime, error.dtype), []).append(error)
+    return rows
+
+
+def draw(errors: Sequence[Error], path: Path) -> None:
+    """Write a picture of the worst result of each operator, regime and dtype to `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    dtypes = list(dict.fromkeys(error.dtype for error in errors))
+    rows = list(dict.fromkeys((error.operator, error.regime) for error in errors))
+    size = (3 + 4 * len(dtypes), 1.5 + 0.25 * len(rows))
+    figure, axes = plt.subplots(1, len(dtypes), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        for name, color, marker in _STYLES:
+            points = [
+                (max(units), row) for row, key in enumerate(rows) if (units := _finite_units(errors, key, dtype, name))
+            ]
+            if points:
+                x, y = zip(*points, strict=True)
+                axis.scatter(x, y, color=color, marker=marker, s=22, label=name, alpha=0.8)
+        axis.set(xscale="log", title=dtype, xlabel="largest error, units of rounding")
+        axis.grid(True, linewidth=0.3)
+    axes[0][0].set_yticks(range(len(rows)), [f"{operator}, {regime}" for operator, regime in rows], fontsize=8)
+    axes[0][0].invert_yaxis()
+    axes[0][-1].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _finite_units(errors: Sequence[Error], key: tuple[str, str], dtype: str, implementation: str) -> list[float]:
+    return [
+        max(error.units, 1e-3)  # an exact result has no place on a logarithmic axis
+        for error in errors
+        if (error.operator, error.regime) == key
+        and error.dtype == dtype
+        and error.implementation == implementation
+        and error.units is not None
+    ]
