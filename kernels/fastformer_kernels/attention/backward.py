@@ -87,10 +87,12 @@ class ScoreGradients(NamedTuple):
 
 
 @triton.jit
-def _delta_kernel(
+def _row_statistics_kernel(
     o,
     do,
+    lse,
     dlse,
+    exponent,
     delta,
     tiles,
     heads,
@@ -99,7 +101,8 @@ def _delta_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """delta = rowsum(dO * O) - dLSE for every row; packed tokens count as one sequence."""
+    """What every tile of a row needs: its log-sum-exp in units of log2, +inf for a row without keys, which makes its
+    weights zero, and delta = rowsum(dO * O) - dLSE. Packed tokens count as one sequence."""
     program = tl.program_id(0)
     first = program % tiles * BLOCK_M
     head = (program // tiles % heads).to(tl.int64)
@@ -115,14 +118,19 @@ def _delta_kernel(
     if dlse.pointer is not None:
         at = batch * dlse.stride_b + head * dlse.stride_h + row * dlse.stride_row
         sums -= tl.load(dlse.pointer + at, mask=row < queries, other=0.0)
-    tl.store(delta.pointer + batch * delta.stride_b + head * delta.stride_h + row, sums, mask=row < queries)
+    at = batch * lse.stride_b + head * lse.stride_h + row
+    row_lse = tl.load(lse.pointer + at, mask=row < queries, other=0.0)
+    tl.store(
+        exponent.pointer + at, tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E), mask=row < queries
+    )
+    tl.store(delta.pointer + at, sums, mask=row < queries)
 
 
 @triton.jit
 def _weights_and_gradient(
     raw_scores,
     dweights,
-    lse,
+    exponent,
     delta,
     query,
     key,
@@ -166,7 +174,7 @@ def _weights_and_gradient(
         PREFIX,
         BORDER,
     )
-    weights = tl.exp2(scores * multiplier - lse * LOG2_E)
+    weights = tl.exp2(scores * multiplier - exponent)
     dropped = weights
     if features.dropout.seed is not None:
         keep = dropout_keep(features.dropout, dropout_row, query, key)
@@ -180,11 +188,14 @@ def _weights_and_gradient(
 
 
 @triton.jit
-def _load_row_statistics(lse_pointer, delta_pointer, query, queries):
-    """Log-sum-exp and delta of some rows; a row without keys, or beyond the end, gets +inf, hence weights of zero."""
-    valid = query < queries
-    lse = tl.load(lse_pointer + query, mask=valid, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse), tl.load(delta_pointer + query, mask=valid, other=0.0)
+def _load_row_statistics(exponent_pointer, delta_pointer, query, queries, CHECK: tl.constexpr):
+    """What `_row_statistics_kernel` stored of some rows; with CHECK, weights of zero for those beyond the end."""
+    if CHECK:
+        valid = query < queries
+        exponent = tl.load(exponent_pointer + query, mask=valid, other=float("inf"))
+        return exponent, tl.load(delta_pointer + query, mask=valid, other=0.0)
+    else:
+        return tl.load(exponent_pointer + query), tl.load(delta_pointer + query)
 
 
 @triton.jit
@@ -271,7 +282,7 @@ def _key_value_gradient_kernel(
     k,
     v,
     do,
-    lse,
+    exponent,
     delta,
     dq,
     dk,
@@ -300,7 +311,7 @@ def _key_value_gradient_kernel(
                 k,
                 v,
                 do,
-                lse,
+                exponent,
                 delta,
                 dq,
                 dk,
@@ -328,7 +339,7 @@ def _key_value_gradient_kernel(
             k,
             v,
             do,
-            lse,
+            exponent,
             delta,
             dq,
             dk,
@@ -357,7 +368,7 @@ def _key_value_gradient_tile(
     k,
     v,
     do,
-    lse,
+    exponent,
     delta,
     dq,
     dk,
@@ -405,7 +416,7 @@ def _key_value_gradient_tile(
         head = kv_head * problem.group + member
         q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
         do_pointer = do.pointer + batch * do.stride_b + head * do.stride_h + q_start * do.stride_row
-        statistics = batch * lse.stride_b + head * lse.stride_h + q_start
+        statistics = batch * exponent.stride_b + head * exponent.stride_h + q_start
         q_source = rows_of(q_pointer, queries, q.stride_row, head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
         do_source = rows_of(do_pointer, queries, do.stride_row, value_dim, BLOCK_M, BLOCK_V, DESCRIPTORS)
         dq_source = dq.pointer
@@ -423,7 +434,7 @@ def _key_value_gradient_tile(
             q,
             do,
             dq,
-            lse.pointer + statistics,
+            exponent.pointer + statistics,
             delta.pointer + statistics,
             gradients,
             batch,
@@ -475,7 +486,7 @@ def _meet_queries(
     q,
     do,
     dq,
-    lse_pointer,
+    exponent_pointer,
     delta_pointer,
     gradients,
     batch,
@@ -525,7 +536,7 @@ def _meet_queries(
             else:
                 start = whole_low + index * BLOCK_M
             query = start + tl.arange(0, BLOCK_M)
-            row_lse, row_delta = _load_row_statistics(lse_pointer, delta_pointer, query, queries)
+            row_exponent, row_delta = _load_row_statistics(exponent_pointer, delta_pointer, query, queries, part == 1)
             q_tile = load_rows(
                 q_source, start, queries, q.stride_row, q.stride_dim, head_dim, BLOCK_M, BLOCK_D, part == 1, DESCRIPTORS
             )
@@ -546,7 +557,7 @@ def _meet_queries(
             weights, dscores, dbias = _weights_and_gradient(
                 raw_scores,
                 dot(value_tile, tl.trans(do_tile), nothing, INPUT_PRECISION),
-                row_lse[None, :],
+                row_exponent[None, :],
                 row_delta[None, :],
                 query[None, :],
                 key,
@@ -613,7 +624,7 @@ def _query_gradient_kernel(
     k,
     v,
     do,
-    lse,
+    exponent,
     delta,
     dq,
     gradients,
@@ -638,7 +649,7 @@ def _query_gradient_kernel(
                 k,
                 v,
                 do,
-                lse,
+                exponent,
                 delta,
                 dq,
                 gradients,
@@ -662,7 +673,7 @@ def _query_gradient_kernel(
             k,
             v,
             do,
-            lse,
+            exponent,
             delta,
             dq,
             gradients,
@@ -687,7 +698,7 @@ def _query_gradient_tile(
     k,
     v,
     do,
-    lse,
+    exponent,
     delta,
     dq,
     gradients,
@@ -723,9 +734,11 @@ def _query_gradient_tile(
     k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
     v_pointer = v.pointer + batch * v.stride_b + kv_head * v.stride_h + k_start * v.stride_row
     do_pointer = do.pointer + batch * do.stride_b + head * do.stride_h + q_start * do.stride_row
-    statistics = batch * lse.stride_b + head * lse.stride_h + q_start
+    statistics = batch * exponent.stride_b + head * exponent.stride_h + q_start
     query = first + tl.arange(0, BLOCK_M)
-    row_lse, row_delta = _load_row_statistics(lse.pointer + statistics, delta.pointer + statistics, query, queries)
+    row_exponent, row_delta = _load_row_statistics(
+        exponent.pointer + statistics, delta.pointer + statistics, query, queries, True
+    )
     q_tile = load_rows(q_pointer, first, queries, q.stride_row, q.stride_dim, head_dim, BLOCK_M, BLOCK_D, True, False)
     do_tile = load_rows(
         do_pointer, first, queries, do.stride_row, do.stride_dim, value_dim, BLOCK_M, BLOCK_V, True, False
@@ -766,7 +779,7 @@ def _query_gradient_tile(
             _, dscores, dbias = _weights_and_gradient(
                 raw_scores,
                 dot(do_tile, tl.trans(value_tile), nothing, INPUT_PRECISION),
-                row_lse[:, None],
+                row_exponent[:, None],
                 row_delta[:, None],
                 query[:, None],
                 key,
@@ -840,17 +853,17 @@ def attention_backward(
     """Gradients of checked arguments; those of learned ones that are not `needed` are empty."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     configuration = (deterministic_configuration if deterministic else backward_configuration)(query, value)
-    delta = torch.empty_like(lse)
+    exponent, delta = torch.empty_like(lse), torch.empty_like(lse)
     grad_key, grad_value = empty_gradient(key), empty_gradient(value)
     grad_query = empty_gradient(query)
     length, block = arguments.max_seqlen_k, configuration.block_n
     if deterministic:
         length, block = arguments.max_seqlen_q, configuration.block_m
     gradients = _score_gradients(query, arguments, needed, deterministic, triton.cdiv(length, block))
-    inputs = (query, key, value, grad_output, lse, delta)
+    inputs = (query, key, value, grad_output, exponent, delta)
     with device_guard(query):
         if query.numel():
-            _launch_delta(output, grad_output, grad_lse, delta)
+            _launch_row_statistics(output, grad_output, lse, grad_lse, exponent, delta)
         if deterministic:
             _launch_query_gradient(inputs, grad_query, gradients, arguments, configuration)
             _launch_key_value_gradient(inputs, None, grad_key, grad_value, _NO_GRADIENTS, arguments, configuration)
@@ -926,7 +939,7 @@ def _launch_key_value_gradient(
     arguments: AttentionArguments,
     configuration: AttentionConfiguration,
 ) -> None:
-    query, key, value, grad_output, lse, delta = inputs
+    query, key, value, grad_output, exponent, delta = inputs
     tiles = triton.cdiv(arguments.max_seqlen_k, configuration.block_n)
     works = tiles * key.shape[1] * arguments.batch(query)
     if works == 0 or key.numel() == 0:
@@ -945,7 +958,7 @@ def _launch_key_value_gradient(
     provide_scratch_memory(descriptors)
     _key_value_gradient_kernel[(programs,)](
         *(operand(tensor) for tensor in (query, key, value, grad_output)),
-        rows(lse),
+        rows(exponent),
         rows(delta),
         operand(total),
         operand(grad_key),
@@ -972,7 +985,7 @@ def _launch_query_gradient(
     arguments: AttentionArguments,
     configuration: AttentionConfiguration,
 ) -> None:
-    query, key, value, grad_output, lse, delta = inputs
+    query, key, value, grad_output, exponent, delta = inputs
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
     works = tiles * query.shape[1] * arguments.batch(query)
     if works == 0 or query.numel() == 0:
@@ -980,7 +993,7 @@ def _launch_query_gradient(
     programs = launch_size(works, query, arguments, configuration)
     _query_gradient_kernel[(programs,)](
         *(operand(tensor) for tensor in (query, key, value, grad_output)),
-        rows(lse),
+        rows(exponent),
         rows(delta),
         operand(grad_query),
         gradients,
@@ -996,16 +1009,23 @@ def _launch_query_gradient(
     )
 
 
-def _launch_delta(
-    output: torch.Tensor, grad_output: torch.Tensor, grad_lse: torch.Tensor | None, delta: torch.Tensor
+def _launch_row_statistics(
+    output: torch.Tensor,
+    grad_output: torch.Tensor,
+    lse: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    exponent: torch.Tensor,
+    delta: torch.Tensor,
 ) -> None:
     block_v, block_m = _row_blocks(output)
     batch, heads, length = delta.shape if delta.dim() == 3 else (1, *delta.shape)
     tiles = triton.cdiv(length, block_m)
-    _delta_kernel[(tiles * heads * batch,)](
+    _row_statistics_kernel[(tiles * heads * batch,)](
         operand(output),
         operand(grad_output),
+        rows(lse),
         rows(grad_lse),
+        rows(exponent),
         rows(delta),
         tiles,
         heads,
