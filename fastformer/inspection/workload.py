@@ -7,11 +7,13 @@ To add an operator: write a function that calls it as a user would and runs its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from fastformer_kernels.plans import Plan, forced_plan
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -96,20 +98,32 @@ def cases(
                         watched if guarded else (not dtypes or dtype in dtypes) and (not layouts or layout in layouts)
                     )
                     if chosen and (not operators or operator in operators):
-                        run = partial(_run, call, dtype, layout, deterministic="deterministic" in variant)
+                        run = partial(_run, call, variant, dtype, layout)
                         yield Case(operator, variant, dtype, layout, run, watched)
 
 
-def _run(call: Callable[[Maker], Any], dtype: str, layout: str, deterministic: bool) -> None:
-    previous = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(deterministic)
-    try:
+def _run(call: Callable[[Maker], Any], variant: str, dtype: str, layout: str) -> None:
+    with _settings(variant):
         result = call(Maker(dtype, layout))
         results = [tensor for tensor in (result if isinstance(result, tuple) else (result,)) if tensor.requires_grad]
         if results:
             torch.autograd.backward(results, [torch.empty_like(tensor) for tensor in results])
+
+
+@contextmanager
+def _settings(variant: str) -> Iterator[None]:
+    """The process-wide settings that the words of a variant's name ask for."""
+    words = variant.split("-")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms("deterministic" in words)
+    try:
+        with ExitStack() as stack:
+            for plan in get_args(Plan):
+                if plan in words:
+                    stack.enter_context(forced_plan(plan))
+            yield
     finally:
-        torch.use_deterministic_algorithms(previous)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def _attention(make: Maker, head_dim: int, features: tuple[str, ...] = (), value_dim: int = 0, group: int = 1) -> Any:
@@ -216,12 +230,38 @@ def _norm(make: Maker, columns: int, centered: bool, residual: bool, dropout_p: 
     return norm(x, (columns,), weight, residual=added, dropout_p=dropout_p)
 
 
-def _feed_forward(make: Maker, activation: str, gated: bool) -> Tensor:
+def _attention_weights(make: Maker) -> Tensor:
+    from fastformer.ops.attention_weights import attention_weights
+
+    heads, sequence = 8, make.rows(1024, 8 * 64)
+    query, key = (make.tensor(2, heads, sequence, 64, requires_grad=False) for _ in range(2))
+    return attention_weights(query, key, torch.empty(2, heads, sequence, device="meta"), causal=True, rows=range(64))
+
+
+def _embedding(make: Maker) -> Tensor:
+    from fastformer.ops.embedding import transformer_embedding
+
+    hidden, words = make.size(1024), make.rows(32768, 1024)
+    ids = torch.empty(8, make.size(512), dtype=torch.int64, device="meta")
+    tables = [make.tensor(rows, hidden) for rows in (words, 512, 2)]
+    norm = [make.tensor(hidden, dtype=torch.float32) for _ in range(2)]
+    return transformer_embedding(ids, *tables, *norm, token_type_ids=ids, padding_idx=0, dropout_p=0.1)
+
+
+def _cross_entropy(make: Maker, classes: int) -> Tensor:
+    from fastformer.ops.cross_entropy import cross_entropy
+
+    rows, classes = make.rows(2048, classes), make.size(classes)
+    return cross_entropy(make.tensor(rows, classes), torch.empty(rows, dtype=torch.int64, device="meta"))
+
+
+def _feed_forward(make: Maker, activation: str, gated: bool, dropout_p: float = 0.0) -> Tensor:
     from fastformer.ops.feed_forward import feed_forward
 
     hidden, intermediate = make.size(1024), make.size(4096)
+    x = make.tensor(make.rows(4096, hidden), hidden)
     return feed_forward(
-        make.tensor(make.rows(4096, hidden), hidden),
+        x,
         make.tensor(intermediate, hidden),
         make.tensor(hidden, intermediate),
         make.tensor(intermediate),
@@ -229,6 +269,9 @@ def _feed_forward(make: Maker, activation: str, gated: bool) -> Tensor:
         gate_weight=make.tensor(intermediate, hidden) if gated else None,
         gate_bias=make.tensor(intermediate) if gated else None,
         activation=activation,
+        hidden_dropout_p=dropout_p,
+        output_dropout_p=dropout_p,
+        residual=make.tensor(*x.shape) if dropout_p else None,
     )
 
 
@@ -241,8 +284,6 @@ def _linear_cross_entropy(make: Maker, classes: int) -> Tensor:
     return linear_cross_entropy(make.tensor(rows, hidden), make.tensor(classes, hidden), target)
 
 
-_16_BIT = ("float16", "bfloat16")
-_EVERY = tuple(DTYPES)
 _BF16 = ("bfloat16",)
 _NEVER: tuple[str, ...] = ()
 _FEATURES = ("window", "softcap", "dropout", "sinks", "alibi", "bias", "mask", "key_lengths", "packed", "relative")
@@ -311,15 +352,19 @@ _CASES: dict[str, dict[str, tuple[Callable[[Maker], Any], tuple[str, ...]]]] = {
     | {
         "layer-768-residual-dropout": (partial(_norm, columns=768, centered=True, residual=True, dropout_p=0.1), _NEVER)
     },
+    "attention_weights": {"d64-causal": (_attention_weights, _NEVER)},
+    "embedding": {"1024": (_embedding, _BF16)},
     "feed_forward": {
-        "gelu": (partial(_feed_forward, activation="gelu", gated=False), ("float32", "bfloat16")),
-        "relu": (partial(_feed_forward, activation="relu", gated=False), _NEVER),
-        "squared_relu": (partial(_feed_forward, activation="squared_relu", gated=False), _NEVER),
-        "gelu_tanh": (partial(_feed_forward, activation="gelu_tanh", gated=False), _NEVER),
-        "silu-gated": (partial(_feed_forward, activation="silu", gated=True), _BF16),
-        "gelu-gated": (partial(_feed_forward, activation="gelu", gated=True), _NEVER),
-        "relu-gated": (partial(_feed_forward, activation="relu", gated=True), _NEVER),
+        f"{activation}{'-gated' if gated else ''}{'-dropout-residual' if dropout_p else ''}-{plan}": (
+            partial(_feed_forward, activation=activation, gated=gated, dropout_p=dropout_p),
+            _BF16 if activation == ("silu" if gated else "gelu") and bool(dropout_p) != gated else _NEVER,
+        )
+        for plan in get_args(Plan)
+        for activation in ("relu", "gelu", "gelu_tanh", "silu", "squared_relu")
+        for gated in (False, True)
+        for dropout_p in (0.0, 0.1)
     },
+    "cross_entropy": {"32768": (partial(_cross_entropy, classes=32768), _NEVER)},
     "linear_cross_entropy": {
         "32768": (partial(_linear_cross_entropy, classes=32768), _BF16),
     },
