@@ -189,9 +189,10 @@ def dropout_keep(seed: int, offset: int, dropout_p: float, shape: tuple[int, int
     keep = torch.empty(batch * heads, queries, keys, dtype=torch.bool)
     for row in range(batch * heads):
         for query in range(queries):
-            for key in range(keys):
-                word = philox((key // 4, query, row, offset % 2**32), seed)[key % 4]
-                keep[row, query, key] = word >= threshold
+            for group in range((keys + 3) // 4):
+                words = philox((group, query, row, offset % 2**32), seed)
+                for key in range(4 * group, min(4 * group + 4, keys)):
+                    keep[row, query, key] = words[key % 4] >= threshold
     return keep.view(shape)
 
 

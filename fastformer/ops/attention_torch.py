@@ -25,6 +25,7 @@ from fastformer_kernels.attention.arguments import (
 )
 
 from fastformer.ops.attention_dropout import dropout_keep
+from fastformer.ops.autocast import without_autocast
 
 SCORE_ELEMENTS = 1 << 22
 NEGATIVE_INFINITY = float("-inf")
@@ -32,6 +33,7 @@ _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.defa
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
+@without_autocast
 def attention_forward_torch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,6 +48,7 @@ def attention_forward_torch(
     return output, lse
 
 
+@without_autocast
 def attention_backward_torch(
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor | None,
@@ -89,6 +92,7 @@ def attention_backward_torch(
     )
 
 
+@without_autocast
 def attention_weights_torch(
     query: torch.Tensor,
     key: torch.Tensor,

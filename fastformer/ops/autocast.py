@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from typing import overload
+import functools
+from collections.abc import Callable
+from typing import TypeVar, overload
 
 import torch
+
+Implementation = TypeVar("Implementation", bound=Callable)
+
+
+def without_autocast(implementation: Implementation) -> Implementation:
+    """Let an operator's PyTorch implementation compute in the dtypes it chooses, whatever autocast is active around it.
+
+    The operator has cast its inputs by then; autocast would cast again what the implementation widened.
+    """
+
+    @functools.wraps(implementation)
+    def run(first: torch.Tensor, *others, **options):
+        with torch.autocast(first.device.type, enabled=False):
+            return implementation(first, *others, **options)
+
+    return run  # type: ignore[return-value]
 
 
 @overload

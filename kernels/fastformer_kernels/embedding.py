@@ -20,7 +20,7 @@ from fastformer_kernels.precision import round_to
 from fastformer_kernels.rows import aligned, alignment
 
 MAX_COLUMNS = 4096
-TILE_ELEMENTS = 2048
+TILE_ELEMENTS = 4096
 ELEMENTS_PER_THREAD = 8
 TABLE_BLOCK_TOKENS = 8
 TABLE_BLOCK_COLUMNS = 256

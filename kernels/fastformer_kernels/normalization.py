@@ -630,8 +630,9 @@ def _one_pass_block(columns: int) -> int:
 
 
 def _block_rows(block_columns: int, rows: int) -> int:
-    """Whole rows in a tile: several where they are short."""
-    return max(1, min(TILE_ELEMENTS // block_columns, triton.next_power_of_2(rows)))
+    """Whole rows in a tile: several where they are short, never two, for which ptxas spills on sm_80."""
+    most = TILE_ELEMENTS // block_columns
+    return min(most, triton.next_power_of_2(rows)) if most > 2 else 1
 
 
 def _warps(tensor: torch.Tensor, threads: int) -> int:

@@ -289,16 +289,35 @@ def packed_and_padded() -> tuple[list[torch.Tensor], torch.Tensor, list[int]]:
     return [torch.randn(sum(lengths), heads, 12) for heads in (4, 2, 2)], cu_seqlens, lengths
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (4, None)}], ids=str)
+PACKED_FEATURES: list[dict[str, Any]] = [
+    {},
+    {"causal": True},
+    {"window": (4, None), "bias": torch.linspace(-1, 1, 40).view(1, 1, 1, 40)},
+    {"softcap": 2.0, "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4]), "sinks": torch.tensor([0.5, 0.0, 1.0, -1.0])},
+    {
+        "relative_bias": torch.linspace(-1, 1, 4 * 13).view(4, 13),
+        "chunk": 7,
+        "scale": torch.tensor([0.1, 0.3, -0.2, 0.4]),
+    },
+    {"causal": True, "prefix_lengths": torch.tensor([2, 0, 20, 17], dtype=torch.int32)},
+]
+
+
+@pytest.mark.parametrize("options", PACKED_FEATURES, ids=lambda options: "-".join(options))
 def test_packed_is_each_sequence_alone(backend: str, options: dict[str, Any]) -> None:
     tensors, cu_seqlens, lengths = packed_and_padded()
     leaves = [t.requires_grad_() for t in tensors]
     output, lse = with_lse(*leaves, cu_seqlens_q=cu_seqlens, max_seqlen_q=max(lengths), **options)
     grads = torch.autograd.grad(output.square().sum() + lse.sum(), leaves)
     start = 0
-    for length in lengths:
+    for index, length in enumerate(lengths):
         part = [t.detach()[start : start + length].transpose(0, 1)[None].requires_grad_() for t in tensors]
-        alone, alone_lse = with_lse(*part, **options)
+        own = dict(options)
+        if "prefix_lengths" in own:
+            own["prefix_lengths"] = own["prefix_lengths"][index : index + 1]
+        if "bias" in own:
+            own["bias"] = own["bias"][..., :length]
+        alone, alone_lse = with_lse(*part, **own)
         torch.testing.assert_close(output[start : start + length].transpose(0, 1)[None], alone)
         torch.testing.assert_close(lse[:, start : start + length][None], alone_lse)
         for whole, grad in zip(grads, torch.autograd.grad(alone.square().sum() + alone_lse.sum(), part), strict=True):
@@ -411,10 +430,17 @@ def test_compiles_without_graph_break() -> None:
             torch.testing.assert_close(grad, wanted)
 
 
-def test_autocast() -> None:
-    q = torch.randn(1, 1, 4, 8)
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=str)
+def test_autocast_rounds_the_inputs_and_nothing_else(backend: str, options: dict[str, Any]) -> None:
+    q, k, v = torch.randn(3, 1, 2, 20, 8)
+    expected = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), **options)
+    leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert attention(q, q, q).dtype == torch.bfloat16
+        actual = attention(*leaves, **options)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        within = torch.autograd.grad(actual.sum(), leaves, retain_graph=True)
+    for grad, wanted in zip(within, torch.autograd.grad(actual.sum(), leaves), strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=0, atol=0)
 
 
 Q = torch.zeros(2, 4, 5, 8)

@@ -29,10 +29,9 @@ from fastformer_kernels.attention.kernel_arguments import (
     Addend,
     Relative,
     addend,
-    features,
     folds_scale,
-    lengths,
     operand,
+    problem,
     relative,
     rows,
 )
@@ -88,10 +87,12 @@ class ScoreGradients(NamedTuple):
 
 
 @triton.jit
-def _delta_kernel(
+def _row_statistics_kernel(
     o,
     do,
+    lse,
     dlse,
+    exponent,
     delta,
     tiles,
     heads,
@@ -100,7 +101,8 @@ def _delta_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """delta = rowsum(dO * O) - dLSE for every row; packed tokens count as one sequence."""
+    """What every tile of a row needs: its log-sum-exp in units of log2, +inf for a row without keys, which makes its
+    weights zero, and delta = rowsum(dO * O) - dLSE. Packed tokens count as one sequence."""
     program = tl.program_id(0)
     first = program % tiles * BLOCK_M
     head = (program // tiles % heads).to(tl.int64)
@@ -116,14 +118,19 @@ def _delta_kernel(
     if dlse.pointer is not None:
         at = batch * dlse.stride_b + head * dlse.stride_h + row * dlse.stride_row
         sums -= tl.load(dlse.pointer + at, mask=row < queries, other=0.0)
-    tl.store(delta.pointer + batch * delta.stride_b + head * delta.stride_h + row, sums, mask=row < queries)
+    at = batch * lse.stride_b + head * lse.stride_h + row
+    row_lse = tl.load(lse.pointer + at, mask=row < queries, other=0.0)
+    tl.store(
+        exponent.pointer + at, tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E), mask=row < queries
+    )
+    tl.store(delta.pointer + at, sums, mask=row < queries)
 
 
 @triton.jit
 def _weights_and_gradient(
     raw_scores,
     dweights,
-    lse,
+    exponent,
     delta,
     query,
     key,
@@ -167,7 +174,7 @@ def _weights_and_gradient(
         PREFIX,
         BORDER,
     )
-    weights = tl.exp2(scores * multiplier - lse * LOG2_E)
+    weights = tl.exp2(scores * multiplier - exponent)
     dropped = weights
     if features.dropout.seed is not None:
         keep = dropout_keep(features.dropout, dropout_row, query, key)
@@ -181,11 +188,14 @@ def _weights_and_gradient(
 
 
 @triton.jit
-def _load_row_statistics(lse_pointer, delta_pointer, query, queries):
-    """Log-sum-exp and delta of some rows; a row without keys, or beyond the end, gets +inf, hence weights of zero."""
-    valid = query < queries
-    lse = tl.load(lse_pointer + query, mask=valid, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse), tl.load(delta_pointer + query, mask=valid, other=0.0)
+def _load_row_statistics(exponent_pointer, delta_pointer, query, queries, CHECK: tl.constexpr):
+    """What `_row_statistics_kernel` stored of some rows; with CHECK, weights of zero for those beyond the end."""
+    if CHECK:
+        valid = query < queries
+        exponent = tl.load(exponent_pointer + query, mask=valid, other=float("inf"))
+        return exponent, tl.load(delta_pointer + query, mask=valid, other=0.0)
+    else:
+        return tl.load(exponent_pointer + query), tl.load(delta_pointer + query)
 
 
 @triton.jit
@@ -272,21 +282,13 @@ def _key_value_gradient_kernel(
     k,
     v,
     do,
-    lse,
+    exponent,
     delta,
     dq,
     dk,
     dv,
     gradients,
-    works,
-    tiles,
-    section,
-    heads,
-    group,
-    queries,
-    keys,
-    lengths,
-    features,
+    problem,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -303,28 +305,20 @@ def _key_value_gradient_kernel(
 ):
     """dK and dV; with a pointer in `dq`, also what `_query_gradient_kernel` computes otherwise."""
     if PERSISTENT:
-        for work in range(tl.program_id(0), works, tl.num_programs(0)):
+        for work in range(tl.program_id(0), problem.works, tl.num_programs(0)):
             _key_value_gradient_tile(
                 q,
                 k,
                 v,
                 do,
-                lse,
+                exponent,
                 delta,
                 dq,
                 dk,
                 dv,
                 gradients,
                 work,
-                works,
-                tiles,
-                section,
-                heads,
-                group,
-                queries,
-                keys,
-                lengths,
-                features,
+                problem,
                 head_dim,
                 value_dim,
                 BOTTOM_RIGHT,
@@ -345,22 +339,14 @@ def _key_value_gradient_kernel(
             k,
             v,
             do,
-            lse,
+            exponent,
             delta,
             dq,
             dk,
             dv,
             gradients,
             work,
-            works,
-            tiles,
-            section,
-            heads,
-            group,
-            queries,
-            keys,
-            lengths,
-            features,
+            problem,
             head_dim,
             value_dim,
             BOTTOM_RIGHT,
@@ -382,22 +368,14 @@ def _key_value_gradient_tile(
     k,
     v,
     do,
-    lse,
+    exponent,
     delta,
     dq,
     dk,
     dv,
     gradients,
     work,
-    works,
-    tiles,
-    section,
-    heads,
-    group,
-    queries,
-    keys,
-    lengths,
-    features,
+    problem,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -412,15 +390,16 @@ def _key_value_gradient_tile(
     BLOCK_V: tl.constexpr,
 ):
     """One tile of keys and all the queries that meet it."""
-    PREFIX: tl.constexpr = lengths.prefix_lengths is not None
+    features = problem.features
+    PREFIX: tl.constexpr = problem.lengths.prefix_lengths is not None
     # Under causality the first keys meet the most queries.
-    tile, row = tile_of_work(work, tiles, works // tiles, section)
-    kv_head = (row % (heads // group)).to(tl.int64)
-    batch = (row // (heads // group)).to(tl.int64)
+    tile, row = tile_of_work(work, problem.tiles, problem.works // problem.tiles, problem.section)
+    kv_head = (row % (problem.heads // problem.group)).to(tl.int64)
+    batch = (row // (problem.heads // problem.group)).to(tl.int64)
     first = tile * BLOCK_N
-    k_start, keys, stored_keys = key_bounds(batch, lengths, keys)
-    q_start, queries = query_bounds(batch, lengths, queries)
-    prefix = prefix_length(batch, lengths)
+    k_start, keys, stored_keys = key_bounds(batch, problem.lengths, problem.keys)
+    q_start, queries = query_bounds(batch, problem.lengths, problem.queries)
+    prefix = prefix_length(batch, problem.lengths)
     offset = keys - queries if BOTTOM_RIGHT else 0
     k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
     v_pointer = v.pointer + batch * v.stride_b + kv_head * v.stride_h + k_start * v.stride_row
@@ -433,11 +412,11 @@ def _key_value_gradient_tile(
     )
     if first >= keys:
         low, whole_low, whole_high, high = queries, queries, queries, queries
-    for member in range(group):
-        head = kv_head * group + member
+    for member in range(problem.group):
+        head = kv_head * problem.group + member
         q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
         do_pointer = do.pointer + batch * do.stride_b + head * do.stride_h + q_start * do.stride_row
-        statistics = batch * lse.stride_b + head * lse.stride_h + q_start
+        statistics = batch * exponent.stride_b + head * exponent.stride_h + q_start
         q_source = rows_of(q_pointer, queries, q.stride_row, head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
         do_source = rows_of(do_pointer, queries, do.stride_row, value_dim, BLOCK_M, BLOCK_V, DESCRIPTORS)
         dq_source = dq.pointer
@@ -455,14 +434,14 @@ def _key_value_gradient_tile(
             q,
             do,
             dq,
-            lse.pointer + statistics,
+            exponent.pointer + statistics,
             delta.pointer + statistics,
             gradients,
             batch,
             head,
-            heads,
+            problem.heads,
             tile,
-            tiles,
+            problem.tiles,
             low,
             whole_low,
             whole_high,
@@ -507,7 +486,7 @@ def _meet_queries(
     q,
     do,
     dq,
-    lse_pointer,
+    exponent_pointer,
     delta_pointer,
     gradients,
     batch,
@@ -557,7 +536,7 @@ def _meet_queries(
             else:
                 start = whole_low + index * BLOCK_M
             query = start + tl.arange(0, BLOCK_M)
-            row_lse, row_delta = _load_row_statistics(lse_pointer, delta_pointer, query, queries)
+            row_exponent, row_delta = _load_row_statistics(exponent_pointer, delta_pointer, query, queries, part == 1)
             q_tile = load_rows(
                 q_source, start, queries, q.stride_row, q.stride_dim, head_dim, BLOCK_M, BLOCK_D, part == 1, DESCRIPTORS
             )
@@ -578,7 +557,7 @@ def _meet_queries(
             weights, dscores, dbias = _weights_and_gradient(
                 raw_scores,
                 dot(value_tile, tl.trans(do_tile), nothing, INPUT_PRECISION),
-                row_lse[None, :],
+                row_exponent[None, :],
                 row_delta[None, :],
                 query[None, :],
                 key,
@@ -645,19 +624,11 @@ def _query_gradient_kernel(
     k,
     v,
     do,
-    lse,
+    exponent,
     delta,
     dq,
     gradients,
-    works,
-    tiles,
-    section,
-    heads,
-    group,
-    queries,
-    keys,
-    lengths,
-    features,
+    problem,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -672,26 +643,18 @@ def _query_gradient_kernel(
 ):
     """dQ in registers, without additions in memory; also the scores' gradients."""
     if PERSISTENT:
-        for work in range(tl.program_id(0), works, tl.num_programs(0)):
+        for work in range(tl.program_id(0), problem.works, tl.num_programs(0)):
             _query_gradient_tile(
                 q,
                 k,
                 v,
                 do,
-                lse,
+                exponent,
                 delta,
                 dq,
                 gradients,
                 work,
-                works,
-                tiles,
-                section,
-                heads,
-                group,
-                queries,
-                keys,
-                lengths,
-                features,
+                problem,
                 head_dim,
                 value_dim,
                 BOTTOM_RIGHT,
@@ -710,20 +673,12 @@ def _query_gradient_kernel(
             k,
             v,
             do,
-            lse,
+            exponent,
             delta,
             dq,
             gradients,
             work,
-            works,
-            tiles,
-            section,
-            heads,
-            group,
-            queries,
-            keys,
-            lengths,
-            features,
+            problem,
             head_dim,
             value_dim,
             BOTTOM_RIGHT,
@@ -743,20 +698,12 @@ def _query_gradient_tile(
     k,
     v,
     do,
-    lse,
+    exponent,
     delta,
     dq,
     gradients,
     work,
-    works,
-    tiles,
-    section,
-    heads,
-    group,
-    queries,
-    keys,
-    lengths,
-    features,
+    problem,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -769,25 +716,29 @@ def _query_gradient_tile(
     BLOCK_V: tl.constexpr,
 ):
     """One tile of queries and all the keys that it meets."""
-    PREFIX: tl.constexpr = lengths.prefix_lengths is not None
-    rank, row = tile_of_work(work, tiles, works // tiles, section)
+    features = problem.features
+    heads = problem.heads
+    PREFIX: tl.constexpr = problem.lengths.prefix_lengths is not None
+    rank, row = tile_of_work(work, problem.tiles, problem.works // problem.tiles, problem.section)
     head = (row % heads).to(tl.int64)
     batch = (row // heads).to(tl.int64)
     # Under causality the last queries meet the most keys.
-    tile = tiles - 1 - rank
+    tile = problem.tiles - 1 - rank
     first = tile * BLOCK_M
-    q_start, queries = query_bounds(batch, lengths, queries)
-    k_start, keys, _stored_keys = key_bounds(batch, lengths, keys)
-    prefix = prefix_length(batch, lengths)
+    q_start, queries = query_bounds(batch, problem.lengths, problem.queries)
+    k_start, keys, _stored_keys = key_bounds(batch, problem.lengths, problem.keys)
+    prefix = prefix_length(batch, problem.lengths)
     offset = keys - queries if BOTTOM_RIGHT else 0
-    kv_head = head // group
+    kv_head = head // problem.group
     q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
     k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
     v_pointer = v.pointer + batch * v.stride_b + kv_head * v.stride_h + k_start * v.stride_row
     do_pointer = do.pointer + batch * do.stride_b + head * do.stride_h + q_start * do.stride_row
-    statistics = batch * lse.stride_b + head * lse.stride_h + q_start
+    statistics = batch * exponent.stride_b + head * exponent.stride_h + q_start
     query = first + tl.arange(0, BLOCK_M)
-    row_lse, row_delta = _load_row_statistics(lse.pointer + statistics, delta.pointer + statistics, query, queries)
+    row_exponent, row_delta = _load_row_statistics(
+        exponent.pointer + statistics, delta.pointer + statistics, query, queries, True
+    )
     q_tile = load_rows(q_pointer, first, queries, q.stride_row, q.stride_dim, head_dim, BLOCK_M, BLOCK_D, True, False)
     do_tile = load_rows(
         do_pointer, first, queries, do.stride_row, do.stride_dim, value_dim, BLOCK_M, BLOCK_V, True, False
@@ -828,7 +779,7 @@ def _query_gradient_tile(
             _, dscores, dbias = _weights_and_gradient(
                 raw_scores,
                 dot(do_tile, tl.trans(value_tile), nothing, INPUT_PRECISION),
-                row_lse[:, None],
+                row_exponent[:, None],
                 row_delta[:, None],
                 query[:, None],
                 key,
@@ -864,7 +815,7 @@ def _query_gradient_tile(
                 0,
             )
             dq_tile = dot(round_to(dscores, key_tile.dtype), key_tile, dq_tile, INPUT_PRECISION)
-    _store_program_sums(gradients, dslope, dscale, batch, head, heads, tile, tiles)
+    _store_program_sums(gradients, dslope, dscale, batch, head, heads, tile, problem.tiles)
     dq_pointer = dq.pointer + batch * dq.stride_b + head * dq.stride_h + q_start * dq.stride_row
     dq_tile = round_to(dq_tile * scale, dq.pointer.dtype.element_ty)
     store_rows(dq_pointer, dq_tile, first, queries, dq.stride_row, dq.stride_dim, head_dim, BLOCK_M, BLOCK_D)
@@ -902,17 +853,17 @@ def attention_backward(
     """Gradients of checked arguments; those of learned ones that are not `needed` are empty."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     configuration = (deterministic_configuration if deterministic else backward_configuration)(query, value)
-    delta = torch.empty_like(lse)
+    exponent, delta = torch.empty_like(lse), torch.empty_like(lse)
     grad_key, grad_value = empty_gradient(key), empty_gradient(value)
     grad_query = empty_gradient(query)
     length, block = arguments.max_seqlen_k, configuration.block_n
     if deterministic:
         length, block = arguments.max_seqlen_q, configuration.block_m
     gradients = _score_gradients(query, arguments, needed, deterministic, triton.cdiv(length, block))
-    inputs = (query, key, value, grad_output, lse, delta)
+    inputs = (query, key, value, grad_output, exponent, delta)
     with device_guard(query):
         if query.numel():
-            _launch_delta(output, grad_output, grad_lse, delta)
+            _launch_row_statistics(output, grad_output, lse, grad_lse, exponent, delta)
         if deterministic:
             _launch_query_gradient(inputs, grad_query, gradients, arguments, configuration)
             _launch_key_value_gradient(inputs, None, grad_key, grad_value, _NO_GRADIENTS, arguments, configuration)
@@ -988,10 +939,9 @@ def _launch_key_value_gradient(
     arguments: AttentionArguments,
     configuration: AttentionConfiguration,
 ) -> None:
-    query, key, value, grad_output, lse, delta = inputs
+    query, key, value, grad_output, exponent, delta = inputs
     tiles = triton.cdiv(arguments.max_seqlen_k, configuration.block_n)
-    heads, kv_heads = query.shape[1], key.shape[1]
-    works = tiles * kv_heads * arguments.batch(query)
+    works = tiles * key.shape[1] * arguments.batch(query)
     if works == 0 or key.numel() == 0:
         return
     descriptors = configuration.descriptors and uses_descriptors(
@@ -1008,21 +958,13 @@ def _launch_key_value_gradient(
     provide_scratch_memory(descriptors)
     _key_value_gradient_kernel[(programs,)](
         *(operand(tensor) for tensor in (query, key, value, grad_output)),
-        rows(lse),
+        rows(exponent),
         rows(delta),
         operand(total),
         operand(grad_key),
         operand(grad_value),
         gradients,
-        works,
-        tiles,
-        section_of(query, grad_output, arguments),
-        heads,
-        heads // kv_heads,
-        arguments.max_seqlen_q,
-        arguments.max_seqlen_k,
-        lengths(arguments),
-        features(arguments),
+        problem(query, key, arguments, works=works, tiles=tiles, section=section_of(query, grad_output, arguments)),
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
         BOTTOM_RIGHT=arguments.bottom_right,
@@ -1043,28 +985,19 @@ def _launch_query_gradient(
     arguments: AttentionArguments,
     configuration: AttentionConfiguration,
 ) -> None:
-    query, key, value, grad_output, lse, delta = inputs
+    query, key, value, grad_output, exponent, delta = inputs
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
-    heads = query.shape[1]
-    works = tiles * heads * arguments.batch(query)
+    works = tiles * query.shape[1] * arguments.batch(query)
     if works == 0 or query.numel() == 0:
         return
     programs = launch_size(works, query, arguments, configuration)
     _query_gradient_kernel[(programs,)](
         *(operand(tensor) for tensor in (query, key, value, grad_output)),
-        rows(lse),
+        rows(exponent),
         rows(delta),
         operand(grad_query),
         gradients,
-        works,
-        tiles,
-        section_of(key, value, arguments),
-        heads,
-        heads // key.shape[1],
-        arguments.max_seqlen_q,
-        arguments.max_seqlen_k,
-        lengths(arguments),
-        features(arguments),
+        problem(query, key, arguments, works=works, tiles=tiles, section=section_of(key, value, arguments)),
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
         BOTTOM_RIGHT=arguments.bottom_right,
@@ -1076,16 +1009,23 @@ def _launch_query_gradient(
     )
 
 
-def _launch_delta(
-    output: torch.Tensor, grad_output: torch.Tensor, grad_lse: torch.Tensor | None, delta: torch.Tensor
+def _launch_row_statistics(
+    output: torch.Tensor,
+    grad_output: torch.Tensor,
+    lse: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    exponent: torch.Tensor,
+    delta: torch.Tensor,
 ) -> None:
     block_v, block_m = _row_blocks(output)
     batch, heads, length = delta.shape if delta.dim() == 3 else (1, *delta.shape)
     tiles = triton.cdiv(length, block_m)
-    _delta_kernel[(tiles * heads * batch,)](
+    _row_statistics_kernel[(tiles * heads * batch,)](
         operand(output),
         operand(grad_output),
+        rows(lse),
         rows(grad_lse),
+        rows(exponent),
         rows(delta),
         tiles,
         heads,

@@ -56,7 +56,7 @@ _LARGE_SHARED_MEMORY = {
         256: DecodeConfiguration(32, 32, 4, 3),
     },
     4: {
-        64: DecodeConfiguration(32, 16, 8, 4),
+        64: DecodeConfiguration(32, 16, 8, 3),
         128: DecodeConfiguration(32, 16, 8, 3),
         256: DecodeConfiguration(32, 16, 8, 3),
     },

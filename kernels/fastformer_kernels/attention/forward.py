@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastformer_kernels.attention.arguments import AttentionArguments, empty_lse, empty_output
-from fastformer_kernels.attention.kernel_arguments import features, folds_scale, lengths, operand, rows
+from fastformer_kernels.attention.kernel_arguments import folds_scale, operand, problem, rows
 from fastformer_kernels.attention.launch import (
     forward_configuration,
     has_borders,
@@ -147,15 +147,7 @@ def _attention_forward_kernel(
     o,
     lse,
     sinks_pointer,
-    works,
-    tiles,
-    section,
-    heads,
-    group,
-    queries,
-    keys,
-    lengths,
-    features,
+    problem,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -171,7 +163,7 @@ def _attention_forward_kernel(
     BLOCK_V: tl.constexpr,
 ):
     if PERSISTENT:
-        for work in range(tl.program_id(0), works, tl.num_programs(0)):
+        for work in range(tl.program_id(0), problem.works, tl.num_programs(0)):
             _forward_tile(
                 q,
                 k,
@@ -180,15 +172,7 @@ def _attention_forward_kernel(
                 lse,
                 sinks_pointer,
                 work,
-                works,
-                tiles,
-                section,
-                heads,
-                group,
-                queries,
-                keys,
-                lengths,
-                features,
+                problem,
                 head_dim,
                 value_dim,
                 BOTTOM_RIGHT,
@@ -212,15 +196,7 @@ def _attention_forward_kernel(
             lse,
             sinks_pointer,
             work,
-            works,
-            tiles,
-            section,
-            heads,
-            group,
-            queries,
-            keys,
-            lengths,
-            features,
+            problem,
             head_dim,
             value_dim,
             BOTTOM_RIGHT,
@@ -245,15 +221,7 @@ def _forward_tile(
     lse,
     sinks_pointer,
     work,
-    works,
-    tiles,
-    section,
-    heads,
-    group,
-    queries,
-    keys,
-    lengths,
-    features,
+    problem,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -268,17 +236,18 @@ def _forward_tile(
     BLOCK_V: tl.constexpr,
 ):
     """Output and log-sum-exp of a tile of queries of one head of one sequence."""
-    PREFIX: tl.constexpr = lengths.prefix_lengths is not None
-    rank, row = tile_of_work(work, tiles, works // tiles, section)
-    head = (row % heads).to(tl.int64)
-    batch = (row // heads).to(tl.int64)
+    features = problem.features
+    PREFIX: tl.constexpr = problem.lengths.prefix_lengths is not None
+    rank, row = tile_of_work(work, problem.tiles, problem.works // problem.tiles, problem.section)
+    head = (row % problem.heads).to(tl.int64)
+    batch = (row // problem.heads).to(tl.int64)
     # Under causality the last queries meet the most keys.
-    first = (tiles - 1 - rank) * BLOCK_M
-    q_start, queries = query_bounds(batch, lengths, queries)
-    k_start, keys, _ = key_bounds(batch, lengths, keys)
-    prefix = prefix_length(batch, lengths)
+    first = (problem.tiles - 1 - rank) * BLOCK_M
+    q_start, queries = query_bounds(batch, problem.lengths, problem.queries)
+    k_start, keys, _ = key_bounds(batch, problem.lengths, problem.keys)
+    prefix = prefix_length(batch, problem.lengths)
     offset = keys - queries if BOTTOM_RIGHT else 0
-    kv_head = head // group
+    kv_head = head // problem.group
     k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
     v_pointer = v.pointer + batch * v.stride_b + kv_head * v.stride_h + k_start * v.stride_row
     k_source = rows_of(k_pointer, keys, k.stride_row, head_dim, BLOCK_N, BLOCK_D, DESCRIPTORS)
@@ -333,7 +302,7 @@ def _forward_tile(
             mask_pointer,
             bias_pointer,
             relative_pointer,
-            batch * heads + head,
+            batch * problem.heads + head,
             features,
             head_dim,
             value_dim,
@@ -363,9 +332,8 @@ def attention_forward(
     """Output and log-sum-exp of checked arguments; layouts as in `AttentionArguments`."""
     output, lse = empty_output(query, value), empty_lse(query)
     configuration = forward_configuration(query, key, value, arguments)
-    heads = query.shape[1]
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
-    works = tiles * heads * arguments.batch(query)
+    works = tiles * query.shape[1] * arguments.batch(query)
     if query.numel() == 0 or works == 0:
         return output, lse
     descriptors = configuration.descriptors and uses_descriptors(query, key, value)
@@ -380,15 +348,7 @@ def attention_forward(
             operand(output),
             rows(lse),
             arguments.sinks,
-            works,
-            tiles,
-            section_of(key, value, arguments),
-            heads,
-            heads // key.shape[1],
-            arguments.max_seqlen_q,
-            arguments.max_seqlen_k,
-            lengths(arguments),
-            features(arguments),
+            problem(query, key, arguments, works=works, tiles=tiles, section=section_of(key, value, arguments)),
             head_dim=query.shape[-1],
             value_dim=value.shape[-1],
             BOTTOM_RIGHT=arguments.bottom_right,

@@ -85,6 +85,29 @@ class Features(NamedTuple):
     dropout: Dropout
 
 
+class Problem(NamedTuple):
+    """What a launch has to do.
+
+    Attributes:
+        works: tiles of all heads of all sequences.
+        tiles: of the longest sequence.
+        section: see `tile_of_work`.
+        heads: query heads; group: how many of them share a key/value head.
+        queries, keys: of the longest sequence.
+        lengths, features: as their classes say.
+    """
+
+    works: int
+    tiles: int
+    section: int
+    heads: int
+    group: int
+    queries: int
+    keys: int
+    lengths: Lengths
+    features: Features
+
+
 def operand(tensor: torch.Tensor | None) -> Operand:
     """`tensor`, dense or packed."""
     if tensor is None:
@@ -114,13 +137,29 @@ def relative(tensor: torch.Tensor | None) -> Relative:
     return Relative(tensor, 0 if tensor is None else tensor.shape[1] // 2)
 
 
-def lengths(arguments: AttentionArguments) -> Lengths:
-    """The sequences' lengths."""
+def problem(
+    query: torch.Tensor, key: torch.Tensor, arguments: AttentionArguments, *, works: int, tiles: int, section: int
+) -> Problem:
+    """All that the kernels of a call are told but the tensors."""
+    heads = query.shape[1]
+    return Problem(
+        works,
+        tiles,
+        section,
+        heads,
+        heads // key.shape[1],
+        arguments.max_seqlen_q,
+        arguments.max_seqlen_k,
+        _lengths(arguments),
+        _features(arguments),
+    )
+
+
+def _lengths(arguments: AttentionArguments) -> Lengths:
     return Lengths(arguments.key_lengths, arguments.cu_seqlens_q, arguments.cu_seqlens_k, arguments.prefix_lengths)
 
 
-def features(arguments: AttentionArguments) -> Features:
-    """The features of a call, for every kernel alike."""
+def _features(arguments: AttentionArguments) -> Features:
     slopes = arguments.alibi_slopes
     return Features(
         scale=arguments.scale,

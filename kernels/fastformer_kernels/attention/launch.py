@@ -55,7 +55,7 @@ Table = dict[int, dict[int, AttentionConfiguration]]
 # By element size and the largest head_dim each serves, chosen from what they compile to: no spills for 16-bit types at
 # head_dim 64 and 128 in either direction. 64 rows on 8 warps would repeat products at head_dim 64.
 _FLOAT32_FORWARD = {
-    64: AttentionConfiguration(64, 32, 4, 2),
+    64: AttentionConfiguration(32, 32, 4, 2),
     128: AttentionConfiguration(32, 32, 4, 2),
     256: AttentionConfiguration(32, 16, 8, 1),
 }
@@ -96,7 +96,11 @@ _CDNA_BACKWARD: Table = {
         128: AttentionConfiguration(32, 64, 4, 1),
         256: AttentionConfiguration(16, 32, 4, 1),
     },
-    4: _FLOAT32_BACKWARD,
+    4: {
+        64: AttentionConfiguration(32, 32, 4, 1),
+        128: AttentionConfiguration(16, 32, 4, 1),
+        256: AttentionConfiguration(16, 16, 4, 1),
+    },
 }
 _FORWARD: dict[str, Table] = {
     "sm_80": _AMPERE_FORWARD,
@@ -118,6 +122,7 @@ _FORWARD: dict[str, Table] = {
         },
         4: _FLOAT32_FORWARD,
     },
+    # The compiler does not pipeline the bulk copy engine for mma.sync, which is what sm_120 has.
     "sm_120": _ADA_FORWARD,
     "gfx90a": _CDNA_FORWARD,
     "gfx942": _CDNA_FORWARD,
@@ -146,7 +151,7 @@ _BACKWARD: dict[str, Table] = {
         2: {
             64: AttentionConfiguration(64, 128, 8, 2, descriptors=True),
             128: AttentionConfiguration(32, 128, 8, 2, descriptors=True),
-            256: AttentionConfiguration(32, 32, 8, 1),
+            256: AttentionConfiguration(32, 32, 8, 1, descriptors=True),
         },
         4: _FLOAT32_BACKWARD,
     },
@@ -154,7 +159,7 @@ _BACKWARD: dict[str, Table] = {
         2: {
             64: AttentionConfiguration(64, 128, 8, 2, descriptors=True),
             128: AttentionConfiguration(64, 128, 8, 1, descriptors=True),
-            256: AttentionConfiguration(32, 32, 8, 1),
+            256: AttentionConfiguration(32, 64, 8, 1, descriptors=True),
         },
         4: _FLOAT32_BACKWARD,
     },
@@ -163,7 +168,15 @@ _BACKWARD: dict[str, Table] = {
     "gfx942": _CDNA_BACKWARD,
     "gfx950": _CDNA_BACKWARD,
 }
-_DETERMINISTIC: dict[str, Table] = {**_BACKWARD, "sm_90": _AMPERE_BACKWARD, "sm_100": _AMPERE_BACKWARD}
+_DETERMINISTIC_HOPPER: Table = {
+    2: {**_AMPERE_BACKWARD[2], 128: AttentionConfiguration(64, 32, 8, 2)},
+    4: _FLOAT32_BACKWARD,
+}
+_DETERMINISTIC: dict[str, Table] = {
+    **_BACKWARD,
+    "sm_90": _DETERMINISTIC_HOPPER,
+    "sm_100": _DETERMINISTIC_HOPPER,
+}
 # Small tiles, so that small tests cross their borders.
 _INTERPRETER = AttentionConfiguration(16, 16, 1, 1, resident=1)
 
