@@ -143,14 +143,14 @@ def _weights_and_gradient(
     mask_pointer,
     bias_pointer,
     relative_pointer,
-    dropout_row,
+    keep,
     features,
     BORDER: tl.constexpr,
     PREFIX: tl.constexpr,
     FOLD_SCALE: tl.constexpr,
 ):
-    """From raw products Q K^T and dO V^T of one tile, in either orientation: the weights as they met V, the gradient of
-    the scores before the softcap (to be scaled), and after it (the bias's)."""
+    """From raw products Q K^T and dO V^T of one tile, in either orientation, and what dropout keeps: the weights as
+    they met V, the gradient of the scores before the softcap (to be scaled), and after it (the bias's)."""
     multiplier = scale * LOG2_E if FOLD_SCALE else 1.0
     scores = raw_scores
     if features.softcap is not None:
@@ -177,7 +177,6 @@ def _weights_and_gradient(
     weights = tl.exp2(scores * multiplier - exponent)
     dropped = weights
     if features.dropout.seed is not None:
-        keep = dropout_keep(features.dropout, dropout_row, query, key)
         dropped = tl.where(keep, weights * features.dropout.scale, 0.0)
         dweights = tl.where(keep, dweights * features.dropout.scale, 0.0)
     dbias = weights * (dweights - delta)
@@ -554,6 +553,11 @@ def _meet_queries(
             )
             nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             raw_scores = dot(key_tile, tl.trans(q_tile), nothing, INPUT_PRECISION)
+            keep = None
+            if features.dropout.seed is not None:
+                keep = tl.trans(
+                    dropout_keep(features.dropout, batch * heads + head, start, tile * BLOCK_N, BLOCK_M, BLOCK_N)
+                )
             weights, dscores, dbias = _weights_and_gradient(
                 raw_scores,
                 dot(value_tile, tl.trans(do_tile), nothing, INPUT_PRECISION),
@@ -570,7 +574,7 @@ def _meet_queries(
                 mask_pointer,
                 bias_pointer,
                 relative_pointer,
-                batch * heads + head,
+                keep,
                 features,
                 part == 1,
                 PREFIX,
@@ -776,6 +780,9 @@ def _query_gradient_tile(
             )
             nothing = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             raw_scores = dot(q_tile, tl.trans(key_tile), nothing, INPUT_PRECISION)
+            keep = None
+            if features.dropout.seed is not None:
+                keep = dropout_keep(features.dropout, batch * heads + head, first, start, BLOCK_M, BLOCK_N)
             _, dscores, dbias = _weights_and_gradient(
                 raw_scores,
                 dot(do_tile, tl.trans(value_tile), nothing, INPUT_PRECISION),
@@ -792,7 +799,7 @@ def _query_gradient_tile(
                 mask_pointer,
                 bias_pointer,
                 relative_pointer,
-                batch * heads + head,
+                keep,
                 features,
                 part == 1,
                 PREFIX,

@@ -59,7 +59,7 @@ def _attend(
     whole_low,
     whole_high,
     high,
-    query,
+    first,
     queries,
     keys,
     offset,
@@ -85,6 +85,7 @@ def _attend(
 ):
     """Take the border tiles, or the whole ones, into the online softmax."""
     multiplier = scale * LOG2_E if FOLD_SCALE else 1.0
+    query = first + tl.arange(0, q.shape[0])
     if BORDER:
         count = border_tiles(low, whole_low, whole_high, high, BLOCK_N)
     else:
@@ -127,7 +128,7 @@ def _attend(
         rescale = tl.exp2(maximum - shift)
         total = total * rescale + tl.sum(weights, axis=1)
         if features.dropout.seed is not None:
-            keep = dropout_keep(features.dropout, dropout_row, query[:, None], key)
+            keep = dropout_keep(features.dropout, dropout_row, first, start, q.shape[0], BLOCK_N)
             weights = tl.where(keep, weights, 0.0)
         value_tile = load_rows(
             v_source, start, keys, v.stride_row, v.stride_dim, value_dim, BLOCK_N, BLOCK_V, BORDER, DESCRIPTORS
@@ -292,7 +293,7 @@ def _forward_tile(
             whole_low,
             whole_high,
             high,
-            query,
+            first,
             queries,
             keys,
             offset,

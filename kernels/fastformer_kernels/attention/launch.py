@@ -81,7 +81,14 @@ _AMPERE_BACKWARD: Table = {
     4: _FLOAT32_BACKWARD,
 }
 # 99 KiB of shared memory.
-_ADA_FORWARD: Table = {2: {**_AMPERE_FORWARD[2], 256: AttentionConfiguration(64, 32, 8, 2)}, 4: _FLOAT32_FORWARD}
+_ADA_FORWARD: Table = {
+    2: {
+        **_AMPERE_FORWARD[2],
+        128: AttentionConfiguration(128, 64, 8, 2),
+        256: AttentionConfiguration(64, 32, 8, 2),
+    },
+    4: _FLOAT32_FORWARD,
+}
 _CDNA_FORWARD: Table = {
     2: {
         64: AttentionConfiguration(128, 64, 4, 1),
@@ -186,8 +193,12 @@ def forward_configuration(
 ) -> AttentionConfiguration:
     """The forward kernel's configuration for this call."""
     whole = _choose(_FORWARD_WHOLE, query, value)
+    # Loads other than the copy engine's end the compilation of specialised warps with an error.
     if (
         whole is not None
+        and arguments.mask is None
+        and arguments.bias is None
+        and arguments.relative_bias is None
         and uses_descriptors(query, key, value)
         and not has_borders(arguments, arguments.max_seqlen_k, whole.block_n)
     ):

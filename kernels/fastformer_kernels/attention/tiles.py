@@ -336,14 +336,22 @@ def bias_and_mask(
 
 
 @triton.jit
-def dropout_keep(dropout, row, query, key):
-    """Which weights dropout keeps: Philox-4x32-10 of (seed, offset, batch and head, query, key)."""
-    zero = (query * 0 + key * 0).to(tl.uint32)
-    counter = (key // 4).to(tl.uint32) + zero
-    offset = tl.load(dropout.seed + 1).to(tl.uint32) + zero
+def dropout_keep(dropout, row, first_query, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which weights dropout keeps, (BLOCK_M, BLOCK_N): Philox-4x32-10 of (seed, offset, batch and head, query, key).
+
+    The four words drawn at once serve four neighbouring keys; `first_key` is a multiple of four.
+    """
+    query = (first_query + tl.arange(0, BLOCK_M)).to(tl.uint32)[:, None]
+    group = (first_key // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)[None, :]
+    zero = query * 0 + group * 0
     word_0, word_1, word_2, word_3 = tl.philox(
-        tl.load(dropout.seed), counter, query.to(tl.uint32) + zero, row.to(tl.uint32) + zero, offset
+        tl.load(dropout.seed),
+        group + zero,
+        query + zero,
+        row.to(tl.uint32) + zero,
+        tl.load(dropout.seed + 1).to(tl.uint32) + zero,
     )
-    lane = key % 4
-    word = tl.where(lane < 2, tl.where(lane == 0, word_0, word_1), tl.where(lane == 2, word_2, word_3))
-    return word.to(tl.uint32, bitcast=True).to(tl.int64) >= dropout.threshold
+    threshold = tl.full((1, 1), dropout.threshold, tl.uint32)
+    even = tl.join(word_0.to(tl.uint32, bitcast=True) >= threshold, word_2.to(tl.uint32, bitcast=True) >= threshold)
+    odd = tl.join(word_1.to(tl.uint32, bitcast=True) >= threshold, word_3.to(tl.uint32, bitcast=True) >= threshold)
+    return tl.reshape(tl.join(even, odd), (BLOCK_M, BLOCK_N))
