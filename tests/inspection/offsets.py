@@ -57,7 +57,7 @@ def narrow_products(text: str) -> list[str]:
 
 def _source_name(operand: str) -> str:
     """The variable of the source that a value of the IR is named after."""
-    return re.sub(r"(_\d+)?(#\d+)?$", "", operand.removeprefix("%"))
+    return re.sub(r"(_\d+)?(#\d+)?$", "", operand.removeprefix("%")).split(".")[-1]
 
 
 def _closure(roots: set[str], operands: dict[str, set[str]]) -> set[str]:
