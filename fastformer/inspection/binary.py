@@ -238,6 +238,18 @@ def blackwell_flops(kernel: LaunchedKernel, code: Code) -> float:
     return sum(2.0 * prod(map(int, shape)) for shape in shapes) / instructions
 
 
+def bulk_bytes(kernel: LaunchedKernel, code: Code) -> float:
+    """Mean bytes of a bulk (TMA) copy of this kernel: those of its IR over the instructions they became."""
+    instructions = sum(i.name.startswith("UTMA") and i.name.split(".")[0] in _BULK for i in code.instructions)
+    if not instructions:
+        return 0.0
+    tiles = re.findall(
+        r"ttng\.async_tma_(?:copy_\w+|reduce) .*?!tt\.tensordesc<((?:\d+x)+)[a-z]+(\d+)", kernel.text("ttgir")
+    )
+    sizes = [prod(map(int, shape.split("x")[:-1])) * int(bits) // 8 for shape, bits in tiles]
+    return sum(sizes) / instructions
+
+
 def highlights(code: Code) -> dict[str, int]:
     """How often the instructions that tell a good kernel occur: matrix products, copies by kind and width, spills."""
     counts: Counter[str] = Counter()

@@ -8,8 +8,9 @@ their sum. The true speed lies between if the model's assumptions hold:
 - the loop is what takes the time, and enough CTAs are resident: no latency, no tail, no launch, no prologue;
 - clocks are boost clocks, every access is free of bank conflicts and coalesced;
 - in a loop with matrix products bytes come from L2 at 64 bytes per clock and multiprocessor, elsewhere from memory at
-  its peak; a bulk (TMA) copy is not counted;
-- every warp of the CTA executes the loop, which a warp-specialised kernel's do not.
+  its peak; a bulk (TMA) copy counts as the kernel's mean one;
+- every warp of the CTA executes the loop, which a warp-specialised kernel's do not: there it is the loop of the warps
+  that multiply, and what the other warps do meanwhile is left out.
 
 What it is good for: which resource bounds a kernel, and how much of the peak a perfect schedule could reach.
 """
@@ -45,15 +46,19 @@ class Bounds:
     bytes: float
 
 
-def bounds_of(loop: list[Instruction], warps: int, device: Device, flops_of_blackwell: float) -> Bounds:
-    """The bracket for a loop that all `warps` of a CTA execute."""
+def bounds_of(loop: list[Instruction], warps: int, device: Device, blackwell: float, bulk: float) -> Bounds:
+    """The bracket for a loop that all `warps` of a CTA execute.
+
+    Args:
+        blackwell, bulk: operations of a UTC*MMA and bytes of a bulk copy, which their instructions do not tell.
+    """
     threads = warps * device.warp_size
     clocks = dict.fromkeys(("tensor", "float", "integer", "special", "shared", "memory"), 0.0)
     flops = moved = 0.0
     for instruction in loop:
         name, pipe = instruction.name, pipe_of(instruction.name)
         if pipe == "tensor":
-            each, kind = tensor_flops(name, flops_of_blackwell)
+            each, kind = tensor_flops(name, blackwell)
             products = each * (1 if name.startswith("UTC") else warps)
             flops += products
             clocks["tensor"] += products / _per_clock(device, device.tensor_flops[kind])
@@ -65,7 +70,7 @@ def bounds_of(loop: list[Instruction], warps: int, device: Device, flops_of_blac
         elif pipe == "shared":
             clocks["shared"] += threads * bytes_of(name) / device.shared_bandwidth
         elif pipe == "global":
-            moved += threads * bytes_of(name)
+            moved += bulk if name.startswith("UTMA") else threads * bytes_of(name)
     # Only then is it known whether the loop multiplies matrices.
     rate = L2_BYTES_PER_CLOCK if clocks["tensor"] else _per_clock(device, device.bandwidth)
     clocks["memory"] = moved / rate

@@ -14,7 +14,7 @@ import triton
 from fastformer_kernels.launch import ARCHITECTURES
 from rich.table import Table
 
-from fastformer.inspection.binary import PIPES, blackwell_flops, highlights, pipe_of, read_kernel
+from fastformer.inspection.binary import PIPES, blackwell_flops, bulk_bytes, highlights, pipe_of, read_kernel
 from fastformer.inspection.bounds import bounds_of
 from fastformer.inspection.compilation import Work, triton_cache
 from fastformer.inspection.devices import DEVICES, resident_ctas
@@ -95,7 +95,7 @@ def _figures(architecture: str, launch: tuple[str, str, LaunchedKernel]) -> Figu
     device, metadata = DEVICES[architecture], kernel.metadata
     columns = getattr(metadata, "tmem_size", 0) or 0
     ctas, ctas_limit = resident_ctas(device, metadata.num_warps, resources.registers, metadata.shared, columns)
-    bounds = bounds_of(code.loop, metadata.num_warps, device, blackwell_flops(kernel, code))
+    bounds = bounds_of(code.loop, metadata.num_warps, device, blackwell_flops(kernel, code), bulk_bytes(kernel, code))
     at_peak = bounds.flops / bounds.clocks[bounds.roof] * device.clock * device.multiprocessors
     mix = Counter(pipe_of(instruction.name) for instruction in code.loop)
     return Figures(

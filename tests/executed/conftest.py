@@ -46,7 +46,7 @@ def note_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     run = JITFunction.run
 
     def noting(self: JITFunction, *arguments: Any, **options: Any) -> Any:
-        _launched.add(self.fn.__name__)
+        _launched.add(f"{self.module}.{self.fn.__name__}")
         return run(self, *arguments, **options)
 
     monkeypatch.setattr(JITFunction, "run", noting)
@@ -73,5 +73,5 @@ def _kernels() -> set[str]:
     for module in pkgutil.walk_packages(fastformer_kernels.__path__, "fastformer_kernels."):
         for name, value in vars(importlib.import_module(module.name)).items():
             if isinstance(value, JITFunction) and name.endswith("_kernel"):
-                names.add(name)
+                names.add(f"{value.module}.{name}")
     return names

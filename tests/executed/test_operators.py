@@ -10,10 +10,14 @@ import reference
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
+from fastformer_kernels.plans import forced_plan
 
 import fastformer
 from fastformer.ops.attention import attention
+from fastformer.ops.attention_weights import attention_weights
+from fastformer.ops.cross_entropy import cross_entropy
 from fastformer.ops.decode import decode_attention
+from fastformer.ops.embedding import transformer_embedding
 from fastformer.ops.feed_forward import feed_forward
 from fastformer.ops.kv_cache import append_to_cache
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy
@@ -217,30 +221,39 @@ def test_norm_with_residual() -> None:
     )
 
 
+@pytest.mark.parametrize("plan", ["fused", "library"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))
-def test_feed_forward(activation: str, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feed_forward(activation: str, gated: bool, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastformer_kernels import launch
 
     monkeypatch.setattr(launch, "_target", launch.INTERPRETER)
-    check_feed_forward(activation, gated, torch.bfloat16)
+    with forced_plan(plan):
+        check_feed_forward(activation, gated, torch.bfloat16)
 
 
+@pytest.mark.parametrize("plan", ["fused", "library"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_feed_forward_as_an_architecture_launches_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feed_forward_as_an_architecture_launches_it(
+    dtype: torch.dtype, plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fastformer_kernels import launch
 
     monkeypatch.setattr(launch, "_target", launch.ARCHITECTURES["sm_90"])
-    check_feed_forward("silu", True, dtype)
+    with forced_plan(plan):
+        check_feed_forward("silu", True, dtype)
 
 
-def check_feed_forward(activation: str, gated: bool, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
+def feed_forward_tensors(gated: bool) -> list[torch.Tensor]:
     tokens, features, intermediate = 37, 20, 45
     shapes = [(tokens, features), (intermediate, features), (features, intermediate), (intermediate,), (features,)]
     shapes += [(intermediate, features), (intermediate,)] if gated else []
     # Small enough that the exponentials of the reference stay finite in float16.
-    tensors = [randn(*shape) / 2 for shape in shapes]
+    return [randn(*shape) / 2 for shape in shapes]
+
+
+def check_feed_forward(activation: str, gated: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
 
     def call(function: Function) -> Function:
         def run(*tensors: torch.Tensor) -> torch.Tensor:
@@ -249,7 +262,67 @@ def check_feed_forward(activation: str, gated: bool, dtype: torch.dtype) -> None
         return run
 
     plain = call(reference.feed_forward)
-    agree(call(feed_forward), plain, plain, tensors, dtype)
+    agree(call(feed_forward), plain, plain, feed_forward_tensors(gated), dtype)
+
+
+def check_backends_agree(function: Function, tensors: list[torch.Tensor]) -> None:
+    """Both backends draw the same dropout; in bfloat16 they differ by a rounding or two of their results."""
+
+    def run(backend: str) -> list[torch.Tensor]:
+        with fastformer.backend(backend):
+            return results(function, tensors, torch.bfloat16, seed=1)
+
+    for kernel, pytorch in zip(run("triton"), run("torch"), strict=True):
+        magnitude = max(1.0, pytorch.abs().max().item())
+        torch.testing.assert_close(kernel, pytorch, atol=2**-6 * magnitude, rtol=0.0)
+
+
+@pytest.mark.parametrize("plan", ["fused", "library"])
+def test_feed_forward_with_dropout_and_residual(plan: str) -> None:
+    torch.manual_seed(0)
+    residual = randn(37, 20).bfloat16()
+
+    def run(*tensors: torch.Tensor) -> torch.Tensor:
+        options = {"hidden_dropout_p": 0.3, "output_dropout_p": 0.2}
+        return feed_forward(*tensors[:-1], activation="gelu", residual=tensors[-1], **options)
+
+    with forced_plan(plan):
+        check_backends_agree(run, [*feed_forward_tensors(gated=False), residual])
+
+
+def test_embedding() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 30, (3, 11), device=DEVICE)
+    types = torch.randint(0, 2, (3, 11), device=DEVICE)
+
+    def run(*tensors: torch.Tensor) -> torch.Tensor:
+        return transformer_embedding(ids, *tensors, token_type_ids=types, padding_idx=0, eps=1e-5, dropout_p=0.3)
+
+    check_backends_agree(run, [randn(30, 24), randn(11, 24), randn(2, 24), randn(24), randn(24)])
+
+
+def test_attention_weights() -> None:
+    torch.manual_seed(0)
+    query, key = randn(1, 2, 37, 16).bfloat16(), randn(1, 2, 45, 16).bfloat16()
+    scores = query.double() @ key.double().transpose(-1, -2) / 4
+    scores = scores.masked_fill(~torch.ones(37, 45, dtype=torch.bool).tril(8), float("-inf"))
+    with fastformer.backend("triton"):
+        weights = attention_weights(query, key, scores.logsumexp(-1).float(), causal=True, heads=[1], rows=[0, 5, 36])
+    expected = scores.softmax(-1)[:, 1:, [0, 5, 36]]
+    torch.testing.assert_close(weights.double(), expected, atol=2**-9, rtol=2**-8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    target = torch.randint(0, 5000, (7,), device=DEVICE)
+    agree(
+        lambda x: cross_entropy(x, target, reduction="sum"),
+        lambda x: F.cross_entropy(x, target, reduction="sum"),
+        lambda x: F.cross_entropy(x.float(), target, reduction="sum"),
+        [randn(7, 5000)],
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -259,7 +332,7 @@ def test_linear_cross_entropy(dtype: torch.dtype) -> None:
     target[::4] = -100
     agree(
         lambda x, w, b: linear_cross_entropy(x, w, target, b, reduction="sum"),
-        lambda x, w, b: reference.linear_cross_entropy(x, w, target, b, -100).sum(),
+        lambda x, w, b: F.cross_entropy(x @ w.T + b, target, reduction="sum"),
         lambda x, w, b: F.cross_entropy((x @ w.T + b).float(), target, reduction="sum"),
         [randn(21, 16), randn(70, 16), randn(70)],
         dtype,

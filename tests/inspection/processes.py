@@ -10,6 +10,8 @@ def python(*arguments: str, cache: Path | None = None) -> subprocess.CompletedPr
     """Run the Python of the tests with `arguments`; Triton's cache is `cache`, by default none that lasts."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
+    tests = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [tests, environment.get("PYTHONPATH")]))
     if cache is not None:
         environment["TRITON_CACHE_DIR"] = str(cache)
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=600)
