@@ -220,12 +220,12 @@ def rms_norm(input: torch.Tensor, weight: torch.Tensor | None, eps: float) -> to
 
 
 def rotary(input: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """`input` (..., tokens, head_dim) as complex pairs times e^(i angle); `angles` (..., tokens, pairs) float64."""
+    """`input` (..., tokens, head_dim) as pairs, each turned by its angle; `angles` (..., tokens, pairs) float64."""
     pairs = angles.shape[-1]
     turning, rest = input[..., : 2 * pairs].double(), input[..., 2 * pairs :].double()
     pairwise = turning.unflatten(-1, (pairs, 2)) if interleaved else turning.unflatten(-1, (2, pairs)).mT
-    turned = torch.complex(pairwise[..., 0], pairwise[..., 1]) * torch.polar(torch.ones_like(angles), angles)
-    turned = torch.view_as_real(turned)
+    x, y, cos, sin = *pairwise.unbind(-1), angles.cos(), angles.sin()
+    turned = torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
     turned = turned.flatten(-2) if interleaved else turned.mT.flatten(-2)
     return torch.cat([turned, rest], -1)
 

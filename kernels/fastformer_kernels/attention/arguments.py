@@ -80,6 +80,11 @@ class AttentionArguments:
         return Learned(self.bias, self.relative_bias, self.alibi_slopes, self.head_scales, self.sinks)
 
     @property
+    def loads_scores(self) -> bool:
+        """Whether kernels load something for each query and key: a mask or a bias."""
+        return self.mask is not None or self.bias is not None or self.relative_bias is not None
+
+    @property
     def packed(self) -> bool:
         return self.cu_seqlens_q is not None
 

@@ -28,12 +28,15 @@ from fastformer_kernels.attention.arguments import (
 from fastformer_kernels.attention.kernel_arguments import (
     Addend,
     Relative,
+    Sizes,
     addend,
+    features,
     folds_scale,
+    lengths,
     operand,
-    problem,
     relative,
     rows,
+    sizes,
 )
 from fastformer_kernels.attention.launch import (
     AttentionConfiguration,
@@ -86,7 +89,7 @@ class ScoreGradients(NamedTuple):
     head_scales: torch.Tensor | None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "heads", "queries"])
 def _row_statistics_kernel(
     o,
     do,
@@ -275,7 +278,7 @@ def _add_relative_gradient(gradient, dbias, query, key, offset, head, QUERY_AXIS
         tl.atomic_add(pointer + distance, sums, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=Sizes._fields)
 def _key_value_gradient_kernel(
     q,
     k,
@@ -287,7 +290,15 @@ def _key_value_gradient_kernel(
     dk,
     dv,
     gradients,
-    problem,
+    works,
+    tiles,
+    section,
+    heads,
+    queries,
+    keys,
+    group,
+    lengths,
+    features,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -303,8 +314,9 @@ def _key_value_gradient_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """dK and dV; with a pointer in `dq`, also what `_query_gradient_kernel` computes otherwise."""
+    sizes = Sizes(works, tiles, section, heads, queries, keys)
     if PERSISTENT:
-        for work in range(tl.program_id(0), problem.works, tl.num_programs(0)):
+        for work in range(tl.program_id(0), sizes.works, tl.num_programs(0)):
             _key_value_gradient_tile(
                 q,
                 k,
@@ -317,7 +329,10 @@ def _key_value_gradient_kernel(
                 dv,
                 gradients,
                 work,
-                problem,
+                sizes,
+                group,
+                lengths,
+                features,
                 head_dim,
                 value_dim,
                 BOTTOM_RIGHT,
@@ -345,7 +360,10 @@ def _key_value_gradient_kernel(
             dv,
             gradients,
             work,
-            problem,
+            sizes,
+            group,
+            lengths,
+            features,
             head_dim,
             value_dim,
             BOTTOM_RIGHT,
@@ -374,7 +392,10 @@ def _key_value_gradient_tile(
     dv,
     gradients,
     work,
-    problem,
+    sizes,
+    group,
+    lengths,
+    features,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -389,16 +410,15 @@ def _key_value_gradient_tile(
     BLOCK_V: tl.constexpr,
 ):
     """One tile of keys and all the queries that meet it."""
-    features = problem.features
-    PREFIX: tl.constexpr = problem.lengths.prefix_lengths is not None
+    PREFIX: tl.constexpr = lengths.prefix_lengths is not None
     # Under causality the first keys meet the most queries.
-    tile, row = tile_of_work(work, problem.tiles, problem.works // problem.tiles, problem.section)
-    kv_head = (row % (problem.heads // problem.group)).to(tl.int64)
-    batch = (row // (problem.heads // problem.group)).to(tl.int64)
+    tile, row = tile_of_work(work, sizes.tiles, sizes.works // sizes.tiles, sizes.section)
+    kv_head = (row % (sizes.heads // group)).to(tl.int64)
+    batch = (row // (sizes.heads // group)).to(tl.int64)
     first = tile * BLOCK_N
-    k_start, keys, stored_keys = key_bounds(batch, problem.lengths, problem.keys)
-    q_start, queries = query_bounds(batch, problem.lengths, problem.queries)
-    prefix = prefix_length(batch, problem.lengths)
+    k_start, keys, stored_keys = key_bounds(batch, lengths, sizes.keys)
+    q_start, queries = query_bounds(batch, lengths, sizes.queries)
+    prefix = prefix_length(batch, lengths)
     offset = keys - queries if BOTTOM_RIGHT else 0
     k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
     v_pointer = v.pointer + batch * v.stride_b + kv_head * v.stride_h + k_start * v.stride_row
@@ -411,8 +431,8 @@ def _key_value_gradient_tile(
     )
     if first >= keys:
         low, whole_low, whole_high, high = queries, queries, queries, queries
-    for member in range(problem.group):
-        head = kv_head * problem.group + member
+    for member in range(group):
+        head = kv_head * group + member
         q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
         do_pointer = do.pointer + batch * do.stride_b + head * do.stride_h + q_start * do.stride_row
         statistics = batch * exponent.stride_b + head * exponent.stride_h + q_start
@@ -438,9 +458,9 @@ def _key_value_gradient_tile(
             gradients,
             batch,
             head,
-            problem.heads,
+            sizes.heads,
             tile,
-            problem.tiles,
+            sizes.tiles,
             low,
             whole_low,
             whole_high,
@@ -622,7 +642,7 @@ def _meet_queries(
     return dk_tile, dv_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=Sizes._fields)
 def _query_gradient_kernel(
     q,
     k,
@@ -632,7 +652,15 @@ def _query_gradient_kernel(
     delta,
     dq,
     gradients,
-    problem,
+    works,
+    tiles,
+    section,
+    heads,
+    queries,
+    keys,
+    group,
+    lengths,
+    features,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -646,8 +674,9 @@ def _query_gradient_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """dQ in registers, without additions in memory; also the scores' gradients."""
+    sizes = Sizes(works, tiles, section, heads, queries, keys)
     if PERSISTENT:
-        for work in range(tl.program_id(0), problem.works, tl.num_programs(0)):
+        for work in range(tl.program_id(0), sizes.works, tl.num_programs(0)):
             _query_gradient_tile(
                 q,
                 k,
@@ -658,7 +687,10 @@ def _query_gradient_kernel(
                 dq,
                 gradients,
                 work,
-                problem,
+                sizes,
+                group,
+                lengths,
+                features,
                 head_dim,
                 value_dim,
                 BOTTOM_RIGHT,
@@ -682,7 +714,10 @@ def _query_gradient_kernel(
             dq,
             gradients,
             work,
-            problem,
+            sizes,
+            group,
+            lengths,
+            features,
             head_dim,
             value_dim,
             BOTTOM_RIGHT,
@@ -707,7 +742,10 @@ def _query_gradient_tile(
     dq,
     gradients,
     work,
-    problem,
+    sizes,
+    group,
+    lengths,
+    features,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -720,20 +758,19 @@ def _query_gradient_tile(
     BLOCK_V: tl.constexpr,
 ):
     """One tile of queries and all the keys that it meets."""
-    features = problem.features
-    heads = problem.heads
-    PREFIX: tl.constexpr = problem.lengths.prefix_lengths is not None
-    rank, row = tile_of_work(work, problem.tiles, problem.works // problem.tiles, problem.section)
+    heads = sizes.heads
+    PREFIX: tl.constexpr = lengths.prefix_lengths is not None
+    rank, row = tile_of_work(work, sizes.tiles, sizes.works // sizes.tiles, sizes.section)
     head = (row % heads).to(tl.int64)
     batch = (row // heads).to(tl.int64)
     # Under causality the last queries meet the most keys.
-    tile = problem.tiles - 1 - rank
+    tile = sizes.tiles - 1 - rank
     first = tile * BLOCK_M
-    q_start, queries = query_bounds(batch, problem.lengths, problem.queries)
-    k_start, keys, _stored_keys = key_bounds(batch, problem.lengths, problem.keys)
-    prefix = prefix_length(batch, problem.lengths)
+    q_start, queries = query_bounds(batch, lengths, sizes.queries)
+    k_start, keys, _stored_keys = key_bounds(batch, lengths, sizes.keys)
+    prefix = prefix_length(batch, lengths)
     offset = keys - queries if BOTTOM_RIGHT else 0
-    kv_head = head // problem.group
+    kv_head = head // group
     q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
     k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
     v_pointer = v.pointer + batch * v.stride_b + kv_head * v.stride_h + k_start * v.stride_row
@@ -822,13 +859,13 @@ def _query_gradient_tile(
                 0,
             )
             dq_tile = dot(round_to(dscores, key_tile.dtype), key_tile, dq_tile, INPUT_PRECISION)
-    _store_program_sums(gradients, dslope, dscale, batch, head, heads, tile, problem.tiles)
+    _store_program_sums(gradients, dslope, dscale, batch, head, heads, tile, sizes.tiles)
     dq_pointer = dq.pointer + batch * dq.stride_b + head * dq.stride_h + q_start * dq.stride_row
     dq_tile = round_to(dq_tile * scale, dq.pointer.dtype.element_ty)
     store_rows(dq_pointer, dq_tile, first, queries, dq.stride_row, dq.stride_dim, head_dim, BLOCK_M, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "heads", "queries"])
 def _scale_and_round_kernel(
     total, dq, tiles, heads, queries, scale, head_dim: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -859,7 +896,10 @@ def attention_backward(
 ) -> AttentionGradients:
     """Gradients of checked arguments; those of learned ones that are not `needed` are empty."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    configuration = (deterministic_configuration if deterministic else backward_configuration)(query, value)
+    if deterministic:
+        configuration = deterministic_configuration(query, value)
+    else:
+        configuration = backward_configuration(query, value, arguments)
     exponent, delta = torch.empty_like(lse), torch.empty_like(lse)
     grad_key, grad_value = empty_gradient(key), empty_gradient(value)
     grad_query = empty_gradient(query)
@@ -971,7 +1011,10 @@ def _launch_key_value_gradient(
         operand(grad_key),
         operand(grad_value),
         gradients,
-        problem(query, key, arguments, works=works, tiles=tiles, section=section_of(query, grad_output, arguments)),
+        *sizes(query, arguments, works=works, tiles=tiles, section=section_of(query, grad_output, arguments)),
+        query.shape[1] // key.shape[1],
+        lengths(arguments),
+        features(arguments),
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
         BOTTOM_RIGHT=arguments.bottom_right,
@@ -1004,7 +1047,10 @@ def _launch_query_gradient(
         rows(delta),
         operand(grad_query),
         gradients,
-        problem(query, key, arguments, works=works, tiles=tiles, section=section_of(key, value, arguments)),
+        *sizes(query, arguments, works=works, tiles=tiles, section=section_of(key, value, arguments)),
+        query.shape[1] // key.shape[1],
+        lengths(arguments),
+        features(arguments),
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
         BOTTOM_RIGHT=arguments.bottom_right,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastformer_kernels.attention.arguments import AttentionArguments, empty_lse, empty_output
-from fastformer_kernels.attention.kernel_arguments import folds_scale, operand, problem, rows
+from fastformer_kernels.attention.kernel_arguments import Sizes, features, folds_scale, lengths, operand, rows, sizes
 from fastformer_kernels.attention.launch import (
     forward_configuration,
     has_borders,
@@ -140,7 +140,7 @@ def _attend(
     return accumulator, maximum, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=Sizes._fields)
 def _attention_forward_kernel(
     q,
     k,
@@ -148,7 +148,15 @@ def _attention_forward_kernel(
     o,
     lse,
     sinks_pointer,
-    problem,
+    works,
+    tiles,
+    section,
+    heads,
+    queries,
+    keys,
+    group,
+    lengths,
+    features,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -163,8 +171,9 @@ def _attention_forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    sizes = Sizes(works, tiles, section, heads, queries, keys)
     if PERSISTENT:
-        for work in range(tl.program_id(0), problem.works, tl.num_programs(0)):
+        for work in range(tl.program_id(0), sizes.works, tl.num_programs(0)):
             _forward_tile(
                 q,
                 k,
@@ -173,7 +182,10 @@ def _attention_forward_kernel(
                 lse,
                 sinks_pointer,
                 work,
-                problem,
+                sizes,
+                group,
+                lengths,
+                features,
                 head_dim,
                 value_dim,
                 BOTTOM_RIGHT,
@@ -197,7 +209,10 @@ def _attention_forward_kernel(
             lse,
             sinks_pointer,
             work,
-            problem,
+            sizes,
+            group,
+            lengths,
+            features,
             head_dim,
             value_dim,
             BOTTOM_RIGHT,
@@ -222,7 +237,10 @@ def _forward_tile(
     lse,
     sinks_pointer,
     work,
-    problem,
+    sizes,
+    group,
+    lengths,
+    features,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -237,18 +255,17 @@ def _forward_tile(
     BLOCK_V: tl.constexpr,
 ):
     """Output and log-sum-exp of a tile of queries of one head of one sequence."""
-    features = problem.features
-    PREFIX: tl.constexpr = problem.lengths.prefix_lengths is not None
-    rank, row = tile_of_work(work, problem.tiles, problem.works // problem.tiles, problem.section)
-    head = (row % problem.heads).to(tl.int64)
-    batch = (row // problem.heads).to(tl.int64)
+    PREFIX: tl.constexpr = lengths.prefix_lengths is not None
+    rank, row = tile_of_work(work, sizes.tiles, sizes.works // sizes.tiles, sizes.section)
+    head = (row % sizes.heads).to(tl.int64)
+    batch = (row // sizes.heads).to(tl.int64)
     # Under causality the last queries meet the most keys.
-    first = (problem.tiles - 1 - rank) * BLOCK_M
-    q_start, queries = query_bounds(batch, problem.lengths, problem.queries)
-    k_start, keys, _ = key_bounds(batch, problem.lengths, problem.keys)
-    prefix = prefix_length(batch, problem.lengths)
+    first = (sizes.tiles - 1 - rank) * BLOCK_M
+    q_start, queries = query_bounds(batch, lengths, sizes.queries)
+    k_start, keys, _ = key_bounds(batch, lengths, sizes.keys)
+    prefix = prefix_length(batch, lengths)
     offset = keys - queries if BOTTOM_RIGHT else 0
-    kv_head = head // problem.group
+    kv_head = head // group
     k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
     v_pointer = v.pointer + batch * v.stride_b + kv_head * v.stride_h + k_start * v.stride_row
     k_source = rows_of(k_pointer, keys, k.stride_row, head_dim, BLOCK_N, BLOCK_D, DESCRIPTORS)
@@ -303,7 +320,7 @@ def _forward_tile(
             mask_pointer,
             bias_pointer,
             relative_pointer,
-            batch * problem.heads + head,
+            batch * sizes.heads + head,
             features,
             head_dim,
             value_dim,
@@ -349,7 +366,10 @@ def attention_forward(
             operand(output),
             rows(lse),
             arguments.sinks,
-            problem(query, key, arguments, works=works, tiles=tiles, section=section_of(key, value, arguments)),
+            *sizes(query, arguments, works=works, tiles=tiles, section=section_of(key, value, arguments)),
+            query.shape[1] // key.shape[1],
+            lengths(arguments),
+            features(arguments),
             head_dim=query.shape[-1],
             value_dim=value.shape[-1],
             BOTTOM_RIGHT=arguments.bottom_right,

@@ -85,27 +85,23 @@ class Features(NamedTuple):
     dropout: Dropout
 
 
-class Problem(NamedTuple):
-    """What a launch has to do.
+class Sizes(NamedTuple):
+    """What a launch has to do. Kernels are not specialised on these numbers, which change from batch to batch.
 
     Attributes:
         works: tiles of all heads of all sequences.
         tiles: of the longest sequence.
         section: see `tile_of_work`.
-        heads: query heads; group: how many of them share a key/value head.
+        heads: query heads.
         queries, keys: of the longest sequence.
-        lengths, features: as their classes say.
     """
 
     works: int
     tiles: int
     section: int
     heads: int
-    group: int
     queries: int
     keys: int
-    lengths: Lengths
-    features: Features
 
 
 def operand(tensor: torch.Tensor | None) -> Operand:
@@ -137,29 +133,18 @@ def relative(tensor: torch.Tensor | None) -> Relative:
     return Relative(tensor, 0 if tensor is None else tensor.shape[1] // 2)
 
 
-def problem(
-    query: torch.Tensor, key: torch.Tensor, arguments: AttentionArguments, *, works: int, tiles: int, section: int
-) -> Problem:
-    """All that the kernels of a call are told but the tensors."""
-    heads = query.shape[1]
-    return Problem(
-        works,
-        tiles,
-        section,
-        heads,
-        heads // key.shape[1],
-        arguments.max_seqlen_q,
-        arguments.max_seqlen_k,
-        _lengths(arguments),
-        _features(arguments),
-    )
+def sizes(query: torch.Tensor, arguments: AttentionArguments, *, works: int, tiles: int, section: int) -> Sizes:
+    """The sizes of a launch."""
+    return Sizes(works, tiles, section, query.shape[1], arguments.max_seqlen_q, arguments.max_seqlen_k)
 
 
-def _lengths(arguments: AttentionArguments) -> Lengths:
+def lengths(arguments: AttentionArguments) -> Lengths:
+    """What says how long each sequence is."""
     return Lengths(arguments.key_lengths, arguments.cu_seqlens_q, arguments.cu_seqlens_k, arguments.prefix_lengths)
 
 
-def _features(arguments: AttentionArguments) -> Features:
+def features(arguments: AttentionArguments) -> Features:
+    """What turns products of queries and keys into weights."""
     slopes = arguments.alibi_slopes
     return Features(
         scale=arguments.scale,

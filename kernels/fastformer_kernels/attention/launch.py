@@ -8,6 +8,7 @@ import torch
 import triton
 
 from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
+from fastformer_kernels.attention.kernel_arguments import folds_scale
 from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, multiprocessors_of
 
 
@@ -135,6 +136,43 @@ _FORWARD: dict[str, Table] = {
     "gfx942": _CDNA_FORWARD,
     "gfx950": _CDNA_FORWARD,
 }
+# Where a mask or a bias is loaded beside each tile, smaller tiles leave it the registers.
+_AMPERE_FORWARD_LOADING: Table = {
+    2: {64: AttentionConfiguration(64, 64, 4, 2), 128: AttentionConfiguration(64, 64, 8, 2)}
+}
+_AMPERE_BACKWARD_LOADING: Table = {
+    2: {64: AttentionConfiguration(32, 32, 4, 2), 128: AttentionConfiguration(32, 32, 8, 2)}
+}
+_FORWARD_LOADING: dict[str, Table] = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), _AMPERE_FORWARD_LOADING),
+    "sm_90": {
+        2: {
+            64: AttentionConfiguration(64, 64, 4, 2, descriptors=True),
+            128: AttentionConfiguration(64, 64, 8, 2, descriptors=True),
+        }
+    },
+    "sm_100": {
+        2: {
+            64: AttentionConfiguration(64, 64, 8, 1, descriptors=True),
+            128: AttentionConfiguration(64, 64, 8, 1, descriptors=True),
+        }
+    },
+}
+_BACKWARD_LOADING: dict[str, Table] = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), _AMPERE_BACKWARD_LOADING),
+    "sm_90": {
+        2: {
+            64: AttentionConfiguration(32, 64, 4, 2, descriptors=True),
+            128: AttentionConfiguration(32, 32, 8, 2, descriptors=True),
+        }
+    },
+    "sm_100": {
+        2: {
+            64: AttentionConfiguration(32, 64, 8, 1, descriptors=True),
+            128: AttentionConfiguration(32, 64, 8, 1, descriptors=True),
+        }
+    },
+}
 # Where no tile needs a test, a single loop remains, which the compiler can split among specialised warps.
 _FORWARD_WHOLE: dict[str, Table] = {
     "sm_90": {
@@ -192,13 +230,13 @@ def forward_configuration(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> AttentionConfiguration:
     """The forward kernel's configuration for this call."""
+    if arguments.loads_scores:
+        return _choose(_FORWARD_LOADING, query, value) or _choose(_FORWARD, query, value) or _INTERPRETER
+    # Beyond plain attention, specialised warps need too much memory, or cannot be compiled.
     whole = _choose(_FORWARD_WHOLE, query, value)
-    # Loads other than the copy engine's end the compilation of specialised warps with an error.
     if (
         whole is not None
-        and arguments.mask is None
-        and arguments.bias is None
-        and arguments.relative_bias is None
+        and folds_scale(arguments)
         and uses_descriptors(query, key, value)
         and not has_borders(arguments, arguments.max_seqlen_k, whole.block_n)
     ):
@@ -206,9 +244,12 @@ def forward_configuration(
     return _choose(_FORWARD, query, value) or _INTERPRETER
 
 
-def backward_configuration(query: torch.Tensor, value: torch.Tensor) -> AttentionConfiguration:
+def backward_configuration(
+    query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
+) -> AttentionConfiguration:
     """The configuration of the backward kernel that adds dQ up in memory."""
-    return _choose(_BACKWARD, query, value) or _INTERPRETER
+    loading = _choose(_BACKWARD_LOADING, query, value) if arguments.loads_scores else None
+    return loading or _choose(_BACKWARD, query, value) or _INTERPRETER
 
 
 def deterministic_configuration(query: torch.Tensor, value: torch.Tensor) -> AttentionConfiguration:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastformer_kernels.attention.arguments import AttentionArguments
-from fastformer_kernels.attention.kernel_arguments import addend, operand, problem, rows
+from fastformer_kernels.attention.kernel_arguments import addend, features, lengths, operand, rows
 from fastformer_kernels.attention.launch import weights_configuration
 from fastformer_kernels.attention.tiles import (
     LOG2_E,
@@ -26,7 +26,7 @@ from fastformer_kernels.launch import device_guard
 from fastformer_kernels.precision import dot, input_precision, round_to
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["head_count", "row_count", "row_tiles", "key_tiles", "queries", "keys"])
 def _attention_weights_kernel(
     q,
     k,
@@ -38,7 +38,11 @@ def _attention_weights_kernel(
     row_count,
     row_tiles,
     key_tiles,
-    problem,
+    queries,
+    keys,
+    group,
+    lengths,
+    features,
     head_dim: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -53,11 +57,10 @@ def _attention_weights_kernel(
     place = program // key_tiles // row_tiles % head_count
     batch = (program // key_tiles // row_tiles // head_count).to(tl.int64)
     head = tl.load(heads_pointer + place).to(tl.int64)
-    lengths = problem.lengths
-    features = problem.features
     PREFIX: tl.constexpr = lengths.prefix_lengths is not None
-    q_start, queries = query_bounds(batch, lengths, problem.queries)
-    k_start, keys, _stored_keys = key_bounds(batch, lengths, problem.keys)
+    q_start, queries = query_bounds(batch, lengths, queries)
+    width = keys
+    k_start, keys, _stored_keys = key_bounds(batch, lengths, keys)
     offset = keys - queries if BOTTOM_RIGHT else 0
 
     index = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -67,7 +70,7 @@ def _attention_weights_kernel(
     q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
     q_pointers = q_pointer + query.to(tl.int64)[:, None] * q.stride_row + dim.to(tl.int64)[None, :] * q.stride_dim
     q_tile = tl.load(q_pointers, mask=(query < queries)[:, None] & (dim < head_dim)[None, :], other=0.0)
-    k_pointer = k.pointer + batch * k.stride_b + (head // problem.group) * k.stride_h + k_start * k.stride_row
+    k_pointer = k.pointer + batch * k.stride_b + (head // group) * k.stride_h + k_start * k.stride_row
     k_tile = load_rows(k_pointer, start, keys, k.stride_row, k.stride_dim, head_dim, BLOCK_N, BLOCK_D, True, False)
 
     scores = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION)
@@ -99,7 +102,7 @@ def _attention_weights_kernel(
     tile = tl.exp2(scores - row_lse[:, None] * LOG2_E)
     target = weights.pointer + batch * weights.stride_b + place.to(tl.int64) * weights.stride_h
     target += index.to(tl.int64)[:, None] * weights.stride_m + key.to(tl.int64)[None, :] * weights.stride_n
-    inside = (index < row_count)[:, None] & (key < problem.keys)[None, :]
+    inside = (index < row_count)[:, None] & (key < width)[None, :]
     tl.store(target, round_to(tile, weights.pointer.dtype.element_ty), mask=inside)
 
 
@@ -123,9 +126,8 @@ def attention_weights(
     configuration = weights_configuration(query)
     row_tiles = triton.cdiv(len(query_rows), configuration.block_m)
     key_tiles = triton.cdiv(keys, configuration.block_n)
-    programs = key_tiles * row_tiles * len(heads) * batch
     with device_guard(query):
-        _attention_weights_kernel[(programs,)](
+        _attention_weights_kernel[(key_tiles * row_tiles * len(heads) * batch,)](
             operand(query),
             operand(key),
             rows(lse),
@@ -136,7 +138,11 @@ def attention_weights(
             len(query_rows),
             row_tiles,
             key_tiles,
-            problem(query, key, arguments, works=programs, tiles=key_tiles, section=1),
+            arguments.max_seqlen_q,
+            keys,
+            query.shape[1] // key.shape[1],
+            lengths(arguments),
+            features(arguments),
             head_dim=query.shape[-1],
             BOTTOM_RIGHT=arguments.bottom_right,
             INPUT_PRECISION=input_precision(query.dtype),
