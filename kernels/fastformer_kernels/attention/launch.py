@@ -203,7 +203,7 @@ _BACKWARD: dict[str, Table] = {
     "sm_100": {
         2: {
             64: AttentionConfiguration(64, 128, 8, 2, descriptors=True),
-            128: AttentionConfiguration(64, 128, 8, 1, descriptors=True),
+            128: AttentionConfiguration(64, 64, 8, 2, descriptors=True),
             256: AttentionConfiguration(32, 64, 8, 1, descriptors=True),
         },
         4: _FLOAT32_BACKWARD,

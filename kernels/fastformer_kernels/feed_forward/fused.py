@@ -243,7 +243,7 @@ _FLOAT32 = {
 }
 _AMPERE = {
     "forward": Configuration(128, 128, 64, 8, 3, parts=2),
-    "gated_forward": Configuration(128, 64, 64, 8, 3, parts=2),
+    "gated_forward": Configuration(128, 64, 64, 8, 3, parts=4),
     "output": Configuration(128, 128, 64, 8, 3, parts=2),
     "backward": Configuration(128, 128, 64, 8, 3, parts=4),
     "gated_backward": Configuration(128, 128, 64, 8, 3, parts=4),
