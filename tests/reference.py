@@ -124,7 +124,11 @@ def _attention(
     queries, keys, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = query @ key.transpose(-1, -2) * (scale[:, None, None] if isinstance(scale, torch.Tensor) else scale)
+    scores = (
+        query
+        @ key.transpose(-1, -2)
+        * (scale[:, None, None].to(query.dtype) if isinstance(scale, torch.Tensor) else scale)
+    )
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     offset = keys - queries if alignment == "bottom_right" else 0
