@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -50,4 +51,31 @@ def test_resume_command(trained: Path) -> None:
     assert "`fastformer pretrain --resume`" in README
     command = [sys.executable, "-m", "fastformer.cli", "pretrain", "--resume", "--max_steps", "3"]
     run = subprocess.run(command, cwd=trained, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+# What each command that takes minutes is cut down to.
+SMALLEST = {
+    "kernels compile": ("--operators", "merge_attention", "--dtypes", "bfloat16", "--layouts", "aligned"),
+    "kernels report": ("--operators", "merge_attention", "--arch", "sm_80"),
+    "numerics": ("--operators", "softmax", "--dtypes", "float32"),
+    "doctor": (),
+}
+
+
+@pytest.mark.parametrize("command", [line for block in blocks("bash")[2:] for line in block.strip().splitlines()])
+def test_inspection_command(command: str, tmp_path: Path) -> None:
+    if command in (Path(__file__).parent.parent / ".ci/run").read_text().splitlines():
+        return  # it runs there, for minutes
+    name = next(name for name in SMALLEST if command.startswith(f"fastformer {name}"))
+    command = re.sub(r" --model \S+ --precision \S+", "", command).replace("/opt", str(tmp_path))
+    arguments = [*command.split()[1:], *SMALLEST[name]]
+    run = subprocess.run(
+        [sys.executable, "-m", "fastformer.cli", *arguments],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
