@@ -25,8 +25,8 @@ from fastformer.backends import HAS_TRITON
 
 _DESCRIPTION = """\
 Measure the error of every operator and its gradients against float64 on this machine, over regimes that strain it:
-large logits, long rows, tiny scales, masks. Beside it stand PyTorch's plain computation in the same dtype and, for
-attention, scaled_dot_product_attention. The Triton backend is measured on a GPU, or with TRITON_INTERPRET=1.
+large logits, long rows, tiny scales, masks, lengths. Beside it stand PyTorch's plain computation in the same dtype and,
+for attention, scaled_dot_product_attention. The Triton backend is measured on a GPU, or with TRITON_INTERPRET=1.
 
 examples:
   fastformer numerics
@@ -43,9 +43,10 @@ class Problem:
 
     Attributes:
         operator, regime: their names.
-        make: its tensors in float64; gradients are taken of all.
+        make: its tensors in float64.
         ours: the operator. plain: PyTorch's own computation, in the dtype of its inputs; float64 gives the exact one.
         fused: PyTorch's fused operator, where there is one beside `plain`.
+        differentiable: whether gradients are measured, of all the tensors; else the output alone.
     """
 
     operator: str
@@ -54,6 +55,7 @@ class Problem:
     ours: Function
     plain: Function
     fused: Function | None = None
+    differentiable: bool = True
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,14 @@ def errors_of(problem: Problem, dtype: str, device: str, seed: int) -> Iterator[
     """The errors of every implementation and result of a problem in one dtype."""
     torch.manual_seed(seed)
     tensors = [tensor.to(device, DTYPES[dtype]) for tensor in problem.make()]
-    exact = _results(problem.plain, [tensor.double() for tensor in tensors])
-    measured = {"pytorch": _units(_results(problem.plain, tensors), exact)}
+    differentiable = problem.differentiable
+    exact = _results(problem.plain, [tensor.double() for tensor in tensors], differentiable)
+    measured = {"pytorch": _units(_results(problem.plain, tensors, differentiable), exact)}
     if problem.fused is not None:
-        measured["sdpa"] = _units(_results(problem.fused, tensors), exact)
+        measured["sdpa"] = _units(_results(problem.fused, tensors, differentiable), exact)
     for backend in available_backends(device):
         with fastformer.backend(backend):
-            measured[backend] = _units(_results(problem.ours, tensors), exact)
+            measured[backend] = _units(_results(problem.ours, tensors, differentiable), exact)
     for implementation, units in measured.items():
         for number, error in enumerate(units):
             own = implementation in ("pytorch", "sdpa")
@@ -145,10 +148,12 @@ def _allowed(pytorch: list[float | None]) -> float:
     return float("inf") if None in pytorch else 2 * max(error for error in pytorch if error is not None) + 1
 
 
-def _results(function: Function, tensors: list[Tensor]) -> list[Tensor]:
-    """Output and gradients, of a loss that weighs each element of the output differently."""
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+def _results(function: Function, tensors: list[Tensor], differentiable: bool) -> list[Tensor]:
+    """Output and any gradients, of a loss that weighs each element of the output differently."""
+    leaves = [tensor.detach().requires_grad_(differentiable) for tensor in tensors]
     output = function(*leaves)
+    if not differentiable:
+        return [output]
     weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
     return [output.detach(), *torch.autograd.grad(output, leaves, weights.to(output))]
 
@@ -205,6 +210,113 @@ def _attention_problem(
     return Problem("attention", regime, make, ours, plain, fused)
 
 
+def _decode_problem(
+    regime: str,
+    lengths: tuple[int, ...] = (96, 96),
+    scale: float = 1.0,
+    value_scale: float = 1.0,
+    page_size: int | None = None,
+) -> Problem:
+    """Two queries of each sequence, causal, over a cache that is as long as the longest."""
+    batch, queries, capacity = len(lengths), 2, max(lengths)
+    last_key = torch.tensor(lengths)[:, None] - queries + torch.arange(queries)
+    mask = (torch.arange(capacity) <= last_key[..., None])[:, None]
+
+    def make() -> list[Tensor]:
+        return [
+            _randn(batch, 4, queries, 32, scale=scale),
+            _randn(batch, 1, capacity, 32),
+            _randn(batch, 1, capacity, 32, scale=value_scale),
+        ]
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        block_table = None
+        if page_size is not None:
+            # The pages of each sequence stand in the cache in reverse.
+            pages = torch.arange(batch * capacity // page_size, dtype=torch.int32, device=query.device)
+            block_table = pages.flip(0).view(batch, -1)
+            key, value = (cache.reshape(len(pages), page_size, 1, -1).flip(0) for cache in (key, value))
+        ends = torch.tensor(lengths, dtype=torch.int32, device=query.device)
+        output = fastformer.decode_attention(query, key, value, lengths=ends, block_table=block_table)
+        assert isinstance(output, Tensor)
+        return output
+
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return scores.masked_fill(~mask.to(query.device), float("-inf")).softmax(-1) @ value
+
+    def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = (cache.expand(-1, query.shape[1], -1, -1) for cache in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, mask.to(query.device))
+
+    return Problem("decode_attention", regime, make, ours, plain, fused, differentiable=False)
+
+
+def _merge_problem(
+    regime: str, parts: int = 4, scale: float = 1.0, output_scale: float = 1.0, masked: bool = False
+) -> Problem:
+    """Parts of attention outputs (parts, rows, head_dim) by log-sum-exps; `masked`: half of the parts have no key."""
+    rows = 32
+
+    def make() -> list[Tensor]:
+        lses = _randn(parts, rows, scale=scale)
+        if masked:
+            lses[(torch.arange(parts)[:, None] + torch.arange(rows)) % 2 == 0] = float("-inf")
+        return [_randn(parts, rows, 32, scale=output_scale), lses]
+
+    return Problem(
+        "merge_attention",
+        regime,
+        make,
+        lambda outputs, lses: fastformer.merge_attention(outputs, lses.float())[0],
+        lambda outputs, lses: (_at_least_float32(lses).softmax(0)[..., None] * outputs).sum(0).to(outputs.dtype),
+    )
+
+
+def _rotary_problem(
+    regime: str,
+    first_position: int = 0,
+    scale: float = 1.0,
+    rotary_dim: int = 32,
+    interleaved: bool = False,
+) -> Problem:
+    sequence = 8
+    positions = torch.arange(first_position, first_position + sequence)
+    cos, sin = fastformer.rotary_table(fastformer.rotary_frequencies(rotary_dim), first_position + sequence)
+
+    def ours(query: Tensor, key: Tensor) -> Tensor:
+        device = query.device
+        rotated = fastformer.rotary(
+            query,
+            key,
+            cos.to(device),
+            sin.to(device),
+            position_ids=positions.to(device)[None],
+            interleaved=interleaved,
+        )
+        return torch.cat(rotated, 1)
+
+    def plain(query: Tensor, key: Tensor) -> Tensor:
+        x = torch.cat((query, key), 1)
+        turning, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+        c, s = (table[positions].to(x.device) for table in (cos, sin))
+        if interleaved:
+            a, b = turning[..., 0::2], turning[..., 1::2]
+            turned = torch.stack((a * c - b * s, b * c + a * s), -1).flatten(-2)
+        else:
+            a, b = turning.chunk(2, -1)
+            turned = torch.cat((a * c - b * s, b * c + a * s), -1)
+        return torch.cat((turned.to(x.dtype), rest), -1)
+
+    return Problem(
+        "rotary",
+        regime,
+        lambda: [_randn(1, 2, sequence, 32, scale=scale), _randn(1, 1, sequence, 32, scale=scale)],
+        ours,
+        plain,
+    )
+
+
 def _softmax_problem(
     regime: str, shape: tuple[int, int] = (32, 500), scale: float = 1.0, shift: float = 0.0
 ) -> Problem:
@@ -237,6 +349,36 @@ def _norm_problem(
     )
 
 
+def _embedding_problem(
+    regime: str,
+    hidden: int = 96,
+    words: int = 50,
+    tokens: tuple[int, int] = (2, 24),
+    scale: float = 1.0,
+    shift: float = 0.0,
+) -> Problem:
+    sequence = tokens[1]
+    ids = torch.arange(tokens[0] * sequence).view(tokens) * 7 % words
+    types = ids % 2
+
+    def make() -> list[Tensor]:
+        tables = [_randn(rows, hidden, scale=scale, shift=shift) for rows in (words, sequence, 2)]
+        return [*tables, _randn(hidden), _randn(hidden)]
+
+    def ours(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        device = word.device
+        return fastformer.transformer_embedding(
+            ids.to(device), word, position, token_type, weight, bias, token_type_ids=types.to(device)
+        )
+
+    def plain(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        device = word.device
+        embedded = F.embedding(ids.to(device), word) + position + F.embedding(types.to(device), token_type)
+        return F.layer_norm(embedded, (hidden,), weight, bias, eps=1e-12)
+
+    return Problem("transformer_embedding", regime, make, ours, plain)
+
+
 def _feed_forward_problem(regime: str, intermediate: int = 96, scale: float = 1.0) -> Problem:
     features = 48
     return Problem(
@@ -252,7 +394,29 @@ def _feed_forward_problem(regime: str, intermediate: int = 96, scale: float = 1.
     )
 
 
-def _cross_entropy_problem(regime: str, classes: int = 500, scale: float = 1.0) -> Problem:
+def _cross_entropy_problem(
+    regime: str,
+    shape: tuple[int, int] = (32, 500),
+    scale: float = 1.0,
+    shift: float = 0.0,
+    label_smoothing: float = 0.0,
+    masked: bool = False,
+) -> Problem:
+    rows, classes = shape
+    target = torch.arange(rows) * 7 % classes
+    if masked:
+        target[::2] = -100
+    options: dict[str, Any] = {"reduction": "none", "label_smoothing": label_smoothing}
+    return Problem(
+        "cross_entropy",
+        regime,
+        lambda: [_randn(*shape, scale=scale, shift=shift)],
+        lambda x: fastformer.cross_entropy(x, target.to(x.device), **options),
+        lambda x: F.cross_entropy(_at_least_float32(x), target.to(x.device), **options).to(x.dtype),
+    )
+
+
+def _linear_cross_entropy_problem(regime: str, classes: int = 500, scale: float = 1.0) -> Problem:
     target = torch.arange(32) * 7 % classes
     return Problem(
         "linear_cross_entropy",
@@ -263,8 +427,8 @@ def _cross_entropy_problem(regime: str, classes: int = 500, scale: float = 1.0) 
     )
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def problems() -> list[Problem]:
@@ -276,6 +440,22 @@ def problems() -> list[Problem]:
         _attention_problem("tiny values", value_scale=1e-4),
         _attention_problem("random mask", masked=True),
         _attention_problem("causal", causal=True),
+        _decode_problem("ordinary"),
+        _decode_problem("large logits", scale=30.0),
+        _decode_problem("long rows", lengths=(1000,)),
+        _decode_problem("tiny values", value_scale=1e-4),
+        _decode_problem("lengths", lengths=(96, 17, 2)),
+        _decode_problem("pages", lengths=(96, 41), page_size=16),
+        _merge_problem("ordinary"),
+        _merge_problem("large logits", scale=50.0),
+        _merge_problem("long rows", parts=300),
+        _merge_problem("tiny values", output_scale=1e-4),
+        _merge_problem("parts without keys", masked=True),
+        _rotary_problem("ordinary"),
+        _rotary_problem("far positions", first_position=20000),
+        _rotary_problem("large inputs", scale=30.0),
+        _rotary_problem("tiny scale", scale=1e-4),
+        _rotary_problem("interleaved half", rotary_dim=16, interleaved=True),
         _softmax_problem("ordinary"),
         _softmax_problem("large logits", scale=50.0),
         _softmax_problem("long rows", shape=(2, 40000)),
@@ -291,14 +471,25 @@ def problems() -> list[Problem]:
                 ("tiny scale", {"scale": 1e-3}),
             )
         ),
+        _embedding_problem("ordinary"),
+        _embedding_problem("far from zero", shift=100.0),
+        _embedding_problem("long rows", hidden=4000, words=2, tokens=(1, 2)),
+        _embedding_problem("tiny scale", scale=1e-3),
+        _embedding_problem("one word", words=1, tokens=(4, 48)),
         _feed_forward_problem("ordinary"),
         _feed_forward_problem("long rows", intermediate=1000),
         _feed_forward_problem("large inputs", scale=30.0),
         _feed_forward_problem("tiny scale", scale=1e-3),
         _cross_entropy_problem("ordinary"),
-        _cross_entropy_problem("large logits", scale=30.0),
-        _cross_entropy_problem("long rows", classes=20000),
+        _cross_entropy_problem("large logits", scale=50.0),
+        _cross_entropy_problem("long rows", shape=(2, 40000)),
         _cross_entropy_problem("tiny scale", scale=1e-3),
+        _cross_entropy_problem("far from zero", shift=1000.0),
+        _cross_entropy_problem("smoothed, half ignored", label_smoothing=0.1, masked=True),
+        _linear_cross_entropy_problem("ordinary"),
+        _linear_cross_entropy_problem("large logits", scale=30.0),
+        _linear_cross_entropy_problem("long rows", classes=20000),
+        _linear_cross_entropy_problem("tiny scale", scale=1e-3),
     ]
 
 

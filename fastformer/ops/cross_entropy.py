@@ -157,7 +157,7 @@ def _cross_entropy(
     softcap: float,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp of each row, in float32."""
+    """Loss (rows,) and normalizer (2, rows) of each row, in float32."""
     check_classes(target, logits.shape[1], ignore_index)
     options = (ignore_index, label_smoothing, z_loss, softcap)
     if use_triton(logits) and logits.numel():
@@ -179,7 +179,7 @@ def _(
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     loss = logits.new_empty(target.shape, dtype=torch.float32)
-    return loss, torch.empty_like(loss)
+    return loss, loss.new_empty(2, *target.shape)
 
 
 @torch.library.custom_op("fastformer::cross_entropy_backward_", mutates_args=("gradient",))
@@ -189,7 +189,7 @@ def _write_gradient(
     target: Tensor,
     class_weight: Tensor | None,
     grad_loss: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -207,12 +207,12 @@ def _write_gradient(
             target.contiguous(),
             class_weight,
             grad_loss.contiguous(),
-            lse,
+            normalizer,
             CrossEntropyOptions(*options),
         )
         return
     rows = _as_rows(gradient)
-    backward_torch(_as_rows(logits), rows, target, class_weight, grad_loss, lse, options)
+    backward_torch(_as_rows(logits), rows, target, class_weight, grad_loss, normalizer, options)
     if rows.data_ptr() != gradient.data_ptr():
         gradient.copy_(rows.view(gradient.movedim(1, -1).shape).movedim(-1, 1))
 
@@ -223,7 +223,7 @@ def _gradient(
     target: Tensor,
     class_weight: Tensor | None,
     grad_loss: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -231,7 +231,7 @@ def _gradient(
 ) -> Tensor:
     gradient = torch.empty_like(logits)
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    _write_gradient(gradient, logits, target, class_weight, grad_loss, lse, *options)
+    _write_gradient(gradient, logits, target, class_weight, grad_loss, normalizer, *options)
     return gradient
 
 
@@ -241,7 +241,7 @@ def _(
     target: Tensor,
     class_weight: Tensor | None,
     grad_loss: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -260,12 +260,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     gradient: Tensor | None = None
     if grad_loss is not None and ctx.needs_input_grad[0]:
-        logits, target, class_weight, lse = ctx.saved_tensors
+        logits, target, class_weight, normalizer = ctx.saved_tensors
         if ctx.inplace:
-            _write_gradient(logits, None, target, class_weight, grad_loss, lse, *ctx.options)
+            _write_gradient(logits, None, target, class_weight, grad_loss, normalizer, *ctx.options)
             gradient = logits
         else:
-            gradient = _gradient(logits, target, class_weight, grad_loss, lse, *ctx.options)
+            gradient = _gradient(logits, target, class_weight, grad_loss, normalizer, *ctx.options)
     return gradient, *(None,) * 7
 
 
@@ -280,13 +280,17 @@ def _as_rows(logits: Tensor) -> Tensor:
 def forward_torch(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp of the rows of `logits` (rows, classes), in float32."""
+    """Loss (rows,) and normalizer (2, rows) of the rows of `logits` (rows, classes), in float32.
+
+    The normalizer is a row's maximum m and the sum of exp(z - m). Rounded to one number, the log-sum-exp, it would give
+    the probabilities a relative error of that number's magnitude in units.
+    """
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(losses)
+    normalizer = losses.new_empty(2, logits.shape[0])
     for rows in _cached_chunks(logits):
         z = _capped(logits[rows], options[3])
-        losses[rows], lse[rows] = _losses(z, target[rows], class_weight, options)
-    return losses, lse
+        losses[rows], normalizer[:, rows] = _losses(z, target[rows], class_weight, options)
+    return losses, normalizer
 
 
 def backward_torch(
@@ -295,13 +299,13 @@ def backward_torch(
     target: Tensor,
     class_weight: Tensor | None,
     grad_loss: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     options: Options,
 ) -> None:
     """Write the gradient of `logits` (rows, classes) to `gradient`, which may be `logits`."""
     for rows in _cached_chunks(logits):
         z = _capped(logits[rows], options[3])
-        _write_gradient_of(z, gradient[rows], target[rows], class_weight, grad_loss[rows], lse[rows], options)
+        _write_gradient_of(z, gradient[rows], target[rows], class_weight, grad_loss[rows], normalizer[:, rows], options)
 
 
 def in_place_torch(
@@ -309,12 +313,12 @@ def in_place_torch(
 ) -> tuple[Tensor, Tensor]:
     """As `forward_torch`, and the gradient in the logits' place while they are in the cache."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(losses)
+    normalizer = losses.new_empty(2, logits.shape[0])
     for rows in _cached_chunks(logits):
         z = _capped(logits[rows], options[3])
-        losses[rows], lse[rows] = _losses(z, target[rows], class_weight, options)
-        _write_gradient_of(z, logits[rows], target[rows], class_weight, grad_loss[rows], lse[rows], options)
-    return losses, lse
+        losses[rows], normalizer[:, rows] = _losses(z, target[rows], class_weight, options)
+        _write_gradient_of(z, logits[rows], target[rows], class_weight, grad_loss[rows], normalizer[:, rows], options)
+    return losses, normalizer
 
 
 def _cached_chunks(logits: Tensor) -> Iterator[slice]:
@@ -331,13 +335,17 @@ def _capped(logits: Tensor, softcap: float) -> Tensor:
 def _losses(z: Tensor, target: Tensor, class_weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     ignore_index, label_smoothing, z_loss, _ = options
     column, known, weight = _targets(target, z.shape[1], class_weight, ignore_index)
-    lse = z.logsumexp(1)
-    losses = weight * ((1.0 - label_smoothing) * (lse - z.gather(1, column).squeeze(1)) + z_loss * lse.square())
+    maximum = z.amax(1)
+    exponential_sum = torch.sub(z, maximum[:, None]).exp_().sum(1)
+    log_sum = exponential_sum.log()
+    losses = (1.0 - label_smoothing) * (maximum - z.gather(1, column).squeeze(1) + log_sum)
+    losses = weight * (losses + z_loss * (maximum + log_sum).square())
     if label_smoothing:
-        distance = lse[:, None] - z
+        distance = (maximum[:, None] - z).add_(log_sum[:, None])
         distance = distance.sum(1) if class_weight is None else distance @ class_weight
         losses += label_smoothing / z.shape[1] * distance
-    return losses.masked_fill(~known, float("nan")).masked_fill(target == ignore_index, 0.0), lse
+    losses = losses.masked_fill(~known, float("nan")).masked_fill(target == ignore_index, 0.0)
+    return losses, torch.stack((maximum, exponential_sum))
 
 
 def _write_gradient_of(
@@ -346,7 +354,7 @@ def _write_gradient_of(
     target: Tensor,
     class_weight: Tensor | None,
     grad_loss: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     options: Options,
 ) -> None:
     ignore_index, label_smoothing, z_loss, softcap = options
@@ -354,10 +362,12 @@ def _write_gradient_of(
     grad_loss = grad_loss.masked_fill(~known, float("nan"))
     total_weight = 1.0 if class_weight is None else class_weight.sum() / z.shape[1]
     of_target = grad_loss * weight * (1.0 - label_smoothing)
-    of_probability = of_target + grad_loss * (label_smoothing * total_weight + 2.0 * z_loss * weight * lse)
+    maximum, exponential_sum = normalizer
+    of_lse = 2.0 * z_loss * weight * log_sum_exp(normalizer)
+    of_probability = of_target + grad_loss * (label_smoothing * total_weight + of_lse)
     slope = 1.0 - (z / softcap).square_() if softcap else None
     out = gradient if gradient.dtype == torch.float32 else torch.empty_like(z)
-    torch.sub(z, lse[:, None], out=out).exp_().mul_(of_probability[:, None])
+    torch.sub(z, maximum[:, None], out=out).exp_().mul_((of_probability / exponential_sum)[:, None])
     out.scatter_add_(1, column, -of_target[:, None])
     if label_smoothing:
         of_class = grad_loss[:, None] * (label_smoothing / z.shape[1])
@@ -367,6 +377,12 @@ def _write_gradient_of(
     out.masked_fill_((target == ignore_index)[:, None], 0.0)
     if out is not gradient:
         gradient.copy_(out)
+
+
+def log_sum_exp(normalizer: Tensor) -> Tensor:
+    """Log-sum-exp of the rows (rows,) from their normalizer (2, rows)."""
+    maximum, exponential_sum = normalizer
+    return maximum + exponential_sum.log()
 
 
 def _targets(

@@ -19,6 +19,7 @@ from fastformer.ops.cross_entropy import (
     checked_options,
     forward_torch,
     in_place_torch,
+    log_sum_exp,
     row_weights,
 )
 
@@ -281,7 +282,7 @@ def _chunked(
     check_classes(target, classes, ignore_index)
     needs_grad = grad_loss is not None
     losses = input.new_empty(rows, dtype=torch.float32)
-    lse = torch.empty_like(losses)
+    normalizer = losses.new_empty(2, rows)
     grad_input, grad_weight, grad_bias = _empty_gradients(input, weight, bias, needs_grad)
     # Sums over chunks are kept in float32 whatever the dtype.
     weight_sum, bias_sum = (torch.zeros_like(grad, dtype=torch.float32) for grad in (grad_weight, grad_bias))
@@ -289,7 +290,7 @@ def _chunked(
         x = input[chunk]
         _project(x, weight, bias, out=logits)
         scale = None if grad_loss is None else grad_loss[chunk].contiguous()
-        losses[chunk], lse[chunk] = _losses_in_place(logits, target[chunk], class_weight, scale, options)
+        losses[chunk], normalizer[:, chunk] = _losses_in_place(logits, target[chunk], class_weight, scale, options)
         if not needs_grad:
             continue
         grad_input[chunk] = logits @ weight
@@ -302,7 +303,7 @@ def _chunked(
     z_losses = torch.zeros_like(losses)
     if z_loss:
         row_weight = row_weights(target, classes, class_weight, ignore_index)
-        z_losses = (z_loss * row_weight * lse.square()).masked_fill(target == ignore_index, 0.0)
+        z_losses = (z_loss * row_weight * log_sum_exp(normalizer).square()).masked_fill(target == ignore_index, 0.0)
     return losses, z_losses, grad_input, weight_sum.to(weight.dtype), bias_sum.to(weight.dtype)
 
 
@@ -340,7 +341,7 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Non
 def _losses_in_place(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, grad_loss: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """Losses and log-sum-exp of a chunk; with `grad_loss` the logits become their gradients for it."""
+    """Losses and normalizer of a chunk; with `grad_loss` the logits become their gradients for it."""
     if use_triton(logits) and logits.numel():
         from fastformer_kernels.cross_entropy import (
             CrossEntropyOptions,

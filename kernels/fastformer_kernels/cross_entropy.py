@@ -8,9 +8,12 @@ https://arxiv.org/abs/2408.00118, section 2), z = k tanh(logit / k):
     loss = (1 - s) w_t (lse - z_t) + s / C sum_c w_c (lse - z_c) + a w_t lse^2
     d loss / d z_c = exp(z_c - lse) ((1 - s) w_t + s / C sum_c w_c + 2 a w_t lse) - [c = t] (1 - s) w_t - s / C w_c
 
-and d z / d logit = 1 - (z / k)^2. A row is read once for lse, online (Milakov and Gimelshein, 2018,
-https://arxiv.org/abs/1805.02867), and once for the gradient; a tile holds several rows where they are short. Whole
-tiles are loaded without a test of the column, so that they are read in 128 bits wherever the rows are aligned.
+and d z / d logit = 1 - (z / k)^2. lse is kept as two numbers, the maximum m of z and the sum of exp(z_c - m), and the
+probability computed as exp(z_c - m) / sum: rounded to one number, lse would give it a relative error of |lse| units.
+
+A row is read once for these, online (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867), and once for the
+gradient; a tile holds several rows where they are short. Whole tiles are loaded without a test of the column, so that
+they are read in 128 bits wherever the rows are aligned.
 """
 
 from __future__ import annotations
@@ -87,8 +90,9 @@ def _finish_tile(
     valid,
     target,
     counts,
-    lse,
-    of_probability,
+    maximum,
+    log_sum,
+    of_exponential,
     of_target,
     of_class,
     smooth_sum,
@@ -101,9 +105,9 @@ def _finish_tile(
     z = _load_logits(logits_row, column, logits_stride, valid, softcap)
     if SMOOTHS:
         class_weight = _load_class_weight(class_weight_pointer, column, valid)
-        smooth_sum += tl.where(valid, class_weight * (lse - z), 0.0)
+        smooth_sum += tl.where(valid, class_weight * (maximum - z + log_sum), 0.0)
     if gradient_row is not None:
-        gradient = tl.exp2((z - lse) * LOG2_E) * of_probability - tl.where(column == target, of_target, 0.0)
+        gradient = tl.exp2((z - maximum) * LOG2_E) * of_exponential - tl.where(column == target, of_target, 0.0)
         if SMOOTHS:
             gradient -= class_weight * of_class
         if softcap is not None:
@@ -123,7 +127,7 @@ def _cross_entropy_kernel(
     class_weight_sum_pointer,
     grad_loss_pointer,
     loss_pointer,
-    lse_pointer,
+    normalizer_pointer,
     rows,
     classes,
     ignore_index,
@@ -145,7 +149,7 @@ def _cross_entropy_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Loss and lse where there is a loss to store, else lse is read; the gradient where there is one to store."""
+    """Loss and normalizer where there is a loss to store, else that is read; the gradient where it is to be stored."""
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     row_valid = row < rows
     logits_row = logits_pointer + row_offset(
@@ -156,20 +160,23 @@ def _cross_entropy_kernel(
     tail = whole + column
     tail_valid = row_valid & (tail < classes)
     if loss_pointer is not None:
-        maximum = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        lane_maximum = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)
+        lane_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for start in range(0, whole, BLOCK_COLUMNS):
             z = _load_logits(logits_row, start + column, logits_stride_class, row_valid, softcap)
-            maximum, total = _accumulate(z, maximum, total)
+            lane_maximum, lane_sum = _accumulate(z, lane_maximum, lane_sum)
         if whole < classes:
             z = _load_logits(logits_row, tail, logits_stride_class, tail_valid, softcap)
-            maximum, total = _accumulate(z, maximum, total)
-        row_maximum = tl.max(maximum, axis=1)[:, None]
-        total = tl.sum(total * tl.exp2((maximum - row_maximum) * LOG2_E), axis=1)[:, None]
-        lse = row_maximum + tl.log2(total) * LN_2
-        tl.store(lse_pointer + row, lse, mask=row_valid)
+            lane_maximum, lane_sum = _accumulate(z, lane_maximum, lane_sum)
+        maximum = tl.max(lane_maximum, axis=1)[:, None]
+        exponential_sum = tl.sum(lane_sum * tl.exp2((lane_maximum - maximum) * LOG2_E), axis=1)[:, None]
+        tl.store(normalizer_pointer + row, maximum, mask=row_valid)
+        tl.store(normalizer_pointer + rows + row, exponential_sum, mask=row_valid)
     else:
-        lse = tl.load(lse_pointer + row, mask=row_valid, other=0.0)
+        maximum = tl.load(normalizer_pointer + row, mask=row_valid, other=0.0)
+        exponential_sum = tl.load(normalizer_pointer + rows + row, mask=row_valid, other=1.0)
+    log_sum = tl.log2(exponential_sum) * LN_2
+    lse = maximum + log_sum
 
     target = tl.load(target_pointer + row, mask=row_valid, other=ignore_index)
     counts = target != ignore_index
@@ -185,7 +192,7 @@ def _cross_entropy_kernel(
     loss = tl.zeros((BLOCK_ROWS, 1), tl.float32)
     if loss_pointer is not None:
         at_target = _load_logits(logits_row, target, logits_stride_class, known, softcap)
-        loss = of_target * (lse - at_target) + z_loss * target_weight * lse * lse
+        loss = of_target * (maximum - at_target + log_sum) + z_loss * target_weight * lse * lse
 
     if SMOOTHS or gradient_pointer is not None:
         gradient_row = gradient_pointer
@@ -195,10 +202,11 @@ def _cross_entropy_kernel(
             )
             # A target that is no class makes its row's gradient NaN.
             grad_loss = tl.where(known, tl.load(grad_loss_pointer + row, mask=row_valid, other=0.0), float("nan"))
-            of_probability *= grad_loss
+            of_exponential = of_probability * grad_loss / exponential_sum
             of_target *= grad_loss
             gradient_of_class = of_class * grad_loss
         else:
+            of_exponential = of_probability
             gradient_of_class = tl.zeros((BLOCK_ROWS, 1), tl.float32)
         smooth_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for start in range(0, whole, BLOCK_COLUMNS):
@@ -210,8 +218,9 @@ def _cross_entropy_kernel(
                 row_valid,
                 target,
                 counts,
-                lse,
-                of_probability,
+                maximum,
+                log_sum,
+                of_exponential,
                 of_target,
                 gradient_of_class,
                 smooth_sum,
@@ -229,8 +238,9 @@ def _cross_entropy_kernel(
                 tail_valid,
                 target,
                 counts,
-                lse,
-                of_probability,
+                maximum,
+                log_sum,
+                of_exponential,
                 of_target,
                 gradient_of_class,
                 smooth_sum,
@@ -249,7 +259,7 @@ def _cross_entropy_kernel(
 def cross_entropy_forward(
     logits: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None, options: CrossEntropyOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and log-sum-exp of each row, (rows,) float32.
+    """Loss (rows,) and normalizer (2, rows) of each row: its maximum m and the sum of exp(z - m); float32.
 
     Args:
         logits: (N, classes, ...), any strides.
@@ -258,9 +268,9 @@ def cross_entropy_forward(
         class_weight: (classes,) float32 contiguous.
     """
     loss = torch.empty(target.numel(), dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(loss)
-    _launch(logits, None, target, class_weight, None, loss, lse, options)
-    return loss, lse
+    normalizer = loss.new_empty(2, target.numel())
+    _launch(logits, None, target, class_weight, None, loss, normalizer, options)
+    return loss, normalizer
 
 
 def cross_entropy_backward(
@@ -269,16 +279,16 @@ def cross_entropy_backward(
     target: torch.Tensor,
     class_weight: torch.Tensor | None,
     grad_loss: torch.Tensor,
-    lse: torch.Tensor,
+    normalizer: torch.Tensor,
     options: CrossEntropyOptions,
 ) -> None:
     """Write the gradient of `logits` to `gradient`, which may be `logits`.
 
     Args:
         grad_loss: (rows,) float32 contiguous, the gradient of each row's loss.
-        lse: as `cross_entropy_forward` returned it.
+        normalizer: as `cross_entropy_forward` returned it.
     """
-    _launch(logits, gradient, target, class_weight, grad_loss, None, lse, options)
+    _launch(logits, gradient, target, class_weight, grad_loss, None, normalizer, options)
 
 
 def cross_entropy_in_place(
@@ -290,9 +300,9 @@ def cross_entropy_in_place(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `cross_entropy_forward`, and in the same launch the gradient, for `grad_loss`, in the logits' place."""
     loss = torch.empty(target.numel(), dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(loss)
-    _launch(logits, logits, target, class_weight, grad_loss, loss, lse, options)
-    return loss, lse
+    normalizer = loss.new_empty(2, target.numel())
+    _launch(logits, logits, target, class_weight, grad_loss, loss, normalizer, options)
+    return loss, normalizer
 
 
 def _launch(
@@ -302,7 +312,7 @@ def _launch(
     class_weight: torch.Tensor | None,
     grad_loss: torch.Tensor | None,
     loss: torch.Tensor | None,
-    lse: torch.Tensor,
+    normalizer: torch.Tensor,
     options: CrossEntropyOptions,
 ) -> None:
     layout, (logits_rows, gradient_rows) = row_layout(1, [logits, logits if gradient is None else gradient])
@@ -321,7 +331,7 @@ def _launch(
             class_weight.sum() if class_weight is not None and smooths else None,
             grad_loss,
             loss,
-            lse,
+            normalizer,
             layout.rows,
             layout.columns,
             options.ignore_index,

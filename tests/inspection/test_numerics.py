@@ -21,6 +21,22 @@ def test_the_rule_is_kept(problem: numerics.Problem, dtype: str) -> None:
     assert not [error for error in errors if error.kept is False]
 
 
+@pytest.mark.parametrize(
+    ("operator", "gradients"),
+    [
+        ("decode_attention", 0),
+        ("merge_attention", 2),
+        ("rotary", 2),
+        ("transformer_embedding", 5),
+        ("cross_entropy", 1),
+    ],
+)
+def test_the_output_and_every_gradient_are_measured(operator: str, gradients: int) -> None:
+    problem = next(problem for problem in numerics.problems() if problem.operator == operator)
+    errors = [e for e in numerics.errors_of(problem, "bfloat16", "cpu", seed=0) if e.implementation == "torch"]
+    assert [error.result for error in errors] == ["output", *(f"gradient {number}" for number in range(gradients))]
+
+
 def test_a_less_accurate_operator_breaks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastformer, "softmax", lambda x: (x.bfloat16().softmax(-1)).to(x.dtype))
     problem = next(problem for problem in numerics.problems() if problem.operator == "softmax")

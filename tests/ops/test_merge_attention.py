@@ -54,6 +54,15 @@ def test_matches_float64(parts: int, rows: list[int], head_dim: int, dtype: torc
             assert_as_accurate(f"{backend} {name}", a, p, e, scale=coarser * magnitude)
 
 
+def test_large_log_sum_exps_keep_the_weights_accurate(backend: str) -> None:
+    """Exponents in base 2 rounded before the maximum is subtracted would be off by their magnitude in units."""
+    torch.manual_seed(0)
+    outputs, lses = torch.randn(4, 32, 16), torch.randn(4, 32) + 1000
+    exact, pytorch = merged(outputs.double(), lses.double()), merged(outputs, lses)
+    for name, a, p, e in zip(("output", "lse"), merge_attention(outputs, lses), pytorch, exact, strict=True):
+        assert_as_accurate(name, a, p, e)
+
+
 def test_parts_of_the_keys_make_the_whole(backend: str) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 12, 8, requires_grad=True) for _ in range(3))

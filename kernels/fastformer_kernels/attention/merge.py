@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastformer_kernels.attention.tiles import LN_2, LOG2_E
+from fastformer_kernels.attention.tiles import LOG2_E
 from fastformer_kernels.launch import COMPILER_OPTIONS, device_guard
 from fastformer_kernels.precision import round_to
 
@@ -47,7 +47,7 @@ def _merge_kernel(
     for start in range(0, parts, BLOCK_PARTS):
         part = (start + tl.arange(0, BLOCK_PARTS)).to(tl.int64)
         lses_tile = lses_pointer + part[:, None] * lses_stride_part + row[None, :] * lses_stride_row
-        lses = tl.load(lses_tile, mask=(part < parts)[:, None] & row_valid[None, :], other=float("-inf")) * LOG2_E
+        lses = tl.load(lses_tile, mask=(part < parts)[:, None] & row_valid[None, :], other=float("-inf"))
         outputs_row = part[:, None] * outputs_stride_part + row[None, :] * outputs_stride_row
         outputs_tile = outputs_pointer + outputs_row[:, :, None] + dim[None, None, :] * outputs_stride_dim
         # A part without keys has no output to speak of.
@@ -55,14 +55,14 @@ def _merge_kernel(
         outputs = tl.load(outputs_tile, mask=present, other=0.0).to(tl.float32)
         new_maximum = tl.maximum(maximum, tl.max(lses, axis=0))
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(lses - shift[None, :])
-        rescale = tl.exp2(maximum - shift)
+        weights = tl.exp2((lses - shift[None, :]) * LOG2_E)
+        rescale = tl.exp2((maximum - shift) * LOG2_E)
         total = total * rescale + tl.sum(weights, axis=0)
         accumulator = accumulator * rescale[:, None] + tl.sum(weights[:, :, None] * outputs, axis=0)
         maximum = new_maximum
     empty = total == 0.0
     output = round_to(accumulator / tl.where(empty, 1.0, total)[:, None], output_pointer.dtype.element_ty)
-    lse = tl.where(empty, float("-inf"), maximum * LN_2 + tl.log(tl.where(empty, 1.0, total)))
+    lse = tl.where(empty, float("-inf"), maximum + tl.log(tl.where(empty, 1.0, total)))
     tl.store(output_pointer + row[:, None] * head_dim + dim[None, :], output, mask=tile_valid)
     tl.store(lse_pointer + row, lse, mask=row_valid)
 
