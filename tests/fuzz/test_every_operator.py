@@ -83,11 +83,13 @@ def plain_softmax(input: torch.Tensor, mask: torch.Tensor | None = None, *, dim:
 
 
 @st.composite
-def norm_calls(draw: st.DrawFn) -> Call:
+def norm_calls(draw: st.DrawFn, *, centered: bool) -> Call:
     dtype, rows, columns = draw(st.sampled_from(DTYPES)), draw(sizes(9)), draw(sizes(70))
     tensors = {"input": draw_tensor(draw, rows, columns, dtype=dtype)}
     if draw(st.booleans()):
         tensors["weight"] = draw_tensor(draw, columns, dtype=dtype)
+    if centered and draw(st.booleans()):
+        tensors["bias"] = draw_tensor(draw, columns, dtype=dtype)
     if draw(st.booleans()):
         tensors["residual"] = draw_tensor(draw, rows, columns, dtype=dtype)
     # An eps of 1 keeps 1 / sqrt(variance + eps) below 1: a row of nearly equal elements does not amplify roundings.
@@ -461,8 +463,8 @@ OPERATORS = {
     # Scores are below 5 standard deviations of 20.
     "softmax": Operator(softmax_calls, plain_softmax, units=100),
     # Six operations of the sum with the residual's gradient, and six of the norm.
-    "layer_norm": Operator(norm_calls, plain_norm(F.layer_norm), units=6),
-    "rms_norm": Operator(norm_calls, plain_norm(F.rms_norm), units=6),
+    "layer_norm": Operator(lambda: norm_calls(centered=True), plain_norm(F.layer_norm), units=6),
+    "rms_norm": Operator(lambda: norm_calls(centered=False), plain_norm(F.rms_norm), units=6),
     # Activations are bounded by their inputs, and their exponentials by 1: all that adds up is sums.
     "feed_forward": Operator(feed_forward_calls, plain_feed_forward, units=0),
     # Logits are below 15 (cross_entropy), or sums of up to 12 products below 25; softcap rounds 4 times, within 4.
