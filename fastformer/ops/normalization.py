@@ -460,8 +460,9 @@ def norm_backward_torch(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, float32."""
     if centered and x.dtype == torch.float32:
-        needed = [True, weight_needs_grad, bias_needs_grad]
-        # Only whether a bias is needed matters here, not its values: the weight stands in.
+        # Only whether a bias is needed matters here, not its values: the weight stands in. Without a weight PyTorch's
+        # function has no bias either.
+        needed = [True, weight_needs_grad, bias_needs_grad and weight is not None]
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
             grad_output.contiguous(),
             x.contiguous(),

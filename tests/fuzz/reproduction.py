@@ -7,14 +7,20 @@ from typing import Any
 import torch
 
 
-def program(function: str, tensors: dict[str, torch.Tensor], options: dict[str, Any], differentiable: list[str]) -> str:
+def program(
+    function: str,
+    tensors: dict[str, torch.Tensor],
+    options: dict[str, Any],
+    differentiable: list[str],
+    written: list[str],
+) -> str:
     """A program that makes the call ``fastformer.<function>(**tensors, **options)`` on both backends and compares.
 
-    It ends with an error where outputs, or gradients of the tensors named in `differentiable`, differ by more than 1%
-    of the largest, or one of the two has NaN.
+    It ends with an error where outputs, tensors named in `written`, which the call writes to, or gradients of those
+    named in `differentiable` differ by more than 1% of the largest, or one of the two has NaN.
     """
     lines = [
-        "import os",
+        "import copy, os",
         'os.environ["TRITON_INTERPRET"] = "1"  # delete this line on a GPU, and move the tensors there',
         "import torch, fastformer",
         "from torch import tensor",
@@ -24,11 +30,12 @@ def program(function: str, tensors: dict[str, torch.Tensor], options: dict[str, 
         f"tensors = dict({', '.join(f'{name}={name}' for name in tensors)})",
         "",
         "def run(backend):",
-        f"    leaves = {{n: t.detach().requires_grad_(n in {differentiable}) for n, t in tensors.items()}}",
+        f"    leaves = {{n: copy.deepcopy(t).requires_grad_(n in {differentiable}) for n, t in tensors.items()}}",
         "    torch.manual_seed(0)",
         "    with fastformer.backend(backend):",
         f"        output = fastformer.{function}(**leaves, **options)",
         "        outputs = [o for o in (output if isinstance(output, tuple) else (output,)) if o is not None]",
+        f"        outputs += [leaves[name] for name in {written}]",
         "        sources = [leaf for leaf in leaves.values() if leaf.requires_grad]",
         "        loss = sum(o.float().nan_to_num(0.0, 0.0, 0.0).square().sum() for o in outputs)",
         "        grads = torch.autograd.grad(loss, sources, allow_unused=True) if loss.requires_grad else []",

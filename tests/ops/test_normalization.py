@@ -70,6 +70,24 @@ def test_any_strides(data: st.DataObject) -> None:
             check(x, centered, affine)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_needs_no_weight(backend: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, bias, grad_output = torch.randn(5, 33).to(dtype), torch.randn(33).to(dtype), torch.randn(5, 33)
+
+    def run(function: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, bias)]
+        return gradients(function(leaves[0], (33,), None, leaves[1], EPS), leaves, grad_output)
+
+    exact, pytorch = run(F.layer_norm, torch.float64), run(F.layer_norm, dtype)
+    for name, a, p, e in zip(
+        ("output", "grad_input", "grad_bias"), run(layer_norm, dtype), pytorch, exact, strict=True
+    ):
+        # The six roundings of `check`.
+        units = 3.0 if dtype == torch.float32 else 1.0
+        assert_as_accurate(name, a, p, e, scale=units * max(1.0, e.abs().max().item()))
+
+
 def fused(
     x: torch.Tensor,
     residual: torch.Tensor | None,
