@@ -1,6 +1,9 @@
 """Without a GPU every kernel runs in Triton's interpreter; its switch must be set before triton is imported."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -11,6 +14,10 @@ if not torch.cuda.is_available():
 
     interpreter.install()
 torch.set_num_threads(1)
+
+# torch.compile's cache of an earlier version would answer for operators whose results have changed since.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="fastformer-inductor-")
+atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
