@@ -21,7 +21,8 @@ from fastformer_kernels.attention.arguments import (
 from fastformer.backends import use_triton
 from fastformer.ops.attention_torch import attention_backward_torch, attention_forward_torch
 from fastformer.ops.autocast import to_autocast_dtype
-from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
+from fastformer.ops.checks import check_device, check_floating, check_int32, check_like, check_shape
+from fastformer.ops.dropout import check_dropout_p, draw_seed
 
 MAX_HEAD_DIM = 256
 
@@ -181,13 +182,12 @@ def checked_arguments(
         raise ValueError(f"chunk must be 1 or more, or None for no limit; got {chunk}")
     if alignment not in ("bottom_right", "top_left"):
         raise ValueError(f"alignment must be 'bottom_right' or 'top_left'; got {alignment!r}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
+    check_dropout_p(dropout_p)
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"softcap must be positive, or None for none; got {softcap}")
     for name, counts in (("key_lengths", key_lengths), ("prefix_lengths", prefix_lengths)):
         if counts is not None:
-            _check_int32(name, counts, (batch,), query)
+            check_int32(name, counts, (batch,), "query", query)
     if prefix_lengths is not None and right == UNBOUNDED:
         raise ValueError("prefix_lengths needs causal=True or a window with a right limit, which it lifts")
     head_scales, factor = _check_scale(scale, heads, query)
@@ -215,7 +215,7 @@ def checked_arguments(
             bottom_right=alignment == "bottom_right",
             softcap=softcap or 0.0,
             dropout_p=dropout_p,
-            seed=_draw_seed(query.device) if dropout_p else None,
+            seed=draw_seed(query.device) if dropout_p else None,
         ),
     )
 
@@ -319,19 +319,12 @@ def _check_tensors(
     batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q.dim() == 1 else -1
     for name, boundaries in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if boundaries is not None:
-            _check_int32(name, boundaries, (batch + 1,), query)
+            check_int32(name, boundaries, (batch + 1,), "query", query)
     if cu_seqlens_k is None and query.shape[0] != key.shape[0]:
         raise ValueError(
             f"key has {key.shape[0]} tokens where query has {query.shape[0]}: cross-attention needs cu_seqlens_k"
         )
     return batch, query.shape[0], key.shape[0]
-
-
-def _check_int32(name: str, tensor: torch.Tensor, shape: tuple[int, ...], query: torch.Tensor) -> None:
-    if tensor.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32; got {tensor.dtype}")
-    check_shape(name, tensor, shape)
-    check_device(name, tensor, "query", query)
 
 
 def _check_max_seqlen(max_seqlen_q: int | None, max_seqlen_k: int | None, same: bool) -> tuple[int, int]:
@@ -422,11 +415,6 @@ def _check_relative_bias(bias: torch.Tensor | None, heads: int, query: torch.Ten
             f"relative_bias must have shape (heads, 2 * max_distance + 1) with {heads} heads; got {tuple(bias.shape)}"
         )
     return bias.contiguous()
-
-
-def _draw_seed(device: torch.device) -> torch.Tensor:
-    """A fresh seed and offset from PyTorch's generator, on the device: no synchronisation, capturable in a graph."""
-    return torch.randint(0, 2**63 - 1, (2,), device=device, dtype=torch.int64)
 
 
 # The trailing arguments of every attention operator, in the order of AttentionArguments' fields.

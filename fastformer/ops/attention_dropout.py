@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import torch
 
-_WORD = 0xFFFFFFFF
-_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
-_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+from fastformer.ops.dropout import dropout_threshold, philox
 
 
 def dropout_keep(
@@ -28,24 +26,7 @@ def dropout_keep(
     Returns:
         (r, m, n) boolean, True where the weight is kept.
     """
-    counters = (keys // 4, queries[:, None], rows[:, None, None], torch.tensor(offset & _WORD, device=keys.device))
-    words = torch.stack(torch.broadcast_tensors(*_philox(seed, counters)), dim=-1)
+    counters = (keys // 4, queries[:, None], rows[:, None, None], torch.tensor(offset & 0xFFFFFFFF, device=keys.device))
+    words = torch.stack(torch.broadcast_tensors(*philox(seed, counters)), dim=-1)
     lane = (keys % 4).expand(words.shape[:-1])[..., None]
     return words.gather(-1, lane).squeeze(-1) >= dropout_threshold(dropout_p)
-
-
-def dropout_threshold(dropout_p: float) -> int:
-    """The 32-bit word below which a weight is dropped."""
-    return min(round(dropout_p * 2**32), _WORD)
-
-
-def _philox(seed: int, counters: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    c0, c1, c2, c3 = counters
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(10):
-        # int64 products wrap modulo 2**64, which leaves both 32-bit halves intact.
-        product_a, product_b = c0 * _ROUND_A, c2 * _ROUND_B
-        c0, c2 = ((product_b >> 32) & _WORD) ^ c1 ^ k0, ((product_a >> 32) & _WORD) ^ c3 ^ k1
-        c1, c3 = product_b & _WORD, product_a & _WORD
-        k0, k1 = (k0 + _KEY_A) & _WORD, (k1 + _KEY_B) & _WORD
-    return c0, c1, c2, c3

@@ -45,13 +45,16 @@ def apply_dropout_(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
     for start in range(0, rows, step):
         chunk = input[start : start + step]
         row = torch.arange(start, start + chunk.shape[0], device=input.device)[:, None]
-        words = torch.stack(_philox(seed[0], (counters, row & _WORD, row >> 32, seed[1] & _WORD)), dim=-1)
+        words = torch.stack(philox(seed[0], (counters, row & _WORD, row >> 32, seed[1] & _WORD)), dim=-1)
         chunk.masked_fill_(words.flatten(1)[:, :columns] < dropout_threshold(dropout_p), 0.0)
         chunk.mul_(1.0 / (1.0 - dropout_p))
     return input
 
 
-def _philox(seed: Tensor, counters: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    seed: Tensor | int, counters: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 32-bit words of Philox-4x32-10 for each counter, in int64."""
     c0, c1, c2, c3 = counters
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
