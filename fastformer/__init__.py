@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastformer.backends import backend
     from fastformer.ops import (
+        alibi_slopes,
         append_to_cache,
         attention,
         attention_weights,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "alibi_slopes",
     "append_to_cache",
     "attention",
     "attention_weights",
