@@ -116,7 +116,7 @@ class TransformerEmbedding(nn.Module):
                 None if self.token_type is None else self.token_type.weight,
                 self.norm.weight,
                 self.norm.bias,
-                position_ids=position_ids,
+                position_ids=position_ids if self.position is not None else None,
                 token_type_ids=token_type_ids,
                 cu_seqlens=cu_seqlens,
                 padding_idx=self.word.padding_idx,
