@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
+
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference_transformer import ReferenceTransformer
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.fsdp import fully_shard
 from transformers import StaticCache
 
 from fastformer.models import (
@@ -18,6 +22,7 @@ from fastformer.models import (
     FastformerForSeq2SeqLM,
     FastformerModel,
 )
+from fastformer.models.block import Block
 
 LENGTHS, SOURCES = [5, 1, 11], [7, 3, 2]
 SHAPE = {
@@ -204,6 +209,31 @@ def test_checkpointing_blocks_changes_no_gradient() -> None:
         actual = torch.autograd.grad(model(**batch).loss, list(model.parameters()), allow_unused=True)
         for ours, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+def test_the_declared_units_are_sharded_by_fsdp2() -> None:
+    for model, batch in _training_cases():
+        gradients = torch.autograd.grad(model(**batch).loss, list(model.parameters()))
+        expected = dict(zip(dict(model.named_parameters()), gradients, strict=True))
+        units = [
+            module
+            for name, module in model.named_modules()
+            for pattern in model.fsdp_plan
+            if fnmatch(name, pattern) and name.count(".") == pattern.count(".")
+        ]
+        blocks = [module for module in model.modules() if isinstance(module, Block)]
+        assert set(blocks) == set(units)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            mesh = dist.init_device_mesh("cpu", (1,))
+            for unit in units:
+                fully_shard(unit, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            model(**batch).loss.backward()
+        finally:
+            dist.destroy_process_group()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], msg=name)
 
 
 def _training_cases() -> list[tuple[torch.nn.Module, dict]]:
