@@ -338,6 +338,39 @@ def test_indices_of_the_only_keys(mask: torch.dtype | None) -> None:
     torch.testing.assert_close(output, expected.transpose(1, 2))
 
 
+def test_blocks_of_the_only_keys() -> None:
+    """Of each group of heads its own; -1 is no block."""
+    q, k, v = tensors(3, 7)
+    indexer = torch.nn.Module()
+    indexer.block_size = 2
+    blocks = torch.tensor([[[[0, 3], [1, -1], [0, 1]]], [[[2, 0], [3, 1], [2, -1]]]]).repeat(1, 2, 1, 1)
+    blocks[:, 1] = 2
+    allowed = (blocks[..., None] == torch.arange(7) // 2).any(-2).repeat_interleave(2, 1)
+    output, _ = attention_module.attention_forward(layer(indexer=indexer), q, k, v, None, block_indices=blocks)
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_weights_of_packed_documents(documents: bool) -> None:
+    """Documents that the mask knows may be laid out by row; boundaries that only cu_seq_lens_q knows may not."""
+    model = MODELS["Llama"].build()
+    ids, positions = torch.randint(3, VOCABULARY, (1, 9)), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    inputs = {"input_ids": ids, "use_cache": False, "output_attentions": True}
+    inputs |= {"position_ids": positions} if documents else {}
+    boundaries = {"cu_seq_lens_q": torch.tensor([0, 4, 9]), "max_length_q": 5}
+    expected = model(**inputs)
+    model.set_attn_implementation("fastformer")
+    if documents:
+        actual = model(**inputs, **boundaries)
+        assert_equal("logits", actual.logits, expected.logits)
+        assert_equal("weights", actual.attentions[1], expected.attentions[1])
+    else:
+        with pytest.raises(ValueError, match="cu_seq_lens_q does not go with output_attentions"):
+            model(**inputs, **boundaries)
+
+
 def test_queries_that_stand_for_every_sequence() -> None:
     q, k, v = tensors()
     output, _ = attention_module.attention_forward(layer(), q[:1], k, v, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,10 @@ def test_from_config() -> None:
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=50)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="fastformer")
     assert model.config._attn_implementation == "fastformer"
+
+
+def test_ci_runs_the_oldest_release_that_is_allowed() -> None:
+    root = Path(__file__).parents[2]
+    oldest = re.search(r'"transformers>=([\d.]+),', (root / "pyproject.toml").read_text())
+    assert oldest is not None
+    assert f"transformers=={oldest[1]}.0\n" in (root / ".ci/run").read_text()
