@@ -252,6 +252,21 @@ def test_compiles_as_one_graph(name: str) -> None:
     assert_equal("loss", torch.compile(model, fullgraph=True, backend="aot_eager")(**batch).loss, expected)
 
 
+def test_compiled_layer_by_layer() -> None:
+    """The mask is made outside of the graphs, which must not take one batch's lengths for another's."""
+    model = MODELS["Mistral"].build()
+    batches = [MODELS["Mistral"].batch(padding) for padding in ("right", "left", "none", "right")]
+    batches[-1]["attention_mask"] = batches[-1]["attention_mask"].flip(0)
+    batches[-1]["labels"] = batches[-1]["labels"].masked_fill(batches[-1]["attention_mask"] == 0, -100)
+    expected = [model(**batch).loss for batch in batches]
+    model.set_attn_implementation("fastformer")
+    torch._dynamo.reset()
+    for block in model.model.layers:
+        block.compile(fullgraph=True, backend="aot_eager")
+    for batch, loss in zip(batches, expected, strict=True):
+        assert_equal("loss", model(**batch).loss, loss)
+
+
 @pytest.mark.parametrize("name", REFUSING)
 def test_class_with_attention_of_its_own(name: str, calls: list) -> None:
     """Such a class cannot be switched, transformers says so, and what it computes stays right."""
