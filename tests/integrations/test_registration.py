@@ -6,12 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from hugging_face_models import MODELS
+from hugging_face_models import MODELS, REFUSING
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -65,6 +67,17 @@ def test_from_pretrained(tmp_path: Path) -> None:
     assert loaded.config._attn_implementation == "fastformer"
     ids = torch.randint(3, 60, (2, 7))
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_warns_where_it_has_no_effect(tmp_path: Path) -> None:
+    small, _ = REFUSING["DeBERTa"]
+    small.build().save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match='DebertaModel computes attention itself: attn_implementation="fastformer"'):
+        AutoModel.from_pretrained(tmp_path, attn_implementation="fastformer")
+    MODELS["BERT"].build().save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutoModel.from_pretrained(tmp_path, attn_implementation="fastformer")
 
 
 @pytest.fixture
