@@ -98,25 +98,24 @@ def attention_forward(
     structure = _structure(module, attention_mask, is_causal, sliding_window, (batch, 1, query.shape[2], key.shape[2]))
     weights_wanted = _weights_wanted(output_attentions)
     by_row = weights_wanted or any(given is not None for given in (position_bias, indices, block_indices, sinks))
-    packed = structure is not None and structure.cu_seqlens_q is not None
-    if packed and by_row:
-        structure, packed = None, False
-    elif cu_seq_lens_q is not None and not packed:
-        if by_row:
-            raise ValueError(
-                "cu_seq_lens_q does not go with output_attentions, position_bias, sinks, indices or block_indices, "
-                "which are laid out by row"
-            )
-        structure = _packed_structure(structure, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        packed = True
+    only: list[Tensor] = []
+    if structure is not None and structure.cu_seqlens_q is not None and by_row:
+        structure = None
+    elif cu_seq_lens_q is not None and (structure is None or structure.cu_seqlens_q is None):
+        if structure is None or structure.key_mask is not None or structure.key_lengths is not None or by_row:
+            only.append(_same_sequence(cu_seq_lens_q, batch, query.shape[2], key.shape[2]))
+        else:
+            structure = _packed(structure, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     arguments = {"mask": _elements(attention_mask)} if structure is None else structure.arguments()
     if indices is not None:
-        arguments["mask"] = _both(arguments["mask"], _chosen(indices, key.shape[2])[:, None])
+        only.append(_chosen(indices, key.shape[2])[:, None])
     if block_indices is not None:
         indexer: Any = module.indexer
-        chosen = _chosen_blocks(block_indices, indexer.block_size, query.shape[1], key.shape[2])
-        arguments["mask"] = _both(arguments["mask"], chosen)
+        only.append(_chosen_blocks(block_indices, indexer.block_size, query.shape[1], key.shape[2]))
+    for allowed in only:
+        arguments["mask"] = _both(arguments["mask"], allowed)
     arguments |= {"scale": scaling, "softcap": softcap, "bias": position_bias}
+    packed = structure is not None and structure.cu_seqlens_q is not None
     tensors = [tensor.transpose(1, 2).flatten(0, 1) if packed else tensor for tensor in (query, key, value)]
     dropout_p = dropout if module.training else 0.0
     output, lse = attention(*tensors, **arguments, sinks=s_aux, dropout_p=dropout_p, return_lse=True)
@@ -159,16 +158,10 @@ def _structure(
     return mask.structure if isinstance(mask, AttentionMask) and tuple(mask.shape) == shape else None
 
 
-def _packed_structure(
-    structure: MaskStructure | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Any,
-    max_length_q: int | None,
-    max_length_k: Any,
+def _packed(
+    structure: MaskStructure, cu_seqlens_q: Tensor, cu_seqlens_k: Any, max_length_q: int | None, max_length_k: Any
 ) -> MaskStructure:
     """`structure` within the sequences that the boundaries say."""
-    if structure is None or structure.key_mask is not None or structure.key_lengths is not None:
-        raise ValueError("cu_seq_lens_q says where sequences end, and so does attention_mask; give one of them")
     if max_length_q is None:
         raise ValueError("cu_seq_lens_q needs max_length_q, the length of the longest sequence")
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
@@ -180,6 +173,18 @@ def _packed_structure(
         max_seqlen_q=int(max_length_q),
         max_seqlen_k=int(max_length_q if max_length_k is None else max_length_k),
     )
+
+
+def _same_sequence(cu_seqlens: Tensor, batch: int, queries: int, keys: int) -> Tensor:
+    """(batch, 1, queries, keys) boolean, True between tokens of one sequence of a packed batch."""
+    if queries != keys:
+        raise ValueError(
+            "cu_seq_lens_q of sequences with a cache does not go with attention_mask, output_attentions, "
+            "position_bias, sinks, indices or block_indices, which are laid out by row"
+        )
+    tokens = torch.arange(batch * queries, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens, tokens, right=True).view(batch, queries)
+    return (sequence[:, :, None] == sequence[:, None, :])[:, None]
 
 
 def _elements(mask: Tensor | None) -> Tensor | None:

@@ -162,12 +162,19 @@ def test_boundaries_of_a_packed_batch(name: str) -> None:
     assert_equal("logits", model(**packed, **options).logits, expected)
 
 
-def test_boundaries_and_padding_exclude_each_other() -> None:
-    model = MODELS["BERT"].build()
+@pytest.mark.parametrize("padding", ["left", "right", "holes"])
+def test_boundaries_and_padding_hold_together(padding: str) -> None:
+    model, batch = MODELS["BERT"].build(), MODELS["BERT"].batch(padding)
+    sequence = torch.tensor([0] * 4 + [1] * 10 + [2] * 13).view(3, TOKENS)
+    allowed = (sequence[:, :, None] == sequence[:, None]) & batch["attention_mask"][:, None].bool()
+    allowed |= torch.eye(TOKENS, dtype=torch.bool)  # padding sees something, or eager attention sees everything
+    additive = torch.zeros(3, 1, TOKENS, TOKENS).masked_fill(~allowed[:, None], torch.finfo(torch.float32).min)
+    expected = model(**{**batch, "attention_mask": additive})
     model.set_attn_implementation("fastformer")
-    boundaries = torch.tensor([0, 27])
-    with pytest.raises(ValueError, match="cu_seq_lens_q says where sequences end, and so does attention_mask"):
-        model(**MODELS["BERT"].batch("right"), cu_seq_lens_q=boundaries, max_length_q=27)
+    boundaries = torch.tensor([0, 4, 14, 27], dtype=torch.int32)
+    actual = model(**batch, cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries, max_length_q=13, max_length_k=13)
+    seen = batch["attention_mask"].bool()
+    assert_equal("logits", actual.logits[seen], expected.logits[seen])
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
@@ -368,22 +375,29 @@ def test_blocks_of_the_only_keys() -> None:
 
 
 @pytest.mark.parametrize("documents", [False, True])
-def test_weights_of_packed_documents(documents: bool) -> None:
-    """Documents that the mask knows may be laid out by row; boundaries that only cu_seq_lens_q knows may not."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_of_a_packed_batch(documents: bool, compiled: bool) -> None:
+    """Whether the mask knows of documents, by position_ids, or only cu_seq_lens_q does."""
     model = MODELS["Llama"].build()
-    ids, positions = torch.randint(3, VOCABULARY, (1, 9)), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    inputs = {"input_ids": ids, "use_cache": False, "output_attentions": True}
-    inputs |= {"position_ids": positions} if documents else {}
-    boundaries = {"cu_seq_lens_q": torch.tensor([0, 4, 9]), "max_length_q": 5}
-    expected = model(**inputs)
+    inputs = {"input_ids": torch.randint(3, VOCABULARY, (1, 9)), "use_cache": False, "output_attentions": not compiled}
+    positions = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}
+    expected = model(**inputs, **positions)
     model.set_attn_implementation("fastformer")
-    if documents:
-        actual = model(**inputs, **boundaries)
-        assert_equal("logits", actual.logits, expected.logits)
+    boundaries = {"cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32), "max_length_q": 5}
+    torch._dynamo.reset()
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    actual = run(**inputs, **boundaries, **(positions if documents else {}))
+    assert_equal("logits", actual.logits, expected.logits)
+    if not compiled:
         assert_equal("weights", actual.attentions[1], expected.attentions[1])
-    else:
-        with pytest.raises(ValueError, match="cu_seq_lens_q does not go with output_attentions"):
-            model(**inputs, **boundaries)
+
+
+def test_boundaries_with_a_cache_are_not_laid_out_by_row() -> None:
+    boundaries = {"cu_seq_lens_q": torch.tensor([0, 2, 10]), "cu_seq_lens_k": torch.tensor([0, 5, 14])}
+    with pytest.raises(ValueError, match=r"of sequences with a cache does not go with .* position_bias"):
+        attention_module.attention_forward(
+            layer(), *tensors(5, 7), None, **boundaries, max_length_q=8, position_bias=torch.zeros(1, 4, 5, 7)
+        )
 
 
 def test_queries_that_stand_for_every_sequence() -> None:
