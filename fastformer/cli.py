@@ -14,6 +14,14 @@ COMMANDS = {
         "fastformer.training.pretrain",
         "train a BERT from scratch: masked language modelling and next-sentence prediction",
     ),
+    "models": (
+        "fastformer.inspection.models_command",
+        "list the presets: parameters, memory, operations, context, and what each suits",
+    ),
+    "plan": (
+        "fastformer.inspection.plan_command",
+        "what training a model needs and takes: memory of each GPU, operations, tokens per second, days",
+    ),
     "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),
     "kernels": (
         "fastformer.inspection.command",

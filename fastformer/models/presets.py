@@ -210,9 +210,9 @@ PRESETS = {
     "bert-small": Preset(_shape(4, 512, 8), _PRETRAINING, _TURC, "classification on a CPU, distillation"),
     "bert-medium": Preset(_shape(8, 512, 8), _PRETRAINING, _TURC, "classification and retrieval at low latency"),
     "bert-base": Preset(_shape(12, 768, 12), _PRETRAINING, _DEVLIN, "classification, tagging, retrieval"),
-    "bert-large": Preset(_shape(24, 1024, 16), _PRETRAINING, _DEVLIN, "for more quality at more cost"),
+    "bert-large": Preset(_shape(24, 1024, 16), _PRETRAINING, _DEVLIN, "the same, slower and better"),
     "roberta-base": Preset({**_ROBERTA, **_shape(12, 768, 12)}, _MASKED_LM, _LIU, "classification, tagging, answers"),
-    "roberta-large": Preset({**_ROBERTA, **_shape(24, 1024, 16)}, _MASKED_LM, _LIU, "for more quality at more cost"),
+    "roberta-large": Preset({**_ROBERTA, **_shape(24, 1024, 16)}, _MASKED_LM, _LIU, "the same, slower and better"),
     "distilbert-base": Preset(
         {**_DISTILBERT, **_shape(6, 768, 12)}, _MASKED_LM, _SANH, "BERT base's tasks at half its cost"
     ),
@@ -236,11 +236,11 @@ PRESETS = {
     ),
     "t5-small": Preset(_t5(6, 512, 8, 64, 2048), _SEQ2SEQ_LM, _RAFFEL, "translation, summaries on a CPU"),
     "t5-base": Preset(_t5(12, 768, 12, 64, 3072), _SEQ2SEQ_LM, _RAFFEL, "translation, summaries, text to text"),
-    "t5-large": Preset(_t5(24, 1024, 16, 64, 4096), _SEQ2SEQ_LM, _RAFFEL, "for more quality"),
+    "t5-large": Preset(_t5(24, 1024, 16, 64, 4096), _SEQ2SEQ_LM, _RAFFEL, "the same, slower and better"),
     "t5-3b": Preset(_t5(24, 1024, 32, 128, 16384), _SEQ2SEQ_LM, _RAFFEL, "text to text; fine-tuning on one node"),
     "t5-11b": Preset(_t5(24, 1024, 128, 128, 65536), _SEQ2SEQ_LM, _RAFFEL, "text to text; fine-tuning on one node"),
     "bart-base": Preset({**_BART, **_shape(6, 768, 12)}, _SEQ2SEQ_LM, _LEWIS, "summaries and rewriting of long text"),
-    "bart-large": Preset({**_BART, **_shape(12, 1024, 16)}, _SEQ2SEQ_LM, _LEWIS, "for more quality"),
+    "bart-large": Preset({**_BART, **_shape(12, 1024, 16)}, _SEQ2SEQ_LM, _LEWIS, "the same, slower and better"),
     "vit-b-16": Preset({**_VIT, **_shape(12, 768, 12)}, _IMAGES, _DOSOVITSKIY, "image classification"),
     "vit-l-16": Preset({**_VIT, **_shape(24, 1024, 16)}, _IMAGES, _DOSOVITSKIY, "the same, with much data"),
 }
