@@ -17,6 +17,13 @@ COMMANDS = {
     "convert": (
         "fastformer.models.conversion.command",
         "a checkpoint from Hugging Face's format, or TensorFlow's of BERT, into Fastformer's, and back",
+    "models": (
+        "fastformer.inspection.models_command",
+        "list the presets: parameters, memory, operations, context, and what each suits",
+    ),
+    "plan": (
+        "fastformer.inspection.plan_command",
+        "what training a model needs and takes: memory of each GPU, operations, tokens per second, days",
     ),
     "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),
     "kernels": (

@@ -206,11 +206,12 @@ def _work(options: Namespace) -> list[tuple[str, Work]]:
         return [(case.name, case.run) for case in cases(options.operators, options.dtypes, options.layouts)]
     if options.operators or options.dtypes or options.layouts:
         raise ValueError("--operators, --dtypes and --layouts choose cases; a --model says itself what it launches")
-    from fastformer.inspection.model_work import PRECISIONS, meta_model, model_work
+    from fastformer.inspection.model_work import PRECISIONS, known_model, meta_model, model_work, two_blocks
 
     if options.precision not in PRECISIONS:
         raise ValueError(f"--precision must be one of {', '.join(PRECISIONS)}; got {options.precision!r}")
-    steps = model_work(meta_model(options.model, options.precision), options.precision)
+    config, kind = known_model(options.model)
+    steps = model_work(meta_model(two_blocks(config), kind, options.precision), options.precision)
     return [(f"{options.model}, step {number}", step) for number, step in enumerate(steps, 1)]
 
 

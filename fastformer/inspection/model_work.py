@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PreTrainedModel
 
 import fastformer.models
+from fastformer.models.configuration import FastformerConfig
 from fastformer.models.modeling import ModelOptions
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
@@ -24,41 +26,69 @@ _DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-def meta_model(name: str, precision: str) -> PreTrainedModel:
-    """The model of a folder in Hugging Face's format, or of a preset (with its pretraining heads), on meta.
-
-    It has two blocks at most: all of a model's blocks launch the same kernels.
+def known_model(name: str) -> tuple[FastformerConfig, str]:
+    """The configuration of a preset, or of a folder in Hugging Face's format, and the name of its model's class.
 
     Raises:
         ValueError: it is neither, or the folder's model is not one of Fastformer's.
     """
     if name in fastformer.models.PRESETS:
-        config, kind = fastformer.models.preset(name), "FastformerForPreTraining"
-    elif (Path(name) / "config.json").is_file():
-        config = AutoConfig.from_pretrained(name)
-        kind = (config.architectures or ["FastformerModel"])[0]
-    else:
+        return fastformer.models.preset(name), fastformer.models.PRESETS[name].model
+    if not (Path(name) / "config.json").is_file():
         raise ValueError(
-            f"--model must be a folder with a config.json or a preset ({', '.join(fastformer.models.PRESETS)}); "
+            f"the model must be a folder with a config.json or a preset ({', '.join(fastformer.models.PRESETS)}); "
             f"got {name!r}"
         )
+    config = AutoConfig.from_pretrained(name)
+    kind = (config.architectures or ["FastformerModel"])[0]
     if kind not in fastformer.models.__all__:
         raise ValueError(f"the model in {name} is a {kind}, which is none of Fastformer's")
-    config.num_hidden_layers = min(config.num_hidden_layers, 2)
+    return config, kind
+
+
+def meta_model(config: FastformerConfig, kind: str, precision: str) -> PreTrainedModel:
+    """The model of class `kind` on meta, in the dtype that its weights have at `precision`."""
     with torch.device("meta"):
-        return getattr(fastformer.models, kind)(config).to(_DTYPES.get(precision, torch.float32))
+        model = getattr(fastformer.models, kind)(config)
+    # Rotary tables are made on the CPU, and move.
+    return model.to("meta", _DTYPES.get(precision, torch.float32))
+
+
+def two_blocks(config: FastformerConfig) -> FastformerConfig:
+    """`config` with two blocks at most in each stack: one block of each kind launches all kernels of a model."""
+    fewer = copy.deepcopy(config)
+    if config.layer_types is not None:
+        # Of every kind one, where there are two.
+        kinds = [*dict.fromkeys(config.layer_types), *config.layer_types]
+        fewer.layer_types = kinds[: min(2, len(config.layer_types))]
+        fewer.num_hidden_layers = len(fewer.layer_types)
+        fewer.num_decoder_layers = None
+        return fewer
+    fewer.num_hidden_layers = min(config.num_hidden_layers, 2)
+    if config.num_decoder_layers is not None:
+        fewer.num_decoder_layers = min(config.num_decoder_layers, 2)
+    return fewer
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """The sizes of a packed batch: its longest sequence, tokens, sequences, and labelled tokens; whether types are
-    given."""
+class Batch:
+    """The sizes of a packed batch.
 
-    max_seqlen: int
-    tokens: int
+    Attributes:
+        sequences: their number; of an image model, images.
+        tokens, max_seqlen: of all sequences together, and of the longest; an encoder-decoder's sources.
+        target_tokens, target_max_seqlen: likewise, of an encoder-decoder's targets.
+        labelled: tokens that a masked-LM head predicts.
+        token_types: whether they are given.
+    """
+
     sequences: int
+    tokens: int
+    max_seqlen: int
+    target_tokens: int
+    target_max_seqlen: int
     labelled: int
-    token_types: bool
+    token_types: bool = False
 
 
 def model_work(model: PreTrainedModel, precision: str) -> list[Callable[[], object]]:
@@ -69,27 +99,41 @@ def model_work(model: PreTrainedModel, precision: str) -> list[Callable[[], obje
     less by three, and tokens, their tiles and sequences number one, a multiple of 16 or neither. Batches are packed; a
     dense batch launches the same kernels, since it is packed on the way in.
     """
-    return [
-        partial(_step, model, precision, training, batch)
-        for batch in _batches(model.config.max_position_embeddings)
-        for training in (True, False)
-    ]
+    config = model.config
+    batches = _image_batches() if config.image_size else _batches(config.max_position_embeddings)
+    if config.is_encoder_decoder:
+        # Targets of every kind beside sources of every kind.
+        batches = [
+            _with_target(each, batches[(i + by) % len(batches)]) for by in (1, 2) for i, each in enumerate(batches)
+        ]
+    return [partial(_step, model, precision, training, batch) for batch in batches for training in (True, False)]
 
 
 # Tokens that are a multiple of 16 and that are not, in tiles of up to 256 that number neither one nor a multiple of 16;
-# then the same for one tile and for multiples of 16.
+# then the same for one tile, which short rows share, and for multiples of 16.
 _TOKENS = (4144, 4139)
-_OTHER_TOKENS = (48, 43, 4096, 4091)
+_OTHER_TOKENS = (16, 13, 32, 29, 48, 43, 4096, 4091)
 
 
-def _batches(longest: int) -> list[_Batch]:
+def _batches(longest: int) -> list[Batch]:
     lengths = [size for size in _sizes(longest) if size >= 13]
     sizes = [(*each, True) for each in itertools.product(lengths, _TOKENS, (16, 3))]
     sizes += [(lengths[0], tokens, 16, types) for tokens in _OTHER_TOKENS for types in (True, False)]
     sizes += [(lengths[0], tokens, 16, False) for tokens in _TOKENS]
     labelled = _sizes(256)
     chosen = [(sizes[i % len(sizes)], labelled[i % len(labelled)]) for i in range(max(len(sizes), len(labelled)))]
-    return [_Batch(length, tokens, sequences, n, types) for (length, tokens, sequences, types), n in chosen]
+    return [
+        Batch(sequences, tokens, length, tokens, length, n, types) for (length, tokens, sequences, types), n in chosen
+    ]
+
+
+def _image_batches() -> list[Batch]:
+    """An image's tokens are of one number, so that the batch alone decides about tokens and tiles."""
+    return [Batch(images, 0, 0, 0, 0, 0) for images in (*range(1, 33), 48, 64, 128, 256)]
+
+
+def _with_target(batch: Batch, target: Batch) -> Batch:
+    return replace(batch, target_tokens=target.tokens, target_max_seqlen=target.max_seqlen)
 
 
 def _sizes(most: int) -> list[int]:
@@ -97,36 +141,50 @@ def _sizes(most: int) -> list[int]:
     return [(1 << exponent) - less for exponent in range(2, most.bit_length()) for less in (0, 3)]
 
 
-def _step(model: PreTrainedModel, precision: str, training: bool, batch: _Batch) -> None:
+def _step(model: PreTrainedModel, precision: str, training: bool, batch: Batch) -> None:
     model.train(training)
-    with _precision(precision), torch.set_grad_enabled(training):
-        output = model(**_arguments(model, batch))
+    with autocast(precision), torch.set_grad_enabled(training):
+        output = model(**arguments(model, batch))
         if training:
             result = output["loss"] if "loss" in output else output[0]
             result.backward(torch.empty_like(result))
     model.zero_grad()
 
 
-def _arguments(model: PreTrainedModel, batch: _Batch) -> dict[str, Any]:
-    def integers(size: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
+def arguments(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """What `model` is called with for `batch`, labels included, on meta."""
 
+    def integers(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    config = model.config
+    if config.image_size:
+        images = torch.empty(batch.sequences, config.num_channels, config.image_size, config.image_size, device="meta")
+        return {"pixel_values": images, "labels": integers(batch.sequences)}
     accepted = {*inspect.signature(model.forward).parameters, *ModelOptions.__annotations__}
-    per_token = "masked_positions" in accepted
-    arguments = {
+    labelled = batch.target_tokens if config.is_encoder_decoder else batch.tokens
+    if isinstance(model, fastformer.models.FastformerForSequenceClassification):
+        labelled = batch.sequences
+    boundaries = integers(batch.sequences + 1, dtype=torch.int32)
+    known = {
         "input_ids": integers(batch.tokens),
-        "token_type_ids": integers(batch.tokens) if batch.token_types else None,
+        "token_type_ids": integers(batch.tokens) if batch.token_types and config.type_vocab_size else None,
         "position_ids": integers(batch.tokens),
-        "cu_seqlens": integers(batch.sequences + 1, torch.int32),
+        "cu_seqlens": boundaries,
         "max_seqlen": batch.max_seqlen,
-        "labels": integers(batch.tokens if per_token else batch.sequences),
+        "decoder_input_ids": integers(batch.target_tokens),
+        "decoder_position_ids": integers(batch.target_tokens),
+        "decoder_cu_seqlens": boundaries,
+        "decoder_max_seqlen": batch.target_max_seqlen,
+        "labels": integers(labelled),
         "masked_positions": integers(batch.labelled),
-        "next_sentence_label": integers(batch.sequences),
+        **dict.fromkeys(("next_sentence_label", "start_positions", "end_positions"), integers(batch.sequences)),
     }
-    return {name: argument for name, argument in arguments.items() if name in accepted}
+    return {name: argument for name, argument in known.items() if name in accepted}
 
 
-def _precision(precision: str) -> AbstractContextManager[None]:
+def autocast(precision: str) -> AbstractContextManager[None]:
+    """What a GPU's autocast does at `precision`, for tensors on meta; nothing where there is none."""
     return _gpu_autocast(_AUTOCAST[precision]) if precision in _AUTOCAST else nullcontext()
 
 
@@ -137,21 +195,22 @@ def _gpu_autocast(dtype: torch.dtype) -> Iterator[None]:
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", dtype)
     try:
-        with _LinearInAutocastDtype(dtype):
+        with _ProductsInAutocastDtype(dtype):
             yield
     finally:
         torch.set_autocast_enabled("cuda", enabled)
         torch.set_autocast_dtype("cuda", previous)
 
 
-class _LinearInAutocastDtype(TorchFunctionMode):
-    """PyTorch's projections, the one operation of a Transformer that autocast narrows and Fastformer leaves to it."""
+class _ProductsInAutocastDtype(TorchFunctionMode):
+    """Projections, of patches too: the operations of a Transformer that autocast narrows and Fastformer leaves to
+    PyTorch."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear:
+        if func in (F.linear, F.conv2d):
             args = [argument.to(self.dtype) if isinstance(argument, torch.Tensor) else argument for argument in args]
         return func(*args, **(kwargs or {}))

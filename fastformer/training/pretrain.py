@@ -125,7 +125,7 @@ def build_parser() -> LightningArgumentParser:
     add("--output", type=str, default="runs/pretrain", metavar="DIR", help="folder for all that the run writes")
     add("--resume", action="store_true", help="continue the run in --output, with its options where none are given")
     add("--overwrite", action="store_true", help="replace the run in --output")
-    add("--preset", type=str, default=_DEFAULT_PRESET, help=f"size of the model: {', '.join(PRESETS)}")
+    add("--preset", type=str, default=_DEFAULT_PRESET, help=f"size of the model: {', '.join(_SIZES)}")
     add("--max_steps", type=int, default=_DEFAULT_STEPS, metavar="N", help="optimizer steps")
     add("--max_minutes", type=float | None, metavar="M", help="stop training after this time, whatever --max_steps")
     add("--evaluate_every", type=int, default=_DEFAULT_INTERVAL, metavar="N", help=_EVALUATE_HELP)
@@ -154,6 +154,7 @@ def build_parser() -> LightningArgumentParser:
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 _DEFAULT_PRESET = "bert-tiny"
+_SIZES = [name for name, known in PRESETS.items() if known.model == "FastformerForPreTraining"]
 _DEFAULT_STEPS = 1000
 _DEFAULT_INTERVAL = 200
 _DATA_HELP = (

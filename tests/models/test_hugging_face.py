@@ -15,8 +15,6 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertForPreTraining,
     DataCollatorForLanguageModeling,
     EvalPrediction,
     PreTrainedTokenizerFast,
@@ -26,13 +24,11 @@ from transformers import (
 )
 
 from fastformer.models import (
-    PRESETS,
     FastformerConfig,
     FastformerForMaskedLM,
     FastformerForPreTraining,
     FastformerForSequenceClassification,
     FastformerModel,
-    preset,
 )
 
 WORDS = ["[PAD]", "[MASK]", "[UNK]", "the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs", "run", "home"]
@@ -206,29 +202,6 @@ def test_initial_weights_are_berts() -> None:
             error = abs(parameter.std().item() - 0.02)
             assert error < 6 * 0.02 / (2 * parameter.numel()) ** 0.5 + 0.02 / 1000, name
     assert torch.equal(model.model.embeddings.word.weight[0], torch.zeros(64))
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_have_the_published_size(name: str) -> None:
-    # Parameters of BERT's encoder with pooler in millions: Turc et al. 2019, table 1; Devlin et al. 2018.
-    published = {"tiny": 4.4, "mini": 11.3, "small": 29.1, "medium": 41.7, "base": 110.1, "large": 340}
-    own_config = preset(name)
-    same = {field: getattr(own_config, field) for field in ("num_hidden_layers", "hidden_size", "intermediate_size")}
-    with torch.device("meta"):
-        own = FastformerForPreTraining(own_config)
-        bert = BertForPreTraining(BertConfig(**same, num_attention_heads=own_config.num_attention_heads))
-    count = sum(parameter.numel() for parameter in own.parameters())
-    assert count == sum(parameter.numel() for parameter in bert.parameters())
-    assert count / 1e6 == pytest.approx(published[name.removeprefix("bert-")], rel=0.02)
-
-
-def test_preset_overrides_and_refusals() -> None:
-    assert preset("bert-mini", vocab_size=77, hidden_dropout_prob=0.0).vocab_size == 77
-    assert preset("bert-base").to_dict() == FastformerConfig().to_dict()
-    with pytest.raises(ValueError, match=r"no preset 'bert-huge'; there are bert-tiny, .*, bert-large"):
-        preset("bert-huge")
-    with pytest.raises(ValueError, match="FastformerConfig has no field 'hiden_size'"):
-        preset("bert-base", hiden_size=3)
 
 
 @pytest.mark.parametrize(
