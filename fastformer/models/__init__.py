@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from fastformer.models.configuration import FastformerConfig
-from fastformer.models.conversion import config_from_bert, load_bert
+from fastformer.models.conversion import from_hugging_face, to_hugging_face
 from fastformer.models.heads.causal_lm import FastformerForCausalLM
 from fastformer.models.heads.classification import (
     FastformerForImageClassification,
@@ -63,7 +63,7 @@ __all__ = [
     "FastformerForTokenClassification",
     "FastformerModel",
     "FastformerPreTrainedModel",
-    "config_from_bert",
-    "load_bert",
+    "from_hugging_face",
     "preset",
+    "to_hugging_face",
 ]

@@ -76,11 +76,14 @@ class FastformerConfig(PreTrainedConfig):
             because dropping attention weights costs the fast path on a CPU.
         activation_dropout: dropout inside the feed-forward network, in training.
         classifier_dropout: dropout before a classification head; None for `hidden_dropout_prob`.
+        classifier_bias: whether a classification head's projection has a bias (not for sequences in GPT-2 and Llama).
         type_vocab_size: kinds of segments (`token_type_ids`); 0 for none.
         pooling: which token stands for a sequence: first, last or the mean of all.
         pooler_act: tanh, relu or none, after the pooler's dense layer.
         initializer_range: standard deviation of the initial weights.
-        pad_token_id: the token whose embedding starts at zero and gets no gradient from the input; None for none.
+        pad_token_id: the padding token; None for none.
+        train_padding: whether the padding token's embedding is like any other's (GPT-2, T5, which starts with it), or
+            starts at zero and gets no gradient from the input.
         tie_word_embeddings: whether the output projection is the word embedding.
         lm_head_bias: whether the output projection of causal and sequence-to-sequence models has a bias.
         logit_scale: multiplies the hidden states before the output projection (1 / sqrt(hidden_size) in T5).
@@ -133,11 +136,13 @@ class FastformerConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.0
     activation_dropout: float | int = 0.0
     classifier_dropout: float | int | None = None
+    classifier_bias: bool = True
     type_vocab_size: int = 2
     pooling: str = "first"
     pooler_act: str = "tanh"
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
+    train_padding: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     decoder_start_token_id: int | None = None

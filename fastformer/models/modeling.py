@@ -411,7 +411,7 @@ def _embedding(config: FastformerConfig, words: bool) -> TransformerEmbedding:
         config.hidden_size,
         config.max_position_embeddings if sinusoidal or config.position_embedding == "learned" else 0,
         config.type_vocab_size,
-        padding_idx=config.pad_token_id,
+        padding_idx=None if config.train_padding else config.pad_token_id,
         eps=config.layer_norm_eps,
         dropout=config.hidden_dropout_prob,
         norm=config.embedding_norm,

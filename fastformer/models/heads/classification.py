@@ -22,7 +22,7 @@ class Classifier(nn.Module):
         probability = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         assert config.num_labels is not None
         self.dropout = nn.Dropout(probability)
-        self.projection = nn.Linear(config.hidden_size, config.num_labels)
+        self.projection = nn.Linear(config.hidden_size, config.num_labels, bias=config.classifier_bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) to logits (..., num_labels)."""

@@ -1,0 +1,5 @@
+"""Models of other architectures as Fastformer's, and back, with equal outputs."""
+
+from fastformer.models.conversion.models import ARCHITECTURES, from_hugging_face, to_hugging_face
+
+__all__ = ["ARCHITECTURES", "from_hugging_face", "to_hugging_face"]

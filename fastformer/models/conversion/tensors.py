@@ -1,0 +1,179 @@
+"""How one tensor of Fastformer's is made of another architecture's, and these of it again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastformer.models.configuration import FastformerConfig
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A checkpoint's tensors by name, each read when it is asked for.
+
+    Attributes:
+        shapes: of each.
+        load: reads one.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    load: Callable[[str], Tensor]
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> Tensors:
+        """Those of a state_dict."""
+        return Tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
+
+    def without(self, names: Container[str]) -> Tensors:
+        """The others."""
+        return Tensors({name: shape for name, shape in self.shapes.items() if name not in names}, self.load)
+
+    def renamed(self, rename: Callable[[str], str]) -> Tensors:
+        """The same tensors under other names.
+
+        Raises:
+            ValueError: two get the same name.
+        """
+        originals: dict[str, str] = {}
+        for name in self.shapes:
+            if (other := originals.setdefault(rename(name), name)) != name:
+                raise ValueError(f"the checkpoint holds {rename(name)} twice, as {other} and as {name}")
+        shapes = {new: self.shapes[old] for new, old in originals.items()}
+        return Tensors(shapes, lambda name: self.load(originals[name]))
+
+
+@dataclass(frozen=True)
+class Same:
+    """The tensor itself.
+
+    Attributes:
+        name: of a module, its weight and bias, or of a tensor; ``*`` stands for the number of the block.
+    """
+
+    name: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def read(self, parts: Sequence[Tensor]) -> Tensor:
+        """Fastformer's tensor from the parts."""
+        return parts[0]
+
+    def write(self, tensor: Tensor, config: FastformerConfig) -> list[Tensor]:
+        """The parts of Fastformer's tensor."""
+        return [tensor]
+
+
+@dataclass(frozen=True)
+class Transposed(Same):
+    """A weight that is multiplied from the right (GPT-2's Conv1D); a bias stays."""
+
+    def read(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0].T
+
+    def write(self, tensor: Tensor, config: FastformerConfig) -> list[Tensor]:
+        return [tensor.T]
+
+
+@dataclass(frozen=True)
+class LaterRows(Same):
+    """A table of positions whose first rows belong to no position; they are zeros when written."""
+
+    first: int = 0
+
+    def read(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0][self.first :]
+
+    def write(self, tensor: Tensor, config: FastformerConfig) -> list[Tensor]:
+        return [torch.cat([tensor.new_zeros(self.first, *tensor.shape[1:]), tensor])]
+
+
+@dataclass(frozen=True)
+class Broadcast(Same):
+    """A tensor kept with leading dimensions of size 1."""
+
+    dimensions: int = 1
+
+    def read(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0].flatten(0, self.dimensions)
+
+    def write(self, tensor: Tensor, config: FastformerConfig) -> list[Tensor]:
+        return [tensor.view(*[1] * self.dimensions, *tensor.shape)]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Projections one after the other: of queries, keys and values, or of keys and values.
+
+    Attributes:
+        names: theirs.
+    """
+
+    names: tuple[str, ...]
+
+    def read(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts))
+
+    def write(self, tensor: Tensor, config: FastformerConfig) -> list[Tensor]:
+        heads = [config.num_attention_heads, config.kv_heads, config.kv_heads][-len(self.names) :]
+        return list(tensor.split([count * config.size_per_head for count in heads]))
+
+
+Source = Same | Joined
+Table = Mapping[str, Source | str | tuple[str, ...]]
+"""Fastformer's module or tensor: its source; a name is `Same`, several are `Joined`."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor of Fastformer's is found.
+
+    Attributes:
+        names: the tensors that it is made of.
+        source: how.
+    """
+
+    names: tuple[str, ...]
+    source: Source
+
+    def prefixed(self, prefix: str) -> Place:
+        return Place(tuple(prefix + name for name in self.names), self.source)
+
+
+def find(table: Table, name: str) -> Place | None:
+    """The place of Fastformer's tensor `name`; None if the table has none."""
+    module, _, kind = name.rpartition(".")
+    for pattern, entry in table.items():
+        for subject, suffix in ((name, ""), (module, f".{kind}")):
+            match = re.fullmatch(re.escape(pattern).replace(r"\*", r"(\d+)"), subject)
+            if match is None:
+                continue
+            source: Source = (
+                Same(entry) if isinstance(entry, str) else Joined(entry) if isinstance(entry, tuple) else entry
+            )
+            if isinstance(source, Transposed) and kind == "bias":
+                source = Same(source.name)
+            layer = match[1] if match.re.groups else ""
+            return Place(tuple(part.replace("*", layer) + suffix for part in source.names), source)
+    return None
+
+
+@dataclass
+class Problems:
+    """What is wrong with a checkpoint, gathered to be told at once."""
+
+    found: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, names: object) -> None:
+        self.found += [f"{kind} {name}" for name in sorted(names)]  # type: ignore[call-overload]
+
+    def check(self, what: str) -> None:
+        """Raise ValueError if anything was found."""
+        if self.found:
+            raise ValueError(f"{what}: {'; '.join(self.found)}")
