@@ -109,11 +109,16 @@ class ContinuousBatch:
         elif self._running:
             first = 0
             new = self._decode() if self.draft is None else self._speculate(self.draft)
+            self.statistics.steps += 1
         else:
             return []
+        on_host = new.on_host()
+        if new.counts is not None:
+            self.statistics.drafted += sum(self._usable(running) for running in self._running)
+            self.statistics.accepted += sum(len(tokens) - 1 for tokens, _ in on_host)
         pieces = [
             running.take(tokens, logprobs)
-            for running, (tokens, logprobs) in zip(self._running[first:], new.on_host(), strict=True)
+            for running, (tokens, logprobs) in zip(self._running[first:], on_host, strict=True)
         ]
         self.statistics.new_tokens += sum(len(piece.tokens) for piece in pieces)
         for slot in reversed(range(first, len(self._running))):
@@ -155,7 +160,6 @@ class ContinuousBatch:
 
     def _decode(self) -> NewTokens:
         rows = slice(0, len(self._running))
-        self.statistics.steps += 1
         logits = self.model.decode(self.table.last(rows, 1), self.table.lengths[rows])
         return self._sample(logits[:, 0], rows)
 
@@ -194,11 +198,14 @@ class ContinuousBatch:
             tokens[:, 1:], torch.stack(proposals, dim=1), targets, usable, draws[:, :count, 1], draws[:, :, 2]
         )
         table.append(rows, new, counts)
-        self.statistics.steps += 1
         logprobs = None
         if self._wants_logprobs(rows):
             logprobs = log_probabilities(logits.flatten(0, 1), new.flatten()).view_as(new)
         return NewTokens(new, counts, logprobs)
+
+    def _usable(self, running: Running) -> int:
+        """How many drafted tokens a sequence can take."""
+        return min(self.draft_tokens, running.request.parameters.max_new_tokens - running.generated - 1)
 
     def _remove(self, slot: int) -> None:
         """Free `slot`, and give it the last sequence, so that those that run stay together."""
