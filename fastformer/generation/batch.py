@@ -184,7 +184,9 @@ class ContinuousBatch:
         logits = draft.decode(table.last(rows, 2), lengths - 1)[:, -1]
         for place in range(count):
             if place > 0:
-                logits = draft.decode(drafted[-1], lengths + place, (left > place).int())[:, 0]
+                # A sequence that is about to end stays within its positions.
+                ahead = (left - 1).clamp(max=place).int()
+                logits = draft.decode(drafted[-1], lengths + ahead, (left > place).int())[:, 0]
             proposals.append(distribution(logits, settings, seen[-1]))
             drafted.append(draw(proposals[-1], draws[:, place, 0])[:, None])
             last_seen = seen[-1]

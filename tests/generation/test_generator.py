@@ -27,6 +27,7 @@ SMALL = {
     "initializer_range": 0.4,
     "vocab_size": 300,
 }
+SHORT = SamplingParameters(max_new_tokens=8)
 PROMPTS = ["the cat", "a", "on the mat the dog sat", "dogs", "the", "mat mat mat"]
 
 
@@ -129,12 +130,12 @@ def test_the_model_s_own_end_tokens(given: int | list[int]) -> None:
 def test_packed_weights_follow_the_model() -> None:
     model = causal_lm()
     generator, prompts = Generator(model, pack_weights=True), [[1, 2, 3]]
-    before = generator.generate(prompts)
+    before = generator.generate(prompts, SHORT)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    after = generator.generate(prompts)
-    assert after == Generator(model, pack_weights=False).generate(prompts) != before
+    after = generator.generate(prompts, SHORT)
+    assert after == Generator(model, pack_weights=False).generate(prompts, SHORT) != before
 
 
 def test_sampling_follows_the_model_s_distribution() -> None:
@@ -174,7 +175,7 @@ def test_prompts_are_checked(model: FastformerForCausalLM, tokenizer: PreTrained
         ([[1, 300]], ValueError, r"prompt 0 must have tokens in \[0, vocab_size = 300\)"),
     ):
         with pytest.raises(error, match=message):
-            generator.generate(prompts)
+            generator.generate(prompts, SHORT)
     with pytest.raises(ValueError, match="stop needs a tokenizer"):
         generator.generate([[1]], SamplingParameters(stop=["."]))
     with pytest.raises(ValueError, match="parameters must be one for all prompts or 2; got 1"):
@@ -212,10 +213,9 @@ def test_bfloat16() -> None:
 
 def test_another_call_ends_a_stream(model: FastformerForCausalLM) -> None:
     generator = Generator(model, page_size=4)
-    stream = generator.stream([[1]] * 3)
+    stream = generator.stream([[1]] * 3, SHORT)
     next(stream)
-    expected = generator.generate([[1]] * 9)
-    assert len(expected) == 9
+    assert len(generator.generate([[1]] * 9, SHORT)) == 9
     with pytest.raises(RuntimeError, match="this stream has ended: its generator was called again"):
         list(stream)
 
