@@ -14,6 +14,10 @@ COMMANDS = {
         "fastformer.training.pretrain",
         "train a BERT from scratch: masked language modelling and next-sentence prediction",
     ),
+    "convert": (
+        "fastformer.models.conversion.command",
+        "a checkpoint from Hugging Face's format, or TensorFlow's of BERT, into Fastformer's, and back",
+    ),
     "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),
     "kernels": (
         "fastformer.inspection.command",

@@ -39,7 +39,7 @@ def from_hugging_face(model: PreTrainedModel) -> FastformerPreTrainedModel:
     """The Fastformer model that computes what a Hugging Face model does, with copies of its weights, in evaluation.
 
     Args:
-        model: of one of the classes in `ARCHITECTURES`; for a folder see `fastformer.models.load_hugging_face`.
+        model: of one of the classes in `ARCHITECTURES`. ``fastformer convert`` converts a folder.
 
     Raises:
         ValueError: Fastformer has no such architecture or class, or lacks what the model's configuration asks for; the
@@ -52,7 +52,8 @@ def from_hugging_face(model: PreTrainedModel) -> FastformerPreTrainedModel:
     head = architecture.head_of(type(model).__name__)
     own = build(read_checkpoint(architecture, head, model.config, Tensors.of(model.state_dict())))
     assert isinstance(own, FastformerPreTrainedModel)
-    return _with_generation_of(model, own)
+    _copy_generation(model, own)
+    return own
 
 
 def to_hugging_face(model: FastformerPreTrainedModel, architecture: str) -> PreTrainedModel:
@@ -68,7 +69,8 @@ def to_hugging_face(model: FastformerPreTrainedModel, architecture: str) -> PreT
     >>> to_hugging_face(model, "gpt2").save_pretrained("gpt2")
     """
     theirs = build(write_checkpoint(architecture_of(architecture), own_checkpoint(model)))
-    return _with_generation_of(model, theirs)
+    _copy_generation(model, theirs)
+    return theirs
 
 
 def build(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -79,7 +81,6 @@ def build(checkpoint: Checkpoint) -> PreTrainedModel:
     return checkpoint.model_class.from_pretrained(None, config=config, state_dict=tensors)
 
 
-def _with_generation_of(source: PreTrainedModel, target: PreTrainedModel) -> PreTrainedModel:
+def _copy_generation(source: PreTrainedModel, target: PreTrainedModel) -> None:
     if source.can_generate() and target.can_generate():
         target.generation_config = deepcopy(source.generation_config)
-    return target

@@ -1,0 +1,111 @@
+"""The command ``fastformer convert``: a checkpoint from one format into another."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers.utils import logging as transformers_logging
+
+from fastformer.models.conversion.folders import FORMATS, Conversion, convert
+from fastformer.models.conversion.models import ARCHITECTURES
+
+_CLASSES = "\n".join(
+    f"  {name}: {', '.join(head.theirs.__name__ for head in known.heads)}" for name, known in ARCHITECTURES.items()
+)
+_DESCRIPTION = f"""\
+Convert the checkpoint in the folder SRC into the new folder DST: from Hugging Face's format, or TensorFlow's of BERT,
+into Fastformer's, and back. The model computes the same. Tokenizers, processors of images and how to generate travel
+along, so that pipelines work. A checkpoint that is damaged or not whole, and a setting that the other side cannot
+express, is an error that names it, and then there is no DST.
+
+examples:
+  fastformer convert bert-base-uncased/ bert/                           # from Hugging Face's format
+  fastformer convert runs/pretrain/model bert-hf/ --to bert             # to Hugging Face's
+  fastformer convert uncased_L-12_H-768_A-12/ bert/                     # from TensorFlow's
+  fastformer convert runs/pretrain/model bert-tf/ --to tensorflow-bert  # to TensorFlow's
+  fastformer convert roberta-base/ roberta/ --drop 'roberta.pooler.*'   # without what the class does not have
+  fastformer convert old/ new/ --class BertForPreTraining               # where config.json does not name the class
+
+TensorFlow's format needs TensorFlow: pip install fastformer[tensorflow].
+
+formats: {", ".join(FORMATS)}
+classes:
+{_CLASSES}
+
+Weights are never unpickled: SRC holds safetensors. Dropout in training is placed as Fastformer's models have it: none
+before DistilBERT's span, behind T5's last norm, and before the dense layer of RoBERTa's classifier.
+"""
+
+_console = Console(highlight=False, soft_wrap=True)
+
+
+def main(arguments: list[str], begin: float) -> None:
+    """Run ``fastformer convert`` with the arguments that follow.
+
+    Raises:
+        ValueError, OSError: in what the user gave.
+    """
+    options = _parser().parse_args(arguments)
+    transformers_logging.set_verbosity_error()
+    with _progress_bar() as bar:
+        done = convert(
+            options.source,
+            options.target,
+            options.to,
+            class_name=options.class_name,
+            drop=options.drop,
+            shard_bytes=int(options.shard_size * 1e9),
+            progress=lambda total: _advance(bar, total),
+        )
+    if options.json:
+        _console.print_json(json.dumps(asdict(done)))
+        return
+    _report(done, options.target)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="fastformer convert",
+        usage="fastformer convert SRC DST [options]",
+        description=_DESCRIPTION,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="SRC", help="the folder of the checkpoint")
+    add("target", type=Path, metavar="DST", help="the folder to write, which must not exist")
+    add("--to", choices=FORMATS, metavar="FORMAT", help="what it becomes (default: fastformer)")
+    add("--class", dest="class_name", metavar="NAME", help="the class whose checkpoint SRC is, if not config.json's")
+    add("--drop", nargs="+", default=[], metavar="PATTERN", help="tensors to leave out, such as 'bert.pooler.*'")
+    add("--shard_size", type=_positive, default=5.0, metavar="GB", help="the most that a file holds (default: 5)")
+    add("--json", action="store_true", help="print what was converted as JSON")
+    return parser
+
+
+def _positive(text: str) -> float:
+    if not (value := float(text)) > 0:
+        raise ArgumentTypeError(f"must be above 0; got {text}")
+    return value
+
+
+def _progress_bar() -> Progress:
+    columns = (TextColumn("tensors"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _advance(bar: Progress, total: int) -> Callable[[], None]:
+    task = bar.add_task("tensors", total=total)
+    return lambda: bar.advance(task)
+
+
+def _report(done: Conversion, target: Path) -> None:
+    companions = f", with {', '.join(done.companions)}" if done.companions else ""
+    _console.print(
+        f"{done.source_class} -> {done.target_class}: {done.tensors} tensors, {done.parameters / 1e6:.2f} M parameters"
+    )
+    _console.print(f"{target}{companions}")

@@ -1,0 +1,28 @@
+"""Tensors between a TensorFlow checkpoint and a safetensors file, in a process that has TensorFlow and no PyTorch.
+
+Run as a program: ``tensorflow_process.py read PREFIX FILE`` or ``tensorflow_process.py write PREFIX FILE``.
+"""
+
+import sys
+
+import tensorflow as tf
+from safetensors.numpy import load_file, save_file
+
+
+def main(action: str, prefix: str, file: str) -> None:
+    """Write the checkpoint's tensors into the file, or the file's into the checkpoint."""
+    if action == "read":
+        reader = tf.train.load_checkpoint(prefix)
+        save_file({name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}, file)
+    else:
+        tensors = load_file(file)
+        tf.raw_ops.SaveV2(
+            prefix=prefix,
+            tensor_names=list(tensors),
+            shape_and_slices=[""] * len(tensors),
+            tensors=[tf.constant(tensor) for tensor in tensors.values()],
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
