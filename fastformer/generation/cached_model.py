@@ -132,9 +132,7 @@ class CachedModel:
             self.source_cache.move(source, target, self.source_cache.capacity)
             self.source_lengths[target] = self.source_lengths[source]
 
-    def _packed(
-        self, sequences: Sequence[Sequence[int]], first_slot: int
-    ) -> tuple[Tensor, Tensor, Tensor, Packing]:
+    def _packed(self, sequences: Sequence[Sequence[int]], first_slot: int) -> tuple[Tensor, Tensor, Tensor, Packing]:
         """Tokens, their positions and slots, each (total_tokens,), and where the sequences are."""
         ids = torch.tensor(list(chain.from_iterable(sequences))).to(self.device)
         lengths = list(map(len, sequences))

@@ -184,7 +184,9 @@ class Generator:
             raise ValueError(f"prompt {index} has no tokens")
         size = self.models[0].config.vocab_size
         if not 0 <= min(tokens) <= max(tokens) < size:
-            raise ValueError(f"prompt {index} must have tokens in [0, vocab_size = {size}); got {min(tokens)} to {max(tokens)}")
+            raise ValueError(
+                f"prompt {index} must have tokens in [0, vocab_size = {size}); got {min(tokens)} to {max(tokens)}"
+            )
         return tokens
 
     def _start_token(self) -> int:
@@ -247,9 +249,7 @@ class Generator:
 
 def _check_model(name: str, model: LanguageModel) -> None:
     if not isinstance(model, LanguageModel):
-        raise TypeError(
-            f"{name} must be a FastformerForCausalLM or FastformerForSeq2SeqLM; got {type(model).__name__}"
-        )
+        raise TypeError(f"{name} must be a FastformerForCausalLM or FastformerForSeq2SeqLM; got {type(model).__name__}")
     if model.training:
         raise ValueError(f"{name} must be in evaluation mode, without dropout: call its eval()")
 
@@ -261,9 +261,7 @@ def _check_draft(draft: LanguageModel, model: LanguageModel) -> None:
         if own != given:
             raise ValueError(f"draft must have the model's {name}, {own!r}; got {given!r}")
     if draft.device != model.device:
-        raise ValueError(
-            f"draft must be on the model's device, {model.device}; got {draft.device}"
-        )
+        raise ValueError(f"draft must be on the model's device, {model.device}; got {draft.device}")
 
 
 def _end_tokens(model: LanguageModel) -> frozenset[int]:
@@ -282,4 +280,6 @@ def _warn_of_what_is_not_taken_over(model: LanguageModel) -> None:
         if (value := getattr(model.generation_config, name, None)) not in _WITHOUT_EFFECT
     ]
     if ignored:
-        warnings.warn(f"the model's generation_config sets {', '.join(ignored)}, which has no effect here", stacklevel=3)
+        warnings.warn(
+            f"the model's generation_config sets {', '.join(ignored)}, which has no effect here", stacklevel=3
+        )

@@ -14,7 +14,7 @@ class Request(NamedTuple):
     """A sequence to generate.
 
     Attributes:
-        index: of its prompt among those given.
+        number: of its prompt among those given, from 0.
         prompt: tokens that are continued: an encoder-decoder's start token.
         source: tokens of an encoder-decoder's source.
         parameters: how to.
@@ -22,7 +22,7 @@ class Request(NamedTuple):
         seed: of its draws.
     """
 
-    index: int
+    number: int
     prompt: Sequence[int]
     source: Sequence[int] | None
     parameters: SamplingParameters
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
     """What a step added to a sequence.
 
     Attributes:
-        request: the index of its prompt.
+        request: the number of its prompt, from 0.
         tokens: the new tokens.
         text: the text that has become certain, empty without a tokenizer.
         logprobs: of the tokens, if asked for.
@@ -103,7 +103,7 @@ class Running:
         if self.text is not None and reason is not None:
             text += self.text.finish()
         wanted = self.request.parameters.logprobs
-        return Piece(self.request.index, tokens[:count], text, logprobs[:count] if wanted else None, reason)
+        return Piece(self.request.number, tokens[:count], text, logprobs[:count] if wanted else None, reason)
 
     def _finish_reason(self, generated: int, ends: bool) -> str | None:
         if ends:

@@ -290,9 +290,7 @@ def _visible_keys(length: int, position: int, queries: int, arguments: DecodeArg
     return slice(low, max(low, high))
 
 
-def _fits_flash(
-    key_cache: torch.Tensor, value_cache: torch.Tensor, queries: int, arguments: DecodeArguments
-) -> bool:
+def _fits_flash(key_cache: torch.Tensor, value_cache: torch.Tensor, queries: int, arguments: DecodeArguments) -> bool:
     """Whether PyTorch's CPU flash attention computes this faster: in 16 bits it is slow on few rows."""
     return (
         arguments.block_table is None

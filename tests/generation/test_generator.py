@@ -80,9 +80,7 @@ def test_speculative_draws_repeat_and_ignore_the_batch(
     assert 0 < generator.statistics.accepted < generator.statistics.drafted
 
 
-def test_streamed_pieces_make_the_generations(
-    model: FastformerForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_streamed_pieces_make_the_generations(model: FastformerForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     generator = Generator(model, tokenizer, slots=2)
     each = [SamplingParameters(max_new_tokens=count, logprobs=count > 4) for count in (7, 1, 3, 12, 5, 2)]
     streamed = [Generation(text="") for _ in PROMPTS]

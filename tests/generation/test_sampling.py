@@ -19,9 +19,7 @@ CLASSES = 7
 def reference(logits: list[float], parameters: SamplingParameters, seen: set[int]) -> list[float]:
     """The distribution, one class after the other, in float64."""
     penalty = parameters.repetition_penalty
-    logits = [
-        (x * penalty if x < 0 else x / penalty) if each in seen else x for each, x in enumerate(logits)
-    ]
+    logits = [(x * penalty if x < 0 else x / penalty) if each in seen else x for each, x in enumerate(logits)]
     if parameters.temperature == 0.0:
         return [float(each == logits.index(max(logits))) for each in range(len(logits))]
     weights = [math.exp((x - max(logits)) / parameters.temperature) for x in logits]
@@ -45,7 +43,9 @@ def reference(logits: list[float], parameters: SamplingParameters, seen: set[int
 
 def rows_of(parameters: list[SamplingParameters]) -> Settings:
     """As a batch has them."""
-    slots = Slots(len(parameters), 4, max(each.max_new_tokens for each in parameters), CLASSES, True, torch.device("cpu"))
+    slots = Slots(
+        len(parameters), 4, max(each.max_new_tokens for each in parameters), CLASSES, True, torch.device("cpu")
+    )
     for slot, each in enumerate(parameters):
         slots.admit(slot, [0], each, seed=0)
     return slots.settings(slice(0, len(parameters)), parameters)
@@ -64,9 +64,7 @@ FILTERS = st.builds(
     repetition_penalty=st.sampled_from([1.0, 2.0, 0.5]),
 )
 GREEDY = st.builds(SamplingParameters, max_new_tokens=st.just(2), repetition_penalty=st.sampled_from([1.0, 2.0]))
-ROWS = st.lists(
-    st.tuples(LOGITS, FILTERS | GREEDY, st.sets(st.integers(0, CLASSES - 1))), min_size=1, max_size=5
-)
+ROWS = st.lists(st.tuples(LOGITS, FILTERS | GREEDY, st.sets(st.integers(0, CLASSES - 1))), min_size=1, max_size=5)
 
 
 @given(ROWS)
