@@ -13,7 +13,7 @@ from fastformer.generation.context import DecodeContext, PrefillContext
 from fastformer.models.context import PackedContext
 from fastformer.models.heads.causal_lm import FastformerForCausalLM
 from fastformer.models.heads.sequence_to_sequence import FastformerForSeq2SeqLM
-from fastformer.nn import Packing
+from fastformer.nn import Packing, TransformerEmbedding
 from fastformer.ops.packing import packed_positions
 
 LanguageModel = FastformerForCausalLM | FastformerForSeq2SeqLM
@@ -142,7 +142,9 @@ class CachedModel:
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         if isinstance(self.model, FastformerForSeq2SeqLM):
-            words = self.model.get_encoder().embeddings.words(ids)
+            embeddings = self.model.get_encoder().embeddings
+            assert isinstance(embeddings, TransformerEmbedding)
+            words = embeddings.words(ids)
             return self.decoder.embeddings(None, None, positions, inputs_embeds=words)
         return self.decoder.embeddings(ids, None, positions)
 

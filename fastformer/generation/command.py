@@ -27,8 +27,8 @@ from fastformer.models import FastformerConfig, FastformerForCausalLM, Fastforme
 _DESCRIPTION = """\
 Continue prompts with a causal language model, or answer them with a sequence-to-sequence model. Prompts run together,
 each as long as it is: one that is finished makes room for the next. DIR is a model with its tokenizer in Fastformer's
-format; `fastformer convert` makes one of GPT-2's, Llama's, T5's and others. Without --temperature the likeliest token is
-taken each time.
+format; `fastformer convert` makes one of GPT-2's, Llama's, T5's and others. Without --temperature the likeliest token
+is taken each time.
 
 examples:
   fastformer generate gpt2 --prompt "The capital of France is" --max_new_tokens 20

@@ -35,7 +35,7 @@ _NOT_TAKEN_OVER = (
     "sequence_bias",
     "num_beams",
 )
-_WITHOUT_EFFECT = (None, 0, 1, [], {})
+_WITHOUT_EFFECT: tuple[object, ...] = (None, 0, 1, [], {})
 
 
 class Generator:
@@ -63,7 +63,8 @@ class Generator:
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted.
 
-    >>> generator = Generator(FastformerForCausalLM.from_pretrained("runs/gpt"), AutoTokenizer.from_pretrained("runs/gpt"))
+    >>> model = FastformerForCausalLM.from_pretrained("runs/gpt")
+    >>> generator = Generator(model, AutoTokenizer.from_pretrained("runs/gpt"))
     >>> generator.generate(["The capital of France is"], SamplingParameters(max_new_tokens=8))[0].text
     """
 
@@ -206,13 +207,13 @@ class Generator:
         for name, limit in limits.items():
             if limit is not None and request.most_cached > limit:
                 raise ValueError(
-                    f"prompt {request.index} has {len(request.prompt)} tokens and may get "
+                    f"prompt {request.number} has {len(request.prompt)} tokens and may get "
                     f"{request.parameters.max_new_tokens}, more together than {name}, {limit}, can hold"
                 )
         limit = self.models[0].config.position_limit
         if request.source is not None and limit is not None and len(request.source) > limit:
             raise ValueError(
-                f"prompt {request.index} has {len(request.source)} tokens, more than the model's "
+                f"prompt {request.number} has {len(request.source)} tokens, more than the model's "
                 f"max_position_embeddings, {limit}"
             )
 
@@ -274,11 +275,7 @@ def _end_tokens(model: LanguageModel) -> frozenset[int]:
 
 
 def _warn_of_what_is_not_taken_over(model: LanguageModel) -> None:
-    ignored = [
-        name
-        for name in _NOT_TAKEN_OVER
-        if (value := getattr(model.generation_config, name, None)) not in _WITHOUT_EFFECT
-    ]
+    ignored = [name for name in _NOT_TAKEN_OVER if getattr(model.generation_config, name, None) not in _WITHOUT_EFFECT]
     if ignored:
         warnings.warn(
             f"the model's generation_config sets {', '.join(ignored)}, which has no effect here", stacklevel=3

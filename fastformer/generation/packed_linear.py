@@ -55,7 +55,7 @@ def with_packed_weights(model: Module, rows: int) -> Module:
     twin = copy.deepcopy(model, shared)
     for module in list(twin.modules()):
         for name, child in list(module.named_children()):
-            if is_plain_linear(child):
+            if isinstance(child, nn.Linear) and is_plain_linear(child):
                 setattr(module, name, PackedLinear(child, rows))
     return twin
 

@@ -18,7 +18,7 @@ def verify(
     """Accept drafted tokens so that the tokens have the distribution of `targets` (algorithm 1 of the paper).
 
     A token is accepted with probability ``min(1, target / proposal)``. The first that is not is drawn again from what
-    the target has above the proposal, ``max(target - proposal, 0)``; behind a whole draft comes a token of the target's.
+    the target has above the proposal, ``max(target - proposal, 0)``; behind a whole draft comes one of the target's.
 
     Args:
         drafted: (rows, drafted) int64, drawn from `proposals`.

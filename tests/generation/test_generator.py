@@ -137,7 +137,7 @@ def test_packed_weights_follow_the_model() -> None:
 
 
 def test_sampling_follows_the_model_s_distribution() -> None:
-    """One step, all of its probability: evenly spaced draws would be exact, these are of 4,000 seeds."""
+    """Through seeds, batches and draws."""
     model = causal_lm(vocab_size=5)
     expected = model(torch.tensor([[1, 2]])).logits[0, -1].softmax(-1)
     each = [SamplingParameters(temperature=1.0, seed=seed, max_new_tokens=1) for seed in range(4000)]

@@ -43,9 +43,7 @@ def reference(logits: list[float], parameters: SamplingParameters, seen: set[int
 
 def rows_of(parameters: list[SamplingParameters]) -> Settings:
     """As a batch has them."""
-    slots = Slots(
-        len(parameters), 4, max(each.max_new_tokens for each in parameters), CLASSES, True, torch.device("cpu")
-    )
+    slots = Slots(len(parameters), 4, 2, CLASSES, True, torch.device("cpu"))
     for slot, each in enumerate(parameters):
         slots.admit(slot, [0], each, seed=0)
     return slots.settings(slice(0, len(parameters)), parameters)

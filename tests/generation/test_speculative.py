@@ -36,9 +36,8 @@ def test_the_first_token_has_the_target_s_distribution(proposal: list[int], targ
         if not probability:
             continue
         accepting = (p[drafted] / probability).denominator
-        acceptance, final = (
-            each.flatten() for each in torch.meshgrid(middles(accepting), middles(again), indexing="ij")
-        )
+        grid = torch.meshgrid(middles(accepting), middles(again), indexing="ij")
+        acceptance, final = (each.flatten() for each in grid)
         rows = len(acceptance)
         tokens, counts = verify(
             torch.full((rows, 1), drafted),
