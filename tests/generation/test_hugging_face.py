@@ -73,6 +73,16 @@ def t5() -> PreTrainedModel:
     return T5ForConditionalGeneration(T5Config(**sizes, **tokens, num_heads=4, initializer_factor=3.0))
 
 
+def marian() -> PreTrainedModel:
+    """Its blocks change a token by more than it is itself; tied embeddings would repeat it otherwise."""
+    model = MarianMTModel(MarianConfig(**BOTH))
+    with torch.no_grad():
+        for layer in model.model.decoder.layers:
+            for weight in layer.parameters():
+                weight.mul_(4.0 if weight.dim() == 2 else 1.0)
+    return model
+
+
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": gpt2,
     "llama, grouped heads": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
