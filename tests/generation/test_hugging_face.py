@@ -90,9 +90,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral, a window": lambda: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=6)),
     "t5, relative positions": t5,
     "bart": lambda: BartForConditionalGeneration(BartConfig(**BOTH)),
-    "marian, sinusoidal positions": lambda: MarianMTModel(
-        MarianConfig(**BOTH | {"init_std": 0.1, "tie_word_embeddings": False})
-    ),
+    "marian, sinusoidal positions": marian,
 }
 
 
