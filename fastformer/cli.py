@@ -14,6 +14,10 @@ COMMANDS = {
         "fastformer.training.pretrain",
         "train a BERT from scratch: masked language modelling and next-sentence prediction",
     ),
+    "generate": (
+        "fastformer.generation.command",
+        "continue prompts: batched, streamed, sampled, with a draft model",
+    ),
     "convert": (
         "fastformer.models.conversion.command",
         "a checkpoint from Hugging Face's format, or TensorFlow's of BERT, into Fastformer's, and back",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -283,22 +284,33 @@ class FastformerModel(FastformerPreTrainedModel):
             )
             context = PackedContext(tokens.packing, tokens.position_ids, encoded, source)
         hidden = self._embed(tokens)
-        hidden_states = [hidden]
-        patterns, cross_pattern = self._patterns()
-        for layer, pattern in zip(self.layers, patterns, strict=True):
-            hidden = layer(hidden, context, pattern, cross_pattern)
-            if returns_hidden_states:
-                hidden_states.append(hidden)
-        if self.norm is not None:
-            hidden = self.norm(hidden)
-            hidden_states[-1:] = [hidden]
+        hidden_states = [hidden] if returns_hidden_states else None
+        hidden = self.run(hidden, context, hidden_states)
         caches: dict[str, Any] = {CACHE_FIELD: cache}
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=tokens.restore(hidden),
             pooler_output=None if self.pooler is None else self.pooler(hidden, tokens.packing),
-            hidden_states=tuple(map(tokens.restore, hidden_states)) if returns_hidden_states else None,
+            hidden_states=restored(tokens, hidden_states),
             **caches,
         )
+
+    def run(
+        self, hidden: torch.Tensor, context: AttentionContext, hidden_states: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The blocks and the final norm on embedded tokens (tokens, hidden_size); returns the same shape.
+
+        `hidden_states`, where given, gets each block's output, the last normalised.
+        """
+        patterns, cross_pattern = self._patterns()
+        for layer, pattern in zip(self.layers, patterns, strict=True):
+            hidden = layer(hidden, context, pattern, cross_pattern)
+            if hidden_states is not None:
+                hidden_states.append(hidden)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+            if hidden_states is not None:
+                hidden_states[-1] = hidden
+        return hidden
 
     def _embed(self, tokens: TokenBatch) -> torch.Tensor:
         """(total_tokens, hidden_size)."""
@@ -390,7 +402,7 @@ class FastformerModel(FastformerPreTrainedModel):
         return layout.pack(encoded), packing
 
 
-def restored(tokens: TokenBatch, hidden_states: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...] | None:
+def restored(tokens: TokenBatch, hidden_states: Sequence[torch.Tensor] | None) -> tuple[torch.Tensor, ...] | None:
     """A model's packed hidden states in the layout of the caller's batch."""
     return None if hidden_states is None else tuple(map(tokens.restore, hidden_states))
 

@@ -181,10 +181,13 @@ def _(
 def _decode_torch(
     query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, arguments: DecodeArguments
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if arguments.query_lengths is None and _fits_flash(key_cache, value_cache, query.shape[2], arguments):
+        return _decode_flash(query, key_cache, value_cache, arguments)
     output, lse = empty_decode_results(query, value_cache.shape[-1])
     for sequences, length, queries in _equal_sequences(query, arguments):
-        output[sequences, :, queries:] = 0.0
-        lse[sequences, :, queries:] = NEGATIVE_INFINITY
+        if queries < query.shape[2]:
+            output[sequences, :, queries:] = 0.0
+            lse[sequences, :, queries:] = NEGATIVE_INFINITY
         rows = max(1, SCORE_ELEMENTS // max(1, (sequences.stop - sequences.start) * query.shape[1] * length))
         for first in range(0, queries, rows):
             some = slice(first, min(first + rows, queries))
@@ -193,6 +196,36 @@ def _decode_torch(
             part = _attend(q, key_cache, value_cache, sequences, length, position, arguments)
             output[sequences, :, some], lse[sequences, :, some] = part
     return output, lse
+
+
+def _decode_flash(
+    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, arguments: DecodeArguments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As little as possible around a call for each sequence: it takes no longer than what surrounds it."""
+    batch, heads, queries, head_dim = query.shape
+    packed = query.reshape(batch, key_cache.shape[1], -1, head_dim)
+    outputs, lses = [], []
+    for sequences, length, _ in _equal_sequences(query, arguments):
+        keys = _visible_keys(length, length - queries, queries, arguments)
+        output, lse = _flash(packed[sequences], key_cache, value_cache, sequences, keys, arguments.scale)
+        outputs.append(output)
+        lses.append(lse)
+    return torch.cat(outputs).view(batch, heads, queries, -1), torch.cat(lses).view(batch, heads, queries)
+
+
+def _flash(
+    packed: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    sequences: slice,
+    keys: slice,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of (sequences, kv_heads, queries of a group, head_dim) to all of some keys."""
+    if keys.start == keys.stop:
+        nothing = packed.new_full(packed.shape[:-1], NEGATIVE_INFINITY)
+        return packed.new_zeros(*packed.shape[:-1], value_cache.shape[-1]), nothing
+    return _flash_forward(packed, key_cache[sequences, :, keys], value_cache[sequences, :, keys], scale=scale)
 
 
 def _equal_sequences(query: torch.Tensor, arguments: DecodeArguments) -> Iterator[tuple[slice, int, int]]:
@@ -222,13 +255,9 @@ def _attend(
     keys = _visible_keys(length, position, queries, arguments)
     # The query heads of a group are the rows of one product.
     packed = q.reshape(count * kv_heads, heads // kv_heads * queries, head_dim)
-    if _fits_flash(key_cache, value_cache, keys, queries, arguments):
-        output, lse, *_ = _flash_forward(
-            packed.unflatten(0, (count, kv_heads)),
-            key_cache[sequences, :, keys],
-            value_cache[sequences, :, keys],
-            scale=arguments.scale,
-        )
+    if _fits_flash(key_cache, value_cache, queries, arguments):
+        grouped = packed.unflatten(0, (count, kv_heads))
+        output, lse = _flash(grouped, key_cache, value_cache, sequences, keys, arguments.scale)
         return output.reshape(count, heads, queries, -1), lse.reshape(count, heads, queries)
 
     step = max(1, CHUNK_ELEMENTS // (count * kv_heads * max(head_dim, value_cache.shape[-1])))
@@ -261,9 +290,7 @@ def _visible_keys(length: int, position: int, queries: int, arguments: DecodeArg
     return slice(low, max(low, high))
 
 
-def _fits_flash(
-    key_cache: torch.Tensor, value_cache: torch.Tensor, keys: slice, queries: int, arguments: DecodeArguments
-) -> bool:
+def _fits_flash(key_cache: torch.Tensor, value_cache: torch.Tensor, queries: int, arguments: DecodeArguments) -> bool:
     """Whether PyTorch's CPU flash attention computes this faster: in 16 bits it is slow on few rows."""
     return (
         arguments.block_table is None
@@ -272,7 +299,6 @@ def _fits_flash(
         and key_cache.shape[-1] == value_cache.shape[-1]
         # It reads neighbouring elements whatever the last stride says.
         and key_cache.stride(-1) == value_cache.stride(-1) == 1
-        and keys.stop > keys.start
         and (queries == 1 or arguments.left == arguments.right == UNBOUNDED)
         and arguments.softcap == 0.0
         and arguments.alibi_slopes is None

@@ -262,26 +262,29 @@ def _append_torch(
     sin: torch.Tensor | None,
     interleaved: bool,
 ) -> None:
-    """Gathers the tokens that are no padding, as (new tokens, heads, head_dim), and scatters them."""
-    tokens = key.shape[2]
-    limit = torch.full_like(lengths, tokens) if new_lengths is None else new_lengths
-    sequence, token = (torch.arange(tokens, device=key.device) < limit[:, None]).nonzero(as_tuple=True)
-    position = lengths[sequence] + token
+    """Scatters the tokens: (batch, tokens, heads, head_dim), or where some are padding the rest, (new tokens, ...)."""
+    batch, _, tokens, _ = key.shape
+    token = torch.arange(tokens, device=key.device)
+    sequence, position = torch.arange(batch, device=key.device)[:, None], lengths[:, None] + token
+    real: tuple[torch.Tensor, ...] = ()
+    if new_lengths is not None:
+        real = (token < new_lengths[:, None]).nonzero(as_tuple=True)
+        sequence, position = real[0], position[real]
     page, slot = sequence, position
     if block_table is not None:
         page_size = key_cache.shape[1]
         page, slot = block_table[sequence, position // page_size], position % page_size
     else:
         key_cache, value_cache = key_cache.transpose(1, 2), value_cache.transpose(1, 2)
-    new_keys = key.transpose(1, 2)[sequence, token]
+    new_keys, new_values = (new.transpose(1, 2)[real] for new in (key, value))
     if cos is not None and sin is not None:
-        cos_rows, sin_rows = cos[position, None], sin[position, None]
+        cos_rows, sin_rows = cos[position].unsqueeze(-2), sin[position].unsqueeze(-2)
         new_keys = _rotate(new_keys, cos_rows, sin_rows, interleaved)
         if query is not None and rotated_query is not None:
-            queries = _rotate(query.transpose(1, 2)[sequence, token], cos_rows, sin_rows, interleaved)
-            rotated_query.copy_(query).transpose(1, 2)[sequence, token] = queries
+            queries = _rotate(query.transpose(1, 2)[real], cos_rows, sin_rows, interleaved)
+            rotated_query.copy_(query).transpose(1, 2)[real] = queries
     key_cache[page, slot] = new_keys
-    value_cache[page, slot] = value.transpose(1, 2)[sequence, token]
+    value_cache[page, slot] = new_values
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:

@@ -1,0 +1,232 @@
+"""Continuous batching: sequences that finish make room for those that wait, a step at a time (Yu et al. 2022, Orca)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastformer.generation.cached_model import CachedModel
+from fastformer.generation.requests import Piece, Request, Running
+from fastformer.generation.sampling import Settings, choose, distribution, draw, log_probabilities
+from fastformer.generation.slots import Slots
+from fastformer.generation.speculative import verify
+from fastformer.generation.text import TextStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_PREFILLED = 8192
+"""Tokens of prompts and sources that are taken in by one step, if there is more than one prompt."""
+
+
+class NewTokens(NamedTuple):
+    """Of each sequence of a step.
+
+    Attributes:
+        tokens: (sequences, new) int64.
+        counts: (sequences,) int64, how many of them there are; None for all.
+        logprobs: (sequences, new) float32, if any sequence wants them.
+    """
+
+    tokens: Tensor
+    counts: Tensor | None = None
+    logprobs: Tensor | None = None
+
+    def on_host(self) -> list[tuple[list[int], list[float]]]:
+        """Tokens and log-probabilities of each sequence: the one thing of a step that a GPU is waited for."""
+        rows, new = self.tokens.shape
+        counts = self.tokens.new_full((rows,), new) if self.counts is None else self.counts
+        columns = [counts[:, None], self.tokens, *([] if self.logprobs is None else [self.logprobs])]
+        return [
+            ([int(token) for token in row[1 : 1 + int(row[0])]], row[1 + new : 1 + new + int(row[0])])
+            for row in torch.cat([column.double() for column in columns], dim=1).tolist()
+        ]
+
+
+@dataclass
+class Statistics:
+    """What a batch has done.
+
+    Attributes:
+        prompt_tokens, new_tokens: of all sequences.
+        steps: passes through the model that continued sequences.
+        drafted, accepted: tokens of speculative decoding.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+class ContinuousBatch:
+    """Requests that wait, and those that run in the first slots of the caches.
+
+    A step either takes waiting requests in or continues all running sequences, by one token or, with a draft model, up
+    to `draft_tokens` + 1. It waits for a GPU once, for the tokens.
+
+    Args:
+        model: continues.
+        draft: drafts; its cache is as large as the model's.
+        draft_tokens: how many in each step.
+        slots: of the caches.
+        table: the state of the sequences.
+        tokenizer: makes text; without it there is none.
+    """
+
+    def __init__(
+        self,
+        model: CachedModel,
+        draft: CachedModel | None,
+        draft_tokens: int,
+        slots: int,
+        table: Slots,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        self.model, self.draft, self.draft_tokens = model, draft, draft_tokens
+        self.slots, self.table, self.tokenizer = slots, table, tokenizer
+        self.statistics = Statistics()
+        self._waiting: deque[Request] = deque()
+        self._running: list[Running] = []
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Let them wait for a slot, behind those that already do."""
+        self._waiting.extend(requests)
+
+    @torch.inference_mode()
+    def step(self) -> list[Piece]:
+        """What the next step brings; nothing once all is finished."""
+        first = len(self._running)
+        requests = self._admit()
+        if requests:
+            new = self._prefill(requests, first)
+        elif self._running:
+            first = 0
+            new = self._decode() if self.draft is None else self._speculate(self.draft)
+            self.statistics.steps += 1
+        else:
+            return []
+        on_host = new.on_host()
+        if new.counts is not None:
+            self.statistics.drafted += sum(self._usable(running) for running in self._running)
+            self.statistics.accepted += sum(len(tokens) - 1 for tokens, _ in on_host)
+        pieces = [
+            running.take(tokens, logprobs)
+            for running, (tokens, logprobs) in zip(self._running[first:], on_host, strict=True)
+        ]
+        self.statistics.new_tokens += sum(len(piece.tokens) for piece in pieces)
+        for slot in reversed(range(first, len(self._running))):
+            if pieces[slot - first].finish_reason is not None:
+                self._remove(slot)
+        return pieces
+
+    def _admit(self) -> list[Request]:
+        """Waiting requests that there is room for, in order; their slots are reserved."""
+        admitted: list[Request] = []
+        tokens = 0
+        while self._waiting and len(self._running) < self.slots:
+            request = self._waiting[0]
+            size = len(request.prompt) + len(request.source or ())
+            if not self.model.cache.has_room(request.most_cached) or (admitted and tokens + size > MOST_PREFILLED):
+                break
+            tokens += size
+            for model in self._models():
+                model.cache.reserve(len(self._running), request.most_cached)
+            admitted.append(self._waiting.popleft())
+            self._running.append(Running(request, self._text(request)))
+        return admitted
+
+    def _text(self, request: Request) -> TextStream | None:
+        if self.tokenizer is None:
+            return None
+        return TextStream(self.tokenizer, request.parameters.stop, request.prompt if request.source is None else ())
+
+    def _prefill(self, requests: list[Request], first: int) -> NewTokens:
+        prompts = [request.prompt for request in requests]
+        sources = [request.source for request in requests if request.source is not None] or None
+        logits = self.model.prefill(prompts, first, sources)
+        if self.draft is not None:
+            self.draft.prefill(prompts, first, sources)
+        for slot, request in enumerate(requests, first):
+            self.table.admit(slot, request.prompt, request.parameters, request.seed)
+        self.statistics.prompt_tokens += sum(map(len, prompts)) + sum(map(len, sources or ()))
+        return self._sample(logits, slice(first, first + len(requests)))
+
+    def _decode(self) -> NewTokens:
+        rows = slice(0, len(self._running))
+        logits = self.model.decode(self.table.last(rows, 1), self.table.lengths[rows])
+        return self._sample(logits[:, 0], rows)
+
+    def _sample(self, logits: Tensor, rows: slice) -> NewTokens:
+        """Draw a token for each of the sequences in `rows` and append it."""
+        seen = None if self.table.seen is None else self.table.seen[rows]
+        tokens = choose(logits, self._settings(rows), seen, self.table.draws(rows, 1)[:, 0, 0])
+        self.table.append(rows, tokens[:, None])
+        logprobs = log_probabilities(logits, tokens)[:, None] if self._wants_logprobs(rows) else None
+        return NewTokens(tokens[:, None], None, logprobs)
+
+    def _speculate(self, draft: CachedModel) -> NewTokens:
+        rows, count = slice(0, len(self._running)), self.draft_tokens
+        settings, table = self._settings(rows), self.table
+        lengths, draws = table.lengths[rows], table.draws(rows, count + 1)
+        left = table.most_new[rows] - table.generated[rows]
+        seen = [None if table.seen is None else table.seen[rows]]
+
+        drafted: list[Tensor] = []
+        proposals: list[Tensor] = []
+        # The token before the last may be missing in the draft's cache: the last draft was accepted and never read.
+        logits = draft.decode(table.last(rows, 2), lengths - 1)[:, -1]
+        for place in range(count):
+            if place > 0:
+                # A sequence that is about to end stays within its positions.
+                ahead = (left - 1).clamp(max=place).int()
+                logits = draft.decode(drafted[-1], lengths + ahead, (left > place).int())[:, 0]
+            proposals.append(distribution(logits, settings, seen[-1]))
+            drafted.append(draw(proposals[-1], draws[:, place, 0])[:, None])
+            last_seen = seen[-1]
+            seen.append(None if last_seen is None else last_seen.scatter(1, drafted[-1], True))
+
+        tokens = torch.cat([table.last(rows, 1), *drafted], dim=1)
+        logits = self.model.decode(tokens, lengths, left.clamp(max=count + 1).int())
+        targets = torch.stack([distribution(logits[:, at], settings, seen[at]) for at in range(count + 1)], dim=1)
+        usable = (left - 1).clamp(max=count)
+        new, counts = verify(
+            tokens[:, 1:], torch.stack(proposals, dim=1), targets, usable, draws[:, :count, 1], draws[:, :, 2]
+        )
+        table.append(rows, new, counts)
+        logprobs = None
+        if self._wants_logprobs(rows):
+            logprobs = log_probabilities(logits.flatten(0, 1), new.flatten()).view_as(new)
+        return NewTokens(new, counts, logprobs)
+
+    def _usable(self, running: Running) -> int:
+        """How many drafted tokens a sequence can take."""
+        return min(self.draft_tokens, running.request.parameters.max_new_tokens - running.generated - 1)
+
+    def _remove(self, slot: int) -> None:
+        """Free `slot`, and give it the last sequence, so that those that run stay together."""
+        last = len(self._running) - 1
+        for model in self._models():
+            model.cache.release(slot)
+        if slot != last:
+            length = len(self._running[last].request.prompt) + self._running[last].generated
+            for model in self._models():
+                model.move(last, slot, length)
+            self.table.move(last, slot)
+            self._running[slot] = self._running[last]
+        self._running.pop()
+
+    def _models(self) -> list[CachedModel]:
+        return [self.model] if self.draft is None else [self.model, self.draft]
+
+    def _settings(self, rows: slice) -> Settings:
+        return self.table.settings(rows, [running.request.parameters for running in self._running[rows]])
+
+    def _wants_logprobs(self, rows: slice) -> bool:
+        return any(running.request.parameters.logprobs for running in self._running[rows])

@@ -1,0 +1,159 @@
+"""Keys and values of the sequences being generated: memory allocated once, contiguous or in pages."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class CacheShape(NamedTuple):
+    """What a token takes in a cache.
+
+    Attributes:
+        layers: blocks that have keys and values.
+        kv_heads, head_dim: of each.
+        dtype, device: of all.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one block, and where its sequences are, as the operators take them."""
+
+    keys: Tensor
+    values: Tensor
+    block_table: Tensor | None
+
+
+class KeyValueCache(Protocol):
+    """A cache of `slots` sequences, of which the first ones are in use."""
+
+    capacity: int
+    """Tokens that a sequence may have."""
+
+    def layer(self, layer: int, batch: int) -> LayerCache:
+        """Block number `layer` of the first `batch` sequences."""
+
+    def places(self, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Where tokens (tokens,) of the sequences in `slots` at `positions` are kept, as `write` takes it."""
+
+    def write(self, layer: int, places: tuple[Tensor, Tensor], key: Tensor, value: Tensor) -> None:
+        """Keep `key` and `value`, each (tokens, kv_heads, head_dim)."""
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens can be taken in now."""
+
+    def reserve(self, slot: int, tokens: int) -> None:
+        """Take a sequence of up to `tokens` tokens in."""
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Give the sequence in slot `source`, `tokens` long, the slot `target`, whose own is gone."""
+
+    def release(self, slot: int) -> None:
+        """Forget the sequence in `slot`."""
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+
+
+class ContiguousCache:
+    """(slots, kv_heads, capacity, head_dim) for keys and values of each block.
+
+    Only what is written to takes memory on a CPU.
+    """
+
+    def __init__(self, shape: CacheShape, slots: int, capacity: int) -> None:
+        self.capacity = capacity
+        self._caches = _empty_caches(shape, (slots, shape.kv_heads, capacity, shape.head_dim))
+
+    def layer(self, layer: int, batch: int) -> LayerCache:
+        keys, values = self._caches[layer]
+        return LayerCache(keys[:batch], values[:batch], None)
+
+    def places(self, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return slots, positions
+
+    def write(self, layer: int, places: tuple[Tensor, Tensor], key: Tensor, value: Tensor) -> None:
+        for cache, new in zip(self._caches[layer], (key, value), strict=True):
+            cache.transpose(1, 2)[places] = new
+
+    def has_room(self, tokens: int) -> bool:
+        return tokens <= self.capacity
+
+    def reserve(self, slot: int, tokens: int) -> None:
+        """Each slot has its own memory."""
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        for caches in self._caches:
+            for cache in caches:
+                cache[target, :, :tokens] = cache[source, :, :tokens]
+
+    def release(self, slot: int) -> None:
+        """Each slot keeps its memory."""
+
+    def clear(self) -> None:
+        """Each slot keeps its memory."""
+
+
+class PagedCache:
+    """(pages, page_size, kv_heads, head_dim) for keys and values of each block, and a table of each sequence's pages.
+
+    A sequence gets the pages for all the tokens it may have when it is taken in, so that none runs out of them on the
+    way; where too few are free it waits until others have finished (Kwon et al. 2023,
+    https://arxiv.org/abs/2309.06180, has the layout).
+    """
+
+    def __init__(self, shape: CacheShape, slots: int, capacity: int, page_size: int, pages: int) -> None:
+        self.page_size = page_size
+        self.capacity = min(capacity, pages * page_size)
+        self._caches = _empty_caches(shape, (pages, page_size, shape.kv_heads, shape.head_dim))
+        self._table = torch.zeros(slots, -(-self.capacity // page_size), dtype=torch.int32, device=shape.device)
+        self._free = list(range(pages - 1, -1, -1))
+        self._taken: list[list[int]] = [[] for _ in range(slots)]
+
+    def layer(self, layer: int, batch: int) -> LayerCache:
+        keys, values = self._caches[layer]
+        return LayerCache(keys, values, self._table[:batch])
+
+    def places(self, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self._table[slots, positions // self.page_size], positions % self.page_size
+
+    def write(self, layer: int, places: tuple[Tensor, Tensor], key: Tensor, value: Tensor) -> None:
+        for cache, new in zip(self._caches[layer], (key, value), strict=True):
+            cache[places] = new
+
+    def has_room(self, tokens: int) -> bool:
+        return tokens <= self.capacity and self._pages(tokens) <= len(self._free)
+
+    def reserve(self, slot: int, tokens: int) -> None:
+        self._taken[slot] = pages = [self._free.pop() for _ in range(self._pages(tokens))]
+        self._table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32).to(self._table.device)
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        self._table[target] = self._table[source]
+        self._taken[target], self._taken[source] = self._taken[source], []
+
+    def release(self, slot: int) -> None:
+        self._free.extend(reversed(self._taken[slot]))
+        self._taken[slot] = []
+
+    def clear(self) -> None:
+        for slot in range(len(self._taken)):
+            self.release(slot)
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+
+def _empty_caches(shape: CacheShape, size: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    def empty() -> Tensor:
+        return torch.empty(size, dtype=shape.dtype, device=shape.device)
+
+    return [(empty(), empty()) for _ in range(shape.layers)]

@@ -1,0 +1,282 @@
+"""Generation: prompts in, their continuations out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastformer.generation.batch import ContinuousBatch, Statistics
+from fastformer.generation.cached_model import CachedModel, LanguageModel
+from fastformer.generation.packed_linear import can_pack, refresh_packed_weights, with_packed_weights
+from fastformer.generation.parameters import SamplingParameters
+from fastformer.generation.requests import Generation, Piece, Request
+from fastformer.generation.slots import Slots
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Sequence[int]
+GREEDY = SamplingParameters()
+
+# Of Hugging Face's generation configuration: what would change the tokens, and is not taken over.
+_NOT_TAKEN_OVER = (
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "sequence_bias",
+    "num_beams",
+)
+_WITHOUT_EFFECT: tuple[object, ...] = (None, 0, 1, [], {})
+
+
+class Generator:
+    """Continues prompts with a causal or sequence-to-sequence model.
+
+    Sequences run together, each with the length it has: none is padded. One that finishes makes room for the next
+    prompt (continuous batching). Their keys and values are kept in memory that is allocated once, in one piece for each
+    slot or, with `page_size`, in pages that sequences share. A sequence is given the pages for all that it may become
+    when it starts, and waits until there are enough.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: for prompts that are strings, text and stop strings.
+        slots: the most sequences at once.
+        capacity: the most tokens of a sequence, with its prompt; None for what the longest of a call may need.
+        page_size: tokens of a page; None for a contiguous cache.
+        pages: their number; None for as many as the longest sequence needs, in all slots.
+        draft: a small model of the same vocabulary that drafts tokens for the model to check (speculative decoding,
+            Leviathan et al. 2023, https://arxiv.org/abs/2211.17192): the distribution of the tokens stays what it is,
+            greedy ones stay the same.
+        draft_tokens: how many it drafts each time.
+        pack_weights: keep a second copy of the weights of all linear layers, in the order that oneDNN reads them:
+            several times faster on a CPU, float32. None: where that is possible.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is accepted.
+
+    >>> model = FastformerForCausalLM.from_pretrained("runs/gpt")
+    >>> generator = Generator(model, AutoTokenizer.from_pretrained("runs/gpt"))
+    >>> generator.generate(["The capital of France is"], SamplingParameters(max_new_tokens=8))[0].text
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        slots: int = 8,
+        capacity: int | None = None,
+        page_size: int | None = None,
+        pages: int | None = None,
+        draft: LanguageModel | None = None,
+        draft_tokens: int = 4,
+        pack_weights: bool | None = None,
+    ) -> None:
+        sizes = {"slots": slots, "capacity": capacity, "page_size": page_size, "pages": pages}
+        for name, size in (sizes | {"draft_tokens": draft_tokens}).items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be 1 or more; got {size}")
+        if pages is not None and page_size is None:
+            raise ValueError("pages is for a paged cache; give page_size with it")
+        _check_model("model", model)
+        if page_size is not None and model.config.position_embedding == "relative":
+            raise ValueError("page_size must be None with relative positions: attention to pages takes no such bias")
+        if draft is not None:
+            _check_draft(draft, model)
+        packs = [can_pack(each) if pack_weights is None else pack_weights for each in (model, draft) if each]
+        if pack_weights and not all(can_pack(each) for each in (model, draft) if each):
+            raise ValueError("pack_weights is for models whose parameters are all float32 and on a CPU")
+        self.tokenizer = tokenizer
+        self.slots, self.capacity, self.page_size, self.pages = slots, capacity, page_size, pages
+        self.draft_tokens = draft_tokens
+        self.models: list[LanguageModel] = [
+            with_packed_weights(each, slots) if packed else each
+            for each, packed in zip([each for each in (model, draft) if each], packs, strict=True)
+        ]
+        self.statistics = Statistics()
+        """What the last call did."""
+        self._cached: list[CachedModel] = []
+        self._end_tokens = _end_tokens(model)
+        _warn_of_what_is_not_taken_over(model)
+
+    def generate(
+        self, prompts: Sequence[Prompt], parameters: SamplingParameters | Sequence[SamplingParameters] = GREEDY
+    ) -> list[Generation]:
+        """Continue each prompt.
+
+        Args:
+            prompts: strings or token ids; sources, for an encoder-decoder.
+            parameters: for all of them, or one each.
+
+        Returns:
+            The continuations, in the order of the prompts.
+
+        Raises:
+            TypeError, ValueError: a prompt that cannot be taken, before anything is generated: it is empty, or longer
+                with all that it may get than the model's positions, `capacity` or all pages.
+        """
+        generations = [Generation(text=None if self.tokenizer is None else "") for _ in prompts]
+        for piece in self.stream(prompts, parameters):
+            generations[piece.request].add(piece)
+        return generations
+
+    def stream(
+        self, prompts: Sequence[Prompt], parameters: SamplingParameters | Sequence[SamplingParameters] = GREEDY
+    ) -> Iterator[Piece]:
+        """Like `generate`, but what each step adds to a sequence comes at once, whichever sequence it is.
+
+        Only one stream of a generator runs at a time: another call ends it.
+        """
+        requests = self._requests(prompts, parameters)
+        if not requests:
+            return iter(())
+        batch = self._batch(requests)
+        batch.submit(requests)
+        self.statistics = batch.statistics
+        return self._pieces(batch)
+
+    def _pieces(self, batch: ContinuousBatch) -> Iterator[Piece]:
+        while pieces := batch.step():
+            yield from pieces
+            if self.statistics is not batch.statistics:
+                raise RuntimeError("this stream has ended: its generator was called again")
+
+    def _requests(
+        self, prompts: Sequence[Prompt], parameters: SamplingParameters | Sequence[SamplingParameters]
+    ) -> list[Request]:
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a sequence of prompts; got a single string")
+        each = [parameters] * len(prompts) if isinstance(parameters, SamplingParameters) else list(parameters)
+        if len(each) != len(prompts):
+            raise ValueError(f"parameters must be one for all prompts or {len(prompts)}; got {len(each)}")
+        return [self._request(*numbered) for numbered in zip(range(len(prompts)), prompts, each, strict=True)]
+
+    def _request(self, index: int, prompt: Prompt, parameters: SamplingParameters) -> Request:
+        tokens, source = self._tokens(index, prompt), None
+        config = self.models[0].config
+        if config.is_encoder_decoder:
+            source, tokens = tokens, [self._start_token()]
+        if parameters.stop and self.tokenizer is None:
+            raise ValueError("stop needs a tokenizer; the generator has none")
+        ends = self._end_tokens if parameters.eos_token_ids is None else frozenset(parameters.eos_token_ids)
+        # The default generator's seed, not its state, would make all the same.
+        seed = int(torch.randint(2**62, ())) if parameters.seed is None else parameters.seed
+        request = Request(index, tokens, source, parameters, ends, seed)
+        self._check_size(request)
+        return request
+
+    def _tokens(self, index: int, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise TypeError(f"prompt {index} is a string, which needs a tokenizer; the generator has none")
+            tokens = self.tokenizer(prompt)["input_ids"]
+        else:
+            tokens = [int(token) for token in prompt]
+        if not tokens:
+            raise ValueError(f"prompt {index} has no tokens")
+        size = self.models[0].config.vocab_size
+        if not 0 <= min(tokens) <= max(tokens) < size:
+            raise ValueError(
+                f"prompt {index} must have tokens in [0, vocab_size = {size}); got {min(tokens)} to {max(tokens)}"
+            )
+        return tokens
+
+    def _start_token(self) -> int:
+        config = self.models[0].config
+        start = config.decoder_start_token_id
+        if start is None:
+            raise ValueError("decoder_start_token_id must be set in the model's configuration; got None")
+        return start
+
+    def _check_size(self, request: Request) -> None:
+        limits = {
+            "the model's max_position_embeddings": self.models[0].config.position_limit,
+            "the draft model's max_position_embeddings": self.models[-1].config.position_limit,
+            "capacity": self.capacity,
+            "all pages": None if self.page_size is None or self.pages is None else self.pages * self.page_size,
+        }
+        for name, limit in limits.items():
+            if limit is not None and request.most_cached > limit:
+                raise ValueError(
+                    f"prompt {request.number} has {len(request.prompt)} tokens and may get "
+                    f"{request.parameters.max_new_tokens}, more together than {name}, {limit}, can hold"
+                )
+        limit = self.models[0].config.position_limit
+        if request.source is not None and limit is not None and len(request.source) > limit:
+            raise ValueError(
+                f"prompt {request.number} has {len(request.source)} tokens, more than the model's "
+                f"max_position_embeddings, {limit}"
+            )
+
+    def _batch(self, requests: list[Request]) -> ContinuousBatch:
+        """A batch with room for each of the requests."""
+        speculates = len(self.models) > 1
+        ahead = self.draft_tokens if speculates else 0
+        capacity = (self.capacity or max(request.most_cached for request in requests)) + ahead
+        source_capacity = max(len(request.source or ()) for request in requests)
+        for model in self.models:
+            refresh_packed_weights(model)
+        if not self._cached or not all(model.fits(capacity, source_capacity) for model in self._cached):
+            self._cached = []  # give its memory back first
+            self._cached = [self._cached_model(model, capacity, source_capacity) for model in self.models]
+        for cached in self._cached:
+            cached.clear()
+        table = Slots(
+            self.slots,
+            capacity + 1,
+            max(request.parameters.max_new_tokens for request in requests),
+            self.models[0].config.vocab_size,
+            any(request.parameters.repetition_penalty != 1.0 for request in requests),
+            self._cached[0].device,
+        )
+        draft = self._cached[1] if speculates else None
+        return ContinuousBatch(self._cached[0], draft, self.draft_tokens, self.slots, table, self.tokenizer)
+
+    def _cached_model(self, model: LanguageModel, capacity: int, source_capacity: int) -> CachedModel:
+        pages = self.pages
+        if self.page_size is not None and pages is None:
+            pages = self.slots * -(-capacity // self.page_size)
+        return CachedModel(model, self.slots, capacity, source_capacity, self.page_size, pages)
+
+
+def _check_model(name: str, model: LanguageModel) -> None:
+    if not isinstance(model, LanguageModel):
+        raise TypeError(f"{name} must be a FastformerForCausalLM or FastformerForSeq2SeqLM; got {type(model).__name__}")
+    if model.training:
+        raise ValueError(f"{name} must be in evaluation mode, without dropout: call its eval()")
+
+
+def _check_draft(draft: LanguageModel, model: LanguageModel) -> None:
+    _check_model("draft", draft)
+    for name in ("vocab_size", "stack"):
+        own, given = getattr(model.config, name), getattr(draft.config, name)
+        if own != given:
+            raise ValueError(f"draft must have the model's {name}, {own!r}; got {given!r}")
+    if draft.device != model.device:
+        raise ValueError(f"draft must be on the model's device, {model.device}; got {draft.device}")
+
+
+def _end_tokens(model: LanguageModel) -> frozenset[int]:
+    ends = None if model.generation_config is None else model.generation_config.eos_token_id
+    if ends is None:
+        ends = model.config.eos_token_id
+    if ends is None:
+        return frozenset()
+    return frozenset([ends] if isinstance(ends, int) else ends)
+
+
+def _warn_of_what_is_not_taken_over(model: LanguageModel) -> None:
+    ignored = [name for name in _NOT_TAKEN_OVER if getattr(model.generation_config, name, None) not in _WITHOUT_EFFECT]
+    if ignored:
+        warnings.warn(
+            f"the model's generation_config sets {', '.join(ignored)}, which has no effect here", stacklevel=3
+        )

@@ -1,0 +1,67 @@
+"""Linear layers whose weights lie in memory as oneDNN reads them, for the few rows of a decoding step on a CPU.
+
+Such a product reads each weight once and is bound by memory; on weights as PyTorch keeps them, its libraries reach a
+third of that on 2 to 32 rows (`benchmarks/test_generation.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastformer.nn.feed_forward import is_plain_linear
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class PackedLinear(nn.Module):
+    """What an `nn.Linear` computes, from a packed copy of its weight. For inference.
+
+    Args:
+        linear: whose weight and bias it takes.
+        rows: how many rows of input are expected; any number is right.
+    """
+
+    def __init__(self, linear: nn.Linear, rows: int) -> None:
+        super().__init__()
+        self.linear, self.rows = linear, rows
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Pack the weight again, if it has changed since."""
+        weight = self.linear.weight
+        state = (weight.data_ptr(), weight._version)
+        if state != getattr(self, "_state", None):
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.rows)
+            self._state = state
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(input, self._packed, self.linear.bias, "none", [], "")
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether there are packed products for all weights of the model."""
+    return torch.backends.mkldnn.is_available() and all(
+        parameter.device.type == "cpu" and parameter.dtype == torch.float32 for parameter in model.parameters()
+    )
+
+
+def with_packed_weights(model: Module, rows: int) -> Module:
+    """A copy of `model` that shares all tensors with it, and has a `PackedLinear` for each plain `nn.Linear`."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    for module in list(twin.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and is_plain_linear(child):
+                setattr(module, name, PackedLinear(child, rows))
+    return twin
+
+
+def refresh_packed_weights(model: nn.Module) -> None:
+    """Take over what has changed in the weights that the model was made of."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.refresh()

@@ -1,0 +1,64 @@
+"""How a sequence is continued: which tokens are drawn, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """How one sequence is continued. By default the likeliest token is taken each time (greedy).
+
+    Filters apply in this order: repetition penalty, temperature, `top_k`, `top_p`, `min_p`. Tokens of equal probability
+    are kept or left out together.
+
+    Args:
+        max_new_tokens: the most tokens to generate.
+        temperature: divides the logits before they become probabilities; 0 takes the likeliest token.
+        top_k: draw among the so many likeliest tokens.
+        top_p: draw among the likeliest tokens that together have this probability (Holtzman et al. 2020,
+            https://arxiv.org/abs/1904.09751).
+        min_p: draw among the tokens that have this fraction of the likeliest one's probability (Nguyen et al. 2024,
+            https://arxiv.org/abs/2407.01082).
+        repetition_penalty: divides positive logits of tokens in prompt and continuation and multiplies negative ones
+            (Keskar et al. 2019, https://arxiv.org/abs/1909.05858); of an encoder-decoder's only those in its output.
+        seed: of this sequence's draws, which depend on nothing else: not on its batch. None draws a seed.
+        stop: strings that end the sequence wherever they come up in its text, which is cut before them. Needs a
+            tokenizer.
+        eos_token_ids: tokens that end the sequence, the last of its tokens then; None for the model's own.
+        logprobs: whether to return the log-probability of each token under the model as it is, before any filter.
+
+    Raises:
+        ValueError: a value is out of its range, or has no effect.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    eos_token_ids: Sequence[int] | None = None
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+            "temperature": (0.0 <= self.temperature < float("inf"), "0 or more"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "1 or more, or None"),
+            "top_p": (self.top_p is None or 0.0 < self.top_p <= 1.0, "in (0, 1], or None"),
+            "min_p": (self.min_p is None or 0.0 <= self.min_p <= 1.0, "in [0, 1], or None"),
+            "repetition_penalty": (0.0 < self.repetition_penalty < float("inf"), "positive"),
+            "seed": (self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63), or None"),
+            "stop": (not isinstance(self.stop, str) and all(self.stop), "a sequence of strings, none of them empty"),
+        }
+        for name, (holds, accepted) in ranges.items():
+            if not holds:
+                raise ValueError(f"{name} must be {accepted}; got {getattr(self, name)!r}")
+        if self.temperature == 0.0:
+            for name in ("top_k", "top_p", "min_p", "seed"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} has no effect at temperature 0; got {getattr(self, name)!r}")

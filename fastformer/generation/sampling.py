@@ -1,0 +1,116 @@
+"""From logits to tokens, for all rows of a batch at once, each with settings of its own."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NEGATIVE_INFINITY = float("-inf")
+_BITS_OF_ONE = 0x3F800000
+"""Of a float32: probabilities, as integers, are in order and not above it."""
+
+
+class Settings(NamedTuple):
+    """`SamplingParameters` of each row, (rows,); None where no row uses one.
+
+    Attributes:
+        temperature: 0 in greedy rows; None if all are.
+        top_k: the number of classes in rows without it.
+        largest_k: the largest of `top_k`, on the host.
+        top_p: 1 in rows without it.
+        min_p: 0 in rows without it.
+        repetition_penalty: 1 in rows without it.
+    """
+
+    temperature: Tensor | None = None
+    top_k: Tensor | None = None
+    largest_k: int = 0
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+    repetition_penalty: Tensor | None = None
+
+
+def choose(logits: Tensor, settings: Settings, seen: Tensor | None, uniforms: Tensor) -> Tensor:
+    """A token for each row, (rows,) int64; see `distribution` and `draw`."""
+    if settings.temperature is None:
+        return penalise(logits, settings, seen).argmax(-1)
+    return draw(distribution(logits, settings, seen), uniforms)
+
+
+def distribution(logits: Tensor, settings: Settings, seen: Tensor | None = None) -> Tensor:
+    """What tokens are drawn from, (rows, classes) float32; 1 for the likeliest token in greedy rows.
+
+    Args:
+        logits: (rows, classes).
+        settings: of the rows.
+        seen: (rows, classes) boolean, what the repetition penalty is for.
+    """
+    logits = penalise(logits.float(), settings, seen)
+    greedy = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    if settings.temperature is None:
+        return greedy
+    is_greedy = (settings.temperature == 0.0)[:, None]
+    scores = logits / settings.temperature[:, None].masked_fill(is_greedy, 1.0)
+    if settings.top_k is not None:
+        scores = _keep_top_k(scores, settings.top_k, settings.largest_k)
+    probabilities = scores.softmax(-1)
+    if settings.top_p is not None:
+        probabilities = _keep_top_p(probabilities, settings.top_p)
+    if settings.min_p is not None:
+        least = settings.min_p[:, None] * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    return torch.where(is_greedy, greedy, probabilities / probabilities.sum(-1, keepdim=True))
+
+
+def penalise(logits: Tensor, settings: Settings, seen: Tensor | None) -> Tensor:
+    """`logits` with the repetition penalty on the classes of each row that have been seen."""
+    if settings.repetition_penalty is None or seen is None:
+        return logits
+    penalty = settings.repetition_penalty[:, None]
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The class of each row in which its uniform number falls.
+
+    Args:
+        probabilities: (rows, classes) float32; they need not sum to one.
+        uniforms: (rows,) float64 in [0, 1).
+
+    Returns:
+        (rows,) int64, never a class of probability zero.
+    """
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    # Below one by more than rounding: the product stays below the sum.
+    place = uniforms.clamp(max=1.0 - 2.0**-40)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, place, right=True).squeeze(-1)
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of `tokens` (rows,) under `logits` (rows, classes), (rows,) float32."""
+    logits = logits.float()
+    return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def _keep_top_k(scores: Tensor, top_k: Tensor, largest_k: int) -> Tensor:
+    largest = scores.topk(largest_k, dim=-1).values
+    last = (top_k.clamp(max=largest_k) - 1)[:, None]
+    # Rows without top_k keep all.
+    least = largest.gather(-1, last).masked_fill((top_k >= scores.shape[-1])[:, None], NEGATIVE_INFINITY)
+    return scores.masked_fill(scores < least, NEGATIVE_INFINITY)
+
+
+def _keep_top_p(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """Found by bisection of the least probability that is kept, which is cheaper than sorting a vocabulary."""
+    as_integers = probabilities.view(torch.int32)
+    low = torch.zeros(len(probabilities), 1, dtype=torch.int32, device=probabilities.device)
+    high = torch.full_like(low, _BITS_OF_ONE + 1)
+    # Keeping what is at least `low` is enough, keeping what is at least `high` is not.
+    for _ in range(_BITS_OF_ONE.bit_length()):
+        middle = (low + high) // 2
+        enough = probabilities.masked_fill(as_integers < middle, 0.0).sum(-1, keepdim=True) >= top_p[:, None]
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    # Rounding must not cut off what a row without top_p keeps.
+    return probabilities.masked_fill((as_integers < low) & (top_p < 1.0)[:, None], 0.0)

@@ -1,0 +1,122 @@
+"""What is known of each running sequence, in tensors that are allocated once: a step makes none of them anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastformer.generation.parameters import SamplingParameters
+from fastformer.generation.sampling import Settings
+
+DRAWS = 3
+"""Uniform numbers for each new token: to draw it, to accept it, to draw it again."""
+
+
+class Slots:
+    """The state of running sequences, those in the first slots.
+
+    Attributes:
+        history: (slots, width) int64, the tokens of each, prompt and all.
+        lengths: (slots,) int32, one less than those are: the last need not be in the cache yet.
+        generated: (slots,) int64, new tokens so far.
+        most_new: (slots,) int64, new tokens at most.
+        uniforms: (slots, most new tokens, DRAWS) float64 in [0, 1), from each sequence's own seed.
+        seen: (slots, vocab_size) boolean, the tokens in `history`; None if no sequence has a repetition penalty.
+    """
+
+    def __init__(
+        self, slots: int, width: int, most_new: int, vocab_size: int, penalised: bool, device: torch.device
+    ) -> None:
+        def zeros(*size: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self.vocab_size = vocab_size
+        self.history = zeros(slots, width, dtype=torch.int64)
+        self.lengths = zeros(slots, dtype=torch.int32)
+        self.generated = zeros(slots, dtype=torch.int64)
+        self.most_new = zeros(slots, dtype=torch.int64)
+        self.uniforms = zeros(slots, most_new, DRAWS, dtype=torch.float64)
+        self.seen = zeros(slots, vocab_size, dtype=torch.bool) if penalised else None
+        self._numbers = zeros(slots, 4, dtype=torch.float32)
+        self._top_k = zeros(slots, dtype=torch.int64)
+
+    def admit(self, slot: int, prompt: Sequence[int], parameters: SamplingParameters, seed: int) -> None:
+        """Take in a sequence whose prompt is in the cache."""
+        device, new = self.history.device, parameters.max_new_tokens
+        tokens = torch.tensor(prompt).to(device)
+        self.history[slot, : len(prompt)] = tokens
+        self.lengths[slot] = len(prompt) - 1
+        self.generated[slot] = 0
+        self.most_new[slot] = new
+        if parameters.temperature > 0.0:
+            drawn = torch.rand(new, DRAWS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            self.uniforms[slot, :new] = drawn.to(device)
+        if self.seen is not None:
+            self.seen[slot] = False
+            self.seen[slot, tokens] = True
+        numbers = (
+            parameters.temperature,
+            1.0 if parameters.top_p is None else parameters.top_p,
+            parameters.min_p or 0.0,
+            parameters.repetition_penalty,
+        )
+        self._numbers[slot] = torch.tensor(numbers).to(device)
+        self._top_k[slot] = min(parameters.top_k or self.vocab_size, self.vocab_size)
+
+    def move(self, source: int, target: int) -> None:
+        """Give the sequence in slot `source` the slot `target`."""
+        for tensor in (
+            self.history,
+            self.lengths,
+            self.generated,
+            self.most_new,
+            self.uniforms,
+            self.seen,
+            self._numbers,
+            self._top_k,
+        ):
+            if tensor is not None:
+                tensor[target] = tensor[source]
+
+    def settings(self, rows: slice, parameters: Sequence[SamplingParameters]) -> Settings:
+        """How the sequences in `rows` are sampled, which have these parameters."""
+        temperature, top_p, min_p, penalty = self._numbers[rows].unbind(1)
+        penalty_or_none = penalty if any(each.repetition_penalty != 1.0 for each in parameters) else None
+        if all(each.temperature == 0.0 for each in parameters):
+            return Settings(repetition_penalty=penalty_or_none)
+        return Settings(
+            temperature,
+            self._top_k[rows] if any(each.top_k for each in parameters) else None,
+            min(max(each.top_k or 1 for each in parameters), self.vocab_size),
+            top_p if any(each.top_p is not None for each in parameters) else None,
+            min_p if any(each.min_p for each in parameters) else None,
+            penalty_or_none,
+        )
+
+    def last(self, rows: slice, count: int) -> Tensor:
+        """The last tokens of the sequences in `rows`, (rows, count)."""
+        places = self.lengths[rows, None] + torch.arange(1 - count, 1, device=self.lengths.device)
+        return self.history[rows].gather(1, places.long())
+
+    def draws(self, rows: slice, count: int) -> Tensor:
+        """The uniform numbers of the next `count` tokens of the sequences in `rows`, (rows, count, DRAWS)."""
+        places = self.generated[rows, None] + torch.arange(count, device=self.generated.device)
+        places = places.clamp(max=self.uniforms.shape[1] - 1)
+        return self.uniforms[rows].gather(1, places[..., None].expand(-1, -1, DRAWS))
+
+    def append(self, rows: slice, tokens: Tensor, counts: Tensor | None = None) -> None:
+        """Add new tokens (rows, new) to the sequences in `rows`: all, or the first `counts` (rows,) of each."""
+        places = self.lengths[rows, None] + torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        self.history[rows].scatter_(1, places.long(), tokens)
+        if counts is None:
+            self.lengths[rows] += tokens.shape[1]
+            self.generated[rows] += tokens.shape[1]
+        else:
+            self.lengths[rows] += counts.int()
+            self.generated[rows] += counts
+            real = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
+            tokens = torch.where(real, tokens, tokens[:, :1])
+        if self.seen is not None:
+            self.seen[rows].scatter_(1, tokens, True)
