@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": (
         "fastformer.models.conversion.command",
         "a checkpoint from Hugging Face's format, or TensorFlow's of BERT, into Fastformer's, and back",
+    ),
     "models": (
         "fastformer.inspection.models_command",
         "list the presets: parameters, memory, operations, context, and what each suits",
