@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastformer.backends import backend
+    from fastformer.integrations.acceleration import accelerate, restore
     from fastformer.ops import (
         append_to_cache,
         attention,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "accelerate",
     "append_to_cache",
     "attention",
     "attention_weights",
@@ -48,6 +50,7 @@ __all__ = [
     "log_softmax",
     "merge_attention",
     "relative_position_bias",
+    "restore",
     "rms_norm",
     "rotary",
     "rotary_frequencies",
@@ -59,9 +62,17 @@ __all__ = [
 ]
 
 
+_HOMES = {
+    "accelerate": "fastformer.integrations.acceleration",
+    "backend": "fastformer.backends",
+    "restore": "fastformer.integrations.acceleration",
+}
+"""Where the names are that are not operators."""
+
+
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is: `fastformer --help` needs no torch."""
     if name not in __all__:
         raise AttributeError(f"module 'fastformer' has no attribute {name!r}")
-    module = importlib.import_module("fastformer.backends" if name == "backend" else "fastformer.ops")
+    module = importlib.import_module(_HOMES.get(name, "fastformer.ops"))
     return globals().setdefault(name, getattr(module, name))

@@ -61,7 +61,7 @@ class TransformerEmbedding(nn.Module):
         tables = [self.word, self.position, *([] if self.token_type is None else [self.token_type])]
         dropout_p = self.dropout.p if self.training else 0.0
         norm_is_plain = type(self.norm) is LayerNorm and type(self.dropout) is nn.Dropout and not _hooked(self.norm)
-        if norm_is_plain and all(map(_is_plain_embedding, tables)):
+        if norm_is_plain and all(map(is_plain_embedding, tables)):
             return transformer_embedding(
                 input_ids,
                 self.word.weight,
@@ -103,7 +103,7 @@ class TransformerEmbedding(nn.Module):
         return total
 
 
-def _is_plain_embedding(table: nn.Module) -> bool:
+def is_plain_embedding(table: nn.Module) -> bool:
     """Whether `table` computes exactly what the operator does from its weight."""
     if type(table) is not nn.Embedding or _hooked(table):
         return False
