@@ -1,0 +1,335 @@
+"""The attention masks of transformers models, kept as lengths and structure in place of (queries, keys) elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map_only
+from transformers import masking_utils
+from transformers.utils.import_utils import is_tracing
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class MaskStructure:
+    """What `fastformer.attention` needs to know in place of a dense mask.
+
+    Attributes:
+        causal, window, chunk, alignment, key_lengths: as `fastformer.attention` takes them.
+        key_mask: (batch, 1, 1, keys) boolean, the keys that are not padding; None where lengths say it.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as `fastformer.attention` takes them, over the tokens of
+            all rows one after the other, where rows hold several sequences.
+    """
+
+    causal: bool = False
+    window: tuple[int | None, int | None] = (None, None)
+    chunk: int | None = None
+    alignment: str = "bottom_right"
+    key_lengths: torch.Tensor | None = None
+    key_mask: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+
+    @property
+    def ignores_positions(self) -> bool:
+        return not self.causal and self.window == (None, None) and self.chunk is None
+
+    def arguments(self) -> dict[str, Any]:
+        """What to call `fastformer.attention` with."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"mask": values.pop("key_mask"), **values}
+
+
+class AttentionMask(torch.Tensor):
+    """A boolean (batch, 1, queries, keys) mask, True = may attend, whose elements are computed when someone asks.
+
+    To a model it is a tensor: what slices, expands or combines it gets the elements that transformers itself would have
+    computed. To floating scores it adds 0 where one may attend and the lowest number elsewhere, as the mask of the
+    eager implementation does; arithmetic that would take True for the number 1 is a TypeError.
+
+    Attributes:
+        structure: what says it all without the elements, or None.
+        dense: the elements, computed once.
+    """
+
+    structure: MaskStructure | None
+    _build: Callable[[], torch.Tensor]
+    _elements: torch.Tensor | None
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls,
+        shape: tuple[int, ...],
+        device: torch.device,
+        build: Callable[[], torch.Tensor],
+        structure: MaskStructure | None,
+    ) -> AttentionMask:
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        mask.structure, mask._build, mask._elements = structure, build, None
+        return mask
+
+    @property
+    def dense(self) -> torch.Tensor:
+        if self._elements is None:
+            self._elements = self._build()
+        return self._elements
+
+    def additive(self, dtype: torch.dtype) -> torch.Tensor:
+        """The mask as numbers to add to scores of `dtype`."""
+        return torch.zeros_like(self.dense, dtype=dtype).masked_fill_(~self.dense, torch.finfo(dtype).min)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"AttentionMask(shape={tuple(self.shape)}, structure={self.structure})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        operation, dtype = func.overloadpacket, _number_dtype(args, kwargs)
+        if operation in _ADDED and dtype is not None:
+            args, kwargs = tree_map_only(AttentionMask, lambda mask: mask.additive(dtype), (args, kwargs))
+            return func(*args, **kwargs)
+        if dtype is not None and not (operation in _CONDITIONED or "scaled_dot_product" in str(operation)):
+            raise TypeError(
+                f"{operation} takes an attention mask for the numbers 0 and 1, but it is boolean, True = may attend; "
+                f'use attn_implementation="eager" or "sdpa" with a model that computes with it'
+            )
+        args, kwargs = tree_map_only(AttentionMask, lambda mask: mask.dense, (args, kwargs))
+        result = func(*args, **kwargs)
+        return tree_map_only(torch.Tensor, _still_a_mask, result) if operation in _RESHAPED else result
+
+
+# Where a boolean mask meets numbers: added to them (or stored among them), or choosing among them.
+_ADDED = {aten.add, aten.add_, aten.cat, aten.copy_, aten._to_copy}
+_CONDITIONED = {aten.where, aten.masked_fill, aten.masked_fill_, aten.masked_select, aten.index, aten.index_put}
+_CONDITIONED |= {aten.index_put_, aten.bitwise_and, aten.bitwise_or}
+# What of a mask is a mask again.
+_RESHAPED = {
+    aten.slice,
+    aten.select,
+    aten.expand,
+    aten.view,
+    aten._unsafe_view,
+    aten.unsqueeze,
+    aten.squeeze,
+    aten.alias,
+}
+_RESHAPED |= {
+    aten.permute,
+    aten.transpose,
+    aten.clone,
+    aten.detach,
+    aten.index,
+    aten.index_select,
+    aten.cat,
+    aten.repeat,
+}
+_RESHAPED |= {aten.bitwise_and, aten.bitwise_or, aten.bitwise_not, aten.logical_and, aten.logical_or, aten._to_copy}
+_RESHAPED |= {aten.split, aten.masked_fill}
+
+
+def _number_dtype(args: Any, kwargs: Any) -> torch.dtype | None:
+    """The floating dtype that a mask is combined with or cast to; float32 for Python numbers; None for no numbers."""
+    leaves = tree_flatten((args, kwargs))[0]
+    dtypes = [leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    dtypes += [leaf for leaf in leaves if isinstance(leaf, torch.dtype) and leaf.is_floating_point]
+    if dtypes:
+        return dtypes[0]
+    return torch.float32 if any(isinstance(leaf, float) for leaf in leaves) else None
+
+
+def _still_a_mask(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype != torch.bool or isinstance(tensor, AttentionMask):
+        return tensor
+    return AttentionMask(tuple(tensor.shape), tensor.device, lambda: tensor, None)
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **skips: Any,
+) -> torch.Tensor:
+    """The mask function of ``attn_implementation="fastformer"``; arguments as of transformers' `sdpa_mask`.
+
+    Returns an `AttentionMask`, or its elements where a graph is being traced: reading lengths would break it. `skips`
+    are transformers' hints on when to leave out the mask, which a mask without elements does not need.
+    """
+    build: Callable[..., Any] = partial(
+        masking_utils.sdpa_mask,
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,  # type: ignore[arg-type]  # of a static cache it is a tensor
+        kv_offset,
+        mask_function,
+        attention_mask,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        use_vmap=use_vmap,
+        device=device,
+    )
+    # A static cache is there to be compiled. Its mask of one query is one row, which structure would not make smaller.
+    compilable = isinstance(q_offset, torch.Tensor) and q_length == 1
+    if compilable or is_tracing(attention_mask):
+        return build()
+    structure = _structure(
+        batch_size, q_length, kv_length, int(q_offset), kv_offset, mask_function, attention_mask, device
+    )
+    return AttentionMask((batch_size, 1, q_length, kv_length), torch.device(device), build, structure)
+
+
+def _structure(
+    batch: int,
+    queries: int,
+    keys: int,
+    q_offset: int,
+    kv_offset: int,
+    mask_function: Callable,
+    padding: torch.Tensor | None,
+    device: torch.device | str,
+) -> MaskStructure | None:
+    """What the mask function and the padding say, or None where only the elements do."""
+    pattern = _pattern(mask_function)
+    if pattern is None:
+        return None
+    structure, left_padding, sequence_ids = pattern.structure, pattern.left_padding, pattern.sequence_ids
+    # Our chunks count from the first key.
+    if structure.chunk is not None and (
+        kv_offset % structure.chunk or (left_padding is not None and left_padding.any())
+    ):
+        return None
+    if sequence_ids is not None:
+        if padding is not None or structure.chunk is not None or queries != keys:
+            return None
+        return _with_documents(structure, sequence_ids.expand(batch, -1))
+    first, written = q_offset - kv_offset, q_offset - kv_offset + queries
+    if first == 0:
+        structure = replace(structure, alignment="top_left")
+    elif not (structure.ignores_positions or written == keys):
+        # A static cache, whose last keys are not written yet.
+        if not (structure.causal and 0 < written < keys):
+            return None
+        lengths = torch.full((batch,), written, dtype=torch.int32, device=device)
+        structure = replace(structure, key_lengths=lengths)
+    if padding is None:
+        return structure
+    missing = keys + kv_offset - padding.shape[-1]
+    valid = torch.nn.functional.pad(padding, (0, max(missing, 0)))[:, kv_offset : kv_offset + keys]
+    return _with_padding(structure, valid, written)
+
+
+def _with_padding(structure: MaskStructure, valid: torch.Tensor, written: int) -> MaskStructure:
+    """`structure` with the keys that `valid`, (batch, keys) boolean, leaves; one synchronisation with the GPU."""
+    lengths = valid.sum(-1, dtype=torch.int32)
+    everything, at_end, of_written = torch.stack(
+        [valid.all(), (valid[:, 1:] <= valid[:, :-1]).all(), (lengths == written).all()]
+    ).tolist()
+    if everything:
+        return structure
+    # Lengths of the keys move the queries of a bottom-right alignment along.
+    if at_end and (structure.ignores_positions or structure.alignment == "top_left" or of_written):
+        return replace(structure, key_lengths=lengths)
+    return replace(structure, key_mask=valid[:, None, None, :])
+
+
+def _with_documents(structure: MaskStructure, sequence_ids: torch.Tensor) -> MaskStructure:
+    """`structure` within each run of equal ids of the rows of `sequence_ids`, (batch, sequence)."""
+    first = torch.ones_like(sequence_ids, dtype=torch.bool)
+    first[:, 1:] = sequence_ids.diff() != 0
+    starts = first.flatten().nonzero().flatten()
+    boundaries = torch.nn.functional.pad(starts, (0, 1), value=sequence_ids.numel()).int()
+    longest = int(boundaries.diff().max())
+    return replace(
+        structure, cu_seqlens_q=boundaries, cu_seqlens_k=boundaries, max_seqlen_q=longest, max_seqlen_k=longest
+    )
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    """What a mask function made of transformers' own parts says.
+
+    Attributes:
+        structure: what it says about positions.
+        left_padding: (batch,), the padding before the first chunk, if it has chunks.
+        sequence_ids: (batch, sequence), equal for the tokens of one document, if rows are packed.
+    """
+
+    structure: MaskStructure
+    left_padding: torch.Tensor | None = None
+    sequence_ids: torch.Tensor | None = None
+
+
+def _code(factory: Callable, *arguments: Any) -> CodeType:
+    """The code of the functions that one of transformers' factories of mask functions returns."""
+    return factory(*arguments).__code__
+
+
+_AND = _code(masking_utils.and_masks)
+_LEFT_WINDOW = _code(masking_utils.sliding_window_overlay, 1)
+_WINDOW = _code(masking_utils.sliding_window_bidirectional_overlay, 1)
+_CHUNK = _code(masking_utils.chunked_overlay, 1, None)
+_PACKED = _code(masking_utils.packed_sequence_mask_function, None)
+# Positions within documents, where the mask function has them count so (from transformers 5.21 on or so).
+_WITHIN = (
+    _code(masking_utils.remap_positions_for_packed_sequence, None, None)
+    if hasattr(masking_utils, "remap_positions_for_packed_sequence")
+    else None
+)
+
+
+def _pattern(mask_function: Callable) -> _Pattern | None:
+    """The pattern of a mask function, read from the closures of transformers' factories; None if it has other parts."""
+    pattern = _Pattern(MaskStructure())
+    for part, enclosed in _parts(mask_function):
+        structure, code = pattern.structure, getattr(part, "__code__", None)
+        left, right = structure.window
+        if part is masking_utils.causal_mask_function:
+            structure = replace(structure, causal=True)
+        elif code is _LEFT_WINDOW and left is None:
+            structure = replace(structure, window=(enclosed["sliding_window"] - 1, right))
+        elif code is _WINDOW and (left, right) == (None, None):
+            structure = replace(structure, window=(enclosed["sliding_window"],) * 2)
+        elif code is _CHUNK and structure.chunk is None:
+            structure = replace(structure, chunk=enclosed["chunk_size"])
+            pattern = replace(pattern, left_padding=enclosed["left_padding"])
+        elif code is _PACKED and pattern.sequence_ids is None:
+            pattern = replace(pattern, sequence_ids=enclosed["packed_sequence_mask"])
+        elif part is not masking_utils.bidirectional_mask_function:
+            return None
+        pattern = replace(pattern, structure=structure)
+    return pattern
+
+
+def _parts(mask_function: Callable) -> Iterator[tuple[Callable, dict[str, Any]]]:
+    """The functions that a mask function is the conjunction of, each with the variables it encloses."""
+    enclosed = {}
+    if isinstance(mask_function, FunctionType):
+        cells = mask_function.__closure__ or ()
+        enclosed = {
+            name: cell.cell_contents for name, cell in zip(mask_function.__code__.co_freevars, cells, strict=True)
+        }
+    code = getattr(mask_function, "__code__", None)
+    if code is _AND:
+        for part in enclosed["mask_functions"]:
+            yield from _parts(part)
+    elif code is not None and code is _WITHIN:
+        # Between tokens of one document the difference of positions is that of places in the row.
+        yield from _parts(enclosed["mask_function"])
+    else:
+        yield mask_function, enclosed
