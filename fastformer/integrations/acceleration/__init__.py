@@ -1,4 +1,4 @@
-"""`accelerate` puts a model's layers on Fastformer's operators, recognised by what they compute; `restore` undoes it."""
+"""A model's layers, recognised by what they compute, on Fastformer's operators; and back."""
 
 from fastformer.integrations.acceleration.model import accelerate, restore
 from fastformer.integrations.acceleration.report import Acceleration, Decision

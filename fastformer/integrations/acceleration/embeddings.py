@@ -47,9 +47,10 @@ class Embeddings(OperatorRecipe):
         return "fastformer.transformer_embedding"
 
     def tensors(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, ...] | None:
-        given = {**dict(self.arguments), **{name: value for (name, _), value in zip(self.arguments, args)}, **kwargs}
-        others = {name: value for name, value in given.items() if name not in _IDS}
-        if given["input_ids"] is None or others != {name: value for name, value in self.arguments if name in others}:
+        defaults = dict(self.arguments)
+        given = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+        others = [name for name in defaults if name not in _IDS]
+        if given["input_ids"] is None or not all(_is_default(given[name], defaults[name]) for name in others):
             return None
         return tuple(given.get(name) for name in _IDS)
 
@@ -92,18 +93,22 @@ class Embeddings(OperatorRecipe):
         return words.cumsum(1) * words + padding
 
 
-def _table(embedding: nn.Module) -> Tensor:
+def _is_default(value: Any, default: int | None) -> bool:
+    return value is None if default is None else isinstance(value, int) and value == default
+
+
+def _table(embedding: Any) -> Tensor:
     """The weight of a table of positions or token types; a padding row of it gets no gradient."""
     weight, padding = embedding.weight, embedding.padding_idx
     if padding is None:
-        return weight  # type: ignore[return-value]
-    row = torch.full((1,), padding, device=weight.device)  # type: ignore[arg-type]
-    return weight.index_copy(0, row, weight.detach().narrow(0, padding, 1))  # type: ignore[operator]
+        return weight
+    row = torch.full((1,), padding, device=weight.device)
+    return weight.index_copy(0, row, weight.detach().narrow(0, padding, 1))
 
 
 def recognise(module: nn.Module) -> Embeddings | str | None:
     """The recipe for `module`, the reason why an input block has none, or None for what is none."""
-    children = dict(module.named_children())
+    children: dict[str, Any] = dict(module.named_children())
     tables = [name for name, child in children.items() if isinstance(child, nn.Embedding)]
     norms = [name for name, child in children.items() if original_class(child) is nn.LayerNorm]
     dropouts = [name for name, child in children.items() if type(child) is nn.Dropout]
@@ -112,14 +117,16 @@ def recognise(module: nn.Module) -> Embeddings | str | None:
     if len(norms) != 1 or len(children) > len(tables) + 1 + len(dropouts) or len(dropouts) > 1:
         return "they are summed and normalised in a forward that does more"
     signature = inspect.signature(type(module).forward).parameters
-    arguments = tuple((name, given.default) for name, given in signature.items() if name != "self")
+    arguments = tuple(
+        (name, None if name in _IDS else given.default) for name, given in signature.items() if name != "self"
+    )
     if "input_ids" not in signature or not all(default in (None, 0) for _, default in arguments):
         return "its forward takes no input_ids, or needs more"
     if not all(is_plain_embedding(children[name]) for name in tables) or not is_own(children[norms[0]]):
         return "its tables are not plain embeddings"
     sizes = {children[name].embedding_dim for name in tables}
     if len(sizes) != 1 or max(sizes) > MAX_COLUMNS:
-        return "its tables differ in size"  # type: ignore[unreachable]
+        return "its tables differ in size"
     for recipe in _recipes(children, tables, norms[0], arguments):
         if _is_proven(module, recipe):
             return _with_dropout(module, recipe, dropouts)
@@ -127,11 +134,12 @@ def recognise(module: nn.Module) -> Embeddings | str | None:
 
 
 def _recipes(
-    children: dict[str, nn.Module], tables: list[str], norm: str, arguments: tuple[tuple[str, Any], ...]
+    children: dict[str, Any], tables: list[str], norm: str, arguments: tuple[tuple[str, Any], ...]
 ) -> Iterator[Embeddings]:
-    for word, position, *token_type in itertools.permutations(tables):
+    for word, position, *rest in itertools.permutations(tables):
+        token_type = rest[0] if rest else None
         for skips_padding in (False, True) if children[word].padding_idx is not None else (False,):
-            yield Embeddings(word, position, *(token_type or [None]), norm, None, skips_padding, arguments)
+            yield Embeddings(word, position, token_type, norm, None, skips_padding, arguments)
 
 
 def _forward(recipe: Embeddings) -> Any:
@@ -151,14 +159,14 @@ def _inputs(module: nn.Module, recipe: Embeddings) -> list[tuple[Any, ...]]:
     tables = [getattr(module, name) for name in (recipe.word, recipe.position, recipe.token_type) if name is not None]
     generator = torch.Generator("cpu").manual_seed(2)
     ids = [torch.randint(table.num_embeddings, (2, 5), generator=generator) for table in tables]
-    words, positions, types = (*ids, None) if len(ids) == 2 else ids
+    words, positions, *types = ids
     if tables[0].padding_idx is not None:
         words[0, :2] = words[1, 4:] = tables[0].padding_idx
     inputs: list[tuple[Any, ...]] = [(words, None, None)]
     if "position_ids" in known:
         inputs += [(words, None, positions), (words, None, positions[:1])]
-    if "token_type_ids" in known and types is not None:
-        inputs += [(words, types, None)]
+    if "token_type_ids" in known and types:
+        inputs += [(words, types[0], None)]
     return inputs
 
 

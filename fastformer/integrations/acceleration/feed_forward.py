@@ -121,15 +121,15 @@ def recognise(module: nn.Module) -> FeedForward | str | None:
 def _is_inside_more(module: nn.Module) -> bool:
     """Whether two projections, one there and one back, are `module`'s own beside other layers with parameters."""
     others = [child for child in module.children() if projection_class(child) is None]
-    shapes = [child.weight.shape for child in module.children() if child not in others]  # type: ignore[union-attr]
-    there_and_back = len(shapes) == 2 and shapes[0] == shapes[1][::-1] and shapes[0] != shapes[1]  # type: ignore[index]
+    shapes = [weight_and_bias(child)[0].shape for child in module.children() if child not in others]
+    there_and_back = len(shapes) == 2 and shapes[0] == shapes[1][::-1] and shapes[0] != shapes[1]
     return there_and_back and any(True for child in others for _ in child.parameters())
 
 
 def _roles(kind: type[nn.Module], shapes: dict[str, tuple[int, ...]]) -> Iterator[FeedForward]:
     """Every part that the projections can play, by their shapes (out_features, in_features)."""
     for up, down in itertools.permutations(shapes, 2):
-        (intermediate, size), (_, read) = shapes[up], shapes[down]
+        intermediate, read = shapes[up][0], shapes[down][1]
         gates = [name for name in shapes if name not in (up, down)]
         if gates and shapes[gates[0]] == shapes[up] and read == intermediate:
             yield FeedForward(kind, up, down, gates[0])
@@ -144,9 +144,7 @@ def _input(size: int) -> Tensor:
     return torch.randn(2, 3, size, generator=torch.Generator("cpu").manual_seed(2))
 
 
-def _find(
-    module: nn.Module, roles: list[FeedForward], shapes: dict[str, tuple[int, ...]]
-) -> FeedForward | str | None:
+def _find(module: nn.Module, roles: list[FeedForward], shapes: dict[str, tuple[int, ...]]) -> FeedForward | str | None:
     forward = type(module).forward
     reason = None
     for role in roles:
@@ -159,9 +157,10 @@ def _find(
             continue
         for activation in ACTIVATIONS:
             recipe = replace(role, activation=activation)
-            if close(outcome(module, recipe.run, input), expected):
-                if same(module, forward, recipe.run, [(input,), (3.0 * input[:1, :2],)]):
-                    return recipe
+            # Large ones too: an activation may be bounded.
+            inputs = [(input,), (3.0 * input[:1, :2],), (30.0 * input[1:],)]
+            if close(outcome(module, recipe.run, input), expected) and same(module, forward, recipe.run, inputs):
+                return recipe
         reason = f"it computes no feed-forward with {', '.join(ACTIVATIONS)}"
     return reason
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastformer.backends import use_triton
 from fastformer.integrations.acceleration.probing import ERRORS, close
 from fastformer.integrations.acceleration.rebinding import global_names, rebind
-from fastformer.integrations.acceleration.swapping import Recipe
+from fastformer.integrations.acceleration.swapping import OperatorRecipe, Recipe
 from fastformer.nn.cross_entropy import CrossEntropyLoss
 from fastformer.ops.cross_entropy import cross_entropy
 
@@ -43,8 +43,8 @@ class LanguageModelLoss:
     ) -> Tensor:
         """As `own`: the mean over labels, or their sum over `num_items_in_batch` where batches are accumulated."""
         if not use_triton(logits):
-            given = {} if shift_labels is None else {"shift_labels": shift_labels}
-            return self.own(logits, labels, vocab_size, num_items_in_batch, ignore_index, **given, **kwargs)
+            given = kwargs if shift_labels is None else {"shift_labels": shift_labels, **kwargs}
+            return self.own(logits, labels, vocab_size, num_items_in_batch, ignore_index, **given)
         return self.run(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
 
     def run(
@@ -98,11 +98,10 @@ def _is_proven(loss: LanguageModelLoss) -> bool:
     for case in cases:
         known = labels.masked_fill(labels == -100, 3) if "ignore_index" in case else labels
         results = []
-        # Flash attention's arguments reach a loss function too.
-        for function, more in ((loss.own, {"max_length_q": 7}), (loss.run, {})):
+        for function in (loss.own, loss.run):
             leaf = logits.clone().requires_grad_()
             try:
-                value = function(logits=leaf, labels=known, vocab_size=11, **case, **more)
+                value = function(logits=leaf, labels=known, vocab_size=11, **case)
                 results.append((value, *torch.autograd.grad(value, leaf)))
             except ERRORS:
                 return False
@@ -111,16 +110,43 @@ def _is_proven(loss: LanguageModelLoss) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class LossModule(OperatorRecipe):
+    """A child that is PyTorch's `CrossEntropyLoss`."""
+
+    part = "loss"
+
+    def describe(self) -> str:
+        return "fastformer.cross_entropy"
+
+    def tensors(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, ...] | None:
+        return args if len(args) == 2 and not kwargs else None
+
+    def holds(self, module: nn.Module, *tensors: Tensor) -> bool:
+        return True
+
+    def run(self, module: Any, *tensors: Tensor) -> Tensor:
+        return cross_entropy(
+            *tensors,
+            weight=module.weight,
+            ignore_index=module.ignore_index,
+            reduction=module.reduction,
+            label_smoothing=module.label_smoothing,
+        )
+
+
 class _DispatchedLoss(CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss`, on Fastformer's operator wherever kernels run."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return super().forward(input, target) if use_triton(input) else nn.CrossEntropyLoss.forward(self, input, target)
+        if use_triton(input):
+            return super().forward(input, target)
+        return nn.CrossEntropyLoss.forward(self, input, target)
 
 
 @dataclass(frozen=True)
 class NamedLoss(Recipe):
-    """A forward that makes its loss by ``CrossEntropyLoss(...)``: the name is bound to Fastformer's twin of the class."""
+    """A forward that makes its loss by ``CrossEntropyLoss(...)``: the name becomes that of Fastformer's twin."""
 
     name: str
 
@@ -133,7 +159,11 @@ class NamedLoss(Recipe):
         return "fastformer.nn.CrossEntropyLoss"
 
 
-def recognise(module: nn.Module) -> NamedLoss | None:
-    """The recipe for a module whose forward names PyTorch's class; None for others."""
-    names = [name for name, value in global_names(type(module).forward).items() if value is nn.CrossEntropyLoss]
-    return NamedLoss(names[0]) if names else None
+def recognise(module: nn.Module) -> LossModule | NamedLoss | None:
+    """The recipe for PyTorch's `CrossEntropyLoss`, or for a module whose forward names that class; None for others."""
+    if type(module) is nn.CrossEntropyLoss:
+        return LossModule()
+    for name, value in global_names(type(module).forward).items():
+        if value is nn.CrossEntropyLoss:
+            return NamedLoss(name)
+    return None

@@ -39,7 +39,7 @@ _RECOGNISERS: list[tuple[str, Callable[[nn.Module], Recipe | str | None]]] = [
 
 
 def accelerate(model: nn.Module) -> Acceleration:
-    """Run a model's layers on Fastformer's operators: norms, feed-forwards, rotary and input embeddings, loss, attention.
+    """Run a model on Fastformer's operators: its norms, feed-forwards, rotary and input embeddings, loss and attention.
 
     A layer is recognised by its structure and by what it computes: its own forward and the operator's call are run on
     random parameters and inputs, and have to agree in outputs and gradients. What is not proven equal is left as it
@@ -78,7 +78,7 @@ def accelerate(model: nn.Module) -> Acceleration:
             continue
         structure = structure_of(module)
         for part, recognise in recognisers:
-            key = (part, structure)
+            key = (recognise, structure)
             if key not in known:
                 known[key] = recognise(module)
             found = known[key]
@@ -122,10 +122,16 @@ def _check(model: nn.Module) -> None:
 def _accelerate_loss_function(name: str, module: nn.Module) -> list[Decision]:
     """The loss function that a transformers model keeps or has by its kind, if its forward uses one."""
     forward = innermost(type(module).forward)
-    if not hasattr(type(module), "loss_function") or forward is None or "loss_function" not in forward.__code__.co_names:
+    if (
+        not hasattr(type(module), "loss_function")
+        or forward is None
+        or "loss_function" not in forward.__code__.co_names
+    ):
         return []
-    own = module.loss_function
-    found = own if isinstance(own, LanguageModelLoss) else losses.recognise_function(own, "_loss_function" in vars(module))
+    own: Any = module.loss_function
+    found = (
+        own if isinstance(own, LanguageModelLoss) else losses.recognise_function(own, "_loss_function" in vars(module))
+    )
     if isinstance(found, LanguageModelLoss):
         module.loss_function = found  # type: ignore[assignment]
         return [Decision(name, type(module).__name__, "loss", True, "fastformer.cross_entropy")]

@@ -79,7 +79,7 @@ def recognise(module: nn.Module) -> Norm | str | None:
 
 
 def _is_epsilon(name: str, value: object) -> bool:
-    return isinstance(value, float) and 0.0 < value <= 1e-2 or ("eps" in name and value is None)
+    return (isinstance(value, float) and 0.0 < value <= 1e-2) or (value is None and "eps" in name)
 
 
 def _recipes(vectors: list[str], epsilons: list[str]) -> Iterator[Norm]:

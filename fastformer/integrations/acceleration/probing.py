@@ -19,7 +19,7 @@ from fastformer.backends import backend
 from fastformer.integrations.acceleration.swapping import is_own
 
 _RELATIVE_TOLERANCE = 2e-5
-"""Of the largest element: rounding in float32 stays below a tenth of it, erf's and tanh's GELU differ by ten times it."""
+"""Of the largest element: rounding in float32 stays below a tenth, erf's and tanh's GELU differ by ten times it."""
 
 Function = Callable[..., Any]
 """Of a module and tensors."""
@@ -42,7 +42,7 @@ class _Call(nn.Module):
 
 @contextmanager
 def probing(module: nn.Module, training: bool = False) -> Iterator[None]:
-    """Within it `module` is in evaluation, or training, mode, and nothing that runs leaves a trace on random generators."""
+    """Within it `module` is in evaluation, or training, mode, and what runs leaves random generators as they were."""
     modes = [(child, child.training) for child in module.modules()]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,11 @@ def is_projection(module: nn.Module, kind: type[nn.Module]) -> bool:
     return is_plain(module, kind) and not is_traceable_wrapper_subclass(module.weight)  # type: ignore[arg-type]
 
 
-def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
     """The weight, (out_features, in_features) as `nn.Linear` has it, and the bias."""
     # GPT-2's Conv1D keeps the transposed weight.
-    weight = module.weight if isinstance(module, nn.Linear) else module.weight.t()  # type: ignore[operator, union-attr]
-    return weight, module.bias  # type: ignore[return-value]
+    weight = module.weight if isinstance(module, nn.Linear) else module.weight.t()
+    return weight, module.bias
 
 
 def takes(input: Tensor, *projections: nn.Module) -> bool:

@@ -56,7 +56,12 @@ class Acceleration:
 
     def __rich__(self) -> Table:
         table = Table(title=f"{self.model}: {len(self.replaced)} parts replaced, {len(self.left)} left")
-        for column, justify in (("part", "left"), ("class", "left"), ("modules", "right"), ("what became of it", "left")):
+        for column, justify in (
+            ("part", "left"),
+            ("class", "left"),
+            ("modules", "right"),
+            ("what became of it", "left"),
+        ):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         for (part, class_name, replaced, detail), count in self._kinds().items():
             table.add_row(part, class_name, str(count), f"{'replaced by' if replaced else 'left:'} {detail}")

@@ -62,9 +62,7 @@ class Rotary(Recipe):
         fits = cos.shape[-1] <= q.shape[-1] if self.partial else cos.shape[-1] == q.shape[-1] == k.shape[-1]
         return fits and cos.shape == sin.shape and cos.shape[1] == q.shape[3 - unsqueeze_dim]
 
-    def run(
-        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
         """Rotated query and key, by the operator: each token has a row of the tables of its own."""
         if unsqueeze_dim == 2:
             q, k = self.run(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
@@ -165,7 +163,7 @@ def _agree(module: nn.Module, own: Rotation, recipe: Rotary, head_dim: int) -> b
             for rotate in (own, recipe.run):
                 leaves = [(x if unsqueeze_dim == 1 else x.transpose(1, 2)).clone().requires_grad_() for x in (q, k)]
                 try:
-                    outputs = rotate(*leaves, angles.cos(), angles.sin(), unsqueeze_dim=unsqueeze_dim)
+                    outputs = rotate(leaves[0], leaves[1], angles.cos(), angles.sin(), unsqueeze_dim=unsqueeze_dim)
                 except ERRORS:
                     return False
                 total = sum((output.square().cumsum(-1).sum() for output in outputs), torch.zeros(()))

@@ -94,4 +94,4 @@ def _is_proven(module: nn.Module, recipe: SplitFeedForward, method: Callable[...
             outcome(module, method, input)
         except ERRORS:
             return False
-        return same(module, method, recipe.run, [(input,), (3.0 * input[:1, :2],)])
+        return same(module, method, recipe.run, [(input,), (3.0 * input[:1, :2],), (30.0 * input[1:],)])

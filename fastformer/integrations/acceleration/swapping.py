@@ -78,14 +78,15 @@ class Accelerated(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A class made at run time has no name to be found by: pickle and copy keep what it is made from."""
-        create, (_, *arguments), *state = super().__reduce_ex__(max(int(protocol), 2))
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        create, (_, *arguments), *state = reduced
         if create is not copyreg.__newobj__:  # type: ignore[attr-defined]
             raise TypeError(f"{type(self).__name__} is pickled in a way of its own; fastformer.restore(model) first")
         return _new, (self.fastformer_original, self.fastformer_recipe, *arguments), *state
 
 
 def _new(original: type[nn.Module], recipe: Recipe, *arguments: Any) -> nn.Module:
-    cls = accelerated_class(original, recipe)
+    cls = accelerated_class(original, recipe)  # type: ignore[arg-type]
     return cls.__new__(cls, *arguments)
 
 
@@ -108,7 +109,7 @@ def accelerated_class(original: type[nn.Module], recipe: Recipe) -> type[nn.Modu
 
 def swap(module: nn.Module, recipe: Recipe) -> None:
     """Accelerate `module` by `recipe`."""
-    module.__class__ = accelerated_class(type(module), recipe)
+    module.__class__ = accelerated_class(type(module), recipe)  # type: ignore[arg-type]
 
 
 def swap_back(module: nn.Module) -> None:
@@ -120,9 +121,9 @@ def swap_back(module: nn.Module) -> None:
     assert isinstance(module, Accelerated)
     if "fastformer_original" not in vars(type(module)):
         raise ValueError(
-            f"{type(module).__name__} was changed after it was accelerated (fully_shard, parametrization): undo that first"
+            f"{type(module).__name__} was changed after it was accelerated (fully_shard, parametrize): undo that first"
         )
-    module.__class__ = module.fastformer_original
+    module.__class__ = module.fastformer_original  # type: ignore[assignment]
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -131,6 +132,6 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def is_own(module: nn.Module) -> bool:
-    """Whether calling `module` runs its class's forward and nothing else: no hooks, no forward of the instance's own."""
+    """Whether calling `module` runs its class's forward and nothing else: no hooks, no forward of its own."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return "forward" not in vars(module) and not any(hooks)
