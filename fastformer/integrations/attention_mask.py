@@ -53,7 +53,7 @@ class AttentionMask(torch.Tensor):
 
     To a model it is a tensor: what slices, expands or combines it gets the elements that transformers itself would have
     computed. To floating scores it adds 0 where one may attend and the lowest number elsewhere, as the mask of the
-    eager implementation does; arithmetic that would take True for the number 1 is a TypeError.
+    eager implementation does; arithmetic that would take True for the number 1 is a ValueError.
 
     Attributes:
         structure: what says it all without the elements, or None.
@@ -88,30 +88,35 @@ class AttentionMask(torch.Tensor):
         """The mask as numbers to add to scores of `dtype`."""
         return torch.zeros_like(self.dense, dtype=dtype).masked_fill_(~self.dense, torch.finfo(dtype).min)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"AttentionMask(shape={tuple(self.shape)}, structure={self.structure})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        operation, dtype = func.overloadpacket, _number_dtype(args, kwargs)
+        operation, dtype = func.overloadpacket, _floating_dtype(args, kwargs)
         if operation in _ADDED and dtype is not None:
             args, kwargs = tree_map_only(AttentionMask, lambda mask: mask.additive(dtype), (args, kwargs))
             return func(*args, **kwargs)
-        if dtype is not None and not (operation in _CONDITIONED or "scaled_dot_product" in str(operation)):
-            raise TypeError(
+        among_numbers = dtype is not None and not (operation in _CHOOSES or "scaled_dot_product" in str(operation))
+        if among_numbers or (operation in _CALCULATES and any(type(argument) in (int, float) for argument in args)):
+            # A TypeError would be taken for "not implemented" by Python's operators.
+            raise ValueError(
                 f"{operation} takes an attention mask for the numbers 0 and 1, but it is boolean, True = may attend; "
-                f'use attn_implementation="eager" or "sdpa" with a model that computes with it'
+                f'use attn_implementation="eager" with a model that calculates with it'
             )
         args, kwargs = tree_map_only(AttentionMask, lambda mask: mask.dense, (args, kwargs))
         result = func(*args, **kwargs)
         return tree_map_only(torch.Tensor, _still_a_mask, result) if operation in _RESHAPED else result
 
 
-# Where a boolean mask meets numbers: added to them (or stored among them), or choosing among them.
+# Where a boolean mask meets numbers: it is added to them, or stored among them.
 _ADDED = {aten.add, aten.add_, aten.cat, aten.copy_, aten._to_copy}
-_CONDITIONED = {aten.where, aten.masked_fill, aten.masked_fill_, aten.masked_select, aten.index, aten.index_put}
-_CONDITIONED |= {aten.index_put_, aten.bitwise_and, aten.bitwise_or}
+# It chooses among them.
+_CHOOSES = {aten.where, aten.masked_fill, aten.masked_fill_, aten.masked_select, aten.index, aten.index_put}
+_CHOOSES |= {aten.index_put_, aten.bitwise_and, aten.bitwise_or}
+# It would become one of them.
+_CALCULATES = {aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge}
 # What of a mask is a mask again.
 _RESHAPED = {
     aten.slice,
@@ -137,14 +142,11 @@ _RESHAPED |= {aten.bitwise_and, aten.bitwise_or, aten.bitwise_not, aten.logical_
 _RESHAPED |= {aten.split, aten.masked_fill}
 
 
-def _number_dtype(args: Any, kwargs: Any) -> torch.dtype | None:
-    """The floating dtype that a mask is combined with or cast to; float32 for Python numbers; None for no numbers."""
+def _floating_dtype(args: Any, kwargs: Any) -> torch.dtype | None:
+    """The floating dtype that a mask is combined with or cast to, if any."""
     leaves = tree_flatten((args, kwargs))[0]
-    dtypes = [leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-    dtypes += [leaf for leaf in leaves if isinstance(leaf, torch.dtype) and leaf.is_floating_point]
-    if dtypes:
-        return dtypes[0]
-    return torch.float32 if any(isinstance(leaf, float) for leaf in leaves) else None
+    dtypes = [leaf if isinstance(leaf, torch.dtype) else getattr(leaf, "dtype", torch.bool) for leaf in leaves]
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
 
 
 def _still_a_mask(tensor: torch.Tensor) -> torch.Tensor:
@@ -229,6 +231,8 @@ def _structure(
         structure = replace(structure, key_lengths=lengths)
     if padding is None:
         return structure
+    if padding.dim() != 2:
+        return None
     missing = keys + kv_offset - padding.shape[-1]
     valid = torch.nn.functional.pad(padding, (0, max(missing, 0)))[:, kv_offset : kv_offset + keys]
     return _with_padding(structure, valid, written)
