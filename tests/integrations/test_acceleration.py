@@ -108,7 +108,7 @@ def test_restore_leaves_nothing(name: str) -> None:
     model = MODELS[name].build()
     attributes = {path: {**vars(module)} for path, module in model.named_modules()}
     classes = {path: type(module) for path, module in model.named_modules()}
-    parameters = {path: parameter for path, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     keys = list(model.state_dict())
     implementations = [config._attn_implementation for config in configurations(model)]
 

@@ -126,8 +126,10 @@ class LossModule(OperatorRecipe):
         return True
 
     def run(self, module: Any, *tensors: Tensor) -> Tensor:
+        logits, target = tensors
         return cross_entropy(
-            *tensors,
+            logits,
+            target,
             weight=module.weight,
             ignore_index=module.ignore_index,
             reduction=module.reduction,

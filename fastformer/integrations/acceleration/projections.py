@@ -21,7 +21,7 @@ def projection_class(*modules: nn.Module) -> type[nn.Module] | None:
 
 def is_projection(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling `module` is a projection by its parameters and nothing else, as `nn.feed_forward` has it."""
-    return is_plain(module, kind) and not is_traceable_wrapper_subclass(module.weight)  # type: ignore[arg-type]
+    return is_plain(module, kind) and not is_traceable_wrapper_subclass(module.weight)
 
 
 def weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
