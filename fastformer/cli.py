@@ -15,6 +15,10 @@ COMMANDS = {
         "train a BERT from scratch: masked language modelling and next-sentence prediction",
     ),
     "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),
+    "verify": (
+        "fastformer.integrations.verification",
+        "compare a Hugging Face model on Fastformer with itself: outputs, gradients, generation",
+    ),
     "kernels": (
         "fastformer.inspection.command",
         "compile the GPU kernels ahead of time and report what they became; needs no GPU",
