@@ -19,6 +19,10 @@ COMMANDS = {
         "fastformer.integrations.verification",
         "compare a Hugging Face model on Fastformer with itself: outputs, gradients, generation",
     ),
+    "hub": (
+        "fastformer.integrations.hub",
+        "export layers as a kernel that Hugging Face's `kernels` package loads",
+    ),
     "kernels": (
         "fastformer.inspection.command",
         "compile the GPU kernels ahead of time and report what they became; needs no GPU",

@@ -60,7 +60,7 @@ class Subject:
         torch.manual_seed(seed)
         model_class = getattr(transformers, name, None) if name.isidentifier() else None
         if inspect.isclass(model_class) and issubclass(model_class, PreTrainedModel) and model_class.config_class:
-            model = model_class._from_config(_small(model_class.config_class), attn_implementation="eager")
+            model = _small_model(model_class)
             _spread_weights(model)
             if model.can_generate():
                 model.generation_config.update(decoder_start_token_id=1, forced_eos_token_id=None)
@@ -129,13 +129,32 @@ class Subject:
             logits = getattr(self.model(**batch), "logits", None)
         if logits is None:
             return {}
+        labels = self._classes(batch, logits)
+        try:
+            with torch.no_grad():
+                self.model(**batch, labels=labels)
+        except (RuntimeError, ValueError, IndexError, TypeError):  # its labels are of another kind
+            return {}
+        return {"labels": labels}
+
+    def _classes(self, batch: dict[str, Tensor], logits: Tensor) -> Tensor:
         labels = torch.randint(min(3, logits.shape[-1] - 1), logits.shape[-1], logits.shape[:-1])
         if "attention_mask" not in batch or labels.shape != batch["input_ids"].shape:
-            return {"labels": labels}
+            return labels
         # The token after padding is predicted from what has seen nothing.
         attended = batch["attention_mask"].bool()
         after = torch.nn.functional.pad(~attended, (1, -1))
-        return {"labels": labels.masked_fill(~attended | after, -100)}
+        return labels.masked_fill(~attended | after, -100)
+
+
+def _small_model(model_class: Any) -> PreTrainedModel:
+    try:
+        return model_class._from_config(_small(model_class.config_class), attn_implementation="eager")
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, ImportError) as error:
+        raise ValueError(
+            f"no small {model_class.__name__} with eager attention could be made; save one to a folder and give that: "
+            f"{error}"
+        ) from error
 
 
 def _pixels(config: Any) -> dict[str, Tensor]:

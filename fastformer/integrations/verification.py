@@ -35,8 +35,8 @@ _DESCRIPTION = """\
 Verify that a transformers model gives its own outputs, loss, gradients and generations on Fastformer: with attention
 "fastformer" and with its layers accelerated, against itself with eager attention. Exit status 1 if a check fails.
 
-MODEL is a folder, a model's name on the hub that is in the local cache, or the name of a class of transformers, of which
-a small model with random weights is made.
+MODEL is a folder, a model's name on the hub that is in the local cache, or the name of a class of transformers, of
+which a small model with random weights is made.
 
 examples:
   fastformer verify BertForMaskedLM
