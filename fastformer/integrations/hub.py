@@ -106,8 +106,18 @@ def package() -> Files:
 
 def _imported(source: str) -> set[str]:
     """The modules of ours that a source imports, anywhere in it."""
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and not node.level]
-    return {node.module for node in nodes if node.module and node.module.split(".")[0] in _PACKAGES}
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module and _is_ours(node.module):
+            names.add(node.module)
+            # A name imported from a package may be a module.
+            members = [f"{node.module}.{alias.name}" for alias in node.names]
+            names.update(member for member in members if _locate(member)[1].exists())
+    return names
+
+
+def _is_ours(name: str) -> bool:
+    return name.split(".")[0] in _PACKAGES
 
 
 def _locate(name: str) -> tuple[PurePosixPath, Path]:
