@@ -53,9 +53,9 @@ def attention_forward(
     position_bias: Tensor | None = None,
     indices: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    cu_seq_lens_k: Tensor | None = None,
+    cu_seq_lens_k: Tensor | dict[str, Tensor] | None = None,
     max_length_q: int | None = None,
-    max_length_k: int | None = None,
+    max_length_k: int | dict[str, int] | None = None,
     output_attentions: bool | None = None,
     deterministic: bool | None = None,
     **others: Any,
@@ -89,6 +89,12 @@ def attention_forward(
         )
     if deterministic and not torch.are_deterministic_algorithms_enabled():
         raise ValueError("deterministic=True needs torch.use_deterministic_algorithms(True)")
+    if isinstance(cu_seq_lens_k, dict):
+        # Older releases leave it to the attention function to update the paged cache of continuous batching, and
+        # make a mask that does not know of the cache.
+        paged = {**others, "cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k}
+        key, value = others["cache"].update(key, value, module.layer_idx, paged)
+        cu_seq_lens_k, max_length_k, attention_mask = paged["cu_seq_lens_k"], paged["max_length_k"], None
     batch = max(tensor.shape[0] for tensor in (query, key, value))
     query, key, value = (_of_batch(tensor, batch) for tensor in (query, key, value))
     structure = _structure(module, attention_mask, is_causal, sliding_window, (batch, 1, query.shape[2], key.shape[2]))
@@ -147,9 +153,9 @@ def _structure(
 def _packed_structure(
     structure: MaskStructure | None,
     cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
+    cu_seqlens_k: Any,
     max_length_q: int | None,
-    max_length_k: int | None,
+    max_length_k: Any,
 ) -> MaskStructure:
     """`structure` within the sequences that the boundaries say."""
     if structure is None or structure.key_mask is not None or structure.key_lengths is not None:
