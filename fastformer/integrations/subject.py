@@ -10,37 +10,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+
+from fastformer.integrations.acceleration.probing import ERRORS
+from fastformer.integrations.small_models import BEGIN, small_model
 
 TOKENS = 11
 _PADDED = (11, 6, 8)
 """Tokens of each sequence of a padded batch."""
-
-_SMALL: dict[str, Any] = {
-    "vocab_size": 96,
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "projection_dim"), 32),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 2),
-    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
-    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("intermediate_size", "n_inner", "d_ff", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 48),
-    **dict.fromkeys(("moe_intermediate_size", "intermediate_size_mlp", "shared_expert_intermediate_size"), 48),
-    **dict.fromkeys(("head_dim", "d_kv"), 8),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_target_positions"), 64),
-    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4),
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "query_pre_attn_scalar": 8,
-    "sliding_window": 5,
-    "image_size": 12,
-    "patch_size": 4,
-    "num_mel_bins": 8,
-    "max_source_positions": 10,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-"""Options of configurations that make a model small; those that a configuration has are taken."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +37,7 @@ class Subject:
         torch.manual_seed(seed)
         model_class = getattr(transformers, name, None) if name.isidentifier() else None
         if inspect.isclass(model_class) and issubclass(model_class, PreTrainedModel) and model_class.config_class:
-            model = _small_model(model_class)
-            _spread_weights(model)
-            if model.can_generate():
-                model.generation_config.update(decoder_start_token_id=1, forced_eos_token_id=None)
-            return Subject(model.eval(), "a small configuration, random weights")
+            return Subject(_small_random(model_class, seed), "a small configuration, random weights")
         try:
             config = AutoConfig.from_pretrained(name, local_files_only=True)
         except (OSError, ValueError) as error:
@@ -112,8 +85,8 @@ class Subject:
 
     def tokens(self, *shape: int) -> Tensor:
         """Random words, none of them padding."""
-        size = self.model.config.get_text_config().vocab_size
-        return torch.randint(3, size, shape).where(torch.tensor(True), 3)
+        ids = torch.randint(3, self.model.config.get_text_config().vocab_size, shape)
+        return ids - (ids == self._padding).long()
 
     @property
     def _padding(self) -> int:
@@ -122,23 +95,19 @@ class Subject:
 
     def _labels(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A label for all that the model gives logits of, if it takes labels: tokens that are attended, or inputs."""
-        arguments = inspect.signature(self.model.forward).parameters
-        if "labels" not in arguments:
+        if "labels" not in inspect.signature(self.model.forward).parameters:
             return {}
-        with torch.no_grad():
-            logits = getattr(self.model(**batch), "logits", None)
-        if logits is None:
-            return {}
-        labels = self._classes(batch, logits)
+        given = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
         try:
             with torch.no_grad():
-                self.model(**batch, labels=labels)
-        except (RuntimeError, ValueError, IndexError, TypeError):  # its labels are of another kind
+                labels = self._classes(batch, self.model(**given).logits.shape)
+                self.model(**given, labels=labels.to(self.model.device))
+        except ERRORS:  # it has no logits, or its labels are of another kind
             return {}
         return {"labels": labels}
 
-    def _classes(self, batch: dict[str, Tensor], logits: Tensor) -> Tensor:
-        labels = torch.randint(min(3, logits.shape[-1] - 1), logits.shape[-1], logits.shape[:-1])
+    def _classes(self, batch: dict[str, Tensor], logits: torch.Size) -> Tensor:
+        labels = torch.randint(min(3, logits[-1] - 1), logits[-1], logits[:-1])
         if "attention_mask" not in batch or labels.shape != batch["input_ids"].shape:
             return labels
         # The token after padding is predicted from what has seen nothing.
@@ -147,40 +116,25 @@ class Subject:
         return labels.masked_fill(~attended | after, -100)
 
 
-def _small_model(model_class: Any) -> PreTrainedModel:
+def _small_random(model_class: Any, seed: int) -> PreTrainedModel:
     try:
-        return model_class._from_config(_small(model_class.config_class), attn_implementation="eager")
+        model = small_model(model_class, seed)
     except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, ImportError) as error:
         raise ValueError(
             f"no small {model_class.__name__} with eager attention could be made; save one to a folder and give that: "
             f"{error}"
         ) from error
+    with torch.no_grad():
+        # Weights of ones and biases of zeros would hide what is done with them.
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    if model.can_generate():
+        model.generation_config.update(decoder_start_token_id=BEGIN, forced_eos_token_id=None)
+    return model
 
 
 def _pixels(config: Any) -> dict[str, Tensor]:
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     return {"pixel_values": torch.randn(3, config.num_channels, height, width)}
-
-
-def _small(config_class: type[PretrainedConfig], **options: Any) -> PretrainedConfig:
-    default = config_class()
-    if default.sub_configs:
-        for name, kind in default.sub_configs.items():
-            if getattr(default, name, None) is not None and kind is not AutoConfig:
-                options[name] = _small(kind).to_dict()
-    known = {name: value for name, value in _SMALL.items() if hasattr(default, name)}
-    if getattr(default, "sliding_window", None) is None:
-        known.pop("sliding_window", None)
-    return config_class(**{**known, **options})
-
-
-def _spread_weights(model: PreTrainedModel) -> None:
-    """Give a new model weights with which attention is far from uniform, and norms and biases that do something."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter)
-            if parameter.dim() > 1:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-            else:
-                parameter.add_(noise * 0.1)

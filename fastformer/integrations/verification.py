@@ -234,12 +234,12 @@ def _converted(model: Any, dtype: torch.dtype) -> Any:
     return copy.deepcopy(model).to(dtype)
 
 
-def _forward_and_backward(model: Any, batch: dict[str, Tensor]) -> Results:
+def _forward_and_backward(model: Any, batch: dict[str, Tensor], **options: Any) -> Results:
     """Outputs, the loss if the model has one, and every parameter's gradient."""
     model.zero_grad()
     moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
     given = {name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in moved.items()}
-    output = model(**given)
+    output = model(**given, **options)
     outputs = {
         f"outputs {name}": _attended(tensor, given)
         for name, tensor in output.items()
@@ -294,8 +294,8 @@ def _packed(pair: _Pair) -> list[Check]:
     torch.manual_seed(1)
     ids = subject.tokens(1, TOKENS)
     positions = torch.cat((torch.arange(4), torch.arange(TOKENS - 4)))[None]
-    batch = {"input_ids": ids, "position_ids": positions, "use_cache": torch.tensor(False)}
-    return pair.compare((name,), lambda model: _named(name, _forward_and_backward(model, batch)))
+    batch = {"input_ids": ids, "position_ids": positions}
+    return pair.compare((name,), lambda model: _named(name, _forward_and_backward(model, batch, use_cache=False)))
 
 
 def _four_dimensional(pair: _Pair) -> list[Check]:
