@@ -13,6 +13,7 @@ from fastformer.integrations.registration import register as _register_with_tran
 
 if TYPE_CHECKING:
     from fastformer.backends import backend
+    from fastformer.integrations.acceleration import accelerate, restore
     from fastformer.ops import (
         alibi_slopes,
         append_to_cache,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "accelerate",
     "alibi_slopes",
     "append_to_cache",
     "attention",
@@ -52,6 +54,7 @@ __all__ = [
     "log_softmax",
     "merge_attention",
     "relative_position_bias",
+    "restore",
     "rms_norm",
     "rotary",
     "rotary_frequencies",
@@ -63,11 +66,19 @@ __all__ = [
 ]
 
 
+_HOMES = {
+    "accelerate": "fastformer.integrations.acceleration",
+    "backend": "fastformer.backends",
+    "restore": "fastformer.integrations.acceleration",
+}
+"""Where the names are that are not operators."""
+
+
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is: `fastformer --help` needs no torch."""
     if name not in __all__:
         raise AttributeError(f"module 'fastformer' has no attribute {name!r}")
-    module = importlib.import_module("fastformer.backends" if name == "backend" else "fastformer.ops")
+    module = importlib.import_module(_HOMES.get(name, "fastformer.ops"))
     return globals().setdefault(name, getattr(module, name))
 
 

@@ -31,6 +31,14 @@ COMMANDS = {
         "what training a model needs and takes: memory of each GPU, operations, tokens per second, days",
     ),
     "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),
+    "verify": (
+        "fastformer.integrations.verification",
+        "compare a Hugging Face model on Fastformer with itself: outputs, gradients, generation",
+    ),
+    "hub": (
+        "fastformer.integrations.hub",
+        "export layers as a kernel that Hugging Face's `kernels` package loads",
+    ),
     "kernels": (
         "fastformer.inspection.command",
         "compile the GPU kernels ahead of time and report what they became; needs no GPU",

@@ -60,6 +60,8 @@ SMALLEST = {
     "kernels report": ("--operators", "merge_attention", "--arch", "sm_80"),
     "numerics": ("--operators", "softmax", "--dtypes", "float32"),
     "doctor": (),
+    "verify": (),
+    "hub export": (),
 }
 
 

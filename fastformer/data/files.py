@@ -54,8 +54,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            for file in temporary.iterdir():
-                _synchronise(file)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _synchronise(file)
             with contextlib.suppress(FileExistsError):
                 _rename_new(temporary, path)
         finally:

@@ -107,7 +107,7 @@ class TransformerEmbedding(nn.Module):
         tables = [table for table in (self.word, self.position, self.token_type) if table is not None]
         dropout_p = self.dropout.p if self.training else 0.0
         norm_is_plain = type(self.norm) is LayerNorm and type(self.dropout) is nn.Dropout and not _hooked(self.norm)
-        if norm_is_plain and inputs_embeds is None and self.scale == 1.0 and all(map(_is_plain_embedding, tables)):
+        if norm_is_plain and inputs_embeds is None and self.scale == 1.0 and all(map(is_plain_embedding, tables)):
             assert input_ids is not None and self.word is not None and self.norm is not None
             return transformer_embedding(
                 input_ids,
@@ -165,7 +165,7 @@ class TransformerEmbedding(nn.Module):
         return words
 
 
-def _is_plain_embedding(table: nn.Module) -> bool:
+def is_plain_embedding(table: nn.Module) -> bool:
     """Whether `table` computes exactly what the operator does from its weight."""
     if _hooked(table):
         return False

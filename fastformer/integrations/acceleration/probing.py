@@ -1,0 +1,161 @@
+"""Whether two functions of a module's parameters are one: both run on random parameters and inputs, and are compared.
+
+The parameters are random because a fresh model's are not: weights of one and biases of zero hide what is done with
+them. They take the module's own parameters' place for the call alone, in float32 on the CPU, so that a model on a
+GPU, in half precision or on the meta device is probed as any other, and not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fastformer.backends import backend
+from fastformer.integrations.acceleration.swapping import is_own
+
+_RELATIVE_TOLERANCE = 2e-5
+"""Of the largest element: rounding in float32 stays below a tenth, erf's and tanh's GELU differ by ten times it."""
+
+Function = Callable[..., Any]
+"""Of a module and tensors."""
+
+ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError, NotImplementedError)
+"""What a forward raises that does not take the tensors of a probe."""
+
+
+class _Call(nn.Module):
+    """A function of a module as a module, whose parameters can be substituted."""
+
+    def __init__(self, module: nn.Module, function: Function) -> None:
+        super().__init__()
+        self.module = module
+        self.function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(self.module, *inputs)
+
+
+@contextmanager
+def probing(module: nn.Module, training: bool = False) -> Iterator[None]:
+    """Within it `module` is in evaluation, or training, mode, and what runs leaves random generators as they were."""
+    modes = [(child, child.training) for child in module.modules()]
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(backend("torch"))
+        try:
+            for child, _ in modes:
+                child.training = training
+            torch.manual_seed(0)
+            yield
+        finally:
+            for child, mode in modes:
+                child.training = mode
+
+
+def outcome(module: nn.Module, function: Function, *inputs: Any) -> Any:
+    """What `function(module, *inputs)` gives on the module's random parameters."""
+    return functional_call(_Call(module, function), _random_tensors(module), inputs)
+
+
+def _random_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """For each parameter a random one, its variance the inverse of a matrix's inputs; buffers are the module's own."""
+    generator = torch.Generator("cpu").manual_seed(1)
+    tensors = {}
+    for name, parameter in module.named_parameters(remove_duplicate=True):
+        values = torch.randn(parameter.shape, generator=generator, device="cpu")
+        tensors[f"module.{name}"] = values.div_(max(1, parameter.shape[-1]) ** 0.5 if parameter.dim() > 1 else 1.0)
+    for name, buffer in module.named_buffers():
+        tensors[f"module.{name}"] = buffer.detach().cpu()
+    return tensors
+
+
+def same(module: nn.Module, first: Function, second: Function, inputs: Sequence[tuple[Any, ...]]) -> bool:
+    """Whether two functions of `module` agree on every tuple of `inputs`: outputs, and gradients of inputs and
+    parameters."""
+    return all(_same_at(module, first, second, arguments) for arguments in inputs)
+
+
+def _same_at(module: nn.Module, first: Function, second: Function, inputs: tuple[Any, ...]) -> bool:
+    expected, actual = (_with_gradients(module, function, inputs) for function in (first, second))
+    return len(expected) == len(actual) and all(close(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def _with_gradients(module: nn.Module, function: Function, inputs: tuple[Any, ...]) -> list[Tensor | None]:
+    tensors = {name: _leaf(tensor) for name, tensor in _random_tensors(module).items()}
+    leaves = tuple(_leaf(input) for input in inputs)
+    output = functional_call(_Call(module, function), tensors, leaves)
+    outputs = output if isinstance(output, tuple) else (output,)
+    if not all(isinstance(output, Tensor) for output in outputs):
+        return []
+    wanted = [leaf for leaf in (*tensors.values(), *leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    total = sum(((output * _pattern(output)).sum() for output in outputs), torch.zeros(()))
+    if not total.requires_grad:
+        return [*outputs]
+    return [*outputs, *torch.autograd.grad(total, wanted, allow_unused=True)]
+
+
+def _leaf(value: Any) -> Any:
+    """A tensor of its own for each call, which gets a gradient if it can."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone().requires_grad_(value.is_floating_point())
+
+
+def _pattern(like: Tensor) -> Tensor:
+    """A weight for each element, all different: a sum with them has a gradient that no symmetry can hide."""
+    return torch.arange(like.numel(), dtype=like.dtype).mul_(0.7).sin_().view(like.shape)
+
+
+def close(actual: Tensor | None, expected: Tensor | None) -> bool:
+    """Whether two tensors are equal to rounding; None is a gradient of zeros."""
+    if actual is None or expected is None:
+        present = expected if actual is None else actual
+        return present is None or not present.any()
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return False
+    if not expected.numel():
+        return True
+    error, scale = (actual - expected).abs().max(), expected.abs().max()
+    return bool(error <= _RELATIVE_TOLERANCE * scale)
+
+
+@contextmanager
+def marked(dropouts: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it each dropout multiplies its input by `mark` in place of dropping: where it stands can be told from
+    the result."""
+    handles = [dropout.register_forward_hook(lambda _, inputs, __: mark(inputs[0])) for dropout in dropouts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def mark(input: Tensor) -> Tensor:
+    """`input` with a dropout's mark: each element times another number."""
+    return input * (1.5 + 0.5 * _pattern(input))
+
+
+def structure_of(module: nn.Module, inside: bool = False) -> tuple[Any, ...]:
+    """What decides what `module` computes from its parameters' values: equal for a model's layers.
+
+    Args:
+        inside: `module` is part of what is looked at, whose number of its layer is for the cache of attention alone.
+    """
+    own = [
+        (name, value if isinstance(value, bool | int | float | str | None) else id(value))
+        for name, value in sorted(vars(module).items())
+        if not name.startswith("_") and name != "training" and not (inside and name == "layer_idx")
+    ]
+    parameters = [(name, tuple(tensor.shape)) for name, tensor in module.named_parameters(recurse=False)]
+    buffers = [(name, tuple(tensor.shape)) for name, tensor in module.named_buffers(recurse=False)]
+    children = [(name, structure_of(child, inside=True)) for name, child in module.named_children()]
+    return type(module), is_own(module), tuple(own), tuple(parameters), tuple(buffers), tuple(children)
