@@ -68,7 +68,7 @@ def _once(items: Iterable[Example], text: Callable[[Example], str]) -> list[Exam
 
 
 def split_by(examples: Iterable[Example], document: Callable[[Example], str]) -> Splits[Example]:
-    """Splits examples by a hash of the document that they are of: 8 parts in 10 to train on, 1 for each of the others."""
+    """Splits examples by a hash of the document that they are of: 8 parts in 10 to train on, 1 for each other side."""
     parts: tuple[list[Example], list[Example], list[Example]] = ([], [], [])
     for example in examples:
         part = document_key(document(example)) % _PARTS
@@ -102,7 +102,9 @@ def _line_and_body(docstring: Docstring) -> Iterator[tuple[str, str]]:
 
 # fmt: off
 _FAMILIES = {
-    "language": (TOPICS, "ast", "_ast", "builtins", "codeop", "keyword", "symtable", "token", "tokenize", "types", "typing"),
+    "language": (
+        TOPICS, "_ast", "ast", "builtins", "codeop", "keyword", "symtable", "token", "tokenize", "types", "typing",
+    ),
     "concurrency": (
         "_asyncio", "_queue", "_thread", "asyncio", "concurrent", "contextvars", "multiprocessing", "queue", "sched",
         "selectors", "subprocess", "threading",
@@ -148,19 +150,20 @@ def default_classes(cache_dir: CacheFolder = None) -> Splits[ClassifiedText]:
 # --- Questions --------------------------------------------------------------------------------------------------------
 
 _NEIGHBOURS = 4
-_RAISED = r"`*(?P<exception>\w+(?:Error|Exception|Exit|Interrupt|Warning))`*"
-_ASKED = (
-    (re.compile(r"\bReturns? (?P<answer>[^.;]{8,120}?)(?=\.(?:\s|$))"), "What does {name} return?"),
-    (
-        re.compile(
-            rf"\b[Rr]aises? (?:an? )?{_RAISED} (?:exception )?(?:if|when|unless) (?P<answer>[^.;]{{8,120}}?)(?=\.)"
+_ASKED = tuple(
+    (re.compile(pattern), question)
+    for pattern, question in (
+        (r"\bReturns? (?P<answer>[^.;]{8,120}?)(?=\.(?:\s|$))", "What does {name} return?"),
+        (
+            r"\b[Rr]aises? (?:an? )?`*(?P<exception>\w+(?:Error|Exception|Exit|Interrupt|Warning))`* (?:exception )?"
+            r"(?:if|when|unless) (?P<answer>[^.;]{8,120}?)(?=\.)",
+            "When does {name} raise {exception}?",
         ),
-        "When does {name} raise {exception}?",
-    ),
-    (
-        re.compile(r"\b(?P<subject>[a-z]\w+) defaults to (?P<answer>[^.,;()]{1,60}?)(?=[.,;)])"),
-        "What is the default of {subject} in {name}?",
-    ),
+        (
+            r"\b(?P<subject>[a-z]\w+) defaults to (?P<answer>[^.,;()]{1,60}?)(?=[.,;)])",
+            "What is the default of {subject} in {name}?",
+        ),
+    )
 )
 
 
@@ -169,7 +172,7 @@ def default_questions(cache_dir: CacheFolder = None) -> Splits[Question]:
 
     A context documents four neighbours of a module, one of which the question names.
     """
-    found = [d for d in docstrings(cache_dir) if d.name and not d.module == TOPICS]
+    found = [d for d in docstrings(cache_dir) if d.name and d.module != TOPICS]
     contexts = (
         list(context)
         for _, members in groupby(found, lambda docstring: docstring.module)
@@ -208,9 +211,7 @@ def _questions(members: Sequence[Docstring]) -> Iterator[Question]:
 
 # --- Tags -------------------------------------------------------------------------------------------------------------
 
-_MARKED = re.compile(
-    r"(?::(?P<role>\w+):)?(?P<quote>``|`)(?P<code>[^`\n]{1,60}?)(?:``|`)|\"(?P<quoted>[^\"\n]{1,60})\""
-)
+_MARKED = re.compile(r"(?::\w+:)?(?:``|`)(?P<code>[^`\n]{1,60}?)(?:``|`)|\"(?P<quoted>[^\"\n]{1,60})\"")
 _WORDS = re.compile(r"[\w.]*\w|[^\w\s]")
 
 
