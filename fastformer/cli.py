@@ -30,6 +30,7 @@ COMMANDS = {
         "fastformer.inspection.plan_command",
         "what training a model needs and takes: memory of each GPU, operations, tokens per second, days",
     ),
+    "data": ("fastformer.data.command", "list, show and fetch labelled sets for fine-tuning"),
     "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),
     "verify": (
         "fastformer.integrations.verification",
