@@ -14,6 +14,7 @@ from fastformer.integrations.registration import register as _register_with_tran
 if TYPE_CHECKING:
     from fastformer.backends import backend
     from fastformer.ops import (
+        alibi_slopes,
         append_to_cache,
         attention,
         attention_weights,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "alibi_slopes",
     "append_to_cache",
     "attention",
     "attention_weights",
