@@ -318,6 +318,13 @@ def test_deterministic() -> None:
         attention_module.attention_forward(layer(), *tensors(), None, deterministic=True)
 
 
+def test_dropout_of_a_module_that_does_not_train() -> None:
+    """Whatever probability it passes, as in eager attention."""
+    output, _ = attention_module.attention_forward(layer(), *tensors(), None, dropout=0.9)
+    expected, _ = attention_module.attention_forward(layer(), *tensors(), None)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_without_a_mask(causal: bool) -> None:
     """The module's is_causal counts, unless the call says otherwise; and so does the window."""
