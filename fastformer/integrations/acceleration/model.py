@@ -21,7 +21,7 @@ from fastformer.integrations.acceleration.losses import LanguageModelLoss
 from fastformer.integrations.acceleration.probing import structure_of
 from fastformer.integrations.acceleration.rebinding import innermost
 from fastformer.integrations.acceleration.report import Acceleration, Decision
-from fastformer.integrations.acceleration.swapping import Accelerated, Recipe, swap, swap_back
+from fastformer.integrations.acceleration.swapping import Accelerated, Recipe, can_swap_back, swap, swap_back
 
 ATTENTION = "fastformer"
 """What transformers calls an attention implementation; Fastformer's."""
@@ -46,6 +46,9 @@ def accelerate(model: nn.Module) -> Acceleration:
     is. Modules, parameters, buffers, hooks and the state_dict stay what and where they were, so that checkpoints,
     optimisers and PEFT go on working; a projection that becomes LoRA's or is quantised later is called. Kernels run
     where a backend runs them, on a GPU by default; elsewhere a layer's own forward does.
+
+    While a layer is looked at, random parameters of its shapes in float32 take several times its memory on the CPU;
+    layers of one structure are looked at once.
 
     A model of Hugging Face's that accepts attention implementations gets "fastformer".
 
@@ -101,9 +104,15 @@ def restore(model: nn.Module) -> None:
         ValueError: a module's class was changed after it was accelerated.
     """
     _check(model)
+    accelerated = [(name, module) for name, module in model.named_modules() if isinstance(module, Accelerated)]
+    changed = [name for name, module in accelerated if not can_swap_back(module)]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)}: the class was changed after acceleration (fully_shard, parametrize): undo that"
+        )
+    for _, accelerated_module in accelerated:
+        swap_back(accelerated_module)
     for module in model.modules():
-        if isinstance(module, Accelerated):
-            swap_back(module)
         loss = vars(module).get("_loss_function")
         if isinstance(loss, LanguageModelLoss):
             if loss.was_set:

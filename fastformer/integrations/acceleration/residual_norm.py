@@ -52,7 +52,7 @@ class ResidualNorm(OperatorRecipe):
         projection, norm = getattr(module, self.projection), getattr(module, self.norm)
         if not is_projection(projection, self.kind) or original_class(norm) is not nn.LayerNorm or not is_own(norm):
             return False
-        return is_dropout(module, self.dropout) and takes(input, projection) and norm.weight.dtype == input.dtype
+        return is_dropout(module, self.dropout) and takes(input, projection, norm)
 
     def run(self, module: nn.Module, *tensors: Tensor) -> Tensor:
         input, residual = tensors
