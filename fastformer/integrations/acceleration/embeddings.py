@@ -187,7 +187,7 @@ def _is_proven(module: nn.Module, recipe: Embeddings) -> bool:
 
 def _with_dropout(module: nn.Module, recipe: Embeddings, dropouts: list[str]) -> Embeddings | str:
     input = _inputs(module, recipe)[0]
-    with probing(module, training=True), marked([getattr(module, name) for name in dropouts]):
+    with probing(module, training=True), marked(module):
         expected = outcome(module, _forward(recipe), *input)
         for dropout in (None, *dropouts):
             candidate = replace(recipe, dropout=dropout)

@@ -146,9 +146,10 @@ def close(actual: Tensor | None, expected: Tensor | None) -> bool:
 
 
 @contextmanager
-def marked(dropouts: Sequence[nn.Module]) -> Iterator[None]:
-    """Within it each dropout multiplies its input by `mark` in place of dropping: where it stands can be told from
-    the result."""
+def marked(module: nn.Module) -> Iterator[None]:
+    """Within it each dropout in `module` multiplies its input by `mark` in place of dropping: where it stands can be
+    told from the result."""
+    dropouts = [child for child in module.modules() if isinstance(child, nn.Dropout)]
     handles = [dropout.register_forward_hook(lambda _, inputs, __: mark(inputs[0])) for dropout in dropouts]
     try:
         yield

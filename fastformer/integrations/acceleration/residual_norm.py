@@ -109,7 +109,7 @@ def recognise(module: nn.Module) -> ResidualNorm | str | None:
         if not same(module, forward, recipe.run, inputs):
             return "it does not normalise the sum of its projection and its residual"
     dropouts = [name for name, child in children.items() if type(child) is nn.Dropout]
-    with probing(module, training=True), marked([children[name] for name in dropouts]):
+    with probing(module, training=True), marked(module):
         expected = outcome(module, forward, *inputs[0])
         for dropout in (None, *dropouts):
             candidate = replace(recipe, dropout=dropout)
