@@ -190,6 +190,18 @@ def test_recognised_before_its_weights_are_loaded(name: str, left: set[str]) -> 
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+def test_recognised_whatever_holds_around_it() -> None:
+    model, expected = MODELS["Llama"].build(), fastformer.accelerate(MODELS["Llama"].build())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+            report = fastformer.accelerate(model)
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert report == expected
+
+
 def test_layers_of_one_structure_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at: list[nn.Module] = []
     recognise = feed_forward.recognise

@@ -18,7 +18,7 @@ from fastformer.integrations.acceleration import (
     split_feed_forward,
 )
 from fastformer.integrations.acceleration.losses import LanguageModelLoss
-from fastformer.integrations.acceleration.probing import structure_of
+from fastformer.integrations.acceleration.probing import conditions, structure_of
 from fastformer.integrations.acceleration.rebinding import innermost
 from fastformer.integrations.acceleration.report import Acceleration, Decision
 from fastformer.integrations.acceleration.swapping import Accelerated, Recipe, can_swap_back, swap, swap_back
@@ -66,32 +66,8 @@ def accelerate(model: nn.Module) -> Acceleration:
     >>> fastformer.restore(model)
     """
     _check(model)
-    decisions: list[Decision] = []
-    halves = rotary.tables_have_halves(model)
-    known: dict[Any, Recipe | str | None] = {}
-    recognisers = [*_RECOGNISERS, (rotary.Rotary.part, lambda module: rotary.recognise(module, halves))]
-    for name, module in model.named_modules():
-        class_name = type(module).__name__
-        if isinstance(module, Accelerated):
-            recipe = module.fastformer_recipe
-            decisions.append(Decision(name, class_name, recipe.part, True, recipe.describe()))
-            continue
-        if "forward" in vars(module):
-            decisions.append(Decision(name, class_name, "forward", False, "its forward has been replaced already"))
-            continue
-        structure = structure_of(module)
-        for part, recognise in recognisers:
-            key = (recognise, structure)
-            if key not in known:
-                known[key] = recognise(module)
-            found = known[key]
-            if isinstance(found, Recipe):
-                swap(module, found)
-                decisions.append(Decision(name, class_name, part, True, found.describe()))
-                break
-            if found is not None:
-                decisions.append(Decision(name, class_name, part, False, found))
-        decisions += _accelerate_loss_function(name, module)
+    with conditions():
+        decisions = _accelerate_layers(model)
     decisions += _accelerate_attention(model)
     return Acceleration(type(model).__name__, decisions)
 
@@ -121,6 +97,37 @@ def restore(model: nn.Module) -> None:
                 del module._loss_function
         for config, implementation in vars(module).pop(_OWN_ATTENTION, ()):
             config._attn_implementation_internal = implementation
+
+
+def _accelerate_layers(model: nn.Module) -> list[Decision]:
+    """Swap the class of every module that is recognised, and the loss functions."""
+    decisions: list[Decision] = []
+    halves = rotary.tables_have_halves(model)
+    known: dict[Any, Recipe | str | None] = {}
+    recognisers = [*_RECOGNISERS, (rotary.Rotary.part, lambda module: rotary.recognise(module, halves))]
+    for name, module in model.named_modules():
+        class_name = type(module).__name__
+        if isinstance(module, Accelerated):
+            recipe = module.fastformer_recipe
+            decisions.append(Decision(name, class_name, recipe.part, True, recipe.describe()))
+            continue
+        if "forward" in vars(module):
+            decisions.append(Decision(name, class_name, "forward", False, "its forward has been replaced already"))
+            continue
+        structure = structure_of(module)
+        for part, recognise in recognisers:
+            key = (recognise, structure)
+            if key not in known:
+                known[key] = recognise(module)
+            found = known[key]
+            if isinstance(found, Recipe):
+                swap(module, found)
+                decisions.append(Decision(name, class_name, part, True, found.describe()))
+                break
+            if found is not None:
+                decisions.append(Decision(name, class_name, part, False, found))
+        decisions += _accelerate_loss_function(name, module)
+    return decisions
 
 
 def _check(model: nn.Module) -> None:

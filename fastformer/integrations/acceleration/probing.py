@@ -45,23 +45,35 @@ class _Call(nn.Module):
 
 
 @contextmanager
-def probing(module: nn.Module, training: bool = False) -> Iterator[None]:
-    """Within it `module` is in evaluation, or training, mode, and what runs leaves random generators as they were."""
-    modes = [(child, child.training) for child in module.modules()]
+def conditions() -> Iterator[None]:
+    """Within it everything runs in float32 on the CPU, with gradients and without autocast, whatever holds around it;
+    random generators are afterwards as they were."""
+    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.autocast("cpu", enabled=False))
         stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(backend("torch"))
-        try:
-            for child, _ in modes:
-                child.training = training
-            torch.manual_seed(0)
-            yield
-        finally:
-            for child, mode in modes:
-                child.training = mode
+        yield
+
+
+@contextmanager
+def probing(module: nn.Module, training: bool = False) -> Iterator[None]:
+    """Within it `module` is in evaluation, or training, mode."""
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        for child, _ in modes:
+            child.training = training
+        # Not torch.manual_seed, which sets the generators of GPUs too.
+        torch.default_generator.manual_seed(0)
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
 
 
 def outcome(module: nn.Module, function: Function, *inputs: Any) -> Any:
