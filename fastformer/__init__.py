@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastformer.backends import backend
     from fastformer.integrations.acceleration import accelerate, restore
     from fastformer.ops import (
+        alibi_slopes,
         append_to_cache,
         attention,
         attention_weights,
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "accelerate",
+    "alibi_slopes",
     "append_to_cache",
     "attention",
     "attention_weights",

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PreTrainedModel
 
 import fastformer.models
+from fastformer.models.modeling import ModelOptions
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 _DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
@@ -110,7 +111,7 @@ def _arguments(model: PreTrainedModel, batch: _Batch) -> dict[str, Any]:
     def integers(size: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    accepted = inspect.signature(model.forward).parameters
+    accepted = {*inspect.signature(model.forward).parameters, *ModelOptions.__annotations__}
     per_token = "masked_positions" in accepted
     arguments = {
         "input_ids": integers(batch.tokens),

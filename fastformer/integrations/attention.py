@@ -52,6 +52,7 @@ def attention_forward(
     sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
     indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | dict[str, Tensor] | None = None,
     max_length_q: int | None = None,
@@ -71,7 +72,8 @@ def attention_forward(
         sliding_window: how many keys up to its own position a query sees; without `is_causal` as many after it.
         s_aux: (heads,), sinks. sinks: (batch, heads, queries, n), logits of each query that carry no value.
         position_bias: broadcasts to (batch, heads, queries, keys), added to the scores, differentiable.
-        indices: (batch, queries, n), the only keys that each query may see.
+        indices: (batch, queries, n), the only keys that each query may see. block_indices: (batch, groups, queries, n),
+            the only blocks of keys that the queries of each group of heads may see; negative ones stand for nothing.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: boundaries of the sequences in a packed batch.
         output_attentions: return the weights too, recomputed, before dropout and not differentiable.
         deterministic: gradients must be the same every time.
@@ -82,11 +84,7 @@ def attention_forward(
     Raises:
         TypeError: an argument that is not understood. ValueError: one that does not go with the others.
     """
-    if unknown := sorted(name for name in others.keys() - NOT_FOR_ATTENTION if others[name] is not None):
-        raise TypeError(
-            f"{type(module).__name__} passes {', '.join(unknown)} to its attention, which attn_implementation="
-            f'"fastformer" does not know; use "eager" or "sdpa"'
-        )
+    _check_understood(module, others)
     if deterministic and not torch.are_deterministic_algorithms_enabled():
         raise ValueError("deterministic=True needs torch.use_deterministic_algorithms(True)")
     if isinstance(cu_seq_lens_k, dict):
@@ -98,27 +96,29 @@ def attention_forward(
     batch = max(tensor.shape[0] for tensor in (query, key, value))
     query, key, value = (_of_batch(tensor, batch) for tensor in (query, key, value))
     structure = _structure(module, attention_mask, is_causal, sliding_window, (batch, 1, query.shape[2], key.shape[2]))
-    if cu_seq_lens_q is not None and (structure is None or structure.cu_seqlens_q is None):
-        structure = _packed_structure(structure, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     weights_wanted = _weights_wanted(output_attentions)
-    packed = structure is not None and structure.cu_seqlens_q is not None
-    if packed and (weights_wanted or position_bias is not None or indices is not None or sinks is not None):
-        # These are laid out by row, not by document.
-        if not isinstance(attention_mask, AttentionMask):
-            raise ValueError(
-                "cu_seq_lens_q does not go with position_bias, indices, sinks or output_attentions without a mask; "
-                "give position_ids that start anew with each sequence instead"
-            )
-        structure, packed = None, False
+    by_row = weights_wanted or any(given is not None for given in (position_bias, indices, block_indices, sinks))
+    only: list[Tensor] = []
+    if structure is not None and structure.cu_seqlens_q is not None and by_row:
+        structure = None
+    elif cu_seq_lens_q is not None and (structure is None or structure.cu_seqlens_q is None):
+        if structure is None or structure.key_mask is not None or structure.key_lengths is not None or by_row:
+            only.append(_same_sequence(cu_seq_lens_q, batch, query.shape[2], key.shape[2]))
+        else:
+            structure = _packed(structure, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     arguments = {"mask": _elements(attention_mask)} if structure is None else structure.arguments()
     if indices is not None:
-        arguments["mask"] = _only(indices, arguments["mask"], key.shape[2])
+        only.append(_chosen(indices, key.shape[2])[:, None])
+    if block_indices is not None:
+        indexer: Any = module.indexer
+        only.append(_chosen_blocks(block_indices, indexer.block_size, query.shape[1], key.shape[2]))
+    for allowed in only:
+        arguments["mask"] = _both(arguments["mask"], allowed)
     arguments |= {"scale": scaling, "softcap": softcap, "bias": position_bias}
+    packed = structure is not None and structure.cu_seqlens_q is not None
     tensors = [tensor.transpose(1, 2).flatten(0, 1) if packed else tensor for tensor in (query, key, value)]
-    result = attention(
-        *tensors, **arguments, sinks=s_aux, dropout_p=dropout if module.training else 0.0, return_lse=True
-    )
-    output, lse = result
+    dropout_p = dropout if module.training else 0.0
+    output, lse = attention(*tensors, **arguments, sinks=s_aux, dropout_p=dropout_p, return_lse=True)
     if packed:
         return output.unflatten(0, (batch, query.shape[2])), None
     output = output.transpose(1, 2)
@@ -128,6 +128,14 @@ def attention_forward(
         output = (output * share.transpose(1, 2)[..., None]).to(output.dtype)
         weights = None if weights is None else (weights * share[..., None]).to(weights.dtype)
     return output.contiguous(), weights
+
+
+def _check_understood(module: torch.nn.Module, others: dict[str, Any]) -> None:
+    if unknown := sorted(name for name in others.keys() - NOT_FOR_ATTENTION if others[name] is not None):
+        raise TypeError(
+            f"{type(module).__name__} passes {', '.join(unknown)} to its attention, which attn_implementation="
+            f'"fastformer" does not know; use "eager" or "sdpa"'
+        )
 
 
 def _of_batch(tensor: Tensor, batch: int) -> Tensor:
@@ -150,16 +158,10 @@ def _structure(
     return mask.structure if isinstance(mask, AttentionMask) and tuple(mask.shape) == shape else None
 
 
-def _packed_structure(
-    structure: MaskStructure | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Any,
-    max_length_q: int | None,
-    max_length_k: Any,
+def _packed(
+    structure: MaskStructure, cu_seqlens_q: Tensor, cu_seqlens_k: Any, max_length_q: int | None, max_length_k: Any
 ) -> MaskStructure:
     """`structure` within the sequences that the boundaries say."""
-    if structure is None or structure.key_mask is not None or structure.key_lengths is not None:
-        raise ValueError("cu_seq_lens_q says where sequences end, and so does attention_mask; give one of them")
     if max_length_q is None:
         raise ValueError("cu_seq_lens_q needs max_length_q, the length of the longest sequence")
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
@@ -173,6 +175,18 @@ def _packed_structure(
     )
 
 
+def _same_sequence(cu_seqlens: Tensor, batch: int, queries: int, keys: int) -> Tensor:
+    """(batch, 1, queries, keys) boolean, True between tokens of one sequence of a packed batch."""
+    if queries != keys:
+        raise ValueError(
+            "cu_seq_lens_q of sequences with a cache does not go with attention_mask, output_attentions, "
+            "position_bias, sinks, indices or block_indices, which are laid out by row"
+        )
+    tokens = torch.arange(batch * queries, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens, tokens, right=True).view(batch, queries)
+    return (sequence[:, :, None] == sequence[:, None, :])[:, None]
+
+
 def _elements(mask: Tensor | None) -> Tensor | None:
     """The elements of a 4-D mask: transformers' own 2-D masks of padding mean something else than broadcasting says."""
     if mask is not None and mask.dim() != 4:
@@ -180,10 +194,20 @@ def _elements(mask: Tensor | None) -> Tensor | None:
     return mask.dense if isinstance(mask, AttentionMask) else mask
 
 
-def _only(indices: Tensor, mask: Tensor | None, keys: int) -> Tensor:
-    """`mask` for the keys at `indices`, (batch, queries, n), and no others."""
-    allowed = torch.zeros(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
-    allowed = allowed.scatter_(-1, indices.long(), True)[:, None]
+def _chosen(indices: Tensor, size: int) -> Tensor:
+    """(..., size) boolean, True at `indices`, (..., n), of which negative ones stand for nothing."""
+    marks = torch.zeros(*indices.shape[:-1], size + 1, dtype=torch.bool, device=indices.device)
+    return marks.scatter_(-1, indices.long().masked_fill(indices < 0, size), True)[..., :size]
+
+
+def _chosen_blocks(indices: Tensor, block_size: int, heads: int, keys: int) -> Tensor:
+    """(batch, heads, queries, keys) boolean, True in the blocks of keys at `indices`, (batch, groups, queries, n)."""
+    blocks = _chosen(indices, -(-keys // block_size)).repeat_interleave(block_size, -1)[..., :keys]
+    return blocks.repeat_interleave(heads // indices.shape[1], 1)
+
+
+def _both(mask: Tensor | None, allowed: Tensor) -> Tensor:
+    """What both masks allow, the first one boolean or additive."""
     if mask is None:
         return allowed
     return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, float("-inf"))

@@ -63,6 +63,7 @@ class AttentionMask(torch.Tensor):
     structure: MaskStructure | None
     _build: Callable[[], torch.Tensor]
     _elements: torch.Tensor | None
+    _source: AttentionMask | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -73,9 +74,10 @@ class AttentionMask(torch.Tensor):
         device: torch.device,
         build: Callable[[], torch.Tensor],
         structure: MaskStructure | None,
+        source: AttentionMask | None = None,
     ) -> AttentionMask:
         mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        mask.structure, mask._build, mask._elements = structure, build, None
+        mask.structure, mask._build, mask._elements, mask._source = structure, build, None, source
         return mask
 
     @property
@@ -95,7 +97,8 @@ class AttentionMask(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         operation, dtype = func.overloadpacket, _floating_dtype(args, kwargs)
-        if operation in _ADDED and dtype is not None:
+        written = args[0] if func._schema.is_mutable and isinstance(args[0], AttentionMask) else None
+        if operation in _ADDED and dtype is not None and written is None:
             args, kwargs = tree_map_only(AttentionMask, lambda mask: mask.additive(dtype), (args, kwargs))
             return func(*args, **kwargs)
         among_numbers = dtype is not None and not (operation in _CHOOSES or "scaled_dot_product" in str(operation))
@@ -105,41 +108,39 @@ class AttentionMask(torch.Tensor):
                 f"{operation} takes an attention mask for the numbers 0 and 1, but it is boolean, True = may attend; "
                 f'use attn_implementation="eager" with a model that calculates with it'
             )
+        source = next(leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, AttentionMask))
         args, kwargs = tree_map_only(AttentionMask, lambda mask: mask.dense, (args, kwargs))
         result = func(*args, **kwargs)
-        return tree_map_only(torch.Tensor, _still_a_mask, result) if operation in _RESHAPED else result
+        if written is not None:
+            written._forget_structure()
+            return written
+        if operation in _GIVES_MASKS:
+            return tree_map_only(torch.Tensor, lambda tensor: _mask_of(tensor, source), result)
+        return result
+
+    def _forget_structure(self) -> None:
+        """The elements have been written to, here or through a view of them."""
+        mask: AttentionMask | None = self
+        while mask is not None:
+            mask.structure = None
+            mask = mask._source
 
 
-# Where a boolean mask meets numbers: it is added to them, or stored among them.
-_ADDED = {aten.add, aten.add_, aten.cat, aten.copy_, aten._to_copy}
-# It chooses among them.
-_CHOOSES = {aten.where, aten.masked_fill, aten.masked_fill_, aten.masked_select, aten.index, aten.index_put}
-_CHOOSES |= {aten.index_put_, aten.bitwise_and, aten.bitwise_or}
-# It would become one of them.
-_CALCULATES = {aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge}
-# What of a mask is a mask again.
-_RESHAPED = {
-    aten.slice,
-    aten.select,
-    aten.expand,
-    aten.view,
-    aten._unsafe_view,
-    aten.unsqueeze,
-    aten.squeeze,
-    aten.alias,
-}
-_RESHAPED |= {
-    aten.permute,
-    aten.transpose,
-    aten.clone,
-    aten.detach,
-    aten.index,
-    aten.index_select,
-    aten.cat,
-    aten.repeat,
-}
-_RESHAPED |= {aten.bitwise_and, aten.bitwise_or, aten.bitwise_not, aten.logical_and, aten.logical_or, aten._to_copy}
-_RESHAPED |= {aten.split, aten.masked_fill}
+def _operations(names: str) -> set[Any]:
+    return {getattr(aten, name) for name in names.split()}
+
+
+# Where a boolean mask meets numbers: it is added to them, or stored among them; it chooses among them; or it would have
+# to become one of them.
+_ADDED = _operations("add add_ cat copy_ _to_copy")
+_CHOOSES = _operations("where masked_fill masked_fill_ masked_select index index_put index_put_ bitwise_and bitwise_or")
+_CALCULATES = _operations("add sub rsub mul div eq ne lt le gt ge")
+# What a mask is a mask again after.
+_GIVES_MASKS = _operations(
+    "slice select expand view _unsafe_view unsqueeze squeeze alias permute transpose clone detach index index_select "
+    "cat repeat split split_with_sizes unbind _to_copy masked_fill bitwise_and bitwise_or bitwise_not logical_and "
+    "logical_or"
+)
 
 
 def _floating_dtype(args: Any, kwargs: Any) -> torch.dtype | None:
@@ -149,10 +150,11 @@ def _floating_dtype(args: Any, kwargs: Any) -> torch.dtype | None:
     return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
 
 
-def _still_a_mask(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype != torch.bool or isinstance(tensor, AttentionMask):
+def _mask_of(tensor: torch.Tensor, source: AttentionMask) -> torch.Tensor:
+    """What came of `source`, of whose elements it may be a view."""
+    if tensor.dtype != torch.bool:
         return tensor
-    return AttentionMask(tuple(tensor.shape), tensor.device, lambda: tensor, None)
+    return AttentionMask(tuple(tensor.shape), tensor.device, lambda: tensor, None, source)
 
 
 def attention_mask(
@@ -212,9 +214,7 @@ def _structure(
         return None
     structure, left_padding, sequence_ids = pattern.structure, pattern.left_padding, pattern.sequence_ids
     # Our chunks count from the first key.
-    if structure.chunk is not None and (
-        kv_offset % structure.chunk or (left_padding is not None and left_padding.any())
-    ):
+    if structure.chunk is not None and (kv_offset % structure.chunk or left_padding is None or left_padding.any()):
         return None
     if sequence_ids is not None:
         if padding is not None or structure.chunk is not None or queries != keys:
@@ -279,61 +279,62 @@ class _Pattern:
     sequence_ids: torch.Tensor | None = None
 
 
-def _code(factory: Callable, *arguments: Any) -> CodeType:
-    """The code of the functions that one of transformers' factories of mask functions returns."""
-    return factory(*arguments).__code__
+def _code(name: str, *arguments: Any, encloses: str) -> CodeType | None:
+    """The code of the mask functions that a factory of transformers returns; None if it is not as we know it."""
+    factory = getattr(masking_utils, name, None)
+    code = None if factory is None else factory(*arguments).__code__
+    return code if code is not None and encloses in code.co_freevars else None
 
 
-_AND = _code(masking_utils.and_masks)
-_LEFT_WINDOW = _code(masking_utils.sliding_window_overlay, 1)
-_WINDOW = _code(masking_utils.sliding_window_bidirectional_overlay, 1)
-_CHUNK = _code(masking_utils.chunked_overlay, 1, None)
-_PACKED = _code(masking_utils.packed_sequence_mask_function, None)
-# Positions within documents, where the mask function has them count so (from transformers 5.21 on or so).
-_WITHIN = (
-    _code(masking_utils.remap_positions_for_packed_sequence, None, None)
-    if hasattr(masking_utils, "remap_positions_for_packed_sequence")
-    else None
-)
+_AND = _code("and_masks", encloses="mask_functions")
+_LEFT_WINDOW = _code("sliding_window_overlay", 1, encloses="sliding_window")
+_WINDOW = _code("sliding_window_bidirectional_overlay", 1, encloses="sliding_window")
+_CHUNK = _code("chunked_overlay", 1, None, encloses="chunk_size")
+_PACKED = _code("packed_sequence_mask_function", None, encloses="packed_sequence_mask")
+# Not in the oldest releases, where positions count within the row.
+_WITHIN = _code("remap_positions_for_packed_sequence", None, None, encloses="mask_function")
 
 
 def _pattern(mask_function: Callable) -> _Pattern | None:
     """The pattern of a mask function, read from the closures of transformers' factories; None if it has other parts."""
-    pattern = _Pattern(MaskStructure())
-    for part, enclosed in _parts(mask_function):
-        structure, code = pattern.structure, getattr(part, "__code__", None)
-        left, right = structure.window
+    structure, left_padding, sequence_ids, within = MaskStructure(), None, None, False
+    for part in _parts(mask_function):
+        code, enclosed = _read(part)
+        if code is None:
+            return None
         if part is masking_utils.causal_mask_function:
             structure = replace(structure, causal=True)
-        elif code is _LEFT_WINDOW and left is None:
-            structure = replace(structure, window=(enclosed["sliding_window"] - 1, right))
-        elif code is _WINDOW and (left, right) == (None, None):
+        elif code is _LEFT_WINDOW and structure.window == (None, None):
+            structure = replace(structure, window=(enclosed["sliding_window"] - 1, None))
+        elif code is _WINDOW and structure.window == (None, None):
             structure = replace(structure, window=(enclosed["sliding_window"],) * 2)
         elif code is _CHUNK and structure.chunk is None:
-            structure = replace(structure, chunk=enclosed["chunk_size"])
-            pattern = replace(pattern, left_padding=enclosed["left_padding"])
-        elif code is _PACKED and pattern.sequence_ids is None:
-            pattern = replace(pattern, sequence_ids=enclosed["packed_sequence_mask"])
+            structure, left_padding = replace(structure, chunk=enclosed["chunk_size"]), enclosed["left_padding"]
+        elif code is _PACKED and sequence_ids is None:
+            sequence_ids = enclosed["packed_sequence_mask"]
+        elif code is _WITHIN:
+            within = True
         elif part is not masking_utils.bidirectional_mask_function:
             return None
-        pattern = replace(pattern, structure=structure)
-    return pattern
+    # Between tokens of one document, and only there, the difference of positions is that of places in the row.
+    return None if within and sequence_ids is None else _Pattern(structure, left_padding, sequence_ids)
 
 
-def _parts(mask_function: Callable) -> Iterator[tuple[Callable, dict[str, Any]]]:
-    """The functions that a mask function is the conjunction of, each with the variables it encloses."""
-    enclosed = {}
-    if isinstance(mask_function, FunctionType):
-        cells = mask_function.__closure__ or ()
-        enclosed = {
-            name: cell.cell_contents for name, cell in zip(mask_function.__code__.co_freevars, cells, strict=True)
-        }
-    code = getattr(mask_function, "__code__", None)
-    if code is _AND:
+def _parts(mask_function: Callable) -> Iterator[Callable]:
+    """The functions that a mask function is the conjunction of."""
+    code, enclosed = _read(mask_function)
+    if code is not None and code is _AND:
         for part in enclosed["mask_functions"]:
             yield from _parts(part)
-    elif code is not None and code is _WITHIN:
-        # Between tokens of one document the difference of positions is that of places in the row.
+        return
+    yield mask_function
+    if code is not None and code is _WITHIN:
         yield from _parts(enclosed["mask_function"])
-    else:
-        yield mask_function, enclosed
+
+
+def _read(function: Callable) -> tuple[CodeType | None, dict[str, Any]]:
+    """A function's code and the variables that it encloses; None for other callables."""
+    if not isinstance(function, FunctionType):
+        return None, {}
+    code, cells = function.__code__, function.__closure__ or ()
+    return code, {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.abc
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib.machinery import ModuleSpec
@@ -30,24 +31,43 @@ def _register_attention(modeling_utils: ModuleType) -> None:
 
     modeling_utils.AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
+    _wrap(modeling_utils.PreTrainedModel, "get_correct_attn_implementation", _warn_where_it_has_no_effect)
 
 
 def _register_continuous_batching(continuous_api: ModuleType) -> None:
-    """Let `generate_batch` take our implementation, for which it needs nothing but the boundaries of the sequences.
+    _wrap(continuous_api.ContinuousBatchingManager, "switch_to_cb_friendly_attn", _stay_if_ours)
 
-    It accepts a fixed list of names and anything with "flash" in it.
-    """
-    manager = continuous_api.ContinuousBatchingManager
-    switch = manager.switch_to_cb_friendly_attn
-    if hasattr(switch, "__wrapped__"):
+
+def _warn_where_it_has_no_effect(
+    original: Callable, self: Any, requested: str | None, *args: Any, **kwargs: Any
+) -> Any:
+    """`from_pretrained` accepts any registered name for classes that never ask for an implementation."""
+    if requested == NAME and not self._can_set_attn_implementation():
+        warnings.warn(
+            f'{type(self).__name__} computes attention itself: attn_implementation="{NAME}" has no effect on it',
+            stacklevel=2,
+        )
+    return original(self, requested, *args, **kwargs)
+
+
+def _stay_if_ours(original: Callable, self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+    """`generate_batch` accepts a few names and any with "flash" in it, although it needs no more than boundaries."""
+    if model.config._attn_implementation != NAME:
+        original(self, model, *args, **kwargs)
+
+
+def _wrap(owner: type, name: str, wrapper: Callable) -> None:
+    """Have calls of a method go through `wrapper`, which gets the original one first."""
+    original = getattr(owner, name)
+    if hasattr(original, "wrapped_by_fastformer"):
         return
 
-    @wraps(switch)
-    def switch_unless_ours(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-        if model.config._attn_implementation != NAME:
-            switch(self, model, *args, **kwargs)
+    @wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
 
-    manager.switch_to_cb_friendly_attn = switch_unless_ours
+    vars(method)["wrapped_by_fastformer"] = True
+    setattr(owner, name, method)
 
 
 _AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {

@@ -3,35 +3,64 @@
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
+    AutoModelForTokenClassification,
 )
 
 from fastformer.models.configuration import FastformerConfig
 from fastformer.models.conversion import config_from_bert, load_bert
-from fastformer.models.heads import (
+from fastformer.models.heads.causal_lm import FastformerForCausalLM
+from fastformer.models.heads.classification import (
+    FastformerForImageClassification,
+    FastformerForSequenceClassification,
+    FastformerForTokenClassification,
+)
+from fastformer.models.heads.embedding import FastformerForEmbedding, FastformerForEmbeddingOutput
+from fastformer.models.heads.masked_lm import (
     FastformerForMaskedLM,
     FastformerForPreTraining,
     FastformerForPreTrainingOutput,
-    FastformerForSequenceClassification,
 )
+from fastformer.models.heads.question_answering import FastformerForQuestionAnswering
+from fastformer.models.heads.sequence_to_sequence import FastformerEncoderDecoderModel, FastformerForSeq2SeqLM
 from fastformer.models.modeling import FastformerModel, FastformerPreTrainedModel
 from fastformer.models.presets import PRESETS, preset
 
 AutoConfig.register(FastformerConfig.model_type, FastformerConfig)
-AutoModel.register(FastformerConfig, FastformerModel)
+# Of several classes the Auto class takes the one that the configuration's `architectures` names.
+AutoModel.register(FastformerConfig, (FastformerModel, FastformerEncoderDecoderModel))
 AutoModelForPreTraining.register(FastformerConfig, FastformerForPreTraining)
 AutoModelForMaskedLM.register(FastformerConfig, FastformerForMaskedLM)
+AutoModelForCausalLM.register(FastformerConfig, FastformerForCausalLM)
+AutoModelForSeq2SeqLM.register(FastformerConfig, FastformerForSeq2SeqLM)
 AutoModelForSequenceClassification.register(FastformerConfig, FastformerForSequenceClassification)
+AutoModelForTokenClassification.register(FastformerConfig, FastformerForTokenClassification)
+AutoModelForQuestionAnswering.register(FastformerConfig, FastformerForQuestionAnswering)
+AutoModelForImageClassification.register(FastformerConfig, FastformerForImageClassification)
+AutoModelForTextEncoding.register(FastformerConfig, FastformerForEmbedding)
 
 __all__ = [
     "PRESETS",
     "FastformerConfig",
+    "FastformerEncoderDecoderModel",
+    "FastformerForCausalLM",
+    "FastformerForEmbedding",
+    "FastformerForEmbeddingOutput",
+    "FastformerForImageClassification",
     "FastformerForMaskedLM",
     "FastformerForPreTraining",
     "FastformerForPreTrainingOutput",
+    "FastformerForQuestionAnswering",
+    "FastformerForSeq2SeqLM",
     "FastformerForSequenceClassification",
+    "FastformerForTokenClassification",
     "FastformerModel",
     "FastformerPreTrainedModel",
     "config_from_bert",

@@ -1,55 +1,68 @@
-"""The Transformer's block on packed tokens: attention and feed-forward network, each with residual and norm."""
+"""The Transformer's block: self-attention, cross-attention in a decoder that has an encoder, feed-forward network."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fastformer.models.attention import CrossAttention, SelfAttention
 from fastformer.models.configuration import HIDDEN_ACTS, FastformerConfig
-from fastformer.nn import FeedForward, LayerNorm, Packing
-from fastformer.ops.attention import attention
+from fastformer.models.context import AttentionContext, AttentionPattern
+from fastformer.nn import FeedForward, LayerNorm, RMSNorm
 
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with one projection for queries, keys and values, in this order."""
-
-    def __init__(self, config: FastformerConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.dropout_p = config.attention_probs_dropout_prob
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, hidden: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """`hidden` (total_tokens, hidden_size); returns the same shape."""
-        query, key, value = self.qkv(hidden).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
-        attended = attention(
-            query,
-            key,
-            value,
-            cu_seqlens_q=packing.cu_seqlens,
-            max_seqlen_q=packing.max_seqlen,
-            dropout_p=self.dropout_p if self.training else 0.0,
-        )
-        assert isinstance(attended, torch.Tensor)
-        return self.output(attended.flatten(1))
+Sublayer = Callable[[torch.Tensor], torch.Tensor]
+NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layer": LayerNorm, "rms": RMSNorm}
 
 
 class Block(GradientCheckpointingLayer):
-    """One layer of the encoder, normalised after each residual (Vaswani et al. 2017, BERT)."""
+    """One layer, normalised after each residual (Vaswani et al. 2017) or before each sublayer (Xiong et al. 2020)."""
 
-    def __init__(self, config: FastformerConfig) -> None:
+    def __init__(self, config: FastformerConfig, layer: int, cross_attention: bool = False) -> None:
         super().__init__()
-        self.attention = SelfAttention(config)
-        self.attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.feed_forward = FeedForward(config.hidden_size, config.intermediate_size, HIDDEN_ACTS[config.hidden_act])
-        self.feed_forward_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        norm = partial(NORMS[config.norm], config.hidden_size, eps=config.layer_norm_eps)
+        self.pre_norm = config.norm_placement == "pre"
+        self.dropout_p = config.hidden_dropout_prob
+        self.attention = SelfAttention(config, layer)
+        self.attention_norm = norm()
+        self.cross_attention = CrossAttention(config, layer) if cross_attention else None
+        self.cross_attention_norm = norm() if cross_attention else None
+        self.feed_forward = FeedForward(
+            config.hidden_size,
+            config.intermediate_size,
+            HIDDEN_ACTS[config.hidden_act],
+            gated=config.gated,
+            bias=config.feed_forward_bias,
+            hidden_dropout=config.activation_dropout,
+            # After a post-norm block's it is fused into the norm, with the residual.
+            dropout=config.hidden_dropout_prob if self.pre_norm else 0.0,
+        )
+        self.feed_forward_norm = norm()
 
-    def forward(self, hidden: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """`hidden` (total_tokens, hidden_size); returns the same shape."""
-        hidden, _ = self.attention_norm(self.dropout(self.attention(hidden, packing)), residual=hidden)
-        hidden, _ = self.feed_forward_norm(self.dropout(self.feed_forward(hidden)), residual=hidden)
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        context: AttentionContext,
+        pattern: AttentionPattern,
+        cross_pattern: AttentionPattern | None = None,
+    ) -> torch.Tensor:
+        """`hidden` (tokens, hidden_size); returns the same shape."""
+        sublayers: list[Sublayer] = [partial(self.attention, context=context, pattern=pattern)]
+        norms: list[nn.Module] = [self.attention_norm]
+        if self.cross_attention is not None and self.cross_attention_norm is not None:
+            sublayers.append(partial(self.cross_attention, context=context, pattern=cross_pattern))
+            norms.append(self.cross_attention_norm)
+        norms.append(self.feed_forward_norm)
+        dropout_p = self.dropout_p if self.training else 0.0
+        if self.pre_norm:
+            normed = norms[0](hidden)
+            for sublayer, norm in zip(sublayers, norms[1:], strict=True):
+                normed, hidden = norm(sublayer(normed), residual=hidden, dropout_p=dropout_p)
+            return self.feed_forward(normed, residual=hidden)
+        sublayers.append(self.feed_forward)
+        for sublayer, norm in zip(sublayers, norms, strict=True):
+            hidden = norm(sublayer(hidden), residual=hidden, dropout_p=dropout_p, return_sum=False)
         return hidden

@@ -28,7 +28,7 @@ _BERT_MODULES: dict[str, tuple[str, ...]] = {
     r"mlm_head\.norm": ("cls.predictions.transform.LayerNorm",),
     r"mlm_head\.decoder": ("cls.predictions.decoder",),
     r"nsp_head": ("cls.seq_relationship",),
-    r"classifier": ("classifier",),
+    r"classifier\.projection": ("classifier",),
 }
 
 # Copies of other tensors, and buffers, that some versions of Hugging Face's BERT save.

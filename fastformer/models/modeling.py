@@ -1,7 +1,8 @@
-"""The Transformer encoder as a Hugging Face model. Inside, tokens are packed from embedding to loss."""
+"""The Transformer's stack as a Hugging Face model. Inside, tokens are packed from embedding to loss."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,28 +10,36 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils.generic import can_return_tuple
+from typing_extensions import TypedDict
 
-from fastformer.models.block import Block
+from fastformer.models.block import NORMS, Block
 from fastformer.models.configuration import FastformerConfig
-from fastformer.models.inputs import token_batch
-from fastformer.nn import Packing, TransformerEmbedding
+from fastformer.models.context import AttentionContext, AttentionPattern, CachedContext, PackedContext
+from fastformer.models.inputs import TokenBatch, check_packing, check_position_limit, token_batch
+from fastformer.models.patches import PatchEmbedding
+from fastformer.models.pooling import Pooler
+from fastformer.models.positions import AlibiSlopes, RelativeBias, rotary_embedding
+from fastformer.nn import DenseLayout, Packing, RotaryEmbedding, SinusoidalEmbedding, TransformerEmbedding
+
+# transformers before 5.24 calls the cache of keys and values past_key_values.
+CACHE_FIELD = (
+    "cache"
+    if "cache" in {field.name for field in fields(BaseModelOutputWithPoolingAndCrossAttentions)}
+    else "past_key_values"
+)
 
 
-class Pooler(nn.Module):
-    """Each sequence's first token through a dense layer and tanh."""
+class ModelOptions(TypedDict, total=False):
+    """What every model's forward takes besides its inputs; see `FastformerModel.forward`."""
 
-    def __init__(self, config: FastformerConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, hidden: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """`hidden` (total_tokens, hidden_size) to (batch, hidden_size); an empty sequence counts as zeros."""
-        starts, ends = packing.cu_seqlens[:-1], packing.cu_seqlens[1:]
-        first = hidden.index_select(0, starts.clamp(max=hidden.shape[0] - 1))
-        first = first.masked_fill((starts == ends).unsqueeze(1), 0.0)
-        return torch.tanh(self.dense(first))
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: int | None
+    output_hidden_states: bool | None
+    output_attentions: bool | None
 
 
 class FastformerPreTrainedModel(PreTrainedModel):
@@ -44,8 +53,17 @@ class FastformerPreTrainedModel(PreTrainedModel):
     config_class = FastformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TransformerEmbedding", "Block"]  # noqa: RUF012
-    _input_embed_layer = "word"
+    # The loss of a batch is its mean: Trainer is not to hand over the number of labels of several batches.
+    accepts_loss_kwargs = False
+    _no_split_modules = ["TransformerEmbedding", "PatchEmbedding", "Block"]  # noqa: RUF012
+    _stacks: tuple[str, ...] = ("encoder", "decoder")
+
+    def __init__(self, config: FastformerConfig) -> None:
+        config.validate_architecture()
+        if config.stack not in self._stacks:
+            accepted = " or ".join(map(repr, self._stacks))
+            raise ValueError(f"{type(self).__name__} needs a configuration with stack={accepted}; got {config.stack!r}")
+        super().__init__(config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -60,6 +78,54 @@ class FastformerPreTrainedModel(PreTrainedModel):
             source = _damaged_file(pretrained_model_name_or_path) or pretrained_model_name_or_path
             raise OSError(f"the weights in {source} are damaged or cut short: {error}") from error
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (RotaryEmbedding, SinusoidalEmbedding, AlibiSlopes)):
+            module.reset_parameters()
+        elif isinstance(module, PatchEmbedding):
+            init.normal_(module.image, std=self.config.initializer_range)
+        elif isinstance(module, Block) and module.pre_norm:
+            # The residual stream's variance shall not grow with depth (Radford et al. 2019, section 2.3).
+            std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
+            for projection in (module.attention.output, module.feed_forward.down):
+                init.normal_(projection.weight, std=std)
+
+    def _encode(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> tuple[TokenBatch, torch.Tensor, BaseModelOutputWithPoolingAndCrossAttentions]:
+        """Pack a head's inputs and run its model on them: the packed batch, its last hidden states, all outputs."""
+        tokens = token_batch(
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            cu_seqlens,
+            max_seqlen,
+            self.config,
+        )
+        outputs = self.model(
+            tokens.input_ids,
+            token_type_ids=tokens.token_type_ids,
+            position_ids=tokens.position_ids,
+            inputs_embeds=tokens.inputs_embeds,
+            cu_seqlens=tokens.packing.cu_seqlens,
+            max_seqlen=tokens.packing.max_seqlen,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        return tokens, outputs.last_hidden_state, outputs
+
     def _returns_hidden_states(self, output_hidden_states: bool | None, output_attentions: bool | None) -> bool:
         """Which of Hugging Face's optional outputs were asked for, by argument or configuration."""
         if self.config.output_attentions if output_attentions is None else output_attentions:
@@ -70,83 +136,279 @@ class FastformerPreTrainedModel(PreTrainedModel):
 
 
 class FastformerModel(FastformerPreTrainedModel):
-    """The encoder: embeddings, blocks and, unless `add_pooling_layer` is False, the pooler."""
+    """One stack, encoder or decoder: embeddings, blocks, final norm and, with `add_pooling_layer`, the pooler.
 
-    def __init__(self, config: FastformerConfig, add_pooling_layer: bool = True) -> None:
-        config.validate_architecture()
+    Args:
+        config: the configuration.
+        add_pooling_layer: whether there is a pooler; None for encoders of text that have a dense layer in it.
+        role: "encoder" or "decoder" of an encoder-decoder's configuration; such a decoder has cross-attention, and the
+            encoder's word embeddings.
+    """
+
+    _stacks = ("encoder", "decoder", "encoder_decoder")
+    # What FSDP2 shards and gathers together, by Hugging Face's names; embeddings may be tied to a head's projection and
+    # belong to the whole model.
+    _fsdp_plan = {"layers.*": "free_full_weight"}  # noqa: RUF012
+
+    def __init__(
+        self, config: FastformerConfig, add_pooling_layer: bool | None = None, role: str | None = None
+    ) -> None:
         super().__init__(config)
-        self.embeddings = TransformerEmbedding(
-            config.vocab_size,
-            config.hidden_size,
-            config.max_position_embeddings,
-            config.type_vocab_size,
-            padding_idx=config.pad_token_id,
-            eps=config.layer_norm_eps,
-            dropout=config.hidden_dropout_prob,
-        )
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        if (role is None) == (config.stack == "encoder_decoder"):
+            raise ValueError(
+                "FastformerModel is one stack; a configuration with stack='encoder_decoder' is for "
+                "FastformerEncoderDecoderModel, which gives each of its two their role"
+            )
+        self.role = role or config.stack
+        cross_attention = role == "decoder"
+        layers = config.num_hidden_layers
+        if cross_attention and config.num_decoder_layers is not None:
+            layers = config.num_decoder_layers
+        self.windows = config.windows(layers)
+        self.embeddings = PatchEmbedding(config) if config.image_size else _embedding(config, not cross_attention)
+        self.layers = nn.ModuleList(Block(config, layer, cross_attention) for layer in range(layers))
+        self.norm = None
+        if config.norm_placement == "pre":
+            self.norm = NORMS[config.norm](config.hidden_size, eps=config.layer_norm_eps)
+        self.rotary = rotary_embedding(config) if config.position_embedding == "rotary" else None
+        self.alibi = AlibiSlopes(config.num_attention_heads) if config.position_embedding == "alibi" else None
+        self.relative_bias = None
+        if config.position_embedding == "relative":
+            self.relative_bias = RelativeBias(config, bidirectional=self.role == "encoder")
+        if add_pooling_layer is None:
+            add_pooling_layer = config.stack == "encoder" and config.pooler_act != "none"
         self.pooler = Pooler(config) if add_pooling_layer else None
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return getattr(self.embeddings, self._input_name())
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        setattr(self.embeddings, self._input_name(), value)
+
+    def _input_name(self) -> str:
+        return "projection" if isinstance(self.embeddings, PatchEmbedding) else "word"
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        encoder_cu_seqlens: torch.Tensor | None = None,
+        encoder_max_seqlen: int | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> BaseModelOutputWithPooling:
-        """Encode a batch, given in one of two layouts.
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Run a batch through the stack, given in one of two layouts.
 
         *Packed*, with `cu_seqlens`: sequences one after the other. Nothing waits for a GPU. *Dense*, without: packed
         on the way in and unpacked on the way out, so that padding is never computed; with an attention_mask the number
-        of real tokens is read on the host, one synchronisation with a GPU.
+        of real tokens is read on the host, one synchronisation with a GPU. With a cache, tokens stay dense.
 
         Args:
             input_ids: (total_tokens,) or (batch, sequence), int64 or int32.
             attention_mask: (batch, sequence), dense only: non-zero for a token, zero for padding, anywhere; None for
-                no padding.
+                no padding. With a cache (batch, past + sequence).
             token_type_ids: like input_ids; None for zeros.
             position_ids: like input_ids, dense also (1, sequence). None for the position within the packed sequence,
-                or the column of the dense batch, as in Hugging Face's BERT.
+                or the column of the dense batch, as in Hugging Face's BERT; with pad_positions=False the position
+                among the real tokens, as in its RoBERTa.
+            inputs_embeds: (total_tokens, hidden_size) or (batch, sequence, hidden_size) in place of input_ids.
+            pixel_values: (batch, channels, height, width) in place of input_ids, for an image model.
             cu_seqlens: (batch + 1,) int32, the first token of each packed sequence and the total at the end.
             max_seqlen: the length of the longest packed sequence.
-            output_hidden_states: also return the embeddings and each block's output.
+            encoder_hidden_states: of a decoder's encoder, (source_tokens, hidden_size) where the decoder's tokens are
+                packed, otherwise (batch, source, hidden_size).
+            encoder_attention_mask: (batch, source), with dense encoder_hidden_states.
+            encoder_cu_seqlens, encoder_max_seqlen: of packed encoder_hidden_states.
+            cache, past_key_values: a decoder's keys and values of earlier tokens, one of Hugging Face's caches under
+                its new or its old name; the new ones are added to it.
+            use_cache: make such a cache and return it. For inference; default False.
+            output_hidden_states: also return the embeddings and each block's output, the last normalised.
             output_attentions: refused, since attention weights are never formed.
 
         Returns:
             last_hidden_state (total_tokens, hidden_size), or (batch, sequence, hidden_size) with zeros at padding;
-            pooler_output (batch, hidden_size), from each sequence's first token; hidden_states, if asked for, in the
-            layout of the first.
+            pooler_output (batch, hidden_size), if there is a pooler; the cache, if there is one; hidden_states, if
+            asked for, in the layout of the first.
 
         Raises:
             TypeError, ValueError, IndexError: naming the argument, what was given and what is accepted.
         """
         returns_hidden_states = self._returns_hidden_states(output_hidden_states, output_attentions)
-        tokens = token_batch(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            cu_seqlens,
-            max_seqlen,
-            self.config.max_position_embeddings,
-        )
-        hidden = self.embeddings(tokens.input_ids, tokens.token_type_ids, tokens.position_ids)
+        cache = self._cache(cache if cache is not None else past_key_values, use_cache)
+        context: AttentionContext
+        if cache is not None:
+            if cu_seqlens is not None or pixel_values is not None:
+                raise ValueError("a cache is for dense input; got it together with cu_seqlens or pixel_values")
+            tokens, context = self._continue(
+                cache,
+                input_ids,
+                inputs_embeds,
+                attention_mask,
+                token_type_ids,
+                position_ids,
+                encoder_hidden_states,
+                encoder_attention_mask,
+            )
+        else:
+            if isinstance(self.embeddings, PatchEmbedding):
+                tokens = self._patches(pixel_values, input_ids)
+            elif pixel_values is not None:
+                raise ValueError("pixel_values is for image models; this one's configuration has no image_size")
+            else:
+                tokens = token_batch(
+                    input_ids,
+                    inputs_embeds,
+                    attention_mask,
+                    token_type_ids,
+                    position_ids,
+                    cu_seqlens,
+                    max_seqlen,
+                    self.config,
+                )
+            encoded, source = self._source(
+                encoder_hidden_states, encoder_attention_mask, encoder_cu_seqlens, encoder_max_seqlen
+            )
+            context = PackedContext(tokens.packing, tokens.position_ids, encoded, source)
+        hidden = self._embed(tokens)
         hidden_states = [hidden]
-        for layer in self.layers:
-            hidden = layer(hidden, tokens.packing)
+        patterns, cross_pattern = self._patterns()
+        for layer, pattern in zip(self.layers, patterns, strict=True):
+            hidden = layer(hidden, context, pattern, cross_pattern)
             if returns_hidden_states:
                 hidden_states.append(hidden)
-        return BaseModelOutputWithPooling(
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+            hidden_states[-1:] = [hidden]
+        caches: dict[str, Any] = {CACHE_FIELD: cache}
+        return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=tokens.restore(hidden),
             pooler_output=None if self.pooler is None else self.pooler(hidden, tokens.packing),
             hidden_states=tuple(map(tokens.restore, hidden_states)) if returns_hidden_states else None,
+            **caches,
         )
+
+    def _embed(self, tokens: TokenBatch) -> torch.Tensor:
+        """(total_tokens, hidden_size)."""
+        if isinstance(self.embeddings, PatchEmbedding):
+            assert tokens.inputs_embeds is not None
+            return tokens.inputs_embeds
+        return self.embeddings(
+            tokens.input_ids, tokens.token_type_ids, tokens.position_ids, inputs_embeds=tokens.inputs_embeds
+        )
+
+    def _patterns(self) -> tuple[list[AttentionPattern], AttentionPattern]:
+        """How each block attends, and how all of them attend to the encoder's output."""
+        causal = self.role == "decoder"
+        plain = AttentionPattern(False, None, self.config.attention_scale, self.config.attention_probs_dropout_prob)
+        own = plain._replace(
+            causal=causal,
+            rotary=None if self.rotary is None else (self.rotary.cos, self.rotary.sin),
+            alibi_slopes=None if self.alibi is None else self.alibi(),
+            relative_bias=None if self.relative_bias is None else self.relative_bias(),
+        )
+        windows = [None if size is None else (size - 1, None if causal else size - 1) for size in self.windows]
+        return [own._replace(window=window) for window in windows], plain
+
+    def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        if cache is None and not use_cache:
+            return None
+        if self.role != "decoder":
+            raise ValueError("a cache (use_cache, cache) is for decoders; this model is an encoder")
+        if self.training and torch.is_grad_enabled():
+            raise ValueError("a cache (use_cache, cache) is for inference; this model is in training mode")
+        if cache is not None:
+            return cache
+        if self.config.stack == "encoder_decoder":
+            return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        return DynamicCache(config=self.config)
+
+    def _continue(
+        self,
+        cache: Cache,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        encoded: torch.Tensor | None,
+        source_mask: torch.Tensor | None,
+    ) -> tuple[TokenBatch, CachedContext]:
+        """The new tokens of a dense batch behind those in `cache`, padding and all."""
+        past = cache.get_seq_length()
+        given = input_ids if input_ids is not None else inputs_embeds
+        if position_ids is None and given is not None:
+            position_ids = (torch.arange(given.shape[1], device=given.device) + past).unsqueeze(0)
+            if isinstance(past, int):
+                check_position_limit(past + given.shape[1], self.config)
+        tokens = token_batch(input_ids, inputs_embeds, None, token_type_ids, position_ids, None, None, self.config)
+        assert tokens.layout is not None
+        batch, sequence = tokens.layout.batch, tokens.layout.sequence
+        if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.shape[0] != batch):
+            raise ValueError(
+                f"attention_mask must be (batch, past + sequence) with a cache; got {tuple(attention_mask.shape)}"
+            )
+        positions = tokens.position_ids.view(batch, sequence)
+        return tokens, CachedContext(cache, batch, sequence, attention_mask, positions, encoded, source_mask)
+
+    def _patches(self, pixel_values: torch.Tensor | None, input_ids: torch.Tensor | None) -> TokenBatch:
+        assert isinstance(self.embeddings, PatchEmbedding)
+        if pixel_values is None or input_ids is not None:
+            raise ValueError("an image model takes pixel_values and no input_ids")
+        embedded = self.embeddings(pixel_values)
+        layout, packing = DenseLayout.from_mask(embedded.shape[0], embedded.shape[1], None, embedded.device)
+        positions = torch.arange(embedded.shape[1], device=embedded.device).repeat(len(embedded))
+        return TokenBatch(None, layout.pack(embedded), None, positions, packing, layout)
+
+    def _source(
+        self,
+        encoded: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        max_seqlen: int | None,
+    ) -> tuple[torch.Tensor | None, Packing | None]:
+        """The encoder's output, packed."""
+        if encoded is None:
+            if self.layers and self.layers[0].cross_attention is not None:
+                raise ValueError("encoder_hidden_states must be given to the decoder of an encoder-decoder; got None")
+            return None, None
+        if cu_seqlens is not None:
+            return encoded, check_packing("encoder_", cu_seqlens, max_seqlen, encoded.shape[0])
+        layout, packing = DenseLayout.from_mask(encoded.shape[0], encoded.shape[1], mask, encoded.device)
+        return layout.pack(encoded), packing
+
+
+def restored(tokens: TokenBatch, hidden_states: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...] | None:
+    """A model's packed hidden states in the layout of the caller's batch."""
+    return None if hidden_states is None else tuple(map(tokens.restore, hidden_states))
+
+
+def _embedding(config: FastformerConfig, words: bool) -> TransformerEmbedding:
+    sinusoidal = config.position_embedding == "sinusoidal"
+    return TransformerEmbedding(
+        config.vocab_size if words else 0,
+        config.hidden_size,
+        config.max_position_embeddings if sinusoidal or config.position_embedding == "learned" else 0,
+        config.type_vocab_size,
+        padding_idx=config.pad_token_id,
+        eps=config.layer_norm_eps,
+        dropout=config.hidden_dropout_prob,
+        norm=config.embedding_norm,
+        scale=float(config.embedding_scale),
+        sinusoidal=sinusoidal,
+    )
 
 
 def _damaged_file(folder: Any) -> Path | None:

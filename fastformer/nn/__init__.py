@@ -11,7 +11,7 @@ import torch
 
 from fastformer.nn import functional
 from fastformer.nn.cross_entropy import CrossEntropyLoss, LinearCrossEntropy, LinearCrossEntropyLoss
-from fastformer.nn.embedding import TransformerEmbedding
+from fastformer.nn.embedding import SinusoidalEmbedding, TransformerEmbedding
 from fastformer.nn.feed_forward import FeedForward
 from fastformer.nn.multihead_attention import MultiheadAttention
 from fastformer.nn.normalization import LayerNorm, RMSNorm
@@ -34,6 +34,7 @@ __all__ = [
     "Packing",
     "RMSNorm",
     "RotaryEmbedding",
+    "SinusoidalEmbedding",
     "Softmax",
     "Transformer",
     "TransformerDecoder",

@@ -10,20 +10,58 @@ from torch import Tensor, nn
 from fastformer.nn.normalization import LayerNorm
 from fastformer.ops.embedding import transformer_embedding
 from fastformer.ops.packing import packed_positions
+from fastformer.ops.rotary import rotary_frequencies, rotary_table
+
+
+class SinusoidalEmbedding(nn.Module):
+    """Fixed position embeddings of sines and cosines (Vaswani et al. 2017), sines in the first half of the features.
+
+    Args:
+        max_positions: the longest sequence.
+        hidden_size: features of an embedding, an even number.
+        device, dtype: of the table, which is not part of the state_dict.
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self,
+        max_positions: int,
+        hidden_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if hidden_size % 2:
+            raise ValueError(f"hidden_size must be an even number; got {hidden_size}")
+        self.register_buffer("weight", torch.empty(max_positions, hidden_size, device=device, dtype=dtype), False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill the table, after its memory has been allocated anew."""
+        cos, sin = rotary_table(rotary_frequencies(self.weight.shape[1]), self.weight.shape[0])
+        self.weight.copy_(torch.cat([sin, cos], dim=1))
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """`position_ids` to (*position_ids.shape, hidden_size)."""
+        return torch.nn.functional.embedding(position_ids, self.weight)
 
 
 class TransformerEmbedding(nn.Module):
-    """``dropout(LayerNorm(word + position + token_type))``, the input block of BERT (Devlin et al. 2019), fused.
+    """``dropout(LayerNorm(scale * word + position + token_type))``, the input block of a Transformer, fused.
 
     Args:
-        vocab_size: words.
+        vocab_size: words; 0 for no such table: `inputs_embeds` are given.
         hidden_size: features of an embedding.
-        max_positions: the longest sequence.
+        max_positions: the longest sequence; 0 for no position embedding.
         token_types: kinds of tokens, BERT's segments; 0 for no such table.
         padding_idx: a word whose embedding gets no gradient.
         eps: of LayerNorm.
         dropout: probability of dropping an element of the output, in training.
         device, dtype: of the parameters.
+        norm: whether there is a LayerNorm: BERT and BART have one, GPT-2, Llama and T5 do not.
+        scale: multiplies word embeddings; sqrt(hidden_size) in Vaswani et al. 2017.
+        sinusoidal: positions are a `SinusoidalEmbedding` in place of a learned table.
 
     `word`, `position` and `token_type` are `nn.Embedding`, `norm` a `LayerNorm`; one that has been replaced by another
     module, or has a hook, is called, so that what it adds is never lost.
@@ -40,45 +78,59 @@ class TransformerEmbedding(nn.Module):
         dropout: float = 0.1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        norm: bool = True,
+        scale: float = 1.0,
+        sinusoidal: bool = False,
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.word = nn.Embedding(vocab_size, hidden_size, padding_idx=padding_idx, **factory)
-        self.position = nn.Embedding(max_positions, hidden_size, **factory)
+        positions = SinusoidalEmbedding if sinusoidal else nn.Embedding
+        self.scale = scale
+        self.word = nn.Embedding(vocab_size, hidden_size, padding_idx=padding_idx, **factory) if vocab_size else None
+        self.position = positions(max_positions, hidden_size, **factory) if max_positions else None
         self.token_type = nn.Embedding(token_types, hidden_size, **factory) if token_types else None
-        self.norm = LayerNorm(hidden_size, eps=eps, **factory)
+        self.norm = LayerNorm(hidden_size, eps=eps, **factory) if norm else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Embed `input_ids`, (batch, sequence) or packed (total_tokens,); the other arguments as in
-        `fastformer.transformer_embedding`. Returns (*input_ids.shape, hidden_size)."""
-        tables = [self.word, self.position, *([] if self.token_type is None else [self.token_type])]
+        `fastformer.transformer_embedding`. `inputs_embeds`, (*input_ids.shape, hidden_size), takes the place of the
+        scaled word embeddings. Returns (*input_ids.shape, hidden_size)."""
+        tables = [table for table in (self.word, self.position, self.token_type) if table is not None]
         dropout_p = self.dropout.p if self.training else 0.0
         norm_is_plain = type(self.norm) is LayerNorm and type(self.dropout) is nn.Dropout and not _hooked(self.norm)
-        if norm_is_plain and all(map(is_plain_embedding, tables)):
+        if norm_is_plain and inputs_embeds is None and self.scale == 1.0 and all(map(is_plain_embedding, tables)):
+            assert input_ids is not None and self.word is not None and self.norm is not None
             return transformer_embedding(
                 input_ids,
                 self.word.weight,
-                self.position.weight,
+                None if self.position is None else self.position.weight,
                 None if self.token_type is None else self.token_type.weight,
                 self.norm.weight,
                 self.norm.bias,
-                position_ids=position_ids,
+                position_ids=position_ids if self.position is not None else None,
                 token_type_ids=token_type_ids,
                 cu_seqlens=cu_seqlens,
                 padding_idx=self.word.padding_idx,
                 eps=self.norm.eps,
                 dropout_p=dropout_p,
             )
-        total = self._sum(input_ids, token_type_ids, position_ids, cu_seqlens)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids or inputs_embeds must be given, and not both")
+        words = inputs_embeds if input_ids is None else self.words(input_ids)
+        assert words is not None
+        total = self._sum(words, token_type_ids, position_ids, cu_seqlens)
         if not norm_is_plain:
-            return self.dropout(self.norm(total))
+            return self.dropout(total if self.norm is None else self.norm(total))
+        assert self.norm is not None
         # Each token a word of its own: dropout's pattern is the one of the fused way.
         flat = total.flatten(0, -2)
         each = torch.arange(flat.shape[0], device=flat.device)
@@ -86,26 +138,40 @@ class TransformerEmbedding(nn.Module):
             each, flat, None, None, self.norm.weight, self.norm.bias, eps=self.norm.eps, dropout_p=dropout_p
         ).view(total.shape)
 
+    def words(self, input_ids: Tensor) -> Tensor:
+        """The scaled word embeddings, (*input_ids.shape, hidden_size): what `inputs_embeds` takes the place of."""
+        if self.word is None:
+            raise ValueError("this embedding has no words (vocab_size=0); give inputs_embeds")
+        words = self.word(input_ids)
+        return words if self.scale == 1.0 else words * self.scale
+
     def _sum(
         self,
-        input_ids: Tensor,
+        words: Tensor,
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> Tensor:
-        if position_ids is None and cu_seqlens is not None:
-            position_ids = packed_positions(cu_seqlens, input_ids.shape[0])
-        elif position_ids is None:
-            position_ids = torch.arange(input_ids.shape[-1], device=input_ids.device)
-        total = self.word(input_ids) + self.position(position_ids)
+        if self.position is not None:
+            if position_ids is None and cu_seqlens is not None:
+                position_ids = packed_positions(cu_seqlens, words.shape[0])
+            elif position_ids is None:
+                position_ids = torch.arange(words.shape[-2], device=words.device)
+            words = words + self.position(position_ids)
         if self.token_type is not None:
-            total = total + self.token_type(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
-        return total
+            if token_type_ids is None:
+                token_type_ids = torch.zeros(words.shape[:-1], dtype=torch.int64, device=words.device)
+            words = words + self.token_type(token_type_ids)
+        return words
 
 
 def is_plain_embedding(table: nn.Module) -> bool:
     """Whether `table` computes exactly what the operator does from its weight."""
-    if type(table) is not nn.Embedding or _hooked(table):
+    if _hooked(table):
+        return False
+    if type(table) is SinusoidalEmbedding:
+        return True
+    if type(table) is not nn.Embedding:
         return False
     return table.max_norm is None and not table.scale_grad_by_freq and not table.sparse
 

@@ -55,6 +55,10 @@ class RotaryEmbedding(torch.nn.Module):
         self.register_buffer("sin", None, persistent=False)
         self._fill_table(device)
 
+    def reset_parameters(self) -> None:
+        """Fill the table, after its memory has been allocated anew."""
+        self._fill_table(self.cos.device)
+
     def _fill_table(self, device: torch.device | str | None) -> None:
         frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device="cpu")
         self.cos, self.sin = rotary_table(frequencies, self.max_positions, self.magnitude, device)
@@ -62,7 +66,7 @@ class RotaryEmbedding(torch.nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follow the module to another device; another dtype would cost the angles their precision."""
         super()._apply(fn, recurse)
-        self._fill_table(self.cos.device)
+        self.reset_parameters()
         return self
 
     def forward(

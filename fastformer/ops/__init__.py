@@ -10,11 +10,12 @@ from fastformer.ops.kv_cache import append_to_cache
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy
 from fastformer.ops.merge_attention import merge_attention
 from fastformer.ops.normalization import layer_norm, rms_norm
-from fastformer.ops.relative_position import relative_position_bias, t5_buckets
+from fastformer.ops.relative_position import alibi_slopes, relative_position_bias, t5_buckets
 from fastformer.ops.rotary import rotary, rotary_frequencies, rotary_table
 from fastformer.ops.softmax import log_softmax, softmax
 
 __all__ = [
+    "alibi_slopes",
     "append_to_cache",
     "attention",
     "attention_weights",

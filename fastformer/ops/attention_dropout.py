@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fastformer.ops.dropout import dropout_threshold, philox
+from fastformer.ops.dropout import words_below
 
 
 def dropout_keep(
@@ -21,12 +21,14 @@ def dropout_keep(
         dropout_p: probability that a weight is dropped.
         rows: (r,) int64, batch index * heads + head.
         queries: (m,) int64 positions within the sequence.
-        keys: (n,) int64 positions within the sequence.
+        keys: (n,) int64 positions within the sequence, one after the other.
 
     Returns:
         (r, m, n) boolean, True where the weight is kept.
     """
-    counters = (keys // 4, queries[:, None], rows[:, None, None], torch.tensor(offset & 0xFFFFFFFF, device=keys.device))
-    words = torch.stack(torch.broadcast_tensors(*philox(seed, counters)), dim=-1)
-    lane = (keys % 4).expand(words.shape[:-1])[..., None]
-    return words.gather(-1, lane).squeeze(-1) >= dropout_threshold(dropout_p)
+    if keys.shape[0] == 0:
+        return torch.ones(rows.shape[0], queries.shape[0], 0, dtype=torch.bool, device=keys.device)
+    first, last = int(keys[0]), int(keys[-1])
+    groups = torch.arange(first // 4, last // 4 + 1, device=keys.device)
+    counters = (groups, queries[:, None], rows[:, None, None], torch.tensor(offset & 0xFFFFFFFF, device=keys.device))
+    return ~words_below(dropout_p, seed, counters)[..., first % 4 : first % 4 + keys.shape[0]]

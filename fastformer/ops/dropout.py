@@ -6,8 +6,11 @@ neighbouring columns. The Triton kernels draw the same words.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Counters = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _WORD = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -45,15 +48,32 @@ def apply_dropout_(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
     for start in range(0, rows, step):
         chunk = input[start : start + step]
         row = torch.arange(start, start + chunk.shape[0], device=input.device)[:, None]
-        words = torch.stack(philox(seed[0], (counters, row & _WORD, row >> 32, seed[1] & _WORD)), dim=-1)
-        chunk.masked_fill_(words.flatten(1)[:, :columns] < dropout_threshold(dropout_p), 0.0)
+        drawn = words_below(dropout_p, seed[0], (counters, row & _WORD, row >> 32, seed[1] & _WORD))
+        chunk.masked_fill_(drawn[:, :columns], 0.0)
         chunk.mul_(1.0 / (1.0 - dropout_p))
     return input
 
 
-def philox(
-    seed: Tensor | int, counters: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def words_below(dropout_p: float, seed: Tensor | int, counters: Counters) -> Tensor:
+    """Which of the four words of each counter are below dropout's threshold.
+
+    Args:
+        dropout_p: the probability.
+        seed: the generator's.
+        counters: four int64 tensors that broadcast to (..., n).
+
+    Returns:
+        (..., 4 * n) boolean.
+    """
+    threshold = dropout_threshold(dropout_p)
+    if counters[0].device.type != "cpu":
+        below = [word < threshold for word in philox(seed, counters)]
+        return torch.stack(torch.broadcast_tensors(*below), dim=-1).flatten(-2)
+    words = _philox_on_cpu(int(seed), counters)
+    return torch.from_numpy(np.stack([word < threshold for word in words], axis=-1)).flatten(-2)
+
+
+def philox(seed: Tensor | int, counters: Counters) -> Counters:
     """The four 32-bit words of Philox-4x32-10 for each counter, in int64."""
     c0, c1, c2, c3 = counters
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
@@ -64,3 +84,22 @@ def philox(
         c1, c3 = product_b & _WORD, product_a & _WORD
         k0, k1 = (k0 + _KEY_A) & _WORD, (k1 + _KEY_B) & _WORD
     return c0, c1, c2, c3
+
+
+def _philox_on_cpu(seed: int, counters: Counters) -> list[np.ndarray]:
+    """`philox` in NumPy's unsigned integers and in place, several times as fast as in PyTorch's signed ones."""
+    c0, c1, c2, c3 = (
+        each.astype(np.uint64, order="C") for each in np.broadcast_arrays(*(counter.numpy() for counter in counters))
+    )
+    product_a, product_b = np.empty_like(c0), np.empty_like(c0)
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        np.multiply(c0, np.uint64(_ROUND_A), out=product_a)
+        np.multiply(c2, np.uint64(_ROUND_B), out=product_b)
+        for word, product, other, key in ((c0, product_b, c1, k0), (c2, product_a, c3, k1)):
+            np.right_shift(product, np.uint64(32), out=word)
+            word ^= other
+            word ^= np.uint64(key)
+            np.bitwise_and(product, np.uint64(_WORD), out=other)
+        k0, k1 = (k0 + _KEY_A) & _WORD, (k1 + _KEY_B) & _WORD
+    return [c0, c1, c2, c3]

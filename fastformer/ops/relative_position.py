@@ -1,4 +1,4 @@
-"""Biases by relative position, from a learned table and a bucket function (T5)."""
+"""Biases by relative position: from a learned table and a bucket function (T5), and ALiBi's slopes."""
 
 from __future__ import annotations
 
@@ -30,6 +30,28 @@ def relative_position_bias(table: Tensor, buckets: Callable[[Tensor], Tensor], m
         raise ValueError(f"max_distance must be 0 or more; got {max_distance}")
     distance = torch.arange(-max_distance, max_distance + 1, device=table.device)
     return table[buckets(distance)].T
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """The slopes of ALiBi's heads, which `fastformer.attention` takes: a geometric sequence from ``2 ** (-8 / heads)``.
+
+    Where `heads` is no power of two, the sequence of the power below is filled up with every other slope of the one
+    above.
+
+    Returns:
+        (heads,) float32.
+
+    Source: Press et al. 2022, https://arxiv.org/abs/2108.12409, section 3 and its code.
+
+    >>> alibi_slopes(4)
+    tensor([0.2500, 0.0625, 0.0156, 0.0039])
+    """
+    if heads < 1:
+        raise ValueError(f"heads must be 1 or more; got {heads}")
+    power = 1 << (heads.bit_length() - 1)
+    first = [2.0 ** (-8.0 * head / power) for head in range(1, power + 1)]
+    between = [2.0 ** (-4.0 * head / power) for head in range(1, 2 * (heads - power), 2)]
+    return torch.tensor(first + between)
 
 
 def t5_buckets(

@@ -162,12 +162,19 @@ def test_boundaries_of_a_packed_batch(name: str) -> None:
     assert_equal("logits", model(**packed, **options).logits, expected)
 
 
-def test_boundaries_and_padding_exclude_each_other() -> None:
-    model = MODELS["BERT"].build()
+@pytest.mark.parametrize("padding", ["left", "right", "holes"])
+def test_boundaries_and_padding_hold_together(padding: str) -> None:
+    model, batch = MODELS["BERT"].build(), MODELS["BERT"].batch(padding)
+    sequence = torch.tensor([0] * 4 + [1] * 10 + [2] * 13).view(3, TOKENS)
+    allowed = (sequence[:, :, None] == sequence[:, None]) & batch["attention_mask"][:, None].bool()
+    allowed |= torch.eye(TOKENS, dtype=torch.bool)  # padding sees something, or eager attention sees everything
+    additive = torch.zeros(3, 1, TOKENS, TOKENS).masked_fill(~allowed[:, None], torch.finfo(torch.float32).min)
+    expected = model(**{**batch, "attention_mask": additive})
     model.set_attn_implementation("fastformer")
-    boundaries = torch.tensor([0, 27])
-    with pytest.raises(ValueError, match="cu_seq_lens_q says where sequences end, and so does attention_mask"):
-        model(**MODELS["BERT"].batch("right"), cu_seq_lens_q=boundaries, max_length_q=27)
+    boundaries = torch.tensor([0, 4, 14, 27], dtype=torch.int32)
+    actual = model(**batch, cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries, max_length_q=13, max_length_k=13)
+    seen = batch["attention_mask"].bool()
+    assert_equal("logits", actual.logits[seen], expected.logits[seen])
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
@@ -252,6 +259,21 @@ def test_compiles_as_one_graph(name: str) -> None:
     assert_equal("loss", torch.compile(model, fullgraph=True, backend="aot_eager")(**batch).loss, expected)
 
 
+def test_compiled_layer_by_layer() -> None:
+    """The mask is made outside of the graphs, which must not take one batch's lengths for another's."""
+    model = MODELS["Mistral"].build()
+    batches = [MODELS["Mistral"].batch(padding) for padding in ("right", "left", "none", "right")]
+    batches[-1]["attention_mask"] = batches[-1]["attention_mask"].flip(0)
+    batches[-1]["labels"] = batches[-1]["labels"].masked_fill(batches[-1]["attention_mask"] == 0, -100)
+    expected = [model(**batch).loss for batch in batches]
+    model.set_attn_implementation("fastformer")
+    torch._dynamo.reset()
+    for block in model.model.layers:
+        block.compile(fullgraph=True, backend="aot_eager")
+    for batch, loss in zip(batches, expected, strict=True):
+        assert_equal("loss", model(**batch).loss, loss)
+
+
 @pytest.mark.parametrize("name", REFUSING)
 def test_class_with_attention_of_its_own(name: str, calls: list) -> None:
     """Such a class cannot be switched, transformers says so, and what it computes stays right."""
@@ -296,6 +318,13 @@ def test_deterministic() -> None:
         attention_module.attention_forward(layer(), *tensors(), None, deterministic=True)
 
 
+def test_dropout_of_a_module_that_does_not_train() -> None:
+    """Whatever probability it passes, as in eager attention."""
+    output, _ = attention_module.attention_forward(layer(), *tensors(), None, dropout=0.9)
+    expected, _ = attention_module.attention_forward(layer(), *tensors(), None)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_without_a_mask(causal: bool) -> None:
     """The module's is_causal counts, unless the call says otherwise; and so does the window."""
@@ -336,6 +365,46 @@ def test_indices_of_the_only_keys(mask: torch.dtype | None) -> None:
     allowed = allowed if mask is None else allowed & other
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed).nan_to_num()
     torch.testing.assert_close(output, expected.transpose(1, 2))
+
+
+def test_blocks_of_the_only_keys() -> None:
+    """Of each group of heads its own; -1 is no block."""
+    q, k, v = tensors(3, 7)
+    indexer = torch.nn.Module()
+    indexer.block_size = 2
+    blocks = torch.tensor([[[[0, 3], [1, -1], [0, 1]]], [[[2, 0], [3, 1], [2, -1]]]]).repeat(1, 2, 1, 1)
+    blocks[:, 1] = 2
+    allowed = (blocks[..., None] == torch.arange(7) // 2).any(-2).repeat_interleave(2, 1)
+    output, _ = attention_module.attention_forward(layer(indexer=indexer), q, k, v, None, block_indices=blocks)
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_of_a_packed_batch(documents: bool, compiled: bool) -> None:
+    """Whether the mask knows of documents, by position_ids, or only cu_seq_lens_q does."""
+    model = MODELS["Llama"].build()
+    inputs = {"input_ids": torch.randint(3, VOCABULARY, (1, 9)), "use_cache": False, "output_attentions": not compiled}
+    positions = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}
+    expected = model(**inputs, **positions)
+    model.set_attn_implementation("fastformer")
+    boundaries = {"cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32), "max_length_q": 5}
+    torch._dynamo.reset()
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    actual = run(**inputs, **boundaries, **(positions if documents else {}))
+    assert_equal("logits", actual.logits, expected.logits)
+    if not compiled:
+        assert_equal("weights", actual.attentions[1], expected.attentions[1])
+
+
+def test_boundaries_with_a_cache_are_not_laid_out_by_row() -> None:
+    boundaries = {"cu_seq_lens_q": torch.tensor([0, 2, 10]), "cu_seq_lens_k": torch.tensor([0, 5, 14])}
+    with pytest.raises(ValueError, match=r"of sequences with a cache does not go with .* position_bias"):
+        attention_module.attention_forward(
+            layer(), *tensors(5, 7), None, **boundaries, max_length_q=8, position_bias=torch.zeros(1, 4, 5, 7)
+        )
 
 
 def test_queries_that_stand_for_every_sequence() -> None:

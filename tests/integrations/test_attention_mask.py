@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_a_function_that_is_not_of_transformers_is_evaluated() -> None:
     def even(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return (query + key) % 2 == 0
 
-    for function in (even, masking_utils.or_masks(causal_mask_function, even)):
+    for function in (even, functools.partial(even), masking_utils.or_masks(causal_mask_function, even)):
         mask = attention_mask(3, 6, 6, mask_function=function)
         dense = masking_utils.sdpa_mask(3, 6, 6, mask_function=function, allow_is_causal_skip=False)
         assert isinstance(mask, AttentionMask)
@@ -214,3 +215,34 @@ def test_arithmetic_that_would_take_it_for_numbers_is_refused(change: Any) -> No
     mask, _ = causal()
     with pytest.raises(ValueError, match="takes an attention mask for the numbers 0 and 1"):
         change(mask)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda mask: mask.__setitem__((..., 0), False),
+        lambda mask: mask[:, :, 2:].logical_not_(),
+        lambda mask: mask.masked_fill_(torch.eye(6, dtype=torch.bool), False),
+        lambda mask: mask.__iand__(torch.eye(6, dtype=torch.bool)),
+        lambda mask: mask[0].copy_(torch.eye(6, dtype=torch.bool)),
+        lambda mask: mask.fill_(True),
+    ],
+)
+def test_writing_to_it_counts(write: Any) -> None:
+    mask, dense = causal([6, 3, 4])
+    assert mask.structure is not None
+    write(mask)
+    write(dense)
+    assert mask.structure is None
+    torch.testing.assert_close(mask.dense, dense)
+    torch.testing.assert_close(attend(mask, 6, 6), attend(dense, 6, 6))
+
+
+def test_positions_without_documents_are_evaluated() -> None:
+    if not hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+        pytest.skip("this release of transformers does not remap positions")
+    positions = torch.tensor([[0, 0, 1, 1, 2, 2]]).expand(3, -1)
+    function = masking_utils.remap_positions_for_packed_sequence(causal_mask_function, positions)
+    mask = attention_mask(3, 6, 6, mask_function=function)
+    dense = masking_utils.sdpa_mask(3, 6, 6, mask_function=function, allow_is_causal_skip=False)
+    torch.testing.assert_close(attend(mask, 6, 6), attend(dense, 6, 6))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from hugging_face_models import MODELS
+from hugging_face_models import MODELS, REFUSING
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -66,6 +69,17 @@ def test_from_pretrained(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
 
 
+def test_warns_where_it_has_no_effect(tmp_path: Path) -> None:
+    small, _ = REFUSING["DeBERTa"]
+    small.build().save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match='DebertaModel computes attention itself: attn_implementation="fastformer"'):
+        AutoModel.from_pretrained(tmp_path, attn_implementation="fastformer")
+    MODELS["BERT"].build().save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutoModel.from_pretrained(tmp_path, attn_implementation="fastformer")
+
+
 @pytest.fixture
 def saved_bert(tmp_path: Path) -> Path:
     """A small BERT and its tokenizer, as a download would leave them."""
@@ -102,3 +116,10 @@ def test_from_config() -> None:
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=50)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="fastformer")
     assert model.config._attn_implementation == "fastformer"
+
+
+def test_ci_runs_the_oldest_release_that_is_allowed() -> None:
+    root = Path(__file__).parents[2]
+    oldest = re.search(r'"transformers>=([\d.]+),', (root / "pyproject.toml").read_text())
+    assert oldest is not None
+    assert f"transformers=={oldest[1]}.0\n" in (root / ".ci/run").read_text()

@@ -275,7 +275,7 @@ def test_refuses_what_it_cannot_do() -> None:
     falling = torch.tensor([0, 10, 9, 24], dtype=int32)
     refused(ValueError, "falling on the way", cu_seqlens=falling)
     for name in ("token_type_ids", "position_ids", "labels"):
-        refused(ValueError, rf"{name} must have input_ids' shape, \(24,\); got \(23,\)", **{name: batch[name][1:]})
+        refused(ValueError, rf"{name} must have the tokens' shape, \(24,\); got \(23,\)", **{name: batch[name][1:]})
     refused(ValueError, r"masked_positions must be \(masked_tokens,\) int64", masked_positions=torch.ones(3))
     refused(ValueError, "masked_positions needs labels and packed input", labels=None)
     beyond = batch["masked_positions"] + 3
@@ -295,5 +295,7 @@ def test_refuses_what_it_cannot_do() -> None:
         model(torch.ones(1, 21, dtype=torch.int64))
     with pytest.raises(ValueError, match="masked_positions needs labels and packed input"):
         model(dense["input_ids"], labels=dense["labels"], masked_positions=torch.ones(1, dtype=torch.int64))
-    with pytest.raises(TypeError, match="inputs_embeds"):
-        FastformerForSequenceClassification(config())(inputs_embeds=torch.ones(1, 2, 16))
+    with pytest.raises(TypeError, match="encoder_states"):
+        FastformerForSequenceClassification(config())(dense["input_ids"], encoder_states=torch.ones(1, 2, 16))
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given; got both"):
+        model(dense["input_ids"], inputs_embeds=torch.ones(3, 14, 16))

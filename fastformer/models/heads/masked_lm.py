@@ -1,4 +1,4 @@
-"""The encoder with heads: pretraining, masked language modelling and sequence classification."""
+"""Masked language modelling, alone and with next-sentence prediction: BERT's pretraining."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
+from typing_extensions import Unpack
 
 from fastformer.models.configuration import HIDDEN_ACTS, FastformerConfig
-from fastformer.models.inputs import TokenBatch, token_batch
-from fastformer.models.modeling import FastformerModel, FastformerPreTrainedModel
+from fastformer.models.heads.projection import IGNORED_LABEL, projection_loss
+from fastformer.models.inputs import TokenBatch
+from fastformer.models.modeling import FastformerModel, FastformerPreTrainedModel, ModelOptions, restored
 from fastformer.nn import LayerNorm
-from fastformer.nn.feed_forward import ACTIVATIONS, is_plain_linear
-from fastformer.ops.linear_cross_entropy import linear_cross_entropy
-
-IGNORED_LABEL = -100
+from fastformer.nn.feed_forward import ACTIVATIONS
 
 
 class MaskedLMHead(nn.Module):
@@ -40,12 +39,7 @@ class MaskedLMHead(nn.Module):
 
         The logits of all tokens are never held at once.
         """
-        transformed = self._transform(hidden)
-        if not is_plain_linear(self.decoder):
-            return F.cross_entropy(self.decoder(transformed).float(), labels, ignore_index=IGNORED_LABEL)
-        return linear_cross_entropy(
-            transformed, self.decoder.weight, labels, bias=self.decoder.bias, ignore_index=IGNORED_LABEL
-        )
+        return projection_loss(self.decoder, self._transform(hidden), labels)
 
     def masked_loss(
         self, hidden: torch.Tensor, labels: torch.Tensor, masked_positions: torch.Tensor | None
@@ -90,6 +84,7 @@ class FastformerForPreTrainingOutput(ModelOutput):
 class _MaskedLMModel(FastformerPreTrainedModel):
     """The encoder with a masked-LM head, whose output projection may be the word embedding."""
 
+    _stacks = ("encoder",)
     _tied_weights_keys = {"mlm_head.decoder.weight": "model.embeddings.word.weight"}  # noqa: RUF012
 
     model: FastformerModel
@@ -104,15 +99,14 @@ class _MaskedLMModel(FastformerPreTrainedModel):
     def _masked_lm(
         self,
         tokens: TokenBatch,
-        outputs: BaseModelOutputWithPooling,
+        hidden: torch.Tensor,
         labels: torch.Tensor | None,
         masked_positions: torch.Tensor | None,
         return_logits: bool | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Loss and logits, each where wanted, from the encoder's packed output."""
+        """Loss and logits, each where wanted, from the encoder's packed `hidden`."""
         _check_masked_positions(masked_positions, labels, tokens)
-        hidden, loss, logits = outputs.last_hidden_state, None, None
-        assert hidden is not None
+        loss, logits = None, None
         if labels is not None:
             loss = self.mlm_head.masked_loss(hidden, tokens.pack("labels", labels), masked_positions)
         if labels is None if return_logits is None else return_logits:
@@ -125,7 +119,7 @@ class FastformerForPreTraining(_MaskedLMModel):
 
     def __init__(self, config: FastformerConfig) -> None:
         super().__init__(config)
-        self.model = FastformerModel(config)
+        self.model = FastformerModel(config, add_pooling_layer=True)
         self.mlm_head = MaskedLMHead(config)
         self.nsp_head = nn.Linear(config.hidden_size, 2)
         self.post_init()
@@ -133,18 +127,16 @@ class FastformerForPreTraining(_MaskedLMModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         next_sentence_label: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        max_seqlen: int | None = None,
         masked_positions: torch.Tensor | None = None,
         return_logits: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
+        **options: Unpack[ModelOptions],
     ) -> FastformerForPreTrainingOutput:
         """Both heads' logits and losses; inputs dense or packed as in `FastformerModel.forward`.
 
@@ -160,18 +152,10 @@ class FastformerForPreTraining(_MaskedLMModel):
         Returns:
             `FastformerForPreTrainingOutput`; `loss` is mlm_loss + nsp_loss, as far as their labels were given.
         """
-        tokens, outputs = _encode(
-            self.model,
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            cu_seqlens,
-            max_seqlen,
-            output_hidden_states,
-            output_attentions,
+        tokens, hidden, outputs = self._encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options
         )
-        mlm_loss, logits = self._masked_lm(tokens, outputs, labels, masked_positions, return_logits)
+        mlm_loss, logits = self._masked_lm(tokens, hidden, labels, masked_positions, return_logits)
         seq_relationship_logits = self.nsp_head(outputs.pooler_output)
         nsp_loss = None
         if next_sentence_label is not None:
@@ -181,7 +165,7 @@ class FastformerForPreTraining(_MaskedLMModel):
             loss=torch.stack(losses).sum() if losses else None,
             prediction_logits=logits,
             seq_relationship_logits=seq_relationship_logits,
-            hidden_states=_restored(tokens, outputs.hidden_states),
+            hidden_states=restored(tokens, outputs.hidden_states),
             mlm_loss=mlm_loss,
             nsp_loss=nsp_loss,
         )
@@ -202,122 +186,22 @@ class FastformerForMaskedLM(_MaskedLMModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        max_seqlen: int | None = None,
         masked_positions: torch.Tensor | None = None,
         return_logits: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
+        **options: Unpack[ModelOptions],
     ) -> MaskedLMOutput:
         """Loss and logits; arguments as in `FastformerForPreTraining.forward`."""
-        tokens, outputs = _encode(
-            self.model,
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            cu_seqlens,
-            max_seqlen,
-            output_hidden_states,
-            output_attentions,
+        tokens, hidden, outputs = self._encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options
         )
-        loss, logits = self._masked_lm(tokens, outputs, labels, masked_positions, return_logits)
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=_restored(tokens, outputs.hidden_states))
-
-
-class FastformerForSequenceClassification(FastformerPreTrainedModel):
-    """Classification or regression of whole sequences, from the pooler's output."""
-
-    def __init__(self, config: FastformerConfig) -> None:
-        super().__init__(config)
-        self.model = FastformerModel(config)
-        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
-        assert config.num_labels is not None
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        max_seqlen: int | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-    ) -> SequenceClassifierOutput:
-        """Loss and logits (batch, num_labels); inputs dense or packed as in `FastformerModel.forward`.
-
-        Args:
-            labels: (batch,) int64 classes, (batch,) or (batch, num_labels) floating targets of a regression, or
-                (batch, num_labels) floating 0 or 1 for several labels at once; which it is says `config.problem_type`,
-                or, where that is None, the labels' dtype and the number of labels, as in Hugging Face's models.
-        """
-        tokens, outputs = _encode(
-            self.model,
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            cu_seqlens,
-            max_seqlen,
-            output_hidden_states,
-            output_attentions,
-        )
-        logits = self.classifier(self.dropout(outputs.pooler_output))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=_restored(tokens, outputs.hidden_states)
-        )
-
-
-def _encode(
-    model: FastformerModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    token_type_ids: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int | None,
-    output_hidden_states: bool | None,
-    output_attentions: bool | None,
-) -> tuple[TokenBatch, BaseModelOutputWithPooling]:
-    """Pack the inputs and run the encoder on them; its outputs stay packed."""
-    tokens = token_batch(
-        input_ids,
-        attention_mask,
-        token_type_ids,
-        position_ids,
-        cu_seqlens,
-        max_seqlen,
-        model.config.max_position_embeddings,
-    )
-    outputs = model(
-        tokens.input_ids,
-        token_type_ids=tokens.token_type_ids,
-        position_ids=tokens.position_ids,
-        cu_seqlens=tokens.packing.cu_seqlens,
-        max_seqlen=tokens.packing.max_seqlen,
-        output_hidden_states=output_hidden_states,
-        output_attentions=output_attentions,
-        return_dict=True,
-    )
-    return tokens, outputs
-
-
-def _restored(tokens: TokenBatch, hidden_states: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...] | None:
-    return None if hidden_states is None else tuple(map(tokens.restore, hidden_states))
+        loss, logits = self._masked_lm(tokens, hidden, labels, masked_positions, return_logits)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=restored(tokens, outputs.hidden_states))
 
 
 def _check_masked_positions(

@@ -1,0 +1,214 @@
+"""Where the keys and values of a forward come from: the packed tokens themselves, or one of Hugging Face's caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+
+from fastformer.nn import Packing
+from fastformer.ops.attention import attention
+from fastformer.ops.rotary import rotary
+
+SourceProjection = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""The encoder's output (..., hidden_size) to keys and values (..., kv_heads, head_dim)."""
+
+
+class AttentionPattern(NamedTuple):
+    """How the queries of a block attend.
+
+    Attributes:
+        causal: to no later token.
+        window: tokens to the left and to the right that are seen, as in `fastformer.attention`.
+        scale: of the scores; None for 1 / sqrt(head_dim).
+        dropout_p: of the weights, in training.
+        rotary: cosines and sines, (positions, rotary_dim / 2).
+        alibi_slopes: (heads,).
+        relative_bias: (heads, 2 * max_distance + 1).
+    """
+
+    causal: bool
+    window: tuple[int | None, int | None] | None
+    scale: float | None
+    dropout_p: float
+    rotary: tuple[Tensor, Tensor] | None = None
+    alibi_slopes: Tensor | None = None
+    relative_bias: Tensor | None = None
+
+    def arguments(self, training: bool) -> dict[str, Any]:
+        """Those of `fastformer.attention`."""
+        arguments = self._asdict()
+        del arguments["rotary"]
+        return arguments | {"dropout_p": self.dropout_p if training else 0.0}
+
+
+class AttentionContext(Protocol):
+    """What a block's attention calls. Tokens are (tokens, heads, head_dim), in the order of the block's input."""
+
+    def self_attention(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern, training: bool
+    ) -> Tensor:
+        """(tokens, heads, head_dim): attention among the tokens and what came before them."""
+
+    def cross_attention(
+        self, layer: int, query: Tensor, source: SourceProjection, pattern: AttentionPattern, training: bool
+    ) -> Tensor:
+        """(tokens, heads, head_dim): attention to the encoder's output."""
+
+
+class PackedContext(NamedTuple):
+    """Sequences one after the other, each whole.
+
+    Attributes:
+        packing: where they are.
+        position_ids: (total_tokens,).
+        encoded: the encoder's output, (source_tokens, hidden_size).
+        source: where its sequences are.
+    """
+
+    packing: Packing
+    position_ids: Tensor
+    encoded: Tensor | None = None
+    source: Packing | None = None
+
+    def self_attention(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern, training: bool
+    ) -> Tensor:
+        cu_seqlens, max_seqlen = self.packing
+        if pattern.rotary is not None:
+            query, key = rotary(query, key, *pattern.rotary, position_ids=self.position_ids, cu_seqlens=cu_seqlens)
+        attended = attention(
+            query, key, value, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen, **pattern.arguments(training)
+        )
+        assert isinstance(attended, Tensor)
+        return attended
+
+    def cross_attention(
+        self, layer: int, query: Tensor, source: SourceProjection, pattern: AttentionPattern, training: bool
+    ) -> Tensor:
+        assert self.encoded is not None and self.source is not None
+        key, value = source(self.encoded)
+        attended = attention(
+            query,
+            key,
+            value,
+            cu_seqlens_q=self.packing.cu_seqlens,
+            max_seqlen_q=self.packing.max_seqlen,
+            cu_seqlens_k=self.source.cu_seqlens,
+            max_seqlen_k=self.source.max_seqlen,
+            **pattern.arguments(training),
+        )
+        assert isinstance(attended, Tensor)
+        return attended
+
+
+class CachedContext:
+    """New tokens of a dense batch behind those in one of Hugging Face's caches, for its generation.
+
+    Args:
+        cache: dynamic, static or sliding; an `EncoderDecoderCache` where there is an encoder.
+        batch, queries: the new tokens.
+        attention_mask: (batch, past + queries), non-zero for a real token; None if all are.
+        position_ids: (batch, queries).
+        encoded: the encoder's output, (batch, source, hidden_size).
+        source_mask: (batch, source), non-zero for a real token; None if all are.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        batch: int,
+        queries: int,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        encoded: Tensor | None = None,
+        source_mask: Tensor | None = None,
+    ) -> None:
+        self.cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        self.source_cache = cache if isinstance(cache, EncoderDecoderCache) else None
+        self.batch, self.queries = batch, queries
+        self.real = _boolean_mask(attention_mask)
+        self.position_ids = position_ids
+        self.encoded = encoded
+        self.source_real = _boolean_mask(source_mask)
+
+    def self_attention(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern, training: bool
+    ) -> Tensor:
+        query, key, value = self._dense(query), self._dense(key), self._dense(value)
+        if pattern.rotary is not None:
+            query, key = rotary(query, key, *pattern.rotary, position_ids=self.position_ids)
+        # A static cache's length is a tensor that the update changes.
+        past = self.cache.get_seq_length(layer) + 0
+        keys, first = self.cache.get_mask_sizes(self.queries, layer)
+        key, value = self.cache.update(key, value, layer)
+        arguments = pattern.arguments(training)
+        if isinstance(past, int) and first + keys == past + self.queries:
+            if self.real is not None:
+                arguments["mask"] = self.real[:, None, None, first : first + keys]
+        else:
+            arguments |= self._by_position(past, keys, first, pattern)
+        return self._tokens(attention(query, key, value, **arguments))
+
+    def cross_attention(
+        self, layer: int, query: Tensor, source: SourceProjection, pattern: AttentionPattern, training: bool
+    ) -> Tensor:
+        assert self.source_cache is not None
+        cache = self.source_cache.cross_attention_cache
+        if self.source_cache.is_updated.get(layer):
+            known = cache.layers[layer]
+            assert isinstance(known, CacheLayerMixin) and known.keys is not None and known.values is not None
+            key, value = known.keys, known.values
+        else:
+            assert self.encoded is not None
+            key, value = (each.transpose(1, 2) for each in source(self.encoded))
+            key, value = cache.update(key, value, layer)
+            self.source_cache.is_updated[layer] = True
+        mask = None if self.source_real is None else self.source_real[:, None, None, :]
+        return self._tokens(attention(self._dense(query), key, value, mask=mask, **pattern.arguments(training)))
+
+    def _by_position(self, past: int | Tensor, keys: int, first: int, pattern: AttentionPattern) -> dict[str, Any]:
+        """Arguments for a cache whose last key is not the last query's: a mask and a bias from the positions."""
+        device = self.position_ids.device
+        query_position = torch.arange(self.queries, device=device)[:, None] + past
+        key_position = torch.arange(keys, device=device) + first
+        distance = key_position - query_position
+        mask = (distance <= 0) & (key_position >= 0)
+        if pattern.window is not None and pattern.window[0] is not None:
+            mask = mask & (distance >= -pattern.window[0])
+        mask = mask[None, None]
+        if self.real is not None:
+            known = key_position.clamp(0, self.real.shape[1] - 1)
+            mask = mask & self.real[:, known][:, None, None, :]
+        bias = None
+        if pattern.alibi_slopes is not None:
+            bias = -pattern.alibi_slopes[None, :, None, None] * distance.abs()
+        elif pattern.relative_bias is not None:
+            farthest = pattern.relative_bias.shape[1] // 2
+            bias = pattern.relative_bias[None, :, distance.clamp(-farthest, farthest) + farthest]
+        return {
+            "mask": mask,
+            "bias": bias,
+            "causal": False,
+            "window": None,
+            "alibi_slopes": None,
+            "relative_bias": None,
+        }
+
+    def _dense(self, tokens: Tensor) -> Tensor:
+        """(batch * queries, heads, head_dim) to (batch, heads, queries, head_dim)."""
+        return tokens.unflatten(0, (self.batch, self.queries)).transpose(1, 2)
+
+    def _tokens(self, dense: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        assert isinstance(dense, Tensor)
+        return dense.transpose(1, 2).flatten(0, 1)
+
+
+def _boolean_mask(mask: Tensor | None) -> Tensor | None:
+    """`mask` as booleans; None where looking costs nothing and nothing is padding."""
+    if mask is None or (mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())):
+        return None
+    return mask.to(torch.bool)

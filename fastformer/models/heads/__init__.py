@@ -1,0 +1,1 @@
+"""The Transformer with a head for each task."""

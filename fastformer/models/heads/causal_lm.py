@@ -1,0 +1,122 @@
+"""Causal language modelling, and generation by Hugging Face's `generate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+from typing_extensions import Unpack
+
+from fastformer.models.configuration import FastformerConfig
+from fastformer.models.heads.projection import next_token_labels, projection_loss
+from fastformer.models.modeling import (
+    CACHE_FIELD,
+    FastformerModel,
+    FastformerPreTrainedModel,
+    ModelOptions,
+    restored,
+)
+
+
+class GenerativeModel(FastformerPreTrainedModel, GenerationMixin):
+    """What causal and sequence-to-sequence models share: the projection to the vocabulary, and Hugging Face's
+    `generate`."""
+
+    lm_head: nn.Linear
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
+        """Hugging Face's hook for static caches: the mask stays one value a token; attention knows the rest."""
+        return attention_mask
+
+    def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The input of `lm_head`."""
+        return hidden if self.config.logit_scale == 1.0 else hidden * self.config.logit_scale
+
+
+class FastformerForCausalLM(GenerativeModel):
+    """A decoder that predicts each next token."""
+
+    _stacks = ("decoder",)
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.word.weight"}  # noqa: RUF012
+
+    def __init__(self, config: FastformerConfig) -> None:
+        super().__init__(config)
+        self.model = FastformerModel(config, add_pooling_layer=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_logits: bool | None = None,
+        **options: Unpack[ModelOptions],
+    ) -> CausalLMOutputWithPast:
+        """Loss and logits; inputs dense or packed, and caches, as in `FastformerModel.forward`.
+
+        Args:
+            labels: like input_ids, int64, -100 where nothing is to be predicted; each is predicted from the tokens
+                before it in its sequence. Not together with a cache.
+            logits_to_keep: the logits of so many last columns of a dense batch, or of these columns; 0 for all.
+            return_logits: whether to return logits. None: only without labels, because the loss never holds them all.
+        """
+        cached = cache is not None or past_key_values is not None or bool(use_cache)
+        if cached:
+            if labels is not None:
+                raise ValueError("labels are for training, without a cache; got both")
+            outputs = self.model(
+                input_ids,
+                attention_mask,
+                token_type_ids,
+                position_ids,
+                inputs_embeds,
+                cache=cache if cache is not None else past_key_values,
+                use_cache=use_cache,
+                return_dict=True,
+                **options,
+            )
+            hidden, loss, hidden_states = outputs.last_hidden_state, None, outputs.hidden_states
+        else:
+            tokens, hidden, outputs = self._encode(
+                input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options
+            )
+            loss, hidden_states = None, restored(tokens, outputs.hidden_states)
+            if labels is not None:
+                targets = next_token_labels(tokens.pack("labels", labels), tokens.packing.cu_seqlens)
+                loss = projection_loss(self.lm_head, self.scaled(hidden), targets)
+            hidden = tokens.restore(hidden)
+        logits = None
+        if labels is None if return_logits is None else return_logits:
+            logits = self.lm_head(self.scaled(_last_columns(hidden, logits_to_keep)))
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=hidden_states, **{CACHE_FIELD: outputs.get(CACHE_FIELD)}
+        )
+
+
+def _last_columns(hidden: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    """The columns of `hidden` (batch, sequence, hidden_size) whose logits are wanted."""
+    if isinstance(keep, int) and keep == 0:
+        return hidden
+    if hidden.dim() != 3:
+        raise ValueError("logits_to_keep is for dense input; packed input has no columns")
+    return hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]

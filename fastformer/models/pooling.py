@@ -1,0 +1,42 @@
+"""One vector for each packed sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastformer.models.configuration import FastformerConfig
+from fastformer.nn import Packing
+
+_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
+
+
+def pool(hidden: torch.Tensor, packing: Packing, pooling: str) -> torch.Tensor:
+    """`hidden` (total_tokens, hidden_size) to (batch, hidden_size): the first token, the last, or the mean of all.
+
+    An empty sequence gives zeros.
+    """
+    starts, ends = packing.cu_seqlens[:-1], packing.cu_seqlens[1:]
+    if pooling == "mean":
+        sequence = torch.searchsorted(ends, torch.arange(len(hidden), device=hidden.device), right=True)
+        total = hidden.new_zeros(len(starts), hidden.shape[1], dtype=torch.float32)
+        total = total.index_add(0, sequence, hidden.float())
+        return (total / (ends - starts).clamp(min=1).unsqueeze(1)).to(hidden.dtype)
+    chosen = starts if pooling == "first" else ends - 1
+    rows = hidden.index_select(0, chosen.clamp(0, hidden.shape[0] - 1))
+    return rows.masked_fill((starts == ends).unsqueeze(1), 0.0)
+
+
+class Pooler(nn.Module):
+    """The token that stands for a sequence, through a dense layer and an activation unless `pooler_act` is "none"."""
+
+    def __init__(self, config: FastformerConfig) -> None:
+        super().__init__()
+        self.pooling = config.pooling
+        self.activation = _ACTIVATIONS.get(config.pooler_act)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size) if self.activation else None
+
+    def forward(self, hidden: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """`hidden` (total_tokens, hidden_size) to (batch, hidden_size)."""
+        pooled = pool(hidden, packing, self.pooling)
+        return pooled if self.dense is None or self.activation is None else self.activation(self.dense(pooled))
