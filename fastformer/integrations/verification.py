@@ -137,13 +137,17 @@ def verify(
         What was accelerated, if anything, and the checks.
 
     Raises:
-        ValueError: the model itself does not run, so that nothing can be compared.
+        ValueError: the model itself does not run, or nothing of it is replaced, so that there is nothing to compare.
     """
     candidate = copy.deepcopy(subject.model)
     report = accelerate(candidate) if accelerated else None
     checks: list[Check] = []
-    if candidate.config._attn_implementation != "fastformer":
+    if candidate._can_set_attn_implementation():
         candidate.set_attn_implementation("fastformer")
+    elif not accelerated:
+        raise ValueError(
+            f"{type(candidate).__name__} takes no attention implementation: nothing of it would be replaced"
+        )
     pair = _Pair(subject, candidate, backend_name)
     for check in track(_CHECKS, "verifying"):
         checks += check(pair)

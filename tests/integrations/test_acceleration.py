@@ -17,7 +17,9 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 import fastformer
-from fastformer.integrations.acceleration import Acceleration
+from fastformer.integrations.acceleration import Acceleration, feed_forward, losses, rotary, swapping
+from fastformer.integrations.acceleration import model as model_module
+from fastformer.integrations.acceleration.rebinding import global_names, rebind
 from fastformer.integrations.acceleration.swapping import Accelerated
 
 # What of each model is left, and why: anything else must be replaced.
@@ -89,6 +91,8 @@ def test_outputs_and_gradients_by_the_kernels(name: str) -> None:
     model, batch = small.build(), small.batch("right" if small.kind != "decoder" else "left")
     expected = results(model, batch)
     fastformer.accelerate(model)
+    if name not in ("BERT", "Llama"):
+        model.set_attn_implementation("eager")  # the interpreter is slow
     with fastformer.backend("triton"):
         actual = results(model, batch)
     assert_same(actual, expected)
@@ -173,12 +177,46 @@ def test_recognised_in_any_dtype(dtype: torch.dtype) -> None:
     assert report.replaced == expected.replaced
 
 
-def test_recognised_before_its_weights_are_loaded() -> None:
+@pytest.mark.parametrize(
+    ("name", "left"), [("T5", set()), ("BERT", {"embeddings"}), ("Llama", {"rotary position embedding"})]
+)
+def test_recognised_before_its_weights_are_loaded(name: str, left: set[str]) -> None:
     with torch.device("meta"):
-        model = MODELS["T5"].build()
+        model = MODELS[name].build()
     report = fastformer.accelerate(model)
-    assert not report.left
+    # Parameters do not matter; buffers, which are not known yet, do.
+    assert {made.part for made in report.left} == left
+    assert all("meta device" in made.detail for made in report.left)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_recognised_whatever_holds_around_it() -> None:
+    model, expected = MODELS["Llama"].build(), fastformer.accelerate(MODELS["Llama"].build())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+            report = fastformer.accelerate(model)
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert report == expected
+
+
+def test_layers_of_one_structure_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[nn.Module] = []
+    recognise = feed_forward.recognise
+
+    def counting(module: nn.Module) -> Any:
+        found = recognise(module)
+        if found is not None:
+            looked_at.append(module)
+        return found
+
+    monkeypatch.setattr(model_module, "_RECOGNISERS", [("feed-forward", counting)])
+    model = MODELS["Llama"].build()
+    report = fastformer.accelerate(model)
+    assert len(looked_at) == 1
+    assert sum(made.part == "feed-forward" for made in report.replaced) == 2
 
 
 class TestTraining:
@@ -248,7 +286,7 @@ class TestCopies:
         assert twin.config._attn_implementation == "eager"
         assert model.config._attn_implementation == "fastformer"
 
-    @pytest.mark.parametrize("name", ["BERT", "Llama", "GPT-2"])
+    @pytest.mark.parametrize("name", ["BERT", "GPT-NeoX", "GPT-2"])
     def test_pickle(self, name: str) -> None:
         model, batch = MODELS[name].build(), MODELS[name].batch()
         expected = model(**batch).logits
@@ -269,14 +307,19 @@ class TestCopies:
         assert not any(isinstance(module, Accelerated) for module in loaded.modules())
         torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("by_operators", [False, True])
     @pytest.mark.parametrize("name", ["BERT", "Llama"])
-    def test_compile(self, name: str) -> None:
+    def test_compile(self, name: str, by_operators: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         model, batch = MODELS[name].build(), MODELS[name].batch()
-        expected = model(**batch).logits
+        expected = results(model, batch)
         fastformer.accelerate(model)
+        if by_operators:
+            for module in (swapping, rotary, losses):
+                monkeypatch.setattr(module, "use_triton", lambda tensor: True)
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend="eager")
-        torch.testing.assert_close(compiled(**batch).logits, expected, rtol=1e-5, atol=1e-4)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        actual = results(compiled, batch)
+        assert_same({name.replace("_orig_mod.", ""): tensor for name, tensor in actual.items()}, expected)
 
 
 class TestLookAlikes:
@@ -359,12 +402,10 @@ class TestLookAlikes:
         model = MODELS["Llama"].build()
         attention = model.model.layers[0].self_attn
         original = type(attention)
-        namespace = {**original.forward.__wrapped__.__globals__}
-        assert "apply_rotary_pos_emb" in namespace
-        from fastformer.integrations.acceleration.rebinding import rebind
+        own = global_names(original.forward)["apply_rotary_pos_emb"]
 
         def backwards(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
-            return namespace["apply_rotary_pos_emb"](q, k, cos, -sin, unsqueeze_dim=unsqueeze_dim)
+            return own(q, k, cos, -sin, unsqueeze_dim=unsqueeze_dim)
 
         forward = rebind(original.forward, {"apply_rotary_pos_emb": backwards})
         attention.__class__ = type("Backwards", (original,), {"forward": forward})
@@ -431,6 +472,27 @@ class TestLanguageModelLoss:
         model.loss_function = own = lambda logits, labels, vocab_size, **_: logits.square().mean()
         assert "not the cross-entropy" in next(made.detail for made in fastformer.accelerate(model).left)
         assert model.loss_function is own
+
+
+def test_a_class_that_was_changed_again_is_not_restored() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.LayerNorm(8))
+    fastformer.accelerate(model)
+    torch.nn.utils.parametrizations.weight_norm(model[1])
+    classes = [type(module) for module in model]
+    with pytest.raises(ValueError, match="1: the class was changed after acceleration"):
+        fastformer.restore(model)
+    assert [type(module) for module in model] == classes
+
+
+def test_parameters_of_another_dtype_run_the_layer_s_own_forward() -> None:
+    """The operators take float32 and half precision; float64 is no error."""
+    model = MODELS["Llama"].build().double()
+    fastformer.accelerate(model)
+    model.config._attn_implementation = "eager"
+    batch = MODELS["Llama"].batch()
+    with fastformer.backend("triton"):
+        actual = model(**batch).logits
+    torch.testing.assert_close(actual, model(**batch).logits)
 
 
 def test_model_must_be_a_module() -> None:

@@ -129,7 +129,8 @@ def test_kernelize_a_model(folder: Path, kernel: ModuleType) -> None:
     ids = torch.randint(40, (2, 6))
     kernelized = copy.deepcopy(model)
     with mapped(folder, "RMSNorm", "SwiGLU"):
-        kernelize(kernelized, mode=Mode.TRAINING | Mode.TORCH_COMPILE, device="cpu", use_fallback=False)
+        # Without a kernel of ours, what else has a name runs as it is.
+        kernelize(kernelized, mode=Mode.TRAINING | Mode.TORCH_COMPILE, device="cpu")
     ours = {type(m).__name__ for m in kernelized.modules() if m.forward.__module__ == kernel.layers.__name__}
     assert ours == {"LlamaRMSNorm", "LlamaMLP"}
     outputs = [each(input_ids=ids, labels=ids) for each in (kernelized, model)]

@@ -15,6 +15,7 @@ from fastformer.integrations.acceleration.probing import ERRORS, close, mark, ma
 from fastformer.integrations.acceleration.projections import dropout_probability, is_dropout
 from fastformer.integrations.acceleration.swapping import OperatorRecipe, is_own, original_class
 from fastformer.nn.embedding import is_plain_embedding
+from fastformer.ops.checks import FLOATING_DTYPES
 from fastformer.ops.embedding import transformer_embedding
 from fastformer.ops.normalization import MAX_COLUMNS
 
@@ -59,7 +60,8 @@ class Embeddings(OperatorRecipe):
         norm = getattr(module, self.norm)
         if not all(map(is_plain_embedding, tables)) or original_class(norm) is not nn.LayerNorm or not is_own(norm):
             return False
-        return is_dropout(module, self.dropout) and norm.weight.dtype == tables[0].weight.dtype
+        dtypes = {table.weight.dtype for table in (*tables, norm)}
+        return is_dropout(module, self.dropout) and len(dtypes) == 1 and dtypes <= set(FLOATING_DTYPES)
 
     def run(self, module: nn.Module, *tensors: Tensor) -> Tensor:
         norm = getattr(module, self.norm)
@@ -127,6 +129,8 @@ def recognise(module: nn.Module) -> Embeddings | str | None:
     sizes = {children[name].embedding_dim for name in tables}
     if len(sizes) != 1 or max(sizes) > MAX_COLUMNS:
         return "its tables differ in size"
+    if any(buffer.is_meta for buffer in module.buffers()):
+        return "its buffers are on the meta device; load the model first"
     for recipe in _recipes(children, tables, norms[0], arguments):
         if _is_proven(module, recipe):
             return _with_dropout(module, recipe, dropouts)
@@ -172,15 +176,18 @@ def _inputs(module: nn.Module, recipe: Embeddings) -> list[tuple[Any, ...]]:
 
 def _is_proven(module: nn.Module, recipe: Embeddings) -> bool:
     with probing(module):
+        forward, inputs = _forward(recipe), _inputs(module, recipe)
         try:
-            return same(module, _forward(recipe), recipe.run, _inputs(module, recipe))
+            if not close(outcome(module, recipe.run, *inputs[0]), outcome(module, forward, *inputs[0])):
+                return False
+            return same(module, forward, recipe.run, inputs)
         except ERRORS:
             return False
 
 
 def _with_dropout(module: nn.Module, recipe: Embeddings, dropouts: list[str]) -> Embeddings | str:
     input = _inputs(module, recipe)[0]
-    with probing(module, training=True), marked([getattr(module, name) for name in dropouts]):
+    with probing(module, training=True), marked(module):
         expected = outcome(module, _forward(recipe), *input)
         for dropout in (None, *dropouts):
             candidate = replace(recipe, dropout=dropout)

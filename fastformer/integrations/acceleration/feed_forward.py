@@ -99,7 +99,6 @@ def recognise(module: nn.Module) -> FeedForward | str | None:
     """The recipe for `module`, the reason why a feed-forward network has none, or None for what is none."""
     children = dict(module.named_children())
     projections = {name: child for name, child in children.items() if any(True for _ in child.parameters())}
-    others = [child for name, child in children.items() if name not in projections]
     if _is_inside_more(module):
         return "its projections are applied in a forward that does more"
     if len(projections) not in (2, 3) or any(True for _ in module.parameters(recurse=False)):
@@ -113,8 +112,6 @@ def recognise(module: nn.Module) -> FeedForward | str | None:
     if not isinstance(found, FeedForward):
         return found
     dropouts = [name for name, child in children.items() if type(child) is nn.Dropout]
-    if any(isinstance(child, nn.modules.dropout._DropoutNd) and type(child) is not nn.Dropout for child in others):
-        return "it drops whole channels"
     return _with_dropouts(module, found, dropouts, shapes)
 
 
@@ -173,7 +170,7 @@ def _with_dropouts(
     places: list[tuple[str | None, str | None]] = [(None, None)]
     places += [place for name in dropouts for place in ((name, None), (None, name))]
     places += list(itertools.permutations(dropouts, 2)) + [(name, name) for name in dropouts]
-    with probing(module, training=True), marked([getattr(module, name) for name in dropouts]):
+    with probing(module, training=True), marked(module):
         expected = outcome(module, type(module).forward, input)
         for hidden_dropout, dropout in places:
             candidate = replace(recipe, hidden_dropout=hidden_dropout, dropout=dropout)

@@ -18,10 +18,10 @@ from fastformer.integrations.acceleration import (
     split_feed_forward,
 )
 from fastformer.integrations.acceleration.losses import LanguageModelLoss
-from fastformer.integrations.acceleration.probing import structure_of
+from fastformer.integrations.acceleration.probing import conditions, structure_of
 from fastformer.integrations.acceleration.rebinding import innermost
 from fastformer.integrations.acceleration.report import Acceleration, Decision
-from fastformer.integrations.acceleration.swapping import Accelerated, Recipe, swap, swap_back
+from fastformer.integrations.acceleration.swapping import Accelerated, Recipe, can_swap_back, swap, swap_back
 
 ATTENTION = "fastformer"
 """What transformers calls an attention implementation; Fastformer's."""
@@ -47,6 +47,9 @@ def accelerate(model: nn.Module) -> Acceleration:
     optimisers and PEFT go on working; a projection that becomes LoRA's or is quantised later is called. Kernels run
     where a backend runs them, on a GPU by default; elsewhere a layer's own forward does.
 
+    While a layer is looked at, random parameters of its shapes in float32 take several times its memory on the CPU;
+    layers of one structure are looked at once.
+
     A model of Hugging Face's that accepts attention implementations gets "fastformer".
 
     Args:
@@ -63,6 +66,41 @@ def accelerate(model: nn.Module) -> Acceleration:
     >>> fastformer.restore(model)
     """
     _check(model)
+    with conditions():
+        decisions = _accelerate_layers(model)
+    decisions += _accelerate_attention(model)
+    return Acceleration(type(model).__name__, decisions)
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `accelerate`: every module of `model` is again of its own class, with nothing left on it.
+
+    Raises:
+        TypeError: `model` is no `nn.Module`.
+        ValueError: a module's class was changed after it was accelerated.
+    """
+    _check(model)
+    accelerated = [(name, module) for name, module in model.named_modules() if isinstance(module, Accelerated)]
+    changed = [name for name, module in accelerated if not can_swap_back(module)]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)}: the class was changed after acceleration (fully_shard, parametrize): undo that"
+        )
+    for _, accelerated_module in accelerated:
+        swap_back(accelerated_module)
+    for module in model.modules():
+        loss = vars(module).get("_loss_function")
+        if isinstance(loss, LanguageModelLoss):
+            if loss.was_set:
+                module._loss_function = loss.own  # type: ignore[assignment]
+            else:
+                del module._loss_function
+        for config, implementation in vars(module).pop(_OWN_ATTENTION, ()):
+            config._attn_implementation_internal = implementation
+
+
+def _accelerate_layers(model: nn.Module) -> list[Decision]:
+    """Swap the class of every module that is recognised, and the loss functions."""
     decisions: list[Decision] = []
     halves = rotary.tables_have_halves(model)
     known: dict[Any, Recipe | str | None] = {}
@@ -89,29 +127,7 @@ def accelerate(model: nn.Module) -> Acceleration:
             if found is not None:
                 decisions.append(Decision(name, class_name, part, False, found))
         decisions += _accelerate_loss_function(name, module)
-    decisions += _accelerate_attention(model)
-    return Acceleration(type(model).__name__, decisions)
-
-
-def restore(model: nn.Module) -> None:
-    """Undo `accelerate`: every module of `model` is again of its own class, with nothing left on it.
-
-    Raises:
-        TypeError: `model` is no `nn.Module`.
-        ValueError: a module's class was changed after it was accelerated.
-    """
-    _check(model)
-    for module in model.modules():
-        if isinstance(module, Accelerated):
-            swap_back(module)
-        loss = vars(module).get("_loss_function")
-        if isinstance(loss, LanguageModelLoss):
-            if loss.was_set:
-                module._loss_function = loss.own  # type: ignore[assignment]
-            else:
-                del module._loss_function
-        for config, implementation in vars(module).pop(_OWN_ATTENTION, ()):
-            config._attn_implementation_internal = implementation
+    return decisions
 
 
 def _check(model: nn.Module) -> None:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastformer.integrations.acceleration.probing import ERRORS, outcome, probing, same
-from fastformer.integrations.acceleration.swapping import OperatorRecipe
+from fastformer.integrations.acceleration.swapping import OperatorRecipe, original_class
+from fastformer.ops.autocast import autocast_float32_dtype
+from fastformer.ops.checks import FLOATING_DTYPES
 from fastformer.ops.normalization import MAX_COLUMNS, layer_norm, rms_norm
 
 
@@ -40,7 +43,15 @@ class Norm(OperatorRecipe):
     def holds(self, module: nn.Module, *tensors: Tensor) -> bool:
         (input,) = tensors
         weight = None if self.weight is None else getattr(module, self.weight)
-        return weight is None or self.keeps_dtype or weight.dtype == input.dtype
+        if input.dtype not in FLOATING_DTYPES or is_traceable_wrapper_subclass(weight):
+            return False
+        dtype = autocast_float32_dtype(input)
+        if dtype != input.dtype:
+            # A GPU's autocast makes the operator's result, as PyTorch's function's, float32.
+            return original_class(module) is nn.LayerNorm or (
+                weight is not None and weight.dtype == dtype and not self.keeps_dtype
+            )
+        return weight is None or self.keeps_dtype or weight.dtype == dtype
 
     def run(self, module: nn.Module, *tensors: Tensor) -> Tensor:
         (input,) = tensors

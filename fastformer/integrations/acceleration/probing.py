@@ -7,6 +7,7 @@ GPU, in half precision or on the meta device is probed as any other, and not tou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,6 +21,9 @@ from fastformer.integrations.acceleration.swapping import is_own
 
 _RELATIVE_TOLERANCE = 2e-5
 """Of the largest element: rounding in float32 stays below a tenth, erf's and tanh's GELU differ by ten times it."""
+
+_POOL = 1_048_583
+"""How many random numbers there are: a prime, so that no matrix has the same row twice."""
 
 Function = Callable[..., Any]
 """Of a module and tensors."""
@@ -41,23 +45,35 @@ class _Call(nn.Module):
 
 
 @contextmanager
-def probing(module: nn.Module, training: bool = False) -> Iterator[None]:
-    """Within it `module` is in evaluation, or training, mode, and what runs leaves random generators as they were."""
-    modes = [(child, child.training) for child in module.modules()]
+def conditions() -> Iterator[None]:
+    """Within it everything runs in float32 on the CPU, with gradients and without autocast, whatever holds around it;
+    random generators are afterwards as they were."""
+    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.autocast("cpu", enabled=False))
         stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(backend("torch"))
-        try:
-            for child, _ in modes:
-                child.training = training
-            torch.manual_seed(0)
-            yield
-        finally:
-            for child, mode in modes:
-                child.training = mode
+        yield
+
+
+@contextmanager
+def probing(module: nn.Module, training: bool = False) -> Iterator[None]:
+    """Within it `module` is in evaluation, or training, mode."""
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        for child, _ in modes:
+            child.training = training
+        # Not torch.manual_seed, which sets the generators of GPUs too.
+        torch.default_generator.manual_seed(0)
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
 
 
 def outcome(module: nn.Module, function: Function, *inputs: Any) -> Any:
@@ -67,31 +83,45 @@ def outcome(module: nn.Module, function: Function, *inputs: Any) -> Any:
 
 def _random_tensors(module: nn.Module) -> dict[str, Tensor]:
     """For each parameter a random one, its variance the inverse of a matrix's inputs; buffers are the module's own."""
-    generator = torch.Generator("cpu").manual_seed(1)
     tensors = {}
-    for name, parameter in module.named_parameters(remove_duplicate=True):
-        values = torch.randn(parameter.shape, generator=generator, device="cpu")
-        tensors[f"module.{name}"] = values.div_(max(1, parameter.shape[-1]) ** 0.5 if parameter.dim() > 1 else 1.0)
+    for index, (name, parameter) in enumerate(module.named_parameters(remove_duplicate=True)):
+        scale = max(1, parameter.shape[-1]) ** -0.5 if parameter.dim() > 1 else 1.0
+        tensors[f"module.{name}"] = _random(parameter.shape, index).mul_(scale)
     for name, buffer in module.named_buffers():
         tensors[f"module.{name}"] = buffer.detach().cpu()
     return tensors
 
 
+def _random(shape: torch.Size, index: int) -> Tensor:
+    """Normal numbers, from another place of a pool for each parameter: drawing millions anew each time takes long."""
+    size = shape.numel()
+    copies = -(-(size + index) // _POOL)
+    return _pool().repeat(copies)[index : index + size].view(shape)
+
+
+@functools.cache
+def _pool() -> Tensor:
+    return torch.randn(_POOL, generator=torch.Generator("cpu").manual_seed(1), device="cpu")
+
+
 def same(module: nn.Module, first: Function, second: Function, inputs: Sequence[tuple[Any, ...]]) -> bool:
     """Whether two functions of `module` agree on every tuple of `inputs`: outputs, and gradients of inputs and
     parameters."""
-    return all(_same_at(module, first, second, arguments) for arguments in inputs)
+    tensors = _random_tensors(module)
+    for tensor in tensors.values():
+        tensor.requires_grad_(tensor.is_floating_point())
+    for arguments in inputs:
+        expected, actual = (
+            _with_gradients(_Call(module, function), tensors, arguments) for function in (first, second)
+        )
+        if len(expected) != len(actual) or not all(map(close, actual, expected)):
+            return False
+    return True
 
 
-def _same_at(module: nn.Module, first: Function, second: Function, inputs: tuple[Any, ...]) -> bool:
-    expected, actual = (_with_gradients(module, function, inputs) for function in (first, second))
-    return len(expected) == len(actual) and all(close(a, b) for a, b in zip(actual, expected, strict=True))
-
-
-def _with_gradients(module: nn.Module, function: Function, inputs: tuple[Any, ...]) -> list[Tensor | None]:
-    tensors = {name: _leaf(tensor) for name, tensor in _random_tensors(module).items()}
+def _with_gradients(call: _Call, tensors: dict[str, Tensor], inputs: tuple[Any, ...]) -> list[Tensor | None]:
     leaves = tuple(_leaf(input) for input in inputs)
-    output = functional_call(_Call(module, function), tensors, leaves)
+    output = functional_call(call, tensors, leaves)
     outputs = output if isinstance(output, tuple) else (output,)
     if not all(isinstance(output, Tensor) for output in outputs):
         return []
@@ -128,9 +158,10 @@ def close(actual: Tensor | None, expected: Tensor | None) -> bool:
 
 
 @contextmanager
-def marked(dropouts: Sequence[nn.Module]) -> Iterator[None]:
-    """Within it each dropout multiplies its input by `mark` in place of dropping: where it stands can be told from
-    the result."""
+def marked(module: nn.Module) -> Iterator[None]:
+    """Within it each dropout in `module` multiplies its input by `mark` in place of dropping: where it stands can be
+    told from the result."""
+    dropouts = [child for child in module.modules() if isinstance(child, nn.Dropout)]
     handles = [dropout.register_forward_hook(lambda _, inputs, __: mark(inputs[0])) for dropout in dropouts]
     try:
         yield
@@ -151,7 +182,7 @@ def structure_of(module: nn.Module, inside: bool = False) -> tuple[Any, ...]:
         inside: `module` is part of what is looked at, whose number of its layer is for the cache of attention alone.
     """
     own = [
-        (name, value if isinstance(value, bool | int | float | str | None) else id(value))
+        (name, _value(value))
         for name, value in sorted(vars(module).items())
         if not name.startswith("_") and name != "training" and not (inside and name == "layer_idx")
     ]
@@ -159,3 +190,10 @@ def structure_of(module: nn.Module, inside: bool = False) -> tuple[Any, ...]:
     buffers = [(name, tuple(tensor.shape)) for name, tensor in module.named_buffers(recurse=False)]
     children = [(name, structure_of(child, inside=True)) for name, child in module.named_children()]
     return type(module), is_own(module), tuple(own), tuple(parameters), tuple(buffers), tuple(children)
+
+
+def _value(value: Any) -> Any:
+    """An attribute as far as it can be compared; which object it is, otherwise."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_value, value))
+    return value if isinstance(value, bool | int | float | str | torch.dtype | torch.device | None) else id(value)

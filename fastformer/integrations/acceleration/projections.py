@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastformer.nn.feed_forward import is_plain
+from fastformer.ops.checks import FLOATING_DTYPES
 
 
 def projection_class(*modules: nn.Module) -> type[nn.Module] | None:
@@ -33,9 +34,8 @@ def weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
 
 def takes(input: Tensor, *projections: nn.Module) -> bool:
     """Whether the projections' parameters are of the input's dtype, or autocast makes them so."""
-    if torch.is_autocast_enabled(input.device.type):
-        return True
-    return all(projection.weight.dtype == input.dtype for projection in projections)
+    dtypes = {input.dtype, *(projection.weight.dtype for projection in projections)}
+    return dtypes <= set(FLOATING_DTYPES) and (len(dtypes) == 1 or torch.is_autocast_enabled(input.device.type))
 
 
 def dropout_probability(module: nn.Module, name: str | None) -> float:

@@ -52,7 +52,7 @@ class ResidualNorm(OperatorRecipe):
         projection, norm = getattr(module, self.projection), getattr(module, self.norm)
         if not is_projection(projection, self.kind) or original_class(norm) is not nn.LayerNorm or not is_own(norm):
             return False
-        return is_dropout(module, self.dropout) and takes(input, projection) and norm.weight.dtype == input.dtype
+        return is_dropout(module, self.dropout) and takes(input, projection, norm)
 
     def run(self, module: nn.Module, *tensors: Tensor) -> Tensor:
         input, residual = tensors
@@ -109,7 +109,7 @@ def recognise(module: nn.Module) -> ResidualNorm | str | None:
         if not same(module, forward, recipe.run, inputs):
             return "it does not normalise the sum of its projection and its residual"
     dropouts = [name for name, child in children.items() if type(child) is nn.Dropout]
-    with probing(module, training=True), marked([children[name] for name in dropouts]):
+    with probing(module, training=True), marked(module):
         expected = outcome(module, forward, *inputs[0])
         for dropout in (None, *dropouts):
             candidate = replace(recipe, dropout=dropout)

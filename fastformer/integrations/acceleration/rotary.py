@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastformer.backends import use_triton
 from fastformer.integrations.acceleration.probing import ERRORS, close, probing
 from fastformer.integrations.acceleration.rebinding import global_names, rebind
 from fastformer.integrations.acceleration.swapping import Recipe
+from fastformer.ops.checks import FLOATING_DTYPES
 from fastformer.ops.rotary import rotary
 
 _ARGUMENTS = ("q", "k", "cos", "sin", "unsqueeze_dim")
@@ -57,7 +59,9 @@ class Rotary(Recipe):
 
     def takes(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> bool:
         """Whether the operator computes this call."""
-        if q.dim() != 4 or cos.dim() != 3 or unsqueeze_dim not in (1, 2) or cos.requires_grad or q.dtype != k.dtype:
+        if q.dim() != 4 or cos.dim() != 3 or unsqueeze_dim not in (1, 2) or cos.requires_grad:
+            return False
+        if q.dtype != k.dtype or q.dtype not in FLOATING_DTYPES or is_traceable_wrapper_subclass(q):
             return False
         fits = cos.shape[-1] <= q.shape[-1] if self.partial else cos.shape[-1] == q.shape[-1] == k.shape[-1]
         return fits and cos.shape == sin.shape and cos.shape[1] == q.shape[3 - unsqueeze_dim]
@@ -76,6 +80,8 @@ class Rotary(Recipe):
 
 def tables_have_halves(model: nn.Module) -> bool | str:
     """Whether all tables of the model's rotary embeddings are in halves, or in pairs (False); why neither is known."""
+    if any(buffer.is_meta for module in model.modules() for buffer in _frequencies(module)):
+        return "the frequencies of its tables are on the meta device; load the model first"
     found = {layout for module in model.modules() for layout in _layouts(module)}
     if not found:
         return "no module of the model is known to make its tables"
@@ -84,10 +90,15 @@ def tables_have_halves(model: nn.Module) -> bool | str:
     return bool(found.pop())
 
 
+def _frequencies(module: nn.Module) -> list[Tensor]:
+    """The frequencies that a module keeps to make tables of."""
+    return [buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
+
+
 def _layouts(module: nn.Module) -> list[bool | None]:
     """For each kind of tables that `module` makes: in halves, in pairs (False), neither (None)."""
-    frequencies = [buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
-    if not frequencies or any(buffer.is_meta for buffer in frequencies):
+    frequencies = _frequencies(module)
+    if not frequencies:
         return []
     given = inspect.signature(type(module).forward).parameters
     types: list[tuple[Any, ...]] = [()]

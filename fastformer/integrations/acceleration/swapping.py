@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastformer.backends import use_triton
 
@@ -50,7 +51,9 @@ class OperatorRecipe(Recipe):
         @functools.wraps(own)
         def accelerated(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             tensors = self.tensors(module, *args, **kwargs)
-            if tensors is None or not use_triton(tensors[0]) or not self.holds(module, *tensors):
+            if tensors is None or not use_triton(tensors[0]) or any(map(is_traceable_wrapper_subclass, tensors)):
+                return own(module, *args, **kwargs)
+            if not self.holds(module, *tensors):
                 return own(module, *args, **kwargs)
             return self.run(module, *tensors)
 
@@ -112,17 +115,13 @@ def swap(module: nn.Module, recipe: Recipe) -> None:
     module.__class__ = accelerated_class(type(module), recipe)  # type: ignore[arg-type]
 
 
-def swap_back(module: nn.Module) -> None:
-    """Give an accelerated module its own class again.
+def can_swap_back(module: Accelerated) -> bool:
+    """Whether the class of an accelerated module was not changed once more since."""
+    return "fastformer_original" in vars(type(module))
 
-    Raises:
-        ValueError: its class was changed once more since (FSDP2, parametrization), so that it cannot be set back.
-    """
-    assert isinstance(module, Accelerated)
-    if "fastformer_original" not in vars(type(module)):
-        raise ValueError(
-            f"{type(module).__name__} was changed after it was accelerated (fully_shard, parametrize): undo that first"
-        )
+
+def swap_back(module: Accelerated) -> None:
+    """Give an accelerated module its own class again."""
     module.__class__ = module.fastformer_original  # type: ignore[assignment]
 
 
