@@ -79,7 +79,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "llama": _LLAMA,
     "qwen2": {**_LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    "qwen3": {**_LLAMA, "head_dim": 16},
+    "qwen3": {**_LLAMA, "head_dim": 16, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "mistral": {**_LLAMA, "sliding_window": 4},
     "t5": {
         "vocab_size": VOCABULARY,
@@ -121,6 +121,7 @@ def random_model(class_name: str, **options: Any) -> PreTrainedModel:
     architecture, head = find_head(class_name)
     labels = 2 if class_name.endswith("QuestionAnswering") else 3
     config = architecture.config_class(**{**CONFIGS[architecture.name], "num_labels": labels, **options})
+    torch.manual_seed(0)
     model = head.theirs(config).eval()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:  # Marian's sinusoidal positions are parameters that are not trained

@@ -95,7 +95,8 @@ def _positive(text: str) -> float:
 
 def _progress_bar() -> Progress:
     columns = (TextColumn("tensors"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _advance(bar: Progress, total: int) -> Callable[[], None]:
