@@ -161,6 +161,13 @@ class FastformerConfig(PreTrainedConfig):
             raise ValueError(f"{type(self).__name__} has no field {', '.join(map(repr, unknown))}")
         self.validate_architecture()
 
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """Hugging Face's hook, which caches take the number of blocks from: a decoder's is its own."""
+        config = super().get_text_config(decoder=decoder, encoder=encoder)
+        if decoder and self.num_decoder_layers is not None:
+            config.num_hidden_layers = self.num_decoder_layers  # of a copy
+        return config
+
     @property
     def size_per_head(self) -> int:
         """Features of a head."""

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 
 from fastformer.models import (
-    FastformerConfig,
     FastformerForMaskedLM,
     FastformerForPreTraining,
     FastformerForSequenceClassification,
     FastformerModel,
-    config_from_bert,
-    load_bert,
+    from_hugging_face,
 )
 
 BERT_CONFIG = {
@@ -48,9 +43,9 @@ def twins(bert_class: type, own_class: type, **options):
     for parameter in bert.parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
-    own = own_class(config_from_bert(bert.config))
-    load_bert(own, bert.state_dict())
-    return bert.eval(), own.eval()
+    own = from_hugging_face(bert)
+    assert type(own) is own_class
+    return bert.eval(), own
 
 
 def dense_batch(padding_side: str = "right") -> dict[str, torch.Tensor]:
@@ -98,10 +93,10 @@ def test_loss_and_every_gradient_equal_berts() -> None:
     torch.testing.assert_close(actual.mlm_loss + actual.nsp_loss, actual.loss)
     expected.loss.backward()
     actual.loss.backward()
-    # Gradients have the state_dict's names, so BERT's are mapped as its weights are.
-    gradients = FastformerForPreTraining(own.config)
-    load_bert(gradients, {name: parameter.grad for name, parameter in bert.named_parameters()})
-    expected_gradients = dict(gradients.named_parameters())
+    # Gradients have the parameters' names, so that they are converted as these are.
+    for parameter in bert.parameters():
+        parameter.data.copy_(parameter.grad)
+    expected_gradients = dict(from_hugging_face(bert).named_parameters())
     for name, parameter in own.named_parameters():
         torch.testing.assert_close(parameter.grad, expected_gradients[name].data, **EXACT, msg=lambda m, n=name: n + m)
 
@@ -160,38 +155,3 @@ def test_defaults_equal_berts() -> None:
             bert(input_ids, position_ids=positions).last_hidden_state,
             **EXACT,
         )
-
-
-def test_weights_from_a_file_without_the_tied_tensors(tmp_path: Path) -> None:
-    bert, own = twins(BertForPreTraining, FastformerForPreTraining)
-    bert.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    assert "cls.predictions.decoder.weight" not in weights
-    other = FastformerForPreTraining(own.config)
-    load_bert(other, weights)
-    torch.testing.assert_close(dict(other.state_dict()), dict(own.state_dict()), rtol=0, atol=0)
-
-
-def test_a_wrong_state_dict_is_refused_with_everything_wrong_in_it() -> None:
-    bert, own = twins(BertForPreTraining, FastformerForPreTraining)
-    weights = dict(bert.state_dict())
-    del weights["bert.encoder.layer.1.attention.self.key.bias"]
-    weights["bert.encoder.layer.3.output.dense.bias"] = torch.zeros(24)
-    with pytest.raises(ValueError) as refusal:
-        load_bert(own, weights)
-    assert "missing bert.encoder.layer.1.attention.self.key.bias" in str(refusal.value)
-    assert "left over bert.encoder.layer.3.output.dense.bias" in str(refusal.value)
-    smaller = FastformerForPreTraining(FastformerConfig(**{**own.config.to_dict(), "vocab_size": 98}))
-    with pytest.raises(ValueError, match=r"model.embeddings.word.weight has shape \(99, 24\), the model's \(98, 24\)"):
-        load_bert(smaller, bert.state_dict())
-    with pytest.raises(ValueError, match=r"left over cls\.predictions"):
-        load_bert(FastformerModel(own.config), bert.state_dict())
-
-
-def test_configurations_that_are_no_encoders_are_refused() -> None:
-    with pytest.raises(ValueError, match="is_decoder"):
-        config_from_bert(BertConfig(is_decoder=True))
-    with pytest.raises(ValueError, match="position_embedding_type must be 'absolute'; got 'relative_key'"):
-        config_from_bert(BertConfig(position_embedding_type="relative_key"))
-    with pytest.raises(ValueError, match=r"hidden_act must be one of .*; got 'tanh'"):
-        config_from_bert(BertConfig(hidden_act="tanh"))

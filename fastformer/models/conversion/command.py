@@ -95,7 +95,8 @@ def _positive(text: str) -> float:
 
 def _progress_bar() -> Progress:
     columns = (TextColumn("tensors"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _advance(bar: Progress, total: int) -> Callable[[], None]:
@@ -106,6 +107,7 @@ def _advance(bar: Progress, total: int) -> Callable[[], None]:
 def _report(done: Conversion, target: Path) -> None:
     companions = f", with {', '.join(done.companions)}" if done.companions else ""
     _console.print(
-        f"{done.source_class} -> {done.target_class}: {done.tensors} tensors, {done.parameters / 1e6:.2f} M parameters"
+        f"{done.source_format} {done.source_class} -> {done.target_format} {done.target_class}: "
+        f"{done.tensors} tensors, {done.parameters / 1e6:.2f} M parameters"
     )
     _console.print(f"{target}{companions}")

@@ -87,6 +87,10 @@ def write_checkpoint(architecture: Architecture, checkpoint: Checkpoint) -> Chec
     problems.check(f"{head.theirs.__name__} cannot express this model")
     shapes = _their_shapes(places, tensors.shapes, own)
     origins = {part: (name, index) for name, place in places.items() for index, part in enumerate(place.names)}
+    if not own.tie_word_embeddings:  # then transformers ties nothing, not even a decoder's words to its encoder's
+        copies = {copy: original for copy, original in architecture.copies.items() if original in shapes}
+        shapes |= {copy: shapes[original] for copy, original in copies.items()}
+        origins |= {copy: origins[original] for copy, original in copies.items()}
 
     def load(part: str) -> Tensor:
         name, index = origins[part]

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
@@ -56,12 +57,15 @@ class Conversion:
     """What was converted.
 
     Attributes:
+        source_format, target_format: of `FORMATS`.
         source_class, target_class: of the models.
         tensors, parameters: how many were written.
         companions: files that travelled along.
     """
 
+    source_format: str
     source_class: str
+    target_format: str
     target_class: str
     tensors: int
     parameters: int
@@ -91,11 +95,25 @@ def convert(
         FileNotFoundError, FileExistsError: `source` is no checkpoint's folder, or `target` exists.
         ValueError: the checkpoint is unknown, damaged or not whole, or cannot be expressed; the message lists why.
     """
+    try:
+        return _convert(source, target, to or FASTFORMER, class_name, drop, shard_bytes, progress)
+    except StrictDataclassError as error:  # a configuration's field of a wrong type
+        raise ValueError(str(error)) from error
+
+
+def _convert(
+    source: Path,
+    target: Path,
+    to: str,
+    class_name: str | None,
+    drop: Sequence[str],
+    shard_bytes: int,
+    progress: Callable[[int], Callable[[], None]],
+) -> Conversion:
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is no folder; give one that holds a checkpoint")
     if target.exists():
         raise FileExistsError(f"{target} exists already; give a folder that does not")
-    to = to or FASTFORMER
     if to not in FORMATS:
         raise ValueError(f"the format must be one of {', '.join(FORMATS)}; got {to!r}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -109,7 +127,9 @@ def convert(
             companions = _copy_companions(source, folder)
             companions |= _make_companions(source, given, converted, to, folder, companions)
     return Conversion(
+        given.format,
         given.class_name,
+        to,
         converted.model_class.__name__,
         len(converted.tensors.shapes),
         sum(map(prod, converted.tensors.shapes.values())),

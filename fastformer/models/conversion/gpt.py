@@ -53,7 +53,7 @@ def _read_gpt2(config: GPT2Config) -> dict[str, Any]:
 
 def _write_gpt2(config: FastformerConfig) -> dict[str, Any]:
     return {
-        "n_inner": config.intermediate_size,
+        "n_inner": None if config.intermediate_size == 4 * config.hidden_size else config.intermediate_size,
         "scale_attn_weights": config.attention_scale != 1.0,
         "embd_pdrop": config.hidden_dropout_prob,
     }

@@ -145,6 +145,7 @@ def _write_windows(config: FastformerConfig) -> dict[str, Any]:
         "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
         "sliding_window": config.sliding_window if sliding else None,
         "use_sliding_window": sliding,
+        "max_window_layers": next((layer for layer, window in enumerate(windows) if window), len(windows)),
     }
 
 

@@ -5,6 +5,7 @@ Run as a program: ``tensorflow_process.py read PREFIX FILE`` or ``tensorflow_pro
 
 import sys
 
+import numpy as np
 import tensorflow as tf
 from safetensors.numpy import load_file, save_file
 
@@ -13,7 +14,8 @@ def main(action: str, prefix: str, file: str) -> None:
     """Write the checkpoint's tensors into the file, or the file's into the checkpoint."""
     if action == "read":
         reader = tf.train.load_checkpoint(prefix)
-        save_file({name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}, file)
+        # A tensor without dimensions comes as a number.
+        save_file({name: np.asarray(reader.get_tensor(name)) for name in reader.get_variable_to_shape_map()}, file)
     else:
         tensors = load_file(file)
         tf.raw_ops.SaveV2(
