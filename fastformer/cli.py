@@ -22,6 +22,10 @@ COMMANDS = {
         "fastformer.inspection.plan_command",
         "what training a model needs and takes: memory of each GPU, operations, tokens per second, days",
     ),
+    "explain": (
+        "fastformer.inspection.explain_command",
+        "draw what a model attends to in a text, and what each token adds to its answer",
+    ),
     "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),
     "kernels": (
         "fastformer.inspection.command",
