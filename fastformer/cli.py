@@ -31,6 +31,10 @@ COMMANDS = {
         "what training a model needs and takes: memory of each GPU, operations, tokens per second, days",
     ),
     "data": ("fastformer.data.command", "list, show and fetch labelled sets for fine-tuning"),
+    "explain": (
+        "fastformer.inspection.explain_command",
+        "draw what a model attends to in a text, and what each token adds to its answer",
+    ),
     "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),
     "verify": (
         "fastformer.integrations.verification",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -62,19 +63,22 @@ SMALLEST = {
     "doctor": (),
     "verify": (),
     "hub export": (),
+    "models": ("bert-tiny",),
+    "plan": ("--preset", "gpt3-small"),
+    "explain": (),
 }
 
 
 @pytest.mark.parametrize("command", [line for block in blocks("bash")[2:] for line in block.strip().splitlines()])
-def test_inspection_command(command: str, tmp_path: Path) -> None:
+def test_inspection_command(command: str, tmp_path: Path, trained: Path) -> None:
     if command in (Path(__file__).parent.parent / ".ci/run").read_text().splitlines():
         return  # it runs there, for minutes
     name = next(name for name in SMALLEST if command.startswith(f"fastformer {name}"))
     command = re.sub(r" --model \S+ --precision \S+", "", command).replace("/opt", str(tmp_path))
-    arguments = [*command.split()[1:], *SMALLEST[name]]
+    arguments = [*shlex.split(command)[1:], *SMALLEST[name]]
     run = subprocess.run(
         [sys.executable, "-m", "fastformer.cli", *arguments],
-        cwd=tmp_path,
+        cwd=trained,
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True,
         text=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from fastformer.nn import Packing
 from fastformer.ops.attention import attention
+from fastformer.ops.attention_weights import attention_weights
 from fastformer.ops.rotary import rotary
 
 SourceProjection = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -45,6 +46,35 @@ class AttentionPattern(NamedTuple):
         return arguments | {"dropout_p": self.dropout_p if training else 0.0}
 
 
+class AttentionRecord:
+    """Where the attention weights of a forward are kept, recomputed from the log-sum-exp of the fused attention.
+
+    Weights are (batch, heads, queries, keys), before dropout and without gradient; of packed sequences there are as
+    many queries and keys as the longest has, zeros beyond a sequence's end.
+
+    Args:
+        heads: which are kept; None for all.
+
+    Attributes:
+        own: each block's weights among the tokens, by its number.
+        source: each block's weights of the encoder's output.
+    """
+
+    def __init__(self, heads: Sequence[int] | None = None) -> None:
+        self.heads = heads
+        self.own: dict[int, Tensor] = {}
+        self.source: dict[int, Tensor] = {}
+
+    def attend(
+        self, weights: dict[int, Tensor], layer: int, query: Tensor, key: Tensor, value: Tensor, **arguments: Any
+    ) -> Tensor:
+        """`attention`, whose weights become those of `layer` in `weights`, `own` or `source`."""
+        attended, lse = attention(query, key, value, return_lse=True, **arguments)
+        del arguments["dropout_p"]
+        weights[layer] = attention_weights(query, key, lse, heads=self.heads, **arguments)
+        return attended
+
+
 class AttentionContext(Protocol):
     """What a block's attention calls. Tokens are (tokens, heads, head_dim), in the order of the block's input."""
 
@@ -67,12 +97,14 @@ class PackedContext(NamedTuple):
         position_ids: (total_tokens,).
         encoded: the encoder's output, (source_tokens, hidden_size).
         source: where its sequences are.
+        record: keeps the attention weights, if there is one.
     """
 
     packing: Packing
     position_ids: Tensor
     encoded: Tensor | None = None
     source: Packing | None = None
+    record: AttentionRecord | None = None
 
     def self_attention(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern, training: bool
@@ -80,9 +112,10 @@ class PackedContext(NamedTuple):
         cu_seqlens, max_seqlen = self.packing
         if pattern.rotary is not None:
             query, key = rotary(query, key, *pattern.rotary, position_ids=self.position_ids, cu_seqlens=cu_seqlens)
-        attended = attention(
-            query, key, value, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen, **pattern.arguments(training)
-        )
+        arguments = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": max_seqlen, **pattern.arguments(training)}
+        if self.record is not None:
+            return self.record.attend(self.record.own, layer, query, key, value, **arguments)
+        attended = attention(query, key, value, **arguments)
         assert isinstance(attended, Tensor)
         return attended
 
@@ -91,16 +124,16 @@ class PackedContext(NamedTuple):
     ) -> Tensor:
         assert self.encoded is not None and self.source is not None
         key, value = source(self.encoded)
-        attended = attention(
-            query,
-            key,
-            value,
-            cu_seqlens_q=self.packing.cu_seqlens,
-            max_seqlen_q=self.packing.max_seqlen,
-            cu_seqlens_k=self.source.cu_seqlens,
-            max_seqlen_k=self.source.max_seqlen,
+        arguments = {
+            "cu_seqlens_q": self.packing.cu_seqlens,
+            "max_seqlen_q": self.packing.max_seqlen,
+            "cu_seqlens_k": self.source.cu_seqlens,
+            "max_seqlen_k": self.source.max_seqlen,
             **pattern.arguments(training),
-        )
+        }
+        if self.record is not None:
+            return self.record.attend(self.record.source, layer, query, key, value, **arguments)
+        attended = attention(query, key, value, **arguments)
         assert isinstance(attended, Tensor)
         return attended
 
@@ -115,6 +148,7 @@ class CachedContext:
         position_ids: (batch, queries).
         encoded: the encoder's output, (batch, source, hidden_size).
         source_mask: (batch, source), non-zero for a real token; None if all are.
+        record: keeps the attention weights, if there is one.
     """
 
     def __init__(
@@ -126,6 +160,7 @@ class CachedContext:
         position_ids: Tensor,
         encoded: Tensor | None = None,
         source_mask: Tensor | None = None,
+        record: AttentionRecord | None = None,
     ) -> None:
         self.cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         self.source_cache = cache if isinstance(cache, EncoderDecoderCache) else None
@@ -134,6 +169,7 @@ class CachedContext:
         self.position_ids = position_ids
         self.encoded = encoded
         self.source_real = _boolean_mask(source_mask)
+        self.record = record
 
     def self_attention(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern, training: bool
@@ -151,6 +187,8 @@ class CachedContext:
                 arguments["mask"] = self.real[:, None, None, first : first + keys]
         else:
             arguments |= self._by_position(past, keys, first, pattern)
+        if self.record is not None:
+            return self._tokens(self.record.attend(self.record.own, layer, query, key, value, **arguments))
         return self._tokens(attention(query, key, value, **arguments))
 
     def cross_attention(
@@ -167,8 +205,14 @@ class CachedContext:
             key, value = (each.transpose(1, 2) for each in source(self.encoded))
             key, value = cache.update(key, value, layer)
             self.source_cache.is_updated[layer] = True
-        mask = None if self.source_real is None else self.source_real[:, None, None, :]
-        return self._tokens(attention(self._dense(query), key, value, mask=mask, **pattern.arguments(training)))
+        arguments = pattern.arguments(training)
+        if self.source_real is not None:
+            arguments["mask"] = self.source_real[:, None, None, :]
+        if self.record is not None:
+            return self._tokens(
+                self.record.attend(self.record.source, layer, self._dense(query), key, value, **arguments)
+            )
+        return self._tokens(attention(self._dense(query), key, value, **arguments))
 
     def _by_position(self, past: int | Tensor, keys: int, first: int, pattern: AttentionPattern) -> dict[str, Any]:
         """Arguments for a cache whose last key is not the last query's: a mask and a bias from the positions."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,13 @@ from typing_extensions import TypedDict
 
 from fastformer.models.block import NORMS, Block
 from fastformer.models.configuration import FastformerConfig
-from fastformer.models.context import AttentionContext, AttentionPattern, CachedContext, PackedContext
+from fastformer.models.context import (
+    AttentionContext,
+    AttentionPattern,
+    AttentionRecord,
+    CachedContext,
+    PackedContext,
+)
 from fastformer.models.inputs import TokenBatch, check_packing, check_position_limit, token_batch
 from fastformer.models.patches import PatchEmbedding
 from fastformer.models.pooling import Pooler
@@ -127,13 +133,11 @@ class FastformerPreTrainedModel(PreTrainedModel):
         )
         return tokens, outputs.last_hidden_state, outputs
 
-    def _returns_hidden_states(self, output_hidden_states: bool | None, output_attentions: bool | None) -> bool:
-        """Which of Hugging Face's optional outputs were asked for, by argument or configuration."""
-        if self.config.output_attentions if output_attentions is None else output_attentions:
-            raise ValueError("output_attentions is not supported: attention weights are never formed")
-        if output_hidden_states not in (None, True, False):
-            raise ValueError(f"output_hidden_states must be True, False or None; got {output_hidden_states!r}")
-        return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+    def _wants(self, name: str, asked: bool | None) -> bool:
+        """Whether Hugging Face's optional output `name` was asked for, by argument or configuration."""
+        if asked not in (None, True, False):
+            raise ValueError(f"{name} must be True, False or None; got {asked!r}")
+        return bool(getattr(self.config, name) if asked is None else asked)
 
 
 class FastformerModel(FastformerPreTrainedModel):
@@ -237,19 +241,23 @@ class FastformerModel(FastformerPreTrainedModel):
                 its new or its old name; the new ones are added to it.
             use_cache: make such a cache and return it. For inference; default False.
             output_hidden_states: also return the embeddings and each block's output, the last normalised.
-            output_attentions: refused, since attention weights are never formed.
+            output_attentions: also return each block's attention weights, and those of the encoder's output. They are
+                computed again from the fused attention's log-sum-exp: before dropout, without gradient.
 
         Returns:
             last_hidden_state (total_tokens, hidden_size), or (batch, sequence, hidden_size) with zeros at padding;
             pooler_output (batch, hidden_size), if there is a pooler; the cache, if there is one; hidden_states, if
-            asked for, in the layout of the first.
+            asked for, in the layout of the first; attentions and cross_attentions, if asked for, each (batch, heads,
+            queries, keys) with zeros at padding, of packed sequences as long as the longest.
 
         Raises:
             TypeError, ValueError, IndexError: naming the argument, what was given and what is accepted.
         """
-        returns_hidden_states = self._returns_hidden_states(output_hidden_states, output_attentions)
+        returns_hidden_states = self._wants("output_hidden_states", output_hidden_states)
+        record = AttentionRecord() if self._wants("output_attentions", output_attentions) else None
         cache = self._cache(cache if cache is not None else past_key_values, use_cache)
         context: AttentionContext
+        source_layout = None
         if cache is not None:
             if cu_seqlens is not None or pixel_values is not None:
                 raise ValueError("a cache is for dense input; got it together with cu_seqlens or pixel_values")
@@ -262,6 +270,7 @@ class FastformerModel(FastformerPreTrainedModel):
                 position_ids,
                 encoder_hidden_states,
                 encoder_attention_mask,
+                record,
             )
         else:
             if isinstance(self.embeddings, PatchEmbedding):
@@ -279,10 +288,10 @@ class FastformerModel(FastformerPreTrainedModel):
                     max_seqlen,
                     self.config,
                 )
-            encoded, source = self._source(
+            encoded, source, source_layout = self._source(
                 encoder_hidden_states, encoder_attention_mask, encoder_cu_seqlens, encoder_max_seqlen
             )
-            context = PackedContext(tokens.packing, tokens.position_ids, encoded, source)
+            context = PackedContext(tokens.packing, tokens.position_ids, encoded, source, record)
         hidden = self._embed(tokens)
         hidden_states = [hidden] if returns_hidden_states else None
         hidden = self.run(hidden, context, hidden_states)
@@ -291,6 +300,10 @@ class FastformerModel(FastformerPreTrainedModel):
             last_hidden_state=tokens.restore(hidden),
             pooler_output=None if self.pooler is None else self.pooler(hidden, tokens.packing),
             hidden_states=restored(tokens, hidden_states),
+            attentions=None if record is None else restored_weights(tokens.layout, tokens.layout, record.own.values()),
+            cross_attentions=restored_weights(tokens.layout, source_layout, record.source.values())
+            if record is not None and record.source
+            else None,
             **caches,
         )
 
@@ -317,8 +330,9 @@ class FastformerModel(FastformerPreTrainedModel):
         if isinstance(self.embeddings, PatchEmbedding):
             assert tokens.inputs_embeds is not None
             return tokens.inputs_embeds
+        position_ids = None if self.embeddings.position is None else tokens.position_ids
         return self.embeddings(
-            tokens.input_ids, tokens.token_type_ids, tokens.position_ids, inputs_embeds=tokens.inputs_embeds
+            tokens.input_ids, tokens.token_type_ids, position_ids, inputs_embeds=tokens.inputs_embeds
         )
 
     def _patterns(self) -> tuple[list[AttentionPattern], AttentionPattern]:
@@ -357,6 +371,7 @@ class FastformerModel(FastformerPreTrainedModel):
         position_ids: torch.Tensor | None,
         encoded: torch.Tensor | None,
         source_mask: torch.Tensor | None,
+        record: AttentionRecord | None,
     ) -> tuple[TokenBatch, CachedContext]:
         """The new tokens of a dense batch behind those in `cache`, padding and all."""
         past = cache.get_seq_length()
@@ -373,7 +388,7 @@ class FastformerModel(FastformerPreTrainedModel):
                 f"attention_mask must be (batch, past + sequence) with a cache; got {tuple(attention_mask.shape)}"
             )
         positions = tokens.position_ids.view(batch, sequence)
-        return tokens, CachedContext(cache, batch, sequence, attention_mask, positions, encoded, source_mask)
+        return tokens, CachedContext(cache, batch, sequence, attention_mask, positions, encoded, source_mask, record)
 
     def _patches(self, pixel_values: torch.Tensor | None, input_ids: torch.Tensor | None) -> TokenBatch:
         assert isinstance(self.embeddings, PatchEmbedding)
@@ -390,21 +405,31 @@ class FastformerModel(FastformerPreTrainedModel):
         mask: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
         max_seqlen: int | None,
-    ) -> tuple[torch.Tensor | None, Packing | None]:
-        """The encoder's output, packed."""
+    ) -> tuple[torch.Tensor | None, Packing | None, DenseLayout | None]:
+        """The encoder's output, packed, and the padded batch that it was packed from, if it was."""
         if encoded is None:
             if self.layers and self.layers[0].cross_attention is not None:
                 raise ValueError("encoder_hidden_states must be given to the decoder of an encoder-decoder; got None")
-            return None, None
+            return None, None, None
         if cu_seqlens is not None:
-            return encoded, check_packing("encoder_", cu_seqlens, max_seqlen, encoded.shape[0])
+            return encoded, check_packing("encoder_", cu_seqlens, max_seqlen, encoded.shape[0]), None
         layout, packing = DenseLayout.from_mask(encoded.shape[0], encoded.shape[1], mask, encoded.device)
-        return layout.pack(encoded), packing
+        return layout.pack(encoded), packing, layout
 
 
 def restored(tokens: TokenBatch, hidden_states: Sequence[torch.Tensor] | None) -> tuple[torch.Tensor, ...] | None:
     """A model's packed hidden states in the layout of the caller's batch."""
     return None if hidden_states is None else tuple(map(tokens.restore, hidden_states))
+
+
+def restored_weights(
+    queries: DenseLayout | None, keys: DenseLayout | None, weights: Iterable[torch.Tensor] | None
+) -> tuple[torch.Tensor, ...] | None:
+    """Attention weights of packed tokens, (batch, heads, queries, keys), with the columns of the caller's batches."""
+    if weights is None:
+        return None
+    rows = [each if queries is None else queries.spread(each, 2) for each in weights]
+    return tuple(each if keys is None else keys.spread(each, 3) for each in rows)
 
 
 def _embedding(config: FastformerConfig, words: bool) -> TransformerEmbedding:

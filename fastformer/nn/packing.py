@@ -67,3 +67,15 @@ class DenseLayout(NamedTuple):
             padded = packed.new_zeros(self.batch * self.sequence, *packed.shape[1:])
             packed = padded.index_copy(0, self.indices, packed)
         return packed.unflatten(0, (self.batch, self.sequence))
+
+    def spread(self, packed: torch.Tensor, dim: int) -> torch.Tensor:
+        """(batch, ...) whose dimension `dim` counts each sequence's real tokens, to the padded columns, zeros at
+        padding."""
+        if self.indices is None:
+            return packed
+        real = torch.zeros(self.batch * self.sequence, dtype=torch.bool, device=packed.device)
+        real = real.index_fill(0, self.indices, True).view(self.batch, self.sequence)
+        shape = [self.batch if axis == 0 else self.sequence if axis == dim else 1 for axis in range(packed.dim())]
+        rank = (real.cumsum(1) - 1).clamp(min=0).view(shape)
+        rank = rank.expand([self.sequence if axis == dim else size for axis, size in enumerate(packed.shape)])
+        return packed.gather(dim, rank) * real.view(shape)

@@ -237,5 +237,3 @@ def test_an_unknown_field_in_a_file_is_refused(tmp_path: Path) -> None:
 def test_another_attention_implementation_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="scaled_dot_product_attention"):
         FastformerModel._from_config(config(), attn_implementation="sdpa")
-    with pytest.raises(ValueError, match="output_attentions is not supported"):
-        FastformerModel(config(output_attentions=True))(torch.ones(1, 2, dtype=torch.int64))

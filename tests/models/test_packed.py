@@ -285,7 +285,7 @@ def test_refuses_what_it_cannot_do() -> None:
     refused(IndexError, "input_ids must be from 0 to 49; got -?[0-9]+ to 50", input_ids=batch["input_ids"].clamp(50))
     refused(IndexError, "token_type_ids must be from 0 to 1; got", token_type_ids=batch["token_type_ids"] + 1)
     refused(IndexError, "position_ids must be from 0 to 19; got", position_ids=batch["position_ids"] + 7)
-    refused(ValueError, "output_attentions is not supported", output_attentions=True)
+    refused(ValueError, "output_attentions must be True, False or None", output_attentions="yes")
     refused(ValueError, "output_hidden_states must be True, False or None", output_hidden_states=[1])
     with pytest.raises(ValueError, match="attention_mask marks every token as padding"):
         model(dense["input_ids"], attention_mask=torch.zeros(3, 14))

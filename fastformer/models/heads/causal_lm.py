@@ -20,6 +20,7 @@ from fastformer.models.modeling import (
     FastformerPreTrainedModel,
     ModelOptions,
     restored,
+    restored_weights,
 )
 
 
@@ -95,12 +96,14 @@ class FastformerForCausalLM(GenerativeModel):
                 return_dict=True,
                 **options,
             )
-            hidden, loss, hidden_states = outputs.last_hidden_state, None, outputs.hidden_states
+            hidden, loss = outputs.last_hidden_state, None
+            hidden_states, attentions = outputs.hidden_states, outputs.attentions
         else:
             tokens, hidden, outputs = self._encode(
                 input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options
             )
             loss, hidden_states = None, restored(tokens, outputs.hidden_states)
+            attentions = restored_weights(tokens.layout, tokens.layout, outputs.attentions)
             if labels is not None:
                 targets = next_token_labels(tokens.pack("labels", labels), tokens.packing.cu_seqlens)
                 loss = projection_loss(self.lm_head, self.scaled(hidden), targets)
@@ -109,7 +112,11 @@ class FastformerForCausalLM(GenerativeModel):
         if labels is None if return_logits is None else return_logits:
             logits = self.lm_head(self.scaled(_last_columns(hidden, logits_to_keep)))
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=hidden_states, **{CACHE_FIELD: outputs.get(CACHE_FIELD)}
+            loss=loss,
+            logits=logits,
+            hidden_states=hidden_states,
+            attentions=attentions,
+            **{CACHE_FIELD: outputs.get(CACHE_FIELD)},
         )
 
 

@@ -11,7 +11,13 @@ from typing_extensions import Unpack
 
 from fastformer.models.configuration import FastformerConfig
 from fastformer.models.heads.projection import IGNORED_LABEL
-from fastformer.models.modeling import FastformerModel, FastformerPreTrainedModel, ModelOptions, restored
+from fastformer.models.modeling import (
+    FastformerModel,
+    FastformerPreTrainedModel,
+    ModelOptions,
+    restored,
+    restored_weights,
+)
 
 
 class Classifier(nn.Module):
@@ -63,7 +69,12 @@ class FastformerForSequenceClassification(FastformerPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=restored(tokens, outputs.hidden_states))
+        return SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=restored(tokens, outputs.hidden_states),
+            attentions=restored_weights(tokens.layout, tokens.layout, outputs.attentions),
+        )
 
 
 class FastformerForTokenClassification(FastformerPreTrainedModel):
@@ -98,7 +109,10 @@ class FastformerForTokenClassification(FastformerPreTrainedModel):
         if labels is not None:
             loss = F.cross_entropy(logits.float(), tokens.pack("labels", labels), ignore_index=IGNORED_LABEL)
         return TokenClassifierOutput(
-            loss=loss, logits=tokens.restore(logits), hidden_states=restored(tokens, outputs.hidden_states)
+            loss=loss,
+            logits=tokens.restore(logits),
+            hidden_states=restored(tokens, outputs.hidden_states),
+            attentions=restored_weights(tokens.layout, tokens.layout, outputs.attentions),
         )
 
 
@@ -138,4 +152,6 @@ class FastformerForImageClassification(FastformerPreTrainedModel):
         logits, loss = self.classifier(outputs.pooler_output), None
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config)
-        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )

@@ -11,7 +11,13 @@ from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
 
 from fastformer.models.configuration import FastformerConfig
-from fastformer.models.modeling import FastformerModel, FastformerPreTrainedModel, ModelOptions, restored
+from fastformer.models.modeling import (
+    FastformerModel,
+    FastformerPreTrainedModel,
+    ModelOptions,
+    restored,
+    restored_weights,
+)
 from fastformer.models.pooling import pool
 
 
@@ -22,12 +28,13 @@ class FastformerForEmbeddingOutput(ModelOutput):
     Attributes:
         embeddings: (batch, hidden_size), of length 1.
         last_hidden_state: (total_tokens, hidden_size), or (batch, sequence, hidden_size) with zeros at padding.
-        hidden_states: if asked for.
+        hidden_states, attentions: if asked for.
     """
 
     embeddings: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class FastformerForEmbedding(FastformerPreTrainedModel):
@@ -58,4 +65,5 @@ class FastformerForEmbedding(FastformerPreTrainedModel):
             embeddings=F.normalize(pool(hidden, tokens.packing, self.config.pooling), dim=-1),
             last_hidden_state=tokens.restore(hidden),
             hidden_states=restored(tokens, outputs.hidden_states),
+            attentions=restored_weights(tokens.layout, tokens.layout, outputs.attentions),
         )

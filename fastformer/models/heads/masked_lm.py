@@ -15,7 +15,13 @@ from typing_extensions import Unpack
 from fastformer.models.configuration import HIDDEN_ACTS, FastformerConfig
 from fastformer.models.heads.projection import IGNORED_LABEL, projection_loss
 from fastformer.models.inputs import TokenBatch
-from fastformer.models.modeling import FastformerModel, FastformerPreTrainedModel, ModelOptions, restored
+from fastformer.models.modeling import (
+    FastformerModel,
+    FastformerPreTrainedModel,
+    ModelOptions,
+    restored,
+    restored_weights,
+)
 from fastformer.nn import LayerNorm
 from fastformer.nn.feed_forward import ACTIVATIONS
 
@@ -68,7 +74,7 @@ class FastformerForPreTrainingOutput(ModelOutput):
         loss: the sum of the losses below that were computed.
         prediction_logits: (total_tokens, vocab_size), or (batch, sequence, vocab_size) with zeros at padding.
         seq_relationship_logits: (batch, 2), is the next sentence, is a random one.
-        hidden_states: if asked for.
+        hidden_states, attentions: if asked for.
         mlm_loss: mean masked-LM cross-entropy in nats.
         nsp_loss: mean next-sentence cross-entropy in nats.
     """
@@ -77,6 +83,7 @@ class FastformerForPreTrainingOutput(ModelOutput):
     prediction_logits: torch.Tensor | None = None
     seq_relationship_logits: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
     mlm_loss: torch.Tensor | None = None
     nsp_loss: torch.Tensor | None = None
 
@@ -166,6 +173,7 @@ class FastformerForPreTraining(_MaskedLMModel):
             prediction_logits=logits,
             seq_relationship_logits=seq_relationship_logits,
             hidden_states=restored(tokens, outputs.hidden_states),
+            attentions=restored_weights(tokens.layout, tokens.layout, outputs.attentions),
             mlm_loss=mlm_loss,
             nsp_loss=nsp_loss,
         )
@@ -201,7 +209,12 @@ class FastformerForMaskedLM(_MaskedLMModel):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options
         )
         loss, logits = self._masked_lm(tokens, hidden, labels, masked_positions, return_logits)
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=restored(tokens, outputs.hidden_states))
+        return MaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=restored(tokens, outputs.hidden_states),
+            attentions=restored_weights(tokens.layout, tokens.layout, outputs.attentions),
+        )
 
 
 def _check_masked_positions(

@@ -11,7 +11,13 @@ from typing_extensions import Unpack
 
 from fastformer.models.configuration import FastformerConfig
 from fastformer.models.inputs import TokenBatch
-from fastformer.models.modeling import FastformerModel, FastformerPreTrainedModel, ModelOptions, restored
+from fastformer.models.modeling import (
+    FastformerModel,
+    FastformerPreTrainedModel,
+    ModelOptions,
+    restored,
+    restored_weights,
+)
 from fastformer.nn import DenseLayout
 
 
@@ -62,6 +68,7 @@ class FastformerForQuestionAnswering(FastformerPreTrainedModel):
             start_logits=start if tokens.layout is None else _columns(tokens.layout, start),
             end_logits=end if tokens.layout is None else _columns(tokens.layout, end),
             hidden_states=restored(tokens, outputs.hidden_states),
+            attentions=restored_weights(tokens.layout, tokens.layout, outputs.attentions),
         )
 
 

@@ -21,6 +21,7 @@ from fastformer.models.modeling import (
     FastformerPreTrainedModel,
     ModelOptions,
     restored,
+    restored_weights,
 )
 from fastformer.nn import TransformerEmbedding
 
@@ -79,16 +80,18 @@ class FastformerEncoderDecoderModel(FastformerPreTrainedModel):
 
         Returns:
             last_hidden_state of the decoder, in its input's layout; encoder_last_hidden_state, in the sources'; the
-            cache; both hidden states if asked for.
+            cache; both hidden states and all attentions if asked for.
         """
         outputs_wanted = {
             name: options.get(name) for name in ("output_hidden_states", "output_attentions") if name in options
         }
         packed: dict[str, Any] = {}
+        source_layout = None
         cached = cache is not None or past_key_values is not None or bool(use_cache)
         if encoder_outputs is not None:
             encoded = encoder_outputs[0]
             encoder_hidden_states = getattr(encoder_outputs, "hidden_states", None)
+            encoder_attentions = getattr(encoder_outputs, "attentions", None)
             dense = encoded
         else:
             tokens = token_batch(
@@ -112,9 +115,11 @@ class FastformerEncoderDecoderModel(FastformerPreTrainedModel):
             )
             encoded, dense = outputs.last_hidden_state, tokens.restore(outputs.last_hidden_state)
             encoder_hidden_states = restored(tokens, outputs.hidden_states)
+            encoder_attentions = restored_weights(tokens.layout, tokens.layout, outputs.attentions)
             if cached:
                 encoded = dense
             else:
+                source_layout = tokens.layout
                 packed = {
                     "encoder_cu_seqlens": tokens.packing.cu_seqlens,
                     "encoder_max_seqlen": tokens.packing.max_seqlen,
@@ -142,8 +147,11 @@ class FastformerEncoderDecoderModel(FastformerPreTrainedModel):
         return Seq2SeqModelOutput(
             last_hidden_state=decoded.last_hidden_state,
             decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=restored_weights(None, source_layout, decoded.cross_attentions),
             encoder_last_hidden_state=dense,
             encoder_hidden_states=encoder_hidden_states,
+            encoder_attentions=encoder_attentions,
             **{CACHE_FIELD: decoded.get(CACHE_FIELD)},
         )
 
@@ -236,7 +244,10 @@ class FastformerForSeq2SeqLM(GenerativeModel):
             loss=loss,
             logits=logits,
             decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
             encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
             **{CACHE_FIELD: outputs.get(CACHE_FIELD)},
         )
