@@ -49,7 +49,7 @@ class Generator:
     Args:
         model: in evaluation mode.
         tokenizer: for prompts that are strings, text and stop strings.
-        slots: the most sequences at once.
+        slots: the most sequences at once; 1 where there is only ever one, for which weights are packed differently.
         capacity: the most tokens of a sequence, with its prompt; None for what the longest of a call may need.
         page_size: tokens of a page; None for a contiguous cache.
         pages: their number; None for as many as the longest sequence needs, in all slots.
@@ -57,8 +57,8 @@ class Generator:
             Leviathan et al. 2023, https://arxiv.org/abs/2211.17192): the distribution of the tokens stays what it is,
             greedy ones stay the same.
         draft_tokens: how many it drafts each time.
-        pack_weights: keep a second copy of the weights of all linear layers, in the order that oneDNN reads them:
-            several times faster on a CPU, float32. None: where that is possible.
+        pack_weights: keep a second copy of the weights of all linear layers, in the order in which the products of
+            `slots` rows read them: on a CPU, float32, up to three times faster. None: where that is possible.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted.

@@ -125,9 +125,10 @@ def test_the_model_s_own_end_tokens(given: int | list[int]) -> None:
         assert generation.tokens[-1] in ends and not set(generation.tokens[:-1]) & set(ends)
 
 
-def test_packed_weights_follow_the_model() -> None:
+@pytest.mark.parametrize("slots", [1, 4])
+def test_packed_weights_follow_the_model(slots: int) -> None:
     model = causal_lm()
-    generator, prompts = Generator(model, pack_weights=True), [[1, 2, 3]]
+    generator, prompts = Generator(model, slots=slots, pack_weights=True), [[1, 2, 3], [4, 5]]
     before = generator.generate(prompts, SHORT)
     with torch.no_grad():
         for parameter in model.parameters():

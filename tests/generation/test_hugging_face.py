@@ -74,12 +74,11 @@ def t5() -> PreTrainedModel:
 
 
 def marian() -> PreTrainedModel:
-    """Its blocks change a token by more than it is itself; tied embeddings would repeat it otherwise."""
-    model = MarianMTModel(MarianConfig(**BOTH))
+    """With larger blocks and smaller embeddings than BART's here, whose tied ones would repeat one token."""
+    model = MarianMTModel(MarianConfig(**BOTH | {"init_std": 0.02}))
     with torch.no_grad():
-        for layer in model.model.decoder.layers:
-            for weight in layer.parameters():
-                weight.mul_(4.0 if weight.dim() == 2 else 1.0)
+        for name, weight in model.named_parameters():
+            weight.mul_(4.0 if "layers" in name and weight.dim() == 2 else 1.0)
     return model
 
 
