@@ -444,7 +444,7 @@ def conversation_features(
         Feature(row["input_ids"][:max_length], None, _answer_labels(row, spans)[:max_length])
         for row, (_, spans) in zip(rows, rendered, strict=True)
     ]
-    with_answer = [feature for feature in features if set(feature.labels) != {IGNORE_INDEX}]  # type: ignore[arg-type]
+    with_answer = [feature for feature in features if set(feature.labels) != {IGNORE_INDEX}]
     if not with_answer:
         raise ValueError(f"no conversation has an answer within its first max_length={max_length} tokens")
     if len(with_answer) < len(features):
