@@ -30,6 +30,7 @@ COMMANDS = {
         "fastformer.inspection.plan_command",
         "what training a model needs and takes: memory of each GPU, operations, tokens per second, days",
     ),
+    "evaluate": ("fastformer.evaluation.command", "metrics of predictions in a file of JSON lines"),
     "data": ("fastformer.data.command", "list, show and fetch labelled sets for fine-tuning"),
     "explain": (
         "fastformer.inspection.explain_command",

@@ -206,7 +206,7 @@ def _questions(members: Sequence[Docstring]) -> Iterator[Question]:
                 match = matches[0]
                 asked = question.format(name=name, **{**match.groupdict(), "answer": ""})
                 identity = f"{document_key(context):016x}-{match.start('answer')}"
-                yield Question(identity, asked, context, (Answer(match["answer"], match.start("answer")),))
+                yield Question(identity, asked, context, (Answer(match["answer"].rstrip(), match.start("answer")),))
 
 
 # --- Tags -------------------------------------------------------------------------------------------------------------
