@@ -155,4 +155,5 @@ def batch_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         batch["token_type_ids"] = torch.randint(0, model.config.type_vocab_size, mask.shape)
     if "decoder_input_ids" in signature(model.forward).parameters:
         batch["decoder_input_ids"] = torch.randint(3, VOCABULARY - 1, (len(LENGTHS), TARGETS))
+        batch["decoder_input_ids"][:, 0] = model.config.decoder_start_token_id
     return batch

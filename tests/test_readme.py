@@ -69,7 +69,19 @@ SMALLEST = {
 }
 
 
-@pytest.mark.parametrize("command", [line for block in blocks("bash")[2:] for line in block.strip().splitlines()])
+COMMANDS = [line for block in blocks("bash")[2:] for line in block.strip().splitlines()]
+
+
+def test_convert_commands(trained: Path) -> None:
+    commands = [command for command in COMMANDS if command.startswith("fastformer convert")]
+    for command in commands:
+        arguments = [sys.executable, "-m", "fastformer.cli", *command.split()[1:]]
+        run = subprocess.run(arguments, cwd=trained, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+    assert commands
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if not line.startswith("fastformer convert")])
 def test_inspection_command(command: str, tmp_path: Path, trained: Path) -> None:
     if command in (Path(__file__).parent.parent / ".ci/run").read_text().splitlines():
         return  # it runs there, for minutes

@@ -148,14 +148,17 @@ def test_a_base_model_without_its_pooler() -> None:
     assert from_hugging_face(to_hugging_face(again, "bert")).config.hidden_size == 32
 
 
-@pytest.mark.parametrize("class_name", ["BertForPreTraining", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
+@pytest.mark.parametrize(
+    "class_name",
+    ["BertForPreTraining", "GPT2LMHeadModel", "LlamaForCausalLM", "T5ForConditionalGeneration", "BartModel"],
+)
 def test_every_gradient_is_the_same(class_name: str) -> None:
     theirs = random_model(class_name)
     ours = from_hugging_face(theirs)
     batch = batch_for(theirs)
     for model in (theirs, ours):
         outputs = model(**batch)
-        logits = outputs["prediction_logits" if class_name == "BertForPreTraining" else "logits"]
+        logits = outputs[0 if class_name == "BartModel" else next(name for name in outputs if name.endswith("logits"))]
         rows = batch["attention_mask"].bool() if logits.shape[1] == batch["input_ids"].shape[1] else ...
         loss = logits[rows].square().mean()
         if class_name == "BertForPreTraining":
@@ -188,6 +191,18 @@ def test_greedy_generation_is_the_same(class_name: str) -> None:
         expected = theirs.generate(**batch, max_new_tokens=8, do_sample=False, **processing)
         assert torch.equal(generated, expected)
     assert len(set(expected[:, -8:].flatten().tolist())) > 3
+
+
+@pytest.mark.parametrize("architecture", ["bart", "mbart"])
+def test_an_output_without_bias_becomes_one_of_zeros(architecture: str) -> None:
+    placement = {"bart": "post", "mbart": "pre"}[architecture]
+    sizes = {**SMALL, "max_position_embeddings": 24, "norm_placement": placement, "layer_norm_eps": 1e-5}
+    config = FastformerConfig(stack="encoder_decoder", type_vocab_size=0, lm_head_bias=False, **sizes)
+    ours = FastformerForSeq2SeqLM(config).eval()
+    theirs = to_hugging_face(ours, architecture)
+    assert not theirs.final_logits_bias.any()
+    ids = torch.randint(3, VOCABULARY, (2, 5))
+    assert_same_outputs(ours, theirs, {"input_ids": ids, "decoder_input_ids": ids[:, :3]})
 
 
 def test_models_share_no_memory() -> None:

@@ -1,4 +1,8 @@
-"""BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019)."""
+"""BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019).
+
+transformers' RoBERTa knows padding by its token, Fastformer by the attention mask. Dropout before the dense layer of
+RoBERTa's classifier, which Fastformer's pooler does not have, is left out.
+"""
 
 from __future__ import annotations
 

@@ -72,6 +72,8 @@ def read_config(architecture: Architecture, head: Head, config: PreTrainedConfig
     for name, accepted in architecture.undeclared.items():
         if (given := getattr(config, name, accepted)) != accepted:
             problems.append(f"{name} must be {accepted!r}; got {given!r}")
+    if config.is_heterogeneous:
+        problems.append("per_layer_config must be absent")
     if problems:
         raise ValueError(f"this {architecture.name} has no counterpart in Fastformer: {'; '.join(problems)}")
     return own

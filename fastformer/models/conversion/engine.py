@@ -79,7 +79,7 @@ def write_checkpoint(architecture: Architecture, checkpoint: Checkpoint) -> Chec
         ValueError: the architecture has no such head, or cannot express the model.
     """
     assert issubclass(checkpoint.model_class, FastformerPreTrainedModel)
-    head = _head_for(architecture, checkpoint)
+    head = architecture.head_for(checkpoint.model_class)
     own, tensors = as_built(checkpoint), checkpoint.tensors
     problems = Problems()
     places, _ = _places(architecture, head, own, problems)
@@ -128,10 +128,6 @@ def as_built(checkpoint: Checkpoint) -> FastformerConfig:
         config = deepcopy(config)
         config.pooler_act = "none"
     return config
-
-
-def _head_for(architecture: Architecture, checkpoint: Checkpoint) -> Head:
-    return architecture.head_for(checkpoint.model_class)  # type: ignore[arg-type]
 
 
 def _skeleton(model_class: type[FastformerPreTrainedModel], config: FastformerConfig) -> FastformerPreTrainedModel:
