@@ -62,7 +62,7 @@ SMALLEST = {
     "numerics": ("--operators", "softmax", "--dtypes", "float32"),
     "doctor": (),
     "models": ("bert-tiny",),
-    "plan": ("--preset", "gpt3-small"),
+    "plan": (),
     "explain": (),
 }
 
