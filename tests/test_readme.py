@@ -64,7 +64,7 @@ SMALLEST = {
     "verify": (),
     "hub export": (),
     "models": ("bert-tiny",),
-    "plan": ("--preset", "gpt3-small"),
+    "plan": (),
     "explain": (),
 }
 

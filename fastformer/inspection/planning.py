@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from fastformer.inspection.gpus import GPUS_PER_NODE, Gpu
-from fastformer.inspection.model_cost import ModelCost, model_cost
+from fastformer.inspection.model_cost import ModelCost, forward_flops, model_cost
 from fastformer.inspection.model_work import PRECISIONS, meta_model
 from fastformer.models import FastformerConfig
 from fastformer.ops.linear_cross_entropy import GPU_MEMORY_BUDGET
@@ -177,23 +177,26 @@ def plan(config: FastformerConfig, kind: str, setup: Setup) -> Plan:
         longest = max(setup.length, setup.target_length or 0)
         if longest > config.position_limit:
             raise ValueError(f"length must be at most the model's {config.position_limit} positions; got {longest}")
-    whole = _cost(config, kind, setup)
-    part = whole if setup.tensor_parallel == 1 else _cost(_part(config, setup.tensor_parallel), kind, setup)
+    whole = meta_model(config, kind, setup.precision)
+    part = _cost(config if setup.tensor_parallel == 1 else _part(config, setup.tensor_parallel), kind, setup)
+    flops = part.flops
+    if setup.tensor_parallel > 1:
+        flops = forward_flops(whole, setup.length, setup.target_length)
     fixed, growing = _memory(part, setup, 0), _memory(part, setup, 1)
     available = setup.gpu.memory * setup.usable
     batch_size = setup.batch_size
     if batch_size is None:
         batch_size = max(1, int((available - fixed.total) // (growing.total - fixed.total)))
         if setup.global_tokens is not None:
-            batch_size = min(batch_size, max(1, setup.global_tokens // (whole.flops.tokens * setup.copies)))
-    batch_tokens = batch_size * whole.flops.tokens * setup.copies
+            batch_size = min(batch_size, max(1, setup.global_tokens // (flops.tokens * setup.copies)))
+    batch_tokens = batch_size * flops.tokens * setup.copies
     accumulation = math.ceil((setup.global_tokens or batch_tokens) / batch_tokens)
     tokens = batch_tokens * accumulation
-    flops_per_token = 3 * whole.flops.per_token
+    flops_per_token = 3 * flops.per_token
     peak = setup.gpu.flops[8 * setup.computation_bytes] * setup.devices
     tokens_per_second = setup.mfu * peak / flops_per_token
     return Plan(
-        parameters=whole.parameters,
+        parameters=whole.num_parameters(),
         memory=_memory(part, setup, batch_size),
         available=available,
         batch_size=batch_size,
@@ -201,7 +204,7 @@ def plan(config: FastformerConfig, kind: str, setup: Setup) -> Plan:
         tokens=tokens,
         flops_per_token=flops_per_token,
         flops=flops_per_token * tokens,
-        attention_share=whole.flops.attention / whole.flops.total,
+        attention_share=flops.attention / flops.total,
         tokens_per_second=tokens_per_second,
         seconds=tokens / tokens_per_second,
         communication=_communication(config, part, setup, batch_size, accumulation),
