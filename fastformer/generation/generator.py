@@ -46,12 +46,12 @@ class Generator:
     when it starts, and waits until there are enough.
 
     Args:
-        model: in evaluation mode. Of its `generation_config` the end tokens are taken over; what else there would change
-            the tokens is warned of, but for sampling, which `SamplingParameters` alone say.
+        model: in evaluation mode. Of its `generation_config` the end tokens are taken over. What else there would
+            change the tokens is warned of, but for sampling: `SamplingParameters` alone say how.
         tokenizer: for prompts that are strings, text and stop strings.
         slots: the most sequences at once; 1 where there is only ever one, for which weights are packed differently.
-        capacity: the most tokens of a sequence, with its prompt and without its last, which nothing attends to; None for
-            what the longest of a call may need.
+        capacity: the most tokens of a sequence, with its prompt and without its last, which nothing attends to; None
+            for what the longest of a call may need.
         page_size: tokens of a page; None for a contiguous cache.
         pages: their number; None for as many as the longest sequence needs, in all slots.
         draft: a small model of the same vocabulary that drafts tokens for the model to check (speculative decoding,
