@@ -21,21 +21,20 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int]
 GREEDY = SamplingParameters()
 
-# Of Hugging Face's generation configuration: what would change the tokens, and is not taken over.
-_NOT_TAKEN_OVER = (
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "min_length",
-    "min_new_tokens",
-    "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size",
-    "bad_words_ids",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "sequence_bias",
-    "num_beams",
-)
-_WITHOUT_EFFECT: tuple[object, ...] = (None, 0, 1, [], {})
+# What would change the tokens in Hugging Face's generation configuration and is not taken over; values without effect.
+_NOT_TAKEN_OVER: dict[str, tuple[object, ...]] = {
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None, []),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "sequence_bias": (None, {}),
+    "num_beams": (None, 1),
+}
 
 
 class Generator:
@@ -47,10 +46,12 @@ class Generator:
     when it starts, and waits until there are enough.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode. Of its `generation_config` the end tokens are taken over. What else there would
+            change the tokens is warned of, but for sampling: `SamplingParameters` alone say how.
         tokenizer: for prompts that are strings, text and stop strings.
         slots: the most sequences at once; 1 where there is only ever one, for which weights are packed differently.
-        capacity: the most tokens of a sequence, with its prompt; None for what the longest of a call may need.
+        capacity: the most tokens of a sequence, with its prompt and without its last, which nothing attends to; None
+            for what the longest of a call may need.
         page_size: tokens of a page; None for a contiguous cache.
         pages: their number; None for as many as the longest sequence needs, in all slots.
         draft: a small model of the same vocabulary that drafts tokens for the model to check (speculative decoding,
@@ -275,7 +276,11 @@ def _end_tokens(model: LanguageModel) -> frozenset[int]:
 
 
 def _warn_of_what_is_not_taken_over(model: LanguageModel) -> None:
-    ignored = [name for name in _NOT_TAKEN_OVER if getattr(model.generation_config, name, None) not in _WITHOUT_EFFECT]
+    ignored = [
+        name
+        for name, without_effect in _NOT_TAKEN_OVER.items()
+        if getattr(model.generation_config, name, None) not in without_effect
+    ]
     if ignored:
         warnings.warn(
             f"the model's generation_config sets {', '.join(ignored)}, which has no effect here", stacklevel=3

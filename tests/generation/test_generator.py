@@ -46,6 +46,35 @@ def model() -> FastformerForCausalLM:
     return causal_lm()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"position_embedding": "alibi"},
+        {"position_embedding": "alibi", "num_key_value_heads": 1, "sliding_window": 4},
+        {"position_embedding": "sinusoidal", "norm_placement": "post", "embedding_norm": True},
+        {"position_embedding": "rotary", "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3},
+        {"position_embedding": "relative", "norm": "rms", "attention_scale": 1.0},
+        {"position_embedding": "none", "type_vocab_size": 2, "tie_word_embeddings": False, "lm_head_bias": True},
+        {"hidden_act": "silu", "gated": True, "head_dim": 5, "logit_scale": 0.5, "embedding_scale": 2.0},
+    ],
+)
+def test_tokens_of_other_architectures(options: dict) -> None:
+    """Greedy ones, beside those of the same model's forward without any cache."""
+    model, new = causal_lm(**options), 10
+    prompts = [[5, 6, 7, 8, 9, 10], [4], [200, 100]]
+    expected = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        for _ in range(new):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        expected.append(tokens[len(prompt) :])
+    for cache in ({}, {"slots": 2, "page_size": 3}, {"draft": causal_lm(**options | {"initializer_range": 0.3})}):
+        if "page_size" in cache and options.get("position_embedding") == "relative":
+            continue
+        generated = Generator(model, **cache).generate(prompts, SamplingParameters(max_new_tokens=new))
+        assert [generation.tokens for generation in generated] == expected
+
+
 def test_a_draw_depends_on_its_seed_alone(model: FastformerForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Not on what else is in the batch, on slots, pages or a neighbour's filters."""
     each = [
@@ -199,8 +228,9 @@ def test_models_are_checked(model: FastformerForCausalLM) -> None:
     with pytest.raises(ValueError, match="pack_weights is for models whose parameters are all float32"):
         Generator(causal_lm().bfloat16(), pack_weights=True)
     other = causal_lm()
+    other.generation_config.forced_bos_token_id = 0
     other.generation_config.no_repeat_ngram_size = 3
-    with pytest.warns(UserWarning, match="sets no_repeat_ngram_size, which has no effect here"):
+    with pytest.warns(UserWarning, match="sets forced_bos_token_id, no_repeat_ngram_size, which has no effect here"):
         Generator(other)
 
 
