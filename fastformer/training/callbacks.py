@@ -139,13 +139,20 @@ class Throughput(Callback):
 class LossCurve(Callback):
     """Keeps the losses of a run, over all its resumes, and draws them into a PNG file after each validation.
 
+    Args:
+        path: the PNG file.
+        loss: the loss to draw, logged as ``train/LOSS`` and ``val/LOSS``.
+        label: of the axis, with the unit.
+
     Attributes:
-        training: (optimizer step, masked-LM loss of its last batch), in nats, at every logged step.
+        training: (optimizer step, loss of its last batch) at every logged step.
         validation: the metrics logged as ``val/...``, with ``step``; the first of them measured before the first step.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, loss: str = "loss", label: str = "loss (nats)") -> None:
         self.path = path
+        self.loss = loss
+        self.label = label
         self.training: list[tuple[int, float]] = []
         self.validation: list[dict[str, float]] = []
 
@@ -159,7 +166,7 @@ class LossCurve(Callback):
             return
         self._step = trainer.global_step
         if _is_logged(trainer):
-            self.training.append((self._step, trainer.callback_metrics["train/mlm_loss"].item()))
+            self.training.append((self._step, trainer.callback_metrics[f"train/{self.loss}"].item()))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validation.append({"step": trainer.global_step, **validation_metrics(trainer)})
@@ -178,10 +185,10 @@ class LossCurve(Callback):
         axes = figure.subplots()
         if self.training:
             axes.plot(*zip(*self.training, strict=True), color="tab:blue", alpha=0.5, linewidth=1, label="training")
-        heldout = [(point["step"], point["mlm_loss"]) for point in self.validation if "mlm_loss" in point]
+        heldout = [(point["step"], point[self.loss]) for point in self.validation if self.loss in point]
         if heldout:
-            axes.plot(*zip(*heldout, strict=True), color="tab:red", marker="o", markersize=4, label="held-out text")
-        axes.set(xlabel="optimizer step", ylabel="masked-LM loss (nats per masked token)")
+            axes.plot(*zip(*heldout, strict=True), color="tab:red", marker="o", markersize=4, label="held-out")
+        axes.set(xlabel="optimizer step", ylabel=self.label)
         axes.grid(alpha=0.3)
         axes.legend()
         with atomic_file(self.path) as file:

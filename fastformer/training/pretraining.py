@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 from fastformer.models import FastformerConfig, FastformerForPreTraining
 from fastformer.models.presets import preset as preset_config
-from fastformer.training.optimization import Schedule, adamw, warmup_and_decay
+from fastformer.training.optimization import Optimization, Schedule
 
 
 class MaskedLanguageModeling(LightningModule):
@@ -56,24 +57,14 @@ class MaskedLanguageModeling(LightningModule):
         schedule: Schedule = "linear",
     ) -> None:
         super().__init__()
-        if learning_rate is not None:
-            _check_positive("learning_rate", learning_rate)
-        _check_positive("eps", eps)
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay must be at least 0; got {weight_decay}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1); got {betas}")
-        if warmup_steps < 0 or (warmup_steps >= 1 and warmup_steps != int(warmup_steps)):
-            raise ValueError(f"warmup_steps must be a whole number of steps or a share below 1; got {warmup_steps}")
+        # Checked now, before any data is read; without a rate, the model's width will say it.
+        self._optimization = Optimization(
+            1.0 if learning_rate is None else learning_rate, weight_decay, betas, eps, warmup_steps, schedule
+        )
         self.save_hyperparameters()
         self.preset = preset
         self.overrides = overrides or {}
         self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.betas = betas
-        self.eps = eps
-        self.warmup_steps = warmup_steps
-        self.schedule = schedule
         self.model: FastformerForPreTraining | None = None
 
     def configure_model(self) -> None:
@@ -121,26 +112,9 @@ class MaskedLanguageModeling(LightningModule):
         self.log_dict({f"val/{name}": value for name, value in metrics.items()}, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        total_steps = self.trainer.estimated_stepping_batches
-        if math.isinf(total_steps):
-            raise ValueError("the learning rate falls to zero at the last step: give max_steps or max_epochs")
-        warmup = int(self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total_steps)
         assert self.model is not None
-        optimizer = adamw(
-            self,
-            learning_rate=self.learning_rate or 0.384 / self.model.config.hidden_size,
-            weight_decay=self.weight_decay,
-            betas=self.betas,
-            eps=self.eps,
-            allow_fused=self.trainer.precision != "16-mixed",
-        )
-        if self.trainer.precision == "bf16-mixed":
-            # Lightning does not clip gradients that a fused step is still to unscale; bfloat16 has no scaler.
-            optimizer._step_supports_amp_scaling = False
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, warmup_and_decay(warmup, int(total_steps), self.schedule)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        rate = self.learning_rate or 0.384 / self.model.config.hidden_size
+        return replace(self._optimization, learning_rate=rate).configure(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
@@ -167,8 +141,3 @@ def _validation_metrics(
             "nsp_chance": max(random, pairs - random) / pairs,
         }
     return metrics
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be above 0; got {value}")
