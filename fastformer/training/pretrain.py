@@ -11,7 +11,6 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
-from rich.table import Table
 
 from fastformer.data import PretrainingDataModule
 from fastformer.models import PRESETS
@@ -24,7 +23,9 @@ from fastformer.training.callbacks import (
     TrainingProgress,
 )
 from fastformer.training.checkpoints import StepCheckpoint, latest_checkpoint
-from fastformer.training.pretraining import MaskedLanguageModeling
+from fastformer.training.memory import PeakMemory
+from fastformer.training.pretraining import MODULES, PretrainingModule
+from fastformer.training.report import Rows, console_table, write_report
 from fastformer.training.run import (
     RunFolder,
     SaveOptions,
@@ -36,23 +37,34 @@ from fastformer.training.run import (
     summary,
     summary_text,
 )
+from fastformer.training.samples import sample
 
 _DESCRIPTION = """\
-Pretrain a BERT by masked language modelling and next-sentence prediction. Without any option: a small one, on the
-English of Python's own documentation, in minutes on two CPU cores, into runs/pretrain.
+Pretrain a Transformer. Without any option: a small BERT, by masked language modelling and next-sentence prediction, on
+the English of Python's own documentation, in minutes on two CPU cores, into runs/pretrain.
 
 examples:
   fastformer pretrain
+  fastformer pretrain --objective clm             # a small GPT; span-corruption: a small T5; denoising: a small BART
   fastformer pretrain --data texts/ more.jsonl --preset bert-base --max_steps 100000 --precision bf16-mixed
-  fastformer pretrain --devices 8 --strategy ddp --accumulate 4 --corpus.tokens_per_batch 65536
   fastformer pretrain --model.learning_rate 5e-4 --model.overrides.num_hidden_layers 6 --corpus.next_sentence false
+  fastformer pretrain --corpus.sentence_order true --corpus.whole_word true
   fastformer pretrain --print_config > run.yaml && fastformer pretrain --config run.yaml
   fastformer pretrain --resume                    # continue the run in runs/pretrain exactly where it stopped
+
+many devices (the batch of an optimizer step is --corpus.tokens_per_batch times --accumulate times the devices):
+  fastformer pretrain --devices 8 --strategy ddp --accumulate 4 --corpus.tokens_per_batch 65536
+  fastformer pretrain --devices 8 --strategy fsdp2 --precision bf16-mixed --activation_checkpointing
+  torchrun --nproc_per_node 8 --max_restarts 3 --no_python fastformer pretrain --strategy fsdp2 --elastic
+  srun fastformer pretrain --devices 8 --trainer.num_nodes 4 --strategy fsdp2 --elastic     # sbatch --requeue
+A run resumes with another strategy and on another number of devices. Its batches then are the same, in the same order;
+change --accumulate with the devices, and its optimizer steps are too.
 
 what --output holds:
   config.yaml     every option of the run                  model/         Hugging Face format, for transformers
   checkpoints/    the two newest, for --resume             loss.png       loss in training and on held-out text
   logs/           CSV and TensorBoard                      metrics.json   what is printed at the end
+  report.md       the same, to read
 """
 
 
@@ -82,33 +94,40 @@ def build_parser() -> LightningArgumentParser:
     """The options of the command."""
     parser = command_parser("pretrain", _DESCRIPTION, "runs/pretrain")
     add = parser.add_argument
+    add("--objective", choices=list(MODULES), default="mlm", help="what is learned: BERT's, GPT's, T5's or BART's task")
     add("--data", type=str, nargs="+", default=[], metavar="PATH", help=_DATA_HELP)
-    add("--preset", type=str, default=_DEFAULT_PRESET, help=f"size of the model: {', '.join(PRESETS)}")
+    add("--preset", type=str | None, default=None, help=_PRESET_HELP)
     add("--max_steps", type=int, default=_DEFAULT_STEPS, metavar="N", help="optimizer steps")
     add("--evaluate_every", type=int, default=_DEFAULT_INTERVAL, metavar="N", help=_EVALUATE_HELP)
     add("--seed", type=int, default=0, help="of the weights, the masks, the order of the data and dropout")
-    parser.add_class_arguments(MaskedLanguageModeling, "model")
+    add("--activation_checkpointing", action="store_true", help=_ACTIVATION_HELP)
+    # The modules of all objectives take the same arguments.
+    parser.add_class_arguments(PretrainingModule, "model", instantiate=False)
     parser.add_class_arguments(PretrainingDataModule, "corpus")
     add_trainer_arguments(parser)
+    parser.link_arguments("objective", "corpus.objective")
     parser.link_arguments("seed", "corpus.seed")
     parser.link_arguments("preset", "model.preset")
+    parser.link_arguments("activation_checkpointing", "model.activation_checkpointing")
     parser.link_arguments("data", "corpus.data", compute_fn=lambda paths: paths or None)
     return parser
 
 
-_DEFAULT_PRESET = "bert-tiny"
 _DEFAULT_STEPS = 1000
 _DEFAULT_INTERVAL = 200
 _DATA_HELP = (
     "instead of the default corpus: text files, JSON lines, parquet, folders of these, folders of datasets.save_to_disk"
 )
+_PRESET_HELP = f"architecture and size of the model instead of a small one: {', '.join(PRESETS)}"
 _EVALUATE_HELP = "measure the loss on held-out text, and save a checkpoint, each this many optimizer steps"
+_ACTIVATION_HELP = "keep the input of each block alone and compute the rest again backwards: less memory, more time"
 
 
 def _pretrain(parser: LightningArgumentParser, options: Namespace, folder: RunFolder, begin: float) -> None:
     checkpoint = latest_checkpoint(folder.checkpoints) if options.resume else None
     objects = parser.instantiate(options)
-    throughput, curve = Throughput(), LossCurve(folder.curve, "mlm_loss", "masked-LM loss (nats per masked token)")
+    module, data = MODULES[options.objective](**objects.model.as_dict()), objects.corpus
+    throughput, curve = Throughput(), LossCurve(folder.curve, module.losses[0], module.loss_label)
     trainer = build_trainer(
         objects.trainer,
         folder,
@@ -117,53 +136,64 @@ def _pretrain(parser: LightningArgumentParser, options: Namespace, folder: RunFo
             StepSeed(options.seed),
             StopAtLimit(options.max_minutes),
             throughput,
+            PeakMemory(),
             TrainingProgress(),
             curve,
             StepCheckpoint(folder.checkpoints, every=options.evaluate_every),
             SavePretrained(folder.model),
         ],
     )
-    module, data = objects.model, objects.corpus
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     if curve.validation and curve.validation[-1]["step"] != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
         metrics = summary(trainer, module, throughput, curve, folder, time.monotonic() - begin)
-        folder.write_metrics(metrics)
-        _report(metrics, data.tokenizer.mask_token)
+        _report(options.objective, {**metrics, "sample": sample(options.objective, folder.model)._asdict()}, folder)
 
 
 # --- The report -------------------------------------------------------------------------------------------------------
 
 
-def _report(metrics: dict[str, Any], mask_token: str) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    if metrics["end"] is not None:
-        console.print(_table(metrics["start"], metrics["end"]))
-    console.print(summary_text(metrics))
-    text = f"This method returns a {mask_token} object."
-    console.print(f"{text}  ->  {', '.join(_fill_mask(metrics['model'], text))}", markup=False)
-
-
-def _table(start: dict[str, float], end: dict[str, float]) -> Table:
-    table = Table(
-        title=f"{end['masked_tokens']:,.0f} masked tokens and {end['sentence_pairs']:,.0f} pairs of held-out text"
+def _report(objective: str, metrics: dict[str, Any], folder: RunFolder) -> None:
+    """Into metrics.json, report.md and the terminal."""
+    folder.write_metrics(metrics)
+    start, end, said = metrics["start"], metrics["end"], metrics["sample"]
+    rows = [] if end is None else _rows(start, end)
+    caption = "" if end is None else _caption(end)
+    facts = {
+        "steps": f"{metrics['steps']:,}",
+        "parameters": f"{metrics['parameters']:,}",
+        "tokens": f"{metrics['tokens']:,}, at {metrics['tokens_per_second']:,.0f} tokens/s",
+        "device": f"{metrics['devices']} x {metrics['device']}, {metrics['precision']}",
+        "peak memory": f"{(metrics['peak_memory'] or float('nan')) / 1e9:.2f} GB",
+        "model": f"`{metrics['model']}`, in Hugging Face's format",
+    }
+    sample_text = f"> {said['given']}\n\nbecomes\n\n> {said['answer']}"
+    write_report(
+        folder.report, f"Pretraining: {objective}", caption, rows, facts, {"What it says": sample_text}, folder.curve
     )
-    table.add_column("on held-out text")
-    for heading in ("before", "after"):
-        table.add_column(heading, justify="right")
-    table.add_row("masked-LM loss (nats)", *(f"{at['mlm_loss']:.3f}" for at in (start, end)))
-    table.add_row("  change", "", f"{end['mlm_loss'] - start['mlm_loss']:+.3f}")
-    table.add_row("perplexity", *(f"{at['perplexity']:,.1f}" for at in (start, end)))
+    console = Console(highlight=False, soft_wrap=True)
+    if rows:
+        console.print(console_table(caption, rows))
+    console.print(summary_text(metrics))
+    console.print(f"{said['given']}  ->  {said['answer']}", markup=False)
+
+
+def _caption(end: dict[str, float]) -> str:
+    if "masked_tokens" in end:
+        return f"{end['masked_tokens']:,.0f} masked tokens and {end['sentence_pairs']:,.0f} pairs of held-out text"
+    return f"{end['tokens']:,.0f} predicted tokens of held-out text"
+
+
+def _rows(start: dict[str, float], end: dict[str, float]) -> Rows:
+    name, label = ("mlm_loss", "masked-LM loss (nats)") if "mlm_loss" in end else ("loss", "loss (nats)")
+    rows = [
+        (label, f"{start[name]:.3f}", f"{end[name]:.3f}"),
+        ("  change", "", f"{end[name] - start[name]:+.3f}"),
+        ("perplexity", f"{start['perplexity']:,.1f}", f"{end['perplexity']:,.1f}"),
+    ]
     if "nsp_accuracy" in end:
-        accuracies = (f"{at['nsp_accuracy']:.1%} ± {at['nsp_standard_error']:.1%}" for at in (start, end))
-        table.add_row("next-sentence accuracy ± standard error", *accuracies)
-        table.add_row("  chance: always the commoner answer", *(f"{at['nsp_chance']:.1%}" for at in (start, end)))
-    return table
-
-
-def _fill_mask(model: str, text: str) -> list[str]:
-    """The likeliest words for the mask in `text`, with their probabilities."""
-    from transformers import pipeline
-
-    return [f"{found['token_str'].strip()} {found['score']:.0%}" for found in pipeline("fill-mask", model)(text)]
+        before, after = (f"{at['nsp_accuracy']:.1%} ± {at['nsp_standard_error']:.1%}" for at in (start, end))
+        rows.append(("next-sentence accuracy ± standard error", before, after))
+        rows.append(("  chance: always the commoner answer", *(f"{at['nsp_chance']:.1%}" for at in (start, end))))
+    return rows

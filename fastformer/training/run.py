@@ -17,14 +17,17 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
 from fastformer.data.files import atomic_file
 from fastformer.training.callbacks import LossCurve, Throughput
 from fastformer.training.checkpoints import AtomicCheckpointIO
+from fastformer.training.memory import peak_memory
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+STRATEGIES = ("auto", "ddp", "fsdp2")
 
 # What resume and report rely on, set by `build_trainer`, and what has no meaning here.
 _TRAINER_ARGUMENTS_NOT_OFFERED = {
@@ -95,6 +98,11 @@ class RunFolder:
         return self.path / "logs"
 
     @property
+    def report(self) -> Path:
+        """The metrics, to read."""
+        return self.path / "report.md"
+
+    @property
     def model(self) -> Path:
         """Hugging Face format."""
         return self.path / "model"
@@ -120,7 +128,7 @@ def _prepare(folder: RunFolder, resume: bool, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is not a folder")
     entries = {path.name for path in output.iterdir()} if output.exists() else set()
-    paths = (folder.config, folder.metrics, folder.curve, folder.checkpoints, folder.logs, folder.model)
+    paths = (folder.config, folder.metrics, folder.curve, folder.checkpoints, folder.logs, folder.report, folder.model)
     ours = {*(path.name for path in paths), *folder.others}
     if foreign := sorted(name for name in entries - ours if not name.endswith(".tmp")):
         raise ValueError(
@@ -172,12 +180,13 @@ def command_parser(command: str, description: str, output: str) -> LightningArgu
     add("--config", action=ActionConfigFile, help="YAML file of options; what follows it on the command line wins")
     add("--output", type=str, default=output, metavar="DIR", help="folder for all that the run writes")
     add("--resume", action="store_true", help="continue the run in --output, with its options where none are given")
+    add("--elastic", action="store_true", help="continue the run in --output if there is one: for what restarts itself")
     add("--overwrite", action="store_true", help="replace the run in --output")
     add("--max_minutes", type=float | None, metavar="M", help="stop training after this time, whatever else is said")
     add("--accumulate", type=int, default=1, metavar="N", help="batches whose gradients make one optimizer step")
     add("--accelerator", type=str, default="auto", help="cpu, gpu, ... or auto")
     add("--devices", type=str, default="auto", help="their number, or a list such as 0,2")
-    add("--strategy", type=str, default="auto", help="ddp, fsdp, ... (Lightning's names)")
+    add("--strategy", choices=STRATEGIES, default="auto", help="copies of the model (ddp), or shards of it (fsdp2)")
     add("--precision", choices=PRECISIONS, default="32-true", help="of weights and of the computation")
     return parser
 
@@ -199,18 +208,19 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
 
 
 def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
-    """The options; with --resume those of the run, where none are given.
+    """The options; of a run that is resumed its own, where none are given.
 
     Raises:
         FileNotFoundError: there is no run to resume.
     """
     options = parser.parse_args(arguments)
-    if not options.resume:
-        return options
     config = RunFolder(Path(options.output), "").config
-    if not config.is_file():
+    if options.resume and not config.is_file():
         raise FileNotFoundError(f"nothing to resume in {options.output}: it has no {config.name}")
-    return parser.parse_args(["--config", str(config), *arguments])
+    if options.resume or (options.elastic and config.is_file()):
+        options = parser.parse_args(["--config", str(config), *arguments])
+        options.resume = True
+    return options
 
 
 class SaveOptions(Callback):
@@ -239,7 +249,7 @@ def build_trainer(arguments: Namespace, folder: RunFolder, callbacks: Sequence[C
     """
     given = arguments.as_dict()
     given["callbacks"] = [*callbacks, *_as_list(given["callbacks"])]
-    given["plugins"] = [AtomicCheckpointIO(), *_as_list(given["plugins"])]
+    given["plugins"] = [AtomicCheckpointIO(), *_cluster_environment(), *_as_list(given["plugins"])]
     given["logger"] = given["logger"] or [
         CSVLogger(folder.logs, name="csv"),
         TensorBoardLogger(folder.logs, name="tensorboard"),
@@ -254,6 +264,15 @@ def build_trainer(arguments: Namespace, folder: RunFolder, callbacks: Sequence[C
         )
     except TypeError as error:
         raise ValueError(str(error)) from error
+
+
+def _cluster_environment() -> list[ClusterEnvironment]:
+    """Who has started the processes, where it is not Lightning."""
+    if TorchElasticEnvironment.detect():  # within a job of SLURM too
+        return [TorchElasticEnvironment()]
+    if SLURMEnvironment.detect():  # Lightning's own checkpoint for requeueing may fall between two optimizer steps
+        return [SLURMEnvironment(auto_requeue=False)]
+    return []
 
 
 def _as_list(given: Any) -> list[Any]:
@@ -275,6 +294,7 @@ def summary(
         "training_seconds": throughput.seconds,
         "tokens_per_second": throughput.tokens_per_second,
         "wall_seconds": wall,
+        "peak_memory": peak_memory(trainer.strategy.root_device),
         "device": str(trainer.strategy.root_device),
         "devices": trainer.world_size,
         "precision": trainer.precision,

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from fastformer.data import PretrainingDataModule
-from fastformer.training.pretraining import MaskedLanguageModeling, _validation_metrics
+from fastformer.training.pretraining import MaskedLanguageModeling, _masked_metrics
 
 TINY = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -85,8 +85,8 @@ def test_endless_training_is_refused(data: PretrainingDataModule) -> None:
         trainer(max_steps=-1, max_epochs=-1).fit(MaskedLanguageModeling("bert-tiny", overrides=TINY), datamodule=data)
 
 
-def test_validation_metrics_by_hand() -> None:
-    metrics = _validation_metrics(loss_sum=20.0, masked_tokens=10.0, pairs=100.0, correct=80.0, random=45.0)
+def test_masked_metrics_by_hand() -> None:
+    metrics = _masked_metrics(loss_sum=20.0, masked_tokens=10.0, pairs=100.0, correct=80.0, random=45.0)
     assert metrics == {
         "masked_tokens": 10.0,
         "sentence_pairs": 100.0,
@@ -96,4 +96,4 @@ def test_validation_metrics_by_hand() -> None:
         "nsp_standard_error": pytest.approx(0.04),
         "nsp_chance": 0.55,
     }
-    assert _validation_metrics(0.0, 0.0, 0.0, 0.0, 0.0) == {"masked_tokens": 0.0, "sentence_pairs": 0.0}
+    assert _masked_metrics(0.0, 0.0, 0.0, 0.0, 0.0) == {"masked_tokens": 0.0, "sentence_pairs": 0.0}
