@@ -5,14 +5,13 @@ The order of the documents is a function of the input alone, so that whatever is
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fastformer.data.files import atomic_file, cache_folder
+from fastformer.data.files import cache_folder, read_checked, write_checked
 from fastformer.data.progress import track
 from fastformer.data.python_documentation import python_documentation, python_fingerprint
 from fastformer.data.sources import open_sources, stream
@@ -61,13 +60,13 @@ def default_corpus(cache_dir: str | os.PathLike[str] | None = None) -> list[Docu
     path = cache_folder(cache_dir) / f"python-documentation-{python_fingerprint()}-v{_DEFAULT_CORPUS_FORMAT}.txt"
     if path.exists():
         try:
-            return _read_checked_corpus(path)
+            return _read_corpus(path)
         except ValueError as error:
             warnings.warn(f"{path} is damaged ({error}) and is made anew", stacklevel=2)
     documents = _without_repeated_sentences(
         [split_sentences(text) for text in texts] for texts in python_documentation()
     )
-    _write_checked_corpus(path, documents)
+    _write_corpus(path, documents)
     return documents
 
 
@@ -86,18 +85,14 @@ def _without_repeated_sentences(documents: Iterable[list[list[str]]]) -> list[Do
     return kept
 
 
-def _write_checked_corpus(path: Path, documents: Sequence[Document]) -> None:
-    """First line: the SHA-256 of the rest. Then a sentence a line and a blank line after each document."""
-    body = "".join("".join(f"{sentence}\n" for sentence in document) + "\n" for document in documents).encode()
-    with atomic_file(path) as file:
-        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+def _write_corpus(path: Path, documents: Sequence[Document]) -> None:
+    """A sentence a line and a blank line after each document."""
+    body = "".join("".join(f"{sentence}\n" for sentence in document) + "\n" for document in documents)
+    write_checked(path, body.encode())
 
 
-def _read_checked_corpus(path: Path) -> list[Document]:
-    checksum, _, body = path.read_bytes().partition(b"\n")
-    if hashlib.sha256(body).hexdigest().encode() != checksum:
-        raise ValueError("its checksum does not match")
-    return [document.split("\n") for document in body.decode().split("\n\n") if document]
+def _read_corpus(path: Path) -> list[Document]:
+    return [document.split("\n") for document in read_checked(path).decode().split("\n\n") if document]
 
 
 # --- Reading files ----------------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def json_object(line: str, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: no {TEXT_COLUMN!r} field; found a {type(record).__name__}")
+        raise ValueError(f"{where}: expected a JSON object, found a {type(record).__name__}")
     return record
 
 

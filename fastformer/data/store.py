@@ -212,7 +212,7 @@ def _check_file(file: Path, expected: dict[str, Any], verify: bool) -> None:
 def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with open(file, "rb") as opened:
-        while block := opened.read(1 << 20):
+        while block := opened.read(1 << 16):
             digest.update(block)
     return digest.hexdigest()
 

@@ -221,7 +221,7 @@ def write_bytes(content):
         ("folder", lambda path: path.mkdir(), ValueError, "folder is an empty folder"),
         ("a.jsonl", write_bytes(b'{"text": "a"}\n{"text": "b'), ValueError, "a.jsonl, line 2: not JSON"),
         ("a.jsonl", write_bytes(b'{"body": "a", "id": 1}'), ValueError, "line 1: no 'text' field; found body, id"),
-        ("a.jsonl", write_bytes(b'["text"]'), ValueError, "line 1: no 'text' field; found a list"),
+        ("a.jsonl", write_bytes(b'["text"]'), ValueError, "line 1: expected a JSON object, found a list"),
         ("a.jsonl", write_bytes(b'{"text": 3}'), ValueError, "line 1: 'text' must be a string, got int"),
         ("a.jsonl", write_bytes(b'{"text": "\\ud800"}'), ValueError, "line 1: not valid Unicode"),
         ("a.parquet", write_bytes(b"PAR1 no more"), ValueError, "a.parquet is damaged or not parquet"),

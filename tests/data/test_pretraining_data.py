@@ -281,7 +281,7 @@ def test_another_number_of_ranks_goes_on_where_the_others_stopped(make, objectiv
     def run(world_size, steps, state, done) -> tuple[list[str], dict]:
         ranks = []
         for rank in range(world_size):
-            data = make(objective=objective, tokens_per_batch=512, vocab_size=400)
+            data = make(objective=objective, tokens_per_batch=128, max_length=32, vocab_size=400)
             data.setup()
             if state:
                 data.load_state_dict(state)

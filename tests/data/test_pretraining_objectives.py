@@ -172,7 +172,7 @@ def test_span_corruption(prepare, texts):
 
 
 def test_denoising(prepare, texts):
-    predicting, tokenizer, store = prepare("denoising", Denoising, max_length=200)
+    predicting, tokenizer, store = prepare("denoising", Denoising, max_length=1000)
     _, batch = everything(predicting, store)
     targets = sequences(batch, "labels", "decoder_")
     assert [tokenizer.decode(target[1:-1]) for target in targets] == [" ".join(text.split("\n")) for text in texts]
@@ -181,7 +181,7 @@ def test_denoising(prepare, texts):
         assert (source[0], source[-1]) == (0, 2)
         assert len(source) <= len(target)
         assert tokenizer.mask_token_id in source
-    moved, _, _ = prepare("denoising", Denoising, max_length=200, mask_probability=1e-9)
+    moved, _, _ = prepare("denoising", Denoising, max_length=1000, mask_probability=1e-9)
     moved_texts = [tokenizer.decode(s[1:-1]) for s in sequences(everything(moved, store)[1], "input_ids")]
     in_order = 0
     for text, permuted in zip(texts, moved_texts, strict=True):
