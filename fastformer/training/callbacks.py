@@ -83,6 +83,7 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self.tokens = 0
         self.seconds = 0.0
+        self._own_tokens = 0  # of this rank, not in `tokens` yet
         self._clock: float | None = None  # when the time was last added; None while it is not counted
 
     @property
@@ -91,6 +92,7 @@ class Throughput(Callback):
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trainer = trainer
         self._clock = time.perf_counter()
         self._step = trainer.global_step
         self._logged = (self.tokens, self.seconds)
@@ -106,7 +108,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.tokens += _tokens(batch) * trainer.world_size
+        self._own_tokens += _tokens(batch)
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -130,10 +132,14 @@ class Throughput(Callback):
         self.seconds = state_dict["seconds"]
 
     def _tick(self) -> None:
+        """Bring `tokens` and `seconds` up to date; on every rank or none."""
         if self._clock is not None:
             now = time.perf_counter()
             self.seconds += now - self._clock
             self._clock = now
+            own = torch.tensor(self._own_tokens, device=self._trainer.strategy.root_device)
+            self.tokens += int(self._trainer.strategy.reduce(own, reduce_op="sum"))
+            self._own_tokens = 0
 
 
 class LossCurve(Callback):
@@ -417,7 +423,14 @@ def _tokens(batch: Any) -> int:
 
 def _training_text(trainer: Trainer) -> str:
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
-    formats = {"mlm_loss": "mlm {:.3f}", "nsp_loss": "nsp {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
+    if "train/peak_memory" in metrics:
+        metrics["train/peak_memory"] /= 1e9
+    formats = {
+        "mlm_loss": "mlm {:.3f}",
+        "nsp_loss": "nsp {:.3f}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "peak_memory": "{:.2f} GB",
+    }
     if "train/mlm_loss" not in metrics:
         formats = {"loss": "loss {:.3f}", **formats}
     return "  ".join(
