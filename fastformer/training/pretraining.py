@@ -18,7 +18,7 @@ import fastformer.models as models
 from fastformer.data.steps import label_counts
 from fastformer.models import FastformerConfig, FastformerPreTrainedModel
 from fastformer.models.presets import preset as preset_config
-from fastformer.training.elastic import convert_progress
+from fastformer.training.elastic import convert_progress, number_by_module
 from fastformer.training.optimization import Optimization, Schedule
 from fastformer.training.sharding import shard
 
@@ -100,9 +100,13 @@ class PretrainingModule(LightningModule):
         self.model = getattr(models, self._architecture())(config)
         if self.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if self._is_sharded:
             assert self.device_mesh is not None
             shard(self.model, self.device_mesh)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def _architecture(self) -> str:
         return self.architecture
@@ -115,6 +119,9 @@ class PretrainingModule(LightningModule):
         checkpoint["model_config"] = self.model.config.to_dict()
         checkpoint["architecture"] = type(self.model).__name__
         checkpoint["world_size"] = self.trainer.world_size
+        if not self._is_sharded:  # sharded ones are numbered so already
+            for state, optimizer in zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True):
+                number_by_module(state, optimizer, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._trainer is not None:
