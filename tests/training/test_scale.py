@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-
 from training.processes import finish, start
 
-WORDS = ("cat", "dog", "bird", "fish", "eats", "sees", "likes", "rice", "bread", "water", "milk")
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run of one epoch's beginning, without dropout, whose draws depend on the rank."""
-    folder, chosen = tmp_path_factory.mktemp("corpus"), random.Random(0)
-    sentences = [" ".join(chosen.choices(WORDS, k=chosen.randint(3, 12))).capitalize() + "." for _ in range(800)]
-    documents = ["\n".join(sentences[begin : begin + 8]) for begin in range(0, len(sentences), 8)]
-    (folder / "text.txt").write_text("\n\n".join(documents))
-    return [
-        *("pretrain", "--data", str(folder / "text.txt"), "--accelerator", "cpu", "--max_steps", str(STEPS)),
-        *("--evaluate_every", "2", "--model.learning_rate", "0.01", "--trainer.log_every_n_steps", "1"),
-        *("--model.overrides.hidden_size", "16", "--model.overrides.intermediate_size", "32"),
-        *("--model.overrides.hidden_dropout_prob", "0", "--corpus.cache_dir", str(folder / "cache")),
-        *("--corpus.vocab_size", "300", "--corpus.max_length", "64", "--corpus.tokens_per_batch", "256"),
-    ]
+def options(tiny_run: list[str]) -> list[str]:
+    """Without dropout, whose draws depend on the rank; in the first epoch."""
+    return [*tiny_run, "--max_steps", str(STEPS), "--model.overrides.hidden_dropout_prob", "0"]
 
 
 ONE = ("--devices", "1", "--strategy", "auto", "--accumulate", "2")
@@ -82,7 +69,10 @@ def test_a_run_goes_on_with_another_number_of_processes(
     for process in (killed := start([*options, *before[1], *KILL, "--output", str(output)], ranks=before[0])):
         process.join(120)
     assert all(process.exitcode for process in killed)
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-0000002.ckpt", "step-0000004.ckpt"]
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
+        "step-0000002.ckpt",
+        "step-0000004.ckpt",
+    ]
     resume = ["pretrain", "--resume", "--output", str(output), *after[1], "--trainer.callbacks", "null"]
     finish(start(resume, ranks=after[0]))
     assert_same_run(output, one)
