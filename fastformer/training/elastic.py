@@ -11,9 +11,10 @@ from torch import nn
 def convert_progress(checkpoint: dict[str, Any], world_size: int) -> None:
     """Make the progress in a checkpoint that of `world_size` devices which have trained on as many batches together.
 
-    Lightning counts batches per device. The batches of all devices are one sequence, of which optimizer steps take equal shares if ``accumulate`` changes
-    with the number of devices: the run goes on as it would have. Where the batches so far cannot be shared out equally,
-    the checkpoint is left as it is; the order of the batches is the same then too, but a step may begin at another one.
+    Lightning counts batches per device. The batches of all devices are one sequence, of which optimizer steps take
+    equal shares if ``accumulate`` changes with the number of devices: the run goes on as it would have. Where the
+    batches so far cannot be shared out equally, the checkpoint is left as it is; the order of the batches is the same
+    then too, but a step may begin at another one.
 
     Args:
         checkpoint: written by `PretrainingModule`, changed in place.

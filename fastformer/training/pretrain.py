@@ -81,6 +81,8 @@ def main(arguments: list[str], begin: float) -> None:
     quieten()
     parser = build_parser()
     options = parse(parser, arguments)
+    if options.max_steps is None:
+        options.max_steps = options.trainer.max_steps = MODULES[options.objective].default_steps
     folder = RunFolder(Path(options.output), "pretraining")
     folder.prepare(options.resume, options.overwrite)
     seed_everything(options.seed, workers=True, verbose=False)
@@ -97,7 +99,7 @@ def build_parser() -> LightningArgumentParser:
     add("--objective", choices=list(MODULES), default="mlm", help="what is learned: BERT's, GPT's, T5's or BART's task")
     add("--data", type=str, nargs="+", default=[], metavar="PATH", help=_DATA_HELP)
     add("--preset", type=str | None, default=None, help=_PRESET_HELP)
-    add("--max_steps", type=int, default=_DEFAULT_STEPS, metavar="N", help="optimizer steps")
+    add("--max_steps", type=int | None, metavar="N", help=_STEPS_HELP)
     add("--evaluate_every", type=int, default=_DEFAULT_INTERVAL, metavar="N", help=_EVALUATE_HELP)
     add("--seed", type=int, default=0, help="of the weights, the masks, the order of the data and dropout")
     add("--activation_checkpointing", action="store_true", help=_ACTIVATION_HELP)
@@ -113,11 +115,11 @@ def build_parser() -> LightningArgumentParser:
     return parser
 
 
-_DEFAULT_STEPS = 1000
 _DEFAULT_INTERVAL = 200
 _DATA_HELP = (
     "instead of the default corpus: text files, JSON lines, parquet, folders of these, folders of datasets.save_to_disk"
 )
+_STEPS_HELP = f"optimizer steps; {', '.join(f'{module.default_steps} for {name}' for name, module in MODULES.items())}"
 _PRESET_HELP = f"architecture and size of the model instead of a small one: {', '.join(PRESETS)}"
 _EVALUATE_HELP = "measure the loss on held-out text, and save a checkpoint, each this many optimizer steps"
 _ACTIVATION_HELP = "keep the input of each block alone and compute the rest again backwards: less memory, more time"
@@ -195,5 +197,5 @@ def _rows(start: dict[str, float], end: dict[str, float]) -> Rows:
     if "nsp_accuracy" in end:
         before, after = (f"{at['nsp_accuracy']:.1%} ± {at['nsp_standard_error']:.1%}" for at in (start, end))
         rows.append(("next-sentence accuracy ± standard error", before, after))
-        rows.append(("  chance: always the commoner answer", *(f"{at['nsp_chance']:.1%}" for at in (start, end))))
+        rows.append(("  chance: always the commoner answer", f"{start['nsp_chance']:.1%}", f"{end['nsp_chance']:.1%}"))
     return rows

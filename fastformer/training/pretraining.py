@@ -32,8 +32,8 @@ class PretrainingModule(LightningModule):
     `PretrainingDataModule`. The loss of an optimizer step is the mean over all its labelled tokens, each with equal
     weight, whatever batches of whatever device they are in.
 
-    Logged with each optimizer step: ``train/loss`` (nats), ``train/learning_rate``; on held-out text: ``val/loss`` (over
-    all labelled tokens), ``val/perplexity`` (its exponential) and ``val/tokens``, how many there are.
+    Logged with each optimizer step: ``train/loss`` (nats), ``train/learning_rate``; on held-out text: ``val/loss``
+    (over all labelled tokens), ``val/perplexity`` (its exponential) and ``val/tokens``, how many there are.
 
     Args:
         preset: architecture and size of the model, a name known to `fastformer.models.presets`. None: a small one of
@@ -57,6 +57,8 @@ class PretrainingModule(LightningModule):
     losses: tuple[str, ...] = ("loss",)
     """Names of the parts of the loss: of tokens, and of pairs of segments where there are any."""
     loss_label: ClassVar[str] = "loss (nats per token)"
+    default_steps: ClassVar[int] = 1000
+    """Optimizer steps that take minutes on two CPU cores, with the default corpus and model."""
 
     def __init__(
         self,
@@ -201,11 +203,11 @@ class MaskedLanguageModeling(PretrainingModule):
     say whether they belong together or, with the data's sentence_order, in which order they come.
 
     Logged besides: ``train/mlm_loss``, ``train/nsp_loss``; on held-out text ``val/mlm_loss`` and ``val/masked_tokens``
-    for loss and tokens, ``val/nsp_accuracy`` with its binomial standard error ``val/nsp_standard_error`` and what always
-    giving the commoner answer would reach, ``val/nsp_chance``, and ``val/sentence_pairs``.
+    for loss and tokens, ``val/nsp_accuracy`` with its binomial standard error ``val/nsp_standard_error`` and what
+    always giving the commoner answer would reach, ``val/nsp_chance``, and ``val/sentence_pairs``.
     """
 
-    losses = ("mlm_loss", "nsp_loss")
+    losses: tuple[str, ...] = ("mlm_loss", "nsp_loss")
     loss_label = "masked-LM loss (nats per masked token)"
 
     def configure_model(self) -> None:

@@ -197,8 +197,9 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
         Trainer, "trainer", fail_untyped=False, instantiate=False, skip=_TRAINER_ARGUMENTS_NOT_OFFERED
     )
     parser.set_defaults({"trainer.gradient_clip_val": 1.0, "trainer.log_every_n_steps": 10})
-    for name in ("max_steps", "accelerator", "devices", "strategy", "precision"):
+    for name in ("accelerator", "devices", "strategy", "precision"):
         parser.link_arguments(name, f"trainer.{name}")
+    parser.link_arguments("max_steps", "trainer.max_steps", compute_fn=lambda steps: -1 if steps is None else steps)
     parser.link_arguments("accumulate", "trainer.accumulate_grad_batches")
     parser.link_arguments(
         ("evaluate_every", "accumulate"),

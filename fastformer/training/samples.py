@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BatchEncoding, pipeline
@@ -26,9 +26,10 @@ def sample(objective: str, model: Path) -> Sample:
 
 def _filled_mask(folder: str) -> Sample:
     """The likeliest words for a mask, with their probabilities."""
-    fill = pipeline("fill-mask", folder)
-    text = f"This method returns a {fill.tokenizer.mask_token} object."
-    return Sample(text, ", ".join(f"{found['token_str'].strip()} {found['score']:.0%}" for found in fill(text)))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = f"This method returns a {tokenizer.mask_token} object."
+    found = pipeline("fill-mask", folder, tokenizer=tokenizer)(text)
+    return Sample(text, ", ".join(f"{word['token_str'].strip()} {word['score']:.0%}" for word in found))
 
 
 def _continuation(folder: str) -> Sample:
@@ -36,7 +37,7 @@ def _continuation(folder: str) -> Sample:
     text = "This method returns"
     prompt = tokenizer(text, return_tensors="pt", truncation=True, max_length=model.config.max_position_embeddings // 2)
     answer = _generate(model, prompt)[prompt["input_ids"].shape[1] :]
-    return Sample(text, tokenizer.decode(answer, skip_special_tokens=True).strip())
+    return Sample(text, str(tokenizer.decode(answer, skip_special_tokens=True)).strip())
 
 
 def _restored(text: str) -> Callable[[str], Sample]:
@@ -45,12 +46,12 @@ def _restored(text: str) -> Callable[[str], Sample]:
         source = tokenizer(text, return_tensors="pt", truncation=True, max_length=model.config.max_position_embeddings)
         unsaid = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
         answer = [token for token in _generate(model, source).tolist() if token not in unsaid]
-        return Sample(text, tokenizer.decode(answer).strip())
+        return Sample(text, str(tokenizer.decode(answer)).strip())
 
     return restore
 
 
-def _generate(model: torch.nn.Module, inputs: BatchEncoding) -> torch.Tensor:
+def _generate(model: Any, inputs: BatchEncoding) -> torch.Tensor:
     """The likeliest tokens, one after the other, up to the longest sequence that the model was trained on."""
     generated = 0 if model.config.stack == "encoder_decoder" else inputs["input_ids"].shape[1]
     room = model.config.max_position_embeddings - max(generated, 1)
