@@ -12,7 +12,7 @@ import fastformer
 COMMANDS = {
     "pretrain": (
         "fastformer.training.pretrain",
-        "train a BERT from scratch: masked language modelling and next-sentence prediction",
+        "train a Transformer from scratch: masked or causal language modelling, span corruption, denoising",
     ),
     "generate": (
         "fastformer.generation.command",

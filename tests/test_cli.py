@@ -146,7 +146,7 @@ def test_run_learns_and_says_so_honestly(run: Path) -> None:
 
 def test_run_leaves_all_it_promises(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "checkpoints", "logs", "model", "loss.png", "metrics.json")
+        *("config.yaml", "checkpoints", "logs", "model", "loss.png", "metrics.json", "report.md")
     }
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-0000012.ckpt", "step-0000014.ckpt"]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -25,6 +25,7 @@ from fastformer.data.pretraining import (
     SpanCorruption,
 )
 from fastformer.data.sources import Source, open_sources, texts_source
+from fastformer.data.steps import with_label_counts
 from fastformer.data.store import TokenStore
 from fastformer.data.tokenizer import Objective, text_fingerprint, tokenizer_kind
 
@@ -207,7 +208,7 @@ class PretrainingDataModule(LightningDataModule):
     # --- Batches ------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> Iterable[Any]:
-        """This process's batches of one epoch, beginning where the trainer stands."""
+        """This process's batches of one epoch, beginning where the trainer stands, with their `label_counts`."""
         train, predicting = _prepared(self._train, self._predicting)
         rank, world_size = self._rank()
         passes = -(-train.num_blocks // _BLOCKS_PER_PASS)
@@ -231,7 +232,7 @@ class PretrainingDataModule(LightningDataModule):
         if self._restored is not None and self._restored["settings"] == self._settings:
             self._stream.batches_per_pass = list(self._restored["batches_per_pass"])
         dataset = PackedDataset(train.corpus, predicting.batch, self.seed)
-        return _ResumableLoader(dataset, self._rest_of_epoch, len(self._stream), self.num_workers)
+        return _ResumableLoader(dataset, self._rest_of_epoch, self._step_sizes, len(self._stream), self.num_workers)
 
     def val_dataloader(self) -> Iterable[Any]:
         """This process's batches of the held-out documents, the same every time; none without held-out documents."""
@@ -267,6 +268,18 @@ class PretrainingDataModule(LightningDataModule):
             self._check_settings(self._restored["settings"])
         start = self._batches_of_all_ranks(trained_on)
         return islice(self._stream.from_batch(start), len(self._stream) - of_this_epoch)
+
+    def _step_sizes(self) -> Iterator[int]:
+        """Of how many batches each optimizer step from there on takes its gradients; the epoch's last has the rest."""
+        assert self._stream is not None
+        size, end = 1, len(self._stream)
+        if self.trainer is not None:
+            size, end = self.trainer.accumulate_grad_batches, int(self.trainer.num_training_batches)
+        begin = self._progress()[1]
+        while begin < end:
+            step = min(size - begin % size, end - begin)
+            yield step
+            begin += step
 
     def _batches_of_all_ranks(self, of_this_rank: int) -> int:
         """The number of batches that all ranks together were trained on, when each was on so many.
@@ -391,6 +404,20 @@ class _ResumableLoader(_Loader):
 
     The state is empty: the position is in Lightning's progress, the rest in the data module.
     """
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        recipes: Callable[[], Iterable[BatchRecipe]],
+        step_sizes: Callable[[], Iterable[int]],
+        length: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__(dataset, recipes, length, num_workers)
+        self._step_sizes = step_sizes
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from with_label_counts(super().__iter__(), self._step_sizes())
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -7,7 +7,7 @@ import random
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class StopAtLimit(Callback):
 
 
 class Throughput(Callback):
-    """Counts real tokens (there is no padding) and the time training takes, validation left out, over all resumes.
+    """Counts real tokens, without padding, and the time training takes, validation left out, over all resumes.
 
     Logs ``train/tokens_per_second``, over all devices, of the batches since it was last logged.
     """
@@ -83,6 +83,7 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self.tokens = 0
         self.seconds = 0.0
+        self._own_tokens = 0  # of this rank, not in `tokens` yet
         self._clock: float | None = None  # when the time was last added; None while it is not counted
 
     @property
@@ -91,6 +92,7 @@ class Throughput(Callback):
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trainer = trainer
         self._clock = time.perf_counter()
         self._step = trainer.global_step
         self._logged = (self.tokens, self.seconds)
@@ -104,9 +106,9 @@ class Throughput(Callback):
             self._clock = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.tokens += batch["input_ids"].numel() * trainer.world_size
+        self._own_tokens += _tokens(batch)
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -130,22 +132,33 @@ class Throughput(Callback):
         self.seconds = state_dict["seconds"]
 
     def _tick(self) -> None:
+        """Bring `tokens` and `seconds` up to date; on every rank or none."""
         if self._clock is not None:
             now = time.perf_counter()
             self.seconds += now - self._clock
             self._clock = now
+            own = torch.tensor(self._own_tokens, device=self._trainer.strategy.root_device)
+            self.tokens += int(self._trainer.strategy.reduce(own, reduce_op="sum"))
+            self._own_tokens = 0
 
 
 class LossCurve(Callback):
     """Keeps the losses of a run, over all its resumes, and draws them into a PNG file after each validation.
 
+    Args:
+        path: the PNG file.
+        loss: the loss to draw, logged as ``train/LOSS`` and ``val/LOSS``.
+        label: of the axis, with the unit.
+
     Attributes:
-        training: (optimizer step, masked-LM loss of its last batch), in nats, at every logged step.
+        training: (optimizer step, loss of its last batch) at every logged step.
         validation: the metrics logged as ``val/...``, with ``step``; the first of them measured before the first step.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, loss: str = "loss", label: str = "loss (nats)") -> None:
         self.path = path
+        self.loss = loss
+        self.label = label
         self.training: list[tuple[int, float]] = []
         self.validation: list[dict[str, float]] = []
 
@@ -159,7 +172,7 @@ class LossCurve(Callback):
             return
         self._step = trainer.global_step
         if _is_logged(trainer):
-            self.training.append((self._step, trainer.callback_metrics["train/mlm_loss"].item()))
+            self.training.append((self._step, trainer.callback_metrics[f"train/{self.loss}"].item()))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validation.append({"step": trainer.global_step, **validation_metrics(trainer)})
@@ -178,10 +191,10 @@ class LossCurve(Callback):
         axes = figure.subplots()
         if self.training:
             axes.plot(*zip(*self.training, strict=True), color="tab:blue", alpha=0.5, linewidth=1, label="training")
-        heldout = [(point["step"], point["mlm_loss"]) for point in self.validation if "mlm_loss" in point]
+        heldout = [(point["step"], point[self.loss]) for point in self.validation if self.loss in point]
         if heldout:
-            axes.plot(*zip(*heldout, strict=True), color="tab:red", marker="o", markersize=4, label="held-out text")
-        axes.set(xlabel="optimizer step", ylabel="masked-LM loss (nats per masked token)")
+            axes.plot(*zip(*heldout, strict=True), color="tab:red", marker="o", markersize=4, label="held-out")
+        axes.set(xlabel="optimizer step", ylabel=self.label)
         axes.grid(alpha=0.3)
         axes.legend()
         with atomic_file(self.path) as file:
@@ -260,11 +273,17 @@ class TrainingProgress(ProgressBar):
 class SavePretrained(Callback):
     """At the end of training saves model and tokenizer in Hugging Face format: a whole folder or none.
 
-    ``import fastformer.models`` and then ``transformers.pipeline("fill-mask", folder)`` use it.
+    ``import fastformer.models`` and then ``transformers.pipeline(..., folder)`` use it. Adapters of PEFT are merged
+    into the weights.
+
+    Args:
+        folder: replaced, if there is one.
+        adapter_alone: of a PEFT model, save the adapter in PEFT's format, without the weights it adapts.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapter_alone: bool = False) -> None:
         self.folder = folder
+        self.adapter_alone = adapter_alone
         self._saved = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -280,12 +299,90 @@ class SavePretrained(Callback):
         if not trainer.is_global_zero:
             return
         model: Any = pl_module.model
+        state = {key.removeprefix("model."): state[key] for key in state if key.startswith("model.")}
+        if hasattr(model, "peft_config") and not self.adapter_alone:
+            model = copy.deepcopy(model).merge_and_unload()
+            state = model.state_dict()
         tokenizer = copy.deepcopy(trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
-        tokenizer.model_max_length = model.config.max_position_embeddings
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None:
+            tokenizer.model_max_length = min(longest, getattr(tokenizer, "model_max_length", longest))
         with atomic_folder(self.folder) as folder:
-            model.save_pretrained(folder, state_dict={key.removeprefix("model."): state[key] for key in state})
+            model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class EarlyStopping(Callback):
+    """Stops when validations have ceased to get better, and puts the weights of the best one back.
+
+    (Lightning's own neither keeps weights nor stays stopped when the stopped run is resumed.) The best weights are in a
+    file of their own. What was measured after the checkpoint that a run resumes from is measured again, and the file
+    written again where it is better.
+
+    Args:
+        path: of the file, for the trainable weights alone.
+        monitor: the metric, logged as ``val/MONITOR``.
+        mode: whether the best is its min or its max.
+        patience: validations without a better one after which training stops.
+    """
+
+    def __init__(self, path: Path, monitor: str, mode: Literal["min", "max"], patience: int) -> None:
+        if patience < 1:
+            raise ValueError(f"patience must be 1 or more; got {patience}")
+        self.path = path
+        self.monitor = monitor
+        self.sign = 1.0 if mode == "min" else -1.0
+        self.patience = patience
+        self.best: float | None = None
+        self.step = 0
+        self.waited = 0
+        self._restored = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = self.waited >= self.patience  # it had been stopped, and is resumed
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        metrics = validation_metrics(trainer)
+        if self.monitor not in metrics:
+            raise ValueError(f"there is no metric {self.monitor!r} to stop by; there are {', '.join(metrics)}")
+        found = metrics[self.monitor]
+        if self.best is None or self.sign * found < self.sign * self.best:
+            self.best, self.step, self.waited = found, trainer.global_step, 0
+            self._save(trainer, pl_module)
+        else:
+            self.waited += 1
+        if self.waited >= self.patience:
+            trainer.should_stop = True
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        state = trainer.strategy.lightning_module_state_dict()
+        if trainer.is_global_zero:
+            trained = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
+            with atomic_file(self.path) as file:
+                torch.save({name: state[name] for name in trained}, file)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore(trainer, pl_module)  # resumed after the last step: there was nothing to train
+
+    def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.best is None or self._restored:
+            return
+        self._restored = True
+        trainer.strategy.barrier()
+        weights = torch.load(self.path, map_location=pl_module.device, weights_only=True)
+        pl_module.load_state_dict(weights, strict=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "step": self.step, "waited": self.waited}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.step, self.waited = (state_dict[name] for name in ("best", "step", "waited"))
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
@@ -302,6 +399,8 @@ def validation_text(metrics: dict[str, float]) -> str:
     if "nsp_accuracy" in metrics:
         accuracy, error, chance = (metrics[f"nsp_{name}"] for name in ("accuracy", "standard_error", "chance"))
         parts.append(f"next-sentence accuracy {accuracy:.1%} ± {error:.1%} (chance {chance:.1%})")
+    if not parts:
+        parts = [f"{name} {value:.4g}" for name, value in metrics.items()]
     return ", ".join(parts)
 
 
@@ -311,9 +410,29 @@ def _is_logged(trainer: Trainer) -> bool:
     return every > 0 and trainer.global_step % every == 0
 
 
+def _tokens(batch: Any) -> int:
+    """Real tokens of a batch, packed or dense, sources and targets, or of a list of batches."""
+    if isinstance(batch, (list, tuple)):
+        return sum(map(_tokens, batch))
+    sides = [name for name in ("input_ids", "decoder_input_ids") if name in batch]
+    masks = [batch.get(name.replace("input_ids", "attention_mask")) for name in sides]
+    return sum(
+        batch[name].numel() if mask is None else int(mask.sum()) for name, mask in zip(sides, masks, strict=True)
+    )
+
+
 def _training_text(trainer: Trainer) -> str:
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
-    formats = {"mlm_loss": "mlm {:.3f}", "nsp_loss": "nsp {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
+    if "train/peak_memory" in metrics:
+        metrics["train/peak_memory"] /= 1e9
+    formats = {
+        "mlm_loss": "mlm {:.3f}",
+        "nsp_loss": "nsp {:.3f}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "peak_memory": "{:.2f} GB",
+    }
+    if "train/mlm_loss" not in metrics:
+        formats = {"loss": "loss {:.3f}", **formats}
     return "  ".join(
         text.format(metrics[f"train/{name}"]) for name, text in formats.items() if f"train/{name}" in metrics
     )

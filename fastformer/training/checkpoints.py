@@ -103,10 +103,27 @@ class StepCheckpoint(Checkpoint):
             return
         self._step = trainer.global_step
         if self._step % self.every == 0 or trainer.should_stop:
-            trainer.save_checkpoint(self.folder / f"step-{self._step:07d}.ckpt")
-            if trainer.is_global_zero:
-                for path in _newest_first(self.folder)[self.keep :]:
-                    path.unlink()
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:07d}.ckpt")
+        if trainer.is_global_zero:
+            for path in _newest_first(self.folder)[self.keep :]:
+                path.unlink()
+
+
+class ValidationCheckpoint(StepCheckpoint):
+    """Saves after every validation, so that what was decided by it (to stop early) is in the checkpoint."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        super().__init__(folder, every=1, keep=keep)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Nothing is saved before the validation."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._save(trainer)
 
 
 def _newest_first(folder: Path) -> list[Path]:

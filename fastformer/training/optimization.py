@@ -1,17 +1,89 @@
-"""What every objective optimises with: AdamW without decay on biases and norms, and a schedule with warm-up."""
+"""What every objective optimises with: AdamW without decay on biases and norms, rates by layer, a warm-up."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 
 Schedule = Literal["linear", "cosine"]
 
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW and its schedule.
+
+    Args:
+        learning_rate: the peak, reached at the end of the warm-up.
+        weight_decay: AdamW's, on matrices alone: biases and the weights of norms are not decayed.
+        betas: AdamW's decay rates of the first and the second moment.
+        eps: AdamW's addend to the root of the second moment.
+        warmup_steps: 1 or more: optimizer steps; below 1: share of all optimizer steps.
+        schedule: how the learning rate falls to zero at the last step.
+        layer_decay: factor on the learning rate for each block further from the output; 1 for one rate.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    learning_rate: float
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    warmup_steps: float = 0.1
+    schedule: Schedule = "linear"
+    layer_decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be at least 0; got {self.weight_decay}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1); got {self.betas}")
+        if self.warmup_steps < 0 or (self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps)):
+            raise ValueError(
+                f"warmup_steps must be a whole number of steps or a share below 1; got {self.warmup_steps}"
+            )
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be in (0, 1]; got {self.layer_decay}")
+
+    def configure(self, module: LightningModule) -> OptimizerLRSchedulerConfig:
+        """What `LightningModule.configure_optimizers` returns.
+
+        Raises:
+            ValueError: the run has no last step, or the warm-up is as long as the run.
+        """
+        trainer = module.trainer
+        total_steps = trainer.estimated_stepping_batches
+        if math.isinf(total_steps):
+            raise ValueError("the learning rate falls to zero at the last step: give max_steps or max_epochs")
+        warmup = int(self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total_steps)
+        optimizer = adamw(
+            module,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            eps=self.eps,
+            allow_fused=trainer.precision != "16-mixed",
+            layer_decay=self.layer_decay,
+        )
+        if trainer.precision == "bf16-mixed":
+            # Lightning does not clip gradients that a fused step is still to unscale; bfloat16 has no scaler.
+            optimizer._step_supports_amp_scaling = False
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, warmup_and_decay(warmup, int(total_steps), self.schedule)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def adamw(
@@ -21,6 +93,7 @@ def adamw(
     betas: tuple[float, float],
     eps: float,
     allow_fused: bool = True,
+    layer_decay: float = 1.0,
 ) -> torch.optim.AdamW:
     """AdamW over the parameters of `module` that require gradients, fused where the device has it.
 
@@ -30,16 +103,46 @@ def adamw(
         weight_decay: applied to matrices alone; vectors (biases and the weights of norms) are not decayed.
         allow_fused: False for float16 with a gradient scaler, whose unscaling a fused step does by itself, after
             the gradients have been clipped.
+        layer_decay: the learning rate of a parameter is ``learning_rate * layer_decay ** distance``, its distance from
+            the output being that of `distances_from_output`.
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    distances = distances_from_output(module)
+    members: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            distance = 0 if layer_decay == 1.0 else distances[name]
+            members.setdefault((distance, parameter.ndim < 2), []).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": members[distance, is_vector],
+            "weight_decay": 0.0 if is_vector else weight_decay,
+            "lr": learning_rate * layer_decay**distance,
+        }
+        for distance, is_vector in sorted(members)
     ]
-    fused = allow_fused and all(parameter.device.type in _FUSED_DEVICES for parameter in parameters)
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=learning_rate, betas=betas, eps=eps, fused=fused
-    )
+    fused = allow_fused and all(parameter.device.type in _FUSED_DEVICES for parameter in module.parameters())
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
+
+
+def distances_from_output(module: nn.Module) -> dict[str, int]:
+    """How many blocks there are between each parameter and the output, for layer-wise learning rates.
+
+    Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification" (2018), section 3.2. Blocks are the
+    members of the outermost `nn.ModuleList`s, in the order in which they were registered, an encoder's before its
+    decoder's; the last has distance 1. What is registered before the first block (embeddings) is one further than that
+    block, and what follows a block (a norm, a pooler, a head) is one nearer than it.
+    """
+    lists = [name for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    blocks = [f"{name}.{child}." for name in outermost for child, _ in module.get_submodule(name).named_children()]
+    distances: dict[str, int] = {}
+    nearest = len(blocks) + 1
+    for name, _ in module.named_parameters():
+        block = next((number for number, prefix in enumerate(blocks) if name.startswith(prefix)), None)
+        if block is not None:
+            nearest = len(blocks) - block - 1
+        distances[name] = nearest if block is None else nearest + 1
+    return distances
 
 
 def warmup_and_decay(warmup_steps: int, total_steps: int, schedule: Schedule) -> Callable[[int], float]:

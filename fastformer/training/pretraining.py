@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.distributed
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from transformers import PreTrainedTokenizerBase
 
-from fastformer.models import FastformerConfig, FastformerForPreTraining
+import fastformer.models as models
+from fastformer.data.steps import label_counts
+from fastformer.models import FastformerConfig, FastformerPreTrainedModel
 from fastformer.models.presets import preset as preset_config
-from fastformer.training.optimization import Schedule, adamw, warmup_and_decay
+from fastformer.training.elastic import convert_progress, number_by_module
+from fastformer.training.optimization import Optimization, Schedule
+from fastformer.training.sharding import shard
+
+_SMALLEST = "bert-tiny"
 
 
-class MaskedLanguageModeling(LightningModule):
-    """BERT's pretraining: masked language modelling, with next-sentence prediction where the batches have it.
+class PretrainingModule(LightningModule):
+    """What the objectives share: the model, its optimizer, the loss of a step, checkpoints and measurements.
 
-    Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding" (2019).
+    The model is built once the data module's tokenizer is known. Batches are packed (no padding), those of
+    `PretrainingDataModule`. The loss of an optimizer step is the mean over all its labelled tokens, each with equal
+    weight, whatever batches of whatever device they are in.
 
-    The model is built once the data module's tokenizer is known. Batches are packed (no padding). The loss of a batch
-    is the mean over its masked tokens plus the mean over its sentence pairs. With gradient accumulation, and over
-    several devices, these means are averaged with equal weights; packed batches hold nearly the same number of
-    tokens, so that this differs little from the mean over all masked tokens.
-
-    Logged while training: ``train/loss``, ``train/mlm_loss``, ``train/nsp_loss`` (nats), ``train/learning_rate``; on
-    held-out text: ``val/mlm_loss`` (over all masked tokens, each with equal weight), ``val/perplexity`` (its
-    exponential), ``val/nsp_accuracy`` with its binomial standard error ``val/nsp_standard_error`` and what always
-    giving the commoner answer would reach, ``val/nsp_chance``, and the counts behind them, ``val/masked_tokens`` and
-    ``val/sentence_pairs``.
+    Logged with each optimizer step: ``train/loss`` (nats), ``train/learning_rate``; on held-out text: ``val/loss``
+    (over all labelled tokens), ``val/perplexity`` (its exponential) and ``val/tokens``, how many there are.
 
     Args:
-        preset: size of the model, a name known to `fastformer.models.presets`.
+        preset: architecture and size of the model, a name known to `fastformer.models.presets`. None: a small one of
+            the kind that the objective is known by.
         overrides: fields of `FastformerConfig` that differ from the preset, such as ``{"num_hidden_layers": 2}``.
         learning_rate: the peak, reached at the end of the warm-up. None: 0.384 / hidden_size, inverse in the width as
             Adam wants it (Yang et al. 2022, https://arxiv.org/abs/2203.03466), which is 3e-3 for bert-tiny and 5e-4
@@ -42,11 +47,22 @@ class MaskedLanguageModeling(LightningModule):
         eps: AdamW's addend to the root of the second moment.
         warmup_steps: 1 or more: optimizer steps; below 1: share of all optimizer steps.
         schedule: how the learning rate falls to zero at the last step.
+        activation_checkpointing: keep the input of each block alone and compute the rest again in the backward pass.
     """
+
+    architecture: ClassVar[str]
+    """The class of the model."""
+    default_settings: ClassVar[dict[str, Any]] = {}
+    """Where no preset is given: what makes the smallest one a model for this objective."""
+    losses: tuple[str, ...] = ("loss",)
+    """Names of the parts of the loss: of tokens, and of pairs of segments where there are any."""
+    loss_label: ClassVar[str] = "loss (nats per token)"
+    default_steps: ClassVar[int] = 1000
+    """Optimizer steps that take minutes on two CPU cores, with the default corpus and model."""
 
     def __init__(
         self,
-        preset: str = "bert-tiny",
+        preset: str | None = None,
         overrides: dict[str, Any] | None = None,
         learning_rate: float | None = None,
         weight_decay: float = 0.01,
@@ -54,111 +70,251 @@ class MaskedLanguageModeling(LightningModule):
         eps: float = 1e-6,
         warmup_steps: float = 0.1,
         schedule: Schedule = "linear",
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if learning_rate is not None:
-            _check_positive("learning_rate", learning_rate)
-        _check_positive("eps", eps)
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay must be at least 0; got {weight_decay}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1); got {betas}")
-        if warmup_steps < 0 or (warmup_steps >= 1 and warmup_steps != int(warmup_steps)):
-            raise ValueError(f"warmup_steps must be a whole number of steps or a share below 1; got {warmup_steps}")
+        # Checked now, before any data is read; without a rate, the model's width will say it.
+        self._optimization = Optimization(
+            1.0 if learning_rate is None else learning_rate, weight_decay, betas, eps, warmup_steps, schedule
+        )
         self.save_hyperparameters()
         self.preset = preset
         self.overrides = overrides or {}
         self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.betas = betas
-        self.eps = eps
-        self.warmup_steps = warmup_steps
-        self.schedule = schedule
-        self.model: FastformerForPreTraining | None = None
+        self.activation_checkpointing = activation_checkpointing
+        self.model: FastformerPreTrainedModel | None = None
+        self._step_sums: torch.Tensor | None = None
+
+    # --- The model ----------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         if self.model is not None or self._trainer is None:  # without a trainer, on_load_checkpoint builds it
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        from_data = {
+        settings = {
+            **(self.default_settings if self.preset is None else {}),
             "vocab_size": len(data.tokenizer),
-            "pad_token_id": data.tokenizer.pad_token_id,
             "max_position_embeddings": data.max_length,  # positions beyond would never be trained
+            **self._special_tokens(data.tokenizer),
+            **self.overrides,
         }
-        self.model = FastformerForPreTraining(preset_config(self.preset, **{**from_data, **self.overrides}))
+        config = preset_config(_SMALLEST if self.preset is None else self.preset, **settings)
+        self.model = getattr(models, self._architecture())(config)
+        if self.activation_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self._is_sharded:
+            assert self.device_mesh is not None
+            shard(self.model, self.device_mesh)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    def _architecture(self) -> str:
+        return self.architecture
+
+    def _special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+        return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert self.model is not None
+        checkpoint["model_config"] = self.model.config.to_dict()
+        checkpoint["architecture"] = type(self.model).__name__
+        checkpoint["world_size"] = self.trainer.world_size
+        if not self._is_sharded:  # sharded ones are numbered so already
+            for state, optimizer in zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True):
+                number_by_module(state, optimizer, self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None:
+            convert_progress(checkpoint, self.trainer.world_size)
+        elif self.model is None:
+            config = FastformerConfig.from_dict(checkpoint["model_config"])
+            self.model = getattr(models, checkpoint["architecture"])(config)
+
+    # --- Training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         assert self.model is not None
+        batch = dict(batch)
+        own, of_step = batch.pop("label_counts")[:, : len(self.losses)].float()
+        sums = own * torch.stack(self._loss_parts(self.model(**batch)))
+        self._step_sums = sums.detach() if self._step_sums is None else self._step_sums + sums.detach()
+        self._step_counts = self._over_ranks(of_step)
+        # Lightning divides by the number of batches, and data parallelism by that of the ranks.
+        return (sums / self._step_counts).sum() * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self._step_sums is not None
+        means = self._over_ranks(self._step_sums) / self._step_counts
+        self._step_sums = None
+        parts = dict(zip(self.losses, means, strict=True))
+        metrics = {f"train/{name}": loss for name, loss in {**parts, "loss": means.sum()}.items()}
+        self.log_dict({**metrics, "train/learning_rate": optimizer.param_groups[0]["lr"]}, batch_size=1)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        assert self.model is not None
+        rate = self.learning_rate or 0.384 / self.model.config.hidden_size
+        return replace(self._optimization, learning_rate=rate).configure(self)
+
+    def _loss_parts(self, output: Any) -> list[torch.Tensor]:
+        """The means that `losses` names, in nats, of a batch's labels."""
+        return [output.loss]
+
+    def _over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """The sums over all ranks. (Lightning's own would wait for the GPU.)"""
+        if self.trainer.world_size > 1:
+            values = values.clone()
+            torch.distributed.all_reduce(values)
+        return values
+
+    # --- Validation ---------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64)  # sum of the loss, labelled tokens
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        assert self.model is not None
         output = self.model(**batch)
-        metrics = {"train/loss": output.loss, "train/mlm_loss": output.mlm_loss}
-        if output.nsp_loss is not None:
-            metrics["train/nsp_loss"] = output.nsp_loss
-        self.log_dict({name: loss.detach() for name, loss in metrics.items()}, batch_size=1)
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
-        return output.loss
+        tokens = int(label_counts(batch)[0])
+        if tokens:
+            self._sums[0] += self._loss_parts(output)[0].item() * tokens
+            self._sums[1] += tokens
+        self._measure(batch, output)
+
+    def _measure(self, batch: dict[str, Any], output: Any) -> None:
+        """Add to `_sums` what is measured besides the loss."""
+
+    def on_validation_epoch_end(self) -> None:
+        metrics = self._validation_metrics(*self._over_ranks(self._sums.to(self.device)).tolist())
+        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, sync_dist=True)
+
+    def _validation_metrics(self, *sums: float) -> dict[str, float]:
+        loss_sum, tokens = sums
+        return {"tokens": tokens, **_token_metrics("loss", loss_sum, tokens)}
+
+
+class MaskedLanguageModeling(PretrainingModule):
+    """BERT's pretraining: masked language modelling, with next-sentence prediction where the batches have pairs.
+
+    Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding" (2019).
+
+    The loss of an optimizer step is the mean over all its masked tokens plus the mean over all its pairs, whose labels
+    say whether they belong together or, with the data's sentence_order, in which order they come.
+
+    Logged besides: ``train/mlm_loss``, ``train/nsp_loss``; on held-out text ``val/mlm_loss`` and ``val/masked_tokens``
+    for loss and tokens, ``val/nsp_accuracy`` with its binomial standard error ``val/nsp_standard_error`` and what
+    always giving the commoner answer would reach, ``val/nsp_chance``, and ``val/sentence_pairs``.
+    """
+
+    losses: tuple[str, ...] = ("mlm_loss", "nsp_loss")
+    loss_label = "masked-LM loss (nats per masked token)"
+
+    def configure_model(self) -> None:
+        if self._trainer is not None and not self.trainer.datamodule.next_sentence:  # type: ignore[attr-defined]
+            self.losses = self.losses[:1]
+        super().configure_model()
+
+    def _architecture(self) -> str:
+        return "FastformerForPreTraining" if len(self.losses) == 2 else "FastformerForMaskedLM"
+
+    def _loss_parts(self, output: Any) -> list[torch.Tensor]:
+        return [output.mlm_loss, output.nsp_loss] if len(self.losses) == 2 else [output.loss]
 
     def on_validation_epoch_start(self) -> None:
         # Sum of the MLM loss, masked tokens; pairs, those judged rightly, those whose second segment is random.
         self._sums = torch.zeros(5, dtype=torch.float64)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        assert self.model is not None
-        output = self.model(**batch)
-        masked_tokens = len(batch["masked_positions"])
-        if masked_tokens:
-            self._sums[0] += output.mlm_loss.item() * masked_tokens
-            self._sums[1] += masked_tokens
+    def _measure(self, batch: dict[str, Any], output: Any) -> None:
         if (label := batch.get("next_sentence_label")) is not None:
             self._sums[2] += len(label)
             self._sums[3] += (output.seq_relationship_logits.argmax(dim=-1) == label).sum().item()
             self._sums[4] += label.sum().item()
 
-    def on_validation_epoch_end(self) -> None:
-        sums = self._sums
-        if self.trainer.world_size > 1:
-            sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
-        metrics = _validation_metrics(*sums.tolist())
-        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, sync_dist=True)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        total_steps = self.trainer.estimated_stepping_batches
-        if math.isinf(total_steps):
-            raise ValueError("the learning rate falls to zero at the last step: give max_steps or max_epochs")
-        warmup = int(self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total_steps)
-        assert self.model is not None
-        optimizer = adamw(
-            self,
-            learning_rate=self.learning_rate or 0.384 / self.model.config.hidden_size,
-            weight_decay=self.weight_decay,
-            betas=self.betas,
-            eps=self.eps,
-            allow_fused=self.trainer.precision != "16-mixed",
-        )
-        if self.trainer.precision == "bf16-mixed":
-            # Lightning does not clip gradients that a fused step is still to unscale; bfloat16 has no scaler.
-            optimizer._step_supports_amp_scaling = False
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, warmup_and_decay(warmup, int(total_steps), self.schedule)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        assert self.model is not None
-        checkpoint["model_config"] = self.model.config.to_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.model is None:
-            self.model = FastformerForPreTraining(FastformerConfig.from_dict(checkpoint["model_config"]))
+    def _validation_metrics(self, *sums: float) -> dict[str, float]:
+        return _masked_metrics(*sums)
 
 
-def _validation_metrics(
+class CausalLanguageModeling(PretrainingModule):
+    """GPT's pretraining: every token from those before it in its document.
+
+    Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
+    """
+
+    architecture = "FastformerForCausalLM"
+    default_settings: ClassVar = {
+        "stack": "decoder",
+        "type_vocab_size": 0,
+        "hidden_act": "gelu_new",
+        "norm_placement": "pre",
+        "layer_norm_eps": 1e-5,
+        "embedding_norm": False,
+    }
+
+
+class SpanCorruptionModeling(PretrainingModule):
+    """T5's pretraining: the spans that sentinels stand for.
+
+    Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (2020). Without a
+    preset the model is T5 1.1's kind (gated, relative positions), but its output projection is the word embedding.
+    """
+
+    architecture = "FastformerForSeq2SeqLM"
+    default_settings: ClassVar = {
+        "stack": "encoder_decoder",
+        "type_vocab_size": 0,
+        "hidden_act": "gelu_new",
+        "gated": True,
+        "position_embedding": "relative",
+        "norm": "rms",
+        "norm_placement": "pre",
+        "layer_norm_eps": 1e-6,
+        "embedding_norm": False,
+        "attention_bias": False,
+        "attention_output_bias": False,
+        "feed_forward_bias": False,
+    }
+
+    def _special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+        return {**super()._special_tokens(tokenizer), "decoder_start_token_id": tokenizer.pad_token_id}
+
+
+class DenoisingModeling(PretrainingModule):
+    """BART's pretraining: a text from one in which spans are masked and the sentences are in another order.
+
+    Lewis et al., "BART: Denoising Sequence-to-Sequence Pre-training for Natural Language Generation, Translation, and
+    Comprehension" (2020).
+    """
+
+    architecture = "FastformerForSeq2SeqLM"
+    default_settings: ClassVar = {"stack": "encoder_decoder", "type_vocab_size": 0, "layer_norm_eps": 1e-5}
+
+    def _special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+        return {**super()._special_tokens(tokenizer), "decoder_start_token_id": tokenizer.eos_token_id}
+
+
+MODULES: dict[str, type[PretrainingModule]] = {
+    "mlm": MaskedLanguageModeling,
+    "clm": CausalLanguageModeling,
+    "span-corruption": SpanCorruptionModeling,
+    "denoising": DenoisingModeling,
+}
+"""Of each objective that `PretrainingDataModule` knows."""
+
+
+def _token_metrics(name: str, loss_sum: float, tokens: float) -> dict[str, float]:
+    """The mean loss under this name, and the perplexity; nothing where there are no tokens."""
+    if not tokens:
+        return {}
+    return {name: loss_sum / tokens, "perplexity": float(np.exp(loss_sum / tokens))}
+
+
+def _masked_metrics(
     loss_sum: float, masked_tokens: float, pairs: float, correct: float, random: float
 ) -> dict[str, float]:
     """Metrics from sums over the held-out text; those with nothing to count are left out."""
     metrics = {"masked_tokens": masked_tokens, "sentence_pairs": pairs}
-    if masked_tokens:
-        mlm_loss = loss_sum / masked_tokens
-        metrics |= {"mlm_loss": mlm_loss, "perplexity": float(np.exp(mlm_loss))}
+    metrics |= _token_metrics("mlm_loss", loss_sum, masked_tokens)
     if pairs:
         accuracy = correct / pairs
         metrics |= {
@@ -167,8 +323,3 @@ def _validation_metrics(
             "nsp_chance": max(random, pairs - random) / pairs,
         }
     return metrics
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be above 0; got {value}")

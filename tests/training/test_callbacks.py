@@ -109,12 +109,12 @@ def test_throughput_goes_on_from_its_state() -> None:
 
 
 def test_loss_curve_keeps_what_was_measured_and_draws_it(tmp_path: Path) -> None:
-    curve = LossCurve(tmp_path / "loss.png")
+    curve = LossCurve(tmp_path / "loss.png", "mlm_loss")
     fit(Module(), curve)
     assert [step for step, _ in curve.training] == [1, 2, 3, 4]
     assert curve.validation == [{"step": step, "mlm_loss": step + 0.5} for step in (0, 2, 4)]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    resumed = LossCurve(tmp_path / "resumed.png")
+    resumed = LossCurve(tmp_path / "resumed.png", "mlm_loss")
     resumed.load_state_dict(curve.state_dict())
     resumed.draw()
     assert (tmp_path / "resumed.png").read_bytes() == (tmp_path / "loss.png").read_bytes()

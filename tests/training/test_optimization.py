@@ -1,5 +1,6 @@
 """The optimizer's groups and the schedule."""
 
+import re
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -7,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from torch import nn
+from transformers import AutoModelForSeq2SeqLM, T5Config
 
-from fastformer.training.optimization import adamw, warmup_and_decay
+from fastformer.models import FastformerConfig, FastformerForSequenceClassification
+from fastformer.training.optimization import Optimization, adamw, distances_from_output, warmup_and_decay
 
 
 def test_biases_and_norms_are_not_decayed() -> None:
@@ -57,3 +60,40 @@ def test_schedules_by_hand() -> None:
 def test_warmup_must_be_shorter_than_the_run(warmup: int) -> None:
     with pytest.raises(ValueError, match=f"warmup_steps must be .* below the run's 10 steps; got {warmup}"):
         warmup_and_decay(warmup, 10, "linear")
+
+
+def bert() -> nn.Module:
+    shape = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 3}
+    return FastformerForSequenceClassification(FastformerConfig(vocab_size=10, **shape))
+
+
+def test_layers_further_from_the_output_learn_slower() -> None:
+    """Howard and Ruder (2018): each layer's rate is that of the one above it times the decay."""
+    module = bert()
+    optimizer = adamw(module, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8, layer_decay=0.5)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    decays = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in module.named_parameters():
+        block = re.match(r"model\.layers\.(\d)\.", name)
+        above = 3 - int(block[1]) if block else 4 if name.startswith("model.embeddings.") else 0
+        assert rates[id(parameter)] == pytest.approx(1e-3 * 0.5**above), name
+        assert decays[id(parameter)] == (0.1 if parameter.ndim >= 2 else 0.0)
+
+
+def test_an_encoders_blocks_are_below_its_decoders() -> None:
+    model = AutoModelForSeq2SeqLM.from_config(
+        T5Config(vocab_size=9, d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=2)
+    )
+    distances = distances_from_output(model)
+    assert distances["shared.weight"] == 5
+    assert distances["encoder.block.0.layer.0.SelfAttention.q.weight"] == 4
+    assert distances["encoder.block.1.layer.1.DenseReluDense.wi.weight"] == 3
+    assert distances["encoder.final_layer_norm.weight"] == 2
+    assert distances["decoder.block.1.layer.2.DenseReluDense.wi.weight"] == 1
+    assert distances["decoder.final_layer_norm.weight"] == 0
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.5])
+def test_layer_decay_out_of_range_is_refused(decay: float) -> None:
+    with pytest.raises(ValueError, match=rf"layer_decay must be in \(0, 1\]; got {decay}"):
+        Optimization(1e-3, layer_decay=decay)

@@ -1,13 +1,15 @@
 """The pretraining module on its own; whole runs are in test_cli.py."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from fastformer.data import PretrainingDataModule
-from fastformer.training.pretraining import MaskedLanguageModeling, _validation_metrics
+from fastformer.training.callbacks import StepSeed
+from fastformer.training.pretraining import MaskedLanguageModeling, _masked_metrics
 
 TINY = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -85,8 +87,8 @@ def test_endless_training_is_refused(data: PretrainingDataModule) -> None:
         trainer(max_steps=-1, max_epochs=-1).fit(MaskedLanguageModeling("bert-tiny", overrides=TINY), datamodule=data)
 
 
-def test_validation_metrics_by_hand() -> None:
-    metrics = _validation_metrics(loss_sum=20.0, masked_tokens=10.0, pairs=100.0, correct=80.0, random=45.0)
+def test_masked_metrics_by_hand() -> None:
+    metrics = _masked_metrics(loss_sum=20.0, masked_tokens=10.0, pairs=100.0, correct=80.0, random=45.0)
     assert metrics == {
         "masked_tokens": 10.0,
         "sentence_pairs": 100.0,
@@ -96,4 +98,71 @@ def test_validation_metrics_by_hand() -> None:
         "nsp_standard_error": pytest.approx(0.04),
         "nsp_chance": 0.55,
     }
-    assert _validation_metrics(0.0, 0.0, 0.0, 0.0, 0.0) == {"masked_tokens": 0.0, "sentence_pairs": 0.0}
+    assert _masked_metrics(0.0, 0.0, 0.0, 0.0, 0.0) == {"masked_tokens": 0.0, "sentence_pairs": 0.0}
+
+
+@pytest.mark.parametrize("next_sentence", [True, False])
+def test_loss_and_gradient_of_a_step_are_those_of_all_its_labels(next_sentence: bool, tmp_path: Path) -> None:
+    """Three batches with different numbers of masked tokens and of pairs, as if they were one."""
+    lengths = [3, 20, 7, 12, 30, 5] * 5
+    documents = [". ".join(f"Number {n} of {i}" for n in range(length)) + "." for i, length in enumerate(lengths)]
+    (tmp_path / "text.txt").write_text("\n\n".join(documents))
+    data = PretrainingDataModule(
+        data=[str(tmp_path / "text.txt")],
+        vocab_size=300,
+        max_length=40,
+        tokens_per_batch=90,
+        next_sentence=next_sentence,
+        whole_word=True,
+        mask_probability=0.3,
+        heldout_fraction=0,
+        cache_dir=str(tmp_path),
+    )
+    module = MaskedLanguageModeling(overrides={**TINY, "hidden_dropout_prob": 0.0})
+    noticed = Noticed()
+    fitted = trainer(max_steps=1, accumulate_grad_batches=3, callbacks=[noticed])
+    fitted.fit(module, datamodule=data)
+
+    model = noticed.model
+    counts = [(len(batch["masked_positions"]), len(batch.get("next_sentence_label", ()))) for batch in noticed.batches]
+    assert all(len(set(column)) > 1 for column in (zip(*counts, strict=True) if next_sentence else [counts]))
+    parts = []
+    for batch, (tokens, pairs) in zip(noticed.batches, counts, strict=True):
+        output = model(**{name: value for name, value in batch.items() if name != "label_counts"})
+        if next_sentence:
+            parts.append(torch.stack([output.mlm_loss * tokens, output.nsp_loss * pairs]))
+        else:
+            parts.append((output.loss * tokens)[None])
+    means = torch.stack(parts).sum(dim=0) / torch.tensor(counts).sum(dim=0)[: len(parts[0])]
+    assert fitted.callback_metrics["train/mlm_loss"] == pytest.approx(means[0].item(), rel=1e-6)
+    assert fitted.callback_metrics["train/loss"] == pytest.approx(means.sum().item(), rel=1e-6)
+    expected = torch.autograd.grad(means.sum(), list(model.parameters()))
+    for gradient, other in zip(noticed.gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-7)
+
+
+class Noticed(Callback):
+    """What a step began with, was given and came to."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: MaskedLanguageModeling) -> None:
+        self.model = copy.deepcopy(pl_module.model)
+        self.batches: list[dict] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int) -> None:
+        self.batches.append(batch)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: MaskedLanguageModeling, optimizer: object) -> None:
+        self.gradients = [parameter.grad.clone() for parameter in pl_module.parameters()]
+
+
+def test_activation_checkpointing_changes_memory_alone(data: PretrainingDataModule) -> None:
+    modules = [
+        MaskedLanguageModeling(overrides={**TINY, "num_hidden_layers": 2}, activation_checkpointing=checkpointing)
+        for checkpointing in (False, True)
+    ]
+    for module in modules:
+        seed_everything(0, verbose=False)
+        trainer(callbacks=[StepSeed(0)]).fit(module, datamodule=data)
+        assert module.model.is_gradient_checkpointing == module.activation_checkpointing
+    plain, checkpointed = (module.state_dict() for module in modules)
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)

@@ -1,0 +1,36 @@
+"""What a batch must know of its optimizer step for the loss of the step to be the mean over all its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+
+from fastformer.data.objectives import IGNORE_INDEX
+
+
+def label_counts(batch: dict[str, Any]) -> torch.Tensor:
+    """(2,) int64: the labelled tokens of a packed batch, and its labelled pairs of segments."""
+    positions = batch.get("masked_positions")
+    tokens = len(positions) if positions is not None else int((batch["labels"] != IGNORE_INDEX).sum())
+    return torch.tensor([tokens, len(batch.get("next_sentence_label", ()))])
+
+
+def with_label_counts(batches: Iterable[dict[str, Any]], step_sizes: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """The batches, each with ``label_counts``: (2, 2) int64, its own `label_counts` and their sums over its step.
+
+    Micro-batches have unequal numbers of labels, so that the mean of their means is not the mean over the labels of the
+    step; each must be weighted by its share, which takes looking ahead to the end of the step.
+
+    Args:
+        batches: of one process.
+        step_sizes: the number of batches of each optimizer step.
+    """
+    coming = iter(batches)
+    for size in step_sizes:
+        step = list(islice(coming, size))
+        counts = [label_counts(batch) for batch in step]
+        for batch, own in zip(step, counts, strict=True):
+            yield {**batch, "label_counts": torch.stack([own, sum(counts, torch.zeros_like(own))])}

@@ -1,0 +1,269 @@
+"""Fine-tuning as LightningModules: one for each kind of output layer, on what they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+
+from fastformer.data.objectives import IGNORE_INDEX
+from fastformer.training.adversarial import Adversary
+from fastformer.training.optimization import Optimization
+from fastformer.training.privacy import Privacy, accumulate_example, noised_gradients
+
+Batch = Mapping[str, Any]
+Judge = Callable[[list[Any]], dict[str, float]]
+"""From what `FineTuning.outputs` gave for all held-out sequences, in order, to metrics by name."""
+
+
+class FineTuning(LightningModule):
+    """Training of a model on a task: its own loss, and what the task's kind makes of its outputs.
+
+    Batches are what the model's forward takes, packed or dense, with labels. Logged while training: ``train/loss``,
+    ``train/adversarial_loss``, ``train/learning_rate`` (the largest); on held-out examples ``val/loss``, over all
+    targets with equal weight, and the metrics of `judge` as ``val/...``.
+
+    Args:
+        model: ours or one of Hugging Face's, or either with PEFT's adapters.
+        optimization: the optimizer and its schedule.
+        adversary: for adversarial training.
+        privacy: for differential privacy; batches are then lists of batches of one example (`PoissonBatches`).
+        examples: to train on, in number; for `privacy`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimization: Optimization,
+        adversary: Adversary | None = None,
+        privacy: Privacy | None = None,
+        examples: int | None = None,
+    ) -> None:
+        super().__init__()
+        if privacy is not None:
+            if adversary is not None:
+                raise ValueError("adversarial training and differential privacy do not go together; choose one")
+            if examples is None:
+                raise ValueError("examples must be given with privacy: the number of examples to train on")
+        self.model = model
+        self.optimization = optimization
+        self.adversary = adversary
+        self.privacy = privacy
+        self.examples = examples
+        self.automatic_optimization = privacy is None
+        self.judge: Judge | None = None
+        self.noise_multiplier: float | None = None
+
+    # --- What differs between tasks -----------------------------------------------------------------------------------
+
+    def run(self, batch: Batch) -> tuple[torch.Tensor, Any]:
+        """The mean loss of a batch, and the model's output."""
+        output = self.model(**batch)
+        return output.loss, output
+
+    def targets(self, batch: Batch) -> int:
+        """How many targets the mean loss of a batch is of."""
+        return int((batch["labels"] != IGNORE_INDEX).sum())
+
+    def outputs(self, batch: Batch, output: Any) -> list[Any]:
+        """For each sequence of a batch what predictions are made of; none where validation is of the loss alone."""
+        return []
+
+    # --- Training -----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor | None:
+        self._log_learning_rate()
+        if self.privacy is not None:
+            self._private_step(batch)
+            return None
+        if self.adversary is None:
+            loss, _ = self.run(batch)
+            self.log("train/loss", loss.detach(), batch_size=1)
+            return loss
+        losses = self.adversary.losses(
+            self.model.get_input_embeddings(), lambda: self.run(batch)[0], _boundaries(batch)
+        )
+        self.log("train/loss", losses.clean.detach(), batch_size=1)
+        self.log("train/adversarial_loss", losses.adversarial.detach(), batch_size=1)
+        return losses.clean + self.adversary.weight * losses.adversarial
+
+    def _private_step(self, examples: Sequence[Batch]) -> None:
+        optimizer: Any = self.optimizers()
+        losses = []
+        optimizer.zero_grad()
+        for example in examples:
+            loss, _ = self.run(example)
+            self.manual_backward(loss)
+            accumulate_example(self._mechanism)
+            losses.append(loss.detach())
+        noised_gradients(self._mechanism)
+        optimizer.step()
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+        # This is not private: it is for whoever has the data.
+        self.log("train/loss", torch.stack(losses).mean() if losses else torch.tensor(math.nan), batch_size=1)
+
+    def _log_learning_rate(self) -> None:
+        rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
+        self.log("train/learning_rate", max(rates), batch_size=1)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        configured = self.optimization.configure(self)
+        if self.privacy is not None:
+            assert self.examples is not None
+            steps = int(self.trainer.estimated_stepping_batches)
+            self._mechanism = self.privacy.mechanism(configured["optimizer"], self.examples, steps)
+            self.noise_multiplier = self._mechanism.noise_multiplier
+        return configured
+
+    # --- Validation and prediction ------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._loss_sum = torch.zeros(2, dtype=torch.float64)  # and targets
+        self._outputs: list[Any] = []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        loss, output = self.run(batch)
+        targets = self.targets(batch)
+        if targets:
+            self._loss_sum += torch.tensor([loss.item() * targets, targets])
+        self._outputs += self.outputs(batch, output)
+
+    def on_validation_epoch_end(self) -> None:
+        sums = self._loss_sum
+        if self.trainer.world_size > 1:
+            sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
+        total, targets = sums.tolist()
+        metrics = {"loss": total / targets} if targets else {}
+        if self.judge is not None and self._outputs:
+            metrics |= self.judge(self._outputs)
+        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, sync_dist=True)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Any]:
+        return self.outputs(batch, self.model(**batch))
+
+
+class Classification(FineTuning):
+    """Of whole sequences, or the regression of one number. `outputs`: of each sequence (labels,) logits, float32.
+
+    Args:
+        class_weights: of each class in the loss, which is then ``Σ w[y] · loss / Σ w[y]``; None for equal weights.
+    """
+
+    def __init__(self, *arguments: Any, class_weights: Sequence[float] | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        classes = self.model.config.num_labels
+        valid = class_weights is None or (len(class_weights) == classes and min(class_weights) >= 0)
+        if not valid:
+            raise ValueError(
+                f"class_weights must be {classes} numbers of at least 0, one for each class; got {class_weights}"
+            )
+        weights = None if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("class_weights", weights, persistent=False)
+
+    def run(self, batch: Batch) -> tuple[torch.Tensor, Any]:
+        if self.class_weights is None:
+            return super().run(batch)
+        output = self.model(**{name: value for name, value in batch.items() if name != "labels"})
+        logits, labels = output.logits.float().flatten(0, -2), batch["labels"].flatten()
+        return F.cross_entropy(logits, labels, self.class_weights, ignore_index=IGNORE_INDEX), output
+
+    def outputs(self, batch: Batch, output: Any) -> list[Any]:
+        return list(output.logits.float().cpu().numpy())
+
+
+class Tagging(Classification):
+    """Of each token. `outputs`: of each sequence (tokens, labels) logits, float32."""
+
+    def outputs(self, batch: Batch, output: Any) -> list[Any]:
+        return sequences(batch, output.logits.float().cpu().numpy())
+
+
+class QuestionAnswering(FineTuning):
+    """The start and the end of an answer. `outputs`: of each sequence (tokens, 2) logits of both, float32."""
+
+    def targets(self, batch: Batch) -> int:
+        return len(batch["start_positions"])
+
+    def outputs(self, batch: Batch, output: Any) -> list[Any]:
+        logits = torch.stack([output.start_logits, output.end_logits], dim=-1).float().cpu().numpy()
+        return sequences(batch, logits)
+
+
+class Generation(FineTuning):
+    """Text from text: sequence to sequence, or a decoder alone. Validation is of the loss, on given targets."""
+
+
+class Embedding(FineTuning):
+    """Contrastive learning of sentence embeddings: InfoNCE with in-batch negatives.
+
+    The loss of a pair is the cross-entropy of finding its positive among all positives and negatives of the batch by
+    cosine similarity / temperature (van den Oord et al. 2018; Gao et al., "SimCSE", 2021), and, `symmetric`, its anchor
+    among all anchors. A model without ``embeddings`` in its output is pooled over its real tokens and normalised.
+
+    `outputs`: of each pair (2, hidden_size) float32, its anchor's and its positive's vector; for prediction, of each
+    sequence its vector.
+
+    Args:
+        temperature: see above.
+        symmetric: whether anchors are to be found too.
+    """
+
+    def __init__(self, *arguments: Any, temperature: float = 0.05, symmetric: bool = True, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.privacy is not None:
+            raise ValueError(
+                "in-batch negatives tie examples to each other, so there is no gradient of one for privacy"
+            )
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0; got {temperature}")
+        self.temperature = temperature
+        self.symmetric = symmetric
+
+    def run(self, batch: Batch) -> tuple[torch.Tensor, Any]:
+        anchors, positives = self.embed(batch["anchor"]), self.embed(batch["positive"])
+        candidates = torch.cat([positives, self.embed(batch["negative"])]) if "negative" in batch else positives
+        own = torch.arange(len(anchors), device=anchors.device)
+        loss = F.cross_entropy(anchors @ candidates.T / self.temperature, own)
+        if self.symmetric:
+            loss = (loss + F.cross_entropy(positives @ anchors.T / self.temperature, own)) / 2
+        return loss, (anchors, positives)
+
+    def embed(self, inputs: Batch) -> torch.Tensor:
+        """(sequences, hidden_size) float32, of length 1."""
+        output = self.model(**inputs)
+        if (vectors := getattr(output, "embeddings", None)) is None:
+            mask = inputs["attention_mask"].unsqueeze(-1)
+            vectors = (output.last_hidden_state.float() * mask).sum(dim=1) / mask.sum(dim=1)
+        return F.normalize(vectors.float(), dim=-1)
+
+    def targets(self, batch: Batch) -> int:
+        anchors = batch["anchor"]
+        return len(anchors["cu_seqlens"]) - 1 if "cu_seqlens" in anchors else len(anchors["input_ids"])
+
+    def outputs(self, batch: Batch, output: Any) -> list[Any]:
+        return list(torch.stack(output, dim=1).cpu().numpy())
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Any]:
+        return list(self.embed(batch).cpu().numpy())
+
+
+def sequences(batch: Batch, values: np.ndarray) -> list[np.ndarray]:
+    """What there is of each token, packed or dense, sequence by sequence, without padding."""
+    if "cu_seqlens" in batch:
+        return [values[start:end] for start, end in pairwise(batch["cu_seqlens"].tolist())]
+    mask = batch["attention_mask"].bool().cpu().numpy()
+    return [row[real] for row, real in zip(values, mask, strict=True)]
+
+
+def _boundaries(batch: Batch) -> list[torch.Tensor]:
+    """Of each packed side of a batch, in the order in which a model embeds them."""
+    sides = [batch[name] for name in ("anchor", "positive", "negative") if name in batch] or [batch]
+    return [side[name] for side in sides for name in ("cu_seqlens", "decoder_cu_seqlens") if name in side]

@@ -1,0 +1,196 @@
+"""What fine-tuning starts from: a folder with our model or a Hugging Face one, or none; with the task's head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from fastformer.models import (
+    FastformerConfig,
+    FastformerForCausalLM,
+    FastformerForEmbedding,
+    FastformerForQuestionAnswering,
+    FastformerForSeq2SeqLM,
+    FastformerForSequenceClassification,
+    FastformerForTokenClassification,
+    FastformerPreTrainedModel,
+    preset,
+)
+
+Task = Literal["classify", "tag", "qa", "summarize", "translate", "generate", "embed"]
+
+
+class Classes(NamedTuple):
+    """The classes that a task's model is an instance of: ours, and Hugging Face's Auto class."""
+
+    ours: type[FastformerPreTrainedModel]
+    auto: Any
+
+
+CLASSES: dict[str, Classes] = {
+    "classify": Classes(FastformerForSequenceClassification, AutoModelForSequenceClassification),
+    "tag": Classes(FastformerForTokenClassification, AutoModelForTokenClassification),
+    "qa": Classes(FastformerForQuestionAnswering, AutoModelForQuestionAnswering),
+    "summarize": Classes(FastformerForSeq2SeqLM, AutoModelForSeq2SeqLM),
+    "translate": Classes(FastformerForSeq2SeqLM, AutoModelForSeq2SeqLM),
+    "generate": Classes(FastformerForCausalLM, AutoModelForCausalLM),
+    "embed": Classes(FastformerForEmbedding, AutoModel),
+}
+
+# From scratch: BERT, and decoders as they are built today.
+_STACKS: dict[str, dict[str, Any]] = {
+    "encoder": {},
+    "decoder": {
+        "stack": "decoder",
+        "norm": "rms",
+        "norm_placement": "pre",
+        "embedding_norm": False,
+        "type_vocab_size": 0,
+        "position_embedding": "rotary",
+    },
+    "encoder_decoder": {
+        "stack": "encoder_decoder",
+        "norm": "rms",
+        "norm_placement": "pre",
+        "embedding_norm": False,
+        "type_vocab_size": 0,
+        "position_embedding": "rotary",
+    },
+}
+
+
+class StartingPoint(NamedTuple):
+    """A model with the task's head.
+
+    Attributes:
+        model: ours, or one of Hugging Face's.
+        new_layers: names of the modules whose weights are not pretrained; None where nothing is.
+        attention: what computes the attention.
+    """
+
+    model: PreTrainedModel
+    new_layers: list[str] | None
+    attention: str
+
+    @property
+    def packed(self) -> bool:
+        """Whether the model takes packed batches."""
+        return isinstance(self.model, FastformerPreTrainedModel)
+
+
+def pretrained(folder: str | Path, task: Task, labels: Sequence[str] | None = None) -> StartingPoint:
+    """The model in a folder of Hugging Face's format.
+
+    One of another architecture than ours runs as it is, with our attention where its implementation takes another and
+    ours is registered with transformers, and with its own where not.
+
+    Args:
+        folder: with config.json and weights.
+        task: decides the head.
+        labels: of the classes, for classify and tag.
+
+    Raises:
+        OSError: there is no model in the folder.
+        ValueError: the model cannot have the task's head.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"no model in {folder}: it has no config.json")
+    options: dict[str, Any] = {"output_loading_info": True, **_label_fields(labels)}
+    with _without_table_of_missing_weights():
+        if AutoConfig.from_pretrained(folder).model_type == FastformerConfig.model_type:
+            if task == "embed":
+                options["pooling"] = "mean"
+            model, info = CLASSES[task].ours.from_pretrained(folder, **options)
+            attention = "fastformer"
+        else:
+            model, info, attention = _foreign(folder, task, options)
+    return StartingPoint(model, _modules_of(info["missing_keys"]), attention)
+
+
+def _foreign(folder: str | Path, task: Task, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any], str]:
+    auto = CLASSES[task].auto
+    try:
+        return *auto.from_pretrained(folder, **options, attn_implementation="fastformer"), "fastformer"
+    except (ValueError, ImportError):  # not registered, or a model whose attention is not to be replaced
+        model, info = auto.from_pretrained(folder, **options)
+        return model, info, model.config._attn_implementation
+
+
+def _modules_of(missing_weights: Sequence[str]) -> list[str]:
+    return sorted({name.rpartition(".")[0] for name in missing_weights})
+
+
+def from_scratch(
+    size: str,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    labels: Sequence[str] | None = None,
+    **overrides: Any,
+) -> StartingPoint:
+    """Our model with random weights: an encoder, for generate a decoder, for summarize and translate both.
+
+    Args:
+        size: a name known to `fastformer.models.presets`.
+        task: decides stack and head.
+        tokenizer: its vocabulary and special tokens.
+        max_length: tokens of the longest sequence.
+        labels: of the classes, for classify and tag.
+        overrides: fields of `FastformerConfig` that differ.
+    """
+    own = CLASSES[task].ours
+    stack = own._stacks[0]
+    fields: dict[str, Any] = {
+        **_STACKS[stack],
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": max_length,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": _first(tokenizer.bos_token_id, tokenizer.cls_token_id),
+        "eos_token_id": _first(tokenizer.eos_token_id, tokenizer.sep_token_id),
+        **_label_fields(labels),
+    }
+    if stack == "encoder_decoder":
+        fields["decoder_start_token_id"] = _first(fields["bos_token_id"], tokenizer.pad_token_id)
+    if task == "embed":
+        fields["pooling"] = "mean"
+    known = {name: value for name, value in fields.items() if name not in ("id2label", "label2id")}
+    config = preset(size, **{**known, **overrides})
+    if labels is not None:
+        config.id2label, config.label2id = fields["id2label"], fields["label2id"]
+    return StartingPoint(own(config), None, "fastformer")
+
+
+def _first(*choices: int | None) -> int | None:
+    return next((choice for choice in choices if choice is not None), None)
+
+
+def _label_fields(labels: Sequence[str] | None) -> dict[str, Any]:
+    if labels is None:
+        return {}
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+
+
+@contextmanager
+def _without_table_of_missing_weights() -> Iterator[None]:
+    """The head is new, as it must be: transformers need not advise to train it."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,128 @@
+"""``fastformer pretrain`` for the objectives beside BERT's; BERT's own is in test_cli.py."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from fastformer import cli
+from fastformer.data import PretrainingDataModule
+
+AUTO_CLASSES = {
+    "clm": AutoModelForCausalLM,
+    "span-corruption": AutoModelForSeq2SeqLM,
+    "denoising": AutoModelForSeq2SeqLM,
+}
+
+
+@pytest.fixture(scope="module", params=list(AUTO_CLASSES))
+def objective(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def output(objective: str, tiny_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "output"
+    options = [*tiny_run, "--objective", objective, "--max_steps", "10", "--evaluate_every", "5"]
+    assert cli.main([*options, "--activation_checkpointing", "--output", str(folder)]) == 0
+    return folder
+
+
+def metrics(output: Path) -> dict:
+    return json.loads((output / "metrics.json").read_text())
+
+
+def test_learns_and_says_how_much(output: Path) -> None:
+    found = metrics(output)
+    assert found["end"]["loss"] < found["start"]["loss"] - 0.5
+    assert found["start"]["tokens"] == found["end"]["tokens"] > 0
+    assert found["peak_memory"] > 1e8
+    report = (output / "report.md").read_text()
+    assert f"| perplexity | {found['start']['perplexity']:,.1f} | {found['end']['perplexity']:,.1f} |" in report
+    assert "](loss.png)" in report
+    assert found["sample"]["given"] in report
+    (log,) = output.glob("logs/csv/*/metrics.csv")
+    columns = set(log.read_text().splitlines()[0].split(","))
+    assert {"train/loss", "train/tokens_per_second", "train/peak_memory", "val/loss", "val/perplexity"} <= columns
+
+
+def test_saved_model_has_the_loss_that_was_reported(objective: str, output: Path, tiny_run: list[str]) -> None:
+    """Measured here from the folder alone, with logits of all tokens."""
+    given = dict(zip(tiny_run[1::2], tiny_run[2::2], strict=True))
+    data = PretrainingDataModule(
+        data=[given["--data"]],
+        objective=objective,
+        vocab_size=400,
+        max_length=64,
+        tokens_per_batch=256,
+        cache_dir=given["--corpus.cache_dir"],
+    )
+    data.setup()
+    model = AUTO_CLASSES[objective].from_pretrained(output / "model").eval()
+    losses = []
+    for batch in data.val_dataloader():
+        labels = batch.pop("labels")
+        logits = model(**batch).logits.detach()
+        if objective == "clm":  # a sequence's first label is ignored, so that moving across its end does no harm
+            logits, labels = logits[:-1], labels[1:]
+        losses.append(F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")[labels != -100])
+    end = metrics(output)["end"]
+    assert end["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert end["tokens"] == len(torch.cat(losses))
+
+
+def test_sample_is_what_the_saved_model_says(objective: str, output: Path) -> None:
+    sample, folder = metrics(output)["sample"], output / "model"
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AUTO_CLASSES[objective].from_pretrained(folder)
+    prompt = tokenizer(sample["given"], return_tensors="pt")
+    said = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0]
+    if objective == "clm":
+        said = said[prompt["input_ids"].shape[1] :]
+    else:
+        said = said[~torch.isin(said, torch.tensor([tokenizer.pad_token_id, tokenizer.eos_token_id]))]
+        if tokenizer.bos_token_id is not None:
+            said = said[said != tokenizer.bos_token_id]
+    assert tokenizer.decode(said, skip_special_tokens=objective == "clm").strip() == sample["answer"]
+    assert model.config.vocab_size == len(tokenizer)
+
+
+def test_elastic_starts_a_run_and_goes_on_with_it(tiny_run: list[str], tmp_path: Path) -> None:
+    command = [*tiny_run, "--objective", "clm", "--max_steps", "4", "--elastic", "--output", str(tmp_path / "output")]
+    assert cli.main([*command, "--max_minutes", "1e-9"]) == 0
+    assert metrics(tmp_path / "output")["steps"] == 1
+    assert cli.main([*command, "--max_minutes", "null"]) == 0
+    assert metrics(tmp_path / "output")["steps"] == 4
+    assert len(list(tmp_path.glob("output/logs/csv/*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--objective", "clm", "--preset", "bert-tiny"), "needs a configuration with stack='decoder'; got 'encoder'"),
+        (("--objective", "clm", "--corpus.whole_word", "true"), "whole_word is for objective mlm, not clm"),
+        (("--elastic", "--overwrite"), None),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    arguments: tuple[str, ...], message: str | None, tiny_run: list[str], capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    if message is None:  # with a run to continue
+        output.mkdir()
+        (output / "config.yaml").write_text("max_steps: 1\n")
+        message = "give --resume or --overwrite, not both"
+    assert cli.main([*tiny_run, "--output", str(output), *arguments]) == 2
+    assert re.search(re.escape(message), capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp_spawn"])
+def test_strategies_that_are_not_tested_are_not_offered(strategy: str, tiny_run: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*tiny_run, "--strategy", strategy])
+    assert exit.value.code == 2
