@@ -14,6 +14,7 @@ COMMANDS = {
         "fastformer.training.pretrain",
         "train a BERT from scratch: masked language modelling and next-sentence prediction",
     ),
+    "data": ("fastformer.data.command", "list, show and fetch labelled sets for fine-tuning"),
     "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),
     "kernels": (
         "fastformer.inspection.command",

@@ -9,19 +9,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastformer.data.corpus import Document, default_corpus, load_corpus, split_documents, split_sentences
+    from fastformer.data.corpus import Document, default_corpus, load_corpus, split_sentences
     from fastformer.data.module import PretrainingDataModule
     from fastformer.data.objectives import MaskedLanguageModelling, next_sentence_examples, single_segment_examples
     from fastformer.data.packing import BatchRecipe, BatchStream, PackedBatch, PackedDataset, TokenBudgetSampler
-    from fastformer.data.tokenized import TokenizedCorpus, load_or_tokenize, tokenize
+    from fastformer.data.splitting import split_documents
+    from fastformer.data.store import TokenStore, load_or_build_store
+    from fastformer.data.tokenized import TokenizedCorpus, tokenize
     from fastformer.data.tokenizer import load_or_train_tokenizer, train_tokenizer
 
 _MODULES = {
-    "corpus": ("Document", "default_corpus", "load_corpus", "split_documents", "split_sentences"),
+    "corpus": ("Document", "default_corpus", "load_corpus", "split_sentences"),
     "module": ("PretrainingDataModule",),
     "objectives": ("MaskedLanguageModelling", "next_sentence_examples", "single_segment_examples"),
     "packing": ("BatchRecipe", "BatchStream", "PackedBatch", "PackedDataset", "TokenBudgetSampler"),
-    "tokenized": ("TokenizedCorpus", "load_or_tokenize", "tokenize"),
+    "splitting": ("split_documents",),
+    "store": ("TokenStore", "load_or_build_store"),
+    "tokenized": ("TokenizedCorpus", "tokenize"),
     "tokenizer": ("load_or_train_tokenizer", "train_tokenizer"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -35,10 +39,11 @@ __all__ = [
     "PackedDataset",
     "PretrainingDataModule",
     "TokenBudgetSampler",
+    "TokenStore",
     "TokenizedCorpus",
     "default_corpus",
     "load_corpus",
-    "load_or_tokenize",
+    "load_or_build_store",
     "load_or_train_tokenizer",
     "next_sentence_examples",
     "single_segment_examples",

@@ -1,41 +1,51 @@
-"""The Lightning data module for BERT's pretraining."""
+"""The Lightning data module for pretraining."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from fastformer.data.corpus import default_corpus, load_corpus, split_documents
+from fastformer.data.corpus import default_corpus
+from fastformer.data.corruption import SpanNoise
 from fastformer.data.files import cache_folder
-from fastformer.data.objectives import (
-    Examples,
-    MaskedLanguageModelling,
-    check_next_sentence_corpus,
-    example_lengths,
-    next_sentence_examples,
-    single_segment_examples,
+from fastformer.data.objectives import Examples, Stream, generator
+from fastformer.data.packing import BatchRecipe, BatchStream, PackedDataset, TokenBudgetSampler
+from fastformer.data.preparation import prepare_corpus
+from fastformer.data.pretraining import (
+    CausalLanguage,
+    Denoising,
+    MaskedLanguage,
+    PretrainingObjective,
+    SpanCorruption,
 )
-from fastformer.data.packing import BatchRecipe, BatchStream, PackedBatch, PackedDataset, TokenBudgetSampler
-from fastformer.data.tokenized import TokenizedCorpus, load_or_tokenize
-from fastformer.data.tokenizer import load_or_train_tokenizer, text_fingerprint
+from fastformer.data.sources import Source, open_sources, texts_source
+from fastformer.data.store import TokenStore
+from fastformer.data.tokenizer import Objective, text_fingerprint, tokenizer_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_BLOCKS_PER_PASS = 16
+
 
 class PretrainingDataModule(LightningDataModule):
-    """Packed batches for masked language modelling and next-sentence prediction, as BERT defines them.
+    """Packed batches for an objective of pretraining, by default BERT's.
 
     Whole documents are held out for validation; the tokenizer is trained on the others. Segments and masks are drawn
     anew in every pass over the training text and are fixed for validation. All is a function of the text and the
     arguments: a run resumed from a checkpoint, also in the middle of an epoch, gets the very batches that it would have
     got without the interruption. (Gradients that were accumulated but not yet applied are not in a checkpoint: save
-    after an optimizer step, as Lightning's `ModelCheckpoint` does.)
+    after an optimizer step, as Lightning's `ModelCheckpoint` does.) The batches of all devices together are one
+    sequence, the same for any number of them: a run may be resumed on more devices or on fewer.
+
+    The text is tokenized once, into a store on the disk. Of a large one, batches are drawn from 256 million characters
+    at a time, parts of 16 million in random order, so that memory does not grow with it.
 
     An epoch has as many batches as the first pass over the text. Where pairs are drawn anew, later passes have a few
     more or fewer, and run on into the next epoch, so that nothing is left out.
@@ -44,12 +54,20 @@ class PretrainingDataModule(LightningDataModule):
         data: Text files (.txt, a blank line between documents), JSON lines (.jsonl) and parquet with a "text" field,
             folders of these, and folders of datasets.save_to_disk. Default: the English prose of Python's own
             documentation on this machine.
+        objective: mlm (BERT: masked tokens, and pairs of segments), clm (GPT: the next token), span-corruption (T5: the
+            spans left out) or denoising (BART: the text from one with spans masked and sentences in another order).
         vocab_size: Size of the tokenizer's vocabulary, trained on the text and kept in the cache.
-        max_length: Tokens in the longest sequence, with special tokens.
-        tokens_per_batch: The most tokens in a batch of one device; at least max_length.
-        next_sentence: Pairs of segments with a label that says whether they belong together. False: single segments.
-        whole_word: Mask whole words rather than tokens.
-        mask_probability: Share of the tokens to predict.
+        max_length: Tokens in the longest sequence, with special tokens; of span-corruption and denoising, in the
+            longest source.
+        tokens_per_batch: The most tokens in a batch of one device, sources and targets together; at least max_length,
+            or twice that for span-corruption and denoising.
+        next_sentence: For mlm: pairs of segments with a label that says whether they belong together. False: single
+            segments.
+        sentence_order: For mlm: the label says instead whether the two segments were swapped (ALBERT).
+        whole_word: For mlm: mask whole words rather than tokens.
+        mask_probability: Share of the tokens to predict, of mlm, or to leave out. Default: 0.3 for denoising, else
+            0.15.
+        permute_sentences: For denoising: put the sentences in random order.
         heldout_fraction: Share of the documents held out for validation; 0 for no validation.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         seed: Of the order, the segments and the masks.
@@ -65,20 +83,36 @@ class PretrainingDataModule(LightningDataModule):
     def __init__(
         self,
         data: list[str] | None = None,
+        objective: Objective = "mlm",
         vocab_size: int = 8192,
         max_length: int = 128,
         tokens_per_batch: int = 4096,
         next_sentence: bool = True,
+        sentence_order: bool = False,
         whole_word: bool = False,
-        mask_probability: float = 0.15,
+        mask_probability: float | None = None,
+        permute_sentences: bool = True,
         heldout_fraction: float = 0.05,
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
+        tokenizer_kind(objective)
         if tokens_per_batch < max_length:
             raise ValueError(f"tokens_per_batch={tokens_per_batch} must be at least max_length={max_length}")
+        if objective in ("span-corruption", "denoising") and tokens_per_batch < 2 * max_length:
+            raise ValueError(
+                f"tokens_per_batch={tokens_per_batch} must be at least twice max_length={max_length} for {objective}: "
+                "it counts sources and targets"
+            )
+        if sentence_order and not next_sentence:
+            raise ValueError("sentence_order=True is about pairs of segments; it needs next_sentence=True")
+        given = {"sentence_order": sentence_order, "whole_word": whole_word}
+        if objective != "mlm" and (not_meant := [name for name, value in given.items() if value]):
+            raise ValueError(f"{', '.join(not_meant)} is for objective mlm, not {objective}")
+        if mask_probability is None:
+            mask_probability = 0.3 if objective == "denoising" else 0.15
         if not 0 < mask_probability < 1:
             raise ValueError(f"mask_probability must be in (0, 1), got {mask_probability}")
         if not 0 <= seed < 2**64:
@@ -86,84 +120,128 @@ class PretrainingDataModule(LightningDataModule):
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}")
         self.data = data
+        self.objective = objective
         self.vocab_size = vocab_size
         self.max_length = max_length
         self.tokens_per_batch = tokens_per_batch
         self.next_sentence = next_sentence
+        self.sentence_order = sentence_order
         self.whole_word = whole_word
         self.mask_probability = mask_probability
+        self.permute_sentences = permute_sentences
         self.heldout_fraction = heldout_fraction
         self.num_workers = num_workers
         self.seed = seed
         self.cache_dir = cache_dir
-        self._train: PackedDataset | None = None
-        self._heldout: PackedDataset | None = None
+        self._predicting: PretrainingObjective | None = None
+        self._train: TokenStore | None = None
+        self._heldout: TokenStore | None = None
         self._stream: BatchStream | None = None
         self._settings: dict[str, Any] = {}
         self._restored: dict[str, Any] | None = None
+        self._ranks: list[tuple[int, int]] = []  # from how many batches of each rank on there were how many ranks
 
     # --- Preparation --------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         """Reads the text, trains the tokenizer and tokenizes, unless all that is in the cache. Runs once per node."""
-        self._prepare()
+        self._prepare(verify=True)
 
     def setup(self, stage: str | None = None) -> None:
         """Takes everything from the cache. Runs in every process."""
         if self._train is None:
-            self._prepare()
+            self._prepare(verify=False)
 
-    def _prepare(self) -> None:
+    def _prepare(self, verify: bool) -> None:
         cache = cache_folder(self.cache_dir)
-        documents = load_corpus(self.data) if self.data is not None else default_corpus(cache)
-        train, heldout = split_documents(documents, self.heldout_fraction)
-        sentences = [sentence for document in train for sentence in document]
-        self.tokenizer = load_or_train_tokenizer(cache / "tokenizers", sentences, self.vocab_size)
-        masking = MaskedLanguageModelling(self.tokenizer, self.mask_probability, self.whole_word)
+        made: list[PretrainingObjective] = []
 
-        def dataset(documents: list[list[str]], part: str) -> PackedDataset:
-            corpus = load_or_tokenize(cache / "tokens", documents, self.tokenizer)
-            if self.next_sentence:
-                _check_part(corpus, part)
-            return PackedDataset(corpus, masking, self.seed)
+        def make_layout(tokenizer: PreTrainedTokenizerFast) -> Any:
+            made.append(self._make_objective(tokenizer))
+            return made[0].layout
 
-        self._train = dataset(train, "training part")
-        self._heldout = (
-            dataset(heldout, f"held-out part (heldout_fraction={self.heldout_fraction})") if heldout else None
+        self.tokenizer, train, heldout = prepare_corpus(
+            self._sources(cache),
+            cache / "corpora",
+            self.objective,
+            make_layout,
+            vocab_size=self.vocab_size,
+            heldout_fraction=self.heldout_fraction,
+            verify=verify,
+        )
+        (self._predicting,) = made
+        _check_part(self._predicting, train, "training part")
+        if heldout is not None:
+            _check_part(self._predicting, heldout, f"held-out part (heldout_fraction={self.heldout_fraction})")
+        self._train, self._heldout = train, heldout
+
+    def _sources(self, cache: Any) -> Sequence[Source]:
+        if self.data is not None:
+            return open_sources(self.data)
+        return [texts_source(["\n".join(document) for document in default_corpus(cache)], "the default corpus")]
+
+    def _make_objective(self, tokenizer: PreTrainedTokenizerFast) -> PretrainingObjective:
+        if self.objective == "clm":
+            return CausalLanguage(tokenizer, self.max_length)
+        if self.objective == "span-corruption":
+            return SpanCorruption(tokenizer, self.max_length, SpanNoise(self.mask_probability))
+        if self.objective == "denoising":
+            return Denoising(tokenizer, self.max_length, self.mask_probability, self.permute_sentences)
+        return MaskedLanguage(
+            tokenizer,
+            self.max_length,
+            self.next_sentence,
+            self.sentence_order,
+            self.whole_word,
+            self.mask_probability,
         )
 
-    def _examples(self, corpus: TokenizedCorpus, number: int) -> Examples:
-        """The examples of a pass over a corpus."""
-        if self.next_sentence:
-            return next_sentence_examples(corpus, self.max_length, seed=self.seed, epoch=number)
-        return single_segment_examples(corpus, self.max_length)
+    def _examples(self, store: TokenStore, blocks: Iterable[int], number: int) -> Examples:
+        """The examples of some blocks of a store, in the pass of this number."""
+        assert self._predicting is not None
+        parts = [self._predicting.examples(store, block, seed=self.seed, epoch=number) for block in blocks]
+        examples = np.concatenate(parts)
+        examples["index"] = np.arange(len(examples))
+        return examples
 
     # --- Batches ------------------------------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> Iterable[PackedBatch]:
+    def train_dataloader(self) -> Iterable[Any]:
         """This process's batches of one epoch, beginning where the trainer stands."""
-        train = _prepared(self._train)
+        train, predicting = _prepared(self._train, self._predicting)
         rank, world_size = self._rank()
+        passes = -(-train.num_blocks // _BLOCKS_PER_PASS)
+
+        def examples_of_pass(number: int) -> Examples:
+            epoch, part = divmod(number, passes)
+            order = generator(self.seed, Stream.BLOCKS, epoch, 0).permutation(train.num_blocks)
+            return self._examples(train, np.array_split(order, passes)[part].tolist(), number)
+
         self._stream = BatchStream(
-            lambda number: self._examples(train.corpus, number),
+            examples_of_pass,
             self.tokens_per_batch,
             seed=self.seed,
+            example_lengths=predicting.lengths,
+            passes_per_epoch=passes,
+            best_fit=predicting.best_fit,
             rank=rank,
             world_size=world_size,
         )
         self._settings = self._data_settings(train)
         if self._restored is not None and self._restored["settings"] == self._settings:
             self._stream.batches_per_pass = list(self._restored["batches_per_pass"])
-        return _ResumableLoader(train, self._rest_of_epoch, len(self._stream), self.num_workers)
+        dataset = PackedDataset(train.corpus, predicting.batch, self.seed)
+        return _ResumableLoader(dataset, self._rest_of_epoch, len(self._stream), self.num_workers)
 
-    def val_dataloader(self) -> Iterable[PackedBatch]:
+    def val_dataloader(self) -> Iterable[Any]:
         """This process's batches of the held-out documents, the same every time; none without held-out documents."""
         if self._heldout is None:
             return []
+        heldout, predicting = _prepared(self._heldout, self._predicting)
         rank, world_size = self._rank()
-        examples = self._examples(self._heldout.corpus, 0)
+        examples = self._examples(heldout, range(heldout.num_blocks), 0)
         sampler = TokenBudgetSampler(
-            example_lengths(examples),
+            predicting.lengths(examples),
             self.tokens_per_batch,
             seed=self.seed,
             shuffle=False,
@@ -171,7 +249,8 @@ class PretrainingDataModule(LightningDataModule):
             world_size=world_size,
         )
         recipes = [BatchRecipe(0, examples[batch]) for batch in sampler]
-        return _Loader(self._heldout, lambda: recipes, len(recipes), self.num_workers)
+        dataset = PackedDataset(heldout.corpus, predicting.batch, self.seed)
+        return _Loader(dataset, lambda: recipes, len(recipes), self.num_workers)
 
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
@@ -186,7 +265,21 @@ class PretrainingDataModule(LightningDataModule):
         trained_on, of_this_epoch = self._progress()
         if of_this_epoch and self._restored is not None:
             self._check_settings(self._restored["settings"])
-        return islice(self._stream.from_batch(trained_on), len(self._stream) - of_this_epoch)
+        start = self._batches_of_all_ranks(trained_on)
+        return islice(self._stream.from_batch(start), len(self._stream) - of_this_epoch)
+
+    def _batches_of_all_ranks(self, of_this_rank: int) -> int:
+        """The number of batches that all ranks together were trained on, when each was on so many.
+
+        Notes from where on there are as many ranks as now.
+        """
+        world_size = self._rank()[1]
+        if not self._ranks or self._ranks[-1][1] != world_size:
+            self._ranks = [*(entry for entry in self._ranks if entry[0] < of_this_rank), (of_this_rank, world_size)]
+        starts, sizes = zip(*self._ranks, strict=True)
+        return sum(
+            size * (end - start) for start, end, size in zip(starts, [*starts[1:], of_this_rank], sizes, strict=True)
+        )
 
     def _progress(self) -> tuple[int, int]:
         """The number of batches trained on, in all and in this epoch.
@@ -208,22 +301,30 @@ class PretrainingDataModule(LightningDataModule):
         """
         if self._stream is None:
             return {}
-        return {"settings": self._settings, "batches_per_pass": list(self._stream.batches_per_pass)}
+        return {
+            "settings": self._settings,
+            "batches_per_pass": list(self._stream.batches_per_pass),
+            "ranks": [list(entry) for entry in self._ranks],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
+        if state_dict:
+            self._ranks = [(start, size) for start, size in state_dict["ranks"]]
 
-    def _data_settings(self, train: PackedDataset) -> dict[str, Any]:
+    def _data_settings(self, train: TokenStore) -> dict[str, Any]:
         return {
-            "text": train.corpus.fingerprint(),
+            "text": train.fingerprint,
+            "objective": self.objective,
             "tokenizer": text_fingerprint([self.tokenizer.backend_tokenizer.to_str()]),
             "max_length": self.max_length,
             "tokens_per_batch": self.tokens_per_batch,
             "next_sentence": self.next_sentence,
+            "sentence_order": self.sentence_order,
             "whole_word": self.whole_word,
             "mask_probability": self.mask_probability,
+            "permute_sentences": self.permute_sentences,
             "seed": self.seed,
-            "world_size": self._rank()[1],
         }
 
     def _check_settings(self, restored: dict[str, Any]) -> None:
@@ -239,19 +340,21 @@ class PretrainingDataModule(LightningDataModule):
             )
 
 
-def _check_part(corpus: TokenizedCorpus, part: str) -> None:
+def _check_part(predicting: PretrainingObjective, store: TokenStore, part: str) -> None:
     try:
-        check_next_sentence_corpus(corpus)
+        predicting.check(store.corpus)
     except ValueError as error:
         raise ValueError(
             f"{part}: {error}; or set next_sentence=False, or another heldout_fraction for more documents here"
         ) from error
 
 
-def _prepared(dataset: PackedDataset | None) -> PackedDataset:
-    if dataset is None:
+def _prepared(
+    store: TokenStore | None, predicting: PretrainingObjective | None
+) -> tuple[TokenStore, PretrainingObjective]:
+    if store is None or predicting is None:
         raise RuntimeError("the data is not ready: call setup() first")
-    return dataset
+    return store, predicting
 
 
 class _Loader:
@@ -272,7 +375,7 @@ class _Loader:
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __iter__(self) -> Iterator[Any]:
         yield from DataLoader(
             self.dataset,
             batch_sampler=self._recipes(),  # type: ignore[arg-type]  # a recipe stands for the indices of a batch

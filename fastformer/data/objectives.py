@@ -1,4 +1,4 @@
-"""BERT's two pretraining objectives: next-sentence prediction and masked language modelling.
+"""The objectives of BERT and ALBERT: next-sentence prediction, sentence order and masked language modelling.
 
 Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding" (2019), section 3.1
 and appendix A.2, and `create_pretraining_data.py` of its authors' implementation. Every random choice is a pure
@@ -48,6 +48,7 @@ class Stream(IntEnum):
     TRUNCATION = 1
     MASKS = 2
     ORDER = 3
+    BLOCKS = 4
 
 
 def generator(seed: int, stream: Stream, epoch: int, index: int) -> np.random.Generator:
@@ -64,7 +65,13 @@ SINGLE_SPECIAL_TOKENS = 2
 
 
 def next_sentence_examples(
-    corpus: TokenizedCorpus, max_length: int, *, seed: int, epoch: int, short_sequence_probability: float = 0.1
+    corpus: TokenizedCorpus,
+    max_length: int,
+    *,
+    seed: int,
+    epoch: int,
+    documents: range | None = None,
+    short_sequence_probability: float = 0.1,
 ) -> Examples:
     """Pairs of segments as BERT's `create_instances_from_document` makes them, in the order of the documents.
 
@@ -77,27 +84,65 @@ def next_sentence_examples(
     Args:
         corpus: at least two documents, at least one with two sentences.
         max_length: tokens per example with the three special tokens, at least 5.
+        documents: consecutive ones whose pairs to make, None for all; random segments are drawn from all.
 
     Returns:
         Structured array of type EXAMPLE; every label is 0 or 1.
     """
     check_next_sentence_corpus(corpus)
+    documents = range(corpus.num_documents) if documents is None else documents
+    pairs = _Pairs(corpus, documents, _longest_pair(max_length), short_sequence_probability)
+    rows = [row for d in documents for row in pairs.of_document(d, generator(seed, Stream.PAIRS, epoch, d))]
+    return _pair_examples(rows, corpus, max_length, generator(seed, Stream.TRUNCATION, epoch, documents.start))
+
+
+def sentence_order_examples(
+    corpus: TokenizedCorpus, max_length: int, *, seed: int, epoch: int, documents: range | None = None
+) -> Examples:
+    """Pairs of consecutive segments, of which half are swapped; the label is 1 where they are.
+
+    Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations" (2020), section 3.1.
+    Segments are as in `next_sentence_examples`, except that a chunk has two sentences at least; a last sentence alone
+    joins the chunk before it. A document of one sentence has no order, and gives no example.
+
+    Args:
+        corpus: at least one document with two sentences.
+        max_length, seed, epoch, documents: as there.
+    """
+    check_sentence_order_corpus(corpus)
+    documents = range(corpus.num_documents) if documents is None else documents
+    pairs = _Pairs(corpus, documents, _longest_pair(max_length), short_sequence_probability=0.1)
+    rows = [row for d in documents for row in pairs.in_order(d, generator(seed, Stream.PAIRS, epoch, d))]
+    return _pair_examples(rows, corpus, max_length, generator(seed, Stream.TRUNCATION, epoch, documents.start))
+
+
+def check_sentence_order_corpus(corpus: TokenizedCorpus) -> None:
+    """Refuses a corpus without two sentences in any document."""
+    if corpus.num_sentences == corpus.num_documents:
+        raise ValueError(
+            f"sentence order needs documents of several sentences, but each of the {corpus.num_documents} documents "
+            "has only one"
+        )
+
+
+def _longest_pair(max_length: int) -> int:
     if max_length < PAIR_SPECIAL_TOKENS + 2:
         raise ValueError(f"max_length must be at least {PAIR_SPECIAL_TOKENS + 2} for pairs, got {max_length}")
-    longest = max_length - PAIR_SPECIAL_TOKENS
-    pairs = _Pairs(corpus, longest, short_sequence_probability)
-    rows = [
-        row
-        for d in range(corpus.num_documents)
-        for row in pairs.of_document(d, generator(seed, Stream.PAIRS, epoch, d))
-    ]
+    return max_length - PAIR_SPECIAL_TOKENS
+
+
+def _pair_examples(
+    rows: list[tuple[int, int, int, int, int]], corpus: TokenizedCorpus, max_length: int, random: np.random.Generator
+) -> Examples:
     examples = np.zeros(len(rows), dtype=EXAMPLE)
     examples["index"] = np.arange(len(rows))
     for name, column in zip(
-        ("a_begin", "a_end", "b_begin", "b_end", "next_sentence_label"), np.array(rows).T, strict=True
+        ("a_begin", "a_end", "b_begin", "b_end", "next_sentence_label"),
+        np.array(rows, np.int64).reshape(-1, 5).T,
+        strict=True,
     ):
         examples[name] = column
-    _truncate_pairs(examples, corpus, longest, generator(seed, Stream.TRUNCATION, epoch, 0))
+    _truncate_pairs(examples, corpus, _longest_pair(max_length), random)
     return examples
 
 
@@ -116,40 +161,73 @@ def check_next_sentence_corpus(corpus: TokenizedCorpus) -> None:
 
 
 class _Pairs:
-    """The pairs of segments of a document, before they are truncated."""
+    """The pairs of segments of some consecutive documents of a corpus, before they are truncated."""
 
-    def __init__(self, corpus: TokenizedCorpus, longest: int, short_sequence_probability: float) -> None:
-        self.opening = np.diff(corpus.opening_offsets).tolist()
-        self.following = corpus.following_offsets.tolist()
-        self.documents = corpus.document_offsets.tolist()
+    def __init__(
+        self, corpus: TokenizedCorpus, documents: range, longest: int, short_sequence_probability: float
+    ) -> None:
+        first, last = (int(corpus.document_offsets[d]) for d in (documents.start, documents.stop))
+        self.corpus = corpus
+        self.base = first  # the lists have these documents alone, and their sentences from 0
+        self.opening = np.diff(corpus.opening_offsets[first : last + 1]).tolist()
+        self.following = corpus.following_offsets[first : last + 1].tolist()
         self.longest = longest
         self.short_sequence_probability = short_sequence_probability
 
     def of_document(self, document: int, random: np.random.Generator) -> list[tuple[int, int, int, int, int]]:
         """(a_begin, a_end, b_begin, b_end, label) of each pair."""
-        target = self.longest
-        if random.random() < self.short_sequence_probability:
-            target = int(random.integers(2, self.longest, endpoint=True))
-        begin, end = self.documents[document], self.documents[document + 1]
+        target = self._target(random)
+        begin, end = self._sentences(document)
         pairs = []
         while begin < end:
             chunk_end = self._reach(begin, end, target)
             a_end = begin + 1 if chunk_end == begin + 1 else int(random.integers(begin + 1, chunk_end))
+            a = self.base + begin, self.base + a_end
             if chunk_end == begin + 1 or random.random() < 0.5:
                 missing = target - self._length(begin, a_end)
-                pairs.append((begin, a_end, *self._elsewhere(document, missing, random), 1))
+                pairs.append((*a, *self._elsewhere(document, missing, random), 1))
                 begin = a_end
             else:
-                pairs.append((begin, a_end, a_end, chunk_end, 0))
+                pairs.append((*a, self.base + a_end, self.base + chunk_end, 0))
                 begin = chunk_end
         return pairs
 
+    def in_order(self, document: int, random: np.random.Generator) -> list[tuple[int, int, int, int, int]]:
+        """The pairs of consecutive segments, half of them swapped."""
+        target = self._target(random)
+        begin, end = self._sentences(document)
+        pairs = []
+        while end - begin > 1:
+            chunk_end = max(begin + 2, self._reach(begin, end, target))
+            if end - chunk_end == 1:
+                chunk_end = end
+            middle = int(random.integers(begin + 1, chunk_end))
+            segments = ((self.base + begin, self.base + middle), (self.base + middle, self.base + chunk_end))
+            swapped = random.random() < 0.5
+            first, second = segments[::-1] if swapped else segments
+            pairs.append((*first, *second, int(swapped)))
+            begin = chunk_end
+        return pairs
+
+    def _target(self, random: np.random.Generator) -> int:
+        if random.random() < self.short_sequence_probability:
+            return int(random.integers(2, self.longest, endpoint=True))
+        return self.longest
+
+    def _sentences(self, document: int) -> tuple[int, int]:
+        begin, end = self.corpus.document_offsets[document : document + 2].tolist()
+        return begin - self.base, end - self.base
+
     def _elsewhere(self, document: int, length: int, random: np.random.Generator) -> tuple[int, int]:
-        other = int(random.integers(len(self.documents) - 2))
+        """A segment of another document of the whole corpus."""
+        corpus = self.corpus
+        other = int(random.integers(corpus.num_documents - 1))
         other += other >= document
-        start, end = self.documents[other], self.documents[other + 1]
+        start, end = corpus.document_offsets[other : other + 2].tolist()
         begin = int(random.integers(start, end))
-        return begin, self._reach(begin, end, length)
+        following = corpus.following_offsets[begin + 1 : end + 1]
+        missing = length - int(corpus.opening_offsets[begin + 1] - corpus.opening_offsets[begin])
+        return begin, begin + 1 + int(np.searchsorted(following[:-1], missing + following[0]))
 
     def _length(self, begin: int, end: int) -> int:
         return self.opening[begin] + self.following[end] - self.following[begin + 1]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import count, cycle, islice, pairwise
-from typing import NamedTuple, TypedDict
+from itertools import accumulate, count, cycle, islice, pairwise
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -51,6 +52,50 @@ class PackedBatch(_PackedSequences, total=False):
     next_sentence_label: Tensor
 
 
+class PackedPairBatch(TypedDict):
+    """B pairs of a source, S tokens in all, and a target, T tokens in all, for an encoder and its decoder.
+
+    Keys:
+        input_ids, position_ids: (S,) int64; cu_seqlens: (B + 1,) int32; max_seqlen: int: the sources, as in
+            `PackedBatch`.
+        decoder_input_ids, decoder_position_ids, decoder_cu_seqlens, decoder_max_seqlen: likewise the targets, each
+            moved one place to the right behind the decoder's start token.
+        labels: (T,) int64, the targets.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    decoder_input_ids: Tensor
+    decoder_position_ids: Tensor
+    decoder_cu_seqlens: Tensor
+    decoder_max_seqlen: int
+    labels: Tensor
+
+
+def pack(sequences: Sequence[NDArray[np.integer]]) -> dict[str, Any]:
+    """Sequences, none empty, end to end: input_ids, position_ids, cu_seqlens and max_seqlen as in `PackedBatch`."""
+    lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    return {
+        "input_ids": torch.from_numpy(np.concatenate(sequences).astype(np.int64)),
+        "position_ids": torch.from_numpy(np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)),
+        "cu_seqlens": torch.from_numpy(cu_seqlens.astype(np.int32)),
+        "max_seqlen": int(lengths.max()),
+    }
+
+
+def pack_pairs(
+    sources: Sequence[NDArray[np.integer]], targets: Sequence[NDArray[np.integer]], decoder_start: int
+) -> PackedPairBatch:
+    """Sources and targets end to end; see `PackedPairBatch`."""
+    right = [np.concatenate([[decoder_start], target[:-1]]) for target in targets]
+    decoder = {f"decoder_{name}": value for name, value in pack(right).items()}
+    labels = torch.from_numpy(np.concatenate(targets).astype(np.int64))
+    return PackedPairBatch(**pack(sources), **decoder, labels=labels)  # type: ignore[typeddict-item]
+
+
 class BatchRecipe(NamedTuple):
     """What a batch is made of."""
 
@@ -58,43 +103,55 @@ class BatchRecipe(NamedTuple):
     examples: Examples
 
 
-class PackedDataset(Dataset[PackedBatch]):
-    """Turns recipes into packed, masked batches; to be used with a batch sampler of recipes and no collation.
+class PackedDataset(Dataset[Any]):
+    """Turns recipes into packed batches; to be used with a batch sampler of recipes and no collation.
 
-    The masks of an example are a pure function of (seed, epoch, example index), whatever batch it is in.
+    What is drawn at random for an example is a pure function of (seed, epoch, example index), whatever batch it is in.
 
     Args:
         corpus: what the examples refer to.
-        masking: the masking objective.
-        seed: of the masks, 0 to 2^64 - 1.
+        make_batch: makes the batch of a recipe, from the corpus and the seed.
+        seed: 0 to 2^64 - 1.
     """
 
-    def __init__(self, corpus: TokenizedCorpus, masking: MaskedLanguageModelling, seed: int) -> None:
+    def __init__(self, corpus: Any, make_batch: Callable[[Any, BatchRecipe, int], Any], seed: int) -> None:
         self.corpus = corpus
-        self.masking = masking
+        self.make_batch = make_batch
         self.seed = seed
 
-    def __getitems__(self, recipe: BatchRecipe) -> PackedBatch:
+    def __getitems__(self, recipe: BatchRecipe) -> Any:
         return self[recipe]
 
-    def __getitem__(self, recipe: BatchRecipe) -> PackedBatch:
-        examples = recipe.examples
-        tokens = _lay_out(self.corpus, examples)
-        generators = [generator(self.seed, Stream.MASKS, recipe.epoch, index) for index in examples["index"].tolist()]
-        input_ids, labels = self.masking(tokens.input_ids, tokens.cu_seqlens, tokens.special, generators)
-        lengths = np.diff(tokens.cu_seqlens)
-        batch = PackedBatch(
-            input_ids=torch.from_numpy(input_ids),
-            token_type_ids=torch.from_numpy(tokens.token_type_ids),
-            position_ids=torch.from_numpy(np.arange(len(input_ids)) - np.repeat(tokens.cu_seqlens[:-1], lengths)),
-            cu_seqlens=torch.from_numpy(tokens.cu_seqlens.astype(np.int32)),
-            max_seqlen=int(lengths.max()),
-            labels=torch.from_numpy(labels),
-            masked_positions=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
-        )
-        if (examples["next_sentence_label"] != NO_LABEL).all():
-            batch["next_sentence_label"] = torch.from_numpy(examples["next_sentence_label"].copy())
-        return batch
+    def __getitem__(self, recipe: BatchRecipe) -> Any:
+        return self.make_batch(self.corpus, recipe, self.seed)
+
+
+def masked_batch(
+    corpus: TokenizedCorpus, recipe: BatchRecipe, seed: int, *, masking: MaskedLanguageModelling
+) -> PackedBatch:
+    """The examples of a recipe, laid out and masked."""
+    examples = recipe.examples
+    tokens = lay_out(corpus, examples)
+    generators = example_generators(recipe, seed)
+    input_ids, labels = masking(tokens.input_ids, tokens.cu_seqlens, tokens.special, generators)
+    lengths = np.diff(tokens.cu_seqlens)
+    batch = PackedBatch(
+        input_ids=torch.from_numpy(input_ids),
+        token_type_ids=torch.from_numpy(tokens.token_type_ids),
+        position_ids=torch.from_numpy(np.arange(len(input_ids)) - np.repeat(tokens.cu_seqlens[:-1], lengths)),
+        cu_seqlens=torch.from_numpy(tokens.cu_seqlens.astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        labels=torch.from_numpy(labels),
+        masked_positions=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
+    )
+    if (examples["next_sentence_label"] != NO_LABEL).all():
+        batch["next_sentence_label"] = torch.from_numpy(examples["next_sentence_label"].copy())
+    return batch
+
+
+def example_generators(recipe: BatchRecipe, seed: int) -> list[np.random.Generator]:
+    """For what is drawn anew for each example."""
+    return [generator(seed, Stream.MASKS, recipe.epoch, index) for index in recipe.examples["index"].tolist()]
 
 
 class _Tokens(NamedTuple):
@@ -110,7 +167,7 @@ _PART_TYPES = np.array([0, 0, 0, 0, 1, 1, 1])
 _PART_SPECIAL = np.array([part.startswith("[") for part in _PARTS])
 
 
-def _lay_out(corpus: TokenizedCorpus, examples: Examples) -> _Tokens:
+def lay_out(corpus: TokenizedCorpus, examples: Examples) -> _Tokens:
     """The tokens of examples, end to end: ``[CLS] A [SEP] B [SEP]``, or ``[CLS] A [SEP]`` without a second segment."""
     starts = np.zeros((len(examples), len(_PARTS)), dtype=np.int64)
     lengths = np.zeros_like(starts)
@@ -156,6 +213,7 @@ class TokenBudgetSampler(Sampler[NDArray[np.int64]]):
         tokens_per_batch: the most tokens in a batch, at least the longest sequence.
         seed, epoch: what the order is drawn from.
         shuffle: False keeps the order given.
+        best_fit: put each sequence into the batch that it fills best, so that batches are full with long sequences too.
         rank, world_size: which share of the batches to give.
         start: how many of this rank's batches to leave out at the beginning, to resume.
 
@@ -171,6 +229,7 @@ class TokenBudgetSampler(Sampler[NDArray[np.int64]]):
         seed: int,
         epoch: int = 0,
         shuffle: bool = True,
+        best_fit: bool = False,
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
@@ -184,8 +243,11 @@ class TokenBudgetSampler(Sampler[NDArray[np.int64]]):
         order = (
             generator(seed, Stream.ORDER, epoch, 0).permutation(len(lengths)) if shuffle else np.arange(len(lengths))
         )
-        cumulative = np.cumsum(lengths[order])
-        ends = _halve_fullest(_fill(cumulative, tokens_per_batch), cumulative, world_size)
+        if best_fit:
+            order, ends = _fill_best(order, lengths[order], tokens_per_batch)
+        else:
+            ends = _fill(np.cumsum(lengths[order]), tokens_per_batch)
+        ends = _halve_fullest(ends, np.cumsum(lengths[order]), world_size)
         batches = np.split(order, ends[:-1])
         batches += islice(cycle(batches), -len(batches) % world_size)
         batches = batches[rank::world_size]
@@ -210,6 +272,34 @@ def _fill(cumulative: NDArray[np.int64], capacity: int) -> list[int]:
     return ends
 
 
+_OPEN_BATCHES = 64
+
+
+def _fill_best(
+    order: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int
+) -> tuple[NDArray[np.int64], list[int]]:
+    """The order batch by batch, and the ends of the batches, by best fit over the batches that are open.
+
+    (Ding et al., "Fewer Truncations Improve Language Modeling" (2024).) Only so many are open at a time: a batch that
+    was opened long ago is about full.
+    """
+    space_left: list[tuple[int, int]] = []  # of each open batch, ascending, with its number
+    batches: list[list[int]] = []
+    for sequence, length in zip(order.tolist(), lengths.tolist(), strict=True):
+        place = bisect_left(space_left, (length, -1))
+        if place < len(space_left):
+            left, number = space_left.pop(place)
+        else:
+            left, number = capacity, len(batches)
+            batches.append([])
+        batches[number].append(sequence)
+        if left > length:
+            insort(space_left, (left - length, number))
+        if len(space_left) > _OPEN_BATCHES:
+            space_left.pop(0)
+    return np.concatenate([np.array(batch) for batch in batches]), [*accumulate(map(len, batches))]
+
+
 def _halve_fullest(ends: list[int], cumulative: NDArray[np.int64], multiple: int) -> list[int]:
     """Halves batches, those with the most tokens first, until their number is a multiple or each has one sequence."""
     totals = np.concatenate([[0], cumulative])
@@ -225,12 +315,16 @@ def _halve_fullest(ends: list[int], cumulative: NDArray[np.int64], multiple: int
 class BatchStream:
     """Batches of one rank without end: pass after pass over the examples, each in an order of its own.
 
-    Passes need not have the same number of batches (next-sentence prediction draws its segments anew), so a place in
-    the stream is a number of batches from its beginning.
+    The batches of all ranks together are one sequence, the same whatever their number; rank r of n takes those r,
+    r + n, r + 2 n and so on. A place is a number of batches from the beginning of that sequence: passes need not have
+    the same number (next-sentence prediction draws its segments anew), nor runs the same number of ranks.
 
     Args:
         examples_of_pass: the examples of the pass of a given number.
         tokens_per_batch, seed, rank, world_size: see `TokenBudgetSampler`.
+        example_lengths: the tokens of each example.
+        passes_per_epoch: as many passes are one epoch.
+        best_fit: see `TokenBudgetSampler`.
     """
 
     def __init__(
@@ -239,19 +333,28 @@ class BatchStream:
         tokens_per_batch: int,
         *,
         seed: int,
+        example_lengths: Callable[[Examples], NDArray[np.int64]] = example_lengths,
+        passes_per_epoch: int = 1,
+        best_fit: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self._examples_of_pass = lru_cache(maxsize=1)(examples_of_pass)
+        self._example_lengths = example_lengths
         self._tokens_per_batch = tokens_per_batch
         self._seed = seed
+        self._passes_per_epoch = passes_per_epoch
+        self._best_fit = best_fit
         self._rank = rank
         self._world_size = world_size
         self.batches_per_pass: list[int] = []
         """Of the passes seen so far; may be set to what the same stream had, which saves making those passes again."""
 
     def from_batch(self, start: int) -> Iterator[BatchRecipe]:
-        """The recipes of the batches from number `start` on, without end."""
+        """This rank's share of the batches of all ranks from number `start` on, without end."""
+        return islice(self._from_batch(start), self._rank, None, self._world_size)
+
+    def _from_batch(self, start: int) -> Iterator[BatchRecipe]:
         for number in count():
             if number < len(self.batches_per_pass) and start >= self.batches_per_pass[number]:
                 start -= self.batches_per_pass[number]
@@ -261,18 +364,18 @@ class BatchStream:
             start = max(0, start - len(batches))
 
     def __len__(self) -> int:
-        """Batches in the first pass."""
-        return self.batches_per_pass[0] if self.batches_per_pass else len(self._recipes(0))
+        """This rank's batches in an epoch: all of the first pass, times the passes per epoch."""
+        first = self.batches_per_pass[0] if self.batches_per_pass else len(self._recipes(0))
+        return -(-first * self._passes_per_epoch // self._world_size)
 
     def _recipes(self, number: int) -> list[BatchRecipe]:
         examples = self._examples_of_pass(number)
         sampler = TokenBudgetSampler(
-            example_lengths(examples),
+            self._example_lengths(examples),
             self._tokens_per_batch,
             seed=self._seed,
             epoch=number,
-            rank=self._rank,
-            world_size=self._world_size,
+            best_fit=self._best_fit,
         )
         if number == len(self.batches_per_pass):
             self.batches_per_pass.append(len(sampler))

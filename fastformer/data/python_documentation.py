@@ -18,6 +18,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from fastformer.data.progress import track
 
@@ -54,18 +55,41 @@ def python_fingerprint() -> str:
 
 def python_documentation() -> Iterator[list[str]]:
     """Yields one list of prose paragraphs per topic and per module, in an order that does not vary."""
-    modules = [
-        *map(_source_docstrings, _source_files(Path(sysconfig.get_path("stdlib")))),
+    for texts in track(_documented_parts(), "reading Python's documentation"):
+        yield [paragraph for entry in texts for paragraph in prose_paragraphs(entry.text)]
+
+
+class Docstring(NamedTuple):
+    """The documentation of one thing; the name within its module is empty for the module itself."""
+
+    module: str
+    name: str
+    text: str
+
+
+TOPICS = "topics"
+"""Stands for a module in the topics of `help()`."""
+
+
+def python_docstrings() -> Iterator[Docstring]:
+    """The topics, then the docstrings of each module in the order of its source."""
+    for part in track(_documented_parts(), "reading Python's documentation"):
+        yield from part
+
+
+def _documented_parts() -> list[Iterator[Docstring]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    return [
+        *_topics(),
+        *(_source_docstrings(path, root) for path in _source_files(root)),
         *map(_c_docstrings, _C_MODULES),
     ]
-    for texts in track([*_topics(), *modules], "reading Python's documentation"):
-        yield [paragraph for text in texts for paragraph in prose_paragraphs(text)]
 
 
-def _topics() -> list[list[str]]:
+def _topics() -> list[Iterator[Docstring]]:
     from pydoc_data.topics import topics
 
-    return [[topics[name]] for name in sorted(topics)]
+    return [iter([Docstring(TOPICS, name, topics[name])]) for name in sorted(topics)]
 
 
 def _source_files(root: Path) -> Iterator[Path]:
@@ -74,40 +98,51 @@ def _source_files(root: Path) -> Iterator[Path]:
         yield from (Path(folder, file) for file in sorted(files) if file.endswith(".py"))
 
 
-def _source_docstrings(path: Path) -> Iterator[str]:
+def _source_docstrings(path: Path, root: Path) -> Iterator[Docstring]:
     """Docstrings of a module in the order of the source."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # files kept as examples of bad source
         return
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
-    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+    module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+    for node, name in sorted(_documented_nodes(tree, ""), key=lambda found: getattr(found[0], "lineno", 0)):
         if text := ast.get_docstring(node):
-            yield text
+            yield Docstring(module, name, text)
 
 
-def _c_docstrings(name: str) -> Iterator[str]:
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _documented_nodes(node: ast.AST, name: str) -> Iterator[tuple[_Documented, str]]:
+    """A node and those within it that may have a docstring, with their qualified names."""
+    if isinstance(node, _Documented):
+        yield node, name
+    for child in ast.iter_child_nodes(node):
+        inner = getattr(child, "name", "") if isinstance(child, _Documented) else ""
+        yield from _documented_nodes(child, ".".join(filter(None, (name, inner))))
+
+
+def _c_docstrings(name: str) -> Iterator[Docstring]:
     try:
         module = importlib.import_module(name)
     except ImportError:  # not on this platform
         return
-    yield from _object_docstrings(module)
-    for _, member in sorted(vars(module).items()):
+    yield from _object_docstrings(name, "", module)
+    for member_name, member in sorted(vars(module).items()):
         if isinstance(member, ModuleType) or not hasattr(member, "__doc__"):
             continue
         if inspect.isclass(member):
-            yield from _object_docstrings(member)
-            for _, attribute in sorted(vars(member).items()):
-                yield from _object_docstrings(attribute)
+            yield from _object_docstrings(name, member_name, member)
+            for attribute_name, attribute in sorted(vars(member).items()):
+                yield from _object_docstrings(name, f"{member_name}.{attribute_name}", attribute)
         elif inspect.isroutine(member):
-            yield from _object_docstrings(member)
+            yield from _object_docstrings(name, member_name, member)
 
 
-def _object_docstrings(item: object) -> Iterator[str]:
+def _object_docstrings(module: str, name: str, item: object) -> Iterator[Docstring]:
     text = getattr(item, "__doc__", None)
     if isinstance(text, str):
-        yield inspect.cleandoc(text)
+        yield Docstring(module, name, inspect.cleandoc(text))
 
 
 # --- Prose ------------------------------------------------------------------------------------------------------------

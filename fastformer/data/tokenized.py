@@ -1,30 +1,20 @@
-"""A tokenized corpus: every token of every document in one flat array."""
+"""A tokenized corpus: every token of every document in one flat array, in memory or mapped from a store."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import warnings
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastformer.data.corpus import Document
-from fastformer.data.files import atomic_file
-from fastformer.data.progress import track
-from fastformer.data.tokenizer import text_fingerprint
+from fastformer.data.encoding import TextEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-_FORMAT = 1
-_SENTENCES_PER_CALL = 4096
 
 
 @dataclass(frozen=True)
@@ -36,14 +26,14 @@ class TokenizedCorpus:
     from them has the very tokens that the tokenizer gives for its sentences joined by spaces.
 
     Attributes:
-        ids: (2 + opening tokens + following tokens,) int32: ``[CLS]``, ``[SEP]``, the opening forms of all sentences,
-            then their following forms.
+        ids: (2 + opening tokens + following tokens,) integers: ``[CLS]``, ``[SEP]``, the opening forms of all
+            sentences, then their following forms.
         opening_offsets: (S + 1,) int64: sentence s opens with ``ids[opening_offsets[s] : opening_offsets[s + 1]]``.
         following_offsets: (S + 1,) int64, likewise.
         document_offsets: (D + 1,) int64: document d has the sentences from ``document_offsets[d]`` on.
     """
 
-    ids: NDArray[np.int32]
+    ids: NDArray[np.integer]
     opening_offsets: NDArray[np.int64]
     following_offsets: NDArray[np.int64]
     document_offsets: NDArray[np.int64]
@@ -73,23 +63,32 @@ class TokenizedCorpus:
             digest.update(np.ascontiguousarray(getattr(self, field.name)).data)
         return digest.hexdigest()
 
-    def save(self, path: Path) -> None:
-        """Writes an ``.npz`` file, whole or not at all."""
-        with atomic_file(path) as file:
-            np.savez(file, **{field.name: getattr(self, field.name) for field in fields(self)})
+    def segment(self, sentences: Sequence[int]) -> NDArray[np.integer]:
+        """The tokens of some sentences, joined in the order given."""
+        first, *others = sentences
+        opening = self.ids[self.opening_offsets[first] : self.opening_offsets[first + 1]]
+        following = [self.ids[self.following_offsets[s] : self.following_offsets[s + 1]] for s in others]
+        return np.concatenate([opening, *following])
 
-    @classmethod
-    def load(cls, path: Path) -> TokenizedCorpus:
-        """Reads what `save` wrote.
+    def part(self, begin: int, end: int) -> TokenizedCorpus:
+        """The documents begin to end (exclusive) as a corpus of their own, whose first sentence is sentence 0."""
+        first, last = self.document_offsets[begin], self.document_offsets[end]
+        return TokenizedCorpus(
+            self.ids,
+            self.opening_offsets[first : last + 1],
+            self.following_offsets[first : last + 1],
+            self.document_offsets[begin : end + 1] - first,
+        )
 
-        Raises:
-            ValueError: the file is cut short or damaged.
-        """
-        try:
-            with np.load(path) as arrays:  # an archive whose checksums are verified on reading
-                return cls(**{field.name: arrays[field.name] for field in fields(cls)})
-        except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
-            raise ValueError(f"{path} is cut short or damaged: {error}") from error
+
+class SentenceTokens(NamedTuple):
+    """Tokens of some documents' sentences, in both forms, before they are put together to a corpus."""
+
+    opening: NDArray[np.integer]
+    following: NDArray[np.integer]
+    opening_lengths: NDArray[np.int64]
+    following_lengths: NDArray[np.int64]
+    document_lengths: NDArray[np.int64]
 
 
 def tokenize(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> TokenizedCorpus:
@@ -100,53 +99,25 @@ def tokenize(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) 
     """
     if not documents or not all(document and all(document) for document in documents):
         raise ValueError("documents must be non-empty lists of non-empty sentences, and at least one")
-    sentences = [sentence for document in documents for sentence in document]
-    opening, opening_lengths = _encode(sentences, tokenizer, "tokenizing (1/2)")
-    following, following_lengths = _encode([f" {sentence}" for sentence in sentences], tokenizer, "tokenizing (2/2)")
+    tokens = encode_sentences(documents, TextEncoder(tokenizer))
     special = np.array([tokenizer.cls_token_id, tokenizer.sep_token_id], dtype=np.int32)
     return TokenizedCorpus(
-        ids=np.concatenate([special, opening, following]),
-        opening_offsets=len(special) + _offsets(opening_lengths),
-        following_offsets=len(special) + len(opening) + _offsets(following_lengths),
-        document_offsets=_offsets([len(document) for document in documents]),
+        ids=np.concatenate([special, tokens.opening, tokens.following]),
+        opening_offsets=len(special) + offsets(tokens.opening_lengths),
+        following_offsets=len(special) + len(tokens.opening) + offsets(tokens.following_lengths),
+        document_offsets=offsets(tokens.document_lengths),
     )
 
 
-def load_or_tokenize(
-    folder: str | os.PathLike[str], documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast
-) -> TokenizedCorpus:
-    """As `tokenize`, kept below `folder` in a file named after text and tokenizer; a damaged one is made anew."""
-    text = text_fingerprint(sentence for document in documents for sentence in (*document, ""))
-    key = text_fingerprint([text, tokenizer.backend_tokenizer.to_str()])
-    path = Path(folder) / f"tokens-{key[:32]}-v{_FORMAT}.npz"
-    if path.exists():
-        try:
-            return TokenizedCorpus.load(path)
-        except ValueError as error:
-            warnings.warn(f"{error}; it is made anew", stacklevel=2)
-    corpus = tokenize(documents, tokenizer)
-    corpus.save(path)
-    return corpus
+def encode_sentences(documents: Sequence[Document], encoder: TextEncoder) -> SentenceTokens:
+    """The tokens of each sentence as the first of a segment and as a later one."""
+    sentences = [sentence for document in documents for sentence in document]
+    opening, opening_lengths = encoder.encode(sentences)
+    following, following_lengths = encoder.encode([f" {sentence}" for sentence in sentences])
+    document_lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+    return SentenceTokens(opening, following, opening_lengths, following_lengths, document_lengths)
 
 
-def _encode(
-    sentences: Sequence[str], tokenizer: PreTrainedTokenizerFast, description: str
-) -> tuple[NDArray[np.int32], list[int]]:
-    """All tokens of all sentences in one array, and their number in each."""
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.encode_special_tokens = True
-    backend.no_padding()
-    backend.no_truncation()
-    parts: list[NDArray[np.int32]] = []
-    for begin in track(range(0, len(sentences), _SENTENCES_PER_CALL), description):
-        batch = sentences[begin : begin + _SENTENCES_PER_CALL]
-        parts += [
-            np.array(encoding.ids, np.int32) for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)
-        ]
-    return np.concatenate(parts), [len(part) for part in parts]
-
-
-def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
-    return np.array(list(accumulate(lengths, initial=0)), dtype=np.int64)
+def offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(N + 1,) where each of N consecutive stretches of these lengths starts, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths)])

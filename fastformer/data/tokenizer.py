@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer with BERT's special tokens, trained on the corpus at hand.
+"""Byte-level BPE tokenizers with the special tokens that an objective needs, trained on the corpus at hand.
 
 Byte-level byte-pair encoding: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
 """
@@ -10,71 +10,134 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fastformer.data.files import atomic_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+Objective = Literal["mlm", "clm", "span-corruption", "denoising"]
+
+SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))
+"""What stands for a span that is left out, in the order in which they occur in a text (T5)."""
+
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
-_FORMAT = 1
+_FORMAT = 2
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer; the same texts give the same tokenizer.
+class _Kind(NamedTuple):
+    """A tokenizer's special tokens by their Hugging Face names, in the order of their ids; what it puts round texts."""
 
-    It encodes one text as ``[CLS] A [SEP]`` with token types 0 and two as ``[CLS] A [SEP] B [SEP]`` with token types 0
-    and 1, and loses no character. As everywhere at Hugging Face, a special token spelled out in a text is that token
-    (unless ``split_special_tokens=True``); ``[MASK]`` stands for a word together with the space before it.
+    named: dict[str, str]
+    extra: tuple[str, ...] = ()
+    single: str = "$A:0"
+    pair: str = "$A:0 $B:0"
+    token_types: bool = False
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        return (*dict.fromkeys(self.named.values()), *self.extra)
+
+
+_KINDS: dict[str, _Kind] = {
+    "mlm": _Kind(
+        dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True)),
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        token_types=True,
+    ),
+    "clm": _Kind({"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}, single="<s>:0 $A:0"),
+    "span-corruption": _Kind(
+        {"pad_token": "<pad>", "eos_token": "</s>"},
+        extra=SENTINELS,
+        single="$A:0 </s>:0",
+        pair="$A:0 </s>:0 $B:0 </s>:0",
+    ),
+    "denoising": _Kind(
+        {
+            "bos_token": "<s>",
+            "cls_token": "<s>",
+            "pad_token": "<pad>",
+            "eos_token": "</s>",
+            "sep_token": "</s>",
+            "mask_token": "<mask>",
+        },
+        single="<s>:0 $A:0 </s>:0",
+        pair="<s>:0 $A:0 </s>:0 </s>:0 $B:0 </s>:0",
+    ),
+}
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, objective: Objective = "mlm") -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer; the same texts give the same tokenizer, which loses no character.
+
+    Special tokens and what is put round a text (A) or two (A, B) depend on the objective:
+
+    - ``mlm`` (BERT): ``[CLS] A [SEP] B [SEP]``, with token types 0 and 1; ``[MASK]``, ``[PAD]``, ``[UNK]``.
+    - ``clm``: ``<s> A``; ``</s>`` ends a text that is whole; ``<pad>``.
+    - ``span-corruption`` (T5): ``A </s>``; ``<extra_id_0>`` to ``<extra_id_99>``; ``<pad>``.
+    - ``denoising`` (BART): ``<s> A </s>``, ``<s> A </s> </s> B </s>``; ``<mask>``, ``<pad>``.
+
+    As everywhere at Hugging Face, a special token spelled out in a text is that token (unless
+    ``split_special_tokens=True``); a mask token stands for a word together with the space before it.
 
     Args:
         texts: at least one text.
-        vocab_size: size of the vocabulary with the five special tokens, at least 261 (a token for every byte). Fewer
+        vocab_size: size of the vocabulary with the special tokens; at least these and a token for every byte. Fewer
             tokens result if the texts hold no more pairs to merge.
+        objective: what is to be trained with it.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(
-            f"vocab_size must be at least {SMALLEST_VOCABULARY} (bytes and special tokens), got {vocab_size}"
-        )
+    kind = tokenizer_kind(objective)
+    smallest = 256 + len(kind.special_tokens)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size must be at least {smallest} (bytes and special tokens), got {vocab_size}")
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.BPE(unk_token=kind.named.get("unk_token")))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    mask_token = AddedToken("[MASK]", lstrip=True, special=True)
+    mask = kind.named.get("mask_token")
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[*SPECIAL_TOKENS[:-1], mask_token],
+        special_tokens=[
+            AddedToken(token, lstrip=True, special=True) if token == mask else token for token in kind.special_tokens
+        ],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
+    placed = [token for token in kind.special_tokens if f"{token}:" in kind.pair + kind.single]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0",
-        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+        single=kind.single, pair=kind.pair, special_tokens=[(token, tokenizer.token_to_id(token)) for token in placed]
     )
+    named: dict[str, Any] = dict(kind.named)
+    if mask is not None:
+        named["mask_token"] = AddedToken(mask, lstrip=True, special=True)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token=mask_token,
+        **named,
+        extra_special_tokens=list(kind.extra),
         clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_input_names=["input_ids", *(["token_type_ids"] if kind.token_types else []), "attention_mask"],
     )
+
+
+def tokenizer_kind(objective: str) -> _Kind:
+    """Raises ValueError for an objective that is none."""
+    if objective not in _KINDS:
+        raise ValueError(f"objective must be one of {', '.join(_KINDS)}, got {objective!r}")
+    return _KINDS[objective]
 
 
 def load_or_train_tokenizer(
-    folder: str | os.PathLike[str], texts: Sequence[str], vocab_size: int
+    folder: str | os.PathLike[str], texts: Sequence[str], vocab_size: int, objective: Objective = "mlm"
 ) -> PreTrainedTokenizerFast:
     """The tokenizer trained on these texts with this vocabulary size, kept in a folder of its own below `folder`.
 
@@ -84,16 +147,21 @@ def load_or_train_tokenizer(
     Raises:
         OSError: the tokenizer cannot be saved; nothing half-written remains.
     """
+    path = Path(folder) / f"bpe-{objective}-{vocab_size}-{text_fingerprint(texts)[:16]}-v{_FORMAT}"
+    return load_or_make_tokenizer(path, lambda: train_tokenizer(texts, vocab_size, objective))
+
+
+def load_or_make_tokenizer(path: Path, make: Callable[[], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    """The tokenizer kept in the folder `path`; made, and kept there, if there is none or it is damaged."""
     from transformers import PreTrainedTokenizerFast
 
-    path = Path(folder) / f"bpe-{vocab_size}-{text_fingerprint(texts)[:16]}-v{_FORMAT}"
     if path.exists():
         try:
             return PreTrainedTokenizerFast.from_pretrained(path)
         except Exception as error:  # a damaged file raises many kinds
             warnings.warn(f"the tokenizer in {path} is damaged ({error}) and is trained anew", stacklevel=2)
             shutil.rmtree(path)
-    tokenizer = train_tokenizer(texts, vocab_size)
+    tokenizer = make()
     with atomic_folder(path) as temporary:
         try:
             tokenizer.save_pretrained(temporary)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -18,13 +19,14 @@ from fastformer.data import (
     single_segment_examples,
 )
 from fastformer.data.objectives import EXAMPLE, IGNORE_INDEX, example_lengths
+from fastformer.data.packing import masked_batch
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def dataset(corpus, tokenizer) -> PackedDataset:
-    return PackedDataset(corpus, MaskedLanguageModelling(tokenizer), seed=3)
+    return PackedDataset(corpus, partial(masked_batch, masking=MaskedLanguageModelling(tokenizer)), seed=3)
 
 
 def unmasked(batch) -> torch.Tensor:

@@ -204,10 +204,15 @@ def test_ranks_share_the_batches(make, world_size):
         part.setup()
         part.trainer = Rank(rank)
         parts.append(part)
-    for loader in ("train_dataloader", "val_dataloader"):
-        loaders = [getattr(part, loader)() for part in parts]
-        assert len({len(loader) for loader in loaders}) == 1
-        assert sum((labels(loader) for loader in loaders), Counter()) == labels(getattr(whole, loader)())
+    loaders = [part.train_dataloader() for part in parts]
+    assert len({len(loader) for loader in loaders}) == 1
+    in_turn = [fingerprint(batch) for step in zip(*loaders, strict=True) for batch in step]
+    alone = [fingerprint(batch) for batch in whole.train_dataloader()]
+    assert in_turn[: len(alone)] == alone  # the last step goes on with the next pass
+    assert len(alone) <= len(in_turn) < len(alone) + world_size
+    loaders = [part.val_dataloader() for part in parts]
+    assert len({len(loader) for loader in loaders}) == 1
+    assert sum((labels(loader) for loader in loaders), Counter()) == labels(whole.val_dataloader())
 
 
 def test_workers_prepare_the_same_batches(make):
@@ -268,6 +273,32 @@ def test_a_killed_run_with_workers_continues(make, tmp_path, fail_at):
     assert killed.trained + resumed.trained == uninterrupted.trained
 
 
+@pytest.mark.parametrize("objective", ["mlm", "clm", "span-corruption", "denoising"])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2), (2, 4)])
+def test_another_number_of_ranks_goes_on_where_the_others_stopped(make, objective, before, after):
+    """Ranks are simulated: each asks for its batches after so many steps of all of them."""
+
+    def run(world_size, steps, state, done) -> tuple[list[str], dict]:
+        ranks = []
+        for rank in range(world_size):
+            data = make(objective=objective, tokens_per_batch=128, max_length=32, vocab_size=400)
+            data.setup()
+            if state:
+                data.load_state_dict(state)
+            data._rank = lambda rank=rank: (rank, world_size)
+            data._progress = lambda: (done, done)
+            iterator = iter(data.train_dataloader())
+            ranks.append(([fingerprint(next(iterator)) for _ in range(steps)], data.state_dict()))
+        batches, states = zip(*ranks, strict=True)
+        return [batch for step in zip(*batches, strict=True) for batch in step], states[0]
+
+    first, state = run(before, 2, {}, 0)
+    second, state = run(after, 1, state, 2)
+    third, _ = run(1, 1, state, 3)
+    alone, _ = run(1, len(first + second + third), {}, 0)
+    assert first + second + third == alone
+
+
 def test_mid_epoch_resume_with_other_data_settings_is_refused(make, tmp_path):
     fit(make(), callbacks=[SaveAt(tmp_path, "on_train_batch_end")], max_steps=2, max_epochs=-1)
     with pytest.raises(ValueError, match=r"middle of an epoch.*tokens_per_batch was 1024, is 512; seed was 0, is 4"):
@@ -286,6 +317,10 @@ def test_other_data_settings_are_fine_after_an_epoch(make, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"objective": "plm"}, "objective must be one of mlm, clm, span-corruption, denoising, got 'plm'"),
+        ({"objective": "denoising", "tokens_per_batch": 127}, "must be at least twice max_length=64 for denoising"),
+        ({"objective": "clm", "whole_word": True}, "whole_word is for objective mlm, not clm"),
+        ({"sentence_order": True, "next_sentence": False}, "it needs next_sentence=True"),
         ({"tokens_per_batch": 63}, "tokens_per_batch=63 must be at least max_length=64"),
         ({"seed": -1}, "seed must be in"),
         ({"seed": 2**64}, "seed must be in"),

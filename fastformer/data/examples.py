@@ -1,0 +1,84 @@
+"""What is fine-tuned on: one labelled example of each task, as people write it, before any tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+
+class ClassifiedText(NamedTuple):
+    """A text, or two, and the class; for regression a number; None where it is to be predicted."""
+
+    text: str
+    second: str | None
+    label: str | float | None
+
+
+class TaggedWords(NamedTuple):
+    """Words and the tag of each; no tags where they are to be predicted."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...] | None
+
+
+class Answer(NamedTuple):
+    """A stretch of the context, from character `start` on."""
+
+    text: str
+    start: int
+
+
+class Question(NamedTuple):
+    """A question about a context; `answers` are all that are accepted, none where the context has no answer.
+
+    `answers` is None where it is to be predicted.
+    """
+
+    id: str
+    question: str
+    context: str
+    answers: tuple[Answer, ...] | None
+
+
+class SourceTarget(NamedTuple):
+    """A document and its summary, or a sentence and its translation; no target where it is to be predicted."""
+
+    source: str
+    target: str | None
+
+
+class Message(NamedTuple):
+    """What one side says; the role is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+class Conversation(NamedTuple):
+    """Messages in order. What the assistant says is to be learnt."""
+
+    messages: tuple[Message, ...]
+
+
+class SimilarTexts(NamedTuple):
+    """Two texts that mean about the same, and perhaps one that does not mean what the first does."""
+
+    anchor: str
+    positive: str
+    negative: str | None
+
+
+Example = TypeVar("Example", bound=tuple)
+OtherExample = TypeVar("OtherExample", bound=tuple)
+
+
+class Splits(NamedTuple, Generic[Example]):
+    """Examples to train on, to choose by and to judge by."""
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    test: Sequence[Example]
+
+    def map(self, function: Callable[[Example], OtherExample]) -> Splits[OtherExample]:
+        """Each example changed in the same way."""
+        return Splits(*([function(example) for example in part] for part in self))
