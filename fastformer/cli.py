@@ -14,6 +14,7 @@ COMMANDS = {
         "fastformer.training.pretrain",
         "train a BERT from scratch: masked language modelling and next-sentence prediction",
     ),
+    "evaluate": ("fastformer.evaluation.command", "metrics of predictions in a file of JSON lines"),
     "data": ("fastformer.data.command", "list, show and fetch labelled sets for fine-tuning"),
     "finetune": (
         "fastformer.training.finetune",
