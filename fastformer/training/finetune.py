@@ -39,7 +39,7 @@ from fastformer.training.lora import Lora
 from fastformer.training.optimization import Optimization
 from fastformer.training.prediction import Predictor, recipe_for
 from fastformer.training.privacy import Privacy
-from fastformer.training.recipes import RECIPES, Recipe, TextOptions, balanced_class_weights
+from fastformer.training.recipes import RECIPES, Recipe, Rewrite, TextOptions, balanced_class_weights
 from fastformer.training.report import FineTuningReport
 from fastformer.training.run import (
     RunFolder,
@@ -330,7 +330,7 @@ def _module(prepared: _Prepared, options: Namespace) -> FineTuning:
             balanced_class_weights(recipe, prepared.data.train) if balanced else options.class_weights
         )
     module = recipe.module(model, **arguments)
-    if not recipe.generates:
+    if not isinstance(recipe, Rewrite):
         module.judge = _Judge(recipe, prepared.examples.validation, prepared.data.validation)
     return module
 
@@ -377,7 +377,7 @@ class _Judge:
 
     def __call__(self, outputs: list[Any]) -> dict[str, float]:
         predictions = self.recipe.predictions(outputs[: len(self.features)], self.examples, self.features)
-        return self.recipe.metrics(predictions, self.examples)
+        return self.recipe.metrics(self.recipe.lines(predictions, self.examples))
 
 
 def _evaluate(
@@ -386,20 +386,22 @@ def _evaluate(
     """On the test examples, with the model as it was saved."""
     texts = prepared.recipe.options
     predictor = Predictor.load(folder.model, task, texts, trainer.strategy.root_device, options.tokens_per_batch)
-    predictions = predictor(prepared.examples.test)
-    write_predictions(folder.path / _PREDICTIONS, predictions)
-    metrics["test"] = prepared.recipe.metrics(predictions, prepared.examples.test)
+    test = prepared.examples.test
+    lines = predictor.recipe.lines(predictor(test), test)
+    write_predictions(folder.path / _PREDICTIONS, lines)
+    known = all(map(predictor.recipe.reference, test))  # GLUE's test examples, for one, are not
+    metrics["test"] = predictor.recipe.metrics(lines) if known else {}
     folder.write_metrics(metrics)
-    report = FineTuningReport(metrics, folder.curve.name, prepared.recipe, prepared.examples.test, predictions)
-    report.write(folder.path / _REPORT, folder.path / _CONFUSION)
+    report = FineTuningReport(metrics, predictor.recipe, test, lines)
+    report.write(folder.path / _REPORT, folder.curve, folder.path / _CONFUSION)
     console = Console(highlight=False, soft_wrap=True)
     console.print(report.table())
     console.print(summary_text(metrics))
     console.print(f"report: {folder.path / _REPORT}   predictions: {folder.path / _PREDICTIONS}", markup=False)
 
 
-def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
+def write_predictions(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """As JSON lines, whole or not at all."""
     with atomic_file(path) as file:
-        for prediction in predictions:
-            file.write(json.dumps(prediction, ensure_ascii=False).encode() + b"\n")
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")

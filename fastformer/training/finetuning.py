@@ -218,8 +218,7 @@ class Embedding(FineTuning):
     cosine similarity / temperature (van den Oord et al. 2018; Gao et al., "SimCSE", 2021), and, `symmetric`, its anchor
     among all anchors. A model without ``embeddings`` in its output is pooled over its real tokens and normalised.
 
-    `outputs`: of each pair (2, hidden_size) float32, its anchor's and its positive's vector; for prediction, of each
-    sequence its vector.
+    `outputs`: of each pair (2, hidden_size) float32, its anchor's and its positive's vector.
 
     Args:
         temperature: see above.
@@ -262,7 +261,7 @@ class Embedding(FineTuning):
         return list(torch.stack(output, dim=1).cpu().numpy())
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Any]:
-        return list(self.embed(batch).cpu().numpy())
+        return self.outputs(batch, (self.embed(batch["anchor"]), self.embed(batch["positive"])))
 
 
 def sequences(batch: Batch, values: np.ndarray) -> list[np.ndarray]:

@@ -49,7 +49,7 @@ def main(arguments: list[str], begin: float) -> None:
         options.tokens_per_batch,
     )
     examples = RECIPES[task].read(Path(options.data), predictor.recipe.options)
-    write_predictions(Path(options.out), predictor(examples))
+    write_predictions(Path(options.out), predictor.recipe.lines(predictor(examples), examples))
     Console(file=sys.stderr, highlight=False).print(f"{len(examples):,} predictions in {options.out}", markup=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from fastformer.training.batches import in_order
 from fastformer.training.optimization import Optimization
-from fastformer.training.recipes import RECIPES, Recipe, TextOptions
+from fastformer.training.recipes import RECIPES, Converse, Recipe, Rewrite, TextOptions
 from fastformer.training.starting_point import StartingPoint, Task, pretrained
 
 
@@ -62,14 +63,34 @@ class Predictor:
 
     def __call__(self, examples: Sequence[Any]) -> list[dict[str, Any]]:
         """The predictions for examples of the task, with labels or without, in order."""
-        features = self.recipe.features(examples)
         with torch.inference_mode():
-            if self.recipe.generates:
-                outputs = list(self._generated(self.recipe.prompts(examples)))  # type: ignore[attr-defined]
-            else:
-                batches = in_order(features, self.recipe.collate, self.recipe.length, self.tokens_per_batch)
-                outputs = [output for batch in batches for output in self._module.predict_step(self._moved(batch), 0)]
+            if isinstance(self.recipe, Rewrite):
+                written = list(self._generated(self.recipe.prompts(examples)))
+                predictions = self.recipe.predictions(written, examples, [])
+                if isinstance(self.recipe, Converse):
+                    predictions = [
+                        {**prediction, **self._likelihood(example)}
+                        for prediction, example in zip(predictions, examples, strict=True)
+                    ]
+                return predictions
+            features = self.recipe.features(examples)
+            batches = in_order(features, self.recipe.collate, self.recipe.length, self.tokens_per_batch)
+            outputs = [output for batch in batches for output in self._module.predict_step(self._moved(batch), 0)]
         return self.recipe.predictions(outputs, examples, features)
+
+    def _likelihood(self, example: Any) -> dict[str, Any]:
+        """Of the answers that the example has, and how many tokens they are; nothing where it has none."""
+        if not self.recipe.reference(example):
+            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is cut: it was said before training
+            try:
+                (feature,) = self.recipe.features([example])
+            except ValueError:  # the answer does not begin within the longest sequence
+                return {}
+        batch = self._moved(self.recipe.collate([feature]))
+        tokens = self._module.targets(batch)
+        return {"log_likelihood": -self._module.run(batch)[0].item() * tokens, "tokens": tokens}
 
     def _moved(self, batch: Any) -> Any:
         if isinstance(batch, dict):

@@ -28,6 +28,17 @@ from fastformer.data.features import (
     word_tags,
 )
 from fastformer.data.tokenizer import Objective
+from fastformer.evaluation import (
+    answer_metrics,
+    classification_metrics,
+    draw_confusion,
+    perplexity,
+    regression_metrics,
+    retrieval_metrics,
+    summary_metrics,
+    tagging_metrics,
+    translation_metrics,
+)
 from fastformer.training.finetuning import (
     Batch,
     Classification,
@@ -83,7 +94,6 @@ class Recipe(ABC):
 
     module: ClassVar[type[FineTuning]]
     tokenizer_objective: ClassVar[Objective] = "mlm"
-    generates: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod
@@ -119,20 +129,26 @@ class Recipe(ABC):
         """What is predicted of each example, for a line of JSON."""
 
     @abstractmethod
-    def metrics(self, predictions: Sequence[dict[str, Any]], examples: Sequence[Any]) -> dict[str, float]:
-        """How good predictions are, by name."""
+    def reference(self, example: Any) -> dict[str, Any]:
+        """What is to be predicted, as `fastformer evaluate` wants it beside a prediction; empty where it is unknown."""
 
-    def draw_confusion(self, predictions: Sequence[dict[str, Any]], examples: Sequence[Any], path: Path) -> bool:
+    @abstractmethod
+    def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """How good predictions are, by name, from predictions and references together."""
+
+    def lines(self, predictions: Sequence[dict[str, Any]], examples: Sequence[Any]) -> list[dict[str, Any]]:
+        """Predictions with what is known of the right ones, as they are written to a file."""
+        return [
+            {**prediction, **self.reference(example)} for prediction, example in zip(predictions, examples, strict=True)
+        ]
+
+    def draw_confusion(self, lines: Sequence[dict[str, Any]], path: Path) -> bool:
         """Draw which class is taken for which into a PNG file; False where there are no classes."""
         return False
 
     def shown(self, example: Any) -> str:
         """What is given, for a report."""
         return self.texts(example)[0]
-
-    @abstractmethod
-    def expected(self, example: Any) -> str:
-        """What is to be predicted, for a report."""
 
     def _for_model(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Without what the model has no use for: segments where it knows none."""
@@ -175,12 +191,19 @@ class Classify(Recipe):
             for of_one in probabilities
         ]
 
-    def metrics(self, predictions: Sequence[dict[str, Any]], examples: Sequence[Any]) -> dict[str, float]:
-        right = [p["prediction"] == e.label for p, e in zip(predictions, examples, strict=True)]
-        return {"accuracy": sum(right) / len(right)}
+    def reference(self, example: Any) -> dict[str, Any]:
+        return {} if example.label is None else {"reference": example.label}
 
-    def expected(self, example: Any) -> str:
-        return str(example.label)
+    def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+        predicted, expected = _columns(lines, "prediction", "reference")
+        return (regression_metrics if self.labels is None else classification_metrics)(predicted, expected)
+
+    def draw_confusion(self, lines: Sequence[dict[str, Any]], path: Path) -> bool:
+        if self.labels is None:
+            return False
+        predicted, expected = _columns(lines, "prediction", "reference")
+        draw_confusion(predicted, expected, path)
+        return True
 
 
 class Tag(Recipe):
@@ -213,11 +236,11 @@ class Tag(Recipe):
             for feature, logits in zip(features, outputs, strict=True)
         ]
 
-    def metrics(self, predictions: Sequence[dict[str, Any]], examples: Sequence[Any]) -> dict[str, float]:
-        return {}
+    def reference(self, example: Any) -> dict[str, Any]:
+        return {} if example.tags is None else {"reference": list(example.tags)}
 
-    def expected(self, example: Any) -> str:
-        return " ".join(example.tags or ())
+    def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+        return tagging_metrics(*_columns(lines, "prediction", "reference"))
 
 
 class AnswerQuestions(Recipe):
@@ -246,11 +269,11 @@ class AnswerQuestions(Recipe):
             for example, best in zip(examples, ranked, strict=True)
         ]
 
-    def metrics(self, predictions: Sequence[dict[str, Any]], examples: Sequence[Any]) -> dict[str, float]:
-        return {}
+    def reference(self, example: Any) -> dict[str, Any]:
+        return {} if example.answers is None else {"references": [answer.text for answer in example.answers]}
 
-    def expected(self, example: Any) -> str:
-        return example.answers[0].text if example.answers else ""
+    def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+        return answer_metrics(*_columns(lines, "prediction", "references"))
 
 
 class Rewrite(Recipe):
@@ -258,7 +281,6 @@ class Rewrite(Recipe):
 
     module = Generation
     tokenizer_objective: ClassVar[Objective] = "span-corruption"
-    generates = True
 
     @staticmethod
     def read(path: Path, options: TextOptions) -> list[Any]:
@@ -293,11 +315,11 @@ class Rewrite(Recipe):
         texts = self.tokenizer.batch_decode(list(outputs), skip_special_tokens=True)
         return [{"prediction": text.strip()} for text in texts]
 
-    def metrics(self, predictions: Sequence[dict[str, Any]], examples: Sequence[Any]) -> dict[str, float]:
-        return {}
+    def reference(self, example: Any) -> dict[str, Any]:
+        return {} if example.target is None else {"reference": example.target}
 
-    def expected(self, example: Any) -> str:
-        return example.target or ""
+    def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+        return summary_metrics(*_columns(lines, "prediction", "reference"))
 
 
 class Translate(Rewrite):
@@ -306,6 +328,10 @@ class Translate(Rewrite):
     @staticmethod
     def read(path: Path, options: TextOptions) -> list[Any]:
         return readers.read_translations(path, *options.languages)
+
+    def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+        predicted, expected = _columns(lines, "prediction", "reference")
+        return translation_metrics(predicted, expected, self.options.languages[1])
 
 
 class Converse(Rewrite):
@@ -336,9 +362,14 @@ class Converse(Rewrite):
     def shown(self, example: Any) -> str:
         return "\n".join(f"{message.role}: {message.content}" for message in _before_the_answer(example).messages)
 
-    def expected(self, example: Any) -> str:
+    def reference(self, example: Any) -> dict[str, Any]:
         last = example.messages[-1]
-        return last.content if last.role == "assistant" else ""
+        return {"reference": last.content} if last.role == "assistant" else {}
+
+    def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Of all answers whose likelihood is known: those that are whole within the longest sequence."""
+        known = [line for line in lines if "log_likelihood" in line]
+        return {"perplexity": perplexity(*_columns(known, "log_likelihood", "tokens"))}
 
 
 class Embed(Recipe):
@@ -373,11 +404,11 @@ class Embed(Recipe):
             for anchor, positive in outputs
         ]
 
-    def metrics(self, predictions: Sequence[dict[str, Any]], examples: Sequence[Any]) -> dict[str, float]:
-        return {}
+    def reference(self, example: Any) -> dict[str, Any]:
+        return {"reference": example.positive}
 
-    def expected(self, example: Any) -> str:
-        return str(example.positive)
+    def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+        return retrieval_metrics(*_columns(lines, "embedding", "positive"))
 
 
 RECIPES: dict[str, type[Recipe]] = {
@@ -404,6 +435,10 @@ def balanced_class_weights(recipe: Recipe, features: Sequence[Any]) -> list[floa
         of_one = feature.labels if isinstance(feature.labels, list) else [feature.labels]
         counts.update(label for label in of_one if label >= 0)
     return [counts.total() / (len(recipe.labels) * counts[label]) for label in range(len(recipe.labels))]
+
+
+def _columns(lines: Sequence[dict[str, Any]], *names: str) -> list[list[Any]]:
+    return [[line[name] for line in lines] for name in names]
 
 
 def _before_the_answer(example: Any) -> Any:

@@ -20,25 +20,22 @@ class FineTuningReport:
 
     Args:
         metrics: what metrics.json holds.
-        curve: file name of the picture of the losses, beside the report.
         recipe: of the task.
         examples: to test on.
-        predictions: for them.
+        lines: predictions for them, with references.
     """
 
     def __init__(
         self,
         metrics: dict[str, Any],
-        curve: str,
         recipe: Recipe,
         examples: Sequence[Any],
-        predictions: Sequence[dict[str, Any]],
+        lines: Sequence[dict[str, Any]],
     ) -> None:
         self.metrics = metrics
-        self.curve = curve
         self.recipe = recipe
         self.examples = examples
-        self.predictions = predictions
+        self.lines = lines
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Each metric before and after training on the validation examples, and on the test examples."""
@@ -59,11 +56,12 @@ class FineTuningReport:
             table.add_row(*row)
         return table
 
-    def write(self, path: Path, confusion: Path) -> None:
-        """Write the report to `path` and, for classes, the confusion matrix to `confusion`, a PNG file."""
-        pictures = [f"![losses in training and on held-out examples]({self.curve})"]
-        if self.recipe.draw_confusion(self.predictions, self.examples, confusion):
+    def write(self, path: Path, curve: Path, confusion: Path) -> None:
+        """Write the report to `path`, beside `curve`, and for classes the confusion matrix to `confusion`, a PNG."""
+        pictures = [f"![losses in training and on held-out examples]({curve.name})"]
+        if self.metrics["test"] and self.recipe.draw_confusion(self.lines, confusion):
             pictures.append(f"![confusion matrix of the test examples]({confusion.name})")
+        shown = zip(self.examples[:_SHOWN], self.lines, strict=False)
         sections = [
             f"# Fine-tuning: {self.metrics['task']}",
             self._facts(),
@@ -74,8 +72,12 @@ class FineTuningReport:
             _markdown(
                 ("example", "expected", "predicted"),
                 [
-                    (_short(self.recipe.shown(example)), _short(self.recipe.expected(example)), _short(found))
-                    for example, found in zip(self.examples[:_SHOWN], self._found(), strict=False)
+                    (
+                        _short(self.recipe.shown(example)),
+                        _short(str(line.get("reference", line.get("references", "")))),
+                        _short(str(line.get("prediction", line.get("similarity")))),
+                    )
+                    for example, line in shown
                 ],
             ),
         ]
@@ -97,9 +99,6 @@ class FineTuningReport:
         if "privacy" in metrics:
             facts["privacy"] = "epsilon {epsilon:.3f} at delta {delta:.1e}".format(**metrics["privacy"])
         return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
-
-    def _found(self) -> list[str]:
-        return [str(prediction.get("prediction", prediction.get("similarity"))) for prediction in self.predictions]
 
 
 _HEADINGS = ("before", "after", "test")
