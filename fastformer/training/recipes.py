@@ -32,13 +32,13 @@ from fastformer.evaluation import (
     answer_metrics,
     classification_metrics,
     draw_confusion,
-    perplexity,
     regression_metrics,
     retrieval_metrics,
     summary_metrics,
     tagging_metrics,
     translation_metrics,
 )
+from fastformer.evaluation.perplexity import perplexity
 from fastformer.training.finetuning import (
     Batch,
     Classification,
