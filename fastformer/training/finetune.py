@@ -191,11 +191,11 @@ def _finetune(task: Task, parser: LightningArgumentParser, options: Namespace, f
     if options.patience is not None:
         mode = "min" if options.monitor in ("loss", "perplexity") else "max"
         stopping = [EarlyStopping(folder.path / _BEST, options.monitor, mode, options.patience)]  # type: ignore[arg-type]
+    arguments = parser.instantiate(options).trainer
     if options.privacy_epsilon is not None:
-        # Clipping is the mechanism's, of each example's gradient.
-        options.trainer.gradient_clip_val = None
+        arguments.gradient_clip_val = None  # clipping is the mechanism's, of each example's gradient
     trainer = build_trainer(
-        options.trainer,
+        arguments,
         folder,
         [
             SaveOptions(folder.config, parser, options),

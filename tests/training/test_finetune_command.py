@@ -1,4 +1,4 @@
-"""``fastformer finetune`` and ``fastformer predict``: each task from files to a report, each option, killed, resumed."""
+"""``fastformer finetune`` and ``fastformer predict``: each task from files to a report, options, killed and resumed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,13 @@ METRICS = {
     "generate": {"perplexity"},
     "embed": {"recall_at_1", "mean_reciprocal_rank"},
 }
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "initializer_range": 0.2,
+}
 
 
 @pytest.fixture(scope="session")
@@ -131,8 +137,14 @@ def command(task: str, data: Path, output: Path) -> list[str]:
 
 
 def scratch(*more: str) -> list[str]:
-    fields = {**TINY, "attention_probs_dropout_prob": 0.1}
-    return ["--vocab_size", "400", *(f"--overrides.{name}={value}" for name, value in fields.items()), *more]
+    fields = {**TINY, "hidden_dropout_prob": 0.05}
+    return [
+        "--vocab_size",
+        "400",
+        "--optimizer.learning_rate=0.006",
+        *(f"--overrides.{name}={value}" for name, value in fields.items()),
+        *more,
+    ]
 
 
 def metrics(output: Path) -> dict[str, Any]:
