@@ -370,8 +370,9 @@ def _spans(
     for first in begins.tolist():
         for last in ends.tolist():
             if of_context[first] and of_context[last] and first <= last < first + longest:
-                text = context[feature.offsets[first][0] : feature.offsets[last][1]]  # type: ignore[index]
-                spans.append((text, float(start[first] + end[last])))
+                begin, stop = feature.offsets[first], feature.offsets[last]
+                assert begin is not None and stop is not None  # of the context
+                spans.append((context[begin[0] : stop[1]], float(start[first] + end[last])))
     return spans
 
 
@@ -440,15 +441,14 @@ def conversation_features(
     )
     if too_long := sum(len(row["input_ids"]) > max_length for row in rows):
         _warn_of_cut(too_long, len(rows), max_length)
-    features = [
-        Feature(row["input_ids"][:max_length], None, _answer_labels(row, spans)[:max_length])
+    cut = [
+        (row["input_ids"][:max_length], _answer_labels(row, spans)[:max_length])
         for row, (_, spans) in zip(rows, rendered, strict=True)
     ]
-    with_answer = [feature for feature in features if set(feature.labels) != {IGNORE_INDEX}]  # type: ignore[arg-type]
+    with_answer = [Feature(ids, None, labels) for ids, labels in cut if set(labels) != {IGNORE_INDEX}]
     if not with_answer:
         raise ValueError(f"no conversation has an answer within its first max_length={max_length} tokens")
-    if len(with_answer) < len(features):
-        missing = len(features) - len(with_answer)
+    if missing := len(cut) - len(with_answer):
         warnings.warn(f"{missing} conversations are left out: no answer is left of them once cut", stacklevel=2)
     return with_answer
 

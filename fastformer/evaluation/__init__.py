@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastformer.evaluation.classification import classification_metrics, draw_confusion, regression_metrics
     from fastformer.evaluation.embedding import retrieval_metrics
-    from fastformer.evaluation.perplexity import perplexity
+    from fastformer.evaluation.perplexity import corpus_perplexity
     from fastformer.evaluation.question_answering import answer_metrics
     from fastformer.evaluation.summarization import summary_metrics
     from fastformer.evaluation.tagging import tagging_metrics
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "answer_metrics": "question_answering",
     "classification_metrics": "classification",
+    "corpus_perplexity": "perplexity",
     "draw_confusion": "classification",
-    "perplexity": "perplexity",
     "regression_metrics": "classification",
     "retrieval_metrics": "embedding",
     "summary_metrics": "summarization",
@@ -32,8 +32,8 @@ _MODULE_OF = {
 __all__ = [
     "answer_metrics",
     "classification_metrics",
+    "corpus_perplexity",
     "draw_confusion",
-    "perplexity",
     "regression_metrics",
     "retrieval_metrics",
     "summary_metrics",

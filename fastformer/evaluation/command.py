@@ -14,7 +14,7 @@ from rich.table import Table
 from fastformer.data.files import atomic_file
 from fastformer.data.readers import Row, read_rows
 from fastformer.evaluation.classification import classification_metrics, draw_confusion, regression_metrics
-from fastformer.evaluation.perplexity import perplexity
+from fastformer.evaluation.perplexity import corpus_perplexity
 from fastformer.evaluation.question_answering import answer_metrics
 from fastformer.evaluation.summarization import summary_metrics
 from fastformer.evaluation.tagging import tagging_metrics
@@ -121,7 +121,7 @@ def _answer(rows: list[Row], options: argparse.Namespace) -> Metrics:
 def _generate(rows: list[Row], options: argparse.Namespace) -> Metrics:
     likelihoods = [_field(row, "log_likelihood", (int, float), "a number, in nats") for row in rows]
     tokens = [_field(row, "tokens", int, "a whole number") for row in rows]
-    return {"perplexity": perplexity(likelihoods, tokens), "tokens": sum(tokens)}
+    return {"perplexity": corpus_perplexity(likelihoods, tokens), "tokens": sum(tokens)}
 
 
 _TASKS: dict[str, Callable[[list[Row], argparse.Namespace], Metrics]] = {

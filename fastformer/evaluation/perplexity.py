@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fastformer.evaluation.checks import check_as_many
 
 
-def perplexity(log_likelihoods: Sequence[float], tokens: Sequence[int]) -> float:
+def corpus_perplexity(log_likelihoods: Sequence[float], tokens: Sequence[int]) -> float:
     """exp of the mean negative log-likelihood over all tokens; infinity where it is too large for a number.
 
     Args:

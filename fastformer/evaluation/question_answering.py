@@ -21,8 +21,8 @@ def answer_metrics(predictions: Sequence[str], references: Sequence[Sequence[str
         references: all accepted answers of each question; none where it has no answer.
 
     Returns:
-        "exact_match" and "f1"; where some questions have no answer, also those of the questions with one ("has_answer_")
-        and the share of the others that were told ("no_answer_accuracy").
+        "exact_match" and "f1"; where some questions have no answer, also those of the questions with one
+        ("has_answer_") and the share of the others that were told ("no_answer_accuracy").
     """
     check_as_many(predictions, references)
     accepted = [list(answers) or [""] for answers in references]
