@@ -36,6 +36,11 @@ COMMANDS = {
         "fastformer.inspection.explain_command",
         "draw what a model attends to in a text, and what each token adds to its answer",
     ),
+    "finetune": (
+        "fastformer.training.finetune",
+        "fine-tune a model: classify, tag, qa, summarize, translate, generate or embed",
+    ),
+    "predict": ("fastformer.training.predict", "the predictions of a fine-tuned model, as JSON lines"),
     "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),
     "verify": (
         "fastformer.integrations.verification",
