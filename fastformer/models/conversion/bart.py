@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 from torch import Tensor
-from transformers import BartConfig, MarianConfig, MBartConfig
+from transformers import BartConfig, MarianConfig, MBartConfig, PreTrainedModel
 
 from fastformer.models.configuration import FastformerConfig
 from fastformer.models.conversion.architecture import Architecture, Head
@@ -84,8 +84,20 @@ _PREFIXES, _STACKS = ("", "model."), ("encoder", "decoder")
 _COPIES = {
     f"{prefix}{stack}.embed_tokens.weight": f"{prefix}shared.weight" for prefix in _PREFIXES for stack in _STACKS
 }
-_LM_HEAD: Table = {"lm_head.weight": "lm_head.weight", "lm_head.bias": Broadcast("final_logits_bias", 1)}
-_NO_BIAS = {"final_logits_bias": {"lm_head_bias": False}}
+
+
+def _heads(base: type[PreTrainedModel], language_model: type[PreTrainedModel]) -> tuple[Head, ...]:
+    return (
+        Head(base, FastformerEncoderDecoderModel),
+        Head(
+            language_model,
+            FastformerForSeq2SeqLM,
+            {"lm_head.weight": "lm_head.weight", "lm_head.bias": Broadcast("final_logits_bias", 1)},
+            prefix="model.",
+            absent={"final_logits_bias": {"lm_head_bias": False}},
+        ),
+    )
+
 
 BART = Architecture(
     config_class=BartConfig,
@@ -97,16 +109,7 @@ BART = Architecture(
     tensors=_tensors,
     copies=_COPIES,
     buffers=_BUFFERS,
-    heads=(
-        Head(transformers.BartModel, FastformerEncoderDecoderModel),
-        Head(
-            transformers.BartForConditionalGeneration,
-            FastformerForSeq2SeqLM,
-            _LM_HEAD,
-            prefix="model.",
-            absent=_NO_BIAS,
-        ),
-    ),
+    heads=_heads(transformers.BartModel, transformers.BartForConditionalGeneration),
 )
 
 MBART = Architecture(
@@ -119,16 +122,7 @@ MBART = Architecture(
     tensors=_tensors,
     copies=_COPIES,
     buffers=_BUFFERS,
-    heads=(
-        Head(transformers.MBartModel, FastformerEncoderDecoderModel),
-        Head(
-            transformers.MBartForConditionalGeneration,
-            FastformerForSeq2SeqLM,
-            _LM_HEAD,
-            prefix="model.",
-            absent=_NO_BIAS,
-        ),
-    ),
+    heads=_heads(transformers.MBartModel, transformers.MBartForConditionalGeneration),
 )
 
 
@@ -152,8 +146,5 @@ MARIAN = Architecture(
     copies=_COPIES,
     computed=_marian_positions,
     buffers=_BUFFERS,
-    heads=(
-        Head(transformers.MarianModel, FastformerEncoderDecoderModel),
-        Head(transformers.MarianMTModel, FastformerForSeq2SeqLM, _LM_HEAD, prefix="model.", absent=_NO_BIAS),
-    ),
+    heads=_heads(transformers.MarianModel, transformers.MarianMTModel),
 )

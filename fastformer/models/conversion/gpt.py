@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from transformers import GPT2Config, GPTNeoConfig
+from transformers import GPT2Config, GPTNeoConfig, PreTrainedModel
 
 from fastformer.models.configuration import FastformerConfig
 from fastformer.models.conversion.architecture import Architecture, Head
@@ -27,7 +27,36 @@ _IMPLIED = {
     "pooling": "last",
     "pooler_act": "none",
 }
-_LAST_TOKEN = {"classifier_bias": False, "classifier_dropout": 0.0}
+
+
+def _heads(
+    base: type[PreTrainedModel],
+    causal_lm: type[PreTrainedModel],
+    sequences: type[PreTrainedModel],
+    tokens: type[PreTrainedModel],
+    answers: type[PreTrainedModel],
+) -> tuple[Head, ...]:
+    prefix = "transformer."
+    return (
+        Head(base, FastformerModel),
+        Head(causal_lm, FastformerForCausalLM, {"lm_head": "lm_head"}, prefix),
+        Head(
+            sequences,
+            FastformerForSequenceClassification,
+            {"classifier.projection": "score"},
+            prefix,
+            implied={"classifier_bias": False, "classifier_dropout": 0.0},
+        ),
+        Head(
+            tokens,
+            FastformerForTokenClassification,
+            {"classifier.projection": "classifier"},
+            prefix,
+            implied={"classifier_dropout": 0.1},
+            fields={"classifier_dropout": "classifier_dropout"},
+        ),
+        Head(answers, FastformerForQuestionAnswering, {"span": "qa_outputs"}, prefix),
+    )
 
 
 def _tensors(config: FastformerConfig) -> Table:
@@ -92,30 +121,12 @@ GPT2 = Architecture(
     undeclared={"hidden_dropout": None},
     tensors=_tensors,
     buffers=(r".*\.attn\.(masked_)?bias",),
-    heads=(
-        Head(transformers.GPT2Model, FastformerModel),
-        Head(transformers.GPT2LMHeadModel, FastformerForCausalLM, {"lm_head": "lm_head"}, prefix="transformer."),
-        Head(
-            transformers.GPT2ForSequenceClassification,
-            FastformerForSequenceClassification,
-            {"classifier.projection": "score"},
-            prefix="transformer.",
-            implied=_LAST_TOKEN,
-        ),
-        Head(
-            transformers.GPT2ForTokenClassification,
-            FastformerForTokenClassification,
-            {"classifier.projection": "classifier"},
-            prefix="transformer.",
-            implied={"classifier_dropout": 0.1},
-            fields={"classifier_dropout": "classifier_dropout"},
-        ),
-        Head(
-            transformers.GPT2ForQuestionAnswering,
-            FastformerForQuestionAnswering,
-            {"span": "qa_outputs"},
-            prefix="transformer.",
-        ),
+    heads=_heads(
+        transformers.GPT2Model,
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2ForSequenceClassification,
+        transformers.GPT2ForTokenClassification,
+        transformers.GPT2ForQuestionAnswering,
     ),
 )
 
@@ -176,28 +187,11 @@ GPT_NEO = Architecture(
     without_effect=frozenset({"initializer_range", "use_cache", "classifier_dropout"}),
     tensors=_neo_tensors,
     buffers=(r".*\.attn\.attention\.(masked_)?bias",),
-    heads=(
-        Head(transformers.GPTNeoModel, FastformerModel),
-        Head(transformers.GPTNeoForCausalLM, FastformerForCausalLM, {"lm_head": "lm_head"}, prefix="transformer."),
-        Head(
-            transformers.GPTNeoForSequenceClassification,
-            FastformerForSequenceClassification,
-            {"classifier.projection": "score"},
-            prefix="transformer.",
-            implied=_LAST_TOKEN,
-        ),
-        Head(
-            transformers.GPTNeoForTokenClassification,
-            FastformerForTokenClassification,
-            {"classifier.projection": "classifier"},
-            prefix="transformer.",
-            fields={"classifier_dropout": "classifier_dropout"},
-        ),
-        Head(
-            transformers.GPTNeoForQuestionAnswering,
-            FastformerForQuestionAnswering,
-            {"span": "qa_outputs"},
-            prefix="transformer.",
-        ),
+    heads=_heads(
+        transformers.GPTNeoModel,
+        transformers.GPTNeoForCausalLM,
+        transformers.GPTNeoForSequenceClassification,
+        transformers.GPTNeoForTokenClassification,
+        transformers.GPTNeoForQuestionAnswering,
     ),
 )

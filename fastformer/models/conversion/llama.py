@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import transformers
@@ -99,7 +98,7 @@ def _heads(
     )
 
 
-def _head_dim(config: FastformerConfig) -> Mapping[str, Any]:
+def _head_dim(config: FastformerConfig) -> dict[str, Any]:
     return {"head_dim": config.size_per_head, "num_key_value_heads": config.kv_heads}
 
 
@@ -112,7 +111,7 @@ LLAMA = Architecture(
     implied=_IMPLIED,
     fields={**_FIELDS, "attention_bias": "attention_bias", "mlp_bias": "feed_forward_bias"},
     read=_read_llama,
-    write=lambda config: {**_head_dim(config)},
+    write=_head_dim,
     without_effect=_WITHOUT_EFFECT,
     undeclared=_UNDECLARED,
     tensors=_tensors,
