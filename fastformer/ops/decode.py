@@ -181,7 +181,8 @@ def _(
 def _decode_torch(
     query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, arguments: DecodeArguments
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if arguments.query_lengths is None and _fits_flash(key_cache, value_cache, query.shape[2], arguments):
+    whole = query.numel() > 0 and arguments.query_lengths is None
+    if whole and _fits_flash(key_cache, value_cache, query.shape[2], arguments):
         return _decode_flash(query, key_cache, value_cache, arguments)
     output, lse = empty_decode_results(query, value_cache.shape[-1])
     for sequences, length, queries in _equal_sequences(query, arguments):
