@@ -38,7 +38,7 @@ from fastformer.evaluation import (
     tagging_metrics,
     translation_metrics,
 )
-from fastformer.evaluation.perplexity import perplexity
+from fastformer.evaluation.perplexity import corpus_perplexity
 from fastformer.training.finetuning import (
     Batch,
     Classification,
@@ -369,7 +369,7 @@ class Converse(Rewrite):
     def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Of all answers whose likelihood is known: those that are whole within the longest sequence."""
         known = [line for line in lines if "log_likelihood" in line]
-        return {"perplexity": perplexity(*_columns(known, "log_likelihood", "tokens"))}
+        return {"perplexity": corpus_perplexity(*_columns(known, "log_likelihood", "tokens"))}
 
 
 class Embed(Recipe):
