@@ -131,7 +131,7 @@ def build_parser(task: Task) -> LightningArgumentParser:
     add("--overrides", type=dict[str, Any], default={}, help="fields of a model from scratch that differ from --preset")
     add("--vocab_size", type=int, default=8192, help="of the tokenizer trained for a model from scratch")
     add("--epochs", type=int, default=3, metavar="N", help="passes over the examples")
-    add("--max_steps", type=int, default=-1, metavar="N", help="optimizer steps; -1 for as many as --epochs has")
+    add("--max_steps", type=int, default=-1, metavar="N", help="optimizer steps, if fewer than --epochs has")
     add("--tokens_per_batch", type=int, default=4096, help="the most tokens in a batch of one device")
     add("--evaluate_every", type=int, default=100, metavar="N", help=_EVALUATE_HELP)
     add("--patience", type=int | None, metavar="N", help="stop after so many evaluations without a better one")

@@ -31,6 +31,7 @@ from fastformer.data.tokenizer import Objective
 from fastformer.evaluation import (
     answer_metrics,
     classification_metrics,
+    corpus_perplexity,
     draw_confusion,
     regression_metrics,
     retrieval_metrics,
@@ -38,7 +39,6 @@ from fastformer.evaluation import (
     tagging_metrics,
     translation_metrics,
 )
-from fastformer.evaluation.perplexity import perplexity
 from fastformer.training.finetuning import (
     Batch,
     Classification,
@@ -369,7 +369,7 @@ class Converse(Rewrite):
     def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Of all answers whose likelihood is known: those that are whole within the longest sequence."""
         known = [line for line in lines if "log_likelihood" in line]
-        return {"perplexity": perplexity(*_columns(known, "log_likelihood", "tokens"))}
+        return {"perplexity": corpus_perplexity(*_columns(known, "log_likelihood", "tokens"))}
 
 
 class Embed(Recipe):
