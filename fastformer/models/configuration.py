@@ -93,12 +93,8 @@ class FastformerConfig(PreTrainedConfig):
 
     model_type = "fastformer"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["mlm_loss", "nsp_loss", "cache", "past_key_values"]
-    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
-        "embeddings": "free_full_weight",
-        "layers.*": "free_full_weight",
-        "encoder.layers.*": "free_full_weight",
-        "decoder.layers.*": "free_full_weight",
-    }
+    # The units are FastformerModel's, of which an encoder-decoder has two.
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}
 
     stack: str = "encoder"
     vocab_size: int = 30522

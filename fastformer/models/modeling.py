@@ -146,6 +146,9 @@ class FastformerModel(FastformerPreTrainedModel):
     """
 
     _stacks = ("encoder", "decoder", "encoder_decoder")
+    # What FSDP2 shards and gathers together, by Hugging Face's names; embeddings may be tied to a head's projection and
+    # belong to the whole model.
+    _fsdp_plan = {"layers.*": "free_full_weight"}  # noqa: RUF012
 
     def __init__(
         self, config: FastformerConfig, add_pooling_layer: bool | None = None, role: str | None = None

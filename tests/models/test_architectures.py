@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
+
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference_transformer import ReferenceTransformer
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.fsdp import fully_shard
 from transformers import StaticCache
 
+import fastformer
 from fastformer.models import (
     FastformerConfig,
     FastformerEncoderDecoderModel,
@@ -18,6 +23,7 @@ from fastformer.models import (
     FastformerForSeq2SeqLM,
     FastformerModel,
 )
+from fastformer.models.block import Block
 
 LENGTHS, SOURCES = [5, 1, 11], [7, 3, 2]
 SHAPE = {
@@ -32,6 +38,7 @@ SHAPE = {
     "hidden_dropout_prob": 0.0,
     "layer_norm_eps": 1e-6,
 }
+DECODER = {"stack": "decoder", "norm_placement": "pre", "type_vocab_size": 0, "embedding_norm": False}
 
 
 @st.composite
@@ -175,8 +182,7 @@ def test_a_cache_changes_nothing(config: FastformerConfig, static: bool) -> None
 
 def gpt3_like() -> FastformerConfig:
     alternating = ["full_attention", "sliding_attention"]
-    options = {"stack": "decoder", "norm_placement": "pre", "type_vocab_size": 0, "embedding_norm": False}
-    return FastformerConfig(**SHAPE, **options, num_attention_heads=2, layer_types=alternating, sliding_window=4)
+    return FastformerConfig(**SHAPE, **DECODER, num_attention_heads=2, layer_types=alternating, sliding_window=4)
 
 
 def test_the_loss_is_the_next_tokens_and_packed_equals_dense() -> None:
@@ -199,23 +205,66 @@ def test_the_loss_is_the_next_tokens_and_packed_equals_dense() -> None:
 
 def test_checkpointing_blocks_changes_no_gradient() -> None:
     for model, batch in _training_cases():
-        expected = torch.autograd.grad(model(**batch).loss, list(model.parameters()), allow_unused=True)
+        expected = torch.autograd.grad(model(**batch).loss, list(model.parameters()))
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        actual = torch.autograd.grad(model(**batch).loss, list(model.parameters()), allow_unused=True)
+        actual = torch.autograd.grad(model(**batch).loss, list(model.parameters()))
         for ours, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+def test_triton_kernels_give_the_same_loss_and_gradients() -> None:
+    for model, batch in _training_cases():
+        results = []
+        for backend in ("torch", "triton"):
+            with fastformer.backend(backend):
+                loss = model(**batch).loss
+                results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_declared_units_are_sharded_by_fsdp2() -> None:
+    for model, batch in _training_cases():
+        gradients = torch.autograd.grad(model(**batch).loss, list(model.parameters()))
+        expected = dict(zip(dict(model.named_parameters()), gradients, strict=True))
+        units = [
+            module
+            for name, module in model.named_modules()
+            for pattern in model.fsdp_plan
+            if fnmatch(name, pattern) and name.count(".") == pattern.count(".")
+        ]
+        blocks = [module for module in model.modules() if isinstance(module, Block)]
+        assert set(blocks) == set(units)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            mesh = dist.init_device_mesh("cpu", (1,))
+            for unit in units:
+                fully_shard(unit, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            model(**batch).loss.backward()
+        finally:
+            dist.destroy_process_group()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], msg=name)
 
 
 def _training_cases() -> list[tuple[torch.nn.Module, dict]]:
     batch = packed(LENGTHS)
     causal = FastformerForCausalLM(gpt3_like())
+    llama = {**DECODER, "norm": "rms", "gated": True, "hidden_act": "silu", "position_embedding": "rotary"}
+    grouped = FastformerConfig(**SHAPE, **llama, num_attention_heads=4, num_key_value_heads=2, attention_bias=False)
     shape = {**SHAPE, "num_attention_heads": 2, "type_vocab_size": 0}
     t5 = {"stack": "encoder_decoder", "norm": "rms", "norm_placement": "pre", "position_embedding": "relative"}
     sequence_to_sequence = FastformerForSeq2SeqLM(FastformerConfig(**shape, **t5, embedding_norm=False))
     sources, mask = padded(batch["input_ids"], LENGTHS)
     targets = torch.randint(1, 50, (3, 4))
     pairs = {"input_ids": sources, "attention_mask": mask, "decoder_input_ids": targets, "labels": targets}
-    return [(causal.train(), {**batch, "labels": batch["input_ids"]}), (sequence_to_sequence.train(), pairs)]
+    sequences = {**batch, "labels": batch["input_ids"]}
+    return [
+        (causal.train(), sequences),
+        (FastformerForCausalLM(grouped).train(), sequences),
+        (sequence_to_sequence.train(), pairs),
+    ]
 
 
 def test_compiles_without_graph_break_for_any_length() -> None:
