@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -99,6 +100,9 @@ def main(arguments: list[str], begin: float) -> None:
     quieten()
     parser = build_parser(task)
     options = parse(parser, arguments[1:])
+    for wanted, package, extra in ((options.lora, "peft", "lora"), (options.privacy_epsilon, "opacus", "privacy")):
+        if wanted and find_spec(package) is None:
+            raise ValueError(f"this needs {package}: pip install 'fastformer[{extra}]'")
     folder = run_folder(Path(options.output))
     folder.prepare(options.resume, options.overwrite)
     seed_everything(options.seed, workers=True, verbose=False)
