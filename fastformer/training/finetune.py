@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer
@@ -213,6 +214,7 @@ def _finetune(task: Task, parser: LightningArgumentParser, options: Namespace, f
             SavePretrained(folder.model, adapter_alone=not options.adapter.merge),
         ],
     )
+    _check_trainer(trainer, options)
     trainer.fit(module, datamodule=prepared.data, ckpt_path=checkpoint)
     if stopping or (curve.validation and curve.validation[-1]["step"] != trainer.global_step):
         trainer.validate(module, datamodule=prepared.data, verbose=False)
@@ -229,12 +231,25 @@ def _finetune(task: Task, parser: LightningArgumentParser, options: Namespace, f
         _evaluate(task, options, folder, prepared, trainer, metrics)
 
 
+def _check_trainer(trainer: Trainer, options: Namespace) -> None:
+    """Refuse what would not be what it says."""
+    if options.privacy_epsilon is not None and (trainer.world_size > 1 or trainer.precision == "16-mixed"):
+        raise ValueError(
+            "--privacy_epsilon is for one device, and not for --precision 16-mixed, whose scaler clips anew"
+        )
+    sharded = isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+    if sharded and (options.patience is not None or options.lora):
+        raise ValueError("--patience and --lora need whole weights on each device; choose another --strategy")
+
+
 def _prepare(task: Task, options: Namespace) -> _Prepared:
     """Data and output layer."""
     texts = TextOptions(**options.text.as_dict())
     kind = RECIPES[task]
     examples = load_examples(task, options.data, texts, options.cache_dir)
     labels = kind.label_names(examples.train)
+    if task == "classify" and labels is None:
+        labels = ["value"]  # one output is a regression's
     model_folder = _model_folder(task, options.model)
     if model_folder is not None:
         start = pretrained(model_folder, task, labels)
