@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any
 
@@ -36,7 +36,7 @@ class FineTuningData(LightningDataModule):
         length: tokens of one.
         tokens_per_batch: the most tokens in a batch of one device.
         seed: of the order.
-        num_workers: processes that prepare training batches; 0 prepares them in the training process.
+        num_workers: processes that prepare batches; 0 prepares them in the training process.
         privacy: draws training batches as it wants them.
 
     Raises:
@@ -74,13 +74,12 @@ class FineTuningData(LightningDataModule):
         """This process's batches of the epoch, from where the trainer stands."""
         if self.privacy is not None:
             rate = self.privacy.sample_rate(len(self.train))
-            return PoissonBatches(self.train, self.collate, rate, self.seed, self._batches_done)
-        return _TrainingBatches(self, _lengths(self.train, self.length))
+            return PoissonBatches(self.train, self.collate, rate, self.seed, self.batches_done)
+        return _TrainingBatches(self, self.train)
 
     def val_dataloader(self) -> Any:
         """This process's batches of the held-out examples, the same every time."""
-        sampler = self.sampler(_lengths(self.validation, self.length), shuffle=False)
-        return DataLoader(_Features(self.validation), batch_sampler=sampler, collate_fn=self.collate)  # type: ignore[arg-type]
+        return _Batches(self, self.validation)
 
     def sampler(self, lengths: np.ndarray, **options: Any) -> TokenBudgetSampler:
         """This process's share of the batches."""
@@ -89,7 +88,7 @@ class FineTuningData(LightningDataModule):
             lengths, self.tokens_per_batch, seed=self.seed, rank=rank, world_size=world_size, **options
         )
 
-    def _batches_done(self) -> tuple[int, int]:
+    def batches_done(self) -> tuple[int, int]:
         """In all, and in this epoch."""
         if self.trainer is None:
             return 0, 0
@@ -97,7 +96,33 @@ class FineTuningData(LightningDataModule):
         return progress.total.completed, progress.current.completed
 
 
-class _TrainingBatches:
+class _Batches:
+    """Batches of features in their order. (Not a DataLoader: Lightning would shard it a second time.)"""
+
+    def __init__(self, data: FineTuningData, features: Sequence[Any]) -> None:
+        self.data = data
+        self.features = features
+        self.lengths = _lengths(features, data.length)
+
+    def __len__(self) -> int:
+        return len(self.data.sampler(self.lengths, shuffle=False))
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from DataLoader(
+            _Features(self.features),
+            batch_sampler=self.indices(),  # type: ignore[arg-type]
+            collate_fn=self.data.collate,
+            num_workers=self.data.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # leaves the global one alone, on which a resumed run's dropout depends
+        )
+
+    def indices(self) -> Iterable[np.ndarray]:
+        """Of the features of each batch."""
+        return self.data.sampler(self.lengths, shuffle=False)
+
+
+class _TrainingBatches(_Batches):
     """The batches of an epoch that are still to be trained on, of an endless stream: one pass after another.
 
     An epoch has as many batches as the first pass. A later one may have a few more or fewer, and runs on into the next
@@ -105,23 +130,12 @@ class _TrainingBatches:
     it was left: the position is in Lightning's own progress.
     """
 
-    def __init__(self, data: FineTuningData, lengths: np.ndarray) -> None:
-        self.data = data
-        self.lengths = lengths
-
     def __len__(self) -> int:
         return len(self.data.sampler(self.lengths))
 
-    def __iter__(self) -> Iterator[Any]:
-        trained_on, of_this_epoch = self.data._batches_done()
-        yield from DataLoader(
-            _Features(self.data.train),
-            batch_sampler=islice(self._stream(trained_on), len(self) - of_this_epoch),  # type: ignore[arg-type]
-            collate_fn=self.data.collate,
-            num_workers=self.data.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # leaves the global one alone, on which a resumed run's dropout depends
-        )
+    def indices(self) -> Iterable[np.ndarray]:
+        trained_on, of_this_epoch = self.data.batches_done()
+        return islice(self._stream(trained_on), len(self) - of_this_epoch)
 
     def _stream(self, start: int) -> Iterator[np.ndarray]:
         for number in count():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer
@@ -99,6 +101,9 @@ def main(arguments: list[str], begin: float) -> None:
     quieten()
     parser = build_parser(task)
     options = parse(parser, arguments[1:])
+    for wanted, package, extra in ((options.lora, "peft", "lora"), (options.privacy_epsilon, "opacus", "privacy")):
+        if wanted and find_spec(package) is None:
+            raise ValueError(f"this needs {package}: pip install 'fastformer[{extra}]'")
     folder = run_folder(Path(options.output))
     folder.prepare(options.resume, options.overwrite)
     seed_everything(options.seed, workers=True, verbose=False)
@@ -131,7 +136,7 @@ def build_parser(task: Task) -> LightningArgumentParser:
     add("--overrides", type=dict[str, Any], default={}, help="fields of a model from scratch that differ from --preset")
     add("--vocab_size", type=int, default=8192, help="of the tokenizer trained for a model from scratch")
     add("--epochs", type=int, default=3, metavar="N", help="passes over the examples")
-    add("--max_steps", type=int, default=-1, metavar="N", help="optimizer steps; -1 for as many as --epochs has")
+    add("--max_steps", type=int, default=-1, metavar="N", help="optimizer steps, if fewer than --epochs has")
     add("--tokens_per_batch", type=int, default=4096, help="the most tokens in a batch of one device")
     add("--evaluate_every", type=int, default=100, metavar="N", help=_EVALUATE_HELP)
     add("--patience", type=int | None, metavar="N", help="stop after so many evaluations without a better one")
@@ -209,6 +214,7 @@ def _finetune(task: Task, parser: LightningArgumentParser, options: Namespace, f
             SavePretrained(folder.model, adapter_alone=not options.adapter.merge),
         ],
     )
+    _check_trainer(trainer, options)
     trainer.fit(module, datamodule=prepared.data, ckpt_path=checkpoint)
     if stopping or (curve.validation and curve.validation[-1]["step"] != trainer.global_step):
         trainer.validate(module, datamodule=prepared.data, verbose=False)
@@ -225,12 +231,25 @@ def _finetune(task: Task, parser: LightningArgumentParser, options: Namespace, f
         _evaluate(task, options, folder, prepared, trainer, metrics)
 
 
+def _check_trainer(trainer: Trainer, options: Namespace) -> None:
+    """Refuse what would not be what it says."""
+    if options.privacy_epsilon is not None and (trainer.world_size > 1 or trainer.precision == "16-mixed"):
+        raise ValueError(
+            "--privacy_epsilon is for one device, and not for --precision 16-mixed, whose scaler clips anew"
+        )
+    sharded = isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+    if sharded and (options.patience is not None or options.lora):
+        raise ValueError("--patience and --lora need whole weights on each device; choose another --strategy")
+
+
 def _prepare(task: Task, options: Namespace) -> _Prepared:
     """Data and output layer."""
     texts = TextOptions(**options.text.as_dict())
     kind = RECIPES[task]
     examples = load_examples(task, options.data, texts, options.cache_dir)
     labels = kind.label_names(examples.train)
+    if task == "classify" and labels is None:
+        labels = ["value"]  # one output is a regression's
     model_folder = _model_folder(task, options.model)
     if model_folder is not None:
         start = pretrained(model_folder, task, labels)

@@ -31,6 +31,7 @@ from fastformer.data.tokenizer import Objective
 from fastformer.evaluation import (
     answer_metrics,
     classification_metrics,
+    corpus_perplexity,
     draw_confusion,
     regression_metrics,
     retrieval_metrics,
@@ -38,7 +39,6 @@ from fastformer.evaluation import (
     tagging_metrics,
     translation_metrics,
 )
-from fastformer.evaluation.perplexity import corpus_perplexity
 from fastformer.training.finetuning import (
     Batch,
     Classification,

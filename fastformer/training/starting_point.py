@@ -102,7 +102,7 @@ def pretrained(folder: str | Path, task: Task, labels: Sequence[str] | None = No
     Args:
         folder: with config.json and weights.
         task: decides the head.
-        labels: of the classes, for classify and tag.
+        labels: of the classes, for classify and tag; a single one for regression. None leaves them as they are.
 
     Raises:
         OSError: there is no model in the folder.

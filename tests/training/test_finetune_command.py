@@ -304,6 +304,36 @@ def test_options_run_to_their_end(options: list[str], data: Path, tmp_path: Path
     assert metrics(output)["end"]["loss"] < metrics(output)["start"]["loss"]
 
 
+def test_starts_from_the_pretraining_run_where_there_is_one(
+    data: Path, base: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "pretrain").mkdir(parents=True)
+    (tmp_path / "runs" / "pretrain" / "model").symlink_to(base["ours"])
+    assert cli.main([*command("classify", data, tmp_path / "output"), "--max_steps", "2"]) == 0
+    assert metrics(tmp_path / "output")["started_from"] == "runs/pretrain/model"
+    assert cli.main([*command("translate", data, tmp_path / "other"), *scratch("--max_steps", "2")]) == 0
+    assert metrics(tmp_path / "other")["started_from"] == "scratch, bert-tiny"
+
+
+@pytest.mark.parametrize("model", ["ours", "bert", "scratch"])
+def test_numbers_are_learnt_by_regression(model: str, base: dict[str, Path], tmp_path: Path) -> None:
+    draw = random.Random(0)
+    for split, count in (("train", 96), ("test", 12)):
+        scores = [draw.choice([0.0, 1.0, 2.0]) for _ in range(count)]
+        rows = [{"text": f"A {ANIMALS[int(score)]}.", "score": score} for score in scores]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    output = tmp_path / "output"
+    start = scratch() if model == "scratch" else ["--model", str(base[model]), "--optimizer.learning_rate=0.005"]
+    arguments = command("classify", tmp_path, output)
+    arguments[arguments.index("--data") + 1] = str(tmp_path)
+    assert cli.main([*arguments, *start]) == 0
+    found = metrics(output)
+    assert found["end"]["loss"] < found["start"]["loss"]
+    assert {"pearson", "mean_squared_error"} <= set(found["test"])
+    assert all(isinstance(line["prediction"], float) for line in lines(output / "predictions.jsonl"))
+
+
 def test_private_run_says_what_it_spent(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
     options = ["--privacy-epsilon", "8", "--privacy.batch_size", "16"]
@@ -331,6 +361,7 @@ def test_private_run_says_what_it_spent(data: Path, tmp_path: Path) -> None:
         (["finetune", "classify", "--privacy_epsilon", "1", "--adversarial", "fgm"], "do not go together"),
         (["finetune", "embed", "--privacy_epsilon", "1"], "in-batch negatives"),
         (["finetune", "classify", "--privacy_epsilon", "1", "--accumulate", "2"], "accumulate"),
+        (["finetune", "classify", "--privacy_epsilon", "1", "--devices", "2"], "--privacy_epsilon is for one device"),
         (["finetune", "tag", "--patience", "0"], "patience must be 1 or more; got 0"),
         (["predict", "absent", "--data", "x", "--out", "y"], "absent is no fine-tuning run"),
     ],

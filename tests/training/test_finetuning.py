@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from fastformer.training.finetuning import (
 )
 from fastformer.training.optimization import Optimization
 from fastformer.training.privacy import PoissonBatches, Privacy
+from fastformer.training.recipes import balanced_class_weights
 
 WORDS, LENGTHS = 20, (5, 3, 7, 4, 6, 5, 3, 8)
 SHAPE = {
@@ -302,3 +304,10 @@ def test_what_does_not_go_together_is_refused() -> None:
         Embedding(model, OPTIMIZATION, privacy=Privacy(1.0), examples=10)
     with pytest.raises(ValueError, match="examples must be given with privacy"):
         Classification(model, OPTIMIZATION, privacy=Privacy(1.0))
+
+
+def test_balanced_weights_make_classes_weigh_the_same() -> None:
+    recipe = SimpleNamespace(labels=["a", "b", "c"])
+    labels: list[Any] = [0, 0, 0, 1, [2, -100, 0, 1]]
+    weights = balanced_class_weights(recipe, [SimpleNamespace(labels=label) for label in labels])
+    assert weights == pytest.approx([7 / (3 * 4), 7 / (3 * 2), 7 / (3 * 1)])

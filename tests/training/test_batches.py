@@ -1,0 +1,68 @@
+"""Fine-tuning batches: nothing is left out or repeated, ranks share them, and an epoch goes on where it was left."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastformer.training.batches import FineTuningData, in_order
+
+FEATURES = [[number] * (1 + number % 7) for number in range(50)]
+
+
+def data(rank: int = 0, world_size: int = 1, done: tuple[int, int] = (0, 0), **options: Any) -> FineTuningData:
+    made = FineTuningData(SimpleNamespace(), FEATURES, FEATURES[:20], lambda rows: rows, len, 16, **options)
+    total, current = (SimpleNamespace(completed=count) for count in done)
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=total, current=current)))
+    made.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, fit_loop=loop)
+    return made
+
+
+def numbers(batches: Any) -> list[list[int]]:
+    return [[row[0] for row in batch] for batch in batches]
+
+
+def test_an_epoch_has_every_feature_once_in_full_batches() -> None:
+    batches = numbers(data().train_dataloader())
+    assert len(batches) == len(data().train_dataloader())
+    assert sorted(chain.from_iterable(batches)) == list(range(50))
+    assert max(sum(len(FEATURES[number]) for number in batch) for batch in batches) <= 16
+    assert batches != numbers(data(seed=1).train_dataloader())
+
+
+def test_epochs_run_on_so_that_nothing_is_left_out() -> None:
+    size = len(data().train_dataloader())
+    seen = [batch for epoch in range(10) for batch in numbers(data(done=(epoch * size, 0)).train_dataloader())]
+    assert len(seen) == 10 * size
+    counts = Counter(chain.from_iterable(seen))
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+@pytest.mark.parametrize("of_this_epoch", [1, 5])
+def test_an_epoch_goes_on_where_it_was_left(of_this_epoch: int) -> None:
+    size = len(data().train_dataloader())
+    whole = numbers(data(done=(size, 0)).train_dataloader())
+    assert numbers(data(done=(size + of_this_epoch, of_this_epoch)).train_dataloader()) == whole[of_this_epoch:]
+
+
+def test_ranks_share_the_batches_in_turn() -> None:
+    shares = [numbers(data(rank, 3).val_dataloader()) for rank in range(3)]
+    assert len({len(share) for share in shares}) == 1
+    assert list(chain.from_iterable(chain.from_iterable(zip(*shares, strict=True)))) == list(range(20))
+
+
+def test_validation_and_prediction_keep_the_order() -> None:
+    assert list(chain.from_iterable(numbers(data().val_dataloader()))) == list(range(20))
+    assert [row for batch in in_order(FEATURES, lambda rows: rows, len, 16) for row in batch] == FEATURES
+
+
+def test_too_long_features_and_empty_data_are_refused() -> None:
+    with pytest.raises(ValueError, match="tokens_per_batch=5 is less than the longest sequence, 7"):
+        list(in_order(FEATURES, lambda rows: rows, len, 5))
+    with pytest.raises(ValueError, match="examples to train on and to validate with; got 50 and 0"):
+        FineTuningData(SimpleNamespace(), FEATURES, [], np.array, len)
