@@ -14,6 +14,7 @@ COMMANDS = {
         "fastformer.training.pretrain",
         "train a Transformer from scratch: masked or causal language modelling, span corruption, denoising",
     ),
+    "evaluate": ("fastformer.evaluation.command", "metrics of predictions in a file of JSON lines"),
     "data": ("fastformer.data.command", "list, show and fetch labelled sets for fine-tuning"),
     "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),
     "kernels": (

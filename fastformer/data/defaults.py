@@ -206,7 +206,7 @@ def _questions(members: Sequence[Docstring]) -> Iterator[Question]:
                 match = matches[0]
                 asked = question.format(name=name, **{**match.groupdict(), "answer": ""})
                 identity = f"{document_key(context):016x}-{match.start('answer')}"
-                yield Question(identity, asked, context, (Answer(match["answer"], match.start("answer")),))
+                yield Question(identity, asked, context, (Answer(match["answer"].rstrip(), match.start("answer")),))
 
 
 # --- Tags -------------------------------------------------------------------------------------------------------------
@@ -249,7 +249,8 @@ def _tagged(sentence: str, quotes_are_code: bool) -> TaggedWords:
             add(code, "B-CODE", "I-CODE")
             place = match.end()
     add(sentence[place:], "O", "O")
-    return TaggedWords(tuple(words), tuple(tags) if "B-CODE" in tags else None)
+    is_marked = "B-CODE" in tags and "`" not in words  # a mark that is left has no partner: who knows what it marks
+    return TaggedWords(tuple(words), tuple(tags) if is_marked else None)
 
 
 # --- Translations -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Texts to token ids, fast: what stands between two spaces is tokenized once and looked up afterwards."""
+"""Texts to token ids, fast: a word with the white space before it is tokenized once and looked up afterwards."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 Encoded = tuple[NDArray[np.int32], NDArray[np.int64]]
 """All tokens of all texts in one array, and their number in each text."""
 
-# GPT-2's pattern never joins what lies on the two sides of here: no token ends in a space and begins in something else.
-_PIECE_BORDER = re.compile(r"(?<=\S)(?= \S)")
+# GPT-2's pattern never joins what lies on the two sides of here: white space is only ever joined to what follows it.
+_PIECE_BORDER = re.compile(r"(?<=\S)(?=[ \t\n\r])")
 _LONGEST_KEPT_PIECE = 64
 _MOST_PIECES = 1 << 20
 

@@ -176,7 +176,7 @@ def test_no_store(tmp_path):
 
 
 def test_full_disk(tmp_path, texts, tokenizer, full_disk):
-    with full_disk(10_000), pytest.raises(OSError, match="File too large|No space"):
+    with full_disk(10_000), pytest.raises(OSError, match=r"File too large|No space"):
         build(tmp_path / "store", texts, tokenizer)
     assert not (tmp_path / "store").exists()
     assert build(tmp_path / "store", texts, tokenizer).num_blocks > 5

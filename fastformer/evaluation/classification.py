@@ -1,0 +1,92 @@
+"""Accuracy, precision, recall, F1, Matthews' correlation and the confusion matrix; correlations for regression."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fastformer.data.files import atomic_file
+from fastformer.evaluation.checks import check_as_many
+
+
+def classification_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Metrics of predicted classes, all from 0 to 1, MCC from -1.
+
+    Precision, recall and F1 are means over the classes of the references and predictions, each class alike (macro); a
+    class that was never predicted has precision 0. "baseline" is the accuracy of always the commonest class.
+    """
+    from sklearn.metrics import accuracy_score, matthews_corrcoef, precision_recall_fscore_support
+
+    check_as_many(predictions, references)
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        references, predictions, average="macro", zero_division=0
+    )
+    _, counts = np.unique(references, return_counts=True)
+    return {
+        "accuracy": float(accuracy_score(references, predictions)),
+        "precision": float(precision),
+        "recall": float(recall),
+        "f1": float(f1),
+        "mcc": float(matthews_corrcoef(references, predictions)),
+        "baseline": float(counts.max() / counts.sum()),
+    }
+
+
+def class_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Precision, recall, F1 and number of references of each class."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    check_as_many(predictions, references)
+    names = sorted({*predictions, *references})
+    columns = precision_recall_fscore_support(references, predictions, labels=names, zero_division=0)
+    keys = ("precision", "recall", "f1", "references")
+    return {
+        name: dict(zip(keys, map(float, values), strict=True))
+        for name, values in zip(names, zip(*columns, strict=True), strict=True)
+    }
+
+
+def regression_metrics(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
+    """Pearson's and Spearman's correlation (GLUE's STS-B) and the mean squared error.
+
+    The correlations are 0 where all predictions, or all references, are the same.
+    """
+    from scipy.stats import pearsonr, spearmanr
+
+    check_as_many(predictions, references)
+    predicted, expected = np.asarray(predictions, float), np.asarray(references, float)
+    varied = len(set(predicted.tolist())) > 1 and len(set(expected.tolist())) > 1
+    return {
+        "pearson": float(pearsonr(predicted, expected).statistic) if varied else 0.0,
+        "spearman": float(spearmanr(predicted, expected).statistic) if varied else 0.0,
+        "mean_squared_error": float(np.mean((predicted - expected) ** 2)),
+    }
+
+
+def draw_confusion(predictions: Sequence[str], references: Sequence[str], path: Path) -> None:
+    """Writes a PNG of how many of each class (rows) were predicted as which (columns); shades are shares of the row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from sklearn.metrics import confusion_matrix
+
+    check_as_many(predictions, references)
+    names = sorted({*predictions, *references})
+    counts = confusion_matrix(references, predictions, labels=names)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = 2.5 + 0.7 * len(names)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("reference")
+    for (row, column), count in np.ndenumerate(counts):
+        axes.text(
+            column, row, f"{count:,}", ha="center", va="center", color="white" if shares[row, column] > 0.5 else "black"
+        )
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)

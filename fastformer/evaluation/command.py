@@ -1,0 +1,147 @@
+"""The command ``fastformer evaluate``: metrics of predictions in a file of JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastformer.data.files import atomic_file
+from fastformer.data.readers import Row, read_rows
+from fastformer.evaluation.classification import classification_metrics, draw_confusion, regression_metrics
+from fastformer.evaluation.perplexity import corpus_perplexity
+from fastformer.evaluation.question_answering import answer_metrics
+from fastformer.evaluation.summarization import summary_metrics
+from fastformer.evaluation.tagging import tagging_metrics
+from fastformer.evaluation.translation import translation_metrics
+
+Metrics = dict[str, float]
+
+_EPILOG = """\
+what each line of PREDICTIONS.jsonl needs, beside anything else:
+  classify              prediction, reference: names of classes, or numbers for regression
+  tag                   prediction, reference: lists of tags, as many as words
+  qa                    prediction: text, "" for no answer; references: list of texts, empty for no answer
+  summarize, translate  prediction, reference: texts
+  generate              log_likelihood: of the answer, in nats; tokens: how many it has
+
+examples:
+  fastformer evaluate runs/classify/predictions.jsonl --task classify --output runs/classify/evaluation
+  fastformer evaluate predictions.jsonl --task translate --language ja --json
+"""
+
+
+def main(arguments: list[str], begin: float) -> None:
+    """Run ``fastformer evaluate``.
+
+    Args:
+        arguments: those of the command line after ``evaluate``.
+        begin: `time.monotonic()` when the command started.
+
+    Raises:
+        ValueError, OSError: in what the user gave.
+    """
+    options = _parser().parse_args(arguments)
+    if options.language is not None and options.task != "translate":
+        raise ValueError(f"--language is for --task translate, not {options.task}")
+    rows = list(read_rows(Path(options.predictions)))
+    if not rows:
+        raise ValueError(f"{options.predictions} holds no predictions")
+    metrics = _TASKS[options.task](rows, options)
+    report = {"task": options.task, "examples": len(rows), **metrics}
+    if options.output is not None:
+        with atomic_file(Path(options.output) / "metrics.json") as file:
+            file.write(json.dumps(report, indent=2).encode() + b"\n")
+    if options.json:
+        print(json.dumps(report))
+    else:
+        _print(report, options.output)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastformer evaluate",
+        description="Metrics of predictions beside their references.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("predictions", metavar="PREDICTIONS.jsonl", help="what `fastformer predict` writes")
+    parser.add_argument("--task", choices=tuple(_TASKS), required=True)
+    parser.add_argument("--language", help="of translations: zh, ja and ko are judged by characters")
+    parser.add_argument("--output", metavar="DIR", help="write metrics.json here, and of classes confusion.png")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _field(row: Row, name: str, kind: type | tuple[type, ...], what: str) -> Any:
+    """A field of a row, of the kind that the task needs."""
+    value = row.values.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        found = f"found {value!r:.60}" if name in row.values else f"found fields {', '.join(row.values)}"
+        raise ValueError(f"{row.where}: {name} must be {what}; {found}")
+    return value
+
+
+def _texts(rows: list[Row]) -> tuple[list[str], list[str]]:
+    predictions, references = ([_field(row, n, str, "a text") for row in rows] for n in ("prediction", "reference"))
+    return predictions, references
+
+
+def _classify(rows: list[Row], options: argparse.Namespace) -> Metrics:
+    numeric = isinstance(rows[0].values.get("reference"), float)
+    kind, what = ((int, float), "a number") if numeric else ((str, int), "the name of a class")
+    predictions, references = ([_field(row, n, kind, what) for row in rows] for n in ("prediction", "reference"))
+    if numeric:
+        return regression_metrics(predictions, references)
+    names = list(map(str, predictions)), list(map(str, references))
+    if options.output is not None:
+        draw_confusion(*names, Path(options.output) / "confusion.png")
+    return classification_metrics(*names)
+
+
+def _tag(rows: list[Row], options: argparse.Namespace) -> Metrics:
+    predictions, references = (
+        [_field(row, n, list, "a list of tags") for row in rows] for n in ("prediction", "reference")
+    )
+    return tagging_metrics(predictions, references)
+
+
+def _answer(rows: list[Row], options: argparse.Namespace) -> Metrics:
+    return answer_metrics(
+        [_field(row, "prediction", str, 'a text, "" for no answer') for row in rows],
+        [_field(row, "references", list, "a list of texts") for row in rows],
+    )
+
+
+def _generate(rows: list[Row], options: argparse.Namespace) -> Metrics:
+    likelihoods = [_field(row, "log_likelihood", (int, float), "a number, in nats") for row in rows]
+    tokens = [_field(row, "tokens", int, "a whole number") for row in rows]
+    return {"perplexity": corpus_perplexity(likelihoods, tokens), "tokens": sum(tokens)}
+
+
+_TASKS: dict[str, Callable[[list[Row], argparse.Namespace], Metrics]] = {
+    "classify": _classify,
+    "tag": _tag,
+    "qa": _answer,
+    "summarize": lambda rows, options: summary_metrics(*_texts(rows)),
+    "translate": lambda rows, options: translation_metrics(*_texts(rows), language=options.language),
+    "generate": _generate,
+}
+
+
+def _print(report: dict[str, Any], output: str | None) -> None:
+    console = Console()
+    table = Table(title=f"{report['task']}, {report['examples']:,} examples")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in report.items():
+        if name not in ("task", "examples"):
+            table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
+    console.print(table)
+    if output is not None:
+        console.print(f"written to {output}", highlight=False, soft_wrap=True)

@@ -1,0 +1,256 @@
+"""Labelled data in the layouts in which it comes, and what is said of files that are not in them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastformer.data.examples import Answer, ClassifiedText, Conversation, Message, Question, SimilarTexts, SourceTarget
+from fastformer.data.readers import (
+    find_splits,
+    read_classification,
+    read_conversations,
+    read_questions,
+    read_similar,
+    read_summaries,
+    read_tagging,
+    read_translations,
+)
+
+
+def write(path, *lines):
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_json(path, *rows):
+    return write(path, *(json.dumps(row, ensure_ascii=False) for row in rows))
+
+
+# --- Classification ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (
+            ["gj04\t1\t\tOur \"friends won't.", "gj04\t0\t*\tThey drank."],
+            [("Our \"friends won't.", None, "1"), ("They drank.", None, "0")],
+        ),
+        (["sentence\tlabel", "it 's \"great\t1"], [("it 's \"great", None, "1")]),
+        (["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\tA b.\tB a."], [("A b.", "B a.", "1")]),
+        (["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "0\t1\t2\tWhy?\tHow?\t0"], [("Why?", "How?", "0")]),
+        (["index\tsentence1\tsentence2\tgold_label", "0\tA.\tB.\tneutral"], [("A.", "B.", "neutral")]),
+        (["index\tquestion\tsentence\tlabel", "0\tWho?\tHe.\tentailment"], [("Who?", "He.", "entailment")]),
+        (["index\tsentence1\tsentence2\tscore", "0\tA.\tB.\t3.8"], [("A.", "B.", 3.8)]),
+        (["index\tsentence", "0\tNo label."], [("No label.", None, None)]),
+    ],
+    ids=["CoLA", "SST-2", "MRPC", "QQP", "MNLI", "QNLI", "STS-B", "test"],
+)
+def test_glue(tmp_path, lines, expected):
+    assert read_classification(write(tmp_path / "train.tsv", *lines)) == [ClassifiedText(*row) for row in expected]
+
+
+def test_csv_and_json_lines(tmp_path):
+    expected = [ClassifiedText('Says "no", twice\nover.', None, "neg"), ClassifiedText("Ünïcode", None, "2")]
+    assert (
+        read_classification(write(tmp_path / "a.csv", "text,label", '"Says ""no"", twice', 'over.",neg', "Ünïcode,2"))
+        == expected
+    )
+    rows = ({"text": expected[0].text, "label": "neg"}, {"text": "Ünïcode", "label": 2})
+    assert read_classification(write_json(tmp_path / "a.jsonl", *rows)) == expected
+
+
+# --- Other tasks ------------------------------------------------------------------------------------------------------
+
+
+def test_conll(tmp_path):
+    lines = ["-DOCSTART- -X- -X- O", "", "EU NNP B-NP B-ORG", "rejects VBZ B-VP O", "", "", "Peter NNP B-NP B-PER"]
+    found = read_tagging(write(tmp_path / "eng.train", *lines))
+    assert [tuple(sentence) for sentence in found] == [(("EU", "rejects"), ("B-ORG", "O")), (("Peter",), ("B-PER",))]
+    rows = ({"tokens": ["EU", "rejects"], "ner_tags": ["B-ORG", "O"]}, {"words": ["Peter"], "tags": ["B-PER"]})
+    assert read_tagging(write_json(tmp_path / "a.jsonl", *rows)) == found
+
+
+CONTEXT = "Ünïcode was made in 1991."
+
+
+def test_squad(tmp_path):
+    asked = [
+        {"id": "1", "question": "When?", "answers": [{"text": "1991", "answer_start": 20}]},
+        {"id": "2", "question": "Who?", "answers": [], "is_impossible": True, "plausible_answers": []},
+    ]
+    squad = {"version": "v2.0", "data": [{"title": "T", "paragraphs": [{"context": CONTEXT, "qas": asked}]}]}
+    path = tmp_path / "train-v2.0.json"
+    path.write_text(json.dumps(squad, indent=1))
+    expected = [Question("1", "When?", CONTEXT, (Answer("1991", 20),)), Question("2", "Who?", CONTEXT, ())]
+    assert read_questions(path) == expected
+    flat = [
+        {"id": "1", "question": "When?", "context": CONTEXT, "answers": {"text": ["1991"], "answer_start": [20]}},
+        {"id": "2", "question": "Who?", "context": CONTEXT, "answers": {"text": [], "answer_start": []}},
+        {"id": "3", "question": "To predict?", "context": CONTEXT},
+    ]
+    assert read_questions(write_json(tmp_path / "a.jsonl", *flat)) == [
+        *expected,
+        Question("3", "To predict?", CONTEXT, None),
+    ]
+
+
+def test_summaries(tmp_path):
+    expected = [SourceTarget("A document.", "Short."), SourceTarget("Another \u2028 one.", "Shorter.")]
+    rows = [
+        {"document": expected[0].source, "summary": "Short."},
+        {"article": expected[1].source, "highlights": "Shorter."},
+    ]
+    assert read_summaries(write_json(tmp_path / "a.jsonl", *rows)) == expected
+    write(tmp_path / "train.target", *(pair.target for pair in expected))
+    assert read_summaries(write(tmp_path / "train.source", *(pair.source for pair in expected))) == expected
+
+
+def test_translations_right_to_left_and_cjk(tmp_path):
+    pairs = [SourceTarget("Not an integer.", "整数ではありません。"), SourceTarget("No match.", "לא תואם.")]
+    write(tmp_path / "train.xx", *(pair.target for pair in pairs))
+    parallel = write(tmp_path / "train.en", *(pair.source for pair in pairs))
+    rows = [{"translation": {"en": pair.source, "xx": pair.target}} for pair in pairs]
+    units = "".join(
+        f'<tu><tuv xml:lang="en"><seg>{s}</seg></tuv><tuv xml:lang="xx"><seg>{t}</seg></tuv></tu>' for s, t in pairs
+    )
+    paths = [
+        parallel,
+        write_json(tmp_path / "a.jsonl", *rows),
+        write(tmp_path / "a.tsv", "en\txx", *(f"{s}\t{t}" for s, t in pairs)),
+        write(tmp_path / "a.tmx", f'<tmx version="1.4"><body>{units}</body></tmx>'),
+    ]
+    for path in paths:
+        assert read_translations(path, "en", "xx") == pairs, path
+        backwards = path.with_suffix(".xx") if path == parallel else path
+        assert read_translations(backwards, "xx", "en") == [SourceTarget(t, s) for s, t in pairs]
+
+
+def test_conversations(tmp_path):
+    messages = [{"role": r, "content": c} for r, c in (("system", "Be brief."), ("user", "Hi"), ("assistant", "Yo"))]
+    rows = [
+        {"messages": messages},
+        {"prompt": "Hi", "completion": "Yo"},
+        {"instruction": "Add", "input": "1 2", "output": "3"},
+    ]
+    assert read_conversations(write_json(tmp_path / "a.jsonl", *rows)) == [
+        Conversation((Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Yo"))),
+        Conversation((Message("user", "Hi"), Message("assistant", "Yo"))),
+        Conversation((Message("user", "Add\n\n1 2"), Message("assistant", "3"))),
+    ]
+
+
+def test_similar(tmp_path):
+    rows = [{"anchor": "a", "positive": "b"}, {"query": "c", "pos": "d", "neg": "e"}]
+    assert read_similar(write_json(tmp_path / "a.jsonl", *rows)) == [
+        SimilarTexts("a", "b", None),
+        SimilarTexts("c", "d", "e"),
+    ]
+
+
+def test_splits_of_a_folder(tmp_path):
+    for name in ("train-v2.0.json", "dev_matched.tsv", "dev_mismatched.tsv", "test.tsv", "trains.txt", "README.md"):
+        (tmp_path / name).write_text("x")
+    found = {split: [path.name for path in paths] for split, paths in find_splits(tmp_path).items()}
+    assert found == {
+        "train": ["train-v2.0.json"],
+        "validation": ["dev_matched.tsv", "dev_mismatched.tsv"],
+        "test": ["test.tsv"],
+    }
+    (tmp_path / "train-v2.0.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no training file.*found README.md, dev_matched.tsv"):
+        find_splits(tmp_path)
+
+
+# --- Bad files --------------------------------------------------------------------------------------------------------
+
+
+def translations(path):
+    return read_translations(path, "en", "de")
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "content", "message"),
+    [
+        (
+            read_classification,
+            "a.tsv",
+            "sentence\tlabel\na\t1\nb",
+            "line 3: found 1 columns, expected 2: sentence, label",
+        ),
+        (
+            read_classification,
+            "a.tsv",
+            "body\tlabel\na\t1",
+            "line 2: no text column; found body, label; accepted are text",
+        ),
+        (read_classification, "a.tsv", "text\tscore\na\tgood", "line 2: score must be a number, found 'good'"),
+        (read_classification, "a.tsv", "text\tlabel\n \t1", "line 2: text column is empty"),
+        (read_classification, "a.tsv", "", "is empty; its first line must name the columns"),
+        (read_classification, "a.tsv", "text\tlabel\n", "holds no examples"),
+        (read_classification, "a.csv", 'text,label\n"a,1', "line 2: not CSV"),
+        (read_classification, "a.xml", "", r"unknown suffix '.xml'; accepted are .jsonl"),
+        (
+            read_classification,
+            "a.jsonl",
+            '{"text": "a", "label": 0.5}',
+            "line 1: label must be a string or a whole number",
+        ),
+        (read_tagging, "a.txt", "EU B-ORG\nrejects", "line 2: found 1 columns, expected 2: word ... tag"),
+        (read_tagging, "a.jsonl", '{"tokens": ["a"], "tags": []}', "line 1: tags must be a list of strings"),
+        (read_tagging, "a.jsonl", '{"tokens": ["a", "b"], "tags": ["O"]}', "found 2 words and 1 tags"),
+        (read_questions, "a.json", '{"data": [}', "line 1: not JSON"),
+        (read_questions, "a.json", '{"data": [{}]}', r"not SQuAD's layout, data\[\]..*no 'paragraphs'"),
+        (
+            read_questions,
+            "a.jsonl",
+            '{"id": 1, "question": "q", "context": "abc", "answers": {"text": ["b"], "answer_start": [0]}}',
+            "line 1: the answer 'b' is not at character 0 of the context, but 'a'",
+        ),
+        (
+            read_summaries,
+            "a.jsonl",
+            '{"summary": "a"}',
+            "line 1: no document; found summary; accepted are document, article",
+        ),
+        (translations, "a.jsonl", '{"translation": {"en": "a", "fr": "b"}}', None),
+        (translations, "a.jsonl", '{"translation": ["a"]}', "translation must be an object, found list"),
+        (translations, "a.tmx", "<tmx><tu>", "not TMX"),
+        (translations, "a.en", "a\n", r"needs a.de beside it"),
+        (
+            read_conversations,
+            "a.jsonl",
+            '{"messages": [{"role": "human", "content": "a"}]}',
+            r"messages\[0\]: role 'human'; accepted are system",
+        ),
+        (
+            read_conversations,
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            "no message of the assistant",
+        ),
+        (read_conversations, "a.jsonl", '{"messages": []}', "messages must be a list of at least one"),
+        (read_similar, "a.jsonl", '{"anchor": "a"}', "line 1: no positive; found anchor"),
+        (read_similar, "a.jsonl", "[1]", "line 1: expected a JSON object, found a list"),
+    ],
+)
+def test_bad_files(tmp_path, read, name, content, message):
+    path = tmp_path / name
+    path.write_text(content)
+    if message is None:  # a translation to be made
+        assert read(path)[0].target is None
+        return
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
+        read(path)
+    assert str(path) in str(raised.value)
+
+
+def test_parallel_files_of_unlike_length(tmp_path):
+    write(tmp_path / "a.de", "eins")
+    with pytest.raises(ValueError, match=r"a.en has 2 lines, but .*a.de has 1"):
+        translations(write(tmp_path / "a.en", "one", "two"))
+    write(tmp_path / "b.de", "eins", "")
+    with pytest.raises(ValueError, match=r"b.de, line 2: empty, while its pair is not"):
+        translations(write(tmp_path / "b.en", "one", "two"))
