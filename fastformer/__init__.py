@@ -9,6 +9,8 @@ torch.Size([2, 8, 128, 64])
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastformer.integrations.registration import register as _register_with_transformers
+
 if TYPE_CHECKING:
     from fastformer.backends import backend
     from fastformer.ops import (
@@ -67,3 +69,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fastformer' has no attribute {name!r}")
     module = importlib.import_module("fastformer.backends" if name == "backend" else "fastformer.ops")
     return globals().setdefault(name, getattr(module, name))
+
+
+_register_with_transformers()

@@ -16,6 +16,11 @@ COMMANDS = {
     ),
     "evaluate": ("fastformer.evaluation.command", "metrics of predictions in a file of JSON lines"),
     "data": ("fastformer.data.command", "list, show and fetch labelled sets for fine-tuning"),
+    "finetune": (
+        "fastformer.training.finetune",
+        "fine-tune a model: classify, tag, qa, summarize, translate, generate or embed",
+    ),
+    "predict": ("fastformer.training.predict", "the predictions of a fine-tuned model, as JSON lines"),
     "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),
     "kernels": (
         "fastformer.inspection.command",

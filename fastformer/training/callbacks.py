@@ -309,6 +309,7 @@ class SavePretrained(Callback):
             tokenizer.model_max_length = min(longest, getattr(tokenizer, "model_max_length", longest))
         with atomic_folder(self.folder) as folder:
             model.save_pretrained(folder, state_dict=state)
+            model.config.save_pretrained(folder)  # beside an adapter too: it names the labels
             tokenizer.save_pretrained(folder)
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -414,6 +415,8 @@ def _tokens(batch: Any) -> int:
     """Real tokens of a batch, packed or dense, sources and targets, or of a list of batches."""
     if isinstance(batch, (list, tuple)):
         return sum(map(_tokens, batch))
+    if "input_ids" not in batch:  # one batch for each side of pairs
+        return sum(map(_tokens, batch.values()))
     sides = [name for name in ("input_ids", "decoder_input_ids") if name in batch]
     masks = [batch.get(name.replace("input_ids", "attention_mask")) for name in sides]
     return sum(

@@ -127,14 +127,15 @@ class FineTuning(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._loss_sum = torch.zeros(2, dtype=torch.float64)  # and targets
-        self._outputs: list[Any] = []
+        self._outputs: list[list[Any]] = []  # of each batch
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss, output = self.run(batch)
         targets = self.targets(batch)
         if targets:
             self._loss_sum += torch.tensor([loss.item() * targets, targets])
-        self._outputs += self.outputs(batch, output)
+        if self.judge is not None:
+            self._outputs.append(self.outputs(batch, output))
 
     def on_validation_epoch_end(self) -> None:
         sums = self._loss_sum
@@ -142,9 +143,17 @@ class FineTuning(LightningModule):
             sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
         total, targets = sums.tolist()
         metrics = {"loss": total / targets} if targets else {}
-        if self.judge is not None and self._outputs:
-            metrics |= self.judge(self._outputs)
+        if self.judge is not None and (outputs := self._outputs_of_all_ranks()):
+            metrics |= self.judge(outputs)
         self.log_dict({f"val/{name}": value for name, value in metrics.items()}, sync_dist=True)
+
+    def _outputs_of_all_ranks(self) -> list[Any]:
+        """In the order of the examples: ranks take batches in turn."""
+        ranks: list[Any] = [self._outputs]
+        if self.trainer.world_size > 1:
+            ranks = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(ranks, self._outputs)
+        return [output for batches in zip(*ranks, strict=True) for batch in batches for output in batch]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Any]:
         return self.outputs(batch, self.model(**batch))
@@ -166,6 +175,7 @@ class Classification(FineTuning):
                 f"class_weights must be {classes} numbers of at least 0, one for each class; got {class_weights}"
             )
         weights = None if class_weights is None else torch.tensor(class_weights)
+        self.class_weights: torch.Tensor | None
         self.register_buffer("class_weights", weights, persistent=False)
 
     def run(self, batch: Batch) -> tuple[torch.Tensor, Any]:
@@ -208,8 +218,7 @@ class Embedding(FineTuning):
     cosine similarity / temperature (van den Oord et al. 2018; Gao et al., "SimCSE", 2021), and, `symmetric`, its anchor
     among all anchors. A model without ``embeddings`` in its output is pooled over its real tokens and normalised.
 
-    `outputs`: of each pair (2, hidden_size) float32, its anchor's and its positive's vector; for prediction, of each
-    sequence its vector.
+    `outputs`: of each pair (2, hidden_size) float32, its anchor's and its positive's vector.
 
     Args:
         temperature: see above.
@@ -252,7 +261,7 @@ class Embedding(FineTuning):
         return list(torch.stack(output, dim=1).cpu().numpy())
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Any]:
-        return list(self.embed(batch).cpu().numpy())
+        return self.outputs(batch, (self.embed(batch["anchor"]), self.embed(batch["positive"])))
 
 
 def sequences(batch: Batch, values: np.ndarray) -> list[np.ndarray]:

@@ -25,7 +25,7 @@ from fastformer.training.callbacks import (
 from fastformer.training.checkpoints import StepCheckpoint, latest_checkpoint
 from fastformer.training.memory import PeakMemory
 from fastformer.training.pretraining import MODULES, PretrainingModule
-from fastformer.training.report import Rows, console_table, write_report
+from fastformer.training.pretraining_report import Rows, console_table, write_report
 from fastformer.training.run import (
     RunFolder,
     SaveOptions,

@@ -55,7 +55,7 @@ def test_embeddings_have_nothing_new(ours: FastformerForPreTraining, tmp_path: P
 
 
 def test_a_model_of_another_stack_is_refused(ours: FastformerForPreTraining, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="FastformerForSeq2SeqLM needs .*encoder_decoder.*got 'encoder'"):
+    with pytest.raises(ValueError, match=r"FastformerForSeq2SeqLM needs .*encoder_decoder.*got 'encoder'"):
         pretrained(tmp_path, "summarize")
 
 

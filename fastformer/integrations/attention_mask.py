@@ -1,0 +1,340 @@
+"""The attention masks of transformers models, kept as lengths and structure in place of (queries, keys) elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map_only
+from transformers import masking_utils
+from transformers.utils.import_utils import is_tracing
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class MaskStructure:
+    """What `fastformer.attention` needs to know in place of a dense mask.
+
+    Attributes:
+        causal, window, chunk, alignment, key_lengths: as `fastformer.attention` takes them.
+        key_mask: (batch, 1, 1, keys) boolean, the keys that are not padding; None where lengths say it.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as `fastformer.attention` takes them, over the tokens of
+            all rows one after the other, where rows hold several sequences.
+    """
+
+    causal: bool = False
+    window: tuple[int | None, int | None] = (None, None)
+    chunk: int | None = None
+    alignment: str = "bottom_right"
+    key_lengths: torch.Tensor | None = None
+    key_mask: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+
+    @property
+    def ignores_positions(self) -> bool:
+        return not self.causal and self.window == (None, None) and self.chunk is None
+
+    def arguments(self) -> dict[str, Any]:
+        """What to call `fastformer.attention` with."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"mask": values.pop("key_mask"), **values}
+
+
+class AttentionMask(torch.Tensor):
+    """A boolean (batch, 1, queries, keys) mask, True = may attend, whose elements are computed when someone asks.
+
+    To a model it is a tensor: what slices, expands or combines it gets the elements that transformers itself would have
+    computed. To floating scores it adds 0 where one may attend and the lowest number elsewhere, as the mask of the
+    eager implementation does; arithmetic that would take True for the number 1 is a ValueError.
+
+    Attributes:
+        structure: what says it all without the elements, or None.
+        dense: the elements, computed once.
+    """
+
+    structure: MaskStructure | None
+    _build: Callable[[], torch.Tensor]
+    _elements: torch.Tensor | None
+    _source: AttentionMask | None
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls,
+        shape: tuple[int, ...],
+        device: torch.device,
+        build: Callable[[], torch.Tensor],
+        structure: MaskStructure | None,
+        source: AttentionMask | None = None,
+    ) -> AttentionMask:
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        mask.structure, mask._build, mask._elements, mask._source = structure, build, None, source
+        return mask
+
+    @property
+    def dense(self) -> torch.Tensor:
+        if self._elements is None:
+            self._elements = self._build()
+        return self._elements
+
+    def additive(self, dtype: torch.dtype) -> torch.Tensor:
+        """The mask as numbers to add to scores of `dtype`."""
+        return torch.zeros_like(self.dense, dtype=dtype).masked_fill_(~self.dense, torch.finfo(dtype).min)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"AttentionMask(shape={tuple(self.shape)}, structure={self.structure})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        operation, dtype = func.overloadpacket, _floating_dtype(args, kwargs)
+        written = args[0] if func._schema.is_mutable and isinstance(args[0], AttentionMask) else None
+        if operation in _ADDED and dtype is not None and written is None:
+            args, kwargs = tree_map_only(AttentionMask, lambda mask: mask.additive(dtype), (args, kwargs))
+            return func(*args, **kwargs)
+        among_numbers = dtype is not None and not (operation in _CHOOSES or "scaled_dot_product" in str(operation))
+        if among_numbers or (operation in _CALCULATES and any(type(argument) in (int, float) for argument in args)):
+            # A TypeError would be taken for "not implemented" by Python's operators.
+            raise ValueError(
+                f"{operation} takes an attention mask for the numbers 0 and 1, but it is boolean, True = may attend; "
+                f'use attn_implementation="eager" with a model that calculates with it'
+            )
+        source = next(leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, AttentionMask))
+        args, kwargs = tree_map_only(AttentionMask, lambda mask: mask.dense, (args, kwargs))
+        result = func(*args, **kwargs)
+        if written is not None:
+            written._forget_structure()
+            return written
+        if operation in _GIVES_MASKS:
+            return tree_map_only(torch.Tensor, lambda tensor: _mask_of(tensor, source), result)
+        return result
+
+    def _forget_structure(self) -> None:
+        """The elements have been written to, here or through a view of them."""
+        mask: AttentionMask | None = self
+        while mask is not None:
+            mask.structure = None
+            mask = mask._source
+
+
+def _operations(names: str) -> set[Any]:
+    return {getattr(aten, name) for name in names.split()}
+
+
+# Where a boolean mask meets numbers: it is added to them, or stored among them; it chooses among them; or it would have
+# to become one of them.
+_ADDED = _operations("add add_ cat copy_ _to_copy")
+_CHOOSES = _operations("where masked_fill masked_fill_ masked_select index index_put index_put_ bitwise_and bitwise_or")
+_CALCULATES = _operations("add sub rsub mul div eq ne lt le gt ge")
+# What a mask is a mask again after.
+_GIVES_MASKS = _operations(
+    "slice select expand view _unsafe_view unsqueeze squeeze alias permute transpose clone detach index index_select "
+    "cat repeat split split_with_sizes unbind _to_copy masked_fill bitwise_and bitwise_or bitwise_not logical_and "
+    "logical_or"
+)
+
+
+def _floating_dtype(args: Any, kwargs: Any) -> torch.dtype | None:
+    """The floating dtype that a mask is combined with or cast to, if any."""
+    leaves = tree_flatten((args, kwargs))[0]
+    dtypes = [leaf if isinstance(leaf, torch.dtype) else getattr(leaf, "dtype", torch.bool) for leaf in leaves]
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
+
+
+def _mask_of(tensor: torch.Tensor, source: AttentionMask) -> torch.Tensor:
+    """What came of `source`, of whose elements it may be a view."""
+    if tensor.dtype != torch.bool:
+        return tensor
+    return AttentionMask(tuple(tensor.shape), tensor.device, lambda: tensor, None, source)
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **skips: Any,
+) -> torch.Tensor:
+    """The mask function of ``attn_implementation="fastformer"``; arguments as of transformers' `sdpa_mask`.
+
+    Returns an `AttentionMask`, or its elements where a graph is being traced: reading lengths would break it. `skips`
+    are transformers' hints on when to leave out the mask, which a mask without elements does not need.
+    """
+    build: Callable[..., Any] = partial(
+        masking_utils.sdpa_mask,
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,  # type: ignore[arg-type]  # of a static cache it is a tensor
+        kv_offset,
+        mask_function,
+        attention_mask,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        use_vmap=use_vmap,
+        device=device,
+    )
+    # A static cache is there to be compiled. Its mask of one query is one row, which structure would not make smaller.
+    compilable = isinstance(q_offset, torch.Tensor) and q_length == 1
+    if compilable or is_tracing(attention_mask):
+        return build()
+    structure = _structure(
+        batch_size, q_length, kv_length, int(q_offset), kv_offset, mask_function, attention_mask, device
+    )
+    return AttentionMask((batch_size, 1, q_length, kv_length), torch.device(device), build, structure)
+
+
+def _structure(
+    batch: int,
+    queries: int,
+    keys: int,
+    q_offset: int,
+    kv_offset: int,
+    mask_function: Callable,
+    padding: torch.Tensor | None,
+    device: torch.device | str,
+) -> MaskStructure | None:
+    """What the mask function and the padding say, or None where only the elements do."""
+    pattern = _pattern(mask_function)
+    if pattern is None:
+        return None
+    structure, left_padding, sequence_ids = pattern.structure, pattern.left_padding, pattern.sequence_ids
+    # Our chunks count from the first key.
+    if structure.chunk is not None and (kv_offset % structure.chunk or left_padding is None or left_padding.any()):
+        return None
+    if sequence_ids is not None:
+        if padding is not None or structure.chunk is not None or queries != keys:
+            return None
+        return _with_documents(structure, sequence_ids.expand(batch, -1))
+    first, written = q_offset - kv_offset, q_offset - kv_offset + queries
+    if first == 0:
+        structure = replace(structure, alignment="top_left")
+    elif not (structure.ignores_positions or written == keys):
+        # A static cache, whose last keys are not written yet.
+        if not (structure.causal and 0 < written < keys):
+            return None
+        lengths = torch.full((batch,), written, dtype=torch.int32, device=device)
+        structure = replace(structure, key_lengths=lengths)
+    if padding is None:
+        return structure
+    if padding.dim() != 2:
+        return None
+    missing = keys + kv_offset - padding.shape[-1]
+    valid = torch.nn.functional.pad(padding, (0, max(missing, 0)))[:, kv_offset : kv_offset + keys]
+    return _with_padding(structure, valid, written)
+
+
+def _with_padding(structure: MaskStructure, valid: torch.Tensor, written: int) -> MaskStructure:
+    """`structure` with the keys that `valid`, (batch, keys) boolean, leaves; one synchronisation with the GPU."""
+    lengths = valid.sum(-1, dtype=torch.int32)
+    everything, at_end, of_written = torch.stack(
+        [valid.all(), (valid[:, 1:] <= valid[:, :-1]).all(), (lengths == written).all()]
+    ).tolist()
+    if everything:
+        return structure
+    # Lengths of the keys move the queries of a bottom-right alignment along.
+    if at_end and (structure.ignores_positions or structure.alignment == "top_left" or of_written):
+        return replace(structure, key_lengths=lengths)
+    return replace(structure, key_mask=valid[:, None, None, :])
+
+
+def _with_documents(structure: MaskStructure, sequence_ids: torch.Tensor) -> MaskStructure:
+    """`structure` within each run of equal ids of the rows of `sequence_ids`, (batch, sequence)."""
+    first = torch.ones_like(sequence_ids, dtype=torch.bool)
+    first[:, 1:] = sequence_ids.diff() != 0
+    starts = first.flatten().nonzero().flatten()
+    boundaries = torch.nn.functional.pad(starts, (0, 1), value=sequence_ids.numel()).int()
+    longest = int(boundaries.diff().max())
+    return replace(
+        structure, cu_seqlens_q=boundaries, cu_seqlens_k=boundaries, max_seqlen_q=longest, max_seqlen_k=longest
+    )
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    """What a mask function made of transformers' own parts says.
+
+    Attributes:
+        structure: what it says about positions.
+        left_padding: (batch,), the padding before the first chunk, if it has chunks.
+        sequence_ids: (batch, sequence), equal for the tokens of one document, if rows are packed.
+    """
+
+    structure: MaskStructure
+    left_padding: torch.Tensor | None = None
+    sequence_ids: torch.Tensor | None = None
+
+
+def _code(name: str, *arguments: Any, encloses: str) -> CodeType | None:
+    """The code of the mask functions that a factory of transformers returns; None if it is not as we know it."""
+    factory = getattr(masking_utils, name, None)
+    code = None if factory is None else factory(*arguments).__code__
+    return code if code is not None and encloses in code.co_freevars else None
+
+
+_AND = _code("and_masks", encloses="mask_functions")
+_LEFT_WINDOW = _code("sliding_window_overlay", 1, encloses="sliding_window")
+_WINDOW = _code("sliding_window_bidirectional_overlay", 1, encloses="sliding_window")
+_CHUNK = _code("chunked_overlay", 1, None, encloses="chunk_size")
+_PACKED = _code("packed_sequence_mask_function", None, encloses="packed_sequence_mask")
+# Not in the oldest releases, where positions count within the row.
+_WITHIN = _code("remap_positions_for_packed_sequence", None, None, encloses="mask_function")
+
+
+def _pattern(mask_function: Callable) -> _Pattern | None:
+    """The pattern of a mask function, read from the closures of transformers' factories; None if it has other parts."""
+    structure, left_padding, sequence_ids, within = MaskStructure(), None, None, False
+    for part in _parts(mask_function):
+        code, enclosed = _read(part)
+        if code is None:
+            return None
+        if part is masking_utils.causal_mask_function:
+            structure = replace(structure, causal=True)
+        elif code is _LEFT_WINDOW and structure.window == (None, None):
+            structure = replace(structure, window=(enclosed["sliding_window"] - 1, None))
+        elif code is _WINDOW and structure.window == (None, None):
+            structure = replace(structure, window=(enclosed["sliding_window"],) * 2)
+        elif code is _CHUNK and structure.chunk is None:
+            structure, left_padding = replace(structure, chunk=enclosed["chunk_size"]), enclosed["left_padding"]
+        elif code is _PACKED and sequence_ids is None:
+            sequence_ids = enclosed["packed_sequence_mask"]
+        elif code is _WITHIN:
+            within = True
+        elif part is not masking_utils.bidirectional_mask_function:
+            return None
+    # Between tokens of one document, and only there, the difference of positions is that of places in the row.
+    return None if within and sequence_ids is None else _Pattern(structure, left_padding, sequence_ids)
+
+
+def _parts(mask_function: Callable) -> Iterator[Callable]:
+    """The functions that a mask function is the conjunction of."""
+    code, enclosed = _read(mask_function)
+    if code is not None and code is _AND:
+        for part in enclosed["mask_functions"]:
+            yield from _parts(part)
+        return
+    yield mask_function
+    if code is not None and code is _WITHIN:
+        yield from _parts(enclosed["mask_function"])
+
+
+def _read(function: Callable) -> tuple[CodeType | None, dict[str, Any]]:
+    """A function's code and the variables that it encloses; None for other callables."""
+    if not isinstance(function, FunctionType):
+        return None, {}
+    code, cells = function.__code__, function.__closure__ or ()
+    return code, {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}

@@ -1,0 +1,170 @@
+"""Features to batches by their length, in training (resumable in the middle of an epoch) and in prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from fastformer.data.packing import TokenBudgetSampler
+from fastformer.training.privacy import PoissonBatches, Privacy
+
+Collate = Callable[[list[Any]], Any]
+
+
+def in_order(
+    features: Sequence[Any], collate: Collate, length: Callable[[Any], int], tokens_per_batch: int
+) -> Iterator[Any]:
+    """Batches of `features` in their order."""
+    for batch in TokenBudgetSampler(_lengths(features, length), tokens_per_batch, seed=0, shuffle=False):
+        yield collate([features[index] for index in batch.tolist()])
+
+
+class FineTuningData(LightningDataModule):
+    """Batches of features, for training in an order drawn from (seed, epoch), for validation in their own.
+
+    Args:
+        tokenizer: to be saved beside the model.
+        train, validation: features.
+        collate: makes a batch of some.
+        length: tokens of one.
+        tokens_per_batch: the most tokens in a batch of one device.
+        seed: of the order.
+        num_workers: processes that prepare batches; 0 prepares them in the training process.
+        privacy: draws training batches as it wants them.
+
+    Raises:
+        ValueError: there is nothing to train on or to validate with, or a feature is longer than a batch.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Sequence[Any],
+        validation: Sequence[Any],
+        collate: Collate,
+        length: Callable[[Any], int],
+        tokens_per_batch: int = 4096,
+        seed: int = 0,
+        num_workers: int = 0,
+        privacy: Privacy | None = None,
+    ) -> None:
+        super().__init__()
+        if not train or not validation:
+            raise ValueError(
+                f"there must be examples to train on and to validate with; got {len(train)} and {len(validation)}"
+            )
+        self.tokenizer = tokenizer
+        self.train = train
+        self.validation = validation
+        self.collate = collate
+        self.length = length
+        self.tokens_per_batch = tokens_per_batch
+        self.seed = seed
+        self.num_workers = num_workers
+        self.privacy = privacy
+
+    def train_dataloader(self) -> Any:
+        """This process's batches of the epoch, from where the trainer stands."""
+        if self.privacy is not None:
+            rate = self.privacy.sample_rate(len(self.train))
+            return PoissonBatches(self.train, self.collate, rate, self.seed, self.batches_done)
+        return _TrainingBatches(self, self.train)
+
+    def val_dataloader(self) -> Any:
+        """This process's batches of the held-out examples, the same every time."""
+        return _Batches(self, self.validation)
+
+    def sampler(self, lengths: np.ndarray, **options: Any) -> TokenBudgetSampler:
+        """This process's share of the batches."""
+        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return TokenBudgetSampler(
+            lengths, self.tokens_per_batch, seed=self.seed, rank=rank, world_size=world_size, **options
+        )
+
+    def batches_done(self) -> tuple[int, int]:
+        """In all, and in this epoch."""
+        if self.trainer is None:
+            return 0, 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return progress.total.completed, progress.current.completed
+
+
+class _Batches:
+    """Batches of features in their order. (Not a DataLoader: Lightning would shard it a second time.)"""
+
+    def __init__(self, data: FineTuningData, features: Sequence[Any]) -> None:
+        self.data = data
+        self.features = features
+        self.lengths = _lengths(features, data.length)
+
+    def __len__(self) -> int:
+        return len(self.data.sampler(self.lengths, shuffle=False))
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from DataLoader(
+            _Features(self.features),
+            batch_sampler=self.indices(),  # type: ignore[arg-type]
+            collate_fn=self.data.collate,
+            num_workers=self.data.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # leaves the global one alone, on which a resumed run's dropout depends
+        )
+
+    def indices(self) -> Iterable[np.ndarray]:
+        """Of the features of each batch."""
+        return self.data.sampler(self.lengths, shuffle=False)
+
+
+class _TrainingBatches(_Batches):
+    """The batches of an epoch that are still to be trained on, of an endless stream: one pass after another.
+
+    An epoch has as many batches as the first pass. A later one may have a few more or fewer, and runs on into the next
+    epoch, so that nothing is left out. Having a state, even an empty one, says to Lightning that an epoch goes on where
+    it was left: the position is in Lightning's own progress.
+    """
+
+    def __len__(self) -> int:
+        return len(self.data.sampler(self.lengths))
+
+    def indices(self) -> Iterable[np.ndarray]:
+        trained_on, of_this_epoch = self.data.batches_done()
+        return islice(self._stream(trained_on), len(self) - of_this_epoch)
+
+    def _stream(self, start: int) -> Iterator[np.ndarray]:
+        for number in count():
+            batches = self.data.sampler(self.lengths, epoch=number)
+            yield from islice(batches, min(start, len(batches)), None)
+            start = max(0, start - len(batches))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        return None
+
+
+class _Features(torch.utils.data.Dataset[Any]):
+    """Gives as many features at once as a batch has."""
+
+    def __init__(self, features: Sequence[Any]) -> None:
+        self.features = features
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.features[index]
+
+    def __getitems__(self, indices: np.ndarray) -> list[Any]:
+        return [self.features[index] for index in indices.tolist()]
+
+
+def _lengths(features: Sequence[Any], length: Callable[[Any], int]) -> np.ndarray:
+    return np.fromiter(map(length, features), np.int64, len(features))

@@ -1,0 +1,411 @@
+"""The command ``fastformer finetune TASK``: data, output layer, training and evaluation, and a report of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from transformers import AutoConfig, AutoTokenizer
+
+from fastformer.data.defaults import split_by
+from fastformer.data.examples import Splits
+from fastformer.data.files import atomic_file
+from fastformer.data.readers import find_splits
+from fastformer.data.sets import DEFAULT_SETS, SETS, load_set
+from fastformer.data.tokenizer import train_tokenizer
+from fastformer.models import PRESETS, FastformerConfig
+from fastformer.training.adversarial import Adversary
+from fastformer.training.batches import FineTuningData
+from fastformer.training.callbacks import (
+    EarlyStopping,
+    LossCurve,
+    SavePretrained,
+    StepSeed,
+    StopAtLimit,
+    Throughput,
+    TrainingProgress,
+)
+from fastformer.training.checkpoints import ValidationCheckpoint, latest_checkpoint
+from fastformer.training.finetuning import Classification, FineTuning
+from fastformer.training.lora import Lora
+from fastformer.training.optimization import Optimization
+from fastformer.training.prediction import Predictor, recipe_for
+from fastformer.training.privacy import Privacy
+from fastformer.training.recipes import RECIPES, Recipe, Rewrite, TextOptions, balanced_class_weights
+from fastformer.training.report import FineTuningReport
+from fastformer.training.run import (
+    RunFolder,
+    SaveOptions,
+    add_trainer_arguments,
+    build_trainer,
+    command_parser,
+    parse,
+    quieten,
+    summary,
+    summary_text,
+)
+from fastformer.training.starting_point import CLASSES, StartingPoint, Task, from_scratch, pretrained
+
+PRETRAINED = Path("runs/pretrain/model")
+"""What fine-tuning starts from where nothing else is said, if it is there and fits the task."""
+
+_DESCRIPTION = """\
+Fine-tune a model on a task: {tasks}.
+Without any option: on data that needs no download, from runs/pretrain/model if it is there and fits, otherwise from
+scratch by --preset; in minutes on two CPU cores, into runs/{task}.
+
+examples:
+  fastformer finetune {task}
+  fastformer finetune {task} --data folder/ --model folder/of/a/hugging-face/model --epochs 5 --patience 3
+  fastformer finetune {task} --lora --adapter.rank 16 --optimizer.learning_rate 1e-3
+  fastformer finetune {task} --adversarial fgm --optimizer.layer_decay 0.9
+  fastformer finetune {task} --devices 8 --strategy ddp --precision bf16-mixed --accumulate 4
+  fastformer finetune {task} --resume              # continue the run in runs/{task} exactly where it stopped
+
+what --output holds:
+  config.yaml     every option of the run          model/              Hugging Face format, or PEFT's adapter
+  checkpoints/    the two newest, for --resume     loss.png            loss in training and on held-out examples
+  logs/           CSV and TensorBoard              metrics.json        what is printed at the end
+  report.md       all of this to read              predictions.jsonl   for the test examples
+"""
+
+_BEST, _PREDICTIONS, _REPORT, _CONFUSION = "best.pt", "predictions.jsonl", "report.md", "confusion.png"
+
+
+def main(arguments: list[str], begin: float) -> None:
+    """Run ``fastformer finetune``.
+
+    Args:
+        arguments: those of the command line after ``finetune``.
+        begin: `time.monotonic()` when the command started.
+
+    Raises:
+        ValueError, OSError: in what the user gave.
+    """
+    tasks = ", ".join(RECIPES)
+    if arguments[:1] in (["--help"], ["-h"]):
+        arguments = ["classify", *arguments]
+    if not arguments or arguments[0] not in RECIPES:
+        raise ValueError(f"name a task first: {tasks}; got {arguments[0] if arguments else 'nothing'}")
+    task = cast(Task, arguments[0])
+    quieten()
+    parser = build_parser(task)
+    options = parse(parser, arguments[1:])
+    for wanted, package, extra in ((options.lora, "peft", "lora"), (options.privacy_epsilon, "opacus", "privacy")):
+        if wanted and find_spec(package) is None:
+            raise ValueError(f"this needs {package}: pip install 'fastformer[{extra}]'")
+    folder = run_folder(Path(options.output))
+    folder.prepare(options.resume, options.overwrite)
+    seed_everything(options.seed, workers=True, verbose=False)
+    try:
+        _finetune(task, parser, options, folder, begin)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+
+
+def run_folder(path: Path) -> RunFolder:
+    """Where a fine-tuning run keeps what."""
+    return RunFolder(path, "fine-tuning", (_BEST, _PREDICTIONS, _REPORT, _CONFUSION))
+
+
+def build_parser(task: Task) -> LightningArgumentParser:
+    """The options of the command for a task."""
+    description = _DESCRIPTION.format(task=task, tasks=", ".join(RECIPES))
+    parser = command_parser(f"finetune {task}", description, f"runs/{task}")
+    add = parser.add_argument
+    add("--task", choices=(task,), default=task, help="the task; to recognise a run by")
+    add(
+        "--data",
+        type=str,
+        default=DEFAULT_SETS[task],
+        metavar="SET|PATH",
+        help=_DATA_HELP.format(", ".join(_sets(task))),
+    )
+    add("--model", type=str | None, metavar="DIR", help=_MODEL_HELP)
+    add("--preset", type=str, default="bert-tiny", help=f"size of a model from scratch: {', '.join(PRESETS)}")
+    add("--overrides", type=dict[str, Any], default={}, help="fields of a model from scratch that differ from --preset")
+    add("--vocab_size", type=int, default=8192, help="of the tokenizer trained for a model from scratch")
+    add("--epochs", type=int, default=3, metavar="N", help="passes over the examples")
+    add("--max_steps", type=int, default=-1, metavar="N", help="optimizer steps, if fewer than --epochs has")
+    add("--tokens_per_batch", type=int, default=4096, help="the most tokens in a batch of one device")
+    add("--evaluate_every", type=int, default=100, metavar="N", help=_EVALUATE_HELP)
+    add("--patience", type=int | None, metavar="N", help="stop after so many evaluations without a better one")
+    add("--monitor", type=str, default="loss", help="the metric that --patience looks at")
+    add("--class_weights", type=str | list[float] | None, help="balanced, or a number for each class, in their order")
+    add("--lora", action="store_true", help="train small matrices beside the frozen weights, by PEFT; see --adapter")
+    add("--adversarial", choices=("fgm", "pgd"), help="train on moved word embeddings too; see --adversary")
+    add("--privacy_epsilon", "--privacy-epsilon", type=float | None, help="train privately, by Opacus; see --privacy")
+    add("--activation_checkpointing", action="store_true", help="compute blocks twice to spare memory")
+    add("--seed", type=int, default=0, help="of new weights, the order of the data, dropout and noise")
+    add("--num_workers", type=int, default=0, help="processes that prepare batches")
+    add("--cache_dir", type=str | None, help="for data; default: $FASTFORMER_CACHE or ~/.cache/fastformer")
+    parser.add_class_arguments(TextOptions, "text", instantiate=False)
+    parser.add_argument("--optimizer.learning_rate", type=float | None, help=_RATE_HELP)
+    parser.add_class_arguments(Optimization, "optimizer", instantiate=False, skip={"learning_rate"})
+    parser.add_class_arguments(Lora, "adapter", instantiate=False)
+    parser.add_class_arguments(Adversary, "adversary", instantiate=False, skip={"method"})
+    parser.add_class_arguments(Privacy, "privacy", instantiate=False, skip={"epsilon"})
+    add_trainer_arguments(parser)
+    parser.link_arguments("epochs", "trainer.max_epochs")
+    return parser
+
+
+_DATA_HELP = (
+    "a set ({}), a folder with train, validation and test files in the layouts of GLUE, SQuAD, CoNLL, XSum or WMT, "
+    "tables or JSON lines, or one such file"
+)
+_MODEL_HELP = (
+    f"what to start from: a folder of a Hugging Face model, ours or any other. Default: {PRETRAINED} if it fits the "
+    "task, else none"
+)
+_EVALUATE_HELP = "measure on held-out examples, and save a checkpoint, each this many optimizer steps"
+_RATE_HELP = "the peak. Default: 0.0384 / hidden size, 5e-5 for bert-base; ten times that from scratch or with --lora"
+
+
+def _sets(task: Task) -> list[str]:
+    return [name for name, labelled in SETS.items() if labelled.task == task]
+
+
+# --- The four steps ---------------------------------------------------------------------------------------------------
+
+
+class _Prepared(NamedTuple):
+    examples: Splits[Any]
+    start: StartingPoint
+    recipe: Recipe
+    data: FineTuningData
+    source: str  # what was started from, in words
+
+
+def _finetune(task: Task, parser: LightningArgumentParser, options: Namespace, folder: RunFolder, begin: float) -> None:
+    checkpoint = latest_checkpoint(folder.checkpoints) if options.resume else None
+    prepared = _prepare(task, options)
+    module = _module(prepared, options)
+    throughput, curve = Throughput(), LossCurve(folder.curve)
+    stopping = []
+    if options.patience is not None:
+        mode = "min" if options.monitor in ("loss", "perplexity") else "max"
+        stopping = [EarlyStopping(folder.path / _BEST, options.monitor, mode, options.patience)]  # type: ignore[arg-type]
+    arguments = parser.instantiate(options).trainer
+    if options.privacy_epsilon is not None:
+        arguments.gradient_clip_val = None  # clipping is the mechanism's, of each example's gradient
+    trainer = build_trainer(
+        arguments,
+        folder,
+        [
+            SaveOptions(folder.config, parser, options),
+            StepSeed(options.seed),
+            StopAtLimit(options.max_minutes),
+            throughput,
+            TrainingProgress(),
+            curve,
+            *stopping,
+            ValidationCheckpoint(folder.checkpoints),
+            SavePretrained(folder.model, adapter_alone=not options.adapter.merge),
+        ],
+    )
+    trainer.fit(module, datamodule=prepared.data, ckpt_path=checkpoint)
+    if stopping or (curve.validation and curve.validation[-1]["step"] != trainer.global_step):
+        trainer.validate(module, datamodule=prepared.data, verbose=False)
+    if trainer.is_global_zero:
+        metrics = {
+            "task": task,
+            **summary(trainer, module, throughput, curve, folder, time.monotonic() - begin),
+            "trained_parameters": sum(weight.numel() for weight in module.parameters() if weight.requires_grad),
+            "started_from": prepared.source,
+            "attention": prepared.start.attention,
+            "examples": {part: len(found) for part, found in prepared.examples._asdict().items()},
+            **_privacy(module),
+        }
+        _evaluate(task, options, folder, prepared, trainer, metrics)
+
+
+def _prepare(task: Task, options: Namespace) -> _Prepared:
+    """Data and output layer."""
+    texts = TextOptions(**options.text.as_dict())
+    kind = RECIPES[task]
+    examples = load_examples(task, options.data, texts, options.cache_dir)
+    labels = kind.label_names(examples.train)
+    model_folder = _model_folder(task, options.model)
+    if model_folder is not None:
+        start = pretrained(model_folder, task, labels)
+        tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
+        source = str(model_folder)
+    else:
+        corpus = (text for example in examples.train for text in kind.texts(example))
+        tokenizer = train_tokenizer(corpus, options.vocab_size, kind.tokenizer_objective)
+        longest = max(texts.max_length, texts.max_target_length)
+        if kind.tokenizer_objective == "clm":
+            longest += texts.max_target_length  # what is generated follows the prompt
+        start = from_scratch(options.preset, task, tokenizer, longest, labels, **options.overrides)
+        source = f"scratch, {options.preset}"
+    if options.activation_checkpointing:
+        start.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recipe = recipe_for(task, start, texts, tokenizer)
+    privacy = _privacy_of(options)
+    data = FineTuningData(
+        tokenizer,
+        recipe.features(examples.train),
+        recipe.features(examples.validation),
+        recipe.collate,
+        recipe.length,
+        options.tokens_per_batch,
+        options.seed,
+        options.num_workers,
+        privacy,
+    )
+    return _Prepared(examples, start, recipe, data, source)
+
+
+def load_examples(task: Task, data: str, options: TextOptions, cache_dir: str | None = None) -> Splits[Any]:
+    """The examples of a set or of files; without validation or test files a tenth of the training examples each.
+
+    Args:
+        task: that they are for.
+        data: name of a set, a file, or a folder with files for each split.
+        options: of its texts.
+        cache_dir: where sets are.
+
+    Raises:
+        FileNotFoundError: there is no such set or path.
+        ValueError: the set is for another task, or a file cannot be read.
+    """
+    if data in SETS:
+        if SETS[data].task != task:
+            raise ValueError(f"--data {data} is for {SETS[data].task}, not for {task}; there are {_sets(task)}")
+        return load_set(data, cache_dir, options.languages[1])
+    path = Path(data)
+    if not path.exists():
+        raise FileNotFoundError(f"--data {data} is neither a set ({', '.join(_sets(task))}) nor a file or folder")
+    files = find_splits(path) if path.is_dir() else {"train": [path]}
+    read = {
+        split: [example for file in found for example in RECIPES[task].read(file, options)]
+        for split, found in files.items()
+    }
+    if "validation" in read and "test" in read:
+        return Splits(read["train"], read["validation"], read["test"])
+    drawn = split_by(read["train"], repr)
+    if "validation" not in read and "test" not in read:
+        return drawn
+    kept = [*drawn.train, *(drawn.test if "test" in read else drawn.validation)]
+    return Splits(kept, read.get("validation", drawn.validation), read.get("test", drawn.test))
+
+
+def _model_folder(task: Task, given: str | None) -> Path | None:
+    """What is given, or the folder of a pretraining run whose stack the task can use."""
+    if given is not None:
+        return Path(given)
+    if not (PRETRAINED / "config.json").is_file():
+        return None
+    config = AutoConfig.from_pretrained(PRETRAINED)
+    fits = isinstance(config, FastformerConfig) and config.stack in CLASSES[task].ours._stacks
+    return PRETRAINED if fits else None
+
+
+def _module(prepared: _Prepared, options: Namespace) -> FineTuning:
+    start, recipe = prepared.start, prepared.recipe
+    model: Any = start.model
+    if options.lora:
+        if start.new_layers is None:
+            raise ValueError("--lora adapts a pretrained model; give one with --model")
+        model = Lora(**options.adapter.as_dict()).adapt(model, start.new_layers)
+    arguments: dict[str, Any] = {
+        "optimization": _optimization(options, start),
+        "adversary": None,
+        "privacy": _privacy_of(options),
+        "examples": len(prepared.data.train),
+    }
+    if options.adversarial is not None:
+        arguments["adversary"] = Adversary(options.adversarial, **options.adversary.as_dict())
+    if options.class_weights is not None:
+        if not issubclass(recipe.module, Classification):
+            raise ValueError("--class_weights are for classify and tag")
+        balanced = options.class_weights == "balanced"
+        arguments["class_weights"] = (
+            balanced_class_weights(recipe, prepared.data.train) if balanced else options.class_weights
+        )
+    module = recipe.module(model, **arguments)
+    if not isinstance(recipe, Rewrite):
+        module.judge = _Judge(recipe, prepared.examples.validation, prepared.data.validation)
+    return module
+
+
+def _optimization(options: Namespace, start: StartingPoint) -> Optimization:
+    given = options.optimizer.as_dict()
+    if given["learning_rate"] is None:
+        much = options.lora or start.new_layers is None
+        given["learning_rate"] = (0.384 if much else 0.0384) / start.model.config.hidden_size
+    return Optimization(**{**given, "betas": tuple(given["betas"])})
+
+
+def _privacy_of(options: Namespace) -> Privacy | None:
+    if options.privacy_epsilon is None:
+        return None
+    return Privacy(options.privacy_epsilon, **options.privacy.as_dict())
+
+
+def _privacy(module: FineTuning) -> dict[str, Any]:
+    """What was spent, for the report."""
+    if module.privacy is None or module.noise_multiplier is None:
+        return {}
+    assert module.examples is not None
+    steps = module.trainer.global_step
+    return {
+        "privacy": {
+            "epsilon": module.privacy.spent(module.noise_multiplier, module.examples, steps),
+            "delta": module.privacy.delta_for(module.examples),
+            "noise_multiplier": module.noise_multiplier,
+        }
+    }
+
+
+# --- Evaluation and report --------------------------------------------------------------------------------------------
+
+
+class _Judge:
+    """The metrics of held-out examples, from a module's outputs."""
+
+    def __init__(self, recipe: Recipe, examples: Sequence[Any], features: Sequence[Any]) -> None:
+        self.recipe = recipe
+        self.examples = examples
+        self.features = features
+
+    def __call__(self, outputs: list[Any]) -> dict[str, float]:
+        predictions = self.recipe.predictions(outputs[: len(self.features)], self.examples, self.features)
+        return self.recipe.metrics(self.recipe.lines(predictions, self.examples))
+
+
+def _evaluate(
+    task: Task, options: Namespace, folder: RunFolder, prepared: _Prepared, trainer: Trainer, metrics: dict[str, Any]
+) -> None:
+    """On the test examples, with the model as it was saved."""
+    texts = prepared.recipe.options
+    predictor = Predictor.load(folder.model, task, texts, trainer.strategy.root_device, options.tokens_per_batch)
+    test = prepared.examples.test
+    lines = predictor.recipe.lines(predictor(test), test)
+    write_predictions(folder.path / _PREDICTIONS, lines)
+    known = all(map(predictor.recipe.reference, test))  # GLUE's test examples, for one, are not
+    metrics["test"] = predictor.recipe.metrics(lines) if known else {}
+    folder.write_metrics(metrics)
+    report = FineTuningReport(metrics, predictor.recipe, test, lines)
+    report.write(folder.path / _REPORT, folder.curve, folder.path / _CONFUSION)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(report.table())
+    console.print(summary_text(metrics))
+    console.print(f"report: {folder.path / _REPORT}   predictions: {folder.path / _PREDICTIONS}", markup=False)
+
+
+def write_predictions(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """As JSON lines, whole or not at all."""
+    with atomic_file(path) as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")

@@ -1,0 +1,144 @@
+"""Predictions of a fine-tuned model, from its folder alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+from fastformer.training.batches import in_order
+from fastformer.training.optimization import Optimization
+from fastformer.training.recipes import RECIPES, Converse, Recipe, Rewrite, TextOptions
+from fastformer.training.starting_point import StartingPoint, Task, pretrained
+
+
+class Predictor:
+    """A fine-tuned model and what its task makes of its outputs.
+
+    >>> predictor = Predictor.load("runs/classify/model", "classify")  # doctest: +SKIP
+    >>> predictor([ClassifiedText("An engine that starts.", None, None)])  # doctest: +SKIP
+    [{'prediction': 'positive', 'probabilities': {'negative': 0.2, 'positive': 0.8}}]
+
+    Args:
+        model: of the task.
+        recipe: of the task.
+        tokens_per_batch: the most tokens in a batch.
+    """
+
+    def __init__(self, model: Any, recipe: Recipe, tokens_per_batch: int = 4096) -> None:
+        self.model = model.eval()
+        self.recipe = recipe
+        self.tokens_per_batch = tokens_per_batch
+        # Its optimizer is never made.
+        self._module = recipe.module(model, Optimization(1.0))
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        task: Task,
+        options: TextOptions | None = None,
+        device: torch.device | str = "cpu",
+        tokens_per_batch: int = 4096,
+    ) -> Predictor:
+        """The model in a folder, or the one that the adapter in it is for.
+
+        Raises:
+            ValueError: the model has not been fine-tuned for the task.
+        """
+        if (Path(folder) / "adapter_config.json").is_file():
+            start = _adapted(folder, task)
+        else:
+            start = pretrained(folder, task)
+            if start.new_layers:
+                missing = ", ".join(start.new_layers)
+                raise ValueError(f"the model in {folder} is not fine-tuned for {task}: it has no weights for {missing}")
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        recipe = recipe_for(task, start, options or TextOptions(), tokenizer)
+        return cls(start.model.to(device), recipe, tokens_per_batch)  # type: ignore[arg-type]
+
+    def __call__(self, examples: Sequence[Any]) -> list[dict[str, Any]]:
+        """The predictions for examples of the task, with labels or without, in order."""
+        with torch.inference_mode():
+            if isinstance(self.recipe, Rewrite):
+                written = list(self._generated(self.recipe.prompts(examples)))
+                predictions = self.recipe.predictions(written, examples, [])
+                if isinstance(self.recipe, Converse):
+                    predictions = [
+                        {**prediction, **self._likelihood(example)}
+                        for prediction, example in zip(predictions, examples, strict=True)
+                    ]
+                return predictions
+            features = self.recipe.features(examples)
+            batches = in_order(features, self.recipe.collate, self.recipe.length, self.tokens_per_batch)
+            outputs = [output for batch in batches for output in self._module.predict_step(self._moved(batch), 0)]
+        return self.recipe.predictions(outputs, examples, features)
+
+    def _likelihood(self, example: Any) -> dict[str, Any]:
+        """Of the answers that the example has, and how many tokens they are; nothing where it has none."""
+        if not self.recipe.reference(example):
+            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is cut: it was said before training
+            try:
+                (feature,) = self.recipe.features([example])
+            except ValueError:  # the answer does not begin within the longest sequence
+                return {}
+        batch = self._moved(self.recipe.collate([feature]))
+        tokens = self._module.targets(batch)
+        return {"log_likelihood": -self._module.run(batch)[0].item() * tokens, "tokens": tokens}
+
+    def _moved(self, batch: Any) -> Any:
+        if isinstance(batch, dict):
+            return {name: self._moved(value) for name, value in batch.items()}
+        return batch.to(self.model.device) if isinstance(batch, torch.Tensor) else batch
+
+    def _generated(self, prompts: Sequence[list[int]]) -> Iterator[list[int]]:
+        """What the model writes for each prompt, without the prompt."""
+        options, tokenizer = self.recipe.options, self.recipe.tokenizer
+        decoder_alone = not self.model.config.is_encoder_decoder
+        for batch in in_order(prompts, lambda rows: rows, len, self.tokens_per_batch):
+            inputs = self._moved(_padded(batch, tokenizer.pad_token_id, on_the_left=decoder_alone))
+            written: torch.Tensor = self.model.generate(
+                **inputs,
+                max_new_tokens=options.max_target_length,
+                num_beams=options.beams,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            yield from written[:, inputs["input_ids"].shape[1] if decoder_alone else 0 :].tolist()
+
+
+def recipe_for(task: Task, start: StartingPoint, options: TextOptions, tokenizer: PreTrainedTokenizerFast) -> Recipe:
+    """The recipe of a task for a model, whose configuration names the labels."""
+    config: Any = start.model.config
+    labels = None
+    if task == "tag" or (task == "classify" and config.num_labels > 1):
+        labels = [config.id2label[number] for number in range(config.num_labels)]
+    return RECIPES[task](options, tokenizer, config, "packed" if start.packed else "dense", labels)
+
+
+def _adapted(folder: str | Path, task: Task) -> StartingPoint:
+    """The base model with the adapter merged; the configuration beside the adapter names the labels."""
+    from peft import PeftConfig, PeftModel
+
+    labels = list(AutoConfig.from_pretrained(folder).id2label.values()) if task in ("classify", "tag") else None
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    start = pretrained(base, task, labels)
+    return start._replace(model=PeftModel.from_pretrained(start.model, str(folder)).merge_and_unload())
+
+
+def _padded(rows: Sequence[list[int]], pad_token_id: int, on_the_left: bool) -> dict[str, torch.Tensor]:
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        columns = slice(longest - len(row), None) if on_the_left else slice(len(row))
+        ids[number, columns] = torch.tensor(row)
+        mask[number, columns] = 1
+    return {"input_ids": ids, "attention_mask": mask}
