@@ -274,7 +274,7 @@ class PretrainingDataModule(LightningDataModule):
         assert self._stream is not None
         size, end = 1, len(self._stream)
         if self.trainer is not None:
-            size, end = self.trainer.accumulate_grad_batches, int(self.trainer.num_training_batches)
+            size, end = self.trainer.accumulate_grad_batches, int(min(end, self.trainer.num_training_batches))
         begin = self._progress()[1]
         while begin < end:
             step = min(size - begin % size, end - begin)

@@ -37,12 +37,12 @@ from fastformer.training.callbacks import (
 )
 from fastformer.training.checkpoints import ValidationCheckpoint, latest_checkpoint
 from fastformer.training.finetuning import Classification, FineTuning
-from fastformer.training.finetuning_report import FineTuningReport
 from fastformer.training.lora import Lora
 from fastformer.training.optimization import Optimization
 from fastformer.training.prediction import Predictor, recipe_for
 from fastformer.training.privacy import Privacy
 from fastformer.training.recipes import RECIPES, Recipe, Rewrite, TextOptions, balanced_class_weights
+from fastformer.training.report import FineTuningReport
 from fastformer.training.run import (
     RunFolder,
     SaveOptions,

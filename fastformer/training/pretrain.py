@@ -25,7 +25,7 @@ from fastformer.training.callbacks import (
 from fastformer.training.checkpoints import StepCheckpoint, latest_checkpoint
 from fastformer.training.memory import PeakMemory
 from fastformer.training.pretraining import MODULES, PretrainingModule
-from fastformer.training.report import Rows, console_table, write_report
+from fastformer.training.pretraining_report import Rows, console_table, write_report
 from fastformer.training.run import (
     RunFolder,
     SaveOptions,
@@ -170,7 +170,7 @@ def _report(objective: str, metrics: dict[str, Any], folder: RunFolder) -> None:
         "peak memory": f"{(metrics['peak_memory'] or float('nan')) / 1e9:.2f} GB",
         "model": f"`{metrics['model']}`, in Hugging Face's format",
     }
-    sample_text = f"> {said['given']}\n\nbecomes\n\n> {said['answer']}"
+    sample_text = f"```text\n{said['given']}\n```\n\nbecomes\n\n```text\n{said['answer']}\n```"
     write_report(
         folder.report, f"Pretraining: {objective}", caption, rows, facts, {"What it says": sample_text}, folder.curve
     )

@@ -242,6 +242,7 @@ class CausalLanguageModeling(PretrainingModule):
     """
 
     architecture = "FastformerForCausalLM"
+    default_steps = 500  # each token is predicted
     default_settings: ClassVar = {
         "stack": "decoder",
         "type_vocab_size": 0,

@@ -1,49 +1,118 @@
-"""The report beside a run's metrics: Markdown, with the picture of the losses."""
+"""What a fine-tuning run leaves to read: Markdown with its metrics, pictures and some predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from fastformer.data.files import atomic_file
+from fastformer.training.recipes import Recipe
 
-Rows = Sequence[tuple[str, str, str]]
-"""What was measured, its value before the first step and its value after the last."""
-
-
-def console_table(title: str, rows: Rows) -> Table:
-    """The rows for a terminal."""
-    table = Table("on held-out text", title=title)
-    for heading in ("before", "after"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+_SHOWN = 8
+_LONGEST = 160
 
 
-def write_report(
-    path: Path, title: str, caption: str, rows: Rows, facts: Mapping[str, str], sections: Mapping[str, str], curve: Path
-) -> None:
-    """Write the Markdown file, whole or not at all.
+class FineTuningReport:
+    """A run's report.
 
     Args:
-        path: of the file.
-        title: its heading.
-        caption: what the rows were measured on.
-        rows: before and after; may be empty.
-        facts: the name and the value of each.
-        sections: heading and Markdown of what follows them.
-        curve: the picture, in the folder of `path`.
+        metrics: what metrics.json holds.
+        recipe: of the task.
+        examples: to test on.
+        lines: predictions for them, with references.
     """
-    parts = [f"# {title}"]
-    if rows:
-        lines = ["| on held-out text | before | after |", "|---|--:|--:|"]
-        parts += [f"{caption}:", "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])]
-        parts.append(f"![loss in training and on held-out text]({curve.name})")
-    parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))
-    for heading, text in sections.items():
-        parts += [f"## {heading}", text]
-    with atomic_file(path) as file:
-        file.write(("\n\n".join(parts) + "\n").encode())
+
+    def __init__(
+        self,
+        metrics: dict[str, Any],
+        recipe: Recipe,
+        examples: Sequence[Any],
+        lines: Sequence[dict[str, Any]],
+    ) -> None:
+        self.metrics = metrics
+        self.recipe = recipe
+        self.examples = examples
+        self.lines = lines
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Each metric before and after training on the validation examples, and on the test examples."""
+        parts = [self.metrics[part] or {} for part in ("start", "end")] + [self.metrics["test"]]
+        names = [name for name in dict.fromkeys(name for part in parts for name in part) if name != "step"]
+        return [(name, *(_number(part.get(name)) for part in parts)) for name in names]
+
+    def table(self) -> Table:
+        """For a terminal."""
+        counts = self.metrics["examples"]
+        table = Table(
+            title=f"{self.metrics['task']}: {counts['validation']:,} validation, {counts['test']:,} test examples"
+        )
+        table.add_column("metric")
+        for heading in _HEADINGS:
+            table.add_column(heading, justify="right")
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def write(self, path: Path, curve: Path, confusion: Path) -> None:
+        """Write the report to `path`, beside `curve`, and for classes the confusion matrix to `confusion`, a PNG."""
+        pictures = [f"![losses in training and on held-out examples]({curve.name})"]
+        if self.metrics["test"] and self.recipe.draw_confusion(self.lines, confusion):
+            pictures.append(f"![confusion matrix of the test examples]({confusion.name})")
+        shown = zip(self.examples[:_SHOWN], self.lines, strict=False)
+        sections = [
+            f"# Fine-tuning: {self.metrics['task']}",
+            self._facts(),
+            "## Metrics",
+            _markdown(("metric", *_HEADINGS), self.rows()),
+            *pictures,
+            "## Predictions",
+            _markdown(
+                ("example", "expected", "predicted"),
+                [
+                    (
+                        _short(self.recipe.shown(example)),
+                        _short(str(line.get("reference", line.get("references", "")))),
+                        _short(str(line.get("prediction", line.get("similarity")))),
+                    )
+                    for example, line in shown
+                ],
+            ),
+        ]
+        with atomic_file(path) as file:
+            file.write(("\n\n".join(sections) + "\n").encode())
+
+    def _facts(self) -> str:
+        metrics = self.metrics
+        facts = {
+            "started from": metrics["started_from"],
+            "parameters": f"{metrics['parameters']:,}, of which {metrics['trained_parameters']:,} trained",
+            "attention": metrics["attention"],
+            "examples": ", ".join(f"{count:,} {part}" for part, count in metrics["examples"].items()),
+            "steps": f"{metrics['steps']:,}",
+            "tokens": f"{metrics['tokens']:,} at {metrics['tokens_per_second']:,.0f} a second",
+            "device": f"{metrics['devices']} x {metrics['device']}, {metrics['precision']}",
+            "time": f"{metrics['wall_seconds']:,.0f} s",
+        }
+        if "privacy" in metrics:
+            facts["privacy"] = "epsilon {epsilon:.3f} at delta {delta:.1e}".format(**metrics["privacy"])
+        return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
+
+
+_HEADINGS = ("before", "after", "test")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

@@ -45,8 +45,11 @@ def make(text, tmp_path_factory):
 
 
 def fingerprint(batch) -> str:
+    """Of a batch itself: resumed within an optimizer step, it shares what is left of the step."""
     digest = hashlib.sha256()
     for name, value in sorted(batch.items()):
+        if name == "label_counts":
+            continue
         digest.update(f"{name} {value.tolist() if isinstance(value, torch.Tensor) else value}".encode())
     return digest.hexdigest()
 
@@ -186,6 +189,7 @@ def test_ranks_share_the_batches(make, world_size):
             self.global_rank = global_rank
             self.world_size = world_size
             self.fit_loop = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit_loop
+            self.accumulate_grad_batches, self.num_training_batches = 1, float("inf")
 
     def labels(data) -> Counter:
         return Counter(

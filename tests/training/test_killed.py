@@ -23,7 +23,7 @@ KILL_WHILE_WRITING = json.dumps(
 def test_killed_at_random_moments_resumes_to_identical_weights(
     objective: str, tiny_run: list[str], tmp_path: Path
 ) -> None:
-    options = [*tiny_run, "--objective", objective, "--max_steps", "12", "--accumulate", "2", "--elastic"]
+    options = [*tiny_run, "--objective", objective, "--max_steps", "8", "--accumulate", "2", "--elastic"]
     begin = time.monotonic()
     finish(start([*options, "--output", str(tmp_path / "whole")]))
     duration = time.monotonic() - begin
