@@ -1,4 +1,4 @@
-"""A run killed while it writes a checkpoint, and again at a random moment, ends with the weights of one that was left alone."""
+"""A run killed while writing a checkpoint, and again at a random moment, ends with the weights of one left alone."""
 
 from __future__ import annotations
 
