@@ -24,8 +24,7 @@ from fastformer.models import (
     FastformerForSequenceClassification,
     FastformerForTokenClassification,
     FastformerModel,
-    config_from_bert,
-    load_bert,
+    from_hugging_face,
 )
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", "the", "cat", "sat", "on", "a", "$mat$"]
@@ -52,8 +51,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def twins(bert_class: type, own_class: type):
     bert = bert_class(BertConfig(**SHAPE, num_labels=3, attn_implementation="eager")).eval()
-    own = own_class(config_from_bert(bert.config)).eval()
-    load_bert(own, bert.state_dict())
+    own = from_hugging_face(bert).eval()
+    assert type(own) is own_class
     # Padding's embedding is zero at first in both; a trained one is not.
     for model in (bert, own):
         model.get_input_embeddings().weight.data[0] = torch.linspace(-0.5, 0.5, 24)

@@ -8,18 +8,15 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from fastformer.models import (
     FastformerConfig,
-    FastformerForCausalLM,
     FastformerForEmbedding,
     FastformerForImageClassification,
     FastformerForMaskedLM,
     FastformerForPreTraining,
     FastformerForQuestionAnswering,
     FastformerForSeq2SeqLM,
-    FastformerForSequenceClassification,
     FastformerForTokenClassification,
     FastformerModel,
-    config_from_bert,
-    load_bert,
+    from_hugging_face,
 )
 
 SHAPE = {
@@ -53,8 +50,7 @@ def assert_equal_at_real_rows(
 @pytest.mark.parametrize("side", ["right", "left", "gaps"])
 def test_equal_to_berts(side: str) -> None:
     bert = BertForSequenceClassification(BertConfig(**SHAPE, attn_implementation="eager")).eval()
-    own = FastformerForSequenceClassification(config_from_bert(bert.config)).eval()
-    load_bert(own, bert.state_dict())
+    own = from_hugging_face(bert).eval()
     batch = padded_batch(side)
     expected = bert(**batch, output_attentions=True).attentions
     actual = own(**batch, output_attentions=True).attentions
@@ -64,37 +60,12 @@ def test_equal_to_berts(side: str) -> None:
     assert own(**batch, output_attentions=False).attentions is None
 
 
-def with_gpt2s_weights(gpt2: GPT2LMHeadModel) -> FastformerForCausalLM:
-    config = FastformerConfig(
-        **{**SHAPE, "intermediate_size": 96},
-        stack="decoder",
-        norm_placement="pre",
-        hidden_act="gelu_new",
-        layer_norm_eps=1e-5,
-        embedding_norm=False,
-        type_vocab_size=0,
-        pad_token_id=None,
-    )
-    own = FastformerForCausalLM(config)
-    modules = {"wte": "embeddings.word", "wpe": "embeddings.position", "ln_f": "norm"}
-    parts = {"ln_1": "attention_norm", "attn.c_attn": "attention.qkv", "attn.c_proj": "attention.output"}
-    parts |= {"ln_2": "feed_forward_norm", "mlp.c_fc": "feed_forward.up", "mlp.c_proj": "feed_forward.down"}
-    for layer in range(3):
-        modules |= {f"h.{layer}.{theirs}": f"layers.{layer}.{ours}" for theirs, ours in parts.items()}
-    for theirs, ours in modules.items():
-        source, target = gpt2.transformer.get_submodule(theirs), own.model.get_submodule(ours)
-        for name, tensor in source.state_dict().items():
-            turned = name == "weight" and ".c_" in theirs
-            target.state_dict()[name].copy_(tensor.T if turned else tensor)
-    return own.eval()
-
-
 def test_equal_to_gpt2s_and_while_generating() -> None:
     shape = {"n_embd": 24, "n_layer": 3, "n_head": 4, "vocab_size": 50, "n_positions": 32, "initializer_range": 0.3}
     gpt2 = GPT2LMHeadModel(
         GPT2Config(**shape, bos_token_id=None, eos_token_id=None, attn_implementation="eager")
     ).eval()
-    own = with_gpt2s_weights(gpt2)
+    own = from_hugging_face(gpt2).eval()
     ids = torch.randint(1, 50, (2, 11))
     expected, actual = gpt2(ids, output_attentions=True), own(ids, output_attentions=True)
     torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-5)
