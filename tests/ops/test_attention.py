@@ -55,6 +55,7 @@ def check(tensors: list[torch.Tensor], options: dict[str, Any], dropout_seed: in
     longest = max(max(tensor.shape) for tensor in tensors)
     exponent = (1.0 + scale_of(exact[1])) * longest**0.5 if query.dtype == torch.float32 else 1.0
     row_sums = sums_of_row_errors(weights[0], exact[0], tensors, options)
+    left_over = left_of_cancelled_rows(weights[0], exact[0], tensors, options) if query.dtype == torch.float32 else {}
     for backend in ("triton", "torch"):
         torch.manual_seed(dropout_seed)
         with fastformer.backend(backend):
@@ -64,7 +65,7 @@ def check(tensors: list[torch.Tensor], options: dict[str, Any], dropout_seed: in
             finite = torch.isfinite(e)
             # The output rounds in the call's dtype; the gradients of slopes and sinks are float32 all the same.
             coarser = torch.finfo(query.dtype).eps / torch.finfo(a.dtype).eps
-            unit = exponent * max(scale_of(e), row_sums.get(name, 0.0) * coarser)
+            unit = max(exponent * max(scale_of(e), row_sums.get(name, 0.0) * coarser), left_over.get(name, 0.0))
             assert_as_accurate(f"{backend} {name}", a[finite], p[finite].to(a.dtype), e[finite], scale=unit)
 
 
@@ -89,6 +90,28 @@ def sums_of_row_errors(
         products = (query @ key.transpose(-1, -2)).abs().amax(-1)
         sums["grad_scale"] = (rows * products).sum((0, 2)).max().item()
     return sums
+
+
+def left_of_cancelled_rows(
+    grad_output: torch.Tensor, output: torch.Tensor, tensors: list[torch.Tensor], options: dict[str, Any]
+) -> dict[str, float]:
+    """The magnitude whose rounding is left in the gradients of query and key where dP - delta cancels.
+
+    With few keys P is near 1 and dP near delta, and dS is the rounding of both, of sum |dO * O|, added in another order
+    than PyTorch's. A query's gradient adds that up over its keys, whose P sum to 1; a key's over its queries, of which
+    there are m / n for each of n keys, in random directions.
+    """
+    query, key = tensors[0].double().abs(), tensors[1].double().abs()
+    scale = options.get("scale")
+    factor = query.shape[-1] ** -0.5 if scale is None else float(torch.as_tensor(scale).abs().max())
+    if not query.numel() or not key.numel():
+        return {}
+    rows = (grad_output * output).abs().sum(-1)
+    queries_per_key = max(1.0, query.shape[1] * query.shape[2] / (key.shape[1] * key.shape[2]))
+    return {
+        "grad_query": factor * rows.max().item() * key.max().item(),
+        "grad_key": factor * queries_per_key**0.5 * (rows * query.amax(-1)).max().item(),
+    }
 
 
 def scale_of(exact: torch.Tensor) -> float:
