@@ -338,7 +338,6 @@ NOT_EXPRESSED: list[tuple[type, dict[str, Any], str, list[str]]] = [
     (FastformerForMaskedLM, {"pad_positions": True}, "roberta", ["pad_positions must be False; got True"]),
     (FastformerForSequenceClassification, {"pooling": "mean"}, "bert", ["pooling must be 'first'; got 'mean'"]),
     (FastformerForSequenceClassification, {"pooler_act": "relu"}, "bert", ["pooler_act must be 'tanh'; got 'relu'"]),
-    (FastformerForCausalLM, {**DECODER, "train_padding": False}, "gpt2", ["train_padding must be True; got False"]),
     (
         FastformerForCausalLM,
         {**DECODER, "train_padding": True, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 3},
@@ -371,6 +370,13 @@ NOT_EXPRESSED: list[tuple[type, dict[str, Any], str, list[str]]] = [
         [r"embedding_scale must be 5.65\d+; got 2.0"],
     ),
 ]
+
+
+@pytest.mark.parametrize("padding", [None, 0])
+def test_a_decoder_becomes_a_gpt2_whatever_its_padding(padding: int | None) -> None:
+    ours = FastformerForCausalLM(FastformerConfig(**DECODER, layer_norm_eps=1e-5, pad_token_id=padding)).eval()
+    ids = torch.tensor([[3, 4, 0, 5]])
+    torch.testing.assert_close(to_hugging_face(ours, "gpt2")(ids).logits, ours(ids).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("ours", "options", "architecture", "messages"), NOT_EXPRESSED)

@@ -163,7 +163,8 @@ def _effective(config: FastformerConfig, model: type[FastformerPreTrainedModel])
 
 def _unused(config: FastformerConfig, model: type[FastformerPreTrainedModel]) -> set[str]:
     """The fields that a model of this class does not look at."""
-    unused = {"sliding_window"}  # it is in the windows that layer_types becomes
+    # The window is in the windows that layer_types becomes; whether padding's embedding learns changes no output.
+    unused = {"sliding_window", "train_padding"}
     if config.stack != "encoder_decoder":
         unused |= {"num_decoder_layers"}
     if config.position_embedding != "relative":
@@ -174,8 +175,6 @@ def _unused(config: FastformerConfig, model: type[FastformerPreTrainedModel]) ->
         unused |= {"max_position_embeddings"}
     if config.image_size or config.position_embedding not in ("learned", "sinusoidal"):
         unused |= {"pad_positions"}
-    if config.image_size or config.pad_token_id is None:
-        unused |= {"train_padding"}
     if model not in _POOLED or (model is FastformerModel and config.stack == "decoder"):
         unused |= {"pooling", "pooler_act"}
     elif model is FastformerModel and config.pooler_act == "none":
