@@ -11,6 +11,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from fastformer.integrations.attention_mask import AttentionMask, MaskStructure
 from fastformer.ops import attention, attention_weights
+from fastformer.ops.packing import packed_sequences
 
 # What models hand on to their attention function although it is for others: outputs, losses, caches and routers.
 NOT_FOR_ATTENTION = frozenset(
@@ -182,8 +183,7 @@ def _same_sequence(cu_seqlens: Tensor, batch: int, queries: int, keys: int) -> T
             "cu_seq_lens_q of sequences with a cache does not go with attention_mask, output_attentions, "
             "position_bias, sinks, indices or block_indices, which are laid out by row"
         )
-    tokens = torch.arange(batch * queries, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens, tokens, right=True).view(batch, queries)
+    sequence = packed_sequences(cu_seqlens, batch * queries).view(batch, queries)
     return (sequence[:, :, None] == sequence[:, None, :])[:, None]
 
 

@@ -330,9 +330,8 @@ class FastformerModel(FastformerPreTrainedModel):
         if isinstance(self.embeddings, PatchEmbedding):
             assert tokens.inputs_embeds is not None
             return tokens.inputs_embeds
-        position_ids = None if self.embeddings.position is None else tokens.position_ids
         return self.embeddings(
-            tokens.input_ids, tokens.token_type_ids, position_ids, inputs_embeds=tokens.inputs_embeds
+            tokens.input_ids, tokens.token_type_ids, tokens.position_ids, inputs_embeds=tokens.inputs_embeds
         )
 
     def _patterns(self) -> tuple[list[AttentionPattern], AttentionPattern]:

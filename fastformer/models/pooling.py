@@ -7,6 +7,7 @@ from torch import nn
 
 from fastformer.models.configuration import FastformerConfig
 from fastformer.nn import Packing
+from fastformer.ops.packing import packed_sequences
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
@@ -18,7 +19,7 @@ def pool(hidden: torch.Tensor, packing: Packing, pooling: str) -> torch.Tensor:
     """
     starts, ends = packing.cu_seqlens[:-1], packing.cu_seqlens[1:]
     if pooling == "mean":
-        sequence = torch.searchsorted(ends, torch.arange(len(hidden), device=hidden.device), right=True)
+        sequence = packed_sequences(packing.cu_seqlens, len(hidden))
         total = hidden.new_zeros(len(starts), hidden.shape[1], dtype=torch.float32)
         total = total.index_add(0, sequence, hidden.float())
         return (total / (ends - starts).clamp(min=1).unsqueeze(1)).to(hidden.dtype)

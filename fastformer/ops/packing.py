@@ -14,3 +14,12 @@ def packed_positions(cu_seqlens: torch.Tensor, total_tokens: int) -> torch.Tenso
     lengths = cu_seqlens.diff().long()
     first = torch.repeat_interleave(starts, lengths, output_size=total_tokens)
     return torch.arange(total_tokens, device=cu_seqlens.device) - first
+
+
+def packed_sequences(cu_seqlens: torch.Tensor, total_tokens: int) -> torch.Tensor:
+    """The number of the sequence that each packed token belongs to, (total_tokens,) int64, without a synchronisation.
+
+    `cu_seqlens` as in `packed_positions`; tokens from the total on belong to the number after the last.
+    """
+    tokens = torch.arange(total_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:], tokens, right=True)

@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from fastformer.ops.packing import packed_sequences
+
 
 class Losses(NamedTuple):
     """Of the same batch, as it is and moved."""
@@ -109,8 +111,7 @@ def _norms(vectors: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tens
     """The L2 norm of each sequence's vectors together, in a shape to divide them by."""
     if cu_seqlens is None:
         return vectors.flatten(1).norm(dim=1).view(-1, *[1] * (vectors.dim() - 1))
-    tokens = torch.arange(len(vectors), device=vectors.device)
-    sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
+    sequence = packed_sequences(cu_seqlens, len(vectors))
     squares = vectors.float().square().sum(dim=1)
     sums = squares.new_zeros(len(cu_seqlens) - 1).index_add(0, sequence, squares)
     return sums.sqrt()[sequence].unsqueeze(1).to(vectors.dtype)

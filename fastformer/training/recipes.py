@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
+from scipy.special import softmax
 from transformers import PreTrainedTokenizerFast
 
 from fastformer.data import readers
@@ -182,7 +182,7 @@ class Classify(Recipe):
     ) -> list[dict[str, Any]]:
         if self.labels is None:
             return [{"prediction": float(value[0])} for value in outputs]
-        probabilities = [np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum() for logits in outputs]
+        probabilities = [softmax(logits) for logits in outputs]
         return [
             {
                 "prediction": self.labels[int(of_one.argmax())],

@@ -19,6 +19,7 @@ from fastformer.models.modeling import (
     restored_weights,
 )
 from fastformer.nn import DenseLayout
+from fastformer.ops.packing import packed_positions, packed_sequences
 
 
 class FastformerForQuestionAnswering(FastformerPreTrainedModel):
@@ -83,10 +84,11 @@ def _columns(layout: DenseLayout, logits: torch.Tensor) -> torch.Tensor:
 def _span_loss(tokens: TokenBatch, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     layout = tokens.layout
     if layout is None:
-        starts, longest = tokens.packing.cu_seqlens[:-1].long(), tokens.packing.max_seqlen
-        each = torch.arange(len(logits), device=logits.device)
-        sequence = torch.searchsorted(tokens.packing.cu_seqlens[1:].long(), each, right=True)
-        layout = DenseLayout(len(starts), longest, sequence * longest + each - starts[sequence])
+        cu_seqlens, longest = tokens.packing
+        columns = packed_positions(cu_seqlens, len(logits))
+        layout = DenseLayout(
+            len(cu_seqlens) - 1, longest, packed_sequences(cu_seqlens, len(logits)) * longest + columns
+        )
     columns = _columns(layout, logits.float())
     outside = (positions < 0) | (positions >= layout.sequence)
     return F.cross_entropy(columns, positions.masked_fill(outside, -1), ignore_index=-1)
