@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastformer.models.configuration import FastformerConfig
 from fastformer.models.context import AttentionContext, AttentionPattern
 from fastformer.nn import RMSNorm
+from fastformer.nn.feed_forward import is_plain_linear
 
 
 class SelfAttention(nn.Module):
@@ -24,13 +26,31 @@ class SelfAttention(nn.Module):
         self.query_norm = RMSNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else None
 
-    def forward(self, hidden: torch.Tensor, context: AttentionContext, pattern: AttentionPattern) -> torch.Tensor:
-        """`hidden` (tokens, hidden_size); returns the same shape."""
-        query, key, value = self.qkv(hidden).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        context: AttentionContext,
+        pattern: AttentionPattern,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`hidden` (tokens, hidden_size) to the same shape, or with `positions` (n,) those tokens' outputs alone."""
+        query, key, value = self._projections(hidden, positions)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         attended = context.self_attention(self.layer, query, key, value, pattern, self.training)
         return self.output(attended.flatten(1))
+
+    def _projections(self, hidden: torch.Tensor, positions: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Queries, of the tokens at `positions` alone if given, keys and values, each (tokens, heads, head_dim)."""
+        if positions is None or not is_plain_linear(self.qkv):
+            query, key, value = self.qkv(hidden).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
+            return query if positions is None else query.index_select(0, positions), key, value
+        features = [self.heads[0] * self.head_dim, 2 * self.heads[1] * self.head_dim]
+        query_weight, source_weight = self.qkv.weight.split(features)
+        query_bias, source_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.split(features)
+        query = F.linear(hidden.index_select(0, positions), query_weight, query_bias)
+        key, value = F.linear(hidden, source_weight, source_bias).unflatten(-1, (2, -1, self.head_dim)).unbind(1)
+        return query.unflatten(-1, (-1, self.head_dim)), key, value
 
 
 class CrossAttention(nn.Module):

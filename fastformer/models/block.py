@@ -48,9 +48,12 @@ class Block(GradientCheckpointingLayer):
         context: AttentionContext,
         pattern: AttentionPattern,
         cross_pattern: AttentionPattern | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`hidden` (tokens, hidden_size); returns the same shape."""
-        sublayers: list[Sublayer] = [partial(self.attention, context=context, pattern=pattern)]
+        """`hidden` (tokens, hidden_size) to the same shape, or with `positions` (n,) those tokens' outputs alone."""
+        sublayers: list[Sublayer] = [
+            partial(self.attention, context=context, pattern=pattern, positions=positions),
+        ]
         norms: list[nn.Module] = [self.attention_norm]
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             sublayers.append(partial(self.cross_attention, context=context, pattern=cross_pattern))
@@ -59,10 +62,16 @@ class Block(GradientCheckpointingLayer):
         dropout_p = self.dropout_p if self.training else 0.0
         if self.pre_norm:
             normed = norms[0](hidden)
+            hidden = _chosen(hidden, positions)
             for sublayer, norm in zip(sublayers, norms[1:], strict=True):
                 normed, hidden = norm(sublayer(normed), residual=hidden, dropout_p=dropout_p)
             return self.feed_forward(normed, residual=hidden)
         sublayers.append(self.feed_forward)
+        residual = _chosen(hidden, positions)
         for sublayer, norm in zip(sublayers, norms, strict=True):
-            hidden = norm(sublayer(hidden), residual=hidden, dropout_p=dropout_p, return_sum=False)
+            hidden = residual = norm(sublayer(hidden), residual=residual, dropout_p=dropout_p, return_sum=False)
         return hidden
+
+
+def _chosen(hidden: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    return hidden if positions is None else hidden.index_select(0, positions)

@@ -39,6 +39,12 @@ class AttentionPattern(NamedTuple):
     alibi_slopes: Tensor | None = None
     relative_bias: Tensor | None = None
 
+    @property
+    def knows_positions(self) -> bool:
+        """Whether it matters where in its sequence a query is."""
+        placed = (self.window, self.rotary, self.alibi_slopes, self.relative_bias)
+        return self.causal or any(each is not None for each in placed)
+
     def arguments(self, training: bool) -> dict[str, Any]:
         """Those of `fastformer.attention`."""
         arguments = self._asdict()
@@ -98,6 +104,7 @@ class PackedContext(NamedTuple):
         encoded: the encoder's output, (source_tokens, hidden_size).
         source: where its sequences are.
         record: keeps the attention weights, if there is one.
+        queries: where the tokens that attend are among the queries, if those are not all tokens.
     """
 
     packing: Packing
@@ -105,6 +112,7 @@ class PackedContext(NamedTuple):
     encoded: Tensor | None = None
     source: Packing | None = None
     record: AttentionRecord | None = None
+    queries: Packing | None = None
 
     def self_attention(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern, training: bool
@@ -113,6 +121,9 @@ class PackedContext(NamedTuple):
         if pattern.rotary is not None:
             query, key = rotary(query, key, *pattern.rotary, position_ids=self.position_ids, cu_seqlens=cu_seqlens)
         arguments = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": max_seqlen, **pattern.arguments(training)}
+        if self.queries is not None:
+            arguments |= {"cu_seqlens_k": cu_seqlens, "max_seqlen_k": max_seqlen}
+            arguments |= {"cu_seqlens_q": self.queries.cu_seqlens, "max_seqlen_q": self.queries.max_seqlen}
         if self.record is not None:
             return self.record.attend(self.record.own, layer, query, key, value, **arguments)
         attended = attention(query, key, value, **arguments)

@@ -28,8 +28,9 @@ from fastformer.models.context import (
 )
 from fastformer.models.inputs import TokenBatch, check_packing, check_position_limit, token_batch
 from fastformer.models.patches import PatchEmbedding
-from fastformer.models.pooling import Pooler
+from fastformer.models.pooling import Pooler, pooled_tokens
 from fastformer.models.positions import AlibiSlopes, RelativeBias, rotary_embedding
+from fastformer.models.selection import Selection
 from fastformer.nn import DenseLayout, Packing, RotaryEmbedding, SinusoidalEmbedding, TransformerEmbedding
 
 # transformers before 5.24 calls the cache of keys and values past_key_values.
@@ -38,6 +39,10 @@ CACHE_FIELD = (
     if "cache" in {field.name for field in fields(BaseModelOutputWithPoolingAndCrossAttentions)}
     else "past_key_values"
 )
+
+
+Inputs = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+"""input_ids, attention_mask, token_type_ids, position_ids and inputs_embeds; see `FastformerModel.forward`."""
 
 
 class ModelOptions(TypedDict, total=False):
@@ -108,9 +113,32 @@ class FastformerPreTrainedModel(PreTrainedModel):
         max_seqlen: int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        pooled_alone: bool = False,
     ) -> tuple[TokenBatch, torch.Tensor, BaseModelOutputWithPoolingAndCrossAttentions]:
-        """Pack a head's inputs and run its model on them: the packed batch, its last hidden states, all outputs."""
-        tokens = token_batch(
+        """Pack a head's inputs and run its model on them: the packed batch, its last hidden states, all outputs.
+
+        `pooled_alone`: the last hidden states are those of the tokens that the pooler looks at.
+        """
+        tokens = self._pack(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen
+        )
+        pooled = pooled_tokens(tokens.packing, self.config.pooling) if pooled_alone else None
+        selection = None if pooled is None else Selection.of(tokens.packing, pooled)
+        outputs = self._run(tokens, selection, output_hidden_states, output_attentions)
+        assert outputs.last_hidden_state is not None
+        return tokens, outputs.last_hidden_state, outputs
+
+    def _pack(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        max_seqlen: int | None,
+    ) -> TokenBatch:
+        return token_batch(
             input_ids,
             inputs_embeds,
             attention_mask,
@@ -120,7 +148,15 @@ class FastformerPreTrainedModel(PreTrainedModel):
             max_seqlen,
             self.config,
         )
-        outputs = self.model(
+
+    def _run(
+        self,
+        tokens: TokenBatch,
+        output_tokens: Selection | None,
+        output_hidden_states: bool | None,
+        output_attentions: bool | None,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        return self.model(
             tokens.input_ids,
             token_type_ids=tokens.token_type_ids,
             position_ids=tokens.position_ids,
@@ -129,9 +165,9 @@ class FastformerPreTrainedModel(PreTrainedModel):
             max_seqlen=tokens.packing.max_seqlen,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            output_tokens=output_tokens,
             return_dict=True,
         )
-        return tokens, outputs.last_hidden_state, outputs
 
     def _wants(self, name: str, asked: bool | None) -> bool:
         """Whether Hugging Face's optional output `name` was asked for, by argument or configuration."""
@@ -214,6 +250,7 @@ class FastformerModel(FastformerPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_tokens: Selection | None = None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Run a batch through the stack, given in one of two layouts.
 
@@ -243,6 +280,8 @@ class FastformerModel(FastformerPreTrainedModel):
             output_hidden_states: also return the embeddings and each block's output, the last normalised.
             output_attentions: also return each block's attention weights, and those of the encoder's output. They are
                 computed again from the fused attention's log-sum-exp: before dropout, without gradient.
+            output_tokens: for packed input, the tokens whose last hidden states are wanted, with those that the pooler
+                looks at: last_hidden_state has no others, and the last block computes no others where it can.
 
         Returns:
             last_hidden_state (total_tokens, hidden_size), or (batch, sequence, hidden_size) with zeros at padding;
@@ -255,6 +294,8 @@ class FastformerModel(FastformerPreTrainedModel):
         """
         returns_hidden_states = self._wants("output_hidden_states", output_hidden_states)
         record = AttentionRecord() if self._wants("output_attentions", output_attentions) else None
+        if output_tokens is not None and cu_seqlens is None:
+            raise ValueError("output_tokens is for packed input; give cu_seqlens with it")
         cache = self._cache(cache if cache is not None else past_key_values, use_cache)
         context: AttentionContext
         source_layout = None
@@ -294,11 +335,11 @@ class FastformerModel(FastformerPreTrainedModel):
             context = PackedContext(tokens.packing, tokens.position_ids, encoded, source, record)
         hidden = self._embed(tokens)
         hidden_states = [hidden] if returns_hidden_states else None
-        hidden = self.run(hidden, context, hidden_states)
+        hidden = self.run(hidden, context, hidden_states, output_tokens)
         caches: dict[str, Any] = {CACHE_FIELD: cache}
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=tokens.restore(hidden),
-            pooler_output=None if self.pooler is None else self.pooler(hidden, tokens.packing),
+            pooler_output=None if self.pooler is None else self.pooler(hidden, (output_tokens or tokens).packing),
             hidden_states=restored(tokens, hidden_states),
             attentions=None if record is None else restored_weights(tokens.layout, tokens.layout, record.own.values()),
             cross_attentions=restored_weights(tokens.layout, source_layout, record.source.values())
@@ -308,22 +349,33 @@ class FastformerModel(FastformerPreTrainedModel):
         )
 
     def run(
-        self, hidden: torch.Tensor, context: AttentionContext, hidden_states: list[torch.Tensor] | None = None
+        self,
+        hidden: torch.Tensor,
+        context: AttentionContext,
+        hidden_states: list[torch.Tensor] | None = None,
+        output_tokens: Selection | None = None,
     ) -> torch.Tensor:
         """The blocks and the final norm on embedded tokens (tokens, hidden_size); returns the same shape.
 
-        `hidden_states`, where given, gets each block's output, the last normalised.
+        `hidden_states`, where given, gets each block's output, the last normalised. With `output_tokens` only those are
+        returned.
         """
         patterns, cross_pattern = self._patterns()
         for layer, pattern in zip(self.layers, patterns, strict=True):
-            hidden = layer(hidden, context, pattern, cross_pattern)
+            positions = None
+            if output_tokens is not None and layer is self.layers[-1] and hidden_states is None:
+                assert isinstance(context, PackedContext)
+                if context.record is None and not pattern.knows_positions:
+                    context = context._replace(queries=output_tokens.packing)
+                    positions, output_tokens = output_tokens.positions, None
+            hidden = layer(hidden, context, pattern, cross_pattern, positions)
             if hidden_states is not None:
                 hidden_states.append(hidden)
         if self.norm is not None:
             hidden = self.norm(hidden)
             if hidden_states is not None:
                 hidden_states[-1] = hidden
-        return hidden
+        return hidden if output_tokens is None else hidden.index_select(0, output_tokens.positions)
 
     def _embed(self, tokens: TokenBatch) -> torch.Tensor:
         """(total_tokens, hidden_size)."""

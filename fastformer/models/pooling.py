@@ -12,19 +12,28 @@ from fastformer.ops.packing import packed_sequences
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
 
+def pooled_tokens(packing: Packing, pooling: str) -> torch.Tensor | None:
+    """The positions of those that `pool` looks at, (batch,) int64; None for all. For an empty sequence, any."""
+    if pooling == "mean":
+        return None
+    starts, ends = packing.cu_seqlens[:-1], packing.cu_seqlens[1:]
+    chosen = starts if pooling == "first" else ends - 1
+    return torch.minimum(chosen, packing.cu_seqlens[-1] - 1).clamp(min=0).long()
+
+
 def pool(hidden: torch.Tensor, packing: Packing, pooling: str) -> torch.Tensor:
     """`hidden` (total_tokens, hidden_size) to (batch, hidden_size): the first token, the last, or the mean of all.
 
     An empty sequence gives zeros.
     """
     starts, ends = packing.cu_seqlens[:-1], packing.cu_seqlens[1:]
-    if pooling == "mean":
+    chosen = pooled_tokens(packing, pooling)
+    if chosen is None:
         sequence = packed_sequences(packing.cu_seqlens, len(hidden))
         total = hidden.new_zeros(len(starts), hidden.shape[1], dtype=torch.float32)
         total = total.index_add(0, sequence, hidden.float())
         return (total / (ends - starts).clamp(min=1).unsqueeze(1)).to(hidden.dtype)
-    chosen = starts if pooling == "first" else ends - 1
-    rows = hidden.index_select(0, chosen.clamp(0, hidden.shape[0] - 1))
+    rows = hidden.index_select(0, chosen)
     return rows.masked_fill((starts == ends).unsqueeze(1), 0.0)
 
 

@@ -63,7 +63,13 @@ class FastformerForSequenceClassification(FastformerPreTrainedModel):
                 or, where that is None, the labels' dtype and the number of labels, as in Hugging Face's models.
         """
         tokens, _, outputs = self._encode(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            **options,
+            pooled_alone=True,
         )
         logits = self.classifier(outputs.pooler_output)
         loss = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_outputs import MaskedLMOutput
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, MaskedLMOutput
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
@@ -18,10 +19,13 @@ from fastformer.models.inputs import TokenBatch
 from fastformer.models.modeling import (
     FastformerModel,
     FastformerPreTrainedModel,
+    Inputs,
     ModelOptions,
     restored,
     restored_weights,
 )
+from fastformer.models.pooling import pooled_tokens
+from fastformer.models.selection import Selection
 from fastformer.nn import LayerNorm
 from fastformer.nn.feed_forward import ACTIVATIONS
 
@@ -47,23 +51,32 @@ class MaskedLMHead(nn.Module):
         """
         return projection_loss(self.decoder, self._transform(hidden), labels)
 
-    def masked_loss(
-        self, hidden: torch.Tensor, labels: torch.Tensor, masked_positions: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The loss of the labelled tokens among `hidden` (total_tokens, hidden_size); only those are computed."""
-        if masked_positions is None:
-            masked_positions = (labels != IGNORED_LABEL).nonzero().squeeze(1)
-        try:
-            hidden, labels = hidden.index_select(0, masked_positions), labels.index_select(0, masked_positions)
-        except IndexError as error:
-            low, high = masked_positions.min().item(), masked_positions.max().item()
-            raise IndexError(
-                f"masked_positions must be from 0 to {hidden.shape[0] - 1}; got {low} to {high}"
-            ) from error
-        return self.loss(hidden, labels)
-
     def _transform(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.norm(ACTIVATIONS[self.activation](self.dense(hidden)))
+
+
+class _Masked(NamedTuple):
+    """The labelled tokens of a packed batch.
+
+    Attributes:
+        positions: (masked_tokens,) int64 among its tokens.
+        labels: (masked_tokens,) int64.
+    """
+
+    positions: torch.Tensor
+    labels: torch.Tensor
+
+    @classmethod
+    def of(cls, tokens: TokenBatch, labels: torch.Tensor, positions: torch.Tensor | None) -> _Masked:
+        """`labels` and `positions` as a model's forward is given them."""
+        labels = tokens.pack("labels", labels)
+        if positions is None:
+            positions = (labels != IGNORED_LABEL).nonzero().squeeze(1)
+        try:
+            return cls(positions, labels.index_select(0, positions))
+        except IndexError as error:
+            low, high = positions.min().item(), positions.max().item()
+            raise IndexError(f"masked_positions must be from 0 to {len(labels) - 1}; got {low} to {high}") from error
 
 
 @dataclass
@@ -105,20 +118,38 @@ class _MaskedLMModel(FastformerPreTrainedModel):
 
     def _masked_lm(
         self,
-        tokens: TokenBatch,
-        hidden: torch.Tensor,
+        inputs: Inputs,
         labels: torch.Tensor | None,
         masked_positions: torch.Tensor | None,
         return_logits: bool | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Loss and logits, each where wanted, from the encoder's packed `hidden`."""
+        options: ModelOptions,
+    ) -> tuple[TokenBatch, BaseModelOutputWithPoolingAndCrossAttentions, torch.Tensor | None, torch.Tensor | None]:
+        """The packed batch of `inputs`, those of `_encode`, the encoder's outputs, and the head's loss and logits.
+
+        Loss and logits are each where they are wanted. Without logits, the hidden states are those of the tokens that
+        the heads look at alone.
+        """
+        tokens = self._pack(*inputs, options.get("cu_seqlens"), options.get("max_seqlen"))
         _check_masked_positions(masked_positions, labels, tokens)
-        loss, logits = None, None
-        if labels is not None:
-            loss = self.mlm_head.masked_loss(hidden, tokens.pack("labels", labels), masked_positions)
-        if labels is None if return_logits is None else return_logits:
+        masked = None if labels is None else _Masked.of(tokens, labels, masked_positions)
+        wants_logits = labels is None if return_logits is None else return_logits
+        selection = None if masked is None or wants_logits else self._selection(tokens, masked)
+        outputs = self._run(tokens, selection, options.get("output_hidden_states"), options.get("output_attentions"))
+        hidden, loss, logits = outputs.last_hidden_state, None, None
+        assert hidden is not None
+        if masked is not None:
+            rows = masked.positions if selection is None else selection.rows(masked.positions)
+            loss = self.mlm_head.loss(hidden.index_select(0, rows), masked.labels)
+        if wants_logits:
             logits = tokens.restore(self.mlm_head(hidden))
-        return loss, logits
+        return tokens, outputs, loss, logits
+
+    def _selection(self, tokens: TokenBatch, masked: _Masked) -> Selection | None:
+        """The tokens that the heads look at; None for all."""
+        if self.model.pooler is None:
+            return Selection.of(tokens.packing, masked.positions)
+        pooled = pooled_tokens(tokens.packing, self.config.pooling)
+        return None if pooled is None else Selection.of(tokens.packing, masked.positions, pooled)
 
 
 class FastformerForPreTraining(_MaskedLMModel):
@@ -159,10 +190,8 @@ class FastformerForPreTraining(_MaskedLMModel):
         Returns:
             `FastformerForPreTrainingOutput`; `loss` is mlm_loss + nsp_loss, as far as their labels were given.
         """
-        tokens, hidden, outputs = self._encode(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options
-        )
-        mlm_loss, logits = self._masked_lm(tokens, hidden, labels, masked_positions, return_logits)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        tokens, outputs, mlm_loss, logits = self._masked_lm(inputs, labels, masked_positions, return_logits, options)
         seq_relationship_logits = self.nsp_head(outputs.pooler_output)
         nsp_loss = None
         if next_sentence_label is not None:
@@ -205,10 +234,8 @@ class FastformerForMaskedLM(_MaskedLMModel):
         **options: Unpack[ModelOptions],
     ) -> MaskedLMOutput:
         """Loss and logits; arguments as in `FastformerForPreTraining.forward`."""
-        tokens, hidden, outputs = self._encode(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options
-        )
-        loss, logits = self._masked_lm(tokens, hidden, labels, masked_positions, return_logits)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        tokens, outputs, loss, logits = self._masked_lm(inputs, labels, masked_positions, return_logits, options)
         return MaskedLMOutput(
             loss=loss,
             logits=logits,

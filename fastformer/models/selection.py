@@ -1,0 +1,36 @@
+"""The tokens whose last hidden states a head needs: the last block computes no others."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastformer.nn import Packing
+
+
+class Selection(NamedTuple):
+    """Some tokens of packed sequences.
+
+    Attributes:
+        positions: (n,) int64 among the packed tokens, ascending; a token may be there twice.
+        packing: where the chosen tokens of each sequence are among the n.
+    """
+
+    positions: torch.Tensor
+    packing: Packing
+
+    @classmethod
+    def of(cls, packing: Packing, *positions: torch.Tensor) -> Selection:
+        """The tokens at several lots of positions, which have repeats at most where sequences are empty.
+
+        Nothing waits for a GPU.
+        """
+        chosen = torch.cat(positions).sort().values
+        boundaries = torch.searchsorted(chosen, packing.cu_seqlens.long(), out_int32=True)
+        longest = packing.max_seqlen * len(positions) + len(packing.cu_seqlens) - 1
+        return cls(chosen, Packing(boundaries, longest))
+
+    def rows(self, positions: torch.Tensor) -> torch.Tensor:
+        """Where the tokens at these positions, chosen ones, are among the chosen."""
+        return torch.searchsorted(self.positions, positions)
