@@ -6,6 +6,12 @@ neighbouring columns. The Triton kernels draw the same words.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import product
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,8 +21,13 @@ Counters = tuple[Tensor, Tensor, Tensor, Tensor]
 _WORD = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
-# Counters drawn together: few enough that every intermediate stays in a CPU core's cache.
+_FACTOR_A, _FACTOR_B = np.uint64(_ROUND_A), np.uint64(_ROUND_B)
+_LOW, _HALF = np.uint64(_WORD), np.uint64(32)
+# Counters that a CPU core draws together: few enough that every intermediate stays in its cache.
 _CHUNK = 16384
+# And counters of one call, whose mask is held at once.
+_CALL = 64 * _CHUNK
+_whole = slice(None)
 
 
 def check_dropout_p(dropout_p: float, name: str = "dropout_p") -> None:
@@ -44,7 +55,7 @@ def apply_dropout_(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
     """
     rows, columns = input.shape
     counters = torch.arange((columns + 3) // 4, device=input.device)
-    step = max(1, _CHUNK // max(1, counters.shape[0]))
+    step = max(1, _CALL // max(1, counters.shape[0]))
     for start in range(0, rows, step):
         chunk = input[start : start + step]
         row = torch.arange(start, start + chunk.shape[0], device=input.device)[:, None]
@@ -69,8 +80,7 @@ def words_below(dropout_p: float, seed: Tensor | int, counters: Counters) -> Ten
     if counters[0].device.type != "cpu":
         below = [word < threshold for word in philox(seed, counters)]
         return torch.stack(torch.broadcast_tensors(*below), dim=-1).flatten(-2)
-    words = _philox_on_cpu(int(seed), counters)
-    return torch.from_numpy(np.stack([word < threshold for word in words], axis=-1)).flatten(-2)
+    return torch.from_numpy(_below_on_cpu(threshold, int(seed), counters)).flatten(-2)
 
 
 def philox(seed: Tensor | int, counters: Counters) -> Counters:
@@ -86,20 +96,74 @@ def philox(seed: Tensor | int, counters: Counters) -> Counters:
     return c0, c1, c2, c3
 
 
-def _philox_on_cpu(seed: int, counters: Counters) -> list[np.ndarray]:
-    """`philox` in NumPy's unsigned integers and in place, several times as fast as in PyTorch's signed ones."""
-    c0, c1, c2, c3 = (
-        each.astype(np.uint64, order="C") for each in np.broadcast_arrays(*(counter.numpy() for counter in counters))
-    )
-    product_a, product_b = np.empty_like(c0), np.empty_like(c0)
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(10):
-        np.multiply(c0, np.uint64(_ROUND_A), out=product_a)
-        np.multiply(c2, np.uint64(_ROUND_B), out=product_b)
-        for word, product, other, key in ((c0, product_b, c1, k0), (c2, product_a, c3, k1)):
-            np.right_shift(product, np.uint64(32), out=word)
+def _below_on_cpu(threshold: int, seed: int, counters: Counters) -> np.ndarray:
+    """(..., n, 4) boolean: which words are below the threshold, drawn a chunk at a time by all of PyTorch's threads."""
+    shape = torch.broadcast_shapes(*(counter.shape for counter in counters))
+    arrays = [
+        counter.numpy().astype(np.uint64).reshape((1,) * (len(shape) - counter.ndim) + counter.shape)
+        for counter in counters
+    ]
+    below = np.empty((*shape, 4), dtype=np.bool_)
+
+    def draw(chunk: tuple[slice, ...]) -> None:
+        cut = (
+            array[tuple(_whole if n == 1 else part for part, n in zip(chunk, array.shape, strict=True))]
+            for array in arrays
+        )
+        for place, word in enumerate(_philox_on_cpu(seed, *cut)):
+            np.less(word, np.uint64(threshold), out=below[chunk][..., place])
+
+    chunks = list(_chunks(shape))
+    threads = min(torch.get_num_threads(), len(chunks))
+    if threads > 1:
+        list(_pool(threads).map(draw, chunks))
+    else:
+        for chunk in chunks:
+            draw(chunk)
+    return below
+
+
+def _chunks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Parts of an array, each of at most `_CHUNK` elements, as long as they can be along the last dimensions."""
+    ranges, left = [], _CHUNK
+    for size in reversed(shape):
+        step = max(1, min(size, left))
+        ranges.append([slice(start, start + step) for start in range(0, size, step)])
+        left //= step
+    return product(*reversed(ranges))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="dropout")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # the threads stay with the parent
+
+
+def _philox_on_cpu(
+    seed: int, c0: np.ndarray, c1: np.ndarray, c2: np.ndarray, c3: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """`philox` in NumPy's unsigned integers, several times as fast as in PyTorch's signed ones.
+
+    A counter stays as small as it is, to be broadcast, until a round mixes it with the others; from then on all happens
+    in place.
+    """
+    keys = [(np.uint64(seed + i * _KEY_A & _WORD), np.uint64((seed >> 32) + i * _KEY_B & _WORD)) for i in range(10)]
+    for k0, k1 in keys[:3]:
+        product_a, product_b = c0 * _FACTOR_A, c2 * _FACTOR_B
+        c0, c2 = (product_b >> _HALF) ^ (c1 ^ k0), (product_a >> _HALF) ^ (c3 ^ k1)
+        c1, c3 = product_b & _LOW, product_a & _LOW
+    shape = np.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
+    c0, c1, c2, c3 = (each if each.shape == shape else np.broadcast_to(each, shape).copy() for each in (c0, c1, c2, c3))
+    product_a, product_b = np.empty(shape, np.uint64), np.empty(shape, np.uint64)
+    for k0, k1 in keys[3:]:
+        np.multiply(c0, _FACTOR_A, out=product_a)
+        np.multiply(c2, _FACTOR_B, out=product_b)
+        for word, produced, other, key in ((c0, product_b, c1, k0), (c2, product_a, c3, k1)):
+            np.right_shift(produced, _HALF, out=word)
             word ^= other
-            word ^= np.uint64(key)
-            np.bitwise_and(product, np.uint64(_WORD), out=other)
-        k0, k1 = (k0 + _KEY_A) & _WORD, (k1 + _KEY_B) & _WORD
-    return [c0, c1, c2, c3]
+            word ^= key
+            np.bitwise_and(produced, _LOW, out=other)
+    return c0, c1, c2, c3
