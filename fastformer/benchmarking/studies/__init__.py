@@ -7,7 +7,9 @@ import importlib
 from fastformer.benchmarking.study import Study
 
 STUDIES = {
+    "finetuning": "fastformer.benchmarking.studies.finetuning",
     "linear-cross-entropy": "fastformer.benchmarking.studies.linear_cross_entropy",
+    "pretraining": "fastformer.benchmarking.studies.pretraining",
 }
 """Each study's name and its module, which has it as `STUDY`."""
 

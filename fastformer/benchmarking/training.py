@@ -1,0 +1,157 @@
+"""Optimizer steps on equal batches, ours under Lightning's Trainer and theirs under Hugging Face's.
+
+Both start from the same weights with the same optimizer: AdamW with fused steps, decay on matrices alone, a rate that
+falls in a line, gradients clipped at norm 1. Each side's own trainer, loader and collation count.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as lightning
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from numpy.typing import NDArray
+from transformers import BertConfig, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+
+from fastformer.benchmarking.measurement import OURS
+from fastformer.benchmarking.timing import Run
+from fastformer.training.run import quieten
+
+HUGGING_FACE = "Hugging Face Trainer"
+VOCABULARY = 30522
+# Fields of `BertConfig` that differ from bert-base's.
+Shape = dict[str, Any]
+BASE: Shape = {}
+SMALL: Shape = {"num_hidden_layers": 4, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048}
+TINY: Shape = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
+
+# Of our modules; `theirs` has the same.
+OPTIMIZER: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "weight_decay": 0.01,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "warmup_steps": 0,
+}
+
+Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
+
+
+def median_batches(lengths: NDArray[np.int64], size: int, number: int) -> list[NDArray[np.int64]]:
+    """Indices of `number` batches of `size` sequences in random order: those whose share of padding is the middle one.
+
+    Padded to its longest sequence, one batch is no like another; a few steps shall stand for an epoch.
+    """
+    order = np.random.default_rng(0).permutation(len(lengths))
+    batches = order[: len(order) // size * size].reshape(-1, size)
+    share = lengths[batches].mean(axis=1) / lengths[batches].max(axis=1)
+    middle = (len(batches) - number) // 2
+    return list(batches[np.argsort(share, kind="stable")[middle : middle + number]])
+
+
+def bert(shape: Shape, dropout: float) -> BertConfig:
+    """With this dropout of hidden states and attention weights."""
+    return BertConfig(vocab_size=VOCABULARY, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **shape)
+
+
+def ours(module: LightningModule, data: LightningDataModule, steps: int) -> Run:
+    """So many steps at each run, which returns the mean loss."""
+    quieten()
+
+    def run() -> float:
+        losses = _Losses()
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            gradient_clip_val=1.0,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[losses],
+        )
+        trainer.fit(module, datamodule=data)
+        return torch.stack(losses.of_steps).mean().item()
+
+    return run
+
+
+class _Losses(lightning.Callback):
+    """Keeps the loss of each step."""
+
+    def __init__(self) -> None:
+        self.of_steps: list[torch.Tensor] = []
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.of_steps.append(outputs["loss"])
+
+
+def theirs(
+    model: PreTrainedModel,
+    examples: Sequence[dict[str, torch.Tensor]],
+    collate: Collate,
+    batch_size: int,
+    *,
+    sampling: str = "sequential",
+    compiled: bool = False,
+) -> Run:
+    """One epoch of the examples at each run, which returns the mean loss.
+
+    Args:
+        model: trained, in training mode.
+        examples: in the order in which they are to be batched.
+        collate: makes a padded batch.
+        batch_size: examples of each.
+        sampling: `TrainingArguments.train_sampling_strategy`.
+        compiled: `TrainingArguments.torch_compile`.
+    """
+    folder = tempfile.TemporaryDirectory()
+    arguments = TrainingArguments(
+        folder.name,
+        per_device_train_batch_size=batch_size,
+        max_steps=len(examples) // batch_size,
+        learning_rate=OPTIMIZER["learning_rate"],
+        weight_decay=OPTIMIZER["weight_decay"],
+        adam_epsilon=OPTIMIZER["eps"],
+        adam_beta1=OPTIMIZER["betas"][0],
+        adam_beta2=OPTIMIZER["betas"][1],
+        train_sampling_strategy=sampling,
+        torch_compile=compiled,
+        use_cpu=True,
+        remove_unused_columns=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+    def run() -> float:
+        with folder:
+            trainer = Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collate)
+            trainer.remove_callback(PrinterCallback)
+            return trainer.train().training_loss
+
+    return run
+
+
+def padded(sequences: Sequence[torch.Tensor], padding: int) -> torch.Tensor:
+    """(batch, longest)."""
+    return torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=padding)
+
+
+def attention_mask(sequences: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(batch, longest) int64: 1 for a token, 0 for padding."""
+    return padded([torch.ones_like(sequence) for sequence in sequences], 0)
+
+
+def assert_equal_losses(runs: dict[str, Run]) -> None:
+    """That training without dropout gives equal losses; `runs` are ours and theirs."""
+    losses = {name: run() for name, run in runs.items()}
+    torch.testing.assert_close(losses[OURS], losses[HUGGING_FACE], rtol=1e-5, atol=0)
