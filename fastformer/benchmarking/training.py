@@ -112,28 +112,27 @@ def theirs(
         sampling: `TrainingArguments.train_sampling_strategy`.
         compiled: `TrainingArguments.torch_compile`.
     """
-    folder = tempfile.TemporaryDirectory()
-    arguments = TrainingArguments(
-        folder.name,
-        per_device_train_batch_size=batch_size,
-        max_steps=len(examples) // batch_size,
-        learning_rate=OPTIMIZER["learning_rate"],
-        weight_decay=OPTIMIZER["weight_decay"],
-        adam_epsilon=OPTIMIZER["eps"],
-        adam_beta1=OPTIMIZER["betas"][0],
-        adam_beta2=OPTIMIZER["betas"][1],
-        train_sampling_strategy=sampling,
-        torch_compile=compiled,
-        use_cpu=True,
-        remove_unused_columns=False,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
 
     def run() -> float:
-        with folder:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder,
+                per_device_train_batch_size=batch_size,
+                max_steps=len(examples) // batch_size,
+                learning_rate=OPTIMIZER["learning_rate"],
+                weight_decay=OPTIMIZER["weight_decay"],
+                adam_epsilon=OPTIMIZER["eps"],
+                adam_beta1=OPTIMIZER["betas"][0],
+                adam_beta2=OPTIMIZER["betas"][1],
+                train_sampling_strategy=sampling,
+                torch_compile=compiled,
+                use_cpu=True,
+                remove_unused_columns=False,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            )
             trainer = Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collate)
             trainer.remove_callback(PrinterCallback)
             return trainer.train().training_loss
