@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.output_capturing import _active_collector
 
+from fastformer.integrations import attention_on_cpu
 from fastformer.integrations.attention_mask import AttentionMask, MaskStructure
 from fastformer.ops import attention, attention_weights
 from fastformer.ops.packing import packed_sequences
@@ -79,6 +81,9 @@ def attention_forward(
         output_attentions: return the weights too, recomputed, before dropout and not differentiable.
         deterministic: gradients must be the same every time.
 
+    On a CPU, where no backend is asked for, the model's own SDPA takes over wherever our operator would leave out too
+    little to be faster; with dropout always, whose pattern is then PyTorch's.
+
     Returns:
         The output, (batch, queries, heads, value_head_dim), and the weights, (batch, heads, queries, keys), or None.
 
@@ -98,6 +103,19 @@ def attention_forward(
     query, key, value = (_of_batch(tensor, batch) for tensor in (query, key, value))
     structure = _structure(module, attention_mask, is_causal, sliding_window, (batch, 1, query.shape[2], key.shape[2]))
     weights_wanted = _weights_wanted(output_attentions)
+    dropout_p = dropout if module.training else 0.0
+    particular = weights_wanted or any(
+        given is not None for given in (softcap, s_aux, sinks, indices, block_indices, cu_seq_lens_q)
+    )
+    documents = structure is not None and structure.cu_seqlens_q is not None
+    if not (particular or documents) and attention_on_cpu.leaves_choice(query):
+        if attention_on_cpu.operator_is_faster(query, key, structure, position_bias, dropout_p):
+            structure = attention_on_cpu.without_padding(structure, query, key, position_bias)
+        elif (own := _of_sdpa(structure, attention_mask, query.shape[2], key.shape[2])) is not None:
+            mask, causal = own
+            return sdpa_attention_forward(
+                module, query, key, value, mask, dropout_p, scaling, is_causal=causal, position_bias=position_bias
+            )
     by_row = weights_wanted or any(given is not None for given in (position_bias, indices, block_indices, sinks))
     only: list[Tensor] = []
     if structure is not None and structure.cu_seqlens_q is not None and by_row:
@@ -118,7 +136,6 @@ def attention_forward(
     arguments |= {"scale": scaling, "softcap": softcap, "bias": position_bias}
     packed = structure is not None and structure.cu_seqlens_q is not None
     tensors = [tensor.transpose(1, 2).flatten(0, 1) if packed else tensor for tensor in (query, key, value)]
-    dropout_p = dropout if module.training else 0.0
     output, lse = attention(*tensors, **arguments, sinks=s_aux, dropout_p=dropout_p, return_lse=True)
     if packed:
         return output.unflatten(0, (batch, query.shape[2])), None
@@ -157,6 +174,14 @@ def _structure(
         reach = None if sliding_window is None else sliding_window - 1
         return MaskStructure(causal=bool(causal), window=(reach, reach))
     return mask.structure if isinstance(mask, AttentionMask) and tuple(mask.shape) == shape else None
+
+
+def _of_sdpa(
+    structure: MaskStructure | None, mask: Tensor | None, queries: int, keys: int
+) -> tuple[Tensor | None, bool] | None:
+    """The mask and `is_causal` that SDPA takes; None where there is nothing that it can take."""
+    own = None if structure is None else attention_on_cpu.sdpa_mask(structure, queries, keys)
+    return (_elements(mask), False) if own is None and mask is not None else own
 
 
 def _packed(

@@ -23,6 +23,8 @@ class MaskStructure:
     Attributes:
         causal, window, chunk, alignment, key_lengths: as `fastformer.attention` takes them.
         key_mask: (batch, 1, 1, keys) boolean, the keys that are not padding; None where lengths say it.
+        spans: first key of each row that is not padding and the first after it that is, where a CPU can read them and
+            nothing between them is padding.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as `fastformer.attention` takes them, over the tokens of
             all rows one after the other, where rows hold several sequences.
     """
@@ -33,6 +35,7 @@ class MaskStructure:
     alignment: str = "bottom_right"
     key_lengths: torch.Tensor | None = None
     key_mask: torch.Tensor | None = None
+    spans: tuple[tuple[int, int], ...] | None = None
     cu_seqlens_q: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
     max_seqlen_q: int | None = None
@@ -44,7 +47,7 @@ class MaskStructure:
 
     def arguments(self) -> dict[str, Any]:
         """What to call `fastformer.attention` with."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "spans"}
         return {"mask": values.pop("key_mask"), **values}
 
 
@@ -212,7 +215,9 @@ def _structure(
     pattern = _pattern(mask_function)
     if pattern is None:
         return None
-    structure, left_padding, sequence_ids = pattern.structure, pattern.left_padding, pattern.sequence_ids
+    left_padding, sequence_ids = pattern.left_padding, pattern.sequence_ids
+    left, right = (None if extent is None or extent >= keys - 1 else extent for extent in pattern.structure.window)
+    structure = replace(pattern.structure, window=(left, right))
     # Our chunks count from the first key.
     if structure.chunk is not None and (kv_offset % structure.chunk or left_padding is None or left_padding.any()):
         return None
@@ -246,10 +251,21 @@ def _with_padding(structure: MaskStructure, valid: torch.Tensor, written: int) -
     ).tolist()
     if everything:
         return structure
+    if valid.device.type == "cpu" and structure.key_lengths is None:
+        structure = replace(structure, spans=_spans(valid, lengths))
     # Lengths of the keys move the queries of a bottom-right alignment along.
     if at_end and (structure.ignores_positions or structure.alignment == "top_left" or of_written):
         return replace(structure, key_lengths=lengths)
     return replace(structure, key_mask=valid[:, None, None, :])
+
+
+def _spans(valid: torch.Tensor, lengths: torch.Tensor) -> tuple[tuple[int, int], ...] | None:
+    """Where each row of `valid`, (batch, keys) boolean, is True, if in one piece; `lengths` says how often."""
+    pieces = (valid[:, 1:] & ~valid[:, :-1]).sum(-1) + valid[:, 0]
+    if (pieces > 1).any():
+        return None
+    starts = valid.int().argmax(-1).tolist()
+    return tuple((start, start + length) for start, length in zip(starts, lengths.tolist(), strict=True))
 
 
 def _with_documents(structure: MaskStructure, sequence_ids: torch.Tensor) -> MaskStructure:

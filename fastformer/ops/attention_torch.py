@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from fastformer_kernels.attention.arguments import (
     UNBOUNDED,
     AttentionArguments,
@@ -28,6 +28,9 @@ from fastformer.ops.attention_dropout import dropout_keep
 from fastformer.ops.autocast import without_autocast
 
 SCORE_ELEMENTS = 1 << 22
+SCORE_ELEMENTS_IN_CACHE = 1 << 18
+EXPLICIT_ROWS = 64
+FLASH_ROWS = 128
 NEGATIVE_INFINITY = float("-inf")
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -39,12 +42,10 @@ def attention_forward_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp; see `fastformer.attention`."""
     output, lse = empty_output(query, value), empty_lse(query)
+    forward = _forward_flash if _fits_flash(query, key, value, arguments) else _forward_explicit
+    dense = _as_dense(query), _as_dense(key), _as_dense(value), _as_dense(output)
     for segment in _segments(query, key, arguments):
-        q, k, v = segment.queries(query), segment.keys(key), segment.keys(value)
-        forward = _forward_flash if segment.fits_flash(q, k, v) else _forward_explicit
-        segment_output, segment_lse = forward(q, k, v, segment)
-        segment.queries(output).copy_(segment_output)
-        segment.rows(lse).copy_(segment_lse)
+        forward(*dense, _dense_rows(lse), segment)
     return output, lse
 
 
@@ -69,18 +70,15 @@ def attention_backward_torch(
             for tensor, wanted in zip(learned, needed, strict=True)
         )
     )
+    q, k, v, o, do = (_as_dense(tensor) for tensor in (query, key, value, output, grad_output))
+    grads = [_as_dense(grad) for grad in (grad_query, grad_key, grad_value)]
+    rows, grad_rows = _dense_rows(lse), None if grad_lse is None else _dense_rows(grad_lse)
+    flash = _fits_flash(query, key, value, arguments) and grad_lse is None and sums.bias is None
     for segment in _segments(query, key, arguments):
-        q, k, v = segment.queries(query), segment.keys(key), segment.keys(value)
-        o, do = segment.queries(output), segment.queries(grad_output)
-        row_lse = segment.rows(lse)
-        dlse = None if grad_lse is None else segment.rows(grad_lse)
-        if segment.fits_flash(q, k, v) and dlse is None and sums.bias is None:
-            grads = _backward_flash(do, q, k, v, o, row_lse, segment)
+        if flash:
+            _backward_flash(do, q, k, v, o, rows, grads, segment)
         else:
-            grads = _backward_explicit(do, dlse, q, k, v, o, row_lse, segment, sums)
-        segment.queries(grad_query).copy_(grads[0])
-        segment.keys(grad_key).copy_(grads[1])
-        segment.keys(grad_value).copy_(grads[2])
+            _backward_explicit(do, grad_rows, q, k, v, o, rows, grads, segment, sums)
     return AttentionGradients(
         grad_query,
         grad_key,
@@ -104,17 +102,17 @@ def attention_weights_torch(
     """Weights (batch, chosen heads, chosen rows, keys); see `fastformer.attention_weights`."""
     weights = query.new_zeros(arguments.batch(query), len(heads), len(query_rows), arguments.max_seqlen_k)
     chosen = _choose_heads(arguments, heads)
+    dense_query, dense_key, rows = _as_dense(query), _as_dense(key), _dense_rows(lse)
     for segment in _segments(query, key, chosen):
-        q, k = segment.queries(query)[:, heads], segment.keys(key)
-        k = k[:, heads // (query.shape[1] // key.shape[1])].float()
-        row_lse = segment.rows(lse)[:, heads, :, None]
+        q = segment.of_queries(dense_query)[:, heads]
+        k = segment.of_keys(dense_key)[:, heads // (query.shape[1] // key.shape[1])].float()
+        row_lse = segment.of_queries(rows)[:, heads, :, None]
         row_lse = row_lse.masked_fill(row_lse == NEGATIVE_INFINITY, -NEGATIVE_INFINITY)
-        m, n = q.shape[2], k.shape[2]
         for place, row in enumerate(query_rows.tolist()):
-            if row < m:
+            if row < q.shape[2]:
                 at = slice(row, row + 1)
-                scores = _scores(q[:, :, at].float(), k, at, m, segment)
-                weights[segment.batch, :, place, :n] = torch.exp(scores.values - row_lse[:, :, at]).squeeze(2)
+                scores = _scores(q[:, :, at].float(), k, segment._replace(queries=at))
+                weights[segment.batch, :, place, segment.keys] = (scores.values - row_lse[:, :, at]).exp().squeeze(2)
     return weights
 
 
@@ -132,14 +130,17 @@ def _choose_heads(arguments: AttentionArguments, heads: torch.Tensor) -> Attenti
     )
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """Consecutive sequences of equal lengths: where they lie in the whole call's tensors, and its arguments for them.
+class _Segment(NamedTuple):
+    """A dense problem: some queries of neighbouring sequences of equal lengths, and the keys that these may attend to.
+
+    Tensors of the whole call come as (batch, heads, sequence, head_dim), packed ones with a batch of one.
 
     Attributes:
-        arguments: mask, bias, slopes and the rest, cut to this segment.
+        arguments: of the whole call.
         batch: the sequences.
-        query_tokens, key_tokens: positions along the sequence (dense) or the token dimension (packed).
+        query_tokens, key_tokens: where all of their queries and keys lie along the whole call's sequence dimension.
+        queries, keys: which of them, counted within each sequence.
+        offset: what a query's own position is beyond its number.
         prefix: keys that the limit to the right does not concern.
     """
 
@@ -147,64 +148,150 @@ class _Segment:
     batch: slice
     query_tokens: slice
     key_tokens: slice
+    queries: slice
+    keys: slice
+    offset: int
     prefix: int
 
-    def queries(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This segment's part of a query-shaped tensor, as a (batch, heads, sequence, head_dim) view."""
-        return self._cut(tensor, self.query_tokens)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Numbers of sequences, queries and keys."""
+        return _size(self.batch), _size(self.queries), _size(self.keys)
 
-    def keys(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This segment's part of a key-shaped tensor, as a (batch, heads, sequence, head_dim) view."""
-        return self._cut(tensor, self.key_tokens)
-
-    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This segment's part of a log-sum-exp, as a (batch, heads, queries) view."""
-        return tensor[:, self.query_tokens][None] if self.arguments.packed else tensor[self.batch]
-
-    def _cut(self, tensor: torch.Tensor, tokens: slice) -> torch.Tensor:
-        if self.arguments.packed:
-            return rearrange(tensor[tokens], "sequence heads head_dim -> 1 heads sequence head_dim")
-        return tensor[self.batch, :, tokens]
-
-    def fits_flash(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-        """Whether PyTorch's CPU flash attention computes this segment."""
+    @property
+    def limited(self) -> bool:
+        """Whether a query's position says which keys it may attend to."""
         a = self.arguments
-        return (
-            q.device.type == "cpu"
-            and not (a.softcap or a.dropout_p)
-            and a.alibi_slopes is None
-            and a.relative_bias is None
-            and a.head_scales is None
-            and a.sinks is None
-            and q.shape[-1] == v.shape[-1]
-            # It reads neighbouring elements whatever the last stride says.
-            and all(t.stride(-1) == 1 and t.numel() > 0 for t in (q, k, v))
-        )
+        return a.right != UNBOUNDED or a.left != UNBOUNDED or a.chunk > 0
+
+    def of_queries(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This segment's part of the queries, or what is laid out like them, as a view with its own batch."""
+        return self._part(tensor, self.query_tokens, self.queries)
+
+    def of_keys(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This segment's part of the keys, or what is laid out like them, as a view with its own batch."""
+        return self._part(tensor, self.key_tokens, self.keys)
+
+    def of_scores(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This segment's part of a (batch, heads, queries, keys) tensor, in which dimensions of size one broadcast."""
+        return _cut_dim(_cut_dim(_cut_dim(tensor, 0, self.batch), 2, self.queries), 3, self.keys)
+
+    def by_queries(self, rows: int) -> Iterator[_Segment]:
+        """`rows` queries at a time, with the keys that the limits leave them."""
+        for start in range(self.queries.start, self.queries.stop, rows):
+            queries = slice(start, min(start + rows, self.queries.stop))
+            yield self._replace(queries=queries, keys=self._reach(queries))
+
+    def by_sequences(self, count: int) -> Iterator[_Segment]:
+        """`count` sequences at a time."""
+        for start in range(self.batch.start, self.batch.stop, count):
+            batch = slice(start, min(start + count, self.batch.stop))
+            if not self.arguments.packed:
+                yield self._replace(batch=batch)
+                continue
+            first, last = start - self.batch.start, batch.stop - self.batch.start
+            m, n = _size(self.query_tokens) // _size(self.batch), _size(self.key_tokens) // _size(self.batch)
+            query_tokens = slice(self.query_tokens.start + first * m, self.query_tokens.start + last * m)
+            key_tokens = slice(self.key_tokens.start + first * n, self.key_tokens.start + last * n)
+            yield self._replace(batch=batch, query_tokens=query_tokens, key_tokens=key_tokens)
+
+    def distance(self, device: torch.device) -> torch.Tensor:
+        """(queries, keys): how far each key lies after each query's own position."""
+        queries = torch.arange(self.queries.start + self.offset, self.queries.stop + self.offset, device=device)
+        return torch.arange(self.keys.start, self.keys.stop, device=device) - queries[:, None]
+
+    def allowed(self, device: torch.device) -> torch.Tensor | None:
+        """Which keys each query may attend to by mask and position; 4-D, or None where all may."""
+        a, queries, keys = self.arguments, self.queries, self.keys
+        conditions = [] if a.mask is None else [self.of_scores(a.mask)]
+        nearest, farthest = keys.start - (queries.stop - 1 + self.offset), keys.stop - 1 - queries.start - self.offset
+        right = a.right != UNBOUNDED and farthest > a.right
+        left = a.left != UNBOUNDED and nearest < -a.left
+        if right or left or a.chunk:
+            distance = self.distance(device)[None, None]
+            key = torch.arange(keys.start, keys.stop, device=device)
+            if right:
+                near = distance <= a.right
+                conditions.append(near | (key < self.prefix) if self.prefix else near)
+            if left:
+                conditions.append(distance >= -a.left)
+            if a.chunk:
+                conditions.append(key // a.chunk == (key - distance) // a.chunk)
+        return functools.reduce(torch.logical_and, conditions) if conditions else None
+
+    def _part(self, tensor: torch.Tensor, tokens: slice, within: slice) -> torch.Tensor:
+        if not self.arguments.packed:
+            return tensor[self.batch, :, within]
+        count = _size(self.batch)
+        if count == 1:
+            return tensor.narrow(2, tokens.start + within.start, _size(within))
+        each = tensor[0].narrow(1, tokens.start, _size(tokens)).unflatten(1, (count, _size(tokens) // count))
+        return each.transpose(0, 1)[:, :, within]
+
+    def _reach(self, queries: slice) -> slice:
+        """The keys that some of the `queries` may attend to by position."""
+        a, low, high = self.arguments, self.keys.start, self.keys.stop
+        first, last = queries.start + self.offset, queries.stop - 1 + self.offset
+        if a.right != UNBOUNDED:
+            high = min(high, max(last + a.right + 1, self.prefix))
+        if a.left != UNBOUNDED:
+            low = max(low, first - a.left)
+        if a.chunk:
+            low, high = max(low, first // a.chunk * a.chunk), min(high, (last // a.chunk + 1) * a.chunk)
+        low = min(low, self.keys.stop)
+        return slice(low, max(low, high))
+
+
+def _size(part: slice) -> int:
+    return part.stop - part.start
+
+
+def _cut_dim(tensor: torch.Tensor, dim: int, cut: slice) -> torch.Tensor:
+    return tensor if tensor.shape[dim] == 1 else tensor.narrow(dim, cut.start, _size(cut))
+
+
+def _as_dense(tensor: torch.Tensor) -> torch.Tensor:
+    """A packed (total_tokens, heads, head_dim) tensor as a dense one with a batch of one."""
+    return tensor.transpose(0, 1)[None] if tensor.dim() == 3 else tensor
+
+
+def _dense_rows(lse: torch.Tensor) -> torch.Tensor:
+    """A packed (heads, total_tokens) log-sum-exp as a dense one with a batch of one."""
+    return lse[None] if lse.dim() == 2 else lse
 
 
 def _segments(query: torch.Tensor, key: torch.Tensor, arguments: AttentionArguments) -> Iterator[_Segment]:
+    """The call as dense problems, neighbours of equal lengths together."""
     if query.numel() == 0:
         return
     batch = arguments.batch(query)
     prefixes = [0] * batch if arguments.prefix_lengths is None else arguments.prefix_lengths.tolist()
     if arguments.cu_seqlens_q is not None and arguments.cu_seqlens_k is not None:
         q_bounds = _boundaries("cu_seqlens_q", arguments.cu_seqlens_q, query.shape[0], arguments.max_seqlen_q)
-        k_bounds = _boundaries("cu_seqlens_k", arguments.cu_seqlens_k, key.shape[0], arguments.max_seqlen_k)
-        for index in range(batch):
-            yield _segment(
-                arguments,
-                slice(index, index + 1),
-                slice(*q_bounds[index : index + 2]),
-                slice(*k_bounds[index : index + 2]),
-                prefixes[index],
-            )
-    elif arguments.key_lengths is not None or arguments.prefix_lengths is not None:
-        lengths = [key.shape[2]] * batch if arguments.key_lengths is None else arguments.key_lengths.tolist()
-        for index, length in enumerate(lengths):
-            queries = slice(0, query.shape[2])
-            yield _segment(arguments, slice(index, index + 1), queries, slice(0, length), prefixes[index])
+        k_bounds = q_bounds
+        if arguments.cu_seqlens_k is not arguments.cu_seqlens_q:
+            k_bounds = _boundaries("cu_seqlens_k", arguments.cu_seqlens_k, key.shape[0], arguments.max_seqlen_k)
+        q_lengths, k_lengths = ([b - a for a, b in itertools.pairwise(bounds)] for bounds in (q_bounds, k_bounds))
     else:
-        yield _segment(arguments, slice(0, batch), slice(0, query.shape[2]), slice(0, key.shape[2]), 0)
+        q_bounds, k_bounds = [0] * (batch + 1), [0] * (batch + 1)
+        q_lengths, k_lengths = [query.shape[2]] * batch, [key.shape[2]] * batch
+        if arguments.key_lengths is not None:
+            k_lengths = arguments.key_lengths.tolist()
+    start = 0
+    for (m, n, prefix), run in itertools.groupby(zip(q_lengths, k_lengths, prefixes, strict=True)):
+        stop = start + sum(1 for _ in run)
+        if m:
+            yield _Segment(
+                arguments=arguments,
+                batch=slice(start, stop),
+                query_tokens=slice(q_bounds[start], q_bounds[stop]),
+                key_tokens=slice(k_bounds[start], k_bounds[stop]),
+                queries=slice(0, m),
+                keys=slice(0, n),
+                offset=n - m if arguments.bottom_right else 0,
+                prefix=prefix,
+            )
+        start = stop
 
 
 def _boundaries(name: str, cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> list[int]:
@@ -217,39 +304,44 @@ def _boundaries(name: str, cu_seqlens: torch.Tensor, total: int, max_seqlen: int
     return bounds
 
 
-def _segment(
-    arguments: AttentionArguments, batch: slice, query_tokens: slice, key_tokens: slice, prefix: int
-) -> _Segment:
-    queries = slice(0, query_tokens.stop - query_tokens.start)
-    keys = slice(0, key_tokens.stop - key_tokens.start)
-    cut = replace(
-        arguments,
-        mask=_cut_broadcast(arguments.mask, batch, queries, keys),
-        bias=_cut_broadcast(arguments.bias, batch, queries, keys),
-        alibi_slopes=None if arguments.alibi_slopes is None else _cut_dim(arguments.alibi_slopes, 0, batch),
+def _fits_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: AttentionArguments) -> bool:
+    """Whether PyTorch's CPU flash attention computes this call."""
+    a = arguments
+    return (
+        q.device.type == "cpu"
+        and not (a.softcap or a.dropout_p)
+        and a.alibi_slopes is None
+        and a.relative_bias is None
+        and a.head_scales is None
+        and a.sinks is None
+        and q.shape[-1] == v.shape[-1]
+        # It reads neighbouring elements whatever the last stride says.
+        and all(t.stride(-1) == 1 and t.numel() > 0 for t in (q, k, v))
     )
-    return _Segment(cut, batch, query_tokens, key_tokens, prefix)
 
 
-def _cut_broadcast(tensor: torch.Tensor | None, batch: slice, queries: slice, keys: slice) -> torch.Tensor | None:
-    """Cut a (batch, heads, queries, keys) tensor, leaving dimensions of size one to broadcast."""
-    if tensor is None:
-        return None
-    return _cut_dim(_cut_dim(_cut_dim(tensor, 0, batch), 2, queries), 3, keys)
-
-
-def _cut_dim(tensor: torch.Tensor, dim: int, cut: slice) -> torch.Tensor:
-    return tensor if tensor.shape[dim] == 1 else tensor.narrow(dim, cut.start, cut.stop - cut.start)
+def _flash_blocks(segment: _Segment) -> Iterator[_Segment]:
+    """Flash attention computes every score of up to 512 keys, masked or not; blocks leave out what limits exclude."""
+    long = segment.limited and _size(segment.queries) >= 2 * FLASH_ROWS
+    return segment.by_queries(FLASH_ROWS if long else _size(segment.queries))
 
 
 def _forward_flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: _Segment
-) -> tuple[torch.Tensor, torch.Tensor]:
-    causal, additive = _flash_mask(q, k, segment)
-    output, lse = _flash_forward(q, k, v, 0.0, causal, attn_mask=additive, scale=segment.arguments.scale)
-    if additive is not None:
-        lse = lse.masked_fill((additive == NEGATIVE_INFINITY).all(-1), NEGATIVE_INFINITY)
-    return output, lse
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, segment: _Segment
+) -> None:
+    for block in _flash_blocks(segment):
+        block_output, block_lse = block.of_queries(output), block.of_queries(lse)
+        if block.keys.start == block.keys.stop:
+            block_output.zero_()
+            block_lse.fill_(NEGATIVE_INFINITY)
+            continue
+        causal, additive = _flash_mask(block, q.device)
+        part = block.of_queries(q), block.of_keys(k), block.of_keys(v)
+        result, result_lse = _flash_forward(*part, 0.0, causal, attn_mask=additive, scale=block.arguments.scale)
+        if additive is not None:
+            result_lse = result_lse.masked_fill((additive == NEGATIVE_INFINITY).all(-1), NEGATIVE_INFINITY)
+        block_output.copy_(result)
+        block_lse.copy_(result_lse)
 
 
 def _backward_flash(
@@ -259,67 +351,54 @@ def _backward_flash(
     v: torch.Tensor,
     o: torch.Tensor,
     lse: torch.Tensor,
+    grads: Sequence[torch.Tensor],
     segment: _Segment,
-) -> tuple[torch.Tensor, ...]:
-    causal, additive = _flash_mask(q, k, segment)
-    group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    if additive is not None:
-        lse = lse.masked_fill(lse == NEGATIVE_INFINITY, 0.0)
-    dq, dk, dv = _flash_backward(do, q, k, v, o, lse, 0.0, causal, attn_mask=additive, scale=segment.arguments.scale)
-    return dq, _sum_groups(dk, group), _sum_groups(dv, group)
+) -> None:
+    """Gradients of q, k and v are written to `grads`, which are zeros here."""
+    for block in _flash_blocks(segment):
+        if block.keys.start == block.keys.stop:
+            continue
+        causal, additive = _flash_mask(block, q.device)
+        block_lse = block.of_queries(lse)
+        if additive is not None:
+            block_lse = block_lse.masked_fill(block_lse == NEGATIVE_INFINITY, 0.0)
+        dq, dk, dv = _flash_backward(
+            block.of_queries(do),
+            block.of_queries(q),
+            block.of_keys(k),
+            block.of_keys(v),
+            block.of_queries(o),
+            block_lse,
+            0.0,
+            causal,
+            attn_mask=additive,
+            scale=block.arguments.scale,
+        )
+        block.of_queries(grads[0]).copy_(dq)
+        block.of_keys(grads[1]).add_(dk)
+        block.of_keys(grads[2]).add_(dv)
 
 
-def _sum_groups(grad: torch.Tensor, group: int) -> torch.Tensor:
-    """Add up the gradients of the query heads that share a key/value head."""
-    return grad if group == 1 else grad.unflatten(1, (-1, group)).sum(2)
-
-
-def _flash_mask(q: torch.Tensor, k: torch.Tensor, segment: _Segment) -> tuple[bool, torch.Tensor | None]:
-    """Flash attention's is_causal and additive mask for this segment."""
-    m, n, arguments = q.shape[2], k.shape[2], segment.arguments
-    top_left = m == n or not arguments.bottom_right
-    plain = arguments.mask is None and arguments.bias is None and arguments.left == UNBOUNDED
-    if plain and not (arguments.chunk or segment.prefix) and arguments.right == 0 and top_left:
+def _flash_mask(block: _Segment, device: torch.device) -> tuple[bool, torch.Tensor | None]:
+    """Flash attention's is_causal and additive mask for this block."""
+    a = block.arguments
+    plain = a.mask is None and a.bias is None and a.left == UNBOUNDED and not (a.chunk or block.prefix)
+    if plain and a.right == 0 and block.queries.start + block.offset == block.keys.start == 0:
         return True, None
-    allowed = _allowed(segment, slice(0, m), m, n, q.device)
-    additive = arguments.bias
+    allowed = block.allowed(device)
+    additive = None if a.bias is None else block.of_scores(a.bias).float()
     if allowed is not None:
         additive = torch.zeros((), dtype=torch.float32) if additive is None else additive
         additive = torch.where(allowed, additive, NEGATIVE_INFINITY)
-    return False, None if additive is None else additive.float()
-
-
-def _distance(arguments: AttentionArguments, rows: slice, m: int, n: int, device: torch.device) -> torch.Tensor:
-    """(rows, n): how far each key lies after each query's own position."""
-    offset = n - m if arguments.bottom_right else 0
-    queries = torch.arange(rows.start + offset, rows.stop + offset, device=device)
-    return torch.arange(n, device=device) - queries[:, None]
-
-
-def _allowed(segment: _Segment, rows: slice, m: int, n: int, device: torch.device) -> torch.Tensor | None:
-    """Which keys the queries in `rows` may attend to by mask and position; 4-D, or None where all may."""
-    arguments = segment.arguments
-    conditions = [] if arguments.mask is None else [_cut_dim(arguments.mask, 2, rows)]
-    if arguments.right != UNBOUNDED or arguments.left != UNBOUNDED or arguments.chunk:
-        distance = _distance(arguments, rows, m, n, device)[None, None]
-        key = torch.arange(n, device=device)
-        if arguments.right != UNBOUNDED:
-            conditions.append((distance <= arguments.right) | (key < segment.prefix))
-        if arguments.left != UNBOUNDED:
-            conditions.append(distance >= -arguments.left)
-        if arguments.chunk:
-            conditions.append(key // arguments.chunk == (key - distance) // arguments.chunk)
-    return functools.reduce(torch.logical_and, conditions) if conditions else None
+    return False, additive
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """Scores of some query rows against every key of a segment, in float32, masked ones -inf.
+    """Scores of a segment in float32, masked ones -inf.
 
     Attributes:
-        values: (batch, heads, rows, keys).
+        values: (batch, heads, queries, keys).
         products: of queries and keys, before any scale.
         softcap_slope: derivative of the softcap, where there is one.
         keep: which weights dropout keeps, where there is dropout.
@@ -331,8 +410,9 @@ class _Scores:
     keep: torch.Tensor | None
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, rows: slice, m: int, segment: _Segment) -> _Scores:
-    a, n = segment.arguments, k.shape[2]
+def _scores(q: torch.Tensor, k: torch.Tensor, segment: _Segment) -> _Scores:
+    """`q` and `k` are the segment's, with equal numbers of heads."""
+    a = segment.arguments
     values = torch.matmul(q, k.transpose(-1, -2))
     products, slope = None, None
     if a.head_scales is not None:
@@ -344,21 +424,21 @@ def _scores(q: torch.Tensor, k: torch.Tensor, rows: slice, m: int, segment: _Seg
         capped = torch.tanh(values / a.softcap)
         values, slope = capped * a.softcap, 1.0 - capped * capped
     if a.alibi_slopes is not None:
-        distance = _distance(a, rows, m, n, q.device).abs()
-        values = values - a.alibi_slopes[:, :, None, None] * distance
+        slopes = _cut_dim(a.alibi_slopes, 0, segment.batch)
+        values -= slopes[:, :, None, None] * segment.distance(q.device).abs()
     if a.bias is not None:
-        values = values + _cut_dim(a.bias, 2, rows).float()
+        values += segment.of_scores(a.bias)
     if a.relative_bias is not None:
         reach = a.relative_bias.shape[1] // 2
-        place = _distance(a, rows, m, n, q.device).clamp(-reach, reach) + reach
-        values = values + a.relative_bias.float()[:, place]
-    allowed = _allowed(segment, rows, m, n, q.device)
+        place = segment.distance(q.device).clamp(-reach, reach) + reach
+        values += a.relative_bias.float()[:, place]
+    allowed = segment.allowed(q.device)
     if allowed is not None:
-        values = values.masked_fill(~allowed, NEGATIVE_INFINITY)
-    return _Scores(values, products, slope, _keep(q, n, rows, segment))
+        values.masked_fill_(~allowed, NEGATIVE_INFINITY)
+    return _Scores(values, products, slope, _keep(q, segment))
 
 
-def _keep(q: torch.Tensor, n: int, rows: slice, segment: _Segment) -> torch.Tensor | None:
+def _keep(q: torch.Tensor, segment: _Segment) -> torch.Tensor | None:
     a = segment.arguments
     if a.seed is None:
         return None
@@ -370,37 +450,45 @@ def _keep(q: torch.Tensor, n: int, rows: slice, segment: _Segment) -> torch.Tens
         offset,
         a.dropout_p,
         torch.arange(first, first + q.shape[0] * heads, device=device),
-        torch.arange(rows.start, rows.stop, device=device),
-        torch.arange(n, device=device),
+        torch.arange(segment.queries.start, segment.queries.stop, device=device),
+        torch.arange(segment.keys.start, segment.keys.stop, device=device),
     )
     return keep.unflatten(0, (q.shape[0], heads))
 
 
-def _row_chunks(q: torch.Tensor, n: int) -> Iterator[slice]:
-    batch, heads, m, _ = q.shape
-    rows = max(1, SCORE_ELEMENTS // max(1, batch * heads * n))
-    for start in range(0, m, rows):
-        yield slice(start, min(start + rows, m))
+def _explicit_segments(segment: _Segment, q: torch.Tensor) -> Iterator[_Segment]:
+    """As many sequences at a time as have few enough scores to stay in the cache."""
+    _, m, n = segment.shape
+    return segment.by_sequences(max(1, _score_elements(q) // max(1, q.shape[1] * m * n)))
+
+
+def _explicit_blocks(segment: _Segment, q: torch.Tensor) -> Iterator[_Segment]:
+    sequences, _, n = segment.shape
+    return segment.by_queries(max(EXPLICIT_ROWS, _score_elements(q) // max(1, sequences * q.shape[1] * n)))
+
+
+def _score_elements(tensor: torch.Tensor) -> int:
+    return SCORE_ELEMENTS_IN_CACHE if tensor.device.type == "cpu" else SCORE_ELEMENTS
 
 
 def _forward_explicit(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: _Segment
-) -> tuple[torch.Tensor, torch.Tensor]:
-    a, m, n = segment.arguments, q.shape[2], k.shape[2]
-    k, v = _float_heads(k, q.shape[1]), _float_heads(v, q.shape[1])
-    output, lse = empty_output(q, v), empty_lse(q)
-    for rows in _row_chunks(q, n):
-        scores = _scores(q[:, :, rows].float(), k, rows, m, segment)
-        maximum = _maximum(scores.values, a.sinks)
-        weights = torch.exp(scores.values - maximum)
-        total = weights.sum(-1, keepdim=True)
-        if a.sinks is not None:
-            total = total + torch.exp(a.sinks[:, None, None] - maximum)
-        if scores.keep is not None:
-            weights = weights * scores.keep / (1.0 - a.dropout_p)
-        output[:, :, rows] = torch.matmul(weights, v) / total.masked_fill(total == 0.0, 1.0)
-        lse[:, :, rows] = (maximum + total.log()).squeeze(-1)
-    return output, lse
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, segment: _Segment
+) -> None:
+    a, heads = segment.arguments, q.shape[1]
+    for sequences in _explicit_segments(segment, q):
+        k_all, v_all = (_float_heads(sequences.of_keys(tensor), heads) for tensor in (k, v))
+        for block in _explicit_blocks(sequences, q):
+            scores = _scores(block.of_queries(q).float(), k_all[:, :, block.keys], block)
+            maximum = _maximum(scores.values, a.sinks)
+            weights = scores.values.sub_(maximum).exp_()
+            total = weights.sum(-1, keepdim=True)
+            if a.sinks is not None:
+                total = total + torch.exp(a.sinks[:, None, None] - maximum)
+            if scores.keep is not None:
+                weights = weights * scores.keep / (1.0 - a.dropout_p)
+            result = torch.matmul(weights, v_all[:, :, block.keys]) / total.masked_fill(total == 0.0, 1.0)
+            block.of_queries(output).copy_(result)
+            block.of_queries(lse).copy_((maximum + total.log()).squeeze(-1))
 
 
 def _maximum(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
@@ -422,50 +510,66 @@ def _backward_explicit(
     v: torch.Tensor,
     o: torch.Tensor,
     lse: torch.Tensor,
+    grads: Sequence[torch.Tensor],
     segment: _Segment,
     sums: Learned[torch.Tensor | None],
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of q, k and v; those of learned arguments are added to `sums`."""
-    a, m, n, group = segment.arguments, q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    k, v = _float_heads(k, q.shape[1]), _float_heads(v, q.shape[1])
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for rows in _row_chunks(q, n):
-        q_rows, do_rows = q[:, :, rows].float(), do[:, :, rows].float()
-        row_lse = lse[:, :, rows, None]
-        delta = (do_rows * o[:, :, rows].float()).sum(-1, keepdim=True)
-        if dlse is not None:
-            delta = delta - dlse[:, :, rows, None]
-        scores = _scores(q_rows, k, rows, m, segment)
-        weights = torch.exp(scores.values - row_lse.masked_fill(row_lse == NEGATIVE_INFINITY, -NEGATIVE_INFINITY))
-        dweights = torch.matmul(do_rows, v.transpose(-1, -2))
-        dropped = weights
-        if scores.keep is not None:
-            dropped = weights * scores.keep / (1.0 - a.dropout_p)
-            dweights = dweights * scores.keep / (1.0 - a.dropout_p)
-        dv += torch.matmul(dropped.transpose(-1, -2), do_rows)
-        dscores = weights * (dweights - delta)
-        if sums.bias is not None:
-            target = _cut_broadcast(sums.bias, segment.batch, slice(0, m), slice(0, n))
-            assert target is not None
-            target = _cut_dim(target, 2, rows)
-            target += dscores.sum_to_size(target.shape)
-        distance = _distance(a, rows, m, n, q.device)
-        if sums.relative is not None:
-            _add_by_distance(sums.relative, dscores, distance)
-        if sums.alibi_slopes is not None:
-            target = _cut_dim(sums.alibi_slopes, 0, segment.batch)
-            target -= (dscores * distance.abs()).sum((-1, -2)).sum_to_size(target.shape)
-        if sums.sinks is not None and a.sinks is not None:
-            sums.sinks.sub_((torch.exp(a.sinks[:, None, None] - row_lse) * delta).sum((0, 2, 3)))
-        if scores.softcap_slope is not None:
-            dscores = dscores * scores.softcap_slope
-        if sums.head_scales is not None and scores.products is not None:
-            sums.head_scales.add_((dscores * scores.products).sum((0, 2, 3)), alpha=a.scale)
-        scale = a.scale if a.head_scales is None else a.scale * a.head_scales[:, None, None]
-        dscores = dscores * scale
-        dq[:, :, rows] = torch.matmul(dscores, k)
-        dk += torch.matmul(dscores.transpose(-1, -2), q_rows)
-    return dq, _sum_groups(dk, group), _sum_groups(dv, group)
+) -> None:
+    """Gradients of q, k and v are written to `grads`; those of learned arguments are added to `sums`."""
+    a, heads = segment.arguments, q.shape[1]
+    for sequences in _explicit_segments(segment, q):
+        k_all, v_all = (_float_heads(sequences.of_keys(tensor), heads) for tensor in (k, v))
+        dk, dv = torch.zeros_like(k_all), torch.zeros_like(v_all)
+        for block in _explicit_blocks(sequences, q):
+            q_rows, do_rows, k_block = (
+                block.of_queries(q).float(),
+                block.of_queries(do).float(),
+                k_all[:, :, block.keys],
+            )
+            row_lse = block.of_queries(lse)[..., None]
+            delta = (do_rows * block.of_queries(o)).sum(-1, keepdim=True)
+            if dlse is not None:
+                delta = delta - block.of_queries(dlse)[..., None]
+            scores = _scores(q_rows, k_block, block)
+            weights = scores.values.sub_(row_lse.masked_fill(row_lse == NEGATIVE_INFINITY, -NEGATIVE_INFINITY)).exp_()
+            dscores = torch.matmul(do_rows, v_all[:, :, block.keys].transpose(-1, -2))
+            dropped = weights
+            if scores.keep is not None:
+                dropped = weights * scores.keep / (1.0 - a.dropout_p)
+                dscores.mul_(scores.keep).div_(1.0 - a.dropout_p)
+            dv[:, :, block.keys] += torch.matmul(dropped.transpose(-1, -2), do_rows)
+            dscores.sub_(delta).mul_(weights)
+            _add_learned(sums, dscores, delta, row_lse, block)
+            if scores.softcap_slope is not None:
+                dscores.mul_(scores.softcap_slope)
+            if sums.head_scales is not None and scores.products is not None:
+                sums.head_scales.add_((dscores * scores.products).sum((0, 2, 3)), alpha=a.scale)
+            scale = a.scale if a.head_scales is None else a.scale * a.head_scales[:, None, None]
+            block.of_queries(grads[0]).copy_(torch.matmul(dscores, k_block).mul_(scale))
+            dk[:, :, block.keys] += torch.matmul(dscores.transpose(-1, -2), q_rows * scale)
+        group = heads // k.shape[1]
+        sequences.of_keys(grads[1]).copy_(_sum_groups(dk, group))
+        sequences.of_keys(grads[2]).copy_(_sum_groups(dv, group))
+
+
+def _add_learned(
+    sums: Learned[torch.Tensor | None],
+    dscores: torch.Tensor,
+    delta: torch.Tensor,
+    row_lse: torch.Tensor,
+    block: _Segment,
+) -> None:
+    """Add to `sums` what the gradient of biased scores gives the biases and sinks."""
+    a = block.arguments
+    if sums.bias is not None:
+        target = block.of_scores(sums.bias)
+        target += dscores.sum_to_size(target.shape)
+    if sums.relative is not None:
+        _add_by_distance(sums.relative, dscores, block.distance(dscores.device))
+    if sums.alibi_slopes is not None:
+        target = _cut_dim(sums.alibi_slopes, 0, block.batch)
+        target -= (dscores * block.distance(dscores.device).abs()).sum((-1, -2)).sum_to_size(target.shape)
+    if sums.sinks is not None and a.sinks is not None:
+        sums.sinks.sub_((torch.exp(a.sinks[:, None, None] - row_lse) * delta).sum((0, 2, 3)))
 
 
 def _add_by_distance(total: torch.Tensor, dscores: torch.Tensor, distance: torch.Tensor) -> None:
@@ -477,4 +581,10 @@ def _add_by_distance(total: torch.Tensor, dscores: torch.Tensor, distance: torch
 
 def _float_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """A key or value in float32, with one head for every query head."""
-    return tensor.float().repeat_interleave(heads // tensor.shape[1], 1)
+    group = heads // tensor.shape[1]
+    return tensor.float() if group == 1 else tensor.float().repeat_interleave(group, 1)
+
+
+def _sum_groups(grad: torch.Tensor, group: int) -> torch.Tensor:
+    """Add up the gradients of the query heads that share a key/value head."""
+    return grad if group == 1 else grad.unflatten(1, (-1, group)).sum(2)
