@@ -101,6 +101,16 @@ class _Tokens(NamedTuple):
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
 
+    def joined(self, others: _Tokens) -> _Tokens:
+        return _Tokens(
+            np.concatenate([self.ids, others.ids]),
+            np.concatenate([self.starts, len(self.ids) + others.starts]),
+            np.concatenate([self.lengths, others.lengths]),
+        )
+
+
+_NO_TOKENS = _Tokens(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
+
 
 class _Numbers(dict[str, int]):
     """Numbers strings from 0 in the order in which they are first looked up."""
@@ -119,25 +129,21 @@ class _Lexicon:
 
     def __init__(self, tokens: Callable[[Sequence[str]], _Tokens]) -> None:
         self._find = tokens
-        self._clear()
+        self._numbers = _Numbers()
+        self._kept = _NO_TOKENS
 
     def look_up(self, strings: Sequence[str]) -> Encoded:
         """(T,) ids of all strings and (N,) tokens of each."""
         if len(self._kept.ids) > _MOST_KEPT_TOKENS:
-            self._clear()
+            self._numbers, self._kept = _Numbers(), _NO_TOKENS
         known = len(self._numbers)
         numbers = np.fromiter(map(self._numbers.__getitem__, strings), np.int64, len(strings))
         if len(self._numbers) > known:
             new = self._find(list(islice(self._numbers, known, None)))
-            new = new._replace(starts=new.starts + len(self._kept.ids))
-            self._kept = _Tokens(*map(np.concatenate, zip(self._kept, new, strict=True)))
+            self._kept = self._kept.joined(new)
         lengths = self._kept.lengths[numbers]
         moves = self._kept.starts[numbers] - _starts(lengths)
         return self._kept.ids[np.arange(lengths.sum()) + np.repeat(moves, lengths)], lengths
-
-    def _clear(self) -> None:
-        self._numbers = _Numbers()
-        self._kept = _Tokens(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 def _is_byte_level(backend: object) -> bool:
