@@ -25,7 +25,7 @@ def steps(model: FastformerForCausalLM, page_size: int | None = None) -> torch.T
     with torch.inference_mode():
         pages = None if page_size is None else 20
         cached = CachedModel(model, len(PROMPTS), 12, page_size=page_size, pages=pages)
-        for slot, prompt in enumerate(PROMPTS):
+        for slot in range(len(PROMPTS)):
             cached.cache.reserve(slot, 12)
         cached.prefill(PROMPTS, 0)
         lengths = torch.tensor([len(prompt) for prompt in PROMPTS], dtype=torch.int32)
