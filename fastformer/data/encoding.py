@@ -1,11 +1,11 @@
-"""Texts to token ids, fast: a word with the white space before it is tokenized once and looked up afterwards."""
+"""Texts to token ids, fast: what has been tokenized once is looked up afterwards."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from itertools import chain
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +18,26 @@ Encoded = tuple[NDArray[np.int32], NDArray[np.int64]]
 
 # GPT-2's pattern never joins what lies on the two sides of here: white space is only ever joined to what follows it.
 _PIECE_BORDER = re.compile(r"(?<=\S)(?=[ \t\n\r])")
-_LONGEST_KEPT_PIECE = 64
-_MOST_PIECES = 1 << 20
+# GPT-2's pattern on ASCII, where letters, digits and white space are what Python can name.
+_ASCII_WORD = re.compile(
+    r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^ \t-\rA-Za-z0-9]+|[ \t-\r]+(?![^ \t-\r])|[ \t-\r]+"
+)
+_ASCII_BYTES = {byte: 256 + byte for byte in range(33)} | {127: 256 + 33}
+"""The characters of a byte-level vocabulary that stand for ASCII's unprintable ones."""
+
+_SPACES = (" ", "\t", "\n", "\r")
+
+_CHUNK_CHARACTERS = 1 << 20
+_MOST_KEPT_TOKENS = 1 << 20
 
 
 class TextEncoder:
     """Encodes texts without special tokens added; special tokens spelled out in a text are plain text.
 
-    A byte-level BPE tokenizer without a normalizer, as `train_tokenizer` makes, is looked up piece by piece, with the
-    very result of the tokenizer; any other is asked for whole texts.
+    With a byte-level BPE tokenizer without a normalizer, as `train_tokenizer` makes, the tokens of a word depend on
+    nothing else. Texts are divided at white space into pieces that are looked up, and pieces that are new into words
+    that are; the result is the very one of the tokenizer. Any other tokenizer is asked for whole texts. Memory does
+    not grow with the number of texts, nor of calls, but for the result.
 
     Args:
         tokenizer: a fast tokenizer.
@@ -39,40 +50,137 @@ class TextEncoder:
         self._backend.encode_special_tokens = True
         self._backend.no_padding()
         self._backend.no_truncation()
-        self._by_piece = _splits_at_spaces(self._backend)
-        self._known: dict[str, list[int]] = {}
+        self._model = self._backend.model
+        self._pieces = _Lexicon(self._piece_tokens)
+        self._words = _Lexicon(self._word_tokens)
+        self._encode = self._by_piece if _is_byte_level(self._backend) else self._whole
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """(T,) ids of all texts and (N,) tokens of each."""
-        ids = self._ids_by_piece(texts) if self._by_piece else self._backend_ids(texts)
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
+        encoded = [self._encode(chunk) for chunk in _chunks(texts)]
+        ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in encoded)])
+        return ids, np.concatenate([np.zeros(0, np.int64), *(lengths for _, lengths in encoded)])
 
-    def _ids_by_piece(self, texts: Sequence[str]) -> list[list[int]]:
+    def _by_piece(self, texts: Sequence[str]) -> Encoded:
         pieces = list(map(_PIECE_BORDER.split, texts))
-        if len(self._known) > _MOST_PIECES:
-            self._known.clear()
-        known = self._known
-        new = [piece for piece in set(chain.from_iterable(pieces)) if piece not in known]
-        known.update(zip(new, self._backend_ids(new), strict=True))
-        ids = [list(chain.from_iterable(map(known.__getitem__, of_text))) for of_text in pieces]
-        for piece in new:
-            if len(piece) > _LONGEST_KEPT_PIECE:
-                del known[piece]
-        return ids
+        ids, lengths = self._pieces.look_up(list(chain.from_iterable(pieces)))
+        return ids, _sums(lengths, np.fromiter(map(len, pieces), np.int64, len(pieces)))
 
-    def _backend_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def _piece_tokens(self, pieces: Sequence[str]) -> _Tokens:
+        # Those that begin and end as if they came out of the middle of one text are divided into words as one text.
+        joins = np.array([piece.isascii() and piece[:1] in _SPACES and not piece[-1:].isspace() for piece in pieces])
+        joined = [piece for piece, joins_others in zip(pieces, joins, strict=True) if joins_others]
+        words = _ASCII_WORD.findall("".join(joined))
+        word_ends = np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))
+        piece_ends = np.cumsum(np.fromiter(map(len, joined), np.int64, len(joined)))
+        ids, word_lengths = self._words.look_up(words)
+        other_ids, other_lengths = self._whole(
+            [piece for piece, joins_others in zip(pieces, joins, strict=True) if not joins_others]
+        )
+        lengths = np.zeros(len(pieces), np.int64)
+        starts = np.zeros(len(pieces), np.int64)
+        lengths[joins] = _sums(word_lengths, np.diff(np.searchsorted(word_ends, piece_ends, side="right"), prepend=0))
+        lengths[~joins] = other_lengths
+        starts[joins] = _starts(lengths[joins])
+        starts[~joins] = len(ids) + _starts(other_lengths)
+        return _Tokens(np.concatenate([ids, other_ids]), starts, lengths)
+
+    def _word_tokens(self, words: Sequence[str]) -> _Tokens:
+        tokens = [self._model.tokenize(word.translate(_ASCII_BYTES)) for word in words]
+        ids, lengths = _flat([[token.id for token in of_word] for of_word in tokens])
+        return _Tokens(ids, _starts(lengths), lengths)
+
+    def _whole(self, texts: Sequence[str]) -> Encoded:
+        return _flat([encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)])
 
 
-def _splits_at_spaces(backend: object) -> bool:
-    from tokenizers import pre_tokenizers
+class _Tokens(NamedTuple):
+    """Of some strings: string s has ``ids[starts[s] : starts[s] + lengths[s]]``."""
+
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+    def joined(self, others: _Tokens) -> _Tokens:
+        return _Tokens(
+            np.concatenate([self.ids, others.ids]),
+            np.concatenate([self.starts, len(self.ids) + others.starts]),
+            np.concatenate([self.lengths, others.lengths]),
+        )
+
+
+_NO_TOKENS = _Tokens(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+class _Numbers(dict[str, int]):
+    """Numbers strings from 0 in the order in which they are first looked up."""
+
+    def __missing__(self, string: str) -> int:
+        number = self[string] = len(self)
+        return number
+
+
+class _Lexicon:
+    """Strings and their tokens; forgets all when it has many.
+
+    Args:
+        tokens: finds them for strings that are new.
+    """
+
+    def __init__(self, tokens: Callable[[Sequence[str]], _Tokens]) -> None:
+        self._find = tokens
+        self._numbers = _Numbers()
+        self._kept = _NO_TOKENS
+
+    def look_up(self, strings: Sequence[str]) -> Encoded:
+        """(T,) ids of all strings and (N,) tokens of each."""
+        if len(self._kept.ids) > _MOST_KEPT_TOKENS:
+            self._numbers, self._kept = _Numbers(), _NO_TOKENS
+        known = len(self._numbers)
+        numbers = np.fromiter(map(self._numbers.__getitem__, strings), np.int64, len(strings))
+        if len(self._numbers) > known:
+            new = self._find(list(islice(self._numbers, known, None)))
+            self._kept = self._kept.joined(new)
+        lengths = self._kept.lengths[numbers]
+        moves = self._kept.starts[numbers] - _starts(lengths)
+        return self._kept.ids[np.arange(lengths.sum()) + np.repeat(moves, lengths)], lengths
+
+
+def _is_byte_level(backend: object) -> bool:
+    from tokenizers import models, pre_tokenizers
 
     pre_tokenizer = backend.pre_tokenizer  # type: ignore[attr-defined]
     return (
-        isinstance(pre_tokenizer, pre_tokenizers.ByteLevel)
+        isinstance(backend.model, models.BPE)  # type: ignore[attr-defined]
+        and isinstance(pre_tokenizer, pre_tokenizers.ByteLevel)
         and pre_tokenizer.use_regex
         and not pre_tokenizer.add_prefix_space
         and backend.normalizer is None  # type: ignore[attr-defined]
         and all(token.special for token in backend.get_added_tokens_decoder().values())  # type: ignore[attr-defined]
     )
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Neighbouring texts, of so many characters or more."""
+    begin = characters = 0
+    for end, text in enumerate(texts, 1):
+        characters += len(text)
+        if characters >= _CHUNK_CHARACTERS or end == len(texts):
+            yield texts[begin:end]
+            begin, characters = end, 0
+
+
+def _flat(ids: Sequence[Sequence[int]]) -> Encoded:
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
+
+
+def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each of consecutive stretches of these lengths starts."""
+    return np.cumsum(lengths) - lengths
+
+
+def _sums(values: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The sum of each of consecutive stretches of these lengths."""
+    ends = np.cumsum(lengths)
+    return np.diff(np.concatenate([[0], np.cumsum(values)])[np.concatenate([[0], ends])])

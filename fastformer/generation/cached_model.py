@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastformer.generation.cache import CacheShape, ContiguousCache, KeyValueCache, PagedCache
 from fastformer.generation.context import DecodeContext, PrefillContext
+from fastformer.generation.direct import direct
 from fastformer.models.context import PackedContext
 from fastformer.models.heads.causal_lm import FastformerForCausalLM
 from fastformer.models.heads.sequence_to_sequence import FastformerForSeq2SeqLM
@@ -113,7 +114,9 @@ class CachedModel:
             self.source_cache,
             self.source_lengths[:batch],
         )
-        hidden = self.decoder.run(self._embed(tokens.flatten(), positions.flatten()), context)
+        hidden = self.decoder.run(
+            self._embed(tokens.flatten(), positions.flatten()), direct(context, self.model.config.position_embedding)
+        )
         return self._logits(hidden).unflatten(0, (batch, queries))
 
     def fits(self, capacity: int, source_capacity: int) -> bool:

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastformer.nn.feed_forward import is_plain_linear
+from fastformer.generation.direct import DirectLayerNorm
+from fastformer.nn import LayerNorm
+from fastformer.nn.feed_forward import is_plain, is_plain_linear
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -60,13 +62,18 @@ def can_pack(model: nn.Module) -> bool:
 
 
 def with_packed_weights(model: Module, rows: int) -> Module:
-    """A copy of `model` that shares all tensors with it, and has a `PackedLinear` for each plain `nn.Linear`."""
+    """A copy of `model` that shares all tensors with it, for decoding `rows` sequences on a CPU.
+
+    It has a `PackedLinear` for each plain `nn.Linear`, and a `DirectLayerNorm` for each plain `LayerNorm`.
+    """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
     for module in list(twin.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and is_plain_linear(child):
                 setattr(module, name, PackedLinear(child, rows))
+            elif isinstance(child, LayerNorm) and is_plain(child, LayerNorm):
+                setattr(module, name, DirectLayerNorm(child))
     return twin
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from fastformer.data import tokenize, train_tokenizer
-from fastformer.data.encoding import TextEncoder
 from fastformer.data.sources import Source, open_sources, texts_source
 from fastformer.data.store import DocumentLayout, SentenceLayout, TokenStore, load_or_build_store
 
@@ -244,14 +243,3 @@ def test_error_in_a_line_after_the_start_names_that_line(tmp_path):
 def test_what_is_no_source():
     with pytest.raises(TypeError, match=r"data must be paths, datasets.Dataset or DatasetDict; got int"):
         open_sources([3])
-
-
-@pytest.mark.parametrize("objective", ["mlm", "clm"])
-def test_encoding_by_piece_is_that_of_the_tokenizer(texts, objective):
-    tokenizer = train_tokenizer(texts, 400, objective)
-    random = np.random.default_rng(0)
-    alphabet = [*" \n\t\x1c\x85\xa0\u2003\u180e\u200bab'sé1二,.[]<", "[MASK]", "</s>", " the"]
-    odd = ["".join(random.choice(alphabet, random.integers(0, 30))) for _ in range(2000)]
-    ids, lengths = TextEncoder(tokenizer).encode(odd)
-    for text, part in zip(odd, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
-        assert part.tolist() == tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
