@@ -89,7 +89,7 @@ class Predictor:
             except ValueError:  # the answer does not begin within the longest sequence
                 return {}
         batch = self._moved(self.recipe.collate([feature]))
-        tokens = self._module.targets(batch)
+        tokens = int(self._module.targets(batch))
         return {"log_likelihood": -self._module.run(batch)[0].item() * tokens, "tokens": tokens}
 
     def _moved(self, batch: Any) -> Any:

@@ -29,7 +29,7 @@ def checkpoint(world_size: int, total: int, current: int) -> dict:
 
 def test_progress_is_that_of_as_many_batches_together() -> None:
     converted = checkpoint(world_size=2, total=18, current=6)
-    convert_progress(converted, 4)
+    convert_progress(converted, "PretrainingDataModule", 4)
     expected = checkpoint(world_size=4, total=9, current=3)
     assert converted["loops"] == expected["loops"]
     assert converted["PretrainingDataModule"] == expected["PretrainingDataModule"]
@@ -39,7 +39,7 @@ def test_progress_is_that_of_as_many_batches_together() -> None:
 def test_progress_that_cannot_be_shared_or_need_not_be_stays(world_size: int) -> None:
     before = checkpoint(world_size=1, total=9, current=3)
     after = copy.deepcopy(before)
-    convert_progress(after, world_size)
+    convert_progress(after, "PretrainingDataModule", world_size)
     assert after == before
 
 
