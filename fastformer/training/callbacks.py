@@ -291,8 +291,9 @@ class SavePretrained(Callback):
         self._adapted: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and hasattr(pl_module.model, "peft_config") and not self.adapter_alone:
-            self._adapted = without_memory(pl_module.model)  # while it is whole: a sharded one cannot be merged
+        model: Any = pl_module.model
+        if stage == "fit" and hasattr(model, "peft_config") and not self.adapter_alone:
+            self._adapted = without_memory(model)  # while it is whole: a sharded one cannot be merged
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer, pl_module)
@@ -308,6 +309,11 @@ class SavePretrained(Callback):
             return
         model: Any = pl_module.model
         state = {key.removeprefix("model."): state[key] for key in state if key.startswith("model.")}
+        first: dict[nn.Parameter, str] = {}
+        for name, parameter in model.named_parameters(
+            remove_duplicate=False
+        ):  # of a sharded model each has been copied
+            state[name] = state[first.setdefault(parameter, name)]
         if self._adapted is not None:
             self._adapted.load_state_dict(state, assign=True)
             model = self._adapted.merge_and_unload()

@@ -241,7 +241,7 @@ def _check_trainer(trainer: Trainer, options: Namespace) -> None:
         return
     if trainer.world_size > 1 or isinstance(trainer.strategy, ModelParallelStrategy):
         raise ValueError(
-            f"--privacy_epsilon is for one device with whole weights: gradients of single examples are clipped there; "
+            "--privacy_epsilon is for one device with whole weights, where the gradient of each example is clipped; "
             f"got --devices {options.devices} --strategy {options.strategy}"
         )
     if trainer.precision == "16-mixed":

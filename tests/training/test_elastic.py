@@ -68,6 +68,17 @@ def test_tensor_parallelism_is_refused() -> None:
         shard(nn.Linear(1, 1), mesh)
 
 
+def test_what_has_no_blocks_of_its_own_weights_is_not_sharded() -> None:
+    mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 1)}
+    with pytest.raises(ValueError, match=r"shards blocks, an nn\.ModuleList; Linear has none"):
+        shard(nn.Linear(1, 1), mesh)
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+    model.layers[1].weight = model.layers[0].weight
+    with pytest.raises(ValueError, match=r"some share weights with others: layers\.1\.weight; use --strategy ddp"):
+        shard(model, mesh)
+
+
 def test_torchrun_within_a_job_of_slurm_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run._cluster_environment() == []
     for name, value in {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train"}.items():

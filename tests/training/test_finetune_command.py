@@ -74,7 +74,8 @@ def test_every_task_learns_and_leaves_what_it_promises(task: str, runs: dict[str
         assert f"| {name} |" in report
     assert len(lines(run / "predictions.jsonl")) == 12
     (log,) = run.glob("logs/csv/*/metrics.csv")
-    assert {"train/loss", "val/loss", "train/tokens_per_second"} <= set(log.read_text().splitlines()[0].split(","))
+    columns = set(log.read_text().splitlines()[0].split(","))
+    assert {"train/loss", "val/loss", "train/tokens_per_second", "train/peak_memory"} <= columns
 
 
 @pytest.mark.parametrize("task", [task for task in MAKERS if task != "embed"])
@@ -245,7 +246,8 @@ def test_private_run_says_what_it_spent(data: Path, tmp_path: Path) -> None:
         (["finetune", "classify", "--privacy_epsilon", "1", "--adversarial", "fgm"], "do not go together"),
         (["finetune", "embed", "--privacy_epsilon", "1"], "in-batch negatives"),
         (["finetune", "classify", "--privacy_epsilon", "1", "--accumulate", "2"], "accumulate"),
-        (["finetune", "classify", "--privacy_epsilon", "1", "--devices", "2"], "--privacy_epsilon is for one device"),
+        (["finetune", "classify", "--privacy_epsilon", "1", "--devices", "2"], "is for one device .* got --devices 2"),
+        (["finetune", "classify", "--privacy_epsilon", "1", "--strategy", "fsdp2"], "whole weights.* --strategy fsdp2"),
         (["finetune", "tag", "--patience", "0"], "patience must be 1 or more; got 0"),
         (["predict", "absent", "--data", "x", "--out", "y"], "absent is no fine-tuning run"),
     ],

@@ -61,13 +61,18 @@ def one(options: Options, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return of
 
 
-def curve(output: Path) -> list[float]:
-    """The loss of each optimizer step, of resumed ones the later."""
-    losses: dict[int, float] = {}
+def logged(output: Path, name: str) -> dict[int, float]:
+    """What was logged at each step, of resumed ones the later."""
+    found: dict[int, float] = {}
     for version in sorted(output.glob("logs/csv/*")):
         with (version / "metrics.csv").open() as file:
-            losses |= {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
-    return [losses[step] for step in sorted(losses)]
+            found |= {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
+    return dict(sorted(found.items()))
+
+
+def curve(output: Path) -> list[float]:
+    """The loss of each optimizer step."""
+    return list(logged(output, "train/loss").values())
 
 
 def metrics(output: Path) -> dict[str, Any]:
@@ -88,7 +93,7 @@ def assert_same_run(output: Path, one: Path) -> None:
     assert found["end"] == pytest.approx(expected["end"], rel=1e-5)
     assert (found["steps"], found["tokens"]) == (expected["steps"], expected["tokens"])
     assert predictions(output) == predictions(one)
-    assert found.get("test") == pytest.approx(expected.get("test"), rel=1e-4)
+    assert found.get("test", {}) == pytest.approx(expected.get("test", {}), rel=1e-4)
     weights, others = (load_file(folder / "model/model.safetensors") for folder in (output, one))
     assert {name: weight.shape for name, weight in weights.items()} == {
         name: weight.shape for name, weight in others.items()
@@ -102,6 +107,19 @@ def test_two_processes_have_the_loss_curve_of_one(
 ) -> None:
     finish(start([*options(name), *TWO[strategy], "--output", str(tmp_path / "output")], ranks=2))
     assert_same_run(tmp_path / "output", one(name))
+
+
+@pytest.mark.parametrize("strategy", TWO)
+def test_processes_stop_together_with_the_best_weights(strategy: str, options: Options, tmp_path: Path) -> None:
+    """So little is learnt that the accuracy stays as it is after the first step."""
+    stopping = ("--patience", "1", "--monitor", "accuracy", "--optimizer.learning_rate=1e-5", "--evaluate_every", "1")
+    started = [*options("classify"), *stopping]
+    finish(start([*started, *ONE, "--output", str(tmp_path / "one")]))
+    finish(start([*started, *TWO[strategy], "--output", str(tmp_path / "two")], ranks=2))
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert metrics(tmp_path / "two")["steps"] == 2
+    (after_one_step, _) = logged(tmp_path / "two", "val/loss").values()
+    assert metrics(tmp_path / "two")["end"]["loss"] == pytest.approx(after_one_step, rel=1e-7)
 
 
 @pytest.mark.parametrize(
