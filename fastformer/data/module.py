@@ -48,8 +48,9 @@ class PretrainingDataModule(ResumableDataModule):
     The text is tokenized once, into a store on the disk. Of a large one, batches are drawn from 256 million characters
     at a time, parts of 16 million in random order, so that memory does not grow with it.
 
-    An epoch has as many batches as the first pass over the text. Where pairs are drawn anew, later passes have a few
-    more or fewer, and run on into the next epoch, so that nothing is left out.
+    An epoch has as many batches as the first pass over the text, or the few more that make its optimizer steps whole.
+    Where pairs are drawn anew, later passes have a few more or fewer. They run on into the next epoch, so that nothing
+    is left out.
 
     Args:
         data: Text files (.txt, a blank line between documents), JSON lines (.jsonl) and parquet with a "text" field,
@@ -231,7 +232,8 @@ class PretrainingDataModule(ResumableDataModule):
         if self._restored is not None and self._restored["settings"] == self._settings:
             self._stream.batches_per_pass = list(self._restored["batches_per_pass"])
         dataset = PackedDataset(train.corpus, predicting.batch, self.seed)
-        return _ResumableLoader(dataset, self._rest_of_epoch, self.step_sizes, len(self._stream), self.num_workers)
+        length = self.epoch(len(self._stream))
+        return _ResumableLoader(dataset, self._rest_of_epoch, self.step_sizes, length, self.num_workers)
 
     def val_dataloader(self) -> Iterable[Any]:
         """This process's batches of the held-out documents, the same every time; none without held-out documents."""
@@ -262,7 +264,8 @@ class PretrainingDataModule(ResumableDataModule):
         of_this_epoch = self.batches_done()[1]
         if of_this_epoch and self._restored is not None:
             self._check_settings(self._restored["settings"])
-        return islice(self._stream.from_batch(self.batches_of_all_ranks()), len(self._stream) - of_this_epoch)
+        rest = self.epoch(len(self._stream)) - of_this_epoch
+        return islice(self._stream.from_batch(self.batches_of_all_ranks()), rest)
 
     # --- Resuming -----------------------------------------------------------------------------------------------------
 

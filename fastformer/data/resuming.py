@@ -50,11 +50,20 @@ class ResumableDataModule(LightningDataModule):
             size * (end - start) for start, end, size in zip(starts, [*starts[1:], of_this_rank], sizes, strict=True)
         )
 
+    def epoch(self, batches: int) -> int:
+        """How many batches of this rank an epoch has, that is to have so many: its optimizer steps are whole ones.
+
+        Where the last one would not be, the epoch runs on into the batches of the next, so that steps and epochs are
+        the same for any number of ranks, and whatever counts batches never stops in the middle of a step.
+        """
+        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        return -(-batches // accumulate) * accumulate
+
     def step_sizes(self, epoch: int) -> Iterator[int]:
-        """Of how many batches each optimizer step from here on takes its gradients; an epoch's last has the rest.
+        """Of how many batches each optimizer step from here on takes its gradients.
 
         Args:
-            epoch: this rank's batches in an epoch.
+            epoch: this rank's batches in an epoch; where the trainer limits them, the last step has the rest.
         """
         size, end = 1, epoch
         if self.trainer is not None:

@@ -128,13 +128,13 @@ class _Batches:
 class _TrainingBatches(_Batches):
     """The batches of an epoch that are still to be trained on, of an endless stream: one pass after another.
 
-    An epoch has as many batches as the first pass. A later one may have a few more or fewer, and runs on into the next
-    epoch, so that nothing is left out. Having a state, even an empty one, says to Lightning that an epoch goes on where
-    it was left: the position is in Lightning's own progress.
+    An epoch has as many batches as the first pass, or the few more that make its optimizer steps whole. Passes run on
+    into the next epoch, so that nothing is left out. Having a state, even an empty one, says to Lightning that an epoch
+    goes on where it was left: the position is in Lightning's own progress.
     """
 
     def __len__(self) -> int:
-        return -(-len(self._batches_of_pass(0)) // self.data.rank()[1])
+        return self.data.epoch(-(-len(self._batches_of_pass(0)) // self.data.rank()[1]))
 
     def __iter__(self) -> Iterator[Any]:
         yield from with_label_counts(super().__iter__(), self.data.step_sizes(len(self)), self._count)

@@ -14,7 +14,9 @@ from fastformer.training.batches import FineTuningData, in_order
 FEATURES = [[number] * (1 + number % 7) for number in range(50)]
 
 
-def data(rank: int = 0, world_size: int = 1, done: tuple[int, int] = (0, 0), **options: Any) -> FineTuningData:
+def data(
+    rank: int = 0, world_size: int = 1, done: tuple[int, int] = (0, 0), accumulate: int = 1, **options: Any
+) -> FineTuningData:
     made = FineTuningData(SimpleNamespace(), FEATURES, FEATURES[:20], rows, len, targets, 16, **options)
     total, current = (SimpleNamespace(completed=count) for count in done)
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=total, current=current)))
@@ -22,7 +24,7 @@ def data(rank: int = 0, world_size: int = 1, done: tuple[int, int] = (0, 0), **o
         global_rank=rank,
         world_size=world_size,
         fit_loop=loop,
-        accumulate_grad_batches=2,
+        accumulate_grad_batches=accumulate,
         num_training_batches=float("inf"),
     )
     return made
@@ -93,12 +95,24 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches() -> None:
     assert in_turn(shares)[: len(one) - 5] == one[5:]
 
 
+@pytest.mark.parametrize(("rank", "world_size", "accumulate"), [(0, 1, 6), (1, 2, 3), (2, 3, 2)])
+def test_an_epoch_is_of_whole_steps_whatever_they_are_made_of(rank: int, world_size: int, accumulate: int) -> None:
+    """Of the same ones: six batches each."""
+    size = len(data().train_dataloader())
+    assert size % 6
+    following = numbers(data(done=(size, 0)).train_dataloader())
+    expected = (numbers(data().train_dataloader()) + following)[: -(-size // 6) * 6]
+    loader = data(rank, world_size, accumulate=accumulate).train_dataloader()
+    assert numbers(loader) == expected[rank::world_size]
+    assert len(loader) == len(expected) // world_size
+
+
 def test_batches_are_told_the_targets_of_their_step() -> None:
-    batches = list(data().train_dataloader())
+    batches = list(data(accumulate=2).train_dataloader())
     own = [len(batch["rows"]) for batch in batches]
-    steps = [sum(own[number // 2 * 2 :][:2]) for number in range(len(own))]
-    assert [batch["label_counts"].flatten().tolist() for batch in batches] == [
-        [*pair] for pair in zip(own, steps, strict=True)
+    of_step = [sum(own[number // 2 * 2 :][:2]) for number in range(len(own))]
+    assert [batch["label_counts"].tolist() for batch in batches] == [
+        [[count], [counts]] for count, counts in zip(own, of_step, strict=True)
     ]
 
 
