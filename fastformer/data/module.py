@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from fastformer.data.corpus import default_corpus
@@ -24,6 +23,7 @@ from fastformer.data.pretraining import (
     PretrainingObjective,
     SpanCorruption,
 )
+from fastformer.data.resuming import ResumableDataModule
 from fastformer.data.sources import Source, open_sources, texts_source
 from fastformer.data.steps import with_label_counts
 from fastformer.data.store import TokenStore
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _BLOCKS_PER_PASS = 16
 
 
-class PretrainingDataModule(LightningDataModule):
+class PretrainingDataModule(ResumableDataModule):
     """Packed batches for an objective of pretraining, by default BERT's.
 
     Whole documents are held out for validation; the tokenizer is trained on the others. Segments and masks are drawn
@@ -48,8 +48,9 @@ class PretrainingDataModule(LightningDataModule):
     The text is tokenized once, into a store on the disk. Of a large one, batches are drawn from 256 million characters
     at a time, parts of 16 million in random order, so that memory does not grow with it.
 
-    An epoch has as many batches as the first pass over the text. Where pairs are drawn anew, later passes have a few
-    more or fewer, and run on into the next epoch, so that nothing is left out.
+    An epoch has as many batches as the first pass over the text, or the few more that make its optimizer steps whole.
+    Where pairs are drawn anew, later passes have a few more or fewer. They run on into the next epoch, so that nothing
+    is left out.
 
     Args:
         data: Text files (.txt, a blank line between documents), JSON lines (.jsonl) and parquet with a "text" field,
@@ -140,7 +141,6 @@ class PretrainingDataModule(LightningDataModule):
         self._stream: BatchStream | None = None
         self._settings: dict[str, Any] = {}
         self._restored: dict[str, Any] | None = None
-        self._ranks: list[tuple[int, int]] = []  # from how many batches of each rank on there were how many ranks
 
     # --- Preparation --------------------------------------------------------------------------------------------------
 
@@ -210,7 +210,7 @@ class PretrainingDataModule(LightningDataModule):
     def train_dataloader(self) -> Iterable[Any]:
         """This process's batches of one epoch, beginning where the trainer stands, with their `label_counts`."""
         train, predicting = _prepared(self._train, self._predicting)
-        rank, world_size = self._rank()
+        rank, world_size = self.rank()
         passes = -(-train.num_blocks // _BLOCKS_PER_PASS)
 
         def examples_of_pass(number: int) -> Examples:
@@ -232,14 +232,15 @@ class PretrainingDataModule(LightningDataModule):
         if self._restored is not None and self._restored["settings"] == self._settings:
             self._stream.batches_per_pass = list(self._restored["batches_per_pass"])
         dataset = PackedDataset(train.corpus, predicting.batch, self.seed)
-        return _ResumableLoader(dataset, self._rest_of_epoch, self._step_sizes, len(self._stream), self.num_workers)
+        length = self.epoch(len(self._stream))
+        return _ResumableLoader(dataset, self._rest_of_epoch, self.step_sizes, length, self.num_workers)
 
     def val_dataloader(self) -> Iterable[Any]:
         """This process's batches of the held-out documents, the same every time; none without held-out documents."""
         if self._heldout is None:
             return []
         heldout, predicting = _prepared(self._heldout, self._predicting)
-        rank, world_size = self._rank()
+        rank, world_size = self.rank()
         examples = self._examples(heldout, range(heldout.num_blocks), 0)
         sampler = TokenBudgetSampler(
             predicting.lengths(examples),
@@ -253,9 +254,6 @@ class PretrainingDataModule(LightningDataModule):
         dataset = PackedDataset(heldout.corpus, predicting.batch, self.seed)
         return _Loader(dataset, lambda: recipes, len(recipes), self.num_workers)
 
-    def _rank(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
     def _rest_of_epoch(self) -> Iterator[BatchRecipe]:
         """The recipes from the first batch not trained on to the end of the epoch.
 
@@ -263,47 +261,11 @@ class PretrainingDataModule(LightningDataModule):
         checkpoint was written (after a batch, after the last one, after validation, after the epoch).
         """
         assert self._stream is not None
-        trained_on, of_this_epoch = self._progress()
+        of_this_epoch = self.batches_done()[1]
         if of_this_epoch and self._restored is not None:
             self._check_settings(self._restored["settings"])
-        start = self._batches_of_all_ranks(trained_on)
-        return islice(self._stream.from_batch(start), len(self._stream) - of_this_epoch)
-
-    def _step_sizes(self) -> Iterator[int]:
-        """Of how many batches each optimizer step from there on takes its gradients; the epoch's last has the rest."""
-        assert self._stream is not None
-        size, end = 1, len(self._stream)
-        if self.trainer is not None:
-            size, end = self.trainer.accumulate_grad_batches, int(min(end, self.trainer.num_training_batches))
-        begin = self._progress()[1]
-        while begin < end:
-            step = min(size - begin % size, end - begin)
-            yield step
-            begin += step
-
-    def _batches_of_all_ranks(self, of_this_rank: int) -> int:
-        """The number of batches that all ranks together were trained on, when each was on so many.
-
-        Notes from where on there are as many ranks as now.
-        """
-        world_size = self._rank()[1]
-        if not self._ranks or self._ranks[-1][1] != world_size:
-            self._ranks = [*(entry for entry in self._ranks if entry[0] < of_this_rank), (of_this_rank, world_size)]
-        starts, sizes = zip(*self._ranks, strict=True)
-        return sum(
-            size * (end - start) for start, end, size in zip(starts, [*starts[1:], of_this_rank], sizes, strict=True)
-        )
-
-    def _progress(self) -> tuple[int, int]:
-        """The number of batches trained on, in all and in this epoch.
-
-        Lightning's count of epochs is of no use here: resumed from a checkpoint written at the end of one, with
-        `max_steps` set, it counts that one twice.
-        """
-        if self.trainer is None:
-            return 0, 0
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        return progress.total.completed, progress.current.completed
+        rest = self.epoch(len(self._stream)) - of_this_epoch
+        return islice(self._stream.from_batch(self.batches_of_all_ranks()), rest)
 
     # --- Resuming -----------------------------------------------------------------------------------------------------
 
@@ -317,13 +279,12 @@ class PretrainingDataModule(LightningDataModule):
         return {
             "settings": self._settings,
             "batches_per_pass": list(self._stream.batches_per_pass),
-            "ranks": [list(entry) for entry in self._ranks],
+            **super().state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
-        if state_dict:
-            self._ranks = [(start, size) for start, size in state_dict["ranks"]]
+        super().load_state_dict(state_dict)
 
     def _data_settings(self, train: TokenStore) -> dict[str, Any]:
         return {
@@ -409,7 +370,7 @@ class _ResumableLoader(_Loader):
         self,
         dataset: PackedDataset,
         recipes: Callable[[], Iterable[BatchRecipe]],
-        step_sizes: Callable[[], Iterable[int]],
+        step_sizes: Callable[[int], Iterable[int]],
         length: int,
         num_workers: int,
     ) -> None:
@@ -417,7 +378,7 @@ class _ResumableLoader(_Loader):
         self._step_sizes = step_sizes
 
     def __iter__(self) -> Iterator[Any]:
-        yield from with_label_counts(super().__iter__(), self._step_sizes())
+        yield from with_label_counts(super().__iter__(), self._step_sizes(len(self)))
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -18,8 +18,12 @@ def label_counts(batch: dict[str, Any]) -> torch.Tensor:
     return torch.tensor([tokens, len(batch.get("next_sentence_label", ()))])
 
 
-def with_label_counts(batches: Iterable[dict[str, Any]], step_sizes: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """The batches, each with ``label_counts``: (2, 2) int64, its own `label_counts` and their sums over its step.
+def with_label_counts(
+    batches: Iterable[dict[str, Any]],
+    step_sizes: Iterable[int],
+    count: Callable[[dict[str, Any]], torch.Tensor] = label_counts,
+) -> Iterator[dict[str, Any]]:
+    """The batches, each with ``label_counts``: (2, n), its own `count` and the sum of those of its step.
 
     Micro-batches have unequal numbers of labels, so that the mean of their means is not the mean over the labels of the
     step; each must be weighted by its share, which takes looking ahead to the end of the step.
@@ -27,10 +31,11 @@ def with_label_counts(batches: Iterable[dict[str, Any]], step_sizes: Iterable[in
     Args:
         batches: of one process.
         step_sizes: the number of batches of each optimizer step.
+        count: (n,), the labels of a batch for each part of the loss.
     """
     coming = iter(batches)
     for size in step_sizes:
         step = list(islice(coming, size))
-        counts = [label_counts(batch) for batch in step]
+        counts = [count(batch) for batch in step]
         for batch, own in zip(step, counts, strict=True):
             yield {**batch, "label_counts": torch.stack([own, sum(counts, torch.zeros_like(own))])}

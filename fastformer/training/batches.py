@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from fastformer.data.packing import TokenBudgetSampler
+from fastformer.data.resuming import ResumableDataModule
+from fastformer.data.steps import with_label_counts
 from fastformer.training.privacy import PoissonBatches, Privacy
 
 Collate = Callable[[list[Any]], Any]
+Targets = Callable[[Any], float]
+"""How many targets the loss of a batch is the mean of."""
 
 
 def in_order(
@@ -26,7 +29,7 @@ def in_order(
         yield collate([features[index] for index in batch.tolist()])
 
 
-class FineTuningData(LightningDataModule):
+class FineTuningData(ResumableDataModule):
     """Batches of features, for training in an order drawn from (seed, epoch), for validation in their own.
 
     Args:
@@ -34,6 +37,7 @@ class FineTuningData(LightningDataModule):
         train, validation: features.
         collate: makes a batch of some.
         length: tokens of one.
+        targets: of a batch; a step's loss is the mean over those of all its batches, which are told of them.
         tokens_per_batch: the most tokens in a batch of one device.
         seed: of the order.
         num_workers: processes that prepare batches; 0 prepares them in the training process.
@@ -50,6 +54,7 @@ class FineTuningData(LightningDataModule):
         validation: Sequence[Any],
         collate: Collate,
         length: Callable[[Any], int],
+        targets: Targets,
         tokens_per_batch: int = 4096,
         seed: int = 0,
         num_workers: int = 0,
@@ -65,6 +70,7 @@ class FineTuningData(LightningDataModule):
         self.validation = validation
         self.collate = collate
         self.length = length
+        self.targets = targets
         self.tokens_per_batch = tokens_per_batch
         self.seed = seed
         self.num_workers = num_workers
@@ -81,20 +87,6 @@ class FineTuningData(LightningDataModule):
         """This process's batches of the held-out examples, the same every time."""
         return _Batches(self, self.validation)
 
-    def sampler(self, lengths: np.ndarray, **options: Any) -> TokenBudgetSampler:
-        """This process's share of the batches."""
-        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        return TokenBudgetSampler(
-            lengths, self.tokens_per_batch, seed=self.seed, rank=rank, world_size=world_size, **options
-        )
-
-    def batches_done(self) -> tuple[int, int]:
-        """In all, and in this epoch."""
-        if self.trainer is None:
-            return 0, 0
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        return progress.total.completed, progress.current.completed
-
 
 class _Batches:
     """Batches of features in their order. (Not a DataLoader: Lightning would shard it a second time.)"""
@@ -105,7 +97,7 @@ class _Batches:
         self.lengths = _lengths(features, data.length)
 
     def __len__(self) -> int:
-        return len(self.data.sampler(self.lengths, shuffle=False))
+        return len(self._sampler())
 
     def __iter__(self) -> Iterator[Any]:
         yield from DataLoader(
@@ -119,29 +111,51 @@ class _Batches:
 
     def indices(self) -> Iterable[np.ndarray]:
         """Of the features of each batch."""
-        return self.data.sampler(self.lengths, shuffle=False)
+        return self._sampler()
+
+    def _sampler(self) -> TokenBudgetSampler:
+        rank, world_size = self.data.rank()
+        return TokenBudgetSampler(
+            self.lengths,
+            self.data.tokens_per_batch,
+            seed=self.data.seed,
+            shuffle=False,
+            rank=rank,
+            world_size=world_size,
+        )
 
 
 class _TrainingBatches(_Batches):
     """The batches of an epoch that are still to be trained on, of an endless stream: one pass after another.
 
-    An epoch has as many batches as the first pass. A later one may have a few more or fewer, and runs on into the next
-    epoch, so that nothing is left out. Having a state, even an empty one, says to Lightning that an epoch goes on where
-    it was left: the position is in Lightning's own progress.
+    An epoch has as many batches as the first pass, or the few more that make its optimizer steps whole. Passes run on
+    into the next epoch, so that nothing is left out. Having a state, even an empty one, says to Lightning that an epoch
+    goes on where it was left: the position is in Lightning's own progress.
     """
 
     def __len__(self) -> int:
-        return len(self.data.sampler(self.lengths))
+        return self.data.epoch(-(-len(self._batches_of_pass(0)) // self.data.rank()[1]))
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from with_label_counts(super().__iter__(), self.data.step_sizes(len(self)), self._count)
 
     def indices(self) -> Iterable[np.ndarray]:
-        trained_on, of_this_epoch = self.data.batches_done()
-        return islice(self._stream(trained_on), len(self) - of_this_epoch)
+        rank, world_size = self.data.rank()
+        shares = islice(self._stream(self.data.batches_of_all_ranks()), rank, None, world_size)
+        return islice(shares, len(self) - self.data.batches_done()[1])
 
     def _stream(self, start: int) -> Iterator[np.ndarray]:
+        """The batches of all ranks from one on."""
         for number in count():
-            batches = self.data.sampler(self.lengths, epoch=number)
+            batches = self._batches_of_pass(number)
             yield from islice(batches, min(start, len(batches)), None)
             start = max(0, start - len(batches))
+
+    def _batches_of_pass(self, number: int) -> TokenBudgetSampler:
+        return TokenBudgetSampler(self.lengths, self.data.tokens_per_batch, seed=self.data.seed, epoch=number)
+
+    def _count(self, batch: Any) -> torch.Tensor:
+        return torch.tensor([self.data.targets(batch)])
 
     def state_dict(self) -> dict[str, Any]:
         return {}

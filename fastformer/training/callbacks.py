@@ -6,6 +6,7 @@ import copy
 import random
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
 from fastformer.data.files import atomic_file, atomic_folder
+from fastformer.training.sharding import load_weights
 
 
 class StepSeed(Callback):
@@ -151,7 +154,7 @@ class LossCurve(Callback):
         label: of the axis, with the unit.
 
     Attributes:
-        training: (optimizer step, loss of its last batch) at every logged step.
+        training: (optimizer step, its loss) at every logged step.
         validation: the metrics logged as ``val/...``, with ``step``; the first of them measured before the first step.
     """
 
@@ -285,6 +288,12 @@ class SavePretrained(Callback):
         self.folder = folder
         self.adapter_alone = adapter_alone
         self._saved = False
+        self._adapted: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        model: Any = pl_module.model
+        if stage == "fit" and hasattr(model, "peft_config") and not self.adapter_alone:
+            self._adapted = without_memory(model)  # while it is whole: a sharded one cannot be merged
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer, pl_module)
@@ -300,8 +309,14 @@ class SavePretrained(Callback):
             return
         model: Any = pl_module.model
         state = {key.removeprefix("model."): state[key] for key in state if key.startswith("model.")}
-        if hasattr(model, "peft_config") and not self.adapter_alone:
-            model = copy.deepcopy(model).merge_and_unload()
+        first: dict[nn.Parameter, str] = {}
+        for name, parameter in model.named_parameters(
+            remove_duplicate=False
+        ):  # of a sharded model each has been copied
+            state[name] = state[first.setdefault(parameter, name)]
+        if self._adapted is not None:
+            self._adapted.load_state_dict(state, assign=True)
+            model = self._adapted.merge_and_unload()
             state = model.state_dict()
         tokenizer = copy.deepcopy(trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
         longest = getattr(model.config, "max_position_embeddings", None)
@@ -377,13 +392,21 @@ class EarlyStopping(Callback):
         self._restored = True
         trainer.strategy.barrier()
         weights = torch.load(self.path, map_location=pl_module.device, weights_only=True)
-        pl_module.load_state_dict(weights, strict=False)
+        load_weights(pl_module, weights)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "step": self.step, "waited": self.waited}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.step, self.waited = (state_dict[name] for name in ("best", "step", "waited"))
+
+
+def without_memory(model: nn.Module) -> nn.Module:
+    """A copy of a model, with parameters on the meta device; nothing of their size is allocated."""
+    memo = {
+        id(parameter): nn.Parameter(parameter.to("meta"), parameter.requires_grad) for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
@@ -416,7 +439,7 @@ def _tokens(batch: Any) -> int:
     if isinstance(batch, (list, tuple)):
         return sum(map(_tokens, batch))
     if "input_ids" not in batch:  # one batch for each side of pairs
-        return sum(map(_tokens, batch.values()))
+        return sum(_tokens(side) for side in batch.values() if isinstance(side, Mapping))
     sides = [name for name in ("input_ids", "decoder_input_ids") if name in batch]
     masks = [batch.get(name.replace("input_ids", "attention_mask")) for name in sides]
     return sum(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-def convert_progress(checkpoint: dict[str, Any], world_size: int) -> None:
+def convert_progress(checkpoint: dict[str, Any], data: str, world_size: int) -> None:
     """Make the progress in a checkpoint that of `world_size` devices which have trained on as many batches together.
 
     Lightning counts batches per device. The batches of all devices are one sequence, of which optimizer steps take
@@ -17,21 +17,22 @@ def convert_progress(checkpoint: dict[str, Any], world_size: int) -> None:
     then too, but a step may begin at another one.
 
     Args:
-        checkpoint: written by `PretrainingModule`, changed in place.
+        checkpoint: written by a `TrainingModule`, changed in place.
+        data: the name of the `ResumableDataModule`'s class, under which the checkpoint has its state.
         world_size: devices of the run that resumes.
     """
     before = checkpoint["world_size"]
-    data = checkpoint.get("PretrainingDataModule")
+    state = checkpoint.get(data)
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     counts = [progress[period] for period in ("total", "current")]
     shareable = all(count["ready"] * before % world_size == 0 for count in counts)
-    if before == world_size or not shareable or not data or data["ranks"] != [[0, before]]:
+    if before == world_size or not shareable or not state or state["ranks"] != [[0, before]]:
         return
     for count in counts:
         too_many = count["ready"] - count["ready"] * before // world_size
         for name in count:
             count[name] -= too_many
-    data["ranks"] = [[0, world_size]]
+    state["ranks"] = [[0, world_size]]
 
 
 def number_by_module(state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module) -> None:

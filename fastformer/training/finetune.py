@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer
@@ -38,6 +38,7 @@ from fastformer.training.callbacks import (
 from fastformer.training.checkpoints import ValidationCheckpoint, latest_checkpoint
 from fastformer.training.finetuning import Classification, FineTuning
 from fastformer.training.lora import Lora
+from fastformer.training.memory import PeakMemory
 from fastformer.training.optimization import Optimization
 from fastformer.training.prediction import Predictor, recipe_for
 from fastformer.training.privacy import Privacy
@@ -183,7 +184,8 @@ class _Prepared(NamedTuple):
     examples: Splits[Any]
     start: StartingPoint
     recipe: Recipe
-    data: FineTuningData
+    train: list[Any]  # features
+    validation: list[Any]
     source: str  # what was started from, in words
 
 
@@ -191,6 +193,7 @@ def _finetune(task: Task, parser: LightningArgumentParser, options: Namespace, f
     checkpoint = latest_checkpoint(folder.checkpoints) if options.resume else None
     prepared = _prepare(task, options)
     module = _module(prepared, options)
+    data = _data(prepared, module, options)
     throughput, curve = Throughput(), LossCurve(folder.curve)
     stopping = []
     if options.patience is not None:
@@ -207,6 +210,7 @@ def _finetune(task: Task, parser: LightningArgumentParser, options: Namespace, f
             StepSeed(options.seed),
             StopAtLimit(options.max_minutes),
             throughput,
+            PeakMemory(),
             TrainingProgress(),
             curve,
             *stopping,
@@ -215,9 +219,9 @@ def _finetune(task: Task, parser: LightningArgumentParser, options: Namespace, f
         ],
     )
     _check_trainer(trainer, options)
-    trainer.fit(module, datamodule=prepared.data, ckpt_path=checkpoint)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     if stopping or (curve.validation and curve.validation[-1]["step"] != trainer.global_step):
-        trainer.validate(module, datamodule=prepared.data, verbose=False)
+        trainer.validate(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
         metrics = {
             "task": task,
@@ -233,13 +237,15 @@ def _finetune(task: Task, parser: LightningArgumentParser, options: Namespace, f
 
 def _check_trainer(trainer: Trainer, options: Namespace) -> None:
     """Refuse what would not be what it says."""
-    if options.privacy_epsilon is not None and (trainer.world_size > 1 or trainer.precision == "16-mixed"):
+    if options.privacy_epsilon is None:
+        return
+    if trainer.world_size > 1 or isinstance(trainer.strategy, ModelParallelStrategy):
         raise ValueError(
-            "--privacy_epsilon is for one device, and not for --precision 16-mixed, whose scaler clips anew"
+            "--privacy_epsilon is for one device with whole weights, where the gradient of each example is clipped; "
+            f"got --devices {options.devices} --strategy {options.strategy}"
         )
-    sharded = isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
-    if sharded and (options.patience is not None or options.lora):
-        raise ValueError("--patience and --lora need whole weights on each device; choose another --strategy")
+    if trainer.precision == "16-mixed":
+        raise ValueError("--privacy_epsilon is not for --precision 16-mixed, whose scaler clips anew")
 
 
 def _prepare(task: Task, options: Namespace) -> _Prepared:
@@ -266,19 +272,24 @@ def _prepare(task: Task, options: Namespace) -> _Prepared:
     if options.activation_checkpointing:
         start.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     recipe = recipe_for(task, start, texts, tokenizer)
-    privacy = _privacy_of(options)
-    data = FineTuningData(
-        tokenizer,
-        recipe.features(examples.train),
-        recipe.features(examples.validation),
+    train, validation = recipe.features(examples.train), recipe.features(examples.validation)
+    return _Prepared(examples, start, recipe, train, validation, source)
+
+
+def _data(prepared: _Prepared, module: FineTuning, options: Namespace) -> FineTuningData:
+    recipe = prepared.recipe
+    return FineTuningData(
+        recipe.tokenizer,
+        prepared.train,
+        prepared.validation,
         recipe.collate,
         recipe.length,
+        module.targets,
         options.tokens_per_batch,
         options.seed,
         options.num_workers,
-        privacy,
+        module.privacy,
     )
-    return _Prepared(examples, start, recipe, data, source)
 
 
 def load_examples(task: Task, data: str, options: TextOptions, cache_dir: str | None = None) -> Splits[Any]:
@@ -337,7 +348,7 @@ def _module(prepared: _Prepared, options: Namespace) -> FineTuning:
         "optimization": _optimization(options, start),
         "adversary": None,
         "privacy": _privacy_of(options),
-        "examples": len(prepared.data.train),
+        "examples": len(prepared.train),
     }
     if options.adversarial is not None:
         arguments["adversary"] = Adversary(options.adversarial, **options.adversary.as_dict())
@@ -346,11 +357,11 @@ def _module(prepared: _Prepared, options: Namespace) -> FineTuning:
             raise ValueError("--class_weights are for classify and tag")
         balanced = options.class_weights == "balanced"
         arguments["class_weights"] = (
-            balanced_class_weights(recipe, prepared.data.train) if balanced else options.class_weights
+            balanced_class_weights(recipe, prepared.train) if balanced else options.class_weights
         )
     module = recipe.module(model, **arguments)
     if not isinstance(recipe, Rewrite):
-        module.judge = _Judge(recipe, prepared.examples.validation, prepared.data.validation)
+        module.judge = _Judge(recipe, prepared.examples.validation, prepared.validation)
     return module
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 from fastformer.data.objectives import IGNORE_INDEX
 from fastformer.training.adversarial import Adversary
+from fastformer.training.module import TrainingModule
 from fastformer.training.optimization import Optimization
 from fastformer.training.privacy import Privacy, accumulate_example, noised_gradients
 
@@ -23,10 +23,11 @@ Judge = Callable[[list[Any]], dict[str, float]]
 """From what `FineTuning.outputs` gave for all held-out sequences, in order, to metrics by name."""
 
 
-class FineTuning(LightningModule):
+class FineTuning(TrainingModule):
     """Training of a model on a task: its own loss, and what the task's kind makes of its outputs.
 
-    Batches are what the model's forward takes, packed or dense, with labels. Logged while training: ``train/loss``,
+    Batches are what the model's forward takes, packed or dense, with labels; those to train on also have the
+    ``label_counts`` of `with_label_counts` by `targets`. Logged with each optimizer step: ``train/loss``,
     ``train/adversarial_loss``, ``train/learning_rate`` (the largest); on held-out examples ``val/loss``, over all
     targets with equal weight, and the metrics of `judge` as ``val/...``.
 
@@ -68,8 +69,8 @@ class FineTuning(LightningModule):
         output = self.model(**batch)
         return output.loss, output
 
-    def targets(self, batch: Batch) -> int:
-        """How many targets the mean loss of a batch is of."""
+    def targets(self, batch: Batch) -> float:
+        """How many targets the mean loss of a batch is of, or the sum of their weights."""
         return int((batch["labels"] != IGNORE_INDEX).sum())
 
     def outputs(self, batch: Batch, output: Any) -> list[Any]:
@@ -79,20 +80,22 @@ class FineTuning(LightningModule):
     # --- Training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor | None:
-        self._log_learning_rate()
         if self.privacy is not None:
             self._private_step(batch)
             return None
+        batch = dict(batch)
+        counts = batch.pop("label_counts")
         if self.adversary is None:
             loss, _ = self.run(batch)
-            self.log("train/loss", loss.detach(), batch_size=1)
-            return loss
+            return self.shares_of_step([loss], counts).sum()
         losses = self.adversary.losses(
             self.model.get_input_embeddings(), lambda: self.run(batch)[0], _boundaries(batch)
         )
-        self.log("train/loss", losses.clean.detach(), batch_size=1)
-        self.log("train/adversarial_loss", losses.adversarial.detach(), batch_size=1)
-        return losses.clean + self.adversary.weight * losses.adversarial
+        clean, adversarial = self.shares_of_step(losses, counts.expand(2, 2))
+        return clean + self.adversary.weight * adversarial
+
+    def step_metrics(self, losses: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return dict(zip(("loss", "adversarial_loss"), losses, strict=False))
 
     def _private_step(self, examples: Sequence[Batch]) -> None:
         optimizer: Any = self.optimizers()
@@ -109,10 +112,6 @@ class FineTuning(LightningModule):
         schedule.step()
         # This is not private: it is for whoever has the data.
         self.log("train/loss", torch.stack(losses).mean() if losses else torch.tensor(math.nan), batch_size=1)
-
-    def _log_learning_rate(self) -> None:
-        rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
-        self.log("train/learning_rate", max(rates), batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         configured = self.optimization.configure(self)
@@ -138,10 +137,7 @@ class FineTuning(LightningModule):
             self._outputs.append(self.outputs(batch, output))
 
     def on_validation_epoch_end(self) -> None:
-        sums = self._loss_sum
-        if self.trainer.world_size > 1:
-            sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
-        total, targets = sums.tolist()
+        total, targets = self.over_ranks(self._loss_sum.to(self.device)).tolist()
         metrics = {"loss": total / targets} if targets else {}
         if self.judge is not None and (outputs := self._outputs_of_all_ranks()):
             metrics |= self.judge(outputs)
@@ -174,16 +170,21 @@ class Classification(FineTuning):
             raise ValueError(
                 f"class_weights must be {classes} numbers of at least 0, one for each class; got {class_weights}"
             )
-        weights = None if class_weights is None else torch.tensor(class_weights)
-        self.class_weights: torch.Tensor | None
-        self.register_buffer("class_weights", weights, persistent=False)
+        self.class_weights = None if class_weights is None else torch.tensor(class_weights)
 
     def run(self, batch: Batch) -> tuple[torch.Tensor, Any]:
         if self.class_weights is None:
             return super().run(batch)
         output = self.model(**{name: value for name, value in batch.items() if name != "labels"})
         logits, labels = output.logits.float().flatten(0, -2), batch["labels"].flatten()
-        return F.cross_entropy(logits, labels, self.class_weights, ignore_index=IGNORE_INDEX), output
+        weights = self.class_weights.to(logits.device)
+        return F.cross_entropy(logits, labels, weights, ignore_index=IGNORE_INDEX), output
+
+    def targets(self, batch: Batch) -> float:
+        if self.class_weights is None:
+            return super().targets(batch)
+        labels = batch["labels"].cpu()
+        return self.class_weights[labels[labels != IGNORE_INDEX]].sum().item()
 
     def outputs(self, batch: Batch, output: Any) -> list[Any]:
         return list(output.logits.float().cpu().numpy())
@@ -199,7 +200,7 @@ class Tagging(Classification):
 class QuestionAnswering(FineTuning):
     """The start and the end of an answer. `outputs`: of each sequence (tokens, 2) logits of both, float32."""
 
-    def targets(self, batch: Batch) -> int:
+    def targets(self, batch: Batch) -> float:
         return len(batch["start_positions"])
 
     def outputs(self, batch: Batch, output: Any) -> list[Any]:
@@ -235,6 +236,10 @@ class Embedding(FineTuning):
             raise ValueError(f"temperature must be above 0; got {temperature}")
         self.temperature = temperature
         self.symmetric = symmetric
+        # A pooler has no part in a mean over tokens: it gets no gradients, for which several devices would wait.
+        for name, parameter in self.model.named_parameters():
+            if "pooler" in name.split("."):
+                parameter.requires_grad_(False)
 
     def run(self, batch: Batch) -> tuple[torch.Tensor, Any]:
         anchors, positives = self.embed(batch["anchor"]), self.embed(batch["positive"])
@@ -253,7 +258,7 @@ class Embedding(FineTuning):
             vectors = (output.last_hidden_state.float() * mask).sum(dim=1) / mask.sum(dim=1)
         return F.normalize(vectors.float(), dim=-1)
 
-    def targets(self, batch: Batch) -> int:
+    def targets(self, batch: Batch) -> float:
         anchors = batch["anchor"]
         return len(anchors["cu_seqlens"]) - 1 if "cu_seqlens" in anchors else len(anchors["input_ids"])
 

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fastformer.training.blocks import blocks
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -63,10 +65,10 @@ class Lora:
 
 
 def linear_layers_in_blocks(model: nn.Module) -> list[str]:
-    """Full names of the linear layers inside `nn.ModuleList`s, which is where every Transformer has its blocks."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    """Full names of the linear layers inside a model's blocks."""
+    prefixes = tuple(f"{name}." for name in blocks(model))
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and any(name.startswith(f"{blocks}.") for blocks in lists)
+        if isinstance(module, (nn.Linear, Conv1D)) and f"{name}.".startswith(prefixes)
     ]

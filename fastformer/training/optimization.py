@@ -12,6 +12,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 
+from fastformer.training.blocks import blocks
+
 Schedule = Literal["linear", "cosine"]
 
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -127,20 +129,17 @@ def adamw(
 def distances_from_output(module: nn.Module) -> dict[str, int]:
     """How many blocks there are between each parameter and the output, for layer-wise learning rates.
 
-    Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification" (2018), section 3.2. Blocks are the
-    members of the outermost `nn.ModuleList`s, in the order in which they were registered, an encoder's before its
-    decoder's; the last has distance 1. What is registered before the first block (embeddings) is one further than that
-    block, and what follows a block (a norm, a pooler, a head) is one nearer than it.
+    Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification" (2018), section 3.2. The last of
+    `blocks` has distance 1. What is registered before the first block (embeddings) is one further than that block, and
+    what follows a block (a norm, a pooler, a head) is one nearer than it.
     """
-    lists = [name for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
-    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    blocks = [f"{name}.{child}." for name in outermost for child, _ in module.get_submodule(name).named_children()]
+    prefixes = [f"{name}." for name in blocks(module)]
     distances: dict[str, int] = {}
-    nearest = len(blocks) + 1
+    nearest = len(prefixes) + 1
     for name, _ in module.named_parameters():
-        block = next((number for number, prefix in enumerate(blocks) if name.startswith(prefix)), None)
+        block = next((number for number, prefix in enumerate(prefixes) if name.startswith(prefix)), None)
         if block is not None:
-            nearest = len(blocks) - block - 1
+            nearest = len(prefixes) - block - 1
         distances[name] = nearest if block is None else nearest + 1
     return distances
 

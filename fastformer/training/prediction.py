@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
+from fastformer.data.progress import track
 from fastformer.training.batches import in_order
 from fastformer.training.optimization import Optimization
 from fastformer.training.recipes import RECIPES, Converse, Recipe, Rewrite, TextOptions
@@ -74,8 +75,12 @@ class Predictor:
                     ]
                 return predictions
             features = self.recipe.features(examples)
-            batches = in_order(features, self.recipe.collate, self.recipe.length, self.tokens_per_batch)
-            outputs = [output for batch in batches for output in self._module.predict_step(self._moved(batch), 0)]
+            batches = [*in_order(features, self.recipe.collate, self.recipe.length, self.tokens_per_batch)]
+            outputs = [
+                output
+                for batch in track(batches, "predicting")
+                for output in self._module.predict_step(self._moved(batch), 0)
+            ]
         return self.recipe.predictions(outputs, examples, features)
 
     def _likelihood(self, example: Any) -> dict[str, Any]:
@@ -89,7 +94,7 @@ class Predictor:
             except ValueError:  # the answer does not begin within the longest sequence
                 return {}
         batch = self._moved(self.recipe.collate([feature]))
-        tokens = self._module.targets(batch)
+        tokens = int(self._module.targets(batch))
         return {"log_likelihood": -self._module.run(batch)[0].item() * tokens, "tokens": tokens}
 
     def _moved(self, batch: Any) -> Any:
@@ -101,7 +106,7 @@ class Predictor:
         """What the model writes for each prompt, without the prompt."""
         options, tokenizer = self.recipe.options, self.recipe.tokenizer
         decoder_alone = not self.model.config.is_encoder_decoder
-        for batch in in_order(prompts, lambda rows: rows, len, self.tokens_per_batch):
+        for batch in track([*in_order(prompts, lambda rows: rows, len, self.tokens_per_batch)], "generating"):
             inputs = self._moved(_padded(batch, tokenizer.pad_token_id, on_the_left=decoder_alone))
             written: torch.Tensor = self.model.generate(
                 **inputs,

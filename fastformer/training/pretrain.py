@@ -27,7 +27,6 @@ from fastformer.training.memory import PeakMemory
 from fastformer.training.pretraining import MODULES, PretrainingModule
 from fastformer.training.pretraining_report import Rows, console_table, write_report
 from fastformer.training.run import (
-    STRATEGIES,
     RunFolder,
     SaveOptions,
     add_trainer_arguments,
@@ -95,7 +94,7 @@ def main(arguments: list[str], begin: float) -> None:
 
 def build_parser() -> LightningArgumentParser:
     """The options of the command."""
-    parser = command_parser("pretrain", _DESCRIPTION, "runs/pretrain", (*STRATEGIES, "fsdp2"))
+    parser = command_parser("pretrain", _DESCRIPTION, "runs/pretrain")
     add = parser.add_argument
     add("--objective", choices=list(MODULES), default="mlm", help="what is learned: BERT's, GPT's, T5's or BART's task")
     add("--data", type=str, nargs="+", default=[], metavar="PATH", help=_DATA_HELP)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.distributed
-from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from transformers import PreTrainedTokenizerBase
 
@@ -18,19 +16,17 @@ import fastformer.models as models
 from fastformer.data.steps import label_counts
 from fastformer.models import FastformerConfig, FastformerPreTrainedModel
 from fastformer.models.presets import preset as preset_config
-from fastformer.training.elastic import convert_progress, number_by_module
+from fastformer.training.module import TrainingModule
 from fastformer.training.optimization import Optimization, Schedule
-from fastformer.training.sharding import shard
 
 _SMALLEST = "bert-tiny"
 
 
-class PretrainingModule(LightningModule):
-    """What the objectives share: the model, its optimizer, the loss of a step, checkpoints and measurements.
+class PretrainingModule(TrainingModule):
+    """What the objectives share: the model, its optimizer, checkpoints and measurements.
 
     The model is built once the data module's tokenizer is known. Batches are packed (no padding), those of
-    `PretrainingDataModule`. The loss of an optimizer step is the mean over all its labelled tokens, each with equal
-    weight, whatever batches of whatever device they are in.
+    `PretrainingDataModule`. The targets of an optimizer step's loss are all its labelled tokens.
 
     Logged with each optimizer step: ``train/loss`` (nats), ``train/learning_rate``; on held-out text: ``val/loss``
     (over all labelled tokens), ``val/perplexity`` (its exponential) and ``val/tokens``, how many there are.
@@ -83,7 +79,6 @@ class PretrainingModule(LightningModule):
         self.learning_rate = learning_rate
         self.activation_checkpointing = activation_checkpointing
         self.model: FastformerPreTrainedModel | None = None
-        self._step_sums: torch.Tensor | None = None
 
     # --- The model ----------------------------------------------------------------------------------------------------
 
@@ -102,13 +97,7 @@ class PretrainingModule(LightningModule):
         self.model = getattr(models, self._architecture())(config)
         if self.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if self._is_sharded:
-            assert self.device_mesh is not None
-            shard(self.model, self.device_mesh)
-
-    @property
-    def _is_sharded(self) -> bool:
-        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+        super().configure_model()
 
     def _architecture(self) -> str:
         return self.architecture
@@ -120,15 +109,11 @@ class PretrainingModule(LightningModule):
         assert self.model is not None
         checkpoint["model_config"] = self.model.config.to_dict()
         checkpoint["architecture"] = type(self.model).__name__
-        checkpoint["world_size"] = self.trainer.world_size
-        if not self._is_sharded:  # sharded ones are numbered so already
-            for state, optimizer in zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True):
-                number_by_module(state, optimizer, self)
+        super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._trainer is not None:
-            convert_progress(checkpoint, self.trainer.world_size)
-        elif self.model is None:
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is None and self.model is None:
             config = FastformerConfig.from_dict(checkpoint["model_config"])
             self.model = getattr(models, checkpoint["architecture"])(config)
 
@@ -137,20 +122,11 @@ class PretrainingModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         assert self.model is not None
         batch = dict(batch)
-        own, of_step = batch.pop("label_counts")[:, : len(self.losses)].float()
-        sums = own * torch.stack(self._loss_parts(self.model(**batch)))
-        self._step_sums = sums.detach() if self._step_sums is None else self._step_sums + sums.detach()
-        self._step_counts = self._over_ranks(of_step)
-        # Lightning divides by the number of batches, and data parallelism by that of the ranks.
-        return (sums / self._step_counts).sum() * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        counts = batch.pop("label_counts")[:, : len(self.losses)]
+        return self.shares_of_step(self._loss_parts(self.model(**batch)), counts).sum()
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        assert self._step_sums is not None
-        means = self._over_ranks(self._step_sums) / self._step_counts
-        self._step_sums = None
-        parts = dict(zip(self.losses, means, strict=True))
-        metrics = {f"train/{name}": loss for name, loss in {**parts, "loss": means.sum()}.items()}
-        self.log_dict({**metrics, "train/learning_rate": optimizer.param_groups[0]["lr"]}, batch_size=1)
+    def step_metrics(self, losses: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**dict(zip(self.losses, losses, strict=True)), "loss": torch.stack(list(losses)).sum()}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         assert self.model is not None
@@ -160,13 +136,6 @@ class PretrainingModule(LightningModule):
     def _loss_parts(self, output: Any) -> list[torch.Tensor]:
         """The means that `losses` names, in nats, of a batch's labels."""
         return [output.loss]
-
-    def _over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """The sums over all ranks. (Lightning's own would wait for the GPU.)"""
-        if self.trainer.world_size > 1:
-            values = values.clone()
-            torch.distributed.all_reduce(values)
-        return values
 
     # --- Validation ---------------------------------------------------------------------------------------------------
 
@@ -186,7 +155,7 @@ class PretrainingModule(LightningModule):
         """Add to `_sums` what is measured besides the loss."""
 
     def on_validation_epoch_end(self) -> None:
-        metrics = self._validation_metrics(*self._over_ranks(self._sums.to(self.device)).tolist())
+        metrics = self._validation_metrics(*self.over_ranks(self._sums.to(self.device)).tolist())
         self.log_dict({f"val/{name}": value for name, value in metrics.items()}, sync_dist=True)
 
     def _validation_metrics(self, *sums: float) -> dict[str, float]:

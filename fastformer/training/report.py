@@ -94,6 +94,7 @@ class FineTuningReport:
             "steps": f"{metrics['steps']:,}",
             "tokens": f"{metrics['tokens']:,} at {metrics['tokens_per_second']:,.0f} a second",
             "device": f"{metrics['devices']} x {metrics['device']}, {metrics['precision']}",
+            "peak memory": f"{(metrics['peak_memory'] or float('nan')) / 1e9:.2f} GB",
             "time": f"{metrics['wall_seconds']:,.0f} s",
         }
         if "privacy" in metrics:

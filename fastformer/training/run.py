@@ -27,7 +27,7 @@ from fastformer.training.checkpoints import AtomicCheckpointIO
 from fastformer.training.memory import peak_memory
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
-STRATEGIES = ("auto", "ddp")
+STRATEGIES = ("auto", "ddp", "fsdp2")
 
 # What resume and report rely on, set by `build_trainer`, and what has no meaning here.
 _TRAINER_ARGUMENTS_NOT_OFFERED = {
@@ -162,16 +162,13 @@ class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """jsonargparse's help, with the lines of the description kept."""
 
 
-def command_parser(
-    command: str, description: str, output: str, strategies: Sequence[str] = STRATEGIES
-) -> LightningArgumentParser:
+def command_parser(command: str, description: str, output: str) -> LightningArgumentParser:
     """A parser with the options of every training command.
 
     Args:
         command: its words after ``fastformer``.
         description: shown with its lines kept.
         output: default of ``--output``.
-        strategies: those that the command's module is made for.
     """
     parser = LightningArgumentParser(
         prog=f"fastformer {command}",
@@ -189,7 +186,7 @@ def command_parser(
     add("--accumulate", type=int, default=1, metavar="N", help="batches whose gradients make one optimizer step")
     add("--accelerator", type=str, default="auto", help="cpu, gpu, ... or auto")
     add("--devices", type=str, default="auto", help="their number, or a list such as 0,2")
-    add("--strategy", choices=strategies, default="auto", help="of several devices; auto is ddp")
+    add("--strategy", choices=STRATEGIES, default="auto", help="of several devices; auto is ddp")
     add("--precision", choices=PRECISIONS, default="32-true", help="of weights and of the computation")
     return parser
 

@@ -6,12 +6,17 @@ Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" 
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
+from collections.abc import Collection, Mapping
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor
+
+from fastformer.training.blocks import blocks
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -32,27 +37,49 @@ class FullyShardedStrategy(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FullyShardedStrategy, description="fully sharded data parallelism, FSDP2")
 
 
-def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard a model in place: each unit of its `fsdp_plan` by itself, what is left as one more.
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard a model in place: each of its blocks by itself, what is left as one more.
 
     Args:
-        model: the same weights on every rank.
+        model: ours or one of Hugging Face's, with PEFT's adapters or without; the same weights on every rank.
         mesh: Lightning's, with the dimensions data_parallel and tensor_parallel.
 
     Raises:
-        ValueError: tensor parallelism is asked for.
+        ValueError: tensor parallelism is asked for, or the model has no blocks, or some that share weights.
     """
     if (size := mesh["tensor_parallel"].size()) > 1:
         raise ValueError(
             "tensor parallelism is not supported: queries, keys and values are one fused projection, which cannot be "
             f"split by columns; give tensor_parallel_size=1, got {size}"
         )
-    for name, module in model.named_modules():
-        if any(_matches(name, pattern) for pattern in model.fsdp_plan):
-            fully_shard(module, mesh=mesh["data_parallel"])
+    units = blocks(model)
+    if not units:
+        raise ValueError(f"--strategy fsdp2 shards blocks, an nn.ModuleList; {type(model).__name__} has none")
+    if shared := _shared_weights(model, units):
+        raise ValueError(
+            f"--strategy fsdp2 shards block by block; in {type(model).__name__} some share weights with others: "
+            f"{', '.join(shared[:3])}; use --strategy ddp"
+        )
+    for block in units.values():
+        fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a module's name fits a pattern in which a * stands for one component."""
-    return name.count(".") == pattern.count(".") and fnmatch(name, pattern)
+def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Load some of a module's weights, each whole on every rank, whether the module is sharded or not."""
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(module, dict(weights), options=options)
+    else:
+        module.load_state_dict(weights, strict=False)
+
+
+def _shared_weights(model: nn.Module, units: Collection[str]) -> list[str]:
+    """Names of the parameters of blocks that are also another block's, or outside."""
+    owners: dict[nn.Parameter, str | None] = {}
+    shared = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = next((unit for unit in units if name.startswith(f"{unit}.")), None)
+        if owners.setdefault(parameter, owner) != owner:
+            shared.append(name)
+    return shared

@@ -289,8 +289,8 @@ def test_another_number_of_ranks_goes_on_where_the_others_stopped(make, objectiv
             data.setup()
             if state:
                 data.load_state_dict(state)
-            data._rank = lambda rank=rank: (rank, world_size)
-            data._progress = lambda: (done, done)
+            data.rank = lambda rank=rank: (rank, world_size)
+            data.batches_done = lambda: (done, done)
             iterator = iter(data.train_dataloader())
             ranks.append(([fingerprint(next(iterator)) for _ in range(steps)], data.state_dict()))
         batches, states = zip(*ranks, strict=True)

@@ -1,8 +1,16 @@
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import pytest
+import torch
+from training.tasks import MAKERS, TINY
+from transformers import BertConfig, BertForMaskedLM
+
+from fastformer.data.tokenizer import train_tokenizer
+from fastformer.models import FastformerConfig, FastformerForPreTraining
 
 WORDS = ("cat", "dog", "bird", "fish", "eats", "sees", "likes", "rice", "bread", "water", "milk")
 
@@ -21,3 +29,40 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *("--corpus.vocab_size", "400", "--corpus.max_length", "64", "--corpus.tokens_per_batch", "256"),
         *("--corpus.cache_dir", str(folder / "cache")),
     ]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of labelled files for each task."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for task, make in MAKERS.items():
+        for split, count in (("train", 96), ("validation", 16), ("test", 12)):
+            draw = random.Random(f"{task} {split}")
+            lines = [json.dumps(make(draw)) for _ in range(count)]
+            (folder / task).mkdir(exist_ok=True)
+            (folder / task / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a model to start from: ours, and a BERT of Hugging Face's, with the same tokenizer."""
+    texts = [
+        text
+        for task in ("classify", "tag")
+        for line in (data / task / "train.jsonl").read_text().splitlines()
+        for text in [json.loads(line).get("text") or " ".join(json.loads(line).get("tokens"))]
+    ]
+    tokenizer = train_tokenizer(texts, 300)
+    torch.manual_seed(0)
+    shape = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 48, "hidden_dropout_prob": 0.0}
+    models = {
+        "ours": FastformerForPreTraining(FastformerConfig(**shape)),
+        "bert": BertForMaskedLM(BertConfig(**shape, attention_probs_dropout_prob=0.0)),
+    }
+    folders = {}
+    for name, model in models.items():
+        folders[name] = tmp_path_factory.mktemp("base") / name
+        model.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders

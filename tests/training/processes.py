@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["fastformer.training.pretrain", "fastformer.training.samples"])
+_CONTEXT.set_forkserver_preload(
+    ["fastformer.training.pretrain", "fastformer.training.samples", "fastformer.training.finetune"]
+)
 
 
 def start(arguments: Sequence[str], ranks: int = 1) -> list[BaseProcess]:

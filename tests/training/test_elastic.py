@@ -29,7 +29,7 @@ def checkpoint(world_size: int, total: int, current: int) -> dict:
 
 def test_progress_is_that_of_as_many_batches_together() -> None:
     converted = checkpoint(world_size=2, total=18, current=6)
-    convert_progress(converted, 4)
+    convert_progress(converted, "PretrainingDataModule", 4)
     expected = checkpoint(world_size=4, total=9, current=3)
     assert converted["loops"] == expected["loops"]
     assert converted["PretrainingDataModule"] == expected["PretrainingDataModule"]
@@ -39,7 +39,7 @@ def test_progress_is_that_of_as_many_batches_together() -> None:
 def test_progress_that_cannot_be_shared_or_need_not_be_stays(world_size: int) -> None:
     before = checkpoint(world_size=1, total=9, current=3)
     after = copy.deepcopy(before)
-    convert_progress(after, world_size)
+    convert_progress(after, "PretrainingDataModule", world_size)
     assert after == before
 
 
@@ -66,6 +66,17 @@ def test_tensor_parallelism_is_refused() -> None:
     mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
     with pytest.raises(ValueError, match=r"tensor parallelism is not supported.*one fused projection.*got 2"):
         shard(nn.Linear(1, 1), mesh)
+
+
+def test_what_has_no_blocks_of_its_own_weights_is_not_sharded() -> None:
+    mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 1)}
+    with pytest.raises(ValueError, match=r"shards blocks, an nn\.ModuleList; Linear has none"):
+        shard(nn.Linear(1, 1), mesh)
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+    model.layers[1].weight = model.layers[0].weight
+    with pytest.raises(ValueError, match=r"some share weights with others: layers\.1\.weight; use --strategy ddp"):
+        shard(model, mesh)
 
 
 def test_torchrun_within_a_job_of_slurm_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:

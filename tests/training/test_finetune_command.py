@@ -8,70 +8,18 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+from training.tasks import ANIMALS, MAKERS, command, scratch
+from transformers import AutoTokenizer
 
 from fastformer import cli
-from fastformer.data.tokenizer import train_tokenizer
-from fastformer.models import FastformerConfig, FastformerForPreTraining
 
 TESTS = Path(__file__).parent.parent
-ANIMALS, GOOD, BAD = ("cat", "dog", "bird", "fish"), ("lovely", "great"), ("awful", "bad")
-COLOURS = ("red", "blue", "green", "grey")
-
-
-def classified(draw: random.Random) -> dict[str, Any]:
-    label = draw.choice(["positive", "negative"])
-    return {"text": f"A {draw.choice(GOOD if label == 'positive' else BAD)} {draw.choice(ANIMALS)}.", "label": label}
-
-
-def tagged(draw: random.Random) -> dict[str, Any]:
-    animal, colour = draw.choice(ANIMALS), draw.choice(COLOURS)
-    return {"tokens": ["the", colour, animal, "runs"], "tags": ["O", "B-COLOUR", "B-ANIMAL", "O"]}
-
-
-def asked(draw: random.Random) -> dict[str, Any]:
-    colour = draw.choice(COLOURS)
-    context = f"The {draw.choice(ANIMALS)} is {colour} today."
-    answers = {"text": [colour], "answer_start": [context.index(colour)]}
-    return {"id": str(draw.random()), "question": "Which colour?", "context": context, "answers": answers}
-
-
-def summarized(draw: random.Random) -> dict[str, Any]:
-    animal = draw.choice(ANIMALS)
-    return {"document": f"Today the {animal} runs. It runs far.", "summary": animal}
-
-
-def translated(draw: random.Random) -> dict[str, Any]:
-    colour = draw.choice(COLOURS)
-    return {"translation": {"en": f"the {colour} one", "de": colour}}
-
-
-def conversed(draw: random.Random) -> dict[str, Any]:
-    colour = draw.choice(COLOURS)
-    return {"prompt": f"Say {colour}.", "completion": colour}
-
-
-def alike(draw: random.Random) -> dict[str, Any]:
-    animal, colour = draw.choice(ANIMALS), draw.choice(COLOURS)
-    return {"anchor": f"{animal} {colour} {draw.randint(0, 99)}", "positive": f"{colour} {animal}"}
-
-
-MAKERS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
-    "classify": classified,
-    "tag": tagged,
-    "qa": asked,
-    "summarize": summarized,
-    "translate": translated,
-    "generate": conversed,
-    "embed": alike,
-}
 METRICS = {
     "classify": {"accuracy", "precision", "recall", "f1", "mcc", "baseline"},
     "tag": {"f1"},
@@ -81,70 +29,6 @@ METRICS = {
     "generate": {"perplexity"},
     "embed": {"recall_at_1", "mean_reciprocal_rank"},
 }
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 1,
-    "initializer_range": 0.2,
-}
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of labelled files for each task."""
-    folder = tmp_path_factory.mktemp("labelled")
-    for task, make in MAKERS.items():
-        for split, count in (("train", 96), ("validation", 16), ("test", 12)):
-            draw = random.Random(f"{task} {split}")
-            lines = [json.dumps(make(draw)) for _ in range(count)]
-            (folder / task).mkdir(exist_ok=True)
-            (folder / task / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def base(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of a model to start from: ours, and a BERT of Hugging Face's, with the same tokenizer."""
-    texts = [
-        text
-        for task in ("classify", "tag")
-        for line in (data / task / "train.jsonl").read_text().splitlines()
-        for text in [json.loads(line).get("text") or " ".join(json.loads(line).get("tokens"))]
-    ]
-    tokenizer = train_tokenizer(texts, 300)
-    torch.manual_seed(0)
-    models = {
-        "ours": FastformerForPreTraining(
-            FastformerConfig(vocab_size=len(tokenizer), max_position_embeddings=48, **TINY)
-        ),
-        "bert": BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=48, **TINY)),
-    }
-    folders = {}
-    for name, model in models.items():
-        folders[name] = tmp_path_factory.mktemp("base") / name
-        model.save_pretrained(folders[name])
-        tokenizer.save_pretrained(folders[name])
-    return folders
-
-
-def command(task: str, data: Path, output: Path) -> list[str]:
-    return [
-        *("finetune", task, "--data", str(data / task), "--output", str(output), "--accelerator", "cpu"),
-        *("--max_steps", "12", "--evaluate_every", "4", "--tokens_per_batch", "256", "--text.max_length", "48"),
-        *("--text.max_target_length", "8", "--text.stride", "8", "--trainer.log_every_n_steps", "2"),
-    ]
-
-
-def scratch(*more: str) -> list[str]:
-    fields = {**TINY, "hidden_dropout_prob": 0.05}
-    return [
-        "--vocab_size",
-        "400",
-        "--optimizer.learning_rate=0.006",
-        *(f"--overrides.{name}={value}" for name, value in fields.items()),
-        *more,
-    ]
 
 
 def metrics(output: Path) -> dict[str, Any]:
@@ -190,7 +74,8 @@ def test_every_task_learns_and_leaves_what_it_promises(task: str, runs: dict[str
         assert f"| {name} |" in report
     assert len(lines(run / "predictions.jsonl")) == 12
     (log,) = run.glob("logs/csv/*/metrics.csv")
-    assert {"train/loss", "val/loss", "train/tokens_per_second"} <= set(log.read_text().splitlines()[0].split(","))
+    columns = set(log.read_text().splitlines()[0].split(","))
+    assert {"train/loss", "val/loss", "train/tokens_per_second", "train/peak_memory"} <= columns
 
 
 @pytest.mark.parametrize("task", [task for task in MAKERS if task != "embed"])
@@ -361,7 +246,8 @@ def test_private_run_says_what_it_spent(data: Path, tmp_path: Path) -> None:
         (["finetune", "classify", "--privacy_epsilon", "1", "--adversarial", "fgm"], "do not go together"),
         (["finetune", "embed", "--privacy_epsilon", "1"], "in-batch negatives"),
         (["finetune", "classify", "--privacy_epsilon", "1", "--accumulate", "2"], "accumulate"),
-        (["finetune", "classify", "--privacy_epsilon", "1", "--devices", "2"], "--privacy_epsilon is for one device"),
+        (["finetune", "classify", "--privacy_epsilon", "1", "--devices", "2"], "is for one device .* got --devices 2"),
+        (["finetune", "classify", "--privacy_epsilon", "1", "--strategy", "fsdp2"], "whole weights.* --strategy fsdp2"),
         (["finetune", "tag", "--patience", "0"], "patience must be 1 or more; got 0"),
         (["predict", "absent", "--data", "x", "--out", "y"], "absent is no fine-tuning run"),
     ],

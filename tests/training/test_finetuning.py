@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel
 
+from fastformer.data.steps import with_label_counts
 from fastformer.models import (
     FastformerConfig,
     FastformerForCausalLM,
@@ -137,7 +138,10 @@ def fit(module: FineTuning, make: Callable[[int], Any], steps: int = 40, **optio
         **options,
     )
     (before,) = trainer.validate(module, held_out, verbose=False)
-    trainer.fit(module, DataLoader([make(seed) for seed in range(steps)], batch_size=None))
+    batches = with_label_counts(
+        map(make, range(steps)), [1] * steps, lambda batch: torch.tensor([module.targets(batch)])
+    )
+    trainer.fit(module, DataLoader(list(batches), batch_size=None))
     (after,) = trainer.validate(module, held_out, verbose=False)
     return [before, after]
 

@@ -1,78 +1,156 @@
-"""Several processes train as one does, and a run goes on with another number of them."""
+"""Several processes train as one does, and a run goes on with another number of them, or with another strategy."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from training.processes import finish, start
+from training.tasks import command, scratch
 
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def options(tiny_run: list[str]) -> list[str]:
-    """Without dropout, whose draws depend on the rank; in the first epoch."""
-    return [*tiny_run, "--max_steps", str(STEPS), "--model.overrides.hidden_dropout_prob", "0"]
-
-
 ONE = ("--devices", "1", "--strategy", "auto", "--accumulate", "2")
 TWO = {name: ("--devices", "2", "--strategy", name, "--accumulate", "1") for name in ("ddp", "fsdp2")}
 KILL = ("--trainer.callbacks", '[{"class_path": "training.killing.Kill", "init_args": {"step": 5}}]')
 
+# Of each fine-tuning run the task, what it starts from, and its options.
+FINE_TUNING: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "classify": ("classify", "scratch", ("--class_weights", "balanced", "--optimizer.layer_decay", "0.8")),
+    "qa": ("qa", "scratch", ()),
+    "summarize": ("summarize", "scratch", ("--activation_checkpointing",)),
+    "adversarial": ("classify", "ours", ("--adversarial", "fgm", "--adversary.epsilon", "0.05")),
+    "lora": ("tag", "bert", ("--lora", "--optimizer.learning_rate=0.01")),
+    "embed": ("embed", "bert", ()),
+}
 
-def curve(output: Path) -> list[float]:
-    """The loss of each optimizer step, of resumed ones the later."""
-    losses: dict[int, float] = {}
-    for version in sorted(output.glob("logs/csv/*")):
-        with (version / "metrics.csv").open() as file:
-            losses |= {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
-    return [losses[step] for step in sorted(losses)]
+Options = Callable[[str], list[str]]
 
 
 @pytest.fixture(scope="module")
-def one(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process leaves."""
-    output = tmp_path_factory.mktemp("one") / "output"
-    finish(start([*options, *ONE, "--output", str(output)]))
-    return output
+def options(tiny_run: list[str], data: Path, base: dict[str, Path]) -> Options:
+    """The command line of a run by name, without dropout, whose draws depend on the rank; in the first epoch."""
+
+    def of(name: str) -> list[str]:
+        if name == "pretrain":
+            return [*tiny_run, "--max_steps", str(STEPS), "--model.overrides.hidden_dropout_prob", "0"]
+        task, origin, more = FINE_TUNING[name]
+        model = scratch("--overrides.hidden_dropout_prob=0") if origin == "scratch" else ["--model", str(base[origin])]
+        often = ("--max_steps", str(STEPS), "--evaluate_every", "2", "--trainer.log_every_n_steps", "1")
+        return [*command(task, data, Path("absent")), *model, *often, "--tokens_per_batch", "64", *more]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def one(options: Options, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What one process leaves of a run."""
+    folders: dict[str, Path] = {}
+
+    def of(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("one") / "output"
+            finish(start([*options(name), *ONE, "--output", str(folders[name])]))
+            assert len(curve(folders[name])) == STEPS
+        return folders[name]
+
+    return of
+
+
+def logged(output: Path, name: str) -> dict[int, float]:
+    """What was logged at each step, of resumed ones the later."""
+    found: dict[int, float] = {}
+    for version in sorted(output.glob("logs/csv/*")):
+        with (version / "metrics.csv").open() as file:
+            found |= {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
+    return dict(sorted(found.items()))
+
+
+def curve(output: Path) -> list[float]:
+    """The loss of each optimizer step."""
+    return list(logged(output, "train/loss").values())
+
+
+def metrics(output: Path) -> dict[str, Any]:
+    return json.loads((output / "metrics.json").read_text())
+
+
+def predictions(output: Path) -> list[Any]:
+    """In order; none of a pretraining run."""
+    if not (output / "predictions.jsonl").exists():
+        return []
+    return [json.loads(line).get("prediction") for line in (output / "predictions.jsonl").read_text().splitlines()]
 
 
 def assert_same_run(output: Path, one: Path) -> None:
     """Up to the rounding of sums in another order."""
-    assert len(curve(one)) == STEPS
     assert curve(output) == pytest.approx(curve(one), rel=1e-5)
-    found, expected = (json.loads((folder / "metrics.json").read_text()) for folder in (output, one))
+    found, expected = metrics(output), metrics(one)
     assert found["end"] == pytest.approx(expected["end"], rel=1e-5)
     assert (found["steps"], found["tokens"]) == (expected["steps"], expected["tokens"])
+    assert predictions(output) == predictions(one)
+    assert found.get("test", {}) == pytest.approx(expected.get("test", {}), rel=1e-4)
+    weights, others = (load_file(folder / "model/model.safetensors") for folder in (output, one))
+    assert {name: weight.shape for name, weight in weights.items()} == {
+        name: weight.shape for name, weight in others.items()
+    }
 
 
-def test_two_processes_have_the_loss_curve_of_one(options: list[str], one: Path, tmp_path: Path) -> None:
-    finish(start([*options, *TWO["ddp"], "--output", str(tmp_path / "output")], ranks=2))
-    assert_same_run(tmp_path / "output", one)
+@pytest.mark.parametrize("strategy", TWO)
+@pytest.mark.parametrize("name", ["pretrain", *FINE_TUNING])
+def test_two_processes_have_the_loss_curve_of_one(
+    name: str, strategy: str, options: Options, one: Callable[[str], Path], tmp_path: Path
+) -> None:
+    finish(start([*options(name), *TWO[strategy], "--output", str(tmp_path / "output")], ranks=2))
+    assert_same_run(tmp_path / "output", one(name))
+
+
+@pytest.mark.parametrize("strategy", TWO)
+def test_processes_stop_together_with_the_best_weights(strategy: str, options: Options, tmp_path: Path) -> None:
+    """So little is learnt that the accuracy stays as it is after the first step."""
+    stopping = ("--patience", "1", "--monitor", "accuracy", "--optimizer.learning_rate=1e-5", "--evaluate_every", "1")
+    started = [*options("classify"), *stopping]
+    finish(start([*started, *ONE, "--output", str(tmp_path / "one")]))
+    finish(start([*started, *TWO[strategy], "--output", str(tmp_path / "two")], ranks=2))
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert metrics(tmp_path / "two")["steps"] == 2
+    (after_one_step, _) = logged(tmp_path / "two", "val/loss").values()
+    assert metrics(tmp_path / "two")["end"]["loss"] == pytest.approx(after_one_step, rel=1e-7)
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((2, TWO["fsdp2"]), (1, ONE)), ((1, ONE), (2, TWO["fsdp2"])), ((2, TWO["ddp"]), (1, ONE))]
+    ("name", "before", "after"),
+    [
+        ("pretrain", (2, TWO["fsdp2"]), (1, ONE)),
+        ("pretrain", (1, ONE), (2, TWO["fsdp2"])),
+        ("pretrain", (2, TWO["ddp"]), (1, ONE)),
+        ("classify", (2, TWO["fsdp2"]), (1, ONE)),
+        ("classify", (1, ONE), (2, TWO["ddp"])),
+        ("lora", (2, TWO["ddp"]), (2, TWO["fsdp2"])),
+    ],
 )
-def test_a_run_goes_on_with_another_number_of_processes(
+def test_a_run_goes_on_with_another_number_of_processes_or_strategy(
+    name: str,
     before: tuple[int, Sequence[str]],
     after: tuple[int, Sequence[str]],
-    options: list[str],
-    one: Path,
+    options: Options,
+    one: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
     output = tmp_path / "output"
-    for process in (killed := start([*options, *before[1], *KILL, "--output", str(output)], ranks=before[0])):
+    started = [*options(name), *before[1], *KILL, "--output", str(output)]
+    for process in (killed := start(started, ranks=before[0])):
         process.join(120)
     assert all(process.exitcode for process in killed)
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
         "step-0000002.ckpt",
         "step-0000004.ckpt",
     ]
-    resume = ["pretrain", "--resume", "--output", str(output), *after[1], "--trainer.callbacks", "null"]
+    command = started[: 1 if name == "pretrain" else 2]
+    resume = [*command, "--resume", "--output", str(output), *after[1], "--trainer.callbacks", "null"]
     finish(start(resume, ranks=after[0]))
-    assert_same_run(output, one)
+    assert_same_run(output, one(name))

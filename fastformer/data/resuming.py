@@ -1,0 +1,81 @@
+"""Where a run is in its batches, on whatever numbers of ranks it has trained so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+
+class ResumableDataModule(LightningDataModule):
+    """A data module whose training batches go on where the trainer stands, also in the middle of an epoch.
+
+    The batches of all ranks together are one sequence, the same for any number of ranks, of which rank r of n takes
+    every n-th from the r-th on. How many batches a rank has been trained on is in Lightning's progress; from which of
+    them on there were how many ranks is in the data module's own state.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ranks: list[tuple[int, int]] = []  # from how many batches of each rank on there were how many ranks
+
+    def rank(self) -> tuple[int, int]:
+        """This process's rank, and how many there are."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def batches_done(self) -> tuple[int, int]:
+        """The number of batches this rank has been trained on, in all and in this epoch.
+
+        Lightning's count of epochs is of no use here: resumed from a checkpoint written at the end of one, with
+        `max_steps` set, it counts that one twice.
+        """
+        if self.trainer is None:
+            return 0, 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return progress.total.completed, progress.current.completed
+
+    def batches_of_all_ranks(self) -> int:
+        """The number of batches that all ranks together have been trained on.
+
+        Notes from where on there are as many ranks as now.
+        """
+        of_this_rank, world_size = self.batches_done()[0], self.rank()[1]
+        if not self._ranks:
+            self._ranks = [(0, world_size)]
+        if self._ranks[-1][1] != world_size:
+            self._ranks = [*(entry for entry in self._ranks if entry[0] < of_this_rank), (of_this_rank, world_size)]
+        starts, sizes = zip(*self._ranks, strict=True)
+        return sum(
+            size * (end - start) for start, end, size in zip(starts, [*starts[1:], of_this_rank], sizes, strict=True)
+        )
+
+    def epoch(self, batches: int) -> int:
+        """How many batches of this rank an epoch has, that is to have so many: its optimizer steps are whole ones.
+
+        Where the last one would not be, the epoch runs on into the batches of the next, so that steps and epochs are
+        the same for any number of ranks, and whatever counts batches never stops in the middle of a step.
+        """
+        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        return -(-batches // accumulate) * accumulate
+
+    def step_sizes(self, epoch: int) -> Iterator[int]:
+        """Of how many batches each optimizer step from here on takes its gradients.
+
+        Args:
+            epoch: this rank's batches in an epoch; where the trainer limits them, the last step has the rest.
+        """
+        size, end = 1, epoch
+        if self.trainer is not None:
+            size, end = self.trainer.accumulate_grad_batches, int(min(end, self.trainer.num_training_batches))
+        begin = self.batches_done()[1]
+        while begin < end:
+            step = min(size - begin % size, end - begin)
+            yield step
+            begin += step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ranks": [list(entry) for entry in self._ranks]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._ranks = [(start, size) for start, size in state_dict["ranks"]]

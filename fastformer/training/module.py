@@ -1,0 +1,87 @@
+"""What pretraining and fine-tuning share as LightningModules: an optimizer step's loss, sharding, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import FSDPModule
+
+from fastformer.training.elastic import convert_progress, number_by_module
+from fastformer.training.sharding import shard
+
+
+class TrainingModule(LightningModule):
+    """Training of a model on any number of devices, with the loss curve of one.
+
+    The loss of an optimizer step is the mean over all its targets, each with equal weight, whatever batches of whatever
+    device they are in: batches are those of `with_label_counts`. Logged with each optimizer step: what
+    `step_metrics` gives, as ``train/...``, and the largest ``train/learning_rate``.
+    """
+
+    model: Any
+    _step_sums: torch.Tensor | None = None
+
+    # --- The model ----------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Shard the model, where the strategy does that."""
+        if self.is_sharded and not isinstance(self.model, FSDPModule):
+            assert self.device_mesh is not None
+            shard(self.model, self.device_mesh)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no rank has all weights."""
+        return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["world_size"] = self.trainer.world_size
+        if not self.is_sharded:  # sharded ones are numbered so already
+            for state, optimizer in zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True):
+                number_by_module(state, optimizer, self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None:
+            data = type(self.trainer.datamodule).__qualname__  # type: ignore[attr-defined]
+            convert_progress(checkpoint, data, self.trainer.world_size)
+
+    # --- The loss of an optimizer step --------------------------------------------------------------------------------
+
+    def step_metrics(self, losses: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What to log of the losses of an optimizer step."""
+        raise NotImplementedError
+
+    def shares_of_step(self, losses: Sequence[torch.Tensor], label_counts: torch.Tensor) -> torch.Tensor:
+        """(n,): what a batch's mean losses contribute to those of its optimizer step; their sum is to be minimised.
+
+        Args:
+            losses: the n parts of a batch's loss.
+            label_counts: (2, n), of how many targets each is the mean, in the batch and in all this rank's of the step.
+        """
+        own, of_step = label_counts.float()
+        sums = own * torch.stack(list(losses))
+        self._step_sums = sums.detach() if self._step_sums is None else self._step_sums + sums.detach()
+        self._step_counts = self.over_ranks(of_step)
+        # Lightning divides by the number of batches, and data parallelism by that of the ranks.
+        return sums / self._step_counts * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        rate = max(group["lr"] for group in optimizer.param_groups)
+        self.log("train/learning_rate", rate, batch_size=1)
+        if self._step_sums is not None:
+            means = self.over_ranks(self._step_sums) / self._step_counts
+            self._step_sums = None
+            metrics = self.step_metrics(list(means))
+            self.log_dict({f"train/{name}": value for name, value in metrics.items()}, batch_size=1)
+
+    def over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """The sums over all ranks. (Lightning's own would wait for the GPU.)"""
+        if self.trainer.world_size > 1:
+            values = values.clone()
+            torch.distributed.all_reduce(values)
+        return values
