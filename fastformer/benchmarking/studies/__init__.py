@@ -7,6 +7,7 @@ import importlib
 from fastformer.benchmarking.study import Study
 
 STUDIES = {
+    "attention": "fastformer.benchmarking.studies.attention",
     "linear-cross-entropy": "fastformer.benchmarking.studies.linear_cross_entropy",
 }
 """Each study's name and its module, which has it as `STUDY`."""
