@@ -8,6 +8,7 @@ from fastformer.benchmarking.study import Study
 
 STUDIES = {
     "attention": "fastformer.benchmarking.studies.attention",
+    "operators": "fastformer.benchmarking.studies.operators",
     "linear-cross-entropy": "fastformer.benchmarking.studies.linear_cross_entropy",
 }
 """Each study's name and its module, which has it as `STUDY`."""
