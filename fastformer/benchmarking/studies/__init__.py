@@ -9,6 +9,8 @@ from fastformer.benchmarking.study import Study
 STUDIES = {
     "attention": "fastformer.benchmarking.studies.attention",
     "operators": "fastformer.benchmarking.studies.operators",
+    "modules": "fastformer.benchmarking.studies.modules",
+    "models": "fastformer.benchmarking.studies.models",
     "linear-cross-entropy": "fastformer.benchmarking.studies.linear_cross_entropy",
 }
 """Each study's name and its module, which has it as `STUDY`."""
