@@ -8,6 +8,10 @@ from fastformer.benchmarking.study import Study
 
 STUDIES = {
     "finetuning": "fastformer.benchmarking.studies.finetuning",
+    "attention": "fastformer.benchmarking.studies.attention",
+    "operators": "fastformer.benchmarking.studies.operators",
+    "modules": "fastformer.benchmarking.studies.modules",
+    "models": "fastformer.benchmarking.studies.models",
     "linear-cross-entropy": "fastformer.benchmarking.studies.linear_cross_entropy",
     "pretraining": "fastformer.benchmarking.studies.pretraining",
 }
