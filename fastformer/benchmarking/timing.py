@@ -52,7 +52,7 @@ def interleaved(
         try:
             runs[name] = run = make()
             results[name] = run()
-            warm = _seconds(run, 1, device)
+            warm = seconds_of(run, 1, device)
         except Exception as cause:
             if not may_fail(name):
                 raise
@@ -68,11 +68,11 @@ def interleaved(
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            timed.seconds[name].append(_seconds(runs[name], repeats[name], device))
+            timed.seconds[name].append(seconds_of(runs[name], repeats[name], device))
     return timed
 
 
-def _seconds(run: Run, repeats: int, device: torch.device) -> float:
+def seconds_of(run: Run, repeats: int, device: torch.device) -> float:
     """Of one of `repeats` runs in a row."""
     gc.collect()
     _wait(device)
