@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fastformer.benchmarking.comparison import changes
+from fastformer.benchmarking.crossovers import comparisons
 from fastformer.benchmarking.environment import environment
 from fastformer.benchmarking.measurement import OURS, Measurement
 from fastformer.benchmarking.report import judged, write_report
 from fastformer.benchmarking.results import Results, load_results
 from fastformer.benchmarking.studies import STUDIES, load
 from fastformer.benchmarking.study import Setting
-from fastformer.benchmarking.tables import Rows, change_rows, number, study_rows, verdict_rows
+from fastformer.benchmarking.tables import Rows, change_rows, crossover_rows, number, study_tables, verdict_rows
 
 _DESCRIPTION = """\
 Measure Fastformer beside its peers: they do the same work in turns, in one run, and must come to the same result.
@@ -95,7 +96,10 @@ def _run(options: argparse.Namespace, console: Console) -> Results:
         results.studies[name] = measured
         results.seconds[name] = time.monotonic() - began
         results.save(path)
-        _show(console, study_rows(measured, results.environment.device), study.note)
+        for place, rows in enumerate(study_tables(measured, results.environment.device)):
+            _show(console, rows, "" if place else study.note)
+        if compared := comparisons(measured):
+            _show(console, crossover_rows(compared), "who is better where")
     return results
 
 

@@ -41,6 +41,7 @@ class Measurement:
         work: what one run does, by unit: tokens, FLOP, bytes.
         curve, at: cases of one curve differ in `at`, the place on the x axis that `axis` names.
         missing: why there are no values.
+        modelled: whether they were computed rather than measured.
     """
 
     study: str
@@ -53,6 +54,7 @@ class Measurement:
     axis: str | None = None
     at: float | None = None
     missing: str | None = None
+    modelled: bool = False
 
     @property
     def median(self) -> float:

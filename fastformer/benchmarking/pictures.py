@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 
-from fastformer.benchmarking.measurement import OURS, TIME, Goal, Measurement, ratio
+from fastformer.benchmarking.crossovers import comparisons
+from fastformer.benchmarking.measurement import OURS, TIME, Goal, Measurement, Metric, ratio
+from fastformer.benchmarking.tables import number
 from fastformer.data.files import atomic_file
 
 matplotlib.use("Agg")
@@ -16,6 +20,8 @@ from matplotlib import pyplot as plt
 # Okabe and Ito's palette, distinguishable without red-green vision.
 _WIN, _LOSS = "#0072B2", "#D55E00"
 _COLORS = (_WIN, "#E69F00", "#009E73", _LOSS, "#CC79A7", "#56B4E9", "#F0E442", "#555555")
+# Panels in a row.
+_COLUMNS = 4
 
 
 def draw(measurements: Sequence[Measurement], goals: Sequence[Goal], title: str, path: Path) -> bool:
@@ -33,36 +39,50 @@ def draw(measurements: Sequence[Measurement], goals: Sequence[Goal], title: str,
 
 
 def _curves(measured: Sequence[Measurement]) -> plt.Figure:
-    """A row for each metric, a column for each curve; the peers' lines with their ranges."""
-    curves = list(dict.fromkeys(each.curve for each in measured))
+    """A panel for each metric and curve, metric by metric; the peers' lines with their ranges."""
     metrics = list(dict.fromkeys(each.metric for each in measured))
+    panels: dict[tuple[Metric, str | None], list[Measurement]] = {}
+    for each in sorted(measured, key=lambda each: metrics.index(each.metric)):
+        panels.setdefault((each.metric, each.curve), []).append(each)
     peers = list(dict.fromkeys(each.peer for each in measured))
-    size = (1.5 + 4.5 * len(curves), 0.8 + 3.4 * len(metrics))
-    figure, axes = plt.subplots(len(metrics), len(curves), figsize=size, squeeze=False, layout="constrained")
-    for row, metric in zip(axes, metrics, strict=True):
-        for axis, curve in zip(row, curves, strict=True):
-            points = [each for each in measured if each.metric == metric and each.curve == curve]
-            for color, peer in zip(_colors(peers), peers, strict=True):
-                line = sorted((each for each in points if each.peer == peer), key=lambda each: each.at or 0)
-                if line:
-                    _line(axis, line, peer, color)
-            axis.set(title=curve or "", ylabel=f"{metric.name} ({metric.unit})", xscale="log", yscale="log")
-            if points:
-                axis.set_xlabel(points[0].axis or "")
-            axis.grid(True, which="major", linewidth=0.3)
-            axis.legend(fontsize=7)
+    colors = {peer: _COLORS[place % len(_COLORS)] for place, peer in enumerate(peers)}
+    columns = min(_COLUMNS, len({curve for _, curve in panels}))
+    rows = math.ceil(len(panels) / columns)
+    size = (1.5 + 4.5 * columns, 0.8 + 3.4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis, points in itertools.zip_longest(axes.flat, panels.values()):
+        if points is None:
+            axis.set_axis_off()
+        else:
+            _panel(axis, points, colors)
     return figure
 
 
+def _panel(axis: plt.Axes, points: Sequence[Measurement], colors: Mapping[str, str]) -> None:
+    """One metric along one curve, with the places where the lines cross, and a grey ground beyond what was measured."""
+    for peer in dict.fromkeys(each.peer for each in points):
+        line = sorted((each for each in points if each.peer == peer), key=lambda each: each.at or 0)
+        _line(axis, line, peer, colors[peer])
+    metric = points[0].metric
+    axis.set(title=points[0].curve or "", ylabel=f"{metric.name} ({metric.unit})", xscale="log", yscale="log")
+    axis.set_xlabel(points[0].axis or "")
+    for at in (at for comparison in comparisons(points) for at in comparison.at):
+        axis.axvline(at, color="black", linestyle=":", linewidth=1)
+        axis.text(at, 0.02, f" {number(at)}", transform=axis.get_xaxis_transform(), fontsize=7)
+    measured = [each.at or 0 for each in points if not each.modelled]
+    if measured and max(measured) < (last := max(each.at or 0 for each in points)):
+        axis.axvspan(max(measured), last, color="#999999", alpha=0.15, label="extrapolated")
+    axis.grid(True, which="major", linewidth=0.3)
+    axis.legend(fontsize=7)
+
+
 def _line(axis: plt.Axes, line: Sequence[Measurement], peer: str, color: str) -> None:
+    """Dashed where it is modelled."""
     at = [each.at or 0.0 for each in line]
-    axis.plot(at, [each.median for each in line], color=color, marker="o", markersize=4, label=peer)
+    style = {"linestyle": "--"} if line[0].modelled else {"marker": "o", "markersize": 4}
+    axis.plot(at, [each.median for each in line], color=color, label=peer, **style)
     low, high = ([each.spread[end] for each in line] for end in (0, 1))
     axis.fill_between(at, low, high, color=color, alpha=0.2)
-
-
-def _colors(peers: Sequence[str]) -> list[str]:
-    return [_COLORS[place % len(_COLORS)] for place in range(len(peers))]
 
 
 def _bars(measured: Sequence[Measurement], goals: Sequence[Goal]) -> plt.Figure | None:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastformer.benchmarking.comparison import Change
+from fastformer.benchmarking.crossovers import comparisons
 from fastformer.benchmarking.measurement import Verdict, verdicts
 from fastformer.benchmarking.pictures import draw
 from fastformer.benchmarking.results import Results
 from fastformer.benchmarking.studies import load
-from fastformer.benchmarking.tables import change_rows, environment_rows, study_rows, verdict_rows
+from fastformer.benchmarking.tables import change_rows, crossover_rows, environment_rows, study_tables, verdict_rows
 from fastformer.data.files import atomic_file
 
 
@@ -40,7 +41,9 @@ def write_report(results: Results, folder: Path, changes: Sequence[Change] = ())
     for name, measurements in results.studies.items():
         study = load(name)
         sections += [f"## {name}: {study.title}", study.note] if study.note else [f"## {name}: {study.title}"]
-        sections.append(study_rows(measurements, results.environment.device).markdown())
+        sections += [rows.markdown() for rows in study_tables(measurements, results.environment.device)]
+        if compared := comparisons(measurements):
+            sections.append(crossover_rows(compared).markdown())
         picture = folder / f"{name}.png"
         if draw(measurements, study.goals, study.title, picture):
             sections.append(f"![{study.title}]({picture.name})")

@@ -70,7 +70,7 @@ class Case:
         work: what one run does, by unit: {"tokens": 4096}.
         agree: takes the results of all peers' first runs by name; AssertionError if they did not do the same.
         curve, axis, at: see `Measurement`.
-        memory: whether peak memory is measured, in a study that does so.
+        memory: whether it is measured here too, in a study that measures memory; each peer takes a process.
     """
 
     name: str
@@ -122,16 +122,23 @@ class TimedStudy(Study):
         cases: in a setting; made anew in a fresh process for each measurement of memory.
         rounds: turns of each peer, unless the setting has another number.
         memory: what counts as a peer's memory; None measures none.
+        conclusions: what is measured otherwise, or computed from what was measured: a fitted model's predictions.
     """
 
     cases: Callable[[Setting], Iterable[Case]]
     rounds: int = 5
     memory: MemoryOf | None = None
+    conclusions: Callable[[Setting, Sequence[Measurement]], Iterator[Measurement]] | None = None
 
     def measure(self, setting: Setting) -> Iterator[Measurement]:
         rounds = setting.rounds or (2 if setting.quick else self.rounds)
+        measured = []
         for case in self.cases(setting):
-            yield from self._measure(case, rounds, setting)
+            for measurement in self._measure(case, rounds, setting):
+                measured.append(measurement)
+                yield measurement
+        if self.conclusions is not None:
+            yield from self.conclusions(setting, measured)
 
     def _measure(self, case: Case, rounds: int, setting: Setting) -> Iterator[Measurement]:
         absent = {name: reason for name, peer in case.peers.items() if (reason := peer.missing(setting.device))}

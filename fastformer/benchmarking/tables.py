@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastformer.benchmarking.comparison import Change
+from fastformer.benchmarking.crossovers import Comparison
 from fastformer.benchmarking.measurement import OURS, TIME, Measurement, Metric, Verdict, ratio
 from fastformer.inspection.gpus import GPUS
 
@@ -26,6 +28,15 @@ class Rows:
         rule = ["---" if place < 2 else "---:" for place in range(len(self.headings))]
         lines = [self.headings, rule, *self.rows]
         return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def study_tables(measurements: Sequence[Measurement], device: str) -> list[Rows]:
+    """The `study_rows` of cases that were measured alike, a table for each such kind."""
+    metrics: dict[str, dict[Metric, None]] = {}
+    for each in measurements:
+        metrics.setdefault(each.case, {})[each.metric] = None
+    kinds = dict.fromkeys(tuple(found) for found in metrics.values())
+    return [study_rows([m for m in measurements if tuple(metrics[m.case]) == kind], device) for kind in kinds]
 
 
 def study_rows(measurements: Sequence[Measurement], device: str) -> Rows:
@@ -48,9 +59,9 @@ def study_rows(measurements: Sequence[Measurement], device: str) -> Rows:
         if metric in compared:
             headings += ["fastformer's speed" if metric == TIME else f"fastformer's {metric.name}"]
     rows = []
-    for case, peer in dict.fromkeys((each.case, each.peer) for each in measurements):
-        if peer in everywhere:
-            continue
+    cases = list(dict.fromkeys(each.case for each in measurements))
+    pairs = dict.fromkeys((each.case, each.peer) for each in measurements if each.peer not in everywhere)
+    for case, peer in sorted(pairs, key=lambda pair: cases.index(pair[0])):
         cells = [case, peer]
         for metric in metrics:
             cells += _cells(by_key.get((case, peer, metric)), metric, units, device)
@@ -94,7 +105,7 @@ def _compared(found: Measurement | None, ours: Measurement | None) -> str:
 def _range(measurement: Measurement) -> str:
     low, high = measurement.spread
     if len(measurement.values) == 1 or low == high:
-        return number(measurement.median)
+        return number(measurement.median) + (" (modelled)" if measurement.modelled else "")
     return f"{number(measurement.median)} ({number(low)} to {number(high)})"
 
 
@@ -115,6 +126,31 @@ def _peak(unit: str, device: str) -> float | None:
         if gpu.name.split(" SXM")[0].lower() in device.lower():
             return {"FLOP": gpu.flops[16], "bytes": gpu.bandwidth}.get(unit)
     return None
+
+
+def crossover_rows(comparisons: Sequence[Comparison]) -> Rows:
+    """Who is better where along each curve."""
+    return Rows(
+        ("curve", "metric", "better", "along"),
+        [
+            (
+                f"{each.curve} (modelled)" if each.modelled else each.curve,
+                each.metric.name,
+                _winners(each),
+                f"{number(each.low)} to {number(each.high)} {each.axis}",
+            )
+            for each in comparisons
+        ],
+    )
+
+
+def _winners(comparison: Comparison) -> str:
+    if comparison.first_winner is None:
+        return f"{' and '.join(comparison.peers)} are equal"
+    winners = itertools.cycle((comparison.first_winner, comparison.other(comparison.first_winner)))
+    parts = [f"{winner} up to {number(at)}" for at, winner in zip(comparison.at, winners, strict=False)]
+    last = comparison.last_winner
+    return f"{', '.join(parts)}, then {last}" if parts else f"{last} throughout, beside {comparison.other(last)}"
 
 
 def verdict_rows(verdicts: Sequence[Verdict]) -> Rows:

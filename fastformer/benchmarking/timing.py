@@ -54,7 +54,7 @@ def interleaved(
             runs[name] = run = make()
             # Kept, since a peer may write the next run's result to the same place.
             results[name] = tree_map_only(torch.Tensor, torch.clone, run()) if agree else run()
-            warm = _seconds(run, 1, device)
+            warm = seconds_of(run, 1, device)
         except Exception as cause:
             if not may_fail(name):
                 raise
@@ -71,11 +71,11 @@ def interleaved(
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            timed.seconds[name].append(_seconds(runs[name], repeats[name], device))
+            timed.seconds[name].append(seconds_of(runs[name], repeats[name], device))
     return timed
 
 
-def _seconds(run: Run, repeats: int, device: torch.device) -> float:
+def seconds_of(run: Run, repeats: int, device: torch.device) -> float:
     """Of one of `repeats` runs in a row."""
     gc.collect()
     _wait(device)

@@ -14,6 +14,8 @@ STUDIES = {
     "models": "fastformer.benchmarking.studies.models",
     "linear-cross-entropy": "fastformer.benchmarking.studies.linear_cross_entropy",
     "pretraining": "fastformer.benchmarking.studies.pretraining",
+    "crossovers": "fastformer.benchmarking.studies.crossovers",
+    "scaling": "fastformer.benchmarking.studies.scaling",
 }
 """Each study's name and its module, which has it as `STUDY`."""
 
