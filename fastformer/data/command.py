@@ -17,6 +17,7 @@ examples:
   fastformer data list
   fastformer data show python-questions
   fastformer data fetch vader-sentiment            # from the package registry, by pip
+  fastformer data show vader-sentiment --all --json > train.jsonl       # a corpus for `fastformer pretrain --data`
   fastformer data show django-messages --language ja --split test --count 3 --json
 """
 
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("name", help="see `fastformer data list`")
     shown.add_argument("--split", choices=("train", "validation", "test"), default="train")
     shown.add_argument("--count", type=int, default=5, metavar="N", help="how many examples (default: 5)")
+    shown.add_argument("--all", action="store_true", help="all examples, as to train on with `--json > FILE.jsonl`")
     shown.add_argument("--language", default="de", help="of translations, the one to translate into (default: de)")
     shown.add_argument("--json", action="store_true", help="print JSON lines")
     fetched = actions.add_parser("fetch", parents=[common], help="download a set from the package registry")
@@ -92,7 +94,7 @@ def _show(options: argparse.Namespace) -> None:
         raise ValueError(f"--count must be at least 1; got {options.count}")
     entry = named_set(options.name)
     splits = load_set(options.name, options.cache_dir, options.language)
-    examples = getattr(splits, options.split)[: options.count]
+    examples = getattr(splits, options.split)[: None if options.all else options.count]
     if options.json:
         for example in examples:
             print(json.dumps(_plain(example), ensure_ascii=False))

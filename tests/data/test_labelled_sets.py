@@ -286,6 +286,9 @@ def test_list_and_show(cache, capsys):
     first, _ = map(json.loads, capsys.readouterr().out.splitlines())
     answer = first["answers"][0]
     assert first["context"][answer["start"] :].startswith(answer["text"])
+    assert cli.main(["data", "show", "python-tags", "--split", "test", "--all", "--json", "--cache_dir", cache]) == 0
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [tuple(line["words"]) for line in shown] == [each.words for each in sets.load_set("python-tags", cache).test]
     for arguments, message in (
         (["show", "nothing"], "there is no set 'nothing'; there are python-classes"),
         (["fetch", "python-tags"], "python-tags is already here"),
