@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 
 from fastformer import cli
-from fastformer.data import defaults, fetch, sets
+from fastformer.data import defaults, fetch, readers, sets, sources
 from fastformer.data.catalogues import english_number, german_number, number_translations, read_catalogue
 from fastformer.data.python_documentation import Docstring
 
@@ -286,9 +286,6 @@ def test_list_and_show(cache, capsys):
     first, _ = map(json.loads, capsys.readouterr().out.splitlines())
     answer = first["answers"][0]
     assert first["context"][answer["start"] :].startswith(answer["text"])
-    assert cli.main(["data", "show", "python-tags", "--split", "test", "--all", "--json", "--cache_dir", cache]) == 0
-    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [tuple(line["words"]) for line in shown] == [each.words for each in sets.load_set("python-tags", cache).test]
     for arguments, message in (
         (["show", "nothing"], "there is no set 'nothing'; there are python-classes"),
         (["fetch", "python-tags"], "python-tags is already here"),
@@ -296,3 +293,13 @@ def test_list_and_show(cache, capsys):
     ):
         assert cli.main(["data", *arguments, "--cache_dir", cache]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_split_is_written_to_train_on(cache, tmp_path, capsys):
+    path = tmp_path / "new" / "test.jsonl"
+    arguments = ["python-classes", "--split", "test", "--out", str(path), "--cache_dir", cache]
+    assert cli.main(["data", "export", *arguments]) == 0
+    expected = sets.load_set("python-classes", cache).test
+    assert f"{len(expected):,} examples" in capsys.readouterr().out
+    assert readers.read_classification(path) == expected
+    assert list(sources.stream(sources.open_sources([path]))) == [example.text for example in expected]
