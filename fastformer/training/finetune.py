@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -55,7 +56,7 @@ from fastformer.training.run import (
     summary,
     summary_text,
 )
-from fastformer.training.starting_point import CLASSES, StartingPoint, Task, from_scratch, pretrained
+from fastformer.training.starting_point import CLASSES, StartingPoint, Task, from_scratch, pretrained, untrained
 
 PRETRAINED = Path("runs/pretrain/model")
 """What fine-tuning starts from where nothing else is said, if it is there and fits the task."""
@@ -133,9 +134,11 @@ def build_parser(task: Task) -> LightningArgumentParser:
         help=_DATA_HELP.format(", ".join(_sets(task))),
     )
     add("--model", type=str | None, metavar="DIR", help=_MODEL_HELP)
+    add("--from_scratch", action="store_true", help=_SCRATCH_HELP)
     add("--preset", type=str, default="bert-tiny", help=f"size of a model from scratch: {', '.join(PRESETS)}")
     add("--overrides", type=dict[str, Any], default={}, help="fields of a model from scratch that differ from --preset")
     add("--vocab_size", type=int, default=8192, help="of the tokenizer trained for a model from scratch")
+    add("--max_train_examples", type=int | None, metavar="N", help=_EXAMPLES_HELP)
     add("--epochs", type=int, default=3, metavar="N", help="passes over the examples")
     add("--max_steps", type=int, default=-1, metavar="N", help="optimizer steps, if fewer than --epochs has")
     add("--tokens_per_batch", type=int, default=4096, help="the most tokens in a batch of one device")
@@ -169,6 +172,11 @@ _MODEL_HELP = (
     f"what to start from: a folder of a Hugging Face model, ours or any other. Default: {PRETRAINED} if it fits the "
     "task, else none"
 )
+_SCRATCH_HELP = (
+    "of --model, take the tokenizer and the architecture, with new weights: what its pretraining is worth; without "
+    "--model, train a tokenizer and take --preset"
+)
+_EXAMPLES_HELP = "train on no more examples than this, drawn at random with --seed"
 _EVALUATE_HELP = "measure on held-out examples, and save a checkpoint, each this many optimizer steps"
 _RATE_HELP = "the peak. Default: 0.0384 / hidden size, 5e-5 for bert-base; ten times that from scratch or with --lora"
 
@@ -253,14 +261,16 @@ def _prepare(task: Task, options: Namespace) -> _Prepared:
     texts = TextOptions(**options.text.as_dict())
     kind = RECIPES[task]
     examples = load_examples(task, options.data, texts, options.cache_dir)
+    if options.max_train_examples is not None:
+        examples = examples._replace(train=_drawn(examples.train, options.max_train_examples, options.seed))
     labels = kind.label_names(examples.train)
     if task == "classify" and labels is None:
         labels = ["value"]  # one output is a regression's
-    model_folder = _model_folder(task, options.model)
+    model_folder = _model_folder(task, options)
     if model_folder is not None:
-        start = pretrained(model_folder, task, labels)
+        start = (untrained if options.from_scratch else pretrained)(model_folder, task, labels)
         tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
-        source = str(model_folder)
+        source = f"scratch, in the shape of {model_folder}" if options.from_scratch else str(model_folder)
     else:
         corpus = (text for example in examples.train for text in kind.texts(example))
         tokenizer = train_tokenizer(corpus, options.vocab_size, kind.tokenizer_objective)
@@ -326,11 +336,18 @@ def load_examples(task: Task, data: str, options: TextOptions, cache_dir: str | 
     return Splits(kept, read.get("validation", drawn.validation), read.get("test", drawn.test))
 
 
-def _model_folder(task: Task, given: str | None) -> Path | None:
+def _drawn(examples: Sequence[Any], count: int, seed: int) -> list[Any]:
+    """At most `count` examples, without repetition."""
+    if count < 1:
+        raise ValueError(f"--max_train_examples must be at least 1; got {count}")
+    return random.Random(seed).sample(list(examples), min(count, len(examples)))
+
+
+def _model_folder(task: Task, options: Namespace) -> Path | None:
     """What is given, or the folder of a pretraining run whose stack the task can use."""
-    if given is not None:
-        return Path(given)
-    if not (PRETRAINED / "config.json").is_file():
+    if options.model is not None:
+        return Path(options.model)
+    if options.from_scratch or not (PRETRAINED / "config.json").is_file():
         return None
     config = AutoConfig.from_pretrained(PRETRAINED)
     fits = isinstance(config, FastformerConfig) and config.stack in CLASSES[task].ours._stacks

