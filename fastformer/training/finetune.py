@@ -410,6 +410,7 @@ def _evaluate(
     write_predictions(folder.path / _PREDICTIONS, lines)
     known = all(map(predictor.recipe.reference, test))  # GLUE's test examples, for one, are not
     metrics["test"] = predictor.recipe.metrics(lines) if known else {}
+    metrics["baselines"] = predictor.recipe.baselines(prepared.examples.train, test) if known else {}
     folder.write_metrics(metrics)
     report = FineTuningReport(metrics, predictor.recipe, test, lines)
     report.write(folder.path / _REPORT, folder.curve, folder.path / _CONFUSION)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from fastformer.data.features import MATCH_TYPE
 from fastformer.models import (
     FastformerConfig,
     FastformerForCausalLM,
@@ -117,6 +119,8 @@ def pretrained(folder: str | Path, task: Task, labels: Sequence[str] | None = No
                 options["pooling"] = "mean"
             model, info = CLASSES[task].ours.from_pretrained(folder, **options)
             attention = "fastformer"
+            if task == "qa" and model.config.type_vocab_size == MATCH_TYPE:
+                _add_match_type(model)
         else:
             model, info, attention = _foreign(folder, task, options)
     return StartingPoint(model, _modules_of(info["missing_keys"]), attention)
@@ -129,6 +133,14 @@ def _foreign(folder: str | Path, task: Task, options: dict[str, Any]) -> tuple[P
     except (ValueError, ImportError):  # not registered, or a model whose attention is not to be replaced
         model, info = auto.from_pretrained(folder, **options)
         return model, info, model.config._attn_implementation
+
+
+def _add_match_type(model: FastformerPreTrainedModel) -> None:
+    """Words of the context that the question has get a token type of their own, which begins as the context's."""
+    embeddings = model.base_model.embeddings
+    types = embeddings.token_type.weight.detach()
+    embeddings.token_type = torch.nn.Embedding.from_pretrained(torch.cat([types, types[-1:]]), freeze=False)
+    model.config.type_vocab_size = MATCH_TYPE + 1
 
 
 def _modules_of(missing_weights: Sequence[str]) -> list[str]:
@@ -168,6 +180,8 @@ def from_scratch(
         fields["decoder_start_token_id"] = _first(fields["bos_token_id"], tokenizer.pad_token_id)
     if task == "embed":
         fields["pooling"] = "mean"
+    if task == "qa":
+        fields["type_vocab_size"] = MATCH_TYPE + 1
     known = {name: value for name, value in fields.items() if name not in ("id2label", "label2id")}
     config = preset(size, **{**known, **overrides})
     if labels is not None:

@@ -171,6 +171,8 @@ def test_every_task_learns_and_leaves_what_it_promises(task: str, runs: dict[str
     found = metrics(run)
     assert found["end"]["loss"] < found["start"]["loss"]
     assert METRICS[task] <= set(found["test"])
+    assert found["baselines"]
+    assert all(set(of_one) == set(found["test"]) for of_one in found["baselines"].values())
     assert found["examples"] == {"train": 96, "validation": 16, "test": 12}
     expected = {
         "config.yaml",
@@ -188,12 +190,14 @@ def test_every_task_learns_and_leaves_what_it_promises(task: str, runs: dict[str
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
     for name in METRICS[task]:
         assert f"| {name} |" in report
+    for name in found["baselines"]:
+        assert name in report
     assert len(lines(run / "predictions.jsonl")) == 12
     (log,) = run.glob("logs/csv/*/metrics.csv")
     assert {"train/loss", "val/loss", "train/tokens_per_second"} <= set(log.read_text().splitlines()[0].split(","))
 
 
-@pytest.mark.parametrize("task", [task for task in MAKERS if task != "embed"])
+@pytest.mark.parametrize("task", MAKERS)
 def test_evaluate_reads_what_was_predicted(task: str, runs: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["evaluate", str(runs[task] / "predictions.jsonl"), "--task", task, "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
