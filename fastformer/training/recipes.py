@@ -361,7 +361,7 @@ class Rewrite(Recipe):
         typical = baselines.typical_text([example.target for example in known])
         return {
             "the first sentence": self._judged([baselines.first_sentence(each.source) for each in examples], examples),
-            f"always “{typical}”": self._judged([typical] * len(examples), examples),
+            "the most typical summary": self._judged([typical] * len(examples), examples),
         }
 
 
@@ -380,7 +380,7 @@ class Translate(Rewrite):
         commonest = baselines.commonest(example.target for example in known)
         return {
             "the source as it is": self._judged([example.source for example in examples], examples),
-            f"always “{commonest}”": self._judged([commonest] * len(examples), examples),
+            "the commonest translation": self._judged([commonest] * len(examples), examples),
         }
 
 

@@ -54,25 +54,19 @@ CLASSES: dict[str, Classes] = {
     "embed": Classes(FastformerForEmbedding, AutoModel),
 }
 
-# From scratch: BERT, and decoders as they are built today.
+# From scratch: BERT for labels and embeddings; blocks as they are built today where something has to be found by where
+# it stands, for which rotary positions need a tenth of the steps, or to be written.
+_TODAY: dict[str, Any] = {
+    "norm": "rms",
+    "norm_placement": "pre",
+    "embedding_norm": False,
+    "position_embedding": "rotary",
+}
+_QUESTION_ANSWERING = {**_TODAY, "type_vocab_size": MATCH_TYPE + 1}
 _STACKS: dict[str, dict[str, Any]] = {
     "encoder": {},
-    "decoder": {
-        "stack": "decoder",
-        "norm": "rms",
-        "norm_placement": "pre",
-        "embedding_norm": False,
-        "type_vocab_size": 0,
-        "position_embedding": "rotary",
-    },
-    "encoder_decoder": {
-        "stack": "encoder_decoder",
-        "norm": "rms",
-        "norm_placement": "pre",
-        "embedding_norm": False,
-        "type_vocab_size": 0,
-        "position_embedding": "rotary",
-    },
+    "decoder": {**_TODAY, "stack": "decoder", "type_vocab_size": 0},
+    "encoder_decoder": {**_TODAY, "stack": "encoder_decoder", "type_vocab_size": 0},
 }
 
 
@@ -157,6 +151,8 @@ def from_scratch(
 ) -> StartingPoint:
     """Our model with random weights: an encoder, for generate a decoder, for summarize and translate both.
 
+    Encoders are BERT's kind, for qa one with rotary positions; decoders are of today's kind.
+
     Args:
         size: a name known to `fastformer.models.presets`.
         task: decides stack and head.
@@ -168,7 +164,7 @@ def from_scratch(
     own = CLASSES[task].ours
     stack = own._stacks[0]
     fields: dict[str, Any] = {
-        **_STACKS[stack],
+        **(_QUESTION_ANSWERING if task == "qa" else _STACKS[stack]),
         "vocab_size": len(tokenizer),
         "max_position_embeddings": max_length,
         "pad_token_id": tokenizer.pad_token_id,
@@ -180,8 +176,6 @@ def from_scratch(
         fields["decoder_start_token_id"] = _first(fields["bos_token_id"], tokenizer.pad_token_id)
     if task == "embed":
         fields["pooling"] = "mean"
-    if task == "qa":
-        fields["type_vocab_size"] = MATCH_TYPE + 1
     known = {name: value for name, value in fields.items() if name not in ("id2label", "label2id")}
     config = preset(size, **{**known, **overrides})
     if labels is not None:

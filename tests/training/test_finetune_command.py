@@ -316,8 +316,9 @@ def test_starts_from_the_pretraining_run_where_there_is_one(
     (tmp_path / "runs" / "pretrain" / "model").symlink_to(base["ours"])
     assert cli.main([*command("classify", data, tmp_path / "output"), "--max_steps", "2"]) == 0
     assert metrics(tmp_path / "output")["started_from"] == "runs/pretrain/model"
-    assert cli.main([*command("translate", data, tmp_path / "other"), *scratch("--max_steps", "2")]) == 0
-    assert metrics(tmp_path / "other")["started_from"] == "scratch, bert-tiny"
+    for task in ("translate", "qa"):  # of another stack, and with positions that do not suit the task
+        assert cli.main([*command(task, data, tmp_path / task), *scratch("--max_steps", "2")]) == 0
+        assert metrics(tmp_path / task)["started_from"] == "scratch, bert-tiny"
 
 
 @pytest.mark.parametrize("model", ["ours", "bert", "scratch"])

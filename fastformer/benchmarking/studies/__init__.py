@@ -8,6 +8,7 @@ from fastformer.benchmarking.study import Study
 
 STUDIES = {
     "linear-cross-entropy": "fastformer.benchmarking.studies.linear_cross_entropy",
+    "tasks": "fastformer.benchmarking.studies.tasks",
 }
 """Each study's name and its module, which has it as `STUDY`."""
 
