@@ -122,7 +122,7 @@ class _Usual(NamedTuple):
 
 
 _USUAL: dict[Task, _Usual] = {
-    "qa": _Usual(vocab_size=4096, tokens_per_batch=2048),
+    "qa": _Usual(epochs=2, vocab_size=4096, tokens_per_batch=2048),
 }
 
 

@@ -247,7 +247,7 @@ def test_words_that_question_and_context_share_are_marked(tokenizer):
             shared |= set(range(*offset))
         else:
             assert kind == before
-    expected = {*range(0, 4), *range(5, 9), *range(28, 32), *range(37, 41)}  # Open read, does open
+    expected = {*range(4), *range(5, 9), *range(28, 32), *range(37, 41)}  # Open read, does open
     assert {place for place in shared if not asked.context[place].isspace()} == expected
 
 

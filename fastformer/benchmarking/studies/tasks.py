@@ -28,7 +28,10 @@ _METRICS = {
     "generate": {"perplexity": "perplexity"},
     "embed": {"recall_at_1": "recall at 1"},
 }
-_TINY = "--max_steps 2 --vocab_size 400 --overrides.hidden_size 16 --overrides.intermediate_size 32"
+_TINY = (
+    "--max_steps 2 --vocab_size 400 --overrides.hidden_size 16 --overrides.intermediate_size 32 "
+    "--text.max_target_length 4"
+)
 
 
 def measurements(setting: Setting) -> Iterator[Measurement]:
