@@ -57,7 +57,10 @@ def test_resume_command(trained: Path) -> None:
 
 # What each command that takes minutes is cut down to.
 SMALLEST = {
-    "finetune classify": ("--max_steps", "2", "--vocab_size", "400", "--overrides.num_hidden_layers=1"),
+    "finetune": (
+        *("--max_steps", "2", "--vocab_size", "400", "--overrides.num_hidden_layers=1"),
+        *("--text.max_target_length", "4"),
+    ),
     "kernels compile": ("--operators", "merge_attention", "--dtypes", "bfloat16", "--layouts", "aligned"),
     "kernels report": ("--operators", "merge_attention", "--arch", "sm_80"),
     "numerics": ("--operators", "softmax", "--dtypes", "float32"),

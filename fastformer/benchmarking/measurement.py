@@ -70,7 +70,8 @@ class Measurement:
 def ratio(ours: Measurement, peer: Measurement) -> float:
     """How many times the peer's time ours fits into (2 is twice as fast); for other metrics ours as a part of theirs.
 
-    The median over the rounds of each round's ratio: what else the machine did in a round fell on both.
+    The median over the rounds of each round's ratio: what else the machine did in a round fell on both. Of nothing,
+    whatever there is is infinitely much.
     """
     rounds = list(zip(ours.values, peer.values, strict=False))
     if ours.metric == TIME:

@@ -170,16 +170,23 @@ _ASKED = tuple(
 def default_questions(cache_dir: CacheFolder = None) -> Splits[Question]:
     """What functions return, when they raise and what their arguments default to; the answer is a part of the context.
 
-    A context documents four neighbours of a module, one of which the question names.
+    A context documents four neighbours of a module, one of which the question names. What is said in the same words of
+    two things (a module in C and its twin in Python) is there once, and so is what is asked and answered in the same.
     """
     found = [d for d in docstrings(cache_dir) if d.name and d.module != TOPICS]
+    found = _once(found, _prose)
     contexts = (
         list(context)
         for _, members in groupby(found, lambda docstring: docstring.module)
         for context in _groups(list(members), _NEIGHBOURS)
     )
     asked = [question for context in contexts for question in _questions(context)]
-    return split_by(asked, lambda question: question.context)
+    once = _once(asked, lambda question: question.question + question.answers[0].text)  # type: ignore[index]
+    return split_by(once, lambda question: question.context)
+
+
+def _prose(docstring: Docstring) -> str:
+    return " ".join(prose_paragraphs(docstring.text))
 
 
 def _groups(items: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
@@ -191,7 +198,7 @@ def _questions(members: Sequence[Docstring]) -> Iterator[Question]:
     context = ""
     places: list[tuple[str, int, int]] = []
     for member in members:
-        if prose := " ".join(prose_paragraphs(member.text)):
+        if prose := _prose(member):
             context += f"{member.name}: "
             places.append((member.name, len(context), len(context) + len(prose)))
             context += f"{prose}\n"
@@ -269,7 +276,12 @@ def default_translations(language: str = "de") -> Splits[SourceTarget]:
         raise FileNotFoundError(
             f"this machine has no gettext catalogue of {language!r}; `fastformer data fetch django` has many languages"
         )
-    return split_by(pairs or number_translations(), lambda pair: pair.source)
+    return split_messages(pairs or number_translations())
+
+
+def split_messages(pairs: Iterable[SourceTarget]) -> Splits[SourceTarget]:
+    """Splits translations; messages that differ in case and punctuation alone are on one side, in every language."""
+    return split_by(pairs, lambda pair: "".join(re.findall(r"\w+", pair.source.casefold())))
 
 
 # --- Conversations and similar texts ----------------------------------------------------------------------------------

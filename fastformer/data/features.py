@@ -7,9 +7,10 @@ a warning that says how many were; nothing else is left out.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -228,12 +229,27 @@ def word_tags(feature: TaggingFeature, token_tags: Sequence[int], names: Sequenc
 # --- Question answering -----------------------------------------------------------------------------------------------
 
 
+MATCH_TYPE = 2
+"""The token type of words of the context that the question has too, beside 0 for the question, 1 for the context."""
+
+_WORD = re.compile(r"\w+")
+
+
 def question_features(
-    questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast, max_length: int, stride: int
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    stride: int,
+    mark_matches: bool = False,
 ) -> list[QuestionFeature]:
     """Each question with each window of its context; neighbouring windows share `stride` tokens.
 
     Where several answers are accepted, the first is the one to learn.
+
+    Args:
+        mark_matches: give words of the context that the question has too a token type of their own, `MATCH_TYPE`, so
+            that a small model need not learn to compare words (the feature "exact match" of Chen et al., "Reading
+            Wikipedia to Answer Open-Domain Questions", 2017). It needs a tokenizer that makes token types.
 
     Raises:
         ValueError: a question is too long to leave room for `stride` tokens of context and one more.
@@ -258,8 +274,25 @@ def question_features(
     features = []
     for number, row in enumerate(_rows(encoded)):
         of_context = [part == 1 for part in encoded.sequence_ids(number)]
-        features.append(_question_feature(row, of_context, questions[row["overflow_to_sample_mapping"]]))
+        question = questions[row["overflow_to_sample_mapping"]]
+        feature = _question_feature(row, of_context, question)
+        features.append(_with_matches(feature, question) if mark_matches else feature)
     return features
+
+
+def _with_matches(feature: QuestionFeature, question: Question) -> QuestionFeature:
+    """With the token type for words that context and question share."""
+    if feature.token_type_ids is None:
+        return feature
+    asked = set(_WORD.findall(question.question.lower()))
+    shared = np.zeros(len(question.context), bool)
+    for word in _WORD.finditer(question.context):
+        shared[word.start() : word.end()] = word[0].lower() in asked
+    types = [
+        MATCH_TYPE if offset is not None and shared[slice(*offset)].any() else kind
+        for kind, offset in zip(feature.token_type_ids, feature.offsets, strict=True)
+    ]
+    return replace(feature, token_type_ids=types)
 
 
 def _question_lengths(questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> list[int]:

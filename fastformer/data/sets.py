@@ -77,7 +77,7 @@ def messages(name: str, language: str, cache_dir: str | None = None) -> Splits[S
         FileNotFoundError: it was not fetched, or has no such language.
     """
     pairs = [SourceTarget(**row) for row in read_records(name, language, cache_dir)]
-    return defaults.split_by(pairs, lambda pair: pair.source)
+    return defaults.split_messages(pairs)
 
 
 _PYTHON = "PSF-2.0"

@@ -14,6 +14,7 @@ from rich.table import Table
 from fastformer.data.files import atomic_file
 from fastformer.data.readers import Row, read_rows
 from fastformer.evaluation.classification import classification_metrics, draw_confusion, regression_metrics
+from fastformer.evaluation.embedding import retrieval_metrics
 from fastformer.evaluation.perplexity import corpus_perplexity
 from fastformer.evaluation.question_answering import answer_metrics
 from fastformer.evaluation.summarization import summary_metrics
@@ -29,6 +30,7 @@ what each line of PREDICTIONS.jsonl needs, beside anything else:
   qa                    prediction: text, "" for no answer; references: list of texts, empty for no answer
   summarize, translate  prediction, reference: texts
   generate              log_likelihood: of the answer, in nats; tokens: how many it has
+  embed                 embedding, positive: vectors of the two texts, lists of as many numbers
 
 examples:
   fastformer evaluate runs/classify/predictions.jsonl --task classify --output runs/classify/evaluation
@@ -124,6 +126,25 @@ def _generate(rows: list[Row], options: argparse.Namespace) -> Metrics:
     return {"perplexity": corpus_perplexity(likelihoods, tokens), "tokens": sum(tokens)}
 
 
+def _embed(rows: list[Row], options: argparse.Namespace) -> Metrics:
+    anchors, positives = ([_vector(row, name) for row in rows] for name in ("embedding", "positive"))
+    size = len(anchors[0])
+    for row, *vectors in zip(rows, anchors, positives, strict=True):
+        for name, vector in zip(("embedding", "positive"), vectors, strict=True):
+            if len(vector) != size:
+                raise ValueError(
+                    f"{row.where}: {name} must have {size} numbers, as the first has; it has {len(vector)}"
+                )
+    return retrieval_metrics(anchors, positives)
+
+
+def _vector(row: Row, name: str) -> list[float]:
+    vector = _field(row, name, list, "a list of numbers")
+    if not vector or any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in vector):
+        raise ValueError(f"{row.where}: {name} must be a list of numbers; found {vector!r:.60}")
+    return vector
+
+
 _TASKS: dict[str, Callable[[list[Row], argparse.Namespace], Metrics]] = {
     "classify": _classify,
     "tag": _tag,
@@ -131,6 +152,7 @@ _TASKS: dict[str, Callable[[list[Row], argparse.Namespace], Metrics]] = {
     "summarize": lambda rows, options: summary_metrics(*_texts(rows)),
     "translate": lambda rows, options: translation_metrics(*_texts(rows), language=options.language),
     "generate": _generate,
+    "embed": _embed,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,15 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from fastformer.data.progress import track
+from fastformer.generation import Generator, SamplingParameters
+from fastformer.generation.cached_model import LanguageModel
 from fastformer.training.batches import in_order
 from fastformer.training.optimization import Optimization
 from fastformer.training.recipes import RECIPES, Converse, Recipe, Rewrite, TextOptions
 from fastformer.training.starting_point import StartingPoint, Task, pretrained
+
+_SLOTS = 256
+"""Texts that are written at once."""
 
 
 class Predictor:
@@ -102,8 +107,18 @@ class Predictor:
             return {name: self._moved(value) for name, value in batch.items()}
         return batch.to(self.model.device) if isinstance(batch, torch.Tensor) else batch
 
-    def _generated(self, prompts: Sequence[list[int]]) -> Iterator[list[int]]:
+    def _generated(self, prompts: Sequence[list[int]]) -> Iterable[list[int]]:
         """What the model writes for each prompt, without the prompt."""
+        options, end = self.recipe.options, self.recipe.tokenizer.eos_token_id
+        if options.beams > 1 or not isinstance(self.model, LanguageModel):
+            return self._generated_in_batches(prompts)
+        ends = None if end is None else [end]
+        parameters = SamplingParameters(max_new_tokens=options.max_target_length, eos_token_ids=ends)
+        written = Generator(self.model, slots=_SLOTS).generate(prompts, parameters)
+        return (generation.tokens for generation in written)
+
+    def _generated_in_batches(self, prompts: Sequence[list[int]]) -> Iterator[list[int]]:
+        """By Hugging Face's generate, which knows beams and every model."""
         options, tokenizer = self.recipe.options, self.recipe.tokenizer
         decoder_alone = not self.model.config.is_encoder_decoder
         for batch in track([*in_order(prompts, lambda rows: rows, len, self.tokens_per_batch)], "generating"):

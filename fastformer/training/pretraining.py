@@ -257,6 +257,7 @@ class DenoisingModeling(PretrainingModule):
     """
 
     architecture = "FastformerForSeq2SeqLM"
+    default_steps = 500  # each token is predicted
     default_settings: ClassVar = {"stack": "encoder_decoder", "type_vocab_size": 0, "layer_norm_eps": 1e-5}
 
     def _special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:

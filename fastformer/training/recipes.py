@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 from scipy.special import softmax
@@ -15,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from fastformer.data import readers
 from fastformer.data.collation import collate, collate_pairs, collate_similar
 from fastformer.data.features import (
+    MATCH_TYPE,
     best_answers,
     classification_features,
     conversation_features,
@@ -27,9 +30,11 @@ from fastformer.data.features import (
     tagging_features,
     word_tags,
 )
+from fastformer.data.objectives import IGNORE_INDEX
 from fastformer.data.tokenizer import Objective
 from fastformer.evaluation import (
     answer_metrics,
+    baselines,
     classification_metrics,
     corpus_perplexity,
     draw_confusion,
@@ -136,11 +141,24 @@ class Recipe(ABC):
     def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
         """How good predictions are, by name, from predictions and references together."""
 
+    @abstractmethod
+    def baselines(self, known: Sequence[Any], examples: Sequence[Any]) -> dict[str, dict[str, float]]:
+        """The metrics, for examples with known answers, of predictions that need no training, by what they are.
+
+        Args:
+            known: examples that were trained on, to count in.
+            examples: to predict.
+        """
+
     def lines(self, predictions: Sequence[dict[str, Any]], examples: Sequence[Any]) -> list[dict[str, Any]]:
         """Predictions with what is known of the right ones, as they are written to a file."""
         return [
             {**prediction, **self.reference(example)} for prediction, example in zip(predictions, examples, strict=True)
         ]
+
+    def _judged(self, predictions: Sequence[Any], examples: Sequence[Any]) -> dict[str, float]:
+        """The metrics of predictions that are no model's."""
+        return self.metrics(self.lines([{"prediction": prediction} for prediction in predictions], examples))
 
     def draw_confusion(self, lines: Sequence[dict[str, Any]], path: Path) -> bool:
         """Draw which class is taken for which into a PNG file; False where there are no classes."""
@@ -198,6 +216,12 @@ class Classify(Recipe):
         predicted, expected = _columns(lines, "prediction", "reference")
         return (regression_metrics if self.labels is None else classification_metrics)(predicted, expected)
 
+    def baselines(self, known: Sequence[Any], examples: Sequence[Any]) -> dict[str, dict[str, float]]:
+        labels = [example.label for example in known]
+        if self.labels is None:
+            return {"the mean": self._judged([fmean(labels)] * len(examples), examples)}
+        return {"the commonest class": self._judged([baselines.commonest(labels)] * len(examples), examples)}
+
     def draw_confusion(self, lines: Sequence[dict[str, Any]], path: Path) -> bool:
         if self.labels is None:
             return False
@@ -242,6 +266,11 @@ class Tag(Recipe):
     def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
         return tagging_metrics(*_columns(lines, "prediction", "reference"))
 
+    def baselines(self, known: Sequence[Any], examples: Sequence[Any]) -> dict[str, dict[str, float]]:
+        words, tags = [example.words for example in known], [example.tags for example in known]
+        predicted = baselines.commonest_tags(words, tags, [example.words for example in examples])
+        return {"each word's commonest tag": self._judged(predicted, examples)}
+
 
 class AnswerQuestions(Recipe):
     """Questions whose answers are spans of a context."""
@@ -257,7 +286,10 @@ class AnswerQuestions(Recipe):
         return [example.question, example.context]
 
     def features(self, examples: Sequence[Any]) -> list[Any]:
-        return question_features(examples, self.tokenizer, self.options.max_length, self.options.stride)
+        tells_matches = self.form == "packed" and self.config.type_vocab_size > MATCH_TYPE
+        return question_features(
+            examples, self.tokenizer, self.options.max_length, self.options.stride, mark_matches=tells_matches
+        )
 
     def predictions(
         self, outputs: Sequence[Any], examples: Sequence[Any], features: Sequence[Any]
@@ -274,6 +306,10 @@ class AnswerQuestions(Recipe):
 
     def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
         return answer_metrics(*_columns(lines, "prediction", "references"))
+
+    def baselines(self, known: Sequence[Any], examples: Sequence[Any]) -> dict[str, dict[str, float]]:
+        sentences = [baselines.sentence_asked_about(example.question, example.context) for example in examples]
+        return {"the sentence with most words of the question": self._judged(sentences, examples)}
 
 
 class Rewrite(Recipe):
@@ -321,6 +357,13 @@ class Rewrite(Recipe):
     def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
         return summary_metrics(*_columns(lines, "prediction", "reference"))
 
+    def baselines(self, known: Sequence[Any], examples: Sequence[Any]) -> dict[str, dict[str, float]]:
+        typical = baselines.typical_text([example.target for example in known])
+        return {
+            "the first sentence": self._judged([baselines.first_sentence(each.source) for each in examples], examples),
+            "the most typical summary": self._judged([typical] * len(examples), examples),
+        }
+
 
 class Translate(Rewrite):
     """Sentences and their translations."""
@@ -332,6 +375,13 @@ class Translate(Rewrite):
     def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
         predicted, expected = _columns(lines, "prediction", "reference")
         return translation_metrics(predicted, expected, self.options.languages[1])
+
+    def baselines(self, known: Sequence[Any], examples: Sequence[Any]) -> dict[str, dict[str, float]]:
+        commonest = baselines.commonest(example.target for example in known)
+        return {
+            "the source as it is": self._judged([example.source for example in examples], examples),
+            "the commonest translation": self._judged([commonest] * len(examples), examples),
+        }
 
 
 class Converse(Rewrite):
@@ -371,6 +421,18 @@ class Converse(Rewrite):
         known = [line for line in lines if "log_likelihood" in line]
         return {"perplexity": corpus_perplexity(*_columns(known, "log_likelihood", "tokens"))}
 
+    def baselines(self, known: Sequence[Any], examples: Sequence[Any]) -> dict[str, dict[str, float]]:
+        answered, tokens = (list(self._answer_tokens(part)) for part in (known, examples))
+        perplexity = baselines.unigram_perplexity(answered, tokens, len(self.tokenizer))
+        return {"each token's frequency": {"perplexity": perplexity}}
+
+    def _answer_tokens(self, examples: Sequence[Any]) -> Iterator[int]:
+        """What is to be learnt of conversations, one after another."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is cut: it was said before training
+            features = self.features(examples)
+        return (label for feature in features for label in feature.labels if label != IGNORE_INDEX)
+
 
 class Embed(Recipe):
     """Texts that are alike."""
@@ -409,6 +471,12 @@ class Embed(Recipe):
 
     def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
         return retrieval_metrics(*_columns(lines, "embedding", "positive"))
+
+    def baselines(self, known: Sequence[Any], examples: Sequence[Any]) -> dict[str, dict[str, float]]:
+        texts = [text for example in known for text in self.texts(example)]
+        sides = [[example.anchor for example in examples], [example.positive for example in examples]]
+        vectors = [baselines.word_vectors(texts, side) for side in sides]
+        return {"tf-idf of words": retrieval_metrics(*vectors)}
 
 
 RECIPES: dict[str, type[Recipe]] = {

@@ -37,9 +37,15 @@ class FineTuningReport:
         self.examples = examples
         self.lines = lines
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """Each metric before and after training on the validation examples, and on the test examples."""
-        parts = [self.metrics[part] or {} for part in ("start", "end")] + [self.metrics["test"]]
+    def headings(self) -> list[str]:
+        """Of the columns of metrics."""
+        return ["before", "after", "test", *(f"test: {name}" for name in self.metrics["baselines"])]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Each metric before and after training on the validation examples, and on the test examples; there also
+        that of each trivial baseline."""
+        parts = [self.metrics[part] or {} for part in ("start", "end")]
+        parts += [self.metrics["test"], *self.metrics["baselines"].values()]
         names = [name for name in dict.fromkeys(name for part in parts for name in part) if name != "step"]
         return [(name, *(_number(part.get(name)) for part in parts)) for name in names]
 
@@ -50,7 +56,7 @@ class FineTuningReport:
             title=f"{self.metrics['task']}: {counts['validation']:,} validation, {counts['test']:,} test examples"
         )
         table.add_column("metric")
-        for heading in _HEADINGS:
+        for heading in self.headings():
             table.add_column(heading, justify="right")
         for row in self.rows():
             table.add_row(*row)
@@ -66,7 +72,7 @@ class FineTuningReport:
             f"# Fine-tuning: {self.metrics['task']}",
             self._facts(),
             "## Metrics",
-            _markdown(("metric", *_HEADINGS), self.rows()),
+            _markdown(("metric", *self.headings()), self.rows()),
             *pictures,
             "## Predictions",
             _markdown(
@@ -100,9 +106,6 @@ class FineTuningReport:
         if "privacy" in metrics:
             facts["privacy"] = "epsilon {epsilon:.3f} at delta {delta:.1e}".format(**metrics["privacy"])
         return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
-
-
-_HEADINGS = ("before", "after", "test")
 
 
 def _number(value: float | None) -> str:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from fastformer.data.features import MATCH_TYPE
 from fastformer.models import (
     FastformerConfig,
     FastformerForCausalLM,
@@ -53,25 +55,19 @@ CLASSES: dict[str, Classes] = {
     "embed": Classes(FastformerForEmbedding, AutoModel),
 }
 
-# From scratch: BERT, and decoders as they are built today.
+# From scratch: BERT for labels and embeddings; blocks as they are built today where something has to be found by where
+# it stands, for which rotary positions need a tenth of the steps, or to be written.
+_TODAY: dict[str, Any] = {
+    "norm": "rms",
+    "norm_placement": "pre",
+    "embedding_norm": False,
+    "position_embedding": "rotary",
+}
+_QUESTION_ANSWERING = {**_TODAY, "type_vocab_size": MATCH_TYPE + 1}
 _STACKS: dict[str, dict[str, Any]] = {
     "encoder": {},
-    "decoder": {
-        "stack": "decoder",
-        "norm": "rms",
-        "norm_placement": "pre",
-        "embedding_norm": False,
-        "type_vocab_size": 0,
-        "position_embedding": "rotary",
-    },
-    "encoder_decoder": {
-        "stack": "encoder_decoder",
-        "norm": "rms",
-        "norm_placement": "pre",
-        "embedding_norm": False,
-        "type_vocab_size": 0,
-        "position_embedding": "rotary",
-    },
+    "decoder": {**_TODAY, "stack": "decoder", "type_vocab_size": 0},
+    "encoder_decoder": {**_TODAY, "stack": "encoder_decoder", "type_vocab_size": 0},
 }
 
 
@@ -117,6 +113,8 @@ def pretrained(folder: str | Path, task: Task, labels: Sequence[str] | None = No
                 options["pooling"] = "mean"
             model, info = CLASSES[task].ours.from_pretrained(folder, **options)
             attention = "fastformer"
+            if task == "qa" and model.config.type_vocab_size == MATCH_TYPE:
+                _add_match_type(model)
         else:
             model, info, attention = _foreign(folder, task, options)
     return StartingPoint(model, _modules_of(info["missing_keys"]), attention)
@@ -156,6 +154,14 @@ def _configuration(folder: str | Path, **fields: Any) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(folder, **fields)
 
 
+def _add_match_type(model: FastformerPreTrainedModel) -> None:
+    """Words of the context that the question has get a token type of their own, which begins as the context's."""
+    embeddings = model.base_model.embeddings
+    types = embeddings.token_type.weight.detach()
+    embeddings.token_type = torch.nn.Embedding.from_pretrained(torch.cat([types, types[-1:]]), freeze=False)
+    model.config.type_vocab_size = MATCH_TYPE + 1
+
+
 def _modules_of(missing_weights: Sequence[str]) -> list[str]:
     return sorted({name.rpartition(".")[0] for name in missing_weights})
 
@@ -170,6 +176,8 @@ def from_scratch(
 ) -> StartingPoint:
     """Our model with random weights: an encoder, for generate a decoder, for summarize and translate both.
 
+    Encoders are BERT's kind, for qa one with rotary positions; decoders are of today's kind.
+
     Args:
         size: a name known to `fastformer.models.presets`.
         task: decides stack and head.
@@ -181,7 +189,7 @@ def from_scratch(
     own = CLASSES[task].ours
     stack = own._stacks[0]
     fields: dict[str, Any] = {
-        **_STACKS[stack],
+        **(_QUESTION_ANSWERING if task == "qa" else _STACKS[stack]),
         "vocab_size": len(tokenizer),
         "max_position_embeddings": max_length,
         "pad_token_id": tokenizer.pad_token_id,

@@ -21,6 +21,7 @@ from fastformer.data.examples import (
     TaggedWords,
 )
 from fastformer.data.features import (
+    MATCH_TYPE,
     best_answers,
     classification_features,
     conversation_features,
@@ -234,6 +235,20 @@ def test_long_answers_are_not_found(tokenizer):
     logits = [np.random.default_rng(n).normal(size=len(f.input_ids)) for n, f in enumerate(features)]
     for answer in best_answers(asked, features, logits, logits, no_answer=False, max_answer_tokens=3)[0]:
         assert len(tokenizer(answer.text, add_special_tokens=False).input_ids) <= 4  # its first without a space
+
+
+def test_words_that_question_and_context_share_are_marked(tokenizer):
+    asked = Question("q", "What does Open.read RETURN?", "Open.read: returns text. It does not open.", None)
+    (plain,), (marked,) = (question_features([asked], tokenizer, 64, 4, mark_matches=mark) for mark in (False, True))
+    assert marked.input_ids == plain.input_ids
+    shared = set()
+    for offset, kind, before in zip(marked.offsets, marked.token_type_ids, plain.token_type_ids, strict=True):
+        if kind == MATCH_TYPE:
+            shared |= set(range(*offset))
+        else:
+            assert kind == before
+    expected = {*range(4), *range(5, 9), *range(28, 32), *range(37, 41)}  # Open read, does open
+    assert {place for place in shared if not asked.context[place].isspace()} == expected
 
 
 def test_a_question_that_leaves_no_room(tokenizer):

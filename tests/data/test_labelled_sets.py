@@ -16,6 +16,7 @@ import pytest
 from fastformer import cli
 from fastformer.data import defaults, fetch, readers, sets, sources
 from fastformer.data.catalogues import english_number, german_number, number_translations, read_catalogue
+from fastformer.data.examples import SourceTarget
 from fastformer.data.python_documentation import Docstring
 
 
@@ -54,6 +55,35 @@ def test_what_the_defaults_hold(cache):
         assert "`" not in tagged.words
     for pair in sets.load_set("python-summaries", cache).train:
         assert "\n" not in pair.target and len(pair.source.split()) >= 8
+
+
+def test_no_source_is_on_two_sides(cache):
+    """Neither whole nor as a part of a longer one."""
+
+    def said(question) -> set[str]:
+        return {line.partition(": ")[2] for line in question.context.splitlines()}
+
+    sources = {
+        "python-questions": lambda question: said(question) | {question.question + question.answers[0].text},
+        "python-summaries": lambda pair: {pair.source, pair.target},
+        "python-similar": lambda pair: {pair.anchor, pair.positive},
+        "python-conversations": lambda talk: {message.content for message in talk.messages},
+        "python-classes": lambda classified: {classified.text},
+        "python-tags": lambda tagged: {" ".join(tagged.words)},
+    }
+    for name, of in sources.items():
+        train, validation, test = (set().union(*map(of, part)) for part in sets.load_set(name, cache))
+        assert not train & test and not train & validation and not validation & test, name
+
+
+def test_messages_that_differ_in_case_and_punctuation_are_on_one_side():
+    pairs = [
+        SourceTarget(f"{start} {n}{end}", "x") for n in range(200) for start in ("open", "Open") for end in ("", "...")
+    ]
+    train, validation, test = (
+        {pair.source.lower().rstrip(".") for pair in part} for part in defaults.split_messages(pairs)
+    )
+    assert validation and test and not train & test and not train & validation and not validation & test
 
 
 def test_questions_name_one_of_the_neighbours():

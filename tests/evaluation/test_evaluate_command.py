@@ -15,6 +15,7 @@ ROWS = {
     "summarize": [{"prediction": "a cat", "reference": "a cat"}],
     "translate": [{"prediction": "この値は整数です", "reference": "この値は整数です"}],
     "generate": [{"log_likelihood": -2.0, "tokens": 2, "id": 3}],
+    "embed": [{"embedding": [1, 0.0], "positive": [2.0, 0.1]}, {"embedding": [0, 1.0], "positive": [1.0, 0.9]}],
 }
 BEST = {
     "classify": ("accuracy", 0.5),
@@ -23,6 +24,7 @@ BEST = {
     "summarize": ("rouge1", 100),
     "translate": ("bleu", 100),
     "generate": ("perplexity", 2.718281828),
+    "embed": ("recall_at_1", 1),
 }
 
 

@@ -38,6 +38,10 @@ def test_our_pretrained_weights_are_kept_and_the_head_is_new(
     assert start.packed
     assert start.new_layers == new
     weights = start.model.state_dict()
+    types = "model.embeddings.token_type.weight"
+    if task == "qa":  # words that question and context share begin as those of the context
+        assert torch.equal(weights[types][2], weights[types][1])
+        weights[types] = weights[types][:2]
     assert all(
         torch.equal(weights[f"model.{name}"], weight)
         for name, weight in ours.model.state_dict().items()

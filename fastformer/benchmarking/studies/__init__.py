@@ -17,6 +17,7 @@ STUDIES = {
     "crossovers": "fastformer.benchmarking.studies.crossovers",
     "scaling": "fastformer.benchmarking.studies.scaling",
     "sentiment": "fastformer.benchmarking.studies.sentiment",
+    "tasks": "fastformer.benchmarking.studies.tasks",
 }
 """Each study's name and its module, which has it as `STUDY`."""
 

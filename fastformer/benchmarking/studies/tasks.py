@@ -1,0 +1,77 @@
+"""What fine-tuning learns by default beside predictions that need no training, on test examples."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastformer.benchmarking.measurement import OURS, TIME, Goal, Measurement, Metric
+from fastformer.benchmarking.study import MeasuredStudy, Setting
+
+COMMANDS = {
+    task: f"fastformer finetune {task}" for task in ("qa", "summarize", "translate", "tag", "generate", "embed")
+}
+"""As the README shows them."""
+
+_METRICS = {
+    "qa": {"exact_match": "exact match", "f1": "F1"},
+    "summarize": {"rouge1": "ROUGE-1", "rougeL": "ROUGE-L"},
+    "translate": {"bleu": "BLEU", "chrf": "chrF"},
+    "tag": {"f1": "entity F1"},
+    "generate": {"perplexity": "perplexity"},
+    "embed": {"recall_at_1": "recall at 1"},
+}
+_TINY = (
+    "--max_steps 2 --vocab_size 400 --overrides.hidden_size 16 --overrides.intermediate_size 32 "
+    "--text.max_target_length 4"
+)
+
+
+def measurements(setting: Setting) -> Iterator[Measurement]:
+    """Each command in a process and a folder of its own, and what its metrics.json says of test examples."""
+    for task, command in COMMANDS.items():
+        begin = time.monotonic()
+        found = _metrics(command, task, setting)
+        seconds = time.monotonic() - begin
+        yield Measurement("tasks", task, OURS, TIME, [seconds])
+        for peer, values in {OURS: found["test"], **found["baselines"]}.items():
+            for key, name in _METRICS[task].items():
+                metric = Metric(name, "", higher_is_better=name != "perplexity")
+                yield Measurement("tasks", task, peer, metric, [values[key]])
+
+
+def _metrics(command: str, task: str, setting: Setting) -> dict[str, Any]:
+    arguments = [*shlex.split(command)[1:], "--accelerator", "cpu" if setting.device.type == "cpu" else "auto"]
+    if setting.quick:
+        arguments += _TINY.split()
+    with tempfile.TemporaryDirectory() as folder:
+        run = [sys.executable, "-m", "fastformer.cli", *arguments]
+        done = subprocess.run(run, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{command} failed: {done.stderr.strip().splitlines()[-1]}")
+        metrics: dict[str, Any] = json.loads((Path(folder) / "runs" / task / "metrics.json").read_text())
+    return metrics
+
+
+def _beats(task: str, metric: str, *peers: str) -> list[Goal]:
+    return [Goal(task, peer, Metric(metric, "", higher_is_better=True), at_least=1.0) for peer in peers]
+
+
+STUDY = MeasuredStudy(
+    name="tasks",
+    title="what fine-tuning learns by default, beside predictions that need no training",
+    measurements=measurements,
+    goals=(
+        *_beats("qa", "F1", "the sentence with most words of the question"),
+        *_beats("summarize", "ROUGE-L", "the first sentence", "the most typical summary"),
+        *_beats("translate", "BLEU", "the source as it is", "the commonest translation"),
+    ),
+    note="Of test examples. Time is the whole command's, with data, training, evaluation and report.",
+)

@@ -1,0 +1,35 @@
+"""The study of fine-tuning's tasks runs the README's commands and shows what they measured beside the baselines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastformer.benchmarking.measurement import OURS, TIME
+from fastformer.benchmarking.studies import load, tasks
+from fastformer.benchmarking.study import Setting
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def test_commands_are_those_of_the_readme() -> None:
+    assert set(tasks.COMMANDS.values()) <= set(README.splitlines())
+
+
+def test_every_goal_is_for_something_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "COMMANDS", {"qa": tasks.COMMANDS["qa"]})
+    study = load("tasks")
+    measured = list(study.measure(Setting(torch.device("cpu"), quick=True)))
+    found = {(each.peer, each.metric.name): each.median for each in measured}
+    assert found[OURS, TIME.name] > 0
+    goals = [goal for goal in study.goals if goal.case == "qa"]
+    assert goals
+    assert all((name, goal.metric.name) in found for goal in goals for name in (OURS, goal.peer))
+
+
+def test_a_command_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "COMMANDS", {"qa": "fastformer finetune qa --data absent"})
+    with pytest.raises(RuntimeError, match=r"finetune qa --data absent failed: .*neither a set"):
+        list(load("tasks").measure(Setting(torch.device("cpu"), quick=True)))
