@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 from fastformer.data.objectives import IGNORE_INDEX
 from fastformer.training.adversarial import Adversary
-from fastformer.training.optimization import Optimization
+from fastformer.training.optimization import Optimization, OptimizedModule
 from fastformer.training.privacy import Privacy, accumulate_example, noised_gradients
 
 Batch = Mapping[str, Any]
@@ -23,7 +22,7 @@ Judge = Callable[[list[Any]], dict[str, float]]
 """From what `FineTuning.outputs` gave for all held-out sequences, in order, to metrics by name."""
 
 
-class FineTuning(LightningModule):
+class FineTuning(OptimizedModule):
     """Training of a model on a task: its own loss, and what the task's kind makes of its outputs.
 
     Batches are what the model's forward takes, packed or dense, with labels. Logged while training: ``train/loss``,

@@ -86,6 +86,17 @@ class Optimization:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+class OptimizedModule(LightningModule):
+    """A LightningModule whose gradients are freed once the optimizer has used them.
+
+    Lightning would keep them during the next forward, beside all that it holds for its backward.
+    """
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
+
 def adamw(
     module: nn.Module,
     learning_rate: float,

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.distributed
-from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from transformers import PreTrainedTokenizerBase
@@ -19,13 +18,13 @@ from fastformer.data.steps import label_counts
 from fastformer.models import FastformerConfig, FastformerPreTrainedModel
 from fastformer.models.presets import preset as preset_config
 from fastformer.training.elastic import convert_progress, number_by_module
-from fastformer.training.optimization import Optimization, Schedule
+from fastformer.training.optimization import Optimization, OptimizedModule, Schedule
 from fastformer.training.sharding import shard
 
 _SMALLEST = "bert-tiny"
 
 
-class PretrainingModule(LightningModule):
+class PretrainingModule(OptimizedModule):
     """What the objectives share: the model, its optimizer, the loss of a step, checkpoints and measurements.
 
     The model is built once the data module's tokenizer is known. Batches are packed (no padding), those of
