@@ -79,6 +79,11 @@ class TrainingModule(LightningModule):
             metrics = self.step_metrics(list(means))
             self.log_dict({f"train/{name}": value for name, value in metrics.items()}, batch_size=1)
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # Lightning would keep the gradients during the next forward, beside all that it holds for its backward.
+        optimizer.zero_grad()
+
     def over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """The sums over all ranks. (Lightning's own would wait for the GPU.)"""
         if self.trainer.world_size > 1:

@@ -2,16 +2,25 @@
 
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from lightning.pytorch import Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from fastformer.models import FastformerConfig, FastformerForSequenceClassification
-from fastformer.training.optimization import Optimization, adamw, distances_from_output, warmup_and_decay
+from fastformer.training.module import TrainingModule
+from fastformer.training.optimization import (
+    Optimization,
+    adamw,
+    distances_from_output,
+    warmup_and_decay,
+)
 
 
 def test_biases_and_norms_are_not_decayed() -> None:
@@ -97,3 +106,35 @@ def test_an_encoders_blocks_are_below_its_decoders() -> None:
 def test_layer_decay_out_of_range_is_refused(decay: float) -> None:
     with pytest.raises(ValueError, match=rf"layer_decay must be in \(0, 1\]; got {decay}"):
         Optimization(1e-3, layer_decay=decay)
+
+
+class Watched(TrainingModule):
+    """Notes before each batch whether there are gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.held: list[bool] = []
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.held.append(self.layer.weight.grad is not None)
+        return self.layer(batch).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(("accumulate", "held"), [(1, [False] * 4), (2, [False, True, False, True])])
+def test_gradients_are_freed_once_used(accumulate: int, held: list[bool], tmp_path: Path) -> None:
+    module = Watched()
+    Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        max_epochs=1,
+        accumulate_grad_batches=accumulate,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, DataLoader(torch.ones(4, 2), batch_size=1))
+    assert module.held == held
