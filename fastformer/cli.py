@@ -41,6 +41,10 @@ COMMANDS = {
         "fine-tune a model: classify, tag, qa, summarize, translate, generate or embed",
     ),
     "predict": ("fastformer.training.predict", "the predictions of a fine-tuned model, as JSON lines"),
+    "bench": (
+        "fastformer.benchmarking.command",
+        "measure speed, memory and learning beside the peers, with tables and pictures",
+    ),
     "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),
     "verify": (
         "fastformer.integrations.verification",

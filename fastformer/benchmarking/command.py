@@ -1,0 +1,140 @@
+"""The command ``fastformer bench``: everything measured beside its peers, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastformer.benchmarking.comparison import changes
+from fastformer.benchmarking.environment import environment
+from fastformer.benchmarking.measurement import OURS, Measurement
+from fastformer.benchmarking.report import judged, write_report
+from fastformer.benchmarking.results import Results, load_results
+from fastformer.benchmarking.studies import STUDIES, load
+from fastformer.benchmarking.study import Setting
+from fastformer.benchmarking.tables import Rows, change_rows, number, study_rows, verdict_rows
+
+_DESCRIPTION = """\
+Measure Fastformer beside its peers: they do the same work in turns, in one run, and must come to the same result.
+Peers that are not installed are named. Leaves results.json, report.md and a picture for each study in a folder.
+"""
+_EPILOG = """\
+Ratios are medians over the rounds. fastformer's speed of 2 x means that the peer took twice the time.
+Exit status 1 if a goal is missed (on a CPU, at full size), or --compare finds a regression.
+
+examples:
+  fastformer bench                                      all studies
+  fastformer bench generation linear-cross-entropy      two of them
+  fastformer bench --quick                              small sizes: does everything run?
+  fastformer bench --out runs/new --compare runs/bench/results.json
+  fastformer bench --resume                             the studies that a killed run had not finished
+"""
+
+
+def main(arguments: list[str], begin: float) -> None:
+    """Run ``fastformer bench``.
+
+    Args:
+        arguments: those of the command line after ``bench``.
+        begin: `time.monotonic()` when the command started.
+
+    Raises:
+        ValueError, OSError: in what the user gave.
+    """
+    options = _parser().parse_args(arguments)
+    # A file or a pipe has no width of its own.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    if options.list:
+        for name in STUDIES:
+            console.print(f"{name:<22} {load(name).title}", markup=False)
+        return
+    unknown = [name for name in options.studies if name not in STUDIES]
+    if unknown:
+        raise ValueError(f"studies must be of {', '.join(STUDIES)}, got {', '.join(unknown)}")
+    old = load_results(options.compare) if options.compare else None
+    results = _run(options, console)
+    found = list(changes(old, results)) if old else []
+    write_report(results, options.out, found)
+    goals = judged(results)
+    if goals:
+        _show(console, verdict_rows(goals), "goals")
+    regressions = [change for change in found if change.regression]
+    if regressions:
+        _show(console, change_rows(regressions), f"worse than in {options.compare}")
+    console.print(f"{options.out / 'report.md'}   {time.monotonic() - begin:,.0f} s in all", soft_wrap=True)
+    if regressions or any(goal.met is False for goal in goals):
+        raise SystemExit(1)
+
+
+def _run(options: argparse.Namespace, console: Console) -> Results:
+    """Measure, and save after each study."""
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    path = options.out / "results.json"
+    results = Results(environment(device), options.quick)
+    if options.resume and path.exists():
+        results = load_results(path)
+        if results.quick != options.quick:
+            raise ValueError(f"--quick must be as in the run to resume, {path}")
+    for name in options.studies or STUDIES:
+        if name in results.studies:
+            console.print(f"{name}: finished before")
+            continue
+        study = load(name)
+        console.rule(f"{name}: {study.title}")
+        began = time.monotonic()
+        measured = []
+        for measurement in study.measure(Setting(device, options.quick, options.rounds)):
+            _say(measurement)
+            measured.append(measurement)
+        results.studies[name] = measured
+        results.seconds[name] = time.monotonic() - began
+        results.save(path)
+        _show(console, study_rows(measured, results.environment.device), study.note)
+    return results
+
+
+def _say(measurement: Measurement) -> None:
+    """Progress, on stderr, since a study may take minutes."""
+    value = number(measurement.median) if measurement.values else f"not measured: {measurement.missing}"
+    what = f"{measurement.metric.name} {value} {measurement.metric.unit if measurement.values else ''}"
+    print(f"  {measurement.case}: {measurement.peer}: {what}", file=sys.stderr, flush=True)
+
+
+def _show(console: Console, rows: Rows, title: str) -> None:
+    table = Table(title=title or None)
+    for place, heading in enumerate(rows.headings):
+        table.add_column(heading, justify="left" if place < 2 else "right", overflow="fold")
+    for row in rows.rows:
+        table.add_row(*row, style="bold" if OURS in row else None)
+    console.print(table)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastformer bench",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)} (default: all)")
+    parser.add_argument("--list", action="store_true", help="say what each study measures, and stop")
+    parser.add_argument("--quick", action="store_true", help="small sizes and two rounds; no figures to publish")
+    parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
+    parser.add_argument("--rounds", type=_positive, help="turns of each peer (default: each study's own)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (default: %(default)s)")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="results of an earlier run: show regressions")
+    parser.add_argument("--resume", action="store_true", help="keep the studies that --out has results of")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value

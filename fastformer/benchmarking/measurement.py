@@ -1,0 +1,136 @@
+"""What a benchmark finds: values of a metric, one for each round, for whoever did a case's work."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+OURS = "fastformer"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Something measured.
+
+    Attributes:
+        name: as in "time".
+        unit: of its values.
+        higher_is_better: whether more of it is a win.
+    """
+
+    name: str
+    unit: str
+    higher_is_better: bool = False
+
+
+TIME = Metric("time", "s")
+PEAK_MEMORY = Metric("peak memory", "MiB")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One metric of one peer in one case.
+
+    Attributes:
+        study, case: what was done.
+        peer: who did it; `OURS` is Fastformer.
+        metric: what was measured.
+        values: one for each round, in rounds that the peers took in turns; none where there is no `peer`.
+        work: what one run does, by unit: tokens, FLOP, bytes.
+        curve, at: cases of one curve differ in `at`, the place on the x axis that `axis` names.
+        missing: why there are no values.
+    """
+
+    study: str
+    case: str
+    peer: str
+    metric: Metric
+    values: Sequence[float]
+    work: dict[str, float] = field(default_factory=dict)
+    curve: str | None = None
+    axis: str | None = None
+    at: float | None = None
+    missing: str | None = None
+
+    @property
+    def median(self) -> float:
+        """The middle one of the values."""
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The lowest and the highest of the values."""
+        return min(self.values), max(self.values)
+
+
+def ratio(ours: Measurement, peer: Measurement) -> float:
+    """How many times the peer's time ours fits into (2 is twice as fast); for other metrics ours as a part of theirs.
+
+    The median over the rounds of each round's ratio: what else the machine did in a round fell on both.
+    """
+    rounds = list(zip(ours.values, peer.values, strict=False))
+    if ours.metric == TIME:
+        return statistics.median(theirs / mine for mine, theirs in rounds)
+    return statistics.median(mine / theirs for mine, theirs in rounds)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a study is to show: a ratio (see `ratio`) beside a peer, in the cases whose name begins with `case`.
+
+    Attributes:
+        case, peer: whose ratio.
+        metric: of what.
+        at_least, at_most: bounds of the ratio; one of them is given.
+    """
+
+    case: str
+    peer: str
+    metric: Metric = TIME
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def met(self, found: float) -> bool:
+        """Whether the ratio `found` is within the bounds."""
+        return (self.at_least is None or found >= self.at_least) and (self.at_most is None or found <= self.at_most)
+
+    def __str__(self) -> str:
+        bound = f"at least {self.at_least:g}" if self.at_least is not None else f"at most {self.at_most:g}"
+        return f"{self.case}: {self.metric.name} {bound} x {self.peer}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A goal, the case it was looked for in, and the ratio found there (None where the peer is missing)."""
+
+    goal: Goal
+    case: str
+    found: float | None
+
+    @property
+    def met(self) -> bool | None:
+        """None where nothing could be compared."""
+        return None if self.found is None else self.goal.met(self.found)
+
+
+def verdicts(goals: Sequence[Goal], measurements: Sequence[Measurement]) -> list[Verdict]:
+    """Each goal with what was found, in every case it is for.
+
+    Raises:
+        ValueError: a goal is for no case that was measured.
+    """
+    by_key = {(each.case, each.peer, each.metric): each for each in measurements}
+    judged = []
+    for goal in goals:
+        cases = [
+            case
+            for case, peer, metric in by_key
+            if case.startswith(goal.case) and (peer, metric) == (goal.peer, goal.metric)
+        ]
+        if not cases:
+            raise ValueError(f"no case for the goal {str(goal)!r}; measured were {sorted({k[0] for k in by_key})}")
+        for case in cases:
+            ours, peer = by_key[case, OURS, goal.metric], by_key[case, goal.peer, goal.metric]
+            judged.append(Verdict(goal, case, ratio(ours, peer) if ours.values and peer.values else None))
+    return judged

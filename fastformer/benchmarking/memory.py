@@ -1,0 +1,97 @@
+"""Peak memory of a peer's run, taken in a fresh process that does nothing else.
+
+On a GPU the most that tensors held, by PyTorch's allocator; on a CPU the growth of the process's resident set (Linux).
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+MemoryOf = Literal["run", "everything"]
+"""What a run takes beyond what is there before it (weights, inputs); or that too."""
+
+
+def peak_mebibytes(
+    study: str, case: str, peer: str, memory: MemoryOf, device: torch.device, quick: bool = False
+) -> float:
+    """MiB that a case takes in the hands of a peer, measured in a process of its own.
+
+    Raises:
+        RuntimeError: the process failed; the message has its error.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "fastformer.benchmarking.memory",
+        study,
+        case,
+        peer,
+        memory,
+        str(device),
+        "quick" if quick else "full",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{peer} failed in {study}, {case}: {done.stderr.strip()[-2000:]}")
+    return float(done.stdout.split()[-1])
+
+
+def measure_here(study: str, case: str, peer: str, memory: MemoryOf, device: torch.device, quick: bool) -> float:
+    """The same in this process, which must not have done anything of the kind before."""
+    from fastformer.benchmarking.studies import load
+    from fastformer.benchmarking.study import Setting, TimedStudy
+
+    loaded = load(study)
+    if not isinstance(loaded, TimedStudy):
+        raise ValueError(f"study must have timed cases, got {study!r}")
+    # What is imported and compiled late is no memory of the work.
+    small = next(each for each in loaded.cases(Setting(device, quick=True)) if peer in each.peers)
+    small.peers[peer].prepare()()
+    found = next(each for each in loaded.cases(Setting(device, quick)) if each.name == case)
+    at_start = _held(device)
+    run = found.peers[peer].prepare()
+    before = _held(device) if memory == "run" else at_start
+    _forget_peak(device)
+    run()
+    return (_most_held(device) - before) / 2**20
+
+
+def _held(device: torch.device) -> int:
+    """Bytes at present."""
+    gc.collect()
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _of_process("VmRSS")
+
+
+def _most_held(device: torch.device) -> int:
+    """Bytes since the last `_forget_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _of_process("VmHWM")
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+
+
+def _of_process(field: str) -> int:
+    """Bytes that Linux counts for this process."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        raise RuntimeError(f"memory of a process is measured on Linux, not on {sys.platform}")
+    return int(re.findall(rf"{field}:\s+(\d+) kB", status.read_text())[0]) * 1024
+
+
+def _main(study: str, case: str, peer: str, memory: MemoryOf, device: str, size: str) -> None:
+    print(measure_here(study, case, peer, memory, torch.device(device), size == "quick"))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])  # type: ignore[arg-type]

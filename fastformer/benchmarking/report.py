@@ -1,0 +1,49 @@
+"""The report of a run: Markdown with a picture for each study, beside the results in JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastformer.benchmarking.comparison import Change
+from fastformer.benchmarking.measurement import Verdict, verdicts
+from fastformer.benchmarking.pictures import draw
+from fastformer.benchmarking.results import Results
+from fastformer.benchmarking.studies import load
+from fastformer.benchmarking.tables import change_rows, environment_rows, study_rows, verdict_rows
+from fastformer.data.files import atomic_file
+
+
+def judged(results: Results) -> list[Verdict]:
+    """Every goal of the studies in `results`: they are for a CPU, at full size."""
+    if results.quick or results.environment.gpu:
+        return []
+    return [
+        verdict
+        for name, measurements in results.studies.items()
+        for verdict in verdicts(load(name).goals, measurements)
+    ]
+
+
+def write_report(results: Results, folder: Path, changes: Sequence[Change] = ()) -> None:
+    """Write ``report.md`` and a PNG for each study that compares something, into `folder`."""
+    sections = ["# Benchmarks"]
+    if results.quick:
+        sections.append(
+            "**Small sizes and few rounds, to see that everything works: these are no figures to publish.**"
+        )
+    sections.append(environment_rows(results.environment.rows()).markdown())
+    if goals := judged(results):
+        sections += ["## Goals", verdict_rows(goals).markdown()]
+    if changes:
+        sections += ["## Changes", change_rows(changes).markdown()]
+    for name, measurements in results.studies.items():
+        study = load(name)
+        sections += [f"## {name}: {study.title}", study.note] if study.note else [f"## {name}: {study.title}"]
+        sections.append(study_rows(measurements, results.environment.device).markdown())
+        picture = folder / f"{name}.png"
+        if draw(measurements, study.goals, study.title, picture):
+            sections.append(f"![{study.title}]({picture.name})")
+        sections.append(f"Took {results.seconds[name]:,.0f} s.")
+    with atomic_file(folder / "report.md") as file:
+        file.write(("\n\n".join(sections) + "\n").encode())

@@ -1,0 +1,152 @@
+"""Studies, their cases, and the peers that do a case's work."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fastformer.benchmarking.measurement import OURS, PEAK_MEMORY, TIME, Goal, Measurement, Metric
+from fastformer.benchmarking.memory import MemoryOf, peak_mebibytes
+from fastformer.benchmarking.timing import Run, interleaved
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a study is to be run.
+
+    Attributes:
+        device: where the work is done.
+        quick: small sizes and few rounds, to see that everything works: no figures to publish.
+        rounds: how often each peer has its turn; None: as the study has it.
+    """
+
+    device: torch.device
+    quick: bool = False
+    rounds: int | None = None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Someone who can do a case's work.
+
+    Attributes:
+        prepare: makes the data and the model, and returns what is timed; its result is compared between peers.
+        packages: that it needs, by their import names.
+        devices: where it runs, by PyTorch's names of their types; () is everywhere.
+    """
+
+    prepare: Callable[[], Run]
+    packages: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why it cannot take part; None if it can."""
+        absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if absent:
+            return f"{', '.join(absent)} is not installed"
+        if self.devices and device.type not in self.devices:
+            return f"runs on {' and '.join(self.devices)} only"
+        return None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A piece of work that peers do in turns.
+
+    Attributes:
+        name: unique in its study.
+        peers: by name; `OURS` is Fastformer.
+        work: what one run does, by unit: {"tokens": 4096}.
+        agree: takes the results of all peers' first runs by name; AssertionError if they did not do the same.
+        curve, axis, at: see `Measurement`.
+    """
+
+    name: str
+    peers: dict[str, Peer]
+    work: dict[str, float] = field(default_factory=dict)
+    agree: Callable[[dict[str, object]], None] | None = None
+    curve: str | None = None
+    axis: str | None = None
+    at: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(ABC):
+    """A question, and how it is answered.
+
+    Attributes:
+        name: for the command line.
+        title: a line.
+        goals: what it is to show on a CPU, at full size.
+        note: what a reader of the tables must know.
+    """
+
+    name: str
+    title: str
+    goals: Sequence[Goal] = ()
+    note: str = ""
+
+    @abstractmethod
+    def measure(self, setting: Setting) -> Iterator[Measurement]:
+        """Yields what is found, as it is found."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredStudy(Study):
+    """A study with a way of its own to measure."""
+
+    measurements: Callable[[Setting], Iterator[Measurement]]
+
+    def measure(self, setting: Setting) -> Iterator[Measurement]:
+        return self.measurements(setting)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedStudy(Study):
+    """A study whose cases peers do in turns.
+
+    Attributes:
+        cases: in a setting; made anew in a fresh process for each measurement of memory.
+        rounds: turns of each peer, unless the setting has another number.
+        memory: what counts as a peer's memory; None measures none.
+    """
+
+    cases: Callable[[Setting], Iterable[Case]]
+    rounds: int = 5
+    memory: MemoryOf | None = None
+
+    def measure(self, setting: Setting) -> Iterator[Measurement]:
+        rounds = setting.rounds or (2 if setting.quick else self.rounds)
+        for case in self.cases(setting):
+            yield from self._measure(case, rounds, setting)
+
+    def _measure(self, case: Case, rounds: int, setting: Setting) -> Iterator[Measurement]:
+        absent = {name: reason for name, peer in case.peers.items() if (reason := peer.missing(setting.device))}
+        timed = interleaved(
+            {name: peer.prepare for name, peer in case.peers.items() if name not in absent},
+            rounds,
+            setting.device,
+            case.agree,
+            may_fail=lambda name: name != OURS,
+        )
+        absent |= timed.failures
+        for name in case.peers:
+            yield self._measurement(case, name, TIME, timed.seconds.get(name, []), absent.get(name))
+        if self.memory is not None:
+            for name in case.peers:
+                values = [] if name in absent else [self._peak(case, name, self.memory, setting)]
+                yield self._measurement(case, name, PEAK_MEMORY, values, absent.get(name))
+
+    def _peak(self, case: Case, peer: str, memory: MemoryOf, setting: Setting) -> float:
+        return peak_mebibytes(self.name, case.name, peer, memory, setting.device, setting.quick)
+
+    def _measurement(
+        self, case: Case, peer: str, metric: Metric, values: Sequence[float], missing: str | None
+    ) -> Measurement:
+        return Measurement(
+            self.name, case.name, peer, metric, values, case.work, case.curve, case.axis, case.at, missing
+        )

@@ -1,0 +1,88 @@
+"""Timing of several peers in turns, so that what else the machine does meanwhile falls on all of them."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+Run = Callable[[], object]
+"""Does a case's work once; returns what the peers must agree on."""
+
+# A turn repeats a short run until it takes this long, far above the clock's grain and a thread's wake-up.
+_SECONDS_OF_A_TURN = 0.05
+
+
+@dataclass
+class Timed:
+    """Seconds of a run, one for each round, of every peer; and why a peer that failed did."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def interleaved(
+    prepare: dict[str, Callable[[], Run]],
+    rounds: int,
+    device: torch.device,
+    agree: Callable[[dict[str, object]], None] | None = None,
+    may_fail: Callable[[str], bool] = lambda name: False,
+) -> Timed:
+    """Time each of the runs in each round, in an order that starts with another one every round.
+
+    Args:
+        prepare: makes each run, by the peers' names. Its first run, untimed, warms it up.
+        rounds: turns of each.
+        device: whose work is waited for.
+        agree: given the results of the untimed runs.
+        may_fail: whether a peer's exception is a finding; otherwise it is raised.
+
+    Raises:
+        AssertionError: the results do not agree.
+    """
+    timed = Timed()
+    runs: dict[str, Run] = {}
+    results: dict[str, object] = {}
+    repeats: dict[str, int] = {}
+    for name, make in prepare.items():
+        try:
+            runs[name] = run = make()
+            results[name] = run()
+            warm = _seconds(run, 1, device)
+        except Exception as cause:
+            if not may_fail(name):
+                raise
+            results.pop(name, None)
+            timed.failures[name] = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+            continue
+        timed.seconds[name] = []
+        repeats[name] = max(1, math.ceil(_SECONDS_OF_A_TURN / max(warm, 1e-9)))
+    if agree is not None:
+        agree(results)
+    del results
+    names = list(timed.seconds)
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            timed.seconds[name].append(_seconds(runs[name], repeats[name], device))
+    return timed
+
+
+def _seconds(run: Run, repeats: int, device: torch.device) -> float:
+    """Of one of `repeats` runs in a row."""
+    gc.collect()
+    _wait(device)
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    _wait(device)
+    return (time.perf_counter() - begin) / repeats
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

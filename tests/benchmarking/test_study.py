@@ -1,0 +1,91 @@
+"""Peers take turns, must agree, and are named where they cannot take part; memory is taken in a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastformer.benchmarking.measurement import OURS
+from fastformer.benchmarking.memory import peak_mebibytes
+from fastformer.benchmarking.studies import STUDIES, load
+from fastformer.benchmarking.study import Case, Peer, Setting, TimedStudy
+
+CPU = torch.device("cpu")
+
+
+def recording(log: list[str], name: str) -> Peer:
+    return Peer(lambda: lambda: log.append(name))
+
+
+def study(*peers: tuple[str, Peer], agree=None) -> TimedStudy:
+    return TimedStudy(
+        name="a-study", title="", rounds=4, cases=lambda setting: [Case("a case", dict(peers), agree=agree)]
+    )
+
+
+def test_each_round_gives_every_peer_a_turn_and_starts_with_another() -> None:
+    log: list[str] = []
+    peers = [(name, recording(log, name)) for name in (OURS, "b", "c")]
+    measured = list(study(*peers).measure(Setting(CPU, rounds=3)))
+    assert [(each.peer, len(each.values)) for each in measured] == [(OURS, 3), ("b", 3), ("c", 3)]
+    # A turn repeats what is short; before the rounds each has a first run.
+    turns = [name for place, name in enumerate(log) if place == 0 or log[place - 1] != name]
+    assert turns == [OURS, "b", "c"] * 2 + ["b", "c", OURS] + ["c", OURS, "b"]
+
+
+def test_peers_that_disagree_are_an_error() -> None:
+    def equal(results: dict[str, object]) -> None:
+        assert results[OURS] == results["peer"], results
+
+    different = study((OURS, Peer(lambda: lambda: 1)), ("peer", Peer(lambda: lambda: 2)), agree=equal)
+    with pytest.raises(AssertionError, match="'peer': 2"):
+        list(different.measure(Setting(CPU)))
+
+
+def test_absent_and_failing_peers_are_named() -> None:
+    def fails() -> None:
+        raise RuntimeError("no backward here")
+
+    peers = (
+        (OURS, Peer(lambda: lambda: None)),
+        ("absent", Peer(lambda: lambda: None, packages=("no_such_package",))),
+        ("on a GPU", Peer(lambda: lambda: None, devices=("cuda",))),
+        ("fails", Peer(lambda: fails)),
+    )
+    missing = {each.peer: each.missing for each in study(*peers).measure(Setting(CPU))}
+    assert missing == {
+        OURS: None,
+        "absent": "no_such_package is not installed",
+        "on a GPU": "runs on cuda only",
+        "fails": "RuntimeError: no backward here",
+    }
+
+
+def test_failure_of_our_own_is_raised() -> None:
+    def fails() -> None:
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        list(study((OURS, Peer(lambda: fails))).measure(Setting(CPU)))
+
+
+def test_peak_memory_is_the_works() -> None:
+    """PyTorch's linear cross-entropy holds its logits, here 512 x 1,000 of them, and their gradient."""
+    quick = load("linear-cross-entropy")
+    assert isinstance(quick, TimedStudy)
+    (case,) = quick.cases(Setting(CPU, quick=True))
+    logits = 512 * 1000 * 4 / 2**20
+    assert logits < peak_mebibytes(quick.name, case.name, "PyTorch", "run", CPU, quick=True) < 10 * logits
+    with pytest.raises(RuntimeError, match="nobody failed in linear-cross-entropy"):
+        peak_mebibytes(quick.name, case.name, "nobody", "run", CPU, quick=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
+def test_study_runs_small(name: str) -> None:
+    """Every study at its quick size: something is found of us in every case, and no peer that is here fails."""
+    measured = list(load(name).measure(Setting(CPU, quick=True, rounds=1)))
+    ours = [each for each in measured if each.peer == OURS]
+    assert ours and all(each.values for each in ours)
+    for each in measured:
+        assert each.values or "not installed" in (each.missing or "") or "runs on" in (each.missing or ""), each
