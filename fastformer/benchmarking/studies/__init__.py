@@ -7,6 +7,7 @@ import importlib
 from fastformer.benchmarking.study import Study
 
 STUDIES = {
+    "accelerated": "fastformer.benchmarking.studies.accelerated",
     "linear-cross-entropy": "fastformer.benchmarking.studies.linear_cross_entropy",
 }
 """Each study's name and its module, which has it as `STUDY`."""
