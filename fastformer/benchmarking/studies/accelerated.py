@@ -19,7 +19,7 @@ from transformers import (
 from fastformer.benchmarking.measurement import OURS, Goal
 from fastformer.benchmarking.study import Case, Peer, Setting, TimedStudy
 from fastformer.benchmarking.timing import Run
-from fastformer.integrations import accelerate
+from fastformer.integrations.acceleration.model import accelerate
 
 AS_IT_WAS = "the model as it was"
 BATCH, VOCABULARY, HEAD_DIM = 8, 8192, 64
