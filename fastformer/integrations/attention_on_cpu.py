@@ -19,6 +19,8 @@ from fastformer.ops.attention_torch import FLASH_ROWS
 # does in the time: measured, of about 60 GFLOP/s.
 OPERATOR_COST = 2e7
 ROW_COST = 3e6
+# Scores from which on it costs SDPA more to keep them all for the gradient of a bias than us to compute them again.
+LEARNED_SCORES = 1 << 22
 SDPA_KEYS = 512
 """Keys that PyTorch's flash attention on a CPU takes at a time, masked or not."""
 Span = tuple[int, int]
@@ -45,8 +47,8 @@ def operator_is_faster(
     of_pair = 4 * heads * head_dim
     if dropout_p or of_pair * batch * m * n < OPERATOR_COST:
         return False
-    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
-        # SDPA keeps the weights of every query and key for its backward.
+    learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if learned and batch * heads * m * n >= LEARNED_SCORES:
         return True
     if structure is None or (structure.spans is None and m < 2 * FLASH_ROWS):
         return False
@@ -54,7 +56,7 @@ def operator_is_faster(
     sizes = [(b - a, d - c) for (a, b), (c, d) in zip(queries, keys, strict=True)]
     pairs = sum(of_row * _keys_computed(of_row, keys_of_row, structure) for of_row, keys_of_row in sizes)
     in_sdpa = batch * m * (min(n, (m + SDPA_KEYS) / 2) if _only_causal(structure, m, n) else n)
-    cost = OPERATOR_COST + ROW_COST * (0 if structure.spans is None else batch)
+    cost = (2 if learned else 1) * OPERATOR_COST + ROW_COST * (0 if structure.spans is None else batch)
     return of_pair * (in_sdpa - pairs) > cost
 
 

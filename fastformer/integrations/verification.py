@@ -148,7 +148,9 @@ def verify(
         raise ValueError(
             f"{type(candidate).__name__} takes no attention implementation: nothing of it would be replaced"
         )
-    pair = _Pair(subject, candidate, backend_name)
+    # Left to choose, a CPU runs a model's own SDPA on anything small.
+    chooses = backend_name == "auto" and candidate.device.type == "cpu"
+    pair = _Pair(subject, candidate, "torch" if chooses else backend_name)
     for check in track(_CHECKS, "verifying"):
         checks += check(pair)
         if checks[0].status == "not applicable":

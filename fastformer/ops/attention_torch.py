@@ -464,7 +464,8 @@ def _explicit_segments(segment: _Segment, q: torch.Tensor) -> Iterator[_Segment]
 
 def _explicit_blocks(segment: _Segment, q: torch.Tensor) -> Iterator[_Segment]:
     sequences, _, n = segment.shape
-    return segment.by_queries(max(EXPLICIT_ROWS, _score_elements(q) // max(1, sequences * q.shape[1] * n)))
+    rows = max(EXPLICIT_ROWS, _score_elements(q) // max(1, sequences * q.shape[1] * n))
+    return segment.by_queries(min(rows, FLASH_ROWS) if segment.limited else rows)
 
 
 def _score_elements(tensor: torch.Tensor) -> int:

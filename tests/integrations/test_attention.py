@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hugging_face_models import MODELS, REFUSING, TOKENS, VOCABULARY, Small
+from hugging_face_models import (
+    MODELS,
+    REFUSING,
+    TOKENS,
+    VOCABULARY,
+    Small,
+    assert_equal,
+    assert_same_training,
+    results,
+)
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
+import fastformer
 import fastformer.integrations.attention as attention_module
 
-EQUAL = 1e-5
-OUTPUTS = ("loss", "logits", "logits_per_text", "text_embeds", "image_embeds")
 PADDED = [name for name, small in MODELS.items() if small.kind not in ("image", "speech")]
 
 
-def assert_equal(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal to 1e-5 of the largest element, or of 1 if that is larger."""
-    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
-    torch.testing.assert_close(actual, expected, rtol=0, atol=EQUAL * scale, msg=lambda text: f"{name}: {text}")
-
-
-def results(model: PreTrainedModel, batch: dict[str, Any], implementation: str) -> dict[str, torch.Tensor]:
-    """Loss, outputs where there are labels, and the gradient of every parameter."""
-    model.set_attn_implementation(implementation)
-    assert model.config._attn_implementation == implementation
-    model.zero_grad()
-    output = model(**batch)
-    output.loss.backward()
-    named = {name: output[name] for name in OUTPUTS if name in output}
-    if "labels" in batch and batch["labels"].dim() == 2:
-        named["logits"] = named["logits"][batch["labels"] != -100]
-    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-    return {name: value.detach().clone() for name, value in (named | gradients).items()}
-
-
-def assert_same_training(model: PreTrainedModel, batch: dict[str, Any]) -> None:
-    expected = results(model, batch, "eager")
-    actual = results(model, batch, "fastformer")
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert_equal(name, actual[name], value)
+@pytest.fixture(autouse=True)
+def operator() -> Iterator[None]:
+    """Without a backend that is asked for, a model's own SDPA would serve these small calls on a CPU."""
+    with fastformer.backend("torch"):
+        yield
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+import fastformer
 from fastformer.integrations.attention import attention_forward
 from fastformer.integrations.attention_mask import AttentionMask, attention_mask
 
@@ -30,6 +32,15 @@ PATTERNS = {
 }
 # (queries, keys, q_offset, kv_offset): no cache, a growing cache, a static one being filled, a sliding one.
 GEOMETRIES = [(6, 6, 0, 0), (2, 8, 6, 0), (1, 8, 7, 0), (3, 12, 0, 0), (2, 12, 5, 0), (2, 5, 9, 6), (3, 4, 8, 4)]
+
+
+@pytest.fixture(autouse=True)
+def operator() -> Iterator[None]:
+    """Without a backend that is asked for, SDPA would serve these small calls on a CPU."""
+    with fastformer.backend("torch"):
+        yield
+
+
 PADDING = {
     "none": None,
     "all tokens": [20, 20, 20],

@@ -12,6 +12,7 @@ STUDIES = {
     "operators": "fastformer.benchmarking.studies.operators",
     "modules": "fastformer.benchmarking.studies.modules",
     "models": "fastformer.benchmarking.studies.models",
+    "accelerated": "fastformer.benchmarking.studies.accelerated",
     "linear-cross-entropy": "fastformer.benchmarking.studies.linear_cross_entropy",
     "pretraining": "fastformer.benchmarking.studies.pretraining",
     "crossovers": "fastformer.benchmarking.studies.crossovers",
