@@ -7,7 +7,10 @@ import importlib
 from fastformer.benchmarking.study import Study
 
 STUDIES = {
+    "generation": "fastformer.benchmarking.studies.generation",
     "linear-cross-entropy": "fastformer.benchmarking.studies.linear_cross_entropy",
+    "startup": "fastformer.benchmarking.studies.startup",
+    "tokenizing": "fastformer.benchmarking.studies.tokenizing",
 }
 """Each study's name and its module, which has it as `STUDY`."""
 
