@@ -91,13 +91,13 @@ class Goal:
     """What a study is to show: a ratio (see `ratio`) beside a peer, in the cases whose name begins with `case`.
 
     Attributes:
-        case, peer: whose ratio.
+        case, peer: whose ratio; without a peer, our own median is meant.
         metric: of what.
-        at_least, at_most: bounds of the ratio; one of them is given.
+        at_least, at_most: bounds of it; one of them is given.
     """
 
     case: str
-    peer: str
+    peer: str | None
     metric: Metric = TIME
     at_least: float | None = None
     at_most: float | None = None
@@ -108,12 +108,17 @@ class Goal:
 
     def __str__(self) -> str:
         bound = f"at least {self.at_least:g}" if self.at_least is not None else f"at most {self.at_most:g}"
-        return f"{self.case}: {self.metric.name} {bound} x {self.peer}"
+        return f"{self.case}: {self.metric.name} {bound} {self.unit}{'' if self.peer is None else f' {self.peer}'}"
+
+    @property
+    def unit(self) -> str:
+        """Of what is bounded."""
+        return self.metric.unit if self.peer is None else "x"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal, the case it was looked for in, and the ratio found there (None where the peer is missing)."""
+    """A goal, the case it was looked for in, and what was found there (None where the peer is missing)."""
 
     goal: Goal
     case: str
@@ -137,11 +142,14 @@ def verdicts(goals: Sequence[Goal], measurements: Sequence[Measurement]) -> list
         cases = [
             case
             for case, peer, metric in by_key
-            if case.startswith(goal.case) and (peer, metric) == (goal.peer, goal.metric)
+            if case.startswith(goal.case) and (peer, metric) == (goal.peer or OURS, goal.metric)
         ]
         if not cases:
             raise ValueError(f"no case for the goal {str(goal)!r}; measured were {sorted({k[0] for k in by_key})}")
         for case in cases:
-            ours, peer = by_key[case, OURS, goal.metric], by_key[case, goal.peer, goal.metric]
-            judged.append(Verdict(goal, case, ratio(ours, peer) if ours.values and peer.values else None))
+            ours, peer = by_key[case, OURS, goal.metric], by_key[case, goal.peer or OURS, goal.metric]
+            found = None
+            if ours.values and peer.values:
+                found = ours.median if goal.peer is None else ratio(ours, peer)
+            judged.append(Verdict(goal, case, found))
     return judged

@@ -159,7 +159,12 @@ def verdict_rows(verdicts: Sequence[Verdict]) -> Rows:
     return Rows(
         ("case", "goal", "found", ""),
         [
-            (each.case, str(each.goal), "" if each.found is None else f"{each.found:.2f} x", answers[each.met])
+            (
+                each.case,
+                str(each.goal),
+                "" if each.found is None else f"{each.found:.2f} {each.goal.unit}",
+                answers[each.met],
+            )
             for each in verdicts
         ],
     )

@@ -28,7 +28,7 @@ _ASCII_BYTES = {byte: 256 + byte for byte in range(33)} | {127: 256 + 33}
 _SPACES = (" ", "\t", "\n", "\r")
 
 _CHUNK_CHARACTERS = 1 << 20
-_MOST_KEPT_TOKENS = 1 << 20
+_MOST_KEPT_TOKENS = 1 << 19
 
 
 class TextEncoder:

@@ -9,20 +9,17 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from fastformer.generation.batch import Statistics
-from fastformer.generation.cached_model import LanguageModel
-from fastformer.generation.generator import Generator
 from fastformer.generation.parameters import SamplingParameters
 from fastformer.generation.requests import Generation, Piece
-from fastformer.models import FastformerConfig, FastformerForCausalLM, FastformerForSeq2SeqLM
+
+if TYPE_CHECKING:
+    from fastformer.generation.batch import Statistics
+    from fastformer.generation.cached_model import LanguageModel
 
 _DESCRIPTION = """\
 Continue prompts with a causal language model, or answer them with a sequence-to-sequence model. Prompts run together,
@@ -52,6 +49,11 @@ def main(arguments: list[str], begin: float) -> None:
         ValueError, OSError: in what the user gave.
     """
     options = _parser().parse_args(arguments)
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    from fastformer.generation.generator import Generator
+
     transformers_logging.disable_progress_bar()
     given = {name: value for name in _OPTIONS if (value := getattr(options, name, None)) is not None}
     prompts, parameters = _prompts(options, SamplingParameters(**given))
@@ -104,7 +106,7 @@ def _parser() -> ArgumentParser:
     running("--pages", type=int, metavar="N", help="their number (default: as many as can be needed)")
     running("--draft", type=Path, metavar="DIR", help="a small model that drafts tokens for the other to check")
     running("--draft_tokens", type=int, default=4, metavar="N", help="how many each time (default: %(default)s)")
-    running("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
+    running("--device", help="cpu or cuda (default: the GPU if there is one)")
     running("--dtype", choices=_DTYPES, help="of weights and cache (default: as saved)")
     return parser
 
@@ -146,6 +148,11 @@ def _own_parameters(place: str, common: SamplingParameters, own: dict[str, Any])
 
 
 def _model(folder: Path, options: Namespace) -> LanguageModel:
+    import torch
+    from transformers import AutoConfig
+
+    from fastformer.models import FastformerConfig, FastformerForCausalLM, FastformerForSeq2SeqLM
+
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     config = AutoConfig.from_pretrained(folder)
@@ -158,7 +165,8 @@ def _model(folder: Path, options: Namespace) -> LanguageModel:
         raise ValueError(f"{folder} holds an encoder, which generates nothing")
     kind = FastformerForSeq2SeqLM if config.is_encoder_decoder else FastformerForCausalLM
     model = kind.from_pretrained(folder, dtype=options.dtype or "auto")
-    return model.to(options.device).eval()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval()
 
 
 def _collected(pieces: Iterable[Piece], prompts: int) -> list[Generation]:

@@ -21,7 +21,6 @@ import fastformer.models
 from fastformer.models.configuration import FastformerConfig
 from fastformer.models.modeling import ModelOptions
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 _DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 

@@ -10,10 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fastformer.inspection.model_cost import forward_flops
-from fastformer.inspection.model_work import known_model, meta_model
 from fastformer.inspection.quantities import gibibytes, in_billions, with_prefix
-from fastformer.models import PRESETS
 
 _DESCRIPTION = """\
 List the presets: parameters, memory, operations for each token, context, and what each suits. All are counted on the
@@ -65,6 +62,8 @@ def main(arguments: list[str], begin: float) -> None:
     parser.add_argument("names", nargs="*", metavar="PRESET", help="only these")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
+    from fastformer.models import PRESETS
+
     names = options.names or list(PRESETS)
     unknown = sorted(set(names) - set(PRESETS))
     if unknown:
@@ -79,6 +78,10 @@ def main(arguments: list[str], begin: float) -> None:
 
 def listing(name: str) -> Listing:
     """The numbers of a preset."""
+    from fastformer.inspection.model_cost import forward_flops
+    from fastformer.inspection.model_work import known_model, meta_model
+    from fastformer.models import PRESETS
+
     config, kind = known_model(name)
     model = meta_model(config, kind, "32-true")
     length = min(config.max_position_embeddings, MOST_TOKENS)

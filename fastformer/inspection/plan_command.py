@@ -6,17 +6,19 @@ import json
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from fastformer.inspection.choices import OPTIMIZERS, PRECISIONS, STRATEGIES
 from fastformer.inspection.gpus import GPUS
-from fastformer.inspection.model_work import PRECISIONS, known_model
 from fastformer.inspection.models_command import MOST_TOKENS
-from fastformer.inspection.planning import OPTIMIZERS, STRATEGIES, Plan, Setup, plan
 from fastformer.inspection.quantities import duration, gibibytes, in_billions, with_prefix
-from fastformer.models import FastformerConfig
+
+if TYPE_CHECKING:
+    from fastformer.inspection.planning import Plan, Setup
+    from fastformer.models import FastformerConfig
 
 _DESCRIPTION = """\
 State what training a model needs and takes: memory of each device, operations, tokens per second, days. Parameters,
@@ -57,6 +59,9 @@ class Run:
 def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer plan`` with the arguments that follow."""
     options = _parser().parse_args(arguments)
+    from fastformer.inspection.model_work import known_model
+    from fastformer.inspection.planning import plan
+
     name = options.preset or options.model
     config, kind = known_model(name)
     setup = _setup(options, config)
@@ -139,6 +144,8 @@ def folder(text: str) -> str:
 
 
 def _setup(options: Namespace, config: FastformerConfig) -> Setup:
+    from fastformer.inspection.planning import Setup
+
     name, _, number = options.gpu.partition(":")
     if name not in GPUS:
         raise ValueError(f"--gpu must be one of {', '.join(GPUS)}; got {name!r}")
@@ -170,6 +177,8 @@ def _setup(options: Namespace, config: FastformerConfig) -> Setup:
 
 def _what_fits(config: FastformerConfig, kind: str, setup: Setup) -> str | None:
     """The first of some changes of the setup with which the run would fit, as options."""
+    from fastformer.inspection.planning import plan
+
     smallest = {"batch_size": 1, "checkpointing": True}
     candidates: list[dict[str, Any]] = [{"checkpointing": True}, {"batch_size": 1}, smallest]
     if setup.devices > 1:

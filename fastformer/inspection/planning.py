@@ -6,17 +6,12 @@ import copy
 import math
 from dataclasses import dataclass
 
+from fastformer.inspection.choices import OPTIMIZERS, PRECISIONS, STRATEGIES
 from fastformer.inspection.gpus import GPUS_PER_NODE, Gpu
 from fastformer.inspection.model_cost import ModelCost, forward_flops, model_cost
-from fastformer.inspection.model_work import PRECISIONS, meta_model
+from fastformer.inspection.model_work import meta_model
 from fastformer.models import FastformerConfig
 from fastformer.ops.linear_cross_entropy import GPU_MEMORY_BUDGET
-
-STRATEGIES = ("ddp", "fsdp", "zero-1", "zero-2", "zero-3")
-"""PyTorch's DDP and FSDP2, and DeepSpeed's ZeRO, as Lightning runs them."""
-
-OPTIMIZERS = {"adamw": 2, "sgd": 1}
-"""Optimisers, and the numbers that each keeps for a parameter: two moments; momentum."""
 
 _DEEPSPEED_BUCKET = 200_000_000
 """Parameters in each of the two buckets of Lightning's DeepSpeedStrategy."""

@@ -35,6 +35,8 @@ def test_ratio_is_the_median_of_the_rounds_ratios() -> None:
         (Goal("", "peer", PEAK_MEMORY, at_most=0.5), True),
         (Goal("", "peer", PEAK_MEMORY, at_most=0.2), False),
         (Goal("", "absent", at_least=1.0), None),
+        (Goal("", None, at_most=1.0), True),
+        (Goal("", None, PEAK_MEMORY, at_most=9.0), False),
     ],
 )
 def test_goal(goal: Goal, met: bool | None) -> None:

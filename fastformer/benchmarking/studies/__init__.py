@@ -19,6 +19,9 @@ STUDIES = {
     "scaling": "fastformer.benchmarking.studies.scaling",
     "sentiment": "fastformer.benchmarking.studies.sentiment",
     "tasks": "fastformer.benchmarking.studies.tasks",
+    "generation": "fastformer.benchmarking.studies.generation",
+    "startup": "fastformer.benchmarking.studies.startup",
+    "tokenizing": "fastformer.benchmarking.studies.tokenizing",
 }
 """Each study's name and its module, which has it as `STUDY`."""
 

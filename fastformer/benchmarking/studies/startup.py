@@ -1,0 +1,71 @@
+"""What importing the package and asking the command for help take, each in a fresh process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from fastformer.benchmarking.measurement import OURS, TIME, Goal, Measurement, Metric
+from fastformer.benchmarking.study import MeasuredStudy, Setting
+from fastformer.cli import COMMANDS
+
+ABOVE = Metric("time above `import torch`", "s")
+IMPORTS = {
+    "import fastformer": "import torch, fastformer",
+    "import every operator": "import torch; from fastformer import *",
+}
+HELP = "fastformer --help"
+ROUNDS = 5
+
+
+def measure(setting: Setting) -> Iterator[Measurement]:
+    rounds = setting.rounds or (1 if setting.quick else ROUNDS)
+    yield from _imports(rounds)
+    yield _alone(HELP, ["--help"], rounds)
+    for command in COMMANDS if not setting.quick else ():
+        yield _alone(f"fastformer {command} --help", [command, "--help"], 1)
+
+
+def _imports(rounds: int) -> Iterator[Measurement]:
+    """In turns with PyTorch alone."""
+    programs = {"PyTorch": "import torch", **IMPORTS}
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for program in programs.values():  # what is read from the disk for the first time
+        _python("-c", program)
+    for _ in range(rounds):
+        for name, program in programs.items():
+            seconds[name].append(_python("-c", program))
+    for name in IMPORTS:
+        above = [mine - torch for mine, torch in zip(seconds[name], seconds["PyTorch"], strict=True)]
+        yield Measurement("startup", name, OURS, TIME, seconds[name])
+        yield Measurement("startup", name, "import torch", TIME, seconds["PyTorch"])
+        yield Measurement("startup", name, OURS, ABOVE, above)
+
+
+def _alone(name: str, arguments: Sequence[str], rounds: int) -> Measurement:
+    _python("-m", "fastformer.cli", *arguments)
+    return Measurement(
+        "startup", name, OURS, TIME, [_python("-m", "fastformer.cli", *arguments) for _ in range(rounds)]
+    )
+
+
+def _python(*arguments: str) -> float:
+    """Seconds of a process, from its start to its end."""
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - begin
+
+
+STUDY = MeasuredStudy(
+    name="startup",
+    title="importing the package, and the command's help",
+    measurements=measure,
+    goals=(
+        Goal("import fastformer", None, ABOVE, at_most=0.3),
+        Goal("import every operator", None, ABOVE, at_most=0.3),
+        Goal(HELP, None, at_most=1.0),
+    ),
+    note="Wall-clock time of fresh processes, files in the page cache. A subcommand's help is measured once.",
+)
