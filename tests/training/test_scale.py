@@ -16,6 +16,7 @@ from training.tasks import command, scratch
 STEPS = 6
 ONE = ("--devices", "1", "--strategy", "auto", "--accumulate", "2")
 TWO = {name: ("--devices", "2", "--strategy", name, "--accumulate", "1") for name in ("ddp", "fsdp2")}
+TENSOR_PARALLEL = ("--devices", "2", "--strategy", "fsdp2", "--tensor_parallel", "2", "--accumulate", "2")
 KILL = ("--trainer.callbacks", '[{"class_path": "training.killing.Kill", "init_args": {"step": 5}}]')
 
 # Of each fine-tuning run the task, what it starts from, and its options.
@@ -109,6 +110,16 @@ def test_two_processes_have_the_loss_curve_of_one(
     assert_same_run(tmp_path / "output", one(name))
 
 
+@pytest.mark.parametrize("objective", ["mlm", "clm", "span-corruption", "denoising"])
+def test_tensor_parallel_processes_have_the_loss_curve_of_one(objective: str, options: Options, tmp_path: Path) -> None:
+    started = [*options("pretrain"), "--objective", objective, "--model.overrides.num_attention_heads", "4"]
+    if objective == "clm":
+        started += ["--model.overrides.num_key_value_heads", "2", "--model.overrides.position_embedding", "alibi"]
+    finish(start([*started, *ONE, "--output", str(tmp_path / "one")]))
+    finish(start([*started, *TENSOR_PARALLEL, "--output", str(tmp_path / "two")], ranks=2))
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
 @pytest.mark.parametrize("strategy", TWO)
 def test_processes_stop_together_with_the_best_weights(strategy: str, options: Options, tmp_path: Path) -> None:
     """So little is learnt that the accuracy stays as it is after the first step."""
@@ -128,6 +139,8 @@ def test_processes_stop_together_with_the_best_weights(strategy: str, options: O
         ("pretrain", (2, TWO["fsdp2"]), (1, ONE)),
         ("pretrain", (1, ONE), (2, TWO["fsdp2"])),
         ("pretrain", (2, TWO["ddp"]), (1, ONE)),
+        ("pretrain", (2, TENSOR_PARALLEL), (2, (*TWO["ddp"], "--tensor_parallel", "1"))),
+        ("pretrain", (2, TWO["fsdp2"]), (2, TENSOR_PARALLEL)),
         ("classify", (2, TWO["fsdp2"]), (1, ONE)),
         ("classify", (1, ONE), (2, TWO["ddp"])),
         ("lora", (2, TWO["ddp"]), (2, TWO["fsdp2"])),
