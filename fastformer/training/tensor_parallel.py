@@ -50,7 +50,8 @@ def parallelize(model: FastformerPreTrainedModel, mesh: DeviceMesh) -> None:
         if isinstance(module, SelfAttention):
             _share_rows(module.qkv, mesh, [heads * module.head_dim for heads in module.heads])
             _share_columns(module.output, mesh)
-            module.heads = tuple(heads // size for heads in module.heads)
+            query, key, value = module.heads
+            module.heads = (query // size, key // size, value // size)
         elif isinstance(module, CrossAttention):
             _share_rows(module.query, mesh)
             _share_rows(module.key_value, mesh, [config.kv_heads * module.head_dim] * 2)
@@ -91,11 +92,13 @@ class ColumnsOfRank(nn.Linear):
 
 def _share_rows(linear: nn.Linear, mesh: DeviceMesh, parts: Sequence[int] | None = None) -> None:
     linear.__class__ = RowsOfRank
+    assert isinstance(linear, RowsOfRank)
     linear.mesh, linear.parts = mesh, [linear.out_features] if parts is None else parts
 
 
 def _share_columns(linear: nn.Linear, mesh: DeviceMesh) -> None:
     linear.__class__ = ColumnsOfRank
+    assert isinstance(linear, ColumnsOfRank)
     linear.mesh = mesh
 
 
@@ -121,7 +124,7 @@ class _SumForwards(torch.autograd.Function):
         return _summed(values, mesh)
 
     @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient, None
 
 
@@ -134,5 +137,5 @@ class _SumBackwards(torch.autograd.Function):
         return values.view_as(values)
 
     @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _summed(gradient, context.mesh), None
