@@ -56,6 +56,7 @@ examples:
 many devices (the batch of an optimizer step is --corpus.tokens_per_batch times --accumulate times the devices):
   fastformer pretrain --devices 8 --strategy ddp --accumulate 4 --corpus.tokens_per_batch 65536
   fastformer pretrain --devices 8 --strategy fsdp2 --precision bf16-mixed --activation_checkpointing
+  fastformer pretrain --devices 8 --strategy fsdp2 --tensor_parallel 2    # each batch on two devices
   torchrun --nproc_per_node 8 --max_restarts 3 --no_python fastformer pretrain --strategy fsdp2 --elastic
   srun fastformer pretrain --devices 8 --trainer.num_nodes 4 --strategy fsdp2 --elastic     # sbatch --requeue
 A run resumes with another strategy and on another number of devices. Its batches then are the same, in the same order;

@@ -48,7 +48,7 @@ def options(tiny_run: list[str], data: Path, base: dict[str, Path]) -> Options:
         model = scratch("--overrides.hidden_dropout_prob=0") if origin == "scratch" else ["--model", str(base[origin])]
         often = ("--max_steps", str(STEPS), "--evaluate_every", "2", "--trainer.log_every_n_steps", "1")
         sensitive = ("--optimizer.eps=1", "--optimizer.learning_rate=1")
-        return [*command(task, data, Path("absent")), *model, *often, *sensitive, "--tokens_per_batch", "64", *more]
+        return [*command(task, data, Path("absent")), *model, *often, *sensitive, "--tokens_per_batch", "128", *more]
 
     return of
 
