@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 
 
 class ResumableDataModule(LightningDataModule):
     """A data module whose training batches go on where the trainer stands, also in the middle of an epoch.
 
     The batches of all ranks together are one sequence, the same for any number of ranks, of which rank r of n takes
-    every n-th from the r-th on. How many batches a rank has been trained on is in Lightning's progress; from which of
-    them on there were how many ranks is in the data module's own state.
+    every n-th from the r-th on; ranks are those of `data_rank`. How many batches a rank has been trained on is in
+    Lightning's progress; from which of them on there were how many ranks is in the data module's own state.
     """
 
     def __init__(self) -> None:
@@ -21,8 +21,8 @@ class ResumableDataModule(LightningDataModule):
         self._ranks: list[tuple[int, int]] = []  # from how many batches of each rank on there were how many ranks
 
     def rank(self) -> tuple[int, int]:
-        """This process's rank, and how many there are."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        """That of `data_rank`."""
+        return (0, 1) if self.trainer is None else data_rank(self.trainer)
 
     def batches_done(self) -> tuple[int, int]:
         """The number of batches this rank has been trained on, in all and in this epoch.
@@ -79,3 +79,12 @@ class ResumableDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._ranks = [(start, size) for start, size in state_dict["ranks"]]
+
+
+def data_rank(trainer: Trainer) -> tuple[int, int]:
+    """Which share of the batches this process trains on, and how many shares there are.
+
+    Processes that compute the same batches together, by tensor parallelism, have the same rank here.
+    """
+    share = trainer.distributed_sampler_kwargs
+    return (0, 1) if share is None else (share["rank"], share["num_replicas"])

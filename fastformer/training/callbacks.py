@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from fastformer.data.files import atomic_file, atomic_folder
+from fastformer.data.resuming import data_rank
 from fastformer.training.sharding import load_weights
 
 
@@ -33,7 +34,7 @@ class StepSeed(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        entropy = [self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx]
+        entropy = [self.seed, data_rank(trainer)[0], trainer.fit_loop.total_batch_idx]
         for_python, for_numpy, for_torch = np.random.SeedSequence(entropy).generate_state(3).tolist()
         random.seed(for_python)
         np.random.seed(for_numpy)
@@ -141,7 +142,8 @@ class Throughput(Callback):
             self.seconds += now - self._clock
             self._clock = now
             own = torch.tensor(self._own_tokens, device=self._trainer.strategy.root_device)
-            self.tokens += int(self._trainer.strategy.reduce(own, reduce_op="sum"))
+            of_all = int(self._trainer.strategy.reduce(own, reduce_op="sum"))
+            self.tokens += of_all * data_rank(self._trainer)[1] // self._trainer.world_size
             self._own_tokens = 0
 
 

@@ -71,7 +71,7 @@ examples:
   fastformer finetune {task} --data folder/ --model folder/of/a/hugging-face/model --epochs 5 --patience 3
   fastformer finetune {task} --lora --adapter.rank 16 --optimizer.learning_rate 1e-3
   fastformer finetune {task} --adversarial fgm --optimizer.layer_decay 0.9
-  fastformer finetune {task} --devices 8 --strategy ddp --precision bf16-mixed --accumulate 4
+  fastformer finetune {task} --devices 8 --strategy fsdp2 --precision bf16-mixed --accumulate 4     # or ddp
   fastformer finetune {task} --resume              # continue the run in runs/{task} exactly where it stopped
 
 what --output holds:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule
 
+from fastformer.data.resuming import data_rank
 from fastformer.training.elastic import convert_progress, number_by_module
 from fastformer.training.sharding import shard
 
@@ -40,7 +41,7 @@ class TrainingModule(LightningModule):
         return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["world_size"] = self.trainer.world_size
+        checkpoint["world_size"] = data_rank(self.trainer)[1]
         if not self.is_sharded:  # sharded ones are numbered so already
             for state, optimizer in zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True):
                 number_by_module(state, optimizer, self)
@@ -48,7 +49,7 @@ class TrainingModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._trainer is not None:
             data = type(self.trainer.datamodule).__qualname__  # type: ignore[attr-defined]
-            convert_progress(checkpoint, data, self.trainer.world_size)
+            convert_progress(checkpoint, data, data_rank(self.trainer)[1])
 
     # --- The loss of an optimizer step --------------------------------------------------------------------------------
 
@@ -68,7 +69,7 @@ class TrainingModule(LightningModule):
         self._step_sums = sums.detach() if self._step_sums is None else self._step_sums + sums.detach()
         self._step_counts = self.over_ranks(of_step)
         # Lightning divides by the number of batches, and data parallelism by that of the ranks.
-        return sums / self._step_counts * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return sums / self._step_counts * self.trainer.accumulate_grad_batches * data_rank(self.trainer)[1]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         rate = max(group["lr"] for group in optimizer.param_groups)
@@ -85,8 +86,9 @@ class TrainingModule(LightningModule):
         optimizer.zero_grad()
 
     def over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """The sums over all ranks. (Lightning's own would wait for the GPU.)"""
-        if self.trainer.world_size > 1:
+        """The sums over all ranks of `data_rank`. (Lightning's own would wait for the GPU.)"""
+        if data_rank(self.trainer)[1] > 1:
             values = values.clone()
-            torch.distributed.all_reduce(values)
+            mesh = self.device_mesh
+            torch.distributed.all_reduce(values, group=None if mesh is None else mesh["data_parallel"].get_group())
         return values

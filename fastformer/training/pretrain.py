@@ -38,6 +38,7 @@ from fastformer.training.run import (
     summary_text,
 )
 from fastformer.training.samples import sample
+from fastformer.training.sharding import FullyShardedStrategy
 
 _DESCRIPTION = """\
 Pretrain a Transformer. Without any option: a small BERT, by masked language modelling and next-sentence prediction, on
@@ -55,6 +56,7 @@ examples:
 many devices (the batch of an optimizer step is --corpus.tokens_per_batch times --accumulate times the devices):
   fastformer pretrain --devices 8 --strategy ddp --accumulate 4 --corpus.tokens_per_batch 65536
   fastformer pretrain --devices 8 --strategy fsdp2 --precision bf16-mixed --activation_checkpointing
+  fastformer pretrain --devices 8 --strategy fsdp2 --tensor_parallel 2    # each batch on two devices
   torchrun --nproc_per_node 8 --max_restarts 3 --no_python fastformer pretrain --strategy fsdp2 --elastic
   srun fastformer pretrain --devices 8 --trainer.num_nodes 4 --strategy fsdp2 --elastic     # sbatch --requeue
 A run resumes with another strategy and on another number of devices. Its batches then are the same, in the same order;
@@ -103,6 +105,7 @@ def build_parser() -> LightningArgumentParser:
     add("--evaluate_every", type=int, default=_DEFAULT_INTERVAL, metavar="N", help=_EVALUATE_HELP)
     add("--seed", type=int, default=0, help="of the weights, the masks, the order of the data and dropout")
     add("--activation_checkpointing", action="store_true", help=_ACTIVATION_HELP)
+    add("--tensor_parallel", type=int, default=1, metavar="N", help=_TENSOR_HELP)
     # The modules of all objectives take the same arguments.
     parser.add_class_arguments(PretrainingModule, "model", instantiate=False)
     parser.add_class_arguments(PretrainingDataModule, "corpus")
@@ -122,12 +125,17 @@ _DATA_HELP = (
 _STEPS_HELP = f"optimizer steps; {', '.join(f'{module.default_steps} for {name}' for name, module in MODULES.items())}"
 _PRESET_HELP = f"architecture and size of the model instead of a small one: {', '.join(PRESETS)}"
 _EVALUATE_HELP = "measure the loss on held-out text, and save a checkpoint, each this many optimizer steps"
+_TENSOR_HELP = "of --strategy fsdp2: so many devices compute each batch together, each some heads and columns"
 _ACTIVATION_HELP = "keep the input of each block alone and compute the rest again backwards: less memory, more time"
 
 
 def _pretrain(parser: LightningArgumentParser, options: Namespace, folder: RunFolder, begin: float) -> None:
     checkpoint = latest_checkpoint(folder.checkpoints) if options.resume else None
     objects = parser.instantiate(options)
+    if options.tensor_parallel != 1:
+        if options.strategy != "fsdp2":
+            raise ValueError(f"--tensor_parallel is for --strategy fsdp2; got --strategy {options.strategy}")
+        objects.trainer.strategy = FullyShardedStrategy(options.tensor_parallel)
     module, data = MODULES[options.objective](**objects.model.as_dict()), objects.corpus
     throughput, curve = Throughput(), LossCurve(folder.curve, module.losses[0], module.loss_label)
     trainer = build_trainer(

@@ -18,6 +18,7 @@ from fastformer.models import FastformerConfig, FastformerPreTrainedModel
 from fastformer.models.presets import preset as preset_config
 from fastformer.training.module import TrainingModule
 from fastformer.training.optimization import Optimization, Schedule
+from fastformer.training.tensor_parallel import parallelize
 
 _SMALLEST = "bert-tiny"
 
@@ -97,6 +98,8 @@ class PretrainingModule(TrainingModule):
         self.model = getattr(models, self._architecture())(config)
         if self.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.device_mesh is not None and self.device_mesh["tensor_parallel"].size() > 1:
+            parallelize(self.model, self.device_mesh["tensor_parallel"])
         super().configure_model()
 
     def _architecture(self) -> str:

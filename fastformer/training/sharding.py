@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -24,13 +24,25 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     The module's `configure_model` calls `shard`. Checkpoints are single files, assembled on the first rank and the same
     as those of one device: a run resumes with any strategy on any number of devices.
+
+    Args:
+        tensor_parallel: so many neighbouring devices compute each batch together; see `tensor_parallel`.
+
+    Raises:
+        ValueError: the number of devices is no multiple of that.
     """
 
-    def __init__(self) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+    def __init__(self, tensor_parallel: int = 1) -> None:
+        if tensor_parallel < 1:
+            raise ValueError(f"--tensor_parallel must be 1 or more; got {tensor_parallel}")
+        super().__init__(tensor_parallel_size=tensor_parallel, save_distributed_checkpoint=False)
+        self.tensor_parallel = tensor_parallel
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        devices = self.num_nodes * self.num_processes
+        if devices % self.tensor_parallel:
+            raise ValueError(f"--tensor_parallel {self.tensor_parallel} must divide the {devices} devices")
+        self._data_parallel_size = devices // self.tensor_parallel
         super().setup_environment()
 
 
@@ -42,16 +54,12 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
     Args:
         model: ours or one of Hugging Face's, with PEFT's adapters or without; the same weights on every rank.
-        mesh: Lightning's, with the dimensions data_parallel and tensor_parallel.
+        mesh: Lightning's, with the dimensions data_parallel and tensor_parallel; weights are sharded over all its
+            devices.
 
     Raises:
-        ValueError: tensor parallelism is asked for, or the model has no blocks, or some that share weights.
+        ValueError: the model has no blocks, or some that share weights.
     """
-    if (size := mesh["tensor_parallel"].size()) > 1:
-        raise ValueError(
-            "tensor parallelism is not supported: queries, keys and values are one fused projection, which cannot be "
-            f"split by columns; give tensor_parallel_size=1, got {size}"
-        )
     units = blocks(model)
     if not units:
         raise ValueError(f"--strategy fsdp2 shards blocks, an nn.ModuleList; {type(model).__name__} has none")
@@ -60,9 +68,10 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
             f"--strategy fsdp2 shards block by block; in {type(model).__name__} some share weights with others: "
             f"{', '.join(shared[:3])}; use --strategy ddp"
         )
+    all_devices = init_device_mesh(mesh.device_type, (mesh.size(),))
     for block in units.values():
-        fully_shard(block, mesh=mesh["data_parallel"])
-    fully_shard(model, mesh=mesh["data_parallel"])
+        fully_shard(block, mesh=all_devices)
+    fully_shard(model, mesh=all_devices)
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

@@ -186,8 +186,7 @@ def test_loading_leaves_the_global_random_state_alone(make):
 def test_ranks_share_the_batches(make, world_size):
     class Rank:
         def __init__(self, global_rank):
-            self.global_rank = global_rank
-            self.world_size = world_size
+            self.distributed_sampler_kwargs = {"rank": global_rank, "num_replicas": world_size}
             self.fit_loop = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit_loop
             self.accumulate_grad_batches, self.num_training_batches = 1, float("inf")
 

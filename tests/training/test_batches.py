@@ -21,8 +21,7 @@ def data(
     total, current = (SimpleNamespace(completed=count) for count in done)
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=total, current=current)))
     made.trainer = SimpleNamespace(
-        global_rank=rank,
-        world_size=world_size,
+        distributed_sampler_kwargs={"rank": rank, "num_replicas": world_size},
         fit_loop=loop,
         accumulate_grad_batches=accumulate,
         num_training_batches=float("inf"),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from fastformer.models import FastformerConfig, FastformerModel
 from fastformer.training import run
 from fastformer.training.elastic import convert_progress, number_by_module
 from fastformer.training.sharding import shard
+from fastformer.training.tensor_parallel import parallelize
 
 
 def checkpoint(world_size: int, total: int, current: int) -> dict:
@@ -62,14 +66,31 @@ def test_an_optimizer_numbered_by_its_module_reads_its_state_again() -> None:
         assert torch.equal(second.state[parameter]["exp_avg"], first.state[parameter]["exp_avg"])
 
 
-def test_tensor_parallelism_is_refused() -> None:
-    mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
-    with pytest.raises(ValueError, match=r"tensor parallelism is not supported.*one fused projection.*got 2"):
-        shard(nn.Linear(1, 1), mesh)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_attention_heads": 3, "hidden_size": 12}, "--tensor_parallel 2 must divide num_attention_heads=3"),
+        ({"num_key_value_heads": 1}, "must divide num_key_value_heads=1"),
+        ({"intermediate_size": 5}, "must divide intermediate_size=5"),
+        ({"activation_dropout": 0.1}, "does not go with activation_dropout=0.1"),
+        ({"qk_norm": True}, "does not go with qk_norm=True"),
+    ],
+)
+def test_what_tensor_parallel_devices_cannot_share_is_refused(options: dict[str, Any], message: str) -> None:
+    shape = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 4,
+    }
+    model = FastformerModel(FastformerConfig(**{**shape, **options}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parallelize(model, SimpleNamespace(size=lambda: 2))
 
 
 def test_what_has_no_blocks_of_its_own_weights_is_not_sharded() -> None:
-    mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 1)}
+    mesh = SimpleNamespace()
     with pytest.raises(ValueError, match=r"shards blocks, an nn\.ModuleList; Linear has none"):
         shard(nn.Linear(1, 1), mesh)
     model = nn.Module()

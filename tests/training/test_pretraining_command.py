@@ -106,6 +106,8 @@ def test_elastic_starts_a_run_and_goes_on_with_it(tiny_run: list[str], tmp_path:
     [
         (("--objective", "clm", "--preset", "bert-tiny"), "needs a configuration with stack='decoder'; got 'encoder'"),
         (("--objective", "clm", "--corpus.whole_word", "true"), "whole_word is for objective mlm, not clm"),
+        (("--tensor_parallel", "2"), "--tensor_parallel is for --strategy fsdp2; got --strategy auto"),
+        (("--strategy", "fsdp2", "--tensor_parallel", "2"), "--tensor_parallel 2 must divide the 1 devices"),
         (("--elastic", "--overwrite"), None),
     ],
 )
