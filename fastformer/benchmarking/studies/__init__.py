@@ -11,6 +11,9 @@ STUDIES = {
     "operators": "fastformer.benchmarking.studies.operators",
     "modules": "fastformer.benchmarking.studies.modules",
     "models": "fastformer.benchmarking.studies.models",
+    "launch": "fastformer.benchmarking.studies.launch",
+    "first-call": "fastformer.benchmarking.studies.first_call",
+    "kernels": "fastformer.benchmarking.studies.kernels",
     "linear-cross-entropy": "fastformer.benchmarking.studies.linear_cross_entropy",
 }
 """Each study's name and its module, which has it as `STUDY`."""
