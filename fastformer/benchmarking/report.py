@@ -41,8 +41,7 @@ def write_report(results: Results, folder: Path, changes: Sequence[Change] = ())
         study = load(name)
         sections += [f"## {name}: {study.title}", study.note] if study.note else [f"## {name}: {study.title}"]
         sections.append(study_rows(measurements, results.environment.device).markdown())
-        picture = folder / f"{name}.png"
-        if draw(measurements, study.goals, study.title, picture):
+        for picture in draw(measurements, study.goals, study.title, folder / f"{name}.png"):
             sections.append(f"![{study.title}]({picture.name})")
         sections.append(f"Took {results.seconds[name]:,.0f} s.")
     with atomic_file(folder / "report.md") as file:

@@ -1,4 +1,4 @@
-"""What our kernels compile to, on any machine: registers, spills, shared memory, and how fast a model says they can be."""
+"""What our kernels compile to, on any machine: registers, spills, shared memory, and a model's fraction of peak."""
 
 from __future__ import annotations
 
