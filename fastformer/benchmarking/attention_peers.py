@@ -164,6 +164,7 @@ def _cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
 def _fastformer(call: Attention) -> Function:
     options: dict[str, Any] = {
         "causal": call.causal,
+        "alignment": "top_left",  # a query's position is its own, whatever is padding
         "window": None if call.window is None else (call.window, None),
         "alibi_slopes": alibi_slopes(call.heads).to(call.device) if call.alibi else None,
         "softcap": call.softcap,
