@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -161,8 +162,9 @@ def _cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _fastformer(call: Attention) -> Function:
-    options = {
+    options: dict[str, Any] = {
         "causal": call.causal,
+        "alignment": "top_left",  # a query's position is its own, whatever is padding
         "window": None if call.window is None else (call.window, None),
         "alibi_slopes": alibi_slopes(call.heads).to(call.device) if call.alibi else None,
         "softcap": call.softcap,
@@ -176,7 +178,9 @@ def _fastformer(call: Attention) -> Function:
 
     def function(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-        return attention(query, key, value, bias=bias, **options).transpose(1, 2)
+        output = attention(query, key, value, bias=bias, **options)
+        assert isinstance(output, Tensor)
+        return output.transpose(1, 2)
 
     return function
 
@@ -313,7 +317,7 @@ def _flex(call: Attention) -> Function:
 def _flash_attn(call: Attention) -> Function:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    options = {
+    options: dict[str, Any] = {
         "dropout_p": call.dropout_p,
         "causal": call.causal,
         "window_size": (-1, -1) if call.window is None else (call.window, 0),

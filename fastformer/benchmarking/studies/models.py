@@ -142,7 +142,7 @@ def _case(name: str, subject: Subject, size: Size, training: bool, compile_it: b
     run = _loss if training else _logits
 
     def theirs(attention: str, wrap: Callable[[Any], Any] = lambda model: model) -> Run:
-        model = subject.build(size, attention)
+        model: Any = subject.build(size, attention)
         batch = subject.batch(model.config, size)
         return run(wrap(model.to(size.device, size.dtype)), _decoded(model, batch))
 
@@ -150,7 +150,8 @@ def _case(name: str, subject: Subject, size: Size, training: bool, compile_it: b
         transformers.logging.disable_progress_bar()
         model = subject.build(size, "eager")
         batch = _decoded(model, subject.batch(model.config, size))
-        return run(from_hugging_face(model).to(size.device, size.dtype), batch)
+        own: Any = from_hugging_face(model)
+        return run(own.to(size.device, size.dtype), batch)
 
     peers = {
         OURS: Peer(ours),
