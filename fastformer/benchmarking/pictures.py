@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -44,8 +44,6 @@ def _curves(measured: Sequence[Measurement]) -> plt.Figure:
     panels: dict[tuple[Metric, str | None], list[Measurement]] = {}
     for each in sorted(measured, key=lambda each: metrics.index(each.metric)):
         panels.setdefault((each.metric, each.curve), []).append(each)
-    peers = list(dict.fromkeys(each.peer for each in measured))
-    colors = {peer: _COLORS[place % len(_COLORS)] for place, peer in enumerate(peers)}
     columns = min(_COLUMNS, len({curve for _, curve in panels}))
     rows = math.ceil(len(panels) / columns)
     size = (1.5 + 4.5 * columns, 0.8 + 3.4 * rows)
@@ -54,18 +52,21 @@ def _curves(measured: Sequence[Measurement]) -> plt.Figure:
         if points is None:
             axis.set_axis_off()
         else:
-            _panel(axis, points, colors)
+            _panel(axis, points)
     return figure
 
 
-def _panel(axis: plt.Axes, points: Sequence[Measurement], colors: Mapping[str, str]) -> None:
+def _panel(axis: plt.Axes, points: Sequence[Measurement]) -> None:
     """One metric along one curve, with the places where the lines cross, and a grey ground beyond what was measured."""
-    for peer in dict.fromkeys(each.peer for each in points):
-        line = sorted((each for each in points if each.peer == peer), key=lambda each: each.at or 0)
-        _line(axis, line, peer, colors[peer])
+    points = sorted(points, key=lambda each: (each.peer != OURS, each.at))
+    for peer, color in zip(dict.fromkeys(each.peer for each in points), itertools.cycle(_COLORS), strict=False):
+        _line(axis, [each for each in points if each.peer == peer], peer, color)
     metric = points[0].metric
     axis.set(title=points[0].curve or "", ylabel=f"{metric.name} ({metric.unit})", xscale="log", yscale="log")
     axis.set_xlabel(points[0].axis or "")
+    places = sorted({each.at or 0.0 for each in points})
+    axis.set_xticks(places, [number(at) for at in places], fontsize=7, rotation=30)
+    axis.set_xticks([], minor=True)
     for at in (at for comparison in comparisons(points) for at in comparison.at):
         axis.axvline(at, color="black", linestyle=":", linewidth=1)
         axis.text(at, 0.02, f" {number(at)}", transform=axis.get_xaxis_transform(), fontsize=7)

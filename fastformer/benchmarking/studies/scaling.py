@@ -150,9 +150,15 @@ def memory_terms(shape: Shape) -> Terms:
 
 
 def conclusions(setting: Setting, measured: Sequence[Measurement]) -> Iterator[Measurement]:
-    """The fits, what they predict, and the study of processes."""
+    """Predictions for all sizes, and the step that processes divide."""
+    yield from predictions(setting.quick, measured)
+    yield from processes(setting)
+
+
+def predictions(quick: bool, measured: Sequence[Measurement]) -> Iterator[Measurement]:
+    """The model fitted to what was measured: its coefficients, and what it says of every size."""
     for kind in KINDS:
-        steps = points(kind, setting.quick)
+        steps = points(kind, quick)
         seconds = _fitted(steps, time_terms, [each for each in measured if each.metric == TIME])
         yield from _predictions(steps, time_terms, seconds, TIME)
         yield from _coefficients(f"{kind}, time of a step", seconds)
@@ -163,7 +169,6 @@ def conclusions(setting: Setting, measured: Sequence[Measurement]) -> Iterator[M
             memory = _fitted(steps, memory_terms, mebibytes)
             yield from _predictions(steps, memory_terms, memory, PEAK_MEMORY)
             yield from _coefficients(f"{kind}, memory of a step", memory)
-    yield from processes(setting)
 
 
 def _fitted(steps: Sequence[Point], terms: Callable[[Shape], Terms], measured: Sequence[Measurement]) -> Fit:
