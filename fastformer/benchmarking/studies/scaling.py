@@ -58,7 +58,7 @@ def points(kind: Kind, quick: bool) -> list[Point]:
     else:
         base = Shape(kind, layers=4, hidden=256, tokens=2048, length=128, vocabulary=4096)
         sizes = {
-            _LENGTH: ((64, 256, 512), 2048, (8192, 32768, 131072)),
+            _LENGTH: ((64, 256, 1024), 2048, (8192, 32768, 131072)),
             _TOKENS: ((512, 1024, 3072), 8192, (65536, 524288)),
             _LAYERS: ((1, 2, 6), 12, (24, 96)),
             _WIDTH: ((128, 320, 384), 768, (1536, 6144)),
@@ -102,7 +102,7 @@ def _has_memory(point: Point, quick: bool) -> bool:
     """Each is a process more: where a model of one kind shows what the other would, one is enough."""
     if quick:
         return point == points("BERT-like", quick)[0]
-    return point.shape.kind == "BERT-like" or point.axis in (_TOKENS, _LAYERS)
+    return point.shape.kind == "BERT-like" or point.axis == _TOKENS
 
 
 # --- What a step consists of ------------------------------------------------------------------------------------------
