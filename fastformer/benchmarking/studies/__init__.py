@@ -7,8 +7,8 @@ import importlib
 from fastformer.benchmarking.study import Study
 
 STUDIES = {
-    "crossovers": "fastformer.benchmarking.studies.crossovers",
     "linear-cross-entropy": "fastformer.benchmarking.studies.linear_cross_entropy",
+    "crossovers": "fastformer.benchmarking.studies.crossovers",
     "scaling": "fastformer.benchmarking.studies.scaling",
 }
 """Each study's name and its module, which has it as `STUDY`."""

@@ -222,7 +222,7 @@ _WHOLE = "the whole batch: s"
 def processes(setting: Setting) -> Iterator[Measurement]:
     """One step's tokens divided among processes, beside as many threads of one, and beside what its parts predict."""
     shape = _divided(setting.quick)
-    most = most_processes(setting.device)
+    most = min(most_processes(setting.device), shape.sequences)
     rounds = setting.rounds or (2 if setting.quick else _ROUNDS)
     found = data_parallel_steps(shape, 1 if setting.quick else most, setting.device, rounds)
     alone = {1: found.share[1]}
