@@ -58,7 +58,7 @@ def points(kind: Kind, quick: bool) -> list[Point]:
     else:
         base = Shape(kind, layers=4, hidden=256, tokens=2048, length=128, vocabulary=4096)
         sizes = {
-            _LENGTH: ((64, 256, 1024), 2048, (8192, 32768, 131072)),
+            _LENGTH: ((64, 512, 1024), 2048, (8192, 32768, 131072)),
             _TOKENS: ((512, 1024, 3072), 8192, (65536, 524288)),
             _LAYERS: ((1, 2, 6), 12, (24, 96)),
             _WIDTH: ((128, 320, 384), 768, (1536, 6144)),
@@ -228,7 +228,7 @@ def processes(setting: Setting) -> Iterator[Measurement]:
     alone = {1: found.share[1]}
     for peer, lines in ((OURS, found.processes), ("threads of one process", found.threads)):
         for count, values in (alone | lines).items() if lines or peer == OURS else ():
-            case = _case(count, len(found.share))
+            case = _case(count, max(found.share))
             yield Measurement(NAME, case, peer, TIME, values, _work(shape), _CURVE, _PROCESSES, count)
     if found.exchange:
         yield from _predicted_processes(shape, found)
