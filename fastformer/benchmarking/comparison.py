@@ -33,7 +33,7 @@ class Change:
 
 
 def changes(old: Results, new: Results) -> Iterator[Change]:
-    """Of everything of ours that both have measured.
+    """Of everything of ours that both have measured, alone and beside peers that are measured too.
 
     Raises:
         ValueError: one had the quick sizes, the other the full ones.
@@ -43,7 +43,7 @@ def changes(old: Results, new: Results) -> Iterator[Change]:
     before = {_key(each): each for each in _all(old)}
     for each in _all(new):
         past = before.get(_key(each))
-        if past is None or not (past.values and each.values):
+        if past is None or each.modelled or not (past.values and each.values):
             continue
         if each.peer == OURS:
             yield _change(past, each)

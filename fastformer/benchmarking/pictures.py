@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 
@@ -22,8 +22,6 @@ _WIN, _LOSS = "#0072B2", "#D55E00"
 _COLORS = (_WIN, "#E69F00", "#009E73", _LOSS, "#CC79A7", "#56B4E9", "#F0E442", "#555555")
 # Panels in a row.
 _COLUMNS = 4
-
-
 # Beyond this a ratio is drawn as a bar to the edge.
 _WIDEST = 32.0
 _MOST_TICKS = 8
@@ -62,8 +60,6 @@ def _curves(measured: Sequence[Measurement]) -> plt.Figure:
         if not rows or len(rows[-1]) == _COLUMNS or rows[-1][0][0] != panel[0]:
             rows.append([])
         rows[-1].append(panel)
-    peers = list(dict.fromkeys(each.peer for each in measured))
-    colors = {peer: _COLORS[place % len(_COLORS)] for place, peer in enumerate(peers)}
     columns = max(len(row) for row in rows)
     size = (1.5 + 4.5 * columns, 0.8 + 3.4 * len(rows))
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
@@ -71,18 +67,21 @@ def _curves(measured: Sequence[Measurement]) -> plt.Figure:
         for axis in row_axes[len(row) :]:
             axis.set_axis_off()
         for (metric, curve), axis in zip(row, row_axes, strict=False):
-            _panel(axis, [each for each in measured if (each.metric, each.curve) == (metric, curve)], colors)
+            _panel(axis, [each for each in measured if (each.metric, each.curve) == (metric, curve)])
     return figure
 
 
-def _panel(axis: plt.Axes, points: Sequence[Measurement], colors: Mapping[str, str]) -> None:
+def _panel(axis: plt.Axes, points: Sequence[Measurement]) -> None:
     """One metric along one curve, with the places where the lines cross, and a grey ground beyond what was measured."""
-    for peer in dict.fromkeys(each.peer for each in points):
-        line = sorted((each for each in points if each.peer == peer), key=lambda each: each.at or 0)
-        _line(axis, line, peer, colors[peer])
+    points = sorted(points, key=lambda each: (each.peer != OURS, each.at))
+    for peer, color in zip(dict.fromkeys(each.peer for each in points), itertools.cycle(_COLORS), strict=False):
+        _line(axis, [each for each in points if each.peer == peer], peer, color)
     metric = points[0].metric
     axis.set(title=points[0].curve or "", ylabel=f"{metric.name} ({metric.unit})", xscale="log", yscale="log")
     axis.set_xlabel(points[0].axis or "")
+    places = sorted({each.at or 0.0 for each in points})
+    axis.set_xticks(places, [number(at) for at in places], fontsize=7, rotation=30)
+    axis.set_xticks([], minor=True)
     for at in (at for comparison in comparisons(points) for at in comparison.at):
         axis.axvline(at, color="black", linestyle=":", linewidth=1)
         axis.text(at, 0.02, f" {number(at)}", transform=axis.get_xaxis_transform(), fontsize=7)

@@ -94,6 +94,7 @@ def training_step(
         masked = max(1, round(MASKED_SHARE * shape.length)) * shape.sequences
         inputs["masked_positions"] = torch.randperm(shape.tokens, device=device)[:masked].sort().values
     optimizer = adamw(model, learning_rate=1e-4, weight_decay=0.01, betas=(0.9, 0.98), eps=1e-6)
+    _step_without_gradients(model, optimizer)
     wrapped = wrap(model)
 
     def run() -> float:
@@ -104,6 +105,14 @@ def training_step(
         return loss.item()
 
     return run
+
+
+def _step_without_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer have its moments, which a training's first step alone begins without."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 @lru_cache

@@ -91,6 +91,11 @@ def test_regression_beside_a_peer(metric: Metric, worse: bool) -> None:
     assert beside.regression == (worse or metric == PEAK_MEMORY)
 
 
+def test_a_models_error_is_no_regression() -> None:
+    old, new = (results(found(OURS, 1.0), replace(found("model", guess), modelled=True)) for guess in (1.0, 2.0))
+    assert [change.peer for change in changes(old, new)] == [None]
+
+
 def test_quick_and_full_runs_do_not_compare() -> None:
     with pytest.raises(ValueError, match="--quick"):
         list(changes(results(), replace(results(), quick=True)))

@@ -7,7 +7,6 @@ import importlib
 from fastformer.benchmarking.study import Study
 
 STUDIES = {
-    "finetuning": "fastformer.benchmarking.studies.finetuning",
     "attention": "fastformer.benchmarking.studies.attention",
     "operators": "fastformer.benchmarking.studies.operators",
     "modules": "fastformer.benchmarking.studies.modules",
@@ -18,13 +17,14 @@ STUDIES = {
     "kernels": "fastformer.benchmarking.studies.kernels",
     "linear-cross-entropy": "fastformer.benchmarking.studies.linear_cross_entropy",
     "pretraining": "fastformer.benchmarking.studies.pretraining",
-    "crossovers": "fastformer.benchmarking.studies.crossovers",
-    "scaling": "fastformer.benchmarking.studies.scaling",
-    "sentiment": "fastformer.benchmarking.studies.sentiment",
-    "tasks": "fastformer.benchmarking.studies.tasks",
+    "finetuning": "fastformer.benchmarking.studies.finetuning",
     "generation": "fastformer.benchmarking.studies.generation",
     "startup": "fastformer.benchmarking.studies.startup",
     "tokenizing": "fastformer.benchmarking.studies.tokenizing",
+    "scaling": "fastformer.benchmarking.studies.scaling",
+    "crossovers": "fastformer.benchmarking.studies.crossovers",
+    "sentiment": "fastformer.benchmarking.studies.sentiment",
+    "tasks": "fastformer.benchmarking.studies.tasks",
 }
 """Each study's name and its module, which has it as `STUDY`."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,13 @@ def _dense_attention(device: torch.device, tokens: int, length: int, attend: Att
 
 
 def _packed(lengths: Sequence[int], device: torch.device) -> Attend:
-    return partial(attention, cu_seqlens_q=_boundaries(lengths, device), max_seqlen_q=max(lengths))
+    boundaries, longest = _boundaries(lengths, device), max(lengths)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        attended: Any = attention(query, key, value, cu_seqlens_q=boundaries, max_seqlen_q=longest)
+        return attended
+
+    return attend
 
 
 def _sdpa(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -100,7 +107,7 @@ def _feed_forward(device: torch.device, tokens: int) -> Run:
     torch.manual_seed(0)
     leaves = [torch.randn(tokens, _HIDDEN), torch.randn(4 * _HIDDEN, _HIDDEN) / 16, torch.randn(_HIDDEN, 4 * _HIDDEN)]
     leaves = [leaf.to(device).requires_grad_() for leaf in leaves]
-    return _forward_and_backward(lambda: feed_forward(*leaves), leaves)
+    return _forward_and_backward(lambda: feed_forward(leaves[0], leaves[1], leaves[2]), leaves)
 
 
 def _forward_and_backward(forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Run:
@@ -122,7 +129,7 @@ def _boundaries(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 def _equal_losses(losses: dict[str, object]) -> None:
     for peer, loss in losses.items():
-        torch.testing.assert_close(loss, losses[OURS], rtol=1e-4, atol=0, msg=lambda text, peer=peer: f"{peer}: {text}")
+        torch.testing.assert_close(loss, losses[OURS], rtol=1e-4, atol=0, msg=f"{peer}: {loss}, not {losses[OURS]}")
 
 
 # --- Padding ----------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def points(kind: Kind, quick: bool) -> list[Point]:
     else:
         base = Shape(kind, layers=4, hidden=256, tokens=2048, length=128, vocabulary=4096)
         sizes = {
-            _LENGTH: ((64, 256, 512), 2048, (8192, 32768, 131072)),
+            _LENGTH: ((64, 512, 1024), 2048, (8192, 32768, 131072)),
             _TOKENS: ((512, 1024, 3072), 8192, (65536, 524288)),
             _LAYERS: ((1, 2, 6), 12, (24, 96)),
             _WIDTH: ((128, 320, 384), 768, (1536, 6144)),
@@ -102,7 +102,7 @@ def _has_memory(point: Point, quick: bool) -> bool:
     """Each is a process more: where a model of one kind shows what the other would, one is enough."""
     if quick:
         return point == points("BERT-like", quick)[0]
-    return point.shape.kind == "BERT-like" or point.axis in (_TOKENS, _LAYERS)
+    return point.shape.kind == "BERT-like" or point.axis == _TOKENS
 
 
 # --- What a step consists of ------------------------------------------------------------------------------------------
@@ -150,9 +150,15 @@ def memory_terms(shape: Shape) -> Terms:
 
 
 def conclusions(setting: Setting, measured: Sequence[Measurement]) -> Iterator[Measurement]:
-    """The fits, what they predict, and the study of processes."""
+    """Predictions for all sizes, and the step that processes divide."""
+    yield from predictions(setting.quick, measured)
+    yield from processes(setting)
+
+
+def predictions(quick: bool, measured: Sequence[Measurement]) -> Iterator[Measurement]:
+    """The model fitted to what was measured: its coefficients, and what it says of every size."""
     for kind in KINDS:
-        steps = points(kind, setting.quick)
+        steps = points(kind, quick)
         seconds = _fitted(steps, time_terms, [each for each in measured if each.metric == TIME])
         yield from _predictions(steps, time_terms, seconds, TIME)
         yield from _coefficients(f"{kind}, time of a step", seconds)
@@ -163,7 +169,6 @@ def conclusions(setting: Setting, measured: Sequence[Measurement]) -> Iterator[M
             memory = _fitted(steps, memory_terms, mebibytes)
             yield from _predictions(steps, memory_terms, memory, PEAK_MEMORY)
             yield from _coefficients(f"{kind}, memory of a step", memory)
-    yield from processes(setting)
 
 
 def _fitted(steps: Sequence[Point], terms: Callable[[Shape], Terms], measured: Sequence[Measurement]) -> Fit:
@@ -217,13 +222,13 @@ _WHOLE = "the whole batch: s"
 def processes(setting: Setting) -> Iterator[Measurement]:
     """One step's tokens divided among processes, beside as many threads of one, and beside what its parts predict."""
     shape = _divided(setting.quick)
-    most = most_processes(setting.device)
+    most = min(most_processes(setting.device), shape.sequences)
     rounds = setting.rounds or (2 if setting.quick else _ROUNDS)
     found = data_parallel_steps(shape, 1 if setting.quick else most, setting.device, rounds)
     alone = {1: found.share[1]}
     for peer, lines in ((OURS, found.processes), ("threads of one process", found.threads)):
         for count, values in (alone | lines).items() if lines or peer == OURS else ():
-            case = _case(count, len(found.share))
+            case = _case(count, max(found.share))
             yield Measurement(NAME, case, peer, TIME, values, _work(shape), _CURVE, _PROCESSES, count)
     if found.exchange:
         yield from _predicted_processes(shape, found)
