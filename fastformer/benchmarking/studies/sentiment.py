@@ -27,14 +27,14 @@ FETCH = "data fetch vader-sentiment"
 EXPORT = "data export vader-sentiment --out runs/sentiment/train.jsonl"
 PRETRAIN = (
     "pretrain --data runs/sentiment/train.jsonl --corpus.next_sentence false --corpus.vocab_size 4096 "
-    "--corpus.mask_probability 0.25 --corpus.tokens_per_batch 2048 --max_steps 4000 --model.overrides "
+    "--corpus.max_length 64 --corpus.mask_probability 0.25 --corpus.tokens_per_batch 2048 --model.overrides "
     """'{"hidden_dropout_prob": 0, "classifier_dropout": 0.1, "initializer_range": 0.08, "pooling": "mean"}' """
     "--output runs/sentiment/pretrain"
 )
 FINETUNE = (
     "finetune classify --data vader-sentiment --model runs/sentiment/pretrain/model --max_train_examples 2000 "
-    "--epochs 5 --tokens_per_batch 1024 --optimizer.learning_rate 1e-3 --evaluate_every 50 --patience 5 "
-    "--monitor accuracy"
+    "--epochs 5 --text.max_length 64 --tokens_per_batch 1024 --optimizer.learning_rate 1e-3 --evaluate_every 50 "
+    "--patience 4 --monitor accuracy"
 )
 FINETUNE_PRETRAINED = f"{FINETUNE} --output runs/sentiment/pretrained"
 FINETUNE_SCRATCH = f"{FINETUNE} --from_scratch --output runs/sentiment/scratch"
