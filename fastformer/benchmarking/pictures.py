@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -15,7 +16,6 @@ from fastformer.data.files import atomic_file
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.ticker import NullLocator
 
 # Okabe and Ito's palette, distinguishable without red-green vision.
 _WIN, _LOSS = "#0072B2", "#D55E00"
@@ -24,7 +24,6 @@ _COLORS = (_WIN, "#E69F00", "#009E73", _LOSS, "#CC79A7", "#56B4E9", "#F0E442", "
 _COLUMNS = 4
 # Beyond this a ratio is drawn as a bar to the edge.
 _WIDEST = 32.0
-_MOST_TICKS = 8
 
 
 def draw(measurements: Sequence[Measurement], goals: Sequence[Goal], title: str, path: Path) -> list[Path]:
@@ -88,10 +87,6 @@ def _panel(axis: plt.Axes, points: Sequence[Measurement]) -> None:
     measured = [each.at or 0 for each in points if not each.modelled]
     if measured and max(measured) < (last := max(each.at or 0 for each in points)):
         axis.axvspan(max(measured), last, color="#999999", alpha=0.15, label="extrapolated")
-    places = sorted({each.at or 0 for each in points})
-    if len(places) <= _MOST_TICKS:
-        axis.set_xticks(places, [f"{place:,g}" for place in places])
-        axis.xaxis.set_minor_locator(NullLocator())
     axis.grid(True, which="major", linewidth=0.3)
     axis.legend(fontsize=7)
 
