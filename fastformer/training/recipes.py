@@ -417,8 +417,7 @@ class Converse(Rewrite):
         return {"reference": last.content} if last.role == "assistant" else {}
 
     def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """ROUGE of what is written, and the perplexity of the answers whose likelihood is known: those that begin within
-        the longest sequence."""
+        """ROUGE of what is written; the perplexity of the answers that begin within the longest sequence."""
         known = [line for line in lines if "log_likelihood" in line]
         perplexity = corpus_perplexity(*_columns(known, "log_likelihood", "tokens"))
         return {"perplexity": perplexity, **super().metrics(lines)}

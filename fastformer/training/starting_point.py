@@ -131,7 +131,7 @@ def _foreign(folder: str | Path, task: Task, options: dict[str, Any]) -> tuple[P
 
 def _add_match_type(model: FastformerPreTrainedModel) -> None:
     """Words of the context that the question has get a token type of their own, which begins as the context's."""
-    embeddings = model.base_model.embeddings
+    embeddings: Any = model.base_model.embeddings
     types = embeddings.token_type.weight.detach()
     embeddings.token_type = torch.nn.Embedding.from_pretrained(torch.cat([types, types[-1:]]), freeze=False)
     model.config.type_vocab_size = MATCH_TYPE + 1

