@@ -425,7 +425,8 @@ class Converse(Rewrite):
     def baselines(self, known: Sequence[Any], examples: Sequence[Any]) -> dict[str, dict[str, float]]:
         answered, tokens = (list(self._answer_tokens(part)) for part in (known, examples))
         perplexity = baselines.unigram_perplexity(answered, tokens, len(self.tokenizer))
-        typical = baselines.typical_text([example.messages[-1].content for example in known])
+        answers = [reference["reference"] for example in known if (reference := self.reference(example))]
+        typical = baselines.typical_text(answers)
         written = [{"prediction": typical} for _ in examples]
         return {
             "each token's frequency": {"perplexity": perplexity},

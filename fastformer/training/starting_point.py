@@ -54,8 +54,8 @@ CLASSES: dict[str, Classes] = {
     "embed": Classes(FastformerForEmbedding, AutoModel),
 }
 
-# From scratch: BERT for labels and embeddings; blocks as they are built today where something has to be found by where
-# it stands, for which rotary positions need a tenth of the steps, or to be written.
+# From scratch: BERT for labels and embeddings; blocks as they are built today where text is to be written, or an answer
+# found by what stands beside it, which learned positions are slow to tell.
 _TODAY: dict[str, Any] = {
     "norm": "rms",
     "norm_placement": "pre",
