@@ -346,9 +346,7 @@ def _model_folder(task: Task, given: str | None) -> Path | None:
         return None
     config = AutoConfig.from_pretrained(PRETRAINED)
     fits = isinstance(config, FastformerConfig) and config.stack in CLASSES[task].ours._stacks
-    if (
-        task == "qa" and fits
-    ):  # from scratch, with rotary positions, it is learnt in far fewer steps than with learned ones
+    if task == "qa" and fits:  # rotary positions, from scratch, need far fewer steps than learned ones
         fits = config.position_embedding in ("rotary", "relative")
     return PRETRAINED if fits else None
 
