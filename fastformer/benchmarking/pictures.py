@@ -152,5 +152,5 @@ def _about_one(axis: plt.Axes) -> None:
     low, high = min(low, 0.5) / 1.1, max(high, 2.0) * 4
     ticks = [2.0**power for power in range(-6, 6) if low <= 2.0**power <= high]
     axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], fontsize=7)
-    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xticks([], minor=True)
     axis.set_xlim(low, high)

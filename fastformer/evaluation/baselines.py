@@ -60,6 +60,8 @@ def typical_text(texts: Sequence[str]) -> str:
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.preprocessing import normalize
 
+    if not any(map(_words, texts)):
+        return commonest(texts)
     rows = normalize(CountVectorizer(token_pattern=_WORD.pattern, max_features=_MOST_WORDS).fit_transform(texts))
     return texts[int((rows @ np.asarray(rows.mean(axis=0)).ravel()).argmax())]
 
@@ -68,6 +70,8 @@ def word_vectors(known: Sequence[str], texts: Sequence[str]) -> NDArray[np.float
     """(texts, words) tf-idf of the commonest 4,096 words of the `known` texts."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
+    if not any(map(_words, known)):
+        return np.zeros((len(texts), 1))
     counted = TfidfVectorizer(token_pattern=_WORD.pattern, max_features=_MOST_WORDS, sublinear_tf=True).fit(known)
     return np.asarray(counted.transform(texts).toarray())
 

@@ -29,7 +29,8 @@ what each line of PREDICTIONS.jsonl needs, beside anything else:
   tag                   prediction, reference: lists of tags, as many as words
   qa                    prediction: text, "" for no answer; references: list of texts, empty for no answer
   summarize, translate  prediction, reference: texts
-  generate              log_likelihood: of the answer, in nats; tokens: how many it has
+  generate              log_likelihood: of the answer, in nats; tokens: how many it has; and for ROUGE, if there are
+                        any, prediction and reference: texts
   embed                 embedding, positive: vectors of the two texts, lists of as many numbers
 
 examples:
@@ -123,7 +124,10 @@ def _answer(rows: list[Row], options: argparse.Namespace) -> Metrics:
 def _generate(rows: list[Row], options: argparse.Namespace) -> Metrics:
     likelihoods = [_field(row, "log_likelihood", (int, float), "a number, in nats") for row in rows]
     tokens = [_field(row, "tokens", int, "a whole number") for row in rows]
-    return {"perplexity": corpus_perplexity(likelihoods, tokens), "tokens": sum(tokens)}
+    metrics: Metrics = {"perplexity": corpus_perplexity(likelihoods, tokens), "tokens": sum(tokens)}
+    if all("prediction" in row.values for row in rows):
+        metrics |= summary_metrics(*_texts(rows))
+    return metrics
 
 
 def _embed(rows: list[Row], options: argparse.Namespace) -> Metrics:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any
 
@@ -83,6 +83,10 @@ class FineTuningData(ResumableDataModule):
             return PoissonBatches(self.train, self.collate, rate, self.seed, self.batches_done)
         return _TrainingBatches(self, self.train)
 
+    def batches_of_pass(self, lengths: np.ndarray, number: int) -> Collection[np.ndarray]:
+        """Which examples are in each batch of all ranks in one pass over those of these lengths."""
+        return TokenBudgetSampler(lengths, self.tokens_per_batch, seed=self.seed, epoch=number)
+
     def val_dataloader(self) -> Any:
         """This process's batches of the held-out examples, the same every time."""
         return _Batches(self, self.validation)
@@ -151,8 +155,8 @@ class _TrainingBatches(_Batches):
             yield from islice(batches, min(start, len(batches)), None)
             start = max(0, start - len(batches))
 
-    def _batches_of_pass(self, number: int) -> TokenBudgetSampler:
-        return TokenBudgetSampler(self.lengths, self.data.tokens_per_batch, seed=self.data.seed, epoch=number)
+    def _batches_of_pass(self, number: int) -> Collection[np.ndarray]:
+        return self.data.batches_of_pass(self.lengths, number)
 
     def _count(self, batch: Any) -> torch.Tensor:
         return torch.tensor([self.data.targets(batch)])

@@ -124,7 +124,11 @@ class _Usual(NamedTuple):
 
 
 _USUAL: dict[Task, _Usual] = {
+    "tag": _Usual(epochs=10, vocab_size=4096, tokens_per_batch=1024),
     "qa": _Usual(epochs=2, vocab_size=4096, tokens_per_batch=2048),
+    "summarize": _Usual(epochs=12, vocab_size=2048, tokens_per_batch=2048),
+    "translate": _Usual(epochs=10, vocab_size=4096, tokens_per_batch=2048),
+    "embed": _Usual(epochs=10),
 }
 
 
@@ -370,7 +374,7 @@ def _model_folder(task: Task, options: Namespace) -> Path | None:
         return None
     config = AutoConfig.from_pretrained(PRETRAINED)
     fits = isinstance(config, FastformerConfig) and config.stack in CLASSES[task].ours._stacks
-    if task == "qa" and fits:  # with absolute positions it takes ten times the steps of one from scratch
+    if task == "qa" and fits:  # rotary positions, from scratch, need far fewer steps than learned ones
         fits = config.position_embedding in ("rotary", "relative")
     return PRETRAINED if fits else None
 

@@ -417,14 +417,21 @@ class Converse(Rewrite):
         return {"reference": last.content} if last.role == "assistant" else {}
 
     def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """Of all answers whose likelihood is known: those that are whole within the longest sequence."""
+        """ROUGE of what is written; the perplexity of the answers that begin within the longest sequence."""
         known = [line for line in lines if "log_likelihood" in line]
-        return {"perplexity": corpus_perplexity(*_columns(known, "log_likelihood", "tokens"))}
+        perplexity = corpus_perplexity(*_columns(known, "log_likelihood", "tokens"))
+        return {"perplexity": perplexity, **super().metrics(lines)}
 
     def baselines(self, known: Sequence[Any], examples: Sequence[Any]) -> dict[str, dict[str, float]]:
         answered, tokens = (list(self._answer_tokens(part)) for part in (known, examples))
         perplexity = baselines.unigram_perplexity(answered, tokens, len(self.tokenizer))
-        return {"each token's frequency": {"perplexity": perplexity}}
+        answers = [reference["reference"] for example in known if (reference := self.reference(example))]
+        typical = baselines.typical_text(answers)
+        written = [{"prediction": typical} for _ in examples]
+        return {
+            "each token's frequency": {"perplexity": perplexity},
+            "the most typical answer": super().metrics(self.lines(written, examples)),
+        }
 
     def _answer_tokens(self, examples: Sequence[Any]) -> Iterator[int]:
         """What is to be learnt of conversations, one after another."""

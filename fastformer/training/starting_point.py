@@ -55,8 +55,8 @@ CLASSES: dict[str, Classes] = {
     "embed": Classes(FastformerForEmbedding, AutoModel),
 }
 
-# From scratch: BERT for labels and embeddings; blocks as they are built today where something has to be found by where
-# it stands, for which rotary positions need a tenth of the steps, or to be written.
+# From scratch: BERT for labels and embeddings; blocks as they are built today where text is to be written, or an answer
+# found by what stands beside it, which learned positions are slow to tell.
 _TODAY: dict[str, Any] = {
     "norm": "rms",
     "norm_placement": "pre",
@@ -156,7 +156,7 @@ def _configuration(folder: str | Path, **fields: Any) -> PreTrainedConfig:
 
 def _add_match_type(model: FastformerPreTrainedModel) -> None:
     """Words of the context that the question has get a token type of their own, which begins as the context's."""
-    embeddings = model.base_model.embeddings
+    embeddings: Any = model.base_model.embeddings
     types = embeddings.token_type.weight.detach()
     embeddings.token_type = torch.nn.Embedding.from_pretrained(torch.cat([types, types[-1:]]), freeze=False)
     model.config.type_vocab_size = MATCH_TYPE + 1

@@ -44,6 +44,7 @@ def test_the_typical_text_shares_most_words_with_the_others() -> None:
     texts = ["Return the name.", "Make a socket.", "Return the size.", "Return the name of the file."]
     assert baselines.typical_text(texts) == "Return the name."
     assert baselines.typical_text(["Same.", "Other words.", "Same."]) == "Same."
+    assert baselines.typical_text(["?", "!", "!"]) == "!"
 
 
 def test_word_vectors_find_the_text_with_the_same_rare_words() -> None:
@@ -53,6 +54,7 @@ def test_word_vectors_find_the_text_with_the_same_rare_words() -> None:
     found = retrieval_metrics(baselines.word_vectors(known, anchors), baselines.word_vectors(known, own))
     assert found["recall_at_1"] == 1.0
     assert not baselines.word_vectors(known, ["unheard of"]).any()
+    assert not baselines.word_vectors(["?"], ["unheard of"]).any()
 
 
 def test_unigram_perplexity_counts_each_token_once_more() -> None:

@@ -97,10 +97,11 @@ class Batches(FineTuningData):
             features,
             lambda batch: _collate(batch, "packed"),
             lambda feature: len(feature.input_ids),
+            lambda batch: len(batch["labels"]),
         )
         self.indices = np.split(np.arange(len(features)), len(batches))
 
-    def sampler(self, lengths: np.ndarray, **options: Any) -> Any:
+    def batches_of_pass(self, lengths: np.ndarray, number: int) -> list[np.ndarray]:
         return self.indices
 
 
