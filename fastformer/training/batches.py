@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any
 
@@ -83,7 +83,7 @@ class FineTuningData(ResumableDataModule):
             return PoissonBatches(self.train, self.collate, rate, self.seed, self.batches_done)
         return _TrainingBatches(self, self.train)
 
-    def batches_of_pass(self, lengths: np.ndarray, number: int) -> Collection[np.ndarray]:
+    def batches_of_pass(self, lengths: np.ndarray, number: int) -> TokenBudgetSampler | Sequence[np.ndarray]:
         """Which examples are in each batch of all ranks in one pass over those of these lengths."""
         return TokenBudgetSampler(lengths, self.tokens_per_batch, seed=self.seed, epoch=number)
 
@@ -155,7 +155,7 @@ class _TrainingBatches(_Batches):
             yield from islice(batches, min(start, len(batches)), None)
             start = max(0, start - len(batches))
 
-    def _batches_of_pass(self, number: int) -> Collection[np.ndarray]:
+    def _batches_of_pass(self, number: int) -> TokenBudgetSampler | Sequence[np.ndarray]:
         return self.data.batches_of_pass(self.lengths, number)
 
     def _count(self, batch: Any) -> torch.Tensor:
