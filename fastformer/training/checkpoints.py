@@ -113,16 +113,31 @@ class StepCheckpoint(Checkpoint):
 
 
 class ValidationCheckpoint(StepCheckpoint):
-    """Saves after every validation, so that what was decided by it (to stop early) is in the checkpoint."""
+    """Saves after every validation, so that what was decided by it (to stop early) is in the checkpoint.
+
+    After one between optimizer steps, as there is where a run was resumed with another ``accumulate``, it saves after
+    the next step.
+    """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         super().__init__(folder, every=1, keep=keep)
+        self._between_steps = self._due = False
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Nothing is saved before the validation."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._between_steps = trainer.global_step == self._step
+        self._step = trainer.global_step
+        if self._due and not self._between_steps:
+            self._due = False
+            self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self._between_steps:
+            self._due = True
+        else:
             self._save(trainer)
 
 

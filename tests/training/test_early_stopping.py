@@ -106,6 +106,29 @@ def test_a_stopped_run_stays_stopped(tmp_path: Path) -> None:
     assert (trainer.global_step, module.weight.item()) == (12, 8)
 
 
+def test_what_is_saved_is_never_between_optimizer_steps(tmp_path: Path) -> None:
+    """Validations after three batches each; optimizer steps after two."""
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=6,
+        callbacks=[ValidationCheckpoint(tmp_path, keep=9)],
+        plugins=[AtomicCheckpointIO()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        check_val_every_n_epoch=None,
+        val_check_interval=3,
+        accumulate_grad_batches=2,
+    )
+    loader = Loader([torch.zeros(1)] * 100)
+    trainer.fit(Module(), loader, loader)
+    batches = {}
+    for path in sorted(tmp_path.iterdir()):
+        loops = AtomicCheckpointIO().load_checkpoint(path)["loops"]["fit_loop"]
+        batches[path.stem] = loops["epoch_loop.batch_progress"]["total"]["ready"]
+    assert batches == {f"step-{step:07d}": 2 * step for step in (2, 3, 5, 6)}
+
+
 def test_a_metric_that_is_not_there_is_named(tmp_path: Path) -> None:
     stopping = EarlyStopping(tmp_path / "best.pt", "accuracy", "max", 2)
     module, loader = Module(), DataLoader([torch.zeros(1)] * 4)

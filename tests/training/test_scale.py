@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from training.processes import finish, start
 from training.tasks import command, scratch
@@ -68,18 +69,13 @@ def one(options: Options, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return of
 
 
-def logged(output: Path, name: str) -> dict[int, float]:
-    """What was logged at each step, of resumed ones the later."""
-    found: dict[int, float] = {}
+def curve(output: Path) -> list[float]:
+    """The loss of each optimizer step, of resumed ones the later."""
+    losses: dict[int, float] = {}
     for version in sorted(output.glob("logs/csv/*")):
         with (version / "metrics.csv").open() as file:
-            found |= {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
-    return dict(sorted(found.items()))
-
-
-def curve(output: Path) -> list[float]:
-    """The loss of each optimizer step."""
-    return list(logged(output, "train/loss").values())
+            losses |= {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
+    return [losses[step] for step in sorted(losses)]
 
 
 def metrics(output: Path) -> dict[str, Any]:
@@ -140,8 +136,11 @@ def test_processes_stop_together_with_the_best_weights(strategy: str, options: O
     finish(start([*started, *TWO[strategy], "--output", str(tmp_path / "two")], ranks=2))
     assert_same_run(tmp_path / "two", tmp_path / "one")
     assert metrics(tmp_path / "two")["steps"] == 2
-    (after_one_step, _) = logged(tmp_path / "two", "val/loss").values()
-    assert metrics(tmp_path / "two")["end"]["loss"] == pytest.approx(after_one_step, rel=1e-7)
+    best = torch.load(tmp_path / "two/best.pt", weights_only=True)
+    last = torch.load(tmp_path / "two/checkpoints/step-0000002.ckpt", weights_only=True)["state_dict"]
+    saved = load_file(tmp_path / "two/model/model.safetensors")
+    assert all(torch.equal(saved[name], best[f"model.{name}"]) for name in saved)
+    assert not any(torch.equal(best[name], last[name]) for name in best)
 
 
 @pytest.mark.parametrize(
