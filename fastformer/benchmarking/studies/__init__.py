@@ -7,6 +7,7 @@ import importlib
 from fastformer.benchmarking.study import Study
 
 STUDIES = {
+    "compiled-pretraining": "fastformer.benchmarking.studies.compiled_pretraining",
     "finetuning": "fastformer.benchmarking.studies.finetuning",
     "linear-cross-entropy": "fastformer.benchmarking.studies.linear_cross_entropy",
     "pretraining": "fastformer.benchmarking.studies.pretraining",
