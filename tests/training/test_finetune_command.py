@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training.tasks import ANIMALS, MAKERS, command, scratch
+from training.tasks import ANIMALS, MAKERS, TINY, command, scratch
 from transformers import AutoTokenizer
 
 from fastformer import cli

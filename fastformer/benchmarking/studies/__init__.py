@@ -17,6 +17,7 @@ STUDIES = {
     "kernels": "fastformer.benchmarking.studies.kernels",
     "linear-cross-entropy": "fastformer.benchmarking.studies.linear_cross_entropy",
     "pretraining": "fastformer.benchmarking.studies.pretraining",
+    "compiled-pretraining": "fastformer.benchmarking.studies.compiled_pretraining",
     "finetuning": "fastformer.benchmarking.studies.finetuning",
     "generation": "fastformer.benchmarking.studies.generation",
     "startup": "fastformer.benchmarking.studies.startup",

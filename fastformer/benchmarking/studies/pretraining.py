@@ -35,8 +35,6 @@ from fastformer.data.packing import BatchRecipe, PackedDataset
 from fastformer.models.conversion import from_hugging_face
 from fastformer.training.pretraining import MaskedLanguageModeling
 
-COMPILED = "compiled"
-
 
 @dataclass(frozen=True)
 class Work:
@@ -124,11 +122,9 @@ sentence_pairs = cache(SentencePairs)
 def cases(setting: Setting) -> list[Case]:
     if setting.quick:
         return [case("1 layer, 64 wide, 4 pairs", Work(TINY, pairs=4, max_length=64))]
-    small = Work(SMALL, pairs=16, steps=2)
     return [
-        case("4 layers, 512 wide, 16 pairs", small),
+        case("4 layers, 512 wide, 16 pairs", Work(SMALL, pairs=16, steps=2)),
         case("bert-base, 8 pairs", Work(BASE, pairs=8)),
-        compiled_case("torch.compile, 4 layers, 512 wide, 16 pairs", replace(small, steps=1)),
     ]
 
 
@@ -143,16 +139,8 @@ def case(name: str, work: Work) -> Case:
     )
 
 
-def compiled_case(name: str, work: Work) -> Case:
-    peers = {
-        OURS: Peer(lambda: our_steps(work)),
-        f"{OURS}, {COMPILED}": Peer(lambda: our_steps(work, compiled=True)),
-        f"{HUGGING_FACE}, {COMPILED}": Peer(lambda: their_steps(work, compiled=True)),
-    }
-    return Case(name, peers, {"tokens": work.data().tokens})
-
-
 def our_steps(work: Work, compiled: bool = False) -> Run:
+    """With `compiled`, torch.compile's."""
     module = MaskedLanguageModeling(**OPTIMIZER)
     module.model = from_hugging_face(work.model()).train()
     if compiled:

@@ -1,0 +1,29 @@
+"""BERT's pretraining step with torch.compile, ours and Hugging Face's, beside ours without."""
+
+from __future__ import annotations
+
+from fastformer.benchmarking.measurement import OURS
+from fastformer.benchmarking.studies.pretraining import Work, our_steps, their_steps
+from fastformer.benchmarking.study import Case, Peer, Setting, TimedStudy
+from fastformer.benchmarking.training import HUGGING_FACE, SMALL, TINY
+
+
+def cases(setting: Setting) -> list[Case]:
+    work = Work(TINY, pairs=4, max_length=64) if setting.quick else Work(SMALL, pairs=8)
+    peers = {
+        OURS: Peer(lambda: our_steps(work)),
+        f"{OURS}, compiled": Peer(lambda: our_steps(work, compiled=True)),
+        HUGGING_FACE: Peer(lambda: their_steps(work)),
+        f"{HUGGING_FACE}, compiled": Peer(lambda: their_steps(work, compiled=True)),
+    }
+    name = "1 layer, 64 wide, 4 pairs" if setting.quick else "4 layers, 512 wide, 8 pairs"
+    return [Case(name, peers, {"tokens": work.data().tokens})]
+
+
+STUDY = TimedStudy(
+    name="compiled-pretraining",
+    title="BERT's pretraining step with torch.compile",
+    cases=cases,
+    rounds=3,
+    note="As the study pretraining. Compiling, which needs a C++ compiler and takes minutes, is not in the times.",
+)
