@@ -8,6 +8,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -24,6 +26,18 @@ def test_import_is_lean() -> None:
         "import sys, fastformer; print(sorted({'transformers', 'lightning', 'triton', 'datasets'} & set(sys.modules)))"
     )
     assert python(code) == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["models", "--help"], ["plan", "--help"], ["generate", "--help"]]
+)
+def test_help_is_lean(arguments: list[str]) -> None:
+    code = (
+        "import sys, atexit; from fastformer import cli\n"
+        "atexit.register(lambda: print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules))))\n"
+        f"cli.main({arguments})"
+    )
+    assert python(code).splitlines()[-1] == "[]"
 
 
 def test_works_without_triton() -> None:
