@@ -302,12 +302,13 @@ def _softmax_backward_torch(
     grad_output: Tensor, output: Tensor, grad_input: Tensor, dim: int, scale: float, log: bool
 ) -> None:
     grad_output = grad_output.to(output.dtype)
-    if log:
+    # On a CPU one look is cheaper than two passes that mostly change nothing.
+    if log and (output.device.type != "cpu" or output.amin() == float("-inf")):
         grad_output = grad_output.masked_fill(output == float("-inf"), 0.0)
-        grad_scores = torch._log_softmax_backward_data(grad_output, output, dim, output.dtype)
-    else:
-        grad_scores = torch._softmax_backward_data(grad_output, output, dim, output.dtype)
-    if scale == 1.0:
-        grad_input.copy_(grad_scores)
-    else:
-        torch.mul(grad_scores, scale, out=grad_input)
+    backward = torch._log_softmax_backward_data if log else torch._softmax_backward_data
+    # PyTorch writes as if to contiguous memory.
+    if scale == 1.0 and grad_input.dtype == output.dtype and grad_input.is_contiguous():
+        written = {"out" if log else "grad_input": grad_input}
+        backward(grad_output, output, dim, output.dtype, **written)
+        return
+    torch.mul(backward(grad_output, output, dim, output.dtype), scale, out=grad_input)
