@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -74,7 +75,14 @@ def ratio(ours: Measurement, peer: Measurement) -> float:
     rounds = list(zip(ours.values, peer.values, strict=False))
     if ours.metric == TIME:
         return statistics.median(theirs / mine for mine, theirs in rounds)
-    return statistics.median(mine / theirs for mine, theirs in rounds)
+    return statistics.median(_part(mine, theirs) for mine, theirs in rounds)
+
+
+def _part(mine: float, theirs: float) -> float:
+    """`mine` as a part of `theirs`, of which there may be none: of spilled bytes, for one."""
+    if theirs == 0:
+        return 1.0 if mine == 0 else math.inf
+    return mine / theirs
 
 
 @dataclass(frozen=True)

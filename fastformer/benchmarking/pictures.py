@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 
@@ -16,43 +16,59 @@ from fastformer.data.files import atomic_file
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullLocator
 
 # Okabe and Ito's palette, distinguishable without red-green vision.
 _WIN, _LOSS = "#0072B2", "#D55E00"
 _COLORS = (_WIN, "#E69F00", "#009E73", _LOSS, "#CC79A7", "#56B4E9", "#F0E442", "#555555")
-# Panels in a row.
-_COLUMNS = 4
 
 
-def draw(measurements: Sequence[Measurement], goals: Sequence[Goal], title: str, path: Path) -> bool:
-    """Draw a study to `path`, a PNG; False if it has nothing to compare, and nothing was drawn."""
+# Beyond this a ratio is drawn as a bar to the edge.
+_WIDEST = 32.0
+_CURVES_IN_A_ROW = 4
+
+
+def draw(measurements: Sequence[Measurement], goals: Sequence[Goal], title: str, path: Path) -> list[Path]:
+    """Draw a study: curves to `path`, a PNG, and ratios to it, or to a PNG beside it where there are curves too.
+
+    Returns:
+        What was drawn; nothing where there is nothing to compare.
+    """
     measured = [each for each in measurements if each.values]
     curved = [each for each in measured if each.at is not None]
-    figure = _curves(curved) if curved else _bars(measured, goals)
-    if figure is None:
-        return False
-    figure.suptitle(title)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
-    return True
+    bars = path.with_stem(f"{path.stem}-ratios") if curved else path
+    drawn = []
+    for figure, place in (
+        (_curves(curved) if curved else None, path),
+        (_bars([each for each in measured if each.at is None], goals), bars),
+    ):
+        if figure is None:
+            continue
+        figure.suptitle(title)
+        with atomic_file(place) as file:
+            figure.savefig(file, format="png", dpi=110)
+        plt.close(figure)
+        drawn.append(place)
+    return drawn
 
 
 def _curves(measured: Sequence[Measurement]) -> plt.Figure:
-    """A panel for each metric and curve, metric by metric; the peers' lines with their ranges."""
-    metrics = list(dict.fromkeys(each.metric for each in measured))
-    panels: dict[tuple[Metric, str | None], list[Measurement]] = {}
-    for each in sorted(measured, key=lambda each: metrics.index(each.metric)):
-        panels.setdefault((each.metric, each.curve), []).append(each)
-    columns = min(_COLUMNS, len({curve for _, curve in panels}))
-    rows = math.ceil(len(panels) / columns)
-    size = (1.5 + 4.5 * columns, 0.8 + 3.4 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis, points in itertools.zip_longest(axes.flat, panels.values()):
-        if points is None:
+    """A panel for each metric and curve; the peers' lines with their ranges."""
+    panels = list(dict.fromkeys((each.metric, each.curve) for each in measured))
+    # Each metric begins a row.
+    rows: list[list[tuple[Metric, str | None]]] = []
+    for panel in panels:
+        if not rows or len(rows[-1]) == _CURVES_IN_A_ROW or rows[-1][0][0] != panel[0]:
+            rows.append([])
+        rows[-1].append(panel)
+    columns = max(len(row) for row in rows)
+    size = (1.5 + 4.5 * columns, 0.8 + 3.4 * len(rows))
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
+    for row, row_axes in zip(rows, axes, strict=True):
+        for axis in row_axes[len(row) :]:
             axis.set_axis_off()
-        else:
-            _panel(axis, points)
+        for (metric, curve), axis in zip(row, row_axes, strict=False):
+            _panel(axis, [each for each in measured if (each.metric, each.curve) == (metric, curve)])
     return figure
 
 
@@ -66,7 +82,7 @@ def _panel(axis: plt.Axes, points: Sequence[Measurement]) -> None:
     axis.set_xlabel(points[0].axis or "")
     places = sorted({float(each.at or 0) for each in points})
     axis.set_xticks(places, [f"{at:,.0f}" if at.is_integer() else number(at) for at in places], fontsize=7, rotation=30)
-    axis.set_xticks([], minor=True)
+    axis.xaxis.set_minor_locator(NullLocator())
     for at in (at for comparison in comparisons(points) for at in comparison.at):
         axis.axvline(at, color="black", linestyle=":", linewidth=1)
         axis.text(at, 0.02, f" {number(at)}", transform=axis.get_xaxis_transform(), fontsize=7)
@@ -87,29 +103,56 @@ def _line(axis: plt.Axes, line: Sequence[Measurement], peer: str, color: str) ->
 
 
 def _bars(measured: Sequence[Measurement], goals: Sequence[Goal]) -> plt.Figure | None:
-    """A panel for each metric, with a bar for each case and peer: how much better ours is, 1 is equal."""
+    """A panel for each metric, with a group for each case and in it a bar for each peer: ours beside it, 1 is equal.
+
+    On a logarithmic axis, so that twice and half are as far from equal.
+    """
     ours = {(each.case, each.metric): each for each in measured if each.peer == OURS}
     compared = [each for each in measured if each.peer != OURS and (each.case, each.metric) in ours]
     metrics = list(dict.fromkeys(each.metric for each in compared))
     if not metrics:
         return None
-    tallest = max(sum(each.metric == metric for each in compared) for metric in metrics)
-    size = (6.5 * len(metrics) + 2, 1.4 + 0.32 * tallest)
+    groups = [[each for each in compared if each.metric == metric] for metric in metrics]
+    # A bar's height of room between cases.
+    tallest = max(len(group) + len({each.case for each in group}) for group in groups)
+    size = (8 * len(metrics), 1.4 + 0.2 * tallest)
     figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False, layout="constrained")
-    for axis, metric in zip(axes[0], metrics, strict=True):
-        group = [each for each in compared if each.metric == metric]
-        found = [ratio(ours[each.case, metric], each) for each in group]
-        more_is_better = metric == TIME or metric.higher_is_better
-        better = [value >= 1 if more_is_better else value <= 1 for value in found]
-        places = range(len(group))
-        axis.barh(places, found, color=[_WIN if good else _LOSS for good in better], height=0.7)
-        for place, each, value in zip(places, group, found, strict=True):
-            axis.text(value, place, f" {value:.2f}", va="center", fontsize=8)
-            for goal in goals:
-                if goal.metric == metric and goal.peer == each.peer and each.case.startswith(goal.case):
-                    axis.plot([goal.at_least or goal.at_most] * 2, [place - 0.4, place + 0.4], color="black")
+    for axis, metric, group in zip(axes[0], metrics, groups, strict=True):
+        cases = list(dict.fromkeys(each.case for each in group))
+        places = [place + cases.index(each.case) for place, each in enumerate(group)]
+        for place, each in zip(places, group, strict=True):
+            _bar(axis, place, ratio(ours[each.case, metric], each), each, goals)
+        middles = [
+            sum(found) / len(found)
+            for case in cases
+            for found in [[place for place, each in zip(places, group, strict=True) if each.case == case]]
+        ]
         axis.axvline(1, color="#555555", linewidth=1)
-        axis.set_yticks(places, [f"{each.case}\nbeside {each.peer}" for each in group], fontsize=7)
-        axis.set(xlim=(0, 1.15 * max([1.0, *found])), ylim=(len(group) - 0.4, -0.6))
+        axis.set_yticks(middles, [fill(case, 40) for case in cases], fontsize=7)
+        axis.set(xscale="log", ylim=(places[-1] + 1, -1))
+        _about_one(axis)
         axis.set_xlabel("fastformer's speed, the peer's is 1" if metric == TIME else f"{metric.name}, the peer's is 1")
     return figure
+
+
+def _bar(axis: plt.Axes, place: int, value: float, peer: Measurement, goals: Sequence[Goal]) -> None:
+    """From 1 to the ratio, with its number and the peer's name on the side that is free."""
+    metric = peer.metric
+    good = value >= 1 if metric == TIME or metric.higher_is_better else value <= 1
+    end = min(max(value, 1 / _WIDEST), _WIDEST)
+    axis.barh(place, end - 1, left=1, color=_WIN if good else _LOSS, height=0.8)
+    axis.text(max(end, 1), place, f" {number(value)}  {peer.peer}", va="center", fontsize=7)
+    for goal in goals:
+        if goal.metric == metric and goal.peer == peer.peer and peer.case.startswith(goal.case):
+            bound = goal.at_least or goal.at_most or 1.0
+            axis.plot([bound, bound], [place - 0.5, place + 0.5], color="black")
+
+
+def _about_one(axis: plt.Axes) -> None:
+    """Limits as far from 1 on both sides as the names at the bars need, ticks at powers of two."""
+    low, high = axis.get_xlim()
+    low, high = min(low, 0.5) / 1.1, max(high, 2.0) * 4
+    ticks = [2.0**power for power in range(-6, 6) if low <= 2.0**power <= high]
+    axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], fontsize=7)
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlim(low, high)

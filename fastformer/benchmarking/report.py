@@ -44,8 +44,7 @@ def write_report(results: Results, folder: Path, changes: Sequence[Change] = ())
         sections += [rows.markdown() for rows in study_tables(measurements, results.environment.device)]
         if compared := comparisons(measurements):
             sections.append(crossover_rows(compared).markdown())
-        picture = folder / f"{name}.png"
-        if draw(measurements, study.goals, study.title, picture):
+        for picture in draw(measurements, study.goals, study.title, folder / f"{name}.png"):
             sections.append(f"![{study.title}]({picture.name})")
         sections.append(f"Took {results.seconds[name]:,.0f} s.")
     with atomic_file(folder / "report.md") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ import torch
 from fastformer.benchmarking.measurement import OURS, PEAK_MEMORY, TIME, Goal, Measurement, Metric
 from fastformer.benchmarking.memory import MemoryOf, peak_mebibytes
 from fastformer.benchmarking.timing import Run, interleaved
+
+_COMPILERS = ("g++", "clang++", "c++", "cl")
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,13 @@ class Peer:
         prepare: makes the data and the model, and returns what is timed; its result is compared between peers.
         packages: that it needs, by their import names.
         devices: where it runs, by PyTorch's names of their types; () is everywhere.
+        compiled: whether it is torch.compile's, which on a CPU needs a C++ compiler.
     """
 
     prepare: Callable[[], Run]
     packages: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
+    compiled: bool = False
 
     def missing(self, device: torch.device) -> str | None:
         """Why it cannot take part; None if it can."""
@@ -50,6 +55,8 @@ class Peer:
             return f"{', '.join(absent)} is not installed"
         if self.devices and device.type not in self.devices:
             return f"runs on {' and '.join(self.devices)} only"
+        if self.compiled and device.type == "cpu" and not any(map(shutil.which, _COMPILERS)):
+            return "a C++ compiler is not installed"
         return None
 
 
@@ -63,7 +70,7 @@ class Case:
         work: what one run does, by unit: {"tokens": 4096}.
         agree: takes the results of all peers' first runs by name; AssertionError if they did not do the same.
         curve, axis, at: see `Measurement`.
-        memory: whether it is measured here too, in a study that measures memory; each peer takes a process.
+        memory: whether peak memory is measured, in a study that does so.
     """
 
     name: str
@@ -146,6 +153,10 @@ class TimedStudy(Study):
         for name in case.peers:
             yield self._measurement(case, name, TIME, timed.seconds.get(name, []), absent.get(name))
         if self.memory is not None and case.memory:
+            if setting.device.type == "cpu":  # there a compiler's memory cannot be told from its program's
+                absent |= {
+                    name: "told from its compiler's on a GPU only" for name, peer in case.peers.items() if peer.compiled
+                }
             for name in case.peers:
                 values = [] if name in absent else [self._peak(case, name, self.memory, setting)]
                 yield self._measurement(case, name, PEAK_MEMORY, values, absent.get(name))

@@ -49,36 +49,59 @@ def study_rows(measurements: Sequence[Measurement], device: str) -> Rows:
     by_key = {(each.case, each.peer, each.metric): each for each in measurements}
     metrics = list(dict.fromkeys(each.metric for each in measurements))
     units = list(dict.fromkeys(unit for each in measurements if each.metric == TIME for unit in each.work))
+    compared = {each.metric for each in measurements if each.peer != OURS}
+    everywhere = _missing_everywhere(measurements)
     headings = ["case", "by"]
     for metric in metrics:
         headings += [f"{metric.name} ({metric.unit})" if metric.unit else metric.name]
         if metric == TIME:
             headings += [_RATES.get(unit, (f"{unit}/s", 1))[0] for unit in units]
-        headings += ["fastformer's speed" if metric == TIME else f"fastformer's {metric.name}"]
+        if metric in compared:
+            headings += ["fastformer's speed" if metric == TIME else f"fastformer's {metric.name}"]
     rows = []
     cases = list(dict.fromkeys(each.case for each in measurements))
     pairs = dict.fromkeys((each.case, each.peer) for each in measurements)
     for case, peer in sorted(pairs, key=lambda pair: cases.index(pair[0])):
+        if peer in everywhere:
+            continue
         cells = [case, peer]
         for metric in metrics:
-            cells += _cells(by_key.get((case, peer, metric)), by_key.get((case, OURS, metric)), metric, units, device)
+            cells += _cells(by_key.get((case, peer, metric)), metric, units, device)
+            if metric in compared:
+                cells += [_compared(by_key.get((case, peer, metric)), by_key.get((case, OURS, metric)))]
         rows.append(cells)
+    blanks = [""] * (len(headings) - 3)
+    rows += [["every case", peer, f"not measured: {reason}", *blanks] for peer, reason in everywhere.items()]
     return Rows(headings, rows)
 
 
-def _cells(
-    found: Measurement | None, ours: Measurement | None, metric: Metric, units: Sequence[str], device: str
-) -> list[str]:
-    blanks = len(units) + 2 if metric == TIME else 2
+def _missing_everywhere(measurements: Sequence[Measurement]) -> dict[str, str]:
+    """Peers that several cases asked for and none found, for one and the same reason: they are named once."""
+    found: dict[str, set[str | None]] = {}
+    cases: dict[str, set[str]] = {}
+    for each in measurements:
+        found.setdefault(each.peer, set()).add(None if each.values else each.missing)
+        cases.setdefault(each.peer, set()).add(each.case)
+    return {
+        peer: reason
+        for peer, reasons in found.items()
+        if len(reasons) == 1 and len(cases[peer]) > 1 and (reason := next(iter(reasons))) is not None
+    }
+
+
+def _cells(found: Measurement | None, metric: Metric, units: Sequence[str], device: str) -> list[str]:
+    rates = list(units) if metric == TIME else []
     if found is None:
-        return [""] * blanks
+        return ["", *[""] * len(rates)]
     if not found.values:
-        return [f"not measured: {found.missing}", *[""] * (blanks - 1)]
-    cells = [_range(found)]
-    if metric == TIME:
-        cells += [_rate(found, unit, device) for unit in units]
-    compared = found.peer != OURS and ours is not None and ours.values
-    return [*cells, f"{ratio(ours, found):.2f} x" if compared else ""]  # type: ignore[arg-type]
+        return [f"not measured: {found.missing}", *[""] * len(rates)]
+    return [_range(found), *[_rate(found, unit, device) for unit in rates]]
+
+
+def _compared(found: Measurement | None, ours: Measurement | None) -> str:
+    if found is None or ours is None or found.peer == OURS or not found.values or not ours.values:
+        return ""
+    return f"{ratio(ours, found):.2f} x"
 
 
 def _range(measurement: Measurement) -> str:
@@ -99,8 +122,10 @@ def _rate(measurement: Measurement, unit: str, device: str) -> str:
 
 def _peak(unit: str, device: str) -> float | None:
     """The device's most per second, where it is one that training is planned on; FLOP in half precision."""
+    if "pcie" in device.lower():  # slower than the product of the same name that is known
+        return None
     for gpu in GPUS.values():
-        if gpu.name.split()[0].lower() in device.lower():
+        if gpu.name.split(" SXM")[0].lower() in device.lower():
             return {"FLOP": gpu.flops[16], "bytes": gpu.bandwidth}.get(unit)
     return None
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 Run = Callable[[], object]
 """Does a case's work once; returns what the peers must agree on."""
@@ -51,12 +52,14 @@ def interleaved(
     for name, make in prepare.items():
         try:
             runs[name] = run = make()
-            results[name] = run()
+            # Kept, since a peer may write the next run's result to the same place.
+            results[name] = tree_map_only(torch.Tensor, torch.clone, run()) if agree else run()
             warm = seconds_of(run, 1, device)
         except Exception as cause:
             if not may_fail(name):
                 raise
             results.pop(name, None)
+            runs.pop(name, None)
             timed.failures[name] = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
             continue
         timed.seconds[name] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,11 @@ def test_ratio_is_the_median_of_the_rounds_ratios() -> None:
     ours, theirs = found(OURS, 1.0, 4.0, 1.0), found("peer", 2.0, 8.0, 3.0)
     assert ratio(ours, theirs) == 2.0
     assert ratio(found(OURS, 10.0, metric=PEAK_MEMORY), found("peer", 40.0, metric=PEAK_MEMORY)) == 0.25
+
+
+@pytest.mark.parametrize(("ours", "theirs", "expected"), [(0.0, 0.0, 1.0), (0.0, 4.0, 0.0), (4.0, 0.0, math.inf)])
+def test_ratio_of_nothing(ours: float, theirs: float, expected: float) -> None:
+    assert ratio(found(OURS, ours, metric=PEAK_MEMORY), found("peer", theirs, metric=PEAK_MEMORY)) == expected
 
 
 @pytest.mark.parametrize(
@@ -112,6 +118,25 @@ def test_table_has_rates_ratios_and_who_is_missing() -> None:
         ["a case", "peer", "4.00", "25.0", "2.00 x"],
         ["a case", "absent", "not measured: it is not installed", "", ""],
     ]
+
+
+def test_who_is_missing_everywhere_is_named_once() -> None:
+    cases = [
+        replace(each, case=case)
+        for case in ("one", "two")
+        for each in (found(OURS, 2.0), found("absent", missing="it is not installed"))
+    ]
+    assert [row[:3] for row in study_rows(cases, "a CPU").rows] == [
+        ["one", OURS, "2.00"],
+        ["two", OURS, "2.00"],
+        ["every case", "absent", "not measured: it is not installed"],
+    ]
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H100 PCIe", "NVIDIA GeForce RTX 3090", "a CPU"])
+def test_rate_on_an_unknown_device_is_of_no_peak(device: str) -> None:
+    measured = Measurement("a-study", "a case", OURS, TIME, [1.0], {"FLOP": 1e12})
+    assert study_rows([measured], device).rows[0][3] == "1.00"
 
 
 def test_rate_on_a_known_gpu_is_a_part_of_its_peak() -> None:

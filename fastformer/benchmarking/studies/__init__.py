@@ -7,6 +7,13 @@ import importlib
 from fastformer.benchmarking.study import Study
 
 STUDIES = {
+    "attention": "fastformer.benchmarking.studies.attention",
+    "operators": "fastformer.benchmarking.studies.operators",
+    "modules": "fastformer.benchmarking.studies.modules",
+    "models": "fastformer.benchmarking.studies.models",
+    "launch": "fastformer.benchmarking.studies.launch",
+    "first-call": "fastformer.benchmarking.studies.first_call",
+    "kernels": "fastformer.benchmarking.studies.kernels",
     "linear-cross-entropy": "fastformer.benchmarking.studies.linear_cross_entropy",
     "crossovers": "fastformer.benchmarking.studies.crossovers",
     "scaling": "fastformer.benchmarking.studies.scaling",

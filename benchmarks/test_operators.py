@@ -1,0 +1,37 @@
+"""Every operator and its peers through pytest-benchmark, a group for each case; and, with its table, as a study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from fastformer.benchmarking.studies.operators import cases
+from fastformer.benchmarking.study import Setting
+
+SETTING = Setting(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+CASES = {case.name: case for case in cases(SETTING)}
+PEERS = [pytest.param(case.name, peer, id=f"{case.name}, {peer}") for case in CASES.values() for peer in case.peers]
+
+
+@pytest.mark.parametrize(("case", "peer"), PEERS)
+def test_operator(case: str, peer: str, benchmark: BenchmarkFixture) -> None:
+    chosen = CASES[case].peers[peer]
+    if reason := chosen.missing(SETTING.device):
+        pytest.skip(f"{peer}: {reason}")
+    run = chosen.prepare()
+
+    def finished() -> None:
+        run()
+        if SETTING.device.type == "cuda":
+            torch.cuda.synchronize(SETTING.device)
+
+    benchmark.group = case
+    benchmark.extra_info["work"] = CASES[case].work
+    benchmark.pedantic(finished, rounds=5, warmup_rounds=1)
+
+
+def test_operators(reach_goals: Callable[[str], None]) -> None:
+    reach_goals("operators")
