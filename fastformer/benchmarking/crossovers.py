@@ -64,7 +64,8 @@ def comparisons(measurements: Sequence[Measurement]) -> list[Comparison]:
 
 
 def _comparison(ours: dict[float, Measurement], theirs: dict[float, Measurement]) -> Comparison | None:
-    places = sorted(ours.keys() & theirs.keys())
+    # Ratios have no logarithm where one of the two is zero.
+    places = sorted(at for at in ours.keys() & theirs.keys() if ours[at].median > 0 < theirs[at].median)
     if len(places) < 2:
         return None
     mine, other = ours[places[0]], theirs[places[0]]

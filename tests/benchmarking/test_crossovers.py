@@ -78,6 +78,11 @@ def test_what_is_measured_is_not_compared_with_a_model() -> None:
     assert crossover_rows([found]).rows[0][0] == "a curve (modelled)"
 
 
+def test_zeros_are_left_out() -> None:
+    found = compared(line(OURS, lambda at: max(0.0, at - 10)), line("peer", lambda at: at))
+    assert (found.low, found.high, found.first_winner) == (40, 1000, OURS)
+
+
 def test_one_place_is_no_line() -> None:
     assert not comparisons(line(OURS, root)[:1] + line("peer", root)[:1])
 
@@ -85,12 +90,12 @@ def test_one_place_is_no_line() -> None:
 def test_picture_of_measured_and_modelled_lines(tmp_path) -> None:
     beyond = [Measurement("a", "beyond", "model", TIME, [1e4], {}, "a curve", "tokens", 1e4, modelled=True)]
     points = line(OURS, root) + line("peer", lambda at: at) + line("model", root, modelled=True) + beyond
-    assert draw(points, (), "a title", tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (drawn,) = draw(points, (), "a title", tmp_path / "curves.png")
+    assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
 def test_cases_that_were_measured_alike_share_a_table() -> None:
     timed, judged = line(OURS, root), Measurement("a", "judged", OURS, ACCURACY, [0.9], modelled=True)
     times, accuracies = study_tables([*timed, judged, *line("peer", root)], "a CPU")
     assert [row[:2] for row in times.rows] == [[f"at {at}", peer] for at in PLACES for peer in (OURS, "peer")]
-    assert accuracies.rows == [["judged", OURS, "0.900 (modelled)", ""]]
+    assert accuracies.rows == [["judged", OURS, "0.900 (modelled)"]]

@@ -92,16 +92,14 @@ def cases(setting: Setting) -> list[Case]:
             curve=point.curve,
             axis=point.axis,
             at=point.at,
-            memory=_has_memory(point, setting.quick),
+            memory=not setting.quick and _has_memory(point),
         )
         for point in measured_points(setting.quick)
     ]
 
 
-def _has_memory(point: Point, quick: bool) -> bool:
+def _has_memory(point: Point) -> bool:
     """Each is a process more: where a model of one kind shows what the other would, one is enough."""
-    if quick:
-        return point == points("BERT-like", quick)[0]
     return point.shape.kind == "BERT-like" or point.axis == _TOKENS
 
 
