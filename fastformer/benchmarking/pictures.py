@@ -80,7 +80,7 @@ def _panel(axis: plt.Axes, points: Sequence[Measurement]) -> None:
     axis.set_xlabel(points[0].axis or "")
     places = sorted({float(each.at or 0) for each in points})
     axis.set_xticks(places, [f"{at:,.0f}" if at.is_integer() else number(at) for at in places], fontsize=7, rotation=30)
-    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xticks([], minor=True)
     for at in (at for comparison in comparisons(points) for at in comparison.at):
         axis.axvline(at, color="black", linestyle=":", linewidth=1)
         axis.text(at, 0.02, f" {number(at)}", transform=axis.get_xaxis_transform(), fontsize=7)
