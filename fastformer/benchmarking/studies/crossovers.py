@@ -284,7 +284,7 @@ def _strategies(names: Sequence[str]) -> Iterator[Measurement]:
             planned = plan(preset(name), PRESETS[name].model, setup)
             at = partial(_modelled, axis="million parameters", at=planned.parameters / 1e6)
             if peer == "DDP":
-                yield at(f"{name} on 8 H100s", "one H100 has", _MEMORY, planned.available / GIB)
+                yield at(f"{name} on 8 H100s", "an H100's memory", _MEMORY, planned.available / GIB)
             yield at(f"{name} on 8 H100s", peer, _MEMORY, planned.memory.total / GIB)
             yield at(f"{name} on 8 H100s, exchange of data", peer, TIME, planned.communication)
 

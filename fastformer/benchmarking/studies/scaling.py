@@ -134,14 +134,13 @@ def time_terms(shape: Shape) -> Terms:
 
 
 def memory_terms(shape: Shape) -> Terms:
-    """MiB = a + b state + c activations; b and c are 1 if the counts are the whole truth."""
+    """MiB = a + b counted; a is 0 and b is 1 if the count is the whole truth."""
     cost = counted(shape)
-    return {
-        "every step: MiB": 1.0,
-        "weights, gradients, Adam's moments: MiB for each MiB counted": (16 * cost.parameters + cost.casts) / _MIB,
-        # While a block goes backward, the gradients of what it kept come and go.
-        "activations: MiB for each MiB counted": (cost.saved + cost.saved_by_block) * shape.sequences / _MIB,
-    }
+    # Weights, gradients and Adam's two moments of four bytes each.
+    state = 16 * cost.parameters + cost.casts
+    # While a block goes backward, the gradients of what it kept come and go.
+    activations = (cost.saved + cost.saved_by_block) * shape.sequences
+    return {"every step: MiB": 1.0, "MiB for each MiB counted": (state + activations) / _MIB}
 
 
 # --- What follows from the measurements -------------------------------------------------------------------------------
@@ -288,7 +287,7 @@ STUDY = TimedStudy(
 The model is a sum of terms, each counted on the model and the batch, none measured. Of time: a constant, operations of
 products with weights (72 tokens layers hidden^2, and the vocabulary's), operations of attention (12 tokens length
 layers hidden; half where it is causal), bytes that are kept for the backward (for the passes over activations), and
-parameters (the optimizer). Of memory: a constant, bytes of weights, gradients and Adam's moments, and bytes kept. The
+parameters (the optimizer). Of memory: a constant, and bytes of weights, gradients, Adam's moments and what is kept. The
 coefficients are fitted by non-negative least squares of relative errors to the sizes called "fitted"; "held out" are
 the largest, which they have not seen; "extrapolated" (dashed, on grey) were not measured at all. By the model,
 fastformer's speed of 0.9 x means that a step took 1.11 times what was predicted.
