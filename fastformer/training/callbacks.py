@@ -41,6 +41,13 @@ class StepSeed(Callback):
         torch.manual_seed(for_torch)
 
 
+class CompileModel(Callback):
+    """Has torch.compile make the model's forward and backward, for sequences of any length, when a run starts."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.model.compile(dynamic=True)  # type: ignore[union-attr]
+
+
 class StopAtLimit(Callback):
     """Ends training after the last optimizer step, or after the step in which the time runs out.
 

@@ -28,6 +28,7 @@ from fastformer.models import PRESETS, FastformerConfig
 from fastformer.training.adversarial import Adversary
 from fastformer.training.batches import FineTuningData
 from fastformer.training.callbacks import (
+    CompileModel,
     EarlyStopping,
     LossCurve,
     SavePretrained,
@@ -243,6 +244,7 @@ def _finetune(task: Task, parser: LightningArgumentParser, options: Namespace, f
             throughput,
             PeakMemory(),
             TrainingProgress(),
+            *([CompileModel()] if options.compile else []),
             curve,
             *stopping,
             ValidationCheckpoint(folder.checkpoints),

@@ -15,6 +15,7 @@ from rich.console import Console
 from fastformer.data import PretrainingDataModule
 from fastformer.models import PRESETS
 from fastformer.training.callbacks import (
+    CompileModel,
     LossCurve,
     SavePretrained,
     StepSeed,
@@ -148,6 +149,7 @@ def _pretrain(parser: LightningArgumentParser, options: Namespace, folder: RunFo
             throughput,
             PeakMemory(),
             TrainingProgress(),
+            *([CompileModel()] if options.compile else []),
             curve,
             StepCheckpoint(folder.checkpoints, every=options.evaluate_every),
             SavePretrained(folder.model),

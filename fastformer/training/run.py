@@ -187,6 +187,7 @@ def command_parser(command: str, description: str, output: str) -> LightningArgu
     add("--accelerator", type=str, default="auto", help="cpu, gpu, ... or auto")
     add("--devices", type=str, default="auto", help="their number, or a list such as 0,2")
     add("--strategy", choices=STRATEGIES, default="auto", help="of several devices; auto is ddp")
+    add("--compile", action="store_true", help="the model by torch.compile: minutes at the start, faster steps")
     add("--precision", choices=PRECISIONS, default="32-true", help="of weights and of the computation")
     return parser
 

@@ -52,6 +52,16 @@ def test_learns_and_says_how_much(output: Path) -> None:
     assert {"train/loss", "train/tokens_per_second", "train/peak_memory", "val/loss", "val/perplexity"} <= columns
 
 
+@pytest.mark.slow
+def test_compiled_run_has_the_same_losses(tiny_run: list[str], tmp_path: Path) -> None:
+    for options in ([], ["--compile"]):
+        output = tmp_path / f"output{len(options)}"
+        assert cli.main([*tiny_run, "--objective", "clm", "--max_steps", "3", *options, "--output", str(output)]) == 0
+    plain, compiled = (metrics(tmp_path / f"output{number}") for number in (0, 1))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert compiled["end"]["loss"] == pytest.approx(plain["end"]["loss"], rel=1e-4)
+
+
 def test_saved_model_has_the_loss_that_was_reported(objective: str, output: Path, tiny_run: list[str]) -> None:
     """Measured here from the folder alone, with logits of all tokens."""
     given = dict(zip(tiny_run[1::2], tiny_run[2::2], strict=True))
