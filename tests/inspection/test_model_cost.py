@@ -59,6 +59,16 @@ def test_operations_of_an_encoder() -> None:
     assert flops.attention == 4 * hidden * 4 * sum(min(i + 7, 99) - max(i - 7, 0) + 1 for i in range(100))
 
 
+def test_operations_of_an_encoders_last_block() -> None:
+    flops, config = flops_of("bert-mini", 100), preset("bert-mini")
+    hidden, (attention, feed_forward) = config.hidden_size, projections(config)
+    head = 15 * (hidden * hidden + hidden * config.vocab_size) + hidden * hidden + 2 * hidden
+    # Keys and values of all tokens; everything else of those that are predicted and of the first.
+    last = 100 * attention // 2 + 16 * (attention // 2 + feed_forward)
+    assert flops.products == 2 * (100 * 3 * (attention + feed_forward) + last + head)
+    assert flops.attention == 4 * hidden * (3 * 100 + 16) * 100
+
+
 def test_operations_of_an_encoder_decoder() -> None:
     source, target = 90, 30
     flops, config = flops_of("t5-small", source, target), preset("t5-small")
@@ -91,11 +101,21 @@ def kept_by_block(config: FastformerConfig) -> int:
     return kept + 2 * (4 * config.hidden_size + statistics)
 
 
+def kept_by_last_block(config: FastformerConfig, length: int) -> int:
+    """Bytes of an example that BERT's last block keeps: it computes the predicted tokens and the first one alone."""
+    keys_and_values = 4 * config.kv_heads * config.size_per_head
+    computed = round(0.15 * length) + 1
+    return length * (2 * config.hidden_size + keys_and_values) + computed * (kept_by_block(config) - keys_and_values)
+
+
 @pytest.mark.parametrize("name", ["bert-mini", "gpt2-small", "llama3-8b"])
 def test_what_a_block_keeps(name: str) -> None:
     cost, config = cost_of(name, num_hidden_layers=4), preset(name)
+    kept = 4 * 64 * kept_by_block(config)
+    if name == "bert-mini":
+        kept += kept_by_last_block(config, 64) - 64 * kept_by_block(config)
     # Seeds and the sequences' boundaries are a few bytes a block.
-    assert cost.saved_by_blocks / 64 == pytest.approx(4 * kept_by_block(config), rel=1e-3)
+    assert cost.saved_by_blocks == pytest.approx(kept, rel=1e-3)
     assert cost.block_inputs == 64 * 4 * 4 * config.hidden_size
     # Weights in bfloat16, once; the head's has its gradient there instead.
     assert cost.casts_by_blocks == pytest.approx(2 * cost.blocks_parameters, rel=0.01)
