@@ -60,7 +60,7 @@ def interleaved(
                 raise
             results.pop(name, None)
             runs.pop(name, None)
-            timed.failures[name] = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+            timed.failures[name] = in_a_line(cause)
             continue
         timed.seconds[name] = []
         repeats[name] = max(1, math.ceil(_SECONDS_OF_A_TURN / max(warm, 1e-9)))
@@ -73,6 +73,11 @@ def interleaved(
         for name in names[shift:] + names[:shift]:
             timed.seconds[name].append(_seconds(runs[name], repeats[name], device))
     return timed
+
+
+def in_a_line(cause: Exception) -> str:
+    """Its class and the beginning of its message."""
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
 
 
 def _seconds(run: Run, repeats: int, device: torch.device) -> float:
