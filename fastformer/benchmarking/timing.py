@@ -83,14 +83,15 @@ def in_a_line(cause: Exception) -> str:
 def _seconds(run: Run, repeats: int, device: torch.device) -> float:
     """Of one of `repeats` runs in a row."""
     gc.collect()
-    _wait(device)
+    wait(device)
     begin = time.perf_counter()
     for _ in range(repeats):
         run()
-    _wait(device)
+    wait(device)
     return (time.perf_counter() - begin) / repeats
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until `device` has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

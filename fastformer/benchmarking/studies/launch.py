@@ -16,7 +16,7 @@ from fastformer.benchmarking.attention_peers import peers as attention_peers
 from fastformer.benchmarking.measurement import OURS, Measurement, Metric
 from fastformer.benchmarking.operations import PYTORCH, Operation, Sizes, operations
 from fastformer.benchmarking.study import MeasuredStudy, Peer, Setting
-from fastformer.benchmarking.timing import Run, in_a_line
+from fastformer.benchmarking.timing import Run, in_a_line, wait
 
 CPU_TIME = Metric("CPU time of a call", "µs")
 # A GPU's queue holds about a thousand launches; a call of ours has a few.
@@ -77,18 +77,13 @@ def _calls(run: Run, device: torch.device) -> int:
 
 def _microseconds(run: Run, calls: int, device: torch.device) -> float:
     """Of all threads of the process: on a GPU the backward has one of its own."""
-    _wait(device)
+    wait(device)
     begin = time.process_time()
     for _ in range(calls):
         run()
     taken = time.process_time() - begin
-    _wait(device)
+    wait(device)
     return taken / calls * 1e6
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 STUDY = MeasuredStudy(
