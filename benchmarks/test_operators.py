@@ -10,6 +10,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastformer.benchmarking.studies.operators import cases
 from fastformer.benchmarking.study import Setting
+from fastformer.benchmarking.timing import wait
 
 SETTING = Setting(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 CASES = {case.name: case for case in cases(SETTING)}
@@ -25,8 +26,7 @@ def test_operator(case: str, peer: str, benchmark: BenchmarkFixture) -> None:
 
     def finished() -> None:
         run()
-        if SETTING.device.type == "cuda":
-            torch.cuda.synchronize(SETTING.device)
+        wait(SETTING.device)
 
     benchmark.group = case
     benchmark.extra_info["work"] = CASES[case].work

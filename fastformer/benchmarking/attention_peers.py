@@ -275,7 +275,7 @@ def _flex(call: Attention) -> Function:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     slopes = alibi_slopes(call.heads).to(call.device)
-    lengths = torch.tensor(call.lengths or (), device=call.device)
+    lengths = torch.tensor(call.lengths or (), dtype=torch.int64, device=call.device)
     document = torch.repeat_interleave(torch.arange(len(lengths), device=call.device), lengths)
     packed = call.packed and call.lengths is not None
 

@@ -54,14 +54,15 @@ def measure_here(study: str, case: str, peer: str, memory: MemoryOf, device: tor
     loaded = load(study)
     if not isinstance(loaded, TimedStudy):
         raise ValueError(f"study must have timed cases, got {study!r}")
-    # What is imported and compiled late is no memory of the work.
-    small = next(each for each in loaded.cases(Setting(device, quick=True)) if peer in each.peers)
-    small.peers[peer].prepare()()
+    # What is imported and compiled late is no memory of the work: on a CPU something small is done before.
+    if device.type != "cuda":
+        small = next(each for each in loaded.cases(Setting(device, quick=True)) if peer in each.peers)
+        small.peers[peer].prepare()()
     found = next(each for each in loaded.cases(Setting(device, quick)) if each.name == case)
     at_start = _held(device)
     run = found.peers[peer].prepare()
     if device.type == "cuda":
-        run()  # what is compiled and tuned at first is no memory of the work
+        run()
     before = _held(device) if memory == "run" else at_start
     _forget_peak(device)
     run()

@@ -60,7 +60,7 @@ def interleaved(
                 raise
             results.pop(name, None)
             runs.pop(name, None)
-            timed.failures[name] = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+            timed.failures[name] = in_a_line(cause)
             continue
         timed.seconds[name] = []
         repeats[name] = max(1, math.ceil(_SECONDS_OF_A_TURN / max(warm, 1e-9)))
@@ -75,17 +75,23 @@ def interleaved(
     return timed
 
 
+def in_a_line(cause: Exception) -> str:
+    """Its class and the beginning of its message."""
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+
+
 def seconds_of(run: Run, repeats: int, device: torch.device) -> float:
     """Of one of `repeats` runs in a row."""
     gc.collect()
-    _wait(device)
+    wait(device)
     begin = time.perf_counter()
     for _ in range(repeats):
         run()
-    _wait(device)
+    wait(device)
     return (time.perf_counter() - begin) / repeats
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until `device` has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -16,7 +16,7 @@ from fastformer.benchmarking.attention_peers import peers as attention_peers
 from fastformer.benchmarking.measurement import OURS, Measurement, Metric
 from fastformer.benchmarking.operations import PYTORCH, Operation, Sizes, operations
 from fastformer.benchmarking.study import MeasuredStudy, Peer, Setting
-from fastformer.benchmarking.timing import Run
+from fastformer.benchmarking.timing import Run, in_a_line, wait
 
 CPU_TIME = Metric("CPU time of a call", "µs")
 # A GPU's queue holds about a thousand launches; a call of ours has a few.
@@ -47,14 +47,26 @@ def _peers(operation: Operation, size: Sizes, setting: Setting, backward: bool) 
 
 
 def _case(case: str, peers: dict[str, Peer], setting: Setting, rounds: int) -> Iterator[Measurement]:
-    runs = {name: peer.prepare() for name, peer in peers.items() if not peer.missing(setting.device)}
-    calls = {name: _calls(run, setting.device) for name, run in runs.items()}
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    runs: dict[str, Run] = {}
+    calls: dict[str, int] = {}
+    missing: dict[str, str | None] = {}
+    for name, peer in peers.items():
+        missing[name] = peer.missing(setting.device)
+        if missing[name] is None:
+            try:
+                runs[name] = peer.prepare()
+                calls[name] = _calls(runs[name], setting.device)
+            except Exception as cause:
+                if name == OURS:
+                    raise
+                runs.pop(name, None)
+                missing[name] = in_a_line(cause)
+    found: dict[str, list[float]] = {name: [] for name in peers}
     for _ in range(rounds):
         for name, run in runs.items():
             found[name].append(_microseconds(run, calls[name], setting.device))
     for name, values in found.items():
-        yield Measurement("launch", case, name, CPU_TIME, values)
+        yield Measurement("launch", case, name, CPU_TIME, values, missing=missing[name])
 
 
 def _calls(run: Run, device: torch.device) -> int:
@@ -65,18 +77,13 @@ def _calls(run: Run, device: torch.device) -> int:
 
 def _microseconds(run: Run, calls: int, device: torch.device) -> float:
     """Of all threads of the process: on a GPU the backward has one of its own."""
-    _wait(device)
+    wait(device)
     begin = time.process_time()
     for _ in range(calls):
         run()
     taken = time.process_time() - begin
-    _wait(device)
+    wait(device)
     return taken / calls * 1e6
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 STUDY = MeasuredStudy(
