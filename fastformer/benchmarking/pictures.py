@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,7 +69,13 @@ def _colors(peers: Sequence[str]) -> list[str]:
 def _bars(measured: Sequence[Measurement], goals: Sequence[Goal]) -> plt.Figure | None:
     """A panel for each metric, with a bar for each case and peer: how much better ours is, 1 is equal."""
     ours = {(each.case, each.metric): each for each in measured if each.peer == OURS}
-    compared = [each for each in measured if each.peer != OURS and (each.case, each.metric) in ours]
+    compared = [
+        each
+        for each in measured
+        if each.peer != OURS
+        and (each.case, each.metric) in ours
+        and math.isfinite(ratio(ours[each.case, each.metric], each))
+    ]
     metrics = list(dict.fromkeys(each.metric for each in compared))
     if not metrics:
         return None
