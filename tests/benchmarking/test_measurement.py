@@ -26,6 +26,7 @@ def test_ratio_is_the_median_of_the_rounds_ratios() -> None:
     ours, theirs = found(OURS, 1.0, 4.0, 1.0), found("peer", 2.0, 8.0, 3.0)
     assert ratio(ours, theirs) == 2.0
     assert ratio(found(OURS, 10.0, metric=PEAK_MEMORY), found("peer", 40.0, metric=PEAK_MEMORY)) == 0.25
+    assert ratio(found(OURS, 0.5, metric=ACCURACY), found("peer", 0.0, metric=ACCURACY)) == math.inf
 
 
 @pytest.mark.parametrize(("ours", "theirs", "expected"), [(0.0, 0.0, 1.0), (0.0, 4.0, 0.0), (4.0, 0.0, math.inf)])

@@ -43,8 +43,9 @@ def measurements(setting: Setting) -> Iterator[Measurement]:
         yield Measurement("tasks", task, OURS, TIME, [seconds])
         for peer, values in {OURS: found["test"], **found["baselines"]}.items():
             for key, name in _METRICS[task].items():
-                metric = Metric(name, "", higher_is_better=name != "perplexity")
-                yield Measurement("tasks", task, peer, metric, [values[key]])
+                if key in values:  # not every baseline has a likelihood
+                    metric = Metric(name, "", higher_is_better=name != "perplexity")
+                    yield Measurement("tasks", task, peer, metric, [values[key]])
 
 
 def _metrics(command: str, task: str, setting: Setting) -> dict[str, Any]:
