@@ -56,7 +56,7 @@ def measurements(setting: Setting) -> Iterator[Measurement]:
         for command in (FETCH, EXPORT, PRETRAIN):
             run(command, folder)
         everything = len((folder / "runs/sentiment/train.jsonl").read_text().splitlines())
-        for labels, epochs in ((500, 10), (2000, 5), (everything, 2)):
+        for labels, epochs in ((500, 10), (2000, 5), (everything, 1)):
             yield from _accuracies(labels, f"--epochs {epochs}", folder, setting)
 
 
