@@ -56,8 +56,9 @@ def measurements(setting: Setting) -> Iterator[Measurement]:
         for command in (FETCH, EXPORT, PRETRAIN):
             run(command, folder)
         everything = len((folder / "runs/sentiment/train.jsonl").read_text().splitlines())
-        for labels, epochs in ((500, 10), (2000, 5), (everything, 2)):
-            yield from _accuracies(labels, f"--epochs {epochs}", folder, setting)
+        whole = "--epochs 1 --evaluate_every 1000"  # once, at its end
+        for labels, options in ((500, "--epochs 10"), (2000, "--epochs 5"), (everything, whole)):
+            yield from _accuracies(labels, options, folder, setting)
 
 
 def _accuracies(labels: int, options: str, folder: Path, setting: Setting) -> Iterator[Measurement]:
@@ -105,7 +106,7 @@ STUDY = MeasuredStudy(
     name="sentiment",
     title="pretrained on the unlabelled sentences, then fine-tuned, beside trained from scratch",
     measurements=measurements,
-    goals=(Goal("2,000 labels", SCRATCH, ACCURACY, at_least=1.0),),
+    goals=(Goal("18,986 labels", SCRATCH, ACCURACY, at_least=1.0),),
     note=(
         "Accuracy on the test split of vader-sentiment, three classes, after fine-tuning on so many labelled "
         "sentences. From scratch is the same model with new weights. MiniLM is larger, and was pretrained by others."
