@@ -371,8 +371,12 @@ def _drawn(examples: Sequence[Any], count: int, seed: int) -> list[Any]:
 def _model_folder(task: Task, options: Namespace) -> Path | None:
     """What is given, or the folder of a pretraining run whose stack the task can use."""
     if options.model is not None:
+        if options.overrides:
+            raise ValueError(
+                f"--overrides is for a model from scratch by --preset; --model {options.model} has its own"
+            )
         return Path(options.model)
-    if options.from_scratch or not (PRETRAINED / "config.json").is_file():
+    if options.from_scratch or options.overrides or not (PRETRAINED / "config.json").is_file():
         return None
     config = AutoConfig.from_pretrained(PRETRAINED)
     fits = isinstance(config, FastformerConfig) and config.stack in CLASSES[task].ours._stacks

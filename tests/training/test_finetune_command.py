@@ -306,7 +306,7 @@ def test_private_run_says_what_it_spent(data: Path, tmp_path: Path) -> None:
         (["finetune", "guess"], "name a task first: .*; got guess"),
         (["finetune", "classify", "--data", "python-tags"], "--data python-tags is for tag, not for classify"),
         (["finetune", "classify", "--data", "absent/"], "neither a set .* nor a file or folder"),
-        (["finetune", "classify", "--model", "absent"], "no model in absent"),
+        (["finetune", "classify", "--model", "there"], "--overrides is for a model from scratch .* --model there has"),
         (["finetune", "classify", "--lora"], "--lora adapts a pretrained model"),
         (["finetune", "qa", "--class_weights", "balanced"], "--class_weights are for classify and tag"),
         (["finetune", "classify", "--class_weights", "[1.0]"], "class_weights must be 2 numbers"),
