@@ -18,8 +18,7 @@ def test_commands_are_those_of_the_readme() -> None:
     assert set(tasks.COMMANDS.values()) <= set(README.splitlines())
 
 
-def test_every_goal_is_for_something_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "COMMANDS", {"qa": tasks.COMMANDS["qa"]})
+def test_the_first_goals_are_for_something_measured() -> None:
     study = load("tasks")
     measured = list(study.measure(Setting(torch.device("cpu"), quick=True)))
     found = {(each.peer, each.metric.name): each.median for each in measured}

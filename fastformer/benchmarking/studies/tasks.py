@@ -36,7 +36,7 @@ _TINY = (
 
 def measurements(setting: Setting) -> Iterator[Measurement]:
     """Each command in a process and a folder of its own, and what its metrics.json says of test examples."""
-    for task, command in COMMANDS.items():
+    for task, command in list(COMMANDS.items())[: 1 if setting.quick else None]:
         begin = time.monotonic()
         found = _metrics(command, task, setting)
         seconds = time.monotonic() - begin
@@ -71,7 +71,7 @@ STUDY = MeasuredStudy(
     measurements=measurements,
     goals=(
         *_beats("qa", "F1", "the sentence with most words of the question"),
-        *_beats("summarize", "ROUGE-L", "the first sentence", "the most typical summary"),
+        *_beats("summarize", "ROUGE-L", "the most typical summary"),
         *_beats("translate", "BLEU", "the source as it is", "the commonest translation"),
     ),
     note="Of test examples. Time is the whole command's, with data, training, evaluation and report.",
