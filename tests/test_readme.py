@@ -72,6 +72,7 @@ SMALLEST = {
     "models": ("bert-tiny",),
     "plan": (),
     "explain": (),
+    "bench": ("linear-cross-entropy", "--quick"),
 }
 
 

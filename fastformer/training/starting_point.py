@@ -203,8 +203,9 @@ def from_scratch(
         fields["pooling"] = "mean"
     known = {name: value for name, value in fields.items() if name not in ("id2label", "label2id")}
     config = preset(size, **{**known, **overrides})
-    if "initializer_range" not in overrides:
-        # BERT's 0.02 is for its width: in a narrow model attention would begin as a mean, and stay one for long.
+    if stack != "encoder" and "initializer_range" not in overrides:
+        # BERT's 0.02 is for its width: in a narrow model attention would begin as a mean, and what writes would long
+        # not look at what it has read.
         config.initializer_range = config.hidden_size**-0.5
     if labels is not None:
         config.id2label, config.label2id = fields["id2label"], fields["label2id"]
