@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -107,13 +106,7 @@ def _bars(measured: Sequence[Measurement], goals: Sequence[Goal]) -> plt.Figure 
     On a logarithmic axis, so that twice and half are as far from equal.
     """
     ours = {(each.case, each.metric): each for each in measured if each.peer == OURS}
-    compared = [
-        each
-        for each in measured
-        if each.peer != OURS
-        and (each.case, each.metric) in ours
-        and math.isfinite(ratio(ours[each.case, each.metric], each))
-    ]
+    compared = [each for each in measured if each.peer != OURS and (each.case, each.metric) in ours]
     metrics = list(dict.fromkeys(each.metric for each in compared))
     if not metrics:
         return None

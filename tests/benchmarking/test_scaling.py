@@ -31,8 +31,8 @@ def test_operations_are_those_of_the_note(kind: Kind, pairs: float) -> None:
 
 
 def test_memory_has_sixteen_bytes_for_each_parameter_and_what_is_kept() -> None:
-    few = Shape("BERT-like", layers=1, hidden=64, tokens=128, length=64, vocabulary=512)
-    many = replace(few, layers=2)
+    few = Shape("BERT-like", layers=2, hidden=64, tokens=128, length=64, vocabulary=512)
+    many = replace(few, layers=3)
     parameters, kept = (getattr(counted(many), of) - getattr(counted(few), of) for of in ("parameters", "saved"))
     added = by_position(memory_terms(many))[1] - by_position(memory_terms(few))[1]
     assert added * 2**20 == pytest.approx(16 * parameters + kept * few.sequences, rel=1e-3)
