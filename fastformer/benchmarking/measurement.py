@@ -107,8 +107,13 @@ class Goal:
         return (self.at_least is None or found >= self.at_least) and (self.at_most is None or found <= self.at_most)
 
     def __str__(self) -> str:
+        return f"{self.case}: {self.metric.name} {self.bound}{'' if self.peer is None else f' {self.peer}'}"
+
+    @property
+    def bound(self) -> str:
+        """In words."""
         bound = f"at least {self.at_least:g}" if self.at_least is not None else f"at most {self.at_most:g}"
-        return f"{self.case}: {self.metric.name} {bound} {self.unit}{'' if self.peer is None else f' {self.peer}'}"
+        return f"{bound} {self.unit}"
 
     @property
     def unit(self) -> str:
@@ -118,9 +123,10 @@ class Goal:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal, the case it was looked for in, and what was found there (None where the peer is missing)."""
+    """A goal, the study and the case it was looked for in, and what was found (None where the peer is missing)."""
 
     goal: Goal
+    study: str
     case: str
     found: float | None
 
@@ -151,5 +157,5 @@ def verdicts(goals: Sequence[Goal], measurements: Sequence[Measurement]) -> list
             found = None
             if ours.values and peer.values:
                 found = ours.median if goal.peer is None else ratio(ours, peer)
-            judged.append(Verdict(goal, case, found))
+            judged.append(Verdict(goal, ours.study, case, found))
     return judged

@@ -157,11 +157,14 @@ def verdict_rows(verdicts: Sequence[Verdict]) -> Rows:
     """The goals, what was found, and whether that is enough."""
     answers = {True: "met", False: "missed", None: "not measured"}
     return Rows(
-        ("case", "goal", "found", ""),
+        ("study", "case", "beside", "of its", "goal", "found", ""),
         [
             (
+                each.study,
                 each.case,
-                str(each.goal),
+                each.goal.peer or "",
+                "speed" if each.goal.metric == TIME and each.goal.peer else each.goal.metric.name,
+                each.goal.bound,
                 "" if each.found is None else f"{each.found:.2f} {each.goal.unit}",
                 answers[each.met],
             )
