@@ -52,7 +52,10 @@ def draw(measurements: Sequence[Measurement], goals: Sequence[Goal], title: str,
 
 def _curves(measured: Sequence[Measurement]) -> plt.Figure:
     """A panel for each metric and curve; the peers' lines with their ranges."""
-    panels = list(dict.fromkeys((each.metric, each.curve) for each in measured))
+    metrics = list(dict.fromkeys(each.metric for each in measured))
+    panels = sorted(
+        dict.fromkeys((each.metric, each.curve) for each in measured), key=lambda panel: metrics.index(panel[0])
+    )
     # Each metric begins a row.
     rows: list[list[tuple[Metric, str | None]]] = []
     for panel in panels:

@@ -12,7 +12,7 @@ import torch
 
 from fastformer.benchmarking.measurement import OURS, PEAK_MEMORY, TIME, Goal, Measurement, Metric
 from fastformer.benchmarking.memory import MemoryOf, peak_mebibytes
-from fastformer.benchmarking.timing import Run, interleaved
+from fastformer.benchmarking.timing import SHORTEST_TURN, Run, interleaved
 
 _COMPILERS = ("g++", "clang++", "c++", "cl")
 
@@ -121,12 +121,14 @@ class TimedStudy(Study):
     Attributes:
         cases: in a setting; made anew in a fresh process for each measurement of memory.
         rounds: turns of each peer, unless the setting has another number.
+        shortest_turn: see `interleaved`.
         memory: what counts as a peer's memory; None measures none.
         conclusions: what is measured otherwise, or computed from what was measured: a fitted model's predictions.
     """
 
     cases: Callable[[Setting], Iterable[Case]]
     rounds: int = 5
+    shortest_turn: float = SHORTEST_TURN
     memory: MemoryOf | None = None
     conclusions: Callable[[Setting, Sequence[Measurement]], Iterator[Measurement]] | None = None
 
@@ -148,6 +150,7 @@ class TimedStudy(Study):
             setting.device,
             case.agree,
             may_fail=lambda name: name != OURS,
+            shortest_turn=SHORTEST_TURN if setting.quick else self.shortest_turn,
         )
         absent |= timed.failures
         for name in case.peers:

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map_only
 Run = Callable[[], object]
 """Does a case's work once; returns what the peers must agree on."""
 
-# A turn repeats a short run until it takes this long, far above the clock's grain and a thread's wake-up.
-_SECONDS_OF_A_TURN = 0.05
+SHORTEST_TURN = 0.05
+"""A turn repeats a short run for so many seconds, far above the clock's grain and a thread's wake-up."""
 
 
 @dataclass
@@ -32,6 +32,7 @@ def interleaved(
     device: torch.device,
     agree: Callable[[dict[str, object]], None] | None = None,
     may_fail: Callable[[str], bool] = lambda name: False,
+    shortest_turn: float = SHORTEST_TURN,
 ) -> Timed:
     """Time each of the runs in each round, in an order that starts with another one every round.
 
@@ -41,6 +42,7 @@ def interleaved(
         device: whose work is waited for.
         agree: given the results of the untimed runs.
         may_fail: whether a peer's exception is a finding; otherwise it is raised.
+        shortest_turn: seconds for which a turn repeats a short run.
 
     Raises:
         AssertionError: the results do not agree.
@@ -63,7 +65,7 @@ def interleaved(
             timed.failures[name] = in_a_line(cause)
             continue
         timed.seconds[name] = []
-        repeats[name] = max(1, math.ceil(_SECONDS_OF_A_TURN / max(warm, 1e-9)))
+        repeats[name] = max(1, math.ceil(shortest_turn / max(warm, 1e-9)))
     if agree is not None:
         agree(results)
     del results
