@@ -159,3 +159,21 @@ def verdicts(goals: Sequence[Goal], measurements: Sequence[Measurement]) -> list
                 found = ours.median if goal.peer is None else ratio(ours, peer)
             judged.append(Verdict(goal, ours.study, case, found))
     return judged
+
+
+def worst(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Of each goal of each study the verdict on the case that is furthest from it, or nothing was found in."""
+    kept: dict[tuple[str, Goal], Verdict] = {}
+    for each in verdicts:
+        key = each.study, each.goal
+        if key not in kept or _distance(each) < _distance(kept[key]):
+            kept[key] = each
+    return list(kept.values())
+
+
+def _distance(verdict: Verdict) -> float:
+    """How far beyond its bound what was found is."""
+    if verdict.found is None:
+        return -math.inf
+    goal = verdict.goal
+    return verdict.found - goal.at_least if goal.at_least is not None else (goal.at_most or 0.0) - verdict.found

@@ -9,7 +9,17 @@ import pytest
 
 from fastformer.benchmarking.comparison import changes
 from fastformer.benchmarking.environment import Environment
-from fastformer.benchmarking.measurement import OURS, PEAK_MEMORY, TIME, Goal, Measurement, Metric, ratio, verdicts
+from fastformer.benchmarking.measurement import (
+    OURS,
+    PEAK_MEMORY,
+    TIME,
+    Goal,
+    Measurement,
+    Metric,
+    ratio,
+    verdicts,
+    worst,
+)
 from fastformer.benchmarking.results import Results, load_results
 from fastformer.benchmarking.tables import number, study_rows
 
@@ -55,6 +65,18 @@ def test_goal(goal: Goal, met: bool | None) -> None:
         found("peer", 40.0, metric=PEAK_MEMORY),
     ]
     assert [verdict.met for verdict in verdicts([goal], measured)] == [met]
+
+
+@pytest.mark.parametrize(
+    ("goal", "case"), [(Goal("", "peer", at_least=1.0), "b"), (Goal("", "peer", at_most=1.0), "c")]
+)
+def test_worst_case_of_a_goal(goal: Goal, case: str) -> None:
+    measured = [
+        replace(each, case=name)
+        for name, seconds in (("a", 2.0), ("b", 1.5), ("c", 3.0))
+        for each in (found(OURS, 1.0), found("peer", seconds))
+    ]
+    assert [verdict.case for verdict in worst(verdicts([goal], measured))] == [case]
 
 
 def test_goal_for_nothing_is_an_error() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastformer.benchmarking.measurement import worst
 from fastformer.benchmarking.report import judged, write_report
 from fastformer.benchmarking.results import Results, load_results
 from fastformer.benchmarking.tables import verdict_rows
@@ -27,4 +28,4 @@ def test_report_is_of_the_results(results: Results, tmp_path: Path) -> None:
 
 
 def test_readme_has_every_goal_met_or_missed(results: Results) -> None:
-    assert verdict_rows(judged(results)).markdown() in (ROOT / "README.md").read_text()
+    assert verdict_rows(worst(judged(results))).markdown() in (ROOT / "README.md").read_text()
