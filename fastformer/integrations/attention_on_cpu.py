@@ -19,7 +19,8 @@ from fastformer.ops.attention_torch import FLASH_ROWS
 # does in the time: measured, of about 60 GFLOP/s.
 OPERATOR_COST = 2e7
 ROW_COST = 3e6
-# Scores from which on it costs SDPA more to keep them all for the gradient of a bias than us to compute them again.
+# Scores, for each core, from which on it costs SDPA more to keep them all for a bias's gradient than us to compute them
+# again. What padding costs beside a bias is won and lost within the noise.
 LEARNED_SCORES = 1 << 22
 SDPA_KEYS = 512
 """Keys that PyTorch's flash attention on a CPU takes at a time, masked or not."""
@@ -45,19 +46,19 @@ def operator_is_faster(
     batch, heads, m, head_dim = query.shape
     n = key.shape[2]
     of_pair = 4 * heads * head_dim
-    if dropout_p or of_pair * batch * m * n < OPERATOR_COST:
+    if dropout_p or of_pair * batch * m * n < OPERATOR_COST * torch.get_num_threads():
         return False
-    learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    if learned and batch * heads * m * n >= LEARNED_SCORES:
-        return True
+    if bias is not None:
+        learned = bias.requires_grad and torch.is_grad_enabled()
+        return learned and batch * heads * m * n >= LEARNED_SCORES * torch.get_num_threads()
     if structure is None or (structure.spans is None and m < 2 * FLASH_ROWS):
         return False
-    queries, keys = _spans(structure, batch, m, n, bias)
+    queries, keys = _spans(structure, batch, m, n, None)
     sizes = [(b - a, d - c) for (a, b), (c, d) in zip(queries, keys, strict=True)]
     pairs = sum(of_row * _keys_computed(of_row, keys_of_row, structure) for of_row, keys_of_row in sizes)
     in_sdpa = batch * m * (min(n, (m + SDPA_KEYS) / 2) if _only_causal(structure, m, n) else n)
-    cost = (2 if learned else 1) * OPERATOR_COST + ROW_COST * (0 if structure.spans is None else batch)
-    return of_pair * (in_sdpa - pairs) > cost
+    cost = OPERATOR_COST + ROW_COST * (0 if structure.spans is None else batch)
+    return of_pair * (in_sdpa - pairs) > cost * torch.get_num_threads()
 
 
 def _keys_computed(m: int, n: int, structure: MaskStructure) -> float:
