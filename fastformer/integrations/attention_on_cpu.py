@@ -46,11 +46,13 @@ def operator_is_faster(
     batch, heads, m, head_dim = query.shape
     n = key.shape[2]
     of_pair = 4 * heads * head_dim
-    if dropout_p or of_pair * batch * m * n < OPERATOR_COST * torch.get_num_threads():
+    # torch.compile cannot ask for the number of threads.
+    cores = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+    if dropout_p or of_pair * batch * m * n < OPERATOR_COST * cores:
         return False
     if bias is not None:
         learned = bias.requires_grad and torch.is_grad_enabled()
-        return learned and batch * heads * m * n >= LEARNED_SCORES * torch.get_num_threads()
+        return learned and batch * heads * m * n >= LEARNED_SCORES * cores
     if structure is None or (structure.spans is None and m < 2 * FLASH_ROWS):
         return False
     queries, keys = _spans(structure, batch, m, n, None)
@@ -58,7 +60,7 @@ def operator_is_faster(
     pairs = sum(of_row * _keys_computed(of_row, keys_of_row, structure) for of_row, keys_of_row in sizes)
     in_sdpa = batch * m * (min(n, (m + SDPA_KEYS) / 2) if _only_causal(structure, m, n) else n)
     cost = OPERATOR_COST + ROW_COST * (0 if structure.spans is None else batch)
-    return of_pair * (in_sdpa - pairs) > cost * torch.get_num_threads()
+    return of_pair * (in_sdpa - pairs) > cost * cores
 
 
 def _keys_computed(m: int, n: int, structure: MaskStructure) -> float:
