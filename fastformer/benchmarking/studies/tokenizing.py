@@ -38,22 +38,24 @@ LENGTH, TOKENS_PER_BATCH = 512, 16384
 
 @cache
 def code(characters: int) -> list[str]:
-    """Source files of an installed library, so many characters or a little more."""
-    texts: list[str] = []
-    for path in sorted(Path(transformers.__file__).parent.rglob("*.py")):
-        if characters <= 0:
-            break
-        texts.append(path.read_text(encoding="utf-8"))
-        characters -= len(texts[-1])
-    return texts
+    """Source files of an installed library."""
+    paths = sorted(Path(transformers.__file__).parent.rglob("*.py"))
+    return _first(characters, (path.read_text(encoding="utf-8") for path in paths))
 
 
 @cache
 def prose(characters: int) -> list[str]:
     """Python's documentation."""
-    texts = ["\n\n".join(paragraphs) for paragraphs in python_documentation()]
-    ends = np.cumsum([len(text) for text in texts])
-    return texts[: int(np.searchsorted(ends, characters)) + 1]
+    return _first(characters, ("\n\n".join(paragraphs) for paragraphs in python_documentation()))
+
+
+def _first(characters: int, texts: Iterator[str]) -> list[str]:
+    """As many texts as have so many characters, or all."""
+    chosen: list[str] = []
+    while characters > 0 and (text := next(texts, None)) is not None:
+        chosen.append(text)
+        characters -= len(text)
+    return chosen
 
 
 @cache
