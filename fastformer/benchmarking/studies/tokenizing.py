@@ -152,7 +152,7 @@ class TokenizingStudy(TimedStudy):
 
     def _memory(self, setting: Setting) -> Iterator[Measurement]:
         large = next(case for case in self.cases(setting) if case.name == LARGE)
-        missing = None if Path("/proc/self/status").exists() else "memory of a process is measured on Linux"
+        missing = None if Path("/proc/self/status").exists() else "what measures it runs on Linux only"
         for peer, times in ((OURS, 8), ("the small text", 1)):
             values = []
             if missing is None:
