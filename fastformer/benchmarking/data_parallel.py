@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from fastformer.benchmarking.processes import in_processes
-from fastformer.benchmarking.timing import Run, seconds_of
+from fastformer.benchmarking.timing import Run, seconds_of, threads
 from fastformer.benchmarking.training_steps import Shape, counted, training_step
 
 
@@ -99,15 +99,11 @@ def _exchange(shape: Shape, device: torch.device, group: ProcessGroup) -> Run:
     return partial(torch.distributed.all_reduce, gradients, group=group)
 
 
-def _threaded(threads: int, shape: Shape, device: torch.device) -> Run:
+def _threaded(number: int, shape: Shape, device: torch.device) -> Run:
     step = training_step(shape, device)
 
     def run() -> object:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+        with threads(number):
             return step()
-        finally:
-            torch.set_num_threads(before)
 
     return run

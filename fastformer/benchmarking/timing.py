@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -91,6 +92,17 @@ def seconds_of(run: Run, repeats: int, device: torch.device) -> float:
         run()
     wait(device)
     return (time.perf_counter() - begin) / repeats
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Have PyTorch compute on so many threads within a ``with`` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def wait(device: torch.device) -> None:

@@ -62,11 +62,11 @@ def _first_steps(setting: Setting, ahead: Path | None, folder: Path) -> Iterator
     caches = {OURS: ahead, _WITHOUT: None} if ahead else {OURS: None}
     found: dict[str, list[float]] = {}
     for number in range(rounds):
-        for peer in (*caches, *PEERS[1:]):
+        for place, peer in enumerate((*caches, *PEERS[1:])):
             if peer == PEERS[2] and setting.quick:
                 continue
-            # Every process but the one with our cache begins with empty ones.
-            cache = caches.get(peer) or folder / f"{number} {peer}"
+            # Every process but the one with our cache begins with empty ones; a compiler's path bears no spaces.
+            cache = caches.get(peer) or folder / f"{number}-{place}"
             found.setdefault(peer, []).append(_seconds(peer.split(",")[0], setting.device, cache))
     measured = partial(Measurement, "first-call", case)
     for peer, values in found.items():

@@ -16,11 +16,11 @@ from fastformer.benchmarking.attention_peers import peers as attention_peers
 from fastformer.benchmarking.measurement import OURS, Measurement, Metric
 from fastformer.benchmarking.operations import PYTORCH, Operation, Sizes, operations
 from fastformer.benchmarking.study import MeasuredStudy, Peer, Setting
-from fastformer.benchmarking.timing import Run, in_a_line, wait
+from fastformer.benchmarking.timing import Run, in_a_line, threads, wait
 
 CPU_TIME = Metric("CPU time of a call", "µs")
 # A GPU's queue holds about a thousand launches; a call of ours has a few.
-_MOST_CALLS, _SECONDS_OF_A_TURN = 100, 0.01
+_MOST_CALLS, _SECONDS_OF_A_TURN, _TO_WARM_UP = 100, 0.01, 10
 
 
 def measurements(setting: Setting) -> Iterator[Measurement]:
@@ -70,18 +70,19 @@ def _case(case: str, peers: dict[str, Peer], setting: Setting, rounds: int) -> I
 
 
 def _calls(run: Run, device: torch.device) -> int:
-    """As many as a turn takes, after two to warm up."""
-    _microseconds(run, 2, device)
-    return min(_MOST_CALLS, math.ceil(_SECONDS_OF_A_TURN * 1e6 / max(_microseconds(run, 2, device), 1.0)))
+    """As many as a turn takes, after some to warm up."""
+    _microseconds(run, _TO_WARM_UP, device)
+    return min(_MOST_CALLS, math.ceil(_SECONDS_OF_A_TURN * 1e6 / max(_microseconds(run, _TO_WARM_UP, device), 1.0)))
 
 
 def _microseconds(run: Run, calls: int, device: torch.device) -> float:
-    """Of all threads of the process: on a GPU the backward has one of its own."""
+    """Of all threads of the process: on a GPU the backward has one of its own, on a CPU others would wait busily."""
     wait(device)
-    begin = time.process_time()
-    for _ in range(calls):
-        run()
-    taken = time.process_time() - begin
+    with threads(1):
+        begin = time.process_time()
+        for _ in range(calls):
+            run()
+        taken = time.process_time() - begin
     wait(device)
     return taken / calls * 1e6
 
