@@ -19,8 +19,10 @@ from fastformer.ops.attention_torch import FLASH_ROWS
 # does in the time: measured, of about 60 GFLOP/s.
 OPERATOR_COST = 2e7
 ROW_COST = 3e6
+# What a bias costs our operator beyond SDPA: a share of what all scores cost.
+BIAS_COST = 0.25
 # Scores, for each core, from which on it costs SDPA more to keep them all for a bias's gradient than us to compute them
-# again. What padding costs beside a bias is won and lost within the noise.
+# again.
 LEARNED_SCORES = 1 << 22
 SDPA_KEYS = 512
 """Keys that PyTorch's flash attention on a CPU takes at a time, masked or not."""
@@ -50,17 +52,19 @@ def operator_is_faster(
     cores = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
     if dropout_p or of_pair * batch * m * n < OPERATOR_COST * cores:
         return False
-    if bias is not None:
-        learned = bias.requires_grad and torch.is_grad_enabled()
-        return learned and batch * heads * m * n >= LEARNED_SCORES * cores
+    learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if learned and batch * heads * m * n >= LEARNED_SCORES * cores:
+        return True
     if structure is None or (structure.spans is None and m < 2 * FLASH_ROWS):
         return False
-    queries, keys = _spans(structure, batch, m, n, None)
+    queries, keys = _spans(structure, batch, m, n, bias)
     sizes = [(b - a, d - c) for (a, b), (c, d) in zip(queries, keys, strict=True)]
     pairs = sum(of_row * _keys_computed(of_row, keys_of_row, structure) for of_row, keys_of_row in sizes)
-    in_sdpa = batch * m * (min(n, (m + SDPA_KEYS) / 2) if _only_causal(structure, m, n) else n)
+    skips_blocks = bias is None and _only_causal(structure, m, n)
+    in_sdpa = batch * m * (min(n, (m + SDPA_KEYS) / 2) if skips_blocks else n)
     cost = OPERATOR_COST + ROW_COST * (0 if structure.spans is None else batch)
-    return of_pair * (in_sdpa - pairs) > cost * cores
+    of_bias = 0.0 if bias is None else BIAS_COST * in_sdpa
+    return of_pair * (in_sdpa - pairs - of_bias) > cost * cores
 
 
 def _keys_computed(m: int, n: int, structure: MaskStructure) -> float:

@@ -338,7 +338,8 @@ def _forward_flash(
         causal, additive = _flash_mask(block, q.device)
         part = block.of_queries(q), block.of_keys(k), block.of_keys(v)
         result, result_lse = _flash_forward(*part, 0.0, causal, attn_mask=additive, scale=block.arguments.scale)
-        if additive is not None:
+        # It has 0 for a query that may attend to nothing: a bias need not be read again where there is none.
+        if additive is not None and not (result_lse.isfinite() & (result_lse != 0)).all():
             result_lse = result_lse.masked_fill((additive == NEGATIVE_INFINITY).all(-1), NEGATIVE_INFINITY)
         block_output.copy_(result)
         block_lse.copy_(result_lse)

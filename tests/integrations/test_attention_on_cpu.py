@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ def cost(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     """What our operator is said to cost: it is taken wherever it leaves out anything, or never."""
     monkeypatch.setattr(attention_on_cpu, "OPERATOR_COST", request.param)
     monkeypatch.setattr(attention_on_cpu, "ROW_COST", 0.0)
+    monkeypatch.setattr(attention_on_cpu, "BIAS_COST", 0.0)
     monkeypatch.setattr(attention_on_cpu, "LEARNED_SCORES", request.param)
     with fastformer.backend("auto"):
         yield request.param
@@ -140,3 +142,25 @@ def test_a_backend_that_is_asked_for_runs(calls: list[str]) -> None:
 def test_the_operator_runs_where_it_leaves_out_much(length: int, structure: MaskStructure | None, faster: bool) -> None:
     query = torch.empty(8, 4, length, 64)
     assert attention_on_cpu.operator_is_faster(query, query, structure, None, 0.0) == faster
+
+
+PADDED = MaskStructure(key_lengths=torch.tensor([256] + [64] * 7), spans=((0, 256),) + ((0, 64),) * 7)
+
+
+@pytest.mark.parametrize(
+    ("length", "structure", "learned", "faster"),
+    [
+        (256, MaskStructure(), False, False),
+        (256, MaskStructure(), True, False),
+        (1024, MaskStructure(), True, True),
+        (256, PADDED, False, True),
+        (256, PADDED, True, True),
+        (256, replace(PADDED, key_lengths=None), False, False),
+        (256, MaskStructure(causal=True), False, False),
+        (1024, MaskStructure(causal=True), False, True),
+    ],
+    ids=str,
+)
+def test_with_a_bias_it_must_leave_out_more(length: int, structure: MaskStructure, learned: bool, faster: bool) -> None:
+    query, bias = torch.empty(8, 4, length, 64), torch.empty(1, 4, length, length, requires_grad=learned)
+    assert attention_on_cpu.operator_is_faster(query, query, structure, bias, 0.0) == faster
