@@ -73,7 +73,8 @@ def attention_backward_torch(
     q, k, v, o, do = (_as_dense(tensor) for tensor in (query, key, value, output, grad_output))
     grads = [_as_dense(grad) for grad in (grad_query, grad_key, grad_value)]
     rows, grad_rows = _dense_rows(lse), None if grad_lse is None else _dense_rows(grad_lse)
-    flash = _fits_flash(query, key, value, arguments) and grad_lse is None and sums.bias is None
+    learned_bias = (sums.bias, sums.relative, sums.alibi_slopes) != (None, None, None)
+    flash = _fits_flash(query, key, value, arguments) and grad_lse is None and not learned_bias
     for segment in _segments(query, key, arguments):
         if flash:
             _backward_flash(do, q, k, v, o, rows, grads, segment)
@@ -200,6 +201,19 @@ class _Segment(NamedTuple):
         queries = torch.arange(self.queries.start + self.offset, self.queries.stop + self.offset, device=device)
         return torch.arange(self.keys.start, self.keys.stop, device=device) - queries[:, None]
 
+    def bias(self, device: torch.device) -> torch.Tensor | None:
+        """What is added to the scores before any is masked, in float32; 4-D, broadcasting to them, or None."""
+        a = self.arguments
+        parts = [] if a.bias is None else [self.of_scores(a.bias).float()]
+        if a.alibi_slopes is not None:
+            slopes = _cut_dim(a.alibi_slopes, 0, self.batch)
+            parts.append(self.distance(device).abs() * -slopes[:, :, None, None])
+        if a.relative_bias is not None:
+            reach = a.relative_bias.shape[1] // 2
+            place = self.distance(device).clamp(-reach, reach) + reach
+            parts.append(a.relative_bias.float()[None, :, place])
+        return functools.reduce(torch.add, parts) if parts else None
+
     def allowed(self, device: torch.device) -> torch.Tensor | None:
         """Which keys each query may attend to by mask and position; 4-D, or None where all may."""
         a, queries, keys = self.arguments, self.queries, self.keys
@@ -310,8 +324,6 @@ def _fits_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: At
     return (
         q.device.type == "cpu"
         and not (a.softcap or a.dropout_p)
-        and a.alibi_slopes is None
-        and a.relative_bias is None
         and a.head_scales is None
         and a.sinks is None
         and q.shape[-1] == v.shape[-1]
@@ -320,16 +332,22 @@ def _fits_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: At
     )
 
 
-def _flash_blocks(segment: _Segment) -> Iterator[_Segment]:
-    """Flash attention computes every score of up to 512 keys, masked or not; blocks leave out what limits exclude."""
-    long = segment.limited and _size(segment.queries) >= 2 * FLASH_ROWS
-    return segment.by_queries(FLASH_ROWS if long else _size(segment.queries))
+def _flash_blocks(segment: _Segment, heads: int) -> Iterator[_Segment]:
+    """Flash attention computes every score of up to 512 keys, masked or not; blocks leave out what limits exclude.
+
+    Where a bias has to be formed for it, blocks keep that small.
+    """
+    a, (_, m, n) = segment.arguments, segment.shape
+    rows = FLASH_ROWS if segment.limited and m >= 2 * FLASH_ROWS else m
+    if a.alibi_slopes is not None or a.relative_bias is not None:
+        rows = min(rows, max(EXPLICIT_ROWS, SCORE_ELEMENTS // max(1, heads * n)))
+    return segment.by_queries(rows)
 
 
 def _forward_flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, segment: _Segment
 ) -> None:
-    for block in _flash_blocks(segment):
+    for block in _flash_blocks(segment, q.shape[1]):
         block_output, block_lse = block.of_queries(output), block.of_queries(lse)
         if block.keys.start == block.keys.stop:
             block_output.zero_()
@@ -356,7 +374,7 @@ def _backward_flash(
     segment: _Segment,
 ) -> None:
     """Gradients of q, k and v are written to `grads`, which are zeros here."""
-    for block in _flash_blocks(segment):
+    for block in _flash_blocks(segment, q.shape[1]):
         if block.keys.start == block.keys.stop:
             continue
         causal, additive = _flash_mask(block, q.device)
@@ -383,11 +401,11 @@ def _backward_flash(
 def _flash_mask(block: _Segment, device: torch.device) -> tuple[bool, torch.Tensor | None]:
     """Flash attention's is_causal and additive mask for this block."""
     a = block.arguments
-    plain = a.mask is None and a.bias is None and a.left == UNBOUNDED and not (a.chunk or block.prefix)
+    additive = block.bias(device)
+    plain = a.mask is None and additive is None and a.left == UNBOUNDED and not (a.chunk or block.prefix)
     if plain and a.right == 0 and block.queries.start + block.offset == block.keys.start == 0:
         return True, None
     allowed = block.allowed(device)
-    additive = None if a.bias is None else block.of_scores(a.bias).float()
     if allowed is not None:
         additive = torch.zeros((), dtype=torch.float32) if additive is None else additive
         additive = torch.where(allowed, additive, NEGATIVE_INFINITY)
@@ -424,15 +442,9 @@ def _scores(q: torch.Tensor, k: torch.Tensor, segment: _Segment) -> _Scores:
     if a.softcap:
         capped = torch.tanh(values / a.softcap)
         values, slope = capped * a.softcap, 1.0 - capped * capped
-    if a.alibi_slopes is not None:
-        slopes = _cut_dim(a.alibi_slopes, 0, segment.batch)
-        values -= slopes[:, :, None, None] * segment.distance(q.device).abs()
-    if a.bias is not None:
-        values += segment.of_scores(a.bias)
-    if a.relative_bias is not None:
-        reach = a.relative_bias.shape[1] // 2
-        place = segment.distance(q.device).clamp(-reach, reach) + reach
-        values += a.relative_bias.float()[:, place]
+    bias = segment.bias(q.device)
+    if bias is not None:
+        values += bias
     allowed = segment.allowed(q.device)
     if allowed is not None:
         values.masked_fill_(~allowed, NEGATIVE_INFINITY)
