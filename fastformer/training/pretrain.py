@@ -42,8 +42,8 @@ from fastformer.training.samples import sample
 from fastformer.training.sharding import FullyShardedStrategy
 
 _DESCRIPTION = """\
-Pretrain a Transformer. Without any option: a small BERT, by masked language modelling and next-sentence prediction, on
-the English of Python's own documentation, in minutes on two CPU cores, into runs/pretrain.
+Pretrain a Transformer. Without any option: a small BERT with rotary positions, by masked language modelling and
+next-sentence prediction, on the English of Python's own documentation, in minutes on two CPU cores, into runs/pretrain.
 
 examples:
   fastformer pretrain

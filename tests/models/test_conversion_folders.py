@@ -351,7 +351,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture) -> None:
         fastformer.cli.main(["convert", "--help"])
     assert exit.value.code == 0
     shown = capsys.readouterr().out
-    assert "  fastformer convert runs/pretrain/model bert-hf/ --to bert" in shown
+    assert "  fastformer convert runs/bert/model bert-hf/ --to bert" in shown
     assert "  gpt2: GPT2Model, GPT2LMHeadModel, " in shown
 
 

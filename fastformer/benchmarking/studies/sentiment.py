@@ -28,7 +28,7 @@ EXPORT = "data export vader-sentiment --out runs/sentiment/train.jsonl"
 PRETRAIN = (
     "pretrain --data runs/sentiment/train.jsonl --corpus.next_sentence false --corpus.vocab_size 4096 "
     "--corpus.max_length 64 --corpus.mask_probability 0.25 --corpus.tokens_per_batch 2048 --model.overrides "
-    """'{"hidden_dropout_prob": 0, "classifier_dropout": 0.1, "initializer_range": 0.08, "pooling": "mean"}' """
+    """'{"position_embedding": "learned", "initializer_range": 0.08, "classifier_dropout": 0.1, "pooling": "mean"}' """
     "--output runs/sentiment/pretrain"
 )
 FINETUNE = (

@@ -26,9 +26,9 @@ express, is an error that names it, and then there is no DST.
 
 examples:
   fastformer convert bert-base-uncased/ bert/                           # from Hugging Face's format
-  fastformer convert runs/pretrain/model bert-hf/ --to bert             # to Hugging Face's
+  fastformer convert runs/bert/model bert-hf/ --to bert                 # to Hugging Face's
   fastformer convert uncased_L-12_H-768_A-12/ bert/                     # from TensorFlow's
-  fastformer convert runs/pretrain/model bert-tf/ --to tensorflow-bert  # to TensorFlow's
+  fastformer convert runs/bert/model bert-tf/ --to tensorflow-bert      # to TensorFlow's
   fastformer convert roberta-base/ roberta/ --drop 'roberta.pooler.*'   # without what the class does not have
   fastformer convert old/ new/ --class BertForPreTraining               # where config.json does not name the class
 
