@@ -73,8 +73,8 @@ def attention_backward_torch(
     q, k, v, o, do = (_as_dense(tensor) for tensor in (query, key, value, output, grad_output))
     grads = [_as_dense(grad) for grad in (grad_query, grad_key, grad_value)]
     rows, grad_rows = _dense_rows(lse), None if grad_lse is None else _dense_rows(grad_lse)
-    learned_bias = (sums.bias, sums.relative, sums.alibi_slopes) != (None, None, None)
-    flash = _fits_flash(query, key, value, arguments) and grad_lse is None and not learned_bias
+    bias_learns = any(each is not None for each in (sums.bias, sums.relative, sums.alibi_slopes))
+    flash = _fits_flash(query, key, value, arguments) and grad_lse is None and not bias_learns
     for segment in _segments(query, key, arguments):
         if flash:
             _backward_flash(do, q, k, v, o, rows, grads, segment)
