@@ -1,0 +1,1 @@
+"""The steps of the GPU benchmark, one module each, with a `STEP`."""
