@@ -65,9 +65,14 @@ class Step:
         title: a line that says what it measures.
         seconds: how long it may take of nine minutes; scaled to the minutes that were given.
         run: does the work and yields what it finds, as it is found.
+        launches: the same calls of Fastformer as `run` makes at full size, backwards included, on tensors of device
+            ``meta``: same shapes, dtypes, strides and launch configurations, one callable for each call. They tell
+            `fastformer kernels compile --bench-gpu` what to compile beforehand. Peers are left out; None where the
+            step calls no kernel.
     """
 
     name: str
     title: str
     seconds: float
     run: Callable[[Setting], Iterator[Record]]
+    launches: Callable[[], Iterator[Callable[[], object]]] | None = None
