@@ -17,7 +17,8 @@ class Setting:
 
     Attributes:
         device: where the work is done.
-        dry: tiny sizes on a CPU, to see that every line runs; its figures mean nothing.
+        dry: tiny sizes on a CPU, to see that every line runs; its figures mean nothing. Kernels run in Triton's
+            interpreter, on CPU tensors; a step that takes too long so uses ``fastformer.backend("torch")``.
         out: folder for files beside the records: pictures, logs, tables.
         deadline: `time.monotonic()` at which the step's process is ended.
     """
@@ -42,7 +43,8 @@ class Record:
         peer: who did it: "fastformer", "SDPA cuDNN", ...
         metric: what was measured: "forward", "error", "tokens per second", ...
         value: the figure; None where there is none, and `missing` says why.
-        unit: of the value: "TFLOP/s", "us", ...
+        unit: of the value: "TFLOP/s", "us", ... More is better of what is per second ("GB/s") or a share ("%"), less of
+            all else. The table adds what share of the measured ceiling TFLOP/s and GB/s are.
         missing: why there is no value: not installed, refused, an error's first line.
         details: whatever else belongs to it and can be written as JSON: spread, repeats, launch configuration.
     """
