@@ -149,7 +149,7 @@ def attention_forward(
 
 
 def _check_understood(module: torch.nn.Module, others: dict[str, Any]) -> None:
-    if unknown := sorted(name for name in others.keys() - NOT_FOR_ATTENTION if others[name] is not None):
+    if unknown := sorted(name for name in set(others) - NOT_FOR_ATTENTION if others[name] is not None):
         raise TypeError(
             f"{type(module).__name__} passes {', '.join(unknown)} to its attention, which attn_implementation="
             f'"fastformer" does not know; use "eager" or "sdpa"'

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastformer.nn.feed_forward import is_plain_linear
+from fastformer.nn.torch_linear_cross_entropy import TorchLinearCrossEntropyLoss
 from fastformer.ops.cross_entropy import cross_entropy
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -51,12 +52,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
 
-class LinearCrossEntropyLoss(nn.LinearCrossEntropyLoss):
+class LinearCrossEntropyLoss(TorchLinearCrossEntropyLoss):
     """`torch.nn.LinearCrossEntropyLoss` that never holds all logits: same constructor, state_dict and forward.
 
     The projection is `linear`, an `nn.Linear`, so that its weight can be tied to an embedding's. Where it has been
     replaced by another module (LoRA, quantisation) that is called, and its logits are held at once. Class
-    probabilities, `out_features` and `options` are left to PyTorch's own operator.
+    probabilities, `out_features` and `options` are left to PyTorch's own operator, and refused where it has none.
 
     Args:
         in_features: size of the last dimension of the input.

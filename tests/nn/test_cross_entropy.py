@@ -10,6 +10,11 @@ import torch
 from fastformer.nn import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy
 
+HAS_PYTORCHS_OWN = hasattr(torch.nn, "LinearCrossEntropyOptions")
+needs_pytorchs_own = pytest.mark.skipif(
+    not HAS_PYTORCHS_OWN, reason=f"torch {torch.__version__} has no torch.nn.LinearCrossEntropyLoss"
+)
+
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "ignore_index": 1}, {"weight": torch.rand(5)}])
@@ -34,6 +39,7 @@ def test_cross_entropy_loss_passes_its_own_options_on() -> None:
     torch.testing.assert_close(overwritten.detach(), leaf.grad)
 
 
+@needs_pytorchs_own
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "ignore_index": 1}, {"weight": torch.rand(5)}])
 def test_linear_cross_entropy_loss_equals_its_twin(options: dict[str, Any], reduction: str) -> None:
@@ -48,6 +54,18 @@ def test_linear_cross_entropy_loss_equals_its_twin(options: dict[str, Any], redu
         for loss, module in zip(losses, (ours, theirs), strict=True)
     )
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "ignore_index": 1}, {"weight": torch.rand(5)}])
+def test_linear_cross_entropy_loss_equals_its_two_steps(options: dict[str, Any], reduction: str) -> None:
+    ours = LinearCrossEntropyLoss(4, 5, bias=True, **options, reduction=reduction)
+    assert set(ours.state_dict()) == {"linear.weight", "linear.bias"} | options.keys() & {"weight"}
+    input, target = torch.randn(6, 4), torch.randint(0, 5, (6,))
+    theirs = torch.nn.CrossEntropyLoss(**options, reduction=reduction)(ours.linear(input), target)
+    losses = ours(input, target), theirs
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), list(ours.parameters())) for loss in losses))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -77,6 +95,7 @@ def test_tied_weight_takes_both_gradients() -> None:
     torch.testing.assert_close(embedding.weight.grad, *torch.autograd.grad(expected, embedding.weight))
 
 
+@needs_pytorchs_own
 def test_what_is_left_to_pytorch() -> None:
     torch.manual_seed(0)
     ours = LinearCrossEntropyLoss(4, 5, out_features=(2,))
@@ -87,3 +106,11 @@ def test_what_is_left_to_pytorch() -> None:
     probabilities = torch.rand(3, 5)
     with pytest.raises(ValueError, match="z_loss, softcap and memory_budget need a target of classes"):
         LinearCrossEntropyLoss(4, 5, z_loss=0.1)(input, probabilities)
+
+
+@pytest.mark.skipif(HAS_PYTORCHS_OWN, reason=f"torch {torch.__version__} has torch.nn.LinearCrossEntropyLoss")
+def test_what_is_left_to_a_pytorch_without_it_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="out_features is left to torch"):
+        LinearCrossEntropyLoss(4, 5, out_features=(2,))
+    with pytest.raises(NotImplementedError, match="class probabilities is left to torch"):
+        LinearCrossEntropyLoss(4, 5)(torch.randn(3, 4), torch.rand(3, 5))
