@@ -21,7 +21,8 @@ def softmax(
     if causal_offset is not None:
         last = dim % input.dim() == input.dim() - 1
         queries, keys = input.shape[-2 if last else -1], input.shape[dim]
-        later = torch.arange(keys)[None, :] > torch.arange(queries)[:, None] + causal_offset
+        columns, rows = (torch.arange(size, device=input.device) for size in (keys, queries))
+        later = columns[None, :] > rows[:, None] + causal_offset
         scores = scores.masked_fill(later if last else later.T, float("-inf"))
     empty = (scores == float("-inf")).all(dim, keepdim=True)
     function = torch.log_softmax if log else torch.softmax
@@ -49,10 +50,12 @@ def attention(
     keep: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     key_lengths: torch.Tensor | None = None,
+    first_position: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense attention in the dtype of its inputs: float64 to judge, a lower one to see what PyTorch's own error is.
 
-    `keep` says which weights dropout keeps. Returns the output and the log-sum-exp.
+    `keep` says which weights dropout keeps; `first_position` where the first query is among the keys, in place of
+    `alignment`. Returns the output and the log-sum-exp.
     """
     if key_lengths is not None or prefix_lengths is not None:
         lengths = [key.shape[2]] * len(query) if key_lengths is None else key_lengths.tolist()
@@ -75,6 +78,7 @@ def attention(
                 prefix=0 if prefix_lengths is None else int(prefix_lengths[b]),
                 keep=_cut(keep, b, length),
                 dropout_p=dropout_p,
+                first_position=first_position,
             )
             for b, length in enumerate(lengths)
         ]
@@ -97,6 +101,7 @@ def attention(
         prefix=0,
         keep=keep,
         dropout_p=dropout_p,
+        first_position=first_position,
     )
 
 
@@ -119,6 +124,7 @@ def _attention(
     prefix: int,
     keep: torch.Tensor | None,
     dropout_p: float,
+    first_position: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences of one length."""
     queries, keys, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
@@ -131,8 +137,11 @@ def _attention(
     )
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    offset = keys - queries if alignment == "bottom_right" else 0
-    distance = torch.arange(keys)[None, :] - (torch.arange(queries)[:, None] + offset)
+    if first_position is None:
+        first_position = keys - queries if alignment == "bottom_right" else 0
+    key_position = torch.arange(keys, device=query.device)
+    query_position = torch.arange(queries, device=query.device) + first_position
+    distance = key_position - query_position[:, None]
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(scores.dtype)[..., None, None] * distance.abs()
     if relative_bias is not None:
@@ -140,17 +149,16 @@ def _attention(
         scores = scores + relative_bias[:, distance.clamp(-reach, reach) + reach]
     if bias is not None:
         scores = scores + bias
-    allowed = torch.ones(queries, keys, dtype=torch.bool) if mask is None else mask
+    allowed = torch.ones_like(distance, dtype=torch.bool) if mask is None else mask
     left, right = window
     if causal:
         right = 0
     if left is not None:
         allowed = allowed & (distance >= -left)
     if right is not None:
-        allowed = allowed & ((distance <= right) | (torch.arange(keys) < prefix))
+        allowed = allowed & ((distance <= right) | (key_position < prefix))
     if chunk is not None:
-        key_position = torch.arange(keys)[None, :]
-        allowed = allowed & (key_position // chunk == (key_position - distance) // chunk)
+        allowed = allowed & (key_position // chunk == query_position[:, None] // chunk)
     scores = scores.masked_fill(~allowed, float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)], -1)
@@ -248,7 +256,7 @@ def cross_entropy(
     """Of rows of logits (rows, classes), in their dtype: float64 to judge, a lower one to see PyTorch's own error."""
     classes = logits.shape[1]
     z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    w = torch.ones(classes, dtype=z.dtype) if class_weight is None else class_weight.to(z.dtype)
+    w = z.new_ones(classes) if class_weight is None else class_weight.to(z.dtype)
     counts = target != ignore_index
     column = target.where(counts, torch.zeros_like(target))
     target_weight = w[column] * counts

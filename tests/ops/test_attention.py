@@ -12,6 +12,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
+from attention_accuracy import as_dtype, learned_in, magnitudes, result_names
 from fastformer_kernels.attention import launch
 from hypothesis import Phase, given, seed, settings
 
@@ -22,7 +23,6 @@ from fastformer.ops import attention as attention_function
 from fastformer.ops.attention import checked_arguments
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-LEARNED = ("bias", "relative_bias", "alibi_slopes", "scale", "sinks")
 
 
 def run(function: Any, tensors: list[torch.Tensor], options: dict[str, Any], weights: list[torch.Tensor]) -> list[Any]:
@@ -48,91 +48,22 @@ def check(tensors: list[torch.Tensor], options: dict[str, Any], dropout_seed: in
         plain["keep"] = reference.dropout_keep(*state, options["dropout_p"], (*query.shape[:3], tensors[1].shape[2]))
     exact = run(reference.attention, [t.double() for t in tensors], as_dtype(plain, torch.float64), weights)
     pytorch = run(reference.attention, tensors, as_dtype(plain, query.dtype), weights)
-    names = ["output", "lse", "grad_query", "grad_key", "grad_value", *(f"grad_{n}" for n in learned_in(options))]
-    # Weights are exp(score - lse) of float32 exponents, each rounded to within a unit of its own magnitude, which is
-    # therefore the relative error of a weight. Sums of n such terms, in another order than PyTorch's, differ by about
-    # sqrt(n) roundings. In 16 bits the rounding of the results hides both.
-    longest = max(max(tensor.shape) for tensor in tensors)
-    exponent = (1.0 + scale_of(exact[1])) * longest**0.5 if query.dtype == torch.float32 else 1.0
-    row_sums = sums_of_row_errors(weights[0], exact[0], tensors, options)
-    left_over = left_of_cancelled_rows(weights[0], exact[0], tensors, options) if query.dtype == torch.float32 else {}
+    names = result_names(options)
+    wanted = dict(zip(names, exact, strict=True))
     for backend in ("triton", "torch"):
         torch.manual_seed(dropout_seed)
         with fastformer.backend(backend):
-            actual = run(with_lse, tensors, options, weights)
-        for name, a, p, e in zip(names, actual, pytorch, exact, strict=True):
+            actual = dict(zip(names, run(with_lse, tensors, options, weights), strict=True))
+        scales = magnitudes(actual, wanted, weights[0], tensors, options)
+        for name, p in zip(names, pytorch, strict=True):
+            a, e = actual[name], wanted[name]
             assert torch.equal(torch.isfinite(a), torch.isfinite(e)), f"{backend} {name}: infinities differ"
             finite = torch.isfinite(e)
-            # The output rounds in the call's dtype; the gradients of slopes and sinks are float32 all the same.
-            coarser = torch.finfo(query.dtype).eps / torch.finfo(a.dtype).eps
-            unit = max(exponent * max(scale_of(e), row_sums.get(name, 0.0) * coarser), left_over.get(name, 0.0))
-            assert_as_accurate(f"{backend} {name}", a[finite], p[finite].to(a.dtype), e[finite], scale=unit)
-
-
-def sums_of_row_errors(
-    grad_output: torch.Tensor, output: torch.Tensor, tensors: list[torch.Tensor], options: dict[str, Any]
-) -> dict[str, float]:
-    """The magnitude whose rounding enters the gradients that add up whole rows of dS = P * (dP - delta).
-
-    delta = sum(dO * O) is computed from the output as it is stored, rounded to its dtype: it errs by up to half a unit
-    of sum |dO * O|. Bias, relative bias, slopes and sinks add that up over the rows that share an element, slopes times
-    distances and scales times products of queries and keys.
-    """
-    rows = (grad_output * output).abs().sum(-1)
-    query, key = tensors[0].double(), tensors[1].double().repeat_interleave(rows.shape[1] // tensors[1].shape[1], 1)
-    sums = {}
-    if "bias" in options:
-        sums["grad_bias"] = rows.sum_to_size([*options["bias"].shape[:3]]).max().item()
-    for name in ("relative_bias", "sinks"):
-        sums[f"grad_{name}"] = rows.sum((0, 2)).max().item()
-    sums["grad_alibi_slopes"] = (rows.sum((0, 2)) * (rows.shape[2] + key.shape[2])).max().item()
-    if key.shape[2]:
-        products = (query @ key.transpose(-1, -2)).abs().amax(-1)
-        sums["grad_scale"] = (rows * products).sum((0, 2)).max().item()
-    return sums
-
-
-def left_of_cancelled_rows(
-    grad_output: torch.Tensor, output: torch.Tensor, tensors: list[torch.Tensor], options: dict[str, Any]
-) -> dict[str, float]:
-    """The magnitude whose rounding is left in the gradients of query and key where dP - delta cancels.
-
-    With few keys P is near 1 and dP near delta, and dS is the rounding of both, of sum |dO * O|, added in another order
-    than PyTorch's. A query's gradient adds that up over its keys, whose P sum to 1; a key's over its queries, of which
-    there are m / n for each of n keys, in random directions.
-    """
-    query, key = tensors[0].double().abs(), tensors[1].double().abs()
-    scale = options.get("scale")
-    factor = query.shape[-1] ** -0.5 if scale is None else float(torch.as_tensor(scale).abs().max())
-    if not query.numel() or not key.numel():
-        return {}
-    rows = (grad_output * output).abs().sum(-1)
-    queries_per_key = max(1.0, query.shape[1] * query.shape[2] / (key.shape[1] * key.shape[2]))
-    return {
-        "grad_query": factor * rows.max().item() * key.max().item(),
-        "grad_key": factor * queries_per_key**0.5 * (rows * query.amax(-1)).max().item(),
-    }
-
-
-def scale_of(exact: torch.Tensor) -> float:
-    """The largest finite magnitude, and at least that of the terms it sums, about 1."""
-    return max([1.0, *exact[torch.isfinite(exact)].abs().flatten().tolist()])
-
-
-def learned_in(options: dict[str, Any]) -> list[str]:
-    """The options that a gradient is wanted of."""
-    return [name for name in LEARNED if isinstance(options.get(name), torch.Tensor)]
+            assert_as_accurate(f"{backend} {name}", a[finite], p[finite].to(a.dtype), e[finite], scale=scales[name])
 
 
 def with_lse(*tensors: torch.Tensor, **options: Any) -> Any:
     return attention_function(*tensors, return_lse=True, **options)
-
-
-def as_dtype(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in options.items()
-    }
 
 
 @st.composite
