@@ -7,8 +7,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
 from fastformer.data.corpus import default_corpus
 from fastformer.data.corruption import SpanNoise
@@ -233,7 +231,7 @@ class PretrainingDataModule(ResumableDataModule):
             self._stream.batches_per_pass = list(self._restored["batches_per_pass"])
         dataset = PackedDataset(train.corpus, predicting.batch, self.seed)
         length = self.epoch(len(self._stream))
-        return _ResumableLoader(dataset, self._rest_of_epoch, self.step_sizes, length, self.num_workers)
+        return _ResumableLoader(self, dataset, self._rest_of_epoch, length)
 
     def val_dataloader(self) -> Iterable[Any]:
         """This process's batches of the held-out documents, the same every time; none without held-out documents."""
@@ -252,7 +250,7 @@ class PretrainingDataModule(ResumableDataModule):
         )
         recipes = [BatchRecipe(0, examples[batch]) for batch in sampler]
         dataset = PackedDataset(heldout.corpus, predicting.batch, self.seed)
-        return _Loader(dataset, lambda: recipes, len(recipes), self.num_workers)
+        return _Loader(self, dataset, lambda: recipes, len(recipes))
 
     def _rest_of_epoch(self) -> Iterator[BatchRecipe]:
         """The recipes from the first batch not trained on to the end of the epoch.
@@ -336,28 +334,21 @@ class _Loader:
 
     def __init__(
         self,
+        data: ResumableDataModule,
         dataset: PackedDataset,
         recipes: Callable[[], Iterable[BatchRecipe]],
         length: int,
-        num_workers: int,
     ) -> None:
+        self.data = data
         self.dataset = dataset
         self._recipes = recipes
         self._length = length
-        self._num_workers = num_workers
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[Any]:
-        yield from DataLoader(
-            self.dataset,
-            batch_sampler=self._recipes(),  # type: ignore[arg-type]  # a recipe stands for the indices of a batch
-            collate_fn=_as_is,
-            num_workers=self._num_workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # leaves the global one alone, on which a resumed run's dropout depends
-        )
+        yield from self.data.load(self.dataset, self._recipes(), _as_is)  # a recipe stands for the indices of a batch
 
 
 class _ResumableLoader(_Loader):
@@ -366,19 +357,8 @@ class _ResumableLoader(_Loader):
     The state is empty: the position is in Lightning's progress, the rest in the data module.
     """
 
-    def __init__(
-        self,
-        dataset: PackedDataset,
-        recipes: Callable[[], Iterable[BatchRecipe]],
-        step_sizes: Callable[[int], Iterable[int]],
-        length: int,
-        num_workers: int,
-    ) -> None:
-        super().__init__(dataset, recipes, length, num_workers)
-        self._step_sizes = step_sizes
-
     def __iter__(self) -> Iterator[Any]:
-        yield from with_label_counts(super().__iter__(), self._step_sizes(len(self)))
+        yield from with_label_counts(super().__iter__(), self.data.step_sizes(len(self)))
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.data import DataLoader, Dataset
 
 
 class ResumableDataModule(LightningDataModule):
@@ -15,6 +17,9 @@ class ResumableDataModule(LightningDataModule):
     every n-th from the r-th on; ranks are those of `data_rank`. How many batches a rank has been trained on is in
     Lightning's progress; from which of them on there were how many ranks is in the data module's own state.
     """
+
+    num_workers: int
+    """Processes that prepare batches; 0 prepares them in the training process."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,6 +78,20 @@ class ResumableDataModule(LightningDataModule):
             step = min(size - begin % size, end - begin)
             yield step
             begin += step
+
+    def load(self, dataset: Dataset[Any], batches: Iterable[Any], collate: Callable[[Any], Any]) -> DataLoader[Any]:
+        """PyTorch's loader: of each of `batches` what `dataset` has of it, put together by `collate`.
+
+        In pinned memory where it goes to a GPU, which is then not waited for.
+        """
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            generator=torch.Generator(),  # leaves the global one alone, on which a resumed run's dropout depends
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"ranks": [list(entry) for entry in self._ranks]}

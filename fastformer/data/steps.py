@@ -12,10 +12,10 @@ from fastformer.data.objectives import IGNORE_INDEX
 
 
 def label_counts(batch: dict[str, Any]) -> torch.Tensor:
-    """(2,) int64: the labelled tokens of a packed batch, and its labelled pairs of segments."""
-    positions = batch.get("masked_positions")
-    tokens = len(positions) if positions is not None else int((batch["labels"] != IGNORE_INDEX).sum())
-    return torch.tensor([tokens, len(batch.get("next_sentence_label", ()))])
+    """(2,) int64 on the labels' device: the labelled tokens of a packed batch, and its labelled pairs of segments."""
+    labels, positions = batch["labels"], batch.get("masked_positions")
+    tokens = (labels != IGNORE_INDEX).sum() if positions is None else labels.new_full((), len(positions))
+    return torch.stack([tokens, labels.new_full((), len(batch.get("next_sentence_label", ())))])
 
 
 def with_label_counts(

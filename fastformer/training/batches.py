@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from fastformer.data.packing import TokenBudgetSampler
@@ -104,14 +103,7 @@ class _Batches:
         return len(self._sampler())
 
     def __iter__(self) -> Iterator[Any]:
-        yield from DataLoader(
-            _Features(self.features),
-            batch_sampler=self.indices(),  # type: ignore[arg-type]
-            collate_fn=self.data.collate,
-            num_workers=self.data.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # leaves the global one alone, on which a resumed run's dropout depends
-        )
+        yield from self.data.load(_Features(self.features), self.indices(), self.data.collate)
 
     def indices(self) -> Iterable[np.ndarray]:
         """Of the features of each batch."""

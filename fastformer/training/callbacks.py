@@ -94,7 +94,7 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self.tokens = 0
         self.seconds = 0.0
-        self._own_tokens = 0  # of this rank, not in `tokens` yet
+        self._own_tokens: int | torch.Tensor = 0  # of this rank, not in `tokens` yet; padding is counted on the device
         self._clock: float | None = None  # when the time was last added; None while it is not counted
 
     @property
@@ -127,7 +127,7 @@ class Throughput(Callback):
             self._tick()
             tokens, seconds = self._logged
             rate = (self.tokens - tokens) / (self.seconds - seconds)
-            pl_module.log("train/tokens_per_second", rate, on_step=True, batch_size=1)
+            pl_module.log("train/tokens_per_second", torch.tensor(rate), on_step=True, batch_size=1)
             self._logged = (self.tokens, self.seconds)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,13 +145,13 @@ class Throughput(Callback):
     def _tick(self) -> None:
         """Bring `tokens` and `seconds` up to date; on every rank or none."""
         if self._clock is not None:
+            own = torch.as_tensor(self._own_tokens, device=self._trainer.strategy.root_device)
+            of_all = int(self._trainer.strategy.reduce(own, reduce_op="sum"))  # waits for the device
+            self.tokens += of_all * data_rank(self._trainer)[1] // self._trainer.world_size
+            self._own_tokens = 0
             now = time.perf_counter()
             self.seconds += now - self._clock
             self._clock = now
-            own = torch.tensor(self._own_tokens, device=self._trainer.strategy.root_device)
-            of_all = int(self._trainer.strategy.reduce(own, reduce_op="sum"))
-            self.tokens += of_all * data_rank(self._trainer)[1] // self._trainer.world_size
-            self._own_tokens = 0
 
 
 class LossCurve(Callback):
@@ -443,17 +443,18 @@ def _is_logged(trainer: Trainer) -> bool:
     return every > 0 and trainer.global_step % every == 0
 
 
-def _tokens(batch: Any) -> int:
-    """Real tokens of a batch, packed or dense, sources and targets, or of a list of batches."""
+def _tokens(batch: Any) -> int | torch.Tensor:
+    """Real tokens of a batch, packed or dense, sources and targets, or of a list of batches.
+
+    A tensor on the batch's device where there is padding: reading it would wait for a GPU.
+    """
     if isinstance(batch, (list, tuple)):
         return sum(map(_tokens, batch))
     if "input_ids" not in batch:  # one batch for each side of pairs
         return sum(_tokens(side) for side in batch.values() if isinstance(side, Mapping))
     sides = [name for name in ("input_ids", "decoder_input_ids") if name in batch]
     masks = [batch.get(name.replace("input_ids", "attention_mask")) for name in sides]
-    return sum(
-        batch[name].numel() if mask is None else int(mask.sum()) for name, mask in zip(sides, masks, strict=True)
-    )
+    return sum(batch[name].numel() if mask is None else mask.sum() for name, mask in zip(sides, masks, strict=True))
 
 
 def _training_text(trainer: Trainer) -> str:

@@ -125,19 +125,20 @@ class FineTuning(TrainingModule):
     # --- Validation and prediction ------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._loss_sum = torch.zeros(2, dtype=torch.float64)  # and targets
+        self._loss_sum = torch.zeros(2, dtype=torch.float64, device=self.device)  # and targets
         self._outputs: list[list[Any]] = []  # of each batch
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss, output = self.run(batch)
         targets = self.targets(batch)
         if targets:
-            self._loss_sum += torch.tensor([loss.item() * targets, targets])
+            self._loss_sum[0] += loss.double() * targets
+            self._loss_sum[1] += targets
         if self.judge is not None:
             self._outputs.append(self.outputs(batch, output))
 
     def on_validation_epoch_end(self) -> None:
-        total, targets = self.over_ranks(self._loss_sum.to(self.device)).tolist()
+        total, targets = self.over_ranks(self._loss_sum).tolist()
         metrics = {"loss": total / targets} if targets else {}
         if self.judge is not None and (outputs := self._outputs_of_all_ranks()):
             metrics |= self.judge(outputs)

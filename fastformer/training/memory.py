@@ -15,7 +15,8 @@ class PeakMemory(Callback):
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         peak = peak_memory(pl_module.device)
         if peak is not None:
-            pl_module.log("train/peak_memory", float(peak), on_step=True, batch_size=1)
+            # A tensor: of a number Lightning would make one on the GPU, and wait for it.
+            pl_module.log("train/peak_memory", torch.tensor(float(peak)), on_step=True, batch_size=1)
 
 
 def peak_memory(device: torch.device) -> int | None:

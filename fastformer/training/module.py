@@ -73,7 +73,8 @@ class TrainingModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         rate = max(group["lr"] for group in optimizer.param_groups)
-        self.log("train/learning_rate", rate, batch_size=1)
+        # A tensor: of a number Lightning would make one on the GPU, and wait for it.
+        self.log("train/learning_rate", torch.tensor(rate), batch_size=1)
         if self._step_sums is not None:
             means = self.over_ranks(self._step_sums) / self._step_counts
             self._step_sums = None

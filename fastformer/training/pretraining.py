@@ -150,22 +150,22 @@ class PretrainingModule(TrainingModule):
     # --- Validation ---------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64)  # sum of the loss, labelled tokens
+        # Sum of the loss, labelled tokens; on the device, so that no batch waits for it.
+        self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         assert self.model is not None
         output = self.model(**batch)
-        tokens = int(label_counts(batch)[0])
-        if tokens:
-            self._sums[0] += self._loss_parts(output)[0].item() * tokens
-            self._sums[1] += tokens
+        tokens, loss = label_counts(batch)[0], self._loss_parts(output)[0].double()
+        self._sums[0] += torch.where(tokens > 0, loss * tokens, 0.0)  # the mean over no tokens is NaN
+        self._sums[1] += tokens
         self._measure(batch, output)
 
     def _measure(self, batch: dict[str, Any], output: Any) -> None:
         """Add to `_sums` what is measured besides the loss."""
 
     def on_validation_epoch_end(self) -> None:
-        metrics = self._validation_metrics(*self.over_ranks(self._sums.to(self.device)).tolist())
+        metrics = self._validation_metrics(*self.over_ranks(self._sums).tolist())
         self.log_dict({f"val/{name}": value for name, value in metrics.items()}, sync_dist=True)
 
     def _validation_metrics(self, *sums: float) -> dict[str, float]:
@@ -203,13 +203,13 @@ class MaskedLanguageModeling(PretrainingModule):
 
     def on_validation_epoch_start(self) -> None:
         # Sum of the MLM loss, masked tokens; pairs, those judged rightly, those whose second segment is random.
-        self._sums = torch.zeros(5, dtype=torch.float64)
+        self._sums = torch.zeros(5, dtype=torch.float64, device=self.device)
 
     def _measure(self, batch: dict[str, Any], output: Any) -> None:
         if (label := batch.get("next_sentence_label")) is not None:
             self._sums[2] += len(label)
-            self._sums[3] += (output.seq_relationship_logits.argmax(dim=-1) == label).sum().item()
-            self._sums[4] += label.sum().item()
+            self._sums[3] += (output.seq_relationship_logits.argmax(dim=-1) == label).sum()
+            self._sums[4] += label.sum()
 
     def _validation_metrics(self, *sums: float) -> dict[str, float]:
         return _masked_metrics(*sums)

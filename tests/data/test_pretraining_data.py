@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -189,6 +190,7 @@ def test_ranks_share_the_batches(make, world_size):
             self.distributed_sampler_kwargs = {"rank": global_rank, "num_replicas": world_size}
             self.fit_loop = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit_loop
             self.accumulate_grad_batches, self.num_training_batches = 1, float("inf")
+            self.strategy = SimpleNamespace(root_device=torch.device("cpu"))
 
     def labels(data) -> Counter:
         return Counter(

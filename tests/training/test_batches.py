@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fastformer.training.batches import FineTuningData, in_order
 
@@ -25,6 +26,7 @@ def data(
         fit_loop=loop,
         accumulate_grad_batches=accumulate,
         num_training_batches=float("inf"),
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
     return made
 
@@ -125,3 +127,11 @@ def test_too_long_features_and_empty_data_are_refused() -> None:
         list(in_order(FEATURES, rows, len, 5))
     with pytest.raises(ValueError, match="examples to train on and to validate with; got 50 and 0"):
         FineTuningData(SimpleNamespace(), FEATURES, [], rows, len, targets)
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_batches_lie_in_pinned_memory_if_they_go_to_a_gpu(device: str, pinned: bool) -> None:
+    """And only then: pinning makes a CUDA context, also in a run on the CPU of a machine with a GPU."""
+    made = data()
+    made.trainer.strategy.root_device = torch.device(device)
+    assert made.load(FEATURES, [[0]], rows).pin_memory is pinned
