@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from captum.attr import LayerIntegratedGradients
 from matplotlib.image import imread
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, PreTrainedTokenizerFast
@@ -38,6 +38,9 @@ SHAPE = {
     "initializer_range": 0.3,
 }
 TEXT = "the cat sat on a $mat$"
+needs_captum = pytest.mark.skipif(
+    importlib.util.find_spec("captum") is None, reason="needs captum: pip install fastformer[interpret]"
+)
 
 
 @pytest.fixture
@@ -113,6 +116,8 @@ def test_maps_of_decoders_and_encoder_decoders(tokenizer: PreTrainedTokenizerFas
 
 def captums(bert, tokenizer: PreTrainedTokenizerFast, text: str, logit) -> list[float]:
     """Layer integrated gradients of BERT's word embeddings, its special tokens in place."""
+    from captum.attr import LayerIntegratedGradients
+
     encoded = tokenizer(text, return_tensors="pt")
     ids = encoded["input_ids"]
     baseline = torch.where((ids == 1) | (ids == 2) | (ids == 3), ids, 0)
@@ -122,6 +127,7 @@ def captums(bert, tokenizer: PreTrainedTokenizerFast, text: str, logit) -> list[
     return method.attribute(ids, baseline, n_steps=40).sum(-1)[0].tolist()
 
 
+@needs_captum
 def test_attributions_are_captums_on_bert(tokenizer: PreTrainedTokenizerFast) -> None:
     bert, own = twins(BertForSequenceClassification, FastformerForSequenceClassification)
     found = token_attributions(own, tokenizer, TEXT, target=1, steps=40)
@@ -133,6 +139,7 @@ def test_attributions_are_captums_on_bert(tokenizer: PreTrainedTokenizerFast) ->
     assert token_attributions(own, tokenizer, TEXT, steps=2).target == logits.argmax().item()
 
 
+@needs_captum
 def test_attributions_of_a_masked_token(tokenizer: PreTrainedTokenizerFast) -> None:
     bert, own = twins(BertForMaskedLM, FastformerForMaskedLM)
     text = "the cat [MASK] on a"
@@ -143,6 +150,7 @@ def test_attributions_of_a_masked_token(tokenizer: PreTrainedTokenizerFast) -> N
     assert found.label == WORDS[found.target]
 
 
+@needs_captum
 def test_attributions_of_the_next_token_add_up(tokenizer: PreTrainedTokenizerFast) -> None:
     shape = {**SHAPE, "initializer_range": 0.1}
     model = FastformerForCausalLM(FastformerConfig(**shape, stack="decoder", type_vocab_size=0)).eval()
@@ -153,13 +161,10 @@ def test_attributions_of_the_next_token_add_up(tokenizer: PreTrainedTokenizerFas
     assert found.error == pytest.approx(abs(sum(found.scores) - found.output + found.baseline), abs=1e-4)
 
 
-def test_refusals(tokenizer: PreTrainedTokenizerFast) -> None:
-    config = FastformerConfig(**SHAPE)
-    model = FastformerForMaskedLM(config)
+def test_refusals_of_maps(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = FastformerForMaskedLM(FastformerConfig(**SHAPE))
     with pytest.raises(ValueError, match="model must be in evaluation mode"):
         attention_maps(model, tokenizer, TEXT)
-    with pytest.raises(ValueError, match="model must be in evaluation mode"):
-        token_attributions(model, tokenizer, TEXT)
     model.eval()
     with pytest.raises(IndexError, match="layers must be from 0 to 2; got 3"):
         attention_maps(model, tokenizer, TEXT, layers=[3])
@@ -169,6 +174,15 @@ def test_refusals(tokenizer: PreTrainedTokenizerFast) -> None:
         attention_maps(model, tokenizer, TEXT, attention="cross")
     with pytest.raises(ValueError, match="target_text is for encoder-decoders"):
         attention_maps(model, tokenizer, TEXT, target_text="a")
+
+
+@needs_captum
+def test_refusals_of_attributions(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = FastformerConfig(**SHAPE)
+    model = FastformerForMaskedLM(config)
+    with pytest.raises(ValueError, match="model must be in evaluation mode"):
+        token_attributions(model, tokenizer, TEXT)
+    model.eval()
     with pytest.raises(ValueError, match=r"text must have one \[MASK\], whose prediction is explained; got 0"):
         token_attributions(model, tokenizer, TEXT)
     with pytest.raises(IndexError, match="target must be from 0 to 10; got 11"):
@@ -177,6 +191,7 @@ def test_refusals(tokenizer: PreTrainedTokenizerFast) -> None:
         token_attributions(FastformerForTokenClassification(config).eval(), tokenizer, TEXT)
 
 
+@needs_captum
 def test_command(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     FastformerForMaskedLM(FastformerConfig(**SHAPE)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
