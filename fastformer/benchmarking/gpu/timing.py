@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import torch
 
 Run = Callable[[], object]
+Prepare = Callable[[], Run]
+"""Does what is not timed, and returns what is: a forward, and its backward."""
 
-# Half a millisecond at 2 GHz, more than the host takes to ask for a run.
-_CYCLES_PER_RUN = 1_000_000
+_CYCLES_PER_SECOND = 2e9
+# Of the time that the host took to ask for a run: the next time it may take longer.
+_RESERVE = 1.5
 
 
 @dataclass(frozen=True)
@@ -34,26 +37,45 @@ def timed(runs: Sequence[Run], device: torch.device, seconds: float = 0.1, most:
         seconds: how long to measure.
         most: repeats at the most; there are at least three.
     """
-    for run in runs:
-        run()
-    estimate = max(_seconds_of([runs[0]] * 3, device)[1], 1e-6)
-    repeats = min(most, max(3, round(seconds / estimate)))
-    taken = sorted(_seconds_of([runs[number % len(runs)] for number in range(repeats)], device))
+    return timed_parts([_ready(run) for run in runs], device, seconds, most)
+
+
+def timed_parts(prepared: Sequence[Prepare], device: torch.device, seconds: float = 0.1, most: int = 200) -> Timing:
+    """As `timed`, of runs that each need something done before them, which is not in their time.
+
+    Args:
+        prepared: for each set of buffers; called before every run.
+        device, seconds, most: as of `timed`; `seconds` leaves out what is done before the runs.
+    """
+    for prepare in prepared:
+        prepare()()
+    few, asking = _seconds_of([prepared[0]] * 3, device, 1e-3)
+    repeats = min(most, max(3, round(seconds / max(few[1], 1e-6))))
+    taken, _ = _seconds_of([prepared[number % len(prepared)] for number in range(repeats)], device, _RESERVE * asking)
+    taken.sort()
     return Timing(statistics.median(taken), taken[len(taken) // 5], taken[-1 - len(taken) // 5], repeats)
 
 
-def _seconds_of(runs: Sequence[Run], device: torch.device) -> list[float]:
+def _ready(run: Run) -> Prepare:
+    return lambda: run
+
+
+def _seconds_of(prepared: Sequence[Prepare], device: torch.device, asking: float) -> tuple[list[float], float]:
+    """Seconds of each run, and of the host to ask for one with what is before it; `asking` says how long that takes."""
     if device.type != "cuda":
-        return [_host_seconds_of(run) for run in runs]
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in runs]
+        return [_host_seconds_of(prepare()) for prepare in prepared], 0.0
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in prepared]
     # The GPU waits until the host has asked for everything: else a short run's time would be the host's.
-    torch.cuda._sleep(_CYCLES_PER_RUN * len(runs))
-    for run, (begin, end) in zip(runs, events, strict=True):
+    torch.cuda._sleep(round(_CYCLES_PER_SECOND * asking * len(prepared)))
+    first = time.perf_counter()
+    for prepare, (begin, end) in zip(prepared, events, strict=True):
+        run = prepare()
         begin.record()
         run()
         end.record()
+    asked = (time.perf_counter() - first) / len(prepared)
     torch.cuda.synchronize(device)
-    return [begin.elapsed_time(end) / 1000.0 for begin, end in events]
+    return [begin.elapsed_time(end) / 1000.0 for begin, end in events], asked
 
 
 def _host_seconds_of(run: Run) -> float:
