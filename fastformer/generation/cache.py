@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastformer.generation.devices import on_device
+
 
 class CacheShape(NamedTuple):
     """What a token takes in a cache.
@@ -134,7 +136,7 @@ class PagedCache:
 
     def reserve(self, slot: int, tokens: int) -> None:
         self._taken[slot] = pages = [self._free.pop() for _ in range(self._pages(tokens))]
-        self._table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32).to(self._table.device)
+        self._table[slot, : len(pages)] = on_device(torch.tensor(pages, dtype=torch.int32), self._table.device)
 
     def move(self, source: int, target: int, tokens: int) -> None:
         self._table[target] = self._table[source]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastformer.generation.cache import CacheShape, ContiguousCache, KeyValueCache, PagedCache
 from fastformer.generation.context import DecodeContext, PrefillContext
+from fastformer.generation.devices import on_device
 from fastformer.generation.direct import direct
 from fastformer.models.context import PackedContext
 from fastformer.models.heads.causal_lm import FastformerForCausalLM
@@ -137,11 +138,13 @@ class CachedModel:
 
     def _packed(self, sequences: Sequence[Sequence[int]], first_slot: int) -> tuple[Tensor, Tensor, Tensor, Packing]:
         """Tokens, their positions and slots, each (total_tokens,), and where the sequences are."""
-        ids = torch.tensor(list(chain.from_iterable(sequences))).to(self.device)
+        ids = on_device(torch.tensor(list(chain.from_iterable(sequences))), self.device)
         lengths = list(map(len, sequences))
-        cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32).to(self.device)
+        boundaries = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+        cu_seqlens = on_device(boundaries, self.device)
         slots = torch.arange(first_slot, first_slot + len(lengths)).repeat_interleave(torch.tensor(lengths))
-        return ids, packed_positions(cu_seqlens, len(ids)), slots.to(self.device), Packing(cu_seqlens, max(lengths))
+        positions = packed_positions(cu_seqlens, len(ids))
+        return ids, positions, on_device(slots, self.device), Packing(cu_seqlens, max(lengths))
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         if isinstance(self.model, FastformerForSeq2SeqLM):

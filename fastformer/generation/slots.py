@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastformer.generation.devices import on_device
 from fastformer.generation.parameters import SamplingParameters
 from fastformer.generation.sampling import Settings
 
@@ -45,14 +46,14 @@ class Slots:
     def admit(self, slot: int, prompt: Sequence[int], parameters: SamplingParameters, seed: int) -> None:
         """Take in a sequence whose prompt is in the cache."""
         device, new = self.history.device, parameters.max_new_tokens
-        tokens = torch.tensor(prompt).to(device)
+        tokens = on_device(torch.tensor(prompt), device)
         self.history[slot, : len(prompt)] = tokens
         self.lengths[slot] = len(prompt) - 1
         self.generated[slot] = 0
         self.most_new[slot] = new
         if parameters.temperature > 0.0:
             drawn = torch.rand(new, DRAWS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            self.uniforms[slot, :new] = drawn.to(device)
+            self.uniforms[slot, :new] = on_device(drawn, device)
         if self.seen is not None:
             self.seen[slot] = False
             self.seen[slot, tokens] = True
@@ -62,7 +63,7 @@ class Slots:
             parameters.min_p or 0.0,
             parameters.repetition_penalty,
         )
-        self._numbers[slot] = torch.tensor(numbers).to(device)
+        self._numbers[slot] = on_device(torch.tensor(numbers), device)
         self._top_k[slot] = min(parameters.top_k or self.vocab_size, self.vocab_size)
 
     def move(self, source: int, target: int) -> None:
