@@ -8,6 +8,7 @@ import sys
 import time
 
 import fastformer
+from fastformer.extras import missing_package, remedy
 
 COMMANDS = {
     "pretrain": (
@@ -71,7 +72,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 after an error in what the user gave."""
+    """Run the command line; returns the exit status: 0, or 2 after an error in what the user gave or has installed."""
     begin = time.monotonic()
     known, rest = _parser().parse_known_args(arguments)
     module, _ = COMMANDS[known.command]
@@ -81,6 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
         if known.debug:
             raise
         print(f"fastformer {known.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = missing_package(error)
+        if package is None or known.debug:
+            raise
+        print(f"fastformer {known.command} needs {package}, which is not installed: {remedy(package)}", file=sys.stderr)
         return 2
     return 0
 

@@ -25,7 +25,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the README's main job has run: its command, cut to two steps."""
     folder = tmp_path_factory.mktemp("readme")
     install, _, command = blocks("bash")[0].strip().partition(" && ")
-    assert install == "pip install -e ."
+    assert install == 'pip install -e ".[train]"'
     arguments = [*command.split()[1:], "--max_steps", "2"]
     run = subprocess.run(
         [sys.executable, "-m", "fastformer.cli", *arguments], cwd=folder, capture_output=True, text=True, check=False

@@ -8,7 +8,6 @@ from pathlib import Path
 from fastformer.benchmarking.comparison import Change
 from fastformer.benchmarking.crossovers import comparisons
 from fastformer.benchmarking.measurement import Verdict, verdicts
-from fastformer.benchmarking.pictures import draw
 from fastformer.benchmarking.results import Results
 from fastformer.benchmarking.studies import load
 from fastformer.benchmarking.tables import change_rows, crossover_rows, environment_rows, study_tables, verdict_rows
@@ -28,6 +27,8 @@ def judged(results: Results) -> list[Verdict]:
 
 def write_report(results: Results, folder: Path, changes: Sequence[Change] = ()) -> None:
     """Write ``report.md`` and a PNG for each study that compares something, into `folder`."""
+    from fastformer.benchmarking.pictures import draw
+
     sections = ["# Benchmarks"]
     if results.quick:
         sections.append(

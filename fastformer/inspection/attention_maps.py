@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastformer.data.files import atomic_file
@@ -119,6 +118,8 @@ def token_names(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[s
 
 def draw_attention(maps: AttentionMaps, path: Path) -> None:
     """Write a picture of `maps` to `path`, as PNG: a row for each block, a column for each head."""
+    from matplotlib.figure import Figure
+
     rows, columns = len(maps.layers), len(maps.heads)
     width, height = (max(2.0, 0.6 + 0.16 * len(tokens)) for tokens in (maps.keys, maps.queries))
     # Matplotlib's limit is 2^16 pixels in each direction.

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastformer.data.files import atomic_file
+from fastformer.extras import require
 from fastformer.inspection.attention_maps import encode, token_names
 from fastformer.models import (
     FastformerForCausalLM,
@@ -67,12 +67,12 @@ def token_attributions(
         steps: of the integral.
 
     Raises:
-        ValueError, IndexError: naming the argument; captum is not installed.
+        ValueError, IndexError: naming the argument.
+        ModuleNotFoundError: captum is not installed.
     """
-    try:
-        from captum.attr import IntegratedGradients
-    except ImportError as error:
-        raise ValueError("token attributions need captum: pip install 'fastformer[interpret]'") from error
+    require("captum")
+    from captum.attr import IntegratedGradients
+
     if model.training:
         raise ValueError("model must be in evaluation mode, without dropout; call model.eval()")
     if steps < 1:
@@ -122,6 +122,8 @@ def token_attributions(
 
 def draw_attributions(attributions: Attributions, path: Path) -> None:
     """Write a picture of `attributions` to `path`, as PNG: a bar for each token, in the order of the text."""
+    from matplotlib.figure import Figure
+
     tokens, scores = attributions.tokens, attributions.scores
     figure = Figure(figsize=(6, min(600.0, 1.2 + 0.2 * len(tokens))), dpi=100, layout="constrained")
     axis = figure.subplots()

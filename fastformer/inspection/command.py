@@ -14,6 +14,7 @@ from fastformer_kernels.launch import ARCHITECTURES
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastformer.extras import require
 from fastformer.inspection.compilation import Failure, Work, compile_ahead, compiled_by, relocate
 from fastformer.inspection.gate import regressions
 from fastformer.inspection.report import Figures, as_json, as_table, figures_of, from_json
@@ -145,6 +146,8 @@ def _compile(options: Namespace) -> None:
 
 
 def _report(options: Namespace) -> None:
+    if options.picture:
+        require("matplotlib")
     figures = _figures(_work(options), options, options.cache)
     _console.print(as_table(figures))
     if options.json:

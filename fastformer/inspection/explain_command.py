@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 import fastformer.models
 from fastformer.data.files import atomic_file
+from fastformer.extras import require
 from fastformer.inspection.attention_maps import ATTENTIONS, attention_maps, draw_attention
 from fastformer.inspection.attributions import draw_attributions, token_attributions
 from fastformer.inspection.model_work import known_model
@@ -50,6 +51,7 @@ def main(arguments: list[str], begin: float) -> None:
     parser.add_argument("--steps", type=int, default=50, help="of the attributions' integral (default: 50)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and JSON")
     options = parser.parse_args(arguments)
+    require("matplotlib")
     if not options.model.is_dir():
         raise ValueError(f"DIR must be a model's folder; got {options.model}")
     if options.target is not None and not options.attributions:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import fastformer
 from fastformer.backends import HAS_TRITON
+from fastformer.extras import require
 
 _DESCRIPTION = """\
 Measure the error of every operator and its gradients against float64 on this machine, over regimes that strain it:
@@ -91,6 +92,8 @@ def main(arguments: list[str], begin: float) -> None:
     parser.add_argument("--json", type=Path, help="write the errors here")
     parser.add_argument("--picture", type=Path, help="draw them here")
     options = parser.parse_args(arguments)
+    if options.picture:
+        require("matplotlib")
     operators = _chosen("--operators", options.operators, names)
     dtypes = _chosen("--dtypes", options.dtypes, list(DTYPES))
     errors = [

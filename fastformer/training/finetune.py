@@ -6,7 +6,6 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +23,7 @@ from fastformer.data.files import atomic_file
 from fastformer.data.readers import find_splits
 from fastformer.data.sets import DEFAULT_SETS, SETS, load_set
 from fastformer.data.tokenizer import train_tokenizer
+from fastformer.extras import require
 from fastformer.models import PRESETS, FastformerConfig
 from fastformer.training.adversarial import Adversary
 from fastformer.training.batches import FineTuningData
@@ -104,9 +104,9 @@ def main(arguments: list[str], begin: float) -> None:
     quieten()
     parser = build_parser(task)
     options = parse(parser, arguments[1:])
-    for wanted, package, extra in ((options.lora, "peft", "lora"), (options.privacy_epsilon, "opacus", "privacy")):
-        if wanted and find_spec(package) is None:
-            raise ValueError(f"this needs {package}: pip install 'fastformer[{extra}]'")
+    for wanted, package in ((options.lora, "peft"), (options.privacy_epsilon, "opacus")):
+        if wanted:
+            require(package)
     folder = run_folder(Path(options.output))
     folder.prepare(options.resume, options.overwrite)
     seed_everything(options.seed, workers=True, verbose=False)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 
 from fastformer.nn import RotaryEmbedding
 
@@ -20,14 +17,17 @@ def test_table_stays_float32_and_out_of_the_state_dict() -> None:
     assert module.state_dict() == {}
 
 
-def test_materialises_from_the_meta_device(device: torch.device) -> None:
+def test_materialises_from_the_meta_device() -> None:
     with torch.device("meta"):
         module = RotaryEmbedding(8, 100)
-    module.to_empty(device=device)
+    module.to_empty(device="cpu")
     assert torch.equal(module.cos, RotaryEmbedding(8, 100).cos)
 
 
 def test_equals_llama_with_its_scaling() -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama import modeling_llama
+
     torch.manual_seed(0)
     scaling = {
         "rope_type": "llama3",
@@ -37,11 +37,13 @@ def test_equals_llama_with_its_scaling() -> None:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     }
-    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=64, rope_parameters=scaling)
-    theirs = LlamaRotaryEmbedding(config)
+    config = transformers.LlamaConfig(
+        hidden_size=64, num_attention_heads=4, max_position_embeddings=64, rope_parameters=scaling
+    )
+    theirs = modeling_llama.LlamaRotaryEmbedding(config)
     ours = RotaryEmbedding(16, 64, frequencies=theirs.inv_freq, magnitude=theirs.attention_scaling)
     query, key = torch.randn(2, 4, 64, 16), torch.randn(2, 2, 64, 16)
-    expected = llama_rotary(query, key, *theirs(query, torch.arange(64)[None]))
+    expected = modeling_llama.apply_rotary_pos_emb(query, key, *theirs(query, torch.arange(64)[None]))
     torch.testing.assert_close(ours(query, key), expected, atol=1e-4, rtol=1e-4)
 
 

@@ -11,8 +11,6 @@ import reference
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
-from fastformer_kernels.configurations import forced
-from fastformer_kernels.rows import RowConfiguration
 from hypothesis import given, settings
 
 from fastformer.backends import backend as use_backend
@@ -189,10 +187,9 @@ def test_long_rows(backend: str, centered: bool, monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(0)
     monkeypatch.setattr("fastformer_kernels.normalization.FORWARD_ONE_PASS_COLUMNS", 64)
     monkeypatch.setattr("fastformer_kernels.normalization.BACKWARD_ONE_PASS_BYTES", 64)
-    tiles_of_64 = RowConfiguration(tile_elements=64, thread_elements=8, programs=4)
-    with forced({"norm_forward": tiles_of_64, "norm_backward": tiles_of_64}):
-        check_fused((5, 203), torch.float32, torch.float32, centered, True, 0.25, True, monkeypatch)
-        check_fused((3, 128), torch.bfloat16, None, centered, False, 0.0, True, monkeypatch)
+    monkeypatch.setattr("fastformer_kernels.normalization.TILE_ELEMENTS", 64)
+    check_fused((5, 203), torch.float32, torch.float32, centered, True, 0.25, True, monkeypatch)
+    check_fused((3, 128), torch.bfloat16, None, centered, False, 0.0, True, monkeypatch)
 
 
 def test_dropout_drops_the_right_share(backend: str) -> None:
@@ -271,7 +268,6 @@ def test_compiles_without_graph_break() -> None:
         compiled(x, residual, weight, 0.5).sum().backward()
 
 
-@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -290,7 +286,6 @@ def test_refuses_what_it_cannot_do(arguments: Any, error: type, message: str) ->
         layer_norm(*arguments)
 
 
-@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import T5Config
-from transformers.models.t5.modeling_t5 import T5Attention
 
 from fastformer.ops import attention, relative_position_bias, t5_buckets
 
@@ -13,8 +11,11 @@ from fastformer.ops import attention, relative_position_bias, t5_buckets
 @pytest.mark.parametrize("decoder", [False, True])
 @pytest.mark.parametrize("max_distance", [20, 128])
 def test_is_transformers_t5(backend: str, decoder: bool, max_distance: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.t5.modeling_t5 import T5Attention
+
     torch.manual_seed(0)
-    config = T5Config(
+    config = transformers.T5Config(
         d_model=16,
         d_kv=8,
         num_heads=2,

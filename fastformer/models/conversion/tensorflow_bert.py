@@ -5,7 +5,6 @@ TensorFlow runs in a process of its own, which exchanges tensors with this one t
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -24,6 +23,7 @@ from transformers import (
     BertModel,
 )
 
+from fastformer.extras import require
 from fastformer.models.conversion.files import read_json
 from fastformer.models.conversion.tensors import Tensors
 
@@ -144,10 +144,7 @@ def _float32(name: str, tensor: Tensor) -> Tensor:
 
 
 def _run_tensorflow(action: str, prefix: Path, file: Path) -> None:
-    if importlib.util.find_spec("tensorflow") is None:
-        raise ValueError(
-            "TensorFlow's checkpoints need TensorFlow, which is not here: pip install fastformer[tensorflow]"
-        )
+    require("tensorflow")
     program = Path(__file__).with_name("tensorflow_process.py")
     command = [sys.executable, str(program), action, str(prefix), str(file)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -897,7 +897,7 @@ def attention_backward(
     """Gradients of checked arguments; those of learned ones that are not `needed` are empty."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     if deterministic:
-        configuration = deterministic_configuration(query, value, arguments)
+        configuration = deterministic_configuration(query, value)
     else:
         configuration = backward_configuration(query, value, arguments)
     exponent, delta = torch.empty_like(lse), torch.empty_like(lse)
