@@ -43,7 +43,7 @@ COMMANDS = {
     ),
     "predict": ("fastformer.training.predict", "the predictions of a fine-tuned model, as JSON lines"),
     "bench": (
-        "fastformer.benchmarking.command",
+        "fastformer.benchmarking.bench",
         "measure speed, memory and learning beside the peers, with tables and pictures",
     ),
     "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),

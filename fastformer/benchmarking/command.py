@@ -35,6 +35,7 @@ examples:
   fastformer bench --quick                              small sizes: does everything run?
   fastformer bench --out runs/new --compare runs/bench/results.json
   fastformer bench --resume                             the studies that a killed run had not finished
+  fastformer bench gpu --help                           a benchmark for a few minutes on a GPU
 """
 
 

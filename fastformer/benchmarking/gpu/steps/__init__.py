@@ -1,1 +1,27 @@
-"""The steps of the GPU benchmark, one module each, with a `STEP`."""
+"""The steps of the GPU benchmark, a module each, that has it as `STEP`."""
+
+STEPS = (
+    "environment",
+    "smoke",
+    "attention",
+    "decode",
+    "candidates",
+    "rows",
+    "feed_forward",
+    "host",
+    "first_call",
+    "training",
+    "sanitizer",
+)
+"""Their names, in order of worth."""
+
+
+def module_of(name: str) -> str:
+    """The module of a step.
+
+    Raises:
+        ValueError: there is no such step.
+    """
+    if name not in STEPS:
+        raise ValueError(f"step must be one of {', '.join(STEPS)}, got {name!r}")
+    return f"{__name__}.{name}"

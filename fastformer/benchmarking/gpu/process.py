@@ -1,0 +1,72 @@
+"""The process of one step. It gets ready, waits for its turn, and writes what the step finds the moment it is found.
+
+Run as a module: ``python -m fastformer.benchmarking.gpu.process MODULE OUT DEVICE [dry]``. Its turn is a line on stdin,
+the seconds that it may take. It ends itself when stdin ends: nothing is left on the GPU by a runner that was killed.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastformer.benchmarking.gpu.records import append, append_record
+from fastformer.benchmarking.gpu.step import Setting, Step
+from fastformer.benchmarking.timing import in_a_line
+
+RECORDS = "records.jsonl"
+
+
+def main(module: str, out: Path, device: str, dry: bool) -> None:
+    """Run the step; exit status 1 after an error, which is the step's last entry."""
+    step: Step = importlib.import_module(module).STEP
+    turn = sys.stdin.readline()
+    if not turn:
+        return
+    deadline = time.monotonic() + float(turn)
+    threading.Thread(target=_end_with_the_runner, daemon=True).start()
+    # Where it crashed, or was when its time was up, goes to the log.
+    faulthandler.enable()
+    faulthandler.register(signal.SIGTERM, chain=True)
+    path = out / RECORDS
+    _note_compilations(path, step.name)
+    try:
+        for record in step.run(Setting(torch.device(device), dry, out, deadline)):
+            append_record(path, step.name, record)
+    except Exception as error:
+        traceback.print_exc()
+        append(path, step=step.name, error=in_a_line(error))
+        raise SystemExit(1) from None
+
+
+def _end_with_the_runner() -> None:
+    sys.stdin.read()
+    os.killpg(0, signal.SIGKILL)
+
+
+def _note_compilations(path: Path, step: str) -> None:
+    """Write down each of Fastformer's kernels that was in no cache."""
+    from fastformer.backends import HAS_TRITON
+
+    if not HAS_TRITON:
+        return
+    import triton
+
+    def listen(*, src: Any, cache_hit: bool, **_: object) -> None:
+        if not cache_hit and getattr(getattr(src, "fn", None), "module", "").startswith("fastformer"):
+            append(path, step=step, compiled=src.name)
+
+    triton.knobs.compilation.listener = listen
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], "dry" in sys.argv[4:])

@@ -1,0 +1,97 @@
+"""What a run has found, on disk: a line of JSON for each entry, there the moment it is known."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastformer.benchmarking.gpu.step import Record
+
+Entry = dict[str, Any]
+"""A line: `time`, and
+
+- `run`: with what the run was started; the first line, and one for each time that it was resumed;
+- `step` and the fields of a `Record`;
+- `step` and `compiled`: a kernel that was not in the cache;
+- `step` and `error`: what it raised, in a line;
+- `step`, `end` (ok, failed, timed out, stopped), `error`, `seconds`, `modules` (that a C compiler made): how it ended.
+"""
+
+
+def append(path: Path, **entry: Any) -> None:
+    """Add a line, through to the disk."""
+    line = json.dumps({"time": round(time.time(), 3), **entry}, default=str) + "\n"
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":  # half a line, of a process that was killed while it wrote
+                line = "\n" + line
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def append_record(path: Path, step: str, record: Record) -> None:
+    """Add what a step has found. A figure that is not finite is none, and said to be so."""
+    fields = asdict(record)
+    if record.value is not None and not math.isfinite(record.value):
+        fields |= {"value": None, "missing": record.missing or str(record.value)}
+    append(path, step=step, **fields)
+
+
+def entries(path: Path) -> list[Entry]:
+    """All of them, without the half line of a process that was killed while it wrote."""
+    found: list[Entry] = []
+    if not path.exists():
+        return found
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def records_of(found: Sequence[Entry], step: str) -> list[Entry]:
+    """The records of a step; where it was run again, the last that was found of each."""
+    latest = {
+        (entry["case"], entry["peer"], entry["metric"]): entry
+        for entry in found
+        if entry.get("step") == step and "case" in entry
+    }
+    return list(latest.values())
+
+
+def ends(found: Sequence[Entry]) -> dict[str, Entry]:
+    """How each step ended at last."""
+    return {entry["step"]: entry for entry in found if "end" in entry}
+
+
+def compiled(found: Sequence[Entry]) -> Iterator[tuple[str, str]]:
+    """Step and kernel of everything that was compiled during the run."""
+    return ((entry["step"], entry["compiled"]) for entry in found if "compiled" in entry)
+
+
+def write_results(path: Path, found: Sequence[Entry]) -> None:
+    """One JSON file with everything: how the run was started, and of each step its end and its records."""
+    steps = list(dict.fromkeys(entry["step"] for entry in found if "step" in entry))
+    results = {
+        "runs": [entry["run"] for entry in found if "run" in entry],
+        "steps": {
+            step: {
+                **{key: value for key, value in ends(found).get(step, {}).items() if key not in ("step", "time")},
+                "compiled": [kernel for name, kernel in compiled(found) if name == step],
+                "records": [
+                    {key: value for key, value in entry.items() if key != "step"} for entry in records_of(found, step)
+                ],
+            }
+            for step in steps
+        },
+    }
+    path.write_text(json.dumps(results, indent=1) + "\n")
