@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from fastformer import cli
 
+pytestmark = pytest.mark.cpu
+
 TESTS = Path(__file__).parent
 SUBJECTS, VERBS, OBJECTS = ("cat", "dog", "bird", "fish"), ("eats", "sees", "likes"), ("rice", "bread", "water", "milk")
 

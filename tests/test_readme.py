@@ -13,6 +13,8 @@ import pytest
 
 from fastformer.benchmarking.studies import sentiment
 
+pytestmark = pytest.mark.cpu
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 

@@ -37,8 +37,8 @@ def results(function: Function, tensors: list[torch.Tensor], dtype: torch.dtype,
     leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
     outputs = function(*leaves)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(output.shape, generator=generator) for output in outputs]
+    torch.manual_seed(seed)
+    weights = [torch.randn(output.shape, device=output.device) for output in outputs]
     finite = [torch.where(torch.isfinite(output), output, 0.0) for output in outputs]
     loss = sum((output * weight.to(output.dtype)).sum() for output, weight in zip(finite, weights, strict=True))
     return [*(output.detach() for output in outputs), *torch.autograd.grad(loss, leaves, allow_unused=True)]

@@ -18,6 +18,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from devices import here
 from fuzz.reproduction import program
 from hypothesis import HealthCheck, given, note, settings
 
@@ -44,7 +45,7 @@ def draw_tensor(
     layout = draw(st.sampled_from(layouts))
 
     def values(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+        return here(torch.randn(shape, generator=generator, device="cpu") * scale).to(dtype)
 
     if layout == "transposed" and len(shape) > 1:
         return values(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
@@ -58,7 +59,7 @@ def draw_tensor(
 def draw_indices(draw: st.DrawFn, *shape: int, below: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     dtype = draw(st.sampled_from([torch.int64, torch.int32]))
-    return torch.randint(below, shape, generator=generator, dtype=dtype)
+    return here(torch.randint(below, shape, generator=generator, dtype=dtype, device="cpu"))
 
 
 def sizes(most: int) -> st.SearchStrategy[int]:

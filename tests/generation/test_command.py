@@ -14,6 +14,8 @@ from fastformer.data.tokenizer import train_tokenizer
 from fastformer.generation import Generator, SamplingParameters
 from fastformer.models import FastformerConfig, FastformerForCausalLM, FastformerForMaskedLM, FastformerForSeq2SeqLM
 
+pytestmark = pytest.mark.cpu
+
 SMALL = {
     "hidden_size": 16,
     "num_hidden_layers": 1,

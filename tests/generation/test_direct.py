@@ -10,6 +10,8 @@ from fastformer.generation.direct import DirectContext, DirectLayerNorm, direct
 from fastformer.models import FastformerConfig, FastformerForCausalLM
 from fastformer.nn import LayerNorm
 
+pytestmark = pytest.mark.cpu
+
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [8, 9], [10, 11], [12, 13, 14]]
 
 

@@ -267,8 +267,8 @@ def test_a_decoding_step_waits_for_nothing_but_its_tokens(model: FastformerForCa
     assert logits.shape == (3, 300)
 
 
-def test_pages_come_back() -> None:
-    shape = CacheShape(1, 1, 2, torch.float32, torch.device("cpu"))
+def test_pages_come_back(device: torch.device) -> None:
+    shape = CacheShape(1, 1, 2, torch.float32, device)
     cache = PagedCache(shape, slots=3, capacity=12, page_size=4, pages=5)
     assert cache.capacity == 12 and not cache.has_room(13)
     cache.reserve(0, 9)
@@ -288,8 +288,8 @@ def test_pages_come_back() -> None:
 
 
 @pytest.mark.parametrize("paged", [False, True])
-def test_a_cache_keeps_what_is_written(paged: bool) -> None:
-    shape = CacheShape(2, 3, 4, torch.float32, torch.device("cpu"))
+def test_a_cache_keeps_what_is_written(paged: bool, device: torch.device) -> None:
+    shape = CacheShape(2, 3, 4, torch.float32, device)
     cache = PagedCache(shape, 2, 7, page_size=2, pages=8) if paged else ContiguousCache(shape, 2, 7)
     for slot in range(2):
         cache.reserve(slot, 7)

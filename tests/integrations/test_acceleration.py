@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import here
 from hugging_face_models import MODELS
 from torch import nn
 from transformers.activations import ACT2FN
@@ -98,6 +99,7 @@ def test_outputs_and_gradients_by_the_kernels(name: str) -> None:
     assert_same(actual, expected)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("name", ["BERT", "Llama", "T5"])
 def test_outputs_and_gradients_on_a_cpu(name: str) -> None:
     small = MODELS[name]
@@ -190,11 +192,11 @@ def test_recognised_before_its_weights_are_loaded(name: str, left: set[str]) -> 
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_recognised_whatever_holds_around_it() -> None:
+def test_recognised_whatever_holds_around_it(device: torch.device) -> None:
     model, expected = MODELS["Llama"].build(), fastformer.accelerate(MODELS["Llama"].build())
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16), torch.device("meta"):
             report = fastformer.accelerate(model)
         assert torch.get_default_dtype() == torch.bfloat16
     finally:
@@ -262,10 +264,10 @@ class TestTraining:
         with fastformer.backend("triton"):
             assert_same(results(model, batch), expected)
 
-    def test_autocast(self) -> None:
+    def test_autocast(self, device: torch.device) -> None:
         model, batch = MODELS["Llama"].build(), MODELS["Llama"].batch()
         fastformer.accelerate(model)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             expected = model(**batch).logits
             with fastformer.backend("triton"):
                 actual = model(**batch).logits
@@ -454,7 +456,7 @@ class TestLanguageModelLoss:
     @pytest.mark.parametrize("name", ["Llama", "ModernBERT"])
     @pytest.mark.parametrize("items", [7, torch.tensor(7)])
     def test_num_items_in_batch(self, name: str, items: Any, backend: str) -> None:
-        model, batch = MODELS[name].build(), MODELS[name].batch()
+        model, batch, items = MODELS[name].build(), MODELS[name].batch(), here(items)
         expected = model(**batch, num_items_in_batch=items).loss
         fastformer.accelerate(model)
         torch.testing.assert_close(model(**batch, num_items_in_batch=items).loss, expected)

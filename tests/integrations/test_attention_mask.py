@@ -24,20 +24,20 @@ from fastformer.integrations.attention import attention_forward
 from fastformer.integrations.attention_mask import AttentionMask, attention_mask
 
 PATTERNS = {
-    "causal": causal_mask_function,
-    "bidirectional": bidirectional_mask_function,
-    "sliding": sliding_window_causal_mask_function(3),
-    "sliding both ways": sliding_window_bidirectional_mask_function(2),
-    "chunked": chunked_causal_mask_function(4, torch.zeros(3, dtype=torch.long)),
+    "causal": lambda: causal_mask_function,
+    "bidirectional": lambda: bidirectional_mask_function,
+    "sliding": lambda: sliding_window_causal_mask_function(3),
+    "sliding both ways": lambda: sliding_window_bidirectional_mask_function(2),
+    "chunked": lambda: chunked_causal_mask_function(4, torch.zeros(3, dtype=torch.long)),
 }
 # (queries, keys, q_offset, kv_offset): no cache, a growing cache, a static one being filled, a sliding one.
 GEOMETRIES = [(6, 6, 0, 0), (2, 8, 6, 0), (1, 8, 7, 0), (3, 12, 0, 0), (2, 12, 5, 0), (2, 5, 9, 6), (3, 4, 8, 4)]
 
 
 @pytest.fixture(autouse=True)
-def operator() -> Iterator[None]:
+def operator(device: torch.device) -> Iterator[None]:
     """Without a backend that is asked for, SDPA would serve these small calls on a CPU."""
-    with fastformer.backend("torch"):
+    with fastformer.backend("torch" if device.type == "cpu" else "triton"):
         yield
 
 
@@ -70,7 +70,7 @@ def attend(mask: torch.Tensor | None, queries: int, keys: int) -> torch.Tensor:
 def test_structure_is_the_dense_mask(pattern: str, geometry: tuple[int, ...], padding: str) -> None:
     queries, keys, q_offset, kv_offset = geometry
     valid = padding_mask(PADDING[padding], q_offset + queries)
-    arguments = (3, queries, keys, q_offset, kv_offset, PATTERNS[pattern], valid)
+    arguments = (3, queries, keys, q_offset, kv_offset, PATTERNS[pattern](), valid)
     mask = attention_mask(*arguments)
     dense = masking_utils.sdpa_mask(*arguments, allow_is_causal_skip=False)
     assert isinstance(mask, AttentionMask)
@@ -80,7 +80,7 @@ def test_structure_is_the_dense_mask(pattern: str, geometry: tuple[int, ...], pa
 @pytest.mark.parametrize("pattern", ["causal", "sliding", "chunked"])
 def test_documents_are_the_dense_mask(pattern: str) -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 2, 3, 4, 5, 0]])
-    function = PATTERNS[pattern]
+    function = PATTERNS[pattern]()
     if hasattr(masking_utils, "remap_positions_for_packed_sequence"):
         function = masking_utils.remap_positions_for_packed_sequence(function, positions)
     ids = masking_utils.find_packed_sequence_indices(positions)

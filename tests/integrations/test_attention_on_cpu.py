@@ -17,6 +17,8 @@ from fastformer.integrations import attention_on_cpu
 from fastformer.integrations.attention import attention_forward
 from fastformer.integrations.attention_mask import MaskStructure, attention_mask
 
+pytestmark = pytest.mark.cpu
+
 PATTERNS = {
     "causal": masking_utils.causal_mask_function,
     "bidirectional": masking_utils.bidirectional_mask_function,

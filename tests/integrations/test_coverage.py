@@ -11,6 +11,8 @@ import transformers
 from fastformer.integrations import coverage
 from fastformer.integrations.coverage import examine, main, text_models
 
+pytestmark = pytest.mark.cpu
+
 
 @pytest.mark.parametrize(
     ("name", "verdict", "reason"),

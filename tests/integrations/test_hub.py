@@ -33,6 +33,8 @@ from kernels import (
     use_kernelized_func,
 )
 
+pytestmark = pytest.mark.cpu
+
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
 
 

@@ -50,6 +50,7 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.cpu
 def test_packed_training_is_the_model_s_own(tmp_path: Path, backend: str) -> None:
     model, accelerated = MODELS["Llama"].build(), MODELS["Llama"].build()
     expected = train(model, tmp_path)
@@ -61,6 +62,7 @@ def test_packed_training_is_the_model_s_own(tmp_path: Path, backend: str) -> Non
     torch.testing.assert_close(accelerated.state_dict(), model.state_dict(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.cpu
 def test_model_init(tmp_path: Path) -> None:
     callback = AccelerateCallback()
     trainer = train(None, tmp_path, callback, model_init=lambda: MODELS["Llama"].build())  # type: ignore[arg-type]

@@ -148,7 +148,11 @@ def test_heads_that_share_keys_are_heads_with_their_own(backend_name: str, data:
     with fastformer.backend(backend_name):
         shared = attention(query, key, value)
         repeated = attention(query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1))
-    assert torch.equal(shared, repeated)
+    if query.is_cuda and backend_name == "torch":
+        # cuBLAS adds in an order that depends on the shapes.
+        close(shared, repeated, key.shape[2])
+    else:
+        assert torch.equal(shared, repeated)
 
 
 def test_no_dropout_is_dropout_of_nothing(backend_name: str) -> None:
@@ -162,11 +166,13 @@ def test_no_dropout_is_dropout_of_nothing(backend_name: str) -> None:
 
 
 def dropped(backend_name: str, tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Which weights attention's dropout keeps, and its results, with tiles of this size in the interpreter."""
+    """Which weights attention's dropout keeps, and its results, with tiles of this size."""
     from fastformer_kernels.attention import launch
+    from fastformer_kernels.launch import INTERPRETER
 
     configuration = launch.AttentionConfiguration(*tiles, 1, 1)
     monkeypatch.setattr(launch, "_INTERPRETER", configuration)
+    monkeypatch.setattr("fastformer_kernels.launch._target", INTERPRETER)  # on a GPU, too
     torch.manual_seed(0)
     query, key = torch.randn(1, 2, 50, 8), torch.randn(1, 2, 45, 8)
     value = torch.eye(45)[None, None].expand(1, 2, 45, 45)

@@ -225,6 +225,7 @@ def test_triton_kernels_give_the_same_loss_and_gradients() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.cpu
 def test_the_declared_units_are_sharded_by_fsdp2() -> None:
     for model, batch in _training_cases():
         gradients = torch.autograd.grad(model(**batch).loss, list(model.parameters()))

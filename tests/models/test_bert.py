@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import here
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 
 from fastformer.models import (
@@ -127,7 +128,7 @@ def test_every_head_equals_berts(bert_class: type, own_class: type) -> None:
 )
 def test_classification_losses_equal_berts(num_labels: int, labels: torch.Tensor) -> None:
     bert, own = twins(BertForSequenceClassification, FastformerForSequenceClassification, num_labels=num_labels)
-    batch = without_labels(dense_batch())
+    batch, labels = without_labels(dense_batch()), here(labels)
     torch.testing.assert_close(own(**batch, labels=labels).loss, bert(**batch, labels=labels).loss, **EXACT)
     assert own.config.problem_type == bert.config.problem_type
 

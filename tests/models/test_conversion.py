@@ -27,6 +27,8 @@ from fastformer.models import (
 from fastformer.models.conversion import ARCHITECTURES
 from fastformer.models.conversion.configurations import read_config
 
+pytestmark = pytest.mark.cpu
+
 EXACT = {"rtol": 0.0, "atol": 1e-5}
 HIDDEN_STATES = ("hidden_states", "decoder_hidden_states", "encoder_hidden_states")
 # Settings of each class beside those of the table of models, all of which change what is computed.

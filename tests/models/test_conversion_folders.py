@@ -29,6 +29,8 @@ import fastformer.cli
 from fastformer.models import FastformerForEmbedding, FastformerForMaskedLM, FastformerModel
 from fastformer.models.conversion.folders import Conversion, convert
 
+pytestmark = pytest.mark.cpu
+
 WEIGHTS = "model.safetensors"
 
 

@@ -16,9 +16,12 @@ from transformers import AutoTokenizer
 
 from fastformer.models.conversion.folders import convert
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow: pip install fastformer[tensorflow]"
-)
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(
+        importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow: pip install fastformer[tensorflow]"
+    ),
+]
 # Names and shapes of the published checkpoints, for a hidden size of 32 and 40 in between.
 _BLOCK = {
     **{f"attention/self/{part}/kernel": [32, 32] for part in ("query", "key", "value")},

@@ -31,6 +31,8 @@ from fastformer.models import (
     FastformerModel,
 )
 
+pytestmark = pytest.mark.cpu
+
 WORDS = ["[PAD]", "[MASK]", "[UNK]", "the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs", "run", "home"]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 

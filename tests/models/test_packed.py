@@ -225,12 +225,12 @@ def test_dropout_only_in_training() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype) -> None:
+def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
     model = FastformerForPreTraining(config()).eval()
     batch = packed_batch(LENGTHS)
     expected = model(**batch).loss
     half = copy.deepcopy(model).to(dtype)(**batch).loss
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device.type, dtype=dtype):
         autocast = model(**batch).loss
     gradients(model, autocast)
     assert half.dtype == autocast.dtype == torch.float32
@@ -251,6 +251,7 @@ def test_a_replaced_decoder_is_called() -> None:
     torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, batch["labels"]))
 
 
+@pytest.mark.cpu
 def test_refuses_what_it_cannot_do() -> None:
     model = FastformerForPreTraining(config())
     batch = packed_batch(LENGTHS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import here
 from torch import nn
 
 from fastformer.models import (
@@ -41,8 +42,8 @@ def packing() -> Packing:
 
 
 def batch() -> dict[str, torch.Tensor | int]:
-    ids = torch.randint(1, 50, (TOTAL,), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, **packing()._asdict()}
+    ids = torch.randint(1, 50, (TOTAL,), generator=torch.Generator().manual_seed(0), device="cpu")
+    return {"input_ids": here(ids), **packing()._asdict()}
 
 
 def labelled(positions: list[int]) -> torch.Tensor:

@@ -132,7 +132,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     ],
 )
 @pytest.mark.parametrize("shard", ["5GB", "5KB"])
-def test_saved_and_loaded_by_auto_class(tmp_path: Path, auto: type, own: type, options: dict, shard: str) -> None:
+def test_saved_and_loaded_by_auto_class(
+    tmp_path: Path, auto: type, own: type, options: dict, shard: str, device: torch.device
+) -> None:
     model = own(config(**options)).eval()
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors.index.json").is_file() == (shard == "5KB")
@@ -141,7 +143,7 @@ def test_saved_and_loaded_by_auto_class(tmp_path: Path, auto: type, own: type, o
         inputs = {"pixel_values": torch.randn(2, 3, 8, 8)}
     elif options.get("stack") == "encoder_decoder":
         inputs["decoder_input_ids"] = torch.randint(4, len(WORDS), (2, 4))
-    for device_map in (None, {"": "cpu"}):
+    for device_map in (None, {"": device}):
         loaded = auto.from_pretrained(tmp_path, device_map=device_map)
         assert type(loaded) is own
         # Tables that are not saved, of rotary and sinusoidal positions, are part of what the outputs come from.
@@ -198,6 +200,7 @@ def test_generation_from_sources_of_different_lengths(
         assert torch.equal(alone[0], row)
 
 
+@pytest.mark.cpu
 def test_text_generation_pipeline(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     FastformerForCausalLM(config(**LLAMA)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -208,6 +211,7 @@ def test_text_generation_pipeline(tmp_path: Path, tokenizer: PreTrainedTokenizer
         assert answer == generate(text, generation_config=chosen, return_full_text=False)[0]
 
 
+@pytest.mark.cpu
 def test_token_classification_and_features_pipelines(tokenizer: PreTrainedTokenizerFast) -> None:
     tagger = FastformerForTokenClassification(config(id2label={0: "thing", 1: "deed"})).eval()
     found = pipeline("token-classification", tagger, tokenizer=tokenizer, batch_size=2)(TEXTS)
@@ -216,6 +220,7 @@ def test_token_classification_and_features_pipelines(tokenizer: PreTrainedTokeni
     assert torch.tensor(features).shape == (1, 2, 16)
 
 
+@pytest.mark.cpu
 def test_zero_shot_classification_pipeline(tokenizer: PreTrainedTokenizerFast) -> None:
     labels = {0: "contradiction", 1: "entailment"}
     model = FastformerForSequenceClassification(config(id2label=labels, label2id={v: k for k, v in labels.items()}))
@@ -223,6 +228,7 @@ def test_zero_shot_classification_pipeline(tokenizer: PreTrainedTokenizerFast) -
     assert sorted(answer["labels"]) == ["cat", "dogs"]
 
 
+@pytest.mark.cpu
 def test_image_classification_pipeline(tmp_path: Path) -> None:
     FastformerForImageClassification(config(**VIT, id2label={0: "cat", 1: "dog"})).save_pretrained(tmp_path)
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
@@ -264,6 +270,7 @@ def test_embeddings_do_not_depend_on_padding(pooling: str) -> None:
     torch.testing.assert_close(alone.embeddings[0], torch.nn.functional.normalize(expected, dim=0))
 
 
+@pytest.mark.cpu
 def test_trainer_trains_a_sequence_to_sequence_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     examples = [{**tokenizer(text, text_target=text), "token_type_ids": None} for text in TEXTS]
     examples = [{name: value for name, value in each.items() if value is not None} for each in examples]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import here
 
 from fastformer.nn import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy
@@ -19,6 +20,7 @@ needs_pytorchs_own = pytest.mark.skipif(
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "ignore_index": 1}, {"weight": torch.rand(5)}])
 def test_cross_entropy_loss_equals_its_twin(options: dict[str, Any], reduction: str) -> None:
+    options = here(options)
     ours = CrossEntropyLoss(**options, reduction=reduction)
     theirs = torch.nn.CrossEntropyLoss(**options, reduction=reduction)
     ours.load_state_dict(theirs.state_dict())
@@ -43,6 +45,7 @@ def test_cross_entropy_loss_passes_its_own_options_on() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "ignore_index": 1}, {"weight": torch.rand(5)}])
 def test_linear_cross_entropy_loss_equals_its_twin(options: dict[str, Any], reduction: str) -> None:
+    options = here(options)
     ours = LinearCrossEntropyLoss(4, 5, bias=True, **options, reduction=reduction)
     theirs = torch.nn.LinearCrossEntropyLoss(4, 5, bias=True, **options, reduction=reduction)
     ours.load_state_dict(theirs.state_dict())
@@ -59,6 +62,7 @@ def test_linear_cross_entropy_loss_equals_its_twin(options: dict[str, Any], redu
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "ignore_index": 1}, {"weight": torch.rand(5)}])
 def test_linear_cross_entropy_loss_equals_its_two_steps(options: dict[str, Any], reduction: str) -> None:
+    options = here(options)
     ours = LinearCrossEntropyLoss(4, 5, bias=True, **options, reduction=reduction)
     assert set(ours.state_dict()) == {"linear.weight", "linear.bias"} | options.keys() & {"weight"}
     input, target = torch.randn(6, 4), torch.randint(0, 5, (6,))

@@ -212,13 +212,13 @@ def test_as_accurate_as_pytorch_in_half_precision(
 @both_layers
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_as_accurate_as_pytorch_under_autocast(
-    their_class: type[nn.Module], our_class: type[nn.Module], norm_first: bool
+    their_class: type[nn.Module], our_class: type[nn.Module], norm_first: bool, device: torch.device
 ) -> None:
     torch.manual_seed(0)
     theirs, ours = twins(their_class, our_class, dropout=0.0, norm_first=norm_first)
     exact = copy.deepcopy(theirs).double()
     inputs = inputs_of(our_class)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         results = [outputs_and_gradients(module, *inputs) for module in (ours, theirs)]
     expected = outputs_and_gradients(exact, *(x.double() for x in inputs))
     for name, actual in results[0].items():
@@ -234,6 +234,7 @@ def test_compiles_without_graph_break() -> None:
         torch.testing.assert_close(outputs_and_gradients(compiled, *inputs), outputs_and_gradients(layer, *inputs))
 
 
+@pytest.mark.cpu
 @both_layers
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.filterwarnings("error:FSDP2-wrapped module")
