@@ -1,14 +1,30 @@
-"""Without a GPU every kernel runs in Triton's interpreter; its switch must be set before triton is imported."""
+"""Tests run on the GPU if there is one. Without a GPU every kernel runs in Triton's interpreter.
+
+It is PyTorch's default device in every test but those marked `cpu` and those in `CPU_FOLDERS`, which are about
+something else than a kernel, and see no GPU. The interpreter's switch must be set before triton is imported, hence for
+a whole run: with a GPU nothing is interpreted.
+"""
 
 import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+GPU = torch.cuda.is_available()
+# Their subjects: data on a disk, Lightning, tools that measure a CPU or compile for a GPU that is not there.
+CPU_FOLDERS = {"benchmarking", "data", "evaluation", "inspection", "training", "tuning"}
+
+if GPU:
+    # Without it cuBLAS refuses deterministic mode.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Each of pytest-xdist's processes would start a compiler's process for every core.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+else:
     os.environ["TRITON_INTERPRET"] = "1"
     import interpreter
 
@@ -25,18 +41,45 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     skip = pytest.mark.skip(reason="needs a GPU; this machine has none")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.path.parent.name in CPU_FOLDERS:
+            item.add_marker("cpu")
+        if "gpu" in item.keywords and not GPU:
             item.add_marker(skip)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Around a test and its fixtures, of whatever scope: tensors are made on the GPU, or no GPU is seen."""
+    if not GPU:
+        return (yield)
+    with without_gpu() if item.get_closest_marker("cpu") else torch.device("cuda"):
+        return (yield)
+
+
+@contextmanager
+def without_gpu() -> Iterator[None]:
+    """Neither this process nor those it starts see a GPU."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where a test's tensors are made: on the GPU if there is one and the test is not marked `cpu`."""
+    return torch.get_default_device()
+
+
 @pytest.fixture(params=["triton", "torch"])
-def backend(request: pytest.FixtureRequest):
+def backend(request: pytest.FixtureRequest, device: torch.device):
     """Each test that takes this fixture runs once on every backend."""
     import fastformer
 
+    if request.param == "triton" and GPU and device.type == "cpu":
+        pytest.skip("with a GPU there is no interpreter to run kernels on the CPU")
     with fastformer.backend(request.param):
         yield request.param

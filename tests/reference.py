@@ -197,15 +197,16 @@ def philox(counter: tuple[int, int, int, int], key: int) -> list[int]:
 def dropout_keep(seed: int, offset: int, dropout_p: float, shape: tuple[int, int, int, int]) -> torch.Tensor:
     """Which weights of (batch, heads, queries, keys) attention dropout keeps."""
     batch, heads, queries, keys = shape
-    threshold = round(dropout_p * 2**32)
-    keep = torch.empty(batch * heads, queries, keys, dtype=torch.bool)
-    for row in range(batch * heads):
-        for query in range(queries):
-            for group in range((keys + 3) // 4):
-                words = philox((group, query, row, offset % 2**32), seed)
-                for key in range(4 * group, min(4 * group + 4, keys)):
-                    keep[row, query, key] = words[key % 4] >= threshold
-    return keep.view(shape)
+    groups = (keys + 3) // 4
+    words = [
+        word
+        for row in range(batch * heads)
+        for query in range(queries)
+        for group in range(groups)
+        for word in philox((group, query, row, offset % 2**32), seed)
+    ]
+    keep = torch.tensor(words, dtype=torch.int64) >= round(dropout_p * 2**32)
+    return keep.view(batch, heads, queries, 4 * groups)[..., :keys]
 
 
 def matrix_dropout_keep(seed: int, offset: int, dropout_p: float, rows: int, columns: int) -> torch.Tensor:

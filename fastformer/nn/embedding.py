@@ -39,7 +39,8 @@ class SinusoidalEmbedding(nn.Module):
 
     def reset_parameters(self) -> None:
         """Fill the table, after its memory has been allocated anew."""
-        cos, sin = rotary_table(rotary_frequencies(self.weight.shape[1]), self.weight.shape[0])
+        positions, hidden_size = self.weight.shape
+        cos, sin = rotary_table(rotary_frequencies(hidden_size), positions, device=self.weight.device)
         self.weight.copy_(torch.cat([sin, cos], dim=1))
 
     def forward(self, position_ids: Tensor) -> Tensor:

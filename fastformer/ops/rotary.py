@@ -42,13 +42,15 @@ def rotary_table(
             other, such as the `inv_freq` of Hugging Face's Llama 3, YaRN or LongRoPE scalings.
         positions: how many, from 0.
         magnitude: multiplies both (YaRN's attention scaling).
-        device: of the result.
+        device: of the result (default: PyTorch's default device).
 
     Returns:
         cos and sin, each (positions, rotary_dim / 2) float32, from angles in float64.
     """
     angles = torch.arange(positions, dtype=torch.float64, device="cpu")[:, None] * frequencies.detach().cpu().double()
-    return (angles.cos() * magnitude).float().to(device), (angles.sin() * magnitude).float().to(device)
+    cos, sin = (angles.cos() * magnitude).float(), (angles.sin() * magnitude).float()
+    device = torch.get_default_device() if device is None else device
+    return cos.to(device), sin.to(device)
 
 
 @overload

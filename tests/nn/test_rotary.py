@@ -17,10 +17,10 @@ def test_table_stays_float32_and_out_of_the_state_dict() -> None:
     assert module.state_dict() == {}
 
 
-def test_materialises_from_the_meta_device() -> None:
+def test_materialises_from_the_meta_device(device: torch.device) -> None:
     with torch.device("meta"):
         module = RotaryEmbedding(8, 100)
-    module.to_empty(device="cpu")
+    module.to_empty(device=device)
     assert torch.equal(module.cos, RotaryEmbedding(8, 100).cos)
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
 from attention_accuracy import as_dtype, learned_in, magnitudes, result_names
+from devices import here
 from fastformer_kernels.attention import launch
 from hypothesis import Phase, given, seed, settings
 
@@ -167,13 +168,14 @@ def with_two_heads() -> list[torch.Tensor]:
 def test_deterministic_mode_is_as_accurate_and_repeats_itself() -> None:
     torch.use_deterministic_algorithms(True)
     try:
-        check(with_two_heads(), EVERYTHING)
+        everything = here(EVERYTHING)
+        check(with_two_heads(), everything)
         runs = []
         for _ in range(2):
             torch.manual_seed(0)
             with fastformer.backend("triton"):
                 runs.append(
-                    run(with_lse, with_two_heads(), EVERYTHING, [torch.ones(1, 2, 37, 16), torch.ones(1, 2, 37)])
+                    run(with_lse, with_two_heads(), everything, [torch.ones(1, 2, 37, 16), torch.ones(1, 2, 37)])
                 )
         assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
     finally:
@@ -185,7 +187,7 @@ def test_deterministic_mode_is_as_accurate_and_repeats_itself() -> None:
 )
 def test_whole_tiles_alone(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    check([torch.randn(1, 2, 32, 16) for _ in range(3)], options)
+    check([torch.randn(1, 2, 32, 16) for _ in range(3)], here(options))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_tensor_descriptors(monkeypatch: pytest.MonkeyPatch, options: dict[str, 
     torch.manual_seed(0)
     tensors = [torch.randn(1, heads, size, 24).half() for heads, size in ((2, 37), (1, 41), (1, 41))]
     assert launch.uses_descriptors(*tensors)
-    check(tensors, options)
+    check(tensors, here(options))
 
 
 def test_tensors_that_no_descriptor_describes() -> None:
@@ -260,6 +262,7 @@ PACKED_FEATURES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", PACKED_FEATURES, ids=lambda options: "-".join(options))
 def test_packed_is_each_sequence_alone(backend: str, options: dict[str, Any]) -> None:
     tensors, cu_seqlens, lengths = packed_and_padded()
+    options = here(options)
     leaves = [t.requires_grad_() for t in tensors]
     output, lse = with_lse(*leaves, cu_seqlens_q=cu_seqlens, max_seqlen_q=max(lengths), **options)
     grads = torch.autograd.grad(output.square().sum() + lse.sum(), leaves)
@@ -322,7 +325,7 @@ SDPA_CALLS: list[tuple[tuple[tuple[int, ...], ...], dict[str, Any]]] = [
 @pytest.mark.parametrize(("shapes", "options"), SDPA_CALLS)
 def test_drop_in_for_pytorch(backend: str, shapes: tuple[tuple[int, ...], ...], options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    tensors = [torch.randn(shape) for shape in shapes]
+    tensors, options = [torch.randn(shape) for shape in shapes], here(options)
     actual = scaled_dot_product_attention(*tensors, **options)
     torch.testing.assert_close(actual, F.scaled_dot_product_attention(*tensors, **options))
 
@@ -385,11 +388,13 @@ def test_compiles_without_graph_break() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=str)
-def test_autocast_rounds_the_inputs_and_nothing_else(backend: str, options: dict[str, Any]) -> None:
+def test_autocast_rounds_the_inputs_and_nothing_else(
+    backend: str, options: dict[str, Any], device: torch.device
+) -> None:
     q, k, v = torch.randn(3, 1, 2, 20, 8)
     expected = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), **options)
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         actual = attention(*leaves, **options)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
         within = torch.autograd.grad(actual.sum(), leaves, retain_graph=True)
@@ -401,6 +406,7 @@ Q = torch.zeros(2, 4, 5, 8)
 CU = torch.tensor([0, 2, 5], dtype=torch.int32)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [

@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 from accuracy import assert_as_accurate
+from devices import here
 
 from fastformer.ops import attention, attention_weights
 
@@ -32,6 +33,7 @@ def tensors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_the_reference_s(backend: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     query, key, value = tensors(dtype)
+    options = here(options)
     _, lse = attention(query, key, value, return_lse=True, **options)
     heads, rows = [3, 0], [0, 20, 7]
     actual = attention_weights(query, key, lse, heads=heads, rows=rows, **options)
@@ -84,6 +86,7 @@ def test_registration(backend: str) -> None:
     torch.testing.assert_close(compiled(query, key, lse), attention_weights(query, key, lse))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -239,6 +239,7 @@ def test_compiles_without_graph_break(inplace: bool) -> None:
         torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -271,11 +271,11 @@ def test_compiles_without_graph_break() -> None:
         torch.testing.assert_close(compiled(q, k, k, lengths=lengths), decode_attention(q, k, k, lengths=lengths))
 
 
-def test_autocast(backend: str) -> None:
+def test_autocast(backend: str, device: torch.device) -> None:
     torch.manual_seed(0)
     q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 20, 8).bfloat16()
     plain = decode_attention(q.bfloat16(), k, k, lengths=int32([20]))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         assert torch.equal(decode_attention(q, k, k, lengths=int32([20])), plain)
 
 
@@ -291,6 +291,7 @@ Q, K, LENGTHS = torch.zeros(2, 4, 1, 8), torch.zeros(2, 2, 5, 8), torch.tensor([
 TABLE = torch.zeros(2, 1, dtype=torch.int32)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("tensors", "options", "error", "message"),
     [

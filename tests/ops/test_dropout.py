@@ -10,6 +10,7 @@ import torch
 
 from fastformer.ops.dropout import apply_dropout_, dropout_threshold, philox, words_below
 
+pytestmark = pytest.mark.cpu
 SEED = 0x7123456789ABCDEF
 _WORD = 0xFFFFFFFF
 

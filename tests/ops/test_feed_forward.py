@@ -184,7 +184,7 @@ def test_dropout_draws_from_pytorchs_generator() -> None:
     assert torch.equal(first, again) and not torch.equal(first, second)
 
 
-def test_wider_residual_is_not_rounded(implementation: None) -> None:
+def test_wider_residual_is_not_rounded(implementation: None, device: torch.device) -> None:
     """A 16-bit block on a float32 stream, as autocast makes it."""
     tensors = make(6, 8, 16, False, True, torch.bfloat16)
     residual = torch.randn(6, 9, requires_grad=True)
@@ -195,7 +195,7 @@ def test_wider_residual_is_not_rounded(implementation: None) -> None:
     gradient = torch.randn(6, 9)
     output.backward(gradient)
     assert torch.equal(residual.grad, gradient)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         same = feed_forward(*(t if t is None else t.float() for t in tensors), residual=residual)
     assert torch.equal(same, output)
 
@@ -238,6 +238,7 @@ def test_compiles_without_graph_break() -> None:
 X, UP, DOWN = torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(3, 4)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [

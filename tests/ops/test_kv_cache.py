@@ -229,6 +229,7 @@ TABLE = torch.zeros(2, 1, dtype=torch.int32)
 COS = torch.zeros(20, 4)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("tensors", "options", "error", "message"),
     [

@@ -206,14 +206,15 @@ def test_compiles_without_graph_break() -> None:
         compiled(input, weight, target).backward()
 
 
-def test_autocast() -> None:
+def test_autocast(device: torch.device) -> None:
     input, weight, target, bias = problem()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         loss = linear_cross_entropy(input, weight, target, bias)
     sixteen = [t.bfloat16() for t in (input, weight, bias)]
     assert torch.equal(loss, linear_cross_entropy(sixteen[0], sixteen[1], target, sixteen[2]))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -102,6 +102,7 @@ def test_compiles_without_graph_break() -> None:
         compiled(outputs, lses)[0].sum().backward()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("outputs", "lses", "error", "message"),
     [

@@ -268,6 +268,7 @@ def test_compiles_without_graph_break() -> None:
         compiled(x, residual, weight, 0.5).sum().backward()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -286,6 +287,7 @@ def test_refuses_what_it_cannot_do(arguments: Any, error: type, message: str) ->
         layer_norm(*arguments)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

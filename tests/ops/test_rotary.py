@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from accuracy import assert_as_accurate
+from devices import here
 from hypothesis import given, settings
 
 import fastformer
@@ -32,7 +33,7 @@ def check(
     query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, rotary_dim: int, interleaved: bool, **options: Any
 ) -> None:
     """`positions` is (batch or 1, sequence) or (total_tokens,), what the options are to amount to."""
-    frequencies = rotary_frequencies(rotary_dim)
+    frequencies = here(rotary_frequencies(rotary_dim))
     cos, sin = rotary_table(frequencies, 40)
     angles = positions.double()[..., None] * frequencies
     angles = angles.unsqueeze(1) if query.dim() == 4 else angles
@@ -145,19 +146,27 @@ def test_equals_transformers_gptj(backend: str) -> None:
 
 
 def test_table_is_exact_far_out() -> None:
-    frequencies = rotary_frequencies(64)
+    frequencies = here(rotary_frequencies(64))
     cos, sin = rotary_table(frequencies, 100001, magnitude=0.5)
     angle = 100000.0 * frequencies
     torch.testing.assert_close(cos[-1].double(), angle.cos() / 2, atol=2**-25, rtol=0)
     torch.testing.assert_close(sin[-1].double(), angle.sin() / 2, atol=2**-25, rtol=0)
-    torch.testing.assert_close(rotary_frequencies(64, scaling=4.0) * 4, frequencies)
+    torch.testing.assert_close(here(rotary_frequencies(64, scaling=4.0)) * 4, frequencies)
+
+
+def test_table_is_on_pytorchs_default_device() -> None:
+    with torch.device("meta"):
+        tables = rotary_table(rotary_frequencies(64), 5)
+    assert all(table.is_meta for table in tables)
+    assert all(not table.is_meta for table in rotary_table(rotary_frequencies(64), 5))
 
 
 def test_position_outside_the_table() -> None:
     cos, sin = rotary_table(rotary_frequencies(4), 5)
     x, position_ids = torch.randn(1, 1, 3, 6), torch.tensor([[4, 5, -1]])
+    on_cpu = [tensor.cpu() for tensor in (x, cos, sin, position_ids)]
     with fastformer.backend("torch"), pytest.raises(IndexError, match=r"positions must be from 0 to 4.*got -1 to 5"):
-        rotary(x, None, cos, sin, position_ids=position_ids)
+        rotary(on_cpu[0], None, *on_cpu[1:3], position_ids=on_cpu[3])
     with fastformer.backend("triton"):
         rotated, _ = rotary(x, None, cos, sin, position_ids=position_ids)
     assert rotated[0, 0, :, :4].isnan().all(1).tolist() == [False, True, True]
@@ -204,6 +213,7 @@ def test_compiles_without_graph_break(inplace: bool) -> None:
 X, COS = torch.zeros(2, 3, 5, 6), torch.zeros(9, 2)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [

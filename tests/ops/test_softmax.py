@@ -198,6 +198,7 @@ def test_compiles_without_graph_break(inplace: bool) -> None:
         torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
