@@ -8,6 +8,7 @@ from itertools import product
 from typing import TypeVar
 
 import torch
+from fastformer_kernels.configurations import class_key
 from fastformer_kernels.dropout import Dropout
 from fastformer_kernels.feed_forward import hidden_backward, hidden_forward, output_forward
 from fastformer_kernels.plans import (
@@ -48,9 +49,9 @@ class Problem:
     depth: int
 
     @property
-    def shape_class(self) -> str:
-        """The class it stands for, the key of its plan."""
-        return shape_class(self.operation, product_precision(self.dtype), self.tokens, self.depth)
+    def key(self) -> str:
+        """The key of the class it stands for."""
+        return class_key(self.operation, shape_class(product_precision(self.dtype), self.tokens, self.depth))
 
     @property
     def columns(self) -> int:

@@ -43,8 +43,8 @@ def main(arguments: list[str], begin: float) -> None:
         raise ValueError("tune measures Triton kernels, but triton is not installed; pip install triton")
     if not torch.cuda.is_available():
         raise ValueError("tune measures kernels on a GPU, and PyTorch sees none; without one there is nothing to tune")
+    from fastformer_kernels.configurations import forget_plans_read, plans_path
     from fastformer_kernels.launch import architecture_of
-    from fastformer_kernels.plans import forget_plans_read, plans_path
     from triton.testing import do_bench
 
     from fastformer.tuning.measurement import measure, problems
@@ -63,31 +63,31 @@ def main(arguments: list[str], begin: float) -> None:
             partial(track, description="measuring", console=console),
         )
     )
-    store_plans(plans_path(), architecture, {problem.shape_class: plan for problem, plan, _ in found})
+    store_plans(plans_path(), architecture, {problem.key: {"fused": plan == "fused"} for problem, plan, _ in found})
     forget_plans_read()
     console.print(_summary((problem.operation, plan, advantage) for problem, plan, advantage in found))
     console.print(f"kept in {plans_path()}")
 
 
-def store_plans(path: Path, architecture: str, plans: dict[str, str]) -> None:
-    """Add plans measured on `architecture` with this triton to the file, atomically; those of other triton go.
+def store_plans(path: Path, architecture: str, measured: dict[str, dict[str, int]]) -> None:
+    """Add configurations measured on `architecture` with this triton to the file, atomically; those of other triton go.
 
-    A damaged file is reported on standard error and replaced.
+    A damaged file, or one of another format, is reported on standard error and replaced.
 
     Raises:
         OSError: the file cannot be written.
     """
     import triton
-    from fastformer_kernels.plans import FORMAT, read_plans
+    from fastformer_kernels.configurations import FORMAT, read_plans
 
     try:
         architectures = read_plans(path)
     except ValueError as error:
         print(f"fastformer tune: {error}; it is replaced", file=sys.stderr)
         architectures = {}
-    before = architectures.get(architecture, {"triton": None, "plans": {}})
-    kept = before["plans"] if before["triton"] == triton.__version__ else {}
-    architectures[architecture] = {"triton": triton.__version__, "plans": {**kept, **plans}}
+    before = architectures.get(architecture, {"triton": None, "configurations": {}})
+    kept = before["configurations"] if before["triton"] == triton.__version__ else {}
+    architectures[architecture] = {"triton": triton.__version__, "configurations": {**kept, **measured}}
     with atomic_file(path) as file:
         file.write(json.dumps({"format": FORMAT, "architectures": architectures}, indent=2, sort_keys=True).encode())
 

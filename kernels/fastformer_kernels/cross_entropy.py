@@ -25,18 +25,18 @@ import triton
 import triton.language as tl
 
 from fastformer_kernels.attention.tiles import tanh
-from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard
+from fastformer_kernels.configurations import chosen
+from fastformer_kernels.launch import COMPILER_OPTIONS, device_guard
 from fastformer_kernels.precision import round_to
-from fastformer_kernels.rows import alignment, row_layout, row_offset
+from fastformer_kernels.rows import RowConfiguration, alignment, row_class, row_layout, row_offset
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-TILE_ELEMENTS = 4096
+_CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=8, most_threads=256)
 # With smoothing or a softcap more is live for each element: a whole tile spills on sm_90 and later.
-LIVE_TILE_ELEMENTS = 2048
+_LIVE_CONFIGURATION = RowConfiguration(tile_elements=2048, thread_elements=8, most_threads=256)
 # A tile's columns where neighbouring rows, not neighbouring classes, are next to each other in memory.
 TRANSPOSED_COLUMNS = 64
-THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,20 @@ def _launch(
     *row_strides, class_stride = layout.strides[0]
     transposed = class_stride != 1 and row_strides[-1] == 1
     smooths = options.label_smoothing > 0.0
-    elements = LIVE_TILE_ELEMENTS if smooths or options.softcap else TILE_ELEMENTS
+    live = smooths or options.softcap != 0.0
+    operation = "cross_entropy_forward" if gradient is None else "cross_entropy_backward"
+
+    def shape() -> tuple[str, ...]:
+        rows = row_class(layout.columns, logits.element_size())
+        return (
+            *rows,
+            "across" if transposed else "along",
+            "live" if live else "plain",
+            "loss" if loss is not None else "",
+        )
+
+    configuration = chosen(operation, logits, _LIVE_CONFIGURATION if live else _CONFIGURATION, shape)
+    elements = configuration.tile_elements
     block_columns = min(triton.next_power_of_2(layout.columns), TRANSPOSED_COLUMNS if transposed else elements)
     block_rows = min(elements // block_columns, triton.next_power_of_2(layout.rows))
     with device_guard(logits):
@@ -345,12 +358,8 @@ def _launch(
             ALIGNMENT=alignment(*(stride for strides in layout.strides for stride in strides[:-1])),
             BLOCK_ROWS=block_rows,
             BLOCK_COLUMNS=block_columns,
-            num_warps=_warps(logits, block_rows * block_columns),
+            num_warps=configuration.warps(block_rows * block_columns, logits),
             **COMPILER_OPTIONS,
         )
     if gradient is not None and gradient_rows is not gradient:
         gradient.copy_(gradient_rows)
-
-
-def _warps(tensor: torch.Tensor, tile_elements: int) -> int:
-    return max(1, min(THREADS, tile_elements // 8) // architecture_of(tensor).warp_size)

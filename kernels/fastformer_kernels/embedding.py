@@ -13,15 +13,17 @@ import torch
 import triton
 import triton.language as tl
 
-from fastformer_kernels.dropout import dropout_keep
-from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard
-from fastformer_kernels.normalization import Dropout, most_programs, scale_and_shift
+from fastformer_kernels.dropout import Dropout, dropout_keep
+from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard, multiprocessors_of
+from fastformer_kernels.normalization import scale_and_shift
 from fastformer_kernels.precision import round_to
 from fastformer_kernels.rows import aligned, alignment
 
 MAX_COLUMNS = 4096
 TILE_ELEMENTS = 4096
 ELEMENTS_PER_THREAD = 8
+# Of the backward: enough to keep the memory busy, few enough that their partial sums stay small.
+PROGRAMS_PER_MULTIPROCESSOR = 4
 TABLE_BLOCK_TOKENS = 8
 TABLE_BLOCK_COLUMNS = 256
 # Tokens of one row of a table that one program adds up; rows with more are divided among at most so many programs.
@@ -309,7 +311,7 @@ def embedding_backward(
     rows, columns = ids[0].shape[0], word.shape[1]
     grad_sum = word.new_empty(rows, columns)
     blocks = _blocks(rows, columns)
-    programs = min(triton.cdiv(rows, blocks["BLOCK_ROWS"]), most_programs(word))
+    programs = min(triton.cdiv(rows, blocks["BLOCK_ROWS"]), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors_of(word))
     weight_sums = rstd.new_empty((programs, columns)) if weight_needs_grad else None
     bias_sums = rstd.new_empty((programs, columns)) if bias_needs_grad else None
     with device_guard(word):

@@ -22,22 +22,20 @@ import torch
 import triton
 import triton.language as tl
 
+from fastformer_kernels.configurations import chosen
 from fastformer_kernels.dropout import Dropout, dropout_keep
-from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard
+from fastformer_kernels.launch import COMPILER_OPTIONS, device_guard, multiprocessors_of
 from fastformer_kernels.precision import round_to
-from fastformer_kernels.rows import aligned, alignment
+from fastformer_kernels.rows import RowConfiguration, aligned, alignment, row_class
 
 FORWARD_ONE_PASS_COLUMNS = 16384
 BACKWARD_ONE_PASS_BYTES = 16384
 BACKWARD_THREE_SUMS_COLUMNS = 4096
-TILE_ELEMENTS = 4096
-ELEMENTS_PER_THREAD = 16
-# The backward holds a row, its gradient and up to three running sums at once: half as much to a thread.
-BACKWARD_ELEMENTS_PER_THREAD = 8
-# At most, to leave each 128 registers.
-BACKWARD_THREADS = 512
-# Enough to keep the memory busy, few enough that their partial sums of dw and db stay small beside dx.
-BACKWARD_PROGRAMS_PER_MULTIPROCESSOR = 4
+_FORWARD_CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=16)
+# The backward holds a row, its gradient and up to three running sums at once: half as much to a thread, and at most 512
+# threads, to leave each 128 registers. Enough programs to keep the memory busy, few enough that their partial sums of
+# dw and db stay small beside dx.
+_BACKWARD_CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=8, most_threads=512, programs=4)
 
 
 @triton.jit
@@ -479,8 +477,9 @@ def norm_forward(
     rstd = input.new_empty(rows, dtype=torch.float32)
     mean = torch.empty_like(rstd) if centered else rstd.new_zeros(1)
     one_pass = columns <= FORWARD_ONE_PASS_COLUMNS
-    block_columns = _one_pass_block(columns) if one_pass else TILE_ELEMENTS
-    block_rows = _block_rows(block_columns, rows)
+    configuration = _configuration("norm_forward", _FORWARD_CONFIGURATION, input, centered)
+    block_columns = _one_pass_block(columns) if one_pass else configuration.tile_elements
+    block_rows = _block_rows(block_columns, rows, configuration)
     with device_guard(input):
         _forward_kernel[(triton.cdiv(rows, block_rows),)](
             input,
@@ -504,7 +503,7 @@ def norm_forward(
             BLOCK_ROWS=block_rows,
             BLOCK_COLUMNS=block_columns,
             ONE_PASS=one_pass,
-            num_warps=_warps(input, block_rows * block_columns // ELEMENTS_PER_THREAD),
+            num_warps=configuration.warps(block_rows * block_columns, input),
             **COMPILER_OPTIONS,
         )
     return output, total, mean, rstd
@@ -552,9 +551,10 @@ def norm_backward(
     grad_input = x.new_empty(rows, columns, dtype=input_dtype)
     grad_residual = None if residual_dtype is None else torch.empty_like(grad_input, dtype=residual_dtype)
     one_pass = columns * max(x.element_size(), grad_output.element_size()) <= BACKWARD_ONE_PASS_BYTES
-    block_columns = _one_pass_block(columns) if one_pass else TILE_ELEMENTS
-    block_rows = _block_rows(block_columns, rows)
-    programs = min(triton.cdiv(rows, block_rows), most_programs(x))
+    configuration = _configuration("norm_backward", _BACKWARD_CONFIGURATION, x, centered)
+    block_columns = _one_pass_block(columns) if one_pass else configuration.tile_elements
+    block_rows = _block_rows(block_columns, rows, configuration)
+    programs = min(triton.cdiv(rows, block_rows), configuration.programs * multiprocessors_of(x))
     weight_sums = rstd.new_empty((programs, columns)) if weight_needs_grad else None
     bias_sums = rstd.new_empty((programs, columns)) if bias_needs_grad else None
     # Of the widest rows' registers a third running sum would spill some.
@@ -567,7 +567,7 @@ def norm_backward(
         "CENTERED": centered,
         "ALIGNMENT": alignment(columns, grad_output.stride(0), _strides(grad_sum)[0], x.stride(0)),
         "BLOCK_COLUMNS": block_columns,
-        "num_warps": _warps(x, min(BACKWARD_THREADS, block_rows * block_columns // BACKWARD_ELEMENTS_PER_THREAD)),
+        "num_warps": configuration.warps(block_rows * block_columns, x),
         **COMPILER_OPTIONS,
     }
     with device_guard(x):
@@ -629,20 +629,16 @@ def _one_pass_block(columns: int) -> int:
     return max(4, triton.next_power_of_2(columns))
 
 
-def _block_rows(block_columns: int, rows: int) -> int:
+def _block_rows(block_columns: int, rows: int, configuration: RowConfiguration) -> int:
     """Whole rows in a tile: several where they are short, never two, for which ptxas spills on sm_80."""
-    most = TILE_ELEMENTS // block_columns
+    most = configuration.tile_elements // block_columns
     return min(most, triton.next_power_of_2(rows)) if most > 2 else 1
 
 
-def _warps(tensor: torch.Tensor, threads: int) -> int:
-    """Warps for so many threads, from one to the 1,024 threads that every architecture allows."""
-    return max(1, min(1024, threads) // architecture_of(tensor).warp_size)
+def _configuration(operation: str, default: RowConfiguration, tensor: torch.Tensor, centered: bool) -> RowConfiguration:
+    """The configuration of `operation` on the rows of `tensor`."""
 
+    def shape() -> tuple[str, ...]:
+        return "layer" if centered else "rms", *row_class(tensor.shape[1], tensor.element_size())
 
-def most_programs(tensor: torch.Tensor) -> int:
-    """Programs that the sums of dw and db are divided among."""
-    if not tensor.is_cuda or not torch.cuda.is_available():
-        return BACKWARD_PROGRAMS_PER_MULTIPROCESSOR
-    multiprocessors = torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return multiprocessors * BACKWARD_PROGRAMS_PER_MULTIPROCESSOR
+    return chosen(operation, tensor, default, shape)

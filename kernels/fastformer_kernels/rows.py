@@ -10,7 +10,39 @@ import torch
 import triton
 import triton.language as tl
 
+from fastformer_kernels.configurations import size_class
+from fastformer_kernels.launch import architecture_of
+
 ROW_DIMENSIONS = 3
+# Upper ends of the classes of rows whose launches are measured.
+COLUMN_CLASSES = (256, 512, 1024, 2048, 4096, 8192, 16384, 65536)
+
+
+@dataclass(frozen=True)
+class RowConfiguration:
+    """How a kernel that works on rows is launched.
+
+    Attributes:
+        tile_elements: of a tile that holds several short rows, or a part of a long one.
+        thread_elements: of a tile for each thread.
+        most_threads: of a program.
+        programs: for each multiprocessor, where programs visit tiles in turns; 0 where each tile has one.
+    """
+
+    tile_elements: int
+    thread_elements: int
+    most_threads: int = 1024
+    programs: int = 0
+
+    def warps(self, elements: int, tensor: torch.Tensor) -> int:
+        """Warps for a tile of so many elements on `tensor`'s device."""
+        threads = min(self.most_threads, elements // self.thread_elements)
+        return max(1, threads // architecture_of(tensor).warp_size)
+
+
+def row_class(columns: int, element_size: int) -> tuple[str, ...]:
+    """The class of rows of `columns` elements."""
+    return f"{8 * element_size}-bit", f"columns{size_class(columns, COLUMN_CLASSES)}"
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
-from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard
+from fastformer_kernels.configurations import chosen
+from fastformer_kernels.launch import COMPILER_OPTIONS, device_guard
 from fastformer_kernels.precision import round_to
-from fastformer_kernels.rows import RowLayout, aligned, row_layout, row_offset
+from fastformer_kernels.rows import RowConfiguration, RowLayout, aligned, row_class, row_layout, row_offset
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 ONE_PASS_COLUMNS = 16384
-TILE_ELEMENTS = 4096
-ELEMENTS_PER_THREAD = 16
+_CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=16)
 # Rows side by side where neighbouring rows, not columns, are neighbours in memory: a whole sector of 32 bytes and more.
 STRIDED_BLOCK_ROWS = 32
 
@@ -257,7 +257,7 @@ def softmax_forward(
     """
     given = [input, output] if mask is None else [input, output, mask]
     layout, (x, y, *masks) = row_layout(dim, given)
-    blocks = _blocks(layout)
+    blocks = _blocks("softmax_forward", layout, input)
     queries = 1 if causal_offset is None else input.shape[-2 if dim % input.dim() == input.dim() - 1 else -1]
     with device_guard(input):
         _softmax_forward_kernel[(triton.cdiv(layout.rows, blocks["BLOCK_ROWS"]),)](
@@ -277,7 +277,6 @@ def softmax_forward(
             LOG=log,
             ALIGNMENT=layout.alignment,
             **blocks,
-            num_warps=_warps(blocks, input),
             **COMPILER_OPTIONS,
         )
     if y is not output:
@@ -298,7 +297,7 @@ def softmax_backward(
     All three are of one shape, with any strides and floating dtypes.
     """
     layout, (dy, y, dx) = row_layout(dim, [grad_output, output, grad_input])
-    blocks = _blocks(layout)
+    blocks = _blocks("softmax_backward", layout, output)
     with device_guard(output):
         _softmax_backward_kernel[(triton.cdiv(layout.rows, blocks["BLOCK_ROWS"]),)](
             dy,
@@ -314,27 +313,26 @@ def softmax_backward(
             LOG=log,
             ALIGNMENT=layout.alignment,
             **blocks,
-            num_warps=_warps(blocks, output),
             **COMPILER_OPTIONS,
         )
     if dx is not grad_input:
         grad_input.copy_(dx)
 
 
-def _blocks(layout: RowLayout) -> dict[str, int]:
-    """Tile sizes: whole rows where they fit, several to a program where they are short or lie across memory."""
+def _blocks(operation: str, layout: RowLayout, tensor: torch.Tensor) -> dict[str, int]:
+    """Warps and tile sizes: whole rows where they fit, several where they are short or lie across memory."""
     columns = triton.next_power_of_2(layout.columns)
     along_memory = layout.strides[0][-1] <= max(1, layout.strides[0][-2])
+
+    def shape() -> tuple[str, ...]:
+        return *row_class(layout.columns, tensor.element_size()), "along" if along_memory else "across"
+
+    configuration = chosen(operation, tensor, _CONFIGURATION, shape)
     most_rows = triton.next_power_of_2(layout.rows)
     fewest_rows = 1 if along_memory else min(STRIDED_BLOCK_ROWS, most_rows)
     one_pass = columns * fewest_rows <= ONE_PASS_COLUMNS
     if not one_pass:
-        columns = TILE_ELEMENTS // fewest_rows
-    rows = min(max(fewest_rows, TILE_ELEMENTS // columns), most_rows)
-    return {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "ONE_PASS": one_pass}
-
-
-def _warps(blocks: dict[str, int], tensor: torch.Tensor) -> int:
-    """Warps for a tile, from one to the 1,024 threads that every architecture allows."""
-    threads = min(1024, blocks["BLOCK_ROWS"] * blocks["BLOCK_COLUMNS"] // ELEMENTS_PER_THREAD)
-    return max(1, threads // architecture_of(tensor).warp_size)
+        columns = configuration.tile_elements // fewest_rows
+    rows = min(max(fewest_rows, configuration.tile_elements // columns), most_rows)
+    warps = configuration.warps(rows * columns, tensor)
+    return {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "ONE_PASS": one_pass, "num_warps": warps}

@@ -243,7 +243,7 @@ def test_splits_fill_one_wave_of_the_device() -> None:
 
     q = torch.empty(1, 32, 1, 128, dtype=torch.bfloat16)
     with target_architecture("sm_90"):
-        configuration = decode_configuration(q, q)
+        configuration = decode_configuration(q, q, paged=False)
         multiprocessors = ARCHITECTURES["sm_90"].multiprocessors
         for programs in (1, 8, 100, 1000):
             splits = choose_splits(programs, 2**20, configuration, q)

@@ -11,6 +11,8 @@ import reference
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
+from fastformer_kernels.configurations import forced
+from fastformer_kernels.rows import RowConfiguration
 from hypothesis import given, settings
 
 from fastformer.backends import backend as use_backend
@@ -187,9 +189,10 @@ def test_long_rows(backend: str, centered: bool, monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(0)
     monkeypatch.setattr("fastformer_kernels.normalization.FORWARD_ONE_PASS_COLUMNS", 64)
     monkeypatch.setattr("fastformer_kernels.normalization.BACKWARD_ONE_PASS_BYTES", 64)
-    monkeypatch.setattr("fastformer_kernels.normalization.TILE_ELEMENTS", 64)
-    check_fused((5, 203), torch.float32, torch.float32, centered, True, 0.25, True, monkeypatch)
-    check_fused((3, 128), torch.bfloat16, None, centered, False, 0.0, True, monkeypatch)
+    tiles_of_64 = RowConfiguration(tile_elements=64, thread_elements=8, programs=4)
+    with forced({"norm_forward": tiles_of_64, "norm_backward": tiles_of_64}):
+        check_fused((5, 203), torch.float32, torch.float32, centered, True, 0.25, True, monkeypatch)
+        check_fused((3, 128), torch.bfloat16, None, centered, False, 0.0, True, monkeypatch)
 
 
 def test_dropout_drops_the_right_share(backend: str) -> None:

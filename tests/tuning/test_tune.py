@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from fastformer_kernels import plans
-from fastformer_kernels.plans import default_plan, is_fused, measured_plans, shape_class
+from fastformer_kernels import configurations, plans
+from fastformer_kernels.configurations import class_key, forget_plans_read, measured_configurations
+from fastformer_kernels.plans import default_plan, is_fused, shape_class
 
 from fastformer import cli
 from fastformer.tuning.measurement import Problem, measure, problems
@@ -21,9 +22,9 @@ from fastformer.tuning.tune import store_plans
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Where plans are kept during the test."""
     monkeypatch.setenv("FASTFORMER_CACHE", str(tmp_path))
-    plans.forget_plans_read()
+    forget_plans_read()
     yield tmp_path / "plans.json"
-    plans.forget_plans_read()
+    forget_plans_read()
 
 
 def small_problems() -> list[Problem]:
@@ -37,76 +38,81 @@ def test_the_faster_plan_wins() -> None:
 
     def timer(call) -> float:
         call()
-        forced.append(plans._forced)
+        forced.append({plan.fused for plan in configurations._forced.values()})
         return next(answers)
 
     found = list(measure(small_problems(), "cpu", timer))
-    assert forced == ["fused", "library"] * 5
+    assert forced == [{True}, {False}] * 5
     assert [plan for _, plan, _ in found] == ["library", "fused", "library", "fused", "library"]
     assert all(advantage == 1.5 for _, _, advantage in found)
-    assert plans._forced is None
+    assert configurations._forced == {}
 
 
 def test_every_class_of_shapes_has_its_problem() -> None:
     measured = problems([torch.bfloat16])
     sizes = [1, 256, 257, 2048, 2049, 10**6]
-    asked = {shape_class(o, "16-bit", tokens, depth) for o in plans.SAVED_PASSES for tokens in sizes for depth in sizes}
-    asked |= {shape_class(o, "16-bit", 1, depth) for o in plans.SAVED_PASSES for depth in (1024, 4096, 9999)}
-    assert asked <= {problem.shape_class for problem in measured}
-    assert len(measured) == len({problem.shape_class for problem in measured})
+    asked = {
+        class_key(o, shape_class("16-bit", tokens, depth))
+        for o in plans.SAVED_PASSES
+        for tokens in sizes
+        for depth in sizes
+    }
+    asked |= {class_key(o, shape_class("16-bit", 1, depth)) for o in plans.SAVED_PASSES for depth in (1024, 4096, 9999)}
+    assert asked <= {problem.key for problem in measured}
+    assert len(measured) == len({problem.key for problem in measured})
 
 
 def test_measured_plans_decide(path: Path) -> None:
     input = torch.zeros(7, 8)
     assert is_fused("hidden_forward", input, depth=8)
-    store_plans(path, "interpreter", {shape_class("hidden_forward", "ieee", 7, 8): "library"})
-    plans.forget_plans_read()
+    store_plans(path, "interpreter", {class_key("hidden_forward", shape_class("ieee", 7, 8)): {"fused": False}})
+    forget_plans_read()
     assert not is_fused("hidden_forward", input, depth=8)
     assert is_fused("hidden_backward", input, depth=8)
 
 
 def test_stored_plans_are_joined_by_architecture(path: Path) -> None:
-    store_plans(path, "sm_90", {"a": "fused"})
-    store_plans(path, "sm_80", {"a": "library"})
-    store_plans(path, "sm_90", {"b": "library"})
-    assert measured_plans("sm_90") == {"a": "fused", "b": "library"}
-    assert measured_plans("sm_80") == {"a": "library"}
+    store_plans(path, "sm_90", {"a": {"fused": True}})
+    store_plans(path, "sm_80", {"a": {"fused": False}})
+    store_plans(path, "sm_90", {"b": {"fused": False}})
+    assert measured_configurations("sm_90") == {"a": {"fused": True}, "b": {"fused": False}}
+    assert measured_configurations("sm_80") == {"a": {"fused": False}}
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_plans_of_another_triton_are_reported_and_not_used(path: Path) -> None:
-    content = {"format": 1, "architectures": {"sm_90": {"triton": "3.0.0", "plans": {"a": "fused"}}}}
+    content = {"format": 2, "architectures": {"sm_90": {"triton": "3.0.0", "configurations": {"a": {"fused": True}}}}}
     path.write_text(json.dumps(content))
     with pytest.warns(UserWarning, match=r"measured with triton 3\.0\.0, .*fastformer tune"):
-        assert measured_plans("sm_90") == {}
+        assert measured_configurations("sm_90") == {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert measured_plans("sm_80") == {}
-    store_plans(path, "sm_90", {"b": "fused"})
+        assert measured_configurations("sm_80") == {}
+    store_plans(path, "sm_90", {"b": {"fused": True}})
     assert json.loads(path.read_text())["architectures"]["sm_90"] == {
         "triton": triton.__version__,
-        "plans": {"b": "fused"},
+        "configurations": {"b": {"fused": True}},
     }
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        '{"format": 1, "archi',
+        '{"format": 2, "archi',
         "[]",
-        '{"format": 2, "architectures": {}}',
-        '{"format": 1, "architectures": []}',
-        '{"format": 1, "architectures": {"sm_90": {"triton": "3.9.0", "plans": {"a": "fastest"}}}}',
+        '{"format": 1, "architectures": {"sm_90": {"triton": "3.9.0", "plans": {"a": "fused"}}}}',
+        '{"format": 2, "architectures": []}',
+        '{"format": 2, "architectures": {"sm_90": {"triton": "3.9.0", "configurations": {"a": "fastest"}}}}',
     ],
 )
 def test_a_damaged_file_is_reported_and_replaced(path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     path.write_text(content)
     with pytest.warns(UserWarning, match=r"measured plans are not used: .*plans\.json"):
-        assert measured_plans("sm_90") == {}
-    store_plans(path, "sm_90", {"a": "fused"})
+        assert measured_configurations("sm_90") == {}
+    store_plans(path, "sm_90", {"a": {"fused": True}})
     assert "plans.json" in capsys.readouterr().err
-    plans.forget_plans_read()
-    assert measured_plans("sm_90") == {"a": "fused"}
+    forget_plans_read()
+    assert measured_configurations("sm_90") == {"a": {"fused": True}}
 
 
 def test_defaults_follow_depth_and_precision() -> None:

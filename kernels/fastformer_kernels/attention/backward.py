@@ -897,7 +897,7 @@ def attention_backward(
     """Gradients of checked arguments; those of learned ones that are not `needed` are empty."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     if deterministic:
-        configuration = deterministic_configuration(query, value)
+        configuration = deterministic_configuration(query, value, arguments)
     else:
         configuration = backward_configuration(query, value, arguments)
     exponent, delta = torch.empty_like(lse), torch.empty_like(lse)

@@ -27,6 +27,7 @@ from fastformer_kernels.attention.decode_arguments import (
 )
 from fastformer_kernels.attention.merge import merge
 from fastformer_kernels.attention.tiles import LN_2, LOG2_E, tanh
+from fastformer_kernels.configurations import chosen, size_class
 from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard, multiprocessors_of
 from fastformer_kernels.precision import dot, input_precision, round_to
 
@@ -35,12 +36,23 @@ SMALLEST_BLOCK_M = 16
 
 @dataclass(frozen=True)
 class DecodeConfiguration:
-    """Keys in a tile, the most rows (a tile has no more than the call needs), and the compiler's knobs."""
+    """How the decode kernel is launched.
+
+    Attributes:
+        block_n: keys in a tile.
+        most_rows: of a tile, which has no more than the call needs.
+        num_warps, num_stages: of the compiler.
+        programs: that share the keys of few sequences, for each multiprocessor: two keep its memory pipeline full while
+            one of them starts or ends.
+        tiles_per_split: at least; a split with fewer spends more on starting and on the merge than it saves.
+    """
 
     block_n: int
     most_rows: int
     num_warps: int
     num_stages: int
+    programs: int = 2
+    tiles_per_split: int = 4
 
     def block_m(self, rows: int) -> int:
         """Rows of a tile, where a key/value head serves `rows`; a tile of a product has at least 16."""
@@ -100,11 +112,9 @@ _BY_ARCHITECTURE = {
     "interpreter": {size: {256: DecodeConfiguration(16, 16, 1, 1)} for size in (2, 4)},
 }
 
-# Two programs keep a multiprocessor's memory pipeline full while one of them starts or ends.
-PROGRAMS_PER_MULTIPROCESSOR = 2
-# A split with fewer tiles than this spends more on starting and on the merge than it saves.
-TILES_PER_SPLIT = 4
 MOST_SPLITS = 128
+# Upper ends of the classes of sequences times query heads whose launches are measured.
+ROW_CLASSES = (64, 512)
 
 
 @triton.jit
@@ -280,7 +290,7 @@ def decode_forward(
     if query.numel() == 0:
         return output, lse
     cache = cache_shape(key_cache, arguments.block_table)
-    configuration = decode_configuration(query, value_cache)
+    configuration = decode_configuration(query, value_cache, arguments.block_table is not None)
     group = heads // cache.kv_heads
     block_m = configuration.block_m(group * queries)
     row_tiles = triton.cdiv(group * queries, block_m)
@@ -347,11 +357,22 @@ def decode_forward(
     return output, lse
 
 
-def decode_configuration(query: torch.Tensor, value_cache: torch.Tensor) -> DecodeConfiguration:
+def decode_configuration(query: torch.Tensor, value_cache: torch.Tensor, paged: bool) -> DecodeConfiguration:
     """The decode kernel's configuration for these tensors."""
     table = _BY_ARCHITECTURE[architecture_of(query).name][query.element_size()]
     head_dim = max(query.shape[-1], value_cache.shape[-1])
-    return next(choice for largest, choice in table.items() if head_dim <= largest)
+    largest, default = next((largest, choice) for largest, choice in table.items() if head_dim <= largest)
+
+    def shape() -> tuple[str, ...]:
+        rows = query.shape[0] * query.shape[1]
+        return (
+            f"{8 * query.element_size()}-bit",
+            f"head_dim<={largest}",
+            f"batch*heads{size_class(rows, ROW_CLASSES)}",
+            "paged" if paged else "contiguous",
+        )
+
+    return chosen("decode", query, default, shape)
 
 
 def choose_splits(programs: int, keys: int, configuration: DecodeConfiguration, tensor: torch.Tensor) -> int:
@@ -362,8 +383,9 @@ def choose_splits(programs: int, keys: int, configuration: DecodeConfiguration, 
         keys: the most keys that a row can see; how many it does see only the device knows.
         tensor: on the device that will run them.
     """
-    wave = multiprocessors_of(tensor) * PROGRAMS_PER_MULTIPROCESSOR
-    return max(1, min(wave // programs, keys // (configuration.block_n * TILES_PER_SPLIT), MOST_SPLITS))
+    wave = multiprocessors_of(tensor) * configuration.programs
+    fewest_keys = configuration.block_n * configuration.tiles_per_split
+    return max(1, min(wave // programs, keys // fewest_keys, MOST_SPLITS))
 
 
 def _most_keys(capacity: int, queries: int, arguments: DecodeArguments) -> int:

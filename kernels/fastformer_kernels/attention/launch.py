@@ -9,6 +9,7 @@ import triton
 
 from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
 from fastformer_kernels.attention.kernel_arguments import folds_scale
+from fastformer_kernels.configurations import chosen, size_class
 from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, multiprocessors_of
 
 
@@ -45,6 +46,12 @@ class AttentionConfiguration:
             "num_stages": self.num_stages,
             **COMPILER_OPTIONS,
         }
+
+
+# Upper ends of the classes of calls whose launches are measured, and what every measured tile size divides.
+HEAD_DIM_CLASSES = (64, 128, 256)
+LENGTH_CLASSES = (512, 2048)
+LARGEST_BLOCK = 128
 
 
 def _block_of(head_dim: int) -> int:
@@ -230,6 +237,47 @@ def forward_configuration(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> AttentionConfiguration:
     """The forward kernel's configuration for this call."""
+    default = _default_forward(query, key, value, arguments)
+    return chosen("attention_forward", query, default, lambda: _shape_class(query, value, arguments))
+
+
+def backward_configuration(
+    query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
+) -> AttentionConfiguration:
+    """The configuration of the backward kernel that adds dQ up in memory."""
+    default = _default_backward(query, value, arguments)
+    return chosen("attention_backward", query, default, lambda: _shape_class(query, value, arguments))
+
+
+def deterministic_configuration(
+    query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
+) -> AttentionConfiguration:
+    """The configuration of the two backward kernels of which each writes what it owns."""
+    default = _choose(_DETERMINISTIC, query, value) or _INTERPRETER
+    return chosen("attention_deterministic", query, default, lambda: _shape_class(query, value, arguments))
+
+
+def _shape_class(query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments) -> tuple[str, ...]:
+    """The class of a call, within which one configuration is measured to be the best."""
+    head_dim = max(query.shape[-1], value.shape[-1])
+    borders = any(
+        has_borders(arguments, length, LARGEST_BLOCK) for length in (arguments.max_seqlen_q, arguments.max_seqlen_k)
+    )
+    scores = "loaded" if arguments.loads_scores else "folded" if folds_scale(arguments) else "computed"
+    return (
+        f"{8 * query.element_size()}-bit",
+        f"head_dim{size_class(head_dim, HEAD_DIM_CLASSES)}",
+        "borders" if borders else "whole",
+        scores,
+        "undropped" if arguments.seed is None else "dropped",
+        "descriptors" if uses_descriptors(query, value) else "pointers",
+        f"keys{size_class(arguments.max_seqlen_k, LENGTH_CLASSES)}",
+    )
+
+
+def _default_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
+) -> AttentionConfiguration:
     if arguments.loads_scores:
         return _choose(_FORWARD_LOADING, query, value) or _choose(_FORWARD, query, value) or _INTERPRETER
     # Beyond plain attention, specialised warps need too much memory, or cannot be compiled.
@@ -244,17 +292,11 @@ def forward_configuration(
     return _choose(_FORWARD, query, value) or _INTERPRETER
 
 
-def backward_configuration(
+def _default_backward(
     query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> AttentionConfiguration:
-    """The configuration of the backward kernel that adds dQ up in memory."""
     loading = _choose(_BACKWARD_LOADING, query, value) if arguments.loads_scores else None
     return loading or _choose(_BACKWARD, query, value) or _INTERPRETER
-
-
-def deterministic_configuration(query: torch.Tensor, value: torch.Tensor) -> AttentionConfiguration:
-    """The configuration of the two backward kernels of which each writes what it owns."""
-    return _choose(_DETERMINISTIC, query, value) or _INTERPRETER
 
 
 def weights_configuration(query: torch.Tensor) -> AttentionConfiguration:

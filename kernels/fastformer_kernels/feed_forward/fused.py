@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from fastformer_kernels.activations import gradients_of, hidden_of
+from fastformer_kernels.configurations import chosen
 from fastformer_kernels.dropout import Dropout, drop, dropout_arguments
 from fastformer_kernels.launch import architecture_of, device_guard
 from fastformer_kernels.matmul import (
@@ -36,6 +37,7 @@ from fastformer_kernels.matmul import (
     tile_origin,
     tile_products,
 )
+from fastformer_kernels.plans import product_precision, shape_class
 from fastformer_kernels.precision import input_precision, round_to
 
 
@@ -302,7 +304,7 @@ def hidden_forward(
     hidden = input.new_empty(tokens, intermediate_size)
     up = torch.empty_like(hidden) if store_pre_activations else None
     gate = torch.empty_like(hidden) if store_pre_activations and gate_weight is not None else None
-    configuration = _configuration(input, "forward" if gate_weight is None else "gated_forward")
+    configuration = _configuration(input, "forward" if gate_weight is None else "gated_forward", in_features)
     (x,), input_access = operands(configuration.rows, (input,), configuration)
     (w, v), weight_access = operands(configuration.columns, (up_weight, gate_weight), configuration)
     with device_guard(input):
@@ -350,7 +352,7 @@ def output_forward(
     out_features = down_weight.shape[0]
     dtype = hidden.dtype if residual is None else torch.promote_types(hidden.dtype, residual.dtype)
     output = hidden.new_empty(tokens, out_features, dtype=dtype)
-    configuration = _configuration(hidden, "output")
+    configuration = _configuration(hidden, "output", intermediate_size)
     (h,), input_access = operands(configuration.rows, (hidden,), configuration)
     (w,), weight_access = operands(configuration.columns, (down_weight,), configuration)
     with device_guard(hidden):
@@ -400,7 +402,7 @@ def hidden_backward(
     grad_up = torch.empty_like(up)
     grad_gate = None if gate is None else torch.empty_like(gate)
     hidden = torch.empty_like(up) if store_hidden else None
-    configuration = _configuration(up, "backward" if gate is None else "gated_backward")
+    configuration = _configuration(up, "backward" if gate is None else "gated_backward", out_features)
     (dy,), input_access = operands(configuration.rows, (grad_output,), configuration)
     (w,), weight_access = operands(configuration.columns, (down_weight.T,), configuration)
     with device_guard(up):
@@ -427,9 +429,14 @@ def hidden_backward(
     return grad_up, grad_gate, hidden
 
 
-def _configuration(tensor: torch.Tensor, kernel: str) -> Configuration:
-    """The configuration of `kernel` for `tensor`'s device and dtype."""
-    return _CONFIGURATIONS[architecture_of(tensor).name][tensor.dtype.itemsize][kernel]
+def _configuration(tensor: torch.Tensor, kernel: str, depth: int) -> Configuration:
+    """The configuration of `kernel`, a product over `depth`, for `tensor`'s device, dtype and rows."""
+    default = _CONFIGURATIONS[architecture_of(tensor).name][tensor.dtype.itemsize][kernel]
+
+    def shape() -> tuple[str, ...]:
+        return shape_class(product_precision(tensor.dtype), tensor.shape[0], depth)
+
+    return chosen(f"fused_{kernel}", tensor, default, shape)
 
 
 def _stride(bias: torch.Tensor | None) -> int:

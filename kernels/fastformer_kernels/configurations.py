@@ -1,0 +1,179 @@
+"""Which launch configuration an operation has: a forced one, else one measured on this GPU, else the shipped default.
+
+A configuration is a frozen dataclass of whole numbers and switches. `fastformer tune` measures them, class of shapes by
+class, and stores them for an architecture and a version of triton.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import triton
+
+from fastformer_kernels.launch import architecture_of
+
+FORMAT = 2
+
+T = TypeVar("T")
+Stored = dict[str, int]
+"""A configuration's fields as they are stored."""
+
+# Replaced, never changed: autograd's threads read it too.
+_forced: Mapping[str, Any] = {}
+# What was asked for, where somebody wants to know.
+_asked: dict[str, Any] | None = None
+
+
+def chosen(operation: str, tensor: torch.Tensor, default: T, shape: Callable[[], tuple[str, ...]]) -> T:
+    """The configuration of `operation` for a class of shapes.
+
+    Args:
+        tensor: on the device that will run it.
+        default: where none is forced and none was measured.
+        shape: says which class of shapes; asked only where something was measured.
+    """
+    if operation in _forced:
+        return _forced[operation]
+    if _asked is not None:
+        _asked[class_key(operation, shape())] = default
+        return default
+    if not _stored():
+        return default
+    kind: Hashable = type(default)
+    return _measured(architecture_of(tensor).name, class_key(operation, shape()), kind) or default
+
+
+def class_key(operation: str, shape: tuple[str, ...]) -> str:
+    """The key under which a configuration is stored."""
+    return " ".join((operation, *shape))
+
+
+def size_class(size: int, ends: tuple[int, ...]) -> str:
+    """The class of a size, where `ends` are the largest sizes of all classes but the last."""
+    index = bisect_left(ends, size)
+    return f"<={ends[index]}" if index < len(ends) else f">{ends[-1]}"
+
+
+@contextmanager
+def forced(configurations: Mapping[str, Any]) -> Iterator[None]:
+    """Launch these operations with these configurations within the block, whatever the shapes."""
+    global _forced
+    previous, _forced = _forced, {**_forced, **configurations}
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+@contextmanager
+def shipped_defaults() -> Iterator[dict[str, Any]]:
+    """Launch with the shipped defaults within the block, whatever was measured.
+
+    Returns:
+        What the launches asked for: default configurations by the keys of their classes, filled as they are asked for.
+    """
+    global _asked
+    previous, _asked = _asked, {}
+    try:
+        yield _asked
+    finally:
+        _asked = previous
+
+
+def plans_path() -> Path:
+    """Where measured configurations are kept: plans.json in FASTFORMER_CACHE, by default ~/.cache/fastformer."""
+    return Path(os.environ.get("FASTFORMER_CACHE") or "~/.cache/fastformer").expanduser() / "plans.json"
+
+
+@lru_cache
+def measured_configurations(architecture: str) -> Mapping[str, Stored]:
+    """What was measured on `architecture` with this triton, by class; empty where there is nothing to trust.
+
+    Configurations of another triton are reported by a warning and not used.
+    """
+    measured = _stored().get(architecture)
+    if measured is None:
+        return {}
+    if measured["triton"] != triton.__version__:
+        warnings.warn(
+            f"plans for {architecture} in {plans_path()} were measured with triton {measured['triton']}, not "
+            f"{triton.__version__}, and are not used; `fastformer tune` measures again",
+            stacklevel=2,
+        )
+        return {}
+    return measured["configurations"]
+
+
+@lru_cache
+def _measured(architecture: str, key: str, kind: Any) -> Any:
+    """The measured configuration of a class, made a `kind`; None where there is none."""
+    stored = measured_configurations(architecture).get(key)
+    if stored is None:
+        return None
+    try:
+        return kind(**stored)
+    except TypeError as error:
+        warnings.warn(
+            f"the plan for {key} in {plans_path()} is not used: {error}; `fastformer tune` measures again", stacklevel=2
+        )
+        return None
+
+
+@lru_cache
+def _stored() -> dict[str, dict]:
+    try:
+        return read_plans(plans_path())
+    except (ValueError, OSError) as error:
+        warnings.warn(f"measured plans are not used: {error}; `fastformer tune` measures again", stacklevel=2)
+        return {}
+
+
+def read_plans(path: Path) -> dict[str, dict]:
+    """By architecture: {"triton": its version, "configurations": {class of shapes: fields of a configuration}}.
+
+    Empty where there is no file.
+
+    Raises:
+        ValueError: the file is no file of plans.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not of format {FORMAT}")
+    architectures = content.get("architectures")
+    if not isinstance(architectures, dict) or not all(map(_is_measurement, architectures.values())):
+        raise ValueError(f"{path} is damaged: no table of configurations by architecture")
+    return architectures
+
+
+def _is_measurement(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("triton"), str)
+        and isinstance(entry.get("configurations"), dict)
+        and all(map(_is_configuration, entry["configurations"].values()))
+    )
+
+
+def _is_configuration(fields: object) -> bool:
+    return isinstance(fields, dict) and all(isinstance(value, int) for value in fields.values())
+
+
+def forget_plans_read() -> None:
+    """Read the file again at the next question, since it has changed."""
+    _stored.cache_clear()
+    measured_configurations.cache_clear()
+    _measured.cache_clear()
