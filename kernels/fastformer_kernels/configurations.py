@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -48,7 +48,7 @@ def chosen(operation: str, tensor: torch.Tensor, default: T, shape: Callable[[],
         return default
     if not _stored():
         return default
-    kind: Hashable = type(default)
+    kind: Any = type(default)
     return _measured(architecture_of(tensor).name, class_key(operation, shape()), kind) or default
 
 

@@ -15,6 +15,7 @@ from accuracy import assert_as_accurate
 from attention_accuracy import as_dtype, learned_in, magnitudes, result_names
 from devices import here
 from fastformer_kernels.attention import launch
+from fastformer_kernels.configurations import forced
 from hypothesis import Phase, given, seed, settings
 
 import fastformer
@@ -202,6 +203,14 @@ def test_tensor_descriptors(monkeypatch: pytest.MonkeyPatch, options: dict[str, 
     tensors = [torch.randn(1, heads, size, 24).half() for heads, size in ((2, 37), (1, 41), (1, 41))]
     assert launch.uses_descriptors(*tensors)
     check(tensors, here(options))
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (20, 3)}, EVERYTHING], ids=str)
+@pytest.mark.parametrize("fields", [{"one_loop": True}, {"two_kernels": True, "one_loop": True}], ids=str)
+def test_other_ways_to_walk_over_tiles(options: dict[str, Any], fields: dict[str, bool]) -> None:
+    configuration = dataclasses.replace(launch._INTERPRETER, block_m=32, **fields)
+    with forced({"attention_forward": configuration, "attention_backward": configuration}):
+        check(with_two_heads(), here(options))
 
 
 def test_tensors_that_no_descriptor_describes() -> None:

@@ -44,11 +44,15 @@ from fastformer_kernels.attention.launch import (
     deterministic_configuration,
     has_borders,
     launch_size,
+    loops_of,
     section_of,
+    specializes_warps,
     uses_descriptors,
 )
 from fastformer_kernels.attention.tiles import (
     LOG2_E,
+    NO_BORDERS,
+    ONE_LOOP,
     at_head,
     bias_and_mask,
     border_start,
@@ -544,12 +548,14 @@ def _meet_queries(
     key = (tile * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     dslope = tl.zeros((BLOCK_N,), tl.float32)
     dscale = tl.zeros((BLOCK_N,), tl.float32)
-    for part in tl.static_range(2 if BORDERS else 1):
+    if BORDERS == ONE_LOOP:
+        whole_low, whole_high = high, high
+    for part in tl.static_range(1 if BORDERS == ONE_LOOP else 0, 1 if BORDERS == NO_BORDERS else 2):
         if part == 1:
             count = border_tiles(low, whole_low, whole_high, high, BLOCK_M)
         else:
             count = (whole_high - whole_low) // BLOCK_M
-        for index in tl.range(0, count, warp_specialize=WARP_SPECIALIZE and part == 0):
+        for index in tl.range(0, count, warp_specialize=WARP_SPECIALIZE):
             if part == 1:
                 start = border_start(index, low, whole_low, whole_high, BLOCK_M)
             else:
@@ -896,23 +902,23 @@ def attention_backward(
 ) -> AttentionGradients:
     """Gradients of checked arguments; those of learned ones that are not `needed` are empty."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    if deterministic:
-        configuration = deterministic_configuration(query, value, arguments)
-    else:
+    by_query = configuration = deterministic_configuration(query, value, arguments)
+    if not deterministic:
         configuration = backward_configuration(query, value, arguments)
+    two_kernels = deterministic or configuration.two_kernels
     exponent, delta = torch.empty_like(lse), torch.empty_like(lse)
     grad_key, grad_value = empty_gradient(key), empty_gradient(value)
     grad_query = empty_gradient(query)
     length, block = arguments.max_seqlen_k, configuration.block_n
-    if deterministic:
-        length, block = arguments.max_seqlen_q, configuration.block_m
+    if two_kernels:
+        length, block = arguments.max_seqlen_q, by_query.block_m
     gradients = _score_gradients(query, arguments, needed, deterministic, triton.cdiv(length, block))
     inputs = (query, key, value, grad_output, exponent, delta)
     with device_guard(query):
         if query.numel():
             _launch_row_statistics(output, grad_output, lse, grad_lse, exponent, delta)
-        if deterministic:
-            _launch_query_gradient(inputs, grad_query, gradients, arguments, configuration)
+        if two_kernels:
+            _launch_query_gradient(inputs, grad_query, gradients, arguments, by_query)
             _launch_key_value_gradient(inputs, None, grad_key, grad_value, _NO_GRADIENTS, arguments, configuration)
         else:
             total = torch.zeros_like(grad_query, dtype=torch.float32)
@@ -994,12 +1000,10 @@ def _launch_key_value_gradient(
     descriptors = configuration.descriptors and uses_descriptors(
         query, grad_output, *([] if total is None else [total])
     )
-    borders = any(
-        has_borders(arguments, length, block)
-        for length, block in (
-            (arguments.max_seqlen_q, configuration.block_m),
-            (arguments.max_seqlen_k, configuration.block_n),
-        )
+    borders = loops_of(
+        configuration,
+        has_borders(arguments, arguments.max_seqlen_q, configuration.block_m)
+        or has_borders(arguments, arguments.max_seqlen_k, configuration.block_n),
     )
     programs = launch_size(works, query, arguments, configuration)
     provide_scratch_memory(descriptors)
@@ -1023,7 +1027,7 @@ def _launch_key_value_gradient(
         BORDERS=borders,
         PERSISTENT=programs < works,
         DESCRIPTORS=descriptors,
-        WARP_SPECIALIZE=descriptors and configuration.warp_specialize and not borders,
+        WARP_SPECIALIZE=descriptors and specializes_warps(configuration, borders),
         **configuration.options(query, value),
     )
 

@@ -17,12 +17,16 @@ from fastformer_kernels.attention.launch import (
     forward_configuration,
     has_borders,
     launch_size,
+    loops_of,
     section_of,
+    specializes_warps,
     uses_descriptors,
 )
 from fastformer_kernels.attention.tiles import (
     LN_2,
     LOG2_E,
+    NO_BORDERS,
+    ONE_LOOP,
     at_head,
     bias_and_mask,
     border_start,
@@ -90,7 +94,7 @@ def _attend(
         count = border_tiles(low, whole_low, whole_high, high, BLOCK_N)
     else:
         count = (whole_high - whole_low) // BLOCK_N
-    for index in tl.range(0, count, warp_specialize=WARP_SPECIALIZE and not BORDER):
+    for index in tl.range(0, count, warp_specialize=WARP_SPECIALIZE):
         if BORDER:
             start = border_start(index, low, whole_low, whole_high, BLOCK_N)
         else:
@@ -296,7 +300,9 @@ def _forward_tile(
     # A packed sequence may have fewer tiles than the longest one: nothing is loaded then, and nothing stored.
     if first >= queries:
         low, whole_low, whole_high, high = 0, 0, 0, 0
-    for part in tl.static_range(2 if BORDERS else 1):
+    if BORDERS == ONE_LOOP:
+        whole_low, whole_high = high, high
+    for part in tl.static_range(1 if BORDERS == ONE_LOOP else 0, 1 if BORDERS == NO_BORDERS else 2):
         accumulator, maximum, total = _attend(
             accumulator,
             maximum,
@@ -355,7 +361,7 @@ def attention_forward(
     if query.numel() == 0 or works == 0:
         return output, lse
     descriptors = configuration.descriptors and uses_descriptors(query, key, value)
-    borders = has_borders(arguments, arguments.max_seqlen_k, configuration.block_n)
+    borders = loops_of(configuration, has_borders(arguments, arguments.max_seqlen_k, configuration.block_n))
     programs = launch_size(works, query, arguments, configuration)
     with device_guard(query):
         provide_scratch_memory(descriptors)
@@ -378,7 +384,7 @@ def attention_forward(
             BORDERS=borders,
             PERSISTENT=programs < works,
             DESCRIPTORS=descriptors,
-            WARP_SPECIALIZE=descriptors and configuration.warp_specialize and not borders,
+            WARP_SPECIALIZE=descriptors and specializes_warps(configuration, borders),
             **configuration.options(query, value),
         )
     return output, lse

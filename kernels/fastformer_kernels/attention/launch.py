@@ -9,6 +9,7 @@ import triton
 
 from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
 from fastformer_kernels.attention.kernel_arguments import folds_scale
+from fastformer_kernels.attention.tiles import NO_BORDERS, ONE_LOOP, TWO_LOOPS
 from fastformer_kernels.configurations import chosen, size_class
 from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, multiprocessors_of
 
@@ -24,7 +25,11 @@ class AttentionConfiguration:
             tiles of different lengths. 0: a program for each tile, where the compiler would keep too much in registers
             across tiles; they start longest first all the same.
         descriptors: whether tiles are copied by the bulk copy engine (TMA), where alignment allows.
-        warp_specialize: whether, with descriptors, copies and products go to warps of their own.
+        warp_specialize: whether, with descriptors, copies and products go to warps of their own. The compiler can do
+            so in a single loop only.
+        one_loop: whether all tiles are tested in one loop, where some have to be; else these have a loop of their own.
+        two_kernels: of the backward alone: whether dQ comes from a kernel of its own, which recomputes the weights,
+            instead of being added up in memory.
     """
 
     block_m: int
@@ -34,6 +39,8 @@ class AttentionConfiguration:
     resident: int = 0
     descriptors: bool = False
     warp_specialize: bool = False
+    one_loop: bool = False
+    two_kernels: bool = False
 
     def options(self, query: torch.Tensor, value: torch.Tensor) -> dict[str, object]:
         """The keyword arguments of a launch; a tile of a product has at least 16 rows and columns."""
@@ -321,6 +328,18 @@ def has_borders(arguments: AttentionArguments, length: int, block: int) -> bool:
         or arguments.packed
         or length % block != 0
     )
+
+
+def loops_of(configuration: AttentionConfiguration, borders: bool) -> int:
+    """How a kernel walks over its tiles, some of which may need a test: its argument BORDERS."""
+    if not borders:
+        return NO_BORDERS.value
+    return ONE_LOOP.value if configuration.one_loop else TWO_LOOPS.value
+
+
+def specializes_warps(configuration: AttentionConfiguration, borders: int) -> bool:
+    """Whether copies and products go to warps of their own, in a kernel with this argument BORDERS."""
+    return configuration.warp_specialize and borders != TWO_LOOPS.value
 
 
 def launch_size(

@@ -12,6 +12,8 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# No tile needs a test; those that do have a loop of their own; or all tiles are tested in one loop.
+NO_BORDERS, TWO_LOOPS, ONE_LOOP = (tl.constexpr(number) for number in range(3))
 
 
 # --- Which tile a program works on ------------------------------------------------------------------------------------
