@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastformer.benchmarking.calls import Function, compiled, forward, forward_backward
+from fastformer.benchmarking.calls import Call, Function, compiled
+from fastformer.benchmarking.inputs import maker
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.study import Peer
-from fastformer.benchmarking.timing import Run
 from fastformer.ops import alibi_slopes, attention, scaled_dot_product_attention
+
+MAX_DISTANCE = 128
+"""Of relative biases; beyond it they are the same."""
+
+FLEX = "FlexAttention"
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class Attention:
         batch, heads, sequence, head_dim: of the query; `kv_heads`: of key and value, None: as many.
         causal: no key after the query's own position. window: and none further before it than this.
         alibi: a penalty of the distance. bias: (heads, sequence, sequence), added, with a gradient.
+        relative_bias: (heads, distances), added by the keys' distance from the query, with a gradient.
+        sinks: a logit of each head, with a gradient, that takes part in the softmax and has no value.
         softcap: of the scores. dropout_p: of the weights.
         lengths: of the sequences without their padding, the longest `sequence`; None: all full.
         packed: whoever can takes the sequences without padding.
@@ -45,6 +52,8 @@ class Attention:
     window: int | None = None
     alibi: bool = False
     bias: bool = False
+    relative_bias: bool = False
+    sinks: bool = False
     softcap: float | None = None
     dropout_p: float = 0.0
     lengths: tuple[int, ...] | None = None
@@ -65,6 +74,16 @@ class Attention:
         return 4 * self.heads * self.head_dim * pairs * (3.5 if self.backward else 1.0)
 
     @property
+    def learned(self) -> bool:
+        """Whether it has parameters."""
+        return self.bias or self.relative_bias or self.sinks
+
+    @property
+    def group(self) -> int:
+        """Query heads of each key/value head."""
+        return self.heads // (self.kv_heads or self.heads)
+
+    @property
     def real(self) -> Tensor:
         """(batch, sequence) boolean: what is not padding."""
         lengths = torch.tensor(self.lengths or (self.sequence,) * self.batch, device=self.device)
@@ -78,25 +97,35 @@ def peers(call: Attention, flex: bool) -> dict[str, Peer]:
         flex: whether FlexAttention takes part, which takes seconds to compile.
     """
     found = {
-        OURS: Peer(partial(_run, call, _fastformer)),
-        "PyTorch eager": Peer(partial(_run, call, _eager, False)),
+        OURS: Peer(partial(_call, call, _fastformer)),
+        "PyTorch eager": Peer(partial(_call, call, _eager, False)),
     }
-    if call.softcap is None:
+    if call.softcap is None and not call.sinks:
         found |= _sdpa_peers(call)
-    if flex and not call.dropout_p:
+    if flex:
+        found |= {name: peer for name, peer in compiled_peers(call).items() if name == FLEX}
+    dense_or_packed = call.packed or call.lengths is None
+    if dense_or_packed and not call.learned:
+        found["flash-attn"] = Peer(partial(_call, call, _flash_attn), packages=("flash_attn",), devices=("cuda",))
+    if dense_or_packed and call.softcap is None and not call.alibi and not call.relative_bias and not call.sinks:
+        found["xFormers"] = Peer(partial(_call, call, _xformers), packages=("xformers",), devices=("cuda",))
+    return found
+
+
+def compiled_peers(call: Attention) -> dict[str, Peer]:
+    """Those that take seconds to compile."""
+    found = {}
+    if not call.dropout_p and not call.sinks:
         # Its backward has no implementation for a CPU.
         devices = ("cuda",) if call.backward else ()
-        found["FlexAttention"] = Peer(partial(_run, call, _flex), devices=devices, compiled=True)
-    if not call.bias and (call.packed or call.lengths is None):
-        found["flash-attn"] = Peer(partial(_run, call, _flash_attn), packages=("flash_attn",), devices=("cuda",))
-    if call.softcap is None and not call.alibi and (call.packed or call.lengths is None):
-        found["xFormers"] = Peer(partial(_run, call, _xformers), packages=("xformers",), devices=("cuda",))
+        found[FLEX] = Peer(partial(_call, call, _flex), devices=devices, compiled=True)
+    found["torch.compile"] = Peer(partial(_call, call, _compiled_eager, False), compiled=True)
     return found
 
 
 def twin(call: Attention) -> Peer:
     """Our `scaled_dot_product_attention`, for a call that asks for nothing but `causal`."""
-    return Peer(partial(_run, call, _twin))
+    return Peer(partial(_call, call, _twin))
 
 
 def comparable(call: Attention) -> Callable[[Tensor], Tensor]:
@@ -112,9 +141,36 @@ def comparable(call: Attention) -> Callable[[Tensor], Tensor]:
     return select
 
 
+def of_first_heads(call: Attention, results: Sequence[Tensor]) -> list[Tensor]:
+    """Of the output and the gradients that a peer found: what belongs to the query heads of the first key/value head,
+    and to tokens that are not padding."""
+    select = comparable(call)
+    heads = [call.group, call.group, 1, 1]  # of the output and the gradients of query, key and value
+    tokens = [select(each)[..., :number, :] for each, number in zip(results, heads, strict=False)]
+    return [*tokens, *(each[: call.group] for each in results[len(heads) :])]
+
+
+def exact_first_heads(call: Attention) -> list[Tensor]:
+    """What `of_first_heads` must give of right results: the formula's own, in float32."""
+    asked = _call(replace(call, packed=False), _nothing)
+    heads = [call.group, 1, 1]
+    tokens = [each[:, :, :number] for each, number in zip(asked.inputs, heads, strict=False)]
+    learned = [None if each is None else each[: call.group] for each in asked.inputs[len(heads) :]]
+    inputs = [
+        None if each is None else each.detach().float().requires_grad_(call.backward) for each in (*tokens, *learned)
+    ]
+    gradients = None if asked.gradients is None else [asked.gradients[0][:, :, : call.group].float()]
+    added = _added(replace(call, dtype=torch.float32))
+    if added is not None:
+        added = added[:, : call.group] if added.dim() == 4 else added
+    results = Call(_formula(call, added), inputs, gradients)()
+    few = replace(call, heads=call.group, kv_heads=1)
+    return of_first_heads(few, results)
+
+
 def _sdpa_peers(call: Attention) -> dict[str, Peer]:
     """Each of `scaled_dot_product_attention`'s backends; what one refuses on a GPU, the results say."""
-    learned_or_random = bool(call.dropout_p) or call.bias
+    learned_or_random = bool(call.dropout_p) or call.learned
     devices: dict[str, tuple[SDPBackend, tuple[str, ...]]] = {
         "SDPA math": (SDPBackend.MATH, ()),
         "SDPA flash": (SDPBackend.FLASH_ATTENTION, ("cuda",) if learned_or_random else ()),
@@ -122,39 +178,59 @@ def _sdpa_peers(call: Attention) -> dict[str, Peer]:
         "SDPA cuDNN": (SDPBackend.CUDNN_ATTENTION, ("cuda",)),
     }
     found = {
-        name: Peer(partial(_run, call, partial(_sdpa, backend), False), devices=where)
+        name: Peer(partial(_call, call, partial(_sdpa, backend), False), devices=where)
         for name, (backend, where) in devices.items()
     }
     if call.packed:
-        found["SDPA, one sequence at a time"] = Peer(partial(_run, call, _sdpa_one_by_one))
+        found["SDPA, one sequence at a time"] = Peer(partial(_call, call, _sdpa_one_by_one))
+        found["PyTorch varlen_attn"] = Peer(partial(_call, call, _varlen), devices=("cuda",))
     return found
 
 
-def _run(call: Attention, make: Callable[[Attention], Function], packs: bool = True) -> Run:
-    """The run of a function of query, key and value: (batch, sequence, heads, head_dim), or packed (tokens, ...).
+def _call(call: Attention, make_function: Callable[[Attention], Function], packs: bool = True) -> Call:
+    """The call of a function of query, key and value, (batch, sequence, heads, head_dim) or packed (tokens, ...), and
+    of bias, relative bias and sinks, each None where there is none.
 
     Args:
-        make: makes it, with the masks and biases that a training run would make once.
+        make_function: makes it, with the masks that a training run would make once.
         packs: whether it takes packed sequences packed.
     """
-    random = torch.Generator().manual_seed(0)
+    make = maker(call.dtype, call.device)
+    tokens = _real_tokens(call)
 
     def draw(heads: int) -> Tensor:
-        shape = (call.batch, call.sequence, heads, call.head_dim)
-        dense = torch.randn(shape, generator=random).to(call.device, call.dtype)
-        if call.lengths is not None:
-            # Nothing of the padding reaches what is compared, and no gradient comes from it.
-            dense = dense * call.real[:, :, None, None]
-        return dense[call.real] if call.packed and packs else dense
+        dense = make.normal(call.batch, call.sequence, heads, call.head_dim, grad=False)
+        if tokens is None:
+            return dense
+        # Nothing of the padding reaches what is compared, and no gradient comes from it.
+        return dense.flatten(0, 1)[tokens] if call.packed and packs else dense * call.real[:, :, None, None]
 
     kv_heads = call.kv_heads or call.heads
-    inputs = [draw(heads).requires_grad_(call.backward) for heads in (call.heads, kv_heads, kv_heads)]
+    query_key_value = [draw(heads) for heads in (call.heads, kv_heads, kv_heads)]
     gradient = draw(call.heads)
-    if call.bias:
-        bias = torch.randn(call.heads, call.sequence, call.sequence, generator=random)
-        inputs.append(bias.to(call.device, call.dtype).requires_grad_(call.backward))
-    function = make(call)
-    return forward_backward(function, inputs, [gradient]) if call.backward else forward(function, inputs)
+    learned = [
+        make.normal(call.heads, *shape, grad=False) if wanted else None
+        for wanted, shape in (
+            (call.bias, (call.sequence, call.sequence)),
+            (call.relative_bias, (2 * MAX_DISTANCE + 1,)),
+            (call.sinks, ()),
+        )
+    ]
+    inputs = [None if each is None else each.requires_grad_(call.backward) for each in (*query_key_value, *learned)]
+    return Call(make_function(call), inputs, [gradient] if call.backward else None)
+
+
+def _real_tokens(call: Attention) -> Tensor | None:
+    """Where those that are not padding are, among all of a batch; None: everywhere."""
+    if call.lengths is None:
+        return None
+    places = [place * call.sequence + torch.arange(length) for place, length in enumerate(call.lengths)]
+    return torch.cat(places).to(call.device)
+
+
+def _nothing(call: Attention) -> Function:
+    """For a call that is asked for its inputs alone."""
+    return lambda *inputs: None
 
 
 def _cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -172,13 +248,24 @@ def _fastformer(call: Attention) -> Function:
     }
     if call.packed and call.lengths is not None:
         offsets, longest = _cu_seqlens(call.lengths, call.device), max(call.lengths)
-        return partial(attention, cu_seqlens_q=offsets, max_seqlen_q=longest, **options)
+
+        def of_packed(query: Tensor, key: Tensor, value: Tensor, *_: None) -> Any:
+            return attention(query, key, value, cu_seqlens_q=offsets, max_seqlen_q=longest, **options)
+
+        return of_packed
     if call.lengths is not None:
         options["key_lengths"] = torch.tensor(call.lengths, dtype=torch.int32, device=call.device)
 
-    def function(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    def function(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        relative_bias: Tensor | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-        output = attention(query, key, value, bias=bias, **options)
+        output = attention(query, key, value, bias=bias, relative_bias=relative_bias, sinks=sinks, **options)
         assert isinstance(output, Tensor)
         return output.transpose(1, 2)
 
@@ -186,21 +273,26 @@ def _fastformer(call: Attention) -> Function:
 
 
 def _twin(call: Attention) -> Function:
-    def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def function(query: Tensor, key: Tensor, value: Tensor, *_: None) -> Tensor:
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))
         return scaled_dot_product_attention(query, key, value, is_causal=call.causal).transpose(1, 2)
 
     return function
 
 
+def _distances(call: Attention) -> Tensor:
+    """(sequence, sequence): how far after the key the query is."""
+    place = torch.arange(call.sequence, device=call.device)
+    return place[:, None] - place
+
+
 def _mask(call: Attention) -> Tensor | None:
     """Boolean, who may attend to whom, broadcastable to (batch, heads, sequence, sequence); None: all to all."""
-    place = torch.arange(call.sequence, device=call.device)
-    distance = place[:, None] - place
     mask = None
     if call.causal:
-        mask = distance >= 0
+        mask = _distances(call) >= 0
     if call.window is not None:
+        distance = _distances(call)
         mask = (distance >= 0) & (distance <= call.window)
     if call.lengths is not None:
         real = call.real[:, None, None, :]
@@ -214,27 +306,59 @@ def _added(call: Attention) -> Tensor | None:
     if not call.alibi:
         zero = torch.zeros((), dtype=call.dtype, device=call.device)
         return None if mask is None else zero.masked_fill(~mask, float("-inf"))
-    place = torch.arange(call.sequence, device=call.device)
     slopes = alibi_slopes(call.heads).to(call.device)
-    added = (-slopes[:, None, None] * (place[:, None] - place).abs()).to(call.dtype)[None]
+    added = (-slopes[:, None, None] * _distances(call).abs()).to(call.dtype)[None]
     return added if mask is None else added.masked_fill(~mask, float("-inf"))
+
+
+def _places(call: Attention) -> Tensor:
+    """(sequence, sequence): where in a table of relative biases that of a query and a key is."""
+    return (-_distances(call)).clamp(-MAX_DISTANCE, MAX_DISTANCE) + MAX_DISTANCE
+
+
+def _relative(places: Tensor, relative_bias: Tensor) -> Tensor:
+    """The bias that a table of relative biases comes to, (heads, sequence, sequence), as T5 makes it."""
+    return F.embedding(places, relative_bias.t()).permute(2, 0, 1).contiguous()
 
 
 def _eager(call: Attention) -> Function:
     """The formula, operation by operation, as models without a fused attention have it."""
-    added = _added(call)
-    groups = call.heads // (call.kv_heads or call.heads)
+    return _formula(call, _added(call))
 
-    def function(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+
+def _compiled_eager(call: Attention) -> Function:
+    return compiled(_eager(call))
+
+
+def _formula(call: Attention, added: Tensor | None) -> Function:
+    """Of any number of heads.
+
+    Args:
+        added: to the scores.
+    """
+    places = _places(call) if call.relative_bias else None
+
+    def function(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        relative_bias: Tensor | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-        if groups > 1:
-            key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
+        if call.group > 1:
+            key, value = (each.repeat_interleave(call.group, 1) for each in (key, value))
         scores = query @ key.transpose(2, 3) * call.head_dim**-0.5
         if call.softcap is not None:
             scores = call.softcap * torch.tanh(scores / call.softcap)
-        for part in (added, bias):
+        relative = None if places is None or relative_bias is None else _relative(places, relative_bias)
+        for part in (added, bias, relative):
             scores = scores if part is None else scores + part
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)), -1)
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        weights = weights if sinks is None else weights[..., :-1]
         if call.dropout_p:
             weights = F.dropout(weights, call.dropout_p)
         return (weights @ value).transpose(1, 2)
@@ -245,10 +369,15 @@ def _eager(call: Attention) -> Function:
 def _sdpa(backend: SDPBackend, call: Attention) -> Function:
     causal = call.causal and call.window is None and not call.alibi and call.lengths is None
     mask = None if causal else (_added(call) if call.alibi else _mask(call))
+    places = _places(call) if call.relative_bias else None
     grouped = call.kv_heads is not None
 
-    def function(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    def function(
+        query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, relative_bias: Tensor | None, _: None
+    ) -> Tensor:
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+        if places is not None and relative_bias is not None:
+            bias = _relative(places, relative_bias)
         added = mask if bias is None else bias[None]
         with sdpa_kernel(backend):
             output = F.scaled_dot_product_attention(
@@ -263,10 +392,24 @@ def _sdpa_one_by_one(call: Attention) -> Function:
     """Packed sequences, each in a call of its own."""
     lengths = list(call.lengths or ())
 
-    def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def function(query: Tensor, key: Tensor, value: Tensor, *_: None) -> Tensor:
         parts = zip(*(each.transpose(0, 1)[None].split(lengths, 2) for each in (query, key, value)), strict=True)
         outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=call.causal) for q, k, v in parts]
         return torch.cat(outputs, 2)[0].transpose(0, 1)
+
+    return function
+
+
+def _varlen(call: Attention) -> Function:
+    """PyTorch's own for packed sequences, by its build of FlashAttention-2."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    lengths = call.lengths or (call.sequence,) * call.batch
+    offsets, longest = _cu_seqlens(lengths, call.device), max(lengths)
+    window = (-1, 0) if call.causal else (-1, -1)
+
+    def function(query: Tensor, key: Tensor, value: Tensor, *_: None) -> Any:
+        return varlen_attn(query, key, value, offsets, offsets, longest, longest, window_size=window)
 
     return function
 
@@ -293,15 +436,19 @@ def _flex(call: Attention) -> Function:
     block_mask = create_block_mask(may_attend, batch, None, sequence, sequence, call.device) if masked else None
     attend = compiled(flex_attention)
 
-    def function(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    def function(
+        query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, relative_bias: Tensor | None, _: None
+    ) -> Tensor:
         def change(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             if call.softcap is not None:
                 score = call.softcap * torch.tanh(score / call.softcap)
             if call.alibi:
                 score = score - slopes[head] * (q - k).abs()
+            if relative_bias is not None:
+                score = score + relative_bias[head, (k - q).clamp(-MAX_DISTANCE, MAX_DISTANCE) + MAX_DISTANCE]
             return score if bias is None else score + bias[head, q, k]
 
-        changes = call.softcap is not None or call.alibi or call.bias
+        changes = call.softcap is not None or call.alibi or call.bias or call.relative_bias
         dense = [(each[None] if packed else each).transpose(1, 2) for each in (query, key, value)]
         output = attend(
             *dense,
@@ -325,10 +472,10 @@ def _flash_attn(call: Attention) -> Function:
         "alibi_slopes": alibi_slopes(call.heads).to(call.device) if call.alibi else None,
     }
     if not call.packed or call.lengths is None:
-        return partial(flash_attn_func, **options)
+        return lambda query, key, value, *_: flash_attn_func(query, key, value, **options)
     offsets, longest = _cu_seqlens(call.lengths, call.device), max(call.lengths)
 
-    def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def function(query: Tensor, key: Tensor, value: Tensor, *_: None) -> Tensor:
         return flash_attn_varlen_func(query, key, value, offsets, offsets, longest, longest, **options)
 
     return function
@@ -339,7 +486,7 @@ def _xformers(call: Attention) -> Function:
     from xformers.ops.fmha import attn_bias
 
     packed = call.packed and call.lengths is not None
-    groups = call.heads // (call.kv_heads or call.heads)
+    groups = call.group
     mask = attn_bias.LowerTriangularMask() if call.causal else None
     if call.window is not None:
         # Its window counts the query's own position too.
@@ -348,7 +495,7 @@ def _xformers(call: Attention) -> Function:
         mask = attn_bias.BlockDiagonalMask.from_seqlens(list(call.lengths or ()))
         mask = mask.make_causal() if call.causal else mask
 
-    def function(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    def function(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *_: None) -> Tensor:
         dense = [each[None] if packed else each for each in (query, key, value)]
         if groups > 1:  # (batch, sequence, kv_heads, heads of each, head_dim)
             dense[0] = dense[0].unflatten(2, (-1, groups))

@@ -15,6 +15,8 @@ from typing import Literal
 
 import torch
 
+from fastformer.benchmarking.timing import Run
+
 MemoryOf = Literal["run", "everything"]
 """What a run takes beyond what is there before it (weights, inputs); or that too."""
 
@@ -63,10 +65,19 @@ def measure_here(study: str, case: str, peer: str, memory: MemoryOf, device: tor
     run = found.peers[peer].prepare()
     if device.type == "cuda":
         run()
-    before = _held(device) if memory == "run" else at_start
+    if memory == "run":
+        return peak_of(run, device) / 2**20
     _forget_peak(device)
     run()
-    return (_most_held(device) - before) / 2**20
+    return (_most_held(device) - at_start) / 2**20
+
+
+def peak_of(run: Run, device: torch.device) -> int:
+    """Bytes that a run takes beyond what is there before it; on a CPU what the process does."""
+    before = _held(device)
+    _forget_peak(device)
+    run()
+    return _most_held(device) - before
 
 
 def _held(device: torch.device) -> int:

@@ -5,8 +5,8 @@ Attention has a study of its own; here is what stands beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastformer import ops
-from fastformer.benchmarking.calls import Function, compiled, forward, forward_backward, tensors
+from fastformer.benchmarking.calls import Call, Function, compiled, tensors
+from fastformer.benchmarking.inputs import Make, maker
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.study import Peer
-from fastformer.benchmarking.timing import Run
 
 PYTORCH, COMPILED, LIGER = "PyTorch eager", "torch.compile", "Liger-Kernel"
 
@@ -54,27 +54,26 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Make:
-    """Makes tensors, the same ones each time it makes them in the same order; on the device meta nothing but shapes."""
+class Work:
+    """The least that one run must do.
 
-    dtype: torch.dtype
-    device: torch.device
-    random: torch.Generator
+    Attributes:
+        unit: FLOP, or bytes: what is read and what is written.
+        forward, backward: how many.
+    """
 
-    def normal(self, *shape: int, grad: bool = True, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        drawn = (
-            torch.empty(shape, device="meta")
-            if self.device.type == "meta"
-            else torch.randn(shape, generator=self.random) * scale
-        )
-        return drawn.to(self.device, dtype or self.dtype).requires_grad_(grad)
+    unit: str
+    forward: float
+    backward: float = 0.0
 
-    def integers(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        """From 0 to high - 1."""
-        return torch.randint(high, shape, generator=self.random, dtype=dtype).to(self.device)
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
 
-    def constant(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device)
+
+def products(flop: float) -> Work:
+    """Of matrix products whose forward does `flop`, and whose backward has two for each."""
+    return Work("FLOP", flop, 2 * flop)
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,8 @@ class Operation:
         ours, eager, liger: the same function of these inputs.
         backward: whether the gradients are part of the work.
         random: results are everybody's own, as dropout's are.
-        work: FLOP or bytes of one forward; None: the bytes of inputs and outputs.
+        work: what it does; None: it moves inputs and outputs, and in the backward gradients too.
+        others: who else does it, by name.
     """
 
     name: str
@@ -97,7 +97,8 @@ class Operation:
     liger: Function | None = None
     backward: bool = True
     random: bool = False
-    work: dict[str, float] | None = None
+    work: Work | None = None
+    others: Mapping[str, Function] = field(default_factory=dict)
 
     def peers(self, sizes: Sizes, device: torch.device, compile_eager: bool) -> dict[str, Peer]:
         """Who does it on `device`.
@@ -111,37 +112,33 @@ class Operation:
             found[COMPILED] = Peer(lambda: run(compiled(self.eager)), compiled=True)
         if self.liger is not None:
             found[LIGER] = Peer(partial(run, self.liger), packages=("liger_kernel",), devices=("cuda",))
-        return found
+        return found | {name: Peer(partial(run, other)) for name, other in self.others.items()}
 
-    def run(self, function: Function, sizes: Sizes, device: torch.device, backward: bool | None = None) -> Run:
-        """A run of one of the functions, with the backward or without (None: as the operation has it)."""
-        make = _make(sizes, device)
+    def run(self, function: Function, sizes: Sizes, device: torch.device, backward: bool | None = None) -> Call:
+        """A call of one of the functions, with the backward or without (None: as the operation has it)."""
+        make = maker(sizes.dtype, device)
         inputs = self.inputs(make)
         if not (self.backward if backward is None else backward):
-            return forward(function, inputs)
+            return Call(function, inputs)
         shapes = [each for each in self._outputs(sizes) if each.is_floating_point()]
-        gradients = [make.normal(*each.shape, grad=False, dtype=each.dtype) for each in shapes]
-        return forward_backward(function, inputs, gradients)
+        return Call(function, inputs, [make.normal(*each.shape, grad=False, dtype=each.dtype) for each in shapes])
 
-    def total(self, sizes: Sizes) -> dict[str, float]:
-        """The least that one run must do: with a backward three times the FLOP of the forward, or the bytes of reading
-        inputs and outputs' gradients and of writing gradients too."""
+    def least(self, sizes: Sizes) -> Work:
+        """What one run must do."""
         if self.work is not None:
-            return {unit: amount * (3 if self.backward else 1) for unit, amount in self.work.items()}
-        inputs = tensors(list(self.inputs(_make(sizes, torch.device("meta")))))
-        outputs = self._outputs(sizes)
-        moved = [*inputs, *outputs]
-        if self.backward:
-            moved += [*inputs, *outputs, *(each for each in inputs if each.requires_grad)]
-        return {"bytes": float(sum(each.nbytes for each in moved))}
+            return self.work
+        inputs, outputs = tensors(list(self._meta_inputs(sizes))), self._outputs(sizes)
+        forward = sum(each.nbytes for each in (*inputs, *outputs))
+        # The inputs and the outputs' gradients are read, and the inputs' gradients written.
+        backward = forward + sum(each.nbytes for each in inputs if each.requires_grad)
+        return Work("bytes", float(forward), float(backward) if self.backward else 0.0)
 
     def _outputs(self, sizes: Sizes) -> list[Tensor]:
         """In shape and dtype alone."""
-        return tensors(self.eager(*self.inputs(_make(sizes, torch.device("meta")))))
+        return tensors(self.eager(*self._meta_inputs(sizes)))
 
-
-def _make(sizes: Sizes, device: torch.device) -> Make:
-    return Make(sizes.dtype, device, torch.Generator().manual_seed(0))
+    def _meta_inputs(self, sizes: Sizes) -> Sequence[Any]:
+        return self.inputs(maker(sizes.dtype, torch.device("meta")))
 
 
 def operations(sizes: Sizes) -> list[Operation]:
@@ -224,6 +221,10 @@ def _norms(sizes: Sizes) -> list[Operation]:
 
         return liger_fused_add_rms_norm(x, residual, weight, eps)
 
+    # Both ways four: two added, their sum and the norm of it; the sum, the gradients of it and of the norm, and the
+    # gradient of what was added, which is one for both.
+    rows = 4.0 * sizes.tokens * sizes.hidden * sizes.dtype.itemsize
+    with_residual = Work("bytes", rows, rows)
     shape = f"{sizes.tokens:,} x {sizes.hidden:,}"
     return [
         Operation(
@@ -238,6 +239,7 @@ def _norms(sizes: Sizes) -> list[Operation]:
             partial(inputs, rows=2),
             lambda x, residual, weight, bias: ops.layer_norm(x, hidden, weight, bias, eps, residual=residual),
             eager_residual,
+            work=with_residual,
         ),
         Operation(
             f"layer_norm, dropout, residual, {shape}",
@@ -261,6 +263,7 @@ def _norms(sizes: Sizes) -> list[Operation]:
             lambda x, residual, weight: ops.rms_norm(x, hidden, weight, eps, residual=residual),
             eager_rms_residual,
             liger_rms_residual,
+            work=with_residual,
         ),
     ]
 
@@ -310,6 +313,8 @@ def _positions(sizes: Sizes) -> list[Operation]:
     def anchor(make: Make) -> Sequence[Any]:
         return [make.normal(1, grad=False)]
 
+    # Query and key are read and written; so are their gradients.
+    moved = 4.0 * sizes.tokens * sizes.hidden * sizes.dtype.itemsize
     shape = f"{sizes.batch} x {sizes.heads} x {sizes.sequence:,} x {sizes.head_dim}"
     return [
         Operation(
@@ -321,6 +326,7 @@ def _positions(sizes: Sizes) -> list[Operation]:
                 _turned(key, wide_cos, wide_sin),
             ),
             liger,
+            work=Work("bytes", moved, moved),
         ),
         Operation(
             f"rotary_table of rotary_frequencies, {sizes.sequence:,} x {sizes.head_dim}",
@@ -353,14 +359,15 @@ def _embedding(sizes: Sizes) -> Operation:
         total = F.embedding(ids, words, 0) + F.embedding(position, places) + F.embedding(types, of_types)
         return F.layer_norm(total, [sizes.hidden], weight, bias, 1e-12)
 
-    # A row of each table is read and the result written; and with the backward as much again, and the tables' gradient.
-    elements = 4 * sizes.tokens * sizes.hidden + sizes.classes * sizes.hidden // 3
+    # A word's row is read and the result written; the backward reads both again and writes the words' gradient. The
+    # other tables stay in the cache.
+    rows, words = sizes.tokens * sizes.hidden, sizes.classes * sizes.hidden
     return Operation(
         f"transformer_embedding, {sizes.tokens:,} x {sizes.hidden:,}, {sizes.classes:,} words",
         inputs,
         ours,
         eager,
-        work={"bytes": float(elements * sizes.dtype.itemsize)},
+        work=Work("bytes", 2.0 * rows * sizes.dtype.itemsize, float((2 * rows + words) * sizes.dtype.itemsize)),
     )
 
 
@@ -386,14 +393,14 @@ def _feed_forward(sizes: Sizes) -> list[Operation]:
     shape = f"{sizes.tokens:,} x {hidden:,} to {intermediate:,}"
     product = 2.0 * sizes.tokens * hidden * intermediate
     return [
-        Operation(f"feed_forward, gelu, {shape}", inputs, ops.feed_forward, eager, work={"FLOP": 2 * product}),
+        Operation(f"feed_forward, gelu, {shape}", inputs, ops.feed_forward, eager, work=products(2 * product)),
         Operation(
             f"feed_forward, gated silu, {shape}",
             gated,
             lambda x, gate, up, down: ops.feed_forward(x, up, down, gate_weight=gate, activation="silu"),
             lambda x, gate, up, down: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down),
             liger,
-            work={"FLOP": 3 * product},
+            work=products(3 * product),
         ),
     ]
 
@@ -426,6 +433,10 @@ def _losses(sizes: Sizes) -> list[Operation]:
 
         return liger_fused_linear_cross_entropy(x, weight, target)
 
+    def torch_linear(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        # In PyTorch since 2.13; without options it would keep all logits.
+        return F.linear_cross_entropy(x, weight, target, options=torch.nn.LinearCrossEntropyOptions())
+
     shape = f"{sizes.tokens:,} x {sizes.classes:,}"
     return [
         Operation(f"cross_entropy, {shape}", logits, ops.cross_entropy, F.cross_entropy, liger),
@@ -442,7 +453,8 @@ def _losses(sizes: Sizes) -> list[Operation]:
             ops.linear_cross_entropy,
             lambda x, weight, target: F.cross_entropy(F.linear(x, weight), target),
             liger_linear,
-            work={"FLOP": 2.0 * sizes.tokens * sizes.classes * sizes.hidden},
+            others={"PyTorch linear_cross_entropy": torch_linear},
+            work=products(2.0 * sizes.tokens * sizes.classes * sizes.hidden),
         ),
     ]
 
@@ -503,7 +515,7 @@ def _decoding(sizes: Sizes) -> list[Operation]:
             lambda query, key, value, lengths: ops.decode_attention(query, key, value, lengths=lengths),
             eager,
             backward=False,
-            work={"bytes": read},
+            work=Work("bytes", read),
         ),
         Operation(
             f"decode_attention, paged, {shape}",
@@ -513,7 +525,7 @@ def _decoding(sizes: Sizes) -> list[Operation]:
             ),
             eager_paged,
             backward=False,
-            work={"bytes": read},
+            work=Work("bytes", read),
         ),
         Operation(
             f"append_to_cache, with rotary, {shape}",
@@ -521,7 +533,7 @@ def _decoding(sizes: Sizes) -> list[Operation]:
             ours_append,
             eager_append,
             backward=False,
-            work={"bytes": written},
+            work=Work("bytes", written),
         ),
     ]
 
@@ -571,14 +583,14 @@ def _attention_parts(sizes: Sizes) -> list[Operation]:
             lambda query, key, lse, later: ops.attention_weights(query, key, lse, causal=True, rows=last),
             eager_weights,
             backward=False,
-            work={"FLOP": 2.0 * batch * heads * rows * sequence * head_dim},
+            work=Work("FLOP", 2.0 * batch * heads * rows * sequence * head_dim),
         ),
         Operation(
             f"relative_position_bias of t5_buckets, in attention, {shape}",
             distant,
             ours_distant,
             eager_distant,
-            work={"FLOP": 4.0 * batch * heads * sequence**2 * head_dim},
+            work=products(4.0 * batch * heads * sequence**2 * head_dim),
         ),
     ]
 

@@ -10,10 +10,10 @@ import torch
 
 from fastformer import ops
 from fastformer.benchmarking.attention_peers import Attention, comparable, peers
-from fastformer.benchmarking.calls import forward_backward, same
+from fastformer.benchmarking.calls import Call, same
 from fastformer.benchmarking.lengths import natural_lengths
 from fastformer.benchmarking.measurement import OURS
-from fastformer.benchmarking.operations import Operation, Sizes
+from fastformer.benchmarking.operations import Operation, Sizes, Work
 from fastformer.benchmarking.studies import attention, operators
 from fastformer.benchmarking.study import Setting
 
@@ -61,7 +61,7 @@ def test_results_that_differ_are_an_error() -> None:
 
 def test_forward_backward_gives_outputs_and_gradients() -> None:
     x, constant = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0, 4.0])
-    output, gradient = forward_backward(lambda a, b: a * b, [x, constant], [torch.tensor([1.0, 10.0])])()
+    output, gradient = Call(lambda a, b: a * b, [x, constant], [torch.tensor([1.0, 10.0])])()
     assert output.tolist() == [3.0, 8.0] and gradient.tolist() == [3.0, 40.0]
     assert x.grad is None
 
@@ -74,9 +74,9 @@ def test_bytes_are_what_moves_at_least() -> None:
         inputs = lambda make: [make.normal(SIZES.tokens, SIZES.hidden, grad=backward)]  # noqa: E731
         return Operation("scale", inputs, torch.sigmoid, torch.sigmoid, backward=backward)
 
-    assert scale(False).total(SIZES) == {"bytes": 2.0 * elements}
-    # Forward: input, output. Backward: input again, the output's gradient, the input's.
-    assert scale(True).total(SIZES) == {"bytes": 5.0 * elements}
+    assert scale(False).least(SIZES) == Work("bytes", 2.0 * elements)
+    # Backward: input again, the output's gradient, the input's.
+    assert scale(True).least(SIZES) == Work("bytes", 2.0 * elements, 3.0 * elements)
 
 
 def test_natural_lengths() -> None:

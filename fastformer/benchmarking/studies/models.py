@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastformer.benchmarking.calls import compiled, forward, same
+from fastformer.benchmarking.calls import Call, compiled, same
 from fastformer.benchmarking.lengths import natural_lengths
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.study import Case, Peer, Setting, TimedStudy
@@ -182,7 +182,7 @@ def _decoded(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _logits(model: Any, batch: dict[str, Tensor]) -> Run:
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    return forward(lambda: model(**inputs).logits, [])
+    return Call(lambda: model(**inputs).logits, [])
 
 
 def _loss(model: Any, batch: dict[str, Tensor]) -> Run:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastformer.nn
-from fastformer.benchmarking.calls import compiled, forward, forward_backward, same
+from fastformer.benchmarking.calls import Call, compiled, same
 from fastformer.benchmarking.lengths import natural_lengths
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.study import Case, Peer, Setting, TimedStudy
@@ -38,7 +38,7 @@ class Shape:
         return torch.arange(self.sequence, device=self.device) < torch.tensor(lengths, device=self.device)[:, None]
 
 
-Call = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+Apply = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 """Calls a module with (batch, sequence, features) and what of that is padding, if there is any."""
 
 
@@ -53,7 +53,7 @@ class Twin:
     """
 
     build: Callable[[Any, Shape], nn.Module]
-    call: Call
+    call: Apply
     takes_padding: bool = True
 
 
@@ -157,10 +157,10 @@ def _run(twin: Twin, shape: Shape, padded: bool, training: bool, library: Any, c
         return call(module, x, padding)
 
     if not training:
-        return forward(function, [x])
+        return Call(function, [x])
     # Nothing comes back from the padding.
     gradient = gradient.to(shape.device, shape.dtype) * real[:, :, None]
-    return forward_backward(function, [x.requires_grad_(), *parameters], [gradient])
+    return Call(function, [x.requires_grad_(), *parameters], [gradient])
 
 
 def _real(real: Tensor, tensor: Tensor) -> Tensor:

@@ -26,11 +26,12 @@ def sizes(setting: Setting) -> Sizes:
 def cases(setting: Setting) -> Iterator[Case]:
     size, gpu = sizes(setting), setting.device.type == "cuda"
     for operation in operations(size):
+        work = operation.least(size)
         compile_eager = gpu or (not setting.quick and operation.name.startswith(_COMPILED))
         yield Case(
             operation.name,
             operation.peers(size, setting.device, compile_eager),
-            operation.total(size),
+            {work.unit: work.total if operation.backward else work.forward},
             None if operation.random else same(size.dtype),
             memory=gpu,
         )

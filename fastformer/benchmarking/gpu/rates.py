@@ -1,0 +1,237 @@
+"""How fast Fastformer and its peers do the same work on a GPU, beside what the device can do and what is exact."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import ceil
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fastformer.benchmarking.calls import TOLERANCES, Call, compiler, distance
+from fastformer.benchmarking.gpu.ceilings import COPY, MATRIX, copy_ceiling, matrix_ceiling
+from fastformer.benchmarking.gpu.step import Record, Setting
+from fastformer.benchmarking.gpu.timing import Timing, timed, timed_parts
+from fastformer.benchmarking.measurement import OURS
+from fastformer.benchmarking.memory import peak_of
+from fastformer.benchmarking.operations import Work
+from fastformer.benchmarking.study import Peer
+from fastformer.benchmarking.timing import Run, in_a_line, wait
+
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
+"""What is timed of a training step: its forward, its backward, or both together."""
+
+ERROR, PEAK_MEMORY = "error", "peak memory"
+NO_TIME = "no time left"
+
+_SECONDS, _MOST_REPEATS = 0.05, 20
+# What a peer takes at most, and one that is compiled first.
+_SECONDS_OF_A_PEER, _SECONDS_TO_COMPILE = 3.0, 20.0
+# Sets of buffers are so many times as large as the level-2 cache together.
+_TIMES_THE_CACHE, _MOST_SETS = 3, 16
+
+Found = TypeVar("Found")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A piece of work, and who does it.
+
+    Attributes:
+        name: unique in its step.
+        peers: by name, in order of worth. What they prepare is a `Call`.
+        work: the least that it takes.
+        exact: finds what the outputs, and after them the gradients, should be; None: everybody's are random.
+        select: picks what of a peer's outputs and gradients that is.
+        phases: what is timed. Where somebody computes gradients in the forward, the two are timed together.
+        memory: whether the peak of what it takes beside its inputs is measured too.
+    """
+
+    name: str
+    peers: dict[str, Peer]
+    work: Work
+    exact: Callable[[], list[Tensor]] | None
+    select: Callable[[list[Tensor]], list[Tensor]] = list
+    phases: tuple[str, ...] = (FORWARD, BACKWARD)
+    memory: bool = False
+
+    def amount(self, phase: str) -> float:
+        """Of the work."""
+        return {FORWARD: self.work.forward, BACKWARD: self.work.backward, BOTH: self.work.total}[phase]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why something could not be done."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Time of a phase on so many sets of buffers, and the largest distance of its results from the exact ones."""
+
+    timing: Timing
+    sets: int
+    error: float | None
+    wrong: bool
+
+
+def rates(cases: Sequence[Case], setting: Setting) -> Iterator[Record]:
+    """Rates, errors and peak memory of everybody in all cases, while there is time.
+
+    Those that are compiled first, which takes seconds each, come after all others.
+    """
+    with compiler("aot_eager") if setting.dry else nullcontext():
+        for compiled in (False, True):
+            for case in cases:
+                peers = {name: peer for name, peer in case.peers.items() if peer.compiled == compiled}
+                yield from _of_case(case, peers, setting)
+
+
+def launches(cases: Sequence[Case]) -> Iterator[Run]:
+    """Fastformer's calls in `cases` on the device meta, as `rates` makes them: a forward and its backward."""
+    for case in cases:
+        yield partial(_launch, case.peers[OURS])
+
+
+def _launch(peer: Peer) -> None:
+    peer.prepare()()
+
+
+def _of_case(case: Case, peers: dict[str, Peer], setting: Setting) -> Iterator[Record]:
+    exact: list[Tensor] | _Failure | None = None
+    for name, peer in peers.items():
+        missing = peer.missing(setting.device) or _no_time(peer, setting)
+        if missing:
+            yield from (_record(case, name, phase, _Failure(missing), setting) for phase in case.phases)
+            continue
+        if exact is None and case.exact is not None:
+            exact = _attempt(case.exact, setting.device)
+        yield from _of_peer(case, name, peer, exact, setting)
+
+
+def _no_time(peer: Peer, setting: Setting) -> str | None:
+    needed = 0.0 if setting.dry else _SECONDS_TO_COMPILE if peer.compiled else _SECONDS_OF_A_PEER
+    return NO_TIME if setting.left < needed else None
+
+
+def _of_peer(
+    case: Case, name: str, peer: Peer, exact: list[Tensor] | _Failure | None, setting: Setting
+) -> Iterator[Record]:
+    call = _attempt(partial(_prepared, peer), setting.device)
+    errors = []
+    for phase in case.phases:
+        found = _after(call, partial(_measured, case, exact, phase, setting), setting.device)
+        yield _record(case, name, phase, found, setting)
+        if isinstance(found, _Measured) and found.error is not None:
+            errors.append(found.error)
+    yield _error_record(case, name, errors, exact)
+    if case.memory:
+        yield _memory_record(case, name, _after(call, partial(peak_of, device=setting.device), setting.device))
+
+
+def _prepared(peer: Peer) -> Call:
+    call = peer.prepare()
+    assert isinstance(call, Call)
+    return call
+
+
+def _measured(case: Case, exact: list[Tensor] | _Failure | None, phase: str, setting: Setting, call: Call) -> _Measured:
+    error = None
+    if isinstance(exact, list):
+        found = case.select(call.forward() if phase == FORWARD else call())
+        error = max(distance(one, right) for one, right in zip(found, exact, strict=phase != FORWARD))
+        del found
+    # Not the other way round: a NaN is no larger than anything.
+    wrong = error is not None and not error <= TOLERANCES[_dtype(call)]
+    calls = [call, *(call.elsewhere() for _ in range(_sets(call, setting.device) - 1))]
+    return _Measured(_time(calls, phase, setting.device), len(calls), error, wrong)
+
+
+def _time(calls: Sequence[Call], phase: str, device: torch.device) -> Timing:
+    if phase == BACKWARD:
+        return timed_parts([each.backward for each in calls], device, _SECONDS, _MOST_REPEATS)
+    runs: list[Run] = [each.forward if phase == FORWARD else each for each in calls]
+    return timed(runs, device, _SECONDS, _MOST_REPEATS)
+
+
+def _sets(call: Call, device: torch.device) -> int:
+    """Of buffers, so many that the first is no longer in the cache when its turn comes again."""
+    if device.type != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(_MOST_SETS, ceil(_TIMES_THE_CACHE * cache / call.nbytes))
+
+
+def _dtype(call: Call) -> torch.dtype:
+    return next(each.dtype for each in call.inputs if isinstance(each, Tensor) and each.is_floating_point())
+
+
+def _attempt(do: Callable[[], Found], device: torch.device) -> Found | _Failure:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = _caught(do, device)
+    if isinstance(found, _Failure):
+        # After a fault that nothing in this process survives, this raises.
+        wait(device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return _Failure(" ".join([found.reason, *_refusals(found, [str(each.message) for each in caught])]))
+    for each in caught:
+        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    return found
+
+
+def _caught(do: Callable[[], Found], device: torch.device) -> Found | _Failure:
+    try:
+        found = do()
+        wait(device)
+    except Exception as cause:
+        return _Failure(in_a_line(cause))
+    return found
+
+
+def _refusals(failure: _Failure, warned: Sequence[str]) -> list[str]:
+    """What PyTorch's attention warned of when the only backend that it might use could not do it."""
+    if "No available kernel" not in failure.reason:
+        return []
+    first_lines = [each.split("(Triggered")[0].strip() for each in warned]
+    return [each for each in first_lines if not each.endswith("because:") and "runtime disabled" not in each]
+
+
+def _after(ready: Found | _Failure, do: Callable[[Found], Result], device: torch.device) -> Result | _Failure:
+    return ready if isinstance(ready, _Failure) else _attempt(partial(do, ready), device)
+
+
+def _record(case: Case, name: str, phase: str, found: _Measured | _Failure, setting: Setting) -> Record:
+    unit = MATRIX if case.work.unit == "FLOP" else COPY
+    if isinstance(found, _Failure):
+        return Record(case.name, name, phase, None, unit, found.reason)
+    per_second = case.amount(phase) / found.timing.median
+    value = per_second / (1e12 if unit == MATRIX else 1e9)
+    ceiling = (matrix_ceiling if unit == MATRIX else copy_ceiling)(setting.device, setting.dry).value
+    details = {"seconds": asdict(found.timing), "sets of buffers": found.sets, "error": found.error}
+    if found.wrong:
+        return Record(case.name, name, phase, None, unit, f"wrong, {found.error:.2g} from exact", details)
+    return Record(case.name, name, phase, value, unit, details=details | {"share of the ceiling": value / ceiling})
+
+
+def _error_record(case: Case, name: str, errors: Sequence[float], exact: list[Tensor] | _Failure | None) -> Record:
+    """The largest of `errors`."""
+    if errors:
+        return Record(case.name, name, ERROR, max(errors), "of the norm")
+    reason = exact.reason if isinstance(exact, _Failure) else "nothing to compare"
+    return Record(case.name, name, ERROR, None, "of the norm", "everybody's are random" if exact is None else reason)
+
+
+def _memory_record(case: Case, name: str, found: int | _Failure) -> Record:
+    if isinstance(found, _Failure):
+        return Record(case.name, name, PEAK_MEMORY, None, "MiB", found.reason)
+    return Record(case.name, name, PEAK_MEMORY, found / 2**20, "MiB")

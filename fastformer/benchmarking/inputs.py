@@ -1,0 +1,39 @@
+"""Random tensors for those who are compared: the same ones for each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Make:
+    """Makes tensors, the same ones each time it makes them in the same order; on the device meta nothing but shapes.
+
+    Attributes:
+        dtype, device: of the tensors.
+        random: where numbers come from; None on meta.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    random: torch.Generator | None
+
+    def normal(self, *shape: int, grad: bool = True, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        drawn = torch.randn(shape, generator=self.random, device=self.device, dtype=dtype or self.dtype)
+        return drawn.mul_(scale).requires_grad_(grad)
+
+    def integers(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """From 0 to high - 1."""
+        return torch.randint(high, shape, generator=self.random, device=self.device, dtype=dtype)
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
+
+def maker(dtype: torch.dtype, device: torch.device) -> Make:
+    """What makes tensors from the beginning of the same random numbers."""
+    random = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+    return Make(dtype, device, random)
