@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastformer.extras import require
-from fastformer.inspection.compilation import Failure, Work, compile_ahead, compiled_by, relocate
+from fastformer.inspection.compilation import Failure, Work, compile_ahead, compiled_by, reduce_to_launches, relocate
 from fastformer.inspection.gate import regressions
 from fastformer.inspection.report import Figures, as_json, as_table, figures_of, from_json
 from fastformer.inspection.workload import DTYPES, LAYOUTS, OPERATORS, cases
@@ -28,8 +28,9 @@ examples:
   fastformer kernels compile --arch sm_90 --model bert-base --precision bf16-mixed --out /opt/fastformer-cache
   fastformer kernels compile --arch sm_80,sm_90,gfx942 --model runs/pretrain/model --out cache --home /opt/cache
   fastformer kernels compile --arch sm_90 --operators softmax,norm --dtypes bfloat16 --out cache
+  fastformer kernels compile --arch sm_90 --bench-gpu all --out cache
 
-Without --model: every case of every operator, a thousand kernels for each architecture.
+Without --model and --bench-gpu: every case of every operator, a thousand kernels for each architecture.
 """
 
 _REPORT = """\
@@ -72,6 +73,9 @@ def _parser() -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     _add_work(compile)
+    compile.add_argument(
+        "--bench-gpu", type=_names, metavar="STEP,...", help="what these steps of `fastformer bench gpu` launch, or all"
+    )
     compile.add_argument("--out", type=Path, default=Path("fastformer-cache"), help="the cache (default: %(default)s)")
     compile.add_argument("--home", type=Path, help="the absolute path where the cache will be used, if not --out")
     compile.set_defaults(run=_compile)
@@ -129,8 +133,9 @@ def _names(text: str) -> list[str]:
 def _compile(options: Namespace) -> None:
     if options.home and not options.home.is_absolute():
         raise ValueError(f"--home must be an absolute path; got {options.home}")
-    work = [run for _, run in _work(options)]
+    work = _benchmark_work(options) if options.bench_gpu else [run for _, run in _work(options)]
     kernels = _compiled(work, options, options.out)
+    reduce_to_launches(options.out)
     # The proof: the same launches, as a GPU machine makes them, find everything there.
     missed = compiled_by(work, options.arch, options.out)
     if missed:
@@ -217,6 +222,16 @@ def _work(options: Namespace) -> list[tuple[str, Work]]:
     config, kind = known_model(options.model)
     steps = model_work(meta_model(two_blocks(config), kind, options.precision), options.precision)
     return [(f"{options.model}, step {number}", step) for number, step in enumerate(steps, 1)]
+
+
+def _benchmark_work(options: Namespace) -> list[Work]:
+    """What steps of the GPU benchmark launch."""
+    if options.model or options.operators or options.dtypes or options.layouts:
+        raise ValueError("--bench-gpu says itself what is launched; no --model, --operators, --dtypes or --layouts")
+    from fastformer.benchmarking.gpu.steps import STEPS, load
+
+    steps = [load(name) for name in (STEPS if options.bench_gpu == ["all"] else options.bench_gpu)]
+    return [launch for step in steps if step.launches for launch in step.launches()]
 
 
 def _explained(failures: list[Failure]) -> str:

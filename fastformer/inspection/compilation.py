@@ -24,6 +24,7 @@ import triton
 from fastformer_kernels.launch import ARCHITECTURES
 from triton.runtime.jit import JITFunction
 
+from fastformer.inspection.launchers import compile_launcher
 from fastformer.inspection.meta_operators import kernels_of_meta_operators
 from fastformer.inspection.stand_in import stand_in
 
@@ -144,6 +145,16 @@ def relocate(cache: Path, new_home: Path) -> None:
         group.write_text(json.dumps({"child_paths": moved}))
 
 
+def reduce_to_launches(cache: Path) -> None:
+    """Delete from `cache` what a launch does not need: sources and intermediate representations."""
+    for group in cache.glob("*/__grp__*.json"):
+        paths = json.loads(group.read_text())["child_paths"]
+        kept = {name: path for name, path in paths.items() if Path(name).suffix in (".json", ".cubin", ".hsaco")}
+        group.write_text(json.dumps({"child_paths": kept}))
+        for name in set(paths) - set(kept):
+            (group.parent / name).unlink(missing_ok=True)
+
+
 def _compile_all(specializations: list[Specialization], cache: Path, processes: int) -> Iterator[Failure | None]:
     # Not forked: LLVM's and torch's threads do not survive that.
     with ProcessPoolExecutor(processes, get_context("spawn"), _use_cache, (str(cache),)) as pool:
@@ -164,6 +175,7 @@ def _compile(specialization: Specialization) -> str | None:
             kernel = _specialize(_find(specialization), specialization)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
+    compile_launcher(kernel)
     limit = ARCHITECTURES[specialization.architecture].shared_memory
     if kernel.metadata.shared > limit:
         return f"needs {kernel.metadata.shared} bytes of shared memory, {specialization.architecture} has {limit}"

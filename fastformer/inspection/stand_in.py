@@ -41,8 +41,16 @@ class LaunchedKernel:
     grid: tuple[int, int, int]
 
     def text(self, stage: str) -> str:
-        """The kernel at a stage of the compiler: ttir, ttgir, llir; ptx or amdgcn."""
+        """The kernel at a stage of the compiler: ttir, ttgir, llir; ptx or amdgcn.
+
+        Raises:
+            ValueError: the cache has the binary alone, as those of `fastformer kernels compile`.
+        """
         files = get_cache_manager(self.metadata.hash).get_group(f"{self.name}.json") or {}
+        if f"{self.name}.{stage}" not in files:
+            raise ValueError(
+                f"the cache has no {stage} of {self.name}; `kernels compile` keeps none: use another --cache"
+            )
         return Path(files[f"{self.name}.{stage}"]).read_text()
 
 

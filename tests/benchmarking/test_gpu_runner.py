@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -146,6 +147,7 @@ def known(steps, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         fakes = {each.step.name: each for each in steps(*kinds)}
         monkeypatch.setattr(command, "STEPS", tuple(fakes))
         monkeypatch.setattr(command, "module_of", lambda name: fakes[name].module)
+        monkeypatch.setattr(command, "load", lambda name: importlib.import_module(fakes[name].module).STEP)
 
     return make
 
@@ -183,8 +185,9 @@ def test_a_run_is_resumed_as_it_was_started(known, tmp_path: Path) -> None:
 # The command in a process of its own, with a fake step in place of the real ones.
 COMMAND = """
 import sys, time
+import fake_ready
 from fastformer.benchmarking.gpu import command
-command.STEPS, command.module_of = ("ready",), lambda name: "fake_" + name
+command.STEPS, command.module_of, command.load = ("ready",), lambda name: "fake_ready", lambda name: fake_ready.STEP
 command.main(["--dry-run", "--out", sys.argv[1]], time.monotonic())
 """
 

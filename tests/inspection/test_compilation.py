@@ -51,6 +51,11 @@ def test_a_launch_finds_its_kernels_in_the_cache(cache: Path, architecture: str,
     assert found["compiled"] == []
 
 
+def test_a_cache_has_what_a_launch_needs_alone(cache: Path) -> None:
+    kernels = {file.suffix for file in cache.glob("*/*kernel*")}
+    assert kernels == {".json", ".cubin", ".hsaco"}
+
+
 def test_what_was_not_compiled_ahead_is_missed(cache: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(cache, tmp_path / "cache")
     assert len(launch(copy, "sm_90", "float16", 4096, 1024)["compiled"]) == 2
@@ -181,6 +186,8 @@ def test_every_kind_of_model_launches_nothing_but_what_is_compiled_for_it(kind: 
         (("--arch", "sm_90", "--model", "bert-huge"), "the model must be a folder with a config.json or a preset"),
         (("--arch", "sm_90", "--model", "bert-tiny", "--precision", "8"), "--precision must be one of 32-true"),
         (("--arch", "sm_90", "--model", "bert-tiny", "--dtypes", "float16"), "--dtypes and --layouts choose cases"),
+        (("--arch", "sm_90", "--bench-gpu", "atention"), "step must be one of environment, smoke"),
+        (("--arch", "sm_90", "--bench-gpu", "all", "--model", "bert-tiny"), "--bench-gpu says itself what is launched"),
         (("--arch", "sm_90", "--home", "here"), "--home must be an absolute path"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ import torch
 
 from fastformer.benchmarking.gpu.records import append, ends, entries, write_results
 from fastformer.benchmarking.gpu.runner import Known, Place, run_steps
-from fastformer.benchmarking.gpu.steps import STEPS, module_of
+from fastformer.benchmarking.gpu.steps import STEPS, load, module_of
 from fastformer.benchmarking.gpu.table import long_table, short_table
 from fastformer.benchmarking.timing import in_a_line
 
@@ -79,9 +78,8 @@ def _imported(names: list[str]) -> tuple[list[Known], dict[str, str]]:
     """The steps, and the errors of those that cannot be imported."""
     known, broken = [], {}
     for name in names:
-        module = module_of(name)
         try:
-            known.append(Known(module, importlib.import_module(module).STEP))
+            known.append(Known(module_of(name), load(name)))
         except Exception as error:
             broken[name] = in_a_line(error)
     return known, broken

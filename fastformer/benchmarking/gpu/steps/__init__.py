@@ -1,5 +1,11 @@
 """The steps of the GPU benchmark, a module each, that has it as `STEP`."""
 
+from __future__ import annotations
+
+import importlib
+
+from fastformer.benchmarking.gpu.step import Step
+
 STEPS = (
     "environment",
     "smoke",
@@ -25,3 +31,12 @@ def module_of(name: str) -> str:
     if name not in STEPS:
         raise ValueError(f"step must be one of {', '.join(STEPS)}, got {name!r}")
     return f"{__name__}.{name}"
+
+
+def load(name: str) -> Step:
+    """The step of that name.
+
+    Raises:
+        ValueError: there is no such step.
+    """
+    return importlib.import_module(module_of(name)).STEP
