@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from fastformer import ops
 from fastformer.benchmarking.calls import Call, Function, compiled, tensors
@@ -88,6 +89,7 @@ class Operation:
         random: results are everybody's own, as dropout's are.
         work: what it does; None: it moves inputs and outputs, and in the backward gradients too.
         others: who else does it, by name.
+        exact: what `eager` would find if its inputs that are only tables were not rounded; None: that is the same.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Operation:
     random: bool = False
     work: Work | None = None
     others: Mapping[str, Function] = field(default_factory=dict)
+    exact: Function | None = None
 
     def peers(self, sizes: Sizes, device: torch.device, compile_eager: bool) -> dict[str, Peer]:
         """Who does it on `device`.
@@ -122,6 +125,17 @@ class Operation:
             return Call(function, inputs)
         shapes = [each for each in self._outputs(sizes) if each.is_floating_point()]
         return Call(function, inputs, [make.normal(*each.shape, grad=False, dtype=each.dtype) for each in shapes])
+
+    def exactly(self, sizes: Sizes, device: torch.device) -> list[Tensor]:
+        """The outputs and gradients of the same inputs, computed in float32."""
+
+        def widened(tensor: Tensor) -> Tensor:
+            wide = tensor.detach().float() if tensor.is_floating_point() else tensor
+            return wide.requires_grad_(tensor.requires_grad)
+
+        call = self.run(self.exact or self.eager, sizes, device)
+        gradients = None if call.gradients is None else [each.float() for each in call.gradients]
+        return Call(call.function, tree_map_only(Tensor, widened, list(call.inputs)), gradients)()
 
     def least(self, sizes: Sizes) -> Work:
         """What one run must do."""
@@ -292,6 +306,10 @@ def _positions(sizes: Sizes) -> list[Operation]:
 
         return liger_rope(query, key, wide_cos[None], wide_sin[None])
 
+    def exact(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        wide_cos, wide_sin = (torch.cat((each, each), -1) for each in (cos, sin))
+        return _turned(query, wide_cos, wide_sin), _turned(key, wide_cos, wide_sin)
+
     def ours_table(anchor: Tensor) -> tuple[Tensor, Tensor]:
         return ops.rotary_table(ops.rotary_frequencies(sizes.head_dim), sizes.sequence, device=anchor.device)
 
@@ -327,6 +345,7 @@ def _positions(sizes: Sizes) -> list[Operation]:
             ),
             liger,
             work=Work("bytes", moved, moved),
+            exact=exact,
         ),
         Operation(
             f"rotary_table of rotary_frequencies, {sizes.sequence:,} x {sizes.head_dim}",

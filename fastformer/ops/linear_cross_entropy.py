@@ -110,7 +110,7 @@ def linear_cross_entropy(
     options = checked_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
     _check(input, weight, target, bias, class_weight, memory_budget)
     if memory_budget is None:
-        memory_budget = GPU_MEMORY_BUDGET if input.is_cuda else CPU_MEMORY_BUDGET
+        memory_budget = CPU_MEMORY_BUDGET if input.device.type == "cpu" else GPU_MEMORY_BUDGET
     rows, row_target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     class_weight = None if class_weight is None else class_weight.float().contiguous()
     if reduction == "none":

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from inspection.processes import python
 
 from fastformer.benchmarking.calls import Call
 from fastformer.benchmarking.gpu.rates import BACKWARD, BOTH, ERROR, FORWARD, NO_TIME, PEAK_MEMORY, Case, rates
 from fastformer.benchmarking.gpu.step import Record, Setting
-from fastformer.benchmarking.gpu.steps import attention
+from fastformer.benchmarking.gpu.steps import attention, decode, feed_forward, rows
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.operations import Work
 from fastformer.benchmarking.study import Peer
@@ -97,3 +100,90 @@ def test_attention_at_full_size_is_16k_tokens_2048_wide() -> None:
     # The first 512 queries see 1 to 512 keys, all others 513.
     pairs = 512 * 513 // 2 + (4096 - 512) * 513
     assert cases["window 512, d 128, 4 x 4,096"].work.forward == 2 * 2 * 16 * 4 * pairs * 128
+
+
+@pytest.mark.parametrize("step", [decode, feed_forward, rows])
+def test_everybody_computes_the_same(step: ModuleType, tmp_path: Path) -> None:
+    """Each case of the step, with every peer that runs on a CPU: those that are wrong have no rate."""
+    records = list(step.STEP.run(setting(tmp_path)))
+    assert not [each for each in records if each.missing and "wrong" in each.missing]
+    assert all(each.value is not None for each in records if each.peer == OURS)
+    peers = {each.peer for each in records if each.value is not None}
+    assert peers >= {decode: {OURS, "SDPA flash", "FlexAttention"}}.get(step, {OURS, "PyTorch eager", "torch.compile"})
+
+
+def test_bytes_of_decoding_are_those_of_the_cache() -> None:
+    cases = {case.name: case for case in decode.cases(torch.device("meta"), dry=False)}
+    # Keys and values of 8 heads of 128 features in two bytes.
+    assert cases["contiguous, batch 8, 4,096 keys"].work == Work("bytes", 8 * 4096 * 2 * 8 * 128 * 2)
+    assert cases["pages of 16, batch 64, 32,768 keys"].work == Work("bytes", 64 * 32768 * 2 * 8 * 128 * 2)
+
+
+def test_work_of_rows_and_products() -> None:
+    meta = torch.device("meta")
+    work = {case.name: case.work for case in (*rows.cases(meta, False), *feed_forward.blocks(meta, False))}
+    work |= {case.name: case.work for case in feed_forward.losses(meta, False)}
+    row = 16384 * 4096 * 2  # bytes of 16k tokens
+    # Input, output, weight and bias; and then the input again, two gradients of tokens and two of parameters.
+    parameters = 2 * 4096 * 2
+    assert work["layer_norm, 16,384 x 4,096"] == Work("bytes", 2 * row + parameters, 3 * row + 2 * parameters)
+    assert work["layer_norm, residual, 16,384 x 4,096"] == Work("bytes", 4 * row, 4 * row)
+    assert work["rms_norm, residual, 16,384 x 8,192"] == Work("bytes", 8 * row, 8 * row)
+    assert work["rotary, query and key, 8 x 32 x 2,048 x 128"] == Work("bytes", 4 * row, 4 * row)
+    scores = 8 * 4096 * 4096 * 2
+    assert work["softmax, 32,768 x 4,096"] == Work("bytes", 2 * scores, 3 * scores)
+    logits, targets, loss = 16384 * 32000 * 2, 16384 * 8, 2
+    assert work["cross_entropy, 16,384 x 32,000"] == Work("bytes", logits + targets + loss, 2 * logits + targets + loss)
+    words = 30522 * 4096 * 2
+    assert work["transformer_embedding, 16,384 x 4,096, 30,522 words"] == Work("bytes", 2 * row, 2 * row + words)
+    product = 2 * 16384 * 4096 * 11008  # a multiply and an add
+    assert work["feed_forward, gelu, 16,384 x 4,096 to 11,008"] == Work("FLOP", 2 * product, 4 * product)
+    assert work["feed_forward, gated silu, 16,384 x 4,096 to 11,008"] == Work("FLOP", 3 * product, 6 * product)
+    head = 2 * 8192 * 128256 * 4096
+    assert work["linear_cross_entropy, 8,192 x 128,256, 4,096 features"] == Work("FLOP", head, 2 * head)
+
+
+# On meta, up to where a kernel would be compiled.
+LAUNCHES = """
+import importlib, json
+import torch, triton
+from fastformer.inspection.meta_operators import kernels_of_meta_operators
+from fastformer.inspection.stand_in import stand_in
+from fastformer.ops import linear_cross_entropy
+
+def names_of(calls):
+    names = []
+    triton.knobs.runtime.jit_cache_hook = lambda *, fn, **_: names.append(fn.name) or True
+    with stand_in("sm_90"), kernels_of_meta_operators():
+        for call in calls:
+            call()
+    return names
+
+def head():  # 80 MB of logits: one chunk of a GPU, two of a CPU
+    make = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")
+    linear_cross_entropy(make(1024, 64), make(40000, 64), make(1024, dtype=torch.int64))
+
+found = {"head": names_of([head])}
+for name in ("attention", "decode", "rows", "feed_forward"):
+    step = importlib.import_module(f"fastformer.benchmarking.gpu.steps.{name}").STEP
+    found[name] = [sorted(set(names_of([call]))) for call in step.launches()]
+print(json.dumps(found))
+"""
+
+
+def test_launches_are_those_of_all_cases() -> None:
+    done = python("-c", LAUNCHES)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    meta = torch.device("meta")
+    assert len(found["attention"]) == len(attention.cases(meta, False))
+    assert all("_attention_forward_kernel" in call and len(call) >= 2 for call in found["attention"])
+    # The largest batch fills a GPU without sharing a sequence's keys among programs.
+    merged = [case.name.split(",")[1] != " batch 64" for case in decode.cases(meta, False)]
+    assert found["decode"] == [["_decode_kernel", "_merge_kernel"] if each else ["_decode_kernel"] for each in merged]
+    assert len(found["rows"]) == len(rows.cases(meta, False)) and all(found["rows"])
+    blocks = len(feed_forward.blocks(meta, False))
+    assert len(found["feed_forward"]) == 3 * blocks + len(feed_forward.losses(meta, False))
+    assert all("_hidden_forward_kernel" in call for call in found["feed_forward"][:blocks])
+    assert all("_hidden_forward_kernel" not in call for call in found["feed_forward"][blocks : 2 * blocks])
+    assert found["head"] == ["_cross_entropy_kernel"]

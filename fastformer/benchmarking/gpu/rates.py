@@ -31,7 +31,7 @@ NO_TIME = "no time left"
 
 _SECONDS, _MOST_REPEATS = 0.05, 20
 # What a peer takes at most, and one that is compiled first.
-_SECONDS_OF_A_PEER, _SECONDS_TO_COMPILE = 3.0, 20.0
+_SECONDS_OF_A_PEER, _SECONDS_TO_COMPILE = 3.0, 15.0
 # Sets of buffers are so many times as large as the level-2 cache together.
 _TIMES_THE_CACHE, _MOST_SETS = 3, 16
 
