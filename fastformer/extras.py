@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 EXTRAS = {
     "train": (
-        *("datasets", "filelock", "jsonargparse", "lightning", "matplotlib", "pyarrow", "rich", "rouge_score"),
+        *("datasets", "filelock", "jsonargparse", "lightning", "matplotlib", "pyarrow", "rouge_score"),
         *("sacrebleu", "scipy", "seqeval", "sklearn", "tensorboard", "tokenizers"),
     ),
     "lora": ("peft",),

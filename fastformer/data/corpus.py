@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from fastformer.console import track
 from fastformer.data.files import cache_folder, read_checked, write_checked
-from fastformer.data.progress import track
 from fastformer.data.python_documentation import python_documentation, python_fingerprint
 from fastformer.data.sources import open_sources, stream
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from fastformer.data.progress import track
+from fastformer.console import track
 
 _SKIPPED_FOLDERS = {
     "__pycache__",

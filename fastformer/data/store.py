@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastformer.console import Progress
 from fastformer.data.corpus import document_of
 from fastformer.data.encoding import TextEncoder
 from fastformer.data.files import atomic_file, atomic_folder
-from fastformer.data.progress import Ticker
 from fastformer.data.sources import Source
 from fastformer.data.tokenized import TokenizedCorpus, encode_sentences
 
@@ -284,14 +284,14 @@ def _complete_parts(
         with atomic_file(begun) as file:
             file.write(plan.encode())
     parts, begin = _parts_so_far(building)
-    with Ticker("tokenizing", unit="characters") as ticker:
+    with Progress("tokenizing", unit="characters") as progress:
         for texts, place in _chunks(sources, begin, keep, block_characters):
             part = building / f"{len(parts):06d}.npz"
             arrays = {name: _narrow(array, layout.dtype) for name, array in layout.encode(texts).items()}
             with atomic_file(part) as file:
                 np.savez(file, allow_pickle=False, place=np.array(place), **arrays)
             parts.append(part)
-            ticker.advance(sum(map(len, texts)))
+            progress.advance(sum(map(len, texts)))
     return parts
 
 

@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from fastformer.console import Table
 from fastformer.data.files import atomic_file
 from fastformer.data.readers import Row, read_rows
 from fastformer.evaluation.classification import classification_metrics, draw_confusion, regression_metrics
@@ -161,13 +159,11 @@ _TASKS: dict[str, Callable[[list[Row], argparse.Namespace], Metrics]] = {
 
 
 def _print(report: dict[str, Any], output: str | None) -> None:
-    console = Console()
-    table = Table(title=f"{report['task']}, {report['examples']:,} examples")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in report.items():
-        if name not in ("task", "examples"):
-            table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
-    console.print(table)
+    rows = [
+        (name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
+        for name, value in report.items()
+        if name not in ("task", "examples")
+    ]
+    print(Table(("metric", "value"), rows, "lr", title=f"{report['task']}, {report['examples']:,} examples"))
     if output is not None:
-        console.print(f"written to {output}", highlight=False, soft_wrap=True)
+        print(f"written to {output}")

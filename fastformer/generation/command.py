@@ -11,9 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+from fastformer.console import StatusLine
 from fastformer.generation.parameters import SamplingParameters
 from fastformer.generation.requests import Generation, Piece
 
@@ -170,16 +168,15 @@ def _model(folder: Path, options: Namespace) -> LanguageModel:
 
 
 def _collected(pieces: Iterable[Piece], prompts: int) -> list[Generation]:
-    """All there is, with a progress bar meanwhile."""
+    """All there is, with the progress shown meanwhile."""
     generations = [Generation(text="") for _ in range(prompts)]
-    columns = (TextColumn("{task.fields[tokens]:,} tokens; finished"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=prompts, tokens=0)
-        tokens = 0
+    tokens = finished = 0
+    with StatusLine() as line:
         for piece in pieces:
             generations[piece.request].add(piece)
             tokens += len(piece.tokens)
-            progress.update(task, advance=piece.finish_reason is not None, tokens=tokens)
+            finished += piece.finish_reason is not None
+            line.show(f"{tokens:,} tokens; {finished:,} of {prompts:,} finished")
     return generations
 
 

@@ -7,13 +7,12 @@ import os
 import tempfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastformer_kernels.launch import ARCHITECTURES
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastformer.console import track
 from fastformer.extras import require
 from fastformer.inspection.compilation import Failure, Work, compile_ahead, compiled_by, reduce_to_launches, relocate
 from fastformer.inspection.gate import regressions
@@ -53,8 +52,6 @@ examples:
 """
 
 GUARDED_ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-
-_console = Console(highlight=False, soft_wrap=True)
 
 
 def main(arguments: list[str], begin: float) -> None:
@@ -139,12 +136,12 @@ def _compile(options: Namespace) -> None:
     # The proof: the same launches, as a GPU machine makes them, find everything there.
     missed = compiled_by(work, options.arch, options.out)
     if missed:
-        _console.print(f"the cache lacks {', '.join(f'{name} ({n})' for name, n in Counter(missed).items())}")
+        print(f"the cache lacks {', '.join(f'{name} ({n})' for name, n in Counter(missed).items())}")
         raise SystemExit(1)
     if options.home:
         relocate(options.out, options.home)
     size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
-    _console.print(
+    print(
         f"{kernels} kernels for {', '.join(options.arch)} in {options.out} ({size / 2**20:.0f} MiB); launched again, "
         f"none was compiled\nuse it with TRITON_CACHE_DIR={options.home or options.out.absolute()}"
     )
@@ -154,7 +151,7 @@ def _report(options: Namespace) -> None:
     if options.picture:
         require("matplotlib")
     figures = _figures(_work(options), options, options.cache)
-    _console.print(as_table(figures))
+    print(as_table(figures))
     if options.json:
         _write_json(figures, options.json)
     if options.picture:
@@ -167,7 +164,7 @@ def _check(options: Namespace) -> None:
     figures = _figures([(case.name, case.run) for case in cases(guarded=True)], options, None)
     if options.update:
         _write_json(figures, options.figures)
-        _console.print(f"recorded {len(figures)} kernels in {options.figures}")
+        print(f"recorded {len(figures)} kernels in {options.figures}")
         return
     recorded = json.loads(options.figures.read_text())
     current = as_json(figures)
@@ -179,10 +176,10 @@ def _check(options: Namespace) -> None:
     expected = [entry for entry in from_json(recorded) if entry.architecture in options.arch]
     worse = regressions(expected, figures)
     if worse:
-        _console.print("\n".join(["compiled kernels got worse, or are not in the figures:", *worse]), markup=False)
-        _console.print(f"if that is wanted: fastformer kernels check --figures {options.figures} --update")
+        print("\n".join(["compiled kernels got worse, or are not in the figures:", *worse]))
+        print(f"if that is wanted: fastformer kernels check --figures {options.figures} --update")
         raise SystemExit(1)
-    _console.print(f"{len(figures)} kernels are no worse than recorded in {options.figures}")
+    print(f"{len(figures)} kernels are no worse than recorded in {options.figures}")
 
 
 def _figures(work: Sequence[tuple[str, Work]], options: Namespace, cache: Path | None) -> list[Figures]:
@@ -197,9 +194,11 @@ def _compiled(work: Sequence[Work], options: Namespace, cache: Path) -> int:
     unknown = sorted(set(options.arch) - set(ARCHITECTURES))
     if unknown:
         raise ValueError(f"--arch must be among {', '.join(ARCHITECTURES)}; got {', '.join(unknown)}")
-    specializations, failures = compile_ahead(work, options.arch, cache, options.processes, _track)
+    specializations, failures = compile_ahead(
+        work, options.arch, cache, options.processes, lambda steps, total: track(steps, "compiling", total)
+    )
     if failures:
-        _console.print(_explained(failures), markup=False)
+        print(_explained(failures))
         raise SystemExit(1)
     return len(specializations)
 
@@ -240,9 +239,3 @@ def _explained(failures: list[Failure]) -> str:
         for failure in failures
     ]
     return "\n".join([f"{len(failures)} kernels failed:", *dict.fromkeys(lines)])
-
-
-def _track(steps: Iterable[None], total: int) -> Iterator[None]:
-    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield from progress.track(steps, total)

@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import fastformer
 from fastformer.backends import HAS_TRITON, selected_backend, use_triton
+from fastformer.console import Table
 
 _DESCRIPTION = """\
 Show what this machine has, which backend each operator uses on each of its devices and why, and test that every
@@ -230,22 +229,44 @@ def _results(
 
 
 def _show(found: list[Device], tests: list[SelfTest]) -> None:
-    console = Console(highlight=False)
     for name, value in machine().items():
         if value:
-            console.print(f"{name:>12}  {value}", markup=False, soft_wrap=True)
-    table = Table(title="backend of every operator")
-    for heading in ("device", "product", "architecture", "memory", "backend", "because"):
-        table.add_column(heading)
-    for device in found:
-        memory = "" if device.memory_gib is None else f"{device.memory_gib:.0f} GiB"
-        table.add_row(device.name, device.product, device.architecture or "", memory, device.backend, device.reason)
-    console.print(table)
-    results = Table(title="self-test: float32 output and gradients against float64")
-    for heading in ("operator", "device", "backend", "error", "allowed", ""):
-        results.add_column(heading)
-    for test in tests:
-        shown = "" if test.error is None else f"{test.error:.1e}"
-        verdict = "[green]ok[/]" if test.passed else f"[red]{test.failure}[/]"
-        results.add_row(test.operator, test.device, test.backend, shown, f"{test.allowed:.1e}", verdict)
-    console.print(results)
+            print(f"{name:>12}  {value}")
+    print()
+    print(
+        Table(
+            ("device", "product", "architecture", "memory", "backend", "because"),
+            [
+                (
+                    device.name,
+                    device.product,
+                    device.architecture or "",
+                    "" if device.memory_gib is None else f"{device.memory_gib:.0f} GiB",
+                    device.backend,
+                    device.reason,
+                )
+                for device in found
+            ],
+            "lllrll",
+            title="backend of every operator",
+        )
+    )
+    print()
+    print(
+        Table(
+            ("operator", "device", "backend", "error", "allowed", ""),
+            [
+                (
+                    test.operator,
+                    test.device,
+                    test.backend,
+                    "" if test.error is None else f"{test.error:.1e}",
+                    f"{test.allowed:.1e}",
+                    test.failure or "ok",
+                )
+                for test in tests
+            ],
+            "lllrrl",
+            title="self-test: float32 output and gradients against float64",
+        )
+    )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import AutoTokenizer
 
 import fastformer.models
@@ -61,7 +60,6 @@ def main(arguments: list[str], begin: float) -> None:
     model = getattr(fastformer.models, kind).from_pretrained(options.model).eval()
     if torch.cuda.is_available():
         model = model.cuda()
-    console = Console(highlight=False, soft_wrap=True)
     try:
         maps = attention_maps(
             model,
@@ -84,11 +82,11 @@ def main(arguments: list[str], begin: float) -> None:
         draw_attributions(found, options.out / "attributions.png")
         _write_json(asdict(found), options.out / "attributions.json")
         written.append("attributions")
-        console.print(f"{found.label}: logit {found.output:.3f}, with nothing said {found.baseline:.3f}", markup=False)
+        print(f"{found.label}: logit {found.output:.3f}, with nothing said {found.baseline:.3f}")
         for token, score in zip(found.tokens, found.scores, strict=True):
-            console.print(f"{score:+9.3f}  {token}", markup=False)
+            print(f"{score:+9.3f}  {token}")
     files = ", ".join(f"{name}.png, {name}.json" for name in written)
-    console.print(f"{files} in {options.out}", markup=False)
+    print(f"{files} in {options.out}")
 
 
 def numbers(text: str) -> list[int]:

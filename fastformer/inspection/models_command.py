@@ -6,10 +6,7 @@ import json
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass
 
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
+from fastformer.console import Table, track
 from fastformer.inspection.quantities import gibibytes, in_billions, with_prefix
 
 _DESCRIPTION = """\
@@ -68,12 +65,11 @@ def main(arguments: list[str], begin: float) -> None:
     unknown = sorted(set(names) - set(PRESETS))
     if unknown:
         raise ValueError(f"there is no preset {', '.join(unknown)}; there are {', '.join(PRESETS)}")
-    progress = Console(stderr=True)
-    listings = [listing(name) for name in track(names, "counting", console=progress, transient=True)]
+    listings = [listing(name) for name in track(names, "counting")]
     if options.json:
         print(json.dumps([asdict(each) for each in listings], indent=1))
     else:
-        Console(highlight=False).print(_table(listings))
+        print(_table(listings))
 
 
 def listing(name: str) -> Listing:
@@ -105,27 +101,29 @@ def listing(name: str) -> Listing:
 
 
 def _table(listings: list[Listing]) -> Table:
-    table = Table(title="presets", caption=_CAPTION, caption_justify="left")
-    table.add_column("preset", no_wrap=True)
-    for heading in ("parameters", "float32", "bfloat16", "training state", "context", "forward", "training"):
-        table.add_column(heading, justify="right")
-    table.add_column("suits")
-    for each in listings:
-        table.add_row(
-            each.preset,
-            in_billions(each.parameters),
-            gibibytes(each.float32_bytes),
-            gibibytes(each.bfloat16_bytes),
-            gibibytes(each.training_bytes),
-            f"{each.context:,}",
-            with_prefix(each.forward_flops_per_token, "FLOP"),
-            with_prefix(each.training_flops_per_token, "FLOP"),
-            each.suits,
-        )
-    return table
+    return Table(
+        ("preset", "parameters", "float32", "bfloat16", "training state", "context", "forward", "training", "suits"),
+        [
+            (
+                each.preset,
+                in_billions(each.parameters),
+                gibibytes(each.float32_bytes),
+                gibibytes(each.bfloat16_bytes),
+                gibibytes(each.training_bytes),
+                f"{each.context:,}",
+                with_prefix(each.forward_flops_per_token, "FLOP"),
+                with_prefix(each.training_flops_per_token, "FLOP"),
+                each.suits,
+            )
+            for each in listings
+        ],
+        "lrrrrrrrl",
+        title="presets",
+        note=_NOTE,
+    )
 
 
-_CAPTION = (
+_NOTE = (
     "float32, bfloat16: the weights. training state: weights, gradients and AdamW's moments in float32, 16 bytes a "
     "parameter; `fastformer plan` adds activations. forward, training: operations a token, in examples of the whole "
     f"context or {MOST_TOKENS:,} tokens; an encoder-decoder's tokens pass one of its two stacks. Sources: --json."

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import fastformer
 from fastformer.backends import HAS_TRITON
+from fastformer.console import Table
 from fastformer.extras import require
 
 _DESCRIPTION = """\
@@ -103,7 +102,7 @@ def main(arguments: list[str], begin: float) -> None:
         for dtype in dtypes
         for error in errors_of(problem, dtype, options.device, options.seed)
     ]
-    Console().print(as_table(errors))
+    print(as_table(errors))
     if options.json:
         options.json.write_text(json.dumps([asdict(error) for error in errors], indent=1) + "\n")
     if options.picture:
@@ -505,18 +504,19 @@ _IMPLEMENTATIONS = tuple(name for name, _, _ in _STYLES)
 
 def as_table(errors: Sequence[Error]) -> Table:
     """A row for each operator, regime and dtype with the worst result of each implementation."""
-    table = Table(title="largest error of output and gradients against float64, in units of rounding")
-    for heading in ("operator", "regime", "dtype"):
-        table.add_column(heading, no_wrap=True)
     shown = [name for name in _IMPLEMENTATIONS if any(error.implementation == name for error in errors)]
-    for name in shown:
-        table.add_column({"pytorch": "PyTorch", "sdpa": "SDPA"}.get(name, name), justify="right")
-    table.add_column("rule")
+    rows = []
     for key, row in _grouped(errors).items():
         broken = sorted({error.result for error in row if error.kept is False})
         cells = [_worst([error.units for error in row if error.implementation == name]) for name in shown]
-        table.add_row(*key, *cells, f"[red]broken: {', '.join(broken)}[/]" if broken else "kept")
-    return table
+        rows.append((*key, *cells, f"broken: {', '.join(broken)}" if broken else "kept"))
+    names = [{"pytorch": "PyTorch", "sdpa": "SDPA"}.get(name, name) for name in shown]
+    return Table(
+        ("operator", "regime", "dtype", *names, "rule"),
+        rows,
+        f"lll{'r' * len(shown)}l",
+        title="largest error of output and gradients against float64, in units of rounding",
+    )
 
 
 def _worst(units: list[float | None]) -> str:

@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
+from fastformer.console import Table
 from fastformer.inspection.choices import OPTIMIZERS, PRECISIONS, STRATEGIES
 from fastformer.inspection.gpus import GPUS
 from fastformer.inspection.models_command import MOST_TOKENS
@@ -201,40 +199,26 @@ def _as_json(name: str, setup: Setup, found: Plan, run: Run | None, changes: str
 
 
 def _show(name: str, setup: Setup, found: Plan, run: Run | None, changes: str | None) -> None:
-    console = Console(highlight=False)
     parts = f", {setup.tensor_parallel}-way tensor-parallel" if setup.tensor_parallel > 1 else ""
     checkpointing = ", checkpointing" if setup.checkpointing else ""
-    console.print(
+    print(
         f"{name}, {in_billions(found.parameters)} parameters, on {setup.devices} x {setup.gpu.name} "
-        f"({setup.gpu.source})\n{setup.strategy}{parts}, {setup.precision}, {setup.optimizer}{checkpointing}",
-        soft_wrap=True,
+        f"({setup.gpu.source})\n{setup.strategy}{parts}, {setup.precision}, {setup.optimizer}{checkpointing}\n"
     )
-    console.print(_memory_table(found))
-    console.print(_time_table(setup, found, run))
+    print(_memory_table(found), end="\n\n")
+    print(_time_table(setup, found, run))
     if changes:
-        console.print(f"it fits with {changes}")
+        print(f"it fits with {changes}")
 
 
 def _memory_table(found: Plan) -> Table:
-    table = Table(title="memory of each device", show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
-    for part, size in asdict(found.memory).items():
-        table.add_row(part, gibibytes(size))
-    table.add_section()
-    verdict = "[green]fits[/]" if found.fits else "[red]does not fit[/]"
-    table.add_row("total", gibibytes(found.memory.total))
-    table.add_row("usable", f"{gibibytes(found.available)}")
-    table.add_row("", verdict)
-    return table
+    rows = [(part, gibibytes(size)) for part, size in asdict(found.memory).items()]
+    rows += [("total", gibibytes(found.memory.total)), ("usable", gibibytes(found.available))]
+    rows.append(("", "fits" if found.fits else "does not fit"))
+    return Table(("", ""), rows, "lr", title="memory of each device")
 
 
 def _time_table(setup: Setup, found: Plan, run: Run | None) -> Table:
-    table = Table(
-        title=f"operations and time, at {setup.mfu:.0%} of the peak", caption=_CAPTION, caption_justify="left"
-    )
-    table.add_column("")
-    table.add_column("", justify="right")
     accumulation = f" x {found.accumulation} batches" if found.accumulation > 1 else ""
     rows = {
         "examples a step": f"{found.batch_size} x {setup.copies} copies{accumulation}",
@@ -256,12 +240,11 @@ def _time_table(setup: Setup, found: Plan, run: Run | None) -> Table:
         }
         if run.price is not None:
             rows["price"] = f"{run.price:,.0f}"
-    for heading, value in rows.items():
-        table.add_row(heading, value)
-    return table
+    title = f"operations and time, at {setup.mfu:.0%} of the peak"
+    return Table(("", ""), list(rows.items()), "lr", title=title, note=_NOTE)
 
 
-_CAPTION = (
+_NOTE = (
     "Computed, not measured. Operations are the model's: forward and backward, nothing that is computed again. If "
     "communication is not well below the time of a step, the stated utilisation is out of reach."
 )

@@ -12,8 +12,8 @@ from typing import Any
 
 import triton
 from fastformer_kernels.launch import ARCHITECTURES
-from rich.table import Table
 
+from fastformer.console import Table
 from fastformer.inspection.binary import PIPES, blackwell_flops, bulk_bytes, highlights, pipe_of, read_kernel
 from fastformer.inspection.bounds import bounds_of
 from fastformer.inspection.compilation import Work, triton_cache
@@ -138,34 +138,37 @@ def from_json(report: dict[str, Any]) -> list[Figures]:
 
 def as_table(figures: Sequence[Figures]) -> Table:
     """One row for each kernel; its column "peak" is the model's bracket of `bounds`."""
-    table = Table(title="compiled kernels", caption=_CAPTION, caption_justify="left")
-    for heading in ("arch", "work", "kernel", "configuration"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("regs", "spill", "shared KiB", "CTAs/SM", "instr", "in loop"):
-        table.add_column(heading, justify="right")
-    for heading in ("notable instructions", "mix of the loop %", "peak %, bound"):
-        table.add_column(heading, overflow="fold")
-    for entry in figures:
-        size = sum(entry.loop.values())
-        table.add_row(
-            entry.architecture,
-            entry.work,
-            entry.kernel.strip("_").removesuffix("_kernel"),
-            " ".join(f"{name.removeprefix('BLOCK_').lower()}={value}" for name, value in entry.configuration.items()),
-            str(entry.registers),
-            f"[red]{entry.spill_bytes}[/]" if entry.spill_bytes else "0",
-            f"{entry.shared_memory / 1024:.0f} of {entry.shared_limit / 1024:.0f}",
-            f"{entry.ctas} ({entry.ctas_limit})",
-            f"{entry.instructions:,}",
-            f"{size:,}",
-            " ".join(f"{name} x{count}" for name, count in entry.highlights.items()),
-            " ".join(f"{pipe} {count / size:.0%}".rstrip("%") for pipe, count in entry.loop.items() if count),
-            f"{entry.peak_low:.0%} to {entry.peak_high:.0%} of {entry.roof}, {entry.limited_by}",
-        )
-    return table
+    headings = ("arch", "work", "kernel", "configuration", "regs", "spill", "shared KiB", "CTAs/SM", "instr", "in loop")
+    contents = ("notable instructions", "mix of the loop %", "peak %, bound")
+    return Table(
+        (*headings, *contents),
+        [_row(entry) for entry in figures],
+        "llllrrrrrrlll",
+        title="compiled kernels",
+        note=_NOTE,
+    )
 
 
-_CAPTION = (
+def _row(entry: Figures) -> tuple[str, ...]:
+    size = sum(entry.loop.values())
+    return (
+        entry.architecture,
+        entry.work,
+        entry.kernel.strip("_").removesuffix("_kernel"),
+        " ".join(f"{name.removeprefix('BLOCK_').lower()}={value}" for name, value in entry.configuration.items()),
+        str(entry.registers),
+        str(entry.spill_bytes),
+        f"{entry.shared_memory / 1024:.0f} of {entry.shared_limit / 1024:.0f}",
+        f"{entry.ctas} ({entry.ctas_limit})",
+        f"{entry.instructions:,}",
+        f"{size:,}",
+        " ".join(f"{name} x{count}" for name, count in entry.highlights.items()),
+        " ".join(f"{pipe} {count / size:.0%}".rstrip("%") for pipe, count in entry.loop.items() if count),
+        f"{entry.peak_low:.0%} to {entry.peak_high:.0%} of {entry.roof}, {entry.limited_by}",
+    )
+
+
+_NOTE = (
     "spill: bytes a thread stores for want of registers. peak: from no overlap to perfect overlap of all pipes in the "
     "inner loop, by a model without latency, bank conflicts or cache misses (fastformer.inspection.bounds); it "
     "brackets, it does not predict."

@@ -24,13 +24,12 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from fastformer.backends import backend
+from fastformer.console import track
 from fastformer.data.files import atomic_file
 from fastformer.integrations.attention import attention_forward
 from fastformer.integrations.small_models import END, FIRST_WORD, VOCABULARY, small_model
@@ -277,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        outcomes = [examine(name) for name in track(names, "classes", console=Console(stderr=True))]
+        outcomes = [examine(name) for name in track(names, "classes")]
     table = markdown(outcomes)
     if options.out is None:
         print(table)

@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import fastformer
 from fastformer.backends import BACKENDS, backend
+from fastformer.console import Table, track
 from fastformer.data.files import atomic_file
-from fastformer.data.progress import track
 from fastformer.integrations.acceleration import Acceleration, accelerate
 from fastformer.integrations.subject import TOKENS, Subject
 
@@ -364,16 +362,14 @@ _CHECKS: list[Callable[[_Pair], list[Check]]] = [
 
 
 def _show(name: str, subject: Subject, report: Acceleration | None, checks: list[Check]) -> None:
-    console = Console()
     if report is not None:
-        console.print(report)
+        print(report, end="\n\n")
     class_name = type(subject.model).__name__
-    title = class_name if name == class_name else f"{name}, {class_name}"
-    table = Table(title=f"{title} ({subject.source}) against its eager attention")
-    for heading, justify in (("check", "left"), ("error", "right"), ("allowed", "right"), ("", "left"), ("", "left")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    colours = {"passed": "green", "failed": "red", "not applicable": "dim"}
-    for check in checks:
-        numbers = ("" if number is None else f"{number:.1e}" for number in (check.error, check.allowed))
-        table.add_row(check.name, *numbers, f"[{colours[check.status]}]{check.status}[/]", check.detail)
-    console.print(table)
+    shown = class_name if name == class_name else f"{name}, {class_name}"
+    rows = [(check.name, *map(_number, (check.error, check.allowed)), check.status, check.detail) for check in checks]
+    title = f"{shown} ({subject.source}) against its eager attention"
+    print(Table(("check", "error", "allowed", "", ""), rows, "lrrll", title))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"

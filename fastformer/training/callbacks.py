@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
+from fastformer.console import StatusLine, clock
 from fastformer.data.files import atomic_file, atomic_folder
 from fastformer.data.resuming import data_rank
 from fastformer.training.sharding import load_weights
@@ -221,7 +220,7 @@ class LossCurve(Callback):
 
 
 class TrainingProgress(ProgressBar):
-    """One bar over all optimizer steps, with losses, tokens/s and the time left; in a log file, a line now and then.
+    """One line over all optimizer steps, with losses, tokens/s and the time left; in a log file, one now and then.
 
     Args:
         seconds_between_lines: where the output is no terminal.
@@ -230,56 +229,48 @@ class TrainingProgress(ProgressBar):
     def __init__(self, seconds_between_lines: float = 15.0) -> None:
         super().__init__()
         self.seconds_between_lines = seconds_between_lines
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
+        self._enabled = True
+        self._line = StatusLine()
 
     def disable(self) -> None:
-        self._console.quiet = True
+        self._enabled = False
 
     def enable(self) -> None:
-        self._console.quiet = False
+        self._enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._total = int(trainer.estimated_stepping_batches)
         self._begin = self._shown = time.monotonic()
         self._first_step = trainer.global_step
-        if self._console.is_terminal:
-            columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-            self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self._console)
-            self._task = self._bar.add_task("", total=self._total, completed=trainer.global_step)
-            self._bar.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        now = time.monotonic()
-        if now - self._shown < (0.5 if self._bar else self.seconds_between_lines):
+        now, step = time.monotonic(), trainer.global_step
+        between = 0.5 if self._line.live else self.seconds_between_lines
+        if not self._enabled or now - self._shown < between or step == self._first_step:
             return
         self._shown = now
-        step, text = trainer.global_step, _training_text(trainer)
-        if self._bar:
-            self._bar.update(self._task, completed=step, description=text)
-        elif step > self._first_step:
-            left = (now - self._begin) * (self._total - step) / (step - self._first_step)
-            self._console.print(f"step {step:,}/{self._total:,}  {text}  {_clock(left)} left")
+        left = (now - self._begin) * (self._total - step) / (step - self._first_step)
+        text = f"step {step:,}/{self._total:,}  {_training_text(trainer)}  {clock(left)} left"
+        if self._line.live:
+            self._line.show(text)
+        else:
+            print(text, flush=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._console.print(
-            f"step {trainer.global_step:,}: held-out text: {validation_text(validation_metrics(trainer))}"
-        )
+        self._line.clear()
+        if self._enabled:
+            print(
+                f"step {trainer.global_step:,}: held-out text: {validation_text(validation_metrics(trainer))}",
+                flush=True,
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._bar:
-            self._bar.update(self._task, completed=trainer.global_step)
-        self._stop()
+        self._line.clear()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
+        self._line.clear()
 
 
 class SavePretrained(Callback):
@@ -472,7 +463,3 @@ def _training_text(trainer: Trainer) -> str:
     return "  ".join(
         text.format(metrics[f"train/{name}"]) for name, text in formats.items() if f"train/{name}" in metrics
     )
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -14,7 +14,6 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer
 
 from fastformer.data.defaults import split_by
@@ -473,10 +472,9 @@ def _evaluate(
     folder.write_metrics(metrics)
     report = FineTuningReport(metrics, predictor.recipe, test, lines)
     report.write(folder.path / _REPORT, folder.curve, folder.path / _CONFUSION)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(report.table())
-    console.print(summary_text(metrics))
-    console.print(f"report: {folder.path / _REPORT}   predictions: {folder.path / _PREDICTIONS}", markup=False)
+    print(report.table())
+    print(summary_text(metrics))
+    print(f"report: {folder.path / _REPORT}   predictions: {folder.path / _PREDICTIONS}")
 
 
 def write_predictions(path: Path, lines: Sequence[dict[str, Any]]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 
 from fastformer.training.finetune import run_folder, write_predictions
 from fastformer.training.prediction import Predictor
@@ -50,7 +49,7 @@ def main(arguments: list[str], begin: float) -> None:
     )
     examples = RECIPES[task].read(Path(options.data), predictor.recipe.options)
     write_predictions(Path(options.out), predictor.recipe.lines(predictor(examples), examples))
-    Console(file=sys.stderr, highlight=False).print(f"{len(examples):,} predictions in {options.out}", markup=False)
+    print(f"{len(examples):,} predictions in {options.out}", file=sys.stderr)
 
 
 def _of_run(folder: Path) -> tuple[Any, dict[str, Any]]:

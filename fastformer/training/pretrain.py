@@ -10,7 +10,6 @@ from jsonargparse import Namespace
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from rich.console import Console
 
 from fastformer.data import PretrainingDataModule
 from fastformer.models import PRESETS
@@ -184,11 +183,10 @@ def _report(objective: str, metrics: dict[str, Any], folder: RunFolder) -> None:
     write_report(
         folder.report, f"Pretraining: {objective}", caption, rows, facts, {"What it says": sample_text}, folder.curve
     )
-    console = Console(highlight=False, soft_wrap=True)
     if rows:
-        console.print(console_table(caption, rows))
-    console.print(summary_text(metrics))
-    console.print(f"{said['given']}  ->  {said['answer']}", markup=False)
+        print(console_table(caption, rows))
+    print(summary_text(metrics))
+    print(f"{said['given']}  ->  {said['answer']}")
 
 
 def _caption(end: dict[str, float]) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.table import Table
-
+from fastformer.console import Table
 from fastformer.data.files import atomic_file
 
 Rows = Sequence[tuple[str, str, str]]
@@ -15,12 +14,7 @@ Rows = Sequence[tuple[str, str, str]]
 
 def console_table(title: str, rows: Rows) -> Table:
     """The rows for a terminal."""
-    table = Table("on held-out text", title=title)
-    for heading in ("before", "after"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return Table(("on held-out text", "before", "after"), rows, "lrr", title)
 
 
 def write_report(

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from fastformer.console import Table
 from fastformer.data.files import atomic_file
 from fastformer.training.recipes import Recipe
 
@@ -52,15 +51,9 @@ class FineTuningReport:
     def table(self) -> Table:
         """For a terminal."""
         counts = self.metrics["examples"]
-        table = Table(
-            title=f"{self.metrics['task']}: {counts['validation']:,} validation, {counts['test']:,} test examples"
-        )
-        table.add_column("metric")
-        for heading in self.headings():
-            table.add_column(heading, justify="right")
-        for row in self.rows():
-            table.add_row(*row)
-        return table
+        title = f"{self.metrics['task']}: {counts['validation']:,} validation, {counts['test']:,} test examples"
+        headings = self.headings()
+        return Table(("metric", *headings), self.rows(), f"l{'r' * len(headings)}", title)
 
     def write(self, path: Path, curve: Path, confusion: Path) -> None:
         """Write the report to `path`, beside `curve`, and for classes the confusion matrix to `confusion`, a PNG."""

@@ -10,11 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 from fastformer.backends import HAS_TRITON
+from fastformer.console import Table, track
 from fastformer.data.files import atomic_file
 
 _DESCRIPTION = """\
@@ -51,22 +49,21 @@ def main(arguments: list[str], begin: float) -> None:
 
     if options.tf32:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-    console = Console()
     device = torch.device("cuda", torch.cuda.current_device())
     architecture = architecture_of(torch.empty(0, device=device)).name
-    console.print(f"{torch.cuda.get_device_name(device)} ({architecture})")
+    print(f"{torch.cuda.get_device_name(device)} ({architecture})")
     found = list(
         measure(
             problems(_DTYPES[name] for name in options.dtypes),
             device,
             lambda call: do_bench(call, return_mode="median") / 1000.0,
-            partial(track, description="measuring", console=console),
+            partial(track, description="measuring"),
         )
     )
     store_plans(plans_path(), architecture, {problem.key: {"fused": plan == "fused"} for problem, plan, _ in found})
     forget_plans_read()
-    console.print(_summary((problem.operation, plan, advantage) for problem, plan, advantage in found))
-    console.print(f"kept in {plans_path()}")
+    print(_summary((problem.operation, plan, advantage) for problem, plan, advantage in found))
+    print(f"kept in {plans_path()}")
 
 
 def store_plans(path: Path, architecture: str, measured: dict[str, dict[str, int]]) -> None:
@@ -93,18 +90,21 @@ def store_plans(path: Path, architecture: str, measured: dict[str, dict[str, int
 
 
 def _summary(found: Iterable[tuple[str, str, float]]) -> Table:
-    table = Table("operation", "fused is faster", "at best", "library is faster", "at best")
-    rows: dict[str, dict[str, list[float]]] = {}
+    advantages: dict[str, dict[str, list[float]]] = {}
     for operation, plan, advantage in found:
-        rows.setdefault(operation, {"fused": [], "library": []})[plan].append(advantage)
-    for operation, advantages in rows.items():
-        cells = (
-            cell
-            for plan in ("fused", "library")
-            for cell in (f"{len(advantages[plan])} classes", f"{max(advantages[plan], default=1.0):.2f}x")
+        advantages.setdefault(operation, {"fused": [], "library": []})[plan].append(advantage)
+    rows = [
+        (
+            operation,
+            *(
+                cell
+                for plan in ("fused", "library")
+                for cell in (f"{len(of[plan])} classes", f"{max(of[plan], default=1.0):.2f}x")
+            ),
         )
-        table.add_row(operation, *cells)
-    return table
+        for operation, of in advantages.items()
+    ]
+    return Table(("operation", "fused is faster", "at best", "library is faster", "at best"), rows, "lrrrr")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -43,7 +43,7 @@ def test_a_less_accurate_operator_breaks_it(monkeypatch: pytest.MonkeyPatch) -> 
     errors = list(numerics.errors_of(problem, "float32", "cpu", seed=0))
     assert {error.implementation for error in errors if error.kept is False} == {"triton", "torch"}
     table = numerics.as_table(errors)
-    assert "broken: gradient 0, output" in str(list(table.columns[-1].cells))
+    assert "broken: gradient 0, output" in table.rows[-1][-1]
 
 
 def test_nan_breaks_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,6 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
-from rich.table import Table
-
 
 @dataclass(frozen=True)
 class Decision:
@@ -30,7 +28,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What `fastformer.accelerate` replaced in a model, what it left, and why. Printing it shows a table."""
+    """What `fastformer.accelerate` replaced in a model, what it left, and why, as printing it shows."""
 
     model: str
     decisions: list[Decision] = field(default_factory=list)
@@ -53,19 +51,6 @@ class Acceleration:
             for (part, class_name, replaced, detail), count in self._kinds().items()
         ]
         return "\n".join([f"{self.model}: {len(self.replaced)} parts replaced, {len(self.left)} left", *lines])
-
-    def __rich__(self) -> Table:
-        table = Table(title=f"{self.model}: {len(self.replaced)} parts replaced, {len(self.left)} left")
-        for column, justify in (
-            ("part", "left"),
-            ("class", "left"),
-            ("modules", "right"),
-            ("what became of it", "left"),
-        ):
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
-        for (part, class_name, replaced, detail), count in self._kinds().items():
-            table.add_row(part, class_name, str(count), f"{'replaced by' if replaced else 'left:'} {detail}")
-        return table
 
     def _kinds(self) -> Counter[tuple[str, str, bool, str]]:
         """How many decisions are alike but for the module's name, in the order of the model."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
+from fastformer.console import Progress
 from fastformer.models.conversion.folders import FORMATS, Conversion, convert
 from fastformer.models.conversion.models import ARCHITECTURES
 
@@ -42,8 +41,6 @@ Weights are never unpickled: SRC holds safetensors. Dropout in training is place
 before DistilBERT's span, behind T5's last norm, and before the dense layer of RoBERTa's classifier.
 """
 
-_console = Console(highlight=False, soft_wrap=True)
-
 
 def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer convert`` with the arguments that follow.
@@ -53,7 +50,7 @@ def main(arguments: list[str], begin: float) -> None:
     """
     options = _parser().parse_args(arguments)
     transformers_logging.set_verbosity_error()
-    with _progress_bar() as bar:
+    with contextlib.ExitStack() as stack:
         done = convert(
             options.source,
             options.target,
@@ -61,12 +58,12 @@ def main(arguments: list[str], begin: float) -> None:
             class_name=options.class_name,
             drop=options.drop,
             shard_bytes=int(options.shard_size * 1e9),
-            progress=lambda total: _advance(bar, total),
+            progress=lambda total: stack.enter_context(Progress("tensors", total)).advance,
         )
     if options.json:
-        _console.print_json(json.dumps(asdict(done)))
-        return
-    _report(done, options.target)
+        print(json.dumps(asdict(done), indent=2))
+    else:
+        _report(done, options.target)
 
 
 def _parser() -> ArgumentParser:
@@ -93,21 +90,10 @@ def _positive(text: str) -> float:
     return value
 
 
-def _progress_bar() -> Progress:
-    columns = (TextColumn("tensors"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _advance(bar: Progress, total: int) -> Callable[[], None]:
-    task = bar.add_task("tensors", total=total)
-    return lambda: bar.advance(task)
-
-
 def _report(done: Conversion, target: Path) -> None:
     companions = f", with {', '.join(done.companions)}" if done.companions else ""
-    _console.print(
+    print(
         f"{done.source_format} {done.source_class} -> {done.target_format} {done.target_class}: "
         f"{done.tensors} tensors, {done.parameters / 1e6:.2f} M parameters"
     )
-    _console.print(f"{target}{companions}")
+    print(f"{target}{companions}")

@@ -1,0 +1,146 @@
+"""What commands show: tables as plain text, and one line of progress on standard error."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Line = TypeVar("Line", bound="StatusLine")
+
+_GAP = "  "
+_NARROWEST = 8
+# Lines of title and note.
+_LONGEST = 100
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under headings. `print(table)` breaks cells into lines where a terminal is too narrow for them.
+
+    Args:
+        headings: of the columns; if all are empty, none are shown.
+        rows: as many cells each as there are headings.
+        align: "l" or "r" for each column: its cells are set left or right.
+        title: the text above.
+        note: the text below.
+    """
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    align: str
+    title: str = ""
+    note: str = ""
+
+    def __str__(self) -> str:
+        return self.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+
+    def text(self, limit: int | None = None) -> str:
+        """The table in lines of at most `limit` characters, if it has no more columns than fit; None: of any length."""
+        widths, longest = self._widths(limit), min(limit or _LONGEST, _LONGEST)
+        lines = textwrap.wrap(self.title, longest)
+        if any(self.headings):
+            lines += [*self._lines(self.headings, widths), _GAP.join("-" * width for width in widths)]
+        for row in self.rows:
+            lines += self._lines(row, widths)
+        return "\n".join([*lines, *textwrap.wrap(self.note, longest)])
+
+    def _widths(self, limit: int | None) -> list[int]:
+        """Of the columns: of their longest cells, and where that is too much the widest columns lose some."""
+        widths = [max(map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
+        room = sum(widths) if limit is None else limit - len(_GAP) * (len(widths) - 1)
+        while sum(widths) > room and max(widths) > _NARROWEST:
+            widths[widths.index(max(widths))] -= 1
+        return widths
+
+    def _lines(self, row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+        cells = [_broken(cell, width) for cell, width in zip(row, widths, strict=True)]
+        for number in range(max(map(len, cells))):
+            parts = (cell[number] if number < len(cell) else "" for cell in cells)
+            yield _GAP.join(map(_set, parts, widths, self.align)).rstrip()
+
+
+def _broken(cell: str, width: int) -> list[str]:
+    return [cell] if len(cell) <= width else textwrap.wrap(cell, width)
+
+
+def _set(text: str, width: int, side: str) -> str:
+    return text.rjust(width) if side == "r" else text.ljust(width)
+
+
+class StatusLine:
+    """A line on standard error that is written anew until it is cleared. Nothing is shown where that is no terminal."""
+
+    def __init__(self) -> None:
+        self.live = sys.stderr.isatty()
+        self._written = 0.0
+
+    def __enter__(self: Line) -> Line:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.clear()
+
+    def show(self, text: str) -> None:
+        """Show `text` if the last was shown a moment ago."""
+        if self.live and time.monotonic() - self._written >= 0.1:
+            self._written = time.monotonic()
+            self._write(text[: shutil.get_terminal_size().columns - 1])
+
+    def clear(self) -> None:
+        """Before anything else is printed, and at the end."""
+        if self.live and self._written:
+            self._written = 0.0
+            self._write("")
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(f"\r{text}\x1b[K")
+        sys.stderr.flush()
+
+
+class Progress(StatusLine):
+    """How far some work is.
+
+    Args:
+        description: what is being done.
+        total: how much there is to do, if that is known.
+        unit: of what is counted.
+    """
+
+    def __init__(self, description: str, total: int | None = None, unit: str = "") -> None:
+        super().__init__()
+        self._description, self._total, self._unit = description, total, unit and f" {unit}"
+        self._done, self._begin = 0, time.monotonic()
+        self.advance(0)
+
+    def advance(self, amount: int = 1) -> None:
+        """Say that so much more is done."""
+        self._done += amount
+        passed = time.monotonic() - self._begin
+        of = "" if self._total is None else f"/{self._total:,}"
+        left = f", {clock(passed * (self._total / self._done - 1))} left" if self._total and self._done else ""
+        self.show(f"{self._description} {self._done:,}{of}{self._unit}  {clock(passed)}{left}")
+
+
+def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+    """The items, with their progress shown.
+
+    Args:
+        total: their number, if they have no length.
+    """
+    count = len(items) if total is None and isinstance(items, Sequence) else total
+    with Progress(description, count) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
+def clock(seconds: float) -> str:
+    """A duration as minutes and seconds, or hours, minutes and seconds."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
