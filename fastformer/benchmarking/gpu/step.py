@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+Launch = Callable[[], object]
+"""A call of Fastformer on tensors of device ``meta``."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -77,4 +80,4 @@ class Step:
     title: str
     seconds: float
     run: Callable[[Setting], Iterator[Record]]
-    launches: Callable[[], Iterator[Callable[[], object]]] | None = None
+    launches: Callable[[], Iterator[Launch]] | None = None

@@ -1,0 +1,55 @@
+"""The first training step of a layer in a fresh process, with kernels compiled beforehand and without any."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import torch
+
+from fastformer.benchmarking.first_call import step
+from fastformer.benchmarking.gpu.step import Launch, Record, Setting, Step
+from fastformer.benchmarking.measurement import OURS
+
+_CASE = "encoder layer, forward and backward"
+
+
+def _run(setting: Setting) -> Iterator[Record]:
+    """Of the cache that the benchmark was given, of an empty one, and of the peers, who need none."""
+    ahead = os.environ.get("TRITON_CACHE_DIR")
+    if ahead is None:
+        yield Record(_CASE, OURS, "compiled beforehand", None, "s", "no --cache was given")
+    else:
+        yield _first("fastformer", OURS, "compiled beforehand", ahead, setting)
+    peers = ("torch.nn",) if setting.dry else ("torch.nn", "torch.compile(torch.nn)")
+    for peer in ("fastformer", *peers):
+        with tempfile.TemporaryDirectory() as empty:
+            metric = "nothing compiled" if peer != "torch.nn" else "compiled beforehand"
+            yield _first(peer, OURS if peer == "fastformer" else peer, metric, empty, setting)
+
+
+def _first(peer: str, name: str, metric: str, cache: str, setting: Setting) -> Record:
+    variables = {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
+    if setting.dry:
+        variables["FASTFORMER_BACKEND"] = "torch"  # a whole layer takes minutes in the interpreter
+    done = subprocess.run(
+        [sys.executable, "-m", "fastformer.benchmarking.first_call", peer, setting.device.type],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=max(setting.left, 1.0),
+    )
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        return Record(_CASE, name, metric, None, "s", done.stderr.strip().splitlines()[-1])
+    return Record(_CASE, name, metric, float(done.stdout.splitlines()[-1]), "s")
+
+
+def _launches() -> Iterator[Launch]:
+    yield step("fastformer", torch.device("meta"))
+
+
+STEP = Step("first_call", "a fresh process's first step, with and without compiled kernels", 20, _run, _launches)
