@@ -26,8 +26,6 @@ from fastformer_kernels.attention.arguments import (
     sum_by_distance,
 )
 from fastformer_kernels.attention.kernel_arguments import (
-    Addend,
-    Relative,
     Sizes,
     addend,
     features,
@@ -53,14 +51,15 @@ from fastformer_kernels.attention.tiles import (
     LOG2_E,
     NO_BORDERS,
     ONE_LOOP,
-    at_head,
     bias_and_mask,
+    bias_at_head,
     border_start,
     border_tiles,
     dropout_keep,
     key_bounds,
     key_ranges,
     load_rows,
+    mask_at_head,
     prefix_length,
     query_bounds,
     query_ranges,
@@ -82,13 +81,18 @@ class ScoreGradients(NamedTuple):
     """Where the gradients of what is added to the scores go.
 
     Attributes:
-        bias: float32, like the bias, added to atomically.
-        relative: float32, like the relative bias, added to atomically.
+        bias: float32, like the bias, added to atomically; with its strides, those of an `Addend`.
+        relative, max_distance: a `Relative`, float32, added to atomically.
         slopes, head_scales: (batch, heads, tiles) float32, one element for each program and head.
     """
 
-    bias: Addend
-    relative: Relative
+    bias: torch.Tensor | None
+    bias_stride_b: int
+    bias_stride_h: int
+    bias_stride_m: int
+    bias_stride_n: int
+    relative: torch.Tensor | None
+    max_distance: int
     slopes: torch.Tensor | None
     head_scales: torch.Tensor | None
 
@@ -183,9 +187,9 @@ def _weights_and_gradient(
     )
     weights = tl.exp2(scores * multiplier - exponent)
     dropped = weights
-    if features.dropout.seed is not None:
-        dropped = tl.where(keep, weights * features.dropout.scale, 0.0)
-        dweights = tl.where(keep, dweights * features.dropout.scale, 0.0)
+    if features.seed is not None:
+        dropped = tl.where(keep, weights * features.kept_scale, 0.0)
+        dweights = tl.where(keep, dweights * features.kept_scale, 0.0)
     dbias = weights * (dweights - delta)
     dscores = dbias
     if features.softcap is not None:
@@ -223,25 +227,25 @@ def _add_score_gradients(
 ):
     """Add a tile of the scores' gradient to that of bias and relative bias; returns the sums so far, by row of the
     tile, of the slope's gradient and the scale's."""
-    if gradients.bias.pointer is not None:
-        pointer = at_head(gradients.bias, batch, head)
-        at_query = query.to(tl.int64) * gradients.bias.stride_m
-        at_key = key.to(tl.int64) * gradients.bias.stride_n
+    if gradients.bias is not None:
+        pointer = bias_at_head(gradients, batch, head)
+        at_query = query.to(tl.int64) * gradients.bias_stride_m
+        at_key = key.to(tl.int64) * gradients.bias_stride_n
         valid = (query < queries) & (key < keys)
         # A stride of zero means that the bias broadcasts: sum first what shares an element.
-        if gradients.bias.stride_m == 0 and gradients.bias.stride_n == 0:
+        if gradients.bias_stride_m == 0 and gradients.bias_stride_n == 0:
             total = tl.sum(tl.sum(dbias, axis=1), axis=0)
             tl.atomic_add(pointer, total, sem="relaxed")
-        elif gradients.bias.stride_m == 0:
+        elif gradients.bias_stride_m == 0:
             sums = tl.sum(dbias, axis=QUERY_AXIS, keep_dims=True)
             tl.atomic_add(pointer + at_key, sums, mask=key < keys, sem="relaxed")
-        elif gradients.bias.stride_n == 0:
+        elif gradients.bias_stride_n == 0:
             sums = tl.sum(dbias, axis=1 - QUERY_AXIS, keep_dims=True)
             tl.atomic_add(pointer + at_query, sums, mask=query < queries, sem="relaxed")
         else:
             tl.atomic_add(pointer + at_query + at_key, dbias, mask=valid, sem="relaxed")
-    if gradients.relative.pointer is not None:
-        _add_relative_gradient(gradients.relative, dbias, query, key, offset, head, QUERY_AXIS)
+    if gradients.relative is not None:
+        _add_relative_gradient(gradients, dbias, query, key, offset, head, QUERY_AXIS)
     if gradients.slopes is not None:
         distance = tl.abs(key - query - offset).to(tl.float32)
         dslope -= tl.sum(dbias * distance, axis=1)
@@ -261,7 +265,7 @@ def _store_program_sums(gradients, dslope, dscale, batch, head, heads, tile, til
 
 
 @triton.jit
-def _add_relative_gradient(gradient, dbias, query, key, offset, head, QUERY_AXIS: tl.constexpr):
+def _add_relative_gradient(gradients, dbias, query, key, offset, head, QUERY_AXIS: tl.constexpr):
     """Sum a tile along its diagonals, on each of which key - query is constant, and add the sums.
 
     Row i is rotated by i places, which turns diagonals into columns: column c then holds the diagonal c, and that
@@ -273,12 +277,12 @@ def _add_relative_gradient(gradient, dbias, query, key, offset, head, QUERY_AXIS
     place = tl.arange(0, ROWS)[:, None] + column[None, :]
     rotated = tl.gather(dbias, place % COLUMNS, 1)
     corner = tl.min(key) - tl.min(query) - offset
-    pointer = gradient.pointer + head * (2 * gradient.max_distance + 1) + gradient.max_distance
+    pointer = relative_at_head(gradients, head)
     for wraps in tl.static_range((ROWS + COLUMNS - 2) // COLUMNS + 1):
         sums = tl.sum(tl.where(place // COLUMNS == wraps, rotated, 0.0), axis=0)
         shift = column - wraps * COLUMNS
         distance = corner + (shift if QUERY_AXIS == 0 else -shift)
-        distance = tl.minimum(tl.maximum(distance, -gradient.max_distance), gradient.max_distance)
+        distance = tl.minimum(tl.maximum(distance, -gradients.max_distance), gradients.max_distance)
         tl.atomic_add(pointer + distance, sums, sem="relaxed")
 
 
@@ -431,7 +435,7 @@ def _key_value_gradient_tile(
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     low, whole_low, whole_high, high = query_ranges(
-        first, queries, keys, offset, prefix, features.limits, PREFIX, BLOCK_M, BLOCK_N
+        first, queries, keys, offset, prefix, features, PREFIX, BLOCK_M, BLOCK_N
     )
     if first >= keys:
         low, whole_low, whole_high, high = queries, queries, queries, queries
@@ -542,8 +546,8 @@ def _meet_queries(
     """Take one head's queries into dK and dV of a tile of keys, whole tiles first, then those that need a test."""
     scale = scale_of(features, head)
     slope = slope_of(features, batch, head)
-    mask_pointer = at_head(features.mask, batch, head)
-    bias_pointer = at_head(features.bias, batch, head)
+    mask_pointer = mask_at_head(features, batch, head)
+    bias_pointer = bias_at_head(features, batch, head)
     relative_pointer = relative_at_head(features, head)
     key = (tile * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     dslope = tl.zeros((BLOCK_N,), tl.float32)
@@ -580,10 +584,8 @@ def _meet_queries(
             nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             raw_scores = dot(key_tile, tl.trans(q_tile), nothing, INPUT_PRECISION)
             keep = None
-            if features.dropout.seed is not None:
-                keep = tl.trans(
-                    dropout_keep(features.dropout, batch * heads + head, start, tile * BLOCK_N, BLOCK_M, BLOCK_N)
-                )
+            if features.seed is not None:
+                keep = tl.trans(dropout_keep(features, batch * heads + head, start, tile * BLOCK_N, BLOCK_M, BLOCK_N))
             weights, dscores, dbias = _weights_and_gradient(
                 raw_scores,
                 dot(value_tile, tl.trans(do_tile), nothing, INPUT_PRECISION),
@@ -792,14 +794,14 @@ def _query_gradient_tile(
     )
     scale = scale_of(features, head)
     slope = slope_of(features, batch, head)
-    mask_pointer = at_head(features.mask, batch, head)
-    bias_pointer = at_head(features.bias, batch, head)
+    mask_pointer = mask_at_head(features, batch, head)
+    bias_pointer = bias_at_head(features, batch, head)
     relative_pointer = relative_at_head(features, head)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dslope = tl.zeros((BLOCK_M,), tl.float32)
     dscale = tl.zeros((BLOCK_M,), tl.float32)
     low, whole_low, whole_high, high = key_ranges(
-        first, queries, keys, offset, prefix, features.limits, PREFIX, BLOCK_M, BLOCK_N
+        first, queries, keys, offset, prefix, features, PREFIX, BLOCK_M, BLOCK_N
     )
     # A packed sequence may have fewer tiles than the longest one: nothing is loaded then, and nothing stored.
     if first >= queries:
@@ -824,8 +826,8 @@ def _query_gradient_tile(
             nothing = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             raw_scores = dot(q_tile, tl.trans(key_tile), nothing, INPUT_PRECISION)
             keep = None
-            if features.dropout.seed is not None:
-                keep = dropout_keep(features.dropout, batch * heads + head, first, start, BLOCK_M, BLOCK_N)
+            if features.seed is not None:
+                keep = dropout_keep(features, batch * heads + head, first, start, BLOCK_M, BLOCK_N)
             _, dscores, dbias = _weights_and_gradient(
                 raw_scores,
                 dot(do_tile, tl.trans(value_tile), nothing, INPUT_PRECISION),
@@ -928,7 +930,7 @@ def attention_backward(
     return AttentionGradients(grad_query, grad_key, grad_value, *learned)
 
 
-_NO_GRADIENTS = ScoreGradients(addend(None), relative(None), None, None)
+_NO_GRADIENTS = ScoreGradients(*addend(None), *relative(None), slopes=None, head_scales=None)
 
 
 def _score_gradients(
@@ -948,8 +950,8 @@ def _score_gradients(
         bias_shape = torch.Size((batch, heads, arguments.max_seqlen_q, arguments.max_seqlen_k))
         relative_shape = None
     return ScoreGradients(
-        bias=addend(None if bias_shape is None else zeros(bias_shape)),
-        relative=relative(None if relative_shape is None else zeros(relative_shape)),
+        *addend(None if bias_shape is None else zeros(bias_shape)),
+        *relative(None if relative_shape is None else zeros(relative_shape)),
         slopes=parts() if needed.alibi_slopes else None,
         head_scales=parts() if needed.head_scales else None,
     )
@@ -964,7 +966,7 @@ def _learned_gradients(
 ) -> Learned[torch.Tensor]:
     """The gradients in the shapes and dtypes of their arguments."""
     grad_bias, grad_relative, grad_slopes, grad_scales, grad_sinks = (lse.new_empty(0) for _ in Learned._fields)
-    scores, sums = gradients.bias.pointer, gradients.relative.pointer
+    scores, sums = gradients.bias, gradients.relative
     if needed.bias and arguments.bias is not None and scores is not None:
         grad_bias = scores.sum_to_size(arguments.bias.shape).to(arguments.bias.dtype)
     if needed.relative and arguments.relative_bias is not None:

@@ -27,14 +27,15 @@ from fastformer_kernels.attention.tiles import (
     LOG2_E,
     NO_BORDERS,
     ONE_LOOP,
-    at_head,
     bias_and_mask,
+    bias_at_head,
     border_start,
     border_tiles,
     dropout_keep,
     key_bounds,
     key_ranges,
     load_rows,
+    mask_at_head,
     prefix_length,
     query_bounds,
     relative_at_head,
@@ -131,8 +132,8 @@ def _attend(
         weights = tl.exp2(scores * multiplier - shift[:, None])
         rescale = tl.exp2(maximum - shift)
         total = total * rescale + tl.sum(weights, axis=1)
-        if features.dropout.seed is not None:
-            keep = dropout_keep(features.dropout, dropout_row, first, start, q.shape[0], BLOCK_N)
+        if features.seed is not None:
+            keep = dropout_keep(features, dropout_row, first, start, q.shape[0], BLOCK_N)
             weights = tl.where(keep, weights, 0.0)
         value_tile = load_rows(
             v_source, start, keys, v.stride_row, v.stride_dim, value_dim, BLOCK_N, BLOCK_V, BORDER, DESCRIPTORS
@@ -283,8 +284,8 @@ def _forward_tile(
     )
     scale = scale_of(features, head)
     slope = slope_of(features, batch, head)
-    mask_pointer = at_head(features.mask, batch, head)
-    bias_pointer = at_head(features.bias, batch, head)
+    mask_pointer = mask_at_head(features, batch, head)
+    bias_pointer = bias_at_head(features, batch, head)
     relative_pointer = relative_at_head(features, head)
     query = first + tl.arange(0, BLOCK_M)
 
@@ -295,7 +296,7 @@ def _forward_tile(
         maximum = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_pointer + head) * LOG2_E
         total = tl.where(maximum == float("-inf"), 0.0, 1.0)
     low, whole_low, whole_high, high = key_ranges(
-        first, queries, keys, offset, prefix, features.limits, PREFIX, BLOCK_M, BLOCK_N
+        first, queries, keys, offset, prefix, features, PREFIX, BLOCK_M, BLOCK_N
     )
     # A packed sequence may have fewer tiles than the longest one: nothing is loaded then, and nothing stored.
     if first >= queries:
@@ -341,7 +342,7 @@ def _forward_tile(
             BLOCK_V,
         )
     empty = total == 0.0
-    output = accumulator * (features.dropout.scale / tl.where(empty, 1.0, total))[:, None]
+    output = accumulator * (features.kept_scale / tl.where(empty, 1.0, total))[:, None]
     row_lse = tl.where(empty, float("-inf"), maximum * LN_2 + tl.log(tl.where(empty, 1.0, total)))
     lse_pointer = lse.pointer + batch * lse.stride_b + head * lse.stride_h + q_start
     tl.store(lse_pointer + query, row_lse, mask=query < queries)

@@ -1,4 +1,7 @@
-"""The attention kernels' arguments in groups. A field that is None is absent at compile time and costs nothing."""
+"""The attention kernels' arguments in groups. A field that is None is absent at compile time and costs nothing.
+
+No group holds another one: Triton 3.6 forgets the constants of a named tuple within a named tuple.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class Rows(NamedTuple):
 
 
 class Addend(NamedTuple):
-    """A mask, a bias or a bias's gradient: (batch, heads, queries, keys), stride 0 where it broadcasts."""
+    """A mask, a bias, a bias's gradient or weights: (batch, heads, queries, keys), stride 0 where it broadcasts."""
 
     pointer: torch.Tensor | None
     stride_b: int
@@ -54,35 +57,41 @@ class Lengths(NamedTuple):
     prefix_lengths: torch.Tensor | None
 
 
-class Limits(NamedTuple):
-    """Whom a query may attend to by position: distances to either side and the chunk's size."""
-
-    left: int | None
-    right: int | None
-    chunk: int | None
-
-
-class Dropout(NamedTuple):
-    """The generator's state on the device, the word below which a weight is dropped, and 1 / (1 - p)."""
-
-    seed: torch.Tensor | None
-    threshold: int
-    scale: float
-
-
 class Features(NamedTuple):
-    """What turns products of queries and keys into weights."""
+    """What turns products of queries and keys into weights.
+
+    Attributes:
+        mask, bias: with their strides, those of an `Addend`.
+        relative, max_distance: a `Relative`.
+        left, right, chunk: whom a query may attend to by position: distances to either side and the chunk's size.
+        seed: the dropout generator's state on the device.
+        threshold: the random word below which a weight is dropped.
+        kept_scale: of the weights that are kept, 1 / (1 - p).
+    """
 
     scale: float
     head_scales: torch.Tensor | None
     softcap: float | None
-    mask: Addend
-    bias: Addend
-    relative: Relative
+    mask: torch.Tensor | None
+    mask_stride_b: int
+    mask_stride_h: int
+    mask_stride_m: int
+    mask_stride_n: int
+    bias: torch.Tensor | None
+    bias_stride_b: int
+    bias_stride_h: int
+    bias_stride_m: int
+    bias_stride_n: int
+    relative: torch.Tensor | None
+    max_distance: int
     slopes: torch.Tensor | None
     slopes_stride_b: int
-    limits: Limits
-    dropout: Dropout
+    left: int | None
+    right: int | None
+    chunk: int | None
+    seed: torch.Tensor | None
+    threshold: int
+    kept_scale: float
 
 
 class Sizes(NamedTuple):
@@ -147,22 +156,20 @@ def features(arguments: AttentionArguments) -> Features:
     """What turns products of queries and keys into weights."""
     slopes = arguments.alibi_slopes
     return Features(
-        scale=arguments.scale,
-        head_scales=arguments.head_scales,
-        softcap=arguments.softcap or None,
-        mask=addend(arguments.mask),
-        bias=addend(arguments.bias),
-        relative=relative(arguments.relative_bias),
-        slopes=slopes,
+        arguments.scale,
+        arguments.head_scales,
+        arguments.softcap or None,
+        *addend(arguments.mask),
+        *addend(arguments.bias),
+        *relative(arguments.relative_bias),
+        slopes,
         slopes_stride_b=0 if slopes is None or slopes.shape[0] == 1 else slopes.stride(0),
-        limits=Limits(
-            None if arguments.left == UNBOUNDED else arguments.left,
-            None if arguments.right == UNBOUNDED else arguments.right,
-            arguments.chunk or None,
-        ),
-        dropout=Dropout(
-            arguments.seed, min(round(arguments.dropout_p * 2**32), 2**32 - 1), 1.0 / (1.0 - arguments.dropout_p)
-        ),
+        left=None if arguments.left == UNBOUNDED else arguments.left,
+        right=None if arguments.right == UNBOUNDED else arguments.right,
+        chunk=arguments.chunk or None,
+        seed=arguments.seed,
+        threshold=min(round(arguments.dropout_p * 2**32), 2**32 - 1),
+        kept_scale=1.0 / (1.0 - arguments.dropout_p),
     )
 
 

@@ -78,7 +78,7 @@ def _chunk_start(position, chunk):
 
 @triton.jit
 def key_ranges(
-    first, queries, keys, offset, prefix, limits, PREFIX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    first, queries, keys, offset, prefix, features, PREFIX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """The keys that the queries from `first` meet: [low, whole_low) and [whole_high, high) in tiles that need a test,
     [whole_low, whole_high) in tiles that need none. All but `high` are multiples of BLOCK_N."""
@@ -88,26 +88,26 @@ def key_ranges(
     whole_low = low
     high = keys
     whole_high = keys
-    if limits.right is not None:
-        high = tl.minimum(high, last_position + limits.right + 1)
-        whole_high = tl.minimum(whole_high, first_position + limits.right + 1)
+    if features.right is not None:
+        high = tl.minimum(high, last_position + features.right + 1)
+        whole_high = tl.minimum(whole_high, first_position + features.right + 1)
         if PREFIX:
             high = tl.maximum(high, tl.minimum(prefix, keys))
             whole_high = tl.maximum(whole_high, tl.minimum(prefix, keys))
-    if limits.left is not None:
-        low = tl.maximum(low, first_position - limits.left)
-        whole_low = tl.maximum(whole_low, last_position - limits.left)
-    if limits.chunk is not None:
-        low = tl.maximum(low, _chunk_start(first_position, limits.chunk))
-        whole_low = tl.maximum(whole_low, _chunk_start(last_position, limits.chunk))
-        high = tl.minimum(high, _chunk_start(last_position, limits.chunk) + limits.chunk)
-        whole_high = tl.minimum(whole_high, _chunk_start(first_position, limits.chunk) + limits.chunk)
+    if features.left is not None:
+        low = tl.maximum(low, first_position - features.left)
+        whole_low = tl.maximum(whole_low, last_position - features.left)
+    if features.chunk is not None:
+        low = tl.maximum(low, _chunk_start(first_position, features.chunk))
+        whole_low = tl.maximum(whole_low, _chunk_start(last_position, features.chunk))
+        high = tl.minimum(high, _chunk_start(last_position, features.chunk) + features.chunk)
+        whole_high = tl.minimum(whole_high, _chunk_start(first_position, features.chunk) + features.chunk)
     return _in_tiles(low, whole_low, whole_high, high, BLOCK_N)
 
 
 @triton.jit
 def query_ranges(
-    first, queries, keys, offset, prefix, limits, PREFIX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    first, queries, keys, offset, prefix, features, PREFIX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """The queries that meet the keys from `first`, split as in `key_ranges`."""
     last = tl.minimum(first + BLOCK_N, keys) - 1
@@ -115,20 +115,20 @@ def query_ranges(
     whole_low = low
     high = queries
     whole_high = queries
-    if limits.right is not None:
-        low = tl.maximum(low, first - offset - limits.right)
-        whole_low = tl.maximum(whole_low, last - offset - limits.right)
+    if features.right is not None:
+        low = tl.maximum(low, first - offset - features.right)
+        whole_low = tl.maximum(whole_low, last - offset - features.right)
         if PREFIX:
             low = tl.where(first < prefix, 0, low)
             whole_low = tl.where(last < prefix, 0, whole_low)
-    if limits.left is not None:
-        high = tl.minimum(high, last - offset + limits.left + 1)
-        whole_high = tl.minimum(whole_high, first - offset + limits.left + 1)
-    if limits.chunk is not None:
-        low = tl.maximum(low, _chunk_start(first, limits.chunk) - offset)
-        whole_low = tl.maximum(whole_low, _chunk_start(last, limits.chunk) - offset)
-        high = tl.minimum(high, _chunk_start(last, limits.chunk) + limits.chunk - offset)
-        whole_high = tl.minimum(whole_high, _chunk_start(first, limits.chunk) + limits.chunk - offset)
+    if features.left is not None:
+        high = tl.minimum(high, last - offset + features.left + 1)
+        whole_high = tl.minimum(whole_high, first - offset + features.left + 1)
+    if features.chunk is not None:
+        low = tl.maximum(low, _chunk_start(first, features.chunk) - offset)
+        whole_low = tl.maximum(whole_low, _chunk_start(last, features.chunk) - offset)
+        high = tl.minimum(high, _chunk_start(last, features.chunk) + features.chunk - offset)
+        whole_high = tl.minimum(whole_high, _chunk_start(first, features.chunk) + features.chunk - offset)
     if last < first + BLOCK_N - 1:
         # Rows beyond the last key must be masked, in every tile.
         whole_low = high
@@ -252,11 +252,20 @@ def tanh(x):
 
 
 @triton.jit
-def at_head(addend, batch, head):
-    """The pointer of a mask or bias at (batch, head), or None."""
-    pointer = addend.pointer
-    if addend.pointer is not None:
-        pointer = addend.pointer + batch * addend.stride_b + head * addend.stride_h
+def mask_at_head(features, batch, head):
+    """The pointer of the mask at (batch, head), or None."""
+    pointer = features.mask
+    if features.mask is not None:
+        pointer = features.mask + batch * features.mask_stride_b + head * features.mask_stride_h
+    return pointer
+
+
+@triton.jit
+def bias_at_head(features, batch, head):
+    """The pointer of the bias, or of its gradient, at (batch, head), or None."""
+    pointer = features.bias
+    if features.bias is not None:
+        pointer = features.bias + batch * features.bias_stride_b + head * features.bias_stride_h
     return pointer
 
 
@@ -271,11 +280,10 @@ def slope_of(features, batch, head):
 
 @triton.jit
 def relative_at_head(features, head):
-    """The pointer of a head's bias for distance 0, or None."""
-    pointer = features.relative.pointer
-    if features.relative.pointer is not None:
-        distance = features.relative.max_distance
-        pointer = features.relative.pointer + head * (2 * distance + 1) + distance
+    """The pointer of a head's bias for distance 0, or of its gradient, or None."""
+    pointer = features.relative
+    if features.relative is not None:
+        pointer = features.relative + head * (2 * features.max_distance + 1) + features.max_distance
     return pointer
 
 
@@ -306,39 +314,37 @@ def bias_and_mask(
     BORDER: tl.constexpr,
 ):
     """Add every bias to a tile of scores, and set what may not be attended to to -inf."""
-    limits = features.limits
     distance = key - query - offset
     inside = (query < queries) & (key < keys)
     if slope is not None:
         scores -= slope * LOG2_E * tl.abs(distance).to(tl.float32)
     if relative_pointer is not None:
-        reach = features.relative.max_distance
-        at = tl.minimum(tl.maximum(distance, -reach), reach)
+        at = tl.minimum(tl.maximum(distance, -features.max_distance), features.max_distance)
         scores += tl.load(relative_pointer + at).to(tl.float32) * LOG2_E
     if bias_pointer is not None:
-        at = query.to(tl.int64) * features.bias.stride_m + key.to(tl.int64) * features.bias.stride_n
+        at = query.to(tl.int64) * features.bias_stride_m + key.to(tl.int64) * features.bias_stride_n
         scores += tl.load(bias_pointer + at, mask=inside, other=0.0).to(tl.float32) * LOG2_E
     if mask_pointer is not None:
-        at = query.to(tl.int64) * features.mask.stride_m + key.to(tl.int64) * features.mask.stride_n
+        at = query.to(tl.int64) * features.mask_stride_m + key.to(tl.int64) * features.mask_stride_n
         scores = tl.where(tl.load(mask_pointer + at, mask=inside, other=0) != 0, scores, float("-inf"))
     if BORDER:
         allowed = inside
-        if limits.right is not None:
+        if features.right is not None:
             if PREFIX:
-                allowed = allowed & ((distance <= limits.right) | (key < prefix))
+                allowed = allowed & ((distance <= features.right) | (key < prefix))
             else:
-                allowed = allowed & (distance <= limits.right)
-        if limits.left is not None:
-            allowed = allowed & (distance >= -limits.left)
-        if limits.chunk is not None:
-            start = _chunk_start(query + offset, limits.chunk)
-            allowed = allowed & (key >= start) & (key < start + limits.chunk)
+                allowed = allowed & (distance <= features.right)
+        if features.left is not None:
+            allowed = allowed & (distance >= -features.left)
+        if features.chunk is not None:
+            start = _chunk_start(query + offset, features.chunk)
+            allowed = allowed & (key >= start) & (key < start + features.chunk)
         scores = tl.where(allowed, scores, float("-inf"))
     return scores
 
 
 @triton.jit
-def dropout_keep(dropout, row, first_query, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def dropout_keep(features, row, first_query, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which weights dropout keeps, (BLOCK_M, BLOCK_N): Philox-4x32-10 of (seed, offset, batch and head, query, key).
 
     The four words drawn at once serve four neighbouring keys; `first_key` is a multiple of four.
@@ -347,13 +353,13 @@ def dropout_keep(dropout, row, first_query, first_key, BLOCK_M: tl.constexpr, BL
     group = (first_key // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)[None, :]
     zero = query * 0 + group * 0
     word_0, word_1, word_2, word_3 = tl.philox(
-        tl.load(dropout.seed),
+        tl.load(features.seed),
         group + zero,
         query + zero,
         row.to(tl.uint32) + zero,
-        tl.load(dropout.seed + 1).to(tl.uint32) + zero,
+        tl.load(features.seed + 1).to(tl.uint32) + zero,
     )
-    threshold = tl.full((1, 1), dropout.threshold, tl.uint32)
+    threshold = tl.full((1, 1), features.threshold, tl.uint32)
     even = tl.join(word_0.to(tl.uint32, bitcast=True) >= threshold, word_2.to(tl.uint32, bitcast=True) >= threshold)
     odd = tl.join(word_1.to(tl.uint32, bitcast=True) >= threshold, word_3.to(tl.uint32, bitcast=True) >= threshold)
     return tl.reshape(tl.join(even, odd), (BLOCK_M, BLOCK_N))

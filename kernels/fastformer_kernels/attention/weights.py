@@ -11,10 +11,11 @@ from fastformer_kernels.attention.kernel_arguments import addend, features, leng
 from fastformer_kernels.attention.launch import weights_configuration
 from fastformer_kernels.attention.tiles import (
     LOG2_E,
-    at_head,
     bias_and_mask,
+    bias_at_head,
     key_bounds,
     load_rows,
+    mask_at_head,
     prefix_length,
     query_bounds,
     relative_at_head,
@@ -89,8 +90,8 @@ def _attention_weights_kernel(
         offset,
         prefix_length(batch, lengths),
         slope_of(features, batch, head),
-        at_head(features.mask, batch, head),
-        at_head(features.bias, batch, head),
+        mask_at_head(features, batch, head),
+        bias_at_head(features, batch, head),
         relative_at_head(features, head),
         features,
         PREFIX,

@@ -36,7 +36,11 @@ def _tile(tokens, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 
 @triton.jit
 def _load(pointer, offsets, valid):
-    return None if pointer is None else tl.load(pointer + offsets, mask=valid, other=0.0).to(tl.float32)
+    """Elements as float32, or None without a pointer."""
+    x = None
+    if pointer is not None:
+        x = tl.load(pointer + offsets, mask=valid, other=0.0).to(tl.float32)
+    return x
 
 
 @triton.jit
