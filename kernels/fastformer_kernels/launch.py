@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -77,21 +77,31 @@ def architecture_of(tensor: torch.Tensor) -> Architecture:
     """The architecture of the device that holds `tensor`; an unknown one is taken for its nearest older relative."""
     if _target is not None:
         return _target
-    if not tensor.is_cuda or not torch.cuda.is_available():
-        return INTERPRETER
-    return _architecture_of_device(tensor.device.index)
+    gpu = _gpu_of(tensor)
+    return INTERPRETER if gpu is None else _architecture_of_gpu(gpu)
 
 
 def multiprocessors_of(tensor: torch.Tensor) -> int:
     """How many multiprocessors (AMD: compute units) the device that holds `tensor` has."""
-    if _target is None and tensor.is_cuda and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return architecture_of(tensor).multiprocessors
+    gpu = _gpu_of(tensor)
+    if _target is not None or gpu is None:
+        return architecture_of(tensor).multiprocessors
+    return _properties(gpu).multi_processor_count
 
 
-@lru_cache
-def _architecture_of_device(index: int) -> Architecture:
-    properties = torch.cuda.get_device_properties(index)
+def _gpu_of(tensor: torch.Tensor) -> int | None:
+    """The number of the GPU that holds `tensor`; None without one: a tool may execute kernels on a CPU."""
+    return tensor.device.index if tensor.is_cuda and _has_gpu() else None
+
+
+# Asked for at each launch, and the same for as long as a process lives.
+_has_gpu = cache(torch.cuda.is_available)
+_properties = cache(torch.cuda.get_device_properties)
+
+
+@cache
+def _architecture_of_gpu(index: int) -> Architecture:
+    properties = _properties(index)
     if torch.version.hip:
         name = properties.gcnArchName.split(":")[0]
         return ARCHITECTURES.get(name, ARCHITECTURES["gfx90a"])
@@ -125,4 +135,5 @@ def device_guard(tensor: torch.Tensor) -> torch.cuda.device:
 
     Does nothing for a tensor on a CPU.
     """
-    return torch.cuda.device(tensor.device.index if tensor.is_cuda and torch.cuda.is_available() else -1)
+    gpu = _gpu_of(tensor)
+    return torch.cuda.device(-1 if gpu is None else gpu)
