@@ -93,7 +93,8 @@ def _activation_backward_kernel(
 ):
     row, first_column, offsets, valid = _tile(tokens, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     grad_hidden = _load(grad_hidden_pointer, offsets, valid)
-    up, gate = _load(up_pointer, offsets, valid), _load(gate_pointer, offsets, valid)
+    up = _load(up_pointer, offsets, valid)
+    gate = _load(gate_pointer, offsets, valid)
     grad_hidden = drop(grad_hidden, seed_pointer, threshold, scale, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
     grad_up, grad_gate = gradients_of(grad_hidden, up, gate, ACTIVATION)
     _store(grad_up_pointer, offsets, grad_up, valid)
