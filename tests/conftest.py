@@ -12,18 +12,22 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import hypothesis
 import pytest
 import torch
 
 GPU = torch.cuda.is_available()
-# Their subjects: data on a disk, Lightning, tools that measure a CPU or compile for a GPU that is not there.
-CPU_FOLDERS = {"benchmarking", "data", "evaluation", "inspection", "training", "tuning"}
+# Their subjects: data on a disk, Lightning, metrics, tools on a CPU.
+CPU_FOLDERS = {"benchmarking", "data", "evaluation", "training"}
 
 if GPU:
     # Without it cuBLAS refuses deterministic mode.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Each of pytest-xdist's processes would start a compiler's process for every core.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    # The start of CUDA would count as time that a test takes to draw its first tensor.
+    hypothesis.settings.register_profile("gpu", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    hypothesis.settings.load_profile("gpu")
 else:
     os.environ["TRITON_INTERPRET"] = "1"
     import interpreter
@@ -37,7 +41,9 @@ atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_err
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cases", type=int, default=2000, help="configurations of attention drawn at random")
+    # On a GPU most of them are compiled first.
+    cases = 400 if GPU else 2000
+    parser.addoption("--cases", type=int, default=cases, help="configurations of attention drawn at random")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name in CPU_FOLDERS:
             item.add_marker("cpu")
-        if "gpu" in item.keywords and not GPU:
+        if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(skip)
 
 

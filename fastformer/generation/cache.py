@@ -136,7 +136,9 @@ class PagedCache:
 
     def reserve(self, slot: int, tokens: int) -> None:
         self._taken[slot] = pages = [self._free.pop() for _ in range(self._pages(tokens))]
-        self._table[slot, : len(pages)] = on_device(torch.tensor(pages, dtype=torch.int32), self._table.device)
+        self._table[slot, : len(pages)] = on_device(
+            torch.tensor(pages, dtype=torch.int32, device="cpu"), self._table.device
+        )
 
     def move(self, source: int, target: int, tokens: int) -> None:
         self._table[target] = self._table[source]

@@ -138,11 +138,12 @@ class CachedModel:
 
     def _packed(self, sequences: Sequence[Sequence[int]], first_slot: int) -> tuple[Tensor, Tensor, Tensor, Packing]:
         """Tokens, their positions and slots, each (total_tokens,), and where the sequences are."""
-        ids = on_device(torch.tensor(list(chain.from_iterable(sequences))), self.device)
+        ids = on_device(torch.tensor(list(chain.from_iterable(sequences)), device="cpu"), self.device)
         lengths = list(map(len, sequences))
-        boundaries = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+        boundaries = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device="cpu")
         cu_seqlens = on_device(boundaries, self.device)
-        slots = torch.arange(first_slot, first_slot + len(lengths)).repeat_interleave(torch.tensor(lengths))
+        each = torch.arange(first_slot, first_slot + len(lengths), device="cpu")
+        slots = each.repeat_interleave(torch.tensor(lengths, device="cpu"))
         positions = packed_positions(cu_seqlens, len(ids))
         return ids, positions, on_device(slots, self.device), Packing(cu_seqlens, max(lengths))
 

@@ -46,13 +46,14 @@ class Slots:
     def admit(self, slot: int, prompt: Sequence[int], parameters: SamplingParameters, seed: int) -> None:
         """Take in a sequence whose prompt is in the cache."""
         device, new = self.history.device, parameters.max_new_tokens
-        tokens = on_device(torch.tensor(prompt), device)
+        tokens = on_device(torch.tensor(prompt, device="cpu"), device)
         self.history[slot, : len(prompt)] = tokens
         self.lengths[slot] = len(prompt) - 1
         self.generated[slot] = 0
         self.most_new[slot] = new
         if parameters.temperature > 0.0:
-            drawn = torch.rand(new, DRAWS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            generator = torch.Generator().manual_seed(seed)
+            drawn = torch.rand(new, DRAWS, generator=generator, dtype=torch.float64, device="cpu")
             self.uniforms[slot, :new] = on_device(drawn, device)
         if self.seen is not None:
             self.seen[slot] = False
@@ -63,7 +64,7 @@ class Slots:
             parameters.min_p or 0.0,
             parameters.repetition_penalty,
         )
-        self._numbers[slot] = on_device(torch.tensor(numbers), device)
+        self._numbers[slot] = on_device(torch.tensor(numbers, device="cpu"), device)
         self._top_k[slot] = min(parameters.top_k or self.vocab_size, self.vocab_size)
 
     def move(self, source: int, target: int) -> None:

@@ -185,7 +185,7 @@ def _attention_problem(
     causal: bool = False,
 ) -> Problem:
     queries = 32
-    mask = torch.rand(queries, keys, generator=torch.Generator().manual_seed(0)) > 0.5 if masked else None
+    mask = torch.rand(queries, keys, generator=torch.Generator().manual_seed(0), device="cpu") > 0.5 if masked else None
     if causal:
         mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from inspection.processes import fastformer, python
 
+pytestmark = pytest.mark.cpu
+
 # What a GPU machine does, up to the launch: the operators through Triton's own launch path, on the cache it was given.
 LAUNCH = """
 import json, sys

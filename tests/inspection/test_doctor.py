@@ -11,6 +11,8 @@ import fastformer
 from fastformer import cli
 from fastformer.inspection import doctor
 
+pytestmark = pytest.mark.cpu
+
 
 def test_it_reports_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0

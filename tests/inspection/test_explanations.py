@@ -27,6 +27,8 @@ from fastformer.models import (
     from_hugging_face,
 )
 
+pytestmark = pytest.mark.cpu
+
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", "the", "cat", "sat", "on", "a", "$mat$"]
 SHAPE = {
     "vocab_size": len(WORDS),

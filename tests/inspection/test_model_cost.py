@@ -9,6 +9,8 @@ from fastformer.inspection.model_cost import attended_pairs, forward_flops, mode
 from fastformer.inspection.model_work import meta_model
 from fastformer.models import PRESETS, FastformerConfig, FastformerForCausalLM, FastformerForSeq2SeqLM, preset
 
+pytestmark = pytest.mark.cpu
+
 
 def cost_of(name: str, precision: str = "bf16-mixed", length: int = 64, **overrides):
     return model_cost(meta_model(preset(name, **overrides), PRESETS[name].model, precision), precision, length)

@@ -15,8 +15,8 @@ from fastformer.inspection import numerics
 
 @pytest.mark.parametrize("dtype", list(numerics.DTYPES))
 @pytest.mark.parametrize("problem", numerics.problems(), ids=lambda problem: f"{problem.operator}, {problem.regime}")
-def test_the_rule_is_kept(problem: numerics.Problem, dtype: str) -> None:
-    errors = list(numerics.errors_of(problem, dtype, "cpu", seed=0))
+def test_the_rule_is_kept(problem: numerics.Problem, dtype: str, device: torch.device) -> None:
+    errors = list(numerics.errors_of(problem, dtype, device.type, seed=0))
     assert {"triton", "torch", "pytorch"} <= {error.implementation for error in errors}
     assert not [error for error in errors if error.kept is False]
 
@@ -31,28 +31,29 @@ def test_the_rule_is_kept(problem: numerics.Problem, dtype: str) -> None:
         ("cross_entropy", 1),
     ],
 )
-def test_the_output_and_every_gradient_are_measured(operator: str, gradients: int) -> None:
+def test_the_output_and_every_gradient_are_measured(operator: str, gradients: int, device: torch.device) -> None:
     problem = next(problem for problem in numerics.problems() if problem.operator == operator)
-    errors = [e for e in numerics.errors_of(problem, "bfloat16", "cpu", seed=0) if e.implementation == "torch"]
+    errors = [e for e in numerics.errors_of(problem, "bfloat16", device.type, seed=0) if e.implementation == "torch"]
     assert [error.result for error in errors] == ["output", *(f"gradient {number}" for number in range(gradients))]
 
 
-def test_a_less_accurate_operator_breaks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_less_accurate_operator_breaks_it(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastformer, "softmax", lambda x: (x.bfloat16().softmax(-1)).to(x.dtype))
     problem = next(problem for problem in numerics.problems() if problem.operator == "softmax")
-    errors = list(numerics.errors_of(problem, "float32", "cpu", seed=0))
+    errors = list(numerics.errors_of(problem, "float32", device.type, seed=0))
     assert {error.implementation for error in errors if error.kept is False} == {"triton", "torch"}
     table = numerics.as_table(errors)
     assert "broken: gradient 0, output" in table.rows[-1][-1]
 
 
-def test_nan_breaks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_breaks_it(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastformer, "softmax", lambda x: x * float("nan"))
     problem = next(problem for problem in numerics.problems() if problem.operator == "softmax")
-    ours = [e for e in numerics.errors_of(problem, "float32", "cpu", seed=0) if e.implementation == "torch"]
+    ours = [e for e in numerics.errors_of(problem, "float32", device.type, seed=0) if e.implementation == "torch"]
     assert ours and all(error.units is None and error.kept is False for error in ours)
 
 
+@pytest.mark.cpu
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     written, picture = tmp_path / "errors.json", tmp_path / "errors.png"

@@ -7,6 +7,8 @@ import json
 import pytest
 from inspection.processes import python
 
+pytestmark = pytest.mark.cpu
+
 # Products that fit, since the number of programs does: they number tiles of work, not elements.
 COUNTS = {
     "tiles * section": "tiles of a section's heads, at most all programs",

@@ -13,6 +13,8 @@ from fastformer.inspection.plan_command import whole_run
 from fastformer.inspection.planning import Plan, Setup, _part, plan
 from fastformer.models import PRESETS, preset
 
+pytestmark = pytest.mark.cpu
+
 H100 = GPUS["h100"]
 
 

@@ -15,6 +15,8 @@ from fastformer.inspection.devices import DEVICES, resident_ctas
 from fastformer.inspection.gate import regressions
 from fastformer.inspection.report import Figures, from_json
 
+pytestmark = pytest.mark.cpu
+
 # A kernel with a prologue, a loop of border tests and a shorter loop without, as nvdisasm prints it.
 SASS = """
 kernel:

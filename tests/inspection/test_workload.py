@@ -7,6 +7,8 @@ import json
 import pytest
 from inspection.processes import python
 
+pytestmark = pytest.mark.cpu
+
 # Of every case, the kernels that it launches, with a stride or size of 64 bits or not; nothing is compiled.
 LAUNCHED = """
 import importlib, json, pkgutil

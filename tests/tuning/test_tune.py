@@ -31,7 +31,7 @@ def small_problems() -> list[Problem]:
     return [Problem(operation, torch.float32, 3, 8) for operation in plans.SAVED_PASSES]
 
 
-def test_the_faster_plan_wins() -> None:
+def test_the_faster_plan_wins(device: torch.device) -> None:
     """The timer runs every call, in either plan, and says that fused takes 3 s and the library 2 s, then vice versa."""
     answers = iter([3.0, 2.0, 2.0, 3.0] * 2 + [3.0, 2.0])
     forced = []
@@ -41,7 +41,7 @@ def test_the_faster_plan_wins() -> None:
         forced.append({plan.fused for plan in configurations._forced.values()})
         return next(answers)
 
-    found = list(measure(small_problems(), "cpu", timer))
+    found = list(measure(small_problems(), device.type, timer))
     assert forced == [{True}, {False}] * 5
     assert [plan for _, plan, _ in found] == ["library", "fused", "library", "fused", "library"]
     assert all(advantage == 1.5 for _, _, advantage in found)
@@ -62,6 +62,7 @@ def test_every_class_of_shapes_has_its_problem() -> None:
     assert len(measured) == len({problem.key for problem in measured})
 
 
+@pytest.mark.cpu
 def test_measured_plans_decide(path: Path) -> None:
     input = torch.zeros(7, 8)
     assert is_fused("hidden_forward", input, depth=8)
@@ -123,9 +124,8 @@ def test_defaults_follow_depth_and_precision() -> None:
     assert default_plan("sm_90", "hidden_forward", "tf32", 4096, 256) == "library"
 
 
+@pytest.mark.cpu
 def test_command_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
     assert cli.main(["tune"]) == 2
     assert "tune measures kernels on a GPU, and PyTorch sees none" in capsys.readouterr().err
 
