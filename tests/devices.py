@@ -1,9 +1,11 @@
-"""Tensors that are made while tests are collected, when no test's device is chosen yet."""
+"""What tests need to know of the device that they run on."""
 
 from __future__ import annotations
 
+import os
 from typing import TypeVar
 
+import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
@@ -11,5 +13,11 @@ Value = TypeVar("Value")
 
 
 def here(value: Value) -> Value:
-    """`value`, a structure, with its tensors moved to where the running test makes its own."""
+    """`value`, made while tests were collected, with its tensors moved to where the running test makes its own."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(torch.get_default_device()), value)
+
+
+def need_kernels() -> None:
+    """Skip the running test if it is on a CPU and nothing is interpreted, as on a machine with a GPU."""
+    if torch.get_default_device().type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("with a GPU there is no interpreter to run kernels on the CPU")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import need_kernels
 from torch import Tensor, nn
 from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP, Gemma2RMSNorm
@@ -59,6 +60,8 @@ def kernel(folder: Path) -> ModuleType:
 @pytest.fixture(params=["torch", "triton"])
 def on_both_backends(kernel: ModuleType, request: pytest.FixtureRequest) -> Iterator[None]:
     """Each test that takes it runs once on every backend of the kernel, which has a switch of its own."""
+    if request.param == "triton":
+        need_kernels()
     with kernel.backends.backend(request.param):
         yield
 
