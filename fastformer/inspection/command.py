@@ -131,8 +131,13 @@ def _compile(options: Namespace) -> None:
     if options.home and not options.home.is_absolute():
         raise ValueError(f"--home must be an absolute path; got {options.home}")
     work = _benchmark_work(options) if options.bench_gpu else [run for _, run in _work(options)]
-    kernels = _compiled(work, options, options.out)
+    kernels, failures = _ahead(work, options, options.out)
     reduce_to_launches(options.out)
+    if failures:
+        if options.home:
+            relocate(options.out, options.home)
+        print(f"{_explained(failures)}\n{options.out} has the other {kernels - len(failures)}")
+        raise SystemExit(1)
     # The proof: the same launches, as a GPU machine makes them, find everything there.
     missed = compiled_by(work, options.arch, options.out)
     if missed:
@@ -185,22 +190,22 @@ def _check(options: Namespace) -> None:
 def _figures(work: Sequence[tuple[str, Work]], options: Namespace, cache: Path | None) -> list[Figures]:
     with tempfile.TemporaryDirectory() as folder:
         cache = cache or Path(folder)
-        _compiled([run for _, run in work], options, cache)
+        _, failures = _ahead([run for _, run in work], options, cache)
+        if failures:
+            print(_explained(failures))
+            raise SystemExit(1)
         return list(figures_of(work, options.arch, cache, options.processes))
 
 
-def _compiled(work: Sequence[Work], options: Namespace, cache: Path) -> int:
-    """Compile `work` into `cache`; returns the number of kernels."""
+def _ahead(work: Sequence[Work], options: Namespace, cache: Path) -> tuple[int, list[Failure]]:
+    """Compile `work` into `cache`; returns the number of kernels, and those that failed."""
     unknown = sorted(set(options.arch) - set(ARCHITECTURES))
     if unknown:
         raise ValueError(f"--arch must be among {', '.join(ARCHITECTURES)}; got {', '.join(unknown)}")
     specializations, failures = compile_ahead(
         work, options.arch, cache, options.processes, lambda steps, total: track(steps, "compiling", total)
     )
-    if failures:
-        print(_explained(failures))
-        raise SystemExit(1)
-    return len(specializations)
+    return len(specializations), failures
 
 
 def _write_json(figures: Sequence[Figures], path: Path) -> None:

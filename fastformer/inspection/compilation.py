@@ -13,8 +13,10 @@ import importlib
 import json
 import os
 import pickle
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -155,10 +157,39 @@ def reduce_to_launches(cache: Path) -> None:
             (group.parent / name).unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def compiler(cache: Path, processes: int) -> Iterator[Callable[[Specialization], Future[str | None]]]:
+    """Processes that compile into `cache` what they are handed: a call promises why it cannot run, None if it can.
+
+    What has not been begun when the block is left is given up. LLVM ends its process where it does not know on: that is
+    the reason then, and another process takes the place of that one.
+    """
+    mine = threading.local()
+    started: list[ProcessPoolExecutor] = []
+
+    def compile_by_my_process(specialization: Specialization) -> str | None:
+        if not hasattr(mine, "process"):
+            # Not forked: LLVM's and torch's threads do not survive that.
+            mine.process = ProcessPoolExecutor(1, get_context("spawn"), _use_cache, (str(cache),))
+            started.append(mine.process)
+        try:
+            return mine.process.submit(_compile, specialization).result()
+        except BrokenProcessPool:
+            del mine.process
+            return "the compiler ended its process; its last output says why"
+
+    with ThreadPoolExecutor(processes) as threads:
+        try:
+            yield lambda specialization: threads.submit(compile_by_my_process, specialization)
+        finally:
+            threads.shutdown(cancel_futures=True)
+            for process in started:
+                process.shutdown()
+
+
 def _compile_all(specializations: list[Specialization], cache: Path, processes: int) -> Iterator[Failure | None]:
-    # Not forked: LLVM's and torch's threads do not survive that.
-    with ProcessPoolExecutor(processes, get_context("spawn"), _use_cache, (str(cache),)) as pool:
-        pending = {pool.submit(_compile, specialization): specialization for specialization in specializations}
+    with compiler(cache, processes) as submit:
+        pending = {submit(specialization): specialization for specialization in specializations}
         for done in as_completed(pending):
             reason = done.result()
             yield None if reason is None else Failure(pending[done], reason)

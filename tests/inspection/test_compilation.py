@@ -197,3 +197,29 @@ def test_wrong_options_are_named(arguments: tuple[str, ...], message: str, tmp_p
     done = fastformer("kernels", "compile", *arguments, "--out", str(tmp_path / "cache"))
     assert done.returncode == 2
     assert message in done.stderr
+
+
+# What LLVM does where it does not know on; and a kernel that is compiled.
+CRASH = """
+import sys
+from pathlib import Path
+import torch
+import fastformer
+from fastformer.inspection.compilation import Specialization, compiler, specializations_of
+
+if __name__ == "__main__":
+    softmax = specializations_of([lambda: fastformer.softmax(torch.empty(64, 64, device="meta"))], "sm_90")
+    crashes = Specialization("sm_90", "aborts", "kernel", "{}", b"")
+    with compiler(Path(sys.argv[1]), 1) as submit:
+        print([done.result() for done in [submit(crashes), *map(submit, softmax), submit(crashes)]])
+"""
+
+
+def test_a_compiler_that_crashes_fails_its_own_kernel_alone(tmp_path: Path) -> None:
+    (tmp_path / "aborts.py").write_text("import os; os.abort()")
+    (tmp_path / "crash.py").write_text(CRASH)
+    done = python(str(tmp_path / "crash.py"), str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    crashed = "the compiler ended its process; its last output says why"
+    assert done.stdout.splitlines()[-1] == str([crashed, None, crashed])
+    assert list((tmp_path / "cache").glob("*/*.cubin"))
