@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from fastformer.benchmarking.gpu.ceilings import copy_ceiling, matrix_ceiling
-from fastformer.benchmarking.gpu.timing import timed, timed_parts
+from fastformer.benchmarking.gpu.timing import Run, timed, timed_parts
 
 CPU = torch.device("cpu")
 
@@ -27,14 +28,46 @@ def test_what_is_done_before_a_run_is_not_in_its_time() -> None:
     def run() -> None:
         done["run"] += 1
 
-    def prepare() -> object:
+    def prepare() -> Run:
         done["before"] += 1
         time.sleep(0.01)
         return run
 
-    timing = timed_parts([prepare], CPU, seconds=0.01, most=3)  # type: ignore[list-item]
+    timing = timed_parts([prepare], CPU, seconds=0.01, most=3)
     assert timing.median < 0.005
     assert done["before"] == done["run"] >= 4
+
+
+def test_a_gpu_waits_until_all_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for its clock: what is before a run lies outside the two events."""
+    did: list[str] = []
+    asked: list[float] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            did.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 4.0  # milliseconds
+
+    def prepare() -> Run:
+        did.append("before")
+        time.sleep(0.002)
+        return lambda: did.append("run")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: (did.append("sleep"), asked.append(cycles / 2e9)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: did.append("wait"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    timing = timed_parts([prepare], torch.device("cuda"), seconds=0.02, most=200)
+    assert (timing.median, timing.repeats) == (0.004, 5)
+    one = ["before", "event", "run", "event"]
+    assert did == ["before", "run", "sleep", *3 * one, "wait", "sleep", *5 * one, "wait"]
+    # Longer than the host takes to ask.
+    assert asked[1] > 5 * 0.002
 
 
 def test_ceilings_are_the_work_per_second() -> None:

@@ -152,14 +152,15 @@ def _measured(case: Case, exact: list[Tensor] | _Failure | None, phase: str, set
     # Not the other way round: a NaN is no larger than anything.
     wrong = error is not None and not error <= TOLERANCES[_dtype(call)]
     calls = [call, *(call.elsewhere() for _ in range(_sets(call, setting.device) - 1))]
-    return _Measured(_time(calls, phase, setting.device), len(calls), error, wrong)
+    return _Measured(_time(calls, phase, setting), len(calls), error, wrong)
 
 
-def _time(calls: Sequence[Call], phase: str, device: torch.device) -> Timing:
+def _time(calls: Sequence[Call], phase: str, setting: Setting) -> Timing:
+    seconds = 0.0 if setting.dry else _SECONDS
     if phase == BACKWARD:
-        return timed_parts([each.backward for each in calls], device, _SECONDS, _MOST_REPEATS)
+        return timed_parts([each.backward for each in calls], setting.device, seconds, _MOST_REPEATS)
     runs: list[Run] = [each.forward if phase == FORWARD else each for each in calls]
-    return timed(runs, device, _SECONDS, _MOST_REPEATS)
+    return timed(runs, setting.device, seconds, _MOST_REPEATS)
 
 
 def _sets(call: Call, device: torch.device) -> int:

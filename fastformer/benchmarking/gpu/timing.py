@@ -64,17 +64,18 @@ def _seconds_of(prepared: Sequence[Prepare], device: torch.device, asking: float
     """Seconds of each run, and of the host to ask for one with what is before it; `asking` says how long that takes."""
     if device.type != "cuda":
         return [_host_seconds_of(prepare()) for prepare in prepared], 0.0
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in prepared]
-    # The GPU waits until the host has asked for everything: else a short run's time would be the host's.
-    torch.cuda._sleep(round(_CYCLES_PER_SECOND * asking * len(prepared)))
-    first = time.perf_counter()
-    for prepare, (begin, end) in zip(prepared, events, strict=True):
-        run = prepare()
-        begin.record()
-        run()
-        end.record()
-    asked = (time.perf_counter() - first) / len(prepared)
-    torch.cuda.synchronize(device)
+    with torch.cuda.device(device):
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in prepared]
+        # The GPU waits until the host has asked for everything: else a short run's time would be the host's.
+        torch.cuda._sleep(round(_CYCLES_PER_SECOND * asking * len(prepared)))
+        first = time.perf_counter()
+        for prepare, (begin, end) in zip(prepared, events, strict=True):
+            run = prepare()
+            begin.record()
+            run()
+            end.record()
+        asked = (time.perf_counter() - first) / len(prepared)
+        torch.cuda.synchronize(device)
     return [begin.elapsed_time(end) / 1000.0 for begin, end in events], asked
 
 

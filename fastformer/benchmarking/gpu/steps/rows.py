@@ -20,7 +20,7 @@ def cases(device: torch.device, dry: bool) -> list[Case]:
     """In order of worth."""
     if dry:
         size = Sizes(1, 16, 32, 2, 64, 48, 16, torch.float32)
-        return [*_of_tokens(size, device, True), *_softmax(size, device, False), *_losses(size, device, False)]
+        return [*_of_tokens(size, device, True), *_softmax(size, device, True), *_losses(size, device, True)]
     return [
         *_of_tokens(_tokens(4096), device, True),
         *_softmax(_scores(heads=8, keys=4096), device, True),
