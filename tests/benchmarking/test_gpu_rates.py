@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -72,6 +73,29 @@ def test_what_is_wrong_or_missing_has_no_rate(tmp_path: Path) -> None:
     assert found["absent", FORWARD].missing == "no_such_package is not installed"
 
 
+def test_what_has_no_exact_result_is_not_taken_for_wrong(tmp_path: Path) -> None:
+    def fails() -> list[torch.Tensor]:
+        raise RuntimeError("out of memory")
+
+    ours = {OURS: DOUBLE.peers[OURS]}
+    found = by_place(list(rates([replace(DOUBLE, peers=ours, exact=fails)], setting(tmp_path))))
+    assert found[OURS, FORWARD].value is not None
+    assert found[OURS, ERROR].missing == "no exact result: RuntimeError: out of memory"
+    random = by_place(list(rates([replace(DOUBLE, peers=ours, exact=None)], setting(tmp_path))))
+    assert set(random) == {(OURS, FORWARD), (OURS, BACKWARD)}
+
+
+def test_a_refusal_says_why(tmp_path: Path) -> None:
+    def refuse(x: torch.Tensor) -> torch.Tensor:
+        for line in ("Flash attention kernel not used because:", "Flash attention has been runtime disabled.", "Why."):
+            warnings.warn(f"{line} (Triggered internally at a.cpp:1.)", stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    case = replace(DOUBLE, peers={"refuses": Peer(lambda: doubled(refuse))})
+    found = by_place(list(rates([case], setting(tmp_path))))
+    assert found["refuses", FORWARD].missing == "RuntimeError: No available kernel. Aborting execution. Why."
+
+
 def test_without_time_the_rest_is_missing(tmp_path: Path) -> None:
     found = list(rates([DOUBLE], setting(tmp_path, seconds=0.0)))
     assert {each.missing for each in found if each.peer != "absent"} == {NO_TIME}
@@ -83,7 +107,10 @@ def test_attention_everybody_computes_the_same(tmp_path: Path) -> None:
     assert not [each for each in records if each.missing and "wrong" in each.missing]
     ours = [each for each in records if each.peer == OURS]
     assert {each.metric for each in ours} == {FORWARD, BACKWARD, ERROR}
-    assert {each.case for each in ours if each.value is None} == {"dropout, causal, d 16, 2 x 32"}
+    assert all(each.value is not None for each in ours)
+    assert {each.case for each in ours} - {each.case for each in ours if each.metric == ERROR} == {
+        "dropout, causal, d 16, 2 x 32"  # everybody's pattern is his own
+    }
     for peer in ("SDPA flash", "torch.compile"):
         assert any(each.value is not None for each in records if each.peer == peer)
 
