@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +29,8 @@ Stored = dict[str, int]
 
 # Replaced, never changed: autograd's threads read it too.
 _forced: Mapping[str, Any] = {}
+# By architecture, as `read_plans` returns them; None until somebody asks.
+_measurements: dict[str, dict] | None = None
 # What was asked for, where somebody wants to know.
 _asked: dict[str, Any] | None = None
 
@@ -61,6 +63,11 @@ def size_class(size: int, ends: tuple[int, ...]) -> str:
     """The class of a size, where `ends` are the largest sizes of all classes but the last."""
     index = bisect_left(ends, size)
     return f"<={ends[index]}" if index < len(ends) else f">{ends[-1]}"
+
+
+def others_than(default: T, found: Iterable[T]) -> list[T]:
+    """Each of `found` once, without `default`."""
+    return [configuration for configuration in dict.fromkeys(found) if configuration != default]
 
 
 @contextmanager
@@ -128,13 +135,22 @@ def _measured(architecture: str, key: str, kind: Any) -> Any:
         return None
 
 
-@lru_cache
 def _stored() -> dict[str, dict]:
-    try:
-        return read_plans(plans_path())
-    except (ValueError, OSError) as error:
-        warnings.warn(f"measured plans are not used: {error}; `fastformer tune` measures again", stacklevel=2)
-        return {}
+    global _measurements
+    if _measurements is None:
+        try:
+            _measurements = read_plans(plans_path())
+        except (ValueError, OSError) as error:
+            warnings.warn(f"measured plans are not used: {error}; `fastformer tune` measures again", stacklevel=2)
+            _measurements = {}
+    return _measurements
+
+
+def use_measured(architecture: str, configurations: Mapping[str, Stored]) -> None:
+    """From now on in this process, take these for what was measured, whatever the file says."""
+    global _measurements
+    forget_plans_read()
+    _measurements = {architecture: {"triton": triton.__version__, "configurations": configurations}}
 
 
 def read_plans(path: Path) -> dict[str, dict]:
@@ -174,6 +190,7 @@ def _is_configuration(fields: object) -> bool:
 
 def forget_plans_read() -> None:
     """Read the file again at the next question, since it has changed."""
-    _stored.cache_clear()
+    global _measurements
+    _measurements = None
     measured_configurations.cache_clear()
     _measured.cache_clear()

@@ -328,7 +328,7 @@ def _launch(
             *rows,
             "across" if transposed else "along",
             "live" if live else "plain",
-            "loss" if loss is not None else "",
+            "given" if loss is None else "found",
         )
 
     configuration = chosen(operation, logits, _LIVE_CONFIGURATION if live else _CONFIGURATION, shape)

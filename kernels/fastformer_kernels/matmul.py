@@ -8,7 +8,7 @@ tiles of both operands are reread from the L2 cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastformer_kernels.configurations import others_than
 from fastformer_kernels.launch import COMPILER_OPTIONS, multiprocessors_of
 from fastformer_kernels.precision import dot
 
@@ -173,6 +174,42 @@ class Configuration:
     def grid(self, rows: int, columns: int, tensor: torch.Tensor) -> tuple[int]:
         """A program for every tile, or as many as the GPU runs at once."""
         return (min(triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns), multiprocessors_of(tensor)),)
+
+
+# Tiles to measure beside a shipped one: what its rows, columns, depth and warps are multiplied by, and stages added.
+_OTHER_TILES = (
+    (1, 1, 1, 1, 1),
+    (1, 1, 1, 1, -1),
+    (1, 0.5, 1, 1, 0),
+    (1, 0.5, 1, 1, 1),
+    (1, 0.5, 1, 0.5, 0),
+    (0.5, 1, 1, 1, 1),
+    (0.5, 1, 1, 0.5, 0),
+    (0.5, 0.5, 1, 0.5, 1),
+    (2, 0.5, 1, 1, 0),
+    (1, 2, 1, 1, 0),
+    (1, 1, 0.5, 1, 1),
+    (1, 1, 0.5, 1, 3),
+)
+
+
+def product_candidates(default: Configuration, element_size: int, shared_memory: int) -> list[Configuration]:
+    """Configurations to measure beside the shipped one, within a CTA's bytes of shared memory."""
+    found = [replace(default, descriptors=False)]
+    for rows, columns, depth, warps, stages in _OTHER_TILES:
+        tile = replace(
+            default,
+            rows=max(16, round(default.rows * rows)),
+            columns=max(16, round(default.columns * columns)),
+            depth=max(16, round(default.depth * depth)),
+            warps=max(1, round(default.warps * warps)),
+            stages=max(1, default.stages + stages),
+        )
+        # As wide a part in the epilogue as before.
+        parts = max(1, default.parts * tile.columns // default.columns)
+        if tile.stages * (tile.rows + tile.columns) * tile.depth * element_size <= shared_memory:
+            found.append(replace(tile, parts=parts))
+    return others_than(default, found)
 
 
 def operands(

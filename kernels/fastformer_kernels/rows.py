@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastformer_kernels.configurations import size_class
+from fastformer_kernels.configurations import others_than, size_class
 from fastformer_kernels.launch import architecture_of
 
 ROW_DIMENSIONS = 3
@@ -38,6 +38,23 @@ class RowConfiguration:
         """Warps for a tile of so many elements on `tensor`'s device."""
         threads = min(self.most_threads, elements // self.thread_elements)
         return max(1, threads // architecture_of(tensor).warp_size)
+
+
+# Elements of a tile for each thread: a load is worth four at least, and registers hold no more.
+_THREAD_ELEMENTS = (4, 64)
+
+
+def row_candidates(default: RowConfiguration) -> list[RowConfiguration]:
+    """Configurations to measure beside the shipped one: tiles, threads, programs where these visit tiles in turns."""
+    fewest, most = _THREAD_ELEMENTS
+    found = [
+        RowConfiguration(elements, elements // threads, threads, programs)
+        for elements in (default.tile_elements * scale // 2 for scale in ((2,) if default.programs else (1, 2, 4, 8)))
+        for threads in (128, 256, 512, 1024)
+        for programs in ((1, 2, 4, 8) if default.programs else (0,))
+        if fewest <= elements // threads <= most
+    ]
+    return others_than(default, found)
 
 
 def row_class(columns: int, element_size: int) -> tuple[str, ...]:

@@ -1,0 +1,138 @@
+"""Launch configurations of the attention kernels to measure beside the shipped ones, for those who can measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from fastformer_kernels.attention.decode import DecodeConfiguration
+from fastformer_kernels.attention.launch import AttentionConfiguration
+from fastformer_kernels.configurations import others_than
+from fastformer_kernels.launch import Architecture
+
+# Queries and keys of a tile, warps, stages.
+_FORWARD_TILES = (
+    (128, 128, 8, 2),
+    (128, 64, 8, 2),
+    (128, 64, 8, 3),
+    (64, 128, 4, 2),
+    (64, 64, 4, 2),
+    (64, 64, 4, 3),
+    (128, 32, 8, 3),
+)
+_SPECIALIZED_FORWARD_TILES = (
+    (128, 128, 4, 2),
+    (128, 128, 4, 3),
+    (128, 64, 4, 2),
+    (128, 64, 4, 3),
+    (128, 64, 4, 4),
+)
+_BACKWARD_TILES = (
+    (64, 128, 8, 2),
+    (64, 128, 8, 1),
+    (32, 128, 8, 2),
+    (64, 64, 8, 2),
+    (64, 64, 4, 2),
+    (32, 64, 8, 2),
+    (32, 64, 4, 2),
+    (64, 32, 8, 2),
+)
+# Small tiles for float32, whose products need registers, and for the interpreter.
+_SMALL_TILES = (
+    (32, 32, 4, 2),
+    (32, 32, 8, 1),
+    (32, 16, 8, 1),
+    (16, 32, 4, 1),
+    (16, 16, 4, 1),
+    (64, 32, 8, 1),
+    (32, 64, 8, 1),
+)
+# What a kernel needs of shared memory besides its tiles.
+_RESERVE = 20 * 1024
+
+Memory = Callable[[AttentionConfiguration], int]
+"""Bytes of shared memory that a configuration's tiles need."""
+
+
+def forward_candidates(
+    default: AttentionConfiguration, architecture: Architecture, head_dim: int, element_size: int
+) -> list[AttentionConfiguration]:
+    """Configurations of the forward kernel: tiles, descriptors or pointers, a program for each tile or resident ones,
+    and, where the hardware has descriptors, specialised warps in one loop."""
+    tiles = _FORWARD_TILES if _has_tensor_cores(architecture, element_size) else _SMALL_TILES
+    found = [_plain(default, tile) for tile in tiles]
+    found += [replace(default, resident=resident) for resident in (0, 1, 2)]
+    if default.descriptors:
+        found.append(replace(default, descriptors=False, warp_specialize=False))
+        specialized = [_specialized(tile) for tile in _SPECIALIZED_FORWARD_TILES]
+        found += [*specialized, replace(specialized[0], resident=1)]
+
+    def memory(choice: AttentionConfiguration) -> int:
+        # The queries stay; keys and values are loaded ahead.
+        return (choice.block_m + 2 * choice.num_stages * choice.block_n) * head_dim * element_size
+
+    return _that_fit(found, default, architecture, memory)
+
+
+def backward_candidates(
+    default: AttentionConfiguration, architecture: Architecture, head_dim: int, element_size: int
+) -> list[AttentionConfiguration]:
+    """Configurations of the backward kernels: tiles, descriptors or pointers, dQ added up or by a kernel of its own."""
+    tiles = _BACKWARD_TILES if _has_tensor_cores(architecture, element_size) else _SMALL_TILES
+    found = [_plain(default, tile) for tile in tiles]
+    found += [replace(choice, two_kernels=True) for choice in (default, *found[:1], *found[3:5])]
+    found += [replace(default, resident=1), replace(default, one_loop=True)]
+    if default.descriptors:
+        found.append(replace(default, descriptors=False))
+    return _that_fit(found, default, architecture, _backward_memory(head_dim, element_size))
+
+
+def deterministic_candidates(
+    default: AttentionConfiguration, architecture: Architecture, head_dim: int, element_size: int
+) -> list[AttentionConfiguration]:
+    """Configurations of the two backward kernels of which each writes what it owns."""
+    tiles = _BACKWARD_TILES if _has_tensor_cores(architecture, element_size) else _SMALL_TILES
+    found = [_plain(default, tile) for tile in tiles]
+    if architecture.name in ("sm_90", "sm_100"):
+        found += [replace(choice, descriptors=True) for choice in (default, *found[:4])]
+    return _that_fit(found, default, architecture, _backward_memory(head_dim, element_size))
+
+
+def decode_candidates(default: DecodeConfiguration) -> list[DecodeConfiguration]:
+    """Configurations of the decode kernel: keys of a tile, warps and stages, and how finely keys are split."""
+    found = [replace(default, block_n=block_n) for block_n in (16, 32, 64, 128)]
+    found += [replace(default, num_warps=warps) for warps in (2, 4, 8)]
+    found += [replace(default, num_stages=stages) for stages in (2, 3, 4, 5)]
+    found += [replace(default, programs=programs) for programs in (1, 3, 4, 8)]
+    found += [replace(default, tiles_per_split=tiles) for tiles in (2, 8)]
+    return others_than(default, found)
+
+
+def _plain(default: AttentionConfiguration, tile: tuple[int, int, int, int]) -> AttentionConfiguration:
+    block_m, block_n, num_warps, num_stages = tile
+    return AttentionConfiguration(
+        block_m, block_n, num_warps, num_stages, resident=default.resident, descriptors=default.descriptors
+    )
+
+
+def _specialized(tile: tuple[int, int, int, int]) -> AttentionConfiguration:
+    return AttentionConfiguration(*tile, descriptors=True, warp_specialize=True, one_loop=True)
+
+
+def _has_tensor_cores(architecture: Architecture, element_size: int) -> bool:
+    return element_size == 2 and architecture.name != "interpreter"
+
+
+def _backward_memory(head_dim: int, element_size: int) -> Memory:
+    def memory(choice: AttentionConfiguration) -> int:
+        # Keys and values stay; queries and the output's gradient are loaded ahead.
+        return (2 * choice.block_n + 2 * choice.num_stages * choice.block_m) * head_dim * element_size
+
+    return memory
+
+
+def _that_fit(
+    found: list[AttentionConfiguration], default: AttentionConfiguration, architecture: Architecture, memory: Memory
+) -> list[AttentionConfiguration]:
+    fitting = [choice for choice in found if memory(choice) + _RESERVE <= architecture.shared_memory]
+    return others_than(default, fitting)
