@@ -1,13 +1,16 @@
-"""The command ``fastformer tune``: measure the plans of the feed-forward block on this GPU, and keep them."""
+"""The command ``fastformer tune``: measure launch configurations on this GPU, and keep the fastest."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from math import exp, log
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,19 +18,27 @@ from fastformer.backends import HAS_TRITON
 from fastformer.console import Table, track
 from fastformer.data.files import atomic_file
 
+if TYPE_CHECKING:
+    from fastformer.tuning.measurement import Finding
+
 _DESCRIPTION = """\
-Measure, on this machine's GPU, where one fused kernel beats a library's matrix product followed by one fused pass, for
-every part of the feed-forward block and every class of shapes. Until then a rule decides, which was modelled, not
-measured. Takes a few minutes, most of them compiling. What is found is kept for this GPU's architecture and this
-version of triton in FASTFORMER_CACHE/plans.json (by default ~/.cache/fastformer/plans.json), and used from then on.
+Measure on this machine's GPU, for every class of shapes, which of a dozen launch configurations of a kernel is the
+fastest, and for the parts of a feed-forward block whether one fused kernel beats a library's matrix product followed by
+one pass. Until then shipped defaults decide. A configuration wins only if it computes what the default does. Compiling
+takes most of the time: some minutes on 16 cores. What is found is kept for this GPU's architecture and this version of
+triton in FASTFORMER_CACHE/plans.json (by default ~/.cache/fastformer/plans.json), and used from then on.
 
 examples:
   fastformer tune
-  fastformer tune --dtypes bfloat16 float32      # also products of float32, exact (or tf32 with --tf32)
+  fastformer tune --operations attention norm    # these alone; what is known of others is kept
+  fastformer tune --dtypes bfloat16 float32      # also float32, exact (or tf32 with --tf32)
   CUDA_VISIBLE_DEVICES=1 fastformer tune         # another GPU of this machine
   FASTFORMER_CACHE=/shared/cache fastformer tune # one file for several machines
 """
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_OPERATIONS = ("attention", "decode", "norm", "cross_entropy", "feed_forward", "softmax")
+# Of measuring a configuration.
+_SECONDS = 0.03
 
 
 def main(arguments: list[str], begin: float) -> None:
@@ -43,27 +54,33 @@ def main(arguments: list[str], begin: float) -> None:
         raise ValueError("tune measures kernels on a GPU, and PyTorch sees none; without one there is nothing to tune")
     from fastformer_kernels.configurations import forget_plans_read, plans_path
     from fastformer_kernels.launch import architecture_of
-    from triton.testing import do_bench
 
-    from fastformer.tuning.measurement import measure, problems
+    from fastformer.benchmarking.gpu.timing import timed
+    from fastformer.tuning.compilation import compiled_ahead
+    from fastformer.tuning.measurement import measure
+    from fastformer.tuning.problems import problems
 
     if options.tf32:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     device = torch.device("cuda", torch.cuda.current_device())
     architecture = architecture_of(torch.empty(0, device=device)).name
     print(f"{torch.cuda.get_device_name(device)} ({architecture})")
-    found = list(
-        measure(
-            problems(_DTYPES[name] for name in options.dtypes),
-            device,
-            lambda call: do_bench(call, return_mode="median") / 1000.0,
-            partial(track, description="measuring"),
-        )
-    )
-    store_plans(plans_path(), architecture, {problem.key: {"fused": plan == "fused"} for problem, plan, _ in found})
-    forget_plans_read()
-    print(_summary((problem.operation, plan, advantage) for problem, plan, advantage in found))
+    to_solve = problems([_DTYPES[name] for name in options.dtypes], options.operations)
+    findings: list[Finding] = []
+    try:
+        with compiled_ahead(to_solve, architecture, os.cpu_count() or 1) as prepare:
+            measured = measure(to_solve, device, lambda runs: timed(runs, device, _SECONDS).median, prepare)
+            findings += track(measured, "measuring", len(to_solve))
+    finally:
+        store_plans(plans_path(), architecture, winners(findings))
+        forget_plans_read()
+    print(summary(findings))
     print(f"kept in {plans_path()}")
+
+
+def winners(findings: Iterable[Finding]) -> dict[str, dict[str, int]]:
+    """What is stored: the fields of the fastest configurations by class of shapes."""
+    return {finding.key: asdict(finding.winner) for finding in findings}
 
 
 def store_plans(path: Path, architecture: str, measured: dict[str, dict[str, int]]) -> None:
@@ -89,22 +106,33 @@ def store_plans(path: Path, architecture: str, measured: dict[str, dict[str, int
         file.write(json.dumps({"format": FORMAT, "architectures": architectures}, indent=2, sort_keys=True).encode())
 
 
-def _summary(found: Iterable[tuple[str, str, float]]) -> Table:
-    advantages: dict[str, dict[str, list[float]]] = {}
-    for operation, plan, advantage in found:
-        advantages.setdefault(operation, {"fused": [], "library": []})[plan].append(advantage)
-    rows = [
-        (
-            operation,
-            *(
-                cell
-                for plan in ("fused", "library")
-                for cell in (f"{len(of[plan])} classes", f"{max(of[plan], default=1.0):.2f}x")
-            ),
+def summary(findings: Sequence[Finding]) -> Table:
+    """A row for each operation."""
+    by_operation: dict[str, list[Finding]] = {}
+    for finding in findings:
+        by_operation.setdefault(finding.problem.operation, []).append(finding)
+    rows = []
+    for operation, found in by_operation.items():
+        best = max(found, key=lambda finding: finding.gain)
+        faster = [finding for finding in found if finding.winner != finding.default]
+        mean = exp(sum(log(finding.gain) for finding in found) / len(found))
+        failed = sum(len(finding.failures) for finding in found)
+        rows.append(
+            (
+                operation,
+                f"{len(faster)} of {len(found)}",
+                f"{mean:.2f}x",
+                f"{best.gain:.2f}x",
+                best.problem.case if faster else "",
+                f"{failed}",
+            )
         )
-        for operation, of in advantages.items()
-    ]
-    return Table(("operation", "fused is faster", "at best", "library is faster", "at best"), rows, "lrrrr")
+    return Table(
+        ("operation", "classes with a faster configuration", "mean gain", "best gain", "at", "not launched"),
+        rows,
+        "lrrrlr",
+        note="not launched: configurations that do not compile, need more than the GPU has, or compute something else.",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,7 +140,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="fastformer tune", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--dtypes", nargs="+", choices=_DTYPES, default=["bfloat16"], help="what to measure; 16-bit dtypes share plans"
+        "--operations", nargs="+", choices=_OPERATIONS, default=_OPERATIONS, help="what to measure (default: all)"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=_DTYPES, default=["bfloat16"], help="in which dtypes; 16-bit ones share plans"
     )
     parser.add_argument(
         "--tf32", action="store_true", help="allow tf32 in products of float32, as PyTorch's switch does"

@@ -1,21 +1,30 @@
-"""Choosing plans by measurement, and keeping them: without a GPU, with a timer that is told what to say."""
+"""Keeping what was measured, and using it."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import triton
-from fastformer_kernels import configurations, plans
-from fastformer_kernels.configurations import class_key, forget_plans_read, measured_configurations
+from fastformer_kernels.configurations import (
+    chosen,
+    class_key,
+    forced,
+    forget_plans_read,
+    measured_configurations,
+    shipped_defaults,
+)
 from fastformer_kernels.plans import default_plan, is_fused, shape_class
+from fastformer_kernels.rows import RowConfiguration
 
 from fastformer import cli
-from fastformer.tuning.measurement import Problem, measure, problems
-from fastformer.tuning.tune import store_plans
+from fastformer.tuning.problem import GROUPS
+from fastformer.tuning.tune import _OPERATIONS, store_plans
 
 
 @pytest.fixture
@@ -27,41 +36,6 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     forget_plans_read()
 
 
-def small_problems() -> list[Problem]:
-    return [Problem(operation, torch.float32, 3, 8) for operation in plans.SAVED_PASSES]
-
-
-def test_the_faster_plan_wins(device: torch.device) -> None:
-    """The timer runs every call, in either plan, and says that fused takes 3 s and the library 2 s, then vice versa."""
-    answers = iter([3.0, 2.0, 2.0, 3.0] * 2 + [3.0, 2.0])
-    forced = []
-
-    def timer(call) -> float:
-        call()
-        forced.append({plan.fused for plan in configurations._forced.values()})
-        return next(answers)
-
-    found = list(measure(small_problems(), device.type, timer))
-    assert forced == [{True}, {False}] * 5
-    assert [plan for _, plan, _ in found] == ["library", "fused", "library", "fused", "library"]
-    assert all(advantage == 1.5 for _, _, advantage in found)
-    assert configurations._forced == {}
-
-
-def test_every_class_of_shapes_has_its_problem() -> None:
-    measured = problems([torch.bfloat16])
-    sizes = [1, 256, 257, 2048, 2049, 10**6]
-    asked = {
-        class_key(o, shape_class("16-bit", tokens, depth))
-        for o in plans.SAVED_PASSES
-        for tokens in sizes
-        for depth in sizes
-    }
-    asked |= {class_key(o, shape_class("16-bit", 1, depth)) for o in plans.SAVED_PASSES for depth in (1024, 4096, 9999)}
-    assert asked <= {problem.key for problem in measured}
-    assert len(measured) == len({problem.key for problem in measured})
-
-
 @pytest.mark.cpu
 def test_measured_plans_decide(path: Path) -> None:
     input = torch.zeros(7, 8)
@@ -70,6 +44,49 @@ def test_measured_plans_decide(path: Path) -> None:
     forget_plans_read()
     assert not is_fused("hidden_forward", input, depth=8)
     assert is_fused("hidden_backward", input, depth=8)
+
+
+SHIPPED, MEASURED, FORCED = (RowConfiguration(size, 8) for size in (1024, 2048, 4096))
+
+
+def asked() -> RowConfiguration:
+    return chosen("softmax_forward", torch.zeros(1), SHIPPED, lambda: ("32-bit", "columns<=256"))
+
+
+@pytest.mark.cpu
+def test_forced_before_measured_before_shipped(path: Path) -> None:
+    assert asked() == SHIPPED
+    store_plans(path, "interpreter", {"softmax_forward 32-bit columns<=256": asdict(MEASURED)})
+    forget_plans_read()
+    assert asked() == MEASURED
+    with forced({"softmax_forward": FORCED}):
+        assert asked() == FORCED
+        with ThreadPoolExecutor(1) as threads:
+            assert threads.submit(asked).result() == FORCED
+    with shipped_defaults() as classes:
+        assert asked() == SHIPPED
+    assert classes == {"softmax_forward 32-bit columns<=256": SHIPPED}
+    assert asked() == MEASURED
+
+
+@pytest.mark.cpu
+def test_the_class_is_asked_for_only_where_something_was_measured(path: Path) -> None:
+    def fails() -> tuple[str, ...]:
+        raise AssertionError("asked")
+
+    assert chosen("softmax_forward", torch.zeros(1), SHIPPED, fails) is SHIPPED
+    store_plans(path, "interpreter", {"x": {}})
+    forget_plans_read()
+    with pytest.raises(AssertionError, match="asked"):
+        chosen("softmax_forward", torch.zeros(1), SHIPPED, fails)
+
+
+@pytest.mark.cpu
+def test_fields_that_a_configuration_lacks_are_reported(path: Path) -> None:
+    store_plans(path, "interpreter", {"softmax_forward 32-bit columns<=256": {"threads": 8}})
+    forget_plans_read()
+    with pytest.warns(UserWarning, match=r"softmax_forward 32-bit columns<=256 .* is not used: .*threads"):
+        assert asked() == SHIPPED
 
 
 def test_stored_plans_are_joined_by_architecture(path: Path) -> None:
@@ -128,6 +145,10 @@ def test_defaults_follow_depth_and_precision() -> None:
 def test_command_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tune"]) == 2
     assert "tune measures kernels on a GPU, and PyTorch sees none" in capsys.readouterr().err
+
+
+def test_operations_are_those_that_have_problems() -> None:
+    assert set(_OPERATIONS) == set(GROUPS)
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:

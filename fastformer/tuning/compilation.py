@@ -1,0 +1,85 @@
+"""Compiling the candidates of problems by parallel processes, while others are measured."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from fastformer_kernels.configurations import forced
+from fastformer_kernels.launch import ARCHITECTURES
+
+from fastformer.inspection.compilation import Specialization, compiler, specializations_of
+from fastformer.tuning.measurement import Failures, Prepare, class_and_default, others
+from fastformer.tuning.problem import Problem
+
+Launch = Callable[[], object]
+
+# Problems whose compilation is asked for before their turn.
+_AHEAD = 12
+
+
+@contextlib.contextmanager
+def compiled_ahead(problems: Sequence[Problem], architecture: str, processes: int) -> Iterator[Prepare]:
+    """What `measure` needs to have these problems, in this order, compiled into Triton's cache before their turns."""
+    with compiler(Path(triton.knobs.cache.dir), processes) as submit:
+        yield _Ahead(problems, architecture, submit).failures
+
+
+def launches(problem: Problem, architecture: str) -> dict[Any, Launch]:
+    """The call on meta tensors, by configuration, the default first; to be run under a stand-in for `architecture`."""
+    tensors: list[torch.Tensor] = []
+    defaults: list[Any] = []
+
+    def ask() -> None:
+        tensors.extend(problem.tensors(torch.device("meta")))
+        defaults.append(class_and_default(problem, tensors)[1])
+
+    # Its launches are stopped before they compile anything.
+    specializations_of([ask], architecture)
+    configurations = (*defaults, *others(problem, defaults[0], ARCHITECTURES[architecture]))
+    return {configuration: partial(_launch, problem, configuration, tensors) for configuration in configurations}
+
+
+def _launch(problem: Problem, configuration: Any, tensors: Sequence[torch.Tensor]) -> None:
+    with forced({problem.operation: configuration}):
+        problem.call(*tensors)
+
+
+class _Ahead:
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        architecture: str,
+        submit: Callable[[Specialization], Future[str | None]],
+    ) -> None:
+        self._problems, self._architecture, self._submit = problems, architecture, submit
+        self._compiled: dict[Specialization, Future[str | None]] = {}
+        self._asked: dict[Problem, dict[Any, list[Future[str | None]]]] = {}
+
+    def failures(self, problem: Problem) -> Failures:
+        """Why configurations of `problem` cannot be launched; waits until all are compiled."""
+        place = self._problems.index(problem)
+        for each in self._problems[place : place + _AHEAD]:
+            if each not in self._asked:
+                launched = launches(each, self._architecture)
+                self._asked[each] = {choice: self._compile(launch) for choice, launch in launched.items()}
+        reasons = {choice: [future.result() for future in asked] for choice, asked in self._asked[problem].items()}
+        return {choice: reason for choice, found in reasons.items() for reason in found if reason}
+
+    def _compile(self, launch: Launch) -> list[Future[str | None]]:
+        try:
+            specializations = specializations_of([launch], self._architecture)
+        except Exception as error:
+            refused: Future[str | None] = Future()
+            refused.set_result(f"{type(error).__name__}: {error}")
+            return [refused]
+        for specialization in specializations:
+            if specialization not in self._compiled:
+                self._compiled[specialization] = self._submit(specialization)
+        return [self._compiled[specialization] for specialization in specializations]

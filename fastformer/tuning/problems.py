@@ -1,0 +1,35 @@
+"""The calls whose launch configurations are looked for, the most valuable first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+
+import torch
+
+from fastformer.tuning.attention_problems import attention_problems, decode_problems
+from fastformer.tuning.feed_forward_problems import feed_forward_problems
+from fastformer.tuning.problem import FULL, Group, Problem, Sizes
+from fastformer.tuning.row_problems import cross_entropy_problems, norm_problems, softmax_problems
+
+
+def problems(dtypes: Iterable[torch.dtype], groups: Iterable[Group], sizes: Sizes = FULL) -> list[Problem]:
+    """A call for every class of shapes of these groups of operations."""
+    wanted = set(groups)
+    both = ("attention_forward", "attention_backward")
+    return [
+        problem
+        for dtype in dtypes
+        for problem in chain(
+            attention_problems(dtype, sizes, sizes.lengths[:1], both),
+            norm_problems(dtype, sizes, "norm_backward"),
+            cross_entropy_problems(dtype, sizes),
+            decode_problems(dtype, sizes),
+            feed_forward_problems(dtype, sizes),
+            attention_problems(dtype, sizes, sizes.lengths[1:], both),
+            norm_problems(dtype, sizes, "norm_forward"),
+            softmax_problems(dtype, sizes),
+            attention_problems(dtype, sizes, sizes.lengths, ("attention_deterministic",)),
+        )
+        if problem.group in wanted
+    ]

@@ -1,0 +1,49 @@
+"""Candidates are compiled before their turn: what is launched on a GPU then compiles nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from inspection.processes import python
+
+# Two problems of a class each; one candidate of each cannot be: warps are a power of two.
+COMPILE = """
+import json
+import torch
+from dataclasses import replace
+from fastformer.inspection.compilation import compiled_by
+from fastformer.tuning import compilation
+from fastformer.tuning.problem import FULL
+from fastformer.tuning.row_problems import softmax_problems
+from pathlib import Path
+import triton
+
+if __name__ == "__main__":
+    def others(problem, default, architecture):
+        return [replace(default, thread_elements=32), replace(default, tile_elements=3000)]
+
+    compilation.others = others
+    problems = list(softmax_problems(torch.bfloat16, FULL))[-2:]
+    with compilation.compiled_ahead(problems, "sm_90", 1) as prepare:
+        failed = [[repr(each) for each in prepare(problem)] for problem in problems]
+    launches = [
+        launch
+        for problem in problems
+        for configuration, launch in compilation.launches(problem, "sm_90").items()
+        if configuration.tile_elements == 4096
+    ]
+    missed = compiled_by(launches, ["sm_90"], Path(triton.knobs.cache.dir))
+    print(json.dumps({"failed": failed, "launches": len(launches), "missed": missed}))
+"""
+
+
+def test_candidates_are_compiled_beforehand(tmp_path: Path) -> None:
+    script = tmp_path / "compile.py"
+    script.write_text(COMPILE)
+    done = python(str(script), cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["launches"], found["missed"]) == (4, [])
+    assert [len(failures) for failures in found["failed"]] == [1, 1]
+    assert all("tile_elements=3000" in failures[0] for failures in found["failed"])
