@@ -50,12 +50,12 @@ def attention(
     keep: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     key_lengths: torch.Tensor | None = None,
-    first_position: int | None = None,
+    part: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense attention in the dtype of its inputs: float64 to judge, a lower one to see what PyTorch's own error is.
 
-    `keep` says which weights dropout keeps; `first_position` where the first query is among the keys, in place of
-    `alignment`. Returns the output and the log-sum-exp.
+    `keep` says which weights dropout keeps; `part` that `query` holds the queries from the first number on, of as many
+    as the second. Returns the output and the log-sum-exp.
     """
     if key_lengths is not None or prefix_lengths is not None:
         lengths = [key.shape[2]] * len(query) if key_lengths is None else key_lengths.tolist()
@@ -78,7 +78,7 @@ def attention(
                 prefix=0 if prefix_lengths is None else int(prefix_lengths[b]),
                 keep=_cut(keep, b, length),
                 dropout_p=dropout_p,
-                first_position=first_position,
+                part=part,
             )
             for b, length in enumerate(lengths)
         ]
@@ -101,7 +101,7 @@ def attention(
         prefix=0,
         keep=keep,
         dropout_p=dropout_p,
-        first_position=first_position,
+        part=part,
     )
 
 
@@ -124,7 +124,7 @@ def _attention(
     prefix: int,
     keep: torch.Tensor | None,
     dropout_p: float,
-    first_position: int | None,
+    part: tuple[int, int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences of one length."""
     queries, keys, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
@@ -137,10 +137,10 @@ def _attention(
     )
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if first_position is None:
-        first_position = keys - queries if alignment == "bottom_right" else 0
+    first, all_queries = part or (0, queries)
+    first += keys - all_queries if alignment == "bottom_right" else 0
     key_position = torch.arange(keys, device=query.device)
-    query_position = torch.arange(queries, device=query.device) + first_position
+    query_position = torch.arange(queries, device=query.device) + first
     distance = key_position - query_position[:, None]
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(scores.dtype)[..., None, None] * distance.abs()

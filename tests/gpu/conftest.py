@@ -1,0 +1,136 @@
+"""What only a GPU can show, at real sizes: ``pytest -m gpu -n 8`` takes less than five minutes on an H100.
+
+Without a GPU, ``pytest tests/gpu --dry`` runs the same tests at tiny sizes, the kernels in Triton's interpreter, and
+``python -m ttsem.sanitize pytest tests/gpu --dry`` their compiled IR. What needs CUDA's own streams, graphs, allocator
+or compiler is skipped there.
+
+Processes share the GPU: each keeps to `MEMORY`, and one at a time, which has taken the lock, to `MUCH_MEMORY`. A test
+that hangs ends its process after its time limit, and so does one that leaves the GPU unusable: pytest-xdist starts
+another process for the tests that remain.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from gpu.calls import CALLS
+from gpu.judging import Call
+from gpu.making import Maker
+
+FOLDER = Path(__file__).parent
+MEMORY = 6 << 30
+MUCH_MEMORY = 26 << 30
+SECONDS, SLOW_SECONDS = 100, 280
+DRY_CALLS = ("rms_norm", "layer_norm of a sum", "causal attention", "paged append_to_cache")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--dry", action="store_true", help="tiny sizes, on a machine without a GPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "real: of real sizes only; see `dry_with`")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark this folder's tests, and begin with those that take longest, so that all processes end at about one time."""
+    dry = config.getoption("--dry", default=False)
+    items[:] = [item for item in items if not (dry and item.get_closest_marker("real"))]
+    for item in items:
+        if FOLDER in item.path.parents and not dry:
+            item.add_marker(pytest.mark.gpu)
+            # A signal does not interrupt a wait for the GPU; the other method ends the process.
+            seconds = SLOW_SECONDS if item.get_closest_marker("slow") else SECONDS
+            item.add_marker(pytest.mark.timeout(seconds, method="thread"))
+    items.sort(key=lambda item: not (FOLDER in item.path.parents and item.get_closest_marker("slow")))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for a `call` is about what surrounds it: it runs with every call, a dry one with a few."""
+    if "call" in metafunc.fixturenames:
+        dry = metafunc.config.getoption("--dry", default=False)
+        metafunc.parametrize("call", DRY_CALLS if dry else list(CALLS), indirect=True)
+
+
+@pytest.fixture
+def call(request: pytest.FixtureRequest, make: Maker) -> Call:
+    return CALLS[request.param](make)
+
+
+@pytest.fixture(scope="session")
+def dry(pytestconfig: pytest.Config) -> bool:
+    """Whether sizes are tiny."""
+    return pytestconfig.getoption("--dry", default=False)
+
+
+@pytest.fixture
+def real_gpu(dry: bool) -> None:
+    """Asked for by tests that use CUDA's own streams, graphs, allocator or compiler."""
+    if dry:
+        pytest.skip("needs CUDA's streams, graphs, allocator or compiler; this is a dry run")
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> Iterator[None]:
+    """Every operator runs its kernels."""
+    import fastformer
+
+    with fastformer.backend("triton"):
+        yield
+
+
+@pytest.fixture
+def make(dry: bool) -> Maker:
+    """Makes this test's tensors, the same in every run."""
+    device = torch.device("cpu" if dry else "cuda")
+    return Maker(dry, device, torch.Generator(device).manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def memory(dry: bool) -> Iterator[None]:
+    """The process keeps to its share of the GPU's memory, and gives back what a test has used."""
+    if dry:
+        yield
+        return
+    _limit_memory(MEMORY)
+    yield
+    gc.collect()
+    _end_without_a_gpu()
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def much_memory(dry: bool, memory: None) -> Iterator[None]:
+    """More of the memory, for one process at a time."""
+    if dry:
+        yield
+        return
+    with (Path(tempfile.gettempdir()) / "fastformer-gpu-tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _limit_memory(MUCH_MEMORY)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _limit_memory(size: int) -> None:
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size / whole))
+
+
+def _end_without_a_gpu() -> None:
+    """An illegal access leaves a process without its GPU, and every later test in it would fail."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the GPU cannot be used any more by this process: {error}", returncode=1)

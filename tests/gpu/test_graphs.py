@@ -1,0 +1,114 @@
+"""CUDA graphs: forward and backward are captured once and replayed with other inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from gpu.judging import SEED, Call, assert_same, output_grads, results
+from gpu.making import Maker
+from torch import Tensor
+
+import fastformer.nn
+from fastformer.ops import append_to_cache, decode_attention, layer_norm, rotary_frequencies, rotary_table
+
+_WARM_UP = 3
+Results = Callable[[], list[Tensor]]
+
+
+def captured(function: Results, dry: bool) -> Results:
+    """A replay of the function; in a dry run, where there are no graphs, the function.
+
+    It runs before the capture, on a stream of its own as PyTorch asks, so that its kernels are there.
+    """
+    if dry:
+        return function
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return [output.clone() for output in outputs]
+
+    return replay
+
+
+def test_other_inputs(call: Call, dry: bool) -> None:
+    if call.random:
+        pytest.skip("dropout draws anew at each replay: see below")
+    first, grads = call.inputs(torch.bfloat16), output_grads(call, torch.bfloat16)
+    replay = captured(lambda: results(call.operator, first, grads), dry)
+    replay()
+    # The same values in another order: as good as any, and as far from overflow.
+    others = [tensor.flatten().flip(0).view_as(tensor) for tensor in first]
+    expected = results(call.operator, others, grads)
+    for tensor, values in zip(first, others, strict=True):
+        tensor.copy_(values)
+    assert_same(replay(), expected)
+
+
+def test_dropout_is_drawn_anew(make: Maker, dry: bool) -> None:
+    """Each replay drops other elements, and its backward the same ones as its forward."""
+    x = torch.ones(make.size(256, 5), make.size(1024, 20), device=make.device, dtype=torch.bfloat16)
+    nothing = torch.zeros_like(x)
+    columns = (x.shape[1],)
+
+    def step() -> list[Tensor]:
+        leaf = x.detach().requires_grad_()
+        _, total = layer_norm(leaf, columns, residual=nothing, dropout_p=0.5)
+        return [total.detach(), *torch.autograd.grad(total, leaf, x)]
+
+    replay = captured(step, dry)
+    replays = [replay() for _ in range(3)]
+    for dropped, grad in replays:
+        assert torch.equal(dropped, grad)
+        assert 0.3 < (dropped == 0).float().mean().item() < 0.7
+    assert not torch.equal(replays[0][0], replays[1][0]) and not torch.equal(replays[1][0], replays[2][0])
+
+
+def test_graphed_layer(make: Maker, real_gpu: None) -> None:
+    """`make_graphed_callables` of a Transformer layer, forward and backward."""
+    torch.manual_seed(SEED)
+    options = {"batch_first": True, "device": make.device, "dtype": torch.bfloat16, "dropout": 0.0}
+    layer = fastformer.nn.TransformerEncoderLayer(256, 4, 512, **options)
+    inputs = [make.normal(4, 200, 256).bfloat16().requires_grad_() for _ in range(2)]
+    expected = [results(layer, [x], [torch.ones_like(x)]) for x in inputs]
+    graphed = torch.cuda.make_graphed_callables(layer, (inputs[0],))
+    for x, wanted in zip(inputs, expected, strict=True):
+        assert_same([tensor.clone() for tensor in results(graphed, [x], [torch.ones_like(x)])], wanted)
+
+
+def test_decode_steps(make: Maker, dry: bool) -> None:
+    """A step that appends, attends and advances the lengths, replayed until the cache has grown by several tokens."""
+    batch, heads, kv_heads, head_dim, capacity, steps = 3, 8, 2, make.size(128, 8), make.size(2048, 32), 5
+    cos, sin = rotary_table(rotary_frequencies(head_dim), capacity, device=make.device)
+    new = [make.normal(batch, h, 1, head_dim).bfloat16() for h in (heads, kv_heads, kv_heads)]
+    start = [make.normal(batch, kv_heads, capacity, head_dim).bfloat16() for _ in range(2)]
+    begin = make.tensor([1, capacity // 2, capacity - _WARM_UP - steps], torch.int32)
+
+    def state() -> tuple[list[Tensor], Tensor]:
+        return [cache.clone() for cache in start], begin.clone()
+
+    def step(caches: list[Tensor], lengths: Tensor) -> list[Tensor]:
+        query, key, value = new
+        query = append_to_cache(key, value, *caches, lengths=lengths, query=query, cos=cos, sin=sin)
+        lengths += 1
+        return [decode_attention(query, *caches, lengths=lengths)]
+
+    caches, lengths = state()
+    replay = captured(lambda: step(caches, lengths), dry)
+    for tensor, values in zip([*caches, lengths], [*start, begin], strict=True):
+        tensor.copy_(values)
+    others = state()
+    for _ in range(steps):
+        assert_same(replay(), step(*others), exactly=True)
+    assert torch.equal(lengths, others[1])
+    assert_same(caches, others[0], exactly=True)
