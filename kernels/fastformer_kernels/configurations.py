@@ -51,7 +51,7 @@ def chosen(operation: str, tensor: torch.Tensor, default: T, shape: Callable[[],
     if not _stored():
         return default
     kind: Any = type(default)
-    return _measured(architecture_of(tensor).name, class_key(operation, shape()), kind) or default
+    return _measured(architecture_of(tensor).name, operation, shape(), kind) or default
 
 
 def class_key(operation: str, shape: tuple[str, ...]) -> str:
@@ -121,8 +121,9 @@ def measured_configurations(architecture: str) -> Mapping[str, Stored]:
 
 
 @lru_cache
-def _measured(architecture: str, key: str, kind: Any) -> Any:
+def _measured(architecture: str, operation: str, shape: tuple[str, ...], kind: Any) -> Any:
     """The measured configuration of a class, made a `kind`; None where there is none."""
+    key = class_key(operation, shape)
     stored = measured_configurations(architecture).get(key)
     if stored is None:
         return None

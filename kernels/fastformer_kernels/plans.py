@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -83,6 +84,7 @@ def product_precision(dtype: torch.dtype) -> str:
     return "16-bit" if dtype.itemsize == 2 else input_precision(dtype)
 
 
+@lru_cache
 def shape_class(precision: str, tokens: int, depth: int) -> tuple[str, ...]:
     """The class of shapes of a product."""
     return precision, f"tokens{size_class(tokens, TOKEN_CLASSES)}", f"depth{size_class(depth, DEPTH_CLASSES)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -57,6 +58,7 @@ def row_candidates(default: RowConfiguration) -> list[RowConfiguration]:
     return others_than(default, found)
 
 
+@lru_cache
 def row_class(columns: int, element_size: int) -> tuple[str, ...]:
     """The class of rows of `columns` elements."""
     return f"{8 * element_size}-bit", f"columns{size_class(columns, COLUMN_CLASSES)}"

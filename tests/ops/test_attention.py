@@ -205,10 +205,14 @@ def test_tensor_descriptors(monkeypatch: pytest.MonkeyPatch, options: dict[str, 
     check(tensors, here(options))
 
 
-@pytest.mark.parametrize("options", [{"causal": True}, {"window": (20, 3)}, EVERYTHING], ids=str)
-@pytest.mark.parametrize("fields", [{"one_loop": True}, {"two_kernels": True, "one_loop": True}], ids=str)
-def test_other_ways_to_walk_over_tiles(options: dict[str, Any], fields: dict[str, bool]) -> None:
-    configuration = dataclasses.replace(launch._INTERPRETER, block_m=32, **fields)
+SPECIALIZED = ("two_kernels", "one_loop", "descriptors", "warp_specialize")
+SOME_KEYS: dict[str, Any] = {"key_lengths": torch.tensor([5], dtype=torch.int32)}
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (20, 3)}, SOME_KEYS, EVERYTHING], ids=str)
+@pytest.mark.parametrize("fields", [("one_loop",), ("two_kernels", "one_loop"), SPECIALIZED], ids=str)
+def test_other_ways_to_walk_over_tiles(options: dict[str, Any], fields: tuple[str, ...]) -> None:
+    configuration = dataclasses.replace(launch._INTERPRETER, block_m=32, **dict.fromkeys(fields, True))
     with forced({"attention_forward": configuration, "attention_backward": configuration}):
         check(with_two_heads(), here(options))
 

@@ -430,8 +430,17 @@ def _key_value_gradient_tile(
     offset = keys - queries if BOTTOM_RIGHT else 0
     k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
     v_pointer = v.pointer + batch * v.stride_b + kv_head * v.stride_h + k_start * v.stride_row
-    key_tile = load_rows(k_pointer, first, keys, k.stride_row, k.stride_dim, head_dim, BLOCK_N, BLOCK_D, True, False)
-    value_tile = load_rows(v_pointer, first, keys, v.stride_row, v.stride_dim, value_dim, BLOCK_N, BLOCK_V, True, False)
+    # Specialised warps can take from outside their loop only what a descriptor loaded.
+    k_source = rows_of(k_pointer, keys, k.stride_row, head_dim, BLOCK_N, BLOCK_D, WARP_SPECIALIZE)
+    v_source = rows_of(v_pointer, keys, v.stride_row, value_dim, BLOCK_N, BLOCK_V, WARP_SPECIALIZE)
+    # An empty sequence's descriptor has one row, which is not there: start after it.
+    k_first = tl.where(first < keys, first, tl.maximum(first, 1)) if WARP_SPECIALIZE else first
+    key_tile = load_rows(
+        k_source, k_first, keys, k.stride_row, k.stride_dim, head_dim, BLOCK_N, BLOCK_D, True, WARP_SPECIALIZE
+    )
+    value_tile = load_rows(
+        v_source, k_first, keys, v.stride_row, v.stride_dim, value_dim, BLOCK_N, BLOCK_V, True, WARP_SPECIALIZE
+    )
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     low, whole_low, whole_high, high = query_ranges(
@@ -1029,7 +1038,7 @@ def _launch_key_value_gradient(
         BORDERS=borders,
         PERSISTENT=programs < works,
         DESCRIPTORS=descriptors,
-        WARP_SPECIALIZE=descriptors and specializes_warps(configuration, borders),
+        WARP_SPECIALIZE=descriptors and specializes_warps(configuration, borders) and uses_descriptors(key, value),
         **configuration.options(query, value),
     )
 

@@ -37,6 +37,7 @@ _BACKWARD_TILES = (
     (32, 64, 4, 2),
     (64, 32, 8, 2),
 )
+_SPECIALIZED_BACKWARD_TILES = ((64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3))
 # Small tiles for float32, whose products need registers, and for the interpreter.
 _SMALL_TILES = (
     (32, 32, 4, 2),
@@ -84,6 +85,7 @@ def backward_candidates(
     found += [replace(default, resident=1), replace(default, one_loop=True)]
     if default.descriptors:
         found.append(replace(default, descriptors=False))
+        found += [replace(_specialized(tile), two_kernels=True) for tile in _SPECIALIZED_BACKWARD_TILES]
     return _that_fit(found, default, architecture, _backward_memory(head_dim, element_size))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -266,19 +267,27 @@ def deterministic_configuration(
 
 def _shape_class(query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments) -> tuple[str, ...]:
     """The class of a call, within which one configuration is measured to be the best."""
-    head_dim = max(query.shape[-1], value.shape[-1])
     borders = any(
         has_borders(arguments, length, LARGEST_BLOCK) for length in (arguments.max_seqlen_q, arguments.max_seqlen_k)
     )
-    scores = "loaded" if arguments.loads_scores else "folded" if folds_scale(arguments) else "computed"
-    return (
-        f"{8 * query.element_size()}-bit",
-        f"head_dim{size_class(head_dim, HEAD_DIM_CLASSES)}",
+    return _class_words(
+        query.element_size(),
+        max(query.shape[-1], value.shape[-1]),
+        arguments.max_seqlen_k,
         "borders" if borders else "whole",
-        scores,
+        "loaded" if arguments.loads_scores else "folded" if folds_scale(arguments) else "computed",
         "undropped" if arguments.seed is None else "dropped",
         "descriptors" if uses_descriptors(query, value) else "pointers",
-        f"keys{size_class(arguments.max_seqlen_k, LENGTH_CLASSES)}",
+    )
+
+
+@lru_cache
+def _class_words(element_size: int, head_dim: int, keys: int, *words: str) -> tuple[str, ...]:
+    return (
+        f"{8 * element_size}-bit",
+        f"head_dim{size_class(head_dim, HEAD_DIM_CLASSES)}",
+        *words,
+        f"keys{size_class(keys, LENGTH_CLASSES)}",
     )
 
 
