@@ -57,6 +57,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    report = yield
+    if report.call.excinfo is not None:
+        _skip_for_want_of_an_extra(report, collector, report.call.excinfo.value.__cause__)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    report = yield
+    if call.excinfo is not None:
+        _skip_for_want_of_an_extra(report, item, call.excinfo.value)
+    return report
+
+
+def _skip_for_want_of_an_extra(
+    report: pytest.CollectReport | pytest.TestReport, node: pytest.Item | pytest.Collector, error: BaseException | None
+) -> None:
+    """A module or a test that needs a package of an extra, and a machine has not got it, is skipped."""
+    from fastformer.extras import missing_package, remedy
+
+    if isinstance(error, ModuleNotFoundError) and (package := missing_package(error)):
+        report.outcome = "skipped"
+        report.longrepr = (str(node.path), 1, f"Skipped: needs {package}: {remedy(package)}")
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Around a test and its fixtures, of whatever scope: tensors are made on the GPU, or no GPU is seen."""
     if not GPU:

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from fastformer import cli
+from fastformer.extras import require
 
 pytestmark = pytest.mark.cpu
 
 TESTS = Path(__file__).parent
+needs_jsonargparse = pytest.mark.skipif(
+    find_spec("jsonargparse") is None, reason="`fastformer pretrain` needs jsonargparse"
+)
 SUBJECTS, VERBS, OBJECTS = ("cat", "dog", "bird", "fish"), ("eats", "sees", "likes"), ("rice", "bread", "water", "milk")
 
 
@@ -37,6 +42,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def options(corpus: Path) -> list[str]:
     """A run of two seconds that crosses epochs, with dropout everywhere."""
+    require("jsonargparse")
     return [
         "pretrain",
         *("--data", str(corpus), "--preset", "bert-tiny", "--accelerator", "cpu", "--devices", "1"),
@@ -96,6 +102,7 @@ def test_unknown_command_is_named(capsys: pytest.CaptureFixture) -> None:
     assert "'pretrian' (choose from" in capsys.readouterr().err
 
 
+@needs_jsonargparse
 def test_unknown_option_is_named(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main(["pretrain", "--max_stepps", "3"])
@@ -103,6 +110,7 @@ def test_unknown_option_is_named(capsys: pytest.CaptureFixture) -> None:
     assert "max_stepps" in capsys.readouterr().err
 
 
+@needs_jsonargparse
 def test_unknown_precision_is_named(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main(["pretrain", "--precision", "12"])
@@ -110,6 +118,7 @@ def test_unknown_precision_is_named(capsys: pytest.CaptureFixture) -> None:
     assert "'12' (choose from" in capsys.readouterr().err
 
 
+@needs_jsonargparse
 def test_pretrain_help_has_examples(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main(["pretrain", "--help"])
@@ -307,6 +316,7 @@ def test_output_with_other_things_is_never_touched(
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
+@needs_jsonargparse
 def test_nothing_to_resume(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert "nothing to resume" in fails(capsys, "pretrain", "--resume", "--output", str(tmp_path / "absent"))
 

@@ -15,6 +15,8 @@ from fastformer.benchmarking.studies import sentiment
 
 pytestmark = pytest.mark.cpu
 
+pytest.importorskip("jsonargparse", reason="most commands run on the model that `fastformer pretrain` leaves")
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 

@@ -48,9 +48,13 @@ class Device:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """One operator on one device: its largest error against float64, and the most allowed."""
+    """One operator in one dtype on one device: its largest error against float64, and the most allowed.
+
+    Both are relative to the largest element of the result that has the error.
+    """
 
     operator: str
+    dtype: str
     device: str
     backend: str
     error: float | None
@@ -70,7 +74,7 @@ def main(arguments: list[str], begin: float) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     found = devices()
-    tests = [run_test(name, device) for device in found for name in _TESTS]
+    tests = [run_test(name, device, dtype) for device in found for name in _TESTS for dtype in _DTYPES]
     if options.json:
         results = [{**asdict(test), "passed": test.passed} for test in tests]
         print(json.dumps({"machine": machine(), "devices": [asdict(device) for device in found], "tests": results}))
@@ -172,6 +176,9 @@ def _exact_feed_forward(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -
 
 
 _TARGET = torch.arange(40) % 50
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# By the bytes of an element.
+_ROUNDINGS = {4: 128, 2: 4}
 
 # For each operator: the call, the same in float64, and its tensors.
 _TESTS: dict[str, tuple[Callable[..., Any], Callable[..., torch.Tensor], Callable[[], list[torch.Tensor]]]] = {
@@ -200,24 +207,30 @@ _TESTS: dict[str, tuple[Callable[..., Any], Callable[..., torch.Tensor], Callabl
 }
 
 
-def run_test(operator: str, device: Device) -> SelfTest:
-    """An operator's output and gradients in float32 on a device, against float64 on the CPU.
+def run_test(operator: str, device: Device, dtype: torch.dtype) -> SelfTest:
+    """An operator's output and gradients in `dtype` on a device, against float64 on the CPU of the same inputs.
 
-    Allowed is what a sum of 128 float32 products of the results' magnitude may lose: 128 roundings.
+    Allowed are so many roundings of numbers of the result's magnitude as a sum of products may have: in float32 one for
+    each of 128; in 16 bits, where sums are float32's, those of the result, of what is kept between two products, and of
+    the output that the loss has squared.
     """
     call, exact, make = _TESTS[operator]
-    tensors = make()
+    tensors = [tensor.to(dtype).double() for tensor in make()]
     expected = _results(exact, tensors, "cpu", torch.float64)
-    largest = max(1.0, *(tensor.abs().max().item() for tensor in expected))
-    allowed = 128 * torch.finfo(torch.float32).eps * largest
+    rounding = _ROUNDINGS[dtype.itemsize] * torch.finfo(dtype).eps
+    place = (operator, str(dtype).removeprefix("torch."), device.name, device.backend)
     try:
-        actual = _results(call, tensors, device.name, torch.float32)
+        actual = _results(call, tensors, device.name, dtype)
     except Exception as cause:  # what it is, is the finding
-        return SelfTest(operator, device.name, device.backend, None, allowed, f"{type(cause).__name__}: {cause}")
-    error = max((a.cpu().double() - e).abs().max().item() for a, e in zip(actual, expected, strict=True))
+        return SelfTest(*place, None, rounding, f"{type(cause).__name__}: {cause}")
+    error = max(map(_relative_error, actual, expected))
     # Written so that NaN fails.
-    failure = None if error <= allowed else f"error {error:.1e}, allowed {allowed:.1e}"
-    return SelfTest(operator, device.name, device.backend, error, allowed, failure)
+    failure = None if error <= rounding else f"error {error:.1e}, allowed {rounding:.1e}"
+    return SelfTest(*place, error, rounding, failure)
+
+
+def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.cpu().double() - expected).abs().max() / expected.abs().max()).item()
 
 
 def _results(
@@ -254,10 +267,11 @@ def _show(found: list[Device], tests: list[SelfTest]) -> None:
     print()
     print(
         Table(
-            ("operator", "device", "backend", "error", "allowed", ""),
+            ("operator", "dtype", "device", "backend", "error", "allowed", ""),
             [
                 (
                     test.operator,
+                    test.dtype,
                     test.device,
                     test.backend,
                     "" if test.error is None else f"{test.error:.1e}",
@@ -266,7 +280,7 @@ def _show(found: list[Device], tests: list[SelfTest]) -> None:
                 )
                 for test in tests
             ],
-            "lllrrl",
-            title="self-test: float32 output and gradients against float64",
+            "llllrrl",
+            title="self-test: output and gradients against float64",
         )
     )

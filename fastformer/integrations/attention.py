@@ -12,6 +12,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from fastformer.integrations import attention_on_cpu
 from fastformer.integrations.attention_mask import AttentionMask, MaskStructure
+from fastformer.integrations.paged_cache import updated_pages
 from fastformer.ops import attention, attention_weights
 from fastformer.ops.packing import packed_sequences
 
@@ -60,6 +61,8 @@ def attention_forward(
     cu_seq_lens_k: Tensor | dict[str, Tensor] | None = None,
     max_length_q: int | None = None,
     max_length_k: int | dict[str, int] | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | dict[str, int] | None = None,
     output_attentions: bool | None = None,
     deterministic: bool | None = None,
     **others: Any,
@@ -78,6 +81,7 @@ def attention_forward(
         indices: (batch, queries, n), the only keys that each query may see. block_indices: (batch, groups, queries, n),
             the only blocks of keys that the queries of each group of heads may see; negative ones stand for nothing.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: boundaries of the sequences in a packed batch.
+        max_seqlen_q, max_seqlen_k: the last two in continuous batching before transformers 5.19.
         output_attentions: return the weights too, recomputed, before dropout and not differentiable.
         deterministic: gradients must be the same every time.
 
@@ -93,12 +97,12 @@ def attention_forward(
     _check_understood(module, others)
     if deterministic and not torch.are_deterministic_algorithms_enabled():
         raise ValueError("deterministic=True needs torch.use_deterministic_algorithms(True)")
-    if isinstance(cu_seq_lens_k, dict):
-        # Older releases leave it to the attention function to update the paged cache of continuous batching, and
-        # make a mask that does not know of the cache.
-        paged = {**others, "cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k}
-        key, value = others["cache"].update(key, value, module.layer_idx, paged)
-        cu_seq_lens_k, max_length_k, attention_mask = paged["cu_seq_lens_k"], paged["max_length_k"], None
+    if isinstance(cu_seq_lens_k, dict) or max_seqlen_q is not None:
+        paged = {**others, "cu_seq_lens_k": cu_seq_lens_k}
+        paged |= {"max_length_k": max_length_k} if max_seqlen_k is None else {"max_seqlen_k": max_seqlen_k}
+        key, value, cu_seq_lens_k, max_length_k = updated_pages(module, key, value, paged)
+        # Those releases make a mask that does not know of the cache.
+        max_length_q, attention_mask = max_length_q or max_seqlen_q, None
     batch = max(tensor.shape[0] for tensor in (query, key, value))
     query, key, value = (_of_batch(tensor, batch) for tensor in (query, key, value))
     structure = _structure(module, attention_mask, is_causal, sliding_window, (batch, 1, query.shape[2], key.shape[2]))

@@ -32,6 +32,7 @@ def _register_attention(modeling_utils: ModuleType) -> None:
     modeling_utils.AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
     _wrap(modeling_utils.PreTrainedModel, "get_correct_attn_implementation", _warn_where_it_has_no_effect)
+    _wrap(modeling_utils.PreTrainedModel, "set_attn_implementation", _reach_copied_configurations)
 
 
 def _register_continuous_batching(continuous_api: ModuleType) -> None:
@@ -48,6 +49,16 @@ def _warn_where_it_has_no_effect(
             stacklevel=2,
         )
     return original(self, requested, *args, **kwargs)
+
+
+def _reach_copied_configurations(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
+    """Transformers before 5.20 leaves out stacks that have a copy of their model's configuration, as T5's have."""
+    original(self, *args, **kwargs)
+    implementation = self.config._attn_implementation
+    for stack in self.modules():
+        own: Any = getattr(stack, "config", None)
+        if type(own) is type(self.config) and NAME in (implementation, own._attn_implementation):
+            own._attn_implementation_internal = implementation
 
 
 def _stay_if_ours(original: Callable, self: Any, model: Any, *args: Any, **kwargs: Any) -> None:

@@ -106,6 +106,7 @@ def rotary(
         interleaved: pairs are features (2 i, 2 i + 1), as in the paper and GPT-J; otherwise
             (i, i + rotary_dim / 2), as in Llama and GPT-NeoX.
         inplace: overwrite `query` and `key` and return them. Autograd's rules for in-place operations hold.
+            Go on with what is returned: torch.compile before PyTorch 2.13 does not take gradients through the argument.
 
     Returns:
         The rotated query and key (None without one), of their own shapes and dtypes, computed in float32.
@@ -151,8 +152,9 @@ def rotary(
     tensors = [tensor for tensor in (query, key) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         # One at a time, since autograd lets a function of several outputs change no views, such as a projection's.
-        for tensor in tensors:
-            _InplaceRotary.apply(tensor, *table)
+        # What is returned is the argument, but not to torch.compile before PyTorch 2.13.
+        query = _InplaceRotary.apply(query, *table)
+        key = None if key is None else _InplaceRotary.apply(key, *table)
     else:
         _rotary_inplace(query, key, *table)
     return query, key

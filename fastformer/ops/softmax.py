@@ -40,6 +40,7 @@ def softmax(
         alignment: where a query's own position is when queries and keys differ in number: "bottom_right" (the last
             query is at the last key) or "top_left" (the first is at the first).
         inplace: overwrite `input` with the result and return it. Autograd's rules for in-place operations hold.
+            Go on with what is returned: torch.compile before PyTorch 2.13 does not take gradients through the argument.
 
     Returns:
         A tensor of input's shape, accumulated in float32. A row where nothing takes part gives zeros and no gradient

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastformer.benchmarking.gpu.ceilings import copy_ceiling, matrix_ceiling
-from fastformer.benchmarking.gpu.timing import Run, timed, timed_parts
+from fastformer.benchmarking.gpu.timing import Prepare, Run, timed, timed_parts
 
 CPU = torch.device("cpu")
 
@@ -36,6 +36,20 @@ def test_what_is_done_before_a_run_is_not_in_its_time() -> None:
     timing = timed_parts([prepare], CPU, seconds=0.01, most=3)
     assert timing.median < 0.005
     assert done["before"] == done["run"] >= 4
+
+
+def test_what_is_before_the_runs_is_done_for_all_buffers_before_any_of_them() -> None:
+    did: list[str] = []
+
+    def prepared(name: str) -> Prepare:
+        def prepare() -> Run:
+            did.append(f"before {name}")
+            return lambda: did.append(name)
+
+        return prepare
+
+    assert timed_parts([prepared("a"), prepared("b")], CPU, seconds=1.0, most=3).repeats == 3
+    assert did[-6:] == ["before a", "before b", "a", "b", "before a", "a"]
 
 
 def test_a_gpu_waits_until_all_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from fastformer import cli
+from fastformer.extras import require
 
 ROWS = {
     "classify": [{"prediction": "a", "reference": "a"}, {"prediction": 1, "reference": "b"}],
@@ -17,6 +18,7 @@ ROWS = {
     "generate": [{"log_likelihood": -2.0, "tokens": 2, "id": 3}],
     "embed": [{"embedding": [1, 0.0], "positive": [2.0, 0.1]}, {"embedding": [0, 1.0], "positive": [1.0, 0.9]}],
 }
+PACKAGES = {"tag": "seqeval", "summarize": "rouge_score"}
 BEST = {
     "classify": ("accuracy", 0.5),
     "tag": ("f1", 1),
@@ -35,6 +37,8 @@ def write(path, rows) -> str:
 
 @pytest.mark.parametrize("task", ROWS)
 def test_every_task(tmp_path, capsys, task):
+    if task in PACKAGES:
+        require(PACKAGES[task])
     predictions = write(tmp_path / "predictions.jsonl", ROWS[task])
     more = ["--language", "ja"] if task == "translate" else []
     output = tmp_path / "output"

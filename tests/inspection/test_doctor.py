@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ def test_it_reports_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["machine"]["torch"] == torch.__version__
     assert report["devices"][0]["name"] == "cpu"
     assert all(test["passed"] for test in report["tests"])
-    assert {test["operator"] for test in report["tests"]} >= {"attention", "softmax", "feed_forward"}
+    tested = {(test["operator"], test["dtype"]) for test in report["tests"]}
+    assert tested >= set(product(("attention", "softmax", "feed_forward"), ("float32", "float16", "bfloat16")))
 
 
 @pytest.mark.parametrize(
@@ -42,10 +44,20 @@ def test_a_wrong_operator_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def test_an_operator_that_raises_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastformer, "softmax", lambda x: x.no_such_method())
-    result = doctor.run_test("softmax", doctor.devices()[0])
+    result = doctor.run_test("softmax", doctor.devices()[0], torch.float32)
     assert not result.passed and result.failure is not None and "no_such_method" in result.failure
 
 
 def test_nan_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastformer, "softmax", lambda x: x * float("nan"))
-    assert not doctor.run_test("softmax", doctor.devices()[0]).passed
+    assert not doctor.run_test("softmax", doctor.devices()[0], torch.float32).passed
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_operator_that_is_wrong_in_sixteen_bits_alone_fails(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(fastformer, "softmax", lambda x: x.softmax(-1) * (1.0 if x.dtype == torch.float32 else 1.1))
+    device = doctor.devices()[0]
+    assert doctor.run_test("softmax", device, torch.float32).passed
+    assert not doctor.run_test("softmax", device, dtype).passed

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hugging_face_models import (
     MODELS,
     REFUSING,
@@ -17,11 +19,15 @@ from hugging_face_models import (
     assert_same_training,
     results,
 )
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, masking_utils
 
 import fastformer
 import fastformer.integrations.attention as attention_module
 
+# transformers 5.17 has a static cache's masks made with an argument that masks of chunks do not take.
+CHUNKS_IN_STATIC_CACHES = "block_sequence_ids" in inspect.signature(masking_utils.create_chunked_causal_mask).parameters
+# How many tokens a page of the paged cache has, under its new or its old name.
+PAGE_SIZE = next(name for name in ("page_size", "block_size") if hasattr(ContinuousBatchingConfig, name))
 PADDED = [name for name, small in MODELS.items() if small.kind not in ("image", "speech")]
 
 
@@ -75,6 +81,8 @@ def test_packed_documents(name: str, calls: list) -> None:
 @pytest.mark.parametrize("name", [name for name, small in MODELS.items() if small.generates])
 def test_generate(name: str, cache: str | None) -> None:
     """Greedy generation from left-padded prompts, past the end of sliding windows."""
+    if cache == "static" and name == "Llama 4" and not CHUNKS_IN_STATIC_CACHES:
+        pytest.skip(f"transformers {transformers.__version__} itself fails at chunks of keys in a static cache")
     small = MODELS[name]
     model = small.build()
     inputs = {key: value for key, value in small.batch("left").items() if "label" not in key and "decoder" not in key}
@@ -124,7 +132,7 @@ def test_continuous_batching(name: str) -> None:
         prompts,
         generation_config=GenerationConfig(eos_token_id=-1, pad_token_id=0, **options),
         continuous_batching_config=ContinuousBatchingConfig(
-            num_blocks=64, max_batch_tokens=32, use_cuda_graph=False, page_size=32
+            num_blocks=64, max_batch_tokens=32, use_cuda_graph=False, **{PAGE_SIZE: 32}
         ),
         progress_bar=False,
     )
@@ -243,6 +251,8 @@ def test_dropout_only_in_training(calls: list) -> None:
 @pytest.mark.parametrize("name", ["BERT", "Llama", "Gemma 2", "T5"])
 def test_compiles_as_one_graph(name: str) -> None:
     model, batch = MODELS[name].build(), MODELS[name].batch("right")
+    if name == "T5" and torch.__version__ < "2.13":
+        batch["use_cache"] = False  # for that cache transformers copies the configuration, which breaks the graph
     expected = model(**batch).loss
     model.set_attn_implementation("fastformer")
     torch._dynamo.reset()
@@ -301,6 +311,11 @@ def test_unknown_argument() -> None:
 def test_mask_of_padding_is_not_taken_for_scores() -> None:
     with pytest.raises(ValueError, match=r"attention_mask must be \(batch, heads, queries, keys\); got shape \(5, 5\)"):
         attention_module.attention_forward(layer(), *tensors(), torch.ones(5, 5, dtype=torch.bool))
+
+
+def test_lengths_of_continuous_batching_without_its_cache() -> None:
+    with pytest.raises(ValueError, match="max_seqlen_q and max_seqlen_k are continuous batching's, which has a cache"):
+        attention_module.attention_forward(layer(), *tensors(), None, max_seqlen_q=5, max_seqlen_k=5)
 
 
 def test_deterministic() -> None:

@@ -10,6 +10,7 @@ from training.tasks import MAKERS, TINY
 from transformers import BertConfig, BertForMaskedLM
 
 from fastformer.data.tokenizer import train_tokenizer
+from fastformer.extras import require
 from fastformer.models import FastformerConfig, FastformerForPreTraining
 
 WORDS = ("cat", "dog", "bird", "fish", "eats", "sees", "likes", "rice", "bread", "water", "milk")
@@ -18,6 +19,7 @@ WORDS = ("cat", "dog", "bird", "fish", "eats", "sees", "likes", "rice", "bread",
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A command line that pretrains for seconds, with some twenty batches in an epoch."""
+    require("jsonargparse")
     folder, chosen = tmp_path_factory.mktemp("corpus"), random.Random(0)
     sentences = [" ".join(chosen.choices(WORDS, k=chosen.randint(3, 12))).capitalize() + "." for _ in range(800)]
     documents = ["\n".join(sentences[begin : begin + 8]) for begin in range(0, len(sentences), 8)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,14 +44,14 @@ def timed_parts(prepared: Sequence[Prepare], device: torch.device, seconds: floa
     """As `timed`, of runs that each need something done before them, which is not in their time.
 
     Args:
-        prepared: for each set of buffers; called before every run.
+        prepared: for each set of buffers; all are called, and then their runs, which find the cache used by the others.
         device, seconds, most: as of `timed`; `seconds` leaves out what is done before the runs.
     """
     for prepare in prepared:
         prepare()()
-    few, asking = _seconds_of([prepared[0]] * 3, device, 1e-3)
+    few, asking = _seconds_of(prepared[:1], device, 3, 1e-3)
     repeats = min(most, max(3, round(seconds / max(few[1], 1e-6))))
-    taken, _ = _seconds_of([prepared[number % len(prepared)] for number in range(repeats)], device, _RESERVE * asking)
+    taken, _ = _seconds_of(prepared, device, repeats, _RESERVE * asking)
     taken.sort()
     return Timing(statistics.median(taken), taken[len(taken) // 5], taken[-1 - len(taken) // 5], repeats)
 
@@ -60,23 +60,31 @@ def _ready(run: Run) -> Prepare:
     return lambda: run
 
 
-def _seconds_of(prepared: Sequence[Prepare], device: torch.device, asking: float) -> tuple[list[float], float]:
+def _seconds_of(
+    prepared: Sequence[Prepare], device: torch.device, repeats: int, asking: float
+) -> tuple[list[float], float]:
     """Seconds of each run, and of the host to ask for one with what is before it; `asking` says how long that takes."""
     if device.type != "cuda":
-        return [_host_seconds_of(prepare()) for prepare in prepared], 0.0
+        return [_host_seconds_of(run) for run in _in_turns(prepared, repeats)], 0.0
     with torch.cuda.device(device):
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in prepared]
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
         # The GPU waits until the host has asked for everything: else a short run's time would be the host's.
-        torch.cuda._sleep(round(_CYCLES_PER_SECOND * asking * len(prepared)))
+        torch.cuda._sleep(round(_CYCLES_PER_SECOND * asking * repeats))
         first = time.perf_counter()
-        for prepare, (begin, end) in zip(prepared, events, strict=True):
-            run = prepare()
+        for run, (begin, end) in zip(_in_turns(prepared, repeats), events, strict=True):
             begin.record()
             run()
             end.record()
-        asked = (time.perf_counter() - first) / len(prepared)
+        asked = (time.perf_counter() - first) / repeats
         torch.cuda.synchronize(device)
     return [begin.elapsed_time(end) / 1000.0 for begin, end in events], asked
+
+
+def _in_turns(prepared: Sequence[Prepare], repeats: int) -> Iterator[Run]:
+    for begin in range(0, repeats, len(prepared)):
+        runs = [prepare() for prepare in prepared[: repeats - begin]]
+        while runs:  # what a run has kept for itself goes with it
+            yield runs.pop(0)
 
 
 def _host_seconds_of(run: Run) -> float:

@@ -49,7 +49,7 @@ def losses(device: torch.device, dry: bool) -> list[Case]:
 
 def by_plan(cases: list[Case], plan: Plan) -> list[Case]:
     """The same for Fastformer alone, which is to follow `plan`."""
-    return [replace(case, name=f"{case.name}, plan {plan}", peers={OURS: case.peers[OURS]}) for case in cases]
+    return [replace(case, name=f"plan {plan}, {case.name}", peers={OURS: case.peers[OURS]}) for case in cases]
 
 
 def run(setting: Setting) -> Iterator[Record]:

@@ -1,0 +1,54 @@
+"""The paged cache of `generate_batch`, in releases of transformers that leave its update to the attention function."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PagedKeys(NamedTuple):
+    """What the new tokens of several requests attend to: what each has in the cache, and themselves.
+
+    Attributes:
+        key, value: (1, kv_heads, keys, head_dim), one request after the other.
+        cu_seqlens: (requests + 1,), where each request's are.
+        longest: how many the longest request has.
+    """
+
+    key: Tensor
+    value: Tensor
+    cu_seqlens: Tensor
+    longest: int
+
+
+def updated_pages(module: torch.nn.Module, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> PagedKeys:
+    """Put a layer's new keys and values, (1, kv_heads, new tokens, head_dim), into its paged cache.
+
+    Args:
+        module: the layer.
+        arguments: those that transformers passes to paged attention: `cache`, where to read and write in it, and the
+            boundaries and longest lengths of the keys, by type of layer where the model has several.
+
+    Raises:
+        ValueError: there is no cache.
+    """
+    cache = arguments.get("cache")
+    if cache is None:
+        raise ValueError(
+            "max_seqlen_q and max_seqlen_k are continuous batching's, which has a cache; the longest lengths of a "
+            "packed batch are max_length_q and max_length_k"
+        )
+    layer = module.layer_idx
+    if "max_seqlen_k" in arguments:  # before transformers 5.19
+        key, value = cache.update(key, value, layer, arguments["read_index"], arguments["write_index"])
+        key, value = (each.transpose(0, 1).unsqueeze(0) for each in (key, value))
+        lengths = arguments["cu_seq_lens_k"], arguments["max_seqlen_k"]
+        if isinstance(lengths[0], dict):
+            kind = "sliding_attention" if getattr(module, "sliding_window", None) else "full_attention"
+            lengths = lengths[0][kind], lengths[1][kind]
+        return PagedKeys(key, value, *lengths)
+    arguments = dict(arguments)
+    key, value = cache.update(key, value, layer, arguments)
+    return PagedKeys(key, value, arguments["cu_seq_lens_k"], arguments["max_length_k"])
