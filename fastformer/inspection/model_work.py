@@ -202,14 +202,14 @@ def _gpu_autocast(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _ProductsInAutocastDtype(TorchFunctionMode):
-    """Projections, of patches too: the operations of a Transformer that autocast narrows and Fastformer leaves to
-    PyTorch."""
+    """Projections, GPT-2's and of patches too: the operations of a Transformer that autocast narrows and Fastformer
+    leaves to PyTorch."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (F.linear, F.conv2d):
+        if func in (F.linear, F.conv2d, torch.addmm):
             args = [argument.to(self.dtype) if isinstance(argument, torch.Tensor) else argument for argument in args]
         return func(*args, **(kwargs or {}))

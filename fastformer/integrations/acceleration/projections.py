@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastformer.nn.feed_forward import is_plain
+from fastformer.ops.autocast import autocast_device_type
 from fastformer.ops.checks import FLOATING_DTYPES
 
 
@@ -35,7 +36,8 @@ def weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
 def takes(input: Tensor, *projections: nn.Module) -> bool:
     """Whether the projections' parameters are of the input's dtype, or autocast makes them so."""
     dtypes = {input.dtype, *(projection.weight.dtype for projection in projections)}
-    return dtypes <= set(FLOATING_DTYPES) and (len(dtypes) == 1 or torch.is_autocast_enabled(input.device.type))
+    autocast = torch.is_autocast_enabled(autocast_device_type(input))
+    return dtypes <= set(FLOATING_DTYPES) and (len(dtypes) == 1 or autocast)
 
 
 def dropout_probability(module: nn.Module, name: str | None) -> float:
