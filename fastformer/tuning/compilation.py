@@ -15,7 +15,7 @@ from fastformer_kernels.configurations import forced
 from fastformer_kernels.launch import ARCHITECTURES
 
 from fastformer.inspection.compilation import Specialization, compiler, specializations_of
-from fastformer.tuning.measurement import Failures, Prepare, class_and_default, others
+from fastformer.tuning.measurement import Failures, class_and_default, others, widened
 from fastformer.tuning.problem import Problem
 
 Launch = Callable[[], object]
@@ -24,9 +24,13 @@ Launch = Callable[[], object]
 _AHEAD = 12
 
 
+Prepare = Callable[[Problem], Failures]
+"""Waits until a problem's kernels are compiled; returns which configurations cannot be."""
+
+
 @contextlib.contextmanager
 def compiled_ahead(problems: Sequence[Problem], architecture: str, processes: int) -> Iterator[Prepare]:
-    """What `measure` needs to have these problems, in this order, compiled into Triton's cache before their turns."""
+    """Compiles these problems' kernels into Triton's cache, in this order, ahead of those that are asked for."""
     with compiler(Path(triton.knobs.cache.dir), processes) as submit:
         yield _Ahead(problems, architecture, submit).failures
 
@@ -46,6 +50,11 @@ def launches(problem: Problem, architecture: str) -> dict[Any, Launch]:
     return {configuration: partial(_launch, problem, configuration, tensors) for configuration in configurations}
 
 
+def launch_exact(problem: Problem) -> None:
+    """The call on meta tensors in float32, with which results are compared; to be run under a stand-in."""
+    problem.call(*widened(problem.tensors(torch.device("meta"))))
+
+
 def _launch(problem: Problem, configuration: Any, tensors: Sequence[torch.Tensor]) -> None:
     with forced({problem.operation: configuration}):
         problem.call(*tensors)
@@ -60,6 +69,7 @@ class _Ahead:
     ) -> None:
         self._problems, self._architecture, self._submit = problems, architecture, submit
         self._compiled: dict[Specialization, Future[str | None]] = {}
+        self._exact: dict[Problem, list[Future[str | None]]] = {}
         self._asked: dict[Problem, dict[Any, list[Future[str | None]]]] = {}
 
     def failures(self, problem: Problem) -> Failures:
@@ -67,8 +77,11 @@ class _Ahead:
         place = self._problems.index(problem)
         for each in self._problems[place : place + _AHEAD]:
             if each not in self._asked:
+                self._exact[each] = self._compile(partial(launch_exact, each))
                 launched = launches(each, self._architecture)
                 self._asked[each] = {choice: self._compile(launch) for choice, launch in launched.items()}
+        for future in self._exact[problem]:
+            future.result()
         reasons = {choice: [future.result() for future in asked] for choice, asked in self._asked[problem].items()}
         return {choice: reason for choice, found in reasons.items() for reason in found if reason}
 

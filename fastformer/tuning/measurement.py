@@ -20,8 +20,6 @@ Timer = Callable[[Sequence[Callable[[], object]]], float]
 """Seconds of a call, which is given for several sets of buffers."""
 Failures = Mapping[Any, str]
 """Why configurations cannot be launched."""
-Prepare = Callable[[Problem], Failures]
-"""Compiles a problem's kernels; returns which configurations cannot be."""
 
 # A candidate that is not faster by more may owe it to chance.
 LEAST_GAIN = 0.02
@@ -63,12 +61,16 @@ class Finding:
         return self.seconds[self.default] / self.seconds[self.winner]
 
 
+@dataclass(frozen=True)
+class Unmeasured:
+    """A problem whose shipped configuration could not be measured, and why."""
+
+    problem: Problem
+    reason: str
+
+
 def measure(
-    problems: Iterable[Problem],
-    device: torch.device,
-    timer: Timer,
-    prepare: Prepare = lambda problem: {},
-    most: int | None = None,
+    problems: Iterable[Problem], device: torch.device, timer: Timer, most: int | None = None
 ) -> Iterator[Finding]:
     """The findings of each problem, one by one.
 
@@ -79,16 +81,19 @@ def measure(
         problems: what to measure.
         device: where.
         timer: seconds of a call; on a GPU of the work it launches.
-        prepare: is called before each problem.
         most: configurations beside the default, at most; None for all.
     """
     found: dict[str, dict[str, int]] = {}
-    architecture = architecture_of(torch.empty(0, device=device))
     for problem in problems:
-        use_measured(architecture.name, found)
-        finding = _finding(problem, architecture, device, timer, prepare(problem), most)
-        found = {**found, finding.key: asdict(finding.winner)}
+        use_measured(architecture_of(torch.empty(0, device=device)).name, found)
+        finding = finding_of(problem, device, timer, {}, most)
+        found = {**found, **winners([finding])}
         yield finding
+
+
+def winners(findings: Iterable[Finding | Unmeasured]) -> dict[str, dict[str, int]]:
+    """What is stored: the fields of the fastest configurations by class of shapes."""
+    return {finding.key: asdict(finding.winner) for finding in findings if isinstance(finding, Finding)}
 
 
 def others(problem: Problem, default: Any, architecture: Architecture) -> list[Any]:
@@ -103,35 +108,58 @@ def class_and_default(problem: Problem, tensors: Tensors) -> tuple[str, Any]:
     return next((key, default) for key, default in asked.items() if key.split()[0] == problem.operation)
 
 
-def _finding(
-    problem: Problem, architecture: Architecture, device: torch.device, timer: Timer, known: Failures, most: int | None
+def finding_of(
+    problem: Problem,
+    device: torch.device,
+    timer: Timer,
+    known: Failures,
+    most: int | None = None,
+    trying: Callable[[Any], None] = lambda configuration: None,
 ) -> Finding:
+    """The finding of one problem.
+
+    Args:
+        problem, device, timer, most: as of `measure`.
+        known: failures that are known beforehand.
+        trying: told of each configuration before it is launched; of the default as None.
+    """
+    trying(None)
     failures = dict(known)
     torch.manual_seed(0)
     given = problem.tensors(device)
     key, default = class_and_default(problem, _copies(given))
     size = sum(tensor.nbytes for tensor in given)
     buffers = [_copies(given) for _ in range(min(_MOST_BUFFERS, math.ceil(_BUFFER_BYTES / max(size, 1))))]
-    exact = _results(problem, [tensor.float() if tensor.is_floating_point() else tensor for tensor in _copies(given)])
-    seconds: dict[Any, float] = {}
-    shipped: list[Tensor] = []
-    for configuration in (default, *others(problem, default, architecture)[:most]):
+    exact = results_of(problem, widened(_copies(given)))
+    with forced({problem.operation: default}):
+        shipped = results_of(problem, _copies(given))
+        seconds = {default: _seconds(problem, buffers, timer)}
+    for configuration in others(problem, default, architecture_of(given[0]))[:most]:
         if configuration in failures:
             continue
+        trying(configuration)
         try:
             with forced({problem.operation: configuration}):
-                results = _results(problem, _copies(given))
-                if configuration == default:
-                    shipped = results
-                elif far := too_far(results, shipped, exact, _ROUNDINGS[problem.dtype.itemsize]):
+                results = results_of(problem, _copies(given))
+                if far := too_far(results, shipped, exact, _ROUNDINGS[problem.dtype.itemsize]):
                     failures[configuration] = far
-                    continue
-                seconds[configuration] = timer([partial(problem.call, *tensors) for tensors in buffers])
+                else:
+                    seconds[configuration] = _seconds(problem, buffers, timer)
         except Exception as error:
-            if configuration == default:
-                raise
             failures[configuration] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            # After an illegal access nothing works on the GPU any more: that is no fault of the next configuration.
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
     return Finding(problem, key, default, seconds, failures)
+
+
+def _seconds(problem: Problem, buffers: Sequence[Tensors], timer: Timer) -> float:
+    return timer([partial(problem.call, *tensors) for tensors in buffers])
+
+
+def widened(tensors: Tensors) -> Tensors:
+    """The arguments in float32, from which results come that are exact beside those of 16-bit types."""
+    return [tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors]
 
 
 def too_far(
@@ -147,7 +175,8 @@ def too_far(
     return None
 
 
-def _results(problem: Problem, tensors: Tensors) -> list[Tensor]:
+def results_of(problem: Problem, tensors: Tensors) -> list[Tensor]:
+    """What is compared."""
     results: Results = problem.call(*tensors)
     return [result for result in results if result is not None and result.is_floating_point() and result.numel()]
 

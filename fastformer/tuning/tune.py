@@ -6,8 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from functools import partial
 from math import exp, log
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,8 @@ from fastformer.console import Table, track
 from fastformer.data.files import atomic_file
 
 if TYPE_CHECKING:
-    from fastformer.tuning.measurement import Finding
+    from fastformer.tuning.measurement import Finding, Timer, Unmeasured
+    from fastformer.tuning.problem import Group, Problem
 
 _DESCRIPTION = """\
 Measure on this machine's GPU, for every class of shapes, which of a dozen launch configurations of a kernel is the
@@ -37,6 +38,7 @@ examples:
 """
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _OPERATIONS = ("attention", "decode", "norm", "cross_entropy", "feed_forward", "softmax")
+_NOT_LAUNCHED = "not launched: what does not compile, needs more than the GPU has, hangs, or computes something else."
 # Of measuring a configuration.
 _SECONDS = 0.03
 
@@ -55,22 +57,21 @@ def main(arguments: list[str], begin: float) -> None:
     from fastformer_kernels.configurations import forget_plans_read, plans_path
     from fastformer_kernels.launch import architecture_of
 
-    from fastformer.benchmarking.gpu.timing import timed
     from fastformer.tuning.compilation import compiled_ahead
-    from fastformer.tuning.measurement import measure
-    from fastformer.tuning.problems import problems
+    from fastformer.tuning.isolation import measure_apart
+    from fastformer.tuning.measurement import winners
 
-    if options.tf32:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
     device = torch.device("cuda", torch.cuda.current_device())
     architecture = architecture_of(torch.empty(0, device=device)).name
     print(f"{torch.cuda.get_device_name(device)} ({architecture})")
-    to_solve = problems([_DTYPES[name] for name in options.dtypes], options.operations)
-    findings: list[Finding] = []
+    make_problems = partial(_problems, tuple(options.dtypes), tuple(options.operations), options.tf32)
+    to_solve = make_problems()
+    findings: list[Finding | Unmeasured] = []
     try:
         with compiled_ahead(to_solve, architecture, os.cpu_count() or 1) as prepare:
-            measured = measure(to_solve, device, lambda runs: timed(runs, device, _SECONDS).median, prepare)
-            findings += track(measured, "measuring", len(to_solve))
+            measured = measure_apart(make_problems, device, event_timer, prepare)
+            for finding in track(measured, "measuring", len(to_solve)):
+                findings.append(finding)
     finally:
         store_plans(plans_path(), architecture, winners(findings))
         forget_plans_read()
@@ -78,9 +79,19 @@ def main(arguments: list[str], begin: float) -> None:
     print(f"kept in {plans_path()}")
 
 
-def winners(findings: Iterable[Finding]) -> dict[str, dict[str, int]]:
-    """What is stored: the fields of the fastest configurations by class of shapes."""
-    return {finding.key: asdict(finding.winner) for finding in findings}
+def _problems(dtypes: Sequence[str], operations: Sequence[Group], tf32: bool) -> list[Problem]:
+    from fastformer.tuning.problems import problems
+
+    if tf32:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    return problems([_DTYPES[name] for name in dtypes], operations)
+
+
+def event_timer(device: torch.device) -> Timer:
+    """Times the GPU's work by events."""
+    from fastformer.benchmarking.gpu.timing import timed
+
+    return lambda runs: timed(runs, device, _SECONDS).median
 
 
 def store_plans(path: Path, architecture: str, measured: dict[str, dict[str, int]]) -> None:
@@ -106,11 +117,17 @@ def store_plans(path: Path, architecture: str, measured: dict[str, dict[str, int
         file.write(json.dumps({"format": FORMAT, "architectures": architectures}, indent=2, sort_keys=True).encode())
 
 
-def summary(findings: Sequence[Finding]) -> Table:
-    """A row for each operation."""
+def summary(findings: Sequence[Finding | Unmeasured]) -> Table:
+    """A row for each operation; what could not be measured is in the note."""
+    from fastformer.tuning.measurement import Unmeasured
+
     by_operation: dict[str, list[Finding]] = {}
+    lost = []
     for finding in findings:
-        by_operation.setdefault(finding.problem.operation, []).append(finding)
+        if isinstance(finding, Unmeasured):
+            lost.append(f"{finding.problem.case} could not be measured: {finding.reason}.")
+        else:
+            by_operation.setdefault(finding.problem.operation, []).append(finding)
     rows = []
     for operation, found in by_operation.items():
         best = max(found, key=lambda finding: finding.gain)
@@ -131,7 +148,7 @@ def summary(findings: Sequence[Finding]) -> Table:
         ("operation", "classes with a faster configuration", "mean gain", "best gain", "at", "not launched"),
         rows,
         "lrrrlr",
-        note="not launched: configurations that do not compile, need more than the GPU has, or compute something else.",
+        note=" ".join([_NOT_LAUNCHED, *lost]),
     )
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fastformer.benchmarking.gpu.steps.candidates import as_source
 from fastformer.tuning import measurement
-from fastformer.tuning.measurement import Finding, measure
+from fastformer.tuning.measurement import Finding, Unmeasured, finding_of, measure, winners
 from fastformer.tuning.problem import FULL, GROUPS, TINY, Problem, Results
 from fastformer.tuning.problems import problems
-from fastformer.tuning.tune import summary, winners
+from fastformer.tuning.tune import summary
 
 CPU = torch.device("cpu")
 SHIPPED, FASTER, SLOWER, WRONG, BROKEN = (RowConfiguration(size, 8) for size in (1, 2, 3, 4, 5))
@@ -66,7 +66,8 @@ def test_the_fastest_that_computes_the_same_wins(monkeypatch: pytest.MonkeyPatch
     assert finding.failures[BROKEN] == "RuntimeError: PassManager::run failed"
     assert finding.failures[WRONG].startswith("result 0 is off by 0.09")
     assert winners([finding]) == {"test any": {**vars(FASTER)}}
-    assert "1 of 1" in str(summary([finding])) and "1.50x" in str(summary([finding]))
+    shown = str(summary([finding, Unmeasured(PROBLEM, "hangs")]))
+    assert "1 of 1" in shown and "1.50x" in shown and "a test could not be measured: hangs" in " ".join(shown.split())
 
 
 def test_the_default_stays_where_nothing_is_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +93,7 @@ def test_what_was_found_is_launched_by_what_follows(monkeypatch: pytest.MonkeyPa
 
 def test_configurations_that_failed_beforehand_are_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measurement, "others", lambda problem, default, architecture: [FASTER])
-    finding = next(measure([PROBLEM], CPU, timer, lambda problem: {FASTER: "too much shared memory"}))
+    finding = finding_of(PROBLEM, CPU, timer, {FASTER: "too much shared memory"})
     assert (finding.seconds, finding.failures) == ({SHIPPED: 3.0}, {FASTER: "too much shared memory"})
 
 

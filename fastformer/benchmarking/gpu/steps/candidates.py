@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
@@ -15,63 +14,56 @@ import triton
 from fastformer_kernels.launch import architecture_of
 
 from fastformer.benchmarking.gpu.step import Record, Setting, Step
-from fastformer.benchmarking.gpu.timing import timed
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.timing import seconds_of
-from fastformer.tuning.compilation import compiled_ahead
-from fastformer.tuning.measurement import Finding, Prepare, Timer, measure
-from fastformer.tuning.problem import FULL, GROUPS, TINY, Problem
+from fastformer.tuning.compilation import compiled_ahead, launch_exact
+from fastformer.tuning.isolation import measure_apart
+from fastformer.tuning.measurement import Finding, Unmeasured, measure, winners
+from fastformer.tuning.problem import GROUPS, TINY, Problem
 from fastformer.tuning.problems import problems
-from fastformer.tuning.tune import store_plans, winners
+from fastformer.tuning.tune import event_timer, store_plans
 
 SHIPPED = "shipped configuration"
-# Of measuring a configuration, and what has to be left for another problem.
-_SECONDS = 0.03
+# Seconds that have to be left for another problem.
 _RESERVE = 10.0
-# In a dry run, beside the default.
-_MOST_DRY = 1
 
 
 def run(setting: Setting) -> Iterator[Record]:
     """The fastest configuration of every problem, in the order of their worth, and the shipped one."""
-    to_solve = _problems(setting.dry)
     architecture = architecture_of(torch.empty(0, device=setting.device)).name
-    found: list[Finding] = []
-    with _compiling(to_solve, architecture, setting) as prepare:
-        most = _MOST_DRY if setting.dry else None
-        for finding in measure(to_solve, setting.device, _timer(setting), prepare, most):
-            yield from _records(finding)
-            found.append(finding)
-            _write_tables(found, architecture, setting.out)
-            if setting.left < _RESERVE:
-                break
+    found: list[Finding | Unmeasured] = []
+    for finding in _dry_findings(setting) if setting.dry else _findings(setting, architecture):
+        yield from _records(finding)
+        found.append(finding)
+        _write_tables(found, architecture, setting.out)
+        if setting.left < _RESERVE:
+            return
 
 
-def _problems(dry: bool) -> list[Problem]:
-    if not dry:
-        return problems([torch.bfloat16], GROUPS, FULL)
+def _findings(setting: Setting, architecture: str) -> Iterator[Finding | Unmeasured]:
+    with compiled_ahead(_problems(), architecture, os.cpu_count() or 1) as prepare:
+        yield from measure_apart(_problems, setting.device, event_timer, prepare)
+
+
+def _problems() -> list[Problem]:
+    return problems([torch.bfloat16], GROUPS)
+
+
+def _dry_findings(setting: Setting) -> Iterator[Finding]:
+    """Of one problem of each operation, with one configuration beside the shipped one."""
     by_operation: dict[str, Problem] = {}
     for problem in problems([torch.bfloat16], GROUPS, TINY):
         by_operation.setdefault(problem.operation, problem)
-    return list(by_operation.values())
+    yield from measure(
+        by_operation.values(), setting.device, lambda runs: seconds_of(runs[0], 1, setting.device), most=1
+    )
 
 
-def _compiling(
-    to_solve: Sequence[Problem], architecture: str, setting: Setting
-) -> contextlib.AbstractContextManager[Prepare]:
-    if setting.dry:
-        return contextlib.nullcontext(lambda problem: {})
-    return compiled_ahead(to_solve, architecture, os.cpu_count() or 1)
-
-
-def _timer(setting: Setting) -> Timer:
-    if setting.dry:
-        return lambda runs: seconds_of(runs[0], 1, setting.device)
-    return lambda runs: timed(runs, setting.device, _SECONDS).median
-
-
-def _records(finding: Finding) -> Iterator[Record]:
+def _records(finding: Finding | Unmeasured) -> Iterator[Record]:
     """The times of the fastest configuration and of the shipped one."""
+    if isinstance(finding, Unmeasured):
+        yield Record(finding.problem.case, OURS, "time", None, "us", missing=finding.reason)
+        return
     details = {
         "class": finding.key,
         "winner": repr(finding.winner),
@@ -83,12 +75,12 @@ def _records(finding: Finding) -> Iterator[Record]:
     yield Record(case, SHIPPED, "time", 1e6 * seconds[finding.default], "us")
 
 
-def _write_tables(found: Sequence[Finding], architecture: str, out: Path) -> None:
+def _write_tables(found: Sequence[Finding | Unmeasured], architecture: str, out: Path) -> None:
     """A plans.json for FASTFORMER_CACHE, and the winners as the launch data is written."""
     store_plans(out / "plans.json", architecture, winners(found))
     lines = [f"# {architecture}, triton {triton.__version__}: what beats the shipped configurations"]
     for finding in found:
-        if finding.winner != finding.default:
+        if isinstance(finding, Finding) and finding.winner != finding.default:
             lines += [
                 f"# {finding.key}",
                 f"# {finding.gain:.3f} times as fast as {as_source(finding.default)} at {finding.problem.case}",
@@ -110,8 +102,10 @@ def as_source(configuration: Any) -> str:
 
 
 def launches() -> Iterator[Callable[[], object]]:
-    """Of the shipped configurations."""
-    return (partial(_launch, problem) for problem in _problems(dry=False))
+    """Of the shipped configurations, and of what all are compared with."""
+    for problem in _problems():
+        yield partial(_launch, problem)
+        yield partial(launch_exact, problem)
 
 
 def _launch(problem: Problem) -> None:
