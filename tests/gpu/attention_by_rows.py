@@ -18,7 +18,7 @@ from fastformer.ops.attention_dropout import dropout_keep
 from fastformer.ops.dropout import draw_seed
 
 # Scores of a block: 256 MiB in float64, of which autograd keeps some ten.
-_ELEMENTS = 1 << 25
+ELEMENTS = 1 << 25
 Results = dict[str, Tensor]
 
 
@@ -93,16 +93,16 @@ def _by_sequences(
 ) -> Results:
     """The reference of a dense call, or of each packed sequence alone."""
     if ends is None:
-        return _by_rows(tensors, options, grads)
+        return by_rows(tensors, options, grads)
     parts = []
     for start, end in pairwise(ends):
         if end > start:
             sequence = [_dense(tensor[start:end]) for tensor in tensors]
-            parts.append(_by_rows(sequence, options, [_dense(grads[0][start:end]), grads[1][None, :, start:end]]))
+            parts.append(by_rows(sequence, options, [_dense(grads[0][start:end]), grads[1][None, :, start:end]]))
     return {name: torch.cat([part[name] for part in parts], 2) for name in result_names(options)}
 
 
-def _by_rows(tensors: list[Tensor], options: dict[str, Any], grads: list[Tensor]) -> Results:
+def by_rows(tensors: list[Tensor], options: dict[str, Any], grads: list[Tensor]) -> Results:
     """In the dtype of the tensors; sums over blocks in float64."""
     leaves, options = _leaves(tensors, options, tensors[0].dtype)
     query, key, value = leaves[:3]
@@ -129,7 +129,7 @@ def _by_rows(tensors: list[Tensor], options: dict[str, Any], grads: list[Tensor]
 
 def _blocks(query: Tensor, keys: int) -> Iterator[slice]:
     batch, heads, queries, _ = query.shape
-    step = max(1, _ELEMENTS // max(1, batch * heads * keys))
+    step = max(1, ELEMENTS // max(1, batch * heads * keys))
     for first in range(0, queries, step):
         yield slice(first, min(first + step, queries))
 

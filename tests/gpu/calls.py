@@ -177,7 +177,7 @@ def _feed_forward(make: Maker, activation: str, gated: bool, plan: Plan, dropout
 
 
 def _cross_entropy(make: Maker, options: dict[str, Any]) -> Call:
-    rows, classes = make.size(700, 7), make.size(VOCABULARY, 300)
+    rows, classes = make.size(300, 7), make.size(VOCABULARY, 300)
     target = make.integers(classes, rows)
     target[::5] = -100
 
@@ -195,7 +195,7 @@ def _cross_entropy(make: Maker, options: dict[str, Any]) -> Call:
 
 def _linear_cross_entropy(make: Maker, reduction: str) -> Call:
     """Of several chunks of rows."""
-    rows, features, classes = make.size(500, 21), make.size(512, 16), make.size(VOCABULARY, 70)
+    rows, features, classes = make.size(300, 21), make.size(256, 16), make.size(VOCABULARY, 70)
     target = make.integers(classes, rows)
     target[::4] = -100
     budget = make.size(128 * VOCABULARY * 2, 8 * 70 * 4)

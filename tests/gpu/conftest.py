@@ -16,6 +16,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -41,16 +42,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark this folder's tests, and begin with those that take longest, so that all processes end at about one time."""
     dry = config.getoption("--dry", default=False)
     items[:] = [item for item in items if not (dry and item.get_closest_marker("real"))]
-    for item in items:
-        if FOLDER in item.path.parents and not dry:
-            item.add_marker(pytest.mark.gpu)
-            # A signal does not interrupt a wait for the GPU; the other method ends the process.
-            seconds = SLOW_SECONDS if item.get_closest_marker("slow") else SECONDS
-            item.add_marker(pytest.mark.timeout(seconds, method="thread"))
-    items.sort(key=lambda item: not (FOLDER in item.path.parents and item.get_closest_marker("slow")))
+    others = [item for item in items if FOLDER not in item.path.parents]
+    here = [item for item in items if FOLDER in item.path.parents]
+    slow = [item for item in here if item.get_closest_marker("slow")]
+    fast = [item for item in here if not item.get_closest_marker("slow")]
+    for item in [] if dry else here:
+        item.add_marker(pytest.mark.gpu)
+        # A signal does not interrupt a wait for the GPU; the other method ends the process.
+        item.add_marker(pytest.mark.timeout(SLOW_SECONDS if item in slow else SECONDS, method="thread"))
+    # The last files have the slowest.
+    items[:] = [*spread(slow[::-1], fast), *others]
+
+
+def spread(few: list[pytest.Item], many: list[pytest.Item]) -> list[pytest.Item]:
+    """A few tests evenly among many: pytest-xdist hands out neighbours together."""
+    step = -(-len(many) // max(1, len(few)))
+    parts = [[test, *many[number * step : (number + 1) * step]] for number, test in enumerate(few)]
+    return list(chain.from_iterable(parts)) if few else many
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

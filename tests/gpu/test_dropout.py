@@ -1,4 +1,4 @@
-"""Dropout on a GPU drops what it drops on a CPU for the same seed, in forward and backward."""
+"""Dropout on a GPU drops what it drops on a CPU for the same seed."""
 
 from __future__ import annotations
 
