@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from fastformer.models.configuration import FastformerConfig
@@ -29,6 +30,7 @@ class PatchEmbedding(nn.Module):
             raise ValueError(
                 f"pixel_values must be (batch, {', '.join(map(str, expected))}); got {tuple(pixel_values.shape)}"
             )
-        patches = self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+        projected = self.projection(pixel_values.to(self.projection.weight.dtype))
+        patches = rearrange(projected, "batch hidden rows columns -> batch (rows columns) hidden")
         image = self.image.expand(len(patches), 1, -1)
         return self.dropout(torch.cat([image, patches], dim=1) + self.position.weight)
