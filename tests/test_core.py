@@ -21,6 +21,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+pytestmark = pytest.mark.cpu
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = ("torch", "triton", "einops", "numpy", "transformers")
 # What is there for those who have an extra.
@@ -137,21 +139,25 @@ def test_operators_modules_and_models_run_without_extras(core: Environment) -> N
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
+def test_commands_run_without_extras(core: Environment, tmp_path: Path) -> None:
+    commands = [
         "doctor",
         "kernels report --operators merge_attention --arch sm_80 --dtypes bfloat16 --layouts aligned",
         "numerics --operators softmax --dtypes float32",
-        "tune --help",
         "models bert-tiny",
-        "hub export {folder}/kernel",
-    ],
-)
-def test_command_runs_without_extras(command: str, core: Environment, tmp_path: Path) -> None:
-    arguments = command.format(folder=tmp_path).split()
-    run = core.run("-m", "fastformer.cli", *arguments, TRITON_INTERPRET="0", FASTFORMER_CACHE=str(tmp_path))
+        f"hub export {tmp_path}/kernel",
+        f"bench gpu --dry-run --steps environment --out {tmp_path}/gpu",
+        "tune --help",
+    ]
+    code = (
+        "import sys; from fastformer import cli\n"
+        "for command in sys.argv[1:]:\n"
+        "    print(command, file=sys.stderr)\n"
+        "    assert cli.main(command.split()) == 0\n"
+    )
+    run = core.run("-c", code, *commands, TRITON_INTERPRET="0", FASTFORMER_CACHE=str(tmp_path))
     assert run.returncode == 0, run.stderr
+    assert "usage: fastformer tune" in run.stdout
 
 
 @pytest.mark.parametrize(
