@@ -78,7 +78,12 @@ def test_what_has_no_exact_result_is_not_taken_for_wrong(tmp_path: Path) -> None
         raise RuntimeError("out of memory")
 
     ours = {OURS: DOUBLE.peers[OURS]}
-    found = by_place(list(rates([replace(DOUBLE, peers=ours, exact=fails)], setting(tmp_path))))
+    records: list[Record] = []
+    with pytest.raises(
+        RuntimeError, match="of Fastformer 1 figures are missing, the first: double, error: no exact result"
+    ):
+        records.extend(rates([replace(DOUBLE, peers=ours, exact=fails)], setting(tmp_path)))
+    found = by_place(records)
     assert found[OURS, FORWARD].value is not None
     assert found[OURS, ERROR].missing == "no exact result: RuntimeError: out of memory"
     random = by_place(list(rates([replace(DOUBLE, peers=ours, exact=None)], setting(tmp_path))))
@@ -96,8 +101,19 @@ def test_a_refusal_says_why(tmp_path: Path) -> None:
     assert found["refuses", FORWARD].missing == "RuntimeError: No available kernel. Aborting execution. Why."
 
 
+def test_a_dry_run_fails_in_the_end_where_we_do(tmp_path: Path) -> None:
+    fails = replace(DOUBLE, name="triple", peers={OURS: DOUBLE.peers["fails"]})
+    found = []
+    with pytest.raises(
+        RuntimeError, match="of Fastformer 2 figures are missing, the first: triple, forward: RuntimeError: shape"
+    ):
+        for record in rates([fails, DOUBLE], setting(tmp_path)):
+            found.append(record)
+    assert {each.case for each in found} == {"triple", "double"}
+
+
 def test_without_time_the_rest_is_missing(tmp_path: Path) -> None:
-    found = list(rates([DOUBLE], setting(tmp_path, seconds=0.0)))
+    found = list(rates([DOUBLE], replace(setting(tmp_path, seconds=0.0), dry=False)))
     assert {each.missing for each in found if each.peer != "absent"} == {NO_TIME}
 
 
