@@ -39,6 +39,7 @@ DOUBLE = Case(
         OURS: Peer(lambda: doubled(lambda x: 2 * x)),
         "wrong": Peer(lambda: doubled(lambda x: 2 * x + 1)),
         "wrong gradient": Peer(lambda: doubled(lambda x: x.detach() + x)),
+        "nan": Peer(lambda: doubled(lambda x: x * 2 + (x - x).sqrt())),  # its gradient alone, which is not the first
         "fails": Peer(lambda: doubled(lambda x: x.view(3))),
         "absent": Peer(lambda: doubled(abs), packages=("no_such_package",)),
     },
@@ -69,6 +70,8 @@ def test_what_is_wrong_or_missing_has_no_rate(tmp_path: Path) -> None:
     assert found["wrong", ERROR].value == pytest.approx(2 / (2 * 30**0.5))
     assert found["wrong gradient", FORWARD].value is not None
     assert found["wrong gradient", BACKWARD].missing == "wrong, 0.5 from exact"
+    assert found["nan", FORWARD].value is not None
+    assert found["nan", BACKWARD].missing == "wrong, nan from exact"
     assert "shape '[3]' is invalid" in str(found["fails", FORWARD].missing)
     assert found["absent", FORWARD].missing == "no_such_package is not installed"
 
@@ -99,6 +102,27 @@ def test_a_refusal_says_why(tmp_path: Path) -> None:
     case = replace(DOUBLE, peers={"refuses": Peer(lambda: doubled(refuse))})
     found = by_place(list(rates([case], setting(tmp_path))))
     assert found["refuses", FORWARD].missing == "RuntimeError: No available kernel. Aborting execution. Why."
+
+
+def test_a_fault_of_the_device_is_recorded_and_ends_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access everything that waits for the device fails, for everybody."""
+    broken: list[bool] = []
+
+    def wait(device: torch.device) -> None:
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def break_it(x: torch.Tensor) -> torch.Tensor:
+        broken.append(True)
+        return x
+
+    monkeypatch.setattr("fastformer.benchmarking.gpu.rates.wait", wait)
+    breaks = replace(DOUBLE, name="breaks", peers={OURS: Peer(lambda: doubled(break_it))})
+    found = []
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        for record in rates([DOUBLE, breaks, DOUBLE], setting(tmp_path)):
+            found.append(record)
+    assert found[-1].case == "breaks" and "illegal memory access" in str(found[-1].missing)
 
 
 def test_a_dry_run_fails_in_the_end_where_we_do(tmp_path: Path) -> None:

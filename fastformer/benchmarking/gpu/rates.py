@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import ceil
+from math import ceil, isnan
 from typing import TypeVar
 
 import torch
@@ -98,6 +98,8 @@ def rates(cases: Sequence[Case], setting: Setting) -> Iterator[Record]:
                 peers = {name: peer for name, peer in case.peers.items() if peer.compiled == compiled}
                 for record in _of_case(case, peers, setting):
                     yield record
+                    # Raises what was the device's own fault: nothing in this process survives that.
+                    wait(setting.device)
                     if record.peer == OURS and record.value is None:
                         failures.append(f"{record.case}, {record.metric}: {record.missing}")
     if setting.dry and failures:
@@ -156,12 +158,16 @@ def _measured(case: Case, exact: list[Tensor] | _Failure | None, phase: str, set
     error = None
     if isinstance(exact, list):
         found = case.select(call.forward() if phase == FORWARD else call())
-        error = max(distance(one, right) for one, right in zip(found, exact, strict=phase != FORWARD))
+        error = _largest([distance(one, right) for one, right in zip(found, exact, strict=phase != FORWARD)])
         del found
-    # Not the other way round: a NaN is no larger than anything.
     wrong = error is not None and not error <= TOLERANCES[_dtype(call)]
     calls = [call, *(call.elsewhere() for _ in range(_sets(call, setting.device) - 1))]
     return _Measured(_time(calls, phase, setting), len(calls), error, wrong)
+
+
+def _largest(errors: Sequence[float]) -> float:
+    """NaN, which is no larger than anything, is taken for larger than everything."""
+    return max(errors, key=lambda error: (isnan(error), error))
 
 
 def _time(calls: Sequence[Call], phase: str, setting: Setting) -> Timing:
@@ -189,10 +195,9 @@ def _attempt(do: Callable[[], Found], device: torch.device) -> Found | _Failure:
         warnings.simplefilter("always")
         found = _caught(do, device)
     if isinstance(found, _Failure):
-        # After a fault that nothing in this process survives, this raises.
-        wait(device)
         if device.type == "cuda":
-            torch.cuda.empty_cache()
+            with suppress(Exception):
+                torch.cuda.empty_cache()
         return _Failure(" ".join([found.reason, *_refusals(found, [str(each.message) for each in caught])]))
     for each in caught:
         warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
@@ -227,10 +232,11 @@ def _record(case: Case, name: str, phase: str, found: _Measured | _Failure, sett
     per_second = case.amount(phase) / found.timing.median
     value = per_second / (1e12 if unit == MATRIX else 1e9)
     ceiling = (matrix_ceiling if unit == MATRIX else copy_ceiling)(setting.device, setting.dry).value
-    details = {"seconds": asdict(found.timing), "sets of buffers": found.sets, "error": found.error}
+    details = {"seconds": asdict(found.timing), "sets of buffers": found.sets}
     if found.wrong:
         return Record(case.name, name, phase, None, unit, f"wrong, {found.error:.2g} from exact", details)
-    return Record(case.name, name, phase, value, unit, details=details | {"share of the ceiling": value / ceiling})
+    details |= {"error": found.error, "share of the ceiling": value / ceiling}
+    return Record(case.name, name, phase, value, unit, details=details)
 
 
 def _error_records(
@@ -238,7 +244,7 @@ def _error_records(
 ) -> Iterator[Record]:
     """The largest of `errors`; none where there was nothing to compare."""
     if errors:
-        yield Record(case.name, name, ERROR, max(errors), "of the norm")
+        yield Record(case.name, name, ERROR, _largest(errors), "of the norm")
     elif isinstance(exact, _Failure):
         yield Record(case.name, name, ERROR, None, "of the norm", f"no exact result: {exact.reason}")
 
