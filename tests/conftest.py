@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import hypothesis
 import pytest
 import torch
-from devices import need_kernels
+from devices import end_without_a_gpu, need_kernels
 
 GPU = torch.cuda.is_available()
 # Their subjects: data on a disk, Lightning, metrics, tools on a CPU.
@@ -88,8 +88,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Around a test and its fixtures, of whatever scope: tensors are made on the GPU, or no GPU is seen."""
     if not GPU:
         return (yield)
-    with without_gpu() if item.get_closest_marker("cpu") else torch.device("cuda"):
-        return (yield)
+    if item.get_closest_marker("cpu"):
+        with without_gpu():
+            return (yield)
+    with torch.device("cuda"):
+        result = yield
+    end_without_a_gpu()
+    return result
 
 
 @contextmanager

@@ -21,3 +21,16 @@ def need_kernels() -> None:
     """Skip the running test if it is on a CPU and nothing is interpreted, as on a machine with a GPU."""
     if torch.get_default_device().type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("with a GPU there is no interpreter to run kernels on the CPU")
+
+
+def end_without_a_gpu() -> None:
+    """End this process if it cannot use the GPU any more, as after an illegal access: every later test would fail.
+
+    pytest-xdist starts another one for the tests that remain.
+    """
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the GPU cannot be used any more by this process: {error}", returncode=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from inspection.processes import python
 
 # Two problems of a class each; one candidate of each cannot be: warps are a power of two.
@@ -38,6 +39,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.cpu
 def test_candidates_are_compiled_beforehand(tmp_path: Path) -> None:
     script = tmp_path / "compile.py"
     script.write_text(COMPILE)

@@ -59,6 +59,7 @@ def found(monkeypatch: pytest.MonkeyPatch, *candidates: RowConfiguration) -> Fin
     return next(measure([PROBLEM], CPU, timer))
 
 
+@pytest.mark.cpu
 def test_the_fastest_that_computes_the_same_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = found(monkeypatch, WRONG, SLOWER, BROKEN, FASTER)
     assert (finding.key, finding.default, finding.winner, finding.gain) == ("test any", SHIPPED, FASTER, 1.5)
@@ -70,12 +71,14 @@ def test_the_fastest_that_computes_the_same_wins(monkeypatch: pytest.MonkeyPatch
     assert "1 of 1" in shown and "1.50x" in shown and "a test could not be measured: hangs" in " ".join(shown.split())
 
 
+@pytest.mark.cpu
 def test_the_default_stays_where_nothing_is_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SECONDS, FASTER, 2.97)
     finding = found(monkeypatch, SLOWER, FASTER)
     assert (finding.winner, finding.gain) == (SHIPPED, 1.0)
 
 
+@pytest.mark.cpu
 def test_what_was_found_is_launched_by_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
 
@@ -91,6 +94,7 @@ def test_what_was_found_is_launched_by_what_follows(monkeypatch: pytest.MonkeyPa
     assert launched[:1] == [SHIPPED] and set(launched[1:]) == {FASTER}
 
 
+@pytest.mark.cpu
 def test_configurations_that_failed_beforehand_are_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measurement, "others", lambda problem, default, architecture: [FASTER])
     finding = finding_of(PROBLEM, CPU, timer, {FASTER: "too much shared memory"})
