@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 from fastformer_kernels.configurations import forced
-from fastformer_kernels.launch import ARCHITECTURES
+from fastformer_kernels.launch import ARCHITECTURES, architecture_of
 
 from fastformer.inspection.compilation import Specialization, compiler, specializations_of
 from fastformer.tuning.measurement import Failures, class_and_default, others, widened
@@ -48,6 +48,14 @@ def launches(problem: Problem, architecture: str) -> dict[Any, Launch]:
     specializations_of([ask], architecture)
     configurations = (*defaults, *others(problem, defaults[0], ARCHITECTURES[architecture]))
     return {configuration: partial(_launch, problem, configuration, tensors) for configuration in configurations}
+
+
+def launch_candidates(problem: Problem) -> None:
+    """The call on meta tensors with each configuration, the default first; to be run under a stand-in."""
+    tensors = problem.tensors(torch.device("meta"))
+    _, default = class_and_default(problem, tensors)
+    for configuration in others(problem, default, architecture_of(tensors[0])):
+        _launch(problem, configuration, tensors)
 
 
 def launch_exact(problem: Problem) -> None:

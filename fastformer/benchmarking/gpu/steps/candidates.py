@@ -16,10 +16,11 @@ from fastformer_kernels.launch import architecture_of
 from fastformer.benchmarking.gpu.step import Record, Setting, Step
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.timing import seconds_of
-from fastformer.tuning.compilation import compiled_ahead, launch_exact
+from fastformer.tuning.attention_problems import attention_problems
+from fastformer.tuning.compilation import compiled_ahead, launch_candidates, launch_exact
 from fastformer.tuning.isolation import measure_apart
 from fastformer.tuning.measurement import Finding, Unmeasured, measure, winners
-from fastformer.tuning.problem import GROUPS, TINY, Problem
+from fastformer.tuning.problem import FULL, GROUPS, TINY, Problem
 from fastformer.tuning.problems import problems
 from fastformer.tuning.tune import event_timer, store_plans
 
@@ -102,14 +103,12 @@ def as_source(configuration: Any) -> str:
 
 
 def launches() -> Iterator[Callable[[], object]]:
-    """Of the shipped configurations, and of what all are compared with."""
-    for problem in _problems():
-        yield partial(_launch, problem)
+    """Of the most valuable problems. The others are compiled by this step's own processes, while these are measured."""
+    for problem in attention_problems(
+        torch.bfloat16, FULL, FULL.lengths[:1], ("attention_forward", "attention_backward")
+    ):
+        yield partial(launch_candidates, problem)
         yield partial(launch_exact, problem)
-
-
-def _launch(problem: Problem) -> None:
-    problem.call(*problem.tensors(torch.device("meta")))
 
 
 STEP = Step(
