@@ -269,6 +269,7 @@ def _backward_kernel(
     x_stride_column,
     CENTERED: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -280,7 +281,7 @@ def _backward_kernel(
     weight_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     bias_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     input_bias_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for start in range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
+    for start in tl.range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, BLOCK_ROWS).to(tl.int64))[:, None]
         row_valid = row < rows
         valid = row_valid & column_valid
@@ -581,6 +582,7 @@ def norm_backward(
                 columns,
                 *_dropout_numbers(dropout),
                 *strides,
+                STAGES=configuration.stages or None,
                 BLOCK_ROWS=block_rows,
                 **options,
             )

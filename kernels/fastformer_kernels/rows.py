@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -28,12 +28,14 @@ class RowConfiguration:
         thread_elements: of a tile for each thread.
         most_threads: of a program.
         programs: for each multiprocessor, where programs visit tiles in turns; 0 where each tile has one.
+        stages: of tiles that such a program loads ahead into shared memory; 0 loads nothing ahead.
     """
 
     tile_elements: int
     thread_elements: int
     most_threads: int = 1024
     programs: int = 0
+    stages: int = 0
 
     def warps(self, elements: int, tensor: torch.Tensor) -> int:
         """Warps for a tile of so many elements on `tensor`'s device."""
@@ -55,6 +57,8 @@ def row_candidates(default: RowConfiguration) -> list[RowConfiguration]:
         for programs in ((1, 2, 4, 8) if default.programs else (0,))
         if fewest <= elements // threads <= most
     ]
+    if default.programs:
+        found += [replace(default, programs=programs, stages=stages) for programs in (1, 2, 4) for stages in (2, 3)]
     return others_than(default, found)
 
 

@@ -16,15 +16,16 @@ from fastformer_kernels.launch import architecture_of
 from fastformer.benchmarking.gpu.step import Record, Setting, Step
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.timing import seconds_of
-from fastformer.tuning.attention_problems import attention_problems
 from fastformer.tuning.compilation import compiled_ahead, launch_candidates, launch_exact
 from fastformer.tuning.isolation import measure_apart
 from fastformer.tuning.measurement import Finding, Unmeasured, measure, winners
-from fastformer.tuning.problem import FULL, GROUPS, TINY, Problem
+from fastformer.tuning.problem import GROUPS, TINY, Problem
 from fastformer.tuning.problems import problems
 from fastformer.tuning.tune import event_timer, store_plans
 
 SHIPPED = "shipped configuration"
+# Problems whose candidates are compiled ahead of time: attention of the most keys. All would be too large a cache.
+_BEFOREHAND = 8
 # Seconds that have to be left for another problem.
 _RESERVE = 10.0
 
@@ -103,10 +104,8 @@ def as_source(configuration: Any) -> str:
 
 
 def launches() -> Iterator[Callable[[], object]]:
-    """Of the most valuable problems. The others are compiled by this step's own processes, while these are measured."""
-    for problem in attention_problems(
-        torch.bfloat16, FULL, FULL.lengths[:1], ("attention_forward", "attention_backward")
-    ):
+    """Of the first problems. The others are compiled by this step's own processes, while these are measured."""
+    for problem in _problems()[:_BEFOREHAND]:
         yield partial(launch_candidates, problem)
         yield partial(launch_exact, problem)
 
