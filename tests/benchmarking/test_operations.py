@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastformer import ops
-from fastformer.benchmarking.attention_peers import Attention, comparable, peers
+from fastformer.benchmarking.attention_peers import Attention, comparable, exact_first_heads, of_first_heads, peers
 from fastformer.benchmarking.calls import Call, same
 from fastformer.benchmarking.lengths import natural_lengths
 from fastformer.benchmarking.measurement import OURS
@@ -49,6 +49,37 @@ def test_peers_of_attention_compute_the_same(options: dict[str, object]) -> None
     here = {name: peer.prepare()() for name, peer in peers(asked, flex=False).items() if not peer.missing(CPU)}
     assert {OURS, "PyTorch eager", "SDPA math", "SDPA flash"} <= set(here)
     same(torch.float32, comparable(asked))(here)
+
+
+@pytest.mark.parametrize(
+    ("options", "others"),
+    [
+        ({"bias": True}, {"SDPA math"}),
+        ({"relative_bias": True}, {"SDPA math"}),
+        ({"relative_bias": True, "sequence": 300}, {"SDPA math"}),  # further apart than its biases reach
+        ({"sinks": True, "causal": True}, set()),
+    ],
+)
+def test_peers_with_parameters_compute_the_same(options: dict[str, object], others: set[str]) -> None:
+    """Gradients of parameters too; those whose parameters have none would be off by all of it."""
+    asked = call(backward=True, **options)
+    here = {name: peer.prepare()() for name, peer in peers(asked, flex=False).items() if not peer.missing(CPU)}
+    assert set(here) == {OURS, "PyTorch eager"} | others
+    assert all(len(results) == 5 for results in here.values())
+    same(torch.float32, comparable(asked))(here)
+
+
+def test_exact_results_are_of_the_first_heads_and_real_tokens() -> None:
+    asked = call(backward=True, causal=True, heads=4, kv_heads=2, lengths=(5, 8), packed=True)
+    exact = exact_first_heads(asked)
+    assert [tuple(each.shape) for each in exact] == [(13, 2, 4), (13, 2, 4), (13, 1, 4), (13, 1, 4)]
+    for name in (OURS, "SDPA flash", "PyTorch eager"):
+        found = of_first_heads(asked, peers(asked, flex=False)[name].prepare()())  # type: ignore[arg-type]
+        for one, right in zip(found, exact, strict=True):
+            torch.testing.assert_close(one, right)
+    alibi = call(alibi=True, heads=4, kv_heads=2)  # each head's slope is its own
+    found = of_first_heads(alibi, peers(alibi, flex=False)[OURS].prepare()())  # type: ignore[arg-type]
+    torch.testing.assert_close(found, exact_first_heads(alibi))
 
 
 def test_results_that_differ_are_an_error() -> None:
