@@ -156,9 +156,16 @@ def bench(*arguments: object) -> None:
     command.main(["--dry-run", *map(str, arguments)], time.monotonic())
 
 
+@pytest.fixture(autouse=True)
+def this_process_has_just_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_process_began", lambda known: known)
+
+
 def test_what_a_run_leaves_and_a_resumed_one_adds(known, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     known("good", "raises")
-    bench("--out", tmp_path / "out", "--minutes", 1)
+    with pytest.raises(SystemExit) as exit:
+        bench("--out", tmp_path / "out", "--minutes", 1)
+    assert exit.value.code == 1
     assert sorted(os.listdir(tmp_path / "out")) == ["log.txt", "records.jsonl", "results.json", "table.md"]
     printed = capsys.readouterr().out
     assert "raises: failed" in printed and "! RuntimeError: an illegal access" in printed and "good: ok" in printed
@@ -168,7 +175,8 @@ def test_what_a_run_leaves_and_a_resumed_one_adds(known, tmp_path: Path, capsys:
     assert results["runs"][0]["dry"] is True
     with pytest.raises(ValueError, match="--out must be a new folder, or continued with --resume"):
         bench("--out", tmp_path / "out")
-    bench("--out", tmp_path / "out", "--resume", "--minutes", 1)
+    with pytest.raises(SystemExit):
+        bench("--out", tmp_path / "out", "--resume", "--minutes", 1)
     written = entries(tmp_path / "out/records.jsonl")
     assert [entry["step"] for entry in written if "end" in entry] == ["good", "raises", "raises"]
     assert [entry["run"]["steps"] for entry in written if "run" in entry] == [["good", "raises"], ["raises"]]
@@ -246,7 +254,8 @@ def test_list(known, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_step_that_cannot_be_imported_loses_nothing(known, tmp_path: Path) -> None:
     known("breaks", "good")
-    bench("--out", tmp_path / "out", "--minutes", 1)
+    with pytest.raises(SystemExit):
+        bench("--out", tmp_path / "out", "--minutes", 1)
     found = ends(entries(tmp_path / "out/records.jsonl"))
     assert (found["breaks"]["end"], found["breaks"]["error"]) == ("failed", "ZeroDivisionError: division by zero")
     assert found["good"]["end"] == "ok"

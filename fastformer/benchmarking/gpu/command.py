@@ -26,6 +26,7 @@ the others. Leaves records.jsonl, results.json, table.md and log.txt in a folder
 """
 _EPILOG = """\
 Time that a step leaves is shared out to those that follow. The command ends within --minutes in any case.
+Exit status 1 if a step failed or was not finished in its time.
 
 examples:
   fastformer bench gpu --minutes 9 --out runs/gpu --cache cache
@@ -64,14 +65,16 @@ def main(arguments: list[str], begin: float) -> None:
     known = _left(known, place, options)
     for name, error in broken.items():
         append(place.records, step=name, end="failed", error=error, seconds=0.0, modules=0)
-    end = begin + 60 * options.minutes - _RESERVE
+    begin = _process_began(begin)
     try:
         with _signals():
-            run_steps(known, place, end, lambda name: _say(name, place))
+            run_steps(known, place, begin + 60 * options.minutes - _RESERVE, lambda name: _say(name, place))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
         _conclude(place, begin)
+    if any(end["end"] != "ok" for end in ends(entries(place.records)).values()):
+        raise SystemExit(1)
 
 
 def _imported(names: list[str]) -> tuple[list[Known], dict[str, str]]:
@@ -116,6 +119,16 @@ def _left(known: list[Known], place: Place, options: argparse.Namespace) -> list
     run = {"minutes": options.minutes, "steps": [each.step.name for each in known], "dry": place.dry}
     append(place.records, run={**run, "cache": place.variables.get("TRITON_CACHE_DIR")})
     return known
+
+
+def _process_began(known: float) -> float:
+    """`time.monotonic()` when this process began, imports and all; `known` where the system does not tell."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return known
+    return time.monotonic() - age
 
 
 @contextmanager

@@ -127,4 +127,4 @@ def _launches() -> Iterator[Launch]:
     return (partial(_launch, problem, dtype) for problem, dtype in _cases(dry=False))
 
 
-STEP = Step("smoke", "every operator, forward and backward, against float64; then pytest -m gpu", 120, _run, _launches)
+STEP = Step("smoke", "every operator, forward and backward, against float64; then pytest -m gpu", 90, _run, _launches)

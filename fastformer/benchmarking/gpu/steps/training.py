@@ -116,8 +116,8 @@ def _figures(case: Subject, peer: str, setting: Setting) -> Iterator[tuple[str, 
     rate = case.tokens / seconds
     achieved = case.flop_per_token * rate / 1e12
     yield "training", rate, "tokens/s", None
-    yield "utilisation", 100 * achieved / matrix_ceiling(setting.device, setting.dry).value, "%", None
-    yield "utilisation of 989 TFLOP/s", 100 * achieved / _NOMINAL, "%", None
+    yield "MFU of the ceiling", 100 * achieved / matrix_ceiling(setting.device, setting.dry).value, "%", None
+    yield f"MFU of {_NOMINAL:.0f} TFLOP/s", 100 * achieved / _NOMINAL, "%", None
     if gpu:
         yield "peak memory", torch.cuda.max_memory_allocated() / 2**30, "GiB", None
 
