@@ -51,6 +51,8 @@ def main(arguments: list[str], begin: float) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and JSON")
     options = parser.parse_args(arguments)
     require("matplotlib")
+    if options.attributions:
+        require("captum")
     if not options.model.is_dir():
         raise ValueError(f"DIR must be a model's folder; got {options.model}")
     if options.target is not None and not options.attributions:

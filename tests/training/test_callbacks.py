@@ -1,6 +1,8 @@
 """The callbacks of a run, around the smallest module that has what they need."""
 
+import io
 import random
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fastformer.training.callbacks import LossCurve, SavePretrained, StepSeed, StopAtLimit, Throughput
+from fastformer.training.callbacks import (
+    LossCurve,
+    SavePretrained,
+    StepSeed,
+    StopAtLimit,
+    Throughput,
+    TrainingProgress,
+)
 from fastformer.training.checkpoints import StepCheckpoint
 
 TOKENS = 5
@@ -140,3 +149,50 @@ def test_a_model_that_cannot_be_saved_leaves_the_old_one(tmp_path: Path) -> None
         SavePretrained(folder).on_train_end(trainer, module)
     assert list(tmp_path.iterdir()) == [folder]
     assert [path.name for path in folder.iterdir()] == ["old"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def show_three_steps(progress: TrainingProgress, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of four steps of ten seconds, then a validation."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    metrics = {"train/loss": torch.tensor(2.5), "val/loss": torch.tensor(3.0)}
+    trainer = SimpleNamespace(estimated_stepping_batches=4, global_step=0, callback_metrics=metrics)
+    progress.on_train_start(trainer, None)
+    for trainer.global_step in (1, 2, 3):
+        now[0] += 10.0
+        progress.on_train_batch_end(trainer, None, None, None, 0)
+    progress.on_validation_end(trainer, None)
+    progress.on_train_end(trainer, None)
+
+
+STEPS = ["step 1/4  loss 2.500  0:30 left", "step 2/4  loss 2.500  0:20 left", "step 3/4  loss 2.500  0:10 left"]
+VALIDATION = "step 3: held-out text: loss 3"
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show_three_steps(TrainingProgress(seconds_between_lines=15.0), monkeypatch)
+    assert capsys.readouterr().out.splitlines() == [STEPS[1], VALIDATION]
+
+
+def test_progress_on_a_terminal_is_one_line_that_makes_way(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    show_three_steps(TrainingProgress(), monkeypatch)
+    assert terminal.getvalue() == "".join(f"\r{line}\x1b[K" for line in (*STEPS, ""))
+    assert capsys.readouterr().out.splitlines() == [VALIDATION]
+
+
+def test_progress_of_other_ranks_is_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = TrainingProgress(seconds_between_lines=0.0)
+    progress.disable()
+    show_three_steps(progress, monkeypatch)
+    assert capsys.readouterr().out == ""
