@@ -154,6 +154,7 @@ def test_the_model_s_own_end_tokens(given: int | list[int]) -> None:
         assert generation.tokens[-1] in ends and not set(generation.tokens[:-1]) & set(ends)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("slots", [1, 4])
 def test_packed_weights_follow_the_model(slots: int) -> None:
     model = causal_lm()

@@ -93,6 +93,8 @@ T5 = {
 }
 BART = {"stack": "encoder_decoder", "type_vocab_size": 0, "decoder_start_token_id": 3, "lm_head_bias": True}
 VIT = {"norm_placement": "pre", "pooler_act": "none", "image_size": 8, "patch_size": 4, "num_channels": 3}
+# On a GPU transformers would compile a model for a static cache, which tests/gpu does.
+NOT_COMPILED = {"disable_compile": True}
 TEXTS = ["the cat sat on a mat", "dogs run", "a cat saw dogs and run home"]
 
 
@@ -165,8 +167,8 @@ def test_generation_of_prompts_of_different_lengths(
     tokenizer: PreTrainedTokenizerFast, options: dict, strategy: dict
 ) -> None:
     model = FastformerForCausalLM(config(**options)).eval()
-    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0, "output_scores": True}
-    settings["return_dict_in_generate"] = True
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0, **NOT_COMPILED}
+    settings |= {"output_scores": True, "return_dict_in_generate": True}
     batch = tokenizer(TEXTS, return_tensors="pt", padding=True, return_token_type_ids=False)
     torch.manual_seed(0)
     expected = model.generate(**batch, **settings, **{**strategy, "cache_implementation": "dynamic", "use_cache": True})
@@ -190,7 +192,7 @@ def test_generation_from_sources_of_different_lengths(
 ) -> None:
     model = FastformerForSeq2SeqLM(config(**options)).eval()
     torch.nn.init.normal_(model.model.decoder.layers[0].feed_forward_norm.weight, 1.0, 0.5)
-    settings = {"max_new_tokens": 10, "min_new_tokens": 10, "pad_token_id": 0, **strategy}
+    settings = {"max_new_tokens": 10, "min_new_tokens": 10, "pad_token_id": 0, **NOT_COMPILED, **strategy}
     tokenizer.padding_side = "right"  # learned positions count columns
     batch = tokenizer(TEXTS, return_tensors="pt", padding=True, return_token_type_ids=False)
     together = model.generate(**batch, **settings)
