@@ -58,6 +58,17 @@ def padding_mask(lengths: list[int] | None, length: int) -> torch.Tensor | None:
     return torch.stack([place < n if n > 0 else place >= max(0, length + n) for n in lengths])
 
 
+def own_mask(*arguments: Any, **options: Any) -> torch.Tensor:
+    return attention_mask(*arguments, **options, device=torch.get_default_device())
+
+
+def transformers_mask(*arguments: Any, **options: Any) -> torch.Tensor:
+    """The elements, where transformers would leave out a causal mask, too."""
+    mask = masking_utils.sdpa_mask(*arguments, **options, allow_is_causal_skip=False, device=torch.get_default_device())
+    assert mask is not None
+    return mask
+
+
 def attend(mask: torch.Tensor | None, queries: int, keys: int) -> torch.Tensor:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, queries, 8), torch.randn(3, 2, keys, 8), torch.randn(3, 2, keys, 8)
@@ -71,8 +82,8 @@ def test_structure_is_the_dense_mask(pattern: str, geometry: tuple[int, ...], pa
     queries, keys, q_offset, kv_offset = geometry
     valid = padding_mask(PADDING[padding], q_offset + queries)
     arguments = (3, queries, keys, q_offset, kv_offset, PATTERNS[pattern](), valid)
-    mask = attention_mask(*arguments)
-    dense = masking_utils.sdpa_mask(*arguments, allow_is_causal_skip=False)
+    mask = own_mask(*arguments)
+    dense = transformers_mask(*arguments)
     assert isinstance(mask, AttentionMask)
     torch.testing.assert_close(attend(mask, queries, keys), attend(dense, queries, keys))
 
@@ -85,8 +96,8 @@ def test_documents_are_the_dense_mask(pattern: str) -> None:
         function = masking_utils.remap_positions_for_packed_sequence(function, positions)
     ids = masking_utils.find_packed_sequence_indices(positions)
     function = masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(ids))
-    mask = attention_mask(3, 8, 8, mask_function=function)
-    dense = masking_utils.sdpa_mask(3, 8, 8, mask_function=function, allow_is_causal_skip=False)
+    mask = own_mask(3, 8, 8, mask_function=function)
+    dense = transformers_mask(3, 8, 8, mask_function=function)
     assert isinstance(mask, AttentionMask)
     assert (mask.structure is not None) == (pattern != "chunked")
     torch.testing.assert_close(attend(mask, 8, 8), attend(dense, 8, 8))
@@ -97,8 +108,8 @@ def test_a_function_that_is_not_of_transformers_is_evaluated() -> None:
         return (query + key) % 2 == 0
 
     for function in (even, functools.partial(even), masking_utils.or_masks(causal_mask_function, even)):
-        mask = attention_mask(3, 6, 6, mask_function=function)
-        dense = masking_utils.sdpa_mask(3, 6, 6, mask_function=function, allow_is_causal_skip=False)
+        mask = own_mask(3, 6, 6, mask_function=function)
+        dense = transformers_mask(3, 6, 6, mask_function=function)
         assert isinstance(mask, AttentionMask)
         assert mask.structure is None
         torch.testing.assert_close(attend(mask, 6, 6), attend(dense, 6, 6))
@@ -156,9 +167,9 @@ def test_no_dense_mask_is_built(name: str, padding: str, monkeypatch: pytest.Mon
 
 def causal(padding: list[int] | None = None) -> tuple[AttentionMask, torch.Tensor]:
     arguments = (3, 6, 6, 0, 0, causal_mask_function, padding_mask(padding, 6))
-    mask = attention_mask(*arguments)
+    mask = own_mask(*arguments)
     assert isinstance(mask, AttentionMask)
-    return mask, masking_utils.sdpa_mask(*arguments, allow_is_causal_skip=False)
+    return mask, transformers_mask(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +216,9 @@ def test_a_model_may_treat_it_as_a_boolean_tensor(change: Any) -> None:
 )
 def test_added_to_scores_it_is_additive(change: Any) -> None:
     mask, _ = causal([6, 3, 4])
-    additive = masking_utils.eager_mask(3, 6, 6, attention_mask=padding_mask([6, 3, 4], 6))
+    additive = masking_utils.eager_mask(
+        3, 6, 6, attention_mask=padding_mask([6, 3, 4], 6), device=torch.get_default_device()
+    )
     scores = torch.randn(3, 1, 6, 6)
     torch.testing.assert_close(change(mask, scores.clone()), change(additive, scores.clone()))
 
@@ -254,6 +267,6 @@ def test_positions_without_documents_are_evaluated() -> None:
         pytest.skip("this release of transformers does not remap positions")
     positions = torch.tensor([[0, 0, 1, 1, 2, 2]]).expand(3, -1)
     function = masking_utils.remap_positions_for_packed_sequence(causal_mask_function, positions)
-    mask = attention_mask(3, 6, 6, mask_function=function)
-    dense = masking_utils.sdpa_mask(3, 6, 6, mask_function=function, allow_is_causal_skip=False)
+    mask = own_mask(3, 6, 6, mask_function=function)
+    dense = transformers_mask(3, 6, 6, mask_function=function)
     torch.testing.assert_close(attend(mask, 6, 6), attend(dense, 6, 6))
