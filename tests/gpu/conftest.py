@@ -1,4 +1,4 @@
-"""What only a GPU can show, at real sizes: ``pytest -m gpu -n 8`` takes less than five minutes on an H100.
+"""What only a GPU can show, at real sizes: ``pytest -m gpu -n 8`` is meant for five minutes of an H100.
 
 Without a GPU, ``pytest tests/gpu --dry`` runs the same tests at tiny sizes, the kernels in Triton's interpreter, and
 ``python -m ttsem.sanitize pytest tests/gpu --dry`` their compiled IR. What needs CUDA's own streams, graphs, allocator
