@@ -14,6 +14,11 @@ from functools import cache
 import torch
 import triton
 
+if triton.knobs.runtime.interpret:
+    from fastformer_kernels import interpreter
+
+    interpreter.install()
+
 
 @dataclass(frozen=True)
 class Architecture:
