@@ -24,8 +24,8 @@ Launch = Callable[[], object]
 _AHEAD = 12
 
 
-Prepare = Callable[[Problem], Failures]
-"""Waits until a problem's kernels are compiled; returns which configurations cannot be."""
+Prepare = Callable[[int], Failures]
+"""Waits until the kernels of the problem of that number are compiled; returns which configurations cannot be."""
 
 
 @contextlib.contextmanager
@@ -77,21 +77,26 @@ class _Ahead:
     ) -> None:
         self._problems, self._architecture, self._submit = problems, architecture, submit
         self._compiled: dict[Specialization, Future[str | None]] = {}
-        self._exact: dict[Problem, list[Future[str | None]]] = {}
-        self._asked: dict[Problem, dict[Any, list[Future[str | None]]]] = {}
+        self._exact: list[list[Future[str | None]]] = []
+        self._asked: list[dict[Any, list[Future[str | None]]]] = []
 
-    def failures(self, problem: Problem) -> Failures:
-        """Why configurations of `problem` cannot be launched; waits until all are compiled."""
-        place = self._problems.index(problem)
-        for each in self._problems[place : place + _AHEAD]:
-            if each not in self._asked:
-                self._exact[each] = self._compile(partial(launch_exact, each))
-                launched = launches(each, self._architecture)
-                self._asked[each] = {choice: self._compile(launch) for choice, launch in launched.items()}
-        for future in self._exact[problem]:
+    def failures(self, number: int) -> Failures:
+        """Why configurations of problem `number` cannot be launched; waits until all are compiled."""
+        for problem in self._problems[len(self._asked) : number + _AHEAD]:
+            self._ask(problem)
+        for future in self._exact[number]:
             future.result()
-        reasons = {choice: [future.result() for future in asked] for choice, asked in self._asked[problem].items()}
+        reasons = {choice: [future.result() for future in asked] for choice, asked in self._asked[number].items()}
         return {choice: reason for choice, found in reasons.items() for reason in found if reason}
+
+    def _ask(self, problem: Problem) -> None:
+        self._exact.append(self._compile(partial(launch_exact, problem)))
+        try:
+            choices = launches(problem, self._architecture)
+        except Exception:
+            # Even the shipped configuration is refused: who measures it will find the reason.
+            choices = {}
+        self._asked.append({choice: self._compile(launch) for choice, launch in choices.items()})
 
     def _compile(self, launch: Launch) -> list[Future[str | None]]:
         try:

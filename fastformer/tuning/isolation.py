@@ -23,6 +23,7 @@ MakeTimer = Callable[[torch.device], Timer]
 
 # Seconds until a configuration counts as hanging; the default's include the exact results and the process's start.
 _LONGEST, _LONGEST_DEFAULT = 30.0, 150.0
+_PATIENCE = 10.0
 
 
 def measure_apart(
@@ -38,14 +39,14 @@ def measure_apart(
         make_problems: gives what to measure.
         device: where.
         make_timer: gives the timer.
-        prepare: is called before each problem.
+        prepare: is called before each problem, with its number.
         longest: seconds until a configuration counts as hanging.
     """
     found: dict[str, dict[str, int]] = {}
     measurer = _Measurer(make_problems, device, make_timer, longest)
     with contextlib.closing(measurer):
         for number, problem in enumerate(make_problems()):
-            finding = measurer.measure(number, problem, dict(prepare(problem)), found)
+            finding = measurer.measure(number, problem, dict(prepare(number)), found)
             found = {**found, **winners([finding])}
             yield finding
 
@@ -68,7 +69,8 @@ class _Measurer:
     def close(self) -> None:
         """End the process."""
         self._process.kill()
-        self._process.join()
+        # One that waits for a broken GPU may not end at all; another takes its place all the same.
+        self._process.join(_PATIENCE)
         self._connection.close()
 
     def measure(
@@ -98,7 +100,7 @@ class _Measurer:
                     return trying, content
                 trying = content
         except (EOFError, OSError):
-            self._process.join()
+            self._process.join(_PATIENCE)
             return trying, f"ended its process, exit status {self._process.exitcode}"
         return trying, "hangs"
 

@@ -27,7 +27,7 @@ if __name__ == "__main__":
     compilation.others = others
     problems = list(softmax_problems(torch.bfloat16, FULL))[-2:]
     with compilation.compiled_ahead(problems, "sm_90", 1) as prepare:
-        failed = [[repr(each) for each in prepare(problem)] for problem in problems]
+        failed = [[repr(each) for each in prepare(number)] for number in range(2)]
     launches = [
         launch
         for problem in problems

@@ -20,7 +20,7 @@ from fastformer.tuning.problem import Problem, Results
 pytestmark = pytest.mark.cpu
 
 SHIPPED = RowConfiguration(tile_elements=4096, thread_elements=16)
-HANGS, DIES, RAISES, FASTER = row_candidates(SHIPPED)[:4]
+HANGS, DIES, RAISES, FASTER, REFUSED = row_candidates(SHIPPED)[:5]
 
 
 def shape() -> tuple[str, ...]:
@@ -59,13 +59,15 @@ def timer_of(device: torch.device) -> Timer:
 
 
 def test_what_hangs_or_dies_is_passed_over() -> None:
-    broken, found = measure_apart(two_problems, torch.device("cpu"), timer_of, lambda problem: {}, longest=2.0)
+    beforehand: list[dict[RowConfiguration, str]] = [{}, {REFUSED: "needs more shared memory"}]
+    broken, found = measure_apart(two_problems, torch.device("cpu"), timer_of, beforehand.__getitem__, longest=2.0)
     assert isinstance(broken, Unmeasured) and broken.reason == "ended its process, exit status 4"
     assert isinstance(found, Finding)
     assert found.failures == {
         HANGS: "hangs",
         DIES: "ended its process, exit status 3",
         RAISES: "RuntimeError: OutOfResources",
+        REFUSED: "needs more shared memory",
     }
     assert (found.winner, found.gain, found.key) == (FASTER, 2.0, "norm_forward any")
-    assert len(found.seconds) == len(row_candidates(SHIPPED)) + 1 - 3
+    assert len(found.seconds) == len(row_candidates(SHIPPED)) + 1 - 4
