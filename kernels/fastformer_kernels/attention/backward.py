@@ -203,9 +203,18 @@ def _load_row_statistics(exponent_pointer, delta_pointer, query, queries, CHECK:
     if CHECK:
         valid = query < queries
         exponent = tl.load(exponent_pointer + query, mask=valid, other=float("inf"))
-        return exponent, tl.load(delta_pointer + query, mask=valid, other=0.0)
+        delta = tl.load(delta_pointer + query, mask=valid, other=0.0)
     else:
-        return tl.load(exponent_pointer + query), tl.load(delta_pointer + query)
+        exponent = tl.load(exponent_pointer + query)
+        delta = tl.load(delta_pointer + query)
+    return _loaded_once(exponent), _loaded_once(delta)
+
+
+@triton.jit
+def _loaded_once(x):
+    """A loaded vector `x`. Triton 3.6 would have each thread copy every element that it needs, which takes dozens of
+    registers for addresses; it cannot move a load to the other side of a scan, here of one element each."""
+    return tl.reshape(tl.cumsum(x[:, None], axis=1), x.shape)
 
 
 @triton.jit
