@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import torch
 import triton
@@ -18,6 +19,8 @@ if triton.knobs.runtime.interpret:
     from fastformer_kernels import interpreter
 
     interpreter.install()
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,13 @@ INTERPRETER = Architecture("interpreter", 99 * 1024, 2, 1 << 20)
 
 # For every launch: fused multiply-adds are faster and round once. Triton 3.10 stops forming them unasked.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
+
+
+def for_triton(choices: dict[tuple[int, int], T]) -> T:
+    """What suits the installed Triton: the choice for the newest version, (major, minor), that is no newer than it."""
+    major, minor = triton.__version__.split(".")[:2]
+    return choices[max(version for version in choices if version <= (int(major), int(minor)))]
+
 
 # What `architecture_of` answers while kernels are compiled for a GPU that is not there.
 _target: Architecture | None = None
@@ -125,7 +135,8 @@ def _architecture_of_gpu(index: int) -> Architecture:
 def provide_scratch_memory(needed: bool) -> None:
     """Let kernels that make tensor descriptors have memory for them, from PyTorch's allocator on the current device.
 
-    Triton keeps the allocator for each thread and context, hence the call before each launch.
+    Triton keeps the allocator for each thread and context (autograd has threads of its own), hence the call before each
+    launch. It launches on PyTorch's current stream, in whose order the memory is freed.
     """
     if needed:
         triton.set_allocator(_allocate)

@@ -347,7 +347,8 @@ def decode_forward(
             num_warps=configuration.num_warps,
             # The compiler divides the stages among a load and the loads that wait for it: here pages, then keys.
             num_stages=configuration.num_stages if table is None else 2 * configuration.num_stages - 1,
-            # Keeps device_assert: a length that cannot be must fail, not read another sequence's keys.
+            # Keeps device_assert: a length that cannot be must fail, not read another sequence's keys. That costs forty
+            # instructions before the loop, and no register.
             debug=True,
             sanitize_overflow=False,
             **COMPILER_OPTIONS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 import triton
@@ -12,7 +13,7 @@ from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
 from fastformer_kernels.attention.kernel_arguments import folds_scale
 from fastformer_kernels.attention.tiles import NO_BORDERS, ONE_LOOP, TWO_LOOPS
 from fastformer_kernels.configurations import chosen, size_class
-from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, multiprocessors_of
+from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, for_triton, multiprocessors_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def _block_of(head_dim: int) -> int:
 
 
 Table = dict[int, dict[int, AttentionConfiguration]]
+Feature = Literal["mask or bias", "grouped heads", "dropout", "window", "alibi", "packed"]
 
 # By element size and the largest head_dim each serves, chosen from what they compile to: no spills for 16-bit types at
 # head_dim 64 and 128 in either direction. 64 rows on 8 warps would repeat products at head_dim 64.
@@ -210,7 +212,12 @@ _BACKWARD: dict[str, Table] = {
     "sm_90": {
         2: {
             64: AttentionConfiguration(64, 128, 8, 2, descriptors=True),
-            128: AttentionConfiguration(32, 128, 8, 2, descriptors=True),
+            128: for_triton(
+                {
+                    (3, 6): AttentionConfiguration(64, 64, 8, 2, descriptors=True),
+                    (3, 9): AttentionConfiguration(32, 128, 8, 2, descriptors=True),
+                }
+            ),
             256: AttentionConfiguration(32, 32, 8, 1, descriptors=True),
         },
         4: _FLOAT32_BACKWARD,
@@ -227,6 +234,28 @@ _BACKWARD: dict[str, Table] = {
     "gfx90a": _CDNA_BACKWARD,
     "gfx942": _CDNA_BACKWARD,
     "gfx950": _CDNA_BACKWARD,
+}
+# What takes registers beside the tiles leaves less to them: features of a call, the first of which decides.
+_HOPPER_FORWARD_DROPOUT: Table = {
+    2: {64: _FORWARD["sm_90"][2][64], 128: AttentionConfiguration(128, 64, 8, 2, resident=1, descriptors=True)}
+}
+_HOPPER_FORWARD_PACKED: Table = {
+    2: {64: _FORWARD["sm_90"][2][64], 128: AttentionConfiguration(128, 128, 8, 2, descriptors=True)}
+}
+_HOPPER_BACKWARD_SMALL: Table = {
+    2: {64: _BACKWARD["sm_90"][2][64], 128: AttentionConfiguration(32, 64, 8, 2, descriptors=True)}
+}
+_FORWARD_WITH: dict[Feature, dict[str, Table]] = {
+    "mask or bias": _FORWARD_LOADING,
+    "dropout": {"sm_90": _HOPPER_FORWARD_DROPOUT},
+    "packed": {"sm_90": for_triton({(3, 6): _HOPPER_FORWARD_PACKED, (3, 9): {}})},
+}
+_BACKWARD_WITH: dict[Feature, dict[str, Table]] = {
+    "mask or bias": _BACKWARD_LOADING,
+    "grouped heads": {"sm_90": _HOPPER_BACKWARD_SMALL},
+    "dropout": {"sm_90": _HOPPER_BACKWARD_SMALL},
+    "window": {"sm_90": for_triton({(3, 6): _HOPPER_BACKWARD_SMALL, (3, 9): {}})},
+    "alibi": {"sm_90": for_triton({(3, 6): _HOPPER_BACKWARD_SMALL, (3, 9): {}})},
 }
 _DETERMINISTIC_HOPPER: Table = {
     2: {**_AMPERE_BACKWARD[2], 128: AttentionConfiguration(64, 32, 8, 2)},
@@ -294,13 +323,16 @@ def _class_words(element_size: int, head_dim: int, keys: int, *words: str) -> tu
 def _default_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> AttentionConfiguration:
-    if arguments.loads_scores:
-        return _choose(_FORWARD_LOADING, query, value) or _choose(_FORWARD, query, value) or _INTERPRETER
+    special = _choose_with(_FORWARD_WITH, query, value, arguments)
+    if special is not None:
+        return special
     # Beyond plain attention, specialised warps need too much memory, or cannot be compiled.
     whole = _choose(_FORWARD_WHOLE, query, value)
     if (
         whole is not None
         and folds_scale(arguments)
+        and arguments.seed is None
+        and not arguments.loads_scores
         and uses_descriptors(query, key, value)
         and not has_borders(arguments, arguments.max_seqlen_k, whole.block_n)
     ):
@@ -311,13 +343,31 @@ def _default_forward(
 def _default_backward(
     query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> AttentionConfiguration:
-    loading = _choose(_BACKWARD_LOADING, query, value) if arguments.loads_scores else None
-    return loading or _choose(_BACKWARD, query, value) or _INTERPRETER
+    special = _choose_with(_BACKWARD_WITH, query, value, arguments)
+    return special or _choose(_BACKWARD, query, value) or _INTERPRETER
 
 
 def weights_configuration(query: torch.Tensor) -> AttentionConfiguration:
     """The configuration of the kernel that writes weights: small, as a few rows are wanted."""
     return _INTERPRETER if architecture_of(query).name == "interpreter" else AttentionConfiguration(16, 64, 4, 1)
+
+
+def _choose_with(
+    tables: dict[Feature, dict[str, Table]], query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
+) -> AttentionConfiguration | None:
+    """The configuration for the first feature of the call that has one."""
+    present: dict[Feature, bool] = {
+        "mask or bias": arguments.loads_scores,
+        "grouped heads": query.shape[1] != value.shape[1],
+        "dropout": arguments.seed is not None,
+        "window": arguments.left != UNBOUNDED,
+        "alibi": arguments.alibi_slopes is not None,
+        "packed": arguments.packed,
+    }
+    choices = (
+        _choose(by_architecture, query, value) for feature, by_architecture in tables.items() if present[feature]
+    )
+    return next((choice for choice in choices if choice is not None), None)
 
 
 def _choose(tables: dict[str, Table], query: torch.Tensor, value: torch.Tensor) -> AttentionConfiguration | None:
