@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from fastformer.inspection.report import Figures
@@ -25,6 +26,17 @@ def regressions(recorded: Iterable[Figures], current: Iterable[Figures]) -> list
         else:
             lines += [f"{name}: {change}" for change in _worse(before[key], after[key])]
     return lines
+
+
+def unwanted_spills(figures: Iterable[Figures]) -> list[str]:
+    """A line for each kernel of 16-bit attention with head_dim 64 or 128 that spills on sm_90, whatever is recorded."""
+    return [
+        f"{' '.join(entry.key)}: spills {entry.spill_bytes} bytes a thread"
+        for entry in figures
+        if entry.architecture == "sm_90"
+        and re.match(r"attention/d(64|128)\b.*/b?float16/", entry.work)
+        and entry.spill_bytes > 0
+    ]
 
 
 def _worse(before: Figures, after: Figures) -> list[str]:

@@ -292,16 +292,25 @@ _FEATURES = ("window", "softcap", "dropout", "sinks", "alibi", "bias", "mask", "
 _CASES: dict[str, dict[str, tuple[Callable[[Maker], Any], tuple[str, ...]]]] = {
     "attention": {
         "d64": (partial(_attention, head_dim=64), _BF16),
-        "d64-causal": (partial(_attention, head_dim=64, features=("causal",)), _NEVER),
-        "d128": (partial(_attention, head_dim=128), _NEVER),
+        "d64-causal": (partial(_attention, head_dim=64, features=("causal",)), _BF16),
+        "d128": (partial(_attention, head_dim=128), _BF16),
         "d128-causal": (partial(_attention, head_dim=128, features=("causal",)), _BF16),
         "d256-causal": (partial(_attention, head_dim=256, features=("causal",)), _NEVER),
         "d80-value96": (partial(_attention, head_dim=80, value_dim=96), _NEVER),
-        "d128-causal-grouped": (partial(_attention, head_dim=128, group=4, features=("causal",)), _NEVER),
+        "d128-causal-grouped": (partial(_attention, head_dim=128, group=4, features=("causal",)), _BF16),
         "d64-packed-causal": (partial(_attention, head_dim=64, features=("packed", "causal")), _NEVER),
+        "d128-packed-causal": (partial(_attention, head_dim=128, features=("packed", "causal")), _BF16),
+        "d128-causal-dropout": (partial(_attention, head_dim=128, features=("causal", "dropout")), _BF16),
+        "d128-window": (partial(_attention, head_dim=128, features=("window",)), _BF16),
         "d64-deterministic": (partial(_attention, head_dim=64), _NEVER),
         "d128-causal-deterministic": (partial(_attention, head_dim=128, features=("causal",)), _BF16),
-        **{f"d64-{name}": (partial(_attention, head_dim=64, features=(name,)), _NEVER) for name in _FEATURES},
+        **{
+            f"d64-{name}": (
+                partial(_attention, head_dim=64, features=(name,)),
+                _BF16 if name in ("window", "softcap", "dropout", "bias") else _NEVER,
+            )
+            for name in _FEATURES
+        },
         "d128-everything": (
             partial(
                 _attention,

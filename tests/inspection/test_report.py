@@ -12,7 +12,7 @@ from inspection.processes import fastformer
 from fastformer.inspection import binary
 from fastformer.inspection.bounds import bounds_of
 from fastformer.inspection.devices import DEVICES, resident_ctas
-from fastformer.inspection.gate import regressions
+from fastformer.inspection.gate import regressions, unwanted_spills
 from fastformer.inspection.report import Figures, from_json
 
 pytestmark = pytest.mark.cpu
@@ -188,6 +188,29 @@ def test_the_gate_names_what_got_worse(change: dict, expected: list[str]) -> Non
     lines = regressions([FIGURES], [replace(FIGURES, **change)])
     assert [line.split(": ", 1)[1] for line in lines] == expected
     assert all(line.startswith("sm_90 attention/d64 _") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "work", "spill_bytes", "unwanted"),
+    [
+        ("sm_90", "attention/d64/bfloat16/aligned", 4, True),
+        ("sm_90", "attention/d128-causal-grouped/float16/aligned", 4, True),
+        ("sm_90", "attention/d128/bfloat16/aligned", 0, False),
+        ("sm_90", "attention/d128/float32/aligned", 4, False),
+        ("sm_90", "attention/d256-causal/bfloat16/aligned", 4, False),
+        ("sm_90", "attention_weights/d64-causal/bfloat16/aligned", 4, False),
+        ("sm_80", "attention/d64/bfloat16/aligned", 4, False),
+    ],
+)
+def test_attention_may_not_spill_on_hopper(architecture: str, work: str, spill_bytes: int, unwanted: bool) -> None:
+    lines = unwanted_spills([replace(FIGURES, architecture=architecture, work=work, spill_bytes=spill_bytes)])
+    assert lines == ([f"{architecture} {work} _forward_kernel: spills 4 bytes a thread"] if unwanted else [])
+
+
+def test_a_triton_without_recorded_figures_is_told_how_to_record_them(tmp_path: Path) -> None:
+    done = fastformer("kernels", "check", "--figures", str(tmp_path))
+    assert done.returncode == 2
+    assert f"fastformer kernels check --figures {tmp_path} --update" in done.stderr
 
 
 def test_report_of_compiled_kernels(tmp_path: Path) -> None:
