@@ -61,6 +61,7 @@ def test_equals_pytorch_on_the_same_calls(data: st.DataObject) -> None:
     torch.testing.assert_close(outputs_and_gradients(ours, *inputs, order=order, **call), expected)
 
 
+@pytest.mark.cpu  # a default device is a mode, and in a mode PyTorch leaves its fast path
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_equals_pytorchs_fast_path(data: st.DataObject) -> None:

@@ -104,6 +104,7 @@ def test_same_seed_same_parameters(stack: str) -> None:
     assert str(modules[0]) == str(modules[1])
 
 
+@pytest.mark.cpu  # a default device is a mode, and in a mode PyTorch leaves its fast path
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_encoder_equals_pytorchs_fast_path_at_real_positions() -> None:
     # PyTorch's fast path is open to an even number of heads only; three would silently test the slow one.
