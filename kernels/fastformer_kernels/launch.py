@@ -15,6 +15,9 @@ from typing import TypeVar
 import torch
 import triton
 
+from fastformer_kernels.cache_keys import make_independent_of_order
+
+make_independent_of_order()
 if triton.knobs.runtime.interpret:
     from fastformer_kernels import interpreter
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
+from inspection.processes import fastformer, python
+
 from fastformer.benchmarking.gpu.steps import STEPS, load
 from fastformer.benchmarking.gpu.steps.sanitizer import profile_records
 
@@ -29,3 +34,33 @@ def test_steps_have_names_of_their_modules_and_fill_nine_minutes() -> None:
     steps = [load(name) for name in STEPS]
     assert [step.name for step in steps] == list(STEPS)
     assert 500 <= sum(step.seconds for step in steps) <= 600
+
+
+# What a GPU machine does with a cache that was made elsewhere, and what it would still compile for a step.
+LAUNCH = """
+import sys
+from argparse import Namespace
+from pathlib import Path
+from fastformer.benchmarking.gpu.command import _variables
+from fastformer.benchmarking.gpu.steps import load
+from fastformer.inspection.compilation import compiled_by
+
+cache = Path(_variables(Namespace(dry_run=False, cache=Path(sys.argv[1])))["TRITON_CACHE_DIR"])
+print(compiled_by(list(load("host").launches()), ["sm_90"], cache))
+"""
+
+
+def test_the_kernels_of_a_step_are_those_in_the_cache(tmp_path: Path) -> None:
+    """Of this one step; ``fastformer kernels compile --bench-gpu all`` proves it of all."""
+    done = fastformer("kernels", "compile", "--arch", "sm_90", "--bench-gpu", "host", "--out", str(tmp_path / "made"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "launched again, none was compiled" in done.stdout
+    shutil.move(tmp_path / "made", tmp_path / "brought")
+    launched = python("-c", LAUNCH, str(tmp_path / "brought"))
+    assert launched.returncode == 0, launched.stderr
+    assert launched.stdout.strip() == "[]"
+    # This can fail: a kernel that is taken away is missed.
+    for folder in (tmp_path / "brought").iterdir():
+        if list(folder.glob("_softmax_forward_kernel.cubin")):
+            shutil.rmtree(folder)
+    assert python("-c", LAUNCH, str(tmp_path / "brought")).stdout.strip() == "['_softmax_forward_kernel']"

@@ -223,3 +223,32 @@ def test_a_compiler_that_crashes_fails_its_own_kernel_alone(tmp_path: Path) -> N
     crashed = "the compiler ended its process; its last output says why"
     assert done.stdout.splitlines()[-1] == str([crashed, None, crashed])
     assert list((tmp_path / "cache").glob("*/*.cubin"))
+
+
+# The names in the cache of all kernels, which the process comes to in one order and in the other.
+NAMES = """
+import importlib, pkgutil
+import fastformer_kernels
+from triton.runtime.jit import JITFunction
+
+kernels = {}
+for module in pkgutil.walk_packages(fastformer_kernels.__path__, "fastformer_kernels."):
+    functions = vars(importlib.import_module(module.name)).items()
+    kernels |= {f"{module.name}.{name}": each for name, each in functions if isinstance(each, JITFunction)}
+
+def names(order):
+    for kernel in kernels.values():
+        kernel.hash, kernel.used_global_vals = None, {}
+    return {name: kernels[name].cache_key for name in order}
+
+forwards, backwards = names(list(kernels)), names(list(reversed(kernels)))
+print(len(kernels), [name for name in kernels if forwards[name] != backwards[name]])
+"""
+
+
+def test_the_name_of_a_kernel_does_not_depend_on_which_came_first() -> None:
+    done = python("-c", NAMES)
+    assert done.returncode == 0, done.stderr
+    kernels, _, found = done.stdout.strip().partition(" ")
+    assert int(kernels) > 50
+    assert found == "[]"
