@@ -48,6 +48,7 @@ def _warn_where_it_has_no_effect(
             f'{type(self).__name__} computes attention itself: attn_implementation="{NAME}" has no effect on it',
             stacklevel=2,
         )
+        requested = None  # the class's default: some look their attention up by a name of their own
     return original(self, requested, *args, **kwargs)
 
 

@@ -19,6 +19,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertTokenizer,
+    FalconConfig,
+    FalconModel,
 )
 
 import fastformer  # noqa: F401  # what registers
@@ -70,10 +72,14 @@ def test_from_pretrained(tmp_path: Path) -> None:
 
 
 def test_warns_where_it_has_no_effect(tmp_path: Path) -> None:
-    small, _ = REFUSING["DeBERTa"]
-    small.build().save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match='DebertaModel computes attention itself: attn_implementation="fastformer"'):
-        AutoModel.from_pretrained(tmp_path, attn_implementation="fastformer")
+    # One that is what it is, and one that has a dictionary of its own attention classes.
+    falcon = FalconModel(FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=50))
+    for model in (REFUSING["DeBERTa"][0].build().base_model, falcon):
+        model.save_pretrained(tmp_path)
+        warning = f'{type(model).__name__} computes attention itself: attn_implementation="fastformer"'
+        with pytest.warns(UserWarning, match=warning):
+            loaded = AutoModel.from_pretrained(tmp_path, attn_implementation="fastformer")
+        assert loaded.config._attn_implementation != "fastformer"
     MODELS["BERT"].build().save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
