@@ -170,7 +170,7 @@ class Generator:
             raise ValueError("stop needs a tokenizer; the generator has none")
         ends = self._end_tokens if parameters.eos_token_ids is None else frozenset(parameters.eos_token_ids)
         # The default generator's seed, not its state, would make all the same.
-        seed = int(torch.randint(2**62, ())) if parameters.seed is None else parameters.seed
+        seed = int(torch.randint(2**62, (), device="cpu")) if parameters.seed is None else parameters.seed
         request = Request(index, tokens, source, parameters, ends, seed)
         self._check_size(request)
         return request
