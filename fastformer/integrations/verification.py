@@ -308,7 +308,7 @@ def _four_dimensional(pair: _Pair) -> list[Check]:
     if not subject.reads_tokens or subject.model.config.is_encoder_decoder:
         return [Check(name, "not applicable", detail="it takes a mask of another kind")]
     batch = subject.batch()
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(3)
     allowed = torch.rand(3, 1, TOKENS, TOKENS, generator=generator) < 0.6
     allowed = (allowed & torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()) | torch.eye(TOKENS, dtype=torch.bool)
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
