@@ -203,11 +203,9 @@ def _load_row_statistics(exponent_pointer, delta_pointer, query, queries, CHECK:
     if CHECK:
         valid = query < queries
         exponent = tl.load(exponent_pointer + query, mask=valid, other=float("inf"))
-        delta = tl.load(delta_pointer + query, mask=valid, other=0.0)
+        return exponent, tl.load(delta_pointer + query, mask=valid, other=0.0)
     else:
-        exponent = tl.load(exponent_pointer + query)
-        delta = tl.load(delta_pointer + query)
-    return _loaded_once(exponent), _loaded_once(delta)
+        return tl.load(exponent_pointer + query), tl.load(delta_pointer + query)
 
 
 @triton.jit
@@ -584,6 +582,9 @@ def _meet_queries(
                 start = whole_low + index * BLOCK_M
             query = start + tl.arange(0, BLOCK_M)
             row_exponent, row_delta = _load_row_statistics(exponent_pointer, delta_pointer, query, queries, part == 1)
+            if not WARP_SPECIALIZE:  # the compiler cannot divide a scan among warps
+                row_exponent = _loaded_once(row_exponent)
+                row_delta = _loaded_once(row_delta)
             q_tile = load_rows(
                 q_source, start, queries, q.stride_row, q.stride_dim, head_dim, BLOCK_M, BLOCK_D, part == 1, DESCRIPTORS
             )
