@@ -176,12 +176,12 @@ def _check(options: Namespace) -> None:
             f"the kernels: {command}"
         )
     figures = _figures([(case.name, case.run) for case in cases(guarded=True)], options, None)
+    recorded = from_json(json.loads(path.read_text())) if path.exists() else []
     if options.update:
         options.figures.mkdir(parents=True, exist_ok=True)
-        _write_json(figures, path)
+        _write_json(_updated(recorded, figures, options.arch), path)
         print(f"recorded {len(figures)} kernels in {path}")
         return
-    recorded = from_json(json.loads(path.read_text()))
     worse = regressions([entry for entry in recorded if entry.architecture in options.arch], figures)
     if worse:
         print("\n".join(["compiled kernels got worse, or are not in the figures:", *worse]))
@@ -192,6 +192,12 @@ def _check(options: Namespace) -> None:
     if worse or unwanted:
         raise SystemExit(1)
     print(f"{len(figures)} kernels are no worse than recorded in {path}")
+
+
+def _updated(recorded: Sequence[Figures], figures: Sequence[Figures], architectures: Sequence[str]) -> list[Figures]:
+    """`figures`, those of `architectures`, and what is recorded of the others; one architecture after the other."""
+    kept = [entry for entry in recorded if entry.architecture not in architectures]
+    return sorted([*kept, *figures], key=lambda entry: list(ARCHITECTURES).index(entry.architecture))
 
 
 def _figures(work: Sequence[tuple[str, Work]], options: Namespace, cache: Path | None) -> list[Figures]:

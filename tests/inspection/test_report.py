@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import triton
 from inspection.processes import fastformer
 
-from fastformer.inspection import binary
+from fastformer.inspection import binary, command
 from fastformer.inspection.bounds import bounds_of
 from fastformer.inspection.devices import DEVICES, resident_ctas
 from fastformer.inspection.gate import regressions, unwanted_spills
-from fastformer.inspection.report import Figures, from_json
+from fastformer.inspection.report import Figures, as_json, from_json
 
 pytestmark = pytest.mark.cpu
 
@@ -211,6 +212,16 @@ def test_a_triton_without_recorded_figures_is_told_how_to_record_them(tmp_path: 
     done = fastformer("kernels", "check", "--figures", str(tmp_path))
     assert done.returncode == 2
     assert f"fastformer kernels check --figures {tmp_path} --update" in done.stderr
+
+
+def test_recording_one_architecture_keeps_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / f"triton-{triton.__version__}.json"
+    recorded = [replace(FIGURES, architecture=name, registers=100) for name in ("sm_80", "sm_90", "gfx942")]
+    path.write_text(json.dumps(as_json(recorded)))
+    found = replace(FIGURES, architecture="sm_90", registers=90)
+    monkeypatch.setattr(command, "_figures", lambda *arguments: [found])
+    command.main(["check", "--figures", str(tmp_path), "--arch", "sm_90", "--update"], 0.0)
+    assert from_json(json.loads(path.read_text())) == [recorded[0], found, recorded[2]]
 
 
 def test_report_of_compiled_kernels(tmp_path: Path) -> None:
