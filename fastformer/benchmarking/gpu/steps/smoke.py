@@ -77,9 +77,9 @@ def _tests(setting: Setting) -> Iterator[Record]:
     outcomes: dict[str, str] = {}
     reasons: dict[str, str] = {}
     last = ""
-    for line in _lines(
-        ["-m", "gpu", "--no-header", "-p", "no:cacheprovider", "--tb=short", *selection], root, setting.left - 3
-    ):
+    folders = [folder for folder in _FOLDERS if (root / folder).is_dir()]
+    arguments = [*folders, "-m", "gpu", "--no-header", "-p", "no:cacheprovider", "--tb=short", *selection]
+    for line in _lines(arguments, root, setting.left - 3):
         last = line or last
         if found := _OUTCOME.search(line):
             outcome, test, other_test, other_outcome = found.groups()
