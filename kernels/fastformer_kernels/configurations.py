@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,10 @@ T = TypeVar("T")
 Stored = dict[str, int]
 """A configuration's fields as they are stored."""
 
-# Replaced, never changed: autograd's threads read it too.
+# What each block forces, the newest last. Threads leave their blocks in any order.
+_blocks: tuple[Mapping[str, Any], ...] = ()
+_changing_blocks = Lock()
+# What they say together. Replaced, never changed: autograd's threads read it too.
 _forced: Mapping[str, Any] = {}
 # By architecture, as `read_plans` returns them; None until somebody asks.
 _measurements: dict[str, dict] | None = None
@@ -72,13 +76,20 @@ def others_than(default: T, found: Iterable[T]) -> list[T]:
 
 @contextmanager
 def forced(configurations: Mapping[str, Any]) -> Iterator[None]:
-    """Launch these operations with these configurations within the block, whatever the shapes."""
-    global _forced
-    previous, _forced = _forced, {**_forced, **configurations}
+    """Launch these operations with these configurations within the block, whatever the shapes, in every thread."""
+    block = dict(configurations)
+    _change_blocks(lambda blocks: (*blocks, block))
     try:
         yield
     finally:
-        _forced = previous
+        _change_blocks(lambda blocks: tuple(each for each in blocks if each is not block))
+
+
+def _change_blocks(change: Callable[[tuple[Mapping[str, Any], ...]], tuple[Mapping[str, Any], ...]]) -> None:
+    global _blocks, _forced
+    with _changing_blocks:
+        _blocks = change(_blocks)
+        _forced = {operation: forced for block in _blocks for operation, forced in block.items()}
 
 
 @contextmanager

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 from inspection.processes import fastformer, python
 
-from fastformer.benchmarking.gpu.steps import STEPS, load
+from fastformer.benchmarking.gpu.steps import STEPS, load, smoke
 from fastformer.benchmarking.gpu.steps.sanitizer import profile_records
 
 PROFILE = """\
@@ -64,3 +65,23 @@ def test_the_kernels_of_a_step_are_those_in_the_cache(tmp_path: Path) -> None:
         if list(folder.glob("_softmax_forward_kernel.cubin")):
             shutil.rmtree(folder)
     assert python("-c", LAUNCH, str(tmp_path / "brought")).stdout.strip() == "['_softmax_forward_kernel']"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "[gw3] [ 12%] PASSED tests/gpu/test_a.py::test_b[softmax of long rows-bf16]",
+            ("softmax of long rows", "PASSED"),
+        ),
+        ("[gw0] [100%] FAILED tests/gpu/test_a.py::test_b[rms_norm] ", ("rms_norm", "FAILED")),
+        ("tests/gpu/test_a.py::test_b[a sum] ERROR    [ 50%]", ("a sum", "ERROR")),
+        ("FAILED tests/gpu/test_a.py::test_b[a sum] - assert 1 == 2", None),
+        ("collected 3 items", None),
+    ],
+)
+def test_outcomes_of_tests_whose_names_have_spaces(line: str, expected: tuple[str, str] | None) -> None:
+    found = smoke.outcome_of(line)
+    assert (found is None) == (expected is None)
+    if found is not None and expected is not None:
+        assert f"[{expected[0]}" in found[0] and found[0].strip().endswith("]") and found[1] == expected[1]

@@ -54,6 +54,17 @@ def asked() -> RowConfiguration:
 
 
 @pytest.mark.cpu
+def test_threads_leave_what_they_force_in_any_order(path: Path) -> None:
+    first, second = forced({"softmax_forward": MEASURED}), forced({"softmax_forward": FORCED})
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert asked() == FORCED
+    second.__exit__(None, None, None)
+    assert asked() == SHIPPED
+
+
+@pytest.mark.cpu
 def test_forced_before_measured_before_shipped(path: Path) -> None:
     assert asked() == SHIPPED
     store_plans(path, "interpreter", {"softmax_forward 32-bit columns<=256": asdict(MEASURED)})

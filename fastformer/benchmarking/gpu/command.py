@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -35,7 +36,7 @@ examples:
   fastformer bench gpu --dry-run --out runs/dry                  on a CPU: does every line run?
 
 The kernels are compiled beforehand, on any machine with the same triton:
-  fastformer kernels compile --arch sm_90 --bench-gpu --out cache
+  fastformer kernels compile --arch sm_90 --bench-gpu all --out cache
 """
 # Seconds for what comes after the last step.
 _RESERVE = 4.0
@@ -180,6 +181,8 @@ def _parser() -> argparse.ArgumentParser:
 def _steps(text: str) -> list[str]:
     """In the order in which they are run."""
     names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"must name one of {', '.join(STEPS)}; got {text!r}")
     try:
         for name in names:
             module_of(name)
@@ -189,7 +192,7 @@ def _steps(text: str) -> list[str]:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if (value := float(text)) > 0:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")

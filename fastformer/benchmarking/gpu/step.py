@@ -72,7 +72,7 @@ class Step:
         run: does the work and yields what it finds, as it is found.
         launches: the same calls of Fastformer as `run` makes at full size, backwards included, on tensors of device
             ``meta``: same shapes, dtypes, strides and launch configurations, one callable for each call. They tell
-            `fastformer kernels compile --bench-gpu` what to compile beforehand. Peers are left out; None where the
+            `fastformer kernels compile --bench-gpu STEP` what to compile beforehand. Peers are left out; None where the
             step calls no kernel.
     """
 

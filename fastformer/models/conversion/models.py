@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from fastformer.models.conversion.architecture import Architecture
@@ -36,7 +37,9 @@ def architecture_of(name: str) -> Architecture:
 
 
 def from_hugging_face(model: PreTrainedModel) -> FastformerPreTrainedModel:
-    """The Fastformer model that computes what a Hugging Face model does, with copies of its weights, in evaluation.
+    """The Fastformer model that computes what a Hugging Face model does, on its device, with copies of its weights.
+
+    It is in evaluation mode.
 
     Args:
         model: of one of the classes in `ARCHITECTURES`. ``fastformer convert`` converts a folder.
@@ -53,11 +56,14 @@ def from_hugging_face(model: PreTrainedModel) -> FastformerPreTrainedModel:
     own = build(read_checkpoint(architecture, head, model.config, Tensors.of(model.state_dict())))
     assert isinstance(own, FastformerPreTrainedModel)
     _copy_generation(model, own)
+    nn.Module.to(own, model.device)
     return own
 
 
 def to_hugging_face(model: FastformerPreTrainedModel, architecture: str) -> PreTrainedModel:
-    """The Hugging Face model that computes what a Fastformer model does, with copies of its weights, in evaluation.
+    """The Hugging Face model that computes what a Fastformer model does, on its device, with copies of its weights.
+
+    It is in evaluation mode.
 
     Args:
         architecture: Hugging Face's model type, one of `ARCHITECTURES`.
@@ -70,11 +76,12 @@ def to_hugging_face(model: FastformerPreTrainedModel, architecture: str) -> PreT
     """
     theirs = build(write_checkpoint(architecture_of(architecture), own_checkpoint(model)))
     _copy_generation(model, theirs)
+    nn.Module.to(theirs, model.device)
     return theirs
 
 
 def build(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model in memory."""
+    """The model in the CPU's memory, wherever the tensors are."""
     tensors = {name: checkpoint.tensors.load(name).clone() for name in checkpoint.tensors.shapes}
     config = deepcopy(checkpoint.config)
     config.dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)

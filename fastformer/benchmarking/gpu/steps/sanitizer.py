@@ -74,7 +74,11 @@ def profile_records(lines: Sequence[str]) -> Iterator[Record]:
     table = csv.DictReader(line for line in lines[start:] if line.startswith('"'))
     latest = {(row["Kernel Name"], row["Metric Name"]): row for row in table if row["Metric Name"] in _FIGURES}
     for (kernel, metric), row in latest.items():
-        yield Record(kernel, OURS, metric, float(row["Metric Value"].replace(",", "")), row["Metric Unit"])
+        text, unit = row["Metric Value"], row["Metric Unit"]
+        try:
+            yield Record(kernel, OURS, metric, float(text.replace(",", "")), unit)
+        except ValueError:  # what the profiler could not count
+            yield Record(kernel, OURS, metric, None, unit, text)
 
 
 def _watched(tool: list[str], setting: Setting, size: str, **variables: str) -> subprocess.CompletedProcess[str]:

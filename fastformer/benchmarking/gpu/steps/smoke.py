@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -23,9 +24,12 @@ from fastformer.inspection.numerics import DTYPES, Error, Problem, errors_of, pr
 _UNIT = "roundings"
 # All others run on any machine, and would have to be collected first.
 _FOLDERS = ("tests/gpu", "tests/executed")
-# pytest says so of each test, with and without processes.
-_OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR)\b.*?\b(tests/\S+)|\b(tests/\S+) (PASSED|FAILED|ERROR)\b")
-_REASON = re.compile(r"^(?:FAILED|ERROR) (tests/\S+) - (.+)")
+# pytest says so of each test, with and without processes; its name may have spaces.
+_OUTCOME = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR) (tests/.+)$|^(tests/.+?) (PASSED|FAILED|ERROR)\b")
+_REASON = re.compile(r"^(?:FAILED|ERROR) (tests/.+?) - (.+)")
+_COLLECTED = re.compile(r"\[(\d+) items\]|(\d+)(?:/\d+)? tests collected")
+# Seconds for pytest to say why tests failed, once it is told to stop.
+_TO_REPORT = 15.0
 
 
 def _run(setting: Setting) -> Iterator[Record]:
@@ -74,45 +78,61 @@ def _tests(setting: Setting) -> Iterator[Record]:
         yield Record(case, OURS, "tests", None, "tests", f"there is no folder tests in {root}")
         return
     selection = ["--collect-only", "-q"] if setting.dry else ["-n", "8", "-v"]
-    outcomes: dict[str, str] = {}
-    reasons: dict[str, str] = {}
-    last = ""
+    numbers = {"PASSED": 0, "FAILED": 0, "ERROR": 0}
+    collected, last = None, ""
     folders = [folder for folder in _FOLDERS if (root / folder).is_dir()]
     arguments = [*folders, "-m", "gpu", "--no-header", "-p", "no:cacheprovider", "--tb=short", *selection]
     for line in _lines(arguments, root, setting.left - 3):
         last = line or last
-        if found := _OUTCOME.search(line):
-            outcome, test, other_test, other_outcome = found.groups()
-            outcomes[test or other_test] = outcome or other_outcome
+        if found := _COLLECTED.search(line):
+            collected = int(found[1] or found[2])
         if found := _REASON.search(line):
-            reasons[found[1]] = found[2]
-    for outcome in ("PASSED", "FAILED", "ERROR"):
-        number = sum(each == outcome for each in outcomes.values())
-        yield Record(case, OURS, outcome.lower(), number, "tests", details={"summary": last})
-    for test, outcome in outcomes.items():
-        if outcome != "PASSED":
-            yield Record(test, OURS, "test", None, "", reasons.get(test, outcome.lower()))
+            yield Record(found[1], OURS, "reason", None, "", found[2])
+        elif (named := outcome_of(line)) is not None:
+            test, outcome = named
+            numbers[outcome] += 1
+            if outcome != "PASSED":
+                yield Record(test, OURS, "test", None, "", outcome.lower())
+    details = {"of": collected, "summary": last}
+    for outcome, number in numbers.items():
+        yield Record(case, OURS, outcome.lower(), number, "tests", details=details)
+
+
+def outcome_of(line: str) -> tuple[str, str] | None:
+    """The test that a line of pytest's is about, and its outcome."""
+    found = _OUTCOME.search(line)
+    if found is None:
+        return None
+    outcome, test, other_test, other_outcome = found.groups()
+    return (test, outcome) if test else (other_test, other_outcome)
 
 
 def _lines(arguments: list[str], root: Path, seconds: float) -> Iterator[str]:
-    """Of what pytest prints within so many seconds; they go to this process's own output too."""
+    """Of what pytest prints within so many seconds; they go to this process's own output too.
+
+    It is told to stop before, so that it says why tests failed.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", *arguments],
         cwd=root,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE,  # and not its processes' errors, which would keep the pipe open when it has ended
         text=True,
     )
     assert process.stdout
-    end = threading.Timer(max(seconds, 0.0), process.kill)
-    end.start()
+    ends = [
+        threading.Timer(max(seconds - _TO_REPORT, 0.0), process.send_signal, (signal.SIGINT,)),
+        threading.Timer(max(seconds, 0.0), process.kill),
+    ]
+    for end in ends:
+        end.start()
     try:
         for line in process.stdout:
             print(line, end="", flush=True)
             yield line.strip()
     finally:
-        end.cancel()
+        for end in ends:
+            end.cancel()
         process.kill()
 
 

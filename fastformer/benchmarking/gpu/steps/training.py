@@ -150,7 +150,7 @@ def _prompts(case: Subject, dry: bool) -> list[list[int]]:
 
 def _ours_decoding(model: PreTrainedModel, prompts: list[list[int]], new: int) -> Run:
     converted = from_hugging_face(model)
-    assert isinstance(converted, fastformer.models.FastformerForCausalLM)
+    assert isinstance(converted, fastformer.models.FastformerForCausalLM) and converted.device == model.device
     generator = Generator(converted.eval(), slots=len(prompts))
     return lambda: generator.generate(prompts, SamplingParameters(max_new_tokens=new, eos_token_ids=()))
 
