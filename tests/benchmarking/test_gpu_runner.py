@@ -265,7 +265,7 @@ def test_a_step_that_cannot_be_imported_loses_nothing(known, tmp_path: Path) -> 
     ("arguments", "message"),
     [
         (["--steps", "smoke,absent"], "step must be one of environment, smoke, "),
-        (["--minutes", "0"], "must be above 0, got 0"),
+        (["--minutes", "0"], "must be a number above 0, got 0"),
     ],
 )
 def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
