@@ -23,6 +23,7 @@ from fastformer.ops.attention_torch import attention_backward_torch, attention_f
 from fastformer.ops.autocast import to_autocast_dtype
 from fastformer.ops.checks import check_device, check_floating, check_int32, check_like, check_shape
 from fastformer.ops.dropout import check_dropout_p, draw_seed
+from fastformer.ops.operator import operator
 
 MAX_HEAD_DIM = 256
 
@@ -426,7 +427,7 @@ ARGUMENTS_SCHEMA = (
 )
 
 
-@torch.library.custom_op(
+@operator(
     "fastformer::attention",
     mutates_args=(),
     schema=f"(Tensor query, Tensor key, Tensor value, {ARGUMENTS_SCHEMA}) -> (Tensor, Tensor)",
@@ -441,7 +442,7 @@ def _attention(
     return attention_forward_torch(query, key, value, AttentionArguments(*arguments))
 
 
-@torch.library.custom_op(
+@operator(
     "fastformer::attention_backward",
     mutates_args=(),
     schema=(

@@ -13,6 +13,7 @@ from fastformer.backends import use_triton
 from fastformer.ops.attention import ARGUMENTS_SCHEMA, checked_arguments
 from fastformer.ops.attention_torch import attention_weights_torch
 from fastformer.ops.checks import check_device, check_shape
+from fastformer.ops.operator import operator
 
 
 def attention_weights(
@@ -107,7 +108,7 @@ def _chosen(name: str, indices: Sequence[int] | None, size: int, device: torch.d
     return torch.tensor(list(indices), dtype=torch.int32, device=device)
 
 
-@torch.library.custom_op(
+@operator(
     "fastformer::attention_weights",
     mutates_args=(),
     schema=f"(Tensor query, Tensor key, Tensor lse, Tensor heads, Tensor rows, {ARGUMENTS_SCHEMA}) -> Tensor",

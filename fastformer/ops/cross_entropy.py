@@ -12,6 +12,7 @@ from torch.nn import _reduction
 
 from fastformer.backends import use_triton
 from fastformer.ops.checks import check_device, check_floating, check_shape
+from fastformer.ops.operator import operator
 
 REDUCTIONS = ("mean", "sum", "none")
 # Rows that the CPU works on together: their float32 logits stay in its last-level cache.
@@ -146,7 +147,7 @@ def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
         raise IndexError(f"target must be a class from 0 to {classes - 1} or {ignore_index}; got {wrong[0].item()}")
 
 
-@torch.library.custom_op("fastformer::cross_entropy", mutates_args=())
+@operator("fastformer::cross_entropy", mutates_args=())
 def _cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -182,7 +183,7 @@ def _(
     return loss, loss.new_empty(2, *target.shape)
 
 
-@torch.library.custom_op("fastformer::cross_entropy_backward_", mutates_args=("gradient",))
+@operator("fastformer::cross_entropy_backward_", mutates_args=("gradient",))
 def _write_gradient(
     gradient: Tensor,
     logits: Tensor | None,
@@ -217,7 +218,7 @@ def _write_gradient(
         gradient.copy_(rows.view(gradient.movedim(1, -1).shape).movedim(-1, 1))
 
 
-@torch.library.custom_op("fastformer::cross_entropy_backward", mutates_args=())
+@operator("fastformer::cross_entropy_backward", mutates_args=())
 def _gradient(
     logits: Tensor,
     target: Tensor,

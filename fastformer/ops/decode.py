@@ -17,6 +17,7 @@ from fastformer.ops.attention_torch import _maximum
 from fastformer.ops.autocast import to_autocast_dtype
 from fastformer.ops.checks import check_floating, check_int32, check_lengths, check_no_gradient
 from fastformer.ops.kv_cache import check_cache
+from fastformer.ops.operator import operator
 
 # Elements of the keys that are widened or gathered at once, and of the scores held at once: both stay in a CPU's cache.
 CHUNK_ELEMENTS = 1 << 20
@@ -135,7 +136,7 @@ def _check_tensors(
         raise ValueError(f"query's heads must be a multiple of key_cache's; got {query.shape[1]} and {kv_heads}")
 
 
-@torch.library.custom_op(
+@operator(
     "fastformer::decode_attention",
     mutates_args=(),
     schema=(

@@ -13,6 +13,7 @@ from fastformer.backends import use_triton
 from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
 from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed
 from fastformer.ops.normalization import kernel_dropout, norm_backward_torch, norm_torch
+from fastformer.ops.operator import operator
 from fastformer.ops.packing import packed_positions
 
 _NAMES = ("input_ids", "position_ids", "token_type_ids")
@@ -134,7 +135,7 @@ def _positions(
     return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape).reshape(-1)
 
 
-@torch.library.custom_op("fastformer::embedding", mutates_args=())
+@operator("fastformer::embedding", mutates_args=())
 def _embedding(
     word_ids: Tensor,
     position_ids: Tensor | None,
@@ -184,7 +185,7 @@ def _(
     return word_weight.new_empty(tokens, word_weight.shape[1]), mean, torch.empty_like(mean)
 
 
-@torch.library.custom_op("fastformer::embedding_backward", mutates_args=())
+@operator("fastformer::embedding_backward", mutates_args=())
 def _embedding_backward(
     grad_output: Tensor,
     word_ids: Tensor,

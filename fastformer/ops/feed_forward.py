@@ -13,6 +13,7 @@ from fastformer.backends import use_triton
 from fastformer.ops.autocast import to_autocast_dtype
 from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
 from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropout_threshold
+from fastformer.ops.operator import operator
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "squared_relu", "identity")
 _GELU_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -138,7 +139,7 @@ def _check(
             check_like(name, tensor, "input", input)
 
 
-@torch.library.custom_op("fastformer::feed_forward", mutates_args=())
+@operator("fastformer::feed_forward", mutates_args=())
 def _feed_forward(
     input: Tensor,
     up_weight: Tensor,
@@ -203,7 +204,7 @@ def _(
     )
 
 
-@torch.library.custom_op("fastformer::feed_forward_backward", mutates_args=())
+@operator("fastformer::feed_forward_backward", mutates_args=())
 def _feed_forward_backward(
     grad_output: Tensor,
     input: Tensor,

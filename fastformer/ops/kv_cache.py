@@ -17,6 +17,7 @@ from fastformer.ops.checks import (
     check_no_gradient,
     check_shape,
 )
+from fastformer.ops.operator import operator
 
 
 def append_to_cache(
@@ -181,7 +182,7 @@ def _check_rotary(
     check_shape("sin", sin, tuple(cos.shape))
 
 
-@torch.library.custom_op("fastformer::append_to_cache", mutates_args=("key_cache", "value_cache"))
+@operator("fastformer::append_to_cache", mutates_args=("key_cache", "value_cache"))
 def _append_to_cache(
     key: torch.Tensor,
     value: torch.Tensor,

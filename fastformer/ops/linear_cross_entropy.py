@@ -22,6 +22,7 @@ from fastformer.ops.cross_entropy import (
     log_sum_exp,
     row_weights,
 )
+from fastformer.ops.operator import operator
 
 CPU_MEMORY_BUDGET = 64 << 20
 # On a GPU each chunk is three launches of a matrix product, and rereads the sum of the weight's gradient.
@@ -151,7 +152,7 @@ def _check(
         raise ValueError(f"memory_budget must be at least 1 byte; got {memory_budget}")
 
 
-@torch.library.custom_op("fastformer::linear_cross_entropy", mutates_args=())
+@operator("fastformer::linear_cross_entropy", mutates_args=())
 def _scaled_loss(
     input: Tensor,
     weight: Tensor,
@@ -210,7 +211,7 @@ def _scaled_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> t
 _scaled_loss.register_autograd(_scaled_backward, setup_context=_scaled_setup)
 
 
-@torch.library.custom_op("fastformer::linear_cross_entropy_rows", mutates_args=())
+@operator("fastformer::linear_cross_entropy_rows", mutates_args=())
 def _row_losses(
     input: Tensor,
     weight: Tensor,

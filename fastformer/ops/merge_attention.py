@@ -8,6 +8,7 @@ import torch
 
 from fastformer.backends import use_triton
 from fastformer.ops.checks import check_device, check_floating, check_shape
+from fastformer.ops.operator import operator
 
 NEGATIVE_INFINITY = float("-inf")
 
@@ -53,7 +54,7 @@ def merge_attention(outputs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Te
     return output.view(*rows, outputs.shape[-1]), lse.view(rows)
 
 
-@torch.library.custom_op("fastformer::merge_attention", mutates_args=())
+@operator("fastformer::merge_attention", mutates_args=())
 def _merge_attention(outputs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not use_triton(outputs):
         return _merge_torch(outputs, lses)

@@ -13,6 +13,7 @@ from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_float32_dtype
 from fastformer.ops.checks import check_device, check_floating, check_shape
 from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropout_threshold
+from fastformer.ops.operator import operator
 
 MAX_COLUMNS = 65536
 
@@ -207,7 +208,7 @@ def _normalize(
     return (output, total.view(input.shape)) if returns_sum else output
 
 
-@torch.library.custom_op("fastformer::norm", mutates_args=())
+@operator("fastformer::norm", mutates_args=())
 def _norm(
     input: Tensor,
     residual: Tensor | None,
@@ -270,7 +271,7 @@ def _(
     )
 
 
-@torch.library.custom_op("fastformer::norm_backward", mutates_args=())
+@operator("fastformer::norm_backward", mutates_args=())
 def _norm_backward(
     grad_output: Tensor,
     grad_sum: Tensor | None,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastformer.backends import use_triton
 from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
+from fastformer.ops.operator import operator
 
 
 def rotary_frequencies(rotary_dim: int, base: float = 10000.0, scaling: float = 1.0) -> Tensor:
@@ -188,7 +189,7 @@ def _check_integers(name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]]
     check_device(name, tensor, "query", query)
 
 
-@torch.library.custom_op("fastformer::rotary", mutates_args=())
+@operator("fastformer::rotary", mutates_args=())
 def _rotary(
     query: Tensor,
     key: Tensor | None,
@@ -222,7 +223,7 @@ def _(
     return torch.empty_like(query), query.new_empty(0) if key is None else torch.empty_like(key)
 
 
-@torch.library.custom_op("fastformer::rotary_", mutates_args=("query", "key"))
+@operator("fastformer::rotary_", mutates_args=("query", "key"))
 def _rotary_inplace(
     query: Tensor,
     key: Tensor | None,
@@ -235,20 +236,6 @@ def _rotary_inplace(
 ) -> None:
     tensors = [query] if key is None else [query, key]
     _rotate(tensors, tensors, cos, sin, position_ids, offsets, cu_seqlens, interleaved, False)
-
-
-@_rotary_inplace.register_fake
-def _(
-    query: Tensor,
-    key: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    offsets: Tensor | None,
-    cu_seqlens: Tensor | None,
-    interleaved: bool,
-) -> None:
-    pass
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_float32_dtype
 from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating
+from fastformer.ops.operator import operator
 
 
 def softmax(
@@ -138,7 +139,7 @@ def _query_dim(input: Tensor, dim: int) -> int:
     return -2 if dim in (-1, input.dim() - 1) else -1
 
 
-@torch.library.custom_op("fastformer::softmax", mutates_args=())
+@operator("fastformer::softmax", mutates_args=())
 def _softmax(
     input: Tensor,
     mask: Tensor | None,
@@ -153,14 +154,14 @@ def _softmax(
     return output
 
 
-@torch.library.custom_op("fastformer::softmax_", mutates_args=("input",))
+@operator("fastformer::softmax_", mutates_args=("input",))
 def _softmax_inplace(
     input: Tensor, mask: Tensor | None, dim: int, scale: float, causal_offset: int | None, log: bool
 ) -> None:
     _run_softmax(input, input, mask, dim, scale, causal_offset, log)
 
 
-@torch.library.custom_op("fastformer::softmax_backward", mutates_args=())
+@operator("fastformer::softmax_backward", mutates_args=())
 def _softmax_backward(
     grad_output: Tensor, output: Tensor, dim: int, scale: float, log: bool, dtype: torch.dtype
 ) -> Tensor:
@@ -187,11 +188,6 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     return torch.empty_like(input, dtype=dtype)
-
-
-@_softmax_inplace.register_fake
-def _(input: Tensor, mask: Tensor | None, dim: int, scale: float, causal_offset: int | None, log: bool) -> None:
-    pass
 
 
 @_softmax_backward.register_fake

@@ -173,8 +173,8 @@ def test_inplace_keeps_autograds_rules(backend: str) -> None:
 
 
 def test_registration(backend: str) -> None:
-    x = torch.randn(3, 5, requires_grad=True)
-    for mask in (None, torch.rand(3, 5) > 0.5, torch.randn(3, 5, requires_grad=True)):
+    x = torch.randn(3, 5)
+    for mask in (None, torch.rand(3, 5) > 0.5, torch.randn(3, 5)):
         for log in (False, True):
             torch.library.opcheck(torch.ops.fastformer.softmax.default, (x, mask, 1, 0.5, 2, log, torch.float32))
     torch.library.opcheck(torch.ops.fastformer.softmax_.default, (torch.randn(3, 5), None, 1, 0.5, 2, False))
