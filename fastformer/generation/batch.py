@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastformer.cuda_graphs import StepGraphs
 from fastformer.generation.cached_model import CachedModel
 from fastformer.generation.requests import Piece, Request, Running
 from fastformer.generation.sampling import Settings, choose, distribution, draw, log_probabilities
@@ -37,15 +38,20 @@ class NewTokens(NamedTuple):
     counts: Tensor | None = None
     logprobs: Tensor | None = None
 
-    def on_host(self) -> list[tuple[list[int], list[float]]]:
-        """Tokens and log-probabilities of each sequence: the one thing of a step that a GPU is waited for."""
+    def packed(self) -> Tensor:
+        """(sequences, columns) float64: the counts, the tokens, the log-probabilities if there are any."""
         rows, new = self.tokens.shape
         counts = self.tokens.new_full((rows,), new) if self.counts is None else self.counts
         columns = [counts[:, None], self.tokens, *([] if self.logprobs is None else [self.logprobs])]
-        return [
-            ([int(token) for token in row[1 : 1 + int(row[0])]], row[1 + new : 1 + new + int(row[0])])
-            for row in torch.cat([column.double() for column in columns], dim=1).tolist()
-        ]
+        return torch.cat([column.double() for column in columns], dim=1)
+
+
+def on_host(packed: Tensor, new: int) -> list[tuple[list[int], list[float]]]:
+    """Tokens, `new` at most, and log-probabilities of each sequence. It is what a step waits for a GPU for."""
+    return [
+        ([int(token) for token in row[1 : 1 + int(row[0])]], row[1 + new : 1 + new + int(row[0])])
+        for row in packed.tolist()
+    ]
 
 
 @dataclass
@@ -71,6 +77,9 @@ class ContinuousBatch:
     A step either takes waiting requests in or continues all running sequences, by one token or, with a draft model, up
     to `draft_tokens` + 1. It waits for a GPU once, for the tokens.
 
+    With `graphs` as many slots are continued as the next power of two says, empty ones too, so that there are few kinds
+    of steps. Nothing is kept of what an empty slot is given.
+
     Args:
         model: continues.
         draft: drafts; its cache is as large as the model's.
@@ -78,6 +87,7 @@ class ContinuousBatch:
         slots: of the caches.
         table: the state of the sequences.
         tokenizer: makes text; without it there is none.
+        graphs: of steps that continue sequences; None to launch each kernel of each step.
     """
 
     def __init__(
@@ -88,9 +98,10 @@ class ContinuousBatch:
         slots: int,
         table: Slots,
         tokenizer: PreTrainedTokenizerBase | None,
+        graphs: StepGraphs | None = None,
     ) -> None:
         self.model, self.draft, self.draft_tokens = model, draft, draft_tokens
-        self.slots, self.table, self.tokenizer = slots, table, tokenizer
+        self.slots, self.table, self.tokenizer, self.graphs = slots, table, tokenizer, graphs
         self.statistics = Statistics()
         self._waiting: deque[Request] = deque()
         self._running: list[Running] = []
@@ -105,20 +116,15 @@ class ContinuousBatch:
         first = len(self._running)
         requests = self._admit()
         if requests:
-            new = self._prefill(requests, first)
+            new = on_host(self._prefill(requests, first).packed(), 1)
         elif self._running:
             first = 0
-            new = self._decode() if self.draft is None else self._speculate(self.draft)
-            self.statistics.steps += 1
+            new = self._continue()
         else:
             return []
-        on_host = new.on_host()
-        if new.counts is not None:
-            self.statistics.drafted += sum(self._usable(running) for running in self._running)
-            self.statistics.accepted += sum(len(tokens) - 1 for tokens, _ in on_host)
         pieces = [
             running.take(tokens, logprobs)
-            for running, (tokens, logprobs) in zip(self._running[first:], on_host, strict=True)
+            for running, (tokens, logprobs) in zip(self._running[first:], new, strict=True)
         ]
         self.statistics.new_tokens += sum(len(piece.tokens) for piece in pieces)
         for slot in reversed(range(first, len(self._running))):
@@ -156,32 +162,57 @@ class ContinuousBatch:
         for slot, request in enumerate(requests, first):
             self.table.admit(slot, request.prompt, request.parameters, request.seed)
         self.statistics.prompt_tokens += sum(map(len, prompts)) + sum(map(len, sources or ()))
-        return self._sample(logits, slice(first, first + len(requests)))
+        rows = slice(first, first + len(requests))
+        return self._sample(logits, rows, self._settings(rows), self._wants_logprobs(rows))
 
-    def _decode(self) -> NewTokens:
-        rows = slice(0, len(self._running))
-        logits = self.model.decode(self.table.last(rows, 1), self.table.lengths[rows])
-        return self._sample(logits[:, 0], rows)
+    def _continue(self) -> list[tuple[list[int], list[float]]]:
+        """What all running sequences get."""
+        running = len(self._running)
+        rows = slice(0, running if self.graphs is None else min(1 << (running - 1).bit_length(), self.slots))
+        settings, logprobs = self._settings(rows), self._wants_logprobs(rows)
 
-    def _sample(self, logits: Tensor, rows: slice) -> NewTokens:
+        def step() -> Tensor:
+            if self.draft is None:
+                return self._decode(rows, settings, logprobs).packed()
+            return self._speculate(self.draft, rows, settings, logprobs).packed()
+
+        key = (rows.stop, settings.kind, logprobs)
+        packed = step() if self.graphs is None else self.graphs.run(key, step)
+        new = on_host(packed[:running], 1 if self.draft is None else self.draft_tokens + 1)
+        self.statistics.steps += 1
+        if self.draft is not None:
+            self.statistics.drafted += sum(self._usable(each) for each in self._running)
+            self.statistics.accepted += sum(len(tokens) - 1 for tokens, _ in new)
+        return new
+
+    def _decode(self, rows: slice, settings: Settings, logprobs: bool) -> NewTokens:
+        counts = self._counts(rows, 1)
+        logits = self.model.decode(self.table.last(rows, 1), self.table.lengths[rows], counts)
+        return self._sample(logits[:, 0], rows, settings, logprobs, counts)
+
+    def _counts(self, rows: slice, most: int) -> Tensor | None:
+        """How many of `most` tokens each slot is given, (rows,) int32: none where it is empty; None for all of them."""
+        return None if self.graphs is None else (self.table.left(rows).clamp(max=1) * most).int()
+
+    def _sample(
+        self, logits: Tensor, rows: slice, settings: Settings, logprobs: bool, counts: Tensor | None = None
+    ) -> NewTokens:
         """Draw a token for each of the sequences in `rows` and append it."""
         seen = None if self.table.seen is None else self.table.seen[rows]
-        tokens = choose(logits, self._settings(rows), seen, self.table.draws(rows, 1)[:, 0, 0])
-        self.table.append(rows, tokens[:, None])
-        logprobs = log_probabilities(logits, tokens)[:, None] if self._wants_logprobs(rows) else None
-        return NewTokens(tokens[:, None], None, logprobs)
+        tokens = choose(logits, settings, seen, self.table.draws(rows, 1)[:, 0, 0])
+        self.table.append(rows, tokens[:, None], counts)
+        found = log_probabilities(logits, tokens)[:, None] if logprobs else None
+        return NewTokens(tokens[:, None], counts, found)
 
-    def _speculate(self, draft: CachedModel) -> NewTokens:
-        rows, count = slice(0, len(self._running)), self.draft_tokens
-        settings, table = self._settings(rows), self.table
-        lengths, draws = table.lengths[rows], table.draws(rows, count + 1)
-        left = table.most_new[rows] - table.generated[rows]
+    def _speculate(self, draft: CachedModel, rows: slice, settings: Settings, logprobs: bool) -> NewTokens:
+        count, table = self.draft_tokens, self.table
+        lengths, draws, left = table.lengths[rows], table.draws(rows, count + 1), table.left(rows)
         seen = [None if table.seen is None else table.seen[rows]]
 
         drafted: list[Tensor] = []
         proposals: list[Tensor] = []
         # The token before the last may be missing in the draft's cache: the last draft was accepted and never read.
-        logits = draft.decode(table.last(rows, 2), lengths - 1)[:, -1]
+        logits = draft.decode(table.last(rows, 2), lengths - 1, self._counts(rows, 2))[:, -1]
         for place in range(count):
             if place > 0:
                 # A sequence that is about to end stays within its positions.
@@ -199,11 +230,10 @@ class ContinuousBatch:
         new, counts = verify(
             tokens[:, 1:], torch.stack(proposals, dim=1), targets, usable, draws[:, :count, 1], draws[:, :, 2]
         )
+        counts = torch.minimum(counts, left)  # none for an empty slot
         table.append(rows, new, counts)
-        logprobs = None
-        if self._wants_logprobs(rows):
-            logprobs = log_probabilities(logits.flatten(0, 1), new.flatten()).view_as(new)
-        return NewTokens(new, counts, logprobs)
+        found = log_probabilities(logits.flatten(0, 1), new.flatten()).view_as(new) if logprobs else None
+        return NewTokens(new, counts, found)
 
     def _usable(self, running: Running) -> int:
         """How many drafted tokens a sequence can take."""
@@ -220,6 +250,7 @@ class ContinuousBatch:
                 model.move(last, slot, length)
             self.table.move(last, slot)
             self._running[slot] = self._running[last]
+        self.table.clear(slice(last, last + 1))
         self._running.pop()
 
     def _models(self) -> list[CachedModel]:

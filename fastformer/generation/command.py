@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ examples:
   fastformer generate llama --prompts questions.jsonl --stop "\\n\\n" --json > answers.jsonl
   fastformer generate gpt2-xl --draft gpt2 --draft_tokens 5 --prompt "Chapter 1"
   fastformer generate llama --prompts many.jsonl --slots 64 --page_size 16 --pages 4096 --device cuda --dtype bfloat16
+  fastformer generate llama --prompt "Chapter 1" --no-cuda_graphs
 
 Each line of --prompts is an object with the prompt and, if wanted, sampling options of its own:
   {"prompt": "Translate to German: house", "temperature": 0.7, "seed": 3, "stop": ["."]}
@@ -65,6 +66,7 @@ def main(arguments: list[str], begin: float) -> None:
         pages=options.pages,
         draft=None if options.draft is None else _model(options.draft, options),
         draft_tokens=options.draft_tokens,
+        cuda_graphs=options.cuda_graphs,
     )
     pieces = generator.stream(prompts, parameters)
     start = time.monotonic()
@@ -104,6 +106,11 @@ def _parser() -> ArgumentParser:
     running("--pages", type=int, metavar="N", help="their number (default: as many as can be needed)")
     running("--draft", type=Path, metavar="DIR", help="a small model that drafts tokens for the other to check")
     running("--draft_tokens", type=int, default=4, metavar="N", help="how many each time (default: %(default)s)")
+    running(
+        "--cuda_graphs",
+        action=BooleanOptionalAction,
+        help="launch the kernels of a step together, or never (default: on a GPU, where nothing is in the way)",
+    )
     running("--device", help="cpu or cuda (default: the GPU if there is one)")
     running("--dtype", choices=_DTYPES, help="of weights and cache (default: as saved)")
     return parser

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from fastformer.cuda_graphs import CudaRecorder, StepGraphs, recorded_state, why_no_graph
 from fastformer.generation.batch import ContinuousBatch, Statistics
 from fastformer.generation.cached_model import CachedModel, LanguageModel
 from fastformer.generation.packed_linear import can_pack, refresh_packed_weights, with_packed_weights
@@ -60,6 +61,9 @@ class Generator:
         draft_tokens: how many it drafts each time.
         pack_weights: keep a second copy of the weights of all linear layers, in the order in which the products of
             `slots` rows read them: on a CPU, float32, up to three times faster. None: where that is possible.
+        cuda_graphs: record the kernels of each kind of decoding step when it comes for the second time, and launch them
+            together from then on, which takes next to no time of the host. None: on a GPU, where nothing is in the way,
+            such as hooks of the model's.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted.
@@ -81,6 +85,7 @@ class Generator:
         draft: LanguageModel | None = None,
         draft_tokens: int = 4,
         pack_weights: bool | None = None,
+        cuda_graphs: bool | None = None,
     ) -> None:
         sizes = {"slots": slots, "capacity": capacity, "page_size": page_size, "pages": pages}
         for name, size in (sizes | {"draft_tokens": draft_tokens}).items():
@@ -105,7 +110,12 @@ class Generator:
         ]
         self.statistics = Statistics()
         """What the last call did."""
+        self.cuda_graphs = cuda_graphs
         self._cached: list[CachedModel] = []
+        self._table: Slots | None = None
+        self._graphs: StepGraphs | None = None
+        self._recorded: Hashable = None
+        self._wants_graphs()
         self._end_tokens = _end_tokens(model)
         _warn_of_what_is_not_taken_over(model)
 
@@ -222,25 +232,49 @@ class Generator:
         """A batch with room for each of the requests."""
         speculates = len(self.models) > 1
         ahead = self.draft_tokens if speculates else 0
-        capacity = (self.capacity or max(request.most_cached for request in requests)) + ahead
+        # An empty slot is taken along as if it had two tokens.
+        capacity = max(self.capacity or max(request.most_cached for request in requests), 2) + ahead
         source_capacity = max(len(request.source or ()) for request in requests)
         for model in self.models:
             refresh_packed_weights(model)
         if not self._cached or not all(model.fits(capacity, source_capacity) for model in self._cached):
-            self._cached = []  # give its memory back first
+            self._cached, self._graphs = [], None  # give their memory back first
             self._cached = [self._cached_model(model, capacity, source_capacity) for model in self.models]
         for cached in self._cached:
             cached.clear()
-        table = Slots(
-            self.slots,
-            capacity + 1,
-            max(request.parameters.max_new_tokens for request in requests),
-            self.models[0].config.vocab_size,
-            any(request.parameters.repetition_penalty != 1.0 for request in requests),
-            self._cached[0].device,
-        )
+        table = self._slots(requests, capacity + 1)
         draft = self._cached[1] if speculates else None
-        return ContinuousBatch(self._cached[0], draft, self.draft_tokens, self.slots, table, self.tokenizer)
+        return ContinuousBatch(
+            self._cached[0], draft, self.draft_tokens, self.slots, table, self.tokenizer, self._step_graphs()
+        )
+
+    def _slots(self, requests: list[Request], width: int) -> Slots:
+        """The table of the sequences, all of its slots empty."""
+        most_new = max(request.parameters.max_new_tokens for request in requests)
+        penalised = any(request.parameters.repetition_penalty != 1.0 for request in requests)
+        if self._table is None or not self._table.fits(width, most_new, penalised):
+            self._graphs = None
+            vocab_size, device = self.models[0].config.vocab_size, self._cached[0].device
+            self._table = Slots(self.slots, width, most_new, vocab_size, penalised, device)
+        self._table.clear()
+        return self._table
+
+    def _step_graphs(self) -> StepGraphs | None:
+        """Those of the calls before, unless something has changed that a graph does not follow."""
+        if not self._wants_graphs():
+            return None
+        state = recorded_state(self.models)
+        if self._graphs is None or state != self._recorded:
+            self._graphs, self._recorded = StepGraphs(CudaRecorder(self.models[0].device)), state
+        return self._graphs
+
+    def _wants_graphs(self) -> bool:
+        if self.cuda_graphs is False:
+            return False
+        reason = next(filter(None, (why_no_graph(model, self.models[0].device) for model in self.models)), None)
+        if self.cuda_graphs and reason:
+            raise ValueError(f"cuda_graphs must be None or False here, since {reason}; got True")
+        return reason is None
 
     def _cached_model(self, model: LanguageModel, capacity: int, source_capacity: int) -> CachedModel:
         pages = self.pages

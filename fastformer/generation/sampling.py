@@ -18,7 +18,7 @@ class Settings(NamedTuple):
     Attributes:
         temperature: 0 in greedy rows; None if all are.
         top_k: the number of classes in rows without it.
-        largest_k: the largest of `top_k`, on the host.
+        largest_k: the largest of `top_k` or more, on the host: a power of two, if there are as many classes.
         top_p: 1 in rows without it.
         min_p: 0 in rows without it.
         repetition_penalty: 1 in rows without it.
@@ -30,6 +30,11 @@ class Settings(NamedTuple):
     top_p: Tensor | None = None
     min_p: Tensor | None = None
     repetition_penalty: Tensor | None = None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """The same for settings that are used by the same operations."""
+        return tuple(value is None if name != "largest_k" else value for name, value in self._asdict().items())
 
 
 def choose(logits: Tensor, settings: Settings, seen: Tensor | None, uniforms: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""What is known of each running sequence, in tensors that are allocated once: a step makes none of them anew."""
+"""What is known of each running sequence, in tensors that are allocated once: a step makes none of them anew.
+
+A slot without a sequence looks like one whose sequence is finished, so that a step may take it along: no token is left
+for it, it is greedy, and what it reads is there.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +39,26 @@ class Slots:
 
         self.vocab_size = vocab_size
         self.history = zeros(slots, width, dtype=torch.int64)
-        self.lengths = zeros(slots, dtype=torch.int32)
+        # Of an empty slot 1: a draft model looks one back.
+        self.lengths = torch.ones(slots, dtype=torch.int32, device=device)
         self.generated = zeros(slots, dtype=torch.int64)
         self.most_new = zeros(slots, dtype=torch.int64)
         self.uniforms = zeros(slots, most_new, DRAWS, dtype=torch.float64)
         self.seen = zeros(slots, vocab_size, dtype=torch.bool) if penalised else None
         self._numbers = zeros(slots, 4, dtype=torch.float32)
-        self._top_k = zeros(slots, dtype=torch.int64)
+        self._top_k = torch.full((slots,), vocab_size, dtype=torch.int64, device=device)
+
+    def fits(self, width: int, most_new: int, penalised: bool) -> bool:
+        """Whether there is room for such sequences."""
+        has_seen = self.seen is not None or not penalised
+        return width <= self.history.shape[1] and most_new <= self.uniforms.shape[1] and has_seen
+
+    def clear(self, slots: slice = slice(None)) -> None:
+        """Forget the sequences in `slots`."""
+        self.lengths[slots] = 1
+        self.generated[slots] = 0
+        self.most_new[slots] = 0
+        self._numbers[slots] = 0.0
 
     def admit(self, slot: int, prompt: Sequence[int], parameters: SamplingParameters, seed: int) -> None:
         """Take in a sequence whose prompt is in the cache."""
@@ -83,7 +100,7 @@ class Slots:
                 tensor[target] = tensor[source]
 
     def settings(self, rows: slice, parameters: Sequence[SamplingParameters]) -> Settings:
-        """How the sequences in `rows` are sampled, which have these parameters."""
+        """How the sequences in `rows` are sampled, which have these parameters; slots behind them are empty."""
         temperature, top_p, min_p, penalty = self._numbers[rows].unbind(1)
         penalty_or_none = penalty if any(each.repetition_penalty != 1.0 for each in parameters) else None
         if all(each.temperature == 0.0 for each in parameters):
@@ -91,11 +108,15 @@ class Slots:
         return Settings(
             temperature,
             self._top_k[rows] if any(each.top_k for each in parameters) else None,
-            min(max(each.top_k or 1 for each in parameters), self.vocab_size),
+            min(1 << (max(each.top_k or 1 for each in parameters) - 1).bit_length(), self.vocab_size),
             top_p if any(each.top_p is not None for each in parameters) else None,
             min_p if any(each.min_p for each in parameters) else None,
             penalty_or_none,
         )
+
+    def left(self, rows: slice) -> Tensor:
+        """How many more tokens the sequences in `rows` may get, (rows,) int64; 0 of empty slots."""
+        return self.most_new[rows] - self.generated[rows]
 
     def last(self, rows: slice, count: int) -> Tensor:
         """The last tokens of the sequences in `rows`, (rows, count)."""
@@ -113,11 +134,11 @@ class Slots:
         places = self.lengths[rows, None] + torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
         self.history[rows].scatter_(1, places.long(), tokens)
         if counts is None:
-            self.lengths[rows] += tokens.shape[1]
-            self.generated[rows] += tokens.shape[1]
+            self.lengths[rows].add_(tokens.shape[1])
+            self.generated[rows].add_(tokens.shape[1])
         else:
-            self.lengths[rows] += counts.int()
-            self.generated[rows] += counts
+            self.lengths[rows].add_(counts.int())
+            self.generated[rows].add_(counts)
             real = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
             tokens = torch.where(real, tokens, tokens[:, :1])
         if self.seen is not None:

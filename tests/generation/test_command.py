@@ -105,6 +105,7 @@ def test_draft(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["decoder", "--prompt", "a", "--logprobs"], None, "--logprobs is for --json"),
         (["decoder", "--prompt", "a", "--top_k", "3"], None, "top_k has no effect at temperature 0"),
         (["decoder", "--prompt", "a", "--max_new_tokens", "600"], None, "more together than the model's"),
+        (["decoder", "--prompt", "a", "--device", "cpu", "--cuda_graphs"], None, "since the model is on cpu; got True"),
         (["decoder"], "{", "line 2 is no JSON"),
         (["decoder"], '{"text": "a"}', 'line 2 must be an object with a string "prompt"'),
         (["decoder"], '{"prompt": "a", "top": 1}', "line 2 has top; accepted are prompt, max_new_tokens"),

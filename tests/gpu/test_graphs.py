@@ -8,9 +8,12 @@ import pytest
 import torch
 from gpu.judging import SEED, Call, assert_same, output_grads, results
 from gpu.making import Maker
+from recorded_graphs import FakeRecorder
 from torch import Tensor
 
 import fastformer.nn
+from fastformer.generation import Generator, SamplingParameters, generator
+from fastformer.models import FastformerConfig, FastformerForCausalLM
 from fastformer.ops import append_to_cache, decode_attention, layer_norm, rotary_frequencies, rotary_table
 
 _WARM_UP = 3
@@ -112,3 +115,31 @@ def test_decode_steps(make: Maker, dry: bool) -> None:
         assert_same(replay(), step(*others), exactly=True)
     assert torch.equal(lengths, others[1])
     assert_same(caches, others[0], exactly=True)
+
+
+@pytest.mark.parametrize("draft", [False, True])
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_generation(
+    page_size: int | None, draft: bool, make: Maker, dry: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A generator's steps, recorded and not: sequences come and go, some drawn at random. Where dry, without CUDA's."""
+    if dry:
+        monkeypatch.setattr(generator, "CudaRecorder", FakeRecorder)
+        monkeypatch.setattr(generator, "why_no_graph", lambda model, device: None)
+    torch.manual_seed(SEED)
+    hidden = make.size(256, 16)
+    sizes = {"hidden_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 2 * hidden}
+    config = FastformerConfig(stack="decoder", vocab_size=100, position_embedding="rotary", **sizes)
+    model = FastformerForCausalLM(config).to(make.device).eval()
+    prompts = [[1 + number] * (1 + 3 * number % 5) for number in range(make.size(40, 5))]
+    parameters = [
+        SamplingParameters(max_new_tokens=2 + 7 * number % make.size(60, 6), seed=number, temperature=1.0, top_k=9)
+        if number % 3
+        else SamplingParameters(max_new_tokens=3 + number % 11, eos_token_ids=range(5))
+        for number in range(len(prompts))
+    ]
+    options = {"slots": make.size(8, 3), "page_size": page_size, "draft": model if draft else None}
+    expected = Generator(model, pack_weights=False, cuda_graphs=False, **options).generate(prompts, parameters)
+    recorded = Generator(model, pack_weights=False, cuda_graphs=None if dry else True, **options)
+    for _ in range(2):
+        assert recorded.generate(prompts, parameters) == expected

@@ -1,0 +1,22 @@
+"""Steps that a CUDA graph records use nothing of the host's, and neither wait for it nor allocate by values."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from inspection.processes import python
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, dict[str, int]]:
+    """How often each step launches each kernel."""
+    done = python("-m", "inspection.recorded_steps")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_decoding(kernels: dict[str, dict[str, int]]) -> None:
+    for kind, passes in (("decoding", 1), ("paged decoding", 1), ("speculative decoding", 5)):
+        for name in ("_append_kernel", "_decode_kernel"):
+            assert kernels[kind][name] == passes, kind
