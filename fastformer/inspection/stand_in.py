@@ -120,11 +120,12 @@ class _StandInDriver:
         pass
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
+
         def launch(grid_0: int, grid_1: int, grid_2: int, stream: int, function: Any, *arguments: Any) -> None:
             # A kernel keeps its launcher for longer than this driver is active.
             driver = triton.runtime.driver.active
             name, binary = function
-            constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
             driver.launched.append(LaunchedKernel(name, binary, metadata, constants, (grid_0, grid_1, grid_2)))
 
         return launch

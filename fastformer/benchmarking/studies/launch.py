@@ -1,90 +1,83 @@
-"""What a call costs before any work is done: the CPU time of each operator on so few elements that they do not count.
+"""What a call costs before any work is done: the host's time of each operator on so few tokens that they do not count,
+beside PyTorch's own functions, and of its way to the launch of its kernels, beside Triton's bare launches.
 
-On a GPU it is the time to launch, and what small models and single tokens wait for.
+On a GPU it is what small models and single tokens wait for.
 """
 
 from __future__ import annotations
 
-import math
-import time
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from fastformer.benchmarking.attention_peers import Attention
-from fastformer.benchmarking.attention_peers import peers as attention_peers
+from fastformer.benchmarking.host_time import HostCall, best_microseconds
+from fastformer.benchmarking.launch_cases import cases
 from fastformer.benchmarking.measurement import OURS, Measurement, Metric
-from fastformer.benchmarking.operations import PYTORCH, Operation, Sizes, operations
-from fastformer.benchmarking.study import MeasuredStudy, Peer, Setting
-from fastformer.benchmarking.timing import Run, in_a_line, threads, wait
+from fastformer.benchmarking.operations import PYTORCH, Sizes
+from fastformer.benchmarking.stand_in_host import ARCHITECTURE, BARE, STEP
+from fastformer.benchmarking.study import MeasuredStudy, Setting
 
-CPU_TIME = Metric("CPU time of a call", "µs")
-# A GPU's queue holds about a thousand launches; a call of ours has a few.
-_MOST_CALLS, _SECONDS_OF_A_TURN, _TO_WARM_UP = 100, 0.01, 10
+HOST_TIME = Metric("host time", "µs")
+TO_THE_LAUNCH = Metric("host time up to the launches", "µs")
+ABOVE = Metric("above Triton's bare launches", "µs")
+LAUNCHES = Metric("launches", "")
+STEP_TIME = Metric("host time of a step", "ms")
 
 
 def measurements(setting: Setting) -> Iterator[Measurement]:
-    gpu = setting.device.type == "cuda"
-    size = Sizes(1, 16, 64, 2, 128, 64, 32, torch.bfloat16 if gpu else torch.float32)
-    rounds = setting.rounds or (2 if setting.quick else 7)
-    for backward in (False, True):
-        suffix = "forward and backward" if backward else "forward"
-        attention = Attention(1, size.heads, size.sequence, size.head_dim, size.dtype, setting.device, backward)
-        yield from _case(f"attention, {suffix}", attention_peers(attention, flex=False), setting, rounds)
-        for operation in operations(size):
-            if operation.backward or not backward:
-                peers = _peers(operation, size, setting, backward)
-                # Sizes are not what this is about.
-                form = ", ".join(part for part in operation.name.split(", ") if not part[0].isdigit())
-                yield from _case(f"{form}, {suffix}", peers, setting, rounds)
+    rounds = setting.rounds or (2 if setting.quick else 15)
+    yield from beside_pytorch(setting.device, rounds)
+    yield from to_the_launches(rounds, quick=setting.quick)
 
 
-def _peers(operation: Operation, size: Sizes, setting: Setting, backward: bool) -> dict[str, Peer]:
-    def peer(function: object) -> Peer:
-        return Peer(lambda: operation.run(function, size, setting.device, backward))  # type: ignore[arg-type]
+def beside_pytorch(device: torch.device, rounds: int, only: str = "") -> Iterator[Measurement]:
+    """Calls of 16 tokens, by us and by PyTorch.
 
-    return {OURS: peer(operation.ours), PYTORCH: peer(operation.eager)}
-
-
-def _case(case: str, peers: dict[str, Peer], setting: Setting, rounds: int) -> Iterator[Measurement]:
-    runs: dict[str, Run] = {}
-    calls: dict[str, int] = {}
-    missing: dict[str, str | None] = {}
-    for name, peer in peers.items():
-        missing[name] = peer.missing(setting.device)
-        if missing[name] is None:
-            try:
-                runs[name] = peer.prepare()
-                calls[name] = _calls(runs[name], setting.device)
-            except Exception as cause:
-                if name == OURS:
-                    raise
-                runs.pop(name, None)
-                missing[name] = in_a_line(cause)
-    found: dict[str, list[float]] = {name: [] for name in peers}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            found[name].append(_microseconds(run, calls[name], setting.device))
-    for name, values in found.items():
-        yield Measurement("launch", case, name, CPU_TIME, values, missing=missing[name])
+    Args:
+        only: those alone that have this in their names.
+    """
+    gpu = device.type == "cuda"
+    sizes = Sizes(1, 16, 64, 2, 128, 64, 32, torch.bfloat16 if gpu else torch.float32)
+    for name, operation, backward in cases(sizes, only):
+        functions = {OURS: operation.ours, PYTORCH: operation.eager}
+        calls = {peer: HostCall.of(operation.run(each, sizes, device, backward)) for peer, each in functions.items()}
+        for peer, microseconds in best_microseconds(calls, rounds, device).items():
+            yield Measurement("launch", name, peer, HOST_TIME, [microseconds])
 
 
-def _calls(run: Run, device: torch.device) -> int:
-    """As many as a turn takes, after some to warm up."""
-    _microseconds(run, _TO_WARM_UP, device)
-    return min(_MOST_CALLS, math.ceil(_SECONDS_OF_A_TURN * 1e6 / max(_microseconds(run, _TO_WARM_UP, device), 1.0)))
+def to_the_launches(rounds: int, quick: bool = False, only: str = "") -> Iterator[Measurement]:
+    """Calls and a training step for a GPU that is not there, in a process of its own; arguments as above."""
+    for case, peers in _on_a_stand_in(rounds, quick, only).items():
+        name = f"{case}, {ARCHITECTURE}"
+        for peer, (microseconds, _) in peers.items():
+            if case == STEP:
+                yield Measurement("launch", name, peer, STEP_TIME, [microseconds / 1e3])
+            else:
+                yield Measurement("launch", name, peer, TO_THE_LAUNCH, [microseconds])
+        ours, launches = peers[OURS]
+        if case != STEP:
+            yield Measurement("launch", name, OURS, ABOVE, [ours - peers[BARE][0]])
+        yield Measurement("launch", name, OURS, LAUNCHES, [launches])
 
 
-def _microseconds(run: Run, calls: int, device: torch.device) -> float:
-    """Of all threads of the process: on a GPU the backward has one of its own, on a CPU others would wait busily."""
-    wait(device)
-    with threads(1):
-        begin = time.process_time()
-        for _ in range(calls):
-            run()
-        taken = time.process_time() - begin
-    wait(device)
-    return taken / calls * 1e6
+def _on_a_stand_in(rounds: int, quick: bool, only: str) -> dict[str, dict[str, tuple[float, int]]]:
+    """Microseconds and launches of each case's peers."""
+    command = [sys.executable, "-m", "fastformer.benchmarking.stand_in_host", f"--rounds={rounds}", f"--only={only}"]
+    # The kernels are compiled, which Triton's interpreter does not do.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([*command, *["--quick"] * quick], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"no host time on a stand-in for {ARCHITECTURE}: {done.stderr.strip()[-2000:]}")
+    found: dict[str, dict[str, Any]] = {}
+    for line in done.stdout.splitlines():
+        case, peer, microseconds, launches = json.loads(line)
+        found.setdefault(case, {})[peer] = microseconds, launches
+    return found
 
 
 STUDY = MeasuredStudy(

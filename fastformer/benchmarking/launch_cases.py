@@ -1,0 +1,50 @@
+"""The calls whose price before any work is done is asked for: every operator, as it is called most often."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+
+from fastformer import ops
+from fastformer.benchmarking.inputs import Make
+from fastformer.benchmarking.operations import Operation, Sizes, operations
+
+FORWARD, BOTH = "forward", "with backward"
+
+
+def cases(sizes: Sizes, only: str) -> Iterator[tuple[str, Operation, bool]]:
+    """Name, operation, and whether the backward is part of it.
+
+    Args:
+        only: those alone that have this in their names.
+    """
+    for operation in (*_attention(sizes), *operations(sizes)):
+        # Sizes are not what this is about.
+        form = ", ".join(
+            part for part in operation.name.split(", ") if not (part[0].isdigit() or part.startswith("to "))
+        )
+        for backward in (False, True)[: 1 + operation.backward]:
+            name = f"{form}: {BOTH if backward else FORWARD}"
+            if only in name:
+                yield name, operation, backward
+
+
+def _attention(sizes: Sizes) -> list[Operation]:
+    def inputs(make: Make) -> Sequence[Any]:
+        shape = (sizes.batch, sizes.heads, sizes.sequence, sizes.head_dim)
+        return [make.normal(*shape) for _ in range(3)]
+
+    return [
+        Operation("attention", inputs, ops.attention, F.scaled_dot_product_attention),
+        Operation(
+            "attention, causal",
+            inputs,
+            lambda query, key, value: ops.attention(query, key, value, causal=True),
+            lambda query, key, value: F.scaled_dot_product_attention(query, key, value, is_causal=True),
+        ),
+        Operation(
+            "scaled_dot_product_attention", inputs, ops.scaled_dot_product_attention, F.scaled_dot_product_attention
+        ),
+    ]

@@ -1,0 +1,183 @@
+"""What a call costs the host on its way to a GPU that is not there: until Triton's launcher has a kernel's arguments.
+
+Run as a module, in a process of its own: ``python -m fastformer.benchmarking.stand_in_host``. In it the operators have
+no implementation for the device meta, so that PyTorch chooses, for a tensor there, the one that a GPU's would get, and
+nothing stands between the call and the launch that would not stand there on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import triton
+from torch import _meta_registrations
+
+ARCHITECTURE = "sm_90"
+BARE = "Triton's bare launches"
+STEP = "BERT-base, a training step of 8 x 128 tokens"
+WHOLE_STEP = "the step, PyTorch's part included"
+_META = torch.device("meta")
+_SERVE_META = ("Meta", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+@contextmanager
+def _without_meta_implementations() -> Iterator[None]:
+    """Operators that are registered within the block get no implementation for meta."""
+    register = torch.library.Library.impl
+
+    def impl(library: Any, name: Any, function: Any, dispatch_key: str = "", **options: Any) -> None:
+        if dispatch_key != "Meta":
+            register(library, name, function, dispatch_key, **options)
+
+    torch.library.Library.impl = impl  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.library.Library.impl = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def _cpp_on_meta() -> Iterator[None]:
+    """Within the block PyTorch's own operators on meta are in Python only where nothing else serves meta.
+
+    On a GPU they are in C++. `torch.empty_like` of a tensor on meta takes 1 µs rather than 24.
+    """
+    python = _meta_registrations._meta_lib_dont_use_me_use_register_meta
+    names = [key.split("/")[1] for key in python._op_impls]
+    python._destroy()
+    needed = torch.library.Library("aten", "IMPL")
+    for name in names:
+        if not any(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key) for key in _SERVE_META):
+            packet, _, overload = name.partition(".")
+            operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+            needed.impl(name, operator.py_kernels[torch._C.DispatchKey.Meta], "Meta")
+    yield
+    needed._destroy()
+
+
+def operators(rounds: int, quick: bool, only: str) -> Iterator[tuple[str, str, float, int]]:
+    """Of every operator that launches kernels: case, peer, microseconds, launches."""
+    from fastformer.benchmarking.host_time import HostCall, best_microseconds
+    from fastformer.benchmarking.launch_cases import cases
+    from fastformer.benchmarking.measurement import OURS
+    from fastformer.benchmarking.operations import Sizes
+
+    sizes = Sizes(8, 128, 768, 12, 3072, 30522, 1024, torch.bfloat16)
+    with _launches() as launched:
+        for name, operation, backward in cases(sizes, only):
+            if quick and not name.startswith("softmax:"):
+                continue
+            call = HostCall.of(operation.run(operation.ours, sizes, _META, backward), launched)
+            launches = _count(call, backward, launched)
+            if launches:
+                bare = HostCall(_bare(launches), (), kept=launched)
+                found = best_microseconds({OURS: call, BARE: bare}, rounds, _META)
+                for peer, microseconds in found.items():
+                    yield name, peer, microseconds, launches
+
+
+def training_step(rounds: int) -> Iterator[tuple[str, str, float, int]]:
+    """The best of `rounds` steps: case, whose part of it, microseconds, launches."""
+    from fastformer.benchmarking.measurement import OURS
+    from fastformer.benchmarking.operator_time import OperatorTime
+
+    step = _bert_step()
+    with _launches() as launched:
+        step()  # compiles
+        launched.clear()
+        step()
+        launches = len(launched)
+        whole = min(_microseconds(step) for _ in range(rounds))
+        with OperatorTime() as ours:
+            of_steps = []
+            for _ in range(rounds):
+                ours.clear()
+                step()
+                of_steps.append(ours.microseconds)
+        bare = min(_microseconds(lambda: _bare(launches)()) for _ in range(rounds))
+    for peer, microseconds in ((OURS, min(of_steps)), (BARE, bare), (WHOLE_STEP, whole)):
+        yield STEP, peer, microseconds, launches
+
+
+def _bert_step() -> Callable[[], None]:
+    """In bfloat16, with dropout, every seventh of the tokens predicted; without the optimizer."""
+    from fastformer.inspection.model_work import Batch, arguments, known_model, meta_model
+
+    config, kind = known_model("bert-base")
+    model = meta_model(config, kind, "bf16-true").train()
+    inputs = arguments(model, Batch(8, 1024, 128, 1024, 128, 1024 // 7, token_types=True))
+
+    def step() -> None:
+        loss = model(**inputs)["loss"]
+        loss.backward(torch.empty_like(loss))
+        model.zero_grad()
+
+    return step
+
+
+@contextmanager
+def _launches() -> Iterator[list[Any]]:
+    """Within the block calls with tensors on meta reach the stand-in's launcher; the list has what did."""
+    from fastformer.backends import backend
+    from fastformer.inspection.stand_in import stand_in
+
+    with stand_in(ARCHITECTURE) as launched, backend("triton"):
+        yield launched
+
+
+def _count(call: Any, backward: bool, launched: list[Any]) -> int:
+    launched.clear()
+    with torch.set_grad_enabled(backward):
+        call.timer().timeit(1)
+    return len(launched)
+
+
+def _bare(launches: int) -> Callable[[], None]:
+    """As many launches of a kernel that takes nothing."""
+    turns = (None,) * launches
+
+    def launch() -> None:
+        for _ in turns:
+            _nothing[(1,)]()
+
+    return launch
+
+
+def _microseconds(run: Callable[[], None]) -> float:
+    begin = time.process_time()
+    run()
+    return (time.process_time() - begin) * 1e6
+
+
+def main() -> None:
+    """Print what was found as a line of JSON for each case and peer."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    with _without_meta_implementations():
+        importlib.import_module("fastformer.ops")
+    torch.set_num_threads(1)
+    with _cpp_on_meta():
+        for found in operators(options.rounds, options.quick, options.only):
+            print(json.dumps(found), flush=True)
+        if not options.quick and options.only in STEP:
+            for found in training_step(options.rounds):
+                print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
