@@ -134,7 +134,7 @@ def attention(
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
     )
-    output, lse = _attention(query, key, value, *arguments.fields())
+    output, lse = _attention(query, key, value, *arguments)
     return (output, lse) if return_lse else output
 
 

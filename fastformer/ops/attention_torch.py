@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -121,8 +121,7 @@ def _choose_heads(arguments: AttentionArguments, heads: torch.Tensor) -> Attenti
     def take(tensor: torch.Tensor | None, dim: int) -> torch.Tensor | None:
         return tensor if tensor is None or tensor.shape[dim] == 1 else tensor.index_select(dim, heads)
 
-    return replace(
-        arguments,
+    return arguments._replace(
         mask=take(arguments.mask, 1),
         bias=take(arguments.bias, 1),
         relative_bias=take(arguments.relative_bias, 0),

@@ -96,7 +96,7 @@ def attention_weights(
             lse,
             _chosen("heads", heads, query.shape[1], query.device),
             _chosen("rows", rows, arguments.max_seqlen_q, query.device),
-            *arguments.fields(),
+            *arguments,
         )
 
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import triton
 
+from fastformer_kernels.kept_launches import forget_launches
 from fastformer_kernels.launch import architecture_of
 
 FORMAT = 2
@@ -90,6 +91,7 @@ def _change_blocks(change: Callable[[tuple[Mapping[str, Any], ...]], tuple[Mappi
     with _changing_blocks:
         _blocks = change(_blocks)
         _forced = {operation: forced for block in _blocks for operation, forced in block.items()}
+        forget_launches()
 
 
 @contextmanager
@@ -101,10 +103,12 @@ def shipped_defaults() -> Iterator[dict[str, Any]]:
     """
     global _asked
     previous, _asked = _asked, {}
+    forget_launches()
     try:
         yield _asked
     finally:
         _asked = previous
+        forget_launches()
 
 
 def plans_path() -> Path:
@@ -163,6 +167,7 @@ def use_measured(architecture: str, configurations: Mapping[str, Stored]) -> Non
     global _measurements
     forget_plans_read()
     _measurements = {architecture: {"triton": triton.__version__, "configurations": configurations}}
+    forget_launches()
 
 
 def read_plans(path: Path) -> dict[str, dict]:
@@ -206,3 +211,4 @@ def forget_plans_read() -> None:
     _measurements = None
     measured_configurations.cache_clear()
     _measured.cache_clear()
+    forget_launches()

@@ -26,9 +26,10 @@ import triton.language as tl
 
 from fastformer_kernels.attention.tiles import tanh
 from fastformer_kernels.configurations import chosen
-from fastformer_kernels.launch import COMPILER_OPTIONS, device_guard
+from fastformer_kernels.kept_launches import Launch, kept_launch
+from fastformer_kernels.launch import COMPILER_OPTIONS
 from fastformer_kernels.precision import round_to
-from fastformer_kernels.rows import RowConfiguration, alignment, row_class, row_layout, row_offset
+from fastformer_kernels.rows import RowConfiguration, addressable, alignment, row_class, row_layout, row_offset
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -315,7 +316,27 @@ def _launch(
     normalizer: torch.Tensor,
     options: CrossEntropyOptions,
 ) -> None:
-    layout, (logits_rows, gradient_rows) = row_layout(1, [logits, logits if gradient is None else gradient])
+    logits_rows, gradient_rows = addressable(1, logits, gradient)
+    # Smoothing spreads a target over the classes by their weights.
+    weight_sum = class_weight.sum() if class_weight is not None and options.label_smoothing > 0.0 else None
+    _launch_rows(logits_rows, gradient_rows, target, class_weight, weight_sum, grad_loss, loss, normalizer, options)
+    if gradient is not None and gradient_rows is not gradient:
+        gradient.copy_(gradient_rows)
+
+
+@kept_launch
+def _launch_rows(
+    logits: torch.Tensor,
+    gradient: torch.Tensor | None,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    grad_loss: torch.Tensor | None,
+    loss: torch.Tensor | None,
+    normalizer: torch.Tensor,
+    options: CrossEntropyOptions,
+) -> Launch:
+    layout = row_layout(1, [logits, logits if gradient is None else gradient])
     *row_strides, class_stride = layout.strides[0]
     transposed = class_stride != 1 and row_strides[-1] == 1
     smooths = options.label_smoothing > 0.0
@@ -335,13 +356,15 @@ def _launch(
     elements = configuration.tile_elements
     block_columns = min(triton.next_power_of_2(layout.columns), TRANSPOSED_COLUMNS if transposed else elements)
     block_rows = min(elements // block_columns, triton.next_power_of_2(layout.rows))
-    with device_guard(logits):
-        _cross_entropy_kernel[(triton.cdiv(layout.rows, block_rows),)](
-            logits_rows,
-            None if gradient is None else gradient_rows,
+    return Launch(
+        _cross_entropy_kernel,
+        (triton.cdiv(layout.rows, block_rows),),
+        (
+            logits,
+            gradient,
             target,
             class_weight,
-            class_weight.sum() if class_weight is not None and smooths else None,
+            weight_sum,
             grad_loss,
             loss,
             normalizer,
@@ -354,12 +377,13 @@ def _launch(
             *layout.sizes[1:],
             *layout.strides[0],
             *layout.strides[1],
-            SMOOTHS=smooths,
-            ALIGNMENT=alignment(*(stride for strides in layout.strides for stride in strides[:-1])),
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLUMNS=block_columns,
-            num_warps=configuration.warps(block_rows * block_columns, logits),
+        ),
+        {
+            "SMOOTHS": smooths,
+            "ALIGNMENT": alignment(*(stride for strides in layout.strides for stride in strides[:-1])),
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_COLUMNS": block_columns,
+            "num_warps": configuration.warps(block_rows * block_columns, logits),
             **COMPILER_OPTIONS,
-        )
-    if gradient is not None and gradient_rows is not gradient:
-        gradient.copy_(gradient_rows)
+        },
+    )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -92,23 +93,26 @@ class RowLayout:
         return alignment(self.columns, *(stride for strides in self.strides for stride in strides[:-1]))
 
 
-def row_layout(dim: int, tensors: Sequence[torch.Tensor]) -> tuple[RowLayout, list[torch.Tensor]]:
-    """Lay `tensors` (equal shapes, any strides) out as rows along dimension `dim`, merging the other dimensions.
+def addressable(dim: int, *tensors: torch.Tensor | None) -> Sequence[Any]:
+    """`tensors` (equal shapes, any strides) as they are where `row_layout` describes them, else contiguous copies."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    dimensions = present[0].dim()
+    if dimensions <= ROW_DIMENSIONS + 1 or len(_row_dims(dim % dimensions, present)) <= ROW_DIMENSIONS:
+        return tensors
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
-    Returns the layout and the tensors it describes: the given ones, or contiguous copies where more than three
-    dimensions cannot be merged.
-    """
+
+def row_layout(dim: int, tensors: Sequence[torch.Tensor]) -> RowLayout:
+    """Lay `addressable` tensors out as rows along dimension `dim`, merging the other dimensions."""
     dim %= tensors[0].dim()
-    dims = _merge([d for d in range(tensors[0].dim()) if d != dim], tensors)
-    if len(dims) > ROW_DIMENSIONS:
-        return row_layout(dim, [tensor.contiguous() for tensor in tensors])
+    dims = _row_dims(dim, tensors)
     padding = ROW_DIMENSIONS - len(dims)
     shape = tensors[0].shape
     sizes = (1,) * padding + tuple(_product([shape[d] for d in group]) for group in dims)
     strides = tuple(
         (0,) * padding + tuple(tensor.stride(group[-1]) for group in dims) + (tensor.stride(dim),) for tensor in tensors
     )
-    return RowLayout(sizes, shape[dim], strides), list(tensors)
+    return RowLayout(sizes, shape[dim], strides)
 
 
 def alignment(*numbers: int) -> int:
@@ -119,11 +123,14 @@ def alignment(*numbers: int) -> int:
     return math.gcd(16, *numbers)
 
 
-def _merge(dims: list[int], tensors: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Group neighbouring dimensions that one stride steps through in every tensor; dimensions of size one vanish."""
+def _row_dims(dim: int, tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Group neighbouring dimensions but `dim` that one stride steps through in every tensor.
+
+    Dimensions of size one vanish.
+    """
     groups: list[list[int]] = []
     shape = tensors[0].shape
-    for d in (d for d in dims if shape[d] != 1):
+    for d in (d for d in range(len(shape)) if d != dim and shape[d] != 1):
         if groups and all(tensor.stride(groups[-1][-1]) == shape[d] * tensor.stride(d) for tensor in tensors):
             groups[-1].append(d)
         else:

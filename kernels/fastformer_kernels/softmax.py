@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 
 from fastformer_kernels.configurations import chosen
-from fastformer_kernels.launch import COMPILER_OPTIONS, device_guard
+from fastformer_kernels.kept_launches import Launch, kept_launch
+from fastformer_kernels.launch import COMPILER_OPTIONS
 from fastformer_kernels.precision import round_to
-from fastformer_kernels.rows import RowConfiguration, RowLayout, aligned, row_class, row_layout, row_offset
+from fastformer_kernels.rows import RowConfiguration, RowLayout, addressable, aligned, row_class, row_layout, row_offset
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -255,14 +256,31 @@ def softmax_forward(
             for all columns.
         log: log-softmax instead.
     """
-    given = [input, output] if mask is None else [input, output, mask]
-    layout, (x, y, *masks) = row_layout(dim, given)
-    blocks = _blocks("softmax_forward", layout, input)
-    queries = 1 if causal_offset is None else input.shape[-2 if dim % input.dim() == input.dim() - 1 else -1]
-    with device_guard(input):
-        _softmax_forward_kernel[(triton.cdiv(layout.rows, blocks["BLOCK_ROWS"]),)](
+    x, y, mask = addressable(dim, input, output, mask)
+    _launch_forward(x, y, mask, dim % input.dim(), scale, causal_offset, log)
+    if y is not output:
+        output.copy_(y)
+
+
+@kept_launch
+def _launch_forward(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    mask: torch.Tensor | None,
+    dim: int,
+    scale: float,
+    causal_offset: int | None,
+    log: bool,
+) -> Launch:
+    layout = row_layout(dim, [x, y] if mask is None else [x, y, mask])
+    blocks = _blocks("softmax_forward", layout, x)
+    queries = 1 if causal_offset is None else x.shape[-2 if dim == x.dim() - 1 else -1]
+    return Launch(
+        _softmax_forward_kernel,
+        (triton.cdiv(layout.rows, blocks["BLOCK_ROWS"]),),
+        (
             x,
-            masks[0] if masks else None,
+            mask,
             y,
             layout.rows,
             *layout.sizes[1:],
@@ -272,15 +290,16 @@ def softmax_forward(
             scale,
             *layout.strides[0],
             *layout.strides[1],
-            *(layout.strides[2] if masks else (0, 0, 0, 0)),
-            CAUSAL=causal_offset is not None,
-            LOG=log,
-            ALIGNMENT=layout.alignment,
+            *((0, 0, 0, 0) if mask is None else layout.strides[2]),
+        ),
+        {
+            "CAUSAL": causal_offset is not None,
+            "LOG": log,
+            "ALIGNMENT": layout.alignment,
             **blocks,
             **COMPILER_OPTIONS,
-        )
-    if y is not output:
-        output.copy_(y)
+        },
+    )
 
 
 def softmax_backward(
@@ -296,10 +315,20 @@ def softmax_backward(
 
     All three are of one shape, with any strides and floating dtypes.
     """
-    layout, (dy, y, dx) = row_layout(dim, [grad_output, output, grad_input])
-    blocks = _blocks("softmax_backward", layout, output)
-    with device_guard(output):
-        _softmax_backward_kernel[(triton.cdiv(layout.rows, blocks["BLOCK_ROWS"]),)](
+    dy, y, dx = addressable(dim, grad_output, output, grad_input)
+    _launch_backward(dy, y, dx, dim % output.dim(), scale, log)
+    if dx is not grad_input:
+        grad_input.copy_(dx)
+
+
+@kept_launch
+def _launch_backward(dy: torch.Tensor, y: torch.Tensor, dx: torch.Tensor, dim: int, scale: float, log: bool) -> Launch:
+    layout = row_layout(dim, [dy, y, dx])
+    blocks = _blocks("softmax_backward", layout, y)
+    return Launch(
+        _softmax_backward_kernel,
+        (triton.cdiv(layout.rows, blocks["BLOCK_ROWS"]),),
+        (
             dy,
             y,
             dx,
@@ -310,13 +339,9 @@ def softmax_backward(
             *layout.strides[0],
             *layout.strides[1],
             *layout.strides[2],
-            LOG=log,
-            ALIGNMENT=layout.alignment,
-            **blocks,
-            **COMPILER_OPTIONS,
-        )
-    if dx is not grad_input:
-        grad_input.copy_(dx)
+        ),
+        {"LOG": log, "ALIGNMENT": layout.alignment, **blocks, **COMPILER_OPTIONS},
+    )
 
 
 def _blocks(operation: str, layout: RowLayout, tensor: torch.Tensor) -> dict[str, int]:

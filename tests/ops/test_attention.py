@@ -385,7 +385,7 @@ def test_registration(backend: str) -> None:
         del options[name]
     options |= {"bias": bias, "causal": True, "alignment": "bottom_right", "dropout_p": 0.0}
     *_, arguments = checked_arguments(q, k, v, **options)
-    torch.library.opcheck(torch.ops.fastformer.attention.default, (q, k, v, *arguments.fields()))
+    torch.library.opcheck(torch.ops.fastformer.attention.default, (q, k, v, *arguments))
 
 
 def test_compiles_without_graph_break() -> None:

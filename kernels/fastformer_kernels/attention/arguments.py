@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -22,8 +21,7 @@ class Learned(NamedTuple, Generic[T]):
     sinks: T
 
 
-@dataclass(frozen=True)
-class AttentionArguments:
+class AttentionArguments(NamedTuple):
     """The arguments of one attention call, checked and in canonical form.
 
     Dense tensors are (batch, heads, sequence, head_dim); with `cu_seqlens_q` and `cu_seqlens_k` they are packed,
@@ -70,10 +68,6 @@ class AttentionArguments:
     softcap: float
     dropout_p: float
     seed: torch.Tensor | None
-
-    def fields(self) -> tuple[Any, ...]:
-        """The values in the order of the constructor's arguments."""
-        return tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def learned(self) -> Learned[torch.Tensor | None]:

@@ -12,7 +12,7 @@ of queries, recomputes the weights and forms dQ by itself.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -73,7 +73,8 @@ from fastformer_kernels.attention.tiles import (
     tanh,
     tile_of_work,
 )
-from fastformer_kernels.launch import COMPILER_OPTIONS, device_guard, provide_scratch_memory
+from fastformer_kernels.kept_launches import Launch, kept_launch
+from fastformer_kernels.launch import COMPILER_OPTIONS
 from fastformer_kernels.precision import dot, input_precision, round_to
 
 
@@ -923,30 +924,35 @@ def attention_backward(
 ) -> AttentionGradients:
     """Gradients of checked arguments; those of learned ones that are not `needed` are empty."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    by_query = configuration = deterministic_configuration(query, value, arguments)
-    if not deterministic:
-        configuration = backward_configuration(query, value, arguments)
+    configuration = _key_configuration(query, value, arguments, deterministic)
     two_kernels = deterministic or configuration.two_kernels
     exponent, delta = torch.empty_like(lse), torch.empty_like(lse)
-    grad_key, grad_value = empty_gradient(key), empty_gradient(value)
-    grad_query = empty_gradient(query)
+    grad_query, grad_key, grad_value = empty_gradient(query), empty_gradient(key), empty_gradient(value)
     length, block = arguments.max_seqlen_k, configuration.block_n
     if two_kernels:
-        length, block = arguments.max_seqlen_q, by_query.block_m
+        length, block = arguments.max_seqlen_q, deterministic_configuration(query, value, arguments).block_m
     gradients = _score_gradients(query, arguments, needed, deterministic, triton.cdiv(length, block))
     inputs = (query, key, value, grad_output, exponent, delta)
-    with device_guard(query):
-        if query.numel():
-            _launch_row_statistics(output, grad_output, lse, grad_lse, exponent, delta)
-        if two_kernels:
-            _launch_query_gradient(inputs, grad_query, gradients, arguments, by_query)
-            _launch_key_value_gradient(inputs, None, grad_key, grad_value, _NO_GRADIENTS, arguments, configuration)
-        else:
-            total = torch.zeros_like(grad_query, dtype=torch.float32)
-            _launch_key_value_gradient(inputs, total, grad_key, grad_value, gradients, arguments, configuration)
-            _launch_scale_and_round(total, grad_query, 1.0 if arguments.head_scales is not None else arguments.scale)
+    grads = (grad_key, grad_value)
+    if query.numel():
+        _launch_row_statistics(output, grad_output, lse, grad_lse, exponent, delta)
+    if two_kernels:
+        _launch_query_gradient(*inputs, grad_query, *gradients, *arguments)
+        _launch_key_value_gradient(*inputs, None, *grads, deterministic, *_NO_GRADIENTS, *arguments)
+    else:
+        total = torch.zeros_like(grad_query, dtype=torch.float32)
+        _launch_key_value_gradient(*inputs, total, *grads, deterministic, *gradients, *arguments)
+        _launch_scale_and_round(total, grad_query, 1.0 if arguments.head_scales is not None else arguments.scale)
     learned = _learned_gradients(gradients, lse, delta, arguments, needed)
     return AttentionGradients(grad_query, grad_key, grad_value, *learned)
+
+
+def _key_configuration(
+    query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments, deterministic: bool
+) -> AttentionConfiguration:
+    """The configuration of the kernel whose programs own tiles of keys."""
+    choose = deterministic_configuration if deterministic else backward_configuration
+    return choose(query, value, arguments)
 
 
 _NO_GRADIENTS = ScoreGradients(*addend(None), *relative(None), slopes=None, head_scales=None)
@@ -1004,20 +1010,26 @@ def _learned_gradients(
     return Learned(grad_bias, grad_relative, grad_slopes, grad_scales, grad_sinks)
 
 
+@kept_launch
 def _launch_key_value_gradient(
-    inputs: tuple[torch.Tensor, ...],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grad_output: torch.Tensor,
+    exponent: torch.Tensor,
+    delta: torch.Tensor,
     total: torch.Tensor | None,
     grad_key: torch.Tensor,
     grad_value: torch.Tensor,
-    gradients: ScoreGradients,
-    arguments: AttentionArguments,
-    configuration: AttentionConfiguration,
-) -> None:
-    query, key, value, grad_output, exponent, delta = inputs
+    deterministic: bool,
+    *fields: Any,
+) -> Launch | None:
+    gradients, arguments = _score_gradients_and_arguments(fields)
+    configuration = _key_configuration(query, value, arguments, deterministic)
     tiles = triton.cdiv(arguments.max_seqlen_k, configuration.block_n)
     works = tiles * key.shape[1] * arguments.batch(query)
     if works == 0 or key.numel() == 0:
-        return
+        return None
     descriptors = configuration.descriptors and uses_descriptors(
         query, grad_output, *([] if total is None else [total])
     )
@@ -1027,66 +1039,91 @@ def _launch_key_value_gradient(
         or has_borders(arguments, arguments.max_seqlen_k, configuration.block_n),
     )
     programs = launch_size(works, query, arguments, configuration)
-    provide_scratch_memory(descriptors)
-    _key_value_gradient_kernel[(programs,)](
-        *(operand(tensor) for tensor in (query, key, value, grad_output)),
-        rows(exponent),
-        rows(delta),
-        operand(total),
-        operand(grad_key),
-        operand(grad_value),
-        gradients,
-        *sizes(query, arguments, works=works, tiles=tiles, section=section_of(query, grad_output, arguments)),
-        query.shape[1] // key.shape[1],
-        lengths(arguments),
-        features(arguments),
-        head_dim=query.shape[-1],
-        value_dim=value.shape[-1],
-        BOTTOM_RIGHT=arguments.bottom_right,
-        FOLD_SCALE=folds_scale(arguments),
-        INPUT_PRECISION=input_precision(query.dtype),
-        BORDERS=borders,
-        PERSISTENT=programs < works,
-        DESCRIPTORS=descriptors,
-        WARP_SPECIALIZE=descriptors and specializes_warps(configuration, borders) and uses_descriptors(key, value),
-        **configuration.options(query, value),
+    return Launch(
+        _key_value_gradient_kernel,
+        (programs,),
+        (
+            *(operand(tensor) for tensor in (query, key, value, grad_output)),
+            rows(exponent),
+            rows(delta),
+            operand(total),
+            operand(grad_key),
+            operand(grad_value),
+            gradients,
+            *sizes(query, arguments, works=works, tiles=tiles, section=section_of(query, grad_output, arguments)),
+            query.shape[1] // key.shape[1],
+            lengths(arguments),
+            features(arguments),
+        ),
+        {
+            "head_dim": query.shape[-1],
+            "value_dim": value.shape[-1],
+            "BOTTOM_RIGHT": arguments.bottom_right,
+            "FOLD_SCALE": folds_scale(arguments),
+            "INPUT_PRECISION": input_precision(query.dtype),
+            "BORDERS": borders,
+            "PERSISTENT": programs < works,
+            "DESCRIPTORS": descriptors,
+            "WARP_SPECIALIZE": descriptors
+            and specializes_warps(configuration, borders)
+            and uses_descriptors(key, value),
+            **configuration.options(query, value),
+        },
+        descriptors,
     )
 
 
+@kept_launch
 def _launch_query_gradient(
-    inputs: tuple[torch.Tensor, ...],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grad_output: torch.Tensor,
+    exponent: torch.Tensor,
+    delta: torch.Tensor,
     grad_query: torch.Tensor,
-    gradients: ScoreGradients,
-    arguments: AttentionArguments,
-    configuration: AttentionConfiguration,
-) -> None:
-    query, key, value, grad_output, exponent, delta = inputs
+    *fields: Any,
+) -> Launch | None:
+    gradients, arguments = _score_gradients_and_arguments(fields)
+    configuration = deterministic_configuration(query, value, arguments)
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
     works = tiles * query.shape[1] * arguments.batch(query)
     if works == 0 or query.numel() == 0:
-        return
+        return None
     programs = launch_size(works, query, arguments, configuration)
-    _query_gradient_kernel[(programs,)](
-        *(operand(tensor) for tensor in (query, key, value, grad_output)),
-        rows(exponent),
-        rows(delta),
-        operand(grad_query),
-        gradients,
-        *sizes(query, arguments, works=works, tiles=tiles, section=section_of(key, value, arguments)),
-        query.shape[1] // key.shape[1],
-        lengths(arguments),
-        features(arguments),
-        head_dim=query.shape[-1],
-        value_dim=value.shape[-1],
-        BOTTOM_RIGHT=arguments.bottom_right,
-        FOLD_SCALE=folds_scale(arguments),
-        INPUT_PRECISION=input_precision(query.dtype),
-        BORDERS=has_borders(arguments, arguments.max_seqlen_k, configuration.block_n),
-        PERSISTENT=programs < works,
-        **configuration.options(query, value),
+    return Launch(
+        _query_gradient_kernel,
+        (programs,),
+        (
+            *(operand(tensor) for tensor in (query, key, value, grad_output)),
+            rows(exponent),
+            rows(delta),
+            operand(grad_query),
+            gradients,
+            *sizes(query, arguments, works=works, tiles=tiles, section=section_of(key, value, arguments)),
+            query.shape[1] // key.shape[1],
+            lengths(arguments),
+            features(arguments),
+        ),
+        {
+            "head_dim": query.shape[-1],
+            "value_dim": value.shape[-1],
+            "BOTTOM_RIGHT": arguments.bottom_right,
+            "FOLD_SCALE": folds_scale(arguments),
+            "INPUT_PRECISION": input_precision(query.dtype),
+            "BORDERS": has_borders(arguments, arguments.max_seqlen_k, configuration.block_n),
+            "PERSISTENT": programs < works,
+            **configuration.options(query, value),
+        },
     )
 
 
+def _score_gradients_and_arguments(fields: tuple[Any, ...]) -> tuple[ScoreGradients, AttentionArguments]:
+    count = len(ScoreGradients._fields)
+    return ScoreGradients(*fields[:count]), AttentionArguments(*fields[count:])
+
+
+@kept_launch
 def _launch_row_statistics(
     output: torch.Tensor,
     grad_output: torch.Tensor,
@@ -1094,46 +1131,42 @@ def _launch_row_statistics(
     grad_lse: torch.Tensor | None,
     exponent: torch.Tensor,
     delta: torch.Tensor,
-) -> None:
+) -> Launch:
     block_v, block_m = _row_blocks(output)
     batch, heads, length = delta.shape if delta.dim() == 3 else (1, *delta.shape)
     tiles = triton.cdiv(length, block_m)
-    _row_statistics_kernel[(tiles * heads * batch,)](
-        operand(output),
-        operand(grad_output),
-        rows(lse),
-        rows(grad_lse),
-        rows(exponent),
-        rows(delta),
-        tiles,
-        heads,
-        length,
-        value_dim=output.shape[-1],
-        BLOCK_M=block_m,
-        BLOCK_V=block_v,
-        **COMPILER_OPTIONS,
+    return Launch(
+        _row_statistics_kernel,
+        (tiles * heads * batch,),
+        (
+            operand(output),
+            operand(grad_output),
+            rows(lse),
+            rows(grad_lse),
+            rows(exponent),
+            rows(delta),
+            tiles,
+            heads,
+            length,
+        ),
+        {"value_dim": output.shape[-1], "BLOCK_M": block_m, "BLOCK_V": block_v, **COMPILER_OPTIONS},
     )
 
 
-def _launch_scale_and_round(total: torch.Tensor, grad_query: torch.Tensor, scale: float) -> None:
+@kept_launch
+def _launch_scale_and_round(total: torch.Tensor, grad_query: torch.Tensor, scale: float) -> Launch | None:
     if total.numel() == 0:
-        return
+        return None
     block_d, block_m = _row_blocks(total)
     batch, heads, length, head_dim = (
         total.shape if total.dim() == 4 else (1, total.shape[1], len(total), total.shape[2])
     )
     tiles = triton.cdiv(length, block_m)
-    _scale_and_round_kernel[(tiles * heads * batch,)](
-        operand(total),
-        operand(grad_query),
-        tiles,
-        heads,
-        length,
-        scale,
-        head_dim=head_dim,
-        BLOCK_M=block_m,
-        BLOCK_D=block_d,
-        **COMPILER_OPTIONS,
+    return Launch(
+        _scale_and_round_kernel,
+        (tiles * heads * batch,),
+        (operand(total), operand(grad_query), tiles, heads, length, scale),
+        {"head_dim": head_dim, "BLOCK_M": block_m, "BLOCK_D": block_d, **COMPILER_OPTIONS},
     )
 
 

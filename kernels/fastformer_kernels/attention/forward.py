@@ -7,6 +7,8 @@ without tests.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -46,7 +48,7 @@ from fastformer_kernels.attention.tiles import (
     tanh,
     tile_of_work,
 )
-from fastformer_kernels.launch import device_guard, provide_scratch_memory
+from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.precision import dot, input_precision, round_to
 
 
@@ -356,17 +358,33 @@ def attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of checked arguments; layouts as in `AttentionArguments`."""
     output, lse = empty_output(query, value), empty_lse(query)
+    if query.numel():
+        _launch_forward(query, key, value, output, lse, *arguments)
+    return output, lse
+
+
+@kept_launch
+def _launch_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    *fields: Any,
+) -> Launch | None:
+    arguments = AttentionArguments(*fields)
     configuration = forward_configuration(query, key, value, arguments)
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
     works = tiles * query.shape[1] * arguments.batch(query)
-    if query.numel() == 0 or works == 0:
-        return output, lse
+    if works == 0:
+        return None
     descriptors = configuration.descriptors and uses_descriptors(query, key, value)
     borders = loops_of(configuration, has_borders(arguments, arguments.max_seqlen_k, configuration.block_n))
     programs = launch_size(works, query, arguments, configuration)
-    with device_guard(query):
-        provide_scratch_memory(descriptors)
-        _attention_forward_kernel[(programs,)](
+    return Launch(
+        _attention_forward_kernel,
+        (programs,),
+        (
             operand(query),
             operand(key),
             operand(value),
@@ -377,15 +395,18 @@ def attention_forward(
             query.shape[1] // key.shape[1],
             lengths(arguments),
             features(arguments),
-            head_dim=query.shape[-1],
-            value_dim=value.shape[-1],
-            BOTTOM_RIGHT=arguments.bottom_right,
-            FOLD_SCALE=folds_scale(arguments),
-            INPUT_PRECISION=input_precision(query.dtype),
-            BORDERS=borders,
-            PERSISTENT=programs < works,
-            DESCRIPTORS=descriptors,
-            WARP_SPECIALIZE=descriptors and specializes_warps(configuration, borders),
+        ),
+        {
+            "head_dim": query.shape[-1],
+            "value_dim": value.shape[-1],
+            "BOTTOM_RIGHT": arguments.bottom_right,
+            "FOLD_SCALE": folds_scale(arguments),
+            "INPUT_PRECISION": input_precision(query.dtype),
+            "BORDERS": borders,
+            "PERSISTENT": programs < works,
+            "DESCRIPTORS": descriptors,
+            "WARP_SPECIALIZE": descriptors and specializes_warps(configuration, borders),
             **configuration.options(query, value),
-        )
-    return output, lse
+        },
+        descriptors,
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +25,7 @@ from fastformer_kernels.attention.tiles import (
     slope_of,
     tanh,
 )
-from fastformer_kernels.launch import device_guard
+from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.precision import dot, input_precision, round_to
 
 
@@ -120,15 +122,31 @@ def attention_weights(
     Args:
         heads, query_rows: int32, on query's device; rows count within a sequence.
     """
-    batch, keys = arguments.batch(query), arguments.max_seqlen_k
-    weights = query.new_empty(batch, len(heads), len(query_rows), keys)
+    weights = query.new_empty(arguments.batch(query), len(heads), len(query_rows), arguments.max_seqlen_k)
     if weights.numel() == 0:
         return weights
+    _launch_weights(query, key, lse, weights, heads, query_rows, *arguments)
+    return weights
+
+
+@kept_launch
+def _launch_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    weights: torch.Tensor,
+    heads: torch.Tensor,
+    query_rows: torch.Tensor,
+    *fields: Any,
+) -> Launch:
+    arguments = AttentionArguments(*fields)
     configuration = weights_configuration(query)
     row_tiles = triton.cdiv(len(query_rows), configuration.block_m)
-    key_tiles = triton.cdiv(keys, configuration.block_n)
-    with device_guard(query):
-        _attention_weights_kernel[(key_tiles * row_tiles * len(heads) * batch,)](
+    key_tiles = triton.cdiv(arguments.max_seqlen_k, configuration.block_n)
+    return Launch(
+        _attention_weights_kernel,
+        (key_tiles * row_tiles * len(heads) * arguments.batch(query),),
+        (
             operand(query),
             operand(key),
             rows(lse),
@@ -140,13 +158,15 @@ def attention_weights(
             row_tiles,
             key_tiles,
             arguments.max_seqlen_q,
-            keys,
+            arguments.max_seqlen_k,
             query.shape[1] // key.shape[1],
             lengths(arguments),
             features(arguments),
-            head_dim=query.shape[-1],
-            BOTTOM_RIGHT=arguments.bottom_right,
-            INPUT_PRECISION=input_precision(query.dtype),
+        ),
+        {
+            "head_dim": query.shape[-1],
+            "BOTTOM_RIGHT": arguments.bottom_right,
+            "INPUT_PRECISION": input_precision(query.dtype),
             **configuration.options(query, query),
-        )
-    return weights
+        },
+    )

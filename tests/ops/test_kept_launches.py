@@ -1,0 +1,175 @@
+"""Launches are worked out once for each kind of call, and anew where anything but the pointers may differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from fastformer_kernels import kept_launches
+from fastformer_kernels.configurations import forced, shipped_defaults
+from fastformer_kernels.kept_launches import Launch, kept_launch
+from fastformer_kernels.launch import target_architecture
+
+pytestmark = pytest.mark.cpu
+
+
+class Driver:
+    """What a launch asks of Triton's driver."""
+
+    device = 0
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 10 + device
+
+
+class Compiled:
+    """A compiled kernel that notes what it is launched with."""
+
+    function, packed_metadata = "function", "packed"
+
+    def __init__(self, launched: list[tuple[Any, ...]]) -> None:
+        self.launched = launched
+
+    def launch_metadata(self, *_: Any) -> None:
+        return None
+
+    def run(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
+        self.launched.append(((x, y, z), stream, *rest[5:]))
+
+
+class Kernel:
+    """A Triton function of a pointer, a group of a pointer and a number, a number and a constant."""
+
+    arg_names = ("first", "group", "size", "BLOCK")
+
+    def __init__(self) -> None:
+        self.compiled, self.launched = 0, []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **options: Any) -> Compiled:
+            self.compiled += 1
+            return Compiled(self.launched)
+
+        return launch
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(kept_launches, "_kept", {})
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    return Kernel()
+
+
+def launcher(kernel: Kernel, asked: list[Any]) -> Any:
+    @kept_launch
+    def launch(first: torch.Tensor, second: torch.Tensor | None, size: int | None) -> Launch | None:
+        asked.append(size)
+        if size is None:
+            return None
+        return Launch(kernel, (size,), (first, (second, 7), size), {"BLOCK": 16, "num_warps": 4})
+
+    return launch
+
+
+def on_meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def test_a_second_call_of_a_kind_launches_without_asking(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    pointers = {}
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: pointers.get(id(tensor), 0))
+    asked: list[Any] = []
+    launch = launcher(kernel, asked)
+    launch(on_meta(4), on_meta(4), 3)
+    assert (asked, kernel.compiled, kernel.launched) == ([3], 1, [])
+    a, b = on_meta(4), on_meta(4)
+    pointers.update({id(a): 32, id(b): 64})
+    launch(a, b, 3)
+    launch(b, a, 3)
+    assert (asked, kernel.compiled) == ([3], 1)
+    assert kernel.launched == [((3, 1, 1), 10, 32, (64, 7), 3, 16), ((3, 1, 1), 10, 64, (32, 7), 3, 16)]
+
+
+def test_one_tensor_given_twice_is_no_kind_of_its_own(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = launcher(kernel, [])
+    a, b = on_meta(4), on_meta(4)
+    launch(a, a, 3)
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 32 if tensor is a else 64)
+    launch(a, b, 3)
+    assert kernel.launched == [((3, 1, 1), 10, 32, (64, 7), 3, 16)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (on_meta(5), on_meta(4), 3),
+        (on_meta(8)[::2], on_meta(4), 3),
+        (on_meta(4, dtype=torch.bfloat16), on_meta(4), 3),
+        (on_meta(4), None, 3),
+        (on_meta(4), on_meta(4), 4),
+        (on_meta(4), on_meta(4), None),
+    ],
+)
+def test_another_kind_is_asked_for(kernel: Kernel, other: tuple[Any, ...]) -> None:
+    asked: list[Any] = []
+    launch = launcher(kernel, asked)
+    for arguments in ((on_meta(4), on_meta(4), 3), other, (on_meta(4), on_meta(4), 3), other):
+        launch(*arguments)
+    assert asked == [3, other[2]]
+
+
+def test_another_alignment_or_device_is_another_kind(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    launch = launcher(kernel, asked)
+    launch(on_meta(4), None, 3)
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 8)
+    launch(on_meta(4), None, 3)
+    monkeypatch.setattr(Driver, "device", 1)
+    launch(on_meta(4), None, 3)
+    assert asked == [3, 3, 3]
+
+
+def test_other_configurations_are_asked_for(kernel: Kernel) -> None:
+    asked: list[Any] = []
+    launch = launcher(kernel, asked)
+    for block in (forced({"some": 1}), shipped_defaults(), target_architecture("sm_90")):
+        launch(on_meta(4), None, 3)
+        with block:
+            launch(on_meta(4), None, 3)
+        launch(on_meta(4), None, 3)
+    assert len(asked) >= 5
+
+
+def test_a_tensor_of_the_launchers_own_is_refused(kernel: Kernel) -> None:
+    @kept_launch
+    def launch(first: torch.Tensor) -> Launch:
+        return Launch(kernel, (1,), (first, (first.clone(), 7), 1), {"BLOCK": 16})
+
+    with pytest.raises(ValueError, match="not given to its launcher"):
+        launch(on_meta(4))
+
+
+def test_what_is_kept_is_bounded(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_launches, "_MOST_KINDS", 8)
+    launch = launcher(kernel, [])
+    for size in range(30):
+        launch(on_meta(4), None, size)
+    assert len(kept_launches._kept) <= 8
+
+
+@triton.jit
+def _bare_kernel(pointer, size, BLOCK: tl.constexpr):
+    tl.store(pointer + tl.arange(0, BLOCK), 1.0, mask=tl.arange(0, BLOCK) < size)
+
+
+def test_tritons_kernels_have_what_a_kept_launch_needs() -> None:
+    from triton.compiler.compiler import CompiledKernel
+
+    assert _bare_kernel.arg_names == ["pointer", "size", "BLOCK"]
+    assert all(hasattr(CompiledKernel, name) for name in ("run", "launch_metadata"))
