@@ -45,6 +45,13 @@ def _attention(sizes: Sizes) -> list[Operation]:
             lambda query, key, value: F.scaled_dot_product_attention(query, key, value, is_causal=True),
         ),
         Operation(
+            "attention, dropout",
+            inputs,
+            lambda query, key, value: ops.attention(query, key, value, dropout_p=0.1),
+            lambda query, key, value: F.scaled_dot_product_attention(query, key, value, dropout_p=0.1),
+            random=True,
+        ),
+        Operation(
             "scaled_dot_product_attention", inputs, ops.scaled_dot_product_attention, F.scaled_dot_product_attention
         ),
     ]

@@ -91,12 +91,13 @@ class Goal:
     """What a study is to show: a ratio (see `ratio`) beside a peer, in the cases whose name begins with `case`.
 
     Attributes:
-        case, peer: whose ratio; without a peer, our own median is meant.
+        case: one beginning, or several.
+        peer: whose ratio; without a peer, our own median is meant.
         metric: of what.
         at_least, at_most: bounds of it; one of them is given.
     """
 
-    case: str
+    case: str | tuple[str, ...]
     peer: str | None
     metric: Metric = TIME
     at_least: float | None = None
@@ -107,7 +108,8 @@ class Goal:
         return (self.at_least is None or found >= self.at_least) and (self.at_most is None or found <= self.at_most)
 
     def __str__(self) -> str:
-        return f"{self.case}: {self.metric.name} {self.bound}{'' if self.peer is None else f' {self.peer}'}"
+        case = self.case if isinstance(self.case, str) else " or ".join(self.case)
+        return f"{case}: {self.metric.name} {self.bound}{'' if self.peer is None else f' {self.peer}'}"
 
     @property
     def bound(self) -> str:

@@ -13,18 +13,34 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import _meta_registrations
 
 ARCHITECTURE = "sm_90"
-BARE = "Triton's bare launches"
 STEP = "BERT-base, a training step of 8 x 128 tokens"
-WHOLE_STEP = "the step, PyTorch's part included"
 _META = torch.device("meta")
 _SERVE_META = ("Meta", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
+
+
+class HostTime(NamedTuple):
+    """What a case costs the host, in µs.
+
+    Attributes:
+        case: its name.
+        ours: of our calls up to the last launch, and back.
+        bare: of as many launches of a kernel that takes nothing.
+        launches: how many.
+        whole: of a step with PyTorch's part; None: the case is a call.
+    """
+
+    case: str
+    ours: float
+    bare: float
+    launches: int
+    whole: float | None = None
 
 
 @triton.jit
@@ -67,11 +83,10 @@ def _cpp_on_meta() -> Iterator[None]:
     needed._destroy()
 
 
-def operators(rounds: int, quick: bool, only: str) -> Iterator[tuple[str, str, float, int]]:
-    """Of every operator that launches kernels: case, peer, microseconds, launches."""
+def operators(rounds: int, quick: bool, only: str) -> Iterator[HostTime]:
+    """Of every operator that launches kernels."""
     from fastformer.benchmarking.host_time import HostCall, best_microseconds
     from fastformer.benchmarking.launch_cases import cases
-    from fastformer.benchmarking.measurement import OURS
     from fastformer.benchmarking.operations import Sizes
 
     sizes = Sizes(8, 128, 768, 12, 3072, 30522, 1024, torch.bfloat16)
@@ -83,14 +98,12 @@ def operators(rounds: int, quick: bool, only: str) -> Iterator[tuple[str, str, f
             launches = _count(call, backward, launched)
             if launches:
                 bare = HostCall(_bare(launches), (), kept=launched)
-                found = best_microseconds({OURS: call, BARE: bare}, rounds, _META)
-                for peer, microseconds in found.items():
-                    yield name, peer, microseconds, launches
+                found = best_microseconds({"ours": call, "bare": bare}, rounds, _META)
+                yield HostTime(name, **found, launches=launches)
 
 
-def training_step(rounds: int) -> Iterator[tuple[str, str, float, int]]:
-    """The best of `rounds` steps: case, whose part of it, microseconds, launches."""
-    from fastformer.benchmarking.measurement import OURS
+def training_step(rounds: int) -> HostTime:
+    """The best of `rounds` steps."""
     from fastformer.benchmarking.operator_time import OperatorTime
 
     step = _bert_step()
@@ -106,9 +119,8 @@ def training_step(rounds: int) -> Iterator[tuple[str, str, float, int]]:
                 ours.clear()
                 step()
                 of_steps.append(ours.microseconds)
-        bare = min(_microseconds(lambda: _bare(launches)()) for _ in range(rounds))
-    for peer, microseconds in ((OURS, min(of_steps)), (BARE, bare), (WHOLE_STEP, whole)):
-        yield STEP, peer, microseconds, launches
+        bare = min(_microseconds(_bare(launches)) for _ in range(rounds))
+    return HostTime(STEP, min(of_steps), bare, launches, whole)
 
 
 def _bert_step() -> Callable[[], None]:
@@ -162,7 +174,7 @@ def _microseconds(run: Callable[[], None]) -> float:
 
 
 def main() -> None:
-    """Print what was found as a line of JSON for each case and peer."""
+    """Print a `HostTime` as a line of JSON for each case."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--quick", action="store_true")
@@ -175,8 +187,7 @@ def main() -> None:
         for found in operators(options.rounds, options.quick, options.only):
             print(json.dumps(found), flush=True)
         if not options.quick and options.only in STEP:
-            for found in training_step(options.rounds):
-                print(json.dumps(found), flush=True)
+            print(json.dumps(training_step(options.rounds)))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ import torch
 
 import fastformer.nn.normalization
 from fastformer.benchmarking.host_time import HostCall, best_microseconds
-from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.operator_time import OperatorTime
-from fastformer.benchmarking.studies.launch import ABOVE, LAUNCHES, TO_THE_LAUNCH, to_the_launches
+from fastformer.benchmarking.studies.launch import ABOVE, BARE, LAUNCHES, TO_THE_LAUNCHES, to_the_launches
 
 CPU = torch.device("cpu")
 
@@ -86,11 +85,10 @@ def test_operator_time_is_not_more_than_all_of_it() -> None:
 
 def test_stand_in_launches_what_a_gpu_would() -> None:
     measured = list(to_the_launches(rounds=1, quick=True, only="softmax: "))
-    found = {(each.case, each.peer, each.metric): each.median for each in measured}
+    found = {(each.case, each.metric): each.median for each in measured}
     forward, both = "softmax: forward, sm_90", "softmax: with backward, sm_90"
-    assert found[forward, OURS, LAUNCHES] == 1
-    assert found[both, OURS, LAUNCHES] == 2
+    assert found[forward, LAUNCHES] == 1
+    assert found[both, LAUNCHES] == 2
     for case in (forward, both):
-        above = found[case, OURS, TO_THE_LAUNCH] - found[case, "Triton's bare launches", TO_THE_LAUNCH]
-        assert found[case, OURS, ABOVE] == pytest.approx(above)
-        assert above > 0
+        assert found[case, ABOVE] == pytest.approx(found[case, TO_THE_LAUNCHES] - found[case, BARE])
+        assert found[case, ABOVE] > 0

@@ -49,6 +49,7 @@ def test_ratio_of_nothing(ours: float, theirs: float, expected: float) -> None:
     [
         (Goal("a case", "peer", at_least=2.0), True),
         (Goal("a", "peer", at_least=2.5), False),
+        (Goal(("a case", "another"), "peer", at_least=2.0), True),
         (Goal("", "peer", PEAK_MEMORY, at_most=0.5), True),
         (Goal("", "peer", PEAK_MEMORY, at_most=0.2), False),
         (Goal("", "absent", at_least=1.0), None),

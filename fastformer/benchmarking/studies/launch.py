@@ -11,22 +11,25 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from fastformer.benchmarking.host_time import HostCall, best_microseconds
-from fastformer.benchmarking.launch_cases import cases
-from fastformer.benchmarking.measurement import OURS, Measurement, Metric
+from fastformer.benchmarking.launch_cases import BOTH, FORWARD, cases
+from fastformer.benchmarking.measurement import OURS, Goal, Measurement, Metric
 from fastformer.benchmarking.operations import PYTORCH, Sizes
-from fastformer.benchmarking.stand_in_host import ARCHITECTURE, BARE, STEP
+from fastformer.benchmarking.stand_in_host import ARCHITECTURE, STEP, HostTime
 from fastformer.benchmarking.study import MeasuredStudy, Setting
 
 HOST_TIME = Metric("host time", "µs")
-TO_THE_LAUNCH = Metric("host time up to the launches", "µs")
-ABOVE = Metric("above Triton's bare launches", "µs")
 LAUNCHES = Metric("launches", "")
-STEP_TIME = Metric("host time of a step", "ms")
+TO_THE_LAUNCHES = Metric("host time up to the launches", "µs")
+BARE = Metric("of Triton's bare launches", "µs")
+ABOVE = Metric("above the bare launches", "µs")
+OPERATORS = Metric("host time of our operators", "ms")
+BARE_OF_STEP = Metric("of the bare launches", "ms")
+WHOLE_STEP = Metric("of the whole step", "ms")
 
 
 def measurements(setting: Setting) -> Iterator[Measurement]:
@@ -52,37 +55,64 @@ def beside_pytorch(device: torch.device, rounds: int, only: str = "") -> Iterato
 
 def to_the_launches(rounds: int, quick: bool = False, only: str = "") -> Iterator[Measurement]:
     """Calls and a training step for a GPU that is not there, in a process of its own; arguments as above."""
-    for case, peers in _on_a_stand_in(rounds, quick, only).items():
-        name = f"{case}, {ARCHITECTURE}"
-        for peer, (microseconds, _) in peers.items():
-            if case == STEP:
-                yield Measurement("launch", name, peer, STEP_TIME, [microseconds / 1e3])
-            else:
-                yield Measurement("launch", name, peer, TO_THE_LAUNCH, [microseconds])
-        ours, launches = peers[OURS]
-        if case != STEP:
-            yield Measurement("launch", name, OURS, ABOVE, [ours - peers[BARE][0]])
-        yield Measurement("launch", name, OURS, LAUNCHES, [launches])
+    for found in _on_a_stand_in(rounds, quick, only):
+        for metric, value in _metrics(found).items():
+            yield Measurement("launch", f"{found.case}, {ARCHITECTURE}", OURS, metric, [value])
 
 
-def _on_a_stand_in(rounds: int, quick: bool, only: str) -> dict[str, dict[str, tuple[float, int]]]:
-    """Microseconds and launches of each case's peers."""
+def _metrics(found: HostTime) -> dict[Metric, float]:
+    if found.whole is None:
+        times = {TO_THE_LAUNCHES: found.ours, BARE: found.bare, ABOVE: found.ours - found.bare}
+    else:
+        times = {OPERATORS: found.ours / 1e3, BARE_OF_STEP: found.bare / 1e3, WHOLE_STEP: found.whole / 1e3}
+    return {LAUNCHES: found.launches, **times}
+
+
+def _on_a_stand_in(rounds: int, quick: bool, only: str) -> list[HostTime]:
     command = [sys.executable, "-m", "fastformer.benchmarking.stand_in_host", f"--rounds={rounds}", f"--only={only}"]
     # The kernels are compiled, which Triton's interpreter does not do.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([*command, *["--quick"] * quick], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"no host time on a stand-in for {ARCHITECTURE}: {done.stderr.strip()[-2000:]}")
-    found: dict[str, dict[str, Any]] = {}
-    for line in done.stdout.splitlines():
-        case, peer, microseconds, launches = json.loads(line)
-        found.setdefault(case, {})[peer] = microseconds, launches
-    return found
+    return [HostTime(*json.loads(line)) for line in done.stdout.splitlines()]
+
+
+class _Most(NamedTuple):
+    """The most of PyTorch's host time, and the most µs above the bare launches, each forward and with the backward."""
+
+    forms: tuple[str, ...]
+    ratios: tuple[float, ...]
+    above: tuple[float, ...]
+
+
+_MOST = (
+    _Most(("attention",), (4, 3), (20, 40)),
+    _Most(("softmax", "layer_norm", "rms_norm", "rotary, query and key"), (7, 2.5), (10, 25)),
+    _Most(("feed_forward, gelu", "feed_forward, gated silu", "transformer_embedding"), (2, 2), (15, 30)),
+    _Most(("cross_entropy", "linear_cross_entropy"), (6, 4), (15, 30)),
+    _Most(("decode_attention", "append_to_cache, with rotary", "attention_weights"), (3,), (15,)),
+)
+
+
+def _goals() -> Iterator[Goal]:
+    for most in _MOST:
+        # Those without a backward have a bound for the forward alone.
+        for suffix, ratio, above in zip((FORWARD, BOTH), most.ratios, most.above, strict=False):
+            forms = tuple(f"{form}: {suffix}" for form in most.forms)
+            yield Goal(forms, PYTORCH, HOST_TIME, at_most=ratio)
+            yield Goal(forms, None, ABOVE, at_most=above)
+    yield Goal(STEP, None, OPERATORS, at_most=4.0)
 
 
 STUDY = MeasuredStudy(
     name="launch",
     title="what a call costs before any work is done",
     measurements=measurements,
-    note="A token or a few of them, on which every operator's work takes no time.",
+    goals=tuple(_goals()),
+    note="The best of many turns on one thread. Beside PyTorch: its own function, called directly, or the formula, on "
+    "16 tokens of 64 features. Up to the launches: calls for a GPU that is not there (sm_90), 8 x 128 tokens of 768 "
+    "features in bfloat16, until Triton's launcher has the kernels' arguments, beside as many launches of a kernel "
+    "without any; what the CUDA driver and its allocator take is not in it. The training step: what calls of our "
+    "operators and their part of the backward take, beside the bare launches and the whole step without the optimizer.",
 )
