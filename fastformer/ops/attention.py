@@ -20,8 +20,8 @@ from fastformer_kernels.attention.arguments import (
 
 from fastformer.backends import use_triton
 from fastformer.ops.attention_torch import attention_backward_torch, attention_forward_torch
-from fastformer.ops.autocast import to_autocast_dtype
-from fastformer.ops.checks import check_device, check_floating, check_int32, check_like, check_shape
+from fastformer.ops.autocast import autocast_device_type, to_autocast_dtype
+from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating, check_int32, check_like, check_shape
 from fastformer.ops.dropout import check_dropout_p, draw_seed
 from fastformer.ops.operator import operator
 
@@ -166,7 +166,8 @@ def checked_arguments(
 
     Returns query, key and value in autocast's dtype, and what else the call says.
     """
-    query, key, value = to_autocast_dtype(query), to_autocast_dtype(key), to_autocast_dtype(value)
+    if torch.is_autocast_enabled(autocast_device_type(query)):
+        query, key, value = to_autocast_dtype(query), to_autocast_dtype(key), to_autocast_dtype(value)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     batch, queries, keys = _check_tensors(query, key, value, packed, cu_seqlens_q, cu_seqlens_k)
     if packed:
@@ -177,7 +178,8 @@ def checked_arguments(
     elif max_seqlen_q is not None or max_seqlen_k is not None:
         raise ValueError("max_seqlen_q and max_seqlen_k are for packed tensors; give cu_seqlens_q with them")
     heads = query.shape[1]
-    boolean_mask, bias = _mask_and_bias(mask, bias, (batch, heads, queries, keys), query)
+    if mask is not None or bias is not None:
+        mask, bias = _mask_and_bias(mask, bias, (batch, heads, queries, keys), query)
     left, right = _check_window(window, causal)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be 1 or more, or None for no limit; got {chunk}")
@@ -186,18 +188,19 @@ def checked_arguments(
     check_dropout_p(dropout_p)
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"softcap must be positive, or None for none; got {softcap}")
-    for name, counts in (("key_lengths", key_lengths), ("prefix_lengths", prefix_lengths)):
-        if counts is not None:
-            check_int32(name, counts, (batch,), "query", query)
-    if prefix_lengths is not None and right == UNBOUNDED:
-        raise ValueError("prefix_lengths needs causal=True or a window with a right limit, which it lifts")
+    if key_lengths is not None:
+        check_int32("key_lengths", key_lengths, (batch,), "query", query)
+    if prefix_lengths is not None:
+        check_int32("prefix_lengths", prefix_lengths, (batch,), "query", query)
+        if right == UNBOUNDED:
+            raise ValueError("prefix_lengths needs causal=True or a window with a right limit, which it lifts")
     head_scales, factor = _check_scale(scale, heads, query)
     return (
         query,
         key,
         value,
         AttentionArguments(
-            mask=boolean_mask,
+            mask=mask,
             bias=bias,
             relative_bias=_check_relative_bias(relative_bias, heads, query),
             alibi_slopes=_check_slopes(alibi_slopes, batch, heads, query),
@@ -294,38 +297,43 @@ def _check_tensors(
     cu_seqlens_k: torch.Tensor | None,
 ) -> tuple[int, int, int]:
     """Check the three tensors against each other; returns the numbers of sequences, queries and keys."""
-    check_floating("query", query)
-    layout = "packed (total_tokens, heads, head_dim)" if packed else "dense (batch, heads, sequence, head_dim)"
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_like(name, tensor, "query", query)
-        if tensor.dim() != (3 if packed else 4):
-            raise ValueError(f"{name} must be {layout}; got shape {tuple(tensor.shape)}")
-        if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
-            raise ValueError(f"{name}'s head_dim must be from 1 to {MAX_HEAD_DIM}; got {tensor.shape[-1]}")
-    if key.shape[:-1] != value.shape[:-1]:
+    # Each attribute is read once: reading it takes a tenth of a microsecond.
+    dtype, device = query.dtype, query.device
+    if dtype not in FLOATING_DTYPES:
+        check_floating("query", query)
+    shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    for name, tensor, given in (("query", query, shape), ("key", key, key_shape), ("value", value, value_shape)):
+        if tensor.dtype != dtype or tensor.device != device:
+            check_like(name, tensor, "query", query)
+        if len(given) != (3 if packed else 4):
+            layout = "packed (total_tokens, heads, head_dim)" if packed else "dense (batch, heads, sequence, head_dim)"
+            raise ValueError(f"{name} must be {layout}; got shape {tuple(given)}")
+        if not 1 <= given[-1] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}'s head_dim must be from 1 to {MAX_HEAD_DIM}; got {given[-1]}")
+    if key_shape[:-1] != value_shape[:-1]:
         raise ValueError(
-            f"key and value must agree in all but head_dim; got {tuple(key.shape)} and {tuple(value.shape)}"
+            f"key and value must agree in all but head_dim; got {tuple(key_shape)} and {tuple(value_shape)}"
         )
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query and key must have the same head_dim; got {query.shape[-1]} and {key.shape[-1]}")
-    heads, kv_heads = (query.shape[1], key.shape[1])
+    if shape[-1] != key_shape[-1]:
+        raise ValueError(f"query and key must have the same head_dim; got {shape[-1]} and {key_shape[-1]}")
+    heads, kv_heads = shape[1], key_shape[1]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query's heads must be a multiple of key's; got {heads} and {kv_heads}")
     if not packed:
-        if query.shape[0] != key.shape[0]:
-            raise ValueError(f"query and key must have the same batch size; got {query.shape[0]} and {key.shape[0]}")
-        return query.shape[0], query.shape[2], key.shape[2]
+        if shape[0] != key_shape[0]:
+            raise ValueError(f"query and key must have the same batch size; got {shape[0]} and {key_shape[0]}")
+        return shape[0], shape[2], key_shape[2]
     if cu_seqlens_q is None:
         raise ValueError("cu_seqlens_k was given without cu_seqlens_q")
     batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q.dim() == 1 else -1
     for name, boundaries in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if boundaries is not None:
             check_int32(name, boundaries, (batch + 1,), "query", query)
-    if cu_seqlens_k is None and query.shape[0] != key.shape[0]:
+    if cu_seqlens_k is None and shape[0] != key_shape[0]:
         raise ValueError(
-            f"key has {key.shape[0]} tokens where query has {query.shape[0]}: cross-attention needs cu_seqlens_k"
+            f"key has {key_shape[0]} tokens where query has {shape[0]}: cross-attention needs cu_seqlens_k"
         )
-    return batch, query.shape[0], key.shape[0]
+    return batch, shape[0], key_shape[0]
 
 
 def _check_max_seqlen(max_seqlen_q: int | None, max_seqlen_k: int | None, same: bool) -> tuple[int, int]:
@@ -337,7 +345,9 @@ def _check_max_seqlen(max_seqlen_q: int | None, max_seqlen_k: int | None, same: 
 
 
 def _check_window(window: tuple[int | None, int | None] | None, causal: bool) -> tuple[int, int]:
-    left, right = window or (None, None)
+    if window is None:
+        return UNBOUNDED, 0 if causal else UNBOUNDED
+    left, right = window
     for name, extent in (("left", left), ("right", right)):
         if extent is not None and extent < 0:
             raise ValueError(f"window's {name} extent must be 0 or more, or None for no limit; got {extent}")
@@ -497,22 +507,25 @@ def _(
     )
 
 
+# How many of AttentionArguments' fields are tensors; the seed, after the numbers, is one more.
+_TENSORS = AttentionArguments._fields.index("max_seqlen_q")
+_AFTER_LEARNED = 4 + len(Learned._fields)
+_NO_GRADIENTS = (None,) * (3 + len(AttentionArguments._fields))
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, *arguments = inputs
-    tensors = [argument if isinstance(argument, torch.Tensor) else None for argument in arguments]
-    ctx.save_for_backward(query, key, value, *output, *tensors)
-    ctx.arguments = [None if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+    count = 3 + _TENSORS
+    ctx.save_for_backward(*output, inputs[-1], *inputs[:count])
+    ctx.numbers = inputs[count:-1]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
-    query, key, value, output, lse, *tensors = ctx.saved_tensors
-    arguments = [plain if tensor is None else tensor for tensor, plain in zip(tensors, ctx.arguments, strict=True)]
-    nothing = (None,) * len(arguments)
+    output, lse, seed, query, key, value, *tensors = ctx.saved_tensors
     if grad_output is None and grad_lse is None:
-        return None, None, None, *nothing
+        return _NO_GRADIENTS
     # After query, key, value and mask come the learned arguments.
-    needed = list(ctx.needs_input_grad[4 : 4 + len(Learned._fields)])
+    needed = list(ctx.needs_input_grad[4:_AFTER_LEARNED])
     grads = _attention_backward(
         torch.zeros_like(output) if grad_output is None else grad_output,
         grad_lse,
@@ -522,10 +535,14 @@ def _backward(ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor
         output,
         lse,
         needed,
-        *arguments,
+        *tensors,
+        *ctx.numbers,
+        seed,
     )
+    if not any(needed):
+        return *grads[:3], *_NO_GRADIENTS[3:]
     learned = [grad if wanted else None for grad, wanted in zip(grads[3:], needed, strict=True)]
-    return *grads[:3], None, *learned, *nothing[1 + len(learned) :]
+    return *grads[:3], None, *learned, *_NO_GRADIENTS[_AFTER_LEARNED:]
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)

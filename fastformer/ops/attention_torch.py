@@ -32,7 +32,7 @@ SCORE_ELEMENTS_IN_CACHE = 1 << 18
 EXPLICIT_ROWS = 64
 FLASH_ROWS = 128
 NEGATIVE_INFINITY = float("-inf")
-_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_forward = torch._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
@@ -41,6 +41,9 @@ def attention_forward_torch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp; see `fastformer.attention`."""
+    if _is_one_flash_call(query, key, value, arguments):
+        result, result_lse = _flash_forward(query, key, value, 0.0, arguments.right == 0, scale=arguments.scale)
+        return _with_sequence_outside(result, query), result_lse.contiguous()
     output, lse = empty_output(query, value), empty_lse(query)
     forward = _forward_flash if _fits_flash(query, key, value, arguments) else _forward_explicit
     dense = _as_dense(query), _as_dense(key), _as_dense(value), _as_dense(output)
@@ -62,6 +65,12 @@ def attention_backward_torch(
     needed: Learned[bool],
 ) -> AttentionGradients:
     """Gradients of checked arguments; those of learned ones that are not `needed` are empty."""
+    if grad_lse is None and _is_one_flash_call(query, key, value, arguments):
+        causal, scale = arguments.right == 0, arguments.scale
+        three = _flash_backward(grad_output, query, key, value, output, lse, 0.0, causal, scale=scale)
+        nothing = query.new_empty(0)
+        grad_query, grad_key, grad_value = map(_with_sequence_outside, three, (query, key, value))
+        return AttentionGradients(grad_query, grad_key, grad_value, nothing, nothing, nothing, nothing, nothing)
     grad_query, grad_key, grad_value = (empty_gradient(tensor).zero_() for tensor in (query, key, value))
     learned = arguments.learned
     sums = Learned(
@@ -317,17 +326,51 @@ def _boundaries(name: str, cu_seqlens: torch.Tensor, total: int, max_seqlen: int
     return bounds
 
 
+def _is_one_flash_call(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
+) -> bool:
+    """Whether one call of flash attention, without a mask, is the whole."""
+    a = arguments
+    if (
+        a.cu_seqlens_q is not None
+        or a.key_lengths is not None
+        or a.mask is not None
+        or a.bias is not None
+        or a.relative_bias is not None
+        or a.alibi_slopes is not None
+        or a.left != UNBOUNDED
+        or a.chunk
+        or a.prefix_lengths is not None
+    ):
+        return False
+    # Its causal mask begins at the top left. Of long sequences, blocks leave out what lies beyond the diagonal.
+    m, n = a.max_seqlen_q, a.max_seqlen_k
+    fits = a.right == UNBOUNDED or (a.right == 0 and m < 2 * FLASH_ROWS and (m == n or not a.bottom_right))
+    return fits and _fits_flash(query, key, value, a)
+
+
+def _with_sequence_outside(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A (batch, heads, sequence, head_dim) tensor in memory as `empty_gradient(like)` is, copied only if it must be."""
+    _, heads, sequence, head_dim = tensor.shape
+    as_it_should = (sequence * heads * head_dim, head_dim, heads * head_dim, 1)
+    if tensor.stride() == as_it_should and like.stride(2) <= like.stride(0):
+        return tensor
+    return empty_output(like, tensor).copy_(tensor)
+
+
 def _fits_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: AttentionArguments) -> bool:
     """Whether PyTorch's CPU flash attention computes this call."""
     a = arguments
     return (
-        q.device.type == "cpu"
+        q.is_cpu
         and not (a.softcap or a.dropout_p)
         and a.head_scales is None
         and a.sinks is None
         and q.shape[-1] == v.shape[-1]
         # It reads neighbouring elements whatever the last stride says.
-        and all(t.stride(-1) == 1 and t.numel() > 0 for t in (q, k, v))
+        and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        and q.numel() > 0
+        and k.numel() > 0
     )
 
 

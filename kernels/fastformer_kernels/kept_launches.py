@@ -5,15 +5,15 @@ configuration, computing strides and sizes, and Triton's own search for the comp
 sixty arguments, take ten times as long as the launch. So a launcher says what to launch, and is asked once:
 
 >>> @kept_launch
-... def _launch_copy(source: torch.Tensor, target: torch.Tensor) -> Launch:
-...     size = source.numel()
+... def _launch_copy(source: torch.Tensor, made: tuple[torch.Tensor]) -> Launch:
+...     (target,), size = made, source.numel()
 ...     return Launch(_copy_kernel, (triton.cdiv(size, 1024),), (source, target, size), {"BLOCK": 1024})
->>> _launch_copy(x, y)
+>>> _launch_copy(x, (torch.empty_like(x),))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -58,8 +58,9 @@ def kept_launch(launcher: Launcher) -> Callable[..., None]:
     on the same device, and their other arguments are equal. Nothing else about a tensor may decide what is launched.
 
     Args:
-        launcher: takes a tensor, and after it tensors, None and hashable values by position; returns None where there
-            is nothing to launch.
+        launcher: takes by position a tensor, and after it tensors, None, hashable values, and tuples of tensors that
+            were allocated for this launch: their dtypes, shapes and strides follow from the other arguments, and are
+            not looked at. Returns None where there is nothing to launch.
     """
 
     def launch(*arguments: Any) -> None:
@@ -77,14 +78,16 @@ def kept_launch(launcher: Launcher) -> Callable[..., None]:
             if isinstance(argument, torch.Tensor):
                 pointer = argument.data_ptr()
                 pointers.append(pointer)
-                kind.append((argument.dtype, argument.shape, argument.stride(), pointer % _ALIGNMENT))
+                kind += argument.dtype, argument.shape, argument.stride(), pointer % _ALIGNMENT
+            elif type(argument) is tuple:
+                pointers += [tensor.data_ptr() for tensor in argument]
             else:
                 kind.append(argument)
         key = tuple(kind)
         known = _kept.get(key, _UNKNOWN)
         if known is _UNKNOWN:
             _keep(launcher, arguments, key)
-        elif known is not None and device in (current, -1):
+        elif known is not None and (device == current or device < 0):
             known(pointers, driver.get_current_stream(current))
         elif known is not None:
             with torch.cuda.device(device):
@@ -102,36 +105,34 @@ def forget_launches() -> None:
 class _Kept:
     """A compiled kernel with all that it is launched with but its pointers."""
 
-    def __init__(self, compiled: Any, launch: Launch, given: tuple[Any, ...]) -> None:
+    def __init__(self, compiled: Any, launch: Launch, tensors: list[torch.Tensor]) -> None:
         names = launch.kernel.arg_names
         by_name = {**launch.options, **dict(zip(names, launch.arguments, strict=False))}
-        tensors = [each for each in given if isinstance(each, torch.Tensor)]
         numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
         self.compiled = compiled
         self.grid = (*launch.grid, 1, 1)[:3]
         self.descriptors = launch.descriptors
-        self.arguments = [by_name[name] for name in names]
+        self.arguments: list[Any] = [by_name[name] for name in names]
+        # Where pointers go, and whose: among the arguments, and within the tuples among them.
+        self.pointers: list[tuple[int, int]] = []
+        self.groups: list[tuple[int, list[Any], list[tuple[int, int]]]] = []
         try:
-            # Where pointers go, and whose: among the arguments, and within the tuples among them.
-            self.pointers = _places(self.arguments, numbers)
-            self.groups = [
-                (place, list(group), _places(group, numbers))
-                for place, group in enumerate(self.arguments)
-                if isinstance(group, tuple)
-            ]
+            for place, argument in enumerate(self.arguments):
+                if isinstance(argument, torch.Tensor):
+                    self.arguments[place] = None
+                    self.pointers.append((place, numbers[id(argument)]))
+                elif isinstance(argument, tuple):
+                    within = [(i, numbers[id(part)]) for i, part in enumerate(argument) if _is_tensor(part)]
+                    group = [None if _is_tensor(part) else part for part in argument]
+                    self.arguments[place] = tuple(group)
+                    if within:
+                        self.groups.append((place, group, within))
         except KeyError:
             raise ValueError(f"{launch.kernel}: a tensor among its arguments was not given to its launcher") from None
-        # No tensor is kept alive.
-        for place, _ in self.pointers:
-            self.arguments[place] = None
-        for _, group, within in self.groups:
-            for place, _ in within:
-                group[place] = None
-        for place, *_ in self.groups:
-            self.arguments[place] = None
 
     def __call__(self, pointers: list[int], stream: int) -> None:
-        provide_scratch_memory(self.descriptors)
+        if self.descriptors:
+            provide_scratch_memory(True)
         arguments = self.arguments.copy()
         for place, number in self.pointers:
             arguments[place] = pointers[number]
@@ -141,22 +142,19 @@ class _Kept:
                 parts[i] = pointers[number]
             arguments[place] = tuple(parts)
         compiled, hooks = self.compiled, triton.knobs.runtime
+        enter, leave, metadata = hooks.launch_enter_hook, hooks.launch_exit_hook, None
+        if enter.calls or leave.calls:
+            metadata = compiled.launch_metadata(self.grid, stream, *arguments)
+        else:
+            enter = leave = None
         # What Triton's own `run` does once it has found the compiled kernel.
         compiled.run(
-            *self.grid,
-            stream,
-            compiled.function,
-            compiled.packed_metadata,
-            compiled.launch_metadata(self.grid, stream, *arguments),
-            hooks.launch_enter_hook,
-            hooks.launch_exit_hook,
-            *arguments,
+            *self.grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments
         )
 
 
-def _places(values: Sequence[Any], numbers: dict[int, int]) -> list[tuple[int, int]]:
-    """Where tensors are among `values`, and their numbers."""
-    return [(place, numbers[id(value)]) for place, value in enumerate(values) if isinstance(value, torch.Tensor)]
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 _UNKNOWN: Any = object()
@@ -166,10 +164,22 @@ def _keep(launcher: Launcher, arguments: tuple[Any, ...], key: tuple[Any, ...]) 
     if len(_kept) >= _MOST_KINDS:
         forget_launches()
     kept = _kept
-    # A tensor that is given twice is two tensors here: another call of this kind may give two.
-    separate = tuple(each.detach() if isinstance(each, torch.Tensor) else each for each in arguments)
-    launch, compiled = _launch(launcher, separate)
-    kept[key] = None if launch is None else _Kept(compiled, launch, separate)
+    tensors: list[torch.Tensor] = []
+    launch, compiled = _launch(launcher, _separate(arguments, tensors))
+    kept[key] = None if launch is None else _Kept(compiled, launch, tensors)
+
+
+def _separate(values: tuple[Any, ...], tensors: list[torch.Tensor]) -> tuple[Any, ...]:
+    """`values` with a tensor of its own in each place, which joins `tensors`: another call of a kind may have two where
+    this one has the same tensor twice."""
+    separate: list[Any] = []
+    for value in values:
+        if _is_tensor(value):
+            tensors.append(value.detach())
+            separate.append(tensors[-1])
+        else:
+            separate.append(_separate(value, tensors) if type(value) is tuple else value)
+    return tuple(separate)
 
 
 def _launch(launcher: Launcher, arguments: tuple[Any, ...]) -> tuple[Launch | None, Any]:

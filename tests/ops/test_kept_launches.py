@@ -155,6 +155,23 @@ def test_a_tensor_of_the_launchers_own_is_refused(kernel: Kernel) -> None:
         launch(on_meta(4))
 
 
+def test_tensors_made_for_a_launch_are_not_looked_at(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+
+    @kept_launch
+    def launch(first: torch.Tensor, made: tuple[torch.Tensor]) -> Launch:
+        nonlocal asked
+        asked += 1
+        return Launch(kernel, (1,), (first, (made[0], 7), 1), {"BLOCK": 16})
+
+    target = on_meta(4)
+    launch(target, (target,))
+    other = on_meta(5)
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 32 if tensor is other else 64)
+    launch(on_meta(4), (other,))
+    assert (asked, kernel.launched) == (1, [((1, 1, 1), 10, 64, (32, 7), 1, 16)])
+
+
 def test_what_is_kept_is_bounded(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_launches, "_MOST_KINDS", 8)
     launch = launcher(kernel, [])

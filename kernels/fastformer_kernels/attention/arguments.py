@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -133,7 +133,7 @@ def empty_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
     Whoever merges the heads afterwards then needs no copy.
     """
-    return empty_gradient(query[..., :1].expand(*query.shape[:-1], value.shape[-1]))
+    return _empty_like(query, value.shape[-1])
 
 
 def empty_gradient(tensor: torch.Tensor) -> torch.Tensor:
@@ -141,13 +141,18 @@ def empty_gradient(tensor: torch.Tensor) -> torch.Tensor:
 
     Where `tensor` has the batch within the sequence, PyTorch's layout without `batch_first`, so has the result.
     """
+    return _empty_like(tensor, tensor.shape[-1])
+
+
+def _empty_like(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
     if tensor.dim() == 3:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    batch, heads, sequence, head_dim = tensor.shape
-    factory: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device}
+        return tensor.new_empty((*tensor.shape[:-1], head_dim))
+    batch, heads, sequence, _ = shape = tensor.shape
     if tensor.stride(2) > tensor.stride(0):
-        return torch.empty(sequence, batch, heads, head_dim, **factory).permute(1, 2, 0, 3)
-    return torch.empty(batch, sequence, heads, head_dim, **factory).transpose(1, 2)
+        strides = (heads * head_dim, head_dim, batch * heads * head_dim, 1)
+    else:
+        strides = (sequence * heads * head_dim, head_dim, heads * head_dim, 1)
+    return tensor.new_empty_strided((*shape[:-1], head_dim), strides)
 
 
 def empty_lse(query: torch.Tensor) -> torch.Tensor:

@@ -932,17 +932,18 @@ def attention_backward(
     if two_kernels:
         length, block = arguments.max_seqlen_q, deterministic_configuration(query, value, arguments).block_m
     gradients = _score_gradients(query, arguments, needed, deterministic, triton.cdiv(length, block))
-    inputs = (query, key, value, grad_output, exponent, delta)
-    grads = (grad_key, grad_value)
+    inputs = (query, key, value, grad_output)
     if query.numel():
-        _launch_row_statistics(output, grad_output, lse, grad_lse, exponent, delta)
+        _launch_row_statistics(output, grad_output, lse, grad_lse, (exponent, delta))
     if two_kernels:
-        _launch_query_gradient(*inputs, grad_query, *gradients, *arguments)
-        _launch_key_value_gradient(*inputs, None, *grads, deterministic, *_NO_GRADIENTS, *arguments)
+        _launch_query_gradient(*inputs, (exponent, delta, grad_query), *gradients, *arguments)
+        keys_made: tuple[torch.Tensor, ...] = (exponent, delta, grad_key, grad_value)
+        _launch_key_value_gradient(*inputs, made, deterministic, *_NO_GRADIENTS, *arguments)
     else:
         total = torch.zeros_like(grad_query, dtype=torch.float32)
-        _launch_key_value_gradient(*inputs, total, *grads, deterministic, *gradients, *arguments)
-        _launch_scale_and_round(total, grad_query, 1.0 if arguments.head_scales is not None else arguments.scale)
+        made = (exponent, delta, grad_key, grad_value, total)
+        _launch_key_value_gradient(*inputs, made, deterministic, *gradients, *arguments)
+        _launch_scale_and_round(total, (grad_query,), 1.0 if arguments.head_scales is not None else arguments.scale)
     learned = _learned_gradients(gradients, lse, delta, arguments, needed)
     return AttentionGradients(grad_query, grad_key, grad_value, *learned)
 
@@ -1016,14 +1017,12 @@ def _launch_key_value_gradient(
     key: torch.Tensor,
     value: torch.Tensor,
     grad_output: torch.Tensor,
-    exponent: torch.Tensor,
-    delta: torch.Tensor,
-    total: torch.Tensor | None,
-    grad_key: torch.Tensor,
-    grad_value: torch.Tensor,
+    made: tuple[torch.Tensor, ...],
     deterministic: bool,
     *fields: Any,
 ) -> Launch | None:
+    exponent, delta, grad_key, grad_value, *totals = made
+    total = totals[0] if totals else None
     gradients, arguments = _score_gradients_and_arguments(fields)
     configuration = _key_configuration(query, value, arguments, deterministic)
     tiles = triton.cdiv(arguments.max_seqlen_k, configuration.block_n)
@@ -1079,11 +1078,10 @@ def _launch_query_gradient(
     key: torch.Tensor,
     value: torch.Tensor,
     grad_output: torch.Tensor,
-    exponent: torch.Tensor,
-    delta: torch.Tensor,
-    grad_query: torch.Tensor,
+    made: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     *fields: Any,
 ) -> Launch | None:
+    exponent, delta, grad_query = made
     gradients, arguments = _score_gradients_and_arguments(fields)
     configuration = deterministic_configuration(query, value, arguments)
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
@@ -1129,9 +1127,9 @@ def _launch_row_statistics(
     grad_output: torch.Tensor,
     lse: torch.Tensor,
     grad_lse: torch.Tensor | None,
-    exponent: torch.Tensor,
-    delta: torch.Tensor,
+    made: tuple[torch.Tensor, torch.Tensor],
 ) -> Launch:
+    exponent, delta = made
     block_v, block_m = _row_blocks(output)
     batch, heads, length = delta.shape if delta.dim() == 3 else (1, *delta.shape)
     tiles = triton.cdiv(length, block_m)
@@ -1154,7 +1152,8 @@ def _launch_row_statistics(
 
 
 @kept_launch
-def _launch_scale_and_round(total: torch.Tensor, grad_query: torch.Tensor, scale: float) -> Launch | None:
+def _launch_scale_and_round(total: torch.Tensor, made: tuple[torch.Tensor], scale: float) -> Launch | None:
+    (grad_query,) = made
     if total.numel() == 0:
         return None
     block_d, block_m = _row_blocks(total)

@@ -359,7 +359,7 @@ def attention_forward(
     """Output and log-sum-exp of checked arguments; layouts as in `AttentionArguments`."""
     output, lse = empty_output(query, value), empty_lse(query)
     if query.numel():
-        _launch_forward(query, key, value, output, lse, *arguments)
+        _launch_forward(query, key, value, (output, lse), *arguments)
     return output, lse
 
 
@@ -368,11 +368,10 @@ def _launch_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
+    made: tuple[torch.Tensor, torch.Tensor],
     *fields: Any,
 ) -> Launch | None:
-    arguments = AttentionArguments(*fields)
+    (output, lse), arguments = made, AttentionArguments(*fields)
     configuration = forward_configuration(query, key, value, arguments)
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
     works = tiles * query.shape[1] * arguments.batch(query)
