@@ -51,8 +51,10 @@ def operator(
 class Operator:
     """A function that PyTorch knows as an operator.
 
-    Where autograd, forward-mode differentiation or a transform of `torch.func` may want a derivative, a call goes
-    through the `autograd.Function` in front of the operator; else straight to the operator.
+    A call takes the shortest way that means the same:
+
+    - by the dispatcher, where PyTorch has to see the operator (`_is_seen`), else straight to the implementation;
+    - through the `autograd.Function` where somebody may want a derivative, else past it.
     """
 
     def __init__(self, name: str, schema: str, implementation: Implementation) -> None:
@@ -60,24 +62,32 @@ class Operator:
         namespace, base = name.split("::")
         self._library = _library(namespace)
         self._library.define(base + schema, tags=torch.Tag.pt2_compliant_tag)
-        self._overload = getattr(getattr(torch.ops, namespace), base).default
-        arguments = self._overload._schema.arguments
+        self._dispatched = getattr(getattr(torch.ops, namespace), base).default
+        arguments = self._dispatched._schema.arguments
         self._tensors = tuple(i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type))
         changed = tuple(i for i in self._tensors if arguments[i].is_write)
-        self._library.impl(base, _counting_changes(implementation, changed), _ALL_DEVICES)
-        if not self._overload._schema.returns:
+        self._direct = _counting_changes(implementation, changed)
+        self._library.impl(base, self._direct, _ALL_DEVICES)
+        if not self._dispatched._schema.returns:
             self.register_fake(_nothing)
-        self._eager: type[torch.autograd.Function] | None = None
-        self._transformed: type[torch.autograd.Function] | None = None
+        self._derivative: _Derivative | None = None
 
     def __call__(self, *arguments: Any) -> Any:
-        if self._eager is None or self._transformed is None:
-            return self._overload(*arguments)
-        if torch._C._are_functorch_transforms_active():
-            return self._transformed.apply(*arguments)
-        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and self._learns(arguments)):
-            return self._eager.apply(*arguments)
-        return self._overload(*arguments)
+        derivative = self._derivative
+        if torch.compiler.is_compiling() or _is_seen():
+            if derivative is None:
+                return self._dispatched(*arguments)
+            if torch._C._are_functorch_transforms_active():
+                return derivative.transformed.apply(*arguments)
+            if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and self._learns(arguments)):
+                return derivative.dispatched.apply(*arguments)
+            return self._dispatched(*arguments)
+        plain, learns = self._kinds(arguments)
+        if derivative is None or not (learns and torch.is_grad_enabled()):
+            return (self._direct if plain else self._dispatched)(*arguments)
+        if plain:
+            return derivative.apply_direct(*arguments)
+        return derivative.dispatched.apply(*arguments)
 
     def register_fake(self, shapes: Implementation) -> Implementation:
         """Say what the operator returns for tensors without data; where it returns nothing, nothing need be said."""
@@ -92,39 +102,8 @@ class Operator:
             backward: takes the context and the outputs' gradients; returns a gradient, or None, for each argument.
             setup_context: takes the context, the arguments and what the operator returned; keeps what `backward` needs.
         """
-        call, once = self._overload, _once_differentiable(self.name, backward)
-
-        class Eager(torch.autograd.Function):
-            """Keeps the context within its forward: with a method for that, PyTorch binds the arguments by name."""
-
-            @staticmethod
-            def forward(ctx: Any, *arguments: Any) -> Any:
-                outputs = call(*arguments)
-                setup_context(ctx, arguments, outputs)
-                return outputs
-
-            @staticmethod
-            def backward(ctx: Any, *gradients: Any) -> Any:
-                return once(ctx, *gradients)
-
-        class Transformed(torch.autograd.Function):
-            """As the transforms of `torch.func` want it."""
-
-            generate_vmap_rule = True
-
-            @staticmethod
-            def forward(*arguments: Any) -> Any:
-                return call(*arguments)
-
-            @staticmethod
-            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-                setup_context(ctx, inputs, output)
-
-            @staticmethod
-            def backward(ctx: Any, *gradients: Any) -> Any:
-                return once(ctx, *gradients)
-
-        self._eager, self._transformed = Eager, Transformed
+        once = _once_differentiable(self.name, backward)
+        self._derivative = _Derivative(self._direct, self._dispatched, once, setup_context)
 
     def _learns(self, arguments: tuple[Any, ...]) -> bool:
         """Whether autograd follows one of the arguments."""
@@ -133,6 +112,84 @@ class Operator:
             if argument is not None and argument.requires_grad:
                 return True
         return False
+
+    def _kinds(self, arguments: tuple[Any, ...]) -> tuple[bool, bool]:
+        """Whether all tensors are plain, and whether autograd follows one of them."""
+        plain, learns = True, False
+        for place in self._tensors:
+            argument = arguments[place]
+            if argument is not None:
+                plain = plain and torch._C._dispatch_keys(argument).raw_repr() in _PLAIN
+                learns = learns or argument.requires_grad
+        return plain, learns
+
+
+def _plain_keys(backend: str) -> list[int]:
+    """What PyTorch dispatches a dense tensor of a backend by, made outside and within `torch.inference_mode`."""
+    keys = torch._C.DispatchKey.__members__
+    within = torch._C.DispatchKeySet(keys[backend])
+    if f"Autocast{backend}" in keys:
+        within |= torch._C.DispatchKeySet(keys[f"Autocast{backend}"])
+    outside = within | torch._C.DispatchKeySet(keys[f"Autograd{backend}"])
+    outside |= torch._C.DispatchKeySet(keys["ADInplaceOrView"])
+    return [within.raw_repr(), outside.raw_repr()]
+
+
+# Subclasses of tensors, those of transforms, and views that stand for negative values have further keys.
+_PLAIN = {keys for backend in ("CPU", "CUDA", "Meta") for keys in _plain_keys(backend)}
+
+
+def _is_seen() -> bool:
+    """Whether something looks at the operators that are called: a mode, a transform, a trace or a profiler."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+class _Derivative:
+    """The `autograd.Function`s in front of an operator."""
+
+    def __init__(
+        self,
+        direct: Implementation,
+        dispatched: Implementation,
+        backward: Callable[..., Any],
+        setup_context: Callable[..., None],
+    ) -> None:
+        self.dispatched = _function(dispatched, backward, setup_context)
+        self.transformed = _transformed_function(dispatched, backward, setup_context)
+        # What PyTorch's own `apply` ends in: before it, it looks at each argument for a transform's.
+        self.apply_direct = super(torch.autograd.Function, _function(direct, backward, setup_context)).apply
+
+
+def _function(
+    call: Implementation, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> type[torch.autograd.Function]:
+    # With a method for the context PyTorch binds the arguments by name, which takes ten microseconds.
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        outputs = call(*arguments)
+        setup_context(ctx, arguments, outputs)
+        return outputs
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type("Gradient", (torch.autograd.Function,), members)
+
+
+def _transformed_function(
+    call: Implementation, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> type[torch.autograd.Function]:
+    """As the transforms of `torch.func` want it."""
+    members = {
+        "forward": staticmethod(call),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
+        "generate_vmap_rule": True,
+    }
+    return type("TransformedGradient", (torch.autograd.Function,), members)
 
 
 @cache
