@@ -1,14 +1,12 @@
 """What a call costs the host on its way to a GPU that is not there: until Triton's launcher has a kernel's arguments.
 
-Run as a module, in a process of its own: ``python -m fastformer.benchmarking.stand_in_host``. In it the operators have
-no implementation for the device meta, so that PyTorch chooses, for a tensor there, the one that a GPU's would get, and
-nothing stands between the call and the launch that would not stand there on a GPU.
+Run as a module, in a process of its own: ``python -m fastformer.benchmarking.stand_in_host``. In it the operators treat
+tensors on meta as those on a GPU, so that nothing stands between the call and the launch that would not stand there.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -46,22 +44,6 @@ class HostTime(NamedTuple):
 @triton.jit
 def _nothing():
     pass
-
-
-@contextmanager
-def _without_meta_implementations() -> Iterator[None]:
-    """Operators that are registered within the block get no implementation for meta."""
-    register = torch.library.Library.impl
-
-    def impl(library: Any, name: Any, function: Any, dispatch_key: str = "", **options: Any) -> None:
-        if dispatch_key != "Meta":
-            register(library, name, function, dispatch_key, **options)
-
-    torch.library.Library.impl = impl  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.library.Library.impl = register  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -180,10 +162,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default="")
     options = parser.parse_args()
-    with _without_meta_implementations():
-        importlib.import_module("fastformer.ops")
+    from fastformer.ops.operator import direct_on_meta
+
     torch.set_num_threads(1)
-    with _cpp_on_meta():
+    with direct_on_meta(), _cpp_on_meta():
         for found in operators(options.rounds, options.quick, options.only):
             print(json.dumps(found), flush=True)
         if not options.quick and options.only in STEP:

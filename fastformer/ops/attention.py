@@ -10,12 +10,10 @@ import torch
 from fastformer_kernels.attention.arguments import (
     UNBOUNDED,
     AttentionArguments,
-    AttentionGradients,
     Learned,
     empty_gradient,
     empty_lse,
     empty_output,
-    optional_gradient,
 )
 
 from fastformer.backends import use_triton
@@ -457,7 +455,7 @@ def _attention(
     mutates_args=(),
     schema=(
         "(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
-        f"bool[] needed, {ARGUMENTS_SCHEMA}) -> ({', '.join(['Tensor'] * len(AttentionGradients._fields))})"
+        f"bool[] needed, {ARGUMENTS_SCHEMA}) -> Tensor[]"
     ),
 )
 def _attention_backward(
@@ -470,13 +468,15 @@ def _attention_backward(
     lse: torch.Tensor,
     needed: Sequence[bool],
     *arguments: Any,
-) -> tuple[torch.Tensor, ...]:
+) -> list[torch.Tensor]:
+    """Gradients of query, key and value, and of each learned argument that is given and needed."""
     if use_triton(query):
         from fastformer_kernels.attention.backward import attention_backward as backward
     else:
         backward = attention_backward_torch
     inputs = (grad_output, grad_lse, query, key, value, output, lse)
-    return tuple(backward(*inputs, AttentionArguments(*arguments), Learned(*needed)))
+    found = backward(*inputs, AttentionArguments(*arguments), Learned(*needed))
+    return [gradient for gradient in found if gradient is not None]
 
 
 @_attention.register_fake
@@ -497,14 +497,10 @@ def _(
     lse: torch.Tensor,
     needed: Sequence[bool],
     *arguments: Any,
-) -> tuple[torch.Tensor, ...]:
+) -> list[torch.Tensor]:
     learned = AttentionArguments(*arguments).learned
-    return (
-        empty_gradient(query),
-        empty_gradient(key),
-        empty_gradient(value),
-        *(optional_gradient(tensor, wanted, query) for tensor, wanted in zip(learned, needed, strict=True)),
-    )
+    wanted = [tensor for tensor, wanted in zip(learned, needed, strict=True) if wanted and tensor is not None]
+    return [*map(empty_gradient, (query, key, value)), *map(torch.Tensor.new_empty, wanted, (t.shape for t in wanted))]
 
 
 # How many of AttentionArguments' fields are tensors; the seed, after the numbers, is one more.
@@ -526,7 +522,7 @@ def _backward(ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor
         return _NO_GRADIENTS
     # After query, key, value and mask come the learned arguments.
     needed = list(ctx.needs_input_grad[4:_AFTER_LEARNED])
-    grads = _attention_backward(
+    grad_query, grad_key, grad_value, *learned = _attention_backward(
         torch.zeros_like(output) if grad_output is None else grad_output,
         grad_lse,
         query,
@@ -539,10 +535,11 @@ def _backward(ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor
         *ctx.numbers,
         seed,
     )
-    if not any(needed):
-        return *grads[:3], *_NO_GRADIENTS[3:]
-    learned = [grad if wanted else None for grad, wanted in zip(grads[3:], needed, strict=True)]
-    return *grads[:3], None, *learned, *_NO_GRADIENTS[_AFTER_LEARNED:]
+    found = (grad_query, grad_key, grad_value)
+    if not learned:
+        return *found, *_NO_GRADIENTS[3:]
+    left = iter(learned)
+    return *found, None, *(next(left) if wanted else None for wanted in needed), *_NO_GRADIENTS[_AFTER_LEARNED:]
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)

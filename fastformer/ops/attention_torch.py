@@ -64,13 +64,12 @@ def attention_backward_torch(
     arguments: AttentionArguments,
     needed: Learned[bool],
 ) -> AttentionGradients:
-    """Gradients of checked arguments; those of learned ones that are not `needed` are empty."""
+    """Gradients of checked arguments; those of learned ones that are not `needed` are None."""
     if grad_lse is None and _is_one_flash_call(query, key, value, arguments):
         causal, scale = arguments.right == 0, arguments.scale
         three = _flash_backward(grad_output, query, key, value, output, lse, 0.0, causal, scale=scale)
-        nothing = query.new_empty(0)
         grad_query, grad_key, grad_value = map(_with_sequence_outside, three, (query, key, value))
-        return AttentionGradients(grad_query, grad_key, grad_value, nothing, nothing, nothing, nothing, nothing)
+        return AttentionGradients(grad_query, grad_key, grad_value, None, None, None, None, None)
     grad_query, grad_key, grad_value = (empty_gradient(tensor).zero_() for tensor in (query, key, value))
     learned = arguments.learned
     sums = Learned(
@@ -94,7 +93,7 @@ def attention_backward_torch(
         grad_key,
         grad_value,
         *(
-            query.new_empty(0) if total is None or tensor is None else total.to(tensor.dtype)
+            None if total is None or tensor is None else total.to(tensor.dtype)
             for total, tensor in zip(sums, learned, strict=True)
         ),
     )

@@ -16,7 +16,8 @@ operator of twenty arguments, because it handles each argument in Python several
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -115,28 +116,19 @@ class Operator:
 
     def _kinds(self, arguments: tuple[Any, ...]) -> tuple[bool, bool]:
         """Whether all tensors are plain, and whether autograd follows one of them."""
-        plain, learns = True, False
+        plain, learns = _direct_on_meta or not arguments[0].is_meta, False
         for place in self._tensors:
             argument = arguments[place]
             if argument is not None:
-                plain = plain and torch._C._dispatch_keys(argument).raw_repr() in _PLAIN
+                # A subclass has a dispatch of its own; a view may stand for its negative.
+                plain = plain and type(argument) in _PLAIN and not argument.is_neg()
                 learns = learns or argument.requires_grad
         return plain, learns
 
 
-def _plain_keys(backend: str) -> list[int]:
-    """What PyTorch dispatches a dense tensor of a backend by, made outside and within `torch.inference_mode`."""
-    keys = torch._C.DispatchKey.__members__
-    within = torch._C.DispatchKeySet(keys[backend])
-    if f"Autocast{backend}" in keys:
-        within |= torch._C.DispatchKeySet(keys[f"Autocast{backend}"])
-    outside = within | torch._C.DispatchKeySet(keys[f"Autograd{backend}"])
-    outside |= torch._C.DispatchKeySet(keys["ADInplaceOrView"])
-    return [within.raw_repr(), outside.raw_repr()]
-
-
-# Subclasses of tensors, those of transforms, and views that stand for negative values have further keys.
-_PLAIN = {keys for backend in ("CPU", "CUDA", "Meta") for keys in _plain_keys(backend)}
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+# torch.autograd.grad(is_grads_batched=True) hides its batches from Python.
+_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
 
 
 def _is_seen() -> bool:
@@ -145,9 +137,25 @@ def _is_seen() -> bool:
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
     )
+
+
+# A tensor on meta has no data for an implementation.
+_direct_on_meta = False
+
+
+@contextmanager
+def direct_on_meta() -> Iterator[None]:
+    """Call implementations for tensors on meta within the block as for those on a GPU, which they stand for."""
+    global _direct_on_meta
+    previous, _direct_on_meta = _direct_on_meta, True
+    try:
+        yield
+    finally:
+        _direct_on_meta = previous
 
 
 class _Derivative:
@@ -163,7 +171,8 @@ class _Derivative:
         self.dispatched = _function(dispatched, backward, setup_context)
         self.transformed = _transformed_function(dispatched, backward, setup_context)
         # What PyTorch's own `apply` ends in: before it, it looks at each argument for a transform's.
-        self.apply_direct = super(torch.autograd.Function, _function(direct, backward, setup_context)).apply
+        of_operator: Any = super(torch.autograd.Function, _function(direct, backward, setup_context))
+        self.apply_direct = of_operator.apply
 
 
 def _function(

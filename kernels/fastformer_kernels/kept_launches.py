@@ -80,6 +80,7 @@ def kept_launch(launcher: Launcher) -> Callable[..., None]:
                 pointers.append(pointer)
                 kind += argument.dtype, argument.shape, argument.stride(), pointer % _ALIGNMENT
             elif type(argument) is tuple:
+                kind.append(len(argument))
                 pointers += [tensor.data_ptr() for tensor in argument]
             else:
                 kind.append(argument)
@@ -113,19 +114,22 @@ class _Kept:
         self.grid = (*launch.grid, 1, 1)[:3]
         self.descriptors = launch.descriptors
         self.arguments: list[Any] = [by_name[name] for name in names]
-        # Where pointers go, and whose: among the arguments, and within the tuples among them.
+        # Where pointers go, and whose: among the arguments, and first or later within the tuples among them.
         self.pointers: list[tuple[int, int]] = []
+        self.leading: list[tuple[int, int, tuple[Any, ...]]] = []
         self.groups: list[tuple[int, list[Any], list[tuple[int, int]]]] = []
         try:
             for place, argument in enumerate(self.arguments):
-                if isinstance(argument, torch.Tensor):
+                if _is_tensor(argument):
                     self.arguments[place] = None
                     self.pointers.append((place, numbers[id(argument)]))
                 elif isinstance(argument, tuple):
                     within = [(i, numbers[id(part)]) for i, part in enumerate(argument) if _is_tensor(part)]
                     group = [None if _is_tensor(part) else part for part in argument]
                     self.arguments[place] = tuple(group)
-                    if within:
+                    if len(within) == 1 and within[0][0] == 0:
+                        self.leading.append((place, within[0][1], tuple(group[1:])))
+                    elif within:
                         self.groups.append((place, group, within))
         except KeyError:
             raise ValueError(f"{launch.kernel}: a tensor among its arguments was not given to its launcher") from None
@@ -136,6 +140,8 @@ class _Kept:
         arguments = self.arguments.copy()
         for place, number in self.pointers:
             arguments[place] = pointers[number]
+        for place, number, rest in self.leading:
+            arguments[place] = (pointers[number], *rest)
         for place, group, within in self.groups:
             parts = group.copy()
             for i, number in within:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -78,6 +78,17 @@ class AttentionArguments(NamedTuple):
         """Whether kernels load something for each query and key: a mask or a bias."""
         return self.mask is not None or self.bias is not None or self.relative_bias is not None
 
+    def for_launch(self) -> tuple[Any, ...]:
+        """As a kept launch takes them: one value where none of them is a tensor, else each by itself."""
+        (mask, bias, relative, slopes, scales, sinks, key_lengths, prefix_lengths, q_bounds, k_bounds, *_, seed) = self
+        of_scores = mask is bias is relative is slopes is scales is sinks is seed is None
+        return (self,) if of_scores and key_lengths is prefix_lengths is q_bounds is k_bounds is None else self
+
+    @staticmethod
+    def of_launch(fields: tuple[Any, ...]) -> AttentionArguments:
+        """What `for_launch` made of them."""
+        return fields[0] if len(fields) == 1 else AttentionArguments(*fields)
+
     @property
     def packed(self) -> bool:
         return self.cu_seqlens_q is not None
@@ -88,16 +99,16 @@ class AttentionArguments(NamedTuple):
 
 
 class AttentionGradients(NamedTuple):
-    """Gradients of a call's differentiable arguments; those of learned ones are empty where none was asked for."""
+    """Gradients of a call's differentiable arguments; None for learned ones where none was asked for."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    bias: torch.Tensor
-    relative_bias: torch.Tensor
-    alibi_slopes: torch.Tensor
-    head_scales: torch.Tensor
-    sinks: torch.Tensor
+    bias: torch.Tensor | None
+    relative_bias: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    head_scales: torch.Tensor | None
+    sinks: torch.Tensor | None
 
 
 def sum_by_distance(scores: torch.Tensor, arguments: AttentionArguments) -> torch.Tensor:
@@ -145,24 +156,19 @@ def empty_gradient(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _empty_like(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    if tensor.dim() == 3:
-        return tensor.new_empty((*tensor.shape[:-1], head_dim))
-    batch, heads, sequence, _ = shape = tensor.shape
-    if tensor.stride(2) > tensor.stride(0):
+    shape = tensor.shape
+    if len(shape) == 3:
+        return tensor.new_empty((*shape[:-1], head_dim))
+    batch, heads, sequence, _ = shape
+    stride_batch, _, stride_sequence, _ = tensor.stride()
+    if stride_sequence > stride_batch:
         strides = (heads * head_dim, head_dim, batch * heads * head_dim, 1)
     else:
         strides = (sequence * heads * head_dim, head_dim, heads * head_dim, 1)
-    return tensor.new_empty_strided((*shape[:-1], head_dim), strides)
+    return tensor.new_empty_strided((batch, heads, sequence, head_dim), strides)
 
 
 def empty_lse(query: torch.Tensor) -> torch.Tensor:
     """A log-sum-exp for `query`: float32, (batch, heads, queries), or packed (heads, total_tokens)."""
-    shape = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
-    return torch.empty(shape, dtype=torch.float32, device=query.device)
-
-
-def optional_gradient(tensor: torch.Tensor | None, needed: bool, query: torch.Tensor) -> torch.Tensor:
-    """An uninitialised contiguous gradient of `tensor` if it is needed, else an empty tensor."""
-    if tensor is None or not needed:
-        return query.new_empty(0)
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    shape = query.shape
+    return query.new_empty(shape[:-1] if len(shape) == 4 else (shape[1], shape[0]), dtype=torch.float32)

@@ -922,29 +922,32 @@ def attention_backward(
     arguments: AttentionArguments,
     needed: Learned[bool],
 ) -> AttentionGradients:
-    """Gradients of checked arguments; those of learned ones that are not `needed` are empty."""
+    """Gradients of checked arguments; those of learned ones that are not `needed` are None."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     configuration = _key_configuration(query, value, arguments, deterministic)
     two_kernels = deterministic or configuration.two_kernels
     exponent, delta = torch.empty_like(lse), torch.empty_like(lse)
     grad_query, grad_key, grad_value = empty_gradient(query), empty_gradient(key), empty_gradient(value)
-    length, block = arguments.max_seqlen_k, configuration.block_n
-    if two_kernels:
-        length, block = arguments.max_seqlen_q, deterministic_configuration(query, value, arguments).block_m
-    gradients = _score_gradients(query, arguments, needed, deterministic, triton.cdiv(length, block))
-    inputs = (query, key, value, grad_output)
+    sums = _NO_SUMS
+    if True in needed:
+        length, block = arguments.max_seqlen_k, configuration.block_n
+        if two_kernels:
+            length, block = arguments.max_seqlen_q, deterministic_configuration(query, value, arguments).block_m
+        sums = _score_sums(query, arguments, needed, deterministic, triton.cdiv(length, block))
+    inputs, fields = (query, key, value, grad_output), arguments.for_launch()
     if query.numel():
         _launch_row_statistics(output, grad_output, lse, grad_lse, (exponent, delta))
     if two_kernels:
-        _launch_query_gradient(*inputs, (exponent, delta, grad_query), *gradients, *arguments)
-        keys_made: tuple[torch.Tensor, ...] = (exponent, delta, grad_key, grad_value)
-        _launch_key_value_gradient(*inputs, made, deterministic, *_NO_GRADIENTS, *arguments)
+        _launch_query_gradient(*inputs, (exponent, delta, grad_query), *sums, *fields)
+        made = (exponent, delta, grad_key, grad_value)
+        _launch_key_value_gradient(*inputs, made, deterministic, *_NO_SUMS, *fields)
     else:
         total = torch.zeros_like(grad_query, dtype=torch.float32)
-        made = (exponent, delta, grad_key, grad_value, total)
-        _launch_key_value_gradient(*inputs, made, deterministic, *gradients, *arguments)
+        _launch_key_value_gradient(
+            *inputs, (exponent, delta, grad_key, grad_value, total), deterministic, *sums, *fields
+        )
         _launch_scale_and_round(total, (grad_query,), 1.0 if arguments.head_scales is not None else arguments.scale)
-    learned = _learned_gradients(gradients, lse, delta, arguments, needed)
+    learned = _learned_gradients(sums, lse, delta, arguments, needed) if True in needed else _NOTHING_LEARNED
     return AttentionGradients(grad_query, grad_key, grad_value, *learned)
 
 
@@ -956,13 +959,23 @@ def _key_configuration(
     return choose(query, value, arguments)
 
 
-_NO_GRADIENTS = ScoreGradients(*addend(None), *relative(None), slopes=None, head_scales=None)
+class _ScoreSums(NamedTuple):
+    """Where the gradients of what is added to the scores add up; see `ScoreGradients`."""
+
+    bias: torch.Tensor | None
+    relative: torch.Tensor | None
+    slopes: torch.Tensor | None
+    head_scales: torch.Tensor | None
 
 
-def _score_gradients(
+_NO_SUMS = _ScoreSums(None, None, None, None)
+_NOTHING_LEARNED: Learned[torch.Tensor | None] = Learned(None, None, None, None, None)
+
+
+def _score_sums(
     query: torch.Tensor, arguments: AttentionArguments, needed: Learned[bool], deterministic: bool, tiles: int
-) -> ScoreGradients:
-    """Zeroed places for the gradients of what is added to the scores.
+) -> _ScoreSums:
+    """Zeros for the sums that are needed.
 
     No element is shared when determinism is asked for: bias and relative bias then add up from the whole gradient of
     the scores.
@@ -975,24 +988,24 @@ def _score_gradients(
     if deterministic and (bias_shape is not None or relative_shape is not None):
         bias_shape = torch.Size((batch, heads, arguments.max_seqlen_q, arguments.max_seqlen_k))
         relative_shape = None
-    return ScoreGradients(
-        *addend(None if bias_shape is None else zeros(bias_shape)),
-        *relative(None if relative_shape is None else zeros(relative_shape)),
+    return _ScoreSums(
+        bias=None if bias_shape is None else zeros(bias_shape),
+        relative=None if relative_shape is None else zeros(relative_shape),
         slopes=parts() if needed.alibi_slopes else None,
         head_scales=parts() if needed.head_scales else None,
     )
 
 
 def _learned_gradients(
-    gradients: ScoreGradients,
+    found: _ScoreSums,
     lse: torch.Tensor,
     delta: torch.Tensor,
     arguments: AttentionArguments,
     needed: Learned[bool],
-) -> Learned[torch.Tensor]:
+) -> Learned[torch.Tensor | None]:
     """The gradients in the shapes and dtypes of their arguments."""
-    grad_bias, grad_relative, grad_slopes, grad_scales, grad_sinks = (lse.new_empty(0) for _ in Learned._fields)
-    scores, sums = gradients.bias, gradients.relative
+    grad_bias = grad_relative = grad_slopes = grad_scales = grad_sinks = None
+    scores, sums = found.bias, found.relative
     if needed.bias and arguments.bias is not None and scores is not None:
         grad_bias = scores.sum_to_size(arguments.bias.shape).to(arguments.bias.dtype)
     if needed.relative and arguments.relative_bias is not None:
@@ -1000,10 +1013,10 @@ def _learned_gradients(
             assert scores is not None
             sums = sum_by_distance(scores, arguments)
         grad_relative = sums.to(arguments.relative_bias.dtype)
-    if gradients.slopes is not None and arguments.alibi_slopes is not None:
-        grad_slopes = gradients.slopes.sum(-1).sum_to_size(arguments.alibi_slopes.shape)
-    if gradients.head_scales is not None:
-        grad_scales = gradients.head_scales.sum((0, 2)) * arguments.scale
+    if found.slopes is not None and arguments.alibi_slopes is not None:
+        grad_slopes = found.slopes.sum(-1).sum_to_size(arguments.alibi_slopes.shape)
+    if found.head_scales is not None:
+        grad_scales = found.head_scales.sum((0, 2)) * arguments.scale
     if needed.sinks and arguments.sinks is not None:
         # A sink's weight in each row is exp(sink - lse); it meets no value, so its gradient is -weight * delta.
         by_row = lse if lse.dim() == 3 else lse[None]
@@ -1023,7 +1036,7 @@ def _launch_key_value_gradient(
 ) -> Launch | None:
     exponent, delta, grad_key, grad_value, *totals = made
     total = totals[0] if totals else None
-    gradients, arguments = _score_gradients_and_arguments(fields)
+    gradients, arguments = _gradients_and_arguments(fields)
     configuration = _key_configuration(query, value, arguments, deterministic)
     tiles = triton.cdiv(arguments.max_seqlen_k, configuration.block_n)
     works = tiles * key.shape[1] * arguments.batch(query)
@@ -1082,7 +1095,7 @@ def _launch_query_gradient(
     *fields: Any,
 ) -> Launch | None:
     exponent, delta, grad_query = made
-    gradients, arguments = _score_gradients_and_arguments(fields)
+    gradients, arguments = _gradients_and_arguments(fields)
     configuration = deterministic_configuration(query, value, arguments)
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
     works = tiles * query.shape[1] * arguments.batch(query)
@@ -1116,9 +1129,11 @@ def _launch_query_gradient(
     )
 
 
-def _score_gradients_and_arguments(fields: tuple[Any, ...]) -> tuple[ScoreGradients, AttentionArguments]:
-    count = len(ScoreGradients._fields)
-    return ScoreGradients(*fields[:count]), AttentionArguments(*fields[count:])
+def _gradients_and_arguments(fields: tuple[Any, ...]) -> tuple[ScoreGradients, AttentionArguments]:
+    """What a launcher was given as `_ScoreSums` and `AttentionArguments`."""
+    bias, relative_bias, slopes, head_scales = fields[: len(_NO_SUMS)]
+    gradients = ScoreGradients(*addend(bias), *relative(relative_bias), slopes, head_scales)
+    return gradients, AttentionArguments.of_launch(fields[len(_NO_SUMS) :])
 
 
 @kept_launch

@@ -359,7 +359,7 @@ def attention_forward(
     """Output and log-sum-exp of checked arguments; layouts as in `AttentionArguments`."""
     output, lse = empty_output(query, value), empty_lse(query)
     if query.numel():
-        _launch_forward(query, key, value, (output, lse), *arguments)
+        _launch_forward(query, key, value, (output, lse), *arguments.for_launch())
     return output, lse
 
 
@@ -371,7 +371,7 @@ def _launch_forward(
     made: tuple[torch.Tensor, torch.Tensor],
     *fields: Any,
 ) -> Launch | None:
-    (output, lse), arguments = made, AttentionArguments(*fields)
+    (output, lse), arguments = made, AttentionArguments.of_launch(fields)
     configuration = forward_configuration(query, key, value, arguments)
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
     works = tiles * query.shape[1] * arguments.batch(query)

@@ -125,7 +125,7 @@ def attention_weights(
     weights = query.new_empty(arguments.batch(query), len(heads), len(query_rows), arguments.max_seqlen_k)
     if weights.numel() == 0:
         return weights
-    _launch_weights(query, key, lse, weights, heads, query_rows, *arguments)
+    _launch_weights(query, key, lse, heads, query_rows, (weights,), *arguments.for_launch())
     return weights
 
 
@@ -134,12 +134,12 @@ def _launch_weights(
     query: torch.Tensor,
     key: torch.Tensor,
     lse: torch.Tensor,
-    weights: torch.Tensor,
     heads: torch.Tensor,
     query_rows: torch.Tensor,
+    made: tuple[torch.Tensor],
     *fields: Any,
 ) -> Launch:
-    arguments = AttentionArguments(*fields)
+    (weights,), arguments = made, AttentionArguments.of_launch(fields)
     configuration = weights_configuration(query)
     row_tiles = triton.cdiv(len(query_rows), configuration.block_m)
     key_tiles = triton.cdiv(arguments.max_seqlen_k, configuration.block_n)
