@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastformer.backends import use_triton
-from fastformer.ops.autocast import to_autocast_dtype
+from fastformer.ops.autocast import autocast_device_type, to_autocast_dtype
 from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
 from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropout_threshold
 from fastformer.ops.operator import operator
@@ -67,42 +67,46 @@ def feed_forward(
     >>> fastformer.feed_forward(torch.randn(2, 7, 16), torch.randn(64, 16), torch.randn(16, 64)).shape
     torch.Size([2, 7, 16])
     """
-    input, up_weight, down_weight = (
-        to_autocast_dtype(input),
-        to_autocast_dtype(up_weight),
-        to_autocast_dtype(down_weight),
-    )
-    up_bias, down_bias = to_autocast_dtype(up_bias), to_autocast_dtype(down_bias)
-    gate_weight, gate_bias = to_autocast_dtype(gate_weight), to_autocast_dtype(gate_bias)
+    if torch.is_autocast_enabled(autocast_device_type(input)):
+        input, up_weight, down_weight = map(to_autocast_dtype, (input, up_weight, down_weight))
+        up_bias, down_bias = to_autocast_dtype(up_bias), to_autocast_dtype(down_bias)
+        gate_weight, gate_bias = to_autocast_dtype(gate_weight), to_autocast_dtype(gate_bias)
     _check(input, up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias, activation)
     check_dropout_p(hidden_dropout_p, "hidden_dropout_p")
     check_dropout_p(output_dropout_p, "output_dropout_p")
-    output_shape = (*input.shape[:-1], down_weight.shape[0])
+    shape = input.shape
+    output_shape = (*shape[:-1], down_weight.shape[0])
     if residual is not None:
         check_floating("residual", residual)
         check_device("residual", residual, "input", input)
         check_shape("residual", residual, output_shape)
-    tensors = (input, up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias)
-    for_backward = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    tokens = math.prod(input.shape[:-1])
+    store_pre_activations = False
+    if not recompute and torch.is_grad_enabled():
+        tensors = (input, up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias)
+        store_pre_activations = True in [tensor is not None and tensor.requires_grad for tensor in tensors]
+    is_matrix = len(shape) == 2
+    if not is_matrix:
+        tokens = math.prod(shape[:-1])
+        input = input.reshape(tokens, shape[-1])
+        residual = None if residual is None else residual.reshape(tokens, output_shape[-1])
     output, _, _ = _feed_forward(
-        input.reshape(tokens, input.shape[-1]),
+        input,
         up_weight,
         down_weight,
         up_bias,
         down_bias,
         gate_weight,
         gate_bias,
-        None if residual is None else residual.reshape(tokens, down_weight.shape[0]),
+        residual,
         draw_seed(input.device) if hidden_dropout_p else None,
         draw_seed(input.device) if output_dropout_p else None,
         activation,
         hidden_dropout_p,
         output_dropout_p,
-        for_backward and not recompute,
+        store_pre_activations,
     )
     # Not a view for autograd: FSDP2's hooks on a module's output do not survive in-place operations on views.
-    return torch.ops.aten._unsafe_view(output, output_shape)
+    return output if is_matrix else torch.ops.aten._unsafe_view(output, output_shape)
 
 
 def _check(
@@ -120,12 +124,13 @@ def _check(
     check_floating("input", input)
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, (..., in_features); got a scalar")
-    for name, weight in (("up_weight", up_weight), ("down_weight", down_weight)):
-        if weight.dim() != 2:
-            raise ValueError(f"{name} must have two dimensions, (out_features, in_features); got {tuple(weight.shape)}")
+    if up_weight.dim() != 2 or down_weight.dim() != 2:
+        name, weight = ("down_weight", down_weight) if up_weight.dim() == 2 else ("up_weight", up_weight)
+        raise ValueError(f"{name} must have two dimensions, (out_features, in_features); got {tuple(weight.shape)}")
     if gate_bias is not None and gate_weight is None:
         raise ValueError("gate_bias was given without gate_weight; give both, or neither for an ungated block")
-    in_features, intermediate_size, out_features = input.shape[-1], up_weight.shape[0], down_weight.shape[0]
+    dtype, device = input.dtype, input.device
+    intermediate_size, in_features, out_features = up_weight.shape[0], input.shape[-1], down_weight.shape[0]
     for name, tensor, shape in (
         ("up_weight", up_weight, (intermediate_size, in_features)),
         ("down_weight", down_weight, (out_features, intermediate_size)),
@@ -134,7 +139,7 @@ def _check(
         ("gate_weight", gate_weight, (intermediate_size, in_features)),
         ("gate_bias", gate_bias, (intermediate_size,)),
     ):
-        if tensor is not None:
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype or tensor.device != device):
             check_shape(name, tensor, shape)
             check_like(name, tensor, "input", input)
 
@@ -172,7 +177,9 @@ def _feed_forward(
         output = F.linear(hidden, down_weight, down_bias)
         if output_seed is not None:
             apply_dropout_(output, output_seed, output_dropout_p)
-        if residual is not None:
+        if residual is not None and residual.dtype == output.dtype:
+            output.add_(residual)
+        elif residual is not None:
             output = (output + residual).contiguous()
     empty = input.new_empty
     return output, empty(0) if up is None else up, empty(0) if gate is None else gate
@@ -251,12 +258,12 @@ def _feed_forward_backward(
             grad_down = _weight_gradient(grad_product, hidden)
             del hidden
         if needs_pre_activations:
-            grad_hidden = grad_product @ down_weight
+            grad_hidden = torch.mm(grad_product, down_weight)
             if hidden_seed is not None:
                 apply_dropout_(grad_hidden, hidden_seed, hidden_dropout_p)
             grad_up, grad_gate = _hidden_backward_torch(grad_hidden, up, gate, activation)
     if needs_input and grad_up is not None:
-        grad_input = grad_up @ up_weight
+        grad_input = torch.mm(grad_up, up_weight)
         if grad_gate is not None and gate_weight is not None:
             grad_input.addmm_(grad_gate, gate_weight)
     gradients = (
@@ -274,7 +281,7 @@ def _feed_forward_backward(
 def _product_gradient(grad_output: Tensor, input: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     """The gradient of what the second projection gave, before dropout, in the products' dtype."""
     if seed is None:
-        return grad_output.to(input.dtype)
+        return grad_output if grad_output.dtype == input.dtype else grad_output.to(input.dtype)
     if use_triton(input) and grad_output.numel():
         from fastformer_kernels.feed_forward import apply_dropout
 
@@ -284,7 +291,7 @@ def _product_gradient(grad_output: Tensor, input: Tensor, seed: Tensor | None, d
 
 
 def _weight_gradient(grad_output: Tensor | None, input: Tensor | None) -> Tensor | None:
-    return None if grad_output is None or input is None else grad_output.t() @ input
+    return None if grad_output is None or input is None else torch.mm(grad_output.t(), input)
 
 
 def _bias_gradient(grad_output: Tensor | None) -> Tensor | None:
@@ -316,11 +323,24 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    input, up_weight, down_weight, up_bias, _, gate_weight, gate_bias, residual, *seeds, activation, p, q, stored = (
-        inputs
-    )
+    (
+        input,
+        up_weight,
+        down_weight,
+        up_bias,
+        _,
+        gate_weight,
+        gate_bias,
+        residual,
+        hidden_seed,
+        output_seed,
+        activation,
+        hidden_dropout_p,
+        output_dropout_p,
+        stored,
+    ) = inputs
     _, up, gate = output
-    ctx.options = (activation, p, q)
+    ctx.options = (activation, hidden_dropout_p, output_dropout_p)
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(
         input,
@@ -332,21 +352,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         None if stored else gate_bias,
         up if stored else None,
         gate if stored and gate_weight is not None else None,
-        *seeds,
+        hidden_seed,
+        output_seed,
     )
     ctx.mark_non_differentiable(up, gate)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    needs_grad, needs_residual = list(ctx.needs_input_grad[:7]), ctx.needs_input_grad[7]
     if grad_output is None:
         return (None,) * 14
+    *needs_grad, needs_residual = ctx.needs_input_grad[:8]
     gradients = iter(())
-    if any(needs_grad):
+    if True in needs_grad:
         gradients = iter(_feed_forward_backward(grad_output, *ctx.saved_tensors, *ctx.options, needs_grad))
     return (
-        *(next(gradients) if needed else None for needed in needs_grad),
+        *[next(gradients) if needed else None for needed in needs_grad],
         grad_output.to(ctx.residual_dtype) if needs_residual else None,
         *(None,) * 6,
     )
@@ -361,9 +382,11 @@ def _runs_kernel(input: Tensor, up_weight: Tensor, down_weight: Tensor) -> bool:
 
 def _kernel_dropout(seed: Tensor | None, dropout_p: float) -> Any:
     """The kernels' `Dropout`, or None where nothing is dropped."""
+    if seed is None:
+        return None
     from fastformer_kernels.dropout import Dropout
 
-    return None if seed is None else Dropout(seed, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
+    return Dropout(seed, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
 
 
 def _hidden_forward_torch(
@@ -377,17 +400,13 @@ def _hidden_forward_torch(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     up = F.linear(input, up_weight, up_bias)
     gate = None if gate_weight is None else F.linear(input, gate_weight, gate_bias)
-    if store_pre_activations:
-        return _hidden_torch(up, gate, activation), up, gate
-    if gate is None:
-        return _activate(up, activation, out=up), None, None
-    return _activate(gate, activation, out=gate).mul_(up), None, None
+    hidden = _hidden_torch(up, gate, activation, inplace=not store_pre_activations)
+    return (hidden, up, gate) if store_pre_activations else (hidden, None, None)
 
 
-def _hidden_torch(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
-    if gate is None:
-        return _activate(up, activation, out=torch.empty_like(up))
-    return _activate(gate, activation, out=torch.empty_like(gate)).mul_(up)
+def _hidden_torch(up: Tensor, gate: Tensor | None, activation: str, inplace: bool = False) -> Tensor:
+    """The hidden layer; `inplace` in the memory of `up`, or of `gate`."""
+    return _activate(up, activation, inplace) if gate is None else _activate(gate, activation, inplace).mul_(up)
 
 
 def _hidden_backward_torch(
@@ -396,22 +415,21 @@ def _hidden_backward_torch(
     """Gradients of the pre-activations `up` and `gate`; `grad_hidden` is used up."""
     if gate is None:
         return _activate_backward(grad_hidden, up, activation), None
-    grad_up = _activate(gate, activation, out=torch.empty_like(gate)).mul_(grad_hidden)
+    grad_up = _activate(gate, activation).mul_(grad_hidden)
     return grad_up, _activate_backward(grad_hidden.mul_(up), gate, activation)
 
 
-def _activate(x: Tensor, activation: str, out: Tensor) -> Tensor:
-    """The activation of `x`, written to `out`, which may be `x`."""
-    aten = torch.ops.aten
-    if activation == "relu":
-        return torch.clamp_min(x, 0, out=out)
-    if activation == "squared_relu":
-        return torch.clamp_min(x, 0, out=out).square_()
+def _activate(x: Tensor, activation: str, inplace: bool = False) -> Tensor:
+    """The activation of `x`, in new memory or that of `x`."""
+    if activation in _GELU_APPROXIMATION:
+        # Several times quicker to call than `torch.ops.aten.gelu.out`, and the same.
+        return F.gelu(x, approximate=_GELU_APPROXIMATION[activation], out=x if inplace else None)  # type: ignore[call-arg]
     if activation == "silu":
-        return aten.silu.out(x, out=out)
+        return F.silu(x, inplace)
     if activation == "identity":
-        return out.copy_(x)
-    return aten.gelu.out(x, approximate=_GELU_APPROXIMATION[activation], out=out)
+        return x if inplace else x.clone()
+    x = F.relu(x, inplace)
+    return x.square_() if activation == "squared_relu" else x
 
 
 def _activate_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:

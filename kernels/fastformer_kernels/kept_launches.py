@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastformer_kernels.launch import device_guard, provide_scratch_memory
 
@@ -36,7 +37,8 @@ class Launch(NamedTuple):
     Attributes:
         kernel: the Triton function.
         grid: programs in each dimension.
-        arguments: of the kernel, in its order; tensors among them, or within a tuple among them, are the launcher's.
+        arguments: of the kernel, in its order; tensors among them, within a tuple among them or described by a
+            descriptor among them are the launcher's.
         options: the kernel's constants and the compiler's options by name.
         descriptors: whether the kernel makes tensor descriptors.
     """
@@ -118,11 +120,15 @@ class _Kept:
         self.pointers: list[tuple[int, int]] = []
         self.leading: list[tuple[int, int, tuple[Any, ...]]] = []
         self.groups: list[tuple[int, list[Any], list[tuple[int, int]]]] = []
+        self.described: list[tuple[int, int, dict[str, Any]]] = []
         try:
             for place, argument in enumerate(self.arguments):
                 if _is_tensor(argument):
                     self.arguments[place] = None
                     self.pointers.append((place, numbers[id(argument)]))
+                elif isinstance(argument, TensorDescriptor):
+                    self.arguments[place] = None
+                    self.described.append((place, numbers[id(argument.base)], {**vars(argument), "base": None}))
                 elif isinstance(argument, tuple):
                     within = [(i, numbers[id(part)]) for i, part in enumerate(argument) if _is_tensor(part)]
                     group = [None if _is_tensor(part) else part for part in argument]
@@ -147,6 +153,8 @@ class _Kept:
             for i, number in within:
                 parts[i] = pointers[number]
             arguments[place] = tuple(parts)
+        for place, number, fields in self.described:
+            arguments[place] = _descriptor(pointers[number], fields)
         compiled, hooks = self.compiled, triton.knobs.runtime
         enter, leave, metadata = hooks.launch_enter_hook, hooks.launch_exit_hook, None
         if enter.calls or leave.calls:
@@ -157,6 +165,20 @@ class _Kept:
         compiled.run(
             *self.grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments
         )
+
+
+class _Pointer(int):
+    """What Triton's launchers want of a described tensor: to be a pointer, or to have one."""
+
+    def data_ptr(self) -> int:
+        return self
+
+
+def _descriptor(pointer: int, fields: dict[str, Any]) -> TensorDescriptor:
+    """A descriptor with these fields of what lies at `pointer`: its class would check them all again."""
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(fields, base=_Pointer(pointer))
+    return descriptor
 
 
 def _is_tensor(value: Any) -> bool:
@@ -172,7 +194,10 @@ def _keep(launcher: Launcher, arguments: tuple[Any, ...], key: tuple[Any, ...]) 
     kept = _kept
     tensors: list[torch.Tensor] = []
     launch, compiled = _launch(launcher, _separate(arguments, tensors))
-    kept[key] = None if launch is None else _Kept(compiled, launch, tensors)
+    if launch is None:
+        kept[key] = None
+    elif compiled is not None:  # A hook of Triton's may stop a launch.
+        kept[key] = _Kept(compiled, launch, tensors)
 
 
 def _separate(values: tuple[Any, ...], tensors: list[torch.Tensor]) -> tuple[Any, ...]:

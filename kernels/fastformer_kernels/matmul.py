@@ -227,7 +227,11 @@ def operands(
             tile = [block, configuration.depth]
             if access == TRANSPOSED_DESCRIPTOR:
                 tile.reverse()
-            return [None if view is None else TensorDescriptor.from_tensor(view, tile) for view in views], access.value
+            # Of the matrix itself, not of a view, so that a launcher was given what it describes.
+            return [
+                None if view is None else TensorDescriptor(matrix, view.shape, view.stride(), tile)
+                for matrix, view in zip(matrices, views, strict=True)
+            ], access.value
     transposed = all(matrix is None or (matrix.stride(0) == 1 and matrix.stride(1) != 1) for matrix in matrices)
     return list(matrices), (TRANSPOSED_POINTERS if transposed else POINTERS).value
 

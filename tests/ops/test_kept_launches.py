@@ -12,6 +12,7 @@ from fastformer_kernels import kept_launches
 from fastformer_kernels.configurations import forced, shipped_defaults
 from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import target_architecture
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 pytestmark = pytest.mark.cpu
 
@@ -103,6 +104,23 @@ def test_one_tensor_given_twice_is_no_kind_of_its_own(kernel: Kernel, monkeypatc
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 32 if tensor is a else 64)
     launch(a, b, 3)
     assert kernel.launched == [((3, 1, 1), 10, 32, (64, 7), 3, 16)]
+
+
+def test_a_descriptor_follows_its_tensor(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Triton's launchers read one: what it describes, and where that lies, as a pointer or by `data_ptr`."""
+
+    @kept_launch
+    def launch(matrix: torch.Tensor) -> Launch:
+        described = TensorDescriptor(matrix, [4, 16], [16, 1], [2, 8])
+        return Launch(kernel, (1,), (described, (), 3), {"BLOCK": 16})
+
+    launch(on_meta(16, 4).T)
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 64)
+    launch(on_meta(16, 4).T)
+    ((_, _, descriptor, *rest),) = kernel.launched
+    assert rest == [(), 3, 16] and isinstance(descriptor, TensorDescriptor)
+    assert (descriptor.shape, descriptor.strides, descriptor.block_shape) == ([4, 16], [16, 1], [2, 8])
+    assert descriptor.base == descriptor.base.data_ptr() == 64
 
 
 @pytest.mark.parametrize(

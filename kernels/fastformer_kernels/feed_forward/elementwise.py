@@ -11,13 +11,16 @@ the place of an argument where they can. All matrices are (tokens, columns), con
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from fastformer_kernels.activations import gradients_of, hidden_of
 from fastformer_kernels.dropout import Dropout, drop, dropout_arguments
-from fastformer_kernels.launch import COMPILER_OPTIONS, device_guard
+from fastformer_kernels.kept_launches import Launch, kept_launch
+from fastformer_kernels.launch import COMPILER_OPTIONS
 from fastformer_kernels.precision import round_to
 
 TILE_ELEMENTS = 2048
@@ -159,11 +162,21 @@ def activation_forward(
     up: torch.Tensor, gate: torch.Tensor | None, activation: str, dropout: Dropout | None, hidden: torch.Tensor
 ) -> None:
     """Write the hidden layer to `hidden`, which may be `up` or `gate`."""
-    grid, blocks = _launch(up)
-    with device_guard(up):
-        _activation_forward_kernel[grid](
-            up, gate, hidden, *dropout_arguments(dropout), *up.shape, ACTIVATION=activation, **blocks
-        )
+    _launch_activation_forward(up, gate, hidden, *dropout_arguments(dropout), activation)
+
+
+@kept_launch
+def _launch_activation_forward(
+    up: torch.Tensor,
+    gate: torch.Tensor | None,
+    hidden: torch.Tensor,
+    seed: torch.Tensor | None,
+    threshold: int,
+    scale: float,
+    activation: str,
+) -> Launch:
+    arguments = (up, gate, hidden, seed, threshold, scale, *up.shape)
+    return Launch(_activation_forward_kernel, _grid(up), arguments, {"ACTIVATION": activation, **_options(up)})
 
 
 def activation_backward(
@@ -177,21 +190,24 @@ def activation_backward(
     """Gradients of `up` (in the place of `grad_hidden`) and `gate`, and the hidden layer unless not `store_hidden`."""
     grad_gate = None if gate is None else torch.empty_like(gate)
     hidden = torch.empty_like(up) if store_hidden else None
-    grid, blocks = _launch(up)
-    with device_guard(up):
-        _activation_backward_kernel[grid](
-            grad_hidden,
-            up,
-            gate,
-            grad_hidden,
-            grad_gate,
-            hidden,
-            *dropout_arguments(dropout),
-            *up.shape,
-            ACTIVATION=activation,
-            **blocks,
-        )
+    _launch_activation_backward(grad_hidden, up, gate, grad_gate, hidden, *dropout_arguments(dropout), activation)
     return grad_hidden, grad_gate, hidden
+
+
+@kept_launch
+def _launch_activation_backward(
+    grad_hidden: torch.Tensor,
+    up: torch.Tensor,
+    gate: torch.Tensor | None,
+    grad_gate: torch.Tensor | None,
+    hidden: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    threshold: int,
+    scale: float,
+    activation: str,
+) -> Launch:
+    arguments = (grad_hidden, up, gate, grad_hidden, grad_gate, hidden, seed, threshold, scale, *up.shape)
+    return Launch(_activation_backward_kernel, _grid(up), arguments, {"ACTIVATION": activation, **_options(up)})
 
 
 def bias_dropout_residual(
@@ -200,35 +216,66 @@ def bias_dropout_residual(
     """The block's output from its last product, in the product's place unless `residual` has a wider dtype."""
     dtype = product.dtype if residual is None else torch.promote_types(product.dtype, residual.dtype)
     output = product if dtype == product.dtype else torch.empty_like(product, dtype=dtype)
-    grid, blocks = _launch(output)
-    with device_guard(output):
-        _bias_dropout_residual_kernel[grid](
+    _launch_bias_dropout_residual(product, output, bias, residual, *dropout_arguments(dropout))
+    return output
+
+
+@kept_launch
+def _launch_bias_dropout_residual(
+    product: torch.Tensor,
+    output: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    threshold: int,
+    scale: float,
+) -> Launch:
+    return Launch(
+        _bias_dropout_residual_kernel,
+        _grid(output),
+        (
             product,
             output,
             bias,
             residual,
-            *dropout_arguments(dropout),
+            seed,
+            threshold,
+            scale,
             *output.shape,
             0 if bias is None else bias.stride(0),
             *((0, 0) if residual is None else residual.stride()),
-            **blocks,
-        )
-    return output
+        ),
+        _options(output),
+    )
 
 
 def apply_dropout(input: torch.Tensor, dropout: Dropout, dtype: torch.dtype) -> torch.Tensor:
     """`input` (tokens, columns), of any strides, after dropout (of a gradient: the backward), in `dtype`."""
     output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
-    grid, blocks = _launch(output)
-    with device_guard(input):
-        _dropout_kernel[grid](input, output, *dropout_arguments(dropout), *output.shape, *input.stride(), **blocks)
+    _launch_dropout(input, output, *dropout_arguments(dropout))
     return output
 
 
-def _launch(matrix: torch.Tensor) -> tuple[tuple[int, int], dict[str, int | bool]]:
-    """The grid over tiles of `matrix`, and the keyword arguments of the launch."""
+@kept_launch
+def _launch_dropout(
+    input: torch.Tensor, output: torch.Tensor, seed: torch.Tensor, threshold: int, scale: float
+) -> Launch:
+    arguments = (input, output, seed, threshold, scale, *output.shape, *input.stride())
+    return Launch(_dropout_kernel, _grid(output), arguments, _options(output))
+
+
+def _grid(matrix: torch.Tensor) -> tuple[int, int]:
+    """Programs over tiles of `matrix`."""
+    block_rows, block_columns = _tile_size(matrix)
+    return triton.cdiv(matrix.shape[0], block_rows), triton.cdiv(matrix.shape[1], block_columns)
+
+
+def _options(matrix: torch.Tensor) -> dict[str, Any]:
+    block_rows, block_columns = _tile_size(matrix)
+    return {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns, "num_warps": 4, **COMPILER_OPTIONS}
+
+
+def _tile_size(matrix: torch.Tensor) -> tuple[int, int]:
     tokens, columns = matrix.shape
     block_columns = max(4, min(TILE_COLUMNS, triton.next_power_of_2(columns)))
-    block_rows = min(TILE_ELEMENTS // block_columns, triton.next_power_of_2(tokens))
-    blocks = {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns, "num_warps": 4, **COMPILER_OPTIONS}
-    return (triton.cdiv(tokens, block_rows), triton.cdiv(columns, block_columns)), blocks
+    return min(TILE_ELEMENTS // block_columns, triton.next_power_of_2(tokens)), block_columns

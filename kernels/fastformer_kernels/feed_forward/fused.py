@@ -28,7 +28,8 @@ import triton.language as tl
 from fastformer_kernels.activations import gradients_of, hidden_of
 from fastformer_kernels.configurations import chosen
 from fastformer_kernels.dropout import Dropout, drop, dropout_arguments
-from fastformer_kernels.launch import architecture_of, device_guard
+from fastformer_kernels.kept_launches import Launch, kept_launch
+from fastformer_kernels.launch import architecture_of
 from fastformer_kernels.matmul import (
     Configuration,
     column_part,
@@ -299,16 +300,50 @@ def hidden_forward(
         The hidden layer (tokens, intermediate_size) and the pre-activations of up and gate, each None unless it exists
         and `store_pre_activations` is set; all contiguous, of `input`'s dtype.
     """
-    tokens, in_features = input.shape
-    intermediate_size = up_weight.shape[0]
-    hidden = input.new_empty(tokens, intermediate_size)
+    hidden = input.new_empty(input.shape[0], up_weight.shape[0])
     up = torch.empty_like(hidden) if store_pre_activations else None
     gate = torch.empty_like(hidden) if store_pre_activations and gate_weight is not None else None
+    _launch_hidden_forward(
+        input,
+        up_weight,
+        up_bias,
+        gate_weight,
+        gate_bias,
+        hidden,
+        up,
+        gate,
+        *dropout_arguments(dropout),
+        activation,
+        input_precision(input.dtype),
+    )
+    return hidden, up, gate
+
+
+@kept_launch
+def _launch_hidden_forward(
+    input: torch.Tensor,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    gate_weight: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
+    hidden: torch.Tensor,
+    up: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    threshold: int,
+    scale: float,
+    activation: str,
+    precision: str,
+) -> Launch:
+    tokens, in_features = input.shape
+    intermediate_size = up_weight.shape[0]
     configuration = _configuration(input, "forward" if gate_weight is None else "gated_forward", in_features)
     (x,), input_access = operands(configuration.rows, (input,), configuration)
     (w, v), weight_access = operands(configuration.columns, (up_weight, gate_weight), configuration)
-    with device_guard(input):
-        _hidden_forward_kernel[configuration.grid(tokens, intermediate_size, input)](
+    return Launch(
+        _hidden_forward_kernel,
+        configuration.grid(tokens, intermediate_size, input),
+        (
             x,
             w,
             up_bias,
@@ -317,7 +352,9 @@ def hidden_forward(
             hidden,
             up,
             gate,
-            *dropout_arguments(dropout),
+            seed,
+            threshold,
+            scale,
             tokens,
             intermediate_size,
             in_features,
@@ -326,13 +363,15 @@ def hidden_forward(
             _stride(up_bias),
             *((0, 0) if gate_weight is None else gate_weight.stride()),
             _stride(gate_bias),
-            ACTIVATION=activation,
-            INPUT_PRECISION=input_precision(input.dtype),
-            INPUT_ACCESS=input_access,
-            WEIGHT_ACCESS=weight_access,
+        ),
+        {
+            "ACTIVATION": activation,
+            "INPUT_PRECISION": precision,
+            "INPUT_ACCESS": input_access,
+            "WEIGHT_ACCESS": weight_access,
             **configuration.options(in_features),
-        )
-    return hidden, up, gate
+        },
+    )
 
 
 def output_forward(
@@ -348,21 +387,43 @@ def output_forward(
         down_weight: (out_features, intermediate_size), any strides.
         residual: (tokens, out_features), floating, any strides; the output has the wider of its dtype and hidden's.
     """
+    dtype = hidden.dtype if residual is None else torch.promote_types(hidden.dtype, residual.dtype)
+    output = hidden.new_empty(hidden.shape[0], down_weight.shape[0], dtype=dtype)
+    _launch_output(
+        hidden, down_weight, down_bias, residual, output, *dropout_arguments(dropout), input_precision(hidden.dtype)
+    )
+    return output
+
+
+@kept_launch
+def _launch_output(
+    hidden: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    output: torch.Tensor,
+    seed: torch.Tensor | None,
+    threshold: int,
+    scale: float,
+    precision: str,
+) -> Launch:
     tokens, intermediate_size = hidden.shape
     out_features = down_weight.shape[0]
-    dtype = hidden.dtype if residual is None else torch.promote_types(hidden.dtype, residual.dtype)
-    output = hidden.new_empty(tokens, out_features, dtype=dtype)
     configuration = _configuration(hidden, "output", intermediate_size)
     (h,), input_access = operands(configuration.rows, (hidden,), configuration)
     (w,), weight_access = operands(configuration.columns, (down_weight,), configuration)
-    with device_guard(hidden):
-        _output_kernel[configuration.grid(tokens, out_features, hidden)](
+    return Launch(
+        _output_kernel,
+        configuration.grid(tokens, out_features, hidden),
+        (
             h,
             w,
             down_bias,
             residual,
             output,
-            *dropout_arguments(dropout),
+            seed,
+            threshold,
+            scale,
             tokens,
             out_features,
             intermediate_size,
@@ -370,12 +431,14 @@ def output_forward(
             *down_weight.stride(),
             _stride(down_bias),
             *((0, 0) if residual is None else residual.stride()),
-            INPUT_PRECISION=input_precision(hidden.dtype),
-            INPUT_ACCESS=input_access,
-            WEIGHT_ACCESS=weight_access,
+        ),
+        {
+            "INPUT_PRECISION": precision,
+            "INPUT_ACCESS": input_access,
+            "WEIGHT_ACCESS": weight_access,
             **configuration.options(intermediate_size),
-        )
-    return output
+        },
+    )
 
 
 def hidden_backward(
@@ -397,16 +460,49 @@ def hidden_backward(
         The gradient of `up`, that of `gate` (None without it) and the recomputed hidden layer (None unless
         `store_hidden` is set), all shaped like `up`.
     """
-    tokens, intermediate_size = up.shape
-    out_features = down_weight.shape[0]
     grad_up = torch.empty_like(up)
     grad_gate = None if gate is None else torch.empty_like(gate)
     hidden = torch.empty_like(up) if store_hidden else None
+    _launch_hidden_backward(
+        grad_output,
+        down_weight.T,
+        up,
+        gate,
+        grad_up,
+        grad_gate,
+        hidden,
+        *dropout_arguments(dropout),
+        activation,
+        input_precision(up.dtype),
+    )
+    return grad_up, grad_gate, hidden
+
+
+@kept_launch
+def _launch_hidden_backward(
+    grad_output: torch.Tensor,
+    weight: torch.Tensor,
+    up: torch.Tensor,
+    gate: torch.Tensor | None,
+    grad_up: torch.Tensor,
+    grad_gate: torch.Tensor | None,
+    hidden: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    threshold: int,
+    scale: float,
+    activation: str,
+    precision: str,
+) -> Launch:
+    """`weight` is (intermediate_size, out_features)."""
+    tokens, intermediate_size = up.shape
+    out_features = weight.shape[1]
     configuration = _configuration(up, "backward" if gate is None else "gated_backward", out_features)
     (dy,), input_access = operands(configuration.rows, (grad_output,), configuration)
-    (w,), weight_access = operands(configuration.columns, (down_weight.T,), configuration)
-    with device_guard(up):
-        _hidden_backward_kernel[configuration.grid(tokens, intermediate_size, up)](
+    (w,), weight_access = operands(configuration.columns, (weight,), configuration)
+    return Launch(
+        _hidden_backward_kernel,
+        configuration.grid(tokens, intermediate_size, up),
+        (
             dy,
             w,
             up,
@@ -414,19 +510,23 @@ def hidden_backward(
             grad_up,
             grad_gate,
             hidden,
-            *dropout_arguments(dropout),
+            seed,
+            threshold,
+            scale,
             tokens,
             intermediate_size,
             out_features,
             *grad_output.stride(),
-            *down_weight.T.stride(),
-            ACTIVATION=activation,
-            INPUT_PRECISION=input_precision(up.dtype),
-            INPUT_ACCESS=input_access,
-            WEIGHT_ACCESS=weight_access,
+            *weight.stride(),
+        ),
+        {
+            "ACTIVATION": activation,
+            "INPUT_PRECISION": precision,
+            "INPUT_ACCESS": input_access,
+            "WEIGHT_ACCESS": weight_access,
             **configuration.options(out_features),
-        )
-    return grad_up, grad_gate, hidden
+        },
+    )
 
 
 def _configuration(tensor: torch.Tensor, kernel: str, depth: int) -> Configuration:
