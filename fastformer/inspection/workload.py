@@ -245,7 +245,9 @@ def _embedding(make: Maker) -> Tensor:
     ids = torch.empty(8, make.size(512), dtype=torch.int64, device="meta")
     tables = [make.tensor(rows, hidden) for rows in (words, 512, 2)]
     norm = [make.tensor(hidden, dtype=torch.float32) for _ in range(2)]
-    return transformer_embedding(ids, *tables, *norm, token_type_ids=ids, padding_idx=0, dropout_p=0.1)
+    return transformer_embedding(
+        ids, *tables, *norm, position_ids=ids, token_type_ids=ids, padding_idx=0, dropout_p=0.1
+    )
 
 
 def _cross_entropy(make: Maker, classes: int) -> Tensor:

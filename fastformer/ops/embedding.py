@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,11 @@ from torch import Tensor
 from fastformer.backends import use_triton
 from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
 from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed
-from fastformer.ops.normalization import kernel_dropout, norm_backward_torch, norm_torch
+from fastformer.ops.normalization import kernel_dropout
 from fastformer.ops.operator import operator
 from fastformer.ops.packing import packed_positions
 
-_NAMES = ("input_ids", "position_ids", "token_type_ids")
+_INTEGERS = (torch.int64, torch.int32)
 
 
 def transformer_embedding(
@@ -56,31 +56,33 @@ def transformer_embedding(
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted.
-        IndexError: an index is outside its table, on the CPU; a GPU is not waited for, such a token becomes NaN.
+        IndexError: an index is outside its table, on the CPU, or a sequence is longer than the table of positions. For
+            other indices a GPU is not waited for, such a token becomes NaN.
 
     Source: BERT (Devlin et al. 2019, section 3).
     """
-    _check_integers("input_ids", input_ids, input_ids)
+    if input_ids.dtype not in _INTEGERS:
+        raise TypeError(f"input_ids must be int64 or int32; got {input_ids.dtype}")
     if input_ids.dim() not in (1, 2):
         raise ValueError(f"input_ids must be (batch, sequence) or (total_tokens,); got {tuple(input_ids.shape)}")
     check_floating("word_weight", word_weight)
-    hidden_size = word_weight.shape[-1]
+    dtype, device, hidden_size = word_weight.dtype, input_ids.device, word_weight.shape[-1]
     for name, table in (
         ("word_weight", word_weight),
         ("position_weight", position_weight),
         ("token_type_weight", token_type_weight),
     ):
-        if table is not None:
-            check_like(name, table, "word_weight", word_weight)
-            check_device(name, table, "input_ids", input_ids)
-            if table.dim() != 2 or 0 in table.shape:
-                raise ValueError(f"{name} must have shape (rows, hidden_size), not empty; got {tuple(table.shape)}")
-            check_shape(name, table, (table.shape[0], hidden_size))
+        if table is None:
+            continue
+        shape = table.shape
+        if len(shape) != 2 or 0 in shape or shape[1] != hidden_size or table.dtype != dtype or table.device != device:
+            _refuse_table(name, table, word_weight, input_ids)
     for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if parameter is not None:
             check_floating(name, parameter)
-            check_shape(name, parameter, (hidden_size,))
-            check_device(name, parameter, "input_ids", input_ids)
+            if parameter.shape != (hidden_size,) or parameter.device != device:
+                check_shape(name, parameter, (hidden_size,))
+                check_device(name, parameter, "input_ids", input_ids)
     check_dropout_p(dropout_p)
     if padding_idx is not None and not 0 <= padding_idx < word_weight.shape[0]:
         raise ValueError(f"padding_idx must be from 0 to {word_weight.shape[0] - 1}; got {padding_idx}")
@@ -88,27 +90,35 @@ def transformer_embedding(
         if token_type_weight is None:
             raise ValueError("token_type_ids was given without token_type_weight")
         _check_integers("token_type_ids", token_type_ids, input_ids)
-        check_shape("token_type_ids", token_type_ids, tuple(input_ids.shape))
-    positions = _positions(input_ids, position_weight, position_ids, cu_seqlens)
+        if token_type_ids.shape != input_ids.shape:
+            check_shape("token_type_ids", token_type_ids, tuple(input_ids.shape))
     output, _, _ = _embedding(
-        input_ids.reshape(-1),
-        positions,
-        None if token_type_ids is None else token_type_ids.reshape(-1),
+        input_ids,
+        _positions(input_ids, position_weight, position_ids, cu_seqlens),
+        token_type_ids,
         word_weight,
         position_weight,
         token_type_weight,
         norm_weight,
         norm_bias,
-        draw_seed(word_weight.device) if dropout_p else None,
+        draw_seed(device) if dropout_p else None,
         -1 if padding_idx is None else padding_idx,
         eps,
         dropout_p,
     )
-    return output.view(*input_ids.shape, hidden_size)
+    return output
+
+
+def _refuse_table(name: str, table: Tensor, word_weight: Tensor, input_ids: Tensor) -> None:
+    check_like(name, table, "word_weight", word_weight)
+    check_device(name, table, "input_ids", input_ids)
+    if table.dim() != 2 or 0 in table.shape:
+        raise ValueError(f"{name} must have shape (rows, hidden_size), not empty; got {tuple(table.shape)}")
+    check_shape(name, table, (table.shape[0], word_weight.shape[-1]))
 
 
 def _check_integers(name: str, ids: Tensor, input_ids: Tensor) -> None:
-    if ids.dtype not in (torch.int64, torch.int32):
+    if ids.dtype not in _INTEGERS:
         raise TypeError(f"{name} must be int64 or int32; got {ids.dtype}")
     check_device(name, ids, "input_ids", input_ids)
 
@@ -116,7 +126,7 @@ def _check_integers(name: str, ids: Tensor, input_ids: Tensor) -> None:
 def _positions(
     input_ids: Tensor, position_weight: Tensor | None, position_ids: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor | None:
-    """Each token's position, (tokens,); None where there is no table of positions."""
+    """Each token's position, shaped like `input_ids`; None for the index within the sequence, or without a table."""
     if cu_seqlens is not None and input_ids.dim() != 1:
         raise ValueError(f"cu_seqlens is for packed input_ids, (total_tokens,); got {tuple(input_ids.shape)}")
     if position_weight is None:
@@ -127,12 +137,14 @@ def _positions(
         _check_integers("position_ids", position_ids, input_ids)
         if position_ids.dim() != input_ids.dim() or position_ids.shape[0] != 1:
             check_shape("position_ids", position_ids, tuple(input_ids.shape))
-        return position_ids.expand(input_ids.shape).reshape(-1)
+        return position_ids.expand(input_ids.shape)
     if cu_seqlens is not None:
         return packed_positions(cu_seqlens, input_ids.shape[0])
     if input_ids.dim() == 1:
         raise ValueError("packed input_ids, (total_tokens,), need cu_seqlens or position_ids for their positions")
-    return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape).reshape(-1)
+    if input_ids.shape[1] > position_weight.shape[0]:
+        _refuse("position_ids", 0, input_ids.shape[1] - 1, position_weight)
+    return None
 
 
 @operator("fastformer::embedding", mutates_args=())
@@ -150,18 +162,31 @@ def _embedding(
     eps: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, and the rows' mean and rstd."""
-    ids = _contiguous(word_ids, position_ids, token_type_ids)
-    tables = _contiguous(word_weight, position_weight, token_type_weight)
+    """Output (*word_ids.shape, hidden_size), and the rows' mean and rstd, (*word_ids.shape, 1).
+
+    Without `position_ids` a token's position is its index along the last dimension; without `token_type_ids` its type
+    is 0.
+    """
     if _runs_kernel(word_ids, word_weight):
         from fastformer_kernels.embedding import embedding_forward
 
-        weight, bias = _contiguous(norm_weight, norm_bias)
-        return embedding_forward(ids, tables, weight, bias, eps, kernel_dropout(seed, dropout_p))
-    total = _sum_torch(ids, tables)
-    output, mean, rstd = norm_torch(total, norm_weight, norm_bias, eps, True, torch.float32)
+        return embedding_forward(
+            word_ids.contiguous(),
+            None if position_ids is None else position_ids.contiguous(),
+            None if token_type_ids is None else token_type_ids.contiguous(),
+            word_weight.contiguous(),
+            None if position_weight is None else position_weight.contiguous(),
+            None if token_type_weight is None else token_type_weight.contiguous(),
+            None if norm_weight is None else norm_weight.contiguous(),
+            None if norm_bias is None else norm_bias.contiguous(),
+            eps,
+            None if seed is None else kernel_dropout(seed, dropout_p),
+        )
+    total = _sum_torch(word_ids, position_ids, token_type_ids, word_weight, position_weight, token_type_weight)
+    weight, bias = _widened(norm_weight), _widened(norm_bias)
+    output, mean, rstd = torch.native_layer_norm(total, (word_weight.shape[1],), weight, bias, eps)
     if seed is not None:
-        output = apply_dropout_(output, seed, dropout_p)
+        apply_dropout_(output.flatten(0, -2), seed, dropout_p)
     return output.to(word_weight.dtype), mean, rstd
 
 
@@ -180,9 +205,8 @@ def _(
     eps: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = word_ids.shape[0]
-    mean = word_weight.new_empty(tokens, dtype=torch.float32)
-    return word_weight.new_empty(tokens, word_weight.shape[1]), mean, torch.empty_like(mean)
+    mean = word_weight.new_empty((*word_ids.shape, 1), dtype=torch.float32)
+    return word_weight.new_empty((*word_ids.shape, word_weight.shape[1])), mean, torch.empty_like(mean)
 
 
 @operator("fastformer::embedding_backward", mutates_args=())
@@ -201,45 +225,54 @@ def _embedding_backward(
     padding_idx: int,
     dropout_p: float,
     needed: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the three tables (in their dtype) and of LayerNorm's parameters (float32), empty if not `needed`."""
-    ids = _contiguous(word_ids, position_ids, token_type_ids)
-    tables = _contiguous(word_weight, position_weight, token_type_weight)
-    grad_weight: Tensor | None
-    grad_bias: Tensor | None
+) -> list[Tensor]:
+    """Gradients of the three tables (in their dtype) and of LayerNorm's parameters (float32), of those `needed`."""
+    *tables_needed, weight_needed, bias_needed = needed
     runs_kernel = _runs_kernel(word_ids, word_weight)
     if runs_kernel:
         from fastformer_kernels.embedding import embedding_backward
 
         grad_sum, grad_weight, grad_bias = embedding_backward(
             grad_output,
-            ids,
-            tables,
+            word_ids.contiguous(),
+            None if position_ids is None else position_ids.contiguous(),
+            None if token_type_ids is None else token_type_ids.contiguous(),
+            word_weight.contiguous(),
+            None if position_weight is None else position_weight.contiguous(),
+            None if token_type_weight is None else token_type_weight.contiguous(),
             None if norm_weight is None else norm_weight.contiguous(),
             mean,
             rstd,
-            kernel_dropout(seed, dropout_p),
-            weight_needs_grad=needed[3],
-            bias_needs_grad=needed[4],
+            None if seed is None else kernel_dropout(seed, dropout_p),
+            weight_needs_grad=weight_needed,
+            bias_needs_grad=bias_needed,
         )
     else:
-        grad_output = grad_output.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        if seed is not None:
-            grad_output = apply_dropout_(grad_output, seed, dropout_p)
-        grad_sum, grad_weight, grad_bias = norm_backward_torch(
-            grad_output, _sum_torch(ids, tables), mean, rstd, norm_weight, True, needed[3], needed[4]
+        total = _sum_torch(word_ids, position_ids, token_type_ids, word_weight, position_weight, token_type_weight)
+        if seed is None:
+            grad_output = grad_output.float()
+        else:
+            grad_output = grad_output.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            apply_dropout_(grad_output.flatten(0, -2), seed, dropout_p)
+        grad_sum, grad_weight, grad_bias = _norm_backward_torch(
+            grad_output, total, mean, rstd, norm_weight, True in tables_needed, weight_needed, bias_needed
         )
-    gradient = _table_gradient if runs_kernel else _table_gradient_torch
-    grads = [rstd.new_empty(0) for _ in tables]
-    for index, (indices, table) in enumerate(zip(ids, tables, strict=True)):
-        if table is not None and needed[index]:
-            indices = torch.zeros_like(word_ids) if indices is None else indices
-            grads[index] = gradient(grad_sum, indices, table, padding_idx if index == 0 else -1)
-    return (
-        *grads,
-        rstd.new_empty(0) if grad_weight is None else grad_weight,
-        rstd.new_empty(0) if grad_bias is None else grad_bias,
-    )  # type: ignore[return-value]
+    table_gradient = _table_gradient if runs_kernel else _table_gradient_torch
+    word, position, token_type = None, None, None
+    if tables_needed[0]:
+        word = table_gradient(grad_sum, word_ids, word_weight, padding_idx)
+    if position_weight is not None and tables_needed[1]:
+        if position_ids is None:
+            position = _first_rows_gradient(grad_sum.sum(0), position_weight)
+        else:
+            position = table_gradient(grad_sum, position_ids, position_weight, -1)
+    if token_type_weight is not None and tables_needed[2]:
+        if token_type_ids is None:
+            token_type = _first_rows_gradient(grad_sum.flatten(0, -2).sum(0, keepdim=True), token_type_weight)
+        else:
+            token_type = table_gradient(grad_sum, token_type_ids, token_type_weight, -1)
+    gradients = (word, position, token_type, grad_weight, grad_bias)
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 @_embedding_backward.register_fake
@@ -258,36 +291,37 @@ def _(
     padding_idx: int,
     dropout_p: float,
     needed: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tables = (word_weight, position_weight, token_type_weight)
-    columns = word_weight.shape[1]
-    return (
-        *(
-            rstd.new_empty(0) if table is None or not need else table.new_empty(table.shape)
-            for table, need in zip(tables, needed, strict=False)
-        ),
-        rstd.new_empty(columns if needed[3] else 0),
-        rstd.new_empty(columns if needed[4] else 0),
-    )  # type: ignore[return-value]
+) -> list[Tensor]:
+    parameters = (word_weight, position_weight, token_type_weight, *2 * (mean.new_empty(word_weight.shape[1]),))
+    return [
+        parameter.new_empty(parameter.shape)
+        for parameter, need in zip(parameters, needed, strict=True)
+        if parameter is not None and need
+    ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, bias, seed, ctx.padding_idx, _, ctx.dropout_p = inputs
+    _, mean, rstd = output
+    weight = tensors[-1]
+    ctx.weight_dtype = None if weight is None else weight.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(*tensors, seed, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, seed, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * 12
-    tensors = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[3:8])
-    grads = _embedding_backward(grad_output, *tensors, ctx.padding_idx, ctx.dropout_p, needed)
-    dtypes = [*(None if tensor is None else tensor.dtype for tensor in tensors[3:7]), ctx.bias_dtype]
-    returned = [grad.to(dtype) if need else None for grad, dtype, need in zip(grads, dtypes, needed, strict=True)]
-    return *(None,) * 3, *returned, *(None,) * 4
+    gradients = iter(_embedding_backward(grad_output, *ctx.saved_tensors, ctx.padding_idx, ctx.dropout_p, needed))
+    *tables, weight, bias = [next(gradients) if need else None for need in needed]
+    if weight is not None and weight.dtype != ctx.weight_dtype:
+        weight = weight.to(ctx.weight_dtype)
+    if bias is not None and bias.dtype != ctx.bias_dtype:
+        bias = bias.to(ctx.bias_dtype)
+    return None, None, None, *tables, weight, bias, None, None, None, None
 
 
 _embedding.register_autograd(_backward, setup_context=_setup_context)
@@ -302,14 +336,10 @@ def _runs_kernel(word_ids: Tensor, word_weight: Tensor) -> bool:
     return word_weight.shape[1] <= MAX_COLUMNS
 
 
-def _contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
-
-
 def _table_gradient(grad_sum: Tensor, ids: Tensor, table: Tensor, padding_idx: int) -> Tensor:
     from fastformer_kernels.embedding import table_gradient
 
-    ordered, order = torch.sort(ids, stable=True)
+    ordered, order = torch.sort(ids.flatten(), stable=True)
     starts = torch.searchsorted(ordered, torch.arange(table.shape[0] + 1, device=ids.device, dtype=ids.dtype))
     return table_gradient(grad_sum, order, starts, padding_idx)
 
@@ -319,17 +349,71 @@ def _table_gradient_torch(grad_sum: Tensor, ids: Tensor, table: Tensor, padding_
     return gradient.to(table.dtype)
 
 
-def _sum_torch(ids: tuple[Any, ...], tables: tuple[Any, ...]) -> Tensor:
-    """The sum of the embeddings, (tokens, hidden_size) float32."""
-    total = None
-    for name, indices, table in zip(_NAMES, ids, tables, strict=True):
-        if table is None:
-            continue
-        if indices is not None and indices.device.type == "cpu" and indices.numel():
-            low, high = (bound.item() for bound in indices.aminmax())
-            if low < 0 or high >= table.shape[0]:
-                raise IndexError(f"{name} must be from 0 to {table.shape[0] - 1}; got {low} to {high}")
-        rows = table[0].float() if indices is None else F.embedding(indices, table).float()
-        total = rows if total is None else total.add_(rows)
-    assert total is not None
+def _first_rows_gradient(gradient: Tensor, table: Tensor) -> Tensor:
+    """The gradient of `table` from that of its first rows, the others' being zero."""
+    if gradient.shape[0] == table.shape[0]:
+        return gradient.to(table.dtype)
+    whole = torch.zeros_like(table, memory_format=torch.contiguous_format)
+    whole[: gradient.shape[0]] = gradient
+    return whole
+
+
+def _norm_backward_torch(
+    grad_output: Tensor,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    sum_needed: bool,
+    weight_needed: bool,
+    bias_needed: bool,
+) -> tuple[Any, Any, Any]:
+    """Gradients of the sum of embeddings, of LayerNorm's weight and of its bias, float32."""
+    # Whether there is a bias matters here, not its values: the weight stands in. PyTorch has none without a weight.
+    weight = _widened(weight)
+    needed = [sum_needed, weight_needed, bias_needed and weight is not None]
+    grad_sum, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad_output, total, total.shape[-1:], mean, rstd, weight, weight, needed
+    )
+    if bias_needed and weight is None:
+        grad_bias = grad_output.flatten(0, -2).sum(0)
+    return grad_sum, grad_weight, grad_bias
+
+
+def _widened(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.float()
+
+
+def _sum_torch(
+    word_ids: Tensor,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    word_weight: Tensor,
+    position_weight: Tensor | None,
+    token_type_weight: Tensor | None,
+) -> Tensor:
+    """The sum of the embeddings, (*word_ids.shape, hidden_size) float32."""
+    total = _rows("input_ids", word_ids, word_weight).float()
+    if position_weight is not None:
+        if position_ids is None:
+            total += position_weight[: word_ids.shape[-1]]
+        else:
+            total += _rows("position_ids", position_ids, position_weight)
+    if token_type_weight is not None:
+        if token_type_ids is None:
+            total += token_type_weight[0]
+        else:
+            total += _rows("token_type_ids", token_type_ids, token_type_weight)
     return total
+
+
+def _rows(name: str, ids: Tensor, table: Tensor) -> Tensor:
+    try:
+        return F.embedding(ids, table)
+    except IndexError:
+        low, high = ids.aminmax()
+        _refuse(name, int(low), int(high), table)
+
+
+def _refuse(name: str, low: int, high: int, table: Tensor) -> NoReturn:
+    raise IndexError(f"{name} must be from 0 to {table.shape[0] - 1}; got {low} to {high}")

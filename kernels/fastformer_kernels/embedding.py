@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastformer_kernels.dropout import Dropout, dropout_keep
-from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard, multiprocessors_of
+from fastformer_kernels.dropout import Dropout, dropout_arguments, dropout_keep
+from fastformer_kernels.kept_launches import Launch, kept_launch
+from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, multiprocessors_of
 from fastformer_kernels.normalization import scale_and_shift
 from fastformer_kernels.precision import round_to
 from fastformer_kernels.rows import aligned, alignment
@@ -50,6 +51,7 @@ def _load_sum(
     words,
     positions,
     token_types,
+    sequence_length,
     row,
     row_valid,
     column,
@@ -59,7 +61,9 @@ def _load_sum(
     word = tl.load(word_ids_pointer + row, mask=row_valid, other=0).to(tl.int64)
     x = _load_row(word_pointer, word, words, column, columns, valid)
     if position_pointer is not None:
-        position = tl.load(position_ids_pointer + row, mask=row_valid, other=0).to(tl.int64)
+        position = row % sequence_length
+        if position_ids_pointer is not None:
+            position = tl.load(position_ids_pointer + row, mask=row_valid, other=0).to(tl.int64)
         x += _load_row(position_pointer, position, positions, column, columns, valid)
     if token_type_pointer is not None:
         token_type = row * 0
@@ -86,6 +90,7 @@ def _forward_kernel(
     words,
     positions,
     token_types,
+    sequence_length,
     rows,
     columns,
     eps,
@@ -110,6 +115,7 @@ def _forward_kernel(
         words,
         positions,
         token_types,
+        sequence_length,
         row,
         row_valid,
         column,
@@ -149,6 +155,7 @@ def _backward_kernel(
     words,
     positions,
     token_types,
+    sequence_length,
     rows,
     columns,
     threshold,
@@ -184,6 +191,7 @@ def _backward_kernel(
             words,
             positions,
             token_types,
+            sequence_length,
             row,
             row_valid,
             column,
@@ -242,8 +250,12 @@ def _table_gradient_kernel(
 
 
 def embedding_forward(
-    ids: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
-    tables: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    word_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    word: torch.Tensor,
+    position: torch.Tensor | None,
+    token_type: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
@@ -252,47 +264,93 @@ def embedding_forward(
     """Embed tokens.
 
     Args:
-        ids: of words, positions and token types, each (tokens,) int64 or int32, contiguous; a table without ids is
-            read at row 0.
-        tables: of words, positions and token types, each (rows, columns), contiguous and of one floating dtype.
+        word_ids, position_ids, token_type_ids: of one shape, int64 or int32, contiguous; a table of positions without
+            ids is read at the index along the last dimension, one of types at row 0.
+        word, position, token_type: tables, each (rows, columns), contiguous and of one floating dtype.
         weight, bias: LayerNorm's, (columns,), contiguous, any floating dtype.
 
     Returns:
-        The output, (tokens, columns) in the tables' dtype; the rows' mean and rstd, (tokens,) float32.
+        The output, (*word_ids.shape, columns) in the tables' dtype; the rows' mean and rstd, (*word_ids.shape, 1)
+        float32.
     """
-    word = tables[0]
-    rows, columns = ids[0].shape[0], word.shape[1]
-    output = word.new_empty(rows, columns)
-    mean = word.new_empty(rows, dtype=torch.float32)
+    shape = word_ids.shape
+    output = word.new_empty((*shape, word.shape[1]))
+    mean = word.new_empty((*shape, 1), dtype=torch.float32)
     rstd = torch.empty_like(mean)
+    _launch_forward(
+        word_ids,
+        position_ids,
+        token_type_ids,
+        word,
+        position,
+        token_type,
+        weight,
+        bias,
+        output,
+        mean,
+        rstd,
+        *dropout_arguments(dropout),
+        eps,
+    )
+    return output, mean, rstd
+
+
+@kept_launch
+def _launch_forward(
+    word_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    word: torch.Tensor,
+    position: torch.Tensor | None,
+    token_type: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    seed: torch.Tensor | None,
+    threshold: int,
+    scale: float,
+    eps: float,
+) -> Launch:
+    rows, columns = word_ids.numel(), word.shape[1]
     blocks = _blocks(rows, columns)
-    with device_guard(word):
-        _forward_kernel[(triton.cdiv(rows, blocks["BLOCK_ROWS"]),)](
-            *ids,
-            *tables,
+    return Launch(
+        _forward_kernel,
+        (triton.cdiv(rows, blocks["BLOCK_ROWS"]),),
+        (
+            word_ids,
+            position_ids,
+            token_type_ids,
+            word,
+            position,
+            token_type,
             weight,
             bias,
-            None if dropout is None else dropout.seed,
+            seed,
             output,
             mean,
             rstd,
-            *_table_rows(tables),
+            *_table_rows(word, position, token_type),
+            word_ids.shape[-1],
             rows,
             columns,
             eps,
-            *((0, 1.0) if dropout is None else (dropout.threshold, dropout.scale)),
-            ALIGNMENT=alignment(columns),
-            **blocks,
-            num_warps=_warps(blocks, word),
-            **COMPILER_OPTIONS,
-        )
-    return output, mean, rstd
+            threshold,
+            scale,
+        ),
+        {"ALIGNMENT": alignment(columns), **blocks, "num_warps": _warps(blocks, word), **COMPILER_OPTIONS},
+    )
 
 
 def embedding_backward(
     grad_output: torch.Tensor,
-    ids: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
-    tables: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    word_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    word: torch.Tensor,
+    position: torch.Tensor | None,
+    token_type: torch.Tensor | None,
     weight: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
@@ -301,41 +359,33 @@ def embedding_backward(
     weight_needs_grad: bool,
     bias_needs_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the sum of embeddings, (tokens, columns) in the tables' dtype, and of LayerNorm's weight and bias,
-    float32, where needed.
+    """Gradients of the sum of embeddings, in the tables' dtype, and of LayerNorm's weight and bias, float32, where
+    needed.
 
-    `grad_output` is (tokens, columns), any strides; the other arguments are those and the results of
+    `grad_output` is (*word_ids.shape, columns), any strides; the other arguments are those and the results of
     `embedding_forward`.
     """
-    word = tables[0]
-    rows, columns = ids[0].shape[0], word.shape[1]
-    grad_sum = word.new_empty(rows, columns)
-    blocks = _blocks(rows, columns)
-    programs = min(triton.cdiv(rows, blocks["BLOCK_ROWS"]), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors_of(word))
-    weight_sums = rstd.new_empty((programs, columns)) if weight_needs_grad else None
-    bias_sums = rstd.new_empty((programs, columns)) if bias_needs_grad else None
-    with device_guard(word):
-        _backward_kernel[(programs,)](
-            grad_output,
-            *ids,
-            *tables,
-            weight,
-            None if dropout is None else dropout.seed,
-            mean,
-            rstd,
-            grad_sum,
-            weight_sums,
-            bias_sums,
-            *_table_rows(tables),
-            rows,
-            columns,
-            *((0, 1.0) if dropout is None else (dropout.threshold, dropout.scale)),
-            *grad_output.stride(),
-            ALIGNMENT=alignment(columns, grad_output.stride(0)),
-            **blocks,
-            num_warps=_warps(blocks, word),
-            **COMPILER_OPTIONS,
-        )
+    rows, columns = word_ids.numel(), word.shape[1]
+    grad_sum = word.new_empty(grad_output.shape)
+    sums = (_programs(rows, columns, word), columns)
+    weight_sums = rstd.new_empty(sums) if weight_needs_grad else None
+    bias_sums = rstd.new_empty(sums) if bias_needs_grad else None
+    _launch_backward(
+        grad_output.flatten(0, -2),
+        word_ids,
+        position_ids,
+        token_type_ids,
+        word,
+        position,
+        token_type,
+        weight,
+        mean,
+        rstd,
+        grad_sum,
+        weight_sums,
+        bias_sums,
+        *dropout_arguments(dropout),
+    )
     return (
         grad_sum,
         None if weight_sums is None else weight_sums.sum(0),
@@ -343,39 +393,116 @@ def embedding_backward(
     )
 
 
+@kept_launch
+def _launch_backward(
+    grad_output: torch.Tensor,
+    word_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    word: torch.Tensor,
+    position: torch.Tensor | None,
+    token_type: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    grad_sum: torch.Tensor,
+    weight_sums: torch.Tensor | None,
+    bias_sums: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    threshold: int,
+    scale: float,
+) -> Launch:
+    """`grad_output` is (tokens, columns)."""
+    rows, columns = grad_output.shape
+    blocks = _blocks(rows, columns)
+    return Launch(
+        _backward_kernel,
+        (_programs(rows, columns, word),),
+        (
+            grad_output,
+            word_ids,
+            position_ids,
+            token_type_ids,
+            word,
+            position,
+            token_type,
+            weight,
+            seed,
+            mean,
+            rstd,
+            grad_sum,
+            weight_sums,
+            bias_sums,
+            *_table_rows(word, position, token_type),
+            word_ids.shape[-1],
+            rows,
+            columns,
+            threshold,
+            scale,
+            *grad_output.stride(),
+        ),
+        {
+            "ALIGNMENT": alignment(columns, grad_output.stride(0)),
+            **blocks,
+            "num_warps": _warps(blocks, word),
+            **COMPILER_OPTIONS,
+        },
+    )
+
+
 def table_gradient(grad_sum: torch.Tensor, order: torch.Tensor, starts: torch.Tensor, padding_idx: int) -> torch.Tensor:
     """Gradient of a table, (rows, columns) in `grad_sum`'s dtype.
 
     Args:
-        grad_sum: (tokens, columns), contiguous.
+        grad_sum: (..., columns), contiguous.
         order: (tokens,) int64, the tokens sorted by their row of the table.
         starts: (rows + 1,) int64, where each row's tokens begin in `order`.
         padding_idx: a row whose gradient stays zero; -1 for none.
     """
-    tokens, columns = grad_sum.shape
-    rows = starts.shape[0] - 1
-    splits = max(1, min(MOST_SPLITS, tokens // (rows * TOKENS_PER_SPLIT)))
-    parts = grad_sum.new_empty(splits, rows, columns, dtype=grad_sum.dtype if splits == 1 else torch.float32)
+    rows, columns = starts.shape[0] - 1, grad_sum.shape[-1]
+    splits = max(1, min(MOST_SPLITS, order.shape[0] // (rows * TOKENS_PER_SPLIT)))
+    if splits == 1:
+        gradient = grad_sum.new_empty(rows, columns)
+        _launch_table_gradient(grad_sum, order, starts, gradient, splits, padding_idx)
+        return gradient
+    parts = grad_sum.new_empty(splits, rows, columns, dtype=torch.float32)
+    _launch_table_gradient(grad_sum, order, starts, parts, splits, padding_idx)
+    return parts.sum(0).to(grad_sum.dtype)
+
+
+@kept_launch
+def _launch_table_gradient(
+    grad_sum: torch.Tensor,
+    order: torch.Tensor,
+    starts: torch.Tensor,
+    parts: torch.Tensor,
+    splits: int,
+    padding_idx: int,
+) -> Launch:
+    rows, columns = parts.shape[-2:]
     block_columns = min(TABLE_BLOCK_COLUMNS, triton.next_power_of_2(columns))
-    with device_guard(grad_sum):
-        _table_gradient_kernel[(rows, triton.cdiv(columns, block_columns), splits)](
-            grad_sum,
-            order,
-            starts,
-            parts,
-            columns,
-            padding_idx,
-            ALIGNMENT=alignment(columns),
-            BLOCK_TOKENS=TABLE_BLOCK_TOKENS,
-            BLOCK_COLUMNS=block_columns,
-            num_warps=max(1, 128 // architecture_of(grad_sum).warp_size),
+    return Launch(
+        _table_gradient_kernel,
+        (rows, triton.cdiv(columns, block_columns), splits),
+        (grad_sum, order, starts, parts, columns, padding_idx),
+        {
+            "ALIGNMENT": alignment(columns),
+            "BLOCK_TOKENS": TABLE_BLOCK_TOKENS,
+            "BLOCK_COLUMNS": block_columns,
+            "num_warps": max(1, 128 // architecture_of(grad_sum).warp_size),
             **COMPILER_OPTIONS,
-        )
-    return parts[0] if splits == 1 else parts.sum(0).to(grad_sum.dtype)
+        },
+    )
 
 
-def _table_rows(tables: tuple[torch.Tensor | None, ...]) -> tuple[int, ...]:
+def _table_rows(*tables: torch.Tensor | None) -> tuple[int, ...]:
     return tuple(0 if table is None else table.shape[0] for table in tables)
+
+
+def _programs(rows: int, columns: int, tensor: torch.Tensor) -> int:
+    """Of the backward, each with partial sums of its own."""
+    tiles = triton.cdiv(rows, _blocks(rows, columns)["BLOCK_ROWS"])
+    return min(tiles, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors_of(tensor))
 
 
 def _blocks(rows: int, columns: int) -> dict[str, int]:
