@@ -105,23 +105,32 @@ class TransformerEmbedding(nn.Module):
         """Embed `input_ids`, (batch, sequence) or packed (total_tokens,); the other arguments as in
         `fastformer.transformer_embedding`. `inputs_embeds`, (*input_ids.shape, hidden_size), takes the place of the
         scaled word embeddings. Returns (*input_ids.shape, hidden_size)."""
-        tables = [table for table in (self.word, self.position, self.token_type) if table is not None]
-        dropout_p = self.dropout.p if self.training else 0.0
-        norm_is_plain = type(self.norm) is LayerNorm and type(self.dropout) is nn.Dropout and not _hooked(self.norm)
-        if norm_is_plain and inputs_embeds is None and self.scale == 1.0 and all(map(is_plain_embedding, tables)):
-            assert input_ids is not None and self.word is not None and self.norm is not None
+        # Each read once: a module looks its submodules up.
+        word, position, token_type = self.word, self.position, self.token_type
+        norm, dropout = self.norm, self.dropout
+        dropout_p = dropout.p if self.training else 0.0
+        norm_is_plain = type(norm) is LayerNorm and type(dropout) is nn.Dropout and not _hooked(norm)
+        if (
+            norm_is_plain
+            and inputs_embeds is None
+            and self.scale == 1.0
+            and (word is None or is_plain_embedding(word))
+            and (position is None or is_plain_embedding(position))
+            and (token_type is None or is_plain_embedding(token_type))
+        ):
+            assert input_ids is not None and word is not None and norm is not None
             return transformer_embedding(
                 input_ids,
-                self.word.weight,
-                None if self.position is None else self.position.weight,
-                None if self.token_type is None else self.token_type.weight,
-                self.norm.weight,
-                self.norm.bias,
-                position_ids=position_ids if self.position is not None else None,
+                word.weight,
+                None if position is None else position.weight,
+                None if token_type is None else token_type.weight,
+                norm.weight,
+                norm.bias,
+                position_ids=position_ids if position is not None else None,
                 token_type_ids=token_type_ids,
                 cu_seqlens=cu_seqlens,
-                padding_idx=self.word.padding_idx,
-                eps=self.norm.eps,
+                padding_idx=word.padding_idx,
+                eps=norm.eps,
                 dropout_p=dropout_p,
             )
         if (input_ids is None) == (inputs_embeds is None):

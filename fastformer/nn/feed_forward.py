@@ -76,7 +76,7 @@ class FeedForward(nn.Module):
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """`input` (..., hidden_size), `residual` of the same shape, added last; returns the same shape."""
         up, gate, down = self.up, self.gate, self.down
-        if not is_plain_linear(up, down, *([] if gate is None else [gate])):
+        if not is_plain_linear(up, down) or not (gate is None or is_plain_linear(gate)):
             activation = ACTIVATIONS[self.activation]
             hidden = activation(up(input)) if gate is None else activation(gate(input)) * up(input)
             hidden = F.dropout(hidden, self.hidden_dropout, self.training)
@@ -107,7 +107,13 @@ def is_plain_linear(*modules: nn.Module) -> bool:
     It is not where the module is of another class (LoRA, quantisation, `torch.nn.utils.parametrize`), has hooks (weight
     norm, pruning) or a forward of its own (offloading), or where its weight is a tensor subclass (DTensor).
     """
-    return all(is_plain(module, nn.Linear) and not is_traceable_wrapper_subclass(module.weight) for module in modules)
+    for module in modules:
+        if not is_plain(module, nn.Linear):
+            return False
+        weight = module.weight
+        if type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
+            return False
+    return True
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

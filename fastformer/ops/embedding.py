@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastformer.backends import use_triton
@@ -187,7 +186,7 @@ def _embedding(
     output, mean, rstd = torch.native_layer_norm(total, (word_weight.shape[1],), weight, bias, eps)
     if seed is not None:
         apply_dropout_(output.flatten(0, -2), seed, dropout_p)
-    return output.to(word_weight.dtype), mean, rstd
+    return _in_dtype(output, word_weight.dtype), mean, rstd
 
 
 @_embedding.register_fake
@@ -317,10 +316,10 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[
     needed = list(ctx.needs_input_grad[3:8])
     gradients = iter(_embedding_backward(grad_output, *ctx.saved_tensors, ctx.padding_idx, ctx.dropout_p, needed))
     *tables, weight, bias = [next(gradients) if need else None for need in needed]
-    if weight is not None and weight.dtype != ctx.weight_dtype:
-        weight = weight.to(ctx.weight_dtype)
-    if bias is not None and bias.dtype != ctx.bias_dtype:
-        bias = bias.to(ctx.bias_dtype)
+    if weight is not None:
+        weight = _in_dtype(weight, ctx.weight_dtype)
+    if bias is not None:
+        bias = _in_dtype(bias, ctx.bias_dtype)
     return None, None, None, *tables, weight, bias, None, None, None, None
 
 
@@ -346,13 +345,13 @@ def _table_gradient(grad_sum: Tensor, ids: Tensor, table: Tensor, padding_idx: i
 
 def _table_gradient_torch(grad_sum: Tensor, ids: Tensor, table: Tensor, padding_idx: int) -> Tensor:
     gradient = torch.ops.aten.embedding_dense_backward(grad_sum, ids, table.shape[0], padding_idx, False)
-    return gradient.to(table.dtype)
+    return _in_dtype(gradient, table.dtype)
 
 
 def _first_rows_gradient(gradient: Tensor, table: Tensor) -> Tensor:
     """The gradient of `table` from that of its first rows, the others' being zero."""
     if gradient.shape[0] == table.shape[0]:
-        return gradient.to(table.dtype)
+        return _in_dtype(gradient, table.dtype)
     whole = torch.zeros_like(table, memory_format=torch.contiguous_format)
     whole[: gradient.shape[0]] = gradient
     return whole
@@ -378,6 +377,11 @@ def _norm_backward_torch(
     if bias_needed and weight is None:
         grad_bias = grad_output.flatten(0, -2).sum(0)
     return grad_sum, grad_weight, grad_bias
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which takes a microsecond where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _widened(parameter: Tensor | None) -> Tensor | None:
@@ -409,7 +413,7 @@ def _sum_torch(
 
 def _rows(name: str, ids: Tensor, table: Tensor) -> Tensor:
     try:
-        return F.embedding(ids, table)
+        return torch.embedding(table, ids)
     except IndexError:
         low, high = ids.aminmax()
         _refuse(name, int(low), int(high), table)

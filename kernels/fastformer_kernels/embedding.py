@@ -9,6 +9,8 @@ deterministic and each row is written once.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -286,9 +288,7 @@ def embedding_forward(
         token_type,
         weight,
         bias,
-        output,
-        mean,
-        rstd,
+        (output, mean, rstd),
         *dropout_arguments(dropout),
         eps,
     )
@@ -305,14 +305,13 @@ def _launch_forward(
     token_type: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    output: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    results: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     seed: torch.Tensor | None,
     threshold: int,
     scale: float,
     eps: float,
 ) -> Launch:
+    """`results` are output, mean and rstd."""
     rows, columns = word_ids.numel(), word.shape[1]
     blocks = _blocks(rows, columns)
     return Launch(
@@ -328,9 +327,7 @@ def _launch_forward(
             weight,
             bias,
             seed,
-            output,
-            mean,
-            rstd,
+            *results,
             *_table_rows(word, position, token_type),
             word_ids.shape[-1],
             rows,
@@ -501,10 +498,11 @@ def _table_rows(*tables: torch.Tensor | None) -> tuple[int, ...]:
 
 def _programs(rows: int, columns: int, tensor: torch.Tensor) -> int:
     """Of the backward, each with partial sums of its own."""
-    tiles = triton.cdiv(rows, _blocks(rows, columns)["BLOCK_ROWS"])
+    tiles = -(-rows // _blocks(rows, columns)["BLOCK_ROWS"])
     return min(tiles, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors_of(tensor))
 
 
+@lru_cache
 def _blocks(rows: int, columns: int) -> dict[str, int]:
     """Tiles of whole rows, several where they are short; dropout draws its random words for four columns at a time."""
     block_columns = max(4, triton.next_power_of_2(columns))

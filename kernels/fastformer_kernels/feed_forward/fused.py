@@ -300,7 +300,7 @@ def hidden_forward(
         The hidden layer (tokens, intermediate_size) and the pre-activations of up and gate, each None unless it exists
         and `store_pre_activations` is set; all contiguous, of `input`'s dtype.
     """
-    hidden = input.new_empty(input.shape[0], up_weight.shape[0])
+    hidden = input.new_empty((input.shape[0], up_weight.shape[0]))
     up = torch.empty_like(hidden) if store_pre_activations else None
     gate = torch.empty_like(hidden) if store_pre_activations and gate_weight is not None else None
     _launch_hidden_forward(
