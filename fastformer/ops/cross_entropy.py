@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,12 +12,15 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from fastformer.backends import use_triton
+from fastformer.ops.autocast import autocast_float32_dtype
 from fastformer.ops.checks import check_device, check_floating, check_shape
 from fastformer.ops.operator import operator
 
 REDUCTIONS = ("mean", "sum", "none")
 # Rows that the CPU works on together: their float32 logits stay in its last-level cache.
 _CACHED_ELEMENTS = 1 << 20
+# Of so few logits PyTorch's own loss may keep the log-probabilities.
+_FEW_ELEMENTS = 1 << 18
 
 Options = tuple[int, float, float, float]
 """ignore_index, label_smoothing, z_loss and softcap (0: none), as the registered operators take them."""
@@ -37,6 +41,8 @@ def cross_entropy(
     inplace: bool = False,
 ) -> Tensor:
     """Cross-entropy, as `torch.nn.functional.cross_entropy`, with z-loss and softcap.
+
+    Of few float32 logits on a CPU, and without options of our own, it is that function.
 
     Args:
         input: logits (classes,), (N, classes) or (N, classes, ...): float32, float16 or bfloat16, any strides.
@@ -72,39 +78,62 @@ def cross_entropy(
         return F.cross_entropy(input, target, weight, reduction=reduction, label_smoothing=label_smoothing)
     _check(input, target, weight, inplace)
     options = checked_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
-    logits = input if input.dim() > 1 else input[None]
     class_weight = None if weight is None else weight.float().contiguous()
-    rows = target.reshape(-1)
+    if not (label_smoothing or z_loss or softcap or inplace) and few_on_cpu(input, input.numel()) and _ordinary(input):
+        try:
+            return F.cross_entropy(input, target, class_weight, ignore_index=ignore_index, reduction=reduction)
+        except IndexError:
+            check_classes(target, input.shape[min(1, input.dim() - 1)], ignore_index)
+            raise
+    logits = input if input.dim() > 1 else input[None]
     inplace = inplace and input.requires_grad and not torch.compiler.is_compiling()
-    losses, _ = _cross_entropy(logits, rows, class_weight, *options, inplace)
     # A GPU's autocast takes losses in float32; the logits need no copy for that.
-    autocast = input.is_cuda and torch.is_autocast_enabled("cuda")
-    dtype = torch.float32 if autocast else input.dtype
-    if reduction == "none":
-        return losses.view(target.shape).to(dtype)
-    loss = losses.sum()
-    if reduction == "mean":
-        loss = loss / row_weights(rows, logits.shape[1], class_weight, ignore_index).sum()
-    return loss.to(dtype)
+    dtype = autocast_float32_dtype(input)
+    loss, _, _ = _cross_entropy(logits, target, class_weight, *options, reduction, inplace, dtype)
+    return loss
 
 
 def _check(input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) -> None:
     check_floating("input", input)
-    if input.dim() == 0:
+    shape = input.shape
+    if not shape:
         raise ValueError("input must be logits (classes,), (N, classes) or (N, classes, ...); got a scalar")
-    check_target("target", target, tuple(input.shape[:1] + input.shape[2:]) if input.dim() > 1 else (), input)
+    check_target("target", target, shape[:1] + shape[2:] if len(shape) > 1 else shape[1:], input)
     if weight is not None:
-        check_class_weight("weight", weight, input.shape[min(1, input.dim() - 1)], input)
+        check_class_weight("weight", weight, shape[min(1, len(shape) - 1)], input)
     if inplace and input.is_leaf and input.requires_grad:
         raise ValueError("inplace=True would overwrite input, a leaf that requires its gradient; use inplace=False")
+
+
+def few_on_cpu(input: Tensor, logits: int) -> bool:
+    """Whether PyTorch's own operators serve best: of so few float32 logits on a CPU each call costs more than its work.
+
+    torch.compile, which places a call once, and the transforms of torch.func take ours.
+    """
+    return (
+        input.is_cpu
+        and input.dtype == torch.float32
+        and logits <= _FEW_ELEMENTS
+        and type(input) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not use_triton(input)
+    )
+
+
+def _ordinary(logits: Tensor) -> bool:
+    """Whether all logits are finite, if a gradient is asked for: an ignored row's would be NaN where one is not."""
+    return not (logits.requires_grad and torch.is_grad_enabled()) or math.isfinite(logits.detach().sum().item())
 
 
 def check_target(name: str, target: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
     """Raise unless `target` is int64, has `shape` and is on input's device."""
     if target.dtype != torch.int64:
         raise TypeError(f"{name} must be int64; got {target.dtype}")
-    check_shape(name, target, shape)
-    check_device(name, target, "input", input)
+    if target.shape != shape:
+        check_shape(name, target, shape)
+    if target.device != input.device:
+        check_device(name, target, "input", input)
 
 
 def check_class_weight(name: str, class_weight: Tensor, classes: int, input: Tensor) -> None:
@@ -130,17 +159,20 @@ def checked_options(
 
 
 def row_weights(target: Tensor, classes: int, class_weight: Tensor | None, ignore_index: int) -> Tensor:
-    """How much each row of `target` (rows,) counts in a mean, float32: its class's weight, 0 where it is ignored."""
+    """How much each row of `target` (rows,) counts in a mean: its class's weight, 0 where it is ignored."""
     counts = target != ignore_index
-    if class_weight is None:
-        return counts.float()
     # A target that is no class has made its loss NaN already.
-    return class_weight[target.clamp(0, classes - 1)] * counts
+    return counts if class_weight is None else class_weight[target.clamp(0, classes - 1)] * counts
+
+
+def total_weight(target: Tensor, classes: int, class_weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What a mean divides by, in float32."""
+    return row_weights(target, classes, class_weight, ignore_index).sum(dtype=torch.float32)
 
 
 def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
     """Raise IndexError if a target is no class, on a CPU: on a GPU looking would stall it."""
-    if target.device.type != "cpu":
+    if not target.is_cpu:
         return
     wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
     if wrong.numel():
@@ -156,11 +188,24 @@ def _cross_entropy(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    reduction: str,
     inplace: bool,
-) -> tuple[Tensor, Tensor]:
-    """Loss (rows,) and normalizer (2, rows) of each row, in float32."""
-    check_classes(target, logits.shape[1], ignore_index)
-    options = (ignore_index, label_smoothing, z_loss, softcap)
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss in `dtype`, reduced, and in float32 the normalizer (2, rows) of each row and what a mean was divided by."""
+    classes, rows = logits.shape[1], _flat(target)
+    losses, normalizer = _row_losses(logits, rows, class_weight, (ignore_index, label_smoothing, z_loss, softcap))
+    if reduction == "none":
+        return losses.view(target.shape).to(dtype), normalizer, losses.new_empty(0)
+    loss = losses.sum()
+    if reduction == "sum":
+        return loss.to(dtype), normalizer, losses.new_empty(0)
+    total = total_weight(rows, classes, class_weight, ignore_index)
+    return loss.div_(total).to(dtype), normalizer, total
+
+
+def _row_losses(logits: Tensor, target: Tensor, class_weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    check_classes(target, logits.shape[1], options[0])
     if use_triton(logits) and logits.numel():
         from fastformer_kernels.cross_entropy import CrossEntropyOptions, cross_entropy_forward
 
@@ -177,10 +222,13 @@ def _(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    reduction: str,
     inplace: bool,
-) -> tuple[Tensor, Tensor]:
-    loss = logits.new_empty(target.shape, dtype=torch.float32)
-    return loss, loss.new_empty(2, *target.shape)
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
+    normalizer = logits.new_empty(2, target.numel(), dtype=torch.float32)
+    return loss, normalizer, normalizer.new_empty(() if reduction == "mean" else 0)
 
 
 @operator("fastformer::cross_entropy_backward_", mutates_args=("gradient",))
@@ -197,25 +245,8 @@ def _write_gradient(
     softcap: float,
 ) -> None:
     """Write the gradient of `logits`, or of the logits that are in its place, to `gradient`."""
-    logits = gradient if logits is None else logits
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    if use_triton(logits) and logits.numel():
-        from fastformer_kernels.cross_entropy import CrossEntropyOptions, cross_entropy_backward
-
-        cross_entropy_backward(
-            logits,
-            gradient,
-            target.contiguous(),
-            class_weight,
-            grad_loss.contiguous(),
-            normalizer,
-            CrossEntropyOptions(*options),
-        )
-        return
-    rows = _as_rows(gradient)
-    backward_torch(_as_rows(logits), rows, target, class_weight, grad_loss, normalizer, options)
-    if rows.data_ptr() != gradient.data_ptr():
-        gradient.copy_(rows.view(gradient.movedim(1, -1).shape).movedim(-1, 1))
+    _run_backward(gradient, logits, target, class_weight, grad_loss, normalizer, options)
 
 
 @operator("fastformer::cross_entropy_backward", mutates_args=())
@@ -232,7 +263,7 @@ def _gradient(
 ) -> Tensor:
     gradient = torch.empty_like(logits)
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    _write_gradient(gradient, logits, target, class_weight, grad_loss, normalizer, *options)
+    _run_backward(gradient, logits, target, class_weight, grad_loss, normalizer, options)
     return gradient
 
 
@@ -251,30 +282,65 @@ def _(
     return torch.empty_like(logits)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, target, class_weight, *ctx.options, ctx.inplace = inputs
-    ctx.save_for_backward(logits, target, class_weight, output[1])
-    ctx.mark_non_differentiable(output[1])
+def _run_backward(
+    gradient: Tensor,
+    logits: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    grad_loss: Tensor,
+    normalizer: Tensor,
+    options: Options,
+) -> None:
+    logits = gradient if logits is None else logits
+    if use_triton(logits) and logits.numel():
+        from fastformer_kernels.cross_entropy import CrossEntropyOptions, cross_entropy_backward
+
+        target = target.contiguous()
+        launched = CrossEntropyOptions(*options)
+        cross_entropy_backward(logits, gradient, target, class_weight, grad_loss, normalizer, launched)
+        return
+    rows = _as_rows(gradient)
+    backward_torch(_as_rows(logits), rows, target, class_weight, grad_loss, normalizer, options)
+    if rows.data_ptr() != gradient.data_ptr():
+        gradient.copy_(rows.view(gradient.movedim(1, -1).shape).movedim(-1, 1))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, target, class_weight, *ctx.options, ctx.reduction, ctx.inplace, _ = inputs
+    _, normalizer, total = output
+    ctx.save_for_backward(logits, target, class_weight, normalizer, total)
+    ctx.mark_non_differentiable(normalizer, total)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     gradient: Tensor | None = None
-    if grad_loss is not None and ctx.needs_input_grad[0]:
-        logits, target, class_weight, normalizer = ctx.saved_tensors
+    if grad_loss is not None:
+        logits, target, class_weight, normalizer, total = ctx.saved_tensors
+        rows = _flat(target)
+        if ctx.reduction == "none":
+            grad_loss = _flat(grad_loss).float()
+        else:
+            grad_loss = (grad_loss / total if ctx.reduction == "mean" else grad_loss.float()).expand(rows.shape)
         if ctx.inplace:
-            _write_gradient(logits, None, target, class_weight, grad_loss, normalizer, *ctx.options)
+            _write_gradient(logits, None, rows, class_weight, grad_loss, normalizer, *ctx.options)
             gradient = logits
         else:
-            gradient = _gradient(logits, target, class_weight, grad_loss, normalizer, *ctx.options)
-    return gradient, *(None,) * 7
+            gradient = _gradient(logits, rows, class_weight, grad_loss, normalizer, *ctx.options)
+    return gradient, *(None,) * 9
 
 
 _cross_entropy.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _flat(of_rows: Tensor) -> Tensor:
+    return of_rows if of_rows.dim() == 1 else of_rows.reshape(-1)
+
+
 def _as_rows(logits: Tensor) -> Tensor:
     """(N, classes, ...) as (rows, classes), a view wherever there can be one."""
+    if logits.dim() == 2:
+        return logits
     return logits.movedim(1, -1).reshape(-1, logits.shape[1])
 
 

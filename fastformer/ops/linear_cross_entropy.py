@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastformer.backends import use_triton
@@ -17,10 +18,13 @@ from fastformer.ops.cross_entropy import (
     check_classes,
     check_target,
     checked_options,
+    cross_entropy,
+    few_on_cpu,
     forward_torch,
     in_place_torch,
     log_sum_exp,
     row_weights,
+    total_weight,
 )
 from fastformer.ops.operator import operator
 
@@ -110,21 +114,32 @@ def linear_cross_entropy(
     input, weight, bias = to_autocast_dtype(input), to_autocast_dtype(weight), to_autocast_dtype(bias)
     options = checked_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
     _check(input, weight, target, bias, class_weight, memory_budget)
+    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    row_target = target if target.dim() == 1 else target.reshape(-1)
     if memory_budget is None:
-        memory_budget = CPU_MEMORY_BUDGET if input.device.type == "cpu" else GPU_MEMORY_BUDGET
-    rows, row_target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+        if not return_z_loss and few_on_cpu(input, rows.shape[0] * weight.shape[0]):
+            loss = cross_entropy(
+                F.linear(rows, weight, bias),
+                row_target,
+                class_weight,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+                softcap=softcap,
+            )
+            return loss.view(target.shape) if reduction == "none" else loss
+        memory_budget = CPU_MEMORY_BUDGET if input.is_cpu else GPU_MEMORY_BUDGET
     class_weight = None if class_weight is None else class_weight.float().contiguous()
     if reduction == "none":
         losses, z_losses = _row_losses(rows, weight, row_target, bias, class_weight, *options, memory_budget)
         loss, z_part = losses.view(target.shape), z_losses.view(target.shape)
     else:
-        row_scale = (row_target != ignore_index).float()
-        if reduction == "mean":
-            row_scale = row_scale / row_weights(row_target, weight.shape[0], class_weight, ignore_index).sum()
-        tensors = (input, weight) if bias is None else (input, weight, bias)
-        needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        loss, z_part, _, _, _ = _scaled_loss(
-            rows, weight, row_target, bias, class_weight, row_scale, *options, memory_budget, needs_grad
+        needs_grad = torch.is_grad_enabled() and (
+            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        loss, z_part, _, _, _ = _reduced_loss(
+            rows, weight, row_target, bias, class_weight, *options, reduction, memory_budget, needs_grad
         )
     return (loss, z_part) if return_z_loss else loss
 
@@ -145,7 +160,7 @@ def _check(
     if bias is not None:
         check_like("bias", bias, "input", input)
         check_shape("bias", bias, (weight.shape[0],))
-    check_target("target", target, tuple(input.shape[:-1]), input)
+    check_target("target", target, input.shape[:-1], input)
     if class_weight is not None:
         check_class_weight("class_weight", class_weight, weight.shape[0], input)
     if memory_budget is not None and memory_budget < 1:
@@ -153,62 +168,74 @@ def _check(
 
 
 @operator("fastformer::linear_cross_entropy", mutates_args=())
-def _scaled_loss(
+def _reduced_loss(
     input: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
     class_weight: Tensor | None,
-    row_scale: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    reduction: str,
     memory_budget: int,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sums of the rows' losses and z-losses, times `row_scale`, and the gradients of input, weight and bias."""
+    """Sums or means of the rows' losses and z-losses, and the gradients of input, weight and bias."""
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    grad_loss = row_scale if needs_grad else None
+    total = grad_losses = None
+    if reduction == "mean":
+        total = total_weight(target, weight.shape[0], class_weight, ignore_index)
+    if needs_grad:
+        of_each = total.reciprocal() if total is not None else input.new_ones((), dtype=torch.float32)
+        grad_losses = of_each.expand(target.shape)
     losses, z_losses, *gradients = _chunked(
-        input, weight, target, bias, class_weight, grad_loss, options, memory_budget
+        input, weight, target, bias, class_weight, grad_losses, options, memory_budget
     )
-    return (losses * row_scale).sum(), (z_losses * row_scale).sum(), gradients[0], gradients[1], gradients[2]
+    loss = losses.sum()
+    z_part = loss.new_zeros(()) if z_losses is None else z_losses.sum()
+    if total is not None:
+        loss.div_(total)
+        z_part.div_(total)
+    return loss, z_part, gradients[0], gradients[1], gradients[2]
 
 
-@_scaled_loss.register_fake
+@_reduced_loss.register_fake
 def _(
     input: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
     class_weight: Tensor | None,
-    row_scale: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    reduction: str,
     memory_budget: int,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return row_scale.new_empty(()), row_scale.new_empty(()), *_empty_gradients(input, weight, bias, needs_grad)
+    loss = input.new_empty((), dtype=torch.float32)
+    return loss, torch.empty_like(loss), *_empty_gradients(input, weight, bias, needs_grad)
 
 
-def _scaled_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.has_bias = inputs[3] is not None
+def _reduced_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _scaled_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * 12
-    grad_input, grad_weight, grad_bias = (gradient * grad_loss.to(gradient.dtype) for gradient in ctx.saved_tensors)
-    return grad_input, grad_weight, None, grad_bias if ctx.has_bias else None, *(None,) * 8
+def _reduced_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    found: list[Tensor | None] = [None] * 12
+    if grad_loss is not None:
+        for place, gradient in zip((0, 1, 3), ctx.saved_tensors, strict=True):
+            if ctx.needs_input_grad[place]:
+                found[place] = gradient * grad_loss
+    return tuple(found)
 
 
-_scaled_loss.register_autograd(_scaled_backward, setup_context=_scaled_setup)
+_reduced_loss.register_autograd(_reduced_backward, setup_context=_reduced_setup)
 
 
 @operator("fastformer::linear_cross_entropy_rows", mutates_args=())
@@ -227,7 +254,7 @@ def _row_losses(
     """Losses and z-losses of the rows."""
     options = (ignore_index, label_smoothing, z_loss, softcap)
     losses, z_losses, *_ = _chunked(input, weight, target, bias, class_weight, None, options, memory_budget)
-    return losses, z_losses
+    return losses, torch.zeros_like(losses) if z_losses is None else z_losses
 
 
 @_row_losses.register_fake
@@ -247,8 +274,45 @@ def _(
     return losses, torch.empty_like(losses)
 
 
+@operator("fastformer::linear_cross_entropy_rows_backward", mutates_args=())
+def _row_gradients(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    grad_losses: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    memory_budget: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias."""
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    _, _, *gradients = _chunked(input, weight, target, bias, class_weight, grad_losses, options, memory_budget)
+    return gradients[0], gradients[1], gradients[2]
+
+
+@_row_gradients.register_fake
+def _(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    grad_losses: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    memory_budget: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(input, weight, bias, True)
+
+
 def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.z_loss, ctx.softcap, ctx.memory_budget = inputs
+    tensors, ctx.options = inputs[:5], inputs[5:]
     ctx.save_for_backward(*tensors)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -257,10 +321,7 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 def _rows_backward(ctx: Any, grad_losses: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_losses is None:
         return (None,) * 10
-    options = (ctx.ignore_index, ctx.label_smoothing, ctx.z_loss, ctx.softcap)
-    _, _, grad_input, grad_weight, grad_bias = _scaled_loss(
-        *ctx.saved_tensors, grad_losses, *options, ctx.memory_budget, True
-    )
+    grad_input, grad_weight, grad_bias = _row_gradients(*ctx.saved_tensors, grad_losses, *ctx.options)
     return grad_input, grad_weight, None, grad_bias if ctx.needs_input_grad[3] else None, *(None,) * 6
 
 
@@ -273,39 +334,53 @@ def _chunked(
     target: Tensor,
     bias: Tensor | None,
     class_weight: Tensor | None,
-    grad_loss: Tensor | None,
+    grad_losses: Tensor | None,
     options: Options,
     memory_budget: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Losses and z-losses of the rows and, with `grad_loss`, the gradients of input, weight and bias for it."""
-    rows, classes = input.shape[0], weight.shape[0]
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """Losses and, if there are any, z-losses of the rows; gradients of input, weight and bias for `grad_losses`."""
     ignore_index, _, z_loss, _ = options
+    classes = weight.shape[0]
     check_classes(target, classes, ignore_index)
-    needs_grad = grad_loss is not None
-    losses = input.new_empty(rows, dtype=torch.float32)
-    normalizer = losses.new_empty(2, rows)
-    grad_input, grad_weight, grad_bias = _empty_gradients(input, weight, bias, needs_grad)
-    # Sums over chunks are kept in float32 whatever the dtype.
-    weight_sum, bias_sum = (torch.zeros_like(grad, dtype=torch.float32) for grad in (grad_weight, grad_bias))
-    for chunk, logits in _logit_chunks(input, classes, memory_budget):
-        x = input[chunk]
+    place = _place_for_logits(input, classes, memory_budget)
+    step = place.shape[0]
+    grad_input, grad_weight, grad_bias = _empty_gradients(input, weight, bias, grad_losses is not None)
+    grad_inputs = _parts(grad_input, step)
+    scales = None if grad_losses is None else _parts(grad_losses, step)
+    losses, z_losses = [], []
+    for number, (x, labels) in enumerate(zip(_parts(input, step), _parts(target, step), strict=True)):
+        logits = place if x.shape[0] == step else place[: x.shape[0]]
         _project(x, weight, bias, out=logits)
-        scale = None if grad_loss is None else grad_loss[chunk].contiguous()
-        losses[chunk], normalizer[:, chunk] = _losses_in_place(logits, target[chunk], class_weight, scale, options)
-        if not needs_grad:
-            continue
-        grad_input[chunk] = logits @ weight
-        if logits.dtype == torch.float32:
-            weight_sum.addmm_(logits.T, x)
-        else:
-            weight_sum += logits.T @ x
-        if bias is not None:
-            bias_sum += logits.sum(0, dtype=torch.float32)
-    z_losses = torch.zeros_like(losses)
-    if z_loss:
-        row_weight = row_weights(target, classes, class_weight, ignore_index)
-        z_losses = (z_loss * row_weight * log_sum_exp(normalizer).square()).masked_fill(target == ignore_index, 0.0)
-    return losses, z_losses, grad_input, weight_sum.to(weight.dtype), bias_sum.to(weight.dtype)
+        scale = None if scales is None else scales[number]
+        loss, normalizer = _losses_in_place(logits, labels, class_weight, scale, options)
+        losses.append(loss)
+        if z_loss:
+            row_weight = row_weights(labels, classes, class_weight, ignore_index)
+            of_chunk = z_loss * row_weight * log_sum_exp(normalizer).square()
+            z_losses.append(of_chunk.masked_fill(labels == ignore_index, 0.0))
+        if scale is not None:
+            torch.mm(logits, weight, out=grad_inputs[number])
+            grad_weight = _weight_gradient(grad_weight, logits, x, first=number == 0)
+            if bias is not None:
+                of_chunk = logits.sum(0, dtype=torch.float32)
+                grad_bias = grad_bias.add_(of_chunk) if number else of_chunk
+    loss = losses[0] if len(losses) == 1 else torch.cat(losses)
+    z_part = torch.cat(z_losses) if z_loss else None
+    return loss, z_part, grad_input, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+def _weight_gradient(so_far: Tensor, logits: Tensor, x: Tensor, first: bool) -> Tensor:
+    """The weight's gradient with one more chunk: in the dtype of all of one chunk, summed in float32 of several."""
+    if first:
+        return torch.mm(logits.T, x, out=so_far)
+    if x.dtype == torch.float32:
+        return so_far.addmm_(logits.T, x)
+    return so_far.float().add_(logits.T @ x)
+
+
+def _parts(of_rows: Tensor, step: int) -> Sequence[Tensor]:
+    """At most `step` rows at a time."""
+    return (of_rows,) if of_rows.shape[0] <= step else of_rows.split(step)
 
 
 def _empty_gradients(
@@ -318,18 +393,16 @@ def _empty_gradients(
     )
 
 
-def _logit_chunks(input: Tensor, classes: int, memory_budget: int) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of input's rows, each with the place for its logits (rows, classes): the same for all."""
+def _place_for_logits(input: Tensor, classes: int, memory_budget: int) -> Tensor:
+    """Memory for the logits of so many rows as are worked on together, at least one."""
     rows = input.shape[0]
     aligned = _ROW_ALIGNMENT // input.itemsize
     row_stride = -(-classes // aligned) * aligned
-    step = min(rows, max(1, memory_budget // max(1, row_stride * input.itemsize)))
+    step = max(1, min(rows, memory_budget // max(1, row_stride * input.itemsize)))
     if _WHOLE_ROWS < step < rows:
         step -= step % _WHOLE_ROWS
-    place = input.new_empty(step, row_stride)[:, :classes]
-    for start in range(0, rows, max(1, step)):
-        chunk = slice(start, min(start + step, rows))
-        yield chunk, place[: chunk.stop - start]
+    place = input.new_empty(step, row_stride)
+    return place if row_stride == classes else place[:, :classes]
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

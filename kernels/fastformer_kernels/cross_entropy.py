@@ -18,7 +18,7 @@ they are read in 128 bits wherever the rows are aligned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -40,8 +40,7 @@ _LIVE_CONFIGURATION = RowConfiguration(tile_elements=2048, thread_elements=8, mo
 TRANSPOSED_COLUMNS = 64
 
 
-@dataclass(frozen=True)
-class CrossEntropyOptions:
+class CrossEntropyOptions(NamedTuple):
     """What the loss of a row is made of.
 
     Attributes:
@@ -145,6 +144,7 @@ def _cross_entropy_kernel(
     gradient_stride_1,
     gradient_stride_2,
     gradient_stride_class,
+    grad_loss_stride,
     SMOOTHS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -201,8 +201,9 @@ def _cross_entropy_kernel(
             gradient_row = gradient_pointer + row_offset(
                 row, size_1, size_2, gradient_stride_0, gradient_stride_1, gradient_stride_2, ALIGNMENT
             )
+            grad_loss = tl.load(grad_loss_pointer + row * grad_loss_stride, mask=row_valid, other=0.0)
             # A target that is no class makes its row's gradient NaN.
-            grad_loss = tl.where(known, tl.load(grad_loss_pointer + row, mask=row_valid, other=0.0), float("nan"))
+            grad_loss = tl.where(known, grad_loss, float("nan"))
             of_exponential = of_probability * grad_loss / exponential_sum
             of_target *= grad_loss
             gradient_of_class = of_class * grad_loss
@@ -286,7 +287,7 @@ def cross_entropy_backward(
     """Write the gradient of `logits` to `gradient`, which may be `logits`.
 
     Args:
-        grad_loss: (rows,) float32 contiguous, the gradient of each row's loss.
+        grad_loss: (rows,) float32, the gradient of each row's loss; a stride of 0 gives all rows the same.
         normalizer: as `cross_entropy_forward` returned it.
     """
     _launch(logits, gradient, target, class_weight, grad_loss, None, normalizer, options)
@@ -377,6 +378,7 @@ def _launch_rows(
             *layout.sizes[1:],
             *layout.strides[0],
             *layout.strides[1],
+            1 if grad_loss is None else grad_loss.stride(0),
         ),
         {
             "SMOOTHS": smooths,

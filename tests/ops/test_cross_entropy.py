@@ -86,6 +86,18 @@ def test_matches_float64(backend: str, dtype: torch.dtype, reduction: str, optio
     check(logits, target, {**options, "reduction": reduction}, inplace=False)
 
 
+@pytest.mark.parametrize("options", [{}, {"weight": torch.rand(11)}], ids=["plain", "weight"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_many_logits(reduction: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few of them are PyTorch's own operator's on a CPU."""
+    monkeypatch.setattr(operator, "_FEW_ELEMENTS", 0)
+    torch.manual_seed(0)
+    logits, target = torch.randn(6, 11), torch.tensor([3, -100, 0, 10, 7, 1])
+    check(logits, target, {**options, "reduction": reduction}, inplace=False)
+    with pytest.raises(IndexError, match="target must be a class from 0 to 10 or -100; got 11"):
+        cross_entropy(logits, target.where(target != 10, 11), reduction=reduction, **options)
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(st.integers(1, 5), st.integers(1, 150), st.integers(1, 3), st.integers(1, 3)),
@@ -210,7 +222,8 @@ def test_a_target_that_is_no_class_gives_nan_in_the_kernel(monkeypatch: pytest.M
     logits = torch.randn(3, 5, requires_grad=True)
     for name in ("triton", "torch"):
         with use_backend(name):
-            losses = cross_entropy(logits, torch.tensor([1, 5, -1]), reduction="none")
+            # Without an option PyTorch's own loss looks at the targets itself.
+            losses = cross_entropy(logits, torch.tensor([1, 5, -1]), reduction="none", z_loss=0.1)
             (gradient,) = torch.autograd.grad(losses.sum(), logits)
         assert losses.isnan().tolist() == [False, True, True]
         assert gradient.isnan().all(1).tolist() == [False, True, True]
@@ -220,7 +233,9 @@ def test_registration(backend: str) -> None:
     logits, target = torch.randn(4, 5), torch.tensor([0, 4, -100, 2])
     weight, rows = torch.rand(5), torch.rand(4)
     ops = torch.ops.fastformer
-    torch.library.opcheck(ops.cross_entropy.default, (logits, target, weight, -100, 0.1, 0.1, 2.0, False))
+    for reduction in REDUCTIONS:
+        options = (-100, 0.1, 0.1, 2.0, reduction, False, torch.float32)
+        torch.library.opcheck(ops.cross_entropy.default, (logits, target, weight, *options))
     arguments = (target, weight, rows, torch.rand(2, 4), -100, 0.1, 0.1, 2.0)
     torch.library.opcheck(ops.cross_entropy_backward.default, (logits, *arguments))
     torch.library.opcheck(ops.cross_entropy_backward_.default, (logits.clone(), None, *arguments))
@@ -249,6 +264,7 @@ def test_compiles_without_graph_break(inplace: bool) -> None:
         ({"target": torch.zeros(3, dtype=torch.int32)}, TypeError, "target must be int64; got torch.int32"),
         ({"target": torch.zeros(4, dtype=torch.int64)}, ValueError, r"target must have shape \(3,\); got \(4,\)"),
         ({"target": torch.full((3,), 5)}, IndexError, "target must be a class from 0 to 4 or -100; got 5"),
+        ({"input": torch.zeros(5), "target": torch.tensor(-1)}, IndexError, "target must be a class from 0 to 4"),
         ({"weight": torch.zeros(4)}, ValueError, r"weight must have shape \(5,\); got \(4,\)"),
         ({"weight": torch.zeros(5).long()}, TypeError, "weight must be float32"),
         ({"reduction": "max"}, ValueError, "reduction must be one of mean, sum, none; got 'max'"),

@@ -79,6 +79,13 @@ def test_matches_float64(backend: str, dtype: torch.dtype, reduction: str, optio
     check(tensors, {**options, "reduction": reduction}, bytes_of_rows(4, 201, dtype))
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_few_and_many_logits(backend: str, reduction: str) -> None:
+    """Few of them, without a budget, are all held at once on a CPU; many are not."""
+    check(problem(), {"reduction": reduction, "label_smoothing": 0.1}, memory_budget=None)
+    check(problem(rows=90, classes=3000), {"reduction": reduction}, memory_budget=None)
+
+
 def test_large_logits_keep_the_probabilities_accurate(backend: str) -> None:
     """Probabilities of a log-sum-exp rounded to float32 are off by its magnitude, here over 100, in units."""
     torch.manual_seed(3)
@@ -189,11 +196,13 @@ def test_holds_no_more_logits_than_its_budget(
 
 def test_registration(backend: str) -> None:
     input, weight, target, bias = problem(rows=5, classes=7)
-    options = (-100, 0.1, 0.1, 2.0, 1 << 20)
+    options, budget = (-100, 0.1, 0.1, 2.0), 1 << 20
     tensors = (input, weight, target, bias, torch.rand(7))
     ops = torch.ops.fastformer
-    torch.library.opcheck(ops.linear_cross_entropy.default, (*tensors, torch.ones(5), *options, True))
-    torch.library.opcheck(ops.linear_cross_entropy_rows.default, (*tensors, *options))
+    for reduction in ("mean", "sum"):
+        torch.library.opcheck(ops.linear_cross_entropy.default, (*tensors, *options, reduction, budget, True))
+    torch.library.opcheck(ops.linear_cross_entropy_rows.default, (*tensors, *options, budget))
+    torch.library.opcheck(ops.linear_cross_entropy_rows_backward.default, (*tensors, torch.rand(5), *options, budget))
 
 
 def test_compiles_without_graph_break() -> None:
