@@ -109,28 +109,29 @@ def attention(
     """
     query = query if query_norm is None else query_norm(query)
     key = key if key_norm is None else key_norm(key)
+    # By position: twenty names take five microseconds.
     query, key, value, arguments = checked_arguments(
         query,
         key,
         value,
-        mask=mask,
-        bias=bias,
-        relative_bias=relative_bias,
-        alibi_slopes=alibi_slopes,
-        causal=causal,
-        prefix_lengths=prefix_lengths,
-        window=window,
-        chunk=chunk,
-        alignment=alignment,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        key_lengths=key_lengths,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        mask,
+        bias,
+        relative_bias,
+        alibi_slopes,
+        causal,
+        prefix_lengths,
+        window,
+        chunk,
+        alignment,
+        scale,
+        softcap,
+        sinks,
+        dropout_p,
+        key_lengths,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
     )
     output, lse = _attention(query, key, value, *arguments)
     return (output, lse) if return_lse else output
@@ -140,7 +141,6 @@ def checked_arguments(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    *,
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     relative_bias: torch.Tensor | None,
@@ -193,33 +193,29 @@ def checked_arguments(
         if right == UNBOUNDED:
             raise ValueError("prefix_lengths needs causal=True or a window with a right limit, which it lifts")
     head_scales, factor = _check_scale(scale, heads, query)
-    return (
-        query,
-        key,
-        value,
-        AttentionArguments(
-            mask=mask,
-            bias=bias,
-            relative_bias=_check_relative_bias(relative_bias, heads, query),
-            alibi_slopes=_check_slopes(alibi_slopes, batch, heads, query),
-            head_scales=head_scales,
-            sinks=_check_sinks(sinks, heads, query),
-            key_lengths=key_lengths,
-            prefix_lengths=prefix_lengths,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=queries,
-            max_seqlen_k=keys,
-            scale=factor,
-            left=left,
-            right=right,
-            chunk=chunk or 0,
-            bottom_right=alignment == "bottom_right",
-            softcap=softcap or 0.0,
-            dropout_p=dropout_p,
-            seed=draw_seed(query.device) if dropout_p else None,
-        ),
+    arguments = AttentionArguments(
+        mask,
+        bias,
+        _check_relative_bias(relative_bias, heads, query),
+        _check_slopes(alibi_slopes, batch, heads, query),
+        head_scales,
+        _check_sinks(sinks, heads, query),
+        key_lengths,
+        prefix_lengths,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        queries,
+        keys,
+        factor,
+        left,
+        right,
+        chunk or 0,
+        alignment == "bottom_right",
+        softcap or 0.0,
+        dropout_p,
+        draw_seed(query.device) if dropout_p else None,
     )
+    return query, key, value, arguments
 
 
 def scaled_dot_product_attention(
@@ -446,8 +442,8 @@ def _attention(
     if use_triton(query):
         from fastformer_kernels.attention.forward import attention_forward
 
-        return attention_forward(query, key, value, AttentionArguments(*arguments))
-    return attention_forward_torch(query, key, value, AttentionArguments(*arguments))
+        return attention_forward(query, key, value, AttentionArguments._make(arguments))
+    return attention_forward_torch(query, key, value, AttentionArguments._make(arguments))
 
 
 @operator(
@@ -475,7 +471,7 @@ def _attention_backward(
     else:
         backward = attention_backward_torch
     inputs = (grad_output, grad_lse, query, key, value, output, lse)
-    found = backward(*inputs, AttentionArguments(*arguments), Learned(*needed))
+    found = backward(*inputs, AttentionArguments._make(arguments), Learned(*needed))
     return [gradient for gradient in found if gradient is not None]
 
 
@@ -498,7 +494,7 @@ def _(
     needed: Sequence[bool],
     *arguments: Any,
 ) -> list[torch.Tensor]:
-    learned = AttentionArguments(*arguments).learned
+    learned = AttentionArguments._make(arguments).learned
     wanted = [tensor for tensor, wanted in zip(learned, needed, strict=True) if wanted and tensor is not None]
     return [*map(empty_gradient, (query, key, value)), *map(torch.Tensor.new_empty, wanted, (t.shape for t in wanted))]
 

@@ -66,24 +66,24 @@ def attention_weights(
         query,
         key,
         key,
-        mask=mask,
-        bias=bias,
-        relative_bias=relative_bias,
-        alibi_slopes=alibi_slopes,
-        causal=causal,
-        prefix_lengths=prefix_lengths,
-        window=window,
-        chunk=chunk,
-        alignment=alignment,
-        scale=scale,
-        softcap=softcap,
-        sinks=None,
-        dropout_p=0.0,
-        key_lengths=key_lengths,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        mask,
+        bias,
+        relative_bias,
+        alibi_slopes,
+        causal,
+        prefix_lengths,
+        window,
+        chunk,
+        alignment,
+        scale,
+        softcap,
+        None,
+        0.0,
+        key_lengths,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
     )
     if lse.dtype != torch.float32:
         raise TypeError(f"lse must be float32, as attention returns it; got {lse.dtype}")
@@ -118,10 +118,10 @@ def _attention_weights(query: Tensor, key: Tensor, lse: Tensor, heads: Tensor, r
         from fastformer_kernels.attention.weights import attention_weights as weights
     else:
         weights = attention_weights_torch
-    return weights(query, key, lse, heads, rows, AttentionArguments(*arguments))
+    return weights(query, key, lse, heads, rows, AttentionArguments._make(arguments))
 
 
 @_attention_weights.register_fake
 def _(query: Tensor, key: Tensor, lse: Tensor, heads: Tensor, rows: Tensor, *arguments: Any) -> Tensor:
-    call = AttentionArguments(*arguments)
+    call = AttentionArguments._make(arguments)
     return query.new_empty(call.batch(query), heads.shape[0], rows.shape[0], call.max_seqlen_k)

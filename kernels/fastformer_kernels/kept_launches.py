@@ -28,7 +28,7 @@ _MOST_KINDS = 4096
 _ALIGNMENT = 16
 
 # Replaced by another dictionary, never emptied: what a thread is about to keep may not hold afterwards.
-_kept: dict[tuple[Any, ...], _Kept | None] = {}
+_kept: dict[tuple[Any, ...], list[_Kept]] = {}
 
 
 class Launch(NamedTuple):
@@ -50,7 +50,7 @@ class Launch(NamedTuple):
     descriptors: bool = False
 
 
-Launcher = Callable[..., Launch | None]
+Launcher = Callable[..., Launch | list[Launch] | None]
 
 
 def kept_launch(launcher: Launcher) -> Callable[..., None]:
@@ -62,7 +62,7 @@ def kept_launch(launcher: Launcher) -> Callable[..., None]:
     Args:
         launcher: takes by position a tensor, and after it tensors, None, hashable values, and tuples of tensors that
             were allocated for this launch: their dtypes, shapes and strides follow from the other arguments, and are
-            not looked at. Returns None where there is nothing to launch.
+            not looked at. Returns a launch, several in their order, or None where there is nothing to launch.
     """
 
     def launch(*arguments: Any) -> None:
@@ -87,14 +87,18 @@ def kept_launch(launcher: Launcher) -> Callable[..., None]:
             else:
                 kind.append(argument)
         key = tuple(kind)
-        known = _kept.get(key, _UNKNOWN)
-        if known is _UNKNOWN:
+        known = _kept.get(key)
+        if known is None:
             _keep(launcher, arguments, key)
-        elif known is not None and (device == current or device < 0):
-            known(pointers, driver.get_current_stream(current))
-        elif known is not None:
+        elif device == current or device < 0:
+            stream = driver.get_current_stream(current)
+            for each in known:
+                each(pointers, stream)
+        else:
             with torch.cuda.device(device):
-                known(pointers, driver.get_current_stream(device))
+                stream = driver.get_current_stream(device)
+                for each in known:
+                    each(pointers, stream)
 
     return launch
 
@@ -185,19 +189,15 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-_UNKNOWN: Any = object()
-
-
 def _keep(launcher: Launcher, arguments: tuple[Any, ...], key: tuple[Any, ...]) -> None:
     if len(_kept) >= _MOST_KINDS:
         forget_launches()
     kept = _kept
     tensors: list[torch.Tensor] = []
-    launch, compiled = _launch(launcher, _separate(arguments, tensors))
-    if launch is None:
-        kept[key] = None
-    elif compiled is not None:  # A hook of Triton's may stop a launch.
-        kept[key] = _Kept(compiled, launch, tensors)
+    launched = _launch(launcher, _separate(arguments, tensors))
+    # A hook of Triton's may stop a launch.
+    if all(compiled is not None for _, compiled in launched):
+        kept[key] = [_Kept(compiled, launch, tensors) for launch, compiled in launched]
 
 
 def _separate(values: tuple[Any, ...], tensors: list[torch.Tensor]) -> tuple[Any, ...]:
@@ -213,11 +213,13 @@ def _separate(values: tuple[Any, ...], tensors: list[torch.Tensor]) -> tuple[Any
     return tuple(separate)
 
 
-def _launch(launcher: Launcher, arguments: tuple[Any, ...]) -> tuple[Launch | None, Any]:
-    """Ask the launcher and launch through Triton; returns what was launched and the compiled kernel."""
-    launch = launcher(*arguments)
-    if launch is None:
-        return None, None
+def _launch(launcher: Launcher, arguments: tuple[Any, ...]) -> list[tuple[Launch, Any]]:
+    """Ask the launcher and launch through Triton; returns what was launched, each with the compiled kernel."""
+    asked = launcher(*arguments)
+    launches = [] if asked is None else asked if isinstance(asked, list) else [asked]
+    launched = []
     with device_guard(arguments[0]):
-        provide_scratch_memory(launch.descriptors)
-        return launch, launch.kernel[launch.grid](*launch.arguments, **launch.options)
+        for launch in launches:
+            provide_scratch_memory(launch.descriptors)
+            launched.append((launch, launch.kernel[launch.grid](*launch.arguments, **launch.options)))
+    return launched

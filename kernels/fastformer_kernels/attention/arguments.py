@@ -80,9 +80,10 @@ class AttentionArguments(NamedTuple):
 
     def for_launch(self) -> tuple[Any, ...]:
         """As a kept launch takes them: one value where none of them is a tensor, else each by itself."""
-        (mask, bias, relative, slopes, scales, sinks, key_lengths, prefix_lengths, q_bounds, k_bounds, *_, seed) = self
-        of_scores = mask is bias is relative is slopes is scales is sinks is seed is None
-        return (self,) if of_scores and key_lengths is prefix_lengths is q_bounds is k_bounds is None else self
+        if self.key_lengths is self.prefix_lengths is self.cu_seqlens_q is self.seed is self.mask is self.bias is None:
+            if self.relative_bias is self.alibi_slopes is self.head_scales is self.sinks is None:
+                return (self,)
+        return self
 
     @staticmethod
     def of_launch(fields: tuple[Any, ...]) -> AttentionArguments:

@@ -934,19 +934,11 @@ def attention_backward(
         if two_kernels:
             length, block = arguments.max_seqlen_q, deterministic_configuration(query, value, arguments).block_m
         sums = _score_sums(query, arguments, needed, deterministic, triton.cdiv(length, block))
-    inputs, fields = (query, key, value, grad_output), arguments.for_launch()
-    if query.numel():
-        _launch_row_statistics(output, grad_output, lse, grad_lse, (exponent, delta))
-    if two_kernels:
-        _launch_query_gradient(*inputs, (exponent, delta, grad_query), *sums, *fields)
-        made = (exponent, delta, grad_key, grad_value)
-        _launch_key_value_gradient(*inputs, made, deterministic, *_NO_SUMS, *fields)
-    else:
-        total = torch.zeros_like(grad_query, dtype=torch.float32)
-        _launch_key_value_gradient(
-            *inputs, (exponent, delta, grad_key, grad_value, total), deterministic, *sums, *fields
-        )
-        _launch_scale_and_round(total, (grad_query,), 1.0 if arguments.head_scales is not None else arguments.scale)
+    made = [exponent, delta, grad_query, grad_key, grad_value]
+    if not two_kernels:
+        made.append(torch.zeros_like(grad_query, dtype=torch.float32))
+    inputs = (query, key, value, grad_output, output, lse, grad_lse)
+    _launch_backward(*inputs, tuple(made), deterministic, *sums, *arguments.for_launch())
     learned = _learned_gradients(sums, lse, delta, arguments, needed) if True in needed else _NOTHING_LEARNED
     return AttentionGradients(grad_query, grad_key, grad_value, *learned)
 
@@ -966,6 +958,10 @@ class _ScoreSums(NamedTuple):
     relative: torch.Tensor | None
     slopes: torch.Tensor | None
     head_scales: torch.Tensor | None
+
+    def as_argument(self) -> ScoreGradients:
+        """As kernels take them."""
+        return ScoreGradients(*addend(self.bias), *relative(self.relative), self.slopes, self.head_scales)
 
 
 _NO_SUMS = _ScoreSums(None, None, None, None)
@@ -1025,19 +1021,52 @@ def _learned_gradients(
 
 
 @kept_launch
-def _launch_key_value_gradient(
+def _launch_backward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     grad_output: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    grad_lse: torch.Tensor | None,
     made: tuple[torch.Tensor, ...],
     deterministic: bool,
     *fields: Any,
-) -> Launch | None:
-    exponent, delta, grad_key, grad_value, *totals = made
-    total = totals[0] if totals else None
-    gradients, arguments = _gradients_and_arguments(fields)
+) -> list[Launch]:
+    exponent, delta, grad_query, grad_key, grad_value, *totals = made
+    sums = _ScoreSums(*fields[: len(_NO_SUMS)])
+    arguments = AttentionArguments.of_launch(fields[len(_NO_SUMS) :])
+    launches: list[Launch | None] = []
+    if query.numel():
+        launches.append(_row_statistics(output, grad_output, lse, grad_lse, exponent, delta))
+    inputs, statistics, key_grads = (query, key, value), (grad_output, exponent, delta), (grad_key, grad_value)
     configuration = _key_configuration(query, value, arguments, deterministic)
+    if totals:
+        scale = 1.0 if arguments.head_scales is not None else arguments.scale
+        launches.append(
+            _key_value_gradient(*inputs, *statistics, totals[0], *key_grads, sums, arguments, configuration)
+        )
+        launches.append(_scale_and_round(totals[0], grad_query, scale))
+    else:
+        launches.append(_query_gradient(*inputs, *statistics, grad_query, sums, arguments))
+        launches.append(_key_value_gradient(*inputs, *statistics, None, *key_grads, _NO_SUMS, arguments, configuration))
+    return [launch for launch in launches if launch is not None]
+
+
+def _key_value_gradient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grad_output: torch.Tensor,
+    exponent: torch.Tensor,
+    delta: torch.Tensor,
+    total: torch.Tensor | None,
+    grad_key: torch.Tensor,
+    grad_value: torch.Tensor,
+    sums: _ScoreSums,
+    arguments: AttentionArguments,
+    configuration: AttentionConfiguration,
+) -> Launch | None:
     tiles = triton.cdiv(arguments.max_seqlen_k, configuration.block_n)
     works = tiles * key.shape[1] * arguments.batch(query)
     if works == 0 or key.numel() == 0:
@@ -1061,7 +1090,7 @@ def _launch_key_value_gradient(
             operand(total),
             operand(grad_key),
             operand(grad_value),
-            gradients,
+            sums.as_argument(),
             *sizes(query, arguments, works=works, tiles=tiles, section=section_of(query, grad_output, arguments)),
             query.shape[1] // key.shape[1],
             lengths(arguments),
@@ -1085,17 +1114,17 @@ def _launch_key_value_gradient(
     )
 
 
-@kept_launch
-def _launch_query_gradient(
+def _query_gradient(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     grad_output: torch.Tensor,
-    made: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    *fields: Any,
+    exponent: torch.Tensor,
+    delta: torch.Tensor,
+    grad_query: torch.Tensor,
+    sums: _ScoreSums,
+    arguments: AttentionArguments,
 ) -> Launch | None:
-    exponent, delta, grad_query = made
-    gradients, arguments = _gradients_and_arguments(fields)
     configuration = deterministic_configuration(query, value, arguments)
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
     works = tiles * query.shape[1] * arguments.batch(query)
@@ -1110,7 +1139,7 @@ def _launch_query_gradient(
             rows(exponent),
             rows(delta),
             operand(grad_query),
-            gradients,
+            sums.as_argument(),
             *sizes(query, arguments, works=works, tiles=tiles, section=section_of(key, value, arguments)),
             query.shape[1] // key.shape[1],
             lengths(arguments),
@@ -1129,22 +1158,14 @@ def _launch_query_gradient(
     )
 
 
-def _gradients_and_arguments(fields: tuple[Any, ...]) -> tuple[ScoreGradients, AttentionArguments]:
-    """What a launcher was given as `_ScoreSums` and `AttentionArguments`."""
-    bias, relative_bias, slopes, head_scales = fields[: len(_NO_SUMS)]
-    gradients = ScoreGradients(*addend(bias), *relative(relative_bias), slopes, head_scales)
-    return gradients, AttentionArguments.of_launch(fields[len(_NO_SUMS) :])
-
-
-@kept_launch
-def _launch_row_statistics(
+def _row_statistics(
     output: torch.Tensor,
     grad_output: torch.Tensor,
     lse: torch.Tensor,
     grad_lse: torch.Tensor | None,
-    made: tuple[torch.Tensor, torch.Tensor],
+    exponent: torch.Tensor,
+    delta: torch.Tensor,
 ) -> Launch:
-    exponent, delta = made
     block_v, block_m = _row_blocks(output)
     batch, heads, length = delta.shape if delta.dim() == 3 else (1, *delta.shape)
     tiles = triton.cdiv(length, block_m)
@@ -1166,9 +1187,7 @@ def _launch_row_statistics(
     )
 
 
-@kept_launch
-def _launch_scale_and_round(total: torch.Tensor, made: tuple[torch.Tensor], scale: float) -> Launch | None:
-    (grad_query,) = made
+def _scale_and_round(total: torch.Tensor, grad_query: torch.Tensor, scale: float) -> Launch | None:
     if total.numel() == 0:
         return None
     block_d, block_m = _row_blocks(total)

@@ -68,6 +68,8 @@ def _block_of(head_dim: int) -> int:
 
 
 Table = dict[int, dict[int, AttentionConfiguration]]
+# An architecture's name, an element's size in bytes and the greater head_dim.
+Kind = tuple[str, int, int]
 Feature = Literal["mask or bias", "grouped heads", "dropout", "window", "alibi", "packed"]
 
 # By element size and the largest head_dim each serves, chosen from what they compile to: no spills for 16-bit types at
@@ -290,7 +292,7 @@ def deterministic_configuration(
     query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> AttentionConfiguration:
     """The configuration of the two backward kernels of which each writes what it owns."""
-    default = _choose(_DETERMINISTIC, query, value) or _INTERPRETER
+    default = _choose(_DETERMINISTIC, _kind(query, value)) or _INTERPRETER
     return chosen("attention_deterministic", query, default, lambda: _shape_class(query, value, arguments))
 
 
@@ -323,11 +325,12 @@ def _class_words(element_size: int, head_dim: int, keys: int, *words: str) -> tu
 def _default_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> AttentionConfiguration:
-    special = _choose_with(_FORWARD_WITH, query, value, arguments)
+    kind = _kind(query, value)
+    special = _choose_with(_FORWARD_WITH, kind, _features(query, value, arguments))
     if special is not None:
         return special
     # Beyond plain attention, specialised warps need too much memory, or cannot be compiled.
-    whole = _choose(_FORWARD_WHOLE, query, value)
+    whole = _choose(_FORWARD_WHOLE, kind)
     if (
         whole is not None
         and folds_scale(arguments)
@@ -337,14 +340,19 @@ def _default_forward(
         and not has_borders(arguments, arguments.max_seqlen_k, whole.block_n)
     ):
         return whole
-    return _choose(_FORWARD, query, value) or _INTERPRETER
+    return _choose(_FORWARD, kind) or _INTERPRETER
 
 
 def _default_backward(
     query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> AttentionConfiguration:
-    special = _choose_with(_BACKWARD_WITH, query, value, arguments)
-    return special or _choose(_BACKWARD, query, value) or _INTERPRETER
+    return _shipped_backward(_kind(query, value), _features(query, value, arguments))
+
+
+# Asked for before the launch is, at every call: what is allocated depends on it.
+@lru_cache
+def _shipped_backward(kind: Kind, features: tuple[Feature, ...]) -> AttentionConfiguration:
+    return _choose_with(_BACKWARD_WITH, kind, features) or _choose(_BACKWARD, kind) or _INTERPRETER
 
 
 def weights_configuration(query: torch.Tensor) -> AttentionConfiguration:
@@ -352,28 +360,41 @@ def weights_configuration(query: torch.Tensor) -> AttentionConfiguration:
     return _INTERPRETER if architecture_of(query).name == "interpreter" else AttentionConfiguration(16, 64, 4, 1)
 
 
+def _kind(query: torch.Tensor, value: torch.Tensor) -> Kind:
+    """What every table goes by."""
+    return architecture_of(query).name, query.element_size(), max(query.shape[-1], value.shape[-1])
+
+
+def _features(query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments) -> tuple[Feature, ...]:
+    """The features of a call that some table goes by."""
+    present: list[Feature] = []
+    if arguments.loads_scores:
+        present.append("mask or bias")
+    if query.shape[1] != value.shape[1]:
+        present.append("grouped heads")
+    if arguments.seed is not None:
+        present.append("dropout")
+    if arguments.left != UNBOUNDED:
+        present.append("window")
+    if arguments.alibi_slopes is not None:
+        present.append("alibi")
+    if arguments.packed:
+        present.append("packed")
+    return tuple(present)
+
+
 def _choose_with(
-    tables: dict[Feature, dict[str, Table]], query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
+    tables: dict[Feature, dict[str, Table]], kind: Kind, features: tuple[Feature, ...]
 ) -> AttentionConfiguration | None:
-    """The configuration for the first feature of the call that has one."""
-    present: dict[Feature, bool] = {
-        "mask or bias": arguments.loads_scores,
-        "grouped heads": query.shape[1] != value.shape[1],
-        "dropout": arguments.seed is not None,
-        "window": arguments.left != UNBOUNDED,
-        "alibi": arguments.alibi_slopes is not None,
-        "packed": arguments.packed,
-    }
-    choices = (
-        _choose(by_architecture, query, value) for feature, by_architecture in tables.items() if present[feature]
-    )
+    """The configuration for the first feature that has one, in the order of `tables`."""
+    choices = (_choose(by_architecture, kind) for feature, by_architecture in tables.items() if feature in features)
     return next((choice for choice in choices if choice is not None), None)
 
 
-def _choose(tables: dict[str, Table], query: torch.Tensor, value: torch.Tensor) -> AttentionConfiguration | None:
+def _choose(tables: dict[str, Table], kind: Kind) -> AttentionConfiguration | None:
     """The first configuration that serves these head_dims on the tensors' architecture, if any does."""
-    by_head_dim = tables.get(architecture_of(query).name, {}).get(query.element_size(), {})
-    head_dim = max(query.shape[-1], value.shape[-1])
+    architecture, element_size, head_dim = kind
+    by_head_dim = tables.get(architecture, {}).get(element_size, {})
     return next((choice for largest, choice in by_head_dim.items() if head_dim <= largest), None)
 
 
