@@ -104,25 +104,53 @@ def attention_weights_torch(
     query: torch.Tensor,
     key: torch.Tensor,
     lse: torch.Tensor,
-    heads: torch.Tensor,
-    query_rows: torch.Tensor,
+    heads: torch.Tensor | None,
+    query_rows: torch.Tensor | None,
     arguments: AttentionArguments,
 ) -> torch.Tensor:
     """Weights (batch, chosen heads, chosen rows, keys); see `fastformer.attention_weights`."""
-    weights = query.new_zeros(arguments.batch(query), len(heads), len(query_rows), arguments.max_seqlen_k)
-    chosen = _choose_heads(arguments, heads)
+    if heads is None:
+        if query_rows is None and arguments.cu_seqlens_q is arguments.key_lengths is arguments.prefix_lengths is None:
+            return _all_weights(query, key, lse, arguments)
+        heads = torch.arange(query.shape[1], device=query.device)
+    chosen, kv_heads = _choose_heads(arguments, heads), heads // (query.shape[1] // key.shape[1])
+    runs = [(0, 0, arguments.max_seqlen_q)] if query_rows is None else list(_runs(query_rows.tolist()))
+    row_count = sum(length for _, _, length in runs)
+    weights = query.new_zeros(arguments.batch(query), len(heads), row_count, arguments.max_seqlen_k)
     dense_query, dense_key, rows = _as_dense(query), _as_dense(key), _dense_rows(lse)
     for segment in _segments(query, key, chosen):
         q = segment.of_queries(dense_query)[:, heads]
-        k = segment.of_keys(dense_key)[:, heads // (query.shape[1] // key.shape[1])].float()
-        row_lse = segment.of_queries(rows)[:, heads, :, None]
-        row_lse = row_lse.masked_fill(row_lse == NEGATIVE_INFINITY, -NEGATIVE_INFINITY)
-        for place, row in enumerate(query_rows.tolist()):
-            if row < q.shape[2]:
-                at = slice(row, row + 1)
-                scores = _scores(q[:, :, at].float(), k, segment._replace(queries=at))
-                weights[segment.batch, :, place, segment.keys] = (scores.values - row_lse[:, :, at]).exp().squeeze(2)
+        k = segment.of_keys(dense_key)[:, kv_heads].float()
+        row_lse = _as_shift(segment.of_queries(rows)[:, heads])
+        for place, row, length in runs:
+            at = slice(row, min(row + length, q.shape[2]))
+            if row < at.stop:
+                values = _scores(q[:, :, at].float(), k, segment._replace(queries=at)).values
+                target = weights[segment.batch, :, place : place + _size(at), segment.keys]
+                target.copy_(values.sub_(row_lse[:, :, at]).exp_())
     return weights
+
+
+def _runs(rows: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Neighbours among `rows` together: the place of the first, its row, and how many follow one another."""
+    for _, run in itertools.groupby(enumerate(rows), lambda placed: placed[1] - placed[0]):
+        (place, row), *others = run
+        yield place, row, 1 + len(others)
+
+
+def _all_weights(
+    query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, arguments: AttentionArguments
+) -> torch.Tensor:
+    """The weights of all heads and rows, where the whole call is one segment."""
+    whole = _whole(query, arguments)
+    scores = _scores(query.float(), _float_heads(key, query.shape[1]), whole)
+    return scores.values.sub_(_as_shift(lse)).exp_().to(query.dtype)
+
+
+def _as_shift(lse: torch.Tensor) -> torch.Tensor:
+    """What to subtract from a row's scores: nothing is left of a row that may attend to nothing."""
+    infinity = -NEGATIVE_INFINITY
+    return lse.nan_to_num(nan=float("nan"), posinf=infinity, neginf=infinity)[..., None]
 
 
 def _choose_heads(arguments: AttentionArguments, heads: torch.Tensor) -> AttentionArguments:
@@ -228,16 +256,20 @@ class _Segment(NamedTuple):
         nearest, farthest = keys.start - (queries.stop - 1 + self.offset), keys.stop - 1 - queries.start - self.offset
         right = a.right != UNBOUNDED and farthest > a.right
         left = a.left != UNBOUNDED and nearest < -a.left
-        if right or left or a.chunk:
-            distance = self.distance(device)[None, None]
+        # The diagonal of each query's own position.
+        own = queries.start + self.offset - keys.start
+        if right:
+            near = torch.ones(_size(queries), _size(keys), dtype=torch.bool, device=device).tril_(own + a.right)
+            if self.prefix:
+                near[:, : max(0, self.prefix - keys.start)] = True
+            conditions.append(near[None, None])
+        if left:
+            far = torch.ones(_size(queries), _size(keys), dtype=torch.bool, device=device).triu_(own - a.left)
+            conditions.append(far[None, None])
+        if a.chunk:
             key = torch.arange(keys.start, keys.stop, device=device)
-            if right:
-                near = distance <= a.right
-                conditions.append(near | (key < self.prefix) if self.prefix else near)
-            if left:
-                conditions.append(distance >= -a.left)
-            if a.chunk:
-                conditions.append(key // a.chunk == (key - distance) // a.chunk)
+            query = torch.arange(queries.start + self.offset, queries.stop + self.offset, device=device)
+            conditions.append((key // a.chunk == query[:, None] // a.chunk)[None, None])
         return functools.reduce(torch.logical_and, conditions) if conditions else None
 
     def _part(self, tensor: torch.Tensor, tokens: slice, within: slice) -> torch.Tensor:
@@ -313,6 +345,16 @@ def _segments(query: torch.Tensor, key: torch.Tensor, arguments: AttentionArgume
                 prefix=prefix,
             )
         start = stop
+
+
+def _whole(query: torch.Tensor, arguments: AttentionArguments) -> _Segment:
+    """A dense call without lengths as one segment."""
+    m, n = arguments.max_seqlen_q, arguments.max_seqlen_k
+    offset = n - m if arguments.bottom_right else 0
+    everything = slice(0, 0)
+    return _Segment(
+        arguments, slice(0, query.shape[0]), everything, everything, slice(0, m), slice(0, n), offset, prefix=0
+    )
 
 
 def _boundaries(name: str, cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> list[int]:

@@ -89,31 +89,29 @@ def attention_weights(
         raise TypeError(f"lse must be float32, as attention returns it; got {lse.dtype}")
     check_device("lse", lse, "query", query)
     check_shape("lse", lse, query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0]))
-    with torch.no_grad():
-        return _attention_weights(
-            query,
-            key,
-            lse,
-            _chosen("heads", heads, query.shape[1], query.device),
-            _chosen("rows", rows, arguments.max_seqlen_q, query.device),
-            *arguments,
-        )
+    chosen_heads = _chosen("heads", heads, query.shape[1], query.device)
+    chosen_rows = _chosen("rows", rows, arguments.max_seqlen_q, query.device)
+    return _attention_weights(query, key, lse, chosen_heads, chosen_rows, *arguments)
 
 
-def _chosen(name: str, indices: Sequence[int] | None, size: int, device: torch.device) -> Tensor:
-    if indices is None:
-        return torch.arange(size, dtype=torch.int32, device=device)
-    if wrong := [index for index in indices if not 0 <= index < size]:
-        raise IndexError(f"{name} must be from 0 to {size - 1}; got {wrong[0]}")
+def _chosen(name: str, indices: Sequence[int] | None, size: int, device: torch.device) -> Tensor | None:
+    """The indices as a tensor; None for all."""
+    if indices is None or (len(indices) == size and list(indices) == list(range(size))):
+        return None
+    if len(indices) and not 0 <= min(indices) <= max(indices) < size:
+        wrong = next(index for index in indices if not 0 <= index < size)
+        raise IndexError(f"{name} must be from 0 to {size - 1}; got {wrong}")
     return torch.tensor(list(indices), dtype=torch.int32, device=device)
 
 
 @operator(
     "fastformer::attention_weights",
     mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor lse, Tensor heads, Tensor rows, {ARGUMENTS_SCHEMA}) -> Tensor",
+    schema=f"(Tensor query, Tensor key, Tensor lse, Tensor? heads, Tensor? rows, {ARGUMENTS_SCHEMA}) -> Tensor",
 )
-def _attention_weights(query: Tensor, key: Tensor, lse: Tensor, heads: Tensor, rows: Tensor, *arguments: Any) -> Tensor:
+def _attention_weights(
+    query: Tensor, key: Tensor, lse: Tensor, heads: Tensor | None, rows: Tensor | None, *arguments: Any
+) -> Tensor:
     if use_triton(query):
         from fastformer_kernels.attention.weights import attention_weights as weights
     else:
@@ -122,6 +120,8 @@ def _attention_weights(query: Tensor, key: Tensor, lse: Tensor, heads: Tensor, r
 
 
 @_attention_weights.register_fake
-def _(query: Tensor, key: Tensor, lse: Tensor, heads: Tensor, rows: Tensor, *arguments: Any) -> Tensor:
+def _(query: Tensor, key: Tensor, lse: Tensor, heads: Tensor | None, rows: Tensor | None, *arguments: Any) -> Tensor:
     call = AttentionArguments._make(arguments)
-    return query.new_empty(call.batch(query), heads.shape[0], rows.shape[0], call.max_seqlen_k)
+    head_count = query.shape[1] if heads is None else heads.shape[0]
+    row_count = call.max_seqlen_q if rows is None else rows.shape[0]
+    return query.new_empty(call.batch(query), head_count, row_count, call.max_seqlen_k)

@@ -84,11 +84,14 @@ class Operator:
                 return derivative.dispatched.apply(*arguments)
             return self._dispatched(*arguments)
         plain, learns = self._kinds(arguments)
-        if derivative is None or not (learns and torch.is_grad_enabled()):
-            return (self._direct if plain else self._dispatched)(*arguments)
-        if plain:
-            return derivative.apply_direct(*arguments)
-        return derivative.dispatched.apply(*arguments)
+        call = self._direct if plain else self._dispatched
+        if not (learns and torch.is_grad_enabled()):
+            return call(*arguments)
+        if derivative is not None:
+            return derivative.apply_direct(*arguments) if plain else derivative.dispatched.apply(*arguments)
+        # Autograd must not follow what an implementation does.
+        with torch.no_grad():
+            return call(*arguments)
 
     def register_fake(self, shapes: Implementation) -> Implementation:
         """Say what the operator returns for tensors without data; where it returns nothing, nothing need be said."""

@@ -59,7 +59,9 @@ def _attention_weights_kernel(
     row_tile = program // key_tiles % row_tiles
     place = program // key_tiles // row_tiles % head_count
     batch = (program // key_tiles // row_tiles // head_count).to(tl.int64)
-    head = tl.load(heads_pointer + place).to(tl.int64)
+    head = place.to(tl.int64)
+    if heads_pointer is not None:
+        head = tl.load(heads_pointer + place).to(tl.int64)
     PREFIX: tl.constexpr = lengths.prefix_lengths is not None
     q_start, queries = query_bounds(batch, lengths, queries)
     width = keys
@@ -67,7 +69,9 @@ def _attention_weights_kernel(
     offset = keys - queries if BOTTOM_RIGHT else 0
 
     index = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    query = tl.load(rows_pointer + index, mask=index < row_count, other=0)
+    query = index
+    if rows_pointer is not None:
+        query = tl.load(rows_pointer + index, mask=index < row_count, other=0)
     query = tl.where(index < row_count, query, queries)
     dim = tl.arange(0, BLOCK_D)
     q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
@@ -113,16 +117,18 @@ def attention_weights(
     query: torch.Tensor,
     key: torch.Tensor,
     lse: torch.Tensor,
-    heads: torch.Tensor,
-    query_rows: torch.Tensor,
+    heads: torch.Tensor | None,
+    query_rows: torch.Tensor | None,
     arguments: AttentionArguments,
 ) -> torch.Tensor:
     """Weights (batch, chosen heads, chosen rows, keys) in query's dtype; zero where a sequence has no such row or key.
 
     Args:
-        heads, query_rows: int32, on query's device; rows count within a sequence.
+        heads, query_rows: int32, on query's device, None for all; rows count within a sequence.
     """
-    weights = query.new_empty(arguments.batch(query), len(heads), len(query_rows), arguments.max_seqlen_k)
+    head_count = query.shape[1] if heads is None else len(heads)
+    row_count = arguments.max_seqlen_q if query_rows is None else len(query_rows)
+    weights = query.new_empty(arguments.batch(query), head_count, row_count, arguments.max_seqlen_k)
     if weights.numel() == 0:
         return weights
     _launch_weights(query, key, lse, heads, query_rows, (weights,), *arguments.for_launch())
@@ -134,18 +140,19 @@ def _launch_weights(
     query: torch.Tensor,
     key: torch.Tensor,
     lse: torch.Tensor,
-    heads: torch.Tensor,
-    query_rows: torch.Tensor,
+    heads: torch.Tensor | None,
+    query_rows: torch.Tensor | None,
     made: tuple[torch.Tensor],
     *fields: Any,
 ) -> Launch:
     (weights,), arguments = made, AttentionArguments.of_launch(fields)
+    batch, head_count, row_count, _ = weights.shape
     configuration = weights_configuration(query)
-    row_tiles = triton.cdiv(len(query_rows), configuration.block_m)
+    row_tiles = triton.cdiv(row_count, configuration.block_m)
     key_tiles = triton.cdiv(arguments.max_seqlen_k, configuration.block_n)
     return Launch(
         _attention_weights_kernel,
-        (key_tiles * row_tiles * len(heads) * arguments.batch(query),),
+        (key_tiles * row_tiles * head_count * batch,),
         (
             operand(query),
             operand(key),
@@ -153,8 +160,8 @@ def _launch_weights(
             addend(weights),
             heads,
             query_rows,
-            len(heads),
-            len(query_rows),
+            head_count,
+            row_count,
             row_tiles,
             key_tiles,
             arguments.max_seqlen_q,
