@@ -6,15 +6,14 @@ serve four neighbouring columns, so that every tile size and the backward draw t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 
-@dataclass(frozen=True)
-class Dropout:
+class Dropout(NamedTuple):
     """Which elements to drop.
 
     Attributes:
@@ -30,7 +29,7 @@ class Dropout:
 
 def dropout_arguments(dropout: Dropout | None) -> tuple[torch.Tensor | None, int, float]:
     """What a kernel takes: seed_pointer (None without dropout), threshold and scale."""
-    return (None, 0, 1.0) if dropout is None else (dropout.seed, dropout.threshold, dropout.scale)
+    return (None, 0, 1.0) if dropout is None else dropout
 
 
 @triton.jit

@@ -210,6 +210,15 @@ def test_leading_dimensions_and_no_tokens(implementation: None) -> None:
     torch.testing.assert_close(nothing, (torch.nn.functional.gelu(bias) @ down.T + 1).expand(3, 5))
 
 
+def test_result_may_be_changed_in_place(implementation: None) -> None:
+    """A view for autograd might not, where a hook on a module's output is to do so."""
+    up, down = torch.randn(6, 4, requires_grad=True), torch.randn(5, 6)
+    for shape in ((3, 4), (2, 3, 4)):
+        output = feed_forward(torch.randn(shape), up, down)
+        assert not output._is_view()
+        output.mul_(2).sum().backward()
+
+
 def test_registration(backend: str) -> None:
     tensors = make(3, 4, 6, True, True, torch.float32)
     residual, seed = torch.randn(3, 5), torch.tensor([3, 4])
