@@ -245,6 +245,13 @@ def scaled_dot_product_attention(
     """
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal=True")
+    options: dict[str, Any] = {"causal": is_causal, "alignment": "top_left", "scale": scale, "dropout_p": dropout_p}
+    shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    if len(shape) == len(key_shape) == len(value_shape) == 4 and shape[0] == key_shape[0] == value_shape[0]:
+        if enable_gqa or shape[1] == key_shape[1] == value_shape[1]:
+            output = attention(query, key, value, mask=attn_mask, **options)
+            assert isinstance(output, torch.Tensor)
+            return output
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dimensions, (..., sequence, head_dim); got {tensor.dim()}")
@@ -255,16 +262,7 @@ def scaled_dot_product_attention(
     leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     q = _as_batch(query, leading, heads_out)
     k, v = (_as_batch(t, leading, t.shape[-3] if enable_gqa and t.dim() > 2 else heads_out) for t in (key, value))
-    output = attention(
-        q,
-        k,
-        v,
-        mask=_mask_as_batch(attn_mask, leading),
-        causal=is_causal,
-        alignment="top_left",
-        scale=scale,
-        dropout_p=dropout_p,
-    )
+    output = attention(q, k, v, mask=_mask_as_batch(attn_mask, leading), **options)
     assert isinstance(output, torch.Tensor)
     has_heads = max(query.dim(), key.dim(), value.dim()) > 2
     return output.reshape(*leading, *output.shape[1:] if has_heads else output.shape[2:])
