@@ -10,6 +10,7 @@ import torch
 from fastformer_kernels.attention.arguments import (
     UNBOUNDED,
     AttentionArguments,
+    AttentionGradients,
     Learned,
     empty_gradient,
     empty_lse,
@@ -247,11 +248,11 @@ def scaled_dot_product_attention(
         raise ValueError("attn_mask must be None when is_causal=True")
     options: dict[str, Any] = {"causal": is_causal, "alignment": "top_left", "scale": scale, "dropout_p": dropout_p}
     shape, key_shape, value_shape = query.shape, key.shape, value.shape
-    if len(shape) == len(key_shape) == len(value_shape) == 4 and shape[0] == key_shape[0] == value_shape[0]:
-        if enable_gqa or shape[1] == key_shape[1] == value_shape[1]:
-            output = attention(query, key, value, mask=attn_mask, **options)
-            assert isinstance(output, torch.Tensor)
-            return output
+    one_batch = len(shape) == len(key_shape) == len(value_shape) == 4 and shape[0] == key_shape[0] == value_shape[0]
+    if one_batch and (enable_gqa or shape[1] == key_shape[1] == value_shape[1]):
+        output = attention(query, key, value, mask=attn_mask, **options)
+        assert isinstance(output, torch.Tensor)
+        return output
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dimensions, (..., sequence, head_dim); got {tensor.dim()}")
@@ -449,7 +450,7 @@ def _attention(
     mutates_args=(),
     schema=(
         "(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
-        f"bool[] needed, {ARGUMENTS_SCHEMA}) -> Tensor[]"
+        f"bool[] needed, {ARGUMENTS_SCHEMA}) -> ({', '.join(['Tensor'] * len(AttentionGradients._fields))})"
     ),
 )
 def _attention_backward(
@@ -462,15 +463,15 @@ def _attention_backward(
     lse: torch.Tensor,
     needed: Sequence[bool],
     *arguments: Any,
-) -> list[torch.Tensor]:
-    """Gradients of query, key and value, and of each learned argument that is given and needed."""
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of query, key, value and the learned arguments; empty where none is needed."""
     if use_triton(query):
         from fastformer_kernels.attention.backward import attention_backward as backward
     else:
         backward = attention_backward_torch
     inputs = (grad_output, grad_lse, query, key, value, output, lse)
     found = backward(*inputs, AttentionArguments._make(arguments), Learned(*needed))
-    return [gradient for gradient in found if gradient is not None]
+    return tuple([query.new_empty(0) if gradient is None else gradient for gradient in found])
 
 
 @_attention.register_fake
@@ -491,10 +492,15 @@ def _(
     lse: torch.Tensor,
     needed: Sequence[bool],
     *arguments: Any,
-) -> list[torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     learned = AttentionArguments._make(arguments).learned
-    wanted = [tensor for tensor, wanted in zip(learned, needed, strict=True) if wanted and tensor is not None]
-    return [*map(empty_gradient, (query, key, value)), *map(torch.Tensor.new_empty, wanted, (t.shape for t in wanted))]
+    return (
+        *map(empty_gradient, (query, key, value)),
+        *(
+            query.new_empty(0) if tensor is None or not wanted else tensor.new_empty(tensor.shape)
+            for tensor, wanted in zip(learned, needed, strict=True)
+        ),
+    )
 
 
 # How many of AttentionArguments' fields are tensors; the seed, after the numbers, is one more.
@@ -529,11 +535,10 @@ def _backward(ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor
         *ctx.numbers,
         seed,
     )
-    found = (grad_query, grad_key, grad_value)
-    if not learned:
-        return *found, *_NO_GRADIENTS[3:]
-    left = iter(learned)
-    return *found, None, *(next(left) if wanted else None for wanted in needed), *_NO_GRADIENTS[_AFTER_LEARNED:]
+    if True not in needed:
+        return grad_query, grad_key, grad_value, *_NO_GRADIENTS[3:]
+    learned = [grad if wanted else None for grad, wanted in zip(learned, needed, strict=True)]
+    return grad_query, grad_key, grad_value, None, *learned, *_NO_GRADIENTS[_AFTER_LEARNED:]
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
