@@ -22,7 +22,7 @@ from fastformer.ops.attention_torch import attention_backward_torch, attention_f
 from fastformer.ops.autocast import autocast_device_type, to_autocast_dtype
 from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating, check_int32, check_like, check_shape
 from fastformer.ops.dropout import check_dropout_p, draw_seed
-from fastformer.ops.operator import operator
+from fastformer.ops.operator import operator, schema_of_fields
 
 MAX_HEAD_DIM = 256
 
@@ -421,18 +421,12 @@ def _check_relative_bias(bias: torch.Tensor | None, heads: int, query: torch.Ten
     return bias.contiguous()
 
 
-# The trailing arguments of every attention operator, in the order of AttentionArguments' fields.
-ARGUMENTS_SCHEMA = (
-    "Tensor? mask, Tensor? bias, Tensor? relative_bias, Tensor? alibi_slopes, Tensor? head_scales, Tensor? sinks, "
-    "Tensor? key_lengths, Tensor? prefix_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, float scale, SymInt left, SymInt right, SymInt chunk, bool bottom_right, float softcap, "
-    "float dropout_p, Tensor? seed"
-)
+# The trailing arguments of every attention operator.
+ARGUMENTS_SCHEMA = schema_of_fields(AttentionArguments)
 
 
 @operator(
     "fastformer::attention",
-    mutates_args=(),
     schema=f"(Tensor query, Tensor key, Tensor value, {ARGUMENTS_SCHEMA}) -> (Tensor, Tensor)",
 )
 def _attention(
@@ -447,7 +441,6 @@ def _attention(
 
 @operator(
     "fastformer::attention_backward",
-    mutates_args=(),
     schema=(
         "(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
         f"bool[] needed, {ARGUMENTS_SCHEMA}) -> ({', '.join(['Tensor'] * len(AttentionGradients._fields))})"

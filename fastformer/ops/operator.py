@@ -16,10 +16,11 @@ operator of twenty arguments, because it handles each argument in Python several
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch.autograd import forward_ad
@@ -47,6 +48,18 @@ def operator(
         return Operator(name, inferred, implementation)
 
     return define
+
+
+def schema_of_fields(kind: type) -> str:
+    """The fields of a named tuple as the arguments of a schema: "Tensor? mask, SymInt left, ..."."""
+
+    def probe() -> None: ...
+
+    by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    fields = [inspect.Parameter(name, by_position, annotation=hint) for name, hint in get_type_hints(kind).items()]
+    probe.__signature__ = inspect.Signature(fields, return_annotation=None)  # type: ignore[attr-defined]
+    schema = torch.library.infer_schema(probe, mutates_args=())
+    return schema.removeprefix("(").removesuffix(") -> ()")
 
 
 class Operator:

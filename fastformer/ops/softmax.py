@@ -139,7 +139,7 @@ def _query_dim(input: Tensor, dim: int) -> int:
     return -2 if dim in (-1, input.dim() - 1) else -1
 
 
-@operator("fastformer::softmax", mutates_args=())
+@operator("fastformer::softmax")
 def _softmax(
     input: Tensor,
     mask: Tensor | None,
@@ -161,7 +161,7 @@ def _softmax_inplace(
     _run_softmax(input, input, mask, dim, scale, causal_offset, log)
 
 
-@operator("fastformer::softmax_backward", mutates_args=())
+@operator("fastformer::softmax_backward")
 def _softmax_backward(
     grad_output: Tensor, output: Tensor, dim: int, scale: float, log: bool, dtype: torch.dtype
 ) -> Tensor:
