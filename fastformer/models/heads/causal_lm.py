@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
@@ -36,9 +37,23 @@ class GenerativeModel(FastformerPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
-    def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
-        """Hugging Face's hook for static caches: the mask stays one value a token; attention knows the rest."""
-        return attention_mask
+    def create_masks_for_generate(
+        self,
+        attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        **_: Any,
+    ) -> torch.Tensor | None:
+        """Hugging Face's hook for static caches: the mask stays one value a token; attention knows the rest.
+
+        It is as long as the cache from the first token on: a mask that grows would be compiled and recorded anew.
+        """
+        cache = past_key_values if cache is None else cache
+        if attention_mask is None or cache is None:
+            return attention_mask
+        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        longest = max(getattr(layer, "max_cache_len", 0) for layer in own.layers)
+        return F.pad(attention_mask, (0, max(0, longest - attention_mask.shape[1])), value=1)
 
     def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
         """The input of `lm_head`."""
