@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -12,8 +11,16 @@ from torch import nn
 from fastformer.backends import selected_backend, use_triton
 
 Result = TypeVar("Result")
-Recorder = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
-"""Takes a step down without running it; gives what runs it, and the result that each run writes anew."""
+
+
+class Recorder(Protocol):
+    """Makes graphs of steps, which take nothing and give tensors."""
+
+    def warm_up(self, step: Callable[[], Result]) -> Result:
+        """Take a step as it is."""
+
+    def record(self, step: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+        """Take a step down without running it; gives what runs it, and the result that each run writes anew."""
 
 
 class StepGraphs:
@@ -24,11 +31,11 @@ class StepGraphs:
     is never recorded. All graphs share their memory: a step's result holds until the next step.
 
     Args:
-        record: makes a graph.
+        recorder: makes the graphs.
     """
 
-    def __init__(self, record: Recorder) -> None:
-        self._record = record
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, tuple[Callable[[], None], Any]] = {}
 
@@ -36,9 +43,9 @@ class StepGraphs:
         """Take a step; `key` is different for steps that launch other kernels."""
         if key not in self._seen:
             self._seen.add(key)
-            return step()
+            return self._recorder.warm_up(step)
         if key not in self._graphs:
-            self._graphs[key] = self._record(step)
+            self._graphs[key] = self._recorder.record(step)
         replay, result = self._graphs[key]
         replay()
         return result
@@ -47,8 +54,9 @@ class StepGraphs:
 class CudaRecorder:
     """Records steps as `torch.cuda.CUDAGraph`s of one device, which share a pool of memory.
 
-    >>> record = CudaRecorder(torch.device("cuda"))
-    >>> replay, y = record(lambda: x * 2)
+    >>> recorder = CudaRecorder(torch.device("cuda"))
+    >>> y = recorder.warm_up(lambda: x * 2)
+    >>> replay, y = recorder.record(lambda: x * 2)
     >>> replay()
     """
 
@@ -57,26 +65,24 @@ class CudaRecorder:
         # PyTorch's own stream for this would be of the device that was first recorded on.
         self._stream = torch.cuda.Stream(device)
 
-    def __call__(self, step: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
-        graph = torch.cuda.CUDAGraph()
-        with (
-            _no_kept_casts(),
-            # Other threads, such as those that load data, may do as they like meanwhile.
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-        ):
+    def warm_up(self, step: Callable[[], Result]) -> Result:
+        """On the stream of the recordings: a backward goes back to the streams of what it finds from before."""
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             result = step()
+        current.wait_stream(self._stream)
+        return result
+
+    def record(self, step: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+        """Other threads, such as those that load data, may do as they like meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        # Weights that autocast has cast and kept are gone when it ends, and the graph would still read them.
+        torch.clear_autocast_cache()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = step()
+        torch.clear_autocast_cache()
         return graph.replay, result
-
-
-@contextmanager
-def _no_kept_casts() -> Iterator[None]:
-    """Autocast casts weights anew: those it has kept are gone when it ends, and a graph would still read them."""
-    kept = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(kept)
 
 
 def why_no_graph(model: nn.Module, device: torch.device) -> str | None:

@@ -55,12 +55,16 @@ class FakeRecorder:
     def __init__(self, device: torch.device | None = None) -> None:
         self.recordings: list[_Recording] = []
 
-    def __call__(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        recording = _Recording()
+    def warm_up(self, step: Callable[[], Any]) -> Any:
+        return step()
+
+    def record(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        recording, random = _Recording(), torch.get_rng_state()
         self.recordings.append(recording)
         with recording:
             result = step()
         recording.undo()
+        torch.set_rng_state(random)
 
         def replay() -> None:
             for other in self.recordings:
@@ -96,16 +100,18 @@ class _Recording(TorchDispatchMode):
         self.before.clear()
 
     def scramble(self) -> None:
-        for tensor in self.own.values():
-            tensor.fill_(torch.nan if tensor.is_floating_point() else 77)
+        with torch._C._AutoDispatchBelowAutograd():
+            for tensor in self.own.values():
+                tensor.fill_(torch.nan if tensor.is_floating_point() else 77)
 
     def replay(self) -> None:
-        for func, args, kwargs, result in self.operations:
-            given = {_place(tensor) for tensor in _tensors((args, kwargs))}
-            for kept, new in zip(_tensors(result), _tensors(func(*args, **kwargs)), strict=True):
-                assert kept.shape == new.shape, f"{func} makes a tensor whose size depends on values"
-                if _place(kept) not in given:
-                    kept.copy_(new)
+        with torch._C._AutoDispatchBelowAutograd():
+            for func, args, kwargs, result in self.operations:
+                given = {_place(tensor) for tensor in _tensors((args, kwargs))}
+                for kept, new in zip(_tensors(result), _tensors(func(*args, **kwargs)), strict=True):
+                    assert kept.shape == new.shape, f"{func} makes a tensor whose size depends on values"
+                    if _place(kept) not in given:
+                        kept.copy_(new)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -22,6 +22,7 @@ from fastformer.data.pretraining import (
     SpanCorruption,
 )
 from fastformer.data.resuming import ResumableDataModule
+from fastformer.data.shapes import FewShapes
 from fastformer.data.sources import Source, open_sources, texts_source
 from fastformer.data.steps import with_label_counts
 from fastformer.data.store import TokenStore
@@ -73,6 +74,7 @@ class PretrainingDataModule(ResumableDataModule):
         seed: Of the order, the segments and the masks.
         cache_dir: Folder for the default corpus, tokenizers and tokenized texts. Default: $FASTFORMER_CACHE or
             ~/.cache/fastformer.
+        few_shapes: Pad training batches to few shapes (`fastformer.data.shapes`), as CUDA graphs want them.
 
     Attributes:
         tokenizer: the trained tokenizer, once `setup` has run.
@@ -96,6 +98,7 @@ class PretrainingDataModule(ResumableDataModule):
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: str | None = None,
+        few_shapes: bool = False,
     ) -> None:
         super().__init__()
         tokenizer_kind(objective)
@@ -133,6 +136,7 @@ class PretrainingDataModule(ResumableDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.cache_dir = cache_dir
+        self.few_shapes = few_shapes
         self._predicting: PretrainingObjective | None = None
         self._train: TokenStore | None = None
         self._heldout: TokenStore | None = None
@@ -229,7 +233,10 @@ class PretrainingDataModule(ResumableDataModule):
         self._settings = self._data_settings(train)
         if self._restored is not None and self._restored["settings"] == self._settings:
             self._stream.batches_per_pass = list(self._restored["batches_per_pass"])
-        dataset = PackedDataset(train.corpus, predicting.batch, self.seed)
+        make_batch: Callable[..., Any] = predicting.batch
+        if self.few_shapes:
+            make_batch = FewShapes(make_batch, self.tokens_per_batch, self.max_length)
+        dataset = PackedDataset(train.corpus, make_batch, self.seed)
         length = self.epoch(len(self._stream))
         return _ResumableLoader(self, dataset, self._rest_of_epoch, length)
 

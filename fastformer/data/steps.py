@@ -13,9 +13,9 @@ from fastformer.data.objectives import IGNORE_INDEX
 
 def label_counts(batch: dict[str, Any]) -> torch.Tensor:
     """(2,) int64 on the labels' device: the labelled tokens of a packed batch, and its labelled pairs of segments."""
-    labels, positions = batch["labels"], batch.get("masked_positions")
-    tokens = (labels != IGNORE_INDEX).sum() if positions is None else labels.new_full((), len(positions))
-    return torch.stack([tokens, labels.new_full((), len(batch.get("next_sentence_label", ())))])
+    labels = batch["labels"]
+    pairs = batch.get("next_sentence_label", labels[:0])
+    return torch.stack([(labels != IGNORE_INDEX).sum(), (pairs != IGNORE_INDEX).sum()])
 
 
 def with_label_counts(

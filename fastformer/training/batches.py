@@ -41,6 +41,7 @@ class FineTuningData(ResumableDataModule):
         seed: of the order.
         num_workers: processes that prepare batches; 0 prepares them in the training process.
         privacy: draws training batches as it wants them.
+        collate_train: makes a batch to train on; None for `collate`.
 
     Raises:
         ValueError: there is nothing to train on or to validate with, or a feature is longer than a batch.
@@ -58,6 +59,7 @@ class FineTuningData(ResumableDataModule):
         seed: int = 0,
         num_workers: int = 0,
         privacy: Privacy | None = None,
+        collate_train: Collate | None = None,
     ) -> None:
         super().__init__()
         if not train or not validation:
@@ -74,13 +76,14 @@ class FineTuningData(ResumableDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.privacy = privacy
+        self.collate_train = collate_train or collate
 
     def train_dataloader(self) -> Any:
         """This process's batches of the epoch, from where the trainer stands."""
         if self.privacy is not None:
             rate = self.privacy.sample_rate(len(self.train))
-            return PoissonBatches(self.train, self.collate, rate, self.seed, self.batches_done)
-        return _TrainingBatches(self, self.train)
+            return PoissonBatches(self.train, self.collate_train, rate, self.seed, self.batches_done)
+        return _TrainingBatches(self, self.train, self.collate_train)
 
     def batches_of_pass(self, lengths: np.ndarray, number: int) -> TokenBudgetSampler | Sequence[np.ndarray]:
         """Which examples are in each batch of all ranks in one pass over those of these lengths."""
@@ -88,22 +91,23 @@ class FineTuningData(ResumableDataModule):
 
     def val_dataloader(self) -> Any:
         """This process's batches of the held-out examples, the same every time."""
-        return _Batches(self, self.validation)
+        return _Batches(self, self.validation, self.collate)
 
 
 class _Batches:
     """Batches of features in their order. (Not a DataLoader: Lightning would shard it a second time.)"""
 
-    def __init__(self, data: FineTuningData, features: Sequence[Any]) -> None:
+    def __init__(self, data: FineTuningData, features: Sequence[Any], collate: Collate) -> None:
         self.data = data
         self.features = features
+        self.collate = collate
         self.lengths = _lengths(features, data.length)
 
     def __len__(self) -> int:
         return len(self._sampler())
 
     def __iter__(self) -> Iterator[Any]:
-        yield from self.data.load(_Features(self.features), self.indices(), self.data.collate)
+        yield from self.data.load(_Features(self.features), self.indices(), self.collate)
 
     def indices(self) -> Iterable[np.ndarray]:
         """Of the features of each batch."""

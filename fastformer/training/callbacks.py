@@ -441,6 +441,8 @@ def _tokens(batch: Any) -> int | torch.Tensor:
     """
     if isinstance(batch, (list, tuple)):
         return sum(map(_tokens, batch))
+    if "real_tokens" in batch:
+        return batch["real_tokens"]
     if "input_ids" not in batch:  # one batch for each side of pairs
         return sum(_tokens(side) for side in batch.values() if isinstance(side, Mapping))
     sides = [name for name in ("input_ids", "decoder_input_ids") if name in batch]

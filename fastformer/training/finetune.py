@@ -21,6 +21,7 @@ from fastformer.data.examples import Splits
 from fastformer.data.files import atomic_file
 from fastformer.data.readers import find_splits
 from fastformer.data.sets import DEFAULT_SETS, SETS, load_set
+from fastformer.data.shapes import FewShapes
 from fastformer.data.tokenizer import train_tokenizer
 from fastformer.extras import require
 from fastformer.models import PRESETS, FastformerConfig
@@ -37,6 +38,7 @@ from fastformer.training.callbacks import (
     TrainingProgress,
 )
 from fastformer.training.checkpoints import ValidationCheckpoint, latest_checkpoint
+from fastformer.training.cuda_graphs import RecordSteps
 from fastformer.training.finetuning import Classification, FineTuning
 from fastformer.training.lora import Lora
 from fastformer.training.memory import PeakMemory
@@ -72,6 +74,7 @@ examples:
   fastformer finetune {task} --lora --adapter.rank 16 --optimizer.learning_rate 1e-3
   fastformer finetune {task} --adversarial fgm --optimizer.layer_decay 0.9
   fastformer finetune {task} --devices 8 --strategy fsdp2 --precision bf16-mixed --accumulate 4     # or ddp
+  fastformer finetune {task} --precision bf16-mixed --cuda_graphs                                   # on one GPU
   fastformer finetune {task} --resume              # continue the run in runs/{task} exactly where it stopped
 
 what --output holds:
@@ -244,6 +247,7 @@ def _finetune(task: Task, parser: LightningArgumentParser, options: Namespace, f
             PeakMemory(),
             TrainingProgress(),
             *([CompileModel()] if options.compile else []),
+            *([RecordSteps()] if options.cuda_graphs else []),
             curve,
             *stopping,
             ValidationCheckpoint(folder.checkpoints),
@@ -312,6 +316,7 @@ def _prepare(task: Task, options: Namespace) -> _Prepared:
 
 def _data(prepared: _Prepared, module: FineTuning, options: Namespace) -> FineTuningData:
     recipe = prepared.recipe
+    limit = getattr(prepared.start.model.config, "position_limit", None)
     return FineTuningData(
         recipe.tokenizer,
         prepared.train,
@@ -323,6 +328,7 @@ def _data(prepared: _Prepared, module: FineTuning, options: Namespace) -> FineTu
         options.seed,
         options.num_workers,
         module.privacy,
+        FewShapes(recipe.collate, options.tokens_per_batch, limit) if options.cuda_graphs else None,
     )
 
 

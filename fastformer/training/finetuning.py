@@ -85,13 +85,17 @@ class FineTuning(TrainingModule):
             return None
         batch = dict(batch)
         counts = batch.pop("label_counts")
+        return self.step_of(batch, counts if self.adversary is None else counts.expand(2, 2))
+
+    def batch_losses(self, batch: Batch) -> Sequence[torch.Tensor]:
         if self.adversary is None:
-            loss, _ = self.run(batch)
-            return self.shares_of_step([loss], counts).sum()
-        losses = self.adversary.losses(
-            self.model.get_input_embeddings(), lambda: self.run(batch)[0], _boundaries(batch)
-        )
-        clean, adversarial = self.shares_of_step(losses, counts.expand(2, 2))
+            return [self.run(batch)[0]]
+        return self.adversary.losses(self.model.get_input_embeddings(), lambda: self.run(batch)[0], _boundaries(batch))
+
+    def total(self, losses: torch.Tensor) -> torch.Tensor:
+        if self.adversary is None:
+            return losses.sum()
+        clean, adversarial = losses
         return clean + self.adversary.weight * adversarial
 
     def step_metrics(self, losses: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -163,6 +167,8 @@ class Classification(FineTuning):
         class_weights: of each class in the loss, which is then ``Σ w[y] · loss / Σ w[y]``; None for equal weights.
     """
 
+    _weights_of_loss: torch.Tensor | None
+
     def __init__(self, *arguments: Any, class_weights: Sequence[float] | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
         classes = self.model.config.num_labels
@@ -172,14 +178,14 @@ class Classification(FineTuning):
                 f"class_weights must be {classes} numbers of at least 0, one for each class; got {class_weights}"
             )
         self.class_weights = None if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("_weights_of_loss", self.class_weights, persistent=False)  # where the model is
 
     def run(self, batch: Batch) -> tuple[torch.Tensor, Any]:
         if self.class_weights is None:
             return super().run(batch)
         output = self.model(**{name: value for name, value in batch.items() if name != "labels"})
         logits, labels = output.logits.float().flatten(0, -2), batch["labels"].flatten()
-        weights = self.class_weights.to(logits.device)
-        return F.cross_entropy(logits, labels, weights, ignore_index=IGNORE_INDEX), output
+        return F.cross_entropy(logits, labels, self._weights_of_loss, ignore_index=IGNORE_INDEX), output
 
     def targets(self, batch: Batch) -> float:
         if self.class_weights is None:
@@ -202,7 +208,7 @@ class QuestionAnswering(FineTuning):
     """The start and the end of an answer. `outputs`: of each sequence (tokens, 2) logits of both, float32."""
 
     def targets(self, batch: Batch) -> float:
-        return len(batch["start_positions"])
+        return int((batch["start_positions"] != IGNORE_INDEX).sum())
 
     def outputs(self, batch: Batch, output: Any) -> list[Any]:
         logits = torch.stack([output.start_logits, output.end_logits], dim=-1).float().cpu().numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
@@ -15,6 +15,9 @@ from fastformer.data.resuming import data_rank
 from fastformer.training.elastic import convert_progress, number_by_module
 from fastformer.training.sharding import shard
 
+if TYPE_CHECKING:
+    from fastformer.training.cuda_graphs import RecordedSteps
+
 
 class TrainingModule(LightningModule):
     """Training of a model on any number of devices, with the loss curve of one.
@@ -25,6 +28,8 @@ class TrainingModule(LightningModule):
     """
 
     model: Any
+    recorded: RecordedSteps | None = None
+    """CUDA graphs that training steps are taken with."""
     _step_sums: torch.Tensor | None = None
 
     # --- The model ----------------------------------------------------------------------------------------------------
@@ -57,19 +62,51 @@ class TrainingModule(LightningModule):
         """What to log of the losses of an optimizer step."""
         raise NotImplementedError
 
-    def shares_of_step(self, losses: Sequence[torch.Tensor], label_counts: torch.Tensor) -> torch.Tensor:
-        """(n,): what a batch's mean losses contribute to those of its optimizer step; their sum is to be minimised.
+    def batch_losses(self, batch: dict[str, Any]) -> Sequence[torch.Tensor]:
+        """The parts of a batch's loss, each the mean over some of its targets."""
+        raise NotImplementedError
+
+    def total(self, losses: torch.Tensor) -> torch.Tensor:
+        """What is to be minimised, of the parts of a loss, (n,)."""
+        return losses.sum()
+
+    def step_of(self, batch: dict[str, Any], label_counts: torch.Tensor) -> torch.Tensor:
+        """What Lightning is to minimise, of a batch whose parts of the loss are means of so many targets.
 
         Args:
-            losses: the n parts of a batch's loss.
-            label_counts: (2, n), of how many targets each is the mean, in the batch and in all this rank's of the step.
+            batch: without its ``label_counts``.
+            label_counts: (2, n), of each part's targets in the batch and in all this rank's of the step.
         """
+        batch.pop("real_tokens", None)
         own, of_step = label_counts.float()
-        sums = own * torch.stack(list(losses))
-        self._step_sums = sums.detach() if self._step_sums is None else self._step_sums + sums.detach()
         self._step_counts = self.over_ranks(of_step)
+        if self.recorded is None:
+            objective, sums = self.objective(batch, own, self._step_counts)
+        else:
+            objective, sums = self.recorded.run(batch, own, self._step_counts, begins=self._step_sums is None)
+        self._step_sums = sums if self._step_sums is None else self._step_sums + sums
+        return objective
+
+    def objective(
+        self, batch: dict[str, Any], own: torch.Tensor, of_step: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a batch contributes to what its optimizer step minimises, and (n,) the sums of its parts' losses.
+
+        Args:
+            batch: what the model takes.
+            own, of_step: (n,), each part's targets in the batch, and in all batches of the step.
+        """
+        sums = own * torch.stack(list(self.batch_losses(batch)))
         # Lightning divides by the number of batches, and data parallelism by that of the ranks.
-        return sums / self._step_counts * self.trainer.accumulate_grad_batches * data_rank(self.trainer)[1]
+        shares = sums / of_step * self.trainer.accumulate_grad_batches * data_rank(self.trainer)[1]
+        return self.total(shares), sums.detach()
+
+    def backward(self, loss: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        """Lightning's hook: recorded gradients are there already."""
+        if self.recorded is None:
+            super().backward(loss, *arguments, **options)
+        else:
+            self.recorded.hand_over()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         rate = max(group["lr"] for group in optimizer.param_groups)

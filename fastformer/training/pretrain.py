@@ -23,6 +23,7 @@ from fastformer.training.callbacks import (
     TrainingProgress,
 )
 from fastformer.training.checkpoints import StepCheckpoint, latest_checkpoint
+from fastformer.training.cuda_graphs import RecordSteps
 from fastformer.training.memory import PeakMemory
 from fastformer.training.pretraining import MODULES, PretrainingModule
 from fastformer.training.pretraining_report import Rows, console_table, write_report
@@ -50,6 +51,7 @@ examples:
   fastformer pretrain --data texts/ more.jsonl --preset bert-base --max_steps 100000 --precision bf16-mixed
   fastformer pretrain --model.learning_rate 5e-4 --model.overrides.num_hidden_layers 6 --corpus.next_sentence false
   fastformer pretrain --corpus.sentence_order true --corpus.whole_word true
+  fastformer pretrain --preset bert-base --precision bf16-mixed --cuda_graphs    # small batches on one GPU
   fastformer pretrain --print_config > run.yaml && fastformer pretrain --config run.yaml
   fastformer pretrain --resume                    # continue the run in runs/pretrain exactly where it stopped
 
@@ -112,6 +114,7 @@ def build_parser() -> LightningArgumentParser:
     add_trainer_arguments(parser)
     parser.link_arguments("objective", "corpus.objective")
     parser.link_arguments("seed", "corpus.seed")
+    parser.link_arguments("cuda_graphs", "corpus.few_shapes")
     parser.link_arguments("preset", "model.preset")
     parser.link_arguments("activation_checkpointing", "model.activation_checkpointing")
     parser.link_arguments("data", "corpus.data", compute_fn=lambda paths: paths or None)
@@ -149,6 +152,7 @@ def _pretrain(parser: LightningArgumentParser, options: Namespace, folder: RunFo
             PeakMemory(),
             TrainingProgress(),
             *([CompileModel()] if options.compile else []),
+            *([RecordSteps()] if options.cuda_graphs else []),
             curve,
             StepCheckpoint(folder.checkpoints, every=options.evaluate_every),
             SavePretrained(folder.model),

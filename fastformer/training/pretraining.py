@@ -130,10 +130,13 @@ class PretrainingModule(TrainingModule):
     # --- Training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        assert self.model is not None
         batch = dict(batch)
         counts = batch.pop("label_counts")[:, : len(self.losses)]
-        return self.shares_of_step(self._loss_parts(self.model(**batch)), counts).sum()
+        return self.step_of(batch, counts)
+
+    def batch_losses(self, batch: dict[str, Any]) -> Sequence[torch.Tensor]:
+        assert self.model is not None
+        return self._loss_parts(self.model(**batch))
 
     def step_metrics(self, losses: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         return {**dict(zip(self.losses, losses, strict=True)), "loss": torch.stack(list(losses)).sum()}

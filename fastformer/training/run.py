@@ -50,6 +50,11 @@ _TRAINER_ARGUMENTS_NOT_OFFERED = {
     "use_distributed_sampler",
 }
 
+_GRAPHS_HELP = (
+    "have the kernels of a batch's forward and backward launched together, as recorded: for models so small that a GPU "
+    "waits for Python. On one GPU; batches are padded to few shapes"
+)
+
 _UNIMPORTANT_WARNINGS = (
     ".*does not have many workers.*",
     ".*smaller than the logging interval.*",
@@ -188,6 +193,7 @@ def command_parser(command: str, description: str, output: str) -> LightningArgu
     add("--devices", type=str, default="auto", help="their number, or a list such as 0,2")
     add("--strategy", choices=STRATEGIES, default="auto", help="of several devices; auto is ddp")
     add("--compile", action="store_true", help="the model by torch.compile: minutes at the start, faster steps")
+    add("--cuda_graphs", action="store_true", help=_GRAPHS_HELP)
     add("--precision", choices=PRECISIONS, default="32-true", help="of weights and of the computation")
     return parser
 

@@ -187,7 +187,7 @@ def test_where_there_are_none() -> None:
 
 def test_the_recorder_itself() -> None:
     """It sees what no CUDA graph can do, and forgets what a CUDA graph forgets."""
-    x, record = torch.arange(3.0), FakeRecorder()
+    x, record = torch.arange(3.0), FakeRecorder().record
     (double, doubled), (_, other) = record(lambda: x.mul_(2) + 1), record(lambda: x + 0)
     assert x.tolist() == [0.0, 1.0, 2.0]
     double()

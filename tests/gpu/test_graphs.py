@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from gpu.judging import SEED, Call, assert_same, output_grads, results
-from gpu.making import Maker
+from gpu.making import Maker, dry_with
 from recorded_graphs import FakeRecorder
 from torch import Tensor
 
 import fastformer.nn
+from fastformer.cuda_graphs import CudaRecorder
 from fastformer.generation import Generator, SamplingParameters, generator
-from fastformer.models import FastformerConfig, FastformerForCausalLM
+from fastformer.models import FastformerConfig, FastformerForCausalLM, FastformerForPreTraining
 from fastformer.ops import append_to_cache, decode_attention, layer_norm, rotary_frequencies, rotary_table
 
 _WARM_UP = 3
@@ -143,3 +146,62 @@ def test_generation(
     recorded = Generator(model, pack_weights=False, cuda_graphs=None if dry else True, **options)
     for _ in range(2):
         assert recorded.generate(prompts, parameters) == expected
+
+
+@pytest.mark.parametrize("accumulate", dry_with([2], [1, 2]))
+def test_training_step(accumulate: int, make: Maker, dry: bool) -> None:
+    """Batches of a few kinds, with dropout, mixed precision, clipping and AdamW: the same losses and gradients."""
+    from fastformer.training.cuda_graphs import RecordedSteps
+    from fastformer.training.pretraining import MaskedLanguageModeling
+
+    hidden = make.size(256, 16)
+    sizes = {"hidden_size": hidden, "num_attention_heads": 2, "intermediate_size": 2 * hidden}
+    sizes |= {"num_hidden_layers": make.size(3, 1), "vocab_size": make.size(5000, 50)}
+    config = FastformerConfig(attention_probs_dropout_prob=0.1, **sizes)
+    kinds = [16] * 4 if dry else [1280, 2560, 2560, 1280, 2560, 1280, 2560, 2560]
+    batches = [masked_batch(make, tokens) for tokens in kinds]
+
+    def trained(recorded: bool) -> list[Tensor]:
+        torch.manual_seed(SEED)
+        module = MaskedLanguageModeling()
+        module.model = FastformerForPreTraining(config).to(make.device).train()
+        module._trainer = SimpleNamespace(accumulate_grad_batches=accumulate, distributed_sampler_kwargs=None)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+        steps = RecordedSteps(module, FakeRecorder() if dry else CudaRecorder(make.device))
+        found = []
+        for number, batch in enumerate(batches):
+            counts = torch.full((2,), 10.0, device=make.device)
+            torch.manual_seed(number)
+            with torch.autocast(make.device.type, dtype=torch.bfloat16):
+                if recorded:
+                    loss, _ = steps.run(dict(batch), counts, counts * accumulate, number % accumulate == 0)
+                else:
+                    loss, _ = module.objective(dict(batch), counts, counts * accumulate)
+            if recorded:
+                steps.hand_over()
+            else:
+                (loss / accumulate).backward()
+            found += [loss.detach(), *(parameter.grad.clone() for parameter in module.parameters())]
+            if number % accumulate == accumulate - 1:
+                torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        return found
+
+    assert_same(trained(recorded=True), trained(recorded=False))
+
+
+def masked_batch(make: Maker, tokens: int) -> dict[str, Any]:
+    """Four sequences; of the first ten tokens something is to be predicted."""
+    labels = torch.full((tokens,), -100, device=make.device)
+    labels[:10] = make.integers(50, 10)
+    return {
+        "input_ids": make.integers(50, tokens),
+        "token_type_ids": torch.zeros(tokens, dtype=torch.int64, device=make.device),
+        "position_ids": torch.arange(tokens, device=make.device) % (tokens // 4),
+        "cu_seqlens": make.ends([tokens // 4] * 4),
+        "max_seqlen": tokens // 4,
+        "labels": labels,
+        "masked_positions": torch.arange(10, device=make.device),
+        "next_sentence_label": make.integers(2, 4),
+    }

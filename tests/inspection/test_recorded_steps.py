@@ -20,3 +20,21 @@ def test_decoding(kernels: dict[str, dict[str, int]]) -> None:
     for kind, passes in (("decoding", 1), ("paged decoding", 1), ("speculative decoding", 5)):
         for name in ("_append_kernel", "_decode_kernel"):
             assert kernels[kind][name] == passes, kind
+
+
+def test_training(kernels: dict[str, dict[str, int]]) -> None:
+    """Of two batches."""
+    for kind, attentions in (("mlm", 1), ("clm", 1), ("span-corruption", 3), ("denoising", 3)):
+        for name in ("_attention_forward_kernel", "_key_value_gradient_kernel"):
+            assert kernels[kind][name] == 2 * attentions, kind
+        assert kernels[kind]["_cross_entropy_kernel"] == 2, kind
+
+
+def test_static_caches(kernels: dict[str, dict[str, int]]) -> None:
+    for kind, layers in (
+        ("static cache", 2),
+        ("masked static cache", 2),
+        ("Llama's static cache", 1),
+        ("Llama's masked static cache", 1),
+    ):
+        assert kernels[kind]["_attention_forward_kernel"] == layers, kind

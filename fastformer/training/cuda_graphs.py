@@ -1,0 +1,124 @@
+"""Training steps as CUDA graphs: the forward and backward of a batch, recorded once for each shape.
+
+The optimizer's step stays outside: clipping, its state, the learning rate and everything else are as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+
+from fastformer.cuda_graphs import CudaRecorder, Recorder, StepGraphs, why_no_graph
+from fastformer.models import FastformerPreTrainedModel
+from fastformer.training.finetuning import Embedding
+from fastformer.training.module import TrainingModule
+
+Batch = dict[str, Any]
+
+
+class RecordedSteps:
+    """Losses and gradients of batches, each kind of batch recorded when it comes for the second time.
+
+    Gradients are added up, over the batches of an optimizer step, in memory of their own, which all graphs share.
+
+    Args:
+        module: whose objective it is.
+        recorder: makes the graphs.
+    """
+
+    def __init__(self, module: TrainingModule, recorder: Recorder) -> None:
+        self.module = module
+        self._graphs = StepGraphs(recorder)
+        self._inputs: dict[Hashable, Batch] = {}
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+
+    def run(self, batch: Batch, own: Tensor, of_step: Tensor, begins: bool) -> tuple[Tensor, Tensor]:
+        """`TrainingModule.objective` of a batch, detached, and its gradients for `hand_over`.
+
+        Args:
+            batch, own, of_step: as there.
+            begins: whether the batch is the first of its optimizer step.
+        """
+        given = {**batch, "own": own, "of_step": of_step}
+        kind = tuple((name, _kind(value)) for name, value in given.items())
+        if kind not in self._inputs:
+            self._inputs[kind] = {
+                name: torch.empty_like(value) if isinstance(value, Tensor) else value for name, value in given.items()
+            }
+        inputs = self._inputs[kind]
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                inputs[name].copy_(value)
+        objective, sums = self._graphs.run((kind, begins), partial(self._step, inputs, begins))
+        return objective.clone(), sums.clone()
+
+    def hand_over(self) -> None:
+        """Make the gradients those of the parameters."""
+        for parameter, gradient in self._gradients.items():
+            parameter.grad = gradient
+
+    def _step(self, inputs: Batch, begins: bool) -> tuple[Tensor, Tensor]:
+        batch = {name: value for name, value in inputs.items() if name not in ("own", "of_step")}
+        objective, sums = self.module.objective(batch, inputs["own"], inputs["of_step"])
+        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        with torch.autocast(objective.device.type, enabled=False):  # a backward is outside of it
+            # Lightning divides what it is given, and calls a backward that is no more.
+            share = objective / self.module.trainer.accumulate_grad_batches
+            found = torch.autograd.grad(share, parameters, allow_unused=True)
+        new = {parameter: grad for parameter, grad in zip(parameters, found, strict=True) if grad is not None}
+        if not self._gradients:
+            self._gradients = {parameter: torch.zeros_like(parameter) for parameter in new}
+        if new.keys() != self._gradients.keys():
+            raise RuntimeError("which parameters get gradients differs between batches, which graphs cannot follow")
+        (torch._foreach_copy_ if begins else torch._foreach_add_)(list(self._gradients.values()), list(new.values()))
+        return objective.detach(), sums
+
+
+class RecordSteps(Callback):
+    """Has training steps taken as CUDA graphs.
+
+    Raises:
+        ValueError: when a run starts, where that is impossible, saying why.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reason = why_no_recorded_steps(trainer, pl_module)
+        if reason is not None:
+            raise ValueError(f"--cuda_graphs is impossible here, since {reason}")
+        pl_module.recorded = RecordedSteps(pl_module, CudaRecorder(pl_module.device))  # type: ignore[assignment, arg-type]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.recorded = None  # type: ignore[assignment]
+
+
+def why_no_recorded_steps(trainer: Trainer, module: Any) -> str | None:
+    """Why the steps of this training cannot be recorded, to follow "since"; None if they can."""
+    model = module.model
+    wrapped = model.get_base_model() if hasattr(model, "peft_config") else model
+    reasons = {
+        "they are for one device, and a strategy for several was chosen": not isinstance(
+            trainer.strategy, SingleDeviceStrategy
+        ),
+        "--precision 16-mixed scales losses by what it finds in gradients": trainer.precision == "16-mixed",
+        "differential privacy takes one example at a time": not module.automatic_optimization,
+        "adversarial training has a backward within its forward": getattr(module, "adversary", None) is not None,
+        "the other sequences of a batch are what a sentence is told from, and padding would be too": isinstance(
+            module, Embedding
+        ),
+        "only Fastformer's own models take packed batches": not isinstance(wrapped, FastformerPreTrainedModel),
+        "--activation_checkpointing keeps the state of random numbers on the host": any(
+            getattr(each, "gradient_checkpointing", False) for each in model.modules()
+        ),
+        "--compile has other graphs": model._compiled_call_impl is not None,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None) or why_no_graph(model, module.device)
+
+
+def _kind(value: Any) -> Hashable:
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
