@@ -15,6 +15,7 @@ from training.tasks import command, scratch
 
 from fastformer import cli
 from fastformer.data import PretrainingDataModule
+from fastformer.extras import require
 from fastformer.training import cuda_graphs
 from fastformer.training.callbacks import StepSeed, Throughput
 from fastformer.training.cuda_graphs import RecordSteps
@@ -127,6 +128,7 @@ def test_padding_counts_for_nothing(objective: str, fit: Callable) -> None:
 def test_finetuning(
     task: str, options: list[str], data: Path, base: dict[str, Path], tmp_path: Path, recorders: list[FakeRecorder]
 ) -> None:
+    require("jsonargparse")
     start = ["--model", str(base["ours"])] if "--lora" in options else scratch("--overrides.hidden_dropout_prob=0")
     found = []
     for number, graphs in enumerate(([], ["--cuda_graphs"])):
