@@ -938,7 +938,8 @@ def attention_backward(
     if not two_kernels:
         made.append(torch.zeros_like(grad_query, dtype=torch.float32))
     inputs = (query, key, value, grad_output, output, lse, grad_lse)
-    _launch_backward(*inputs, tuple(made), deterministic, *sums, *arguments.for_launch())
+    precision = input_precision(query.dtype)
+    _launch_backward(*inputs, tuple(made), deterministic, precision, *sums, *arguments.for_launch())
     learned = _learned_gradients(sums, lse, delta, arguments, needed) if True in needed else _NOTHING_LEARNED
     return AttentionGradients(grad_query, grad_key, grad_value, *learned)
 
@@ -1031,6 +1032,7 @@ def _launch_backward(
     grad_lse: torch.Tensor | None,
     made: tuple[torch.Tensor, ...],
     deterministic: bool,
+    precision: str,  # which the kernels' options look up: a call with another one is of another kind
     *fields: Any,
 ) -> list[Launch]:
     exponent, delta, grad_query, grad_key, grad_value, *totals = made

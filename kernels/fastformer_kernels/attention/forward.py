@@ -359,7 +359,8 @@ def attention_forward(
     """Output and log-sum-exp of checked arguments; layouts as in `AttentionArguments`."""
     output, lse = empty_output(query, value), empty_lse(query)
     if query.numel():
-        _launch_forward(query, key, value, (output, lse), *arguments.for_launch())
+        precision = input_precision(query.dtype)
+        _launch_forward(query, key, value, (output, lse), precision, *arguments.for_launch())
     return output, lse
 
 
@@ -369,6 +370,7 @@ def _launch_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     made: tuple[torch.Tensor, torch.Tensor],
+    precision: str,
     *fields: Any,
 ) -> Launch | None:
     (output, lse), arguments = made, AttentionArguments.of_launch(fields)
@@ -400,7 +402,7 @@ def _launch_forward(
             "value_dim": value.shape[-1],
             "BOTTOM_RIGHT": arguments.bottom_right,
             "FOLD_SCALE": folds_scale(arguments),
-            "INPUT_PRECISION": input_precision(query.dtype),
+            "INPUT_PRECISION": precision,
             "BORDERS": borders,
             "PERSISTENT": programs < works,
             "DESCRIPTORS": descriptors,

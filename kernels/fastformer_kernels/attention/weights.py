@@ -131,7 +131,8 @@ def attention_weights(
     weights = query.new_empty(arguments.batch(query), head_count, row_count, arguments.max_seqlen_k)
     if weights.numel() == 0:
         return weights
-    _launch_weights(query, key, lse, heads, query_rows, (weights,), *arguments.for_launch())
+    precision = input_precision(query.dtype)
+    _launch_weights(query, key, lse, heads, query_rows, (weights,), precision, *arguments.for_launch())
     return weights
 
 
@@ -143,6 +144,7 @@ def _launch_weights(
     heads: torch.Tensor | None,
     query_rows: torch.Tensor | None,
     made: tuple[torch.Tensor],
+    precision: str,
     *fields: Any,
 ) -> Launch:
     (weights,), arguments = made, AttentionArguments.of_launch(fields)
@@ -173,7 +175,7 @@ def _launch_weights(
         {
             "head_dim": query.shape[-1],
             "BOTTOM_RIGHT": arguments.bottom_right,
-            "INPUT_PRECISION": input_precision(query.dtype),
+            "INPUT_PRECISION": precision,
             **configuration.options(query, query),
         },
     )
