@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_float32_dtype
-from fastformer.ops.checks import check_device, check_floating, check_shape
+from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating, check_shape
 from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropout_threshold
-from fastformer.ops.operator import operator
+from fastformer.ops.operator import operator, runs_in_pytorch
 
 MAX_COLUMNS = 65536
+_FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
 @overload
@@ -149,7 +150,7 @@ def rms_norm(
     Arguments, results and errors as in `layer_norm`; `eps` is by default float32's machine epsilon, which PyTorch
     too uses for 16-bit inputs, whatever its documentation says.
     """
-    eps = torch.finfo(torch.float32).eps if eps is None else eps
+    eps = _FLOAT32_EPS if eps is None else eps
     return _normalize(
         input, normalized_shape, weight, None, eps, residual, input_bias, dropout_p, return_sum, centered=False
     )
@@ -168,47 +169,108 @@ def _normalize(
     centered: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     shape = tuple(normalized_shape)
-    columns = math.prod(shape)
-    check_floating("input", input)
-    if not shape or tuple(input.shape[-len(shape) :]) != shape:
-        raise ValueError(f"normalized_shape must be the last dimensions of input {tuple(input.shape)}; got {shape}")
-    if not 1 <= columns <= MAX_COLUMNS:
-        raise ValueError(f"normalized_shape must have 1 to {MAX_COLUMNS} elements; got {columns}")
-    for name, parameter in (("weight", weight), ("bias", bias), ("input_bias", input_bias)):
-        if parameter is not None:
-            check_floating(name, parameter)
-            check_shape(name, parameter, shape)
-            check_device(name, parameter, "input", input)
-    check_dropout_p(dropout_p)
+    _check(input, shape, weight, bias, residual, input_bias, dropout_p)
+    returns_sum = residual is not None and return_sum
+    parts = (residual, weight, bias, input_bias)
+    if centered and not dropout_p and runs_in_pytorch(input) and _all_float32(input, *parts):
+        output, total = _layer_norm_of_pytorch(input, shape, eps, *parts)
+        return (output, total) if returns_sum else output
     dtype = autocast_float32_dtype(input)
     if residual is not None:
-        check_floating("residual", residual)
-        check_shape("residual", residual, tuple(input.shape))
-        check_device("residual", residual, "input", input)
         dtype = torch.promote_types(dtype, residual.dtype)
-    tensors = (input, weight, bias, residual, input_bias)
-    for_backward = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    whole = input.shape
+    flattens = len(shape) > 1 or not input.is_contiguous() or (residual is not None and not residual.is_contiguous())
+    if flattens:
+        columns = math.prod(shape)
+        input = input.reshape(-1, columns)
+        residual = None if residual is None else residual.reshape(-1, columns)
+        weight, bias, input_bias = (None if each is None else each.reshape(-1) for each in (weight, bias, input_bias))
     is_sum = residual is not None or input_bias is not None or dropout_p > 0.0
-    returns_sum = residual is not None and return_sum
-    output, total, _, _ = _norm(
-        input.reshape(-1, columns),
-        None if residual is None else residual.reshape(-1, columns),
-        None if weight is None else weight.reshape(-1),
-        None if bias is None else bias.reshape(-1),
-        None if input_bias is None else input_bias.reshape(-1),
+    output, total, _ = _norm(
+        input,
+        residual,
+        weight,
+        bias,
+        input_bias,
         draw_seed(input.device) if dropout_p else None,
         eps,
         centered,
         dropout_p,
         dtype,
-        is_sum and (returns_sum or for_backward),
+        is_sum and (returns_sum or _learns(input, *parts)),
     )
-    # Not a view for autograd: FSDP2's hooks on a module's output do not survive in-place operations on views.
-    output = torch.ops.aten._unsafe_view(output, input.shape)
-    return (output, total.view(input.shape)) if returns_sum else output
+    if flattens:
+        # Not a view for autograd: FSDP2's hooks on a module's output do not survive in-place operations on views.
+        output = torch.ops.aten._unsafe_view(output, whole)
+        total = total.view(whole) if returns_sum else total
+    return (output, total) if returns_sum else output
 
 
-@operator("fastformer::norm", mutates_args=())
+def _check(
+    input: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    input_bias: Tensor | None,
+    dropout_p: float,
+) -> None:
+    if input.dtype not in FLOATING_DTYPES:
+        check_floating("input", input)
+    if not shape or input.shape[-len(shape) :] != shape:
+        raise ValueError(f"normalized_shape must be the last dimensions of input {tuple(input.shape)}; got {shape}")
+    if not 1 <= math.prod(shape) <= MAX_COLUMNS:
+        raise ValueError(f"normalized_shape must have 1 to {MAX_COLUMNS} elements; got {math.prod(shape)}")
+    if weight is not None:
+        _check_part("weight", weight, shape, input)
+    if bias is not None:
+        _check_part("bias", bias, shape, input)
+    if input_bias is not None:
+        _check_part("input_bias", input_bias, shape, input)
+    if residual is not None:
+        _check_part("residual", residual, input.shape, input)
+    if dropout_p:
+        check_dropout_p(dropout_p)
+
+
+def _check_part(name: str, tensor: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
+    # What is wrong is looked for only where something is.
+    if tensor.dtype not in FLOATING_DTYPES or tensor.shape != shape or tensor.device != input.device:
+        check_floating(name, tensor)
+        check_shape(name, tensor, shape)
+        check_device(name, tensor, "input", input)
+
+
+def _all_float32(*tensors: Tensor | None) -> bool:
+    return all(tensor is None or tensor.dtype == torch.float32 for tensor in tensors)
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    """Whether a backward may come."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _layer_norm_of_pytorch(
+    input: Tensor,
+    shape: tuple[int, ...],
+    eps: float,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    input_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and x, in the functions that our own would run, with their derivatives."""
+    total = input if input_bias is None else input + input_bias
+    total = total if residual is None else total + residual
+    return torch.layer_norm(total, shape, weight, bias, eps), total
+
+
+@operator(
+    "fastformer::norm",
+    schema="(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? input_bias, Tensor? seed, "
+    "float eps, bool centered, float dropout_p, ScalarType dtype, bool keep_sum) "
+    "-> (Tensor, Tensor?, Tensor)",
+)
 def _norm(
     input: Tensor,
     residual: Tensor | None,
@@ -221,12 +283,15 @@ def _norm(
     dropout_p: float,
     dtype: torch.dtype,
     keep_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, x (empty unless `keep_sum`), and the rows' mean and rstd."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Output, x if `keep_sum`, and the rows' rstd and, if they are `centered`, mean: (1 or 2, rows).
+
+    `input` and `residual` are (..., columns), contiguous, or (rows, columns) of any strides.
+    """
     if use_triton(input) and input.numel():
         from fastformer_kernels.normalization import norm_forward
 
-        output, total, mean, rstd = norm_forward(
+        return norm_forward(
             input,
             input_bias,
             residual,
@@ -238,13 +303,13 @@ def _norm(
             dtype=dtype,
             keep_sum=keep_sum,
         )
-        return output, output.new_empty(0) if total is None else total, mean, rstd
     total = _sum_torch(input, residual, input_bias, seed, dropout_p, dtype)
     output, mean, rstd = norm_torch(total, weight, bias, eps, centered, dtype)
+    statistics = torch.stack((rstd, mean)) if centered else rstd[None]
     if not keep_sum:
-        return output, output.new_empty(0), mean, rstd
+        return output, None, statistics
     # An operator's outputs may not be its inputs.
-    return output, total.clone() if total.data_ptr() == input.data_ptr() else total, mean, rstd
+    return output, total.clone() if total.data_ptr() == input.data_ptr() else total, statistics
 
 
 @_norm.register_fake
@@ -260,24 +325,23 @@ def _(
     dropout_p: float,
     dtype: torch.dtype,
     keep_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     output = input.new_empty(input.shape, dtype=dtype)
-    rstd = input.new_empty(input.shape[0], dtype=torch.float32)
-    return (
-        output,
-        torch.empty_like(output) if keep_sum else output.new_empty(0),
-        torch.empty_like(rstd) if centered else rstd.new_zeros(1),
-        rstd,
-    )
+    statistics = input.new_empty(1 + centered, math.prod(input.shape[:-1]), dtype=torch.float32)
+    return output, torch.empty_like(output) if keep_sum else None, statistics
 
 
-@operator("fastformer::norm_backward", mutates_args=())
+@operator(
+    "fastformer::norm_backward",
+    schema="(Tensor grad_output, Tensor? grad_sum, Tensor x, Tensor statistics, Tensor? weight, Tensor? seed, "
+    "bool centered, float dropout_p, ScalarType input_dtype, ScalarType? residual_dtype, bool weight_needs_grad, "
+    "bool bias_needs_grad, bool input_bias_needs_grad) -> (Tensor, Tensor?, Tensor?)",
+)
 def _norm_backward(
     grad_output: Tensor,
     grad_sum: Tensor | None,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     weight: Tensor | None,
     seed: Tensor | None,
     centered: bool,
@@ -287,17 +351,16 @@ def _norm_backward(
     weight_needs_grad: bool,
     bias_needs_grad: bool,
     input_bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, residual, weight, bias and input_bias; all but the first empty where not needed."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of input, of residual, and of those needed of weight, bias and input_bias, float32, one a row."""
     if use_triton(x) and x.numel():
         from fastformer_kernels.normalization import norm_backward
 
-        grads: tuple[Tensor | None, ...] = norm_backward(
-            grad_output,
-            grad_sum,
+        return norm_backward(
+            _rows(grad_output),
+            None if grad_sum is None else _rows(grad_sum),
             x,
-            mean,
-            rstd,
+            statistics,
             weight,
             kernel_dropout(seed, dropout_p),
             centered=centered,
@@ -307,16 +370,20 @@ def _norm_backward(
             bias_needs_grad=bias_needs_grad,
             input_bias_needs_grad=input_bias_needs_grad,
         )
-    else:
-        grad_x, grad_weight, grad_bias = norm_backward_torch(
-            grad_output, x, mean, rstd, weight, centered, weight_needs_grad, bias_needs_grad
-        )
-        grad_input, grad_residual, grad_input_bias = _sum_backward_torch(
-            grad_x, grad_sum, seed, dropout_p, input_dtype, residual_dtype, input_bias_needs_grad
-        )
-        grads = (grad_input, grad_residual, grad_weight, grad_bias, grad_input_bias)
-    first, second, third, fourth, fifth = (rstd.new_empty(0) if grad is None else grad for grad in grads)
-    return first, second, third, fourth, fifth
+    rstd, mean = statistics if centered else (statistics[0], None)
+    grad_x, grad_weight, grad_bias = norm_backward_torch(
+        _matrix(grad_output), _matrix(x), mean, rstd, weight, centered, weight_needs_grad, bias_needs_grad
+    )
+    grad_sum = None if grad_sum is None else _matrix(grad_sum)
+    grad_input, grad_residual, grad_input_bias = _sum_backward_torch(
+        grad_x, grad_sum, seed, dropout_p, input_dtype, residual_dtype, input_bias_needs_grad
+    )
+    parameters = [grad for grad in (grad_weight, grad_bias, grad_input_bias) if grad is not None]
+    return (
+        grad_input.view(x.shape),
+        None if grad_residual is None else grad_residual.view(x.shape),
+        torch.stack(parameters) if parameters else None,
+    )
 
 
 @_norm_backward.register_fake
@@ -324,8 +391,7 @@ def _(
     grad_output: Tensor,
     grad_sum: Tensor | None,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     weight: Tensor | None,
     seed: Tensor | None,
     centered: bool,
@@ -335,77 +401,86 @@ def _(
     weight_needs_grad: bool,
     bias_needs_grad: bool,
     input_bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    columns = x.shape[1]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    needed = weight_needs_grad + bias_needs_grad + input_bias_needs_grad
     return (
         x.new_empty(x.shape, dtype=input_dtype),
-        rstd.new_empty(0) if residual_dtype is None else x.new_empty(x.shape, dtype=residual_dtype),
-        rstd.new_empty(columns if weight_needs_grad else 0),
-        rstd.new_empty(columns if bias_needs_grad else 0),
-        rstd.new_empty(columns if input_bias_needs_grad else 0),
+        None if residual_dtype is None else x.new_empty(x.shape, dtype=residual_dtype),
+        statistics.new_empty(needed, x.shape[-1]) if needed else None,
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, residual, weight, bias, input_bias, seed, _, ctx.centered, ctx.dropout_p, _, ctx.keep_sum = inputs
-    ctx.input_dtype = input.dtype
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.input_bias_dtype = None if input_bias is None else input_bias.dtype
-    ctx.save_for_backward(output[1] if ctx.keep_sum else input, output[2], output[3], weight, seed)
-    ctx.mark_non_differentiable(*output[2:])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    input, residual, weight, bias, input_bias, seed, _, ctx.centered, ctx.dropout_p, _, keep_sum = inputs
+    _, total, statistics = output
+    ctx.save_for_backward(total if keep_sum else input, statistics, weight, seed)
+    ctx.dtypes = (_dtype(input), _dtype(residual), _dtype(weight), _dtype(bias), _dtype(input_bias))
     ctx.set_materialize_grads(False)
+
+
+def _dtype(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
 
 
 def _backward(
     ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    x, mean, rstd, weight, seed = ctx.saved_tensors
-    if not ctx.keep_sum:
-        grad_sum = None
+    x, statistics, weight, seed = ctx.saved_tensors
     if grad_output is None and grad_sum is None:
         return (None,) * 11
     if grad_output is None:
         grad_output = x.new_zeros(()).expand(x.shape)
-    _, residual_needs_grad, weight_needs_grad, bias_needs_grad, input_bias_needs_grad = ctx.needs_input_grad[:5]
+    needed = ctx.needs_input_grad
+    input_dtype, residual_dtype = ctx.dtypes[:2]
     # Without dropout the two gradients differ in dtype only.
-    one_gradient = seed is None and ctx.residual_dtype == ctx.input_dtype
-    grad_input, grad_residual, grad_weight, grad_bias, grad_input_bias = _norm_backward(
+    one_gradient = seed is None and residual_dtype == input_dtype
+    grad_input, grad_residual, parameters = _norm_backward(
         grad_output,
         grad_sum,
         x,
-        mean,
-        rstd,
+        statistics,
         weight,
         seed,
         ctx.centered,
         ctx.dropout_p,
-        ctx.input_dtype,
-        ctx.residual_dtype if residual_needs_grad and not one_gradient else None,
-        weight_needs_grad,
-        bias_needs_grad,
-        input_bias_needs_grad,
+        input_dtype,
+        residual_dtype if needed[1] and not one_gradient else None,
+        needed[2],
+        needed[3],
+        needed[4],
     )
-    if one_gradient:
+    if one_gradient and needed[1]:
         grad_residual = grad_input
-    return (
-        grad_input,
-        grad_residual if residual_needs_grad else None,
-        grad_weight.to(weight.dtype) if weight_needs_grad else None,
-        grad_bias.to(ctx.bias_dtype) if bias_needs_grad else None,
-        grad_input_bias.to(ctx.input_bias_dtype) if input_bias_needs_grad else None,
-        *(None,) * 6,
-    )
+    grads: list[Tensor | None] = [grad_input, grad_residual, *(None,) * 9]
+    if parameters is not None:
+        places = [place for place in (2, 3, 4) if needed[place]]
+        dtypes = {ctx.dtypes[place] for place in places}
+        if len(dtypes) == 1:
+            parameters = parameters.to(*dtypes)
+        for place, row in zip(places, parameters.unbind(), strict=True):
+            grads[place] = row if len(dtypes) == 1 else row.to(ctx.dtypes[place])
+    return tuple(grads)
 
 
 _norm.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """`tensor` if it is contiguous, else its rows."""
+    return tensor if tensor.is_contiguous() else _matrix(tensor)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
 def kernel_dropout(seed: Tensor | None, dropout_p: float) -> Any:
     """The kernels' description of dropout; None without a seed."""
+    if seed is None:
+        return None
     from fastformer_kernels.normalization import Dropout
 
-    return None if seed is None else Dropout(seed, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
+    return Dropout(seed, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
 
 
 def _sum_torch(
@@ -424,7 +499,7 @@ def _sum_torch(
     if input_bias is not None:
         total += input_bias
     if seed is not None:
-        apply_dropout_(total, seed, dropout_p)
+        apply_dropout_(_matrix(total), seed, dropout_p)
     if residual is not None:
         total += residual
     return total.to(dtype)
@@ -432,17 +507,18 @@ def _sum_torch(
 
 def norm_torch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centered: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Any, Tensor]:
+    """Output and, float32, the rows' mean (None for RMSNorm) and rstd."""
     if centered:
         # PyTorch's kernel wants parameters of one dtype, the input's or float32.
-        output, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], _parameter(weight, x), _parameter(bias, x), eps)
+        output, mean, rstd = torch.native_layer_norm(x, (x.shape[-1],), _parameter(weight, x), _parameter(bias, x), eps)
         return output.contiguous(), mean.flatten().float(), rstd.flatten().float()
     wide = x.float()
-    rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-    output = wide * rstd[:, None]
+    rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    output = wide * rstd
     if weight is not None:
         output *= weight
-    return output.to(dtype).contiguous(), rstd.new_zeros(1), rstd
+    return output.to(dtype).contiguous(), None, rstd.flatten()
 
 
 def _parameter(parameter: Tensor | None, x: Tensor) -> Tensor | None:
@@ -452,7 +528,7 @@ def _parameter(parameter: Tensor | None, x: Tensor) -> Tensor | None:
 def norm_backward_torch(
     grad_output: Tensor,
     x: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     weight: Tensor | None,
     centered: bool,
@@ -460,31 +536,27 @@ def norm_backward_torch(
     bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, float32."""
+    rstd = rstd[:, None]
+    mean = None if mean is None else mean[:, None]
     if centered and x.dtype == torch.float32:
         # Only whether a bias is needed matters here, not its values: the weight stands in. Without a weight PyTorch's
         # function has no bias either.
         needed = [True, weight_needs_grad, bias_needs_grad and weight is not None]
+        wide = _parameter(weight, x)
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-            grad_output.contiguous(),
-            x.contiguous(),
-            [x.shape[1]],
-            mean[:, None],
-            rstd[:, None],
-            _parameter(weight, x),
-            _parameter(weight, x),
-            needed,
+            grad_output.contiguous(), x.contiguous(), (x.shape[1],), mean, rstd, wide, wide, needed
         )
         if bias_needs_grad and grad_bias is None:
             grad_bias = grad_output.sum(0)
         return grad_x, grad_weight, grad_bias
     dy, wide = grad_output.float(), x.float()
-    normalised = (wide - mean[:, None] if centered else wide) * rstd[:, None]
+    normalised = (wide if mean is None else wide - mean) * rstd
     g = dy if weight is None else dy * weight
     grad_x = g - normalised * (g * normalised).mean(-1, keepdim=True)
     if centered:
         grad_x -= g.mean(-1, keepdim=True)
     return (
-        grad_x.mul_(rstd[:, None]),
+        grad_x.mul_(rstd),
         (dy * normalised).sum(0) if weight_needs_grad else None,
         dy.sum(0) if bias_needs_grad else None,
     )

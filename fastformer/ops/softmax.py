@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_float32_dtype
 from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating
-from fastformer.ops.operator import operator
+from fastformer.ops.operator import operator, runs_in_pytorch
 
 
 def softmax(
@@ -104,9 +105,31 @@ def _checked_softmax(
     causal_offset = _causal_offset(input, dim, alignment) if causal else None
     if inplace:
         return _InplaceSoftmax.apply(input, mask, dim, scale, causal_offset, log)
-    if torch.promote_types(input.dtype, output_dtype) != output_dtype or input.dtype not in FLOATING_DTYPES:
+    if input.dtype == output_dtype:
+        if mask is None and scale == 1.0 and not causal and runs_in_pytorch(input):
+            output = _softmax_of_pytorch(input, dim, log)
+            if output is not None:
+                return output
+    elif torch.promote_types(input.dtype, output_dtype) != output_dtype or input.dtype not in FLOATING_DTYPES:
         input = input.to(output_dtype)
     return _softmax(input, mask, dim, scale, causal_offset, log, output_dtype)
+
+
+def _softmax_of_pytorch(input: Tensor, dim: int, log: bool) -> Tensor | None:
+    """PyTorch's softmax with its derivative; None where ours is another."""
+    if not input.numel():
+        return None
+    output = torch.log_softmax(input, dim) if log else torch.softmax(input, dim)
+    found = output.detach()
+    if log and output.requires_grad:
+        # What takes no part has no gradient. NaN is not more either.
+        return output if found.amin() > -math.inf else None
+    return None if _has_row_of_nan(found, dim) else output
+
+
+def _has_row_of_nan(output: Tensor, dim: int) -> bool:
+    """Whether a row of a softmax on a CPU, which is NaN from its first element on if it is anywhere, is NaN."""
+    return math.isnan(output.select(dim, 0).sum())
 
 
 def _check_mask(mask: Tensor, input: Tensor) -> None:
@@ -269,7 +292,7 @@ def _softmax_torch(
         scores.add_(mask)
     if excluded is not None:
         scores = scores.masked_fill(excluded, float("-inf"))
-    # Before the scores are overwritten; otherwise PyTorch's NaN, from a row's first element on, says where to look.
+    # Before the scores are overwritten; otherwise PyTorch's NaN says where to look.
     look_first = scores is output or output.device.type != "cpu"
     empty_row = _empty_rows(scores, dim) if look_first else None
     function = torch.log_softmax if log else torch.softmax
@@ -277,7 +300,7 @@ def _softmax_torch(
         function(scores, dim, out=output)
     else:
         output.copy_(function(scores, dim, torch.promote_types(scores.dtype, output.dtype)))
-    if empty_row is None and output.select(dim, 0).isnan().any():
+    if empty_row is None and _has_row_of_nan(output, dim):
         empty_row = _empty_rows(scores, dim)
     if empty_row is not None:
         output.masked_fill_(empty_row, float("-inf") if log else 0.0)

@@ -53,15 +53,15 @@ def _norm_backward_problem(dtype: torch.dtype, rows: int, columns: int, centered
         grad_output, grad_sum, x = (torch.randn(rows, columns, device=device).to(dtype) for _ in range(3))
         mean = x.float().mean(1)
         rstd = ((x.float() - mean[:, None] if centered else x.float()).square().mean(1) + 1e-5).rsqrt()
-        return [grad_output, grad_sum, x, mean, rstd, torch.randn(columns, device=device)]
+        statistics = torch.stack([rstd, mean] if centered else [rstd])
+        return [grad_output, grad_sum, x, statistics, torch.randn(columns, device=device)]
 
-    def call(grad_output: Tensor, grad_sum: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor) -> Results:
+    def call(grad_output: Tensor, grad_sum: Tensor, x: Tensor, statistics: Tensor, weight: Tensor) -> Results:
         return norm_backward(
             grad_output,
             grad_sum,
             x,
-            mean,
-            rstd,
+            statistics,
             weight,
             None,
             centered=centered,

@@ -16,15 +16,16 @@ two parts, since one float32 cannot hold a mean far from zero to the precision o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from fastformer_kernels.configurations import chosen
-from fastformer_kernels.dropout import Dropout, dropout_keep
-from fastformer_kernels.launch import COMPILER_OPTIONS, device_guard, multiprocessors_of
+from fastformer_kernels.dropout import Dropout, dropout_arguments, dropout_keep
+from fastformer_kernels.kept_launches import Launch, kept_launch
+from fastformer_kernels.launch import COMPILER_OPTIONS, multiprocessors_of
 from fastformer_kernels.precision import round_to
 from fastformer_kernels.rows import RowConfiguration, aligned, alignment, row_class
 
@@ -91,8 +92,7 @@ def _forward_kernel(
     bias_pointer,
     output_pointer,
     total_pointer,
-    mean_pointer,
-    rstd_pointer,
+    statistics_pointer,
     rows,
     columns,
     eps,
@@ -210,9 +210,9 @@ def _forward_kernel(
             y = scale_and_shift(normalised, weight_pointer, bias_pointer, start + column, columns)
             tl.store(output_pointer + target + start + column, round_to(y, dtype), mask=valid)
         mean += shift
+    tl.store(statistics_pointer + row, rstd, mask=row_valid)
     if CENTERED:
-        tl.store(mean_pointer + row, mean, mask=row_valid)
-    tl.store(rstd_pointer + row, rstd, mask=row_valid)
+        tl.store(statistics_pointer + rows + row, mean, mask=row_valid)
 
 
 @triton.jit
@@ -249,14 +249,11 @@ def _backward_kernel(
     grad_sum_pointer,
     x_pointer,
     weight_pointer,
-    mean_pointer,
-    rstd_pointer,
+    statistics_pointer,
     seed_pointer,
     grad_input_pointer,
     grad_residual_pointer,
-    weight_sums_pointer,
-    bias_sums_pointer,
-    input_bias_sums_pointer,
+    sums_pointer,
     rows,
     columns,
     threshold,
@@ -268,12 +265,18 @@ def _backward_kernel(
     x_stride_row,
     x_stride_column,
     CENTERED: tl.constexpr,
+    WEIGHT_SUMS: tl.constexpr,
+    BIAS_SUMS: tl.constexpr,
+    INPUT_BIAS_SUMS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Rows held in registers: dx, and this program's sums for the gradients of weight and biases."""
+    """Rows held in registers: dx, and this program's sums for the gradients of weight and biases.
+
+    The sums are (those wanted, programs, columns).
+    """
     columns = aligned(columns, ALIGNMENT)
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
     column_valid = column < columns
@@ -289,13 +292,13 @@ def _backward_kernel(
         dy = tl.load(dy_row + column * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
         x_row = x_pointer + aligned(row * x_stride_row, ALIGNMENT)
         x = tl.load(x_row + column * x_stride_column, mask=valid, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_pointer + row, mask=row_valid, other=0.0)
+        rstd = tl.load(statistics_pointer + row, mask=row_valid, other=0.0)
         if CENTERED:
-            x = tl.where(valid, x - tl.load(mean_pointer + row, mask=row_valid, other=0.0), 0.0)
+            x = tl.where(valid, x - tl.load(statistics_pointer + rows + row, mask=row_valid, other=0.0), 0.0)
         normalised = x * rstd
-        if weight_sums_pointer is not None:
+        if WEIGHT_SUMS:
             weight_sum += dy * normalised
-        if bias_sums_pointer is not None:
+        if BIAS_SUMS:
             bias_sum += dy
         g = scale_and_shift(dy, weight_pointer, None, column, columns)
         dx = g - normalised * (tl.sum(g * normalised, axis=1)[:, None] / columns)
@@ -319,15 +322,16 @@ def _backward_kernel(
             BLOCK_ROWS,
             BLOCK_COLUMNS,
         )
-        if input_bias_sums_pointer is not None:
+        if INPUT_BIAS_SUMS:
             input_bias_sum += tl.where(valid, dx, 0.0)
-    sums = program * columns + column
-    if weight_sums_pointer is not None:
-        tl.store(weight_sums_pointer + sums, tl.sum(weight_sum, axis=0)[None, :], mask=column_valid)
-    if bias_sums_pointer is not None:
-        tl.store(bias_sums_pointer + sums, tl.sum(bias_sum, axis=0)[None, :], mask=column_valid)
-    if input_bias_sums_pointer is not None:
-        tl.store(input_bias_sums_pointer + sums, tl.sum(input_bias_sum, axis=0)[None, :], mask=column_valid)
+    if WEIGHT_SUMS:
+        tl.store(sums_pointer + program * columns + column, tl.sum(weight_sum, axis=0)[None, :], mask=column_valid)
+        program += tl.num_programs(0)
+    if BIAS_SUMS:
+        tl.store(sums_pointer + program * columns + column, tl.sum(bias_sum, axis=0)[None, :], mask=column_valid)
+        program += tl.num_programs(0)
+    if INPUT_BIAS_SUMS:
+        tl.store(sums_pointer + program * columns + column, tl.sum(input_bias_sum, axis=0)[None, :], mask=column_valid)
 
 
 @triton.jit
@@ -336,8 +340,7 @@ def _backward_long_row_kernel(
     grad_sum_pointer,
     x_pointer,
     weight_pointer,
-    mean_pointer,
-    rstd_pointer,
+    statistics_pointer,
     seed_pointer,
     grad_input_pointer,
     grad_residual_pointer,
@@ -362,10 +365,10 @@ def _backward_long_row_kernel(
     sum_row = grad_sum_pointer
     if grad_sum_pointer is not None:
         sum_row = grad_sum_pointer + aligned(row * grad_sum_stride_row, ALIGNMENT)
-    rstd = tl.load(rstd_pointer + row)
+    rstd = tl.load(statistics_pointer + row)
     mean = tl.zeros((1, 1), tl.float32)
     if CENTERED:
-        mean = tl.load(mean_pointer + row)
+        mean = tl.load(statistics_pointer + tl.num_programs(0) + row)
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
     products = tl.zeros((1, BLOCK_COLUMNS), tl.float32)
     sums = tl.zeros((1, BLOCK_COLUMNS), tl.float32)
@@ -410,10 +413,8 @@ def _backward_long_row_kernel(
 def _parameter_sums_kernel(
     grad_output_pointer,
     x_pointer,
-    mean_pointer,
-    rstd_pointer,
-    weight_sums_pointer,
-    bias_sums_pointer,
+    statistics_pointer,
+    sums_pointer,
     rows,
     columns,
     grad_output_stride_row,
@@ -421,10 +422,12 @@ def _parameter_sums_kernel(
     x_stride_row,
     x_stride_column,
     CENTERED: tl.constexpr,
+    WEIGHT_SUMS: tl.constexpr,
+    BIAS_SUMS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Sums for dw and db of one tile of columns, over every num_programs(1)-th row."""
+    """Sums for dw and db, as `_backward_kernel`'s, of one tile of columns, over every num_programs(1)-th row."""
     columns = aligned(columns, ALIGNMENT)
     column = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     valid = column < columns
@@ -434,17 +437,18 @@ def _parameter_sums_kernel(
     for row in range(program, rows, tl.num_programs(1)):
         dy_row = grad_output_pointer + aligned(row * grad_output_stride_row, ALIGNMENT)
         dy = tl.load(dy_row + column * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
-        if weight_sums_pointer is not None:
+        if WEIGHT_SUMS:
             x_row = x_pointer + aligned(row * x_stride_row, ALIGNMENT)
             x = tl.load(x_row + column * x_stride_column, mask=valid, other=0.0).to(tl.float32)
             if CENTERED:
-                x -= tl.load(mean_pointer + row)
-            weight_sum += dy * (x * tl.load(rstd_pointer + row))
+                x -= tl.load(statistics_pointer + rows + row)
+            weight_sum += dy * (x * tl.load(statistics_pointer + row))
         bias_sum += dy
-    if weight_sums_pointer is not None:
-        tl.store(weight_sums_pointer + program * columns + column, weight_sum, mask=valid)
-    if bias_sums_pointer is not None:
-        tl.store(bias_sums_pointer + program * columns + column, bias_sum, mask=valid)
+    if WEIGHT_SUMS:
+        tl.store(sums_pointer + program * columns + column, weight_sum, mask=valid)
+        program += tl.num_programs(1)
+    if BIAS_SUMS:
+        tl.store(sums_pointer + program * columns + column, bias_sum, mask=valid)
 
 
 def norm_forward(
@@ -459,73 +463,110 @@ def norm_forward(
     centered: bool,
     dtype: torch.dtype,
     keep_sum: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Normalise the rows of x = `residual` + dropout(`input` + `input_bias`).
 
     Args:
-        input, residual: (rows, columns), any strides and floating dtypes.
+        input, residual: (..., columns), contiguous, or (rows, columns) of any strides; of any floating dtypes.
         input_bias, weight, bias: (columns,), any floating dtypes.
         centered: LayerNorm where true, RMSNorm where false.
         dtype: of the output and x, as wide as input's and residual's or wider.
         keep_sum: return x.
 
     Returns:
-        The output and x, both contiguous; the rows' mean (one unused element for RMSNorm) and rstd, float32.
+        The output and x, both contiguous; the rows' rstd and, if `centered`, mean: (1 or 2, rows) float32.
     """
-    rows, columns = input.shape
-    output = input.new_empty(rows, columns, dtype=dtype)
+    output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
     total = torch.empty_like(output) if keep_sum else None
-    rstd = input.new_empty(rows, dtype=torch.float32)
-    mean = torch.empty_like(rstd) if centered else rstd.new_zeros(1)
+    statistics = input.new_empty(1 + centered, input.numel() // input.shape[-1], dtype=torch.float32)
+    _launch_forward(
+        input,
+        _contiguous(input_bias),
+        residual,
+        _contiguous(weight),
+        _contiguous(bias),
+        output,
+        total,
+        statistics,
+        *dropout_arguments(dropout),
+        eps,
+        centered,
+    )
+    return output, total, statistics
+
+
+@kept_launch
+def _launch_forward(
+    input: torch.Tensor,
+    input_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    total: torch.Tensor | None,
+    statistics: torch.Tensor,
+    seed: torch.Tensor | None,
+    threshold: int,
+    dropout_scale: float,
+    eps: float,
+    centered: bool,
+) -> Launch:
+    rows, columns = statistics.shape[1], input.shape[-1]
     one_pass = columns <= FORWARD_ONE_PASS_COLUMNS
     configuration = _configuration("norm_forward", _FORWARD_CONFIGURATION, input, centered)
     block_columns = _one_pass_block(columns) if one_pass else configuration.tile_elements
     block_rows = _block_rows(block_columns, rows, configuration)
-    with device_guard(input):
-        _forward_kernel[(triton.cdiv(rows, block_rows),)](
+    strides, residual_strides = _row_strides(input), _row_strides(residual)
+    return Launch(
+        _forward_kernel,
+        (triton.cdiv(rows, block_rows),),
+        (
             input,
-            _contiguous(input_bias),
+            input_bias,
             residual,
-            None if dropout is None else dropout.seed,
-            _contiguous(weight),
-            _contiguous(bias),
+            seed,
+            weight,
+            bias,
             output,
             total,
-            mean,
-            rstd,
+            statistics,
             rows,
             columns,
             eps,
-            *_dropout_numbers(dropout),
-            *input.stride(),
-            *_strides(residual),
-            CENTERED=centered,
-            ALIGNMENT=alignment(columns, input.stride(0), _strides(residual)[0]),
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLUMNS=block_columns,
-            ONE_PASS=one_pass,
-            num_warps=configuration.warps(block_rows * block_columns, input),
+            threshold,
+            dropout_scale,
+            *strides,
+            *residual_strides,
+        ),
+        {
+            "CENTERED": centered,
+            "ALIGNMENT": alignment(columns, strides[0], residual_strides[0]),
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_COLUMNS": block_columns,
+            "ONE_PASS": one_pass,
+            "num_warps": configuration.warps(block_rows * block_columns, input),
             **COMPILER_OPTIONS,
-        )
-    return output, total, mean, rstd
+        },
+    )
 
 
 class NormGradients(NamedTuple):
-    """What `norm_backward` returns; None for what was not asked for."""
+    """What `norm_backward` returns; None for what was not asked for.
+
+    Attributes:
+        parameters: of those asked for of weight, bias and input_bias, in this order, (number, columns) float32.
+    """
 
     input: torch.Tensor
     residual: torch.Tensor | None
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    input_bias: torch.Tensor | None
+    parameters: torch.Tensor | None
 
 
 def norm_backward(
     grad_output: torch.Tensor,
     grad_sum: torch.Tensor | None,
     x: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    statistics: torch.Tensor,
     weight: torch.Tensor | None,
     dropout: Dropout | None,
     *,
@@ -539,108 +580,211 @@ def norm_backward(
     """Gradients of everything that `norm_forward` was given.
 
     Args:
-        grad_output, grad_sum: gradients of the output and of x, shaped like `x`, any strides.
-        x: what was normalised, (rows, columns), any strides.
-        mean, rstd: as `norm_forward` returned them.
+        grad_output, grad_sum: gradients of the output and of x, each like `x`.
+        x: what was normalised, (..., columns), contiguous, or (rows, columns) of any strides.
+        statistics: as `norm_forward` returned them.
         input_dtype: of the input's gradient, which is contiguous.
         residual_dtype: of the residual's gradient, contiguous; None if it is not wanted.
-
-    Returns:
-        Gradients of weight and biases are float32.
     """
-    rows, columns = x.shape
-    grad_input = x.new_empty(rows, columns, dtype=input_dtype)
+    columns = x.shape[-1]
+    grad_input = torch.empty_like(x, dtype=input_dtype, memory_format=torch.contiguous_format)
     grad_residual = None if residual_dtype is None else torch.empty_like(grad_input, dtype=residual_dtype)
+    tiles = _backward_tiles(x, grad_output, centered)
+    # Of the widest rows' registers a third running sum would spill some.
+    sums_input_bias = input_bias_needs_grad and tiles.one_pass and columns <= BACKWARD_THREE_SUMS_COLUMNS
+    wanted = weight_needs_grad + bias_needs_grad + sums_input_bias
+    sums = statistics.new_empty(wanted, tiles.programs, columns) if wanted else None
+    tensors = (grad_output, grad_sum, x, _contiguous(weight), statistics)
+    written = (grad_input, grad_residual, sums)
+    if tiles.one_pass:
+        needed = (weight_needs_grad, bias_needs_grad, sums_input_bias)
+        _launch_backward(*tensors, *written, *dropout_arguments(dropout), centered, *needed)
+    else:
+        _launch_backward_of_long_rows(*tensors, *written[:2], *dropout_arguments(dropout), centered)
+        if sums is not None:
+            _launch_parameter_sums(grad_output, x, statistics, sums, centered, weight_needs_grad, bias_needs_grad)
+    parameters = None if sums is None else sums.sum(1)
+    if input_bias_needs_grad and not sums_input_bias:
+        grad_input_bias = grad_input.view(-1, columns).sum(0, dtype=torch.float32, keepdim=True)
+        parameters = grad_input_bias if parameters is None else torch.cat([parameters, grad_input_bias])
+    return NormGradients(grad_input, grad_residual, parameters)
+
+
+@kept_launch
+def _launch_backward(
+    grad_output: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    statistics: torch.Tensor,
+    grad_input: torch.Tensor,
+    grad_residual: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    threshold: int,
+    dropout_scale: float,
+    centered: bool,
+    sums_weight: bool,
+    sums_bias: bool,
+    sums_input_bias: bool,
+) -> Launch:
+    tiles = _backward_tiles(x, grad_output, centered)
+    strides = (*_row_strides(grad_output), *_row_strides(grad_sum), *_row_strides(x))
+    return Launch(
+        _backward_kernel,
+        (tiles.programs,),
+        (
+            grad_output,
+            grad_sum,
+            x,
+            weight,
+            statistics,
+            seed,
+            grad_input,
+            grad_residual,
+            sums,
+            statistics.shape[1],
+            x.shape[-1],
+            threshold,
+            dropout_scale,
+            *strides,
+        ),
+        {
+            "CENTERED": centered,
+            "WEIGHT_SUMS": sums_weight,
+            "BIAS_SUMS": sums_bias,
+            "INPUT_BIAS_SUMS": sums_input_bias,
+            "ALIGNMENT": alignment(x.shape[-1], *strides[::2]),
+            "STAGES": tiles.configuration.stages or None,
+            "BLOCK_ROWS": tiles.rows,
+            **tiles.options(x),
+        },
+    )
+
+
+@kept_launch
+def _launch_backward_of_long_rows(
+    grad_output: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    statistics: torch.Tensor,
+    grad_input: torch.Tensor,
+    grad_residual: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    threshold: int,
+    dropout_scale: float,
+    centered: bool,
+) -> Launch:
+    tiles = _backward_tiles(x, grad_output, centered)
+    strides = (*_row_strides(grad_output), *_row_strides(grad_sum), *_row_strides(x))
+    return Launch(
+        _backward_long_row_kernel,
+        (statistics.shape[1],),
+        (
+            grad_output,
+            grad_sum,
+            x,
+            weight,
+            statistics,
+            seed,
+            grad_input,
+            grad_residual,
+            x.shape[-1],
+            threshold,
+            dropout_scale,
+            *strides,
+        ),
+        {
+            "CENTERED": centered,
+            "ALIGNMENT": alignment(x.shape[-1], *strides[::2]),
+            **tiles.options(x),
+        },
+    )
+
+
+@kept_launch
+def _launch_parameter_sums(
+    grad_output: torch.Tensor,
+    x: torch.Tensor,
+    statistics: torch.Tensor,
+    sums: torch.Tensor,
+    centered: bool,
+    sums_weight: bool,
+    sums_bias: bool,
+) -> Launch:
+    tiles = _backward_tiles(x, grad_output, centered)
+    rows, columns = statistics.shape[1], x.shape[-1]
+    strides = (*_row_strides(grad_output), *_row_strides(x))
+    return Launch(
+        _parameter_sums_kernel,
+        (triton.cdiv(columns, tiles.columns), tiles.programs),
+        (grad_output, x, statistics, sums, rows, columns, *strides),
+        {
+            "CENTERED": centered,
+            "WEIGHT_SUMS": sums_weight,
+            "BIAS_SUMS": sums_bias,
+            "ALIGNMENT": alignment(columns, *strides[::2]),
+            **tiles.options(x),
+        },
+    )
+
+
+class _BackwardTiles(NamedTuple):
+    """How the backward divides the rows, and for how many programs."""
+
+    one_pass: bool
+    rows: int
+    columns: int
+    programs: int
+    configuration: RowConfiguration
+
+    def options(self, tensor: torch.Tensor) -> dict[str, Any]:
+        """What the compiler is told, for a kernel that works on `tensor`."""
+        warps = self.configuration.warps(self.rows * self.columns, tensor)
+        return {"BLOCK_COLUMNS": self.columns, "num_warps": warps, **COMPILER_OPTIONS}
+
+
+def _backward_tiles(x: torch.Tensor, grad_output: torch.Tensor, centered: bool) -> _BackwardTiles:
+    columns = x.shape[-1]
+    rows = x.numel() // columns
     one_pass = columns * max(x.element_size(), grad_output.element_size()) <= BACKWARD_ONE_PASS_BYTES
     configuration = _configuration("norm_backward", _BACKWARD_CONFIGURATION, x, centered)
     block_columns = _one_pass_block(columns) if one_pass else configuration.tile_elements
     block_rows = _block_rows(block_columns, rows, configuration)
-    programs = min(triton.cdiv(rows, block_rows), configuration.programs * multiprocessors_of(x))
-    weight_sums = rstd.new_empty((programs, columns)) if weight_needs_grad else None
-    bias_sums = rstd.new_empty((programs, columns)) if bias_needs_grad else None
-    # Of the widest rows' registers a third running sum would spill some.
-    sums_input_bias = input_bias_needs_grad and one_pass and columns <= BACKWARD_THREE_SUMS_COLUMNS
-    input_bias_sums = rstd.new_empty((programs, columns)) if sums_input_bias else None
-    seed = None if dropout is None else dropout.seed
-    tensors = (grad_output, grad_sum, x, _contiguous(weight), mean, rstd, seed, grad_input, grad_residual)
-    strides = (*grad_output.stride(), *_strides(grad_sum), *x.stride())
-    options = {
-        "CENTERED": centered,
-        "ALIGNMENT": alignment(columns, grad_output.stride(0), _strides(grad_sum)[0], x.stride(0)),
-        "BLOCK_COLUMNS": block_columns,
-        "num_warps": configuration.warps(block_rows * block_columns, x),
-        **COMPILER_OPTIONS,
-    }
-    with device_guard(x):
-        if one_pass:
-            _backward_kernel[(programs,)](
-                *tensors,
-                weight_sums,
-                bias_sums,
-                input_bias_sums,
-                rows,
-                columns,
-                *_dropout_numbers(dropout),
-                *strides,
-                STAGES=configuration.stages or None,
-                BLOCK_ROWS=block_rows,
-                **options,
-            )
-        else:
-            _backward_long_row_kernel[(rows,)](*tensors, columns, *_dropout_numbers(dropout), *strides, **options)
-            if weight_needs_grad or bias_needs_grad:
-                _parameter_sums_kernel[(triton.cdiv(columns, block_columns), programs)](
-                    grad_output,
-                    x,
-                    mean,
-                    rstd,
-                    weight_sums,
-                    bias_sums,
-                    rows,
-                    columns,
-                    *grad_output.stride(),
-                    *x.stride(),
-                    **options,
-                )
-    grad_input_bias = _sum_of_programs(input_bias_sums)
-    if input_bias_needs_grad and not sums_input_bias:
-        grad_input_bias = grad_input.sum(0, dtype=torch.float32)
-    return NormGradients(
-        grad_input, grad_residual, _sum_of_programs(weight_sums), _sum_of_programs(bias_sums), grad_input_bias
-    )
-
-
-def _sum_of_programs(sums: torch.Tensor | None) -> torch.Tensor | None:
-    return None if sums is None else sums.sum(0)
+    programs = min(-(-rows // block_rows), configuration.programs * multiprocessors_of(x))
+    return _BackwardTiles(one_pass, block_rows, block_columns, programs, configuration)
 
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _dropout_numbers(dropout: Dropout | None) -> tuple[int, float]:
-    return (0, 1.0) if dropout is None else (dropout.threshold, dropout.scale)
-
-
-def _strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if tensor is None else tensor.stride()
+def _row_strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
+    """From one row to the next and within a row."""
+    return (0, 0) if tensor is None else tensor.view(-1, tensor.shape[-1]).stride()
 
 
 def _one_pass_block(columns: int) -> int:
     """Columns of a tile that holds whole rows; dropout draws its random words for four at a time."""
-    return max(4, triton.next_power_of_2(columns))
+    return max(4, _power_of_2(columns))
 
 
 def _block_rows(block_columns: int, rows: int, configuration: RowConfiguration) -> int:
     """Whole rows in a tile: several where they are short, never two, for which ptxas spills on sm_80."""
     most = configuration.tile_elements // block_columns
-    return min(most, triton.next_power_of_2(rows)) if most > 2 else 1
+    return min(most, _power_of_2(rows)) if most > 2 else 1
+
+
+def _power_of_2(number: int) -> int:
+    """The least that is `number` or more: Triton's own takes two microseconds, and the backward asks at every call."""
+    return 1 << (number - 1).bit_length()
 
 
 def _configuration(operation: str, default: RowConfiguration, tensor: torch.Tensor, centered: bool) -> RowConfiguration:
     """The configuration of `operation` on the rows of `tensor`."""
 
     def shape() -> tuple[str, ...]:
-        return "layer" if centered else "rms", *row_class(tensor.shape[1], tensor.element_size())
+        return "layer" if centered else "rms", *row_class(tensor.shape[-1], tensor.element_size())
 
     return chosen(operation, tensor, default, shape)
