@@ -304,8 +304,8 @@ def _norm(
             keep_sum=keep_sum,
         )
     total = _sum_torch(input, residual, input_bias, seed, dropout_p, dtype)
-    output, mean, rstd = norm_torch(total, weight, bias, eps, centered, dtype)
-    statistics = torch.stack((rstd, mean)) if centered else rstd[None]
+    output, mean, rstd = _norm_torch(total, weight, bias, eps, centered, dtype)
+    statistics = rstd[None] if mean is None else torch.stack((rstd, mean))
     if not keep_sum:
         return output, None, statistics
     # An operator's outputs may not be its inputs.
@@ -371,8 +371,8 @@ def _norm_backward(
             input_bias_needs_grad=input_bias_needs_grad,
         )
     rstd, mean = statistics if centered else (statistics[0], None)
-    grad_x, grad_weight, grad_bias = norm_backward_torch(
-        _matrix(grad_output), _matrix(x), mean, rstd, weight, centered, weight_needs_grad, bias_needs_grad
+    grad_x, grad_weight, grad_bias = _norm_backward_torch(
+        _matrix(grad_output), _matrix(x), mean, rstd, weight, weight_needs_grad, bias_needs_grad
     )
     grad_sum = None if grad_sum is None else _matrix(grad_sum)
     grad_input, grad_residual, grad_input_bias = _sum_backward_torch(
@@ -505,9 +505,9 @@ def _sum_torch(
     return total.to(dtype)
 
 
-def norm_torch(
+def _norm_torch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centered: bool, dtype: torch.dtype
-) -> tuple[Tensor, Any, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Output and, float32, the rows' mean (None for RMSNorm) and rstd."""
     if centered:
         # PyTorch's kernel wants parameters of one dtype, the input's or float32.
@@ -525,20 +525,19 @@ def _parameter(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return None if parameter is None else parameter.to(x.dtype if x.dtype == torch.float32 else torch.float32)
 
 
-def norm_backward_torch(
+def _norm_backward_torch(
     grad_output: Tensor,
     x: Tensor,
     mean: Tensor | None,
     rstd: Tensor,
     weight: Tensor | None,
-    centered: bool,
     weight_needs_grad: bool,
     bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, float32."""
     rstd = rstd[:, None]
     mean = None if mean is None else mean[:, None]
-    if centered and x.dtype == torch.float32:
+    if mean is not None and x.dtype == torch.float32:
         # Only whether a bias is needed matters here, not its values: the weight stands in. Without a weight PyTorch's
         # function has no bias either.
         needed = [True, weight_needs_grad, bias_needs_grad and weight is not None]
@@ -553,7 +552,7 @@ def norm_backward_torch(
     normalised = (wide if mean is None else wide - mean) * rstd
     g = dy if weight is None else dy * weight
     grad_x = g - normalised * (g * normalised).mean(-1, keepdim=True)
-    if centered:
+    if mean is not None:
         grad_x -= g.mean(-1, keepdim=True)
     return (
         grad_x.mul_(rstd),

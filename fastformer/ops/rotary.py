@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
 
 from fastformer.backends import use_triton
-from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
+from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating, check_like, check_shape
 from fastformer.ops.operator import operator
 
 
@@ -120,38 +120,18 @@ def rotary(
     >>> q, k = torch.randn(2, 8, 128, 64), torch.randn(2, 2, 128, 64)
     >>> q, k = fastformer.rotary(q, k, cos, sin)
     """
-    check_floating("query", query)
     packed = cu_seqlens is not None
-    layout = "packed (total_tokens, heads, head_dim)" if packed else "dense (batch, heads, sequence, head_dim)"
-    if query.dim() != (3 if packed else 4):
-        raise ValueError(f"query must be {layout}; got shape {tuple(query.shape)}")
+    if query.dtype not in FLOATING_DTYPES or query.dim() != (3 if packed else 4):
+        _refuse_query(query, packed)
     if key is not None:
-        check_like("key", key, "query", query)
-        if key.dim() != query.dim() or _without_heads(key) != _without_heads(query):
-            raise ValueError(
-                f"key must have query's shape but for the heads, {tuple(query.shape)}; got {tuple(key.shape)}"
-            )
+        _check_key(key, query)
     _check_table(cos, sin, query)
-    batch = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if cu_seqlens is not None:
-        _check_integers("cu_seqlens", cu_seqlens, [(batch + 1,)], query)
-    if position_ids is not None:
-        shapes = [(query.shape[0],)] if packed else [(query.shape[0], query.shape[2]), (1, query.shape[2])]
-        _check_integers("position_ids", position_ids, shapes, query)
-        if offsets is not None:
-            raise ValueError("position_ids and offsets were both given; offsets are added to default positions only")
-    if offsets is not None:
-        _check_integers("offsets", offsets, [(batch,)], query)
-    cos, sin = cos.contiguous(), sin.contiguous()
-    position_ids, offsets, cu_seqlens = (
-        None if tensor is None else tensor.contiguous() for tensor in (position_ids, offsets, cu_seqlens)
-    )
-    table = (cos, sin, position_ids, offsets, cu_seqlens, interleaved)
+    if position_ids is not None or offsets is not None or cu_seqlens is not None:
+        position_ids, offsets, cu_seqlens = _checked_positions(position_ids, offsets, cu_seqlens, query)
+    table = (cos.contiguous(), sin.contiguous(), position_ids, offsets, cu_seqlens, interleaved)
     if not inplace:
-        rotated_query, rotated_key = _rotary(query, key, *table, False)
-        return rotated_query, None if key is None else rotated_key
-    tensors = [tensor for tensor in (query, key) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _rotary(query, key, *table, False)
+    if torch.is_grad_enabled() and (query.requires_grad or (key is not None and key.requires_grad)):
         # One at a time, since autograd lets a function of several outputs change no views, such as a projection's.
         # What is returned is the argument, but not to torch.compile before PyTorch 2.13.
         query = _InplaceRotary.apply(query, *table)
@@ -161,12 +141,38 @@ def rotary(
     return query, key
 
 
-def _without_heads(tensor: Tensor) -> tuple[int, ...]:
-    shape = tuple(tensor.shape)
-    return shape[:1] + shape[2:]
+def _refuse_query(query: Tensor, packed: bool) -> NoReturn:
+    check_floating("query", query)
+    layout = "packed (total_tokens, heads, head_dim)" if packed else "dense (batch, heads, sequence, head_dim)"
+    raise ValueError(f"query must be {layout}; got shape {tuple(query.shape)}")
+
+
+def _check_key(key: Tensor, query: Tensor) -> None:
+    if key.dtype != query.dtype or key.device != query.device:
+        check_like("key", key, "query", query)
+    given, wanted = key.shape, query.shape
+    if len(given) != len(wanted) or given[0] != wanted[0] or given[2:] != wanted[2:]:
+        raise ValueError(f"key must have query's shape but for the heads, {tuple(wanted)}; got {tuple(given)}")
 
 
 def _check_table(cos: Tensor, sin: Tensor, query: Tensor) -> None:
+    shape, device = cos.shape, query.device
+    fits = (
+        cos.dtype == torch.float32
+        and sin.dtype == torch.float32
+        and len(shape) == 2
+        and sin.shape == shape
+        and shape[0] > 0
+        and 1 <= shape[1] <= query.shape[-1] // 2
+        and not (cos.requires_grad or sin.requires_grad)
+        and cos.device == device
+        and sin.device == device
+    )
+    if not fits:
+        _refuse_table(cos, sin, query)
+
+
+def _refuse_table(cos: Tensor, sin: Tensor, query: Tensor) -> None:
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dtype != torch.float32:
             raise TypeError(f"{name} must be float32; got {table.dtype}")
@@ -181,6 +187,27 @@ def _check_table(cos: Tensor, sin: Tensor, query: Tensor) -> None:
     check_shape("sin", sin, tuple(cos.shape))
 
 
+def _checked_positions(
+    position_ids: Tensor | None, offsets: Tensor | None, cu_seqlens: Tensor | None, query: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The same, contiguous."""
+    batch = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if cu_seqlens is not None:
+        _check_integers("cu_seqlens", cu_seqlens, [(batch + 1,)], query)
+        cu_seqlens = cu_seqlens.contiguous()
+    if position_ids is not None:
+        packed = cu_seqlens is not None
+        shapes = [(query.shape[0],)] if packed else [(query.shape[0], query.shape[2]), (1, query.shape[2])]
+        _check_integers("position_ids", position_ids, shapes, query)
+        if offsets is not None:
+            raise ValueError("position_ids and offsets were both given; offsets are added to default positions only")
+        position_ids = position_ids.contiguous()
+    if offsets is not None:
+        _check_integers("offsets", offsets, [(batch,)], query)
+        offsets = offsets.contiguous()
+    return position_ids, offsets, cu_seqlens
+
+
 def _check_integers(name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]], query: Tensor) -> None:
     if tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32; got {tensor.dtype}")
@@ -189,7 +216,11 @@ def _check_integers(name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]]
     check_device(name, tensor, "query", query)
 
 
-@operator("fastformer::rotary", mutates_args=())
+@operator(
+    "fastformer::rotary",
+    schema="(Tensor query, Tensor? key, Tensor cos, Tensor sin, Tensor? position_ids, Tensor? offsets, "
+    "Tensor? cu_seqlens, bool interleaved, bool inverse) -> (Tensor, Tensor?)",
+)
 def _rotary(
     query: Tensor,
     key: Tensor | None,
@@ -200,12 +231,13 @@ def _rotary(
     cu_seqlens: Tensor | None,
     interleaved: bool,
     inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Rotated query and key, the latter empty where there is none."""
-    inputs = [query] if key is None else [query, key]
-    outputs = [torch.empty_like(tensor) for tensor in inputs]
-    _rotate(inputs, outputs, cos, sin, position_ids, offsets, cu_seqlens, interleaved, inverse)
-    return outputs[0], query.new_empty(0) if key is None else outputs[1]
+) -> tuple[Tensor, Tensor | None]:
+    """Rotated query and key."""
+    rotated = torch.empty_like(query)
+    rotated_key = None if key is None else torch.empty_like(key)
+    outputs = (rotated,) if rotated_key is None else (rotated, rotated_key)
+    _rotate(query, key, outputs, cos, sin, position_ids, offsets, cu_seqlens, interleaved, inverse)
+    return rotated, rotated_key
 
 
 @_rotary.register_fake
@@ -219,8 +251,8 @@ def _(
     cu_seqlens: Tensor | None,
     interleaved: bool,
     inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(0) if key is None else torch.empty_like(key)
+) -> tuple[Tensor, Tensor | None]:
+    return torch.empty_like(query), None if key is None else torch.empty_like(key)
 
 
 @operator("fastformer::rotary_", mutates_args=("query", "key"))
@@ -234,20 +266,18 @@ def _rotary_inplace(
     cu_seqlens: Tensor | None,
     interleaved: bool,
 ) -> None:
-    tensors = [query] if key is None else [query, key]
-    _rotate(tensors, tensors, cos, sin, position_ids, offsets, cu_seqlens, interleaved, False)
+    outputs = (query,) if key is None else (query, key)
+    _rotate(query, key, outputs, cos, sin, position_ids, offsets, cu_seqlens, interleaved, False)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.has_key, ctx.interleaved, ctx.inverse = inputs[1] is not None, inputs[7], inputs[8]
-    ctx.save_for_backward(*inputs[2:7])
+    _, _, cos, sin, position_ids, offsets, cu_seqlens, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin, position_ids, offsets, cu_seqlens)
 
 
-def _backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
-    grad_query, grad_key = _rotary(
-        grad_query, grad_key if ctx.has_key else None, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse
-    )
-    return grad_query, grad_key if ctx.has_key else None, *(None,) * 7
+def _backward(ctx: Any, grad_query: Tensor, grad_key: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_query, grad_key = _rotary(grad_query, grad_key, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
+    return grad_query, grad_key, None, None, None, None, None, None, None
 
 
 _rotary.register_autograd(_backward, setup_context=_setup_context)
@@ -271,8 +301,9 @@ class _InplaceRotary(torch.autograd.Function):
 
 
 def _rotate(
-    inputs: list[Tensor],
-    outputs: list[Tensor],
+    query: Tensor,
+    key: Tensor | None,
+    outputs: tuple[Tensor, ...],
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor | None,
@@ -281,31 +312,55 @@ def _rotate(
     interleaved: bool,
     inverse: bool,
 ) -> None:
-    if not any(tensor.numel() for tensor in inputs):
+    if not query.numel() and (key is None or not key.numel()):
         return
-    if use_triton(inputs[0]):
+    if use_triton(query):
         from fastformer_kernels.rotary import rotate
 
         rotate(
-            inputs,
+            query,
+            key,
             outputs,
             cos,
             sin,
-            position_ids=position_ids,
-            offsets=offsets,
-            cu_seqlens=cu_seqlens,
-            interleaved=interleaved,
-            inverse=inverse,
+            position_ids,
+            offsets,
+            cu_seqlens,
+            interleaved,
+            inverse,
+            outputs[0] is query,
         )
         return
-    positions = _positions(inputs[0], position_ids, offsets, cu_seqlens)
-    if positions.device.type == "cpu":
+    cos, sin = _rows_of_table(query, cos, sin, position_ids, offsets, cu_seqlens)
+    _rotate_torch(query, outputs[0], cos, sin, interleaved, inverse)
+    if key is not None:
+        _rotate_torch(key, outputs[1], cos, sin, interleaved, inverse)
+
+
+def _rows_of_table(
+    query: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Each token's cosines and sines: they broadcast to (batch, heads, sequence, pairs), or (tokens, heads, pairs)."""
+    if position_ids is None and offsets is None and cu_seqlens is None:
+        sequence = query.shape[2]
+        if sequence > cos.shape[0]:
+            raise IndexError(_outside(cos, 0, sequence - 1))
+        return cos.narrow(0, 0, sequence), sin.narrow(0, 0, sequence)
+    positions = _positions(query, position_ids, offsets, cu_seqlens)
+    if positions.is_cpu:
         low, high = (bound.item() for bound in positions.aminmax())
         if low < 0 or high >= cos.shape[0]:
-            raise IndexError(f"positions must be from 0 to {cos.shape[0] - 1}, the last of cos; got {low} to {high}")
-    cos, sin = (table[positions].unsqueeze(1) for table in (cos, sin))
-    for input, output in zip(inputs, outputs, strict=True):
-        _rotate_torch(input, output, cos, -sin if inverse else sin, interleaved)
+            raise IndexError(_outside(cos, low, high))
+    return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+
+
+def _outside(cos: Tensor, low: float, high: float) -> str:
+    return f"positions must be from 0 to {cos.shape[0] - 1}, the last of cos; got {low} to {high}"
 
 
 def _positions(query: Tensor, position_ids: Tensor | None, offsets: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -321,15 +376,23 @@ def _positions(query: Tensor, position_ids: Tensor | None, offsets: Tensor | Non
     return positions if offsets is None else positions + offsets[sequence]
 
 
-def _rotate_torch(input: Tensor, output: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
-    pairs = cos.shape[-1]
-    if output is not input:
-        output[..., 2 * pairs :] = input[..., 2 * pairs :]
-    if interleaved:
-        first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
-    else:
-        first, second = slice(0, pairs), slice(pairs, 2 * pairs)
-    a, b = input[..., first].float(), input[..., second].float()
-    turned = torch.addcmul(b * cos, a, sin)
-    output[..., first] = torch.addcmul(a * cos, b, sin, value=-1.0)
-    output[..., second] = turned
+def _rotate_torch(input: Tensor, output: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> None:
+    turning = 2 * cos.shape[-1]
+    inplace = output is input
+    if turning < input.shape[-1]:
+        if not inplace:
+            output[..., turning:] = input[..., turning:]
+        input, output = input[..., :turning], output[..., :turning]
+    wide = input.to(torch.float32, copy=inplace)
+    turned = output if output.dtype == torch.float32 else torch.empty_like(wide)
+    # The two of a pair are next to each other, or half the features apart.
+    dim, sizes = (-1, (-1, 2)) if interleaved else (-2, (2, -1))
+    wide, turned_pairs = wide.view(*input.shape[:-1], *sizes), turned.view(*input.shape[:-1], *sizes)
+    torch.mul(wide, cos.unsqueeze(dim), out=turned_pairs)
+    a, b = wide.unbind(dim)
+    turned_a, turned_b = turned_pairs.unbind(dim)
+    sign = -1.0 if inverse else 1.0
+    turned_a.addcmul_(b, sin, value=-sign)
+    turned_b.addcmul_(a, sin, value=sign)
+    if turned is not output:
+        output.copy_(turned)

@@ -485,9 +485,8 @@ def norm_forward(
         residual,
         _contiguous(weight),
         _contiguous(bias),
-        output,
-        total,
-        statistics,
+        (output, statistics) if total is None else (output, statistics, total),
+        dtype,
         *dropout_arguments(dropout),
         eps,
         centered,
@@ -502,15 +501,16 @@ def _launch_forward(
     residual: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    output: torch.Tensor,
-    total: torch.Tensor | None,
-    statistics: torch.Tensor,
+    written: tuple[torch.Tensor, ...],
+    dtype: torch.dtype,
     seed: torch.Tensor | None,
     threshold: int,
     dropout_scale: float,
     eps: float,
     centered: bool,
 ) -> Launch:
+    """`written` are the output, of `dtype`, the statistics and, where it is kept, x."""
+    output, statistics, *total = written
     rows, columns = statistics.shape[1], input.shape[-1]
     one_pass = columns <= FORWARD_ONE_PASS_COLUMNS
     configuration = _configuration("norm_forward", _FORWARD_CONFIGURATION, input, centered)
@@ -528,7 +528,7 @@ def _launch_forward(
             weight,
             bias,
             output,
-            total,
+            total[0] if total else None,
             statistics,
             rows,
             columns,
@@ -587,27 +587,36 @@ def norm_backward(
         residual_dtype: of the residual's gradient, contiguous; None if it is not wanted.
     """
     columns = x.shape[-1]
-    grad_input = torch.empty_like(x, dtype=input_dtype, memory_format=torch.contiguous_format)
-    grad_residual = None if residual_dtype is None else torch.empty_like(grad_input, dtype=residual_dtype)
     tiles = _backward_tiles(x, grad_output, centered)
     # Of the widest rows' registers a third running sum would spill some.
     sums_input_bias = input_bias_needs_grad and tiles.one_pass and columns <= BACKWARD_THREE_SUMS_COLUMNS
     wanted = weight_needs_grad + bias_needs_grad + sums_input_bias
-    sums = statistics.new_empty(wanted, tiles.programs, columns) if wanted else None
-    tensors = (grad_output, grad_sum, x, _contiguous(weight), statistics)
-    written = (grad_input, grad_residual, sums)
-    if tiles.one_pass:
-        needed = (weight_needs_grad, bias_needs_grad, sums_input_bias)
-        _launch_backward(*tensors, *written, *dropout_arguments(dropout), centered, *needed)
-    else:
-        _launch_backward_of_long_rows(*tensors, *written[:2], *dropout_arguments(dropout), centered)
-        if sums is not None:
-            _launch_parameter_sums(grad_output, x, statistics, sums, centered, weight_needs_grad, bias_needs_grad)
-    parameters = None if sums is None else sums.sum(1)
+    grad_input = torch.empty_like(x, dtype=input_dtype, memory_format=torch.contiguous_format)
+    written = [grad_input]
+    if residual_dtype is not None:
+        written.append(torch.empty_like(grad_input, dtype=residual_dtype))
+    if wanted:
+        written.append(statistics.new_empty(wanted, tiles.programs, columns))
+    _launch_backward(
+        grad_output,
+        grad_sum,
+        x,
+        statistics,
+        _contiguous(weight),
+        tuple(written),
+        input_dtype,
+        residual_dtype,
+        *dropout_arguments(dropout),
+        centered,
+        weight_needs_grad,
+        bias_needs_grad,
+        sums_input_bias,
+    )
+    parameters = written[-1].sum(1) if wanted else None
     if input_bias_needs_grad and not sums_input_bias:
         grad_input_bias = grad_input.view(-1, columns).sum(0, dtype=torch.float32, keepdim=True)
         parameters = grad_input_bias if parameters is None else torch.cat([parameters, grad_input_bias])
-    return NormGradients(grad_input, grad_residual, parameters)
+    return NormGradients(grad_input, None if residual_dtype is None else written[1], parameters)
 
 
 @kept_launch
@@ -615,11 +624,11 @@ def _launch_backward(
     grad_output: torch.Tensor,
     grad_sum: torch.Tensor | None,
     x: torch.Tensor,
-    weight: torch.Tensor | None,
     statistics: torch.Tensor,
-    grad_input: torch.Tensor,
-    grad_residual: torch.Tensor | None,
-    sums: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    written: tuple[torch.Tensor, ...],
+    input_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
     seed: torch.Tensor | None,
     threshold: int,
     dropout_scale: float,
@@ -627,107 +636,39 @@ def _launch_backward(
     sums_weight: bool,
     sums_bias: bool,
     sums_input_bias: bool,
-) -> Launch:
-    tiles = _backward_tiles(x, grad_output, centered)
-    strides = (*_row_strides(grad_output), *_row_strides(grad_sum), *_row_strides(x))
-    return Launch(
-        _backward_kernel,
-        (tiles.programs,),
-        (
-            grad_output,
-            grad_sum,
-            x,
-            weight,
-            statistics,
-            seed,
-            grad_input,
-            grad_residual,
-            sums,
-            statistics.shape[1],
-            x.shape[-1],
-            threshold,
-            dropout_scale,
-            *strides,
-        ),
-        {
-            "CENTERED": centered,
-            "WEIGHT_SUMS": sums_weight,
-            "BIAS_SUMS": sums_bias,
-            "INPUT_BIAS_SUMS": sums_input_bias,
-            "ALIGNMENT": alignment(x.shape[-1], *strides[::2]),
-            "STAGES": tiles.configuration.stages or None,
-            "BLOCK_ROWS": tiles.rows,
-            **tiles.options(x),
-        },
-    )
-
-
-@kept_launch
-def _launch_backward_of_long_rows(
-    grad_output: torch.Tensor,
-    grad_sum: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    statistics: torch.Tensor,
-    grad_input: torch.Tensor,
-    grad_residual: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    threshold: int,
-    dropout_scale: float,
-    centered: bool,
-) -> Launch:
-    tiles = _backward_tiles(x, grad_output, centered)
-    strides = (*_row_strides(grad_output), *_row_strides(grad_sum), *_row_strides(x))
-    return Launch(
-        _backward_long_row_kernel,
-        (statistics.shape[1],),
-        (
-            grad_output,
-            grad_sum,
-            x,
-            weight,
-            statistics,
-            seed,
-            grad_input,
-            grad_residual,
-            x.shape[-1],
-            threshold,
-            dropout_scale,
-            *strides,
-        ),
-        {
-            "CENTERED": centered,
-            "ALIGNMENT": alignment(x.shape[-1], *strides[::2]),
-            **tiles.options(x),
-        },
-    )
-
-
-@kept_launch
-def _launch_parameter_sums(
-    grad_output: torch.Tensor,
-    x: torch.Tensor,
-    statistics: torch.Tensor,
-    sums: torch.Tensor,
-    centered: bool,
-    sums_weight: bool,
-    sums_bias: bool,
-) -> Launch:
+) -> list[Launch]:
+    """`written` are the gradients of input and residual, of these dtypes, and the sums, each if it is wanted."""
     tiles = _backward_tiles(x, grad_output, centered)
     rows, columns = statistics.shape[1], x.shape[-1]
-    strides = (*_row_strides(grad_output), *_row_strides(x))
-    return Launch(
-        _parameter_sums_kernel,
-        (triton.cdiv(columns, tiles.columns), tiles.programs),
-        (grad_output, x, statistics, sums, rows, columns, *strides),
-        {
-            "CENTERED": centered,
-            "WEIGHT_SUMS": sums_weight,
-            "BIAS_SUMS": sums_bias,
-            "ALIGNMENT": alignment(columns, *strides[::2]),
-            **tiles.options(x),
-        },
-    )
+    grad_input, *others = written
+    grad_residual = None if residual_dtype is None else others.pop(0)
+    sums = others[0] if others else None
+    grad_output_strides, x_strides = _row_strides(grad_output), _row_strides(x)
+    strides = (*grad_output_strides, *_row_strides(grad_sum), *x_strides)
+    tensors = (grad_output, grad_sum, x, weight, statistics, seed, grad_input, grad_residual)
+    sums_options = {"WEIGHT_SUMS": sums_weight, "BIAS_SUMS": sums_bias}
+    options: dict[str, Any] = {
+        "CENTERED": centered,
+        "ALIGNMENT": alignment(columns, *strides[::2]),
+        "BLOCK_COLUMNS": tiles.columns,
+        "num_warps": tiles.configuration.warps(tiles.rows * tiles.columns, x),
+        **COMPILER_OPTIONS,
+    }
+    if tiles.one_pass:
+        options |= sums_options | {
+            "INPUT_BIAS_SUMS": sums_input_bias,
+            "STAGES": tiles.configuration.stages or None,
+            "BLOCK_ROWS": tiles.rows,
+        }
+        arguments = (*tensors, sums, rows, columns, threshold, dropout_scale, *strides)
+        return [Launch(_backward_kernel, (tiles.programs,), arguments, options)]
+    arguments = (*tensors, columns, threshold, dropout_scale, *strides)
+    launches = [Launch(_backward_long_row_kernel, (rows,), arguments, options)]
+    if sums is not None:
+        grid = (triton.cdiv(columns, tiles.columns), tiles.programs)
+        arguments = (grad_output, x, statistics, sums, rows, columns, *grad_output_strides, *x_strides)
+        launches.append(Launch(_parameter_sums_kernel, grid, arguments, options | sums_options))
+    return launches
 
 
 class _BackwardTiles(NamedTuple):
@@ -738,11 +679,6 @@ class _BackwardTiles(NamedTuple):
     columns: int
     programs: int
     configuration: RowConfiguration
-
-    def options(self, tensor: torch.Tensor) -> dict[str, Any]:
-        """What the compiler is told, for a kernel that works on `tensor`."""
-        warps = self.configuration.warps(self.rows * self.columns, tensor)
-        return {"BLOCK_COLUMNS": self.columns, "num_warps": warps, **COMPILER_OPTIONS}
 
 
 def _backward_tiles(x: torch.Tensor, grad_output: torch.Tensor, centered: bool) -> _BackwardTiles:

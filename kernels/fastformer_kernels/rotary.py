@@ -12,13 +12,12 @@ a program turns some heads of one token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 
-from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard
+from fastformer_kernels.kept_launches import Launch, kept_launch
+from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of
 from fastformer_kernels.precision import round_to
 
 # Elements of one program's tile and of one of its threads: a load of 16 bytes for each half of a pair.
@@ -225,30 +224,33 @@ def _rotary_kernel(
         )
 
 
+@kept_launch
 def rotate(
-    inputs: Sequence[torch.Tensor],
-    outputs: Sequence[torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    outputs: tuple[torch.Tensor, ...],
     cos: torch.Tensor,
     sin: torch.Tensor,
-    *,
     position_ids: torch.Tensor | None,
     offsets: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     interleaved: bool,
     inverse: bool,
-) -> None:
-    """Write the queries, or queries and keys, of `inputs` into `outputs`, rotated.
+    inplace: bool,
+) -> Launch:
+    """Write `query` and `key`, rotated, into the outputs.
 
     Args:
-        inputs, outputs: one or two tensors each, (batch, heads, sequence, head_dim), or packed (total_tokens, heads,
-            head_dim); any strides; an output may be its input.
+        query, key: (batch, heads, sequence, head_dim), or packed (total_tokens, heads, head_dim); any strides.
         cos, sin: (positions, rotary_dim / 2) float32, contiguous.
         position_ids: (batch or 1, sequence) or packed (total_tokens,), integer, contiguous.
         offsets: (batch,) integer, added to each sequence's positions.
         cu_seqlens: (batch + 1,) integer, the first token of each packed sequence and the total at the end.
+        outputs: like query and key, if there is one.
         inverse: turn back.
+        inplace: whether the outputs are query and key.
     """
-    query, key = inputs[0], inputs[1] if len(inputs) == 2 else None
+    query_output, key_output = outputs[0], None if key is None else outputs[1]
     packed = query.dim() == 3
     tokens, batch = (query.shape[0], 1) if packed else (query.shape[2], query.shape[0])
     query_heads, key_heads = query.shape[1], 0 if key is None else key.shape[1]
@@ -258,12 +260,14 @@ def rotate(
     groups = triton.cdiv(query_heads, block_heads) + triton.cdiv(key_heads, block_heads)
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     threads = block_heads * 2 * block_pairs // ELEMENTS_PER_THREAD
-    with device_guard(query):
-        _rotary_kernel[(batch * tokens, groups)](
+    return Launch(
+        _rotary_kernel,
+        (batch * tokens, groups),
+        (
             query,
             key,
-            outputs[0],
-            None if key is None else outputs[1],
+            query_output,
+            key_output,
             cos,
             sin,
             position_ids,
@@ -278,19 +282,22 @@ def rotate(
             0 if position_ids is None or position_ids.dim() == 1 or position_ids.shape[0] == 1 else tokens,
             *_strides(query),
             *_strides(key),
-            *_strides(outputs[0]),
-            *_strides(None if key is None else outputs[1]),
-            SEARCH_STEPS=sequences.bit_length(),
-            PAIRS=pairs,
-            INTERLEAVED=interleaved,
-            INVERSE=inverse,
-            COPY_REST=outputs[0] is not query and head_dim > 2 * pairs,
-            BLOCK_HEADS=block_heads,
-            BLOCK_PAIRS=block_pairs,
-            BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * pairs)),
-            num_warps=max(1, threads // architecture_of(query).warp_size),
+            *_strides(query_output),
+            *_strides(key_output),
+        ),
+        {
+            "SEARCH_STEPS": sequences.bit_length(),
+            "PAIRS": pairs,
+            "INTERLEAVED": interleaved,
+            "INVERSE": inverse,
+            "COPY_REST": not inplace and head_dim > 2 * pairs,
+            "BLOCK_HEADS": block_heads,
+            "BLOCK_PAIRS": block_pairs,
+            "BLOCK_REST": triton.next_power_of_2(max(1, head_dim - 2 * pairs)),
+            "num_warps": max(1, threads // architecture_of(query).warp_size),
             **COMPILER_OPTIONS,
-        )
+        },
+    )
 
 
 def _strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
