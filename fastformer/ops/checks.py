@@ -17,7 +17,7 @@ def check_floating(name: str, tensor: torch.Tensor) -> None:
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless `tensor` has exactly `shape`."""
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(tensor.shape)}")
 
 
@@ -51,8 +51,11 @@ def check_no_gradient(operator: str, tensors: Iterable[torch.Tensor | None], ins
 def check_lengths(name: str, lengths: torch.Tensor, limit_name: str, limit: int) -> None:
     """Raise ValueError unless `lengths` on a CPU lie in [0, limit]; reading them would stall a GPU, whose kernels
     assert it."""
-    if lengths.device.type != "cpu":
-        return
-    values = lengths.tolist()
-    if any(not 0 <= value <= limit for value in values):
+    if lengths.is_cpu:
+        check_counts(name, lengths.tolist(), limit_name, limit)
+
+
+def check_counts(name: str, values: list[int], limit_name: str, limit: int) -> None:
+    """Raise ValueError unless all `values` lie in [0, limit]."""
+    if values and not (min(values) >= 0 and max(values) <= limit):
         raise ValueError(f"{name} must be from 0 to {limit_name}, {limit}; got {values}")

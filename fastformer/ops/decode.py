@@ -14,9 +14,9 @@ from fastformer_kernels.attention.decode_arguments import DecodeArguments, cache
 from fastformer.backends import use_triton
 from fastformer.ops.attention import _check_sinks, _check_slopes, _check_window
 from fastformer.ops.attention_torch import _maximum
-from fastformer.ops.autocast import to_autocast_dtype
+from fastformer.ops.autocast import to_autocast_dtype, without_autocast
 from fastformer.ops.checks import check_floating, check_int32, check_lengths, check_no_gradient
-from fastformer.ops.kv_cache import check_cache
+from fastformer.ops.kv_cache import check_caches, check_same_places
 from fastformer.ops.operator import operator
 
 # Elements of the keys that are widened or gathered at once, and of the scores held at once: both stay in a CPU's cache.
@@ -118,22 +118,17 @@ def _check_tensors(
     query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, block_table: torch.Tensor | None
 ) -> None:
     check_floating("query", query)
-    if query.dim() != 4:
-        raise ValueError(f"query must be (batch, heads, queries, head_dim); got shape {tuple(query.shape)}")
-    check_cache("key_cache", key_cache, block_table, "query", query)
-    check_cache("value_cache", value_cache, block_table, "query", query)
-    if key_cache.shape[:-1] != value_cache.shape[:-1]:
-        raise ValueError(
-            f"key_cache and value_cache must agree in all but head_dim; got {tuple(key_cache.shape)} and "
-            f"{tuple(value_cache.shape)}"
-        )
-    if query.shape[-1] != key_cache.shape[-1]:
-        raise ValueError(
-            f"query and key_cache must have the same head_dim; got {query.shape[-1]} and {key_cache.shape[-1]}"
-        )
-    kv_heads = cache_shape(key_cache, block_table).kv_heads
-    if kv_heads == 0 or query.shape[1] % kv_heads:
-        raise ValueError(f"query's heads must be a multiple of key_cache's; got {query.shape[1]} and {kv_heads}")
+    shape = query.shape
+    if len(shape) != 4:
+        raise ValueError(f"query must be (batch, heads, queries, head_dim); got shape {tuple(shape)}")
+    check_caches(key_cache, value_cache, block_table, "query", query)
+    check_same_places(key_cache, value_cache)
+    _, first, second, head_dim = key_cache.shape
+    if shape[3] != head_dim:
+        raise ValueError(f"query and key_cache must have the same head_dim; got {shape[3]} and {head_dim}")
+    kv_heads = first if block_table is None else second
+    if kv_heads == 0 or shape[1] % kv_heads:
+        raise ValueError(f"query's heads must be a multiple of key_cache's; got {shape[1]} and {kv_heads}")
 
 
 @operator(
@@ -160,16 +155,16 @@ def _decode_attention(
     softcap: float,
     splits: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_lengths("lengths", lengths, "the cache's capacity", cache_shape(key_cache, block_table).capacity)
-    if query_lengths is not None:
-        check_lengths("query_lengths", query_lengths, "the number of queries", query.shape[2])
+    if query.is_cpu:
+        check_lengths("lengths", lengths, "the cache's capacity", cache_shape(key_cache, block_table).capacity)
+        if query_lengths is not None:
+            check_lengths("query_lengths", query_lengths, "the number of queries", query.shape[2])
     arguments = DecodeArguments(lengths, query_lengths, block_table, alibi_slopes, sinks, scale, left, right, softcap)
     if use_triton(query):
         from fastformer_kernels.attention.decode import decode_forward
 
         return decode_forward(query, key_cache, value_cache, arguments, splits)
-    with torch.autocast(query.device.type, enabled=False):
-        return _decode_torch(query, key_cache, value_cache, arguments)
+    return _decode_torch(query, key_cache, value_cache, arguments)
 
 
 @_decode_attention.register_fake
@@ -179,11 +174,12 @@ def _(
     return empty_decode_results(query, value_cache.shape[-1])
 
 
+@without_autocast
 def _decode_torch(
     query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, arguments: DecodeArguments
 ) -> tuple[torch.Tensor, torch.Tensor]:
     whole = query.numel() > 0 and arguments.query_lengths is None
-    if whole and _fits_flash(key_cache, value_cache, query.shape[2], arguments):
+    if whole and _fits_flash(key_cache, value_cache, query.shape[2], max(arguments.lengths.tolist()), arguments):
         return _decode_flash(query, key_cache, value_cache, arguments)
     output, lse = empty_decode_results(query, value_cache.shape[-1])
     for sequences, length, queries in _equal_sequences(query, arguments):
@@ -205,14 +201,15 @@ def _decode_flash(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As little as possible around a call for each sequence: it takes no longer than what surrounds it."""
     batch, heads, queries, head_dim = query.shape
-    packed = query.reshape(batch, key_cache.shape[1], -1, head_dim)
+    packed = query.reshape(batch, cache_shape(key_cache, arguments.block_table).kv_heads, -1, head_dim)
     outputs, lses = [], []
     for sequences, length, _ in _equal_sequences(query, arguments):
         keys = _visible_keys(length, length - queries, queries, arguments)
-        output, lse = _flash(packed[sequences], key_cache, value_cache, sequences, keys, arguments.scale)
+        output, lse = _flash(packed[sequences], key_cache, value_cache, sequences, keys, arguments)
         outputs.append(output)
         lses.append(lse)
-    return torch.cat(outputs).view(batch, heads, queries, -1), torch.cat(lses).view(batch, heads, queries)
+    output, lse = (torch.cat(each) if len(each) > 1 else each[0] for each in (outputs, lses))
+    return output.reshape(batch, heads, queries, head_dim), lse.reshape(batch, heads, queries)
 
 
 def _flash(
@@ -221,13 +218,14 @@ def _flash(
     value_cache: torch.Tensor,
     sequences: slice,
     keys: slice,
-    scale: float,
+    arguments: DecodeArguments,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of (sequences, kv_heads, queries of a group, head_dim) to all of some keys."""
     if keys.start == keys.stop:
         nothing = packed.new_full(packed.shape[:-1], NEGATIVE_INFINITY)
         return packed.new_zeros(*packed.shape[:-1], value_cache.shape[-1]), nothing
-    return _flash_forward(packed, key_cache[sequences, :, keys], value_cache[sequences, :, keys], scale=scale)
+    key, value = (_cached(cache, arguments.block_table, sequences, keys) for cache in (key_cache, value_cache))
+    return _flash_forward(packed, key, value, scale=arguments.scale)
 
 
 def _equal_sequences(query: torch.Tensor, arguments: DecodeArguments) -> Iterator[tuple[slice, int, int]]:
@@ -257,9 +255,9 @@ def _attend(
     keys = _visible_keys(length, position, queries, arguments)
     # The query heads of a group are the rows of one product.
     packed = q.reshape(count * kv_heads, heads // kv_heads * queries, head_dim)
-    if _fits_flash(key_cache, value_cache, queries, arguments):
+    if _fits_flash(key_cache, value_cache, queries, keys.stop - keys.start, arguments):
         grouped = packed.unflatten(0, (count, kv_heads))
-        output, lse = _flash(grouped, key_cache, value_cache, sequences, keys, arguments.scale)
+        output, lse = _flash(grouped, key_cache, value_cache, sequences, keys, arguments)
         return output.reshape(count, heads, queries, -1), lse.reshape(count, heads, queries)
 
     step = max(1, CHUNK_ELEMENTS // (count * kv_heads * max(head_dim, value_cache.shape[-1])))
@@ -292,13 +290,16 @@ def _visible_keys(length: int, position: int, queries: int, arguments: DecodeArg
     return slice(low, max(low, high))
 
 
-def _fits_flash(key_cache: torch.Tensor, value_cache: torch.Tensor, queries: int, arguments: DecodeArguments) -> bool:
+def _fits_flash(
+    key_cache: torch.Tensor, value_cache: torch.Tensor, queries: int, keys: int, arguments: DecodeArguments
+) -> bool:
     """Whether PyTorch's CPU flash attention computes this faster: in 16 bits it is slow on few rows."""
     return (
-        arguments.block_table is None
-        and key_cache.device.type == "cpu"
+        key_cache.is_cpu
         and key_cache.dtype == torch.float32
         and key_cache.shape[-1] == value_cache.shape[-1]
+        # It takes the pages of a sequence together.
+        and (arguments.block_table is None or keys * key_cache.shape[2] * key_cache.shape[3] <= CHUNK_ELEMENTS)
         # It reads neighbouring elements whatever the last stride says.
         and key_cache.stride(-1) == value_cache.stride(-1) == 1
         and (queries == 1 or arguments.left == arguments.right == UNBOUNDED)
@@ -330,9 +331,14 @@ def _scale_and_mask(
 
 def _read(cache: torch.Tensor, block_table: torch.Tensor | None, sequences: slice, keys: slice) -> torch.Tensor:
     """Some keys of some sequences, or of one in a paged cache, float32 (sequences * kv_heads, keys, head_dim)."""
+    return _cached(cache, block_table, sequences, keys).flatten(0, 1).float()
+
+
+def _cached(cache: torch.Tensor, block_table: torch.Tensor | None, sequences: slice, keys: slice) -> torch.Tensor:
+    """As `_read`, (sequences, kv_heads, keys, head_dim) in the cache's dtype; a copy of paged ones."""
     if block_table is None:
-        return cache[sequences, :, keys].flatten(0, 1).float()
+        return cache[sequences, :, keys]
     page_size = cache.shape[1]
     first, stop = keys.start // page_size, -(-keys.stop // page_size)
     pages = cache.index_select(0, block_table[sequences.start, first:stop]).flatten(0, 1)
-    return pages[keys.start - first * page_size : keys.stop - first * page_size].transpose(0, 1).float()
+    return pages[keys.start - first * page_size : keys.stop - first * page_size].transpose(0, 1)[None]

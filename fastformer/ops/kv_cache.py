@@ -9,10 +9,10 @@ from fastformer.backends import use_triton
 from fastformer.ops.attention import MAX_HEAD_DIM
 from fastformer.ops.autocast import to_autocast_dtype
 from fastformer.ops.checks import (
+    check_counts,
     check_device,
     check_floating,
     check_int32,
-    check_lengths,
     check_like,
     check_no_gradient,
     check_shape,
@@ -73,7 +73,9 @@ def append_to_cache(
     key, value, query = to_autocast_dtype(key), to_autocast_dtype(value), to_autocast_dtype(query)
     check_no_gradient("append_to_cache", (key, value, key_cache, value_cache, query), "keep no cache while training")
     _check_new(key, value, query)
-    _check_caches(key, value, key_cache, value_cache, block_table)
+    check_caches(key_cache, value_cache, block_table, "key", key)
+    _check_written(key, value, key_cache, value_cache, block_table)
+    check_same_places(key_cache, value_cache)
     batch = key.shape[0]
     check_int32("lengths", lengths, (batch,), "key", key)
     if new_lengths is not None:
@@ -95,70 +97,80 @@ def append_to_cache(
     return None if query is None else rotated
 
 
-def check_cache(
-    name: str, cache: torch.Tensor, block_table: torch.Tensor | None, like_name: str, like: torch.Tensor
+def check_caches(
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor | None,
+    like_name: str,
+    like: torch.Tensor,
 ) -> None:
-    """Check a cache's layout, and its dtype, device and batch against a (batch, heads, tokens, head_dim) tensor."""
-    check_like(name, cache, like_name, like)
-    contiguous, paged = "(batch, kv_heads, capacity, head_dim)", "(pages, page_size, kv_heads, head_dim)"
-    layout = contiguous if block_table is None else paged
-    if cache.dim() != 4:
-        raise ValueError(f"{name} must be {layout}; got shape {tuple(cache.shape)}")
-    if not 1 <= cache.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(f"{name}'s head_dim must be from 1 to {MAX_HEAD_DIM}; got {cache.shape[-1]}")
-    batch = like.shape[0]
-    if block_table is None:
-        if cache.shape[0] != batch:
-            raise ValueError(f"{name} must have {like_name}'s batch size, {batch}; got {cache.shape[0]}")
-        return
-    if block_table.dim() != 2:
-        raise ValueError(f"block_table must be (batch, max_pages); got shape {tuple(block_table.shape)}")
-    check_int32("block_table", block_table, (batch, block_table.shape[1]), like_name, like)
-    if cache.shape[1] == 0:
-        raise ValueError(f"{name}'s page_size must be at least 1; got shape {tuple(cache.shape)}")
+    """Check the caches' layout, and their dtype, device and batch against a (batch, heads, tokens, head_dim) tensor."""
+    batch, dtype, device = like.shape[0], like.dtype, like.device
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if cache.dtype != dtype or cache.device != device:
+            check_like(name, cache, like_name, like)
+        shape = cache.shape
+        if len(shape) != 4:
+            contiguous, paged = "(batch, kv_heads, capacity, head_dim)", "(pages, page_size, kv_heads, head_dim)"
+            layout = contiguous if block_table is None else paged
+            raise ValueError(f"{name} must be {layout}; got shape {tuple(shape)}")
+        if not 1 <= shape[3] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}'s head_dim must be from 1 to {MAX_HEAD_DIM}; got {shape[3]}")
+        if block_table is None and shape[0] != batch:
+            raise ValueError(f"{name} must have {like_name}'s batch size, {batch}; got {shape[0]}")
+        if block_table is not None and shape[1] == 0:
+            raise ValueError(f"{name}'s page_size must be at least 1; got shape {tuple(shape)}")
+    if block_table is not None:
+        if block_table.dim() != 2:
+            raise ValueError(f"block_table must be (batch, max_pages); got shape {tuple(block_table.shape)}")
+        check_int32("block_table", block_table, (batch, block_table.shape[1]), like_name, like)
+
+
+def check_same_places(key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
+    """Raise ValueError unless both caches have a place for each token of each head."""
+    if key_cache.shape[:3] != value_cache.shape[:3]:
+        raise ValueError(
+            f"key_cache and value_cache must agree in all but head_dim; got {tuple(key_cache.shape)} and "
+            f"{tuple(value_cache.shape)}"
+        )
 
 
 def _check_new(key: torch.Tensor, value: torch.Tensor, query: torch.Tensor | None) -> None:
     check_floating("key", key)
-    if key.dim() != 4:
-        raise ValueError(f"key must be (batch, kv_heads, tokens, head_dim); got shape {tuple(key.shape)}")
+    shape = key.shape
+    if len(shape) != 4:
+        raise ValueError(f"key must be (batch, kv_heads, tokens, head_dim); got shape {tuple(shape)}")
     check_like("value", value, "key", key)
-    if value.dim() != 4 or value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(
-            f"key and value must agree in all but head_dim; got {tuple(key.shape)} and {tuple(value.shape)}"
-        )
+    if len(value.shape) != 4 or value.shape[:3] != shape[:3]:
+        raise ValueError(f"key and value must agree in all but head_dim; got {tuple(shape)} and {tuple(value.shape)}")
     if query is not None:
         check_like("query", query, "key", key)
-        if query.dim() != 4:
+        if len(query.shape) != 4:
             raise ValueError(f"query must be (batch, heads, tokens, head_dim); got shape {tuple(query.shape)}")
-        check_shape("query", query, (key.shape[0], query.shape[1], *key.shape[2:]))
+        check_shape("query", query, (shape[0], query.shape[1], *shape[2:]))
 
 
-def _check_caches(
+def _check_written(
     key: torch.Tensor,
     value: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     block_table: torch.Tensor | None,
 ) -> None:
+    """Check that the caches hold what is new, each element in a place of its own."""
+    head_place = 1 if block_table is None else 2
     for new_name, new, name, cache in (
         ("key", key, "key_cache", key_cache),
         ("value", value, "value_cache", value_cache),
     ):
-        check_cache(name, cache, block_table, "key", key)
-        kv_heads = cache_shape(cache, block_table).kv_heads
-        if (kv_heads, cache.shape[-1]) != (new.shape[1], new.shape[3]):
+        (_, kv_heads, _, head_dim), shape, strides = new.shape, cache.shape, cache.stride()
+        if shape[head_place] != kv_heads or shape[3] != head_dim:
             raise ValueError(
-                f"{name} must have {new_name}'s kv_heads and head_dim, {new.shape[1]} and {new.shape[3]}; got "
-                f"{kv_heads} and {cache.shape[-1]}"
+                f"{name} must have {new_name}'s kv_heads and head_dim, {kv_heads} and {head_dim}; got "
+                f"{shape[head_place]} and {shape[3]}"
             )
-        if any(size > 1 and stride == 0 for size, stride in zip(cache.shape, cache.stride(), strict=True)):
+        if 0 in strides and any(size > 1 and stride == 0 for size, stride in zip(shape, strides, strict=True)):
             raise ValueError(f"{name} is written to, so that its elements cannot share memory; it was expanded")
-    if key_cache.shape[:-1] != value_cache.shape[:-1]:
-        raise ValueError(
-            f"key_cache and value_cache must agree in all but head_dim; got {tuple(key_cache.shape)} and "
-            f"{tuple(value_cache.shape)}"
-        )
 
 
 def _check_rotary(
@@ -174,12 +186,13 @@ def _check_rotary(
         if table.dtype != torch.float32:
             raise TypeError(f"{name} must be float32; got {table.dtype}")
         check_device(name, table, "key", key)
-    if cos.dim() != 2 or not 2 <= 2 * cos.shape[1] <= key.shape[-1]:
+    shape = cos.shape
+    if len(shape) != 2 or not 2 <= 2 * shape[1] <= key.shape[3]:
         raise ValueError(
-            f"cos must be (positions, rotary_dim // 2) with rotary_dim from 2 to head_dim, {key.shape[-1]}; got shape "
-            f"{tuple(cos.shape)}"
+            f"cos must be (positions, rotary_dim // 2) with rotary_dim from 2 to head_dim, {key.shape[3]}; got shape "
+            f"{tuple(shape)}"
         )
-    check_shape("sin", sin, tuple(cos.shape))
+    check_shape("sin", sin, shape)
 
 
 @operator("fastformer::append_to_cache", mutates_args=("key_cache", "value_cache"))
@@ -196,27 +209,15 @@ def _append_to_cache(
     sin: torch.Tensor | None,
     interleaved: bool,
 ) -> torch.Tensor:
-    _check_values(key, key_cache, lengths, new_lengths, block_table, cos)
-    rotated_query = None if query is None else torch.empty_like(query, memory_format=torch.contiguous_format)
+    if key.is_cpu:
+        _check_values(key, key_cache, lengths, new_lengths, block_table, cos)
+    rotated = () if query is None else (torch.empty_like(query, memory_format=torch.contiguous_format),)
     if use_triton(key):
         from fastformer_kernels.attention.cache import append
     else:
         append = _append_torch
-    append(
-        key,
-        value,
-        key_cache,
-        value_cache,
-        query,
-        rotated_query,
-        lengths,
-        new_lengths,
-        block_table,
-        cos,
-        sin,
-        interleaved,
-    )
-    return key.new_empty(0) if rotated_query is None else rotated_query
+    append(key, value, key_cache, value_cache, query, rotated, lengths, new_lengths, block_table, cos, sin, interleaved)
+    return rotated[0] if rotated else key.new_empty(0)
 
 
 @_append_to_cache.register_fake
@@ -239,14 +240,15 @@ def _check_values(
     block_table: torch.Tensor | None,
     cos: torch.Tensor | None,
 ) -> None:
-    capacity, tokens = cache_shape(key_cache, block_table).capacity, key.shape[2]
-    check_lengths("lengths", lengths, "the cache's capacity", capacity)
-    if new_lengths is not None:
-        check_lengths("new_lengths", new_lengths, "the number of tokens", tokens)
-    ends = lengths + (tokens if new_lengths is None else new_lengths)
-    check_lengths("lengths plus the new tokens", ends, "the cache's capacity", capacity)
+    """Raise ValueError unless the new tokens have a place; on a GPU looking would stall it, its kernel asserts that."""
+    capacity, tokens, starts = cache_shape(key_cache, block_table).capacity, key.shape[2], lengths.tolist()
+    check_counts("lengths", starts, "the cache's capacity", capacity)
+    counts = [tokens] * len(starts) if new_lengths is None else new_lengths.tolist()
+    check_counts("new_lengths", counts, "the number of tokens", tokens)
+    ends = [start + count for start, count in zip(starts, counts, strict=True)]
+    check_counts("lengths plus the new tokens", ends, "the cache's capacity", capacity)
     if cos is not None:
-        check_lengths("lengths plus the new tokens", ends, "the positions of cos and sin", cos.shape[0])
+        check_counts("lengths plus the new tokens", ends, "the positions of cos and sin", cos.shape[0])
 
 
 def _append_torch(
@@ -255,7 +257,7 @@ def _append_torch(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     query: torch.Tensor | None,
-    rotated_query: torch.Tensor | None,
+    rotated: tuple[torch.Tensor, ...],
     lengths: torch.Tensor,
     new_lengths: torch.Tensor | None,
     block_table: torch.Tensor | None,
@@ -281,9 +283,9 @@ def _append_torch(
     if cos is not None and sin is not None:
         cos_rows, sin_rows = cos[position].unsqueeze(-2), sin[position].unsqueeze(-2)
         new_keys = _rotate(new_keys, cos_rows, sin_rows, interleaved)
-        if query is not None and rotated_query is not None:
+        if query is not None:
             queries = _rotate(query.transpose(1, 2)[real], cos_rows, sin_rows, interleaved)
-            rotated_query.copy_(query).transpose(1, 2)[real] = queries
+            rotated[0].copy_(query).transpose(1, 2)[real] = queries
     key_cache[page, slot] = new_keys
     value_cache[page, slot] = new_values
 

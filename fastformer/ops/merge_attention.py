@@ -45,13 +45,10 @@ def merge_attention(outputs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Te
         )
     if lses.dtype != torch.float32:
         raise TypeError(f"lses must be float32; got {lses.dtype}")
-    check_shape("lses", lses, tuple(outputs.shape[:-1]))
+    if lses.shape != outputs.shape[:-1]:
+        check_shape("lses", lses, outputs.shape[:-1])
     check_device("lses", lses, "outputs", outputs)
-    rows = tuple(outputs.shape[1:-1])
-    if not rows:
-        outputs, lses = outputs[:, None], lses[:, None]
-    output, lse = _merge_attention(outputs.flatten(1, -2), lses.flatten(1))
-    return output.view(*rows, outputs.shape[-1]), lse.view(rows)
+    return _merge_attention(outputs, lses)
 
 
 @operator("fastformer::merge_attention", mutates_args=())
@@ -61,7 +58,8 @@ def _merge_attention(outputs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.T
     from fastformer_kernels.attention.merge import merge
 
     output, lse = _empty_results(outputs, lses)
-    merge(outputs, lses, output, lse)
+    parts, head_dim = outputs.shape[0], outputs.shape[-1]
+    merge(outputs.reshape(parts, -1, head_dim), lses.reshape(parts, -1), output, lse)
     return output, lse
 
 
@@ -75,28 +73,55 @@ def _empty_results(outputs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Ten
 
 
 def _merge_torch(outputs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    total = torch.zeros(outputs.shape[1:], dtype=torch.float32, device=outputs.device)
-    for output, weight, lse in zip(outputs, _weights(lses), lses, strict=True):
-        total += (output * weight[:, None]).masked_fill_((lse == NEGATIVE_INFINITY)[:, None], 0.0)
+    absent = _absent(lses)
+    first, *others = zip(outputs.unbind(), _weights(lses, absent).unsqueeze(-1).unbind(), strict=True)
+    if absent is None:
+        total = torch.mul(*first)
+        for part in others:
+            total.addcmul_(*part)
+    else:
+        nothing = absent.unsqueeze(-1).unbind()
+        total = torch.mul(*first).masked_fill_(nothing[0], 0.0)
+        for (output, weight), none in zip(others, nothing[1:], strict=True):
+            total += (output * weight).masked_fill_(none, 0.0)
     return total.to(outputs.dtype), torch.logsumexp(lses, 0)
 
 
-def _weights(lses: torch.Tensor) -> torch.Tensor:
-    """(parts, rows): the share of each part, 0 for one without keys."""
-    return torch.softmax(lses, 0).masked_fill_(lses == NEGATIVE_INFINITY, 0.0)
+def _absent(lses: torch.Tensor) -> torch.Tensor | None:
+    """Where a part has no keys; on a CPU, which may look, None if there is no such place."""
+    absent = lses == NEGATIVE_INFINITY
+    return None if absent.is_cpu and not absent.any() else absent
+
+
+def _weights(lses: torch.Tensor, absent: torch.Tensor | None) -> torch.Tensor:
+    """(parts, ...): the share of each part, 0 for one without keys."""
+    weights = torch.softmax(lses, 0)
+    return weights if absent is None else weights.masked_fill_(absent, 0.0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_output: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _backward(
+    ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """d output_i = w_i d output; d lse_i = w_i (p_i - sum_j w_j p_j + d lse) with p_i = d output . output_i."""
     outputs, lses = ctx.saved_tensors
-    weights = _weights(lses)
-    products = (outputs.float() * grad_output.float()).sum(-1).masked_fill(lses == NEGATIVE_INFINITY, 0.0)
-    grad_lses = weights * (products - (weights * products).sum(0) + grad_lse)
-    return (weights[..., None] * grad_output.float()).to(outputs.dtype), grad_lses
+    absent = lses == NEGATIVE_INFINITY
+    weights = _weights(lses, absent)
+    grad_outputs = grad_lses = None
+    if grad_output is not None:
+        grad_output = grad_output.float()
+        grad_outputs = (weights.unsqueeze(-1) * grad_output).to(outputs.dtype)
+    if grad_output is not None and ctx.needs_input_grad[1]:
+        products = (outputs * grad_output).sum(-1).masked_fill_(absent, 0.0)
+        grad_lses = weights * (products - (weights * products).sum(0))
+    if grad_lse is not None:
+        of_lse = weights * grad_lse
+        grad_lses = of_lse if grad_lses is None else grad_lses.add_(of_lse)
+    return grad_outputs, grad_lses
 
 
 _merge_attention.register_autograd(_backward, setup_context=_setup_context)

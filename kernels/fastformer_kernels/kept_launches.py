@@ -14,7 +14,7 @@ sixty arguments, take ten times as long as the launch. So a launcher says what t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -29,6 +29,9 @@ _ALIGNMENT = 16
 
 # Replaced by another dictionary, never emptied: what a thread is about to keep may not hold afterwards.
 _kept: dict[tuple[Any, ...], list[_Kept]] = {}
+_choices: dict[tuple[Any, ...], Any] = {}
+
+Choice = TypeVar("Choice")
 
 
 class Launch(NamedTuple):
@@ -103,10 +106,40 @@ def kept_launch(launcher: Launcher) -> Callable[..., None]:
     return launch
 
 
+def kept_choice(choose: Callable[..., Choice]) -> Callable[..., Choice]:
+    """Ask `choose` once for each kind of call, for as long as launches are kept.
+
+    Args:
+        choose: takes by position a tensor, and after it tensors, None and hashable values; of tensors only the device,
+            the dtype and the shape may matter.
+    """
+
+    def choice(*arguments: Any) -> Choice:
+        first: torch.Tensor = arguments[0]
+        device = first.get_device()
+        if device < 0 and not first.is_meta:
+            return choose(*arguments)
+        kind: list[Any] = [choose, device]
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                kind += argument.dtype, argument.shape
+            else:
+                kind.append(argument)
+        key = tuple(kind)
+        choices = _choices
+        if key not in choices:
+            if len(choices) >= _MOST_KINDS:
+                forget_launches()
+            choices[key] = choose(*arguments)
+        return choices[key]
+
+    return choice
+
+
 def forget_launches() -> None:
     """Ask every launcher again from now on, since other configurations hold."""
-    global _kept
-    _kept = {}
+    global _kept, _choices
+    _kept, _choices = {}, {}
 
 
 class _Kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import hypothesis.strategies as st
@@ -194,6 +195,20 @@ def test_pages_outside_the_window_may_be_gone(backend: str) -> None:
     torch.testing.assert_close(decode_attention(q, k, k, **options), kept)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("chunk", [1 << 20, 64])
+def test_pages_taken_together_or_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU; four query heads of two kv heads, of one sequence and of several."""
+    monkeypatch.setattr(importlib.import_module("fastformer.ops.decode"), "CHUNK_ELEMENTS", chunk)
+    torch.manual_seed(0)
+    for lengths in ([37], [37, 0, 37, 5]):
+        q, k = torch.randn(len(lengths), 4, 2, 8), torch.randn(len(lengths), 2, 40, 8)
+        pages, table = pages_of(k, lengths, 16)
+        options: dict[str, Any] = {"lengths": int32(lengths), "causal": False, "return_lse": True}
+        expected = decode_attention(q, k, k, **options)
+        torch.testing.assert_close(decode_attention(q, pages, pages, block_table=table, **options), expected)
+
+
 def test_capacity_costs_nothing(backend: str) -> None:
     q = torch.randn(2, 2, 1, 8)
     endless = torch.randn(1, 1, 1, 8).expand(2, 2, 2**33, 8)
@@ -228,8 +243,13 @@ def test_empty(backend: str, shape: tuple[int, ...]) -> None:
 def test_one_split_launches_no_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastformer_kernels.attention import decode
 
-    launched = []
-    monkeypatch.setattr(decode, "merge", lambda *arguments: launched.append(arguments))
+    launched, merge_launch = [], decode.merge_launch
+
+    def watch(*tensors: torch.Tensor) -> Any:
+        launched.append(tensors)
+        return merge_launch(*tensors)
+
+    monkeypatch.setattr(decode, "merge_launch", watch)
     cache = torch.randn(1, 1, 100, 8)
     with fastformer.backend("triton"):
         for splits in (1, 2):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from fastformer_kernels import kept_launches
 from fastformer_kernels.configurations import forced, shipped_defaults
-from fastformer_kernels.kept_launches import Launch, kept_launch
+from fastformer_kernels.kept_launches import Launch, kept_choice, kept_launch
 from fastformer_kernels.launch import target_architecture
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -196,6 +196,29 @@ def test_what_is_kept_is_bounded(kernel: Kernel, monkeypatch: pytest.MonkeyPatch
     for size in range(30):
         launch(on_meta(4), None, size)
     assert len(kept_launches._kept) <= 8
+
+
+def test_a_choice_is_kept_for_shapes_dtypes_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_launches, "_choices", {})
+    monkeypatch.setattr(kept_launches, "_MOST_KINDS", 8)
+    asked: list[int] = []
+
+    @kept_choice
+    def choice(first: torch.Tensor, second: torch.Tensor | None, number: int) -> int:
+        asked.append(number)
+        return first.shape[0] + number
+
+    assert [choice(on_meta(4), None, 3), choice(on_meta(4), None, 3), choice(on_meta(5), None, 3)] == [7, 7, 8]
+    choice(on_meta(4), on_meta(4), 3)
+    choice(on_meta(4), on_meta(4).half(), 3)
+    choice(on_meta(4), None, 4)
+    assert asked == [3, 3, 3, 3, 4]
+    with forced({"some": 1}):
+        choice(on_meta(4), None, 4)
+    assert asked == [3, 3, 3, 3, 4, 4]
+    for number in range(30):
+        choice(on_meta(4), None, number)
+    assert len(kept_launches._choices) <= 8
 
 
 @triton.jit

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from fastformer_kernels.attention.decode_arguments import cache_shape, cache_strides
-from fastformer_kernels.launch import COMPILER_OPTIONS, device_guard
+from fastformer_kernels.kept_launches import Launch, kept_launch
+from fastformer_kernels.launch import COMPILER_OPTIONS
 from fastformer_kernels.precision import round_to
 
 TILE_ELEMENTS = 2048
@@ -198,27 +199,29 @@ def _append_kernel(
             _copy(query, query_stride_d, rotated, rotated_stride_d, stored, rotary_dim, head_dim, BLOCK_D)
 
 
+@kept_launch
 def append(
     key: torch.Tensor,
     value: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     query: torch.Tensor | None,
-    rotated_query: torch.Tensor | None,
+    rotated: tuple[torch.Tensor, ...],
     lengths: torch.Tensor,
     new_lengths: torch.Tensor | None,
     block_table: torch.Tensor | None,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
     interleaved: bool,
-) -> None:
-    """Write `key` and `value` into the caches and the rotated `query` into `rotated_query`; checked arguments.
+) -> Launch | None:
+    """Write `key` and `value` into the caches and the rotated `query`; checked arguments.
 
     Args:
         key, value: (batch, kv_heads, tokens, head_dim), any strides.
         key_cache, value_cache: (batch, kv_heads, capacity, head_dim) or, with a block table, (pages, page_size,
             kv_heads, head_dim), any strides.
-        query, rotated_query: (batch, heads, tokens, head_dim), any strides; None for no query.
+        query: (batch, heads, tokens, head_dim), any strides; None for no query.
+        rotated: for a query, a contiguous tensor like it to write to.
         lengths: (batch,) int32, contiguous, the tokens already in the cache.
         new_lengths: (batch,) int32, contiguous, how many of the tokens each sequence has; None for all.
         block_table: (batch, max_pages) int32.
@@ -228,14 +231,17 @@ def append(
     value_dim = value.shape[-1]
     slots = kv_heads + (0 if query is None else query.shape[1])
     if batch * slots * tokens == 0:
-        return
+        return None
     cache = cache_shape(key_cache, block_table)
     block_d, block_v = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
     block_tokens = max(1, min(TILE_ELEMENTS // max(block_d, block_v), triton.next_power_of_2(tokens)))
     token_tiles = triton.cdiv(tokens, block_tokens)
     pairs = 0 if cos is None else cos.shape[1]
-    with device_guard(key):
-        _append_kernel[(batch * slots * token_tiles,)](
+    rotated_query = rotated[0] if rotated else None
+    return Launch(
+        _append_kernel,
+        (batch * slots * token_tiles,),
+        (
             key,
             value,
             query,
@@ -262,18 +268,21 @@ def append(
             kv_heads,
             cache.capacity,
             0 if cos is None else cos.shape[0],
-            PAGE_SIZE=cache.page_size if block_table is not None else 1,
-            head_dim=head_dim,
-            value_dim=value_dim,
-            rotary_dim=2 * pairs,
-            INTERLEAVED=interleaved,
-            BLOCK_TOKENS=block_tokens,
-            BLOCK_D=block_d,
-            BLOCK_V=block_v,
-            BLOCK_PAIRS=triton.next_power_of_2(max(1, pairs)),
-            num_warps=max(1, block_tokens * block_d // ELEMENTS_PER_WARP),
+        ),
+        {
+            "PAGE_SIZE": cache.page_size if block_table is not None else 1,
+            "head_dim": head_dim,
+            "value_dim": value_dim,
+            "rotary_dim": 2 * pairs,
+            "INTERLEAVED": interleaved,
+            "BLOCK_TOKENS": block_tokens,
+            "BLOCK_D": block_d,
+            "BLOCK_V": block_v,
+            "BLOCK_PAIRS": triton.next_power_of_2(max(1, pairs)),
+            "num_warps": max(1, block_tokens * block_d // ELEMENTS_PER_WARP),
             # Keeps device_assert: a token without a place must fail, not overwrite another sequence's.
-            debug=True,
-            sanitize_overflow=False,
+            "debug": True,
+            "sanitize_overflow": False,
             **COMPILER_OPTIONS,
-        )
+        },
+    )

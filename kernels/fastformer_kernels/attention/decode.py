@@ -20,15 +20,17 @@ import triton.language as tl
 
 from fastformer_kernels.attention.arguments import UNBOUNDED
 from fastformer_kernels.attention.decode_arguments import (
+    CacheShape,
     DecodeArguments,
     cache_shape,
     cache_strides,
     empty_decode_results,
 )
-from fastformer_kernels.attention.merge import merge
+from fastformer_kernels.attention.merge import merge_launch
 from fastformer_kernels.attention.tiles import LN_2, LOG2_E, tanh
 from fastformer_kernels.configurations import chosen, size_class
-from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, device_guard, multiprocessors_of
+from fastformer_kernels.kept_launches import Launch, kept_choice, kept_launch
+from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, multiprocessors_of
 from fastformer_kernels.precision import dot, input_precision, round_to
 
 SMALLEST_BLOCK_M = 16
@@ -284,78 +286,128 @@ def decode_forward(
             kv_heads, head_dim), any strides.
         splits: how many programs share a sequence's keys; None chooses by rule.
     """
+    batch, heads, queries, _ = query.shape
+    value_dim = value_cache.shape[-1]
+    results = empty_decode_results(query, value_dim)
+    rows = batch * queries * heads
+    if rows == 0:
+        return results
+    if splits is None:
+        splits = _chosen_splits(query, key_cache, value_cache, arguments.block_table, arguments.left)
+    partial = results
+    if splits > 1:
+        partial = (
+            query.new_empty((splits, rows, value_dim), dtype=torch.float32),
+            query.new_empty((splits, rows), dtype=torch.float32),
+        )
+    _launch(query, key_cache, value_cache, results, partial, *arguments, splits, input_precision(query.dtype))
+    return results
+
+
+@kept_choice
+def _chosen_splits(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor | None,
+    left: int,
+) -> int:
+    cache = cache_shape(key_cache, block_table)
+    configuration = decode_configuration(query, value_cache, block_table is not None)
+    queries = query.shape[2]
+    # The most keys that the queries of a sequence can see together.
+    keys = cache.capacity if left == UNBOUNDED else min(cache.capacity, left + queries)
+    return choose_splits(_programs(query, cache, configuration), keys, configuration, query)
+
+
+def _programs(query: torch.Tensor, cache: CacheShape, configuration: DecodeConfiguration) -> int:
+    """How many programs there are without splits."""
+    batch, heads, queries, _ = query.shape
+    rows = heads // cache.kv_heads * queries
+    return batch * cache.kv_heads * triton.cdiv(rows, configuration.block_m(rows))
+
+
+@kept_launch
+def _launch(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    results: tuple[torch.Tensor, ...],
+    partial: tuple[torch.Tensor, ...],
+    lengths: torch.Tensor,
+    query_lengths: torch.Tensor | None,
+    table: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    splits: int,
+    precision: str,
+) -> list[Launch]:
+    """Attention to each split's keys and, where there are several, their merge."""
     batch, heads, queries, head_dim = query.shape
     value_dim = value_cache.shape[-1]
-    output, lse = empty_decode_results(query, value_dim)
-    if query.numel() == 0:
-        return output, lse
-    cache = cache_shape(key_cache, arguments.block_table)
-    configuration = decode_configuration(query, value_cache, arguments.block_table is not None)
+    cache = cache_shape(key_cache, table)
+    configuration = decode_configuration(query, value_cache, table is not None)
     group = heads // cache.kv_heads
     block_m = configuration.block_m(group * queries)
-    row_tiles = triton.cdiv(group * queries, block_m)
-    programs = batch * cache.kv_heads * row_tiles
-    if splits is None:
-        splits = choose_splits(programs, _most_keys(cache.capacity, queries, arguments), configuration, query)
-    partial, partial_lse = output, lse
-    rows = batch * queries * heads
-    if splits > 1:
-        partial = query.new_empty(splits, rows, value_dim, dtype=torch.float32)
-        partial_lse = query.new_empty(splits, rows, dtype=torch.float32)
-    table, slopes = arguments.block_table, arguments.alibi_slopes
     # Beyond the capacity a window is no limit; within it positions cannot overflow.
-    left, right = (min(extent, cache.capacity + queries) for extent in (arguments.left, arguments.right))
-    with device_guard(query):
-        _decode_kernel[(programs * splits,)](
+    left, right = (min(extent, cache.capacity + queries) for extent in (left, right))
+    attend = Launch(
+        _decode_kernel,
+        (_programs(query, cache, configuration) * splits,),
+        (
             query,
             key_cache,
             value_cache,
-            partial,
-            partial_lse,
+            *partial,
             *query.stride(),
             *cache_strides(key_cache, table),
             *cache_strides(value_cache, table),
-            arguments.lengths,
-            arguments.query_lengths,
+            lengths,
+            query_lengths,
             table,
             *((0, 0) if table is None else table.stride()),
             slopes,
             0 if slopes is None or slopes.shape[0] == 1 else slopes.stride(0),
-            arguments.sinks,
-            row_tiles,
+            sinks,
+            triton.cdiv(group * queries, block_m),
             splits,
             cache.kv_heads,
             queries,
-            rows,
+            batch * queries * heads,
             cache.capacity,
-            arguments.scale,
-            arguments.softcap,
+            scale,
+            softcap,
             left,
             right,
-            PAGE_SIZE=1 if table is None else cache.page_size,
-            GROUP=group,
-            head_dim=head_dim,
-            value_dim=value_dim,
-            LEFT_BOUNDED=left != UNBOUNDED,
-            RIGHT_BOUNDED=right != UNBOUNDED,
-            SOFTCAP=arguments.softcap != 0.0,
-            INPUT_PRECISION=input_precision(query.dtype),
-            BLOCK_M=block_m,
-            BLOCK_N=configuration.block_n,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
-            num_warps=configuration.num_warps,
+        ),
+        {
+            "PAGE_SIZE": 1 if table is None else cache.page_size,
+            "GROUP": group,
+            "head_dim": head_dim,
+            "value_dim": value_dim,
+            "LEFT_BOUNDED": left != UNBOUNDED,
+            "RIGHT_BOUNDED": right != UNBOUNDED,
+            "SOFTCAP": softcap != 0.0,
+            "INPUT_PRECISION": precision,
+            "BLOCK_M": block_m,
+            "BLOCK_N": configuration.block_n,
+            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+            "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
+            "num_warps": configuration.num_warps,
             # The compiler divides the stages among a load and the loads that wait for it: here pages, then keys.
-            num_stages=configuration.num_stages if table is None else 2 * configuration.num_stages - 1,
+            "num_stages": configuration.num_stages if table is None else 2 * configuration.num_stages - 1,
             # Keeps device_assert: a length that cannot be must fail, not read another sequence's keys. That costs forty
             # instructions before the loop, and no register.
-            debug=True,
-            sanitize_overflow=False,
+            "debug": True,
+            "sanitize_overflow": False,
             **COMPILER_OPTIONS,
-        )
-    if splits > 1:
-        merge(partial, partial_lse, output.transpose(1, 2).view(rows, value_dim), lse.transpose(1, 2).view(rows))
-    return output, lse
+        },
+    )
+    return [attend, merge_launch(*partial, *results)] if splits > 1 else [attend]
 
 
 def decode_configuration(query: torch.Tensor, value_cache: torch.Tensor, paged: bool) -> DecodeConfiguration:
@@ -387,8 +439,3 @@ def choose_splits(programs: int, keys: int, configuration: DecodeConfiguration, 
     wave = multiprocessors_of(tensor) * configuration.programs
     fewest_keys = configuration.block_n * configuration.tiles_per_split
     return max(1, min(wave // programs, keys // fewest_keys, MOST_SPLITS))
-
-
-def _most_keys(capacity: int, queries: int, arguments: DecodeArguments) -> int:
-    """The most keys that the queries of a sequence can see together."""
-    return capacity if arguments.left == UNBOUNDED else min(capacity, arguments.left + queries)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class DecodeArguments:
+class DecodeArguments(NamedTuple):
     """The arguments of one decode call, checked and in canonical form.
 
     Attributes:
@@ -33,8 +32,7 @@ class DecodeArguments:
     softcap: float
 
 
-@dataclass(frozen=True)
-class CacheShape:
+class CacheShape(NamedTuple):
     """How a cache is laid out.
 
     Attributes:
@@ -50,9 +48,10 @@ class CacheShape:
 def cache_shape(cache: torch.Tensor, block_table: torch.Tensor | None) -> CacheShape:
     """The layout of a contiguous (batch, kv_heads, capacity, head_dim) or paged (pages, page_size, kv_heads, head_dim)
     cache."""
+    _, first, second, _ = cache.shape
     if block_table is None:
-        return CacheShape(cache.shape[2], cache.shape[2], cache.shape[1])
-    return CacheShape(cache.shape[1], cache.shape[1] * block_table.shape[1], cache.shape[2])
+        return CacheShape(second, second, first)
+    return CacheShape(first, first * block_table.shape[1], second)
 
 
 def cache_strides(cache: torch.Tensor, block_table: torch.Tensor | None) -> tuple[int, int, int, int]:
@@ -67,5 +66,8 @@ def empty_decode_results(query: torch.Tensor, value_dim: int) -> tuple[torch.Ten
     Both lie in memory as (batch, queries, heads): whoever merges the heads afterwards needs no copy.
     """
     batch, heads, queries, _ = query.shape
-    output = query.new_empty(batch, queries, heads, value_dim).transpose(1, 2)
-    return output, query.new_empty(batch, queries, heads, dtype=torch.float32).transpose(1, 2)
+    rows = queries * heads
+    output = query.new_empty_strided(
+        (batch, heads, queries, value_dim), (rows * value_dim, value_dim, heads * value_dim, 1)
+    )
+    return output, query.new_empty_strided((batch, heads, queries), (rows, 1, heads), dtype=torch.float32)

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from fastformer_kernels.attention.tiles import LOG2_E
-from fastformer_kernels.launch import COMPILER_OPTIONS, device_guard
+from fastformer_kernels.kept_launches import Launch, kept_launch
+from fastformer_kernels.launch import COMPILER_OPTIONS
 from fastformer_kernels.precision import round_to
 
 TILE_ELEMENTS = 4096
@@ -67,34 +68,34 @@ def _merge_kernel(
     tl.store(lse_pointer + row, lse, mask=row_valid)
 
 
-def merge(outputs: torch.Tensor, lses: torch.Tensor, output: torch.Tensor, lse: torch.Tensor) -> None:
-    """Merge `outputs` (parts, rows, head_dim) and `lses` (parts, rows), any strides, into `output` and `lse`.
+def merge_launch(outputs: torch.Tensor, lses: torch.Tensor, output: torch.Tensor, lse: torch.Tensor) -> Launch:
+    """What merges `outputs` (parts, rows, head_dim) and `lses` (parts, rows), any strides, into `output` and `lse`.
 
     Args:
-        output: (rows, head_dim), contiguous, any floating dtype.
-        lse: (rows,), contiguous, float32.
+        output: any floating dtype and shape, in memory as (rows, head_dim).
+        lse: float32, in memory as (rows,).
     """
     parts, rows, head_dim = outputs.shape
-    if rows == 0:
-        return
     block_d = triton.next_power_of_2(head_dim)
     block_parts = min(triton.next_power_of_2(parts), MOST_PARTS_IN_TILE)
     block_rows = max(1, TILE_ELEMENTS // (block_parts * block_d))
     block_rows = min(block_rows, triton.next_power_of_2(rows))
-    with device_guard(outputs):
-        _merge_kernel[(triton.cdiv(rows, block_rows),)](
-            outputs,
-            lses,
-            output,
-            lse,
-            parts,
-            rows,
-            *outputs.stride(),
-            *lses.stride(),
-            head_dim=head_dim,
-            BLOCK_PARTS=block_parts,
-            BLOCK_ROWS=block_rows,
-            BLOCK_D=block_d,
-            num_warps=NUM_WARPS,
+    return Launch(
+        _merge_kernel,
+        (triton.cdiv(rows, block_rows),),
+        (outputs, lses, output, lse, parts, rows, *outputs.stride(), *lses.stride()),
+        {
+            "head_dim": head_dim,
+            "BLOCK_PARTS": block_parts,
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_D": block_d,
+            "num_warps": NUM_WARPS,
             **COMPILER_OPTIONS,
-        )
+        },
+    )
+
+
+@kept_launch
+def merge(outputs: torch.Tensor, lses: torch.Tensor, output: torch.Tensor, lse: torch.Tensor) -> Launch | None:
+    """Merge, as `merge_launch` says."""
+    return merge_launch(outputs, lses, output, lse) if lse.numel() else None
