@@ -25,7 +25,8 @@ Batch = dict[str, Any]
 class RecordedSteps:
     """Losses and gradients of batches, each kind of batch recorded when it comes for the second time.
 
-    Gradients are added up, over the batches of an optimizer step, in memory of their own, which all graphs share.
+    Gradients are added up, over the batches of an optimizer step, in memory of their own, which all graphs share. When
+    weights lie elsewhere than before, or others are frozen, all is recorded anew.
 
     Args:
         module: whose objective it is.
@@ -34,6 +35,9 @@ class RecordedSteps:
 
     def __init__(self, module: TrainingModule, recorder: Recorder) -> None:
         self.module = module
+        self._recorder = recorder
+        self._parameters = list(module.parameters())
+        self._state: Hashable = None
         self._graphs = StepGraphs(recorder)
         self._inputs: dict[Hashable, Batch] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
@@ -45,6 +49,8 @@ class RecordedSteps:
             batch, own, of_step: as there.
             begins: whether the batch is the first of its optimizer step.
         """
+        if begins:
+            self._follow()
         given = {**batch, "own": own, "of_step": of_step}
         kind = tuple((name, _kind(value)) for name, value in given.items())
         if kind not in self._inputs:
@@ -63,10 +69,16 @@ class RecordedSteps:
         for parameter, gradient in self._gradients.items():
             parameter.grad = gradient
 
+    def _follow(self) -> None:
+        """Forget what has been recorded of other weights."""
+        state = tuple((parameter.data_ptr(), parameter.requires_grad) for parameter in self._parameters)
+        if state != self._state:
+            self._state, self._graphs, self._gradients = state, StepGraphs(self._recorder), {}
+
     def _step(self, inputs: Batch, begins: bool) -> tuple[Tensor, Tensor]:
         batch = {name: value for name, value in inputs.items() if name not in ("own", "of_step")}
         objective, sums = self.module.objective(batch, inputs["own"], inputs["of_step"])
-        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        parameters = [parameter for parameter in self._parameters if parameter.requires_grad]
         with torch.autocast(objective.device.type, enabled=False):  # a backward is outside of it
             # Lightning divides what it is given, and calls a backward that is no more.
             share = objective / self.module.trainer.accumulate_grad_batches

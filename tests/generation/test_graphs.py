@@ -192,8 +192,6 @@ def test_the_recorder_itself() -> None:
     assert x.tolist() == [0.0, 1.0, 2.0]
     double()
     assert x.tolist() == [0.0, 2.0, 4.0] and doubled.tolist() == [1.0, 3.0, 5.0] and other.isnan().all()
-    with pytest.raises(AssertionError, match="a value is read on the host"):
-        record(lambda: x.sum().item())
     replay, _ = record(lambda: x.nonzero())
     x.zero_()
     with pytest.raises(AssertionError, match="makes a tensor whose size depends on values"):

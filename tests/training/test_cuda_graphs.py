@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from recorded_graphs import FakeRecorder
 from training.tasks import command, scratch
 
@@ -38,6 +38,16 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[FakeRecorder]:
     return made
 
 
+class Changes(Callback):
+    """Freezes a weight, and puts another one elsewhere, in the middle of a run."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 6:
+            layer = pl_module.model.model.layers[0]
+            layer.feed_forward.up.weight.requires_grad_(False)
+            layer.feed_forward.down.weight.data = layer.feed_forward.down.weight.data * 0.5
+
+
 @pytest.fixture(scope="module")
 def fit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[PretrainingModule, Throughput]]:
     """Pretrains for a dozen steps, with dropout."""
@@ -46,7 +56,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pretrai
     (folder / "text.txt").write_text("\n\n".join(documents))
 
     def fit(
-        objective: str, few_shapes: bool, recorded: bool, dropout: float = 0.1, **options: Any
+        objective: str, few_shapes: bool, recorded: bool, dropout: float = 0.1, freezes: bool = False, **options: Any
     ) -> tuple[PretrainingModule, Throughput]:
         data = PretrainingDataModule(
             data=[str(folder / "text.txt")],
@@ -62,7 +72,12 @@ def fit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pretrai
         throughput = Throughput()
         trainer = Trainer(
             accelerator="cpu",
-            callbacks=[StepSeed(0), throughput, *([RecordSteps()] if recorded else [])],
+            callbacks=[
+                StepSeed(0),
+                throughput,
+                *([RecordSteps()] if recorded else []),
+                *([Changes()] if freezes else []),
+            ],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -83,6 +98,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pretrai
         ("clm", {"precision": "bf16-mixed"}),
         ("span-corruption", {"accumulate_grad_batches": 2, "max_steps": 6}),
         ("denoising", {}),
+        ("clm", {"freezes": True}),
     ],
 )
 def test_the_same_weights(objective: str, options: dict, fit: Callable, recorders: list[FakeRecorder]) -> None:
