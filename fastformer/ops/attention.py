@@ -456,15 +456,14 @@ def _attention_backward(
     lse: torch.Tensor,
     needed: Sequence[bool],
     *arguments: Any,
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of query, key, value and the learned arguments; empty where none is needed."""
+) -> AttentionGradients:
+    """Gradients of query, key, value and the learned arguments; None where none is needed."""
     if use_triton(query):
         from fastformer_kernels.attention.backward import attention_backward as backward
     else:
         backward = attention_backward_torch
     inputs = (grad_output, grad_lse, query, key, value, output, lse)
-    found = backward(*inputs, AttentionArguments._make(arguments), Learned(*needed))
-    return tuple([query.new_empty(0) if gradient is None else gradient for gradient in found])
+    return backward(*inputs, AttentionArguments._make(arguments), Learned(*needed))
 
 
 @_attention.register_fake
@@ -485,12 +484,12 @@ def _(
     lse: torch.Tensor,
     needed: Sequence[bool],
     *arguments: Any,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor | None, ...]:
     learned = AttentionArguments._make(arguments).learned
     return (
         *map(empty_gradient, (query, key, value)),
         *(
-            query.new_empty(0) if tensor is None or not wanted else tensor.new_empty(tensor.shape)
+            None if tensor is None or not wanted else tensor.new_empty(tensor.shape)
             for tensor, wanted in zip(learned, needed, strict=True)
         ),
     )

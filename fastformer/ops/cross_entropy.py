@@ -14,7 +14,7 @@ from torch.nn import _reduction
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_float32_dtype
 from fastformer.ops.checks import check_device, check_floating, check_shape
-from fastformer.ops.operator import operator
+from fastformer.ops.operator import operator, runs_in_pytorch
 
 REDUCTIONS = ("mean", "sum", "none")
 # Rows that the CPU works on together: their float32 logits stay in its last-level cache.
@@ -106,19 +106,9 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) 
 
 
 def few_on_cpu(input: Tensor, logits: int) -> bool:
-    """Whether PyTorch's own operators serve best: of so few float32 logits on a CPU each call costs more than its work.
-
-    torch.compile, which places a call once, and the transforms of torch.func take ours.
-    """
-    return (
-        input.is_cpu
-        and input.dtype == torch.float32
-        and logits <= _FEW_ELEMENTS
-        and type(input) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not use_triton(input)
-    )
+    """Whether PyTorch's own operators serve best: of so few float32 logits on a CPU each call costs more than its
+    work."""
+    return logits <= _FEW_ELEMENTS and input.dtype == torch.float32 and runs_in_pytorch(input)
 
 
 def _ordinary(logits: Tensor) -> bool:

@@ -269,7 +269,7 @@ def _layer_norm_of_pytorch(
     "fastformer::norm",
     schema="(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? input_bias, Tensor? seed, "
     "float eps, bool centered, float dropout_p, ScalarType dtype, bool keep_sum) "
-    "-> (Tensor, Tensor?, Tensor)",
+    "-> (Tensor, Tensor, Tensor)",
 )
 def _norm(
     input: Tensor,
@@ -335,7 +335,7 @@ def _(
     "fastformer::norm_backward",
     schema="(Tensor grad_output, Tensor? grad_sum, Tensor x, Tensor statistics, Tensor? weight, Tensor? seed, "
     "bool centered, float dropout_p, ScalarType input_dtype, ScalarType? residual_dtype, bool weight_needs_grad, "
-    "bool bias_needs_grad, bool input_bias_needs_grad) -> (Tensor, Tensor?, Tensor?)",
+    "bool bias_needs_grad, bool input_bias_needs_grad) -> (Tensor, Tensor, Tensor)",
 )
 def _norm_backward(
     grad_output: Tensor,
@@ -411,9 +411,9 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-    input, residual, weight, bias, input_bias, seed, _, ctx.centered, ctx.dropout_p, _, keep_sum = inputs
+    input, residual, weight, bias, input_bias, seed, _, ctx.centered, ctx.dropout_p, _, ctx.keep_sum = inputs
     _, total, statistics = output
-    ctx.save_for_backward(total if keep_sum else input, statistics, weight, seed)
+    ctx.save_for_backward(total if ctx.keep_sum else input, statistics, weight, seed)
     ctx.dtypes = (_dtype(input), _dtype(residual), _dtype(weight), _dtype(bias), _dtype(input_bias))
     ctx.set_materialize_grads(False)
 
@@ -426,6 +426,8 @@ def _backward(
     ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     x, statistics, weight, seed = ctx.saved_tensors
+    if not ctx.keep_sum:
+        grad_sum = None
     if grad_output is None and grad_sum is None:
         return (None,) * 11
     if grad_output is None:
@@ -449,11 +451,11 @@ def _backward(
         needed[3],
         needed[4],
     )
-    if one_gradient and needed[1]:
+    if one_gradient:
         grad_residual = grad_input
-    grads: list[Tensor | None] = [grad_input, grad_residual, *(None,) * 9]
-    if parameters is not None:
-        places = [place for place in (2, 3, 4) if needed[place]]
+    grads: list[Tensor | None] = [grad_input, grad_residual if needed[1] else None, *(None,) * 9]
+    places = [place for place in (2, 3, 4) if needed[place]]
+    if places:
         dtypes = {ctx.dtypes[place] for place in places}
         if len(dtypes) == 1:
             parameters = parameters.to(*dtypes)

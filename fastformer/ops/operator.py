@@ -39,6 +39,8 @@ def operator(
 ) -> Callable[[Implementation], Operator]:
     """Make a function the implementation of PyTorch's operator `name`, on all devices.
 
+    One that returns several tensors may return None for some: whoever calls the operator gets None or an empty tensor.
+
     Args:
         name: "namespace::name".
         mutates_args: names of the arguments that the implementation changes.
@@ -83,7 +85,7 @@ class Operator:
         self._tensors = tuple(i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type))
         changed = tuple(i for i in self._tensors if arguments[i].is_write)
         self._direct = _counting_changes(implementation, changed)
-        self._library.impl(base, self._direct, _ALL_DEVICES)
+        self._library.impl(base, _with_every_output(self._direct), _ALL_DEVICES)
         if not self._dispatched._schema.returns:
             self.register_fake(_nothing)
         self._derivative: _Derivative | None = None
@@ -112,7 +114,8 @@ class Operator:
 
     def register_fake(self, shapes: Implementation) -> Implementation:
         """Say what the operator returns for tensors without data; where it returns nothing, nothing need be said."""
-        return torch.library.register_fake(self.name, shapes, lib=self._library)
+        torch.library.register_fake(self.name, _with_every_output(shapes), lib=self._library)
+        return shapes
 
     def register_autograd(
         self, backward: Callable[..., Any], *, setup_context: Callable[[Any, tuple[Any, ...], Any], None]
@@ -247,6 +250,19 @@ def _transformed_function(
 @cache
 def _library(namespace: str) -> torch.library.Library:
     return torch.library.Library(namespace, "FRAGMENT")
+
+
+def _with_every_output(implementation: Implementation) -> Implementation:
+    """`implementation` for the dispatcher, to which an output that is None is an empty tensor: no transform knows
+    outputs that may be missing."""
+
+    def run(*arguments: Any) -> Any:
+        outputs = implementation(*arguments)
+        if not isinstance(outputs, tuple):
+            return outputs
+        return tuple([arguments[0].new_empty(0) if output is None else output for output in outputs])
+
+    return run
 
 
 def _nothing(*_: Any) -> None:

@@ -130,7 +130,8 @@ def rotary(
         position_ids, offsets, cu_seqlens = _checked_positions(position_ids, offsets, cu_seqlens, query)
     table = (cos.contiguous(), sin.contiguous(), position_ids, offsets, cu_seqlens, interleaved)
     if not inplace:
-        return _rotary(query, key, *table, False)
+        rotated, rotated_key = _rotary(query, key, *table, False)
+        return rotated, None if key is None else rotated_key
     if torch.is_grad_enabled() and (query.requires_grad or (key is not None and key.requires_grad)):
         # One at a time, since autograd lets a function of several outputs change no views, such as a projection's.
         # What is returned is the argument, but not to torch.compile before PyTorch 2.13.
@@ -219,7 +220,7 @@ def _check_integers(name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]]
 @operator(
     "fastformer::rotary",
     schema="(Tensor query, Tensor? key, Tensor cos, Tensor sin, Tensor? position_ids, Tensor? offsets, "
-    "Tensor? cu_seqlens, bool interleaved, bool inverse) -> (Tensor, Tensor?)",
+    "Tensor? cu_seqlens, bool interleaved, bool inverse) -> (Tensor, Tensor)",
 )
 def _rotary(
     query: Tensor,
@@ -276,8 +277,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad_query: Tensor, grad_key: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_query, grad_key = _rotary(grad_query, grad_key, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
-    return grad_query, grad_key, None, None, None, None, None, None, None
+    grad_key = grad_key if ctx.needs_input_grad[1] else None
+    grad_query, key_gradient = _rotary(grad_query, grad_key, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
+    return grad_query, None if grad_key is None else key_gradient, None, None, None, None, None, None, None
 
 
 _rotary.register_autograd(_backward, setup_context=_setup_context)

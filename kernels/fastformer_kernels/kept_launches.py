@@ -119,7 +119,7 @@ def kept_choice(choose: Callable[..., Choice]) -> Callable[..., Choice]:
         device = first.get_device()
         if device < 0 and not first.is_meta:
             return choose(*arguments)
-        kind: list[Any] = [choose, device]
+        kind: list[Any] = [choose, triton.runtime.driver.active.get_current_device(), device]
         for argument in arguments:
             if isinstance(argument, torch.Tensor):
                 kind += argument.dtype, argument.shape

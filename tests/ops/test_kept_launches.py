@@ -200,6 +200,7 @@ def test_what_is_kept_is_bounded(kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 
 def test_a_choice_is_kept_for_shapes_dtypes_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_launches, "_choices", {})
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     monkeypatch.setattr(kept_launches, "_MOST_KINDS", 8)
     asked: list[int] = []
 
@@ -216,6 +217,9 @@ def test_a_choice_is_kept_for_shapes_dtypes_and_values(monkeypatch: pytest.Monke
     with forced({"some": 1}):
         choice(on_meta(4), None, 4)
     assert asked == [3, 3, 3, 3, 4, 4]
+    monkeypatch.setattr(Driver, "device", 1)
+    choice(on_meta(4), None, 4)
+    assert asked == [3, 3, 3, 3, 4, 4, 4]
     for number in range(30):
         choice(on_meta(4), None, number)
     assert len(kept_launches._choices) <= 8
