@@ -21,8 +21,10 @@ Counters = tuple[Tensor, Tensor, Tensor, Tensor]
 _WORD = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
-_FACTOR_A, _FACTOR_B = np.uint64(_ROUND_A), np.uint64(_ROUND_B)
-_LOW, _HALF = np.uint64(_WORD), np.uint64(32)
+_FACTOR_A, _FACTOR_B = np.array(_ROUND_A, np.uint64), np.array(_ROUND_B, np.uint64)
+# What is added to the key's two words before each round.
+_KEY_STEPS = np.arange(10, dtype=np.uint64)[:, None] * np.array([_KEY_A, _KEY_B], np.uint64)
+_LOW, _HALF = np.array(_WORD, np.uint64), np.array(32, np.uint64)
 # Counters that a CPU core draws together: few enough that every intermediate stays in its cache.
 _CHUNK = 16384
 # And counters of one call, whose mask is held at once.
@@ -54,15 +56,26 @@ def apply_dropout_(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
         dropout_p: probability that an element is dropped.
     """
     rows, columns = input.shape
-    counters = torch.arange((columns + 3) // 4, device=input.device)
-    step = max(1, _CALL // max(1, counters.shape[0]))
+    groups = (columns + 3) // 4
+    step = max(1, _CALL // max(1, groups))
     for start in range(0, rows, step):
         chunk = input[start : start + step]
-        row = torch.arange(start, start + chunk.shape[0], device=input.device)[:, None]
-        drawn = words_below(dropout_p, seed[0], (counters, row & _WORD, row >> 32, seed[1] & _WORD))
-        chunk.masked_fill_(drawn[:, :columns], 0.0)
+        dropped = _dropped_rows(range(start, start + chunk.shape[0]), groups, seed, dropout_p)
+        chunk.masked_fill_(dropped[:, :columns], 0.0)
         chunk.mul_(1.0 / (1.0 - dropout_p))
     return input
+
+
+def _dropped_rows(rows: range, groups: int, seed: Tensor, dropout_p: float) -> Tensor:
+    """Which elements of these rows of a matrix dropout drops, (rows, 4 * groups) boolean on the seed's device."""
+    if not seed.is_cpu:
+        row = torch.arange(rows.start, rows.stop, device=seed.device)[:, None]
+        counters = (torch.arange(groups, device=seed.device), row & _WORD, row >> 32, seed[1] & _WORD)
+        return words_below(dropout_p, seed[0], counters)
+    key, offset = seed.tolist()
+    numbers = np.arange(rows.start, rows.stop, dtype=np.uint64)[:, None]
+    arrays = [np.arange(groups, dtype=np.uint64)[None], numbers & _LOW, numbers >> _HALF, np.array([[offset & _WORD]])]
+    return torch.from_numpy(_below_on_cpu(dropout_threshold(dropout_p), key, arrays)).flatten(-2)
 
 
 def words_below(dropout_p: float, seed: Tensor | int, counters: Counters) -> Tensor:
@@ -77,10 +90,12 @@ def words_below(dropout_p: float, seed: Tensor | int, counters: Counters) -> Ten
         (..., 4 * n) boolean.
     """
     threshold = dropout_threshold(dropout_p)
-    if counters[0].device.type != "cpu":
+    if not counters[0].is_cpu:
         below = [word < threshold for word in philox(seed, counters)]
         return torch.stack(torch.broadcast_tensors(*below), dim=-1).flatten(-2)
-    return torch.from_numpy(_below_on_cpu(threshold, int(seed), counters)).flatten(-2)
+    dimensions = max(counter.dim() for counter in counters)
+    arrays = [counter[(None,) * (dimensions - counter.dim())].numpy() for counter in counters]
+    return torch.from_numpy(_below_on_cpu(threshold, int(seed), arrays)).flatten(-2)
 
 
 def philox(seed: Tensor | int, counters: Counters) -> Counters:
@@ -96,13 +111,13 @@ def philox(seed: Tensor | int, counters: Counters) -> Counters:
     return c0, c1, c2, c3
 
 
-def _below_on_cpu(threshold: int, seed: int, counters: Counters) -> np.ndarray:
-    """(..., n, 4) boolean: which words are below the threshold, drawn a chunk at a time by all of PyTorch's threads."""
-    shape = torch.broadcast_shapes(*(counter.shape for counter in counters))
-    arrays = [
-        counter.numpy().astype(np.uint64).reshape((1,) * (len(shape) - counter.ndim) + counter.shape)
-        for counter in counters
-    ]
+def _below_on_cpu(threshold: int, seed: int, counters: list[np.ndarray]) -> np.ndarray:
+    """(..., n, 4) boolean: which words are below the threshold, drawn a chunk at a time by all of PyTorch's threads.
+
+    The counters have equally many dimensions.
+    """
+    shape = np.broadcast(*counters).shape
+    arrays = [counter.astype(np.uint64, copy=False) for counter in counters]
     below = np.empty((*shape, 4), dtype=np.bool_)
 
     def draw(chunk: tuple[slice, ...]) -> None:
@@ -110,9 +125,11 @@ def _below_on_cpu(threshold: int, seed: int, counters: Counters) -> np.ndarray:
             array[tuple(_whole if n == 1 else part for part, n in zip(chunk, array.shape, strict=True))]
             for array in arrays
         )
-        for place, word in enumerate(_philox_on_cpu(seed, *cut)):
-            np.less(word, np.uint64(threshold), out=below[chunk][..., place])
+        _write_below(np.uint64(threshold), _philox_on_cpu(seed, *cut), below[chunk])
 
+    if below.size <= 4 * _CHUNK:
+        _write_below(np.uint64(threshold), _philox_on_cpu(seed, *arrays), below)
+        return below
     chunks = list(_chunks(shape))
     threads = min(torch.get_num_threads(), len(chunks))
     if threads > 1:
@@ -121,6 +138,11 @@ def _below_on_cpu(threshold: int, seed: int, counters: Counters) -> np.ndarray:
         for chunk in chunks:
             draw(chunk)
     return below
+
+
+def _write_below(threshold: np.uint64, words: tuple[np.ndarray, ...], below: np.ndarray) -> None:
+    for place, word in enumerate(words):
+        np.less(word, threshold, out=below[..., place])
 
 
 def _chunks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
@@ -148,22 +170,25 @@ def _philox_on_cpu(
     """`philox` in NumPy's unsigned integers, several times as fast as in PyTorch's signed ones.
 
     A counter stays as small as it is, to be broadcast, until a round mixes it with the others; from then on all happens
-    in place.
+    in place, mostly to two words at once.
     """
-    keys = [(np.uint64(seed + i * _KEY_A & _WORD), np.uint64((seed >> 32) + i * _KEY_B & _WORD)) for i in range(10)]
+    words = (np.array([seed & _WORD, seed >> 32 & _WORD], np.uint64) + _KEY_STEPS) & _LOW
+    # Arrays, not numbers: NumPy takes them as they are.
+    keys = [(words[i, 0, ...], words[i, 1, ...]) for i in range(10)]
     for k0, k1 in keys[:3]:
         product_a, product_b = c0 * _FACTOR_A, c2 * _FACTOR_B
         c0, c2 = (product_b >> _HALF) ^ (c1 ^ k0), (product_a >> _HALF) ^ (c3 ^ k1)
         c1, c3 = product_b & _LOW, product_a & _LOW
-    shape = np.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
-    c0, c1, c2, c3 = (each if each.shape == shape else np.broadcast_to(each, shape).copy() for each in (c0, c1, c2, c3))
-    product_a, product_b = np.empty(shape, np.uint64), np.empty(shape, np.uint64)
+    shape = np.broadcast(c0, c1, c2, c3).shape
+    even, odd, products = np.empty((3, 2, *shape), np.uint64)
+    even[0], odd[0], even[1], odd[1] = c0, c1, c2, c3
+    (c0, c2), (product_b, product_a) = even, products
     for k0, k1 in keys[3:]:
         np.multiply(c0, _FACTOR_A, out=product_a)
         np.multiply(c2, _FACTOR_B, out=product_b)
-        for word, produced, other, key in ((c0, product_b, c1, k0), (c2, product_a, c3, k1)):
-            np.right_shift(produced, _HALF, out=word)
-            word ^= other
-            word ^= key
-            np.bitwise_and(produced, _LOW, out=other)
-    return c0, c1, c2, c3
+        np.right_shift(products, _HALF, out=even)
+        even ^= odd
+        c0 ^= k0
+        c2 ^= k1
+        np.bitwise_and(products, _LOW, out=odd)
+    return c0, odd[0], c2, odd[1]
