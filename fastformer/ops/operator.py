@@ -85,7 +85,7 @@ class Operator:
         self._tensors = tuple(i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type))
         changed = tuple(i for i in self._tensors if arguments[i].is_write)
         self._direct = _counting_changes(implementation, changed)
-        self._library.impl(base, _with_every_output(self._direct), _ALL_DEVICES)
+        self._library.impl(base, _with_every_output(_below_autograd(self._direct)), _ALL_DEVICES)
         if not self._dispatched._schema.returns:
             self.register_fake(_nothing)
         self._derivative: _Derivative | None = None
@@ -161,7 +161,7 @@ def runs_in_pytorch(tensor: torch.Tensor) -> bool:
     """Whether a call with `tensor` may be PyTorch's own function in place of an operator that would only run it.
 
     So it is on a CPU where nothing looks at the operators that are called: a derivative in C++ takes a third of the
-    time of one in Python.
+    time of one in Python, and has a derivative of its own.
     """
     return (
         tensor.is_cpu
@@ -261,6 +261,17 @@ def _with_every_output(implementation: Implementation) -> Implementation:
         if not isinstance(outputs, tuple):
             return outputs
         return tuple([arguments[0].new_empty(0) if output is None else output for output in outputs])
+
+    return run
+
+
+def _below_autograd(implementation: Implementation) -> Implementation:
+    """`implementation` for the dispatcher, where somebody may have called the operator without the function in front of
+    it: autograd does not follow what it does."""
+
+    def run(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return implementation(*arguments)
 
     return run
 

@@ -203,3 +203,9 @@ def test_autograd_does_not_follow_an_operator_without_a_derivative(x: Tensor) ->
         return x + x
 
     assert not twice(x.requires_grad_()).requires_grad
+
+
+def test_autograd_does_not_follow_an_operator_called_alone(x: Tensor) -> None:
+    table = fastformer.rotary_table(fastformer.rotary_frequencies(8), 5)
+    alone = torch.ops.fastformer.rotary.default(x[None].requires_grad_(), None, *table, *(None,) * 3, False, False)
+    torch.testing.assert_close(alone[0].detach(), fastformer.rotary(x[None], None, *table)[0])
