@@ -553,12 +553,13 @@ def _norm_backward_torch(
     dy, wide = grad_output.float(), x.float()
     normalised = (wide if mean is None else wide - mean) * rstd
     g = dy if weight is None else dy * weight
-    grad_x = g - normalised * (g * normalised).mean(-1, keepdim=True)
+    products = g * normalised
+    grad_x = torch.addcmul(g, normalised, products.mean(-1, keepdim=True), value=-1.0)
     if mean is not None:
         grad_x -= g.mean(-1, keepdim=True)
     return (
         grad_x.mul_(rstd),
-        (dy * normalised).sum(0) if weight_needs_grad else None,
+        torch.mul(dy, normalised, out=products).sum(0) if weight_needs_grad else None,
         dy.sum(0) if bias_needs_grad else None,
     )
 
