@@ -235,3 +235,22 @@ def test_tritons_kernels_have_what_a_kept_launch_needs() -> None:
 
     assert _bare_kernel.arg_names == ["pointer", "size", "BLOCK"]
     assert all(hasattr(CompiledKernel, name) for name in ("run", "launch_metadata"))
+
+
+def test_hooks_of_a_launch_are_called_with_its_metadata(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(Compiled, "launch_metadata", lambda *arguments: arguments[3:])
+    monkeypatch.setattr(Compiled, "run", lambda *arguments: passed.append(arguments[7:10]))
+    launch, hooks = launcher(kernel, []), triton.knobs.runtime.launch_enter_hook
+
+    def hook(metadata: Any) -> None: ...
+
+    launch(on_meta(4), None, 3)
+    launch(on_meta(4), None, 3)
+    hooks.add(hook)
+    try:
+        launch(on_meta(4), None, 3)
+    finally:
+        hooks.remove(hook)
+    leave = triton.knobs.runtime.launch_exit_hook
+    assert passed == [(None, None, None), ((0, (None, 7), 3, 16), hooks, leave)]
