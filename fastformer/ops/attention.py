@@ -463,7 +463,7 @@ def _attention_backward(
     else:
         backward = attention_backward_torch
     inputs = (grad_output, grad_lse, query, key, value, output, lse)
-    return backward(*inputs, AttentionArguments._make(arguments), Learned(*needed))
+    return backward(*inputs, AttentionArguments._make(arguments), Learned._make(needed))
 
 
 @_attention.register_fake

@@ -394,7 +394,8 @@ def _with_sequence_outside(tensor: torch.Tensor, like: torch.Tensor) -> torch.Te
     """A (batch, heads, sequence, head_dim) tensor in memory as `empty_gradient(like)` is, copied only if it must be."""
     _, heads, sequence, head_dim = tensor.shape
     as_it_should = (sequence * heads * head_dim, head_dim, heads * head_dim, 1)
-    if tensor.stride() == as_it_should and like.stride(2) <= like.stride(0):
+    stride_batch, _, stride_sequence, _ = like.stride()
+    if tensor.stride() == as_it_should and stride_sequence <= stride_batch:
         return tensor
     return empty_output(like, tensor).copy_(tensor)
 
