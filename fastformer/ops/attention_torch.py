@@ -384,9 +384,10 @@ def _is_one_flash_call(
         or a.prefix_lengths is not None
     ):
         return False
-    # Its causal mask begins at the top left. Of long sequences, blocks leave out what lies beyond the diagonal.
+    # Its causal mask begins at the top left. Blocks leave out what lies beyond the diagonal of long sequences, and keys
+    # that no query may see.
     m, n = a.max_seqlen_q, a.max_seqlen_k
-    fits = a.right == UNBOUNDED or (a.right == 0 and m < 2 * FLASH_ROWS and (m == n or not a.bottom_right))
+    fits = a.right == UNBOUNDED or (a.right == 0 and m < 2 * FLASH_ROWS and (m == n or (m > n and not a.bottom_right)))
     return fits and _fits_flash(query, key, value, a)
 
 

@@ -78,7 +78,7 @@ def cross_entropy(
         return F.cross_entropy(input, target, weight, reduction=reduction, label_smoothing=label_smoothing)
     _check(input, target, weight, inplace)
     options = checked_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
-    class_weight = None if weight is None else weight.float().contiguous()
+    class_weight = None if weight is None else weight.detach().float().contiguous()
     if not (label_smoothing or z_loss or softcap or inplace) and few_on_cpu(input, input.numel()) and _ordinary(input):
         try:
             return F.cross_entropy(input, target, class_weight, ignore_index=ignore_index, reduction=reduction)

@@ -178,6 +178,7 @@ def _(
 def _decode_torch(
     query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, arguments: DecodeArguments
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    query = query if query.stride(-1) == 1 else query.contiguous()
     whole = query.numel() > 0 and arguments.query_lengths is None
     if whole and _fits_flash(key_cache, value_cache, query.shape[2], max(arguments.lengths.tolist()), arguments):
         return _decode_flash(query, key_cache, value_cache, arguments)

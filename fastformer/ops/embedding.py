@@ -224,7 +224,7 @@ def _embedding_backward(
     padding_idx: int,
     dropout_p: float,
     needed: Sequence[bool],
-) -> list[Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the three tables (in their dtype) and of LayerNorm's parameters (float32), of those `needed`."""
     *tables_needed, weight_needed, bias_needed = needed
     runs_kernel = _runs_kernel(word_ids, word_weight)
@@ -270,8 +270,7 @@ def _embedding_backward(
             token_type = _first_rows_gradient(grad_sum.flatten(0, -2).sum(0, keepdim=True), token_type_weight)
         else:
             token_type = table_gradient(grad_sum, token_type_ids, token_type_weight, -1)
-    gradients = (word, position, token_type, grad_weight, grad_bias)
-    return [gradient for gradient in gradients if gradient is not None]
+    return word, position, token_type, grad_weight, grad_bias
 
 
 @_embedding_backward.register_fake
@@ -290,13 +289,13 @@ def _(
     padding_idx: int,
     dropout_p: float,
     needed: Sequence[bool],
-) -> list[Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     parameters = (word_weight, position_weight, token_type_weight, *2 * (mean.new_empty(word_weight.shape[1]),))
-    return [
-        parameter.new_empty(parameter.shape)
+    word, position, token_type, weight, bias = (
+        parameter.new_empty(parameter.shape) if parameter is not None and need else None
         for parameter, need in zip(parameters, needed, strict=True)
-        if parameter is not None and need
-    ]
+    )
+    return word, position, token_type, weight, bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -314,8 +313,8 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[
     if grad_output is None:
         return (None,) * 12
     needed = list(ctx.needs_input_grad[3:8])
-    gradients = iter(_embedding_backward(grad_output, *ctx.saved_tensors, ctx.padding_idx, ctx.dropout_p, needed))
-    *tables, weight, bias = [next(gradients) if need else None for need in needed]
+    gradients = _embedding_backward(grad_output, *ctx.saved_tensors, ctx.padding_idx, ctx.dropout_p, needed)
+    *tables, weight, bias = [grad if need else None for grad, need in zip(gradients, needed, strict=True)]
     if weight is not None:
         weight = _in_dtype(weight, ctx.weight_dtype)
     if bias is not None:

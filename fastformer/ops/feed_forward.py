@@ -211,6 +211,11 @@ def _(
     )
 
 
+FeedForwardGradients = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
+
+
 @operator("fastformer::feed_forward_backward", mutates_args=())
 def _feed_forward_backward(
     grad_output: Tensor,
@@ -228,7 +233,7 @@ def _feed_forward_backward(
     hidden_dropout_p: float,
     output_dropout_p: float,
     needs_grad: list[bool],
-) -> list[Tensor]:
+) -> FeedForwardGradients:
     """Gradients of those tensors, in the order of the forward's arguments, whose `needs_grad` is set.
 
     Pre-activations that are None are computed again.
@@ -266,7 +271,7 @@ def _feed_forward_backward(
         grad_input = torch.mm(grad_up, up_weight)
         if grad_gate is not None and gate_weight is not None:
             grad_input.addmm_(grad_gate, gate_weight)
-    gradients = (
+    return (
         grad_input,
         _weight_gradient(grad_up, input if needs_up else None),
         grad_down,
@@ -275,7 +280,6 @@ def _feed_forward_backward(
         _weight_gradient(grad_gate, input if needs_gate else None),
         _bias_gradient(grad_gate if needs_gate_bias else None),
     )
-    return [gradient for gradient in gradients if gradient is not None]
 
 
 def _product_gradient(grad_output: Tensor, input: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
@@ -315,11 +319,11 @@ def _(
     hidden_dropout_p: float,
     output_dropout_p: float,
     needs_grad: list[bool],
-) -> list[Tensor]:
+) -> tuple[Tensor | None, ...]:
     out_features, intermediate_size = down_weight.shape
     bias = (intermediate_size,)
     shapes = (input.shape, up_weight.shape, down_weight.shape, bias, (out_features,), up_weight.shape, bias)
-    return [input.new_empty(shape) for shape, needed in zip(shapes, needs_grad, strict=True) if needed]
+    return tuple(input.new_empty(shape) if need else None for shape, need in zip(shapes, needs_grad, strict=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -363,11 +367,11 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | 
     if grad_output is None:
         return (None,) * 14
     *needs_grad, needs_residual = ctx.needs_input_grad[:8]
-    gradients = iter(())
+    gradients: tuple[Tensor | None, ...] = (None,) * len(needs_grad)
     if True in needs_grad:
-        gradients = iter(_feed_forward_backward(grad_output, *ctx.saved_tensors, *ctx.options, needs_grad))
+        gradients = _feed_forward_backward(grad_output, *ctx.saved_tensors, *ctx.options, needs_grad)
     return (
-        *[next(gradients) if needed else None for needed in needs_grad],
+        *[gradient if needed else None for gradient, needed in zip(gradients, needs_grad, strict=True)],
         grad_output.to(ctx.residual_dtype) if needs_residual else None,
         *(None,) * 6,
     )

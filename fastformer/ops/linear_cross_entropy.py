@@ -135,8 +135,10 @@ def linear_cross_entropy(
         losses, z_losses = _row_losses(rows, weight, row_target, bias, class_weight, *options, memory_budget)
         loss, z_part = losses.view(target.shape), z_losses.view(target.shape)
     else:
-        needs_grad = torch.is_grad_enabled() and (
-            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        # What a transform of `torch.func` hides may need one.
+        needs_grad = torch._C._are_functorch_transforms_active() or (
+            torch.is_grad_enabled()
+            and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
         )
         loss, z_part, _, _, _ = _reduced_loss(
             rows, weight, row_target, bias, class_weight, *options, reduction, memory_budget, needs_grad

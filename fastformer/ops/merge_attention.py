@@ -124,4 +124,4 @@ def _backward(
     return grad_outputs, grad_lses
 
 
-_merge_attention.register_autograd(_backward, setup_context=_setup_context)
+_merge_attention.register_autograd(_backward, setup_context=_setup_context, twice=True)

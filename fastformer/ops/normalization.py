@@ -246,7 +246,9 @@ def _all_float32(*tensors: Tensor | None) -> bool:
 
 
 def _learns(*tensors: Tensor | None) -> bool:
-    """Whether a backward may come."""
+    """Whether a backward may come: of what a transform of `torch.func` hides nobody can say."""
+    if torch._C._are_functorch_transforms_active():
+        return True
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
@@ -265,12 +267,7 @@ def _layer_norm_of_pytorch(
     return torch.layer_norm(total, shape, weight, bias, eps), total
 
 
-@operator(
-    "fastformer::norm",
-    schema="(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? input_bias, Tensor? seed, "
-    "float eps, bool centered, float dropout_p, ScalarType dtype, bool keep_sum) "
-    "-> (Tensor, Tensor, Tensor)",
-)
+@operator("fastformer::norm")
 def _norm(
     input: Tensor,
     residual: Tensor | None,
@@ -331,12 +328,7 @@ def _(
     return output, torch.empty_like(output) if keep_sum else None, statistics
 
 
-@operator(
-    "fastformer::norm_backward",
-    schema="(Tensor grad_output, Tensor? grad_sum, Tensor x, Tensor statistics, Tensor? weight, Tensor? seed, "
-    "bool centered, float dropout_p, ScalarType input_dtype, ScalarType? residual_dtype, bool weight_needs_grad, "
-    "bool bias_needs_grad, bool input_bias_needs_grad) -> (Tensor, Tensor, Tensor)",
-)
+@operator("fastformer::norm_backward")
 def _norm_backward(
     grad_output: Tensor,
     grad_sum: Tensor | None,

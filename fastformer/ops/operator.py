@@ -20,7 +20,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch.autograd import forward_ad
@@ -48,22 +48,33 @@ def operator(
     """
 
     def define(implementation: Implementation) -> Operator:
-        inferred = schema or torch.library.infer_schema(implementation, mutates_args=mutates_args)
-        return Operator(name, inferred, implementation)
+        return Operator(name, schema or _schema(implementation, mutates_args), implementation)
 
     return define
 
 
 def schema_of_fields(kind: type) -> str:
     """The fields of a named tuple as the arguments of a schema: "Tensor? mask, SymInt left, ..."."""
+    return _inferred(get_type_hints(kind), None, ()).removeprefix("(").removesuffix(") -> ()")
 
+
+def _schema(implementation: Implementation, mutates_args: Sequence[str]) -> str:
+    """The schema of a function, from its annotations; in it no output may be missing."""
+    hints = get_type_hints(implementation)
+    result = hints.pop("return")
+    if get_origin(result) is tuple:
+        parts = [torch.Tensor if part == torch.Tensor | None else part for part in get_args(result)]
+        result = tuple.__class_getitem__(tuple(parts))
+    return _inferred(hints, None if result is type(None) else result, mutates_args)
+
+
+def _inferred(arguments: dict[str, Any], result: Any, mutates_args: Sequence[str]) -> str:
     def probe() -> None: ...
 
     by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    fields = [inspect.Parameter(name, by_position, annotation=hint) for name, hint in get_type_hints(kind).items()]
-    probe.__signature__ = inspect.Signature(fields, return_annotation=None)  # type: ignore[attr-defined]
-    schema = torch.library.infer_schema(probe, mutates_args=())
-    return schema.removeprefix("(").removesuffix(") -> ()")
+    parameters = [inspect.Parameter(name, by_position, annotation=hint) for name, hint in arguments.items()]
+    probe.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
+    return torch.library.infer_schema(probe, mutates_args=mutates_args)
 
 
 class Operator:
@@ -96,7 +107,7 @@ class Operator:
             if derivative is None:
                 return self._dispatched(*arguments)
             if torch.compiler.is_compiling():
-                arguments = self._distinct(arguments)
+                arguments = self._for_compiler(arguments)
             if torch._C._are_functorch_transforms_active():
                 return derivative.transformed.apply(*arguments)
             if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and self._learns(arguments)):
@@ -118,23 +129,33 @@ class Operator:
         return shapes
 
     def register_autograd(
-        self, backward: Callable[..., Any], *, setup_context: Callable[[Any, tuple[Any, ...], Any], None]
+        self,
+        backward: Callable[..., Any],
+        *,
+        setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+        twice: bool = False,
     ) -> None:
         """Give the operator a derivative, as `torch.library.register_autograd` does.
 
         Args:
             backward: takes the context and the outputs' gradients; returns a gradient, or None, for each argument.
             setup_context: takes the context, the arguments and what the operator returned; keeps what `backward` needs.
+            twice: whether `backward` is made of functions that have derivatives themselves; else its gradients raise an
+                error where somebody differentiates them again.
         """
-        once = _once_differentiable(self.name, backward)
-        self._derivative = _Derivative(self._direct, self._dispatched, once, setup_context)
+        backward = backward if twice else _once_differentiable(self.name, backward)
+        self._derivative = _Derivative(self._direct, self._dispatched, backward, setup_context)
 
-    def _distinct(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The same arguments, for torch.compile, which lets nobody give an `autograd.Function` a tensor twice."""
+    def _for_compiler(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The same arguments as torch.compile takes them: no tensor twice, and numbers that it has met before, which
+        it may keep as symbols."""
         found: list[Any] = []
         for place, argument in enumerate(arguments):
-            again = place in self._tensors and argument is not None and any(argument is each for each in found)
-            found.append(argument.view_as(argument) if again else argument)
+            if place in self._tensors and argument is not None and any(argument is each for each in found):
+                argument = argument.view_as(argument)
+            elif isinstance(argument, float):
+                argument = argument * 1.0
+            found.append(argument)
         return tuple(found)
 
     def _learns(self, arguments: tuple[Any, ...]) -> bool:
@@ -181,6 +202,7 @@ def _is_seen() -> bool:
     """Whether something looks at the operators that are called: a mode, a transform, a trace or a profiler."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)

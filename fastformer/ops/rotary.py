@@ -217,11 +217,7 @@ def _check_integers(name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]]
     check_device(name, tensor, "query", query)
 
 
-@operator(
-    "fastformer::rotary",
-    schema="(Tensor query, Tensor? key, Tensor cos, Tensor sin, Tensor? position_ids, Tensor? offsets, "
-    "Tensor? cu_seqlens, bool interleaved, bool inverse) -> (Tensor, Tensor)",
-)
+@operator("fastformer::rotary")
 def _rotary(
     query: Tensor,
     key: Tensor | None,
@@ -282,7 +278,7 @@ def _backward(ctx: Any, grad_query: Tensor, grad_key: Tensor | None) -> tuple[Te
     return grad_query, None if grad_key is None else key_gradient, None, None, None, None, None, None, None
 
 
-_rotary.register_autograd(_backward, setup_context=_setup_context)
+_rotary.register_autograd(_backward, setup_context=_setup_context, twice=True)
 
 
 class _InplaceRotary(torch.autograd.Function):
@@ -388,7 +384,8 @@ def _rotate_torch(input: Tensor, output: Tensor, cos: Tensor, sin: Tensor, inter
     wide = input.to(torch.float32, copy=inplace)
     turned = output if output.dtype == torch.float32 else torch.empty_like(wide)
     # The two of a pair are next to each other, or half the features apart.
-    dim, sizes = (-1, (-1, 2)) if interleaved else (-2, (2, -1))
+    pairs = cos.shape[-1]
+    dim, sizes = (-1, (pairs, 2)) if interleaved else (-2, (2, pairs))
     wide, turned_pairs = wide.view(*input.shape[:-1], *sizes), turned.view(*input.shape[:-1], *sizes)
     torch.mul(wide, cos.unsqueeze(dim), out=turned_pairs)
     a, b = wide.unbind(dim)

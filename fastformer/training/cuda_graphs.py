@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
-from fastformer.cuda_graphs import CudaRecorder, Recorder, StepGraphs, why_no_graph
+from fastformer.cuda_graphs import CudaRecorder, Recorder, StepGraphs, recorded_state, why_no_graph
 from fastformer.models import FastformerPreTrainedModel
 from fastformer.training.finetuning import Embedding
 from fastformer.training.module import TrainingModule
@@ -70,8 +70,9 @@ class RecordedSteps:
             parameter.grad = gradient
 
     def _follow(self) -> None:
-        """Forget what has been recorded of other weights."""
-        state = tuple((parameter.data_ptr(), parameter.requires_grad) for parameter in self._parameters)
+        """Forget what has been recorded of other weights, or where other kernels would be launched now."""
+        learns = tuple(parameter.requires_grad for parameter in self._parameters)
+        state = (learns, self.module.training, recorded_state([self.module]))
         if state != self._state:
             self._state, self._graphs, self._gradients = state, StepGraphs(self._recorder), {}
 

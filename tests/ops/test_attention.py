@@ -453,3 +453,15 @@ CU = torch.tensor([0, 2, 5], dtype=torch.int32)
 def test_refuses_what_it_cannot_do(arguments: Any, options: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         attention(*arguments, **options)
+
+
+def test_keys_beyond_every_query_do_not_exist() -> None:
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    k, v = torch.randn(2, 1, 2, 7, 8)
+    k[:, :, 5:], v[:, :, 5:] = float("nan"), float("inf")
+    with fastformer.backend("torch"):
+        output = attention(q, k, v, causal=True, alignment="top_left")
+        (gradient,) = torch.autograd.grad(output.sum(), q)
+        expected = attention(q, k[:, :, :5], v[:, :, :5], causal=True)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), q)[0])

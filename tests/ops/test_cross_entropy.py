@@ -276,3 +276,12 @@ def test_compiles_without_graph_break(inplace: bool) -> None:
 def test_refuses_what_it_cannot_do(change: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         cross_entropy(**{"input": torch.zeros(3, 5), "target": torch.zeros(3, dtype=torch.int64), **change})
+
+
+def test_a_class_weight_is_a_constant(backend: str) -> None:
+    logits, target, weight = torch.randn(6, 7, requires_grad=True), torch.arange(6), torch.rand(7)
+    expected = cross_entropy(logits, target, weight)
+    loss = cross_entropy(logits, target, weight.requires_grad_())
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    loss.backward()
+    assert weight.grad is None and logits.grad is not None

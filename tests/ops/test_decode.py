@@ -350,3 +350,11 @@ TABLE = torch.zeros(2, 1, dtype=torch.int32)
 def test_refuses_what_it_cannot_do(tensors: Any, options: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         decode_attention(*tensors, **{"lengths": LENGTHS, **options})
+
+
+def test_any_strides_of_a_query(backend: str) -> None:
+    torch.manual_seed(0)
+    query, cache = torch.randn(2, 8, 4, 1).permute(0, 2, 3, 1), torch.randn(2, 2, 9, 8)
+    for q in (query, query[:, :1, :, :1].expand(2, 4, 1, 8)):
+        found = decode_attention(q, cache, cache, lengths=int32([9, 4]))
+        torch.testing.assert_close(found, decode_attention(q.contiguous(), cache, cache, lengths=int32([9, 4])))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -165,6 +166,72 @@ def test_a_view_of_negated_values(name: str, x: Tensor) -> None:
     view = torch.view_as_complex(torch.stack([x, -x], -1)).conj().imag
     assert view.is_neg()
     torch.testing.assert_close(FUNCTIONS[name](view), FUNCTIONS[name](view.resolve_neg()), rtol=0, atol=0)
+
+
+def test_numbers_that_the_compiler_keeps_as_symbols() -> None:
+    torch._dynamo.reset()
+
+    def twice(x: Tensor) -> Tensor:
+        return fastformer.rms_norm(fastformer.rms_norm(x, (8,)), (8,))
+
+    leaf = torch.randn(3, 8, requires_grad=True)
+    compiled = torch.compile(twice, fullgraph=True, dynamic=True, backend="aot_eager")
+    gradients = (torch.autograd.grad(function(leaf).square().sum(), leaf)[0] for function in (compiled, twice))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm", "feed_forward", "linear_cross_entropy", "embedding"])
+def test_the_gradient_of_a_mapped_call(kind: str, x: Tensor) -> None:
+    # What is mapped does not say that it needs a gradient.
+    other, weight = torch.randn(2, 5, 8), torch.randn(8, 8)
+    ids = torch.arange(10).view(2, 5) % 8
+    functions: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "layer_norm": lambda a, b, _: fastformer.layer_norm(a, (8,), a[0], residual=b, return_sum=False),
+        "rms_norm": lambda a, b, _: fastformer.rms_norm(a, (8,), input_bias=b[0]),
+        "feed_forward": lambda a, b, _: fastformer.feed_forward(a, weight, weight, b[0]),
+        "linear_cross_entropy": lambda a, b, ids: fastformer.linear_cross_entropy(a, weight, ids),
+        "embedding": lambda a, b, ids: fastformer.transformer_embedding(ids[None], a, norm_weight=b[0]),
+    }
+    function = functions[kind]
+
+    def one_by_one(x: Tensor) -> Tensor:
+        return torch.stack([function(*each) for each in zip(x, other, ids, strict=True)]).square().sum()
+
+    def mapped(x: Tensor) -> Tensor:
+        return torch.vmap(function)(x, other, ids).square().sum()
+
+    leaf = torch.cat([x, x.cos()], 1)[:, :8].requires_grad_() if kind == "embedding" else x.requires_grad_()
+    (expected,) = torch.autograd.grad(one_by_one(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(mapped)(leaf.detach()), expected)
+    torch.testing.assert_close(torch.autograd.grad(mapped(leaf), leaf)[0], expected)
+
+
+def test_rotary_can_be_differentiated_twice(x: Tensor) -> None:
+    x = x[None].requires_grad_()
+    cos, sin = fastformer.rotary_table(fastformer.rotary_frequencies(8), 5)
+    rotated, _ = fastformer.rotary(x, None, cos, sin)
+    (gradient,) = torch.autograd.grad(rotated.square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), x)
+    torch.testing.assert_close(second, 8 * x.detach())
+
+
+class FunctionNames(TorchFunctionMode):
+    """Notes the functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@EACH
+def test_a_function_mode_sees_the_operator(name: str, x: Tensor) -> None:
+    with FunctionNames() as mode:
+        FUNCTIONS[name](x)
+    assert f"fastformer.{name}.default" in mode.seen
 
 
 class Doubled(Tensor):

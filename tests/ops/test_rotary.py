@@ -172,7 +172,7 @@ def test_position_outside_the_table() -> None:
     assert rotated[0, 0, :, :4].isnan().all(1).tolist() == [False, True, True]
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 3, 0, 4)])
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 3, 0, 4), (2, 0, 3, 4)])
 def test_empty(backend: str, shape: tuple[int, ...]) -> None:
     cos, sin = rotary_table(rotary_frequencies(4), 5)
     query = torch.empty(shape, requires_grad=True)
