@@ -45,6 +45,13 @@ class _OnMetaAlone(TorchDispatchMode):
         return result
 
 
+class Seen(TorchDispatchMode):
+    """Runs the operators that a recording sees: where nothing looks, a CPU may run PyTorch's own in their place."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 class FakeRecorder:
     """What `CudaRecorder` does, for tensors on a CPU.
 
@@ -57,7 +64,8 @@ class FakeRecorder:
         self.recordings: list[_Recording] = []
 
     def warm_up(self, step: Callable[[], Any]) -> Any:
-        return step()
+        with Seen():
+            return step()
 
     def record(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         recording, random = _Recording(), torch.get_rng_state()
