@@ -25,8 +25,9 @@ Batch = dict[str, Any]
 class RecordedSteps:
     """Losses and gradients of batches, each kind of batch recorded when it comes for the second time.
 
-    Gradients are added up, over the batches of an optimizer step, in memory of their own, which all graphs share. When
-    weights lie elsewhere than before, or others are frozen, all is recorded anew.
+    Gradients are added up, over the batches of an optimizer step, in memory of their own, which all graphs share. All
+    is recorded anew when weights lie elsewhere than before, when others are frozen, and when the precision of products,
+    determinism, the backend, autocast or the mode of the model (training or evaluation) has changed.
 
     Args:
         module: whose objective it is.

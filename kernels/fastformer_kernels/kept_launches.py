@@ -179,7 +179,7 @@ class _Kept:
 
     def __call__(self, pointers: list[int], stream: int) -> None:
         if self.descriptors:
-            provide_scratch_memory(True)
+            provide_scratch_memory()
         arguments = self.arguments.copy()
         for place, number in self.pointers:
             arguments[place] = pointers[number]
@@ -253,6 +253,7 @@ def _launch(launcher: Launcher, arguments: tuple[Any, ...]) -> list[tuple[Launch
     launched = []
     with device_guard(arguments[0]):
         for launch in launches:
-            provide_scratch_memory(launch.descriptors)
+            if launch.descriptors:
+                provide_scratch_memory()
             launched.append((launch, launch.kernel[launch.grid](*launch.arguments, **launch.options)))
     return launched

@@ -135,14 +135,13 @@ def _architecture_of_gpu(index: int) -> Architecture:
     return ARCHITECTURES[f"sm_{max(older)}"]
 
 
-def provide_scratch_memory(needed: bool) -> None:
+def provide_scratch_memory() -> None:
     """Let kernels that make tensor descriptors have memory for them, from PyTorch's allocator on the current device.
 
     Triton keeps the allocator for each thread and context (autograd has threads of its own), hence the call before each
     launch. It launches on PyTorch's current stream, in whose order the memory is freed.
     """
-    if needed:
-        triton.set_allocator(_allocate)
+    triton.set_allocator(_allocate)
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:

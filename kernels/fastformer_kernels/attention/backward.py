@@ -29,7 +29,6 @@ from fastformer_kernels.attention.kernel_arguments import (
     Sizes,
     addend,
     features,
-    folds_scale,
     lengths,
     operand,
     relative,
@@ -43,6 +42,7 @@ from fastformer_kernels.attention.launch import (
     has_borders,
     launch_size,
     loops_of,
+    options_of_call,
     section_of,
     specializes_warps,
     uses_descriptors,
@@ -1099,18 +1099,13 @@ def _key_value_gradient(
             features(arguments),
         ),
         {
-            "head_dim": query.shape[-1],
-            "value_dim": value.shape[-1],
-            "BOTTOM_RIGHT": arguments.bottom_right,
-            "FOLD_SCALE": folds_scale(arguments),
-            "INPUT_PRECISION": input_precision(query.dtype),
             "BORDERS": borders,
             "PERSISTENT": programs < works,
             "DESCRIPTORS": descriptors,
             "WARP_SPECIALIZE": descriptors
             and specializes_warps(configuration, borders)
             and uses_descriptors(key, value),
-            **configuration.options(query, value),
+            **options_of_call(query, value, arguments, configuration),
         },
         descriptors,
     )
@@ -1148,14 +1143,9 @@ def _query_gradient(
             features(arguments),
         ),
         {
-            "head_dim": query.shape[-1],
-            "value_dim": value.shape[-1],
-            "BOTTOM_RIGHT": arguments.bottom_right,
-            "FOLD_SCALE": folds_scale(arguments),
-            "INPUT_PRECISION": input_precision(query.dtype),
             "BORDERS": has_borders(arguments, arguments.max_seqlen_k, configuration.block_n),
             "PERSISTENT": programs < works,
-            **configuration.options(query, value),
+            **options_of_call(query, value, arguments, configuration),
         },
     )
 

@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 
 from fastformer_kernels.attention.arguments import AttentionArguments, empty_lse, empty_output
-from fastformer_kernels.attention.kernel_arguments import Sizes, features, folds_scale, lengths, operand, rows, sizes
+from fastformer_kernels.attention.kernel_arguments import Sizes, features, lengths, operand, rows, sizes
 from fastformer_kernels.attention.launch import (
     forward_configuration,
     has_borders,
     launch_size,
     loops_of,
+    options_of_call,
     section_of,
     specializes_warps,
     uses_descriptors,
@@ -370,7 +371,7 @@ def _launch_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     made: tuple[torch.Tensor, torch.Tensor],
-    precision: str,
+    precision: str,  # which the kernel's options look up: a call with another one is of another kind
     *fields: Any,
 ) -> Launch | None:
     (output, lse), arguments = made, AttentionArguments.of_launch(fields)
@@ -398,16 +399,11 @@ def _launch_forward(
             features(arguments),
         ),
         {
-            "head_dim": query.shape[-1],
-            "value_dim": value.shape[-1],
-            "BOTTOM_RIGHT": arguments.bottom_right,
-            "FOLD_SCALE": folds_scale(arguments),
-            "INPUT_PRECISION": precision,
             "BORDERS": borders,
             "PERSISTENT": programs < works,
             "DESCRIPTORS": descriptors,
             "WARP_SPECIALIZE": descriptors and specializes_warps(configuration, borders),
-            **configuration.options(query, value),
+            **options_of_call(query, value, arguments, configuration),
         },
         descriptors,
     )

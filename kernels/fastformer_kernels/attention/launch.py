@@ -14,6 +14,7 @@ from fastformer_kernels.attention.kernel_arguments import folds_scale
 from fastformer_kernels.attention.tiles import NO_BORDERS, ONE_LOOP, TWO_LOOPS
 from fastformer_kernels.configurations import chosen, size_class
 from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, for_triton, multiprocessors_of
+from fastformer_kernels.precision import input_precision
 
 
 @dataclass(frozen=True)
@@ -396,6 +397,20 @@ def _choose(tables: dict[str, Table], kind: Kind) -> AttentionConfiguration | No
     architecture, element_size, head_dim = kind
     by_head_dim = tables.get(architecture, {}).get(element_size, {})
     return next((choice for largest, choice in by_head_dim.items() if head_dim <= largest), None)
+
+
+def options_of_call(
+    query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments, configuration: AttentionConfiguration
+) -> dict[str, object]:
+    """The options that the forward and both kernels of the backward have in common."""
+    return {
+        "head_dim": query.shape[-1],
+        "value_dim": value.shape[-1],
+        "BOTTOM_RIGHT": arguments.bottom_right,
+        "FOLD_SCALE": folds_scale(arguments),
+        "INPUT_PRECISION": input_precision(query.dtype),
+        **configuration.options(query, value),
+    }
 
 
 def has_borders(arguments: AttentionArguments, length: int, block: int) -> bool:
