@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
+
+from fastformer.ops.packing import packed_sequences
 
 aten = torch.ops.aten
 
@@ -50,13 +51,39 @@ class MaskStructure:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "spans"}
         return {"mask": values.pop("key_mask"), **values}
 
+    def elements(self, batch: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+        """The dense mask that says the same, (batch, 1, queries, keys) boolean, True = may attend."""
+        key = torch.arange(keys, device=device)
+        lengths = torch.full((1,), keys, device=device) if self.key_lengths is None else self.key_lengths
+        query = torch.arange(queries, device=device).expand(1, -1)
+        if self.alignment == "bottom_right":
+            query = query + (lengths - queries)[:, None]
+        distance = key - query[..., None]
+        allowed = (key < lengths[:, None])[:, None].expand(batch, queries, keys)
+        left, right = self.window
+        right = 0 if self.causal else right
+        if right is not None:
+            allowed = allowed & (distance <= right)
+        if left is not None:
+            allowed = allowed & (distance >= -left)
+        if self.chunk is not None:
+            allowed = allowed & (key // self.chunk == query[..., None] // self.chunk)
+        if self.cu_seqlens_q is not None:
+            document = packed_sequences(self.cu_seqlens_q, batch * queries).view(batch, queries)
+            allowed = allowed & (document[:, :, None] == document[:, None, :])
+        allowed = allowed[:, None]
+        # The elements are the mask's own: a model may write to them.
+        return allowed.contiguous() if self.key_mask is None else allowed & self.key_mask
+
 
 class AttentionMask(torch.Tensor):
     """A boolean (batch, 1, queries, keys) mask, True = may attend, whose elements are computed when someone asks.
 
     To a model it is a tensor: what slices, expands or combines it gets the elements that transformers itself would have
-    computed. To floating scores it adds 0 where one may attend and the lowest number elsewhere, as the mask of the
-    eager implementation does; arithmetic that would take True for the number 1 is a ValueError.
+    computed. They come of the structure alone, which shares no memory with the caller: a cache that has moved on, or
+    padding that is written to, changes nothing. To floating scores it adds 0 where one may attend and the lowest number
+    elsewhere, as the mask of the eager implementation does; arithmetic that would take True for the number 1 is a
+    ValueError.
 
     Attributes:
         structure: what says it all without the elements, or None.
@@ -64,7 +91,6 @@ class AttentionMask(torch.Tensor):
     """
 
     structure: MaskStructure | None
-    _build: Callable[[], torch.Tensor]
     _elements: torch.Tensor | None
     _source: AttentionMask | None
 
@@ -75,18 +101,21 @@ class AttentionMask(torch.Tensor):
         cls,
         shape: tuple[int, ...],
         device: torch.device,
-        build: Callable[[], torch.Tensor],
-        structure: MaskStructure | None,
+        structure: MaskStructure | None = None,
+        elements: torch.Tensor | None = None,
         source: AttentionMask | None = None,
     ) -> AttentionMask:
+        """A mask of a structure, or of elements, which may be a view of those of `source`."""
         mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        mask.structure, mask._build, mask._elements, mask._source = structure, build, None, source
+        mask.structure, mask._elements, mask._source = structure, elements, source
         return mask
 
     @property
     def dense(self) -> torch.Tensor:
         if self._elements is None:
-            self._elements = self._build()
+            assert self.structure is not None
+            batch, _, queries, keys = self.shape
+            self._elements = self.structure.elements(batch, queries, keys, self.device)
         return self._elements
 
     def additive(self, dtype: torch.dtype) -> torch.Tensor:
@@ -100,7 +129,8 @@ class AttentionMask(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         operation, dtype = func.overloadpacket, _floating_dtype(args, kwargs)
-        written = args[0] if func._schema.is_mutable and isinstance(args[0], AttentionMask) else None
+        target = kwargs.get("out", args[0]) if func._schema.is_mutable else None
+        written = target if isinstance(target, AttentionMask) else None
         if operation in _ADDED and dtype is not None and written is None:
             args, kwargs = tree_map_only(AttentionMask, lambda mask: mask.additive(dtype), (args, kwargs))
             return func(*args, **kwargs)
@@ -157,7 +187,7 @@ def _mask_of(tensor: torch.Tensor, source: AttentionMask) -> torch.Tensor:
     """What came of `source`, of whose elements it may be a view."""
     if tensor.dtype != torch.bool:
         return tensor
-    return AttentionMask(tuple(tensor.shape), tensor.device, lambda: tensor, None, source)
+    return AttentionMask(tuple(tensor.shape), tensor.device, elements=tensor, source=source)
 
 
 def attention_mask(
@@ -177,8 +207,19 @@ def attention_mask(
     Returns an `AttentionMask`, or its elements where a graph is being traced: reading lengths would break it. `skips`
     are transformers' hints on when to leave out the mask, which a mask without elements does not need.
     """
-    build: Callable[..., Any] = partial(
-        masking_utils.sdpa_mask,
+    # A static cache is there to be compiled. Its mask of one query is one row, which structure would not make smaller.
+    compilable = isinstance(q_offset, torch.Tensor) and q_length == 1
+    traced = compilable or is_tracing(attention_mask)
+    structure = None
+    if not traced:
+        structure = _structure(
+            batch_size, q_length, kv_length, int(q_offset), kv_offset, mask_function, attention_mask, device
+        )
+    shape = (batch_size, 1, q_length, kv_length)
+    if structure is not None:
+        return AttentionMask(shape, torch.device(device), structure)
+    # Now, not when someone asks: until then a static cache has added to `q_offset`, in place.
+    elements = masking_utils.sdpa_mask(
         batch_size,
         q_length,
         kv_length,
@@ -191,14 +232,8 @@ def attention_mask(
         use_vmap=use_vmap,
         device=device,
     )
-    # A static cache is there to be compiled. Its mask of one query is one row, which structure would not make smaller.
-    compilable = isinstance(q_offset, torch.Tensor) and q_length == 1
-    if compilable or is_tracing(attention_mask):
-        return build()
-    structure = _structure(
-        batch_size, q_length, kv_length, int(q_offset), kv_offset, mask_function, attention_mask, device
-    )
-    return AttentionMask((batch_size, 1, q_length, kv_length), torch.device(device), build, structure)
+    assert elements is not None
+    return elements if traced else AttentionMask(shape, torch.device(device), elements=elements)
 
 
 def _structure(

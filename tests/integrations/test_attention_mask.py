@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 
 import fastformer
 from fastformer.integrations.attention import attention_forward
-from fastformer.integrations.attention_mask import AttentionMask, attention_mask
+from fastformer.integrations.attention_mask import AttentionMask, MaskStructure, attention_mask
 
 PATTERNS = {
     "causal": lambda: causal_mask_function,
@@ -86,6 +86,7 @@ def test_structure_is_the_dense_mask(pattern: str, geometry: tuple[int, ...], pa
     dense = transformers_mask(*arguments)
     assert isinstance(mask, AttentionMask)
     torch.testing.assert_close(attend(mask, queries, keys), attend(dense, queries, keys))
+    assert torch.equal(mask.dense, dense)
 
 
 @pytest.mark.parametrize("pattern", ["causal", "sliding", "chunked"])
@@ -101,6 +102,7 @@ def test_documents_are_the_dense_mask(pattern: str) -> None:
     assert isinstance(mask, AttentionMask)
     assert (mask.structure is not None) == (pattern != "chunked")
     torch.testing.assert_close(attend(mask, 8, 8), attend(dense, 8, 8))
+    assert torch.equal(mask.dense, dense)
 
 
 def test_a_function_that_is_not_of_transformers_is_evaluated() -> None:
@@ -156,6 +158,7 @@ def test_no_dense_mask_is_built(name: str, padding: str, monkeypatch: pytest.Mon
         raise AssertionError("a dense mask is built")
 
     monkeypatch.setattr(masking_utils, "sdpa_mask", refuse)
+    monkeypatch.setattr(MaskStructure, "elements", refuse)
     model = MODELS[name].build()
     model.set_attn_implementation("fastformer")
     batch = MODELS[name].batch("none" if padding == "documents" else padding)
@@ -250,6 +253,8 @@ def test_arithmetic_that_would_take_it_for_numbers_is_refused(change: Any) -> No
         lambda mask: mask.__iand__(torch.eye(6, dtype=torch.bool)),
         lambda mask: mask[0].copy_(torch.eye(6, dtype=torch.bool)),
         lambda mask: mask.fill_(True),
+        lambda mask: torch.logical_not(torch.ones(3, 1, 6, 6, dtype=torch.bool), out=mask),
+        lambda mask: torch.bitwise_and(mask, torch.eye(6, dtype=torch.bool), out=mask),
     ],
 )
 def test_writing_to_it_counts(write: Any) -> None:
