@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from fastformer.cuda_graphs import CudaRecorder, StepGraphs, recorded_state, why_no_graph
+from fastformer.cuda_graphs import why_no_graph
 from fastformer.generation.batch import ContinuousBatch, Statistics
-from fastformer.generation.cached_model import CachedModel, LanguageModel
+from fastformer.generation.cached_model import LanguageModel
 from fastformer.generation.packed_linear import can_pack, refresh_packed_weights, with_packed_weights
 from fastformer.generation.parameters import SamplingParameters
 from fastformer.generation.requests import Generation, Piece, Request
-from fastformer.generation.slots import Slots
+from fastformer.generation.workspace import Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,10 +112,8 @@ class Generator:
         self.statistics = Statistics()
         """What the last call did."""
         self.cuda_graphs = cuda_graphs
-        self._cached: list[CachedModel] = []
-        self._table: Slots | None = None
-        self._graphs: StepGraphs | None = None
-        self._recorded: Hashable = None
+        # One at most: that of the stream that has ended last. Two threads never take the same.
+        self._unused: deque[Workspace] = deque(maxlen=1)
         self._wants_graphs()
         self._end_tokens = _end_tokens(model)
         _warn_of_what_is_not_taken_over(model)
@@ -145,21 +144,31 @@ class Generator:
     ) -> Iterator[Piece]:
         """Like `generate`, but what each step adds to a sequence comes at once, whichever sequence it is.
 
-        Only one stream of a generator runs at a time: another call ends it.
+        Several streams of a generator may run at a time, in several threads too: each has caches of its own, which the
+        next one takes over when it has ended.
         """
         requests = self._requests(prompts, parameters)
         if not requests:
             return iter(())
-        batch = self._batch(requests)
+        workspace = self._workspace()
+        batch = self._batch(requests, workspace)
         batch.submit(requests)
         self.statistics = batch.statistics
-        return self._pieces(batch)
+        return self._pieces(batch, workspace)
 
-    def _pieces(self, batch: ContinuousBatch) -> Iterator[Piece]:
-        while pieces := batch.step():
-            yield from pieces
-            if self.statistics is not batch.statistics:
-                raise RuntimeError("this stream has ended: its generator was called again")
+    def _pieces(self, batch: ContinuousBatch, workspace: Workspace) -> Iterator[Piece]:
+        try:
+            while pieces := batch.step():
+                yield from pieces
+        finally:
+            self._unused.append(workspace)
+
+    def _workspace(self) -> Workspace:
+        """One that no stream works in."""
+        try:
+            return self._unused.pop()
+        except IndexError:
+            return Workspace(self.models, self.slots, self.page_size, self.pages)
 
     def _requests(
         self, prompts: Sequence[Prompt], parameters: SamplingParameters | Sequence[SamplingParameters]
@@ -228,45 +237,19 @@ class Generator:
                 f"max_position_embeddings, {limit}"
             )
 
-    def _batch(self, requests: list[Request]) -> ContinuousBatch:
+    def _batch(self, requests: list[Request], workspace: Workspace) -> ContinuousBatch:
         """A batch with room for each of the requests."""
-        speculates = len(self.models) > 1
-        ahead = self.draft_tokens if speculates else 0
+        ahead = self.draft_tokens if len(self.models) > 1 else 0
         # An empty slot is taken along as if it had two tokens.
         capacity = max(self.capacity or max(request.most_cached for request in requests), 2) + ahead
         source_capacity = max(len(request.source or ()) for request in requests)
         for model in self.models:
             refresh_packed_weights(model)
-        if not self._cached or not all(model.fits(capacity, source_capacity) for model in self._cached):
-            self._cached, self._graphs = [], None  # give their memory back first
-            self._cached = [self._cached_model(model, capacity, source_capacity) for model in self.models]
-        for cached in self._cached:
-            cached.clear()
-        table = self._slots(requests, capacity + 1)
-        draft = self._cached[1] if speculates else None
-        return ContinuousBatch(
-            self._cached[0], draft, self.draft_tokens, self.slots, table, self.tokenizer, self._step_graphs()
-        )
-
-    def _slots(self, requests: list[Request], width: int) -> Slots:
-        """The table of the sequences, all of its slots empty."""
-        most_new = max(request.parameters.max_new_tokens for request in requests)
-        penalised = any(request.parameters.repetition_penalty != 1.0 for request in requests)
-        if self._table is None or not self._table.fits(width, most_new, penalised):
-            self._graphs = None
-            vocab_size, device = self.models[0].config.vocab_size, self._cached[0].device
-            self._table = Slots(self.slots, width, most_new, vocab_size, penalised, device)
-        self._table.clear()
-        return self._table
-
-    def _step_graphs(self) -> StepGraphs | None:
-        """Those of the calls before, unless something has changed that a graph does not follow."""
-        if not self._wants_graphs():
-            return None
-        state = recorded_state(self.models)
-        if self._graphs is None or state != self._recorded:
-            self._graphs, self._recorded = StepGraphs(CudaRecorder(self.models[0].device)), state
-        return self._graphs
+        cached, *drafts = workspace.caches(capacity, source_capacity)
+        table = workspace.table(requests, capacity + 1)
+        graphs = workspace.graphs() if self._wants_graphs() else None
+        draft = drafts[0] if drafts else None
+        return ContinuousBatch(cached, draft, self.draft_tokens, self.slots, table, self.tokenizer, graphs)
 
     def _wants_graphs(self) -> bool:
         if self.cuda_graphs is False:
@@ -275,12 +258,6 @@ class Generator:
         if self.cuda_graphs and reason:
             raise ValueError(f"cuda_graphs must be None or False here, since {reason}; got True")
         return reason is None
-
-    def _cached_model(self, model: LanguageModel, capacity: int, source_capacity: int) -> CachedModel:
-        pages = self.pages
-        if self.page_size is not None and pages is None:
-            pages = self.slots * -(-capacity // self.page_size)
-        return CachedModel(model, self.slots, capacity, source_capacity, self.page_size, pages)
 
 
 def _check_model(name: str, model: LanguageModel) -> None:

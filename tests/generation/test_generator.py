@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from fastformer.data.tokenizer import train_tokenizer
 from fastformer.generation import Generation, Generator, SamplingParameters
 from fastformer.generation.cache import CacheShape, ContiguousCache, PagedCache
+from fastformer.generation.requests import Piece
 from fastformer.models import FastformerConfig, FastformerForCausalLM, FastformerForMaskedLM, FastformerForSeq2SeqLM
 
 SMALL = {
@@ -241,13 +243,46 @@ def test_bfloat16() -> None:
     assert [len(generation.tokens) for generation in got] == [6, 6]
 
 
-def test_another_call_ends_a_stream(model: FastformerForCausalLM) -> None:
+STREAMS = {
+    "contiguous": {},
+    "pages": {"page_size": 4},
+    "few pages": {"page_size": 4, "pages": 8},
+    "draft": {"draft_tokens": 3},
+    "unpacked": {"pack_weights": False},
+}
+
+
+@pytest.mark.parametrize("options", STREAMS.values(), ids=STREAMS)
+def test_streams_run_side_by_side(model: FastformerForCausalLM, options: dict) -> None:
+    """Each is what it would be alone, whenever the others start, end or are left."""
+    drafts = {"draft": causal_lm(position_embedding="rotary")} if "draft_tokens" in options else {}
+    generator = Generator(model, slots=2, **options, **drafts)
+    parameters = SamplingParameters(max_new_tokens=9, temperature=1.0, seed=3)
+    prompts = [[[1, 2, 3], [4], [5, 6]], [[7], [8, 9, 10, 11, 12], [3]], [[20, 21]]]
+    expected = [list(generator.stream(each, parameters)) for each in prompts]
+
+    found: list[list[Piece]] = [[], [], []]
+    streams = [generator.stream(each, parameters) for each in prompts[:2]]
+    for _ in range(4):
+        for pieces, stream in zip(found, streams, strict=False):
+            pieces.append(next(stream))
+    left = generator.stream(prompts[0], parameters)
+    next(left)
+    found[2] = list(generator.stream(prompts[2], parameters))
+    assert next(left) == expected[0][1]
+    del left
+    for pieces, stream in zip(found, streams, strict=False):
+        pieces += stream
+    assert found == expected
+    assert len(generator._unused) == 1
+
+
+def test_streams_of_several_threads(model: FastformerForCausalLM) -> None:
     generator = Generator(model, page_size=4)
-    stream = generator.stream([[1]] * 3, SHORT)
-    next(stream)
-    assert len(generator.generate([[1]] * 9, SHORT)) == 9
-    with pytest.raises(RuntimeError, match="this stream has ended: its generator was called again"):
-        list(stream)
+    prompts = [[[number, 2, 3]] * 3 for number in range(6)]
+    expected = [generator.generate(each, SHORT) for each in prompts]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda each: generator.generate(each, SHORT), prompts)) == expected
 
 
 def test_a_decoding_step_waits_for_nothing_but_its_tokens(model: FastformerForCausalLM) -> None:

@@ -10,7 +10,7 @@ from recorded_graphs import FakeRecorder, nothing_on_the_host
 
 import fastformer
 from fastformer import cuda_graphs
-from fastformer.generation import Generator, SamplingParameters, generator
+from fastformer.generation import Generator, SamplingParameters, generator, workspace
 from fastformer.models import FastformerConfig, FastformerForCausalLM, FastformerForSeq2SeqLM
 
 pytestmark = pytest.mark.cpu
@@ -59,7 +59,7 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[FakeRecorder]:
         made.append(FakeRecorder(device))
         return made[-1]
 
-    monkeypatch.setattr(generator, "CudaRecorder", recorder)
+    monkeypatch.setattr(workspace, "CudaRecorder", recorder)
     monkeypatch.setattr(generator, "why_no_graph", lambda model, device: None)
     return made
 
