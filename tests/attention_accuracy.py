@@ -38,7 +38,7 @@ def magnitudes(
 
     Weights are exp(score - lse) of float32 exponents, each rounded to within a unit of its own magnitude, which is
     therefore the relative error of a weight. Sums of n such terms, in another order than PyTorch's, differ by about
-    sqrt(n) roundings. In 16 bits the rounding of the results hides both.
+    sqrt(n) roundings. In 16 bits the rounding of the results hides both, but for the log-sum-exp, which is float32.
 
     Args:
         actual, exact: the results by their names, as computed and in float64.
@@ -48,7 +48,8 @@ def magnitudes(
     """
     dtype = tensors[0].dtype
     longest = max(max(tensor.shape) for tensor in tensors)
-    roundings = (1.0 + scale_of(exact["lse"])) * longest**0.5 if dtype == torch.float32 else 1.0
+    of_float32 = (1.0 + scale_of(exact["lse"])) * longest**0.5
+    roundings = of_float32 if dtype == torch.float32 else 1.0
     row_sums = sums_of_row_errors(grad_output, exact["output"], tensors, options)
     left = left_of_cancelled_rows(grad_output, exact["output"], tensors, options) if dtype == torch.float32 else {}
     found = {}
@@ -56,7 +57,7 @@ def magnitudes(
         # The output rounds in the call's dtype; the gradients of slopes and sinks are float32 all the same.
         coarser = torch.finfo(dtype).eps / torch.finfo(actual[name].dtype).eps
         found[name] = max(roundings * max(scale_of(result), row_sums.get(name, 0.0) * coarser), left.get(name, 0.0))
-    return found
+    return {**found, "lse": of_float32 * scale_of(exact["lse"])}
 
 
 def scale_of(exact: torch.Tensor) -> float:

@@ -66,7 +66,7 @@ ROWS = st.lists(st.tuples(LOGITS, FILTERS | GREEDY, st.sets(st.integers(0, CLASS
 
 
 @given(ROWS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_distribution_of_every_row_is_its_own(rows: list[tuple[list[float], SamplingParameters, set[int]]]) -> None:
     logits = torch.tensor([each for each, _, _ in rows])
     seen = torch.tensor([[token in each for token in range(CLASSES)] for _, _, each in rows])
@@ -77,7 +77,7 @@ def test_distribution_of_every_row_is_its_own(rows: list[tuple[list[float], Samp
 
 
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=6).filter(any))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_draws_have_the_distribution(weights: list[int]) -> None:
     """Evenly spaced uniform numbers hit each class exactly as often as its probability says."""
     total = sum(weights)

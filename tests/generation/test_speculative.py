@@ -24,7 +24,7 @@ WEIGHTS = st.lists(st.integers(0, 6), min_size=CLASSES, max_size=CLASSES).filter
 
 
 @given(WEIGHTS, WEIGHTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_first_token_has_the_target_s_distribution(proposal: list[int], target: list[int]) -> None:
     """Summed over all drafts and, by evenly spaced numbers, over all ways to be accepted and drawn again."""
     p = [Fraction(weight, sum(target)) for weight in target]

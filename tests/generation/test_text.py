@@ -93,7 +93,7 @@ def test_special_tokens_have_no_text() -> None:
     st.text("ab ", max_size=30),
     st.lists(st.text("ab ", min_size=1, max_size=5), min_size=1, max_size=3),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_stop_strings_end_the_text_wherever_tokens_do(text: str, stop: list[str]) -> None:
     tokenizer = STOP_TOKENIZER
     stream = TextStream(tokenizer, stop)

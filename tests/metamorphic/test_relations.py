@@ -16,7 +16,7 @@ from hypothesis import given, settings
 import fastformer
 from fastformer.ops.attention import attention
 
-quick = settings(max_examples=5, deadline=None, derandomize=True)
+quick = settings(max_examples=5)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, terms: int) -> None:

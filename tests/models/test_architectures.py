@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_transformer import ReferenceTransformer
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -99,9 +99,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=2e-5, atol=2e-5)
 
 
-any_architecture = settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+any_architecture = settings(max_examples=25)
 
 
 @any_architecture

@@ -23,7 +23,7 @@ def twins(heads: int = HEADS, **options) -> tuple[torch.nn.MultiheadAttention, M
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(data=st.data())
 def test_equals_pytorch_on_the_same_calls(data: st.DataObject) -> None:
     flag = st.booleans()
@@ -62,7 +62,7 @@ def test_equals_pytorch_on_the_same_calls(data: st.DataObject) -> None:
 
 
 @pytest.mark.cpu  # a default device is a mode, and in a mode PyTorch leaves its fast path
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_equals_pytorchs_fast_path(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
@@ -78,7 +78,7 @@ def test_equals_pytorchs_fast_path(data: st.DataObject) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_rows_with_nothing_to_attend_to_are_zero_and_all_others_pytorchs(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 2**31), label="seed"))

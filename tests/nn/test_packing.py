@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from fastformer.nn import DenseLayout, packed_positions
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_there_and_back(data: st.DataObject) -> None:
     batch, sequence = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 6))
@@ -41,7 +41,6 @@ def test_gradient_goes_through_both_ways(device: torch.device) -> None:
     assert torch.equal(dense.grad, torch.tensor([[1.0, 0.0], [1.0, 1.0]]).unsqueeze(-1).expand(2, 2, 3))
 
 
-@settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6))
 def test_positions_count_within_each_sequence(lengths: list[int]) -> None:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)

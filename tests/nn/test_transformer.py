@@ -44,7 +44,7 @@ def inputs_of(stack: str, batch: int = 2, *, batch_first: bool = False) -> list[
 
 @pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_equals_pytorch_on_the_same_calls(stack: str, data: st.DataObject) -> None:
     flag = st.booleans()

@@ -47,7 +47,7 @@ def inputs_of(layer_class: type[nn.Module], *, batch_first: bool = False) -> lis
 
 @both_layers
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_equals_pytorch_on_the_same_calls(
     their_class: type[nn.Module], our_class: type[nn.Module], data: st.DataObject

@@ -114,7 +114,7 @@ def test_dropout_and_residual_match_float64(implementation: None, gated: bool, d
     check(tensors, "gelu", residual, hidden_dropout_p=0.3, output_dropout_p=0.6, recompute=gated)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8)
 @given(
     tokens=st.integers(1, 70),
     features=st.integers(1, 40),

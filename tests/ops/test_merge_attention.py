@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 
 import fastformer
 from fastformer.ops import attention, merge_attention
@@ -20,7 +20,7 @@ def merged(outputs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, tor
     return (torch.softmax(lses, 0)[..., None] * outputs).sum(0).to(outputs.dtype), lse
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=30)
 @given(
     parts=st.integers(1, 40),
     rows=st.lists(st.integers(1, 5), max_size=3),

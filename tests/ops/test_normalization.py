@@ -60,7 +60,7 @@ def test_matches_float64(backend: str, shape: tuple[int, ...], centered: bool, d
     check((torch.randn(shape) * 2 + 1).to(dtype), centered, affine=True)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_any_strides(data: st.DataObject) -> None:
     torch.manual_seed(0)
@@ -164,7 +164,7 @@ def check_fused(
         assert_as_accurate(str(index), a, p.to(a.dtype), e, scale=units * max(1.0, e.abs().max().item()))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_bias_dropout_and_residual_come_first(data: st.DataObject) -> None:
     torch.manual_seed(0)

@@ -62,7 +62,7 @@ def check(
         assert_as_accurate(name, a, p, e)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_layout_strides_and_positions(data: st.DataObject) -> None:
     torch.manual_seed(0)

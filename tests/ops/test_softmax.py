@@ -76,7 +76,7 @@ def test_rows_longer_than_a_tile_or_across_memory(backend: str, shape: tuple[int
     check(torch.randn(shape), 1)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_shape_strides_and_options(data: st.DataObject) -> None:
     torch.manual_seed(0)

@@ -29,7 +29,7 @@ def test_reads_what_it_wrote_and_leaves_nothing_else(checkpoint: Path) -> None:
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_cut_short_anywhere_is_detected(checkpoint: Path, share: float) -> None:
     whole = checkpoint.read_bytes()
