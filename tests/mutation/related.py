@@ -1,0 +1,115 @@
+"""Which tests ought to notice a fault in a file: those that run first find most."""
+
+from __future__ import annotations
+
+# The first entry whose beginning fits a path is the path's. Of `{stem}` a path's own is made; what is not there is left
+# out, so that a file's own tests come first by their name alone.
+RELATED: list[tuple[str, list[str]]] = [
+    (
+        "kernels/fastformer_kernels/attention/cache.py",
+        ["ops/test_kv_cache.py", "fuzz/test_every_operator.py::test_any_call[append_to_cache]", "generation"],
+    ),
+    (
+        "kernels/fastformer_kernels/attention/decode",
+        [
+            "ops/test_decode.py",
+            "fuzz/test_every_operator.py::test_any_call[decode_attention]",
+            "generation/test_generator.py",
+        ],
+    ),
+    (
+        "kernels/fastformer_kernels/attention/merge.py",
+        ["ops/test_merge_attention.py", "fuzz/test_every_operator.py::test_any_call[merge_attention]"],
+    ),
+    (
+        "kernels/fastformer_kernels/attention/weights.py",
+        ["ops/test_attention_weights.py", "fuzz/test_every_operator.py::test_any_call[attention_weights]"],
+    ),
+    (
+        "kernels/fastformer_kernels/attention",
+        [
+            "ops/test_attention.py",
+            "ops/test_launch.py",
+            "ops/test_kept_launches.py",
+            "metamorphic",
+            "inspection/test_compilation.py",
+            "tuning",
+        ],
+    ),
+    (
+        "kernels/fastformer_kernels/feed_forward",
+        ["ops/test_feed_forward.py", "fuzz/test_every_operator.py::test_any_call[feed_forward]", "tuning"],
+    ),
+    (
+        "kernels/fastformer_kernels/normalization.py",
+        [
+            "ops/test_normalization.py",
+            "fuzz/test_every_operator.py::test_any_call[layer_norm]",
+            "fuzz/test_every_operator.py::test_any_call[rms_norm]",
+            "nn/test_normalization.py",
+        ],
+    ),
+    (
+        "kernels/fastformer_kernels/embedding.py",
+        ["ops/test_embedding.py", "fuzz/test_every_operator.py::test_any_call[transformer_embedding]"],
+    ),
+    (
+        "kernels/fastformer_kernels/cross_entropy.py",
+        ["ops/test_cross_entropy.py", "ops/test_linear_cross_entropy.py", "fuzz"],
+    ),
+    ("kernels/fastformer_kernels/matmul.py", ["ops/test_linear_cross_entropy.py", "ops/test_feed_forward.py"]),
+    (
+        "kernels/fastformer_kernels/kept_launches.py",
+        ["ops/test_kept_launches.py", "ops/test_launch.py", "fuzz", "ops/test_embedding.py"],
+    ),
+    (
+        "kernels/fastformer_kernels",
+        [
+            "ops/test_{stem}.py",
+            "ops/test_launch.py",
+            "ops/test_kept_launches.py",
+            "fuzz",
+            "ops/test_dropout.py",
+            "ops/test_operator.py",
+            "test_core.py",
+            "inspection/test_compilation.py",
+            "inspection/test_constants.py",
+            "tuning",
+        ],
+    ),
+    ("fastformer/ops/attention", ["ops/test_attention.py", "ops/test_attention_weights.py", "nn", "metamorphic"]),
+    ("fastformer/ops/decode.py", ["ops/test_decode.py", "ops/test_operator.py", "fuzz", "generation"]),
+    ("fastformer/ops/kv_cache.py", ["ops/test_kv_cache.py", "ops/test_operator.py", "fuzz", "generation"]),
+    (
+        "fastformer/ops/relative_position.py",
+        ["ops/test_relative_position.py", "nn", "models/test_architectures.py", "models/test_conversion.py"],
+    ),
+    ("fastformer/ops", ["ops/test_{stem}.py", "ops/test_operator.py", "fuzz", "ops/test_kept_launches.py", "nn"]),
+    ("fastformer/data", ["data/test_{stem}.py", "data", "training/test_finetune_command.py"]),
+    ("fastformer/training/predict", ["training/test_finetune_command.py", "training/test_finetuning.py"]),
+    ("fastformer/training/adversarial.py", ["training/test_adversarial.py"]),
+    ("fastformer/training/privacy.py", ["training/test_privacy.py"]),
+    ("fastformer/training/cuda_graphs.py", ["training/test_cuda_graphs.py"]),
+    ("fastformer/training/lora.py", ["training/test_lora.py"]),
+    ("fastformer/training/tensor_parallel.py", ["training/test_scale.py"]),
+    ("fastformer/training/sharding.py", ["training/test_scale.py", "training/test_lora.py"]),
+    ("fastformer/training/finetun", ["training/test_finetuning.py", "training/test_finetune_command.py", "training"]),
+    ("fastformer/training/recipes.py", ["training/test_finetuning.py", "training/test_finetune_command.py"]),
+    (
+        "fastformer/training/pretrain",
+        ["training/test_pretraining.py", "training/test_pretraining_command.py", "training"],
+    ),
+    ("fastformer/training", ["training/test_{stem}.py", "training"]),
+]
+
+
+def related_tests(path: str, existing: set[str]) -> list[str]:
+    """The test files and folders for a source file, each below tests/, in the order in which they run.
+
+    Args:
+        existing: files and folders below tests/.
+    """
+    named = next(tests for beginning, tests in RELATED if path.startswith(beginning))
+    stem = path.rsplit("/", 1)[-1].removesuffix(".py")
+    wanted = [test.format(stem=stem) for test in named]
+    return [f"tests/{test}" for test in dict.fromkeys(wanted) if test.split("::")[0] in existing]
