@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from pictures import lines, saved_figures
 
 from fastformer.benchmarking.crossovers import Comparison, comparisons
 from fastformer.benchmarking.measurement import OURS, TIME, Measurement, Metric
@@ -87,11 +88,16 @@ def test_one_place_is_no_line() -> None:
     assert not comparisons(line(OURS, root)[:1] + line("peer", root)[:1])
 
 
-def test_picture_of_measured_and_modelled_lines(tmp_path) -> None:
+def test_picture_of_measured_and_modelled_lines(tmp_path, monkeypatch) -> None:
+    saved = saved_figures(monkeypatch)
     beyond = [Measurement("a", "beyond", "model", TIME, [1e4], {}, "a curve", "tokens", 1e4, modelled=True)]
     points = line(OURS, root) + line("peer", lambda at: at) + line("model", root, modelled=True) + beyond
     (drawn,) = draw(points, (), "a title", tmp_path / "curves.png")
-    assert drawn.read_bytes().startswith(b"\x89PNG")
+    assert drawn == tmp_path / "curves.png" and drawn.exists()
+    shown = lines(saved[0].axes[0])
+    assert shown[OURS] == [(at, root(at)) for at in PLACES]
+    assert shown["peer"] == [(at, at) for at in PLACES]
+    assert saved[0].get_suptitle() == "a title" and saved[0].axes[0].get_title() == "a curve"
 
 
 def test_cases_that_were_measured_alike_share_a_table() -> None:

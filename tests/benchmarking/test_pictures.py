@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pictures import lines, saved_figures
 
 from fastformer.benchmarking.measurement import OURS, PEAK_MEMORY, TIME, Goal, Measurement, Metric
 from fastformer.benchmarking.pictures import draw
@@ -35,11 +36,21 @@ CURVES = [
         ([found("a", OURS, 1.0)], []),
     ],
 )
-def test_pictures(measurements: list[Measurement], names: list[str], tmp_path: Path) -> None:
+def test_pictures(
+    measurements: list[Measurement], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = saved_figures(monkeypatch)
     drawn = draw(measurements, [Goal("a", "peer", at_least=1.5)], "a study", tmp_path / "study.png")
     assert [path.name for path in drawn] == names
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    assert [figure.get_suptitle() for figure in saved] == ["a study"] * len(names)
+    for figure in saved[: measurements[-1:] == CURVES[-1:]]:
+        peers = [lines(axes) for axes in figure.axes if axes.get_lines()]
+        assert peers == [{OURS: [(1, 1), (2, 2)], "peer": [(1, 1), (2, 2)]}] * 2
+    for figure in saved if measurements == BARS else []:
+        # Ours takes half the peer's time, and 1,000 times another's, whose bar ends at the edge.
+        ends = [bar.get_x() + bar.get_width() for bar in figure.axes[0].patches]
+        assert ends == pytest.approx([2, 1 / 32])
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(0.0, 0.0), (0.0, 46.0), (46.0, 0.0)])

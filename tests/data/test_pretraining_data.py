@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastformer.data import PretrainingDataModule, load_corpus, split_documents
+from fastformer.data import PretrainingDataModule, load_corpus, preparation, split_documents, store
 from fastformer.data.objectives import IGNORE_INDEX
 
 pytestmark = [
@@ -229,14 +229,23 @@ def test_workers_prepare_the_same_batches(make):
         assert got == expected
 
 
-def test_second_start_uses_the_cache(make, monkeypatch):
-    make().prepare_data()
-    monkeypatch.setattr("fastformer.data.tokenizer.train_tokenizer", None)
-    monkeypatch.setattr("fastformer.data.tokenized.tokenize", None)
-    data = make()
-    data.prepare_data()
-    data.setup()
-    assert len(data.train_dataloader()) > 0
+def test_second_start_uses_the_cache(make, monkeypatch, tmp_path):
+    first = make()
+    first.setup()
+    steps = ("find_split", "train_tokenizer", "_complete_parts")
+    called = []
+    for module in (preparation, store):
+        for step in steps:
+            if original := getattr(module, step, None):
+                monkeypatch.setattr(module, step, lambda *a, f=original, s=step, **k: (called.append(s), f(*a, **k))[1])
+    second = make()
+    second.prepare_data()
+    second.setup()
+    assert not called
+    for ours, theirs in zip(second.train_dataloader(), first.train_dataloader(), strict=True):
+        assert fingerprint(ours) == fingerprint(theirs)
+    make(cache_dir=str(tmp_path)).setup()
+    assert set(called) == set(steps)
 
 
 # --- Resuming ---------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from pictures import saved_figures
 
 from fastformer.evaluation import (
     answer_metrics,
@@ -55,11 +56,16 @@ def test_regression():
     assert regression_metrics([1.0, 1.0], [1.0, 2.0])["pearson"] == 0
 
 
-def test_confusion_is_a_picture(tmp_path):
+def test_confusion_is_a_picture(tmp_path, monkeypatch):
+    saved = saved_figures(monkeypatch)
     draw_confusion(["a", "b", "ü"], ["a", "a", "ü"], tmp_path / "new" / "confusion.png")
-    content = (tmp_path / "new" / "confusion.png").read_bytes()
-    assert content.startswith(b"\x89PNG")
-    assert len(content) > 1000
+    assert (tmp_path / "new" / "confusion.png").exists()
+    (axes,) = saved[0].axes
+    assert axes.images[0].get_array().tolist() == [[0.5, 0.5, 0], [0, 0, 0], [0, 0, 1]]
+    assert [text.get_text() for text in axes.texts] == ["1", "1", "0", "0", "0", "0", "0", "0", "1"]
+    for axis, label in ((axes.xaxis, "predicted"), (axes.yaxis, "reference")):
+        assert [tick.get_text() for tick in axis.get_ticklabels()] == ["a", "b", "ü"]
+        assert axis.get_label_text() == label
 
 
 def test_entities_count_only_whole():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import saved_figures
 
 import fastformer
 from fastformer import cli
@@ -53,16 +54,30 @@ def test_nan_breaks_it(device: torch.device, monkeypatch: pytest.MonkeyPatch) ->
     assert ours and all(error.units is None and error.kept is False for error in ours)
 
 
+def _key_of(error: dict) -> tuple[str, str, str, str]:
+    return error["operator"], error["regime"], error["implementation"], error["dtype"]
+
+
 @pytest.mark.cpu
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     written, picture = tmp_path / "errors.json", tmp_path / "errors.png"
+    saved = saved_figures(monkeypatch)
     options = ["--operators", "attention,rms_norm", "--dtypes", "float32,bfloat16", "--device", "cpu"]
     assert cli.main(["numerics", *options, "--json", str(written), "--picture", str(picture)]) == 0
     errors = json.loads(written.read_text())
     assert {error["operator"] for error in errors} == {"attention", "rms_norm"}
     assert {error["implementation"] for error in errors} == {"torch", "pytorch", "sdpa"}
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.exists()
+    assert [axes.get_title() for axes in saved[0].axes] == ["float32", "bfloat16"]
+    rows = list(dict.fromkeys((error["operator"], error["regime"]) for error in errors))
+    for axes in saved[0].axes:
+        drawn = {points.get_label(): points.get_offsets().tolist() for points in axes.collections}
+        for name, points in drawn.items():
+            for units, row in points:
+                key = (*rows[round(row)], name, axes.get_title())
+                assert units == max(e["units"] for e in errors if _key_of(e) == key and e["units"] is not None), key
+        assert set(drawn) <= {"torch", "pytorch", "sdpa"} and "torch" in drawn
     assert "broken" not in capsys.readouterr().out
 
 

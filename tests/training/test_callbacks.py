@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from pictures import lines, saved_figures
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -117,12 +118,16 @@ def test_throughput_goes_on_from_its_state() -> None:
     assert 50 < throughput.state_dict()["seconds"] < 100
 
 
-def test_loss_curve_keeps_what_was_measured_and_draws_it(tmp_path: Path) -> None:
+def test_loss_curve_keeps_what_was_measured_and_draws_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = saved_figures(monkeypatch)
     curve = LossCurve(tmp_path / "loss.png", "mlm_loss")
     fit(Module(), curve)
     assert [step for step, _ in curve.training] == [1, 2, 3, 4]
     assert curve.validation == [{"step": step, "mlm_loss": step + 0.5} for step in (0, 2, 4)]
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert lines(saved[-1].axes[0]) == {
+        "training": curve.training,
+        "held-out": [(point["step"], point["mlm_loss"]) for point in curve.validation],
+    }
     resumed = LossCurve(tmp_path / "resumed.png", "mlm_loss")
     resumed.load_state_dict(curve.state_dict())
     resumed.draw()
