@@ -18,11 +18,11 @@ from fastformer_kernels.attention.arguments import (
 )
 
 from fastformer.backends import use_triton
-from fastformer.ops.attention_torch import attention_backward_torch, attention_forward_torch
+from fastformer.ops.attention_torch import attention_backward_torch, attention_formula, attention_forward_torch
 from fastformer.ops.autocast import autocast_device_type, to_autocast_dtype
 from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating, check_int32, check_like, check_shape
 from fastformer.ops.dropout import check_dropout_p, draw_seed
-from fastformer.ops.operator import operator, schema_of_fields
+from fastformer.ops.operator import operator, schema_of_fields, vjp
 
 MAX_HEAD_DIM = 256
 
@@ -493,6 +493,34 @@ def _(
             for tensor, wanted in zip(learned, needed, strict=True)
         ),
     )
+
+
+@_attention.register_formula
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return attention_formula(query, key, value, AttentionArguments._make(arguments))
+
+
+@_attention_backward.register_formula
+def _(
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    needed: Sequence[bool],
+    *arguments: Any,
+) -> tuple[torch.Tensor | None, ...]:
+    call = AttentionArguments._make(arguments)
+    learned = [tensor if wanted else None for tensor, wanted in zip(call.learned, needed, strict=True)]
+
+    def forward(query: Any, key: Any, value: Any, *learned: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return attention_formula(query, key, value, call.with_learned(learned))
+
+    return tuple(vjp(forward, [query, key, value, *learned], [grad_output, grad_lse]))
 
 
 # How many of AttentionArguments' fields are tensors; the seed, after the numbers, is one more.

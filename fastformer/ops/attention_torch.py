@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from fastformer_kernels.attention.arguments import (
     UNBOUNDED,
     AttentionArguments,
@@ -26,6 +27,7 @@ from fastformer_kernels.attention.arguments import (
 
 from fastformer.ops.attention_dropout import dropout_keep
 from fastformer.ops.autocast import without_autocast
+from fastformer.ops.dropout import seed_words
 
 SCORE_ELEMENTS = 1 << 22
 SCORE_ELEMENTS_IN_CACHE = 1 << 18
@@ -129,6 +131,57 @@ def attention_weights_torch(
                 target = weights[segment.batch, :, place : place + _size(at), segment.keys]
                 target.copy_(values.sub_(row_lse[:, :, at]).exp_())
     return weights
+
+
+@without_autocast
+def attention_formula(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `attention_forward_torch` returns, made of functions that can be differentiated; it holds all scores."""
+    heads, q, k, v = query.shape[1], *map(_as_dense, (query, key, value))
+    outputs, lses = [], []
+    for segment in _segments(query, key, arguments):
+        k_part, v_part = (_float_heads(segment.of_keys(tensor), heads) for tensor in (k, v))
+        output, lse = _attend(segment.of_queries(q).float(), k_part, v_part, segment)
+        outputs.append(_joined(output.to(query.dtype), arguments.packed, "sequences heads tokens head_dim"))
+        lses.append(_joined(lse, arguments.packed, "sequences heads tokens"))
+    if not outputs:
+        return empty_output(query, value).zero_(), empty_lse(query)
+    if arguments.packed:
+        return torch.cat(outputs), torch.cat(lses, 1)
+    return torch.cat(outputs), torch.cat(lses)
+
+
+def _joined(part: torch.Tensor, packed: bool, names: str) -> torch.Tensor:
+    """A segment's part of the output or log-sum-exp as the call's tensor has it."""
+    if not packed:
+        return part
+    target = "(sequences tokens) heads head_dim" if "head_dim" in names else "heads (sequences tokens)"
+    return rearrange(part, f"{names} -> {target}")
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: _Segment) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of a segment whose tensors these are, with equal numbers of heads."""
+    a = segment.arguments
+    scores = torch.matmul(q, k.transpose(-1, -2)) * a.scale
+    if a.head_scales is not None:
+        scores = scores * a.head_scales[:, None, None]
+    if a.softcap:
+        scores = torch.tanh(scores / a.softcap) * a.softcap
+    bias, allowed, keep = segment.bias(q.device), segment.allowed(q.device), _keep(q, segment)
+    scores = scores if bias is None else scores + bias
+    scores = scores if allowed is None else scores.masked_fill(~allowed, NEGATIVE_INFINITY)
+    maximum = _maximum(scores.detach(), None if a.sinks is None else a.sinks.detach())
+    weights = (scores - maximum).exp()
+    total = weights.sum(-1, keepdim=True)
+    if a.sinks is not None:
+        total = total + torch.exp(a.sinks[:, None, None] - maximum)
+    nothing = total == 0.0
+    total = total.masked_fill(nothing, 1.0)
+    if keep is not None:
+        weights = weights * keep / (1.0 - a.dropout_p)
+    lse = (maximum + total.log()).masked_fill(nothing, NEGATIVE_INFINITY)
+    return torch.matmul(weights, v) / total, lse.squeeze(-1)
 
 
 def _runs(rows: list[int]) -> Iterator[tuple[int, int, int]]:
@@ -540,17 +593,19 @@ def _keep(q: torch.Tensor, segment: _Segment) -> torch.Tensor | None:
     a = segment.arguments
     if a.seed is None:
         return None
-    seed, offset = a.seed.tolist()
+    seed, offset = seed_words(a.seed)
     heads = q.shape[1]
     first, device = segment.batch.start * heads, q.device
-    keep = dropout_keep(
-        seed,
-        offset,
-        a.dropout_p,
-        torch.arange(first, first + q.shape[0] * heads, device=device),
-        torch.arange(segment.queries.start, segment.queries.stop, device=device),
-        torch.arange(segment.keys.start, segment.keys.stop, device=device),
-    )
+    # NumPy draws on a CPU, and knows no tensors that transforms have wrapped.
+    with torch._C._DisableFuncTorch():
+        keep = dropout_keep(
+            seed,
+            offset,
+            a.dropout_p,
+            torch.arange(first, first + q.shape[0] * heads, device=device),
+            torch.arange(segment.queries.start, segment.queries.stop, device=device),
+            torch.arange(segment.keys.start, segment.keys.stop, device=device),
+        )
     return keep.unflatten(0, (q.shape[0], heads))
 
 

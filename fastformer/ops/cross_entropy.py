@@ -14,7 +14,7 @@ from torch.nn import _reduction
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_float32_dtype
 from fastformer.ops.checks import check_device, check_floating, check_shape
-from fastformer.ops.operator import operator, runs_in_pytorch
+from fastformer.ops.operator import operator, runs_in_pytorch, vjp
 
 REDUCTIONS = ("mean", "sum", "none")
 # Rows that the CPU works on together: their float32 logits stay in its last-level cache.
@@ -183,15 +183,23 @@ def _cross_entropy(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss in `dtype`, reduced, and in float32 the normalizer (2, rows) of each row and what a mean was divided by."""
-    classes, rows = logits.shape[1], _flat(target)
+    rows = _flat(target)
     losses, normalizer = _row_losses(logits, rows, class_weight, (ignore_index, label_smoothing, z_loss, softcap))
+    loss, total = _reduced(losses, target, logits.shape[1], class_weight, ignore_index, reduction)
+    return loss.to(dtype), normalizer, total
+
+
+def _reduced(
+    losses: Tensor, target: Tensor, classes: int, class_weight: Tensor | None, ignore_index: int, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The rows' losses as `reduction` says, and what a mean was divided by (empty for others)."""
     if reduction == "none":
-        return losses.view(target.shape).to(dtype), normalizer, losses.new_empty(0)
+        return losses.view(target.shape), losses.new_empty(0)
     loss = losses.sum()
     if reduction == "sum":
-        return loss.to(dtype), normalizer, losses.new_empty(0)
-    total = total_weight(rows, classes, class_weight, ignore_index)
-    return loss.div_(total).to(dtype), normalizer, total
+        return loss, losses.new_empty(0)
+    total = total_weight(_flat(target), classes, class_weight, ignore_index)
+    return loss / total, total
 
 
 def _row_losses(logits: Tensor, target: Tensor, class_weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
@@ -219,6 +227,25 @@ def _(
     loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
     normalizer = logits.new_empty(2, target.numel(), dtype=torch.float32)
     return loss, normalizer, normalizer.new_empty(() if reduction == "mean" else 0)
+
+
+@_cross_entropy.register_formula
+def _(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: str,
+    inplace: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, options = _flat(target), (ignore_index, label_smoothing, z_loss, softcap)
+    losses, normalizer = losses_formula(_as_rows(logits), rows, class_weight, options)
+    loss, total = _reduced(losses, target, logits.shape[1], class_weight, ignore_index, reduction)
+    return loss.to(dtype), normalizer, total
 
 
 @operator("fastformer::cross_entropy_backward_", mutates_args=("gradient",))
@@ -272,6 +299,22 @@ def _(
     return torch.empty_like(logits)
 
 
+@_gradient.register_formula
+def _(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    grad_loss: Tensor,
+    normalizer: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> Tensor | None:
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    return vjp(lambda z: losses_formula(_as_rows(z), target, class_weight, options)[:1], [logits], [grad_loss])[0]
+
+
 def _run_backward(
     gradient: Tensor,
     logits: Tensor | None,
@@ -313,6 +356,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
         else:
             grad_loss = (grad_loss / total if ctx.reduction == "mean" else grad_loss.float()).expand(rows.shape)
         if ctx.inplace:
+            if torch.is_grad_enabled():
+                raise RuntimeError("cross_entropy's gradient has no derivative with inplace=True; use inplace=False")
             _write_gradient(logits, None, rows, class_weight, grad_loss, normalizer, *ctx.options)
             gradient = logits
         else:
@@ -434,6 +479,14 @@ def _write_gradient_of(
     out.masked_fill_((target == ignore_index)[:, None], 0.0)
     if out is not gradient:
         gradient.copy_(out)
+
+
+def losses_formula(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """What `forward_torch` returns, made of functions that can be differentiated."""
+    z = logits.float()
+    return _losses(torch.tanh(z / options[3]) * options[3] if options[3] else z, target, class_weight, options)
 
 
 def log_sum_exp(normalizer: Tensor) -> Tensor:

@@ -43,6 +43,15 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (2,), device=device, dtype=torch.int64)
 
 
+def seed_words(seed: Tensor) -> list[int]:
+    """The seed and the offset of what `draw_seed` returned, also where transforms of `torch.func` have wrapped it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(seed):
+        seed = torch._C._functorch.get_unwrapped(seed)
+    if seed.dim() != 1:
+        raise NotImplementedError("dropout of forward-mode derivatives is the same for a whole vmap: randomness='same'")
+    return seed.tolist()
+
+
 def dropout_threshold(dropout_p: float) -> int:
     """The 32-bit word below which an element is dropped."""
     return min(round(dropout_p * 2**32), _WORD)
@@ -66,13 +75,20 @@ def apply_dropout_(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
     return input
 
 
+def dropped(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
+    """What `apply_dropout_` makes of the rows of `input` (..., columns), as a function that can be differentiated."""
+    columns, rows = input.shape[-1], input[..., 0].numel()
+    absent = _dropped_rows(range(rows), (columns + 3) // 4, seed, dropout_p)[:, :columns]
+    return input.masked_fill(absent.view(input.shape), 0.0) * (1.0 / (1.0 - dropout_p))
+
+
 def _dropped_rows(rows: range, groups: int, seed: Tensor, dropout_p: float) -> Tensor:
     """Which elements of these rows of a matrix dropout drops, (rows, 4 * groups) boolean on the seed's device."""
     if not seed.is_cpu:
         row = torch.arange(rows.start, rows.stop, device=seed.device)[:, None]
         counters = (torch.arange(groups, device=seed.device), row & _WORD, row >> 32, seed[1] & _WORD)
         return words_below(dropout_p, seed[0], counters)
-    key, offset = seed.tolist()
+    key, offset = seed_words(seed)
     numbers = np.arange(rows.start, rows.stop, dtype=np.uint64)[:, None]
     arrays = [np.arange(groups, dtype=np.uint64)[None], numbers & _LOW, numbers >> _HALF, np.array([[offset & _WORD]])]
     return torch.from_numpy(_below_on_cpu(dropout_threshold(dropout_p), key, arrays)).flatten(-2)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastformer.backends import use_triton
 from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
-from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed
+from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropped
 from fastformer.ops.normalization import kernel_dropout
-from fastformer.ops.operator import operator
+from fastformer.ops.operator import operator, vjp
 from fastformer.ops.packing import packed_positions
 
 _INTEGERS = (torch.int64, torch.int32)
@@ -208,6 +209,60 @@ def _(
     return word_weight.new_empty((*word_ids.shape, word_weight.shape[1])), mean, torch.empty_like(mean)
 
 
+@_embedding.register_formula
+def _formula(
+    word_ids: Tensor,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    word_weight: Tensor,
+    position_weight: Tensor | None,
+    token_type_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    seed: Tensor | None,
+    padding_idx: int,
+    eps: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = _embedded(
+        word_ids, position_ids, token_type_ids, word_weight, position_weight, token_type_weight, padding_idx
+    )
+    mean = total.mean(-1, keepdim=True)
+    rstd = torch.rsqrt((total - mean).square().mean(-1, keepdim=True) + eps)
+    output = (total - mean) * rstd
+    if norm_weight is not None:
+        output = output * norm_weight
+    if norm_bias is not None:
+        output = output + norm_bias
+    if seed is not None:
+        output = dropped(output, seed, dropout_p)
+    return output.to(word_weight.dtype), mean, rstd
+
+
+def _embedded(
+    word_ids: Tensor,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    word_weight: Tensor,
+    position_weight: Tensor | None,
+    token_type_weight: Tensor | None,
+    padding_idx: int,
+) -> Tensor:
+    """What `_sum_torch` returns, made of functions that can be differentiated; `padding_idx`'s word learns nothing."""
+    total = F.embedding(word_ids, word_weight, padding_idx if padding_idx >= 0 else None).float()
+    if position_weight is not None:
+        found = (
+            position_weight[: word_ids.shape[-1]]
+            if position_ids is None
+            else F.embedding(position_ids, position_weight)
+        )
+        total = total + found
+    if token_type_weight is not None:
+        found = token_type_weight[0] if token_type_ids is None else F.embedding(token_type_ids, token_type_weight)
+        total = total + found
+    return total
+
+
 @operator("fastformer::embedding_backward", mutates_args=())
 def _embedding_backward(
     grad_output: Tensor,
@@ -296,6 +351,40 @@ def _(
         for parameter, need in zip(parameters, needed, strict=True)
     )
     return word, position, token_type, weight, bias
+
+
+@_embedding_backward.register_formula
+def _(
+    grad_output: Tensor,
+    word_ids: Tensor,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    word_weight: Tensor,
+    position_weight: Tensor | None,
+    token_type_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    seed: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    padding_idx: int,
+    dropout_p: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    ids = (word_ids, position_ids, token_type_ids)
+    # LayerNorm's bias matters to no gradient, and a weight that is not there is one.
+    ones = mean.new_ones(word_weight.shape[1])
+    weight, bias = ones if norm_weight is None else norm_weight, torch.zeros_like(ones)
+    tables = (word_weight, position_weight, token_type_weight)
+    total = _embedded(*ids, *tables, padding_idx)
+    # Epsilon is what the given statistics have more.
+    eps = (rstd.square().reciprocal() - total.var(-1, correction=0, keepdim=True)).detach()
+
+    def output(*tables_and_norm: Any) -> tuple[Tensor]:
+        return (_formula(*ids, *tables_and_norm, seed, padding_idx, eps, dropout_p)[0],)
+
+    *of_tables, of_weight, of_bias = vjp(output, [*tables, weight, bias], [grad_output])
+    gradients = (*of_tables, None if of_weight is None else of_weight.float(), of_bias)
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_device_type, to_autocast_dtype
 from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
-from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropout_threshold
-from fastformer.ops.operator import operator
+from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropout_threshold, dropped
+from fastformer.ops.operator import operator, vjp
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "squared_relu", "identity")
 _GELU_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -211,6 +211,39 @@ def _(
     )
 
 
+@_feed_forward.register_formula
+def _formula(
+    input: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    residual: Tensor | None,
+    hidden_seed: Tensor | None,
+    output_seed: Tensor | None,
+    activation: str,
+    hidden_dropout_p: float,
+    output_dropout_p: float,
+    store_pre_activations: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = F.linear(input, up_weight, up_bias)
+    if gate_weight is None:
+        hidden = _activate(hidden, activation)
+    else:
+        hidden = hidden * _activate(F.linear(input, gate_weight, gate_bias), activation)
+    if hidden_seed is not None:
+        hidden = dropped(hidden, hidden_seed, hidden_dropout_p)
+    output = F.linear(hidden, down_weight, down_bias)
+    if output_seed is not None:
+        output = dropped(output, output_seed, output_dropout_p)
+    if residual is not None:
+        output = output + residual
+    # Pre-activations are kept for a derivative that a formula does not need.
+    return output, input.new_empty(0), input.new_empty(0)
+
+
 FeedForwardGradients = tuple[
     Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]
@@ -326,6 +359,36 @@ def _(
     return tuple(input.new_empty(shape) if need else None for shape, need in zip(shapes, needs_grad, strict=True))
 
 
+@_feed_forward_backward.register_formula
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    up: Tensor | None,
+    gate: Tensor | None,
+    hidden_seed: Tensor | None,
+    output_seed: Tensor | None,
+    activation: str,
+    hidden_dropout_p: float,
+    output_dropout_p: float,
+    needs_grad: list[bool],
+) -> tuple[Tensor | None, ...]:
+    # The second bias matters to no gradient.
+    down_bias = down_weight.new_zeros(down_weight.shape[0])
+    options = (activation, hidden_dropout_p, output_dropout_p, False)
+
+    def output(*tensors: Any) -> tuple[Tensor]:
+        return (_formula(*tensors, None, hidden_seed, output_seed, *options)[0],)
+
+    tensors = (input, up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias)
+    gradients = vjp(output, tensors, [grad_output])
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs_grad, strict=True))
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     (
         input,
@@ -350,10 +413,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         input,
         up_weight,
         down_weight,
-        # A bias is needed only where the pre-activations are computed again.
-        None if stored else up_bias,
+        up_bias,
         gate_weight,
-        None if stored else gate_bias,
+        gate_bias,
         up if stored else None,
         gate if stored and gate_weight is not None else None,
         hidden_seed,

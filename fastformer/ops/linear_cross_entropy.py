@@ -23,10 +23,11 @@ from fastformer.ops.cross_entropy import (
     forward_torch,
     in_place_torch,
     log_sum_exp,
+    losses_formula,
     row_weights,
     total_weight,
 )
-from fastformer.ops.operator import operator
+from fastformer.ops.operator import operator, vjp
 
 CPU_MEMORY_BUDGET = 64 << 20
 # On a GPU each chunk is three launches of a matrix product, and rereads the sum of the weight's gradient.
@@ -222,18 +223,64 @@ def _(
     return loss, torch.empty_like(loss), *_empty_gradients(input, weight, bias, needs_grad)
 
 
+@_reduced_loss.register_formula
+def _(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: str,
+    memory_budget: int,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    losses, z_losses = _formula(input, weight, target, bias, class_weight, options)
+    loss, z_part = losses.sum(), z_losses.sum()
+    if reduction == "mean":
+        total = total_weight(target, weight.shape[0], class_weight, ignore_index)
+        loss, z_part = loss / total, z_part / total
+    return loss, z_part, *_empty_gradients(input, weight, bias, False)
+
+
+def _formula(
+    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, class_weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Losses and z-losses of the rows, the former made of functions that can be differentiated."""
+    ignore_index, _, z_loss, _ = options
+    losses, normalizer = losses_formula(F.linear(input, weight, bias), target, class_weight, options)
+    row_weight = row_weights(target, weight.shape[0], class_weight, ignore_index)
+    z_losses = z_loss * row_weight * log_sum_exp(normalizer.detach()).square()
+    return losses, z_losses.masked_fill(target == ignore_index, 0.0)
+
+
 def _reduced_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[2:])
+    # The inputs are for second derivatives alone: here is no telling whether there will be any.
+    ctx.save_for_backward(*output[2:], *inputs[:5])
+    ctx.options = inputs[5:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _reduced_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     found: list[Tensor | None] = [None] * 12
-    if grad_loss is not None:
-        for place, gradient in zip((0, 1, 3), ctx.saved_tensors, strict=True):
-            if ctx.needs_input_grad[place]:
-                found[place] = gradient * grad_loss
+    if grad_loss is None:
+        return tuple(found)
+    *gradients, input, weight, target, bias, class_weight = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        *options, reduction, memory_budget, _ = ctx.options
+        if reduction == "mean":
+            grad_loss = grad_loss / total_weight(target, weight.shape[0], class_weight, options[0])
+        rows = (input, weight, target, bias, class_weight, grad_loss.expand(target.shape))
+        gradients = _row_gradients(*rows, *options, memory_budget)
+        grad_loss = None
+    for place, gradient in zip((0, 1, 3), gradients, strict=True):
+        if ctx.needs_input_grad[place]:
+            found[place] = gradient if grad_loss is None else gradient * grad_loss
     return tuple(found)
 
 
@@ -276,6 +323,23 @@ def _(
     return losses, torch.empty_like(losses)
 
 
+@_row_losses.register_formula
+def _(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    memory_budget: int,
+) -> tuple[Tensor, Tensor]:
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    return _formula(input, weight, target, bias, class_weight, options)
+
+
 @operator("fastformer::linear_cross_entropy_rows_backward", mutates_args=())
 def _row_gradients(
     input: Tensor,
@@ -311,6 +375,28 @@ def _(
     memory_budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_gradients(input, weight, bias, True)
+
+
+@_row_gradients.register_formula
+def _(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    grad_losses: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    memory_budget: int,
+) -> tuple[Tensor | None, ...]:
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+
+    def losses(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+        return (_formula(input, weight, target, bias, class_weight, options)[0],)
+
+    return tuple(vjp(losses, [input, weight, bias], [grad_losses]))
 
 
 def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -96,7 +96,17 @@ def _absent(lses: torch.Tensor) -> torch.Tensor | None:
 def _weights(lses: torch.Tensor, absent: torch.Tensor | None) -> torch.Tensor:
     """(parts, ...): the share of each part, 0 for one without keys."""
     weights = torch.softmax(lses, 0)
-    return weights if absent is None else weights.masked_fill_(absent, 0.0)
+    return weights if absent is None else weights.masked_fill(absent, 0.0)
+
+
+@_merge_attention.register_formula
+def _(outputs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    absent = lses == NEGATIVE_INFINITY
+    nowhere = absent.all(0)
+    lses = lses.masked_fill(nowhere, 0.0)
+    weights = torch.softmax(lses, 0).masked_fill(absent, 0.0).unsqueeze(-1)
+    merged = (outputs.float().masked_fill(absent.unsqueeze(-1), 0.0) * weights).sum(0)
+    return merged.to(outputs.dtype), torch.logsumexp(lses, 0).masked_fill(nowhere, NEGATIVE_INFINITY)
 
 
 def _setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -116,12 +126,12 @@ def _backward(
         grad_output = grad_output.float()
         grad_outputs = (weights.unsqueeze(-1) * grad_output).to(outputs.dtype)
     if grad_output is not None and ctx.needs_input_grad[1]:
-        products = (outputs * grad_output).sum(-1).masked_fill_(absent, 0.0)
+        products = (outputs * grad_output).sum(-1).masked_fill(absent, 0.0)
         grad_lses = weights * (products - (weights * products).sum(0))
     if grad_lse is not None:
         of_lse = weights * grad_lse
-        grad_lses = of_lse if grad_lses is None else grad_lses.add_(of_lse)
+        grad_lses = of_lse if grad_lses is None else grad_lses + of_lse
     return grad_outputs, grad_lses
 
 
-_merge_attention.register_autograd(_backward, setup_context=_setup_context, twice=True)
+_merge_attention.register_autograd(_backward, setup_context=_setup_context)

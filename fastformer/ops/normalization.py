@@ -12,7 +12,7 @@ from torch import Tensor
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_float32_dtype
 from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating, check_shape
-from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropout_threshold
+from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropout_threshold, dropped
 from fastformer.ops.operator import operator, runs_in_pytorch
 
 MAX_COLUMNS = 65536
@@ -400,6 +400,79 @@ def _(
         None if residual_dtype is None else x.new_empty(x.shape, dtype=residual_dtype),
         statistics.new_empty(needed, x.shape[-1]) if needed else None,
     )
+
+
+@_norm.register_formula
+def _(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    input_bias: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    centered: bool,
+    dropout_p: float,
+    dtype: torch.dtype,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    total = input.float()
+    if input_bias is not None:
+        total = total + input_bias
+    if seed is not None:
+        total = dropped(total, seed, dropout_p)
+    if residual is not None:
+        total = total + residual
+    total = total.to(dtype)
+    wide = total.float()
+    mean = wide.mean(-1, keepdim=True) if centered else None
+    deviation = wide if mean is None else wide - mean
+    rstd = torch.rsqrt(deviation.square().mean(-1, keepdim=True) + eps)
+    output = deviation * rstd
+    if weight is not None:
+        output = output * weight
+    if bias is not None:
+        output = output + bias
+    statistics = [rstd.flatten()] if mean is None else [rstd.flatten(), mean.flatten()]
+    return output.to(dtype), total if keep_sum else None, torch.stack(statistics)
+
+
+@_norm_backward.register_formula
+def _(
+    grad_output: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    centered: bool,
+    dropout_p: float,
+    input_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    weight_needs_grad: bool,
+    bias_needs_grad: bool,
+    input_bias_needs_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    # The statistics again, since they depend on x; epsilon is what the given ones have more.
+    wide, dy = x.float(), grad_output.float()
+    deviation = wide - wide.mean(-1, keepdim=True) if centered else wide
+    variance = deviation.square().mean(-1, keepdim=True)
+    eps = (statistics[0].view(variance.shape).square().reciprocal() - variance).detach()
+    rstd = torch.rsqrt(variance + eps)
+    normalised = deviation * rstd
+    g = dy if weight is None else dy * weight
+    grad_x = g - normalised * (g * normalised).mean(-1, keepdim=True)
+    if centered:
+        grad_x = grad_x - g.mean(-1, keepdim=True)
+    grad_x = grad_x * rstd
+    if grad_sum is not None:
+        grad_x = grad_x + grad_sum
+    grad_residual = None if residual_dtype is None else grad_x.to(residual_dtype)
+    if seed is not None:
+        grad_x = dropped(grad_x, seed, dropout_p)
+    wanted = (weight_needs_grad, dy * normalised), (bias_needs_grad, dy), (input_bias_needs_grad, grad_x)
+    parameters = [_matrix(products).sum(0) for needed, products in wanted if needed]
+    return grad_x.to(input_dtype), grad_residual, torch.stack(parameters) if parameters else None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:

@@ -27,6 +27,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from fastformer.backends import use_triton
+from fastformer.ops.autocast import without_autocast
 
 # One implementation serves every device: it chooses its backend itself.
 _ALL_DEVICES = "CompositeExplicitAutograd"
@@ -83,7 +84,8 @@ class Operator:
     A call takes the shortest way that means the same:
 
     - by the dispatcher, where PyTorch has to see the operator (`_is_seen`), else straight to the implementation;
-    - through the `autograd.Function` where somebody may want a derivative, else past it.
+    - through the `autograd.Function` where somebody may want a derivative, else past it;
+    - as its formula in forward mode.
     """
 
     def __init__(self, name: str, schema: str, implementation: Implementation) -> None:
@@ -99,29 +101,59 @@ class Operator:
         self._library.impl(base, _with_every_output(_below_autograd(self._direct)), _ALL_DEVICES)
         if not self._dispatched._schema.returns:
             self.register_fake(_nothing)
+        self._formula: Implementation | None = None
+        # One that only changes its arguments hides nothing from autograd: who asked for the change knows of it.
         self._derivative: _Derivative | None = None
+        if self._dispatched._schema.returns:
+            self._derivative = _no_derivative(name, self._direct, self._dispatched)
+        self._has_backward = False
 
     def __call__(self, *arguments: Any) -> Any:
-        derivative = self._derivative
-        if torch.compiler.is_compiling() or _is_seen():
-            if derivative is None:
-                return self._dispatched(*arguments)
-            if torch.compiler.is_compiling():
-                arguments = self._for_compiler(arguments)
-            if torch._C._are_functorch_transforms_active():
-                return derivative.transformed.apply(*arguments)
-            if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and self._learns(arguments)):
-                return derivative.dispatched.apply(*arguments)
-            return self._dispatched(*arguments)
+        if torch.compiler.is_compiling():
+            return self._call_compiling(arguments)
+        if _is_seen():
+            return self._call_seen(arguments)
         plain, learns = self._kinds(arguments)
         call = self._direct if plain else self._dispatched
         if not (learns and torch.is_grad_enabled()):
             return call(*arguments)
+        derivative = self._derivative
         if derivative is not None:
             return derivative.apply_direct(*arguments) if plain else derivative.dispatched.apply(*arguments)
         # Autograd must not follow what an implementation does.
         with torch.no_grad():
             return call(*arguments)
+
+    def _call_seen(self, arguments: tuple[Any, ...]) -> Any:
+        """Call where a mode, a transform, a trace or a profiler looks."""
+        derivative = self._derivative
+        if forward_ad._current_level >= 0:
+            return self._call_forward_mode(arguments)
+        if derivative is not None and torch._C._are_functorch_transforms_active():
+            return derivative.transformed.apply(*arguments)
+        if derivative is not None and torch.is_grad_enabled() and self._learns(arguments):
+            return derivative.dispatched.apply(*arguments)
+        return self._dispatched(*arguments)
+
+    def _call_forward_mode(self, arguments: tuple[Any, ...]) -> Any:
+        """Call where tangents are on the way: PyTorch's own functions hand them on."""
+        if self._formula is not None:
+            return self._formula(*arguments)
+        tensors = [arguments[place] for place in self._tensors if arguments[place] is not None]
+        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            raise NotImplementedError(f"{self.name} has no derivative, in forward mode neither")
+        return self._dispatched(*arguments)
+
+    def _call_compiling(self, arguments: tuple[Any, ...]) -> Any:
+        derivative = self._derivative
+        if derivative is None or not self._has_backward:
+            return self._dispatched(*arguments)
+        arguments = self._for_compiler(arguments)
+        if torch._C._are_functorch_transforms_active():
+            return derivative.transformed.apply(*arguments)
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and self._learns(arguments)):
+            return derivative.dispatched.apply(*arguments)
+        return self._dispatched(*arguments)
 
     def register_fake(self, shapes: Implementation) -> Implementation:
         """Say what the operator returns for tensors without data; where it returns nothing, nothing need be said."""
@@ -129,22 +161,29 @@ class Operator:
         return shapes
 
     def register_autograd(
-        self,
-        backward: Callable[..., Any],
-        *,
-        setup_context: Callable[[Any, tuple[Any, ...], Any], None],
-        twice: bool = False,
+        self, backward: Callable[..., Any], *, setup_context: Callable[[Any, tuple[Any, ...], Any], None]
     ) -> None:
         """Give the operator a derivative, as `torch.library.register_autograd` does.
 
         Args:
-            backward: takes the context and the outputs' gradients; returns a gradient, or None, for each argument.
+            backward: takes the context and the outputs' gradients; returns a gradient, or None, for each argument. It
+                is made of functions and operators that can be differentiated again.
             setup_context: takes the context, the arguments and what the operator returned; keeps what `backward` needs.
-            twice: whether `backward` is made of functions that have derivatives themselves; else its gradients raise an
-                error where somebody differentiates them again.
         """
-        backward = backward if twice else _once_differentiable(self.name, backward)
         self._derivative = _Derivative(self._direct, self._dispatched, backward, setup_context)
+        self._has_backward = True
+
+    def register_formula(self, formula: Implementation) -> Implementation:
+        """Say what the operator computes as a formula of PyTorch's functions that can be differentiated.
+
+        It serves where the operator's own derivative does not: in forward mode, and, for an operator that has none of
+        its own because it computes the gradients of another, for second derivatives. It takes the operator's arguments
+        and returns its outputs.
+        """
+        self._formula = formula = without_autocast(formula)
+        if not self._has_backward:
+            self._derivative = _derivative_of_formula(self._direct, self._dispatched, self._tensors, formula)
+        return formula
 
     def _for_compiler(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """The same arguments as torch.compile takes them: no tensor twice, and numbers that it has met before, which
@@ -315,38 +354,72 @@ def _counting_changes(implementation: Implementation, changed: tuple[int, ...]) 
     return run
 
 
-def _once_differentiable(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`backward`, with gradients that raise an error where somebody differentiates them again."""
+def _derivative_of_formula(
+    direct: Implementation, dispatched: Implementation, tensors: tuple[int, ...], formula: Implementation
+) -> _Derivative:
+    """The derivative of an operator by its formula."""
 
-    def run(ctx: Any, *gradients: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return backward(ctx, *gradients)
-        with torch.no_grad():
-            found = backward(ctx, *gradients)
-        sources = (*gradients, *ctx.saved_tensors)
-        found = found if isinstance(found, tuple) else (found,)
-        return tuple(grad if grad is None else _LastDerivative.apply(name, grad, *sources) for grad in found)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
+        ctx.save_for_backward(*[inputs[place] for place in tensors])
+        ctx.others = [None if place in tensors else value for place, value in enumerate(inputs)]
 
-    return run
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        arguments: list[Any] = list(ctx.others)
+        for place, tensor in zip(tensors, ctx.saved_tensors, strict=True):
+            arguments[place] = tensor
+        wanted = [place for place in tensors if ctx.needs_input_grad[place]]
+
+        def of_wanted(*values: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            for place, value in zip(wanted, values, strict=True):
+                arguments[place] = value
+            outputs = formula(*arguments)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
+
+        found: list[torch.Tensor | None] = [None] * len(arguments)
+        for place, gradient in zip(wanted, vjp(of_wanted, [arguments[i] for i in wanted], gradients), strict=True):
+            found[place] = gradient
+        return tuple(found)
+
+    return _Derivative(direct, dispatched, backward, setup_context)
 
 
-class _LastDerivative(torch.autograd.Function):
-    """A gradient that depends on `sources` in a way that nobody can differentiate.
+def vjp(
+    function: Callable[..., tuple[Any, ...]],
+    inputs: Sequence[Any],
+    gradients: Sequence[Any],
+) -> list[torch.Tensor | None]:
+    """Gradients of the inputs from those of the outputs, made of functions that can be differentiated again.
 
-    `torch.autograd.function.once_differentiable` forgets the sources: it gives zeros where a second derivative is
-    asked for with respect to one.
+    Args:
+        function: takes the inputs, made of PyTorch's functions.
+        gradients: one for each output; None for zeros, and where the function returns None.
     """
+    places = [place for place, value in enumerate(inputs) if value is not None]
+    used: list[int] = []
 
-    generate_vmap_rule = True
+    def of_tensors(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values: list[torch.Tensor | None] = [None] * len(inputs)
+        for place, tensor in zip(places, tensors, strict=True):
+            values[place] = tensor
+        outputs = function(*values)
+        used[:] = [i for i, output in enumerate(outputs) if output is not None and gradients[i] is not None]
+        return tuple([outputs[i] for i in used])
 
-    @staticmethod
-    def forward(name: str, gradient: torch.Tensor, *sources: torch.Tensor | None) -> torch.Tensor:
-        return gradient.view_as(gradient)
+    results: Any = torch.func.vjp(of_tensors, *[inputs[place] for place in places])
+    outputs, pull = results
+    pulled = pull(tuple([gradients[i].to(output.dtype) for i, output in zip(used, outputs, strict=True)]))
+    found: list[torch.Tensor | None] = [None] * len(inputs)
+    for place, gradient in zip(places, pulled, strict=True):
+        found[place] = gradient
+    return found
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.name = inputs[0]
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(f"{ctx.name} has no second derivative: its gradients cannot be differentiated again")
+def _no_derivative(name: str, direct: Implementation, dispatched: Implementation) -> _Derivative:
+    """What stands in front of an operator without a derivative: whoever asks for one hears of it."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None: ...
+
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        raise RuntimeError(f"{name} has no derivative; call it with what is detached, or under torch.no_grad()")
+
+    return _Derivative(direct, dispatched, backward, setup_context)

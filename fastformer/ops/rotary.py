@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, overload
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from fastformer.backends import use_triton
@@ -252,6 +253,32 @@ def _(
     return torch.empty_like(query), None if key is None else torch.empty_like(key)
 
 
+@_rotary.register_formula
+def _(
+    query: Tensor,
+    key: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    cos, sin = _rows_of_table(query, cos, sin, position_ids, offsets, cu_seqlens)
+    sin = -sin if inverse else sin
+
+    pair = "(pair two)" if interleaved else "(two pair)"
+
+    def turned(x: Tensor) -> Tensor:
+        turning, rest = x.tensor_split([2 * cos.shape[-1]], dim=-1)
+        a, b = rearrange(turning.float(), f"... {pair} -> two ... pair", two=2)
+        both = rearrange([a * cos - b * sin, b * cos + a * sin], f"two ... pair -> ... {pair}")
+        return torch.cat([both.to(x.dtype), rest], dim=-1)
+
+    return turned(query), None if key is None else turned(key)
+
+
 @operator("fastformer::rotary_", mutates_args=("query", "key"))
 def _rotary_inplace(
     query: Tensor,
@@ -278,7 +305,7 @@ def _backward(ctx: Any, grad_query: Tensor, grad_key: Tensor | None) -> tuple[Te
     return grad_query, None if grad_key is None else key_gradient, None, None, None, None, None, None, None
 
 
-_rotary.register_autograd(_backward, setup_context=_setup_context, twice=True)
+_rotary.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _InplaceRotary(torch.autograd.Function):

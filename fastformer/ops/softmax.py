@@ -218,6 +218,40 @@ def _(grad_output: Tensor, output: Tensor, dim: int, scale: float, log: bool, dt
     return torch.empty_like(output, dtype=dtype)
 
 
+@_softmax.register_formula
+def _(
+    input: Tensor,
+    mask: Tensor | None,
+    dim: int,
+    scale: float,
+    causal_offset: int | None,
+    log: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    scores = input.float() * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    if causal_offset is not None:
+        scores = scores.masked_fill(_later_keys(scores, dim, causal_offset), -math.inf)
+    maximum = scores.detach().amax(dim, keepdim=True) if scores.numel() else scores.detach()
+    shifted = scores - maximum.masked_fill(maximum == -math.inf, 0.0)
+    total = shifted.exp().sum(dim, keepdim=True)
+    total = total.masked_fill(total == 0.0, 1.0)
+    return (shifted - total.log() if log else shifted.exp() / total).to(dtype)
+
+
+@_softmax_backward.register_formula
+def _(grad_output: Tensor, output: Tensor, dim: int, scale: float, log: bool, dtype: torch.dtype) -> Tensor:
+    grad, y = grad_output.float(), output.float()
+    if log:
+        absent = output == -math.inf
+        grad = grad.masked_fill(absent, 0.0)
+        gradient = grad - y.exp() * grad.sum(dim, keepdim=True)
+    else:
+        gradient = y * (grad - (grad * y).sum(dim, keepdim=True))
+    return (gradient * scale).to(dtype)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, mask, ctx.dim, ctx.scale, _, ctx.log, _ = inputs
     ctx.input_dtype = input.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -72,6 +73,14 @@ class AttentionArguments(NamedTuple):
     @property
     def learned(self) -> Learned[torch.Tensor | None]:
         return Learned(self.bias, self.relative_bias, self.alibi_slopes, self.head_scales, self.sinks)
+
+    def with_learned(self, learned: Sequence[torch.Tensor | None]) -> AttentionArguments:
+        """The same call with these in place of its learned arguments, where they are not None."""
+        start = self._fields.index("bias")
+        fields = list(self)
+        for place, tensor in enumerate(learned, start):
+            fields[place] = fields[place] if tensor is None else tensor
+        return AttentionArguments._make(fields)
 
     @property
     def loads_scores(self) -> bool:
