@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -63,7 +64,7 @@ def _packed_attention() -> tuple[Function, Function]:
         return output
 
     def theirs(q: Tensor) -> Tensor:
-        parts = [q[a:b].transpose(0, 1)[None] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+        parts = [q[a:b].transpose(0, 1)[None] for a, b in pairwise(bounds) if b > a]
         done = [reference.attention(part, part[:, :1], part[:, :1].sin(), causal=True)[0] for part in parts]
         return torch.cat([part[0].transpose(0, 1) for part in done])
 
