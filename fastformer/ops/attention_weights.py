@@ -42,7 +42,7 @@ def attention_weights(
 ) -> Tensor:
     """The weights that `fastformer.attention` gave the keys, before dropout, recomputed: ``exp(scores - lse)``.
 
-    Only the chosen rows of the matrix are ever formed. Not differentiable.
+    Only the chosen rows of the matrix are ever formed. It has no derivative, and says so where a backward reaches it.
 
     Args:
         query, key: as in the call of `attention` (after its norms, if it had any).
