@@ -96,10 +96,11 @@ def test_only_the_chosen_blocks_and_heads_are_recomputed(
     assert asked == [[2]]
 
 
+@torch.no_grad()
 def test_maps_of_decoders_and_encoder_decoders(tokenizer: PreTrainedTokenizerFast) -> None:
     decoder = FastformerForCausalLM(FastformerConfig(**SHAPE, stack="decoder", type_vocab_size=0)).eval()
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
-    expected = decoder(ids, output_attentions=True).attentions[1][0].detach().numpy()
+    expected = decoder(ids, output_attentions=True).attentions[1][0].numpy()
     np.testing.assert_allclose(attention_maps(decoder, tokenizer, TEXT, [1]).weights[0], expected, rtol=0, atol=1e-7)
     config = FastformerConfig(**SHAPE, stack="encoder_decoder", type_vocab_size=0, decoder_start_token_id=0)
     model = FastformerForSeq2SeqLM(config).eval()
