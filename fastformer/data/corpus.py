@@ -22,6 +22,8 @@ Document = list[str]
 _SENTENCE_END = re.compile(r"""(?<=[.!?])["')\]*]*\s+(?=["'(\[*]*[A-Z0-9])|(?<=[\u3002\uff01\uff1f])\s*""")
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|cf|vs|Mr|Mrs|Ms|Dr|Prof|St|No|Fig|Sec|approx|resp)|\b[A-Z])\.$")
 
+_LONGEST_ABBREVIATION = len("approx.")
+
 
 def split_sentences(text: str) -> list[str]:
     """Splits running text into sentences.
@@ -33,8 +35,10 @@ def split_sentences(text: str) -> list[str]:
     sentences: list[str] = []
     begin = 0
     for match in _SENTENCE_END.finditer(text):
-        closed = text[begin : match.end()].strip()
-        if closed and not _ABBREVIATION.search(closed):
+        end = match.end() - len(match[0]) + len(match[0].rstrip())
+        if _ABBREVIATION.search(text, max(begin, end - _LONGEST_ABBREVIATION), end):
+            continue
+        if closed := text[begin:end].strip():
             sentences.append(closed)
             begin = match.end()
     if rest := text[begin:].strip():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 
@@ -70,6 +70,33 @@ class SimilarTexts(NamedTuple):
 
 Example = TypeVar("Example", bound=tuple)
 OtherExample = TypeVar("OtherExample", bound=tuple)
+
+
+class Examples(list[Example]):
+    """Examples of a file, in order.
+
+    Args:
+        located: of each where it is, in words, and itself.
+
+    Attributes:
+        places: of each, where it is.
+    """
+
+    def __init__(self, located: Iterable[tuple[str, Example]] = ()) -> None:
+        super().__init__()
+        self.places: list[str] = []
+        for place, example in located:
+            self.places.append(place)
+            self.append(example)
+
+    def part(self, numbers: Iterable[int]) -> Examples[Example]:
+        """Those of these numbers."""
+        return Examples((self.places[number], self[number]) for number in numbers)
+
+
+def place_of(examples: Sequence[tuple], number: int) -> str:
+    """Where an example is, for an error: in which file and line, or which of the examples."""
+    return examples.places[number] if isinstance(examples, Examples) else f"example {number + 1}"
 
 
 class Splits(NamedTuple, Generic[Example]):

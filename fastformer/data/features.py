@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -271,23 +272,35 @@ def question_features(
         return_offsets_mapping=True,
         return_attention_mask=False,
     )
-    features = []
-    for number, row in enumerate(_rows(encoded)):
-        of_context = [part == 1 for part in encoded.sequence_ids(number)]
-        question = questions[row["overflow_to_sample_mapping"]]
-        feature = _question_feature(row, of_context, question)
-        features.append(_with_matches(feature, question) if mark_matches else feature)
-    return features
+    features = [
+        _question_feature(
+            row, [part == 1 for part in encoded.sequence_ids(number)], questions[row["overflow_to_sample_mapping"]]
+        )
+        for number, row in enumerate(_rows(encoded))
+    ]
+    if not mark_matches:
+        return features
+    return [
+        _with_matches(feature, shared)
+        for number, windows in groupby(features, key=lambda feature: feature.question)
+        for shared in [_shared(questions[number])]
+        for feature in windows
+    ]
 
 
-def _with_matches(feature: QuestionFeature, question: Question) -> QuestionFeature:
-    """With the token type for words that context and question share."""
-    if feature.token_type_ids is None:
-        return feature
+def _shared(question: Question) -> np.ndarray:
+    """Of each character of the context whether it is of a word that the question has too."""
     asked = set(_WORD.findall(question.question.lower()))
     shared = np.zeros(len(question.context), bool)
     for word in _WORD.finditer(question.context):
         shared[word.start() : word.end()] = word[0].lower() in asked
+    return shared
+
+
+def _with_matches(feature: QuestionFeature, shared: np.ndarray) -> QuestionFeature:
+    """With the token type for words that context and question share."""
+    if feature.token_type_ids is None:
+        return feature
     types = [
         MATCH_TYPE if offset is not None and shared[slice(*offset)].any() else kind
         for kind, offset in zip(feature.token_type_ids, feature.offsets, strict=True)

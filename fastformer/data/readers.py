@@ -6,25 +6,32 @@ Errors name the file and the line, what was found there and what is accepted.
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 from xml.etree import ElementTree
 
 from fastformer.data.examples import (
     Answer,
     ClassifiedText,
     Conversation,
+    Examples,
     Message,
     Question,
     SimilarTexts,
     SourceTarget,
     TaggedWords,
 )
-from fastformer.data.sources import decoded_lines, json_object
+from fastformer.data.lines import check_is_file, decoded_lines, json_file, json_object, numbered_lines
+from fastformer.data.parquet import parquet_records
 
 Example = TypeVar("Example", bound=tuple)
+
+# Python's own limit is 131,072 characters.
+csv.field_size_limit((1 << 31) - 1)
 
 ROLES = ("system", "user", "assistant")
 
@@ -45,7 +52,7 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
     splits: dict[str, list[Path]] = {}
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(path for path in folder.iterdir() if not path.is_dir()):
         for split, names in _SPLIT_NAMES.items():
             if any(path.name == name or path.name.startswith((f"{name}.", f"{name}-", f"{name}_")) for name in names):
                 splits.setdefault(split, []).append(path)
@@ -83,45 +90,60 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         if line.strip():
             where = f"{path}, line {number}"
             yield Row(where, json_object(line, where))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    for number, (line, _) in enumerate(decoded_lines(path), start=1):
-        yield number, line
-
-
 def _table_rows(path: Path) -> Iterator[Row]:
+    check_is_file(path)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        yield from _table_rows_of(file, path)
+        try:
+            yield from _records(file, path)
+        except UnicodeDecodeError:
+            for _ in decoded_lines(path):  # says in which line
+                pass
+            raise
 
 
-def _table_rows_of(file: Any, path: Path) -> Iterator[Row]:
+def _records(file: IO[str], path: Path) -> Iterator[Row]:
     if path.suffix.lower() == ".csv":
-        records = csv.reader(file, strict=True)
+        spaced = ", " in file.readline()  # "text, label": the space is no part of the name, nor of what is below it
+        file.seek(0)
+        records = csv.reader(file, strict=True, skipinitialspace=spaced)
     else:
         records = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-    try:
-        header = next(records, None)
-        if header is None:
-            raise ValueError(f"{path} is empty; its first line must name the columns")
-        if _is_cola(header):
-            yield Row(f"{path}, line 1", {"label": header[1], "sentence": header[3]})
-            header = ["", "label", "", "sentence"]
-        for record in records:
-            where = f"{path}, line {records.line_num}"
-            if not record:
-                continue
-            if len(record) != len(header):
-                raise ValueError(f"{where}: found {len(record)} columns, expected {len(header)}: {', '.join(header)}")
-            yield Row(where, dict(zip(header, record, strict=True)))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error.reason}") from error
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {records.line_num}: not CSV: {error}") from error
+    header: list[str] = []
+    while True:
+        where = f"{path}, line {records.line_num + 1}"
+        try:
+            record = next(records, None)
+        except csv.Error as error:
+            raise ValueError(f"{where}: not CSV: {error}") from error
+        if record is None:
+            break
+        if not record:
+            continue
+        if not header:
+            if _is_cola(record):
+                yield Row(where, {"label": record[1], "sentence": record[3]})
+                record = ["", "label", "", "sentence"]
+            header = _column_names(record, where)
+            continue
+        if len(record) != len(header):
+            raise ValueError(f"{where}: found {len(record)} columns, expected {len(header)}: {', '.join(header)}")
+        yield Row(where, dict(zip(header, record, strict=True)))
+    if not header:
+        raise ValueError(f"{path} is empty; its first line must name the columns")
+
+
+def _column_names(header: list[str], where: str) -> list[str]:
+    names = [name.strip() for name in header]
+    for name in names:
+        if name and names.count(name) > 1:
+            raise ValueError(f"{where}: {name!r} names two columns; the first line must give each a name of its own")
+    return names
 
 
 def _is_cola(header: list[str]) -> bool:
@@ -130,49 +152,43 @@ def _is_cola(header: list[str]) -> bool:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is damaged or not parquet: {error}") from error
-    with table:
-        number = 0
-        for batch in table.iter_batches(batch_size=1024):
-            for values in batch.to_pylist():
-                number += 1
-                yield Row(f"{path}, row {number}", values)
+    for number, values in parquet_records(path):
+        yield Row(f"{path}, row {number}", values)
 
 
 def _one_of(row: Row, names: Sequence[str], what: str, required: bool = True) -> Any:
-    """The value of the first of some columns that the row has."""
-    for name in names:
-        if name in row.values:
-            return row.values[name]
-    if required:
+    """The value of the first of some columns that the row has; None where it has none, or says nothing there."""
+    value = next((row.values[name] for name in names if name in row.values), None)
+    if value is None and required:
         found = ", ".join(map(str, row.values)) or "nothing"
-        raise ValueError(f"{row.where}: no {what}; found {found}; accepted are {', '.join(names)}")
-    return None
+        empty = " that is not null" if any(name in row.values for name in names) else ""
+        raise ValueError(f"{row.where}: no {what}{empty}; found {found}; accepted are {', '.join(names)}")
+    return value
 
 
 def _text(row: Row, names: Sequence[str], what: str, required: bool = True) -> Any:
     value = _one_of(row, names, what, required)
-    if value is None and not required:
-        return None
-    return _checked_text(value, row.where, what)
+    return None if value is None else _checked_text(value, row.where, what)
 
 
 def _checked_text(value: Any, where: str, what: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {what} must be a string, found {type(value).__name__}")
+        raise ValueError(f"{where}: {what} must be a string, found {_shown(value)}")
     if not value.strip():
         raise ValueError(f"{where}: {what} is empty")
     return value
 
 
-def _examples(path: Path, rows: Iterator[Row], make: Callable[[Row], Example]) -> list[Example]:
-    examples = [make(row) for row in rows]
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {value!s:.60}"
+
+
+def _examples(path: Path, rows: Iterator[Row], make: Callable[[Row], Example]) -> Examples[Example]:
+    return _some(path, ((row.where, make(row)) for row in rows))
+
+
+def _some(path: Path, located: Iterator[tuple[str, Example]]) -> Examples[Example]:
+    examples = Examples(located)
     if not examples:
         raise ValueError(f"{path} holds no examples")
     return examples
@@ -182,56 +198,71 @@ def _examples(path: Path, rows: Iterator[Row], make: Callable[[Row], Example]) -
 
 _FIRST = ("text", "sentence", "sentence1", "premise", "question1", "#1 String", "question")
 _SECOND = ("text_pair", "sentence2", "hypothesis", "question2", "#2 String")
-_LABEL = ("label", "gold_label", "is_duplicate", "Quality", "label_text")
+_LABEL = ("label", "labels", "gold_label", "is_duplicate", "Quality", "label_text")
 _SCORE = ("score", "similarity_score")
 
 
-def read_classification(path: Path) -> list[ClassifiedText]:
+def read_classification(path: Path, targets: bool = False) -> Examples[ClassifiedText]:
     """Tables and JSON lines with a text, perhaps a second one, and a label (or a score, for regression).
 
-    GLUE's TSV files are read as they are, CoLA's without a header too. Without a label column, as in GLUE's test files,
-    labels are None.
+    GLUE's TSV files are read as they are, CoLA's without a header too. White space round a label is not of it.
+
+    Args:
+        path: the file.
+        targets: whether there must be a label or a score. Without one, as in GLUE's test files, the label is None.
     """
-    return _examples(path, read_rows(path), _classified)
+    return _examples(path, read_rows(path), lambda row: _classified(row, targets))
 
 
-def _classified(row: Row) -> ClassifiedText:
+def _classified(row: Row, targets: bool) -> ClassifiedText:
     first = _text(row, _FIRST, "text column")
     second = _text(row, _SECOND, "second text", required=False)
     if second is None and "question" in row.values and "sentence" in row.values:  # QNLI
         first, second = _text(row, ("question",), "question"), _text(row, ("sentence",), "sentence")
-    score = _one_of(row, _SCORE, "score", required=False)
     label = _one_of(row, _LABEL, "label", required=False)
-    if label is None and score is not None:
-        try:
-            return ClassifiedText(first, second, float(score))
-        except (TypeError, ValueError):
-            raise ValueError(f"{row.where}: score must be a number, found {score!r}") from None
     if label is None:
-        return ClassifiedText(first, second, None)
-    if not isinstance(label, (str, int)) or label == "":
-        raise ValueError(f"{row.where}: label must be a string or a whole number, found {label!r}")
-    return ClassifiedText(first, second, str(label))
+        score = _one_of(row, (*_SCORE, *_LABEL), "label or score", required=targets)
+        return ClassifiedText(first, second, None if score is None else _number(score, row.where))
+    if not isinstance(label, (str, int)) or not str(label).strip():
+        raise ValueError(f"{row.where}: label must be a string or a whole number, found {label!r:.60}")
+    return ClassifiedText(first, second, str(label).strip())
+
+
+def _number(score: Any, where: str) -> float:
+    try:
+        number = math.nan if isinstance(score, bool) else float(score)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{where}: score must be a number, found {score!r:.60}; accepted are finite ones")
+    return number
 
 
 # --- Tagging ----------------------------------------------------------------------------------------------------------
 
 
-def read_tagging(path: Path) -> list[TaggedWords]:
+_BLANKS = re.compile(r"[ \t]+")
+
+
+def read_tagging(path: Path, targets: bool = False) -> Examples[TaggedWords]:
     """CoNLL's columns (a word a line, the tag in the last column, a blank line between sentences), or JSON lines with
     ``tokens`` (or ``words``) and ``tags`` (or ``ner_tags``, ``labels``) as strings.
+
+    Columns of CoNLL are divided by a tab, in a line that has one, or by spaces; any other white space, such as U+00A0,
+    is of a word.
+
+    Args:
+        path: the file.
+        targets: whether there must be tags.
     """
     if path.suffix.lower() in (".jsonl", ".ndjson", ".parquet"):
-        return _examples(path, read_rows(path), _tagged)
-    sentences = list(_conll_sentences(path))
-    if not sentences:
-        raise ValueError(f"{path} holds no examples")
-    return sentences
+        return _examples(path, read_rows(path), lambda row: _tagged(row, targets))
+    return _some(path, _conll_sentences(path))
 
 
-def _tagged(row: Row) -> TaggedWords:
+def _tagged(row: Row, targets: bool) -> TaggedWords:
     words = _strings(row, ("tokens", "words"), "words")
-    tags = _strings(row, ("tags", "ner_tags", "labels"), "tags", required=False)
+    tags = _strings(row, ("tags", "ner_tags", "labels"), "tags", required=targets)
     if tags is not None and len(tags) != len(words):
         raise ValueError(f"{row.where}: found {len(words)} words and {len(tags)} tags; each word has one tag")
     return TaggedWords(words, tags)
@@ -239,88 +270,112 @@ def _tagged(row: Row) -> TaggedWords:
 
 def _strings(row: Row, names: Sequence[str], what: str, required: bool = True) -> Any:
     values = _one_of(row, names, what, required)
-    if values is None and not required:
+    if values is None:
         return None
-    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{row.where}: {what} must be a list of strings, found {str(values)[:60]}")
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) and value for value in values):
+        raise ValueError(f"{row.where}: {what} must be a list of strings, none empty, found {values!s:.60}")
     return tuple(values)
 
 
-def _conll_sentences(path: Path) -> Iterator[TaggedWords]:
-    words: list[str] = []
-    tags: list[str] = []
+def _conll_sentences(path: Path) -> Iterator[tuple[str, TaggedWords]]:
+    for is_sentence, tokens in groupby(_conll_tokens(path), key=lambda token: token is not None):
+        if is_sentence:
+            places, words, tags = zip(*(token for token in tokens if token is not None), strict=True)
+            yield places[0], TaggedWords(words, tags)
+
+
+def _conll_tokens(path: Path) -> Iterator[tuple[str, str, str] | None]:
+    """Of each line where it is, the word and the tag; None between two sentences."""
     columns = 0
-    for number, line in _lines(path):
-        fields = line.split("\t") if "\t" in line else line.split()
-        if not line.strip() or fields[0] == "-DOCSTART-":
-            if words:
-                yield TaggedWords(tuple(words), tuple(tags))
-                words, tags = [], []
+    for number, line in numbered_lines(path):
+        line = line.strip(" \t")  # a line may end in a tab
+        fields = [field.strip(" ") for field in line.split("\t")] if "\t" in line else _BLANKS.split(line)
+        if not line or fields[0] == "-DOCSTART-":
+            yield None
             continue
         columns = columns or len(fields)
         if len(fields) != columns or columns < 2:
-            raise ValueError(
-                f"{path}, line {number}: found {len(fields)} columns, expected "
-                f"{columns if columns > 1 else 'two or more'}: word ... tag"
-            )
-        words.append(fields[0])
-        tags.append(fields[-1])
-    if words:
-        yield TaggedWords(tuple(words), tuple(tags))
+            expected = columns if columns > 1 else "two or more"
+            raise ValueError(f"{path}, line {number}: found {len(fields)} columns, expected {expected}: word ... tag")
+        yield f"{path}, line {number}", fields[0], fields[-1]
 
 
 # --- Question answering -----------------------------------------------------------------------------------------------
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Path, targets: bool = False) -> Examples[Question]:
     """SQuAD 1.1 or 2.0 (JSON), or JSON lines or parquet with ``id``, ``question``, ``context`` and ``answers``
     (``{"text": [...], "answer_start": [...]}``).
+
+    Args:
+        path: the file.
+        targets: whether there must be answers, an empty list of them where the context has none.
     """
-    if path.suffix.lower() != ".json":
-        return _examples(path, read_rows(path), _question)
-    return _examples(path, _squad_rows(path), _question)
+    rows = read_rows(path) if path.suffix.lower() != ".json" else _squad_rows(path)
+    return _examples(path, rows, lambda row: _question(row, targets))
 
 
 def _squad_rows(path: Path) -> Iterator[Row]:
-    text = "\n".join(line for _, line in _lines(path))
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
-    try:
-        for a, article in enumerate(data["data"]):
-            for p, paragraph in enumerate(article["paragraphs"]):
-                for q, asked in enumerate(paragraph["qas"]):
-                    where = f"{path}, data[{a}].paragraphs[{p}].qas[{q}]"
-                    yield Row(where, {**asked, "context": paragraph["context"]})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not SQuAD's layout, data[].paragraphs[].qas[]: no {error}") from error
+    for article, in_article in _members(json_file(path), "data", str(path)):
+        for paragraph, in_paragraph in _members(article, "paragraphs", in_article):
+            context = {"context": paragraph["context"]} if "context" in paragraph else {}
+            for asked, where in _members(paragraph, "qas", in_paragraph):
+                yield Row(where, {**asked, **context})
 
 
-def _question(row: Row) -> Question:
+def _members(parent: Any, name: str, where: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects in a list that an object has under a name, and where each is."""
+    members = parent.get(name) if isinstance(parent, dict) else None
+    if not isinstance(members, list):
+        raise ValueError(f"{where}: not SQuAD's layout, data[].paragraphs[].qas[]: no list {name!r}")
+    for number, member in enumerate(members):
+        place = f"{where}, {name}[{number}]" if name == "data" else f"{where}.{name}[{number}]"
+        if not isinstance(member, dict):
+            raise ValueError(f"{place}: not SQuAD's layout, data[].paragraphs[].qas[]: found {_shown(member)}")
+        yield member, place
+
+
+def _question(row: Row, targets: bool) -> Question:
     context = _text(row, ("context",), "context")
     question = _text(row, ("question",), "question")
     identity = str(_one_of(row, ("id",), "id"))
-    answers = row.values.get("answers")
-    if row.values.get("is_impossible"):
-        return Question(identity, question, context, ())
-    if answers is None:
-        return Question(identity, question, context, None)
+    impossible = row.values.get("is_impossible")
+    if impossible not in (None, True, False):
+        raise ValueError(f"{row.where}: is_impossible must be true or false, found {impossible!r:.60}")
+    given = _one_of(row, ("answers",), "answers", required=targets and not impossible)
+    if given is None:
+        return Question(identity, question, context, () if impossible else None)
+    answers = tuple(_answer(row.where, context, *answer) for answer in _given_answers(given, row.where))
+    if impossible and answers:
+        raise ValueError(f"{row.where}: is_impossible is true, but there is the answer {answers[0].text!r:.60}")
+    return Question(identity, question, context, answers)
+
+
+def _given_answers(answers: Any, where: str) -> list[tuple[Any, Any]]:
+    """The text and start of each, from SQuAD's list of objects or an object of two lists."""
     if isinstance(answers, dict):
-        answers = [
-            {"text": text, "answer_start": start}
-            for text, start in zip(answers.get("text", ()), answers.get("answer_start", ()), strict=True)
-        ]
-    return Question(identity, question, context, tuple(_answer(row, context, answer) for answer in answers))
+        texts, starts = answers.get("text"), answers.get("answer_start")
+        if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts):
+            return list(zip(texts, starts, strict=True))
+    elif isinstance(answers, list) and all(isinstance(answer, dict) for answer in answers):
+        return [(answer.get("text"), answer.get("answer_start")) for answer in answers]
+    raise ValueError(
+        f'{where}: answers must be {{"text": [...], "answer_start": [...]}}, two lists of one length, or a list of '
+        f'{{"text": ..., "answer_start": ...}}; found {answers!s:.80}'
+    )
 
 
-def _answer(row: Row, context: str, answer: Mapping[str, Any]) -> Answer:
-    text, start = answer.get("text"), answer.get("answer_start")
-    if not isinstance(text, str) or not isinstance(start, int):
-        raise ValueError(f"{row.where}: an answer needs text and answer_start; found {str(answer)[:80]}")
-    if context[start : start + len(text)] != text:
-        found = context[start : start + len(text)]
-        raise ValueError(f"{row.where}: the answer {text!r} is not at character {start} of the context, but {found!r}")
+def _answer(where: str, context: str, text: Any, start: Any) -> Answer:
+    if not isinstance(text, str) or not text.strip() or not isinstance(start, int) or isinstance(start, bool):
+        raise ValueError(
+            f"{where}: an answer needs a text that is not empty and a whole number answer_start; found text "
+            f"{text!r:.60}, answer_start {start!r:.60}"
+        )
+    if start < 0:
+        raise ValueError(f"{where}: answer_start must be 0 or more, found {start}")
+    found = context[start : start + len(text)]
+    if found != text:
+        raise ValueError(f"{where}: the answer {text!r} is not at character {start} of the context, but {found!r}")
     return Answer(text, start)
 
 
@@ -330,42 +385,49 @@ _DOCUMENT = ("document", "article", "source", "text")
 _SUMMARY = ("summary", "highlights", "target")
 
 
-def read_summaries(path: Path) -> list[SourceTarget]:
+def read_summaries(path: Path, targets: bool = False) -> Examples[SourceTarget]:
     """Tables and JSON lines with ``document`` (or ``article``, ``source``, ``text``) and ``summary`` (or
     ``highlights``, ``target``), or a file ``NAME.source`` beside ``NAME.target`` with a text a line, as XSum is handed
     on.
+
+    Args:
+        path: the file.
+        targets: whether there must be summaries.
     """
     if path.suffix == ".source":
         return _parallel(path, path.with_suffix(".target"))
     return _examples(
         path,
         read_rows(path),
-        lambda row: SourceTarget(_text(row, _DOCUMENT, "document"), _text(row, _SUMMARY, "summary", required=False)),
+        lambda row: SourceTarget(_text(row, _DOCUMENT, "document"), _text(row, _SUMMARY, "summary", targets)),
     )
 
 
-def read_translations(path: Path, source: str, target: str) -> list[SourceTarget]:
+def read_translations(path: Path, source: str, target: str, targets: bool = False) -> Examples[SourceTarget]:
     """Translations from one language into another, whose codes are those in the file.
 
     Accepted are WMT's parallel files (``NAME.de`` beside ``NAME.en``, a sentence a line; `path` is the one of the
     source language), JSON lines or parquet with ``{"translation": {"de": ..., "en": ...}}`` or with the codes as
     fields, TSV with the codes in its first line, and TMX.
+
+    Args:
+        path: the file.
+        source, target: the languages.
+        targets: whether there must be translations.
     """
-    suffix = path.suffix.lower()
     if path.suffix == f".{source}":
         return _parallel(path, path.with_suffix(f".{target}"))
-    if suffix == ".tmx":
-        return _examples(path, _tmx_rows(path), lambda row: _translation(row, source, target))
-    return _examples(path, read_rows(path), lambda row: _translation(row, source, target))
+    rows = read_rows(path) if path.suffix.lower() != ".tmx" else _tmx_rows(path)
+    return _examples(path, rows, lambda row: _translation(row, source, target, targets))
 
 
-def _translation(row: Row, source: str, target: str) -> SourceTarget:
+def _translation(row: Row, source: str, target: str, targets: bool) -> SourceTarget:
     values = row.values.get("translation", row.values)
     if not isinstance(values, dict):
         raise ValueError(f"{row.where}: translation must be an object, found {type(values).__name__}")
     row = Row(row.where, values)
     return SourceTarget(
-        _text(row, (source,), f"text in {source!r}"), _text(row, (target,), f"text in {target!r}", required=False)
+        _text(row, (source,), f"text in {source!r}"), _text(row, (target,), f"text in {target!r}", targets)
     )
 
 
@@ -373,6 +435,7 @@ _XML_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 
 
 def _tmx_rows(path: Path) -> Iterator[Row]:
+    check_is_file(path)
     number = 0
     try:
         for _, element in ElementTree.iterparse(path):
@@ -386,33 +449,36 @@ def _tmx_rows(path: Path) -> Iterator[Row]:
             }
             yield Row(f"{path}, unit {number}", texts)
             element.clear()
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two of its encoding
         raise ValueError(f"{path}: not TMX: {error}") from error
 
 
-def _parallel(source: Path, target: Path) -> list[SourceTarget]:
+def _parallel(source: Path, target: Path) -> Examples[SourceTarget]:
+    check_is_file(source)
     if not target.exists():
         raise FileNotFoundError(f"{source} needs {target.name} beside it, with as many lines")
-    sources, targets = ([line for _, line in _lines(path)] for path in (source, target))
+    sources, targets = ([line for _, line in numbered_lines(path)] for path in (source, target))
     if len(sources) != len(targets):
         raise ValueError(
             f"{source} has {len(sources)} lines, but {target} has {len(targets)}; line n translates line n"
         )
-    pairs = []
+    return _some(source, _pairs(source, target, sources, targets))
+
+
+def _pairs(
+    source: Path, target: Path, sources: Sequence[str], targets: Sequence[str]
+) -> Iterator[tuple[str, SourceTarget]]:
     for number, (text, other) in enumerate(zip(sources, targets, strict=True), start=1):
         if bool(text.strip()) != bool(other.strip()):
             raise ValueError(f"{source if not text.strip() else target}, line {number}: empty, while its pair is not")
         if text.strip():
-            pairs.append(SourceTarget(text, other))
-    if not pairs:
-        raise ValueError(f"{source} holds no examples")
-    return pairs
+            yield f"{source}, line {number}", SourceTarget(text, other)
 
 
 # --- Conversations ----------------------------------------------------------------------------------------------------
 
 
-def read_conversations(path: Path) -> list[Conversation]:
+def read_conversations(path: Path) -> Examples[Conversation]:
     """JSON lines or parquet with ``messages`` (``[{"role": "user", "content": ...}, ...]``, roles system, user and
     assistant), or with ``prompt`` (or ``instruction``, perhaps with ``input``) and ``completion`` (or ``response``,
     ``output``).
@@ -423,13 +489,16 @@ def read_conversations(path: Path) -> list[Conversation]:
 def _conversation(row: Row) -> Conversation:
     if "messages" not in row.values:
         prompt = _text(row, ("prompt", "instruction"), "messages or prompt")
-        if (further := row.values.get("input")) and isinstance(further, str):
+        further = row.values.get("input")
+        if not isinstance(further, str | None):
+            raise ValueError(f"{row.where}: input must be a string, found {_shown(further)}")
+        if further:
             prompt = f"{prompt}\n\n{further}"
         completion = _text(row, ("completion", "response", "output"), "completion")
         return Conversation((Message("user", prompt), Message("assistant", completion)))
     given = row.values["messages"]
     if not isinstance(given, list) or not given:
-        raise ValueError(f"{row.where}: messages must be a list of at least one, found {str(given)[:60]}")
+        raise ValueError(f"{row.where}: messages must be a list of at least one, found {given!s:.60}")
     messages = tuple(_message(row, number, message) for number, message in enumerate(given))
     if not any(message.role == "assistant" for message in messages):
         raise ValueError(f"{row.where}: no message of the assistant; there is nothing to learn")
@@ -439,7 +508,7 @@ def _conversation(row: Row) -> Conversation:
 def _message(row: Row, number: int, message: Any) -> Message:
     where = f"{row.where}, messages[{number}]"
     if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-        raise ValueError(f"{where}: a message needs role and content; found {str(message)[:60]}")
+        raise ValueError(f"{where}: a message needs role and content; found {message!s:.60}")
     if message["role"] not in ROLES:
         raise ValueError(f"{where}: role {message['role']!r}; accepted are {', '.join(ROLES)}")
     return Message(message["role"], _checked_text(message["content"], where, "content"))
@@ -448,7 +517,7 @@ def _message(row: Row, number: int, message: Any) -> Message:
 # --- Similar texts ----------------------------------------------------------------------------------------------------
 
 
-def read_similar(path: Path) -> list[SimilarTexts]:
+def read_similar(path: Path) -> Examples[SimilarTexts]:
     """Tables and JSON lines with ``anchor`` (or ``query``, ``sentence1``, ``text``), ``positive`` (or ``sentence2``,
     ``pos``) and, if you have one, ``negative`` (or ``neg``).
     """

@@ -6,16 +6,16 @@ Memory does not grow with a source, whatever its size: no source is ever read wh
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TEXT_COLUMN = "text"
+from fastformer.data.lines import check_is_file, decoded_lines, json_object, lines_before
+from fastformer.data.parquet import parquet_records
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+TEXT_COLUMN = "text"
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ def _files(path: Path) -> Iterator[Path]:
     if not path.is_dir() or (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         yield path
         return
+    if path.is_symlink() and path.resolve() in path.parent.resolve().joinpath("x").parents:
+        raise ValueError(f"{path} is a link to a folder that it is in: its files would be read again and again")
     below = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
     if not below:
         raise ValueError(f"{path} is an empty folder")
@@ -106,6 +108,7 @@ def _file(path: Path) -> Source:
         reader = _READERS[path.suffix.lower()]
     except KeyError:
         raise ValueError(f"{path}: unknown suffix {path.suffix!r}; accepted are {', '.join(_READERS)}") from None
+    check_is_file(path)
     return Source(str(path), _signature(path), lambda start: reader(path, start))
 
 
@@ -115,30 +118,6 @@ def _signature(path: Path) -> str:
 
 
 # --- Lines ------------------------------------------------------------------------------------------------------------
-
-
-def decoded_lines(path: Path, start: int = 0) -> Iterator[tuple[str, int]]:
-    """Each line of a UTF-8 file from a byte on, without its end, and the byte after it.
-
-    Lines end at line feeds alone: U+2028 and its like may stand unescaped inside a JSON string.
-
-    Raises:
-        ValueError: the file is not UTF-8, naming the byte.
-    """
-    with open(path, "rb") as file:
-        file.seek(start)
-        begin = start
-        for line in file:
-            end = begin + len(line)
-            if begin == 0 and line.startswith(_BYTE_ORDER_MARK):
-                line = line[len(_BYTE_ORDER_MARK) :]
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                place = end - len(line) + error.start
-                raise ValueError(f"{path}: not UTF-8 at byte {place}: {error.reason}") from error
-            yield text.removesuffix("\n").removesuffix("\r"), end
-            begin = end
 
 
 def _read_text(path: Path, start: int) -> Iterator[tuple[str, int]]:
@@ -155,61 +134,23 @@ def _read_text(path: Path, start: int) -> Iterator[tuple[str, int]]:
 
 
 def _read_json_lines(path: Path, start: int) -> Iterator[tuple[str, int]]:
-    number = _lines_before(path, start)
+    number = lines_before(path, start)
     for line, end in decoded_lines(path, start):
         number += 1
         if not line.strip():
             continue
         record = json_object(line, f"{path}, line {number}")
         if TEXT_COLUMN not in record:
-            raise ValueError(f"{path}, line {number}: no {TEXT_COLUMN!r} field; found {', '.join(record)}")
+            raise ValueError(f"{path}, line {number}: no {TEXT_COLUMN!r} field; found {', '.join(record) or 'none'}")
         yield _checked(record[TEXT_COLUMN], f"{path}, line {number}"), end
-
-
-def json_object(line: str, where: str) -> dict[str, Any]:
-    """The object that a line of JSON is. Raises ValueError, beginning with `where`, if it is none."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, found a {type(record).__name__}")
-    return record
-
-
-def _lines_before(path: Path, position: int) -> int:
-    count = 0
-    with open(path, "rb") as file:
-        while position > 0 and (block := file.read(min(position, 1 << 20))):
-            count += block.count(b"\n")
-            position -= len(block)
-    return count
 
 
 # --- Tables -----------------------------------------------------------------------------------------------------------
 
 
 def _read_parquet(path: Path, start: int) -> Iterator[tuple[str, int]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is damaged or not parquet: {error}") from error
-    with table:
-        _check_text_column(table.schema_arrow.names, str(path))
-        row = 0
-        for group in range(table.num_row_groups):
-            rows = table.metadata.row_group(group).num_rows
-            if row + rows <= start:  # a group before the start is not even read
-                row += rows
-                continue
-            for batch in table.iter_batches(batch_size=1024, row_groups=[group], columns=[TEXT_COLUMN]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    if row > start:
-                        yield _checked(text, f"{path}, row {row}"), row
+    for row, text in parquet_records(path, start, TEXT_COLUMN):
+        yield _checked(text, f"{path}, row {row}"), row
 
 
 def _saved_dataset(path: Path) -> Source:

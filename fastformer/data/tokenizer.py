@@ -28,6 +28,8 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 _FORMAT = 2
+_LONGEST_WORD = 1024
+"""Bytes of a word that merges are counted in: a run of letters, or of spaces, is one word, however long it is."""
 
 
 class _Kind(NamedTuple):
@@ -100,7 +102,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, objective: Objective 
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE(unk_token=kind.named.get("unk_token")))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # The time of training grows with the square of the longest word: a file of bases would never be done.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(length=_LONGEST_WORD)])
     tokenizer.decoder = decoders.ByteLevel()
     mask = kind.named.get("mask_token")
     trainer = trainers.BpeTrainer(
@@ -113,6 +117,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, objective: Objective 
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = words
     placed = [token for token in kind.special_tokens if f"{token}:" in kind.pair + kind.single]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=kind.single, pair=kind.pair, special_tokens=[(token, tokenizer.token_to_id(token)) for token in placed]

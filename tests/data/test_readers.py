@@ -202,7 +202,7 @@ def translations(path):
         (read_tagging, "a.jsonl", '{"tokens": ["a"], "tags": []}', "line 1: tags must be a list of strings"),
         (read_tagging, "a.jsonl", '{"tokens": ["a", "b"], "tags": ["O"]}', "found 2 words and 1 tags"),
         (read_questions, "a.json", '{"data": [}', "line 1: not JSON"),
-        (read_questions, "a.json", '{"data": [{}]}', r"not SQuAD's layout, data\[\]..*no 'paragraphs'"),
+        (read_questions, "a.json", '{"data": [{}]}', r"data\[0\]: not SQuAD's layout, data\[\]..*no list 'paragraphs'"),
         (
             read_questions,
             "a.jsonl",

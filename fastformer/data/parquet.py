@@ -1,0 +1,48 @@
+"""Parquet files record by record; what is damaged is refused with the file and the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastformer.data.lines import check_is_file
+
+_ROWS = 1024
+"""Read at once."""
+
+
+def parquet_records(path: Path, start: int = 0, column: str | None = None) -> Iterator[tuple[int, Any]]:
+    """The number of each record from one on, counted from 1, and its values by column, or the value of one `column`.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, it is damaged or not parquet, or has no such column.
+    """
+    check_is_file(path)
+    import pyarrow
+
+    try:
+        yield from _records(path, start, column)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged or not parquet: {error}") from error
+
+
+def _records(path: Path, start: int, column: str | None) -> Iterator[tuple[int, Any]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as table:
+        names = table.schema_arrow.names
+        if column is not None and column not in names:
+            raise ValueError(f"{path}: no {column!r} column; found {', '.join(names)}")
+        number = 0
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if number + rows <= start:  # a group before the start is not even read
+                number += rows
+                continue
+            columns = None if column is None else [column]
+            for batch in table.iter_batches(batch_size=_ROWS, row_groups=[group], columns=columns):
+                for values in batch.to_pylist():
+                    number += 1
+                    if number > start:
+                        yield number, values if column is None else values[column]
