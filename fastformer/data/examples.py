@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
@@ -92,6 +93,16 @@ class Examples(list[Example]):
     def part(self, numbers: Iterable[int]) -> Examples[Example]:
         """Those of these numbers."""
         return Examples((self.places[number], self[number]) for number in numbers)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The names of classes or tags, each once: by value where all of them are numbers, otherwise by letter."""
+    distinct = sorted(set(names))
+    try:
+        values = {name: float(name) for name in distinct}
+    except ValueError:
+        return distinct
+    return sorted(distinct, key=values.__getitem__) if all(map(math.isfinite, values.values())) else distinct
 
 
 def place_of(examples: Sequence[tuple], number: int) -> str:

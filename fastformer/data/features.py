@@ -19,10 +19,13 @@ import numpy as np
 from fastformer.data.examples import (
     ClassifiedText,
     Conversation,
+    Examples,
     Question,
     SimilarTexts,
     SourceTarget,
     TaggedWords,
+    in_order,
+    place_of,
 )
 from fastformer.data.objectives import IGNORE_INDEX
 
@@ -118,22 +121,35 @@ def _warn_of_cut(count: int, total: int, max_length: int) -> None:
 
 
 def label_names(examples: Sequence[ClassifiedText]) -> list[str] | None:
-    """The classes of examples, sorted; None if the labels are numbers, for regression.
+    """The classes of examples in their order: numbers by value, other names by letter; None for regression.
 
     Raises:
         ValueError: there are no labels, fewer than two classes, or both names and numbers.
     """
-    labels = {example.label for example in examples}
-    if None in labels:
-        raise ValueError("some examples have no label; training needs one of each")
-    numbers = {label for label in labels if isinstance(label, float)}
-    if numbers:
-        if numbers != labels:
-            raise ValueError("some labels are numbers and some are names; give all of one kind")
+    names = set()
+    for number, example in enumerate(examples):
+        if example.label is None:
+            raise ValueError(f"{place_of(examples, number)}: no label; training needs one of each example")
+        if isinstance(example.label, float) != isinstance(examples[0].label, float):
+            first, other = ("a class", "a score") if isinstance(example.label, float) else ("a score", "a class")
+            raise ValueError(
+                f"{place_of(examples, number)}: {other}, {example.label!r}, where {place_of(examples, 0)} has {first}; "
+                "give all of one kind"
+            )
+        names.add(example.label)
+    if examples and isinstance(examples[0].label, float):
         return None
-    if len(labels) < 2:
-        raise ValueError(f"classification needs at least two classes, got {', '.join(map(str, labels)) or 'none'}")
-    return sorted(str(label) for label in labels)
+    if len(names) < 2:
+        raise ValueError(f"classification needs at least two classes, got {', '.join(map(str, names)) or 'none'}")
+    return in_order(map(str, names))
+
+
+def without_hidden_labels(examples: Examples[ClassifiedText], names: Sequence[str]) -> Examples[ClassifiedText]:
+    """Test examples in which -1 stands for a label that is not told, as in GLUE's from the library `datasets`."""
+    if "-1" in names:
+        return examples
+    shown = (example._replace(label=None) if example.label == "-1" else example for example in examples)
+    return Examples(zip(examples.places, shown, strict=True))
 
 
 def classification_features(
@@ -147,20 +163,24 @@ def classification_features(
     Raises:
         ValueError: a label is not among the names, or some examples have a second text and some not.
     """
-    pairs = {example.second is not None for example in examples}
-    if len(pairs) > 1:
-        raise ValueError("some examples have a second text and some have not; give all of one kind")
+    for number, example in enumerate(examples):
+        if (example.second is None) != (examples[0].second is None):
+            one, other = ("no second text", "one") if example.second is None else ("a second text", "none")
+            raise ValueError(
+                f"{place_of(examples, number)}: {one}, where {place_of(examples, 0)} has {other}; give all of one kind"
+            )
     texts = [(example.text, example.second) if example.second is not None else example.text for example in examples]
     numbers = {name: number for number, name in enumerate(names or ())}
-    rows = _cut(tokenizer, texts, max_length)
-    return [_feature(row, _class(example.label, numbers)) for row, example in zip(rows, examples, strict=True)]
+    labels = [_class(example.label, numbers, place_of(examples, n)) for n, example in enumerate(examples)]
+    return [_feature(*pair) for pair in zip(_cut(tokenizer, texts, max_length), labels, strict=True)]
 
 
-def _class(label: str | float | None, numbers: dict[str, int]) -> Label:
+def _class(label: str | float | None, numbers: dict[str, int], place: str) -> Label:
     if label is None or (isinstance(label, float) and not numbers):
         return label
     if str(label) not in numbers:
-        raise ValueError(f"label {label!r} is not among the classes {', '.join(numbers)}")
+        accepted = f"the classes {', '.join(numbers)}" if numbers else "numbers, in a column score"
+        raise ValueError(f"{place}: label {label!r} is not among those known from training; accepted are {accepted}")
     return numbers[str(label)]
 
 
@@ -180,10 +200,11 @@ def similarity_features(
 
 
 def tag_names(examples: Sequence[TaggedWords]) -> list[str]:
-    """The tags of examples, sorted. Raises ValueError where one has none."""
-    if any(example.tags is None for example in examples):
-        raise ValueError("some examples have no tags; training needs one for each word")
-    return sorted({tag for example in examples for tag in example.tags or ()})
+    """The tags of examples in their order. Raises ValueError where one has none."""
+    for number, example in enumerate(examples):
+        if example.tags is None:
+            raise ValueError(f"{place_of(examples, number)}: no tags; training needs one for each word")
+    return in_order(tag for example in examples for tag in example.tags or ())
 
 
 def tagging_features(
@@ -195,8 +216,12 @@ def tagging_features(
         ValueError: a tag is not among the names.
     """
     numbers = {name: number for number, name in enumerate(names)}
-    if unknown := {tag for example in examples for tag in example.tags or ()} - set(names):
-        raise ValueError(f"tags {', '.join(sorted(unknown))} are not among {', '.join(names)}")
+    for number, example in enumerate(examples):
+        if unknown := set(example.tags or ()) - numbers.keys():
+            raise ValueError(
+                f"{place_of(examples, number)}: tags {', '.join(sorted(unknown))} are not among {', '.join(names)}, "
+                "the tags known from training"
+            )
     texts = [" ".join(example.words) for example in examples]
     rows = _cut(tokenizer, texts, max_length, return_offsets_mapping=True, return_special_tokens_mask=True)
     return [_tagging_feature(row, example, numbers) for row, example in zip(rows, examples, strict=True)]
@@ -256,11 +281,12 @@ def question_features(
         ValueError: a question is too long to leave room for `stride` tokens of context and one more.
     """
     special = tokenizer.num_special_tokens_to_add(pair=True)
-    for question, length in zip(questions, _question_lengths(questions, tokenizer), strict=True):
+    for number, length in enumerate(_question_lengths(questions, tokenizer)):
         if max_length - special - length <= stride:
             raise ValueError(
-                f"question {question.id!r} has {length} tokens: with max_length={max_length} that leaves no room for "
-                f"more than stride={stride} tokens of context; raise max_length or lower stride"
+                f"{place_of(questions, number)}: question {questions[number].id!r} has {length} tokens: with "
+                f"max_length={max_length} that leaves no room for more than stride={stride} tokens of context; raise "
+                "max_length or lower stride"
             )
     encoded = tokenizer(
         [question.question for question in questions],
@@ -475,7 +501,7 @@ def conversation_features(
         ValueError: the template cannot be followed message by message, or no conversation has an answer within
             `max_length`.
     """
-    rendered = [_render(example, tokenizer) for example in examples]
+    rendered = [_render(example, tokenizer, place_of(examples, number)) for number, example in enumerate(examples)]
     rows = _rows(
         tokenizer(
             [text for text, _ in rendered],
@@ -499,39 +525,44 @@ def conversation_features(
     return with_answer
 
 
-def _render(example: Conversation, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[tuple[int, int]]]:
+def _render(example: Conversation, tokenizer: PreTrainedTokenizerFast, place: str) -> tuple[str, list[tuple[int, int]]]:
     """The text, and from where to where the assistant speaks."""
     messages = [message._asdict() for message in example.messages]
-    whole = _template(tokenizer, messages, prompt=False)
+    whole = _template(tokenizer, messages, place, prompt=False)
     spans = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _template(tokenizer, messages[:number], prompt=True)
-        after = _template(tokenizer, messages[: number + 1], prompt=False)
+        before = _template(tokenizer, messages[:number], place, prompt=True)
+        after = _template(tokenizer, messages[: number + 1], place, prompt=False)
         if not whole.startswith(before) or not whole.startswith(after):
             raise ValueError(
-                "the tokenizer's chat template writes a conversation differently when it goes on, so what the "
-                "assistant says cannot be found in it; set another chat_template, such as CHAT_TEMPLATE"
+                f"{place}: the tokenizer's chat template writes a conversation differently when it goes on, so what "
+                "the assistant says cannot be found in it; set another chat_template, such as CHAT_TEMPLATE"
             )
         spans.append((len(before), len(after.rstrip("\n"))))
     return whole, spans
 
 
-def _template(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], prompt: bool) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            messages,
+def _template(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], place: str, prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        # As a batch of one: a conversation without a message, before the assistant's first, is refused alone.
+        texts: Any = tokenizer.apply_chat_template(
+            [messages],
             chat_template=tokenizer.chat_template or CHAT_TEMPLATE,
             tokenize=False,
             add_generation_prompt=prompt,
         )
-    )
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"{place}: not accepted by the tokenizer's chat template: {error}") from error
+    return str(texts[0])
 
 
-def prompt_ids(example: Conversation, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The tokens after which the assistant speaks next."""
-    text = _template(tokenizer, [message._asdict() for message in example.messages], prompt=True)
+def prompt_ids(example: Conversation, tokenizer: PreTrainedTokenizerFast, place: str = "the conversation") -> list[int]:
+    """The tokens after which the assistant speaks next; `place` is where the conversation is, for errors."""
+    text = _template(tokenizer, [message._asdict() for message in example.messages], place, prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

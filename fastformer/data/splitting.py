@@ -1,17 +1,22 @@
-"""Which documents are held out: a function of their text alone, so that no copy of one is on the other side."""
+"""Which documents and examples are held out: a function of them alone, so that no copy of one is on the other side."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from array import array
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastformer.data.corpus import Document
+from fastformer.data.examples import Examples, Splits
+
+Example = TypeVar("Example", bound=tuple)
 
 _KEYS = 1 << 64
 _TOKENIZER_TRAINING_CHARACTERS = 1 << 28
@@ -92,3 +97,70 @@ def _heldout_below(keys: NDArray[np.uint64], heldout_fraction: float) -> int:
 def _check_fraction(heldout_fraction: float) -> None:
     if not 0 <= heldout_fraction < 1:
         raise ValueError(f"heldout_fraction must be in [0, 1), got {heldout_fraction}")
+
+
+# --- Labelled examples ------------------------------------------------------------------------------------------------
+
+_TRAIN, _VALIDATION, _TEST = range(3)
+_PARTS = 10
+
+
+def split_examples(examples: Examples[Example], names: Callable[[Example], Collection[str]]) -> Splits[Example]:
+    """Splits examples by a hash of each: 8 parts in 10 to train on, 1 to choose by, 1 to judge by.
+
+    Then some change sides, so that each class or tag is among those to train on and, where there are enough examples of
+    it, on both other sides. Copies of an example stay together.
+
+    Args:
+        examples: of one file or several.
+        names: the classes or tags of an example.
+
+    Raises:
+        ValueError: a side has no example.
+    """
+    copies: dict[int, list[int]] = {}
+    for number, example in enumerate(examples):
+        copies.setdefault(document_key(repr(example)), []).append(number)
+    sides = _balanced(
+        {key: max(key % _PARTS - (_PARTS - 3), _TRAIN) for key in copies},
+        {key: {"", *names(examples[numbers[0]])} for key, numbers in copies.items()},  # "" is of every example
+    )
+    parts: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for key, numbers in copies.items():
+        parts[sides[key]].extend(numbers)
+    if not all(parts):
+        raise ValueError(
+            f"{len(copies)} different examples are too few to train on some, choose by others and judge by the rest, "
+            "with every class or tag among the first; give more, or a folder with files train, validation and test"
+        )
+    return Splits(*(examples.part(sorted(part)) for part in parts))
+
+
+def _balanced(sides: dict[int, int], names: dict[int, set[str]]) -> dict[int, int]:
+    """The sides of examples, some moved: to where none has one of their names, from where others have it too."""
+    of_name: dict[str, list[int]] = {}
+    for key, of_one in names.items():
+        for name in of_one:
+            of_name.setdefault(name, []).append(key)
+    counts = [Counter[str](), Counter[str](), Counter[str]()]
+    for key, side in sides.items():
+        counts[side].update(names[key])
+    rare_first = sorted(of_name, key=lambda name: (len(of_name[name]), name))
+    for wanted in (_TRAIN, _VALIDATION, _TEST):
+        for name in rare_first:
+            if counts[wanted][name]:
+                continue
+            for key in of_name[name]:
+                side = sides[key]
+                if wanted == _TRAIN or all(counts[side][of_one] > 1 for of_one in names[key]):
+                    counts[side].subtract(names[key])
+                    counts[wanted].update(names[key])
+                    sides[key] = wanted
+                    break
+    if alone := [name for name in rare_first if not counts[_VALIDATION][name] and not counts[_TEST][name] and name]:
+        warnings.warn(
+            f"too few examples have {', '.join(alone[:5])}{' ...' * (len(alone) > 5)}: all of them are trained on, and "
+            "nothing tells how well that is learnt",
+            stacklevel=3,
+        )
+    return sides

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastformer.data.examples import in_order
 from fastformer.data.files import atomic_file
 from fastformer.evaluation.checks import check_as_many
 
@@ -39,7 +40,7 @@ def class_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict
     from sklearn.metrics import precision_recall_fscore_support
 
     check_as_many(predictions, references)
-    names = sorted({*predictions, *references})
+    names = in_order({*predictions, *references})
     columns = precision_recall_fscore_support(references, predictions, labels=names, zero_division=0)
     keys = ("precision", "recall", "f1", "references")
     return {
@@ -72,7 +73,7 @@ def draw_confusion(predictions: Sequence[str], references: Sequence[str], path: 
     from sklearn.metrics import confusion_matrix
 
     check_as_many(predictions, references)
-    names = sorted({*predictions, *references})
+    names = in_order({*predictions, *references})
     counts = confusion_matrix(references, predictions, labels=names)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = 2.5 + 0.7 * len(names)

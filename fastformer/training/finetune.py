@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -16,12 +17,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoConfig, AutoTokenizer
 
-from fastformer.data.defaults import split_by
-from fastformer.data.examples import Splits
+from fastformer.data.examples import Examples, Splits, place_of
 from fastformer.data.files import atomic_file
 from fastformer.data.readers import find_splits
 from fastformer.data.sets import DEFAULT_SETS, SETS, load_set
 from fastformer.data.shapes import FewShapes
+from fastformer.data.splitting import split_examples
 from fastformer.data.tokenizer import train_tokenizer
 from fastformer.extras import require
 from fastformer.models import PRESETS, FastformerConfig
@@ -289,9 +290,10 @@ def _prepare(task: Task, options: Namespace) -> _Prepared:
     texts = TextOptions(**options.text.as_dict())
     kind = RECIPES[task]
     examples = load_examples(task, options.data, texts, options.cache_dir)
-    if options.max_train_examples is not None:
-        examples = examples._replace(train=_drawn(examples.train, options.max_train_examples, options.seed))
     labels = kind.label_names(examples.train)
+    if options.max_train_examples is not None:
+        drawn = _drawn(cast(Examples[Any], examples.train), options.max_train_examples, options.seed)
+        examples = examples._replace(train=drawn)
     if task == "classify" and labels is None:
         labels = ["value"]  # one output is a regression's
     model_folder = _model_folder(task, options)
@@ -311,7 +313,22 @@ def _prepare(task: Task, options: Namespace) -> _Prepared:
         start.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     recipe = recipe_for(task, start, texts, tokenizer)
     train, validation = recipe.features(examples.train), recipe.features(examples.validation)
+    _check_test(recipe, examples.test)
     return _Prepared(examples, start, recipe, train, validation, source)
+
+
+def _check_test(recipe: Recipe, test: Sequence[Any]) -> None:
+    """What would be found after training is found before it."""
+    recipe.check(test)
+    known = [bool(recipe.reference(example)) for example in test]
+    if not any(known):
+        warnings.warn("no test example says what is right: all are predicted, and nothing is measured", stacklevel=2)
+    elif not all(known):
+        without, told = known.index(False), known.index(True)
+        raise ValueError(
+            f"{place_of(test, without)}: this test example does not say what is right, where {place_of(test, told)} "
+            "does; give it for all or for none"
+        )
 
 
 def _data(prepared: _Prepared, module: FineTuning, options: Namespace) -> FineTuningData:
@@ -348,29 +365,44 @@ def load_examples(task: Task, data: str, options: TextOptions, cache_dir: str | 
     if data in SETS:
         if SETS[data].task != task:
             raise ValueError(f"--data {data} is for {SETS[data].task}, not for {task}; there are {_sets(task)}")
-        return load_set(data, cache_dir, options.languages[1])
+        return Splits(*(_of_set(data, part) for part in load_set(data, cache_dir, options.languages[1])))
     path = Path(data)
     if not path.exists():
         raise FileNotFoundError(f"--data {data} is neither a set ({', '.join(_sets(task))}) nor a file or folder")
     files = find_splits(path) if path.is_dir() else {"train": [path]}
-    read = {
-        split: [example for file in found for example in RECIPES[task].read(file, options)]
-        for split, found in files.items()
-    }
+    read = {split: _read(task, found, options, targets=split != "test") for split, found in files.items()}
+    kind = RECIPES[task]
+    if "test" in read:
+        read["test"] = kind.to_predict(read["test"], kind.label_names(read["train"]))
     if "validation" in read and "test" in read:
         return Splits(read["train"], read["validation"], read["test"])
-    drawn = split_by(read["train"], repr)
+    try:
+        drawn = split_examples(read["train"], kind.names)
+    except ValueError as error:
+        raise ValueError(f"--data {data}: {error}") from error
     if "validation" not in read and "test" not in read:
         return drawn
-    kept = [*drawn.train, *(drawn.test if "test" in read else drawn.validation)]
+    kept = _joined([drawn.train, drawn.test if "test" in read else drawn.validation])
     return Splits(kept, read.get("validation", drawn.validation), read.get("test", drawn.test))
 
 
-def _drawn(examples: Sequence[Any], count: int, seed: int) -> list[Any]:
+def _of_set(name: str, part: Sequence[Any]) -> Examples[Any]:
+    return Examples((f"{name}, example {number}", example) for number, example in enumerate(part, 1))
+
+
+def _read(task: Task, files: Sequence[Path], options: TextOptions, targets: bool) -> Examples[Any]:
+    return _joined([RECIPES[task].read(file, options, targets) for file in files])
+
+
+def _joined(parts: Sequence[Any]) -> Examples[Any]:
+    return Examples(pair for part in parts for pair in zip(part.places, part, strict=True))
+
+
+def _drawn(examples: Examples[Any], count: int, seed: int) -> Examples[Any]:
     """At most `count` examples, without repetition."""
     if count < 1:
         raise ValueError(f"--max_train_examples must be at least 1; got {count}")
-    return random.Random(seed).sample(list(examples), min(count, len(examples)))
+    return examples.part(random.Random(seed).sample(range(len(examples)), min(count, len(examples))))
 
 
 def _model_folder(task: Task, options: Namespace) -> Path | None:

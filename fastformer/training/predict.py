@@ -40,6 +40,7 @@ def main(arguments: list[str], begin: float) -> None:
     task, texts = _of_run(Path(options.run))
     if options.beams is not None:
         texts["beams"] = options.beams
+    examples = RECIPES[task].read(Path(options.data), TextOptions(**texts))  # before the model: it may be refused
     predictor = Predictor.load(
         run_folder(Path(options.run)).model,
         task,
@@ -47,7 +48,7 @@ def main(arguments: list[str], begin: float) -> None:
         options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         options.tokens_per_batch,
     )
-    examples = RECIPES[task].read(Path(options.data), predictor.recipe.options)
+    examples = predictor.recipe.to_predict(examples, predictor.recipe.labels)
     write_predictions(Path(options.out), predictor.recipe.lines(predictor(examples), examples))
     print(f"{len(examples):,} predictions in {options.out}", file=sys.stderr)
 

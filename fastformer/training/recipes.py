@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastformer.data import readers
 from fastformer.data.collation import collate, collate_pairs, collate_similar
+from fastformer.data.examples import Examples, place_of
 from fastformer.data.features import (
     MATCH_TYPE,
     best_answers,
@@ -28,6 +29,7 @@ from fastformer.data.features import (
     similarity_features,
     tag_names,
     tagging_features,
+    without_hidden_labels,
     word_tags,
 )
 from fastformer.data.objectives import IGNORE_INDEX
@@ -102,13 +104,27 @@ class Recipe(ABC):
 
     @staticmethod
     @abstractmethod
-    def read(path: Path, options: TextOptions) -> list[Any]:
-        """The examples of a file."""
+    def read(path: Path, options: TextOptions, targets: bool = False) -> Examples[Any]:
+        """The examples of a file; with `targets`, what is to be predicted must be there."""
+
+    @staticmethod
+    def names(example: Any) -> Collection[str]:
+        """The classes or tags of an example."""
+        return ()
 
     @staticmethod
     def label_names(examples: Sequence[Any]) -> list[str] | None:
         """Of the examples to train on."""
         return None
+
+    @staticmethod
+    def to_predict(examples: Examples[Any], labels: Sequence[str] | None) -> Examples[Any]:
+        """Examples without what only stands for a label that is not told, where `labels` are those of training."""
+        return examples
+
+    def check(self, examples: Sequence[Any]) -> None:
+        """Raises ValueError where examples cannot be predicted and judged."""
+        self.features(examples)
 
     @staticmethod
     @abstractmethod
@@ -181,12 +197,20 @@ class Classify(Recipe):
     module = Classification
 
     @staticmethod
-    def read(path: Path, options: TextOptions) -> list[Any]:
-        return readers.read_classification(path)
+    def read(path: Path, options: TextOptions, targets: bool = False) -> Examples[Any]:
+        return readers.read_classification(path, targets=targets)
+
+    @staticmethod
+    def names(example: Any) -> Collection[str]:
+        return [example.label] if isinstance(example.label, str) else ()
 
     @staticmethod
     def label_names(examples: Sequence[Any]) -> list[str] | None:
         return label_names(examples)
+
+    @staticmethod
+    def to_predict(examples: Examples[Any], labels: Sequence[str] | None) -> Examples[Any]:
+        return without_hidden_labels(examples, labels or ())
 
     @staticmethod
     def texts(example: Any) -> list[str]:
@@ -236,8 +260,12 @@ class Tag(Recipe):
     module = Tagging
 
     @staticmethod
-    def read(path: Path, options: TextOptions) -> list[Any]:
-        return readers.read_tagging(path)
+    def read(path: Path, options: TextOptions, targets: bool = False) -> Examples[Any]:
+        return readers.read_tagging(path, targets=targets)
+
+    @staticmethod
+    def names(example: Any) -> Collection[str]:
+        return example.tags
 
     @staticmethod
     def label_names(examples: Sequence[Any]) -> list[str] | None:
@@ -278,8 +306,8 @@ class AnswerQuestions(Recipe):
     module = QuestionAnswering
 
     @staticmethod
-    def read(path: Path, options: TextOptions) -> list[Any]:
-        return readers.read_questions(path)
+    def read(path: Path, options: TextOptions, targets: bool = False) -> Examples[Any]:
+        return readers.read_questions(path, targets=targets)
 
     @staticmethod
     def texts(example: Any) -> list[str]:
@@ -319,8 +347,8 @@ class Rewrite(Recipe):
     tokenizer_objective: ClassVar[Objective] = "span-corruption"
 
     @staticmethod
-    def read(path: Path, options: TextOptions) -> list[Any]:
-        return readers.read_summaries(path)
+    def read(path: Path, options: TextOptions, targets: bool = False) -> Examples[Any]:
+        return readers.read_summaries(path, targets=targets)
 
     @staticmethod
     def texts(example: Any) -> list[str]:
@@ -339,6 +367,9 @@ class Rewrite(Recipe):
 
     def length(self, feature: Any) -> int:
         return len(feature.source) + len(feature.target or ())
+
+    def check(self, examples: Sequence[Any]) -> None:
+        self.prompts(examples)
 
     def prompts(self, examples: Sequence[Any]) -> list[list[int]]:
         """The tokens from which each example's text is generated."""
@@ -369,8 +400,8 @@ class Translate(Rewrite):
     """Sentences and their translations."""
 
     @staticmethod
-    def read(path: Path, options: TextOptions) -> list[Any]:
-        return readers.read_translations(path, *options.languages)
+    def read(path: Path, options: TextOptions, targets: bool = False) -> Examples[Any]:
+        return readers.read_translations(path, *options.languages, targets=targets)
 
     def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
         predicted, expected = _columns(lines, "prediction", "reference")
@@ -390,7 +421,7 @@ class Converse(Rewrite):
     tokenizer_objective = "clm"
 
     @staticmethod
-    def read(path: Path, options: TextOptions) -> list[Any]:
+    def read(path: Path, options: TextOptions, targets: bool = False) -> Examples[Any]:
         return readers.read_conversations(path)
 
     @staticmethod
@@ -406,8 +437,15 @@ class Converse(Rewrite):
     def length(self, feature: Any) -> int:
         return len(feature.input_ids)
 
+    def check(self, examples: Sequence[Any]) -> None:
+        super().check(examples)
+        self.features(examples)
+
     def prompts(self, examples: Sequence[Any]) -> list[list[int]]:
-        return [prompt_ids(_before_the_answer(example), self.tokenizer) for example in examples]
+        return [
+            prompt_ids(_before_the_answer(example), self.tokenizer, place_of(examples, number))
+            for number, example in enumerate(examples)
+        ]
 
     def shown(self, example: Any) -> str:
         return "\n".join(f"{message.role}: {message.content}" for message in _before_the_answer(example).messages)
@@ -447,7 +485,7 @@ class Embed(Recipe):
     module = Embedding
 
     @staticmethod
-    def read(path: Path, options: TextOptions) -> list[Any]:
+    def read(path: Path, options: TextOptions, targets: bool = False) -> Examples[Any]:
         return readers.read_similar(path)
 
     @staticmethod
@@ -509,6 +547,8 @@ def balanced_class_weights(recipe: Recipe, features: Sequence[Any]) -> list[floa
     for feature in features:
         of_one = feature.labels if isinstance(feature.labels, list) else [feature.labels]
         counts.update(label for label in of_one if label >= 0)
+    if missing := [name for label, name in enumerate(recipe.labels) if not counts[label]]:
+        raise ValueError(f"--class_weights balanced: no example to train on has {', '.join(missing)}")
     return [counts.total() / (len(recipe.labels) * counts[label]) for label in range(len(recipe.labels))]
 
 

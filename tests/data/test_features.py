@@ -116,7 +116,11 @@ def test_cut_texts_are_counted(tokenizer):
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [(["a", None], "have no label"), (["a", 0.5], "some are names"), (["a", "a"], "at least two classes, got a")],
+    [
+        (["a", None], "example 2: no label"),
+        (["a", 0.5], r"example 2: a score, 0.5, where example 1 has a class"),
+        (["a", "a"], "at least two classes, got a"),
+    ],
 )
 def test_bad_labels(labels, message):
     with pytest.raises(ValueError, match=message):
@@ -124,10 +128,10 @@ def test_bad_labels(labels, message):
 
 
 def test_bad_classification(tokenizer):
-    with pytest.raises(ValueError, match="label 'z' is not among the classes a, b"):
+    with pytest.raises(ValueError, match=r"example 1: label 'z' is not among .* accepted are the classes a, b"):
         classification_features([ClassifiedText("x", None, "z")], tokenizer, 8, ["a", "b"])
     mixed = [ClassifiedText("x", None, "a"), ClassifiedText("x", "y", "a")]
-    with pytest.raises(ValueError, match="some examples have a second text and some have not"):
+    with pytest.raises(ValueError, match="example 2: a second text, where example 1 has none"):
         classification_features(mixed, tokenizer, 8, ["a", "b"])
     with pytest.raises(ValueError, match="max_length=2 leaves no room for text"):
         classification_features([ClassifiedText("x", None, "a")], tokenizer, 2, ["a", "b"])

@@ -198,6 +198,38 @@ def translations(path):
             '{"text": "a", "label": 0.5}',
             "line 1: label must be a string or a whole number",
         ),
+        *(
+            (read_classification, "a.csv", f"text,score\na,1\nb,{score}\n", "line 3: score must be a number, found")
+            for score in ("nan", "-inf", "1e999", "", "True")
+        ),
+        *(
+            (read_classification, "a.jsonl", f'{{"text": "a", "score": {score}}}', "line 1: score must be a number")
+            for score in ("NaN", "Infinity", "true", "1" + "0" * 400, "[1]")
+        ),
+        (read_classification, "a.csv", "text,label,text\na,b,c", "line 1: 'text' names two columns"),
+        (read_classification, "a.csv", 'text,label\na,b\n"c,d\ne,f\n', "line 3: not CSV"),
+        (read_classification, "a.jsonl", '{"text": "a", "text": "b"}', "line 1: .*'text' is there twice"),
+        (read_tagging, "a.jsonl", '{"tokens": ["a", ""], "tags": ["O", "O"]}', "words must be a list of strings, none"),
+        (read_tagging, "a.conll", "EU\tB-ORG\t\nrejects\t\n", "line 2: found 1 columns, expected 2"),
+        *(
+            (read_questions, "a.jsonl", json.dumps({"id": 1, "question": "q", "context": "abcd", **fields}), message)
+            for fields, message in (
+                (
+                    {"answers": {"text": ["bc"], "answer_start": [-3]}},
+                    "line 1: answer_start must be 0 or more, found -3",
+                ),
+                ({"answers": {"text": [" "], "answer_start": [0]}}, "needs a text that is not empty"),
+                ({"answers": {"text": ["b"], "answer_start": [True]}}, "a whole number answer_start; .*True"),
+                ({"answers": {"text": ["b", "c"], "answer_start": [1]}}, "two lists of one length"),
+                ({"answers": "b"}, "line 1: answers must be"),
+                ({"answers": ["b"]}, "line 1: answers must be"),
+                ({"is_impossible": "false"}, "is_impossible must be true or false, found 'false'"),
+                (
+                    {"is_impossible": True, "answers": [{"text": "b", "answer_start": 1}]},
+                    "is_impossible is true, but there is the answer 'b'",
+                ),
+            )
+        ),
         (read_tagging, "a.txt", "EU B-ORG\nrejects", "line 2: found 1 columns, expected 2: word ... tag"),
         (read_tagging, "a.jsonl", '{"tokens": ["a"], "tags": []}', "line 1: tags must be a list of strings"),
         (read_tagging, "a.jsonl", '{"tokens": ["a", "b"], "tags": ["O"]}', "found 2 words and 1 tags"),
@@ -245,6 +277,62 @@ def test_bad_files(tmp_path, read, name, content, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
         read(path)
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("read", "row", "message"),
+    [
+        (
+            read_classification,
+            {"text": "a", "sentiment": "b"},
+            "no label or score; found text, sentiment; accepted are",
+        ),
+        (read_classification, {"text": "a", "label": None}, "no label or score that is not null; found text, label"),
+        (read_tagging, {"tokens": ["a"], "pos": ["b"]}, "no tags; found tokens, pos; accepted are tags, ner_tags"),
+        (read_questions, {"id": "1", "question": "q", "context": "c", "answer": "c"}, "no answers; found .*answer"),
+        (
+            read_summaries,
+            {"document": "a", "abstract": "b"},
+            "no summary; found document, abstract; accepted are summary",
+        ),
+        (translations, {"en": "a", "fr": "b"}, "no text in 'de'; found en, fr"),
+    ],
+)
+def test_what_is_to_be_learnt_must_be_there(tmp_path, read, row, message):
+    path = write_json(tmp_path / "a.jsonl", row)
+    read(path)  # to be predicted
+    more = ("en", "de") if read is translations else ()
+    with pytest.raises(ValueError, match=rf"a.jsonl, line 1: {message}"):
+        (read_translations if more else read)(path, *more, targets=True)
+
+
+def test_labels_under_hugging_faces_name_and_after_a_space(tmp_path):
+    expected = [ClassifiedText("x, y", None, "a"), ClassifiedText("z", None, "b")]
+    rows = [{"text": "x, y", "labels": "a"}, {"text": "z", "labels": "b"}]
+    assert read_classification(write_json(tmp_path / "a.jsonl", *rows)) == expected
+    assert read_classification(write(tmp_path / "a.csv", "text, label", '"x, y", a', "z, b")) == expected
+    assert read_classification(write(tmp_path / "b.csv", "text,label ", '"x, y",a ', "z,b")) == expected
+
+
+def test_long_fields(tmp_path):
+    long = "word, " * 50_000
+    assert read_classification(write(tmp_path / "a.csv", "text,label", f'"{long}",a'))[0].text == long
+    assert read_classification(write(tmp_path / "a.tsv", "text\tlabel", f"{long}\ta"))[0].text == long
+
+
+def test_white_space_in_words(tmp_path):
+    words = ("10\u00a0000", "a\u3000b", "\u2028")
+    for between, end in (("\t", ""), ("\t", "\t"), (" ", ""), ("  ", " ")):
+        path = write(tmp_path / "a.conll", *(f"{word}{between}O{end}" for word in words))
+        assert read_tagging(path) == [(words, ("O", "O", "O"))]
+
+
+def test_where_each_example_is(tmp_path):
+    tagged = read_tagging(write(tmp_path / "a.conll", "", "EU O", "is O", "", "-DOCSTART- O", "", "Peter B-PER"))
+    assert tagged.places == [f"{tmp_path}/a.conll, line 2", f"{tmp_path}/a.conll, line 7"]
+    table = read_classification(write(tmp_path / "a.csv", "text,label", '"a', 'b",x', "", "c,y"))
+    assert table.places == [f"{tmp_path}/a.csv, line 2", f"{tmp_path}/a.csv, line 5"]
+    assert table.part([1]).places == table.places[1:] and table.part([1]) == table[1:]
 
 
 def test_parallel_files_of_unlike_length(tmp_path):

@@ -18,6 +18,7 @@ from training.tasks import ANIMALS, MAKERS, TINY, command, scratch
 from transformers import AutoTokenizer
 
 from fastformer import cli
+from fastformer.data.examples import Examples
 from fastformer.data.tokenizer import train_tokenizer
 from fastformer.training.finetune import _drawn
 from fastformer.training.prediction import Predictor, recipe_for
@@ -210,11 +211,13 @@ def test_train_examples_are_drawn_with_the_seed(data: Path, tmp_path: Path) -> N
         assert metrics(tmp_path / name)["examples"] == {"train": 5, "validation": 16, "test": 12}
         found[name] = metrics(tmp_path / name)["tokens"], metrics(tmp_path / name)["test"]
     assert found["first"] == found["again"]
-    everything = _drawn(range(9), 100, seed=3)
-    assert sorted(everything) == list(range(9))
-    assert _drawn(range(9), 4, seed=0) != _drawn(range(9), 4, seed=1)
+    examples = Examples((f"line {number}", (number,)) for number in range(9))
+    everything = _drawn(examples, 100, seed=3)
+    assert sorted(everything) == examples
+    assert all(place == f"line {number}" for place, (number,) in zip(everything.places, everything, strict=True))
+    assert _drawn(examples, 4, seed=0) != _drawn(examples, 4, seed=1)
     with pytest.raises(ValueError, match="--max_train_examples must be at least 1; got 0"):
-        _drawn(range(9), 0, seed=0)
+        _drawn(examples, 0, seed=0)
 
 
 @pytest.mark.parametrize("merge", [True, False])
