@@ -546,6 +546,31 @@ def test_any_call(name: str) -> None:
     run()
 
 
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "append_to_cache"])
+def test_each_gradient_alone(name: str, backend: str) -> None:
+    """What is computed for one tensor alone is what it is beside the others' gradients."""
+    function = getattr(fastformer, name)
+
+    @settings(max_examples=4)
+    @given(call=OPERATORS[name].calls())
+    def run(call: Call) -> None:
+        tensors, options = call
+        leaves = differentiable(name, tensors)
+        together = results(function, tensors, options, leaves, [])
+        count = len(together) - len(leaves)
+        unit = max(torch.finfo(tensor.dtype).eps for tensor in tensors.values() if tensor.is_floating_point())
+        for number, leaf in enumerate(leaves):
+            *_, alone = results(function, tensors, options, [leaf], [])
+            wanted = together[count + number]
+            # The same up to the order of its sums: without the others' a quicker way may be open.
+            scale = max(1.0, *wanted.abs().flatten().tolist()) if wanted.numel() else 1.0
+            torch.testing.assert_close(
+                alone, wanted, rtol=0.0, atol=8 * unit * scale, msg=lambda m, n=leaf: f"{n}: {m}"
+            )
+
+    run()
+
+
 def test_a_failure_is_printed_as_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """An operator that is wrong for more than one column fails, and the call is a program that fails too."""
     right = fastformer.softmax

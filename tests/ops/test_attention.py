@@ -531,6 +531,61 @@ def test_refuses_what_it_cannot_do(arguments: Any, options: dict[str, Any], erro
         attention(*arguments, **options)
 
 
+# (batch, heads, queries, keys) of the calls below, and of each argument that goes by them the sizes it must have.
+SIZES = (2, 4, 5, 6)
+SHAPES: dict[str, tuple[int, ...]] = {
+    "mask": SIZES,
+    "bias": SIZES,
+    "alibi_slopes": SIZES[:2],
+    "relative_bias": (4, 7),
+    "sinks": (4,),
+    "scale": (4,),
+    "key_lengths": (2,),
+    "prefix_lengths": (2,),
+}
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("size", ["one more", "twice", "half"])
+@pytest.mark.parametrize(
+    ("name", "dimension"), [(name, d) for name, shape in SHAPES.items() for d in range(len(shape))]
+)
+def test_a_wrong_size_in_any_dimension_is_named(backend: str, name: str, dimension: int, size: str) -> None:
+    batch, heads, queries, keys = SIZES
+    query, key = torch.zeros(batch, heads, queries, 8), torch.zeros(batch, heads // 2, keys, 8)
+    shape = list(SHAPES[name])
+    shape[dimension] = {"one more": shape[dimension] + 1, "twice": 2 * shape[dimension], "half": shape[dimension] // 2}[
+        size
+    ]
+    # What broadcasts is right, and so is a table with another reach.
+    right = name in ("mask", "bias") and shape[dimension] == 1
+    right = right or (name == "relative_bias" and dimension == 1 and shape[dimension] % 2 == 1)
+    argument = torch.zeros(shape, dtype=torch.int32 if name.endswith("lengths") else torch.float32)
+    options = {name: argument, "causal": True}
+    if right:
+        assert attention(query, key, key, **options).shape == query.shape
+    else:
+        with pytest.raises(ValueError, match=name):
+            attention(query, key, key, **options)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dimension", range(4))
+@pytest.mark.parametrize("leading", range(4))
+def test_a_mask_of_torch_s_with_a_wrong_size_is_refused(backend: str, dimension: int, leading: int) -> None:
+    """As F.scaled_dot_product_attention refuses it, with any number of leading dimensions left out."""
+    batch, heads, queries, keys = SIZES
+    query, key = torch.zeros(batch, heads, queries, 8), torch.zeros(batch, heads, keys, 8)
+    shape = list(SIZES)
+    shape[dimension] += 1
+    mask = torch.zeros(shape[leading:])
+    if leading > dimension:
+        assert scaled_dot_product_attention(query, key, key, mask).shape == query.shape
+        return
+    with pytest.raises(ValueError, match="mask"):
+        scaled_dot_product_attention(query, key, key, mask)
+
+
 def test_keys_beyond_every_query_do_not_exist() -> None:
     q = torch.randn(1, 2, 5, 8, requires_grad=True)
     k, v = torch.randn(2, 1, 2, 7, 8)
