@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastformer.console import track
-from fastformer.data.files import cache_folder, read_checked, write_checked
+from fastformer.data.files import cache_folder, read_checked, remove, write_checked
 from fastformer.data.python_documentation import python_documentation, python_fingerprint
 from fastformer.data.sources import open_sources, stream
 
@@ -65,8 +65,9 @@ def default_corpus(cache_dir: str | os.PathLike[str] | None = None) -> list[Docu
     if path.exists():
         try:
             return _read_corpus(path)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             warnings.warn(f"{path} is damaged ({error}) and is made anew", stacklevel=2)
+            remove(path)
     documents = _without_repeated_sentences(
         [split_sentences(text) for text in texts] for texts in python_documentation()
     )

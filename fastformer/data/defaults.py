@@ -28,7 +28,7 @@ from fastformer.data.examples import (
     Splits,
     TaggedWords,
 )
-from fastformer.data.files import cache_folder, read_checked, write_checked
+from fastformer.data.files import cache_folder, read_checked, remove, write_checked
 from fastformer.data.python_documentation import (
     TOPICS,
     Docstring,
@@ -52,8 +52,9 @@ def docstrings(cache_dir: CacheFolder = None) -> list[Docstring]:
     if path.exists():
         try:
             return [Docstring(*json.loads(line)) for line in read_checked(path).splitlines()]
-        except ValueError as error:
+        except (OSError, ValueError, TypeError) as error:
             warnings.warn(_DAMAGED.format(path=path, error=error), stacklevel=2)
+            remove(path)
     found = _once(python_docstrings(), lambda docstring: docstring.text)
     write_checked(path, "".join(json.dumps(docstring) + "\n" for docstring in found).encode())
     return found

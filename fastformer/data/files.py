@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -55,11 +56,41 @@ def read_checked(path: Path) -> bytes:
     return body
 
 
+_CHECKSUMS = "checksums.json"
+
+
+def write_checksums(folder: Path) -> None:
+    """A file in `folder` with the SHA-256 of each file there."""
+    sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    write_checked(folder / _CHECKSUMS, json.dumps(sums).encode())
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError for a folder whose files have changed since `write_checksums`; one without checksums is taken
+    as it is."""
+    if not (folder / _CHECKSUMS).exists():
+        return
+    for name, expected in json.loads(read_checked(folder / _CHECKSUMS)).items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+            raise ValueError(f"the checksum of {name} does not match")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """An empty folder to fill, which takes the place of `path` only once it is whole and on the disk.
 
-    If another process completes the same folder first, theirs stays.
+    Args:
+        path: of the folder.
+        replace: what is there already; a link is replaced itself. Otherwise it stays, as where another process
+            completes the same folder first.
 
     Raises:
         OSError: the folder could not be written (a full disk, no permission), naming `path`; nothing of it remains.
@@ -72,8 +103,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _synchronise(file)
-            with contextlib.suppress(FileExistsError):
-                _rename_new(temporary, path)
+            if replace:
+                _rename_over(temporary, path)
+            else:
+                with contextlib.suppress(FileExistsError):
+                    _rename_new(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -91,6 +125,21 @@ def _rename_new(source: Path, target: Path) -> None:
     if target.exists():
         raise FileExistsError(target)
     source.rename(target)
+
+
+def _rename_over(source: Path, target: Path) -> None:
+    """(A folder cannot be renamed to one that has files.)"""
+    old = _temporary_name(target)
+    with contextlib.suppress(FileNotFoundError):
+        target.rename(old)
+    try:
+        source.rename(target)
+    except OSError:
+        with contextlib.suppress(FileNotFoundError):
+            old.rename(target)
+        raise
+    with contextlib.suppress(FileNotFoundError):
+        remove(old)
 
 
 @contextlib.contextmanager

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastformer.data.files import atomic_file
+from fastformer.data.files import read_checked, remove, write_checked
 from fastformer.data.sources import Source, stream
 from fastformer.data.splitting import Split, find_split
 from fastformer.data.store import BLOCK_CHARACTERS, Layout, TokenStore, load_or_build_store
@@ -89,10 +90,13 @@ def prepare_corpus(
 
 def _load_or_find_split(path: Path, sources: Sequence[Source], heldout_fraction: float) -> Split:
     if path.exists():
-        return Split(**json.loads(path.read_text()))
+        try:
+            return Split(**json.loads(read_checked(path)))
+        except (OSError, ValueError, TypeError) as error:
+            warnings.warn(f"{path} is damaged ({error}) and is made anew", stacklevel=2)
+            remove(path)
     if not any(True for _ in stream(sources)):
         raise ValueError(f"the corpus is empty: no text in {', '.join(source.name for source in sources)}")
     split = find_split(stream(sources), heldout_fraction)
-    with atomic_file(path) as file:
-        file.write(json.dumps(split._asdict()).encode())
+    write_checked(path, json.dumps(split._asdict()).encode())
     return split

@@ -13,6 +13,7 @@ import json
 import shutil
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from fastformer.console import Progress
 from fastformer.data.corpus import document_of
 from fastformer.data.encoding import TextEncoder
-from fastformer.data.files import atomic_file, atomic_folder
+from fastformer.data.files import atomic_file, atomic_folder, remove
 from fastformer.data.sources import Source
 from fastformer.data.tokenized import TokenizedCorpus, encode_sentences
 
@@ -257,7 +258,7 @@ def load_or_build_store(
                 return store
             except ValueError as error:
                 warnings.warn(f"{error}; it is built anew", stacklevel=2)
-                shutil.rmtree(path)
+                remove(path)
         parts = _complete_parts(building, sources, layout, keep, block_characters)
         _assemble(path, parts, layout)
         shutil.rmtree(building, ignore_errors=True)
@@ -279,7 +280,7 @@ def _complete_parts(
         json.dumps([_FORMAT, layout.name, block_characters, [source.signature for source in sources]]).encode()
     ).hexdigest()
     begun = building / "plan"
-    if not begun.exists() or begun.read_text() != plan:  # of other text
+    if not begun.exists() or begun.read_text(errors="replace") != plan:  # of other text
         shutil.rmtree(building, ignore_errors=True)
         with atomic_file(begun) as file:
             file.write(plan.encode())
@@ -310,7 +311,8 @@ def _parts_so_far(building: Path) -> tuple[list[Path], _Place]:
                     break
             with np.load(part) as arrays:
                 place = _Place(*arrays["place"].tolist())
-        except (zipfile.BadZipFile, EOFError, ValueError, KeyError):
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, KeyError):
+            remove(part)
             break
         parts.append(part)
     return parts, place

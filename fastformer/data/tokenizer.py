@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from fastformer.data.files import atomic_folder
+from fastformer.data.files import atomic_folder, check_folder, remove, write_checksums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -162,10 +161,11 @@ def load_or_make_tokenizer(path: Path, make: Callable[[], PreTrainedTokenizerFas
 
     if path.exists():
         try:
+            check_folder(path)
             return PreTrainedTokenizerFast.from_pretrained(path)
         except Exception as error:  # a damaged file raises many kinds
             warnings.warn(f"the tokenizer in {path} is damaged ({error}) and is trained anew", stacklevel=2)
-            shutil.rmtree(path)
+            remove(path)
     tokenizer = make()
     with atomic_folder(path) as temporary:
         try:
@@ -174,6 +174,7 @@ def load_or_make_tokenizer(path: Path, make: Callable[[], PreTrainedTokenizerFas
             raise
         except Exception as error:  # what the tokenizers library raises for a failing write is nothing more special
             raise OSError(f"cannot save the tokenizer to {path}: {error}") from error
+        write_checksums(temporary)
     return tokenizer
 
 
