@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 import time
 
 import fastformer
+from fastformer.console import printable, show_any_character
 from fastformer.extras import missing_package, remedy
+from fastformer.stopping import STATUS, Stopped
 
 COMMANDS = {
     "pretrain": (
@@ -72,8 +75,13 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 after an error in what the user gave or has installed."""
+    """Run the command line; returns the exit status.
+
+    It is 0, or 2 after an error in what the user gave or has installed, or by the signal that ended the command
+    (`fastformer.stopping.STATUS`).
+    """
     begin = time.monotonic()
+    show_any_character()
     known, rest = _parser().parse_known_args(arguments)
     module, _ = COMMANDS[known.command]
     try:
@@ -81,8 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if known.debug:
             raise
-        print(f"fastformer {known.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _end(known.command, f"error: {' '.join(str(error).split())}", 2)
+    except KeyboardInterrupt:
+        return _end(known.command, str(Stopped(signal.SIGINT)), STATUS["SIGINT"])
+    except Stopped as stopped:
+        return _end(known.command, str(stopped), stopped.status)
     except ModuleNotFoundError as error:
         package = missing_package(error)
         if package is None or known.debug:
@@ -90,6 +101,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fastformer {known.command} needs {package}, which is not installed: {remedy(package)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _end(command: str, text: str, status: int) -> int:
+    print(f"fastformer {command}: {printable(text)}", file=sys.stderr)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,17 +1,25 @@
-"""What commands show: tables as plain text, and one line of progress on standard error."""
+"""What commands show: tables as plain text, one line of progress on standard error, and foreign text made harmless."""
 
 from __future__ import annotations
 
+import codecs
+import io
+import json
+import math
 import shutil
 import sys
 import textwrap
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Line = TypeVar("Line", bound="StatusLine")
+
+_ASCII = {"±": "+/-", "…": "...", "·": "*", "≤": "<=", "≥": ">=", "→": "->"}
+"""What is shown of our own signs where a terminal knows ASCII alone."""
 
 _GAP = "  "
 _NARROWEST = 8
@@ -41,7 +49,17 @@ class Table:
         return self.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
 
     def text(self, limit: int | None = None) -> str:
-        """The table in lines of at most `limit` characters, if it has no more columns than fit; None: of any length."""
+        """The table in lines of at most `limit` characters, if it has no more columns than fit; None: of any length.
+
+        What would act on a terminal is escaped.
+        """
+        return self._escaped()._text(limit)
+
+    def _escaped(self) -> Table:
+        rows = [[printable(cell) for cell in row] for row in self.rows]
+        return Table([*map(printable, self.headings)], rows, self.align, printable(self.title), printable(self.note))
+
+    def _text(self, limit: int | None) -> str:
         widths, longest = self._widths(limit), min(limit or _LONGEST, _LONGEST)
         lines = textwrap.wrap(self.title, longest)
         if any(self.headings):
@@ -90,7 +108,7 @@ class StatusLine:
         """Show `text` if the last was shown a moment ago."""
         if self.live and time.monotonic() - self._written >= 0.1:
             self._written = time.monotonic()
-            self._write(text[: shutil.get_terminal_size().columns - 1])
+            self._write(printable(text)[: shutil.get_terminal_size().columns - 1])
 
     def clear(self) -> None:
         """Before anything else is printed, and at the end."""
@@ -144,3 +162,45 @@ def clock(seconds: float) -> str:
     """A duration as minutes and seconds, or hours, minutes and seconds."""
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def printable(text: str) -> str:
+    """`text` with what would act on a terminal, or be none of its characters, as escapes such as ``\\x1b``.
+
+    These are control characters but line ends and tabs, what turns the direction of writing, and lone surrogates.
+    """
+    return "".join(_escape(sign) if unicodedata.category(sign) in ("Cc", "Cf", "Cs") else sign for sign in text)
+
+
+def _escape(sign: str) -> str:
+    # Joiners, of words of many scripts and of emoji, do nothing but join.
+    return sign if sign in "\n\t\u200c\u200d" else sign.encode("unicode_escape").decode()
+
+
+def show_any_character() -> None:
+    """Have standard output and standard error take every text: what their encoding has not is spelled out."""
+    codecs.register_error("fastformer", _spelled)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="fastformer")
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    signs = error.object[error.start : error.end]
+    spelled = "".join(_ASCII.get(sign, sign.encode("ascii", "backslashreplace").decode()) for sign in signs)
+    return spelled, error.end
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON, with null for numbers that are not finite, which JSON does not have."""
+    return json.dumps(_with_finite_numbers(value), indent=indent, ensure_ascii=False)
+
+
+def _with_finite_numbers(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _with_finite_numbers(each) for name, each in value.items()}
+    return [_with_finite_numbers(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import sys
 
 import pytest
 
-from fastformer.console import Progress, StatusLine, Table, clock, track
+from fastformer.console import Progress, StatusLine, Table, clock, json_text, printable, show_any_character, track
 
 TABLE = Table(
     ("kernel", "spills", "because"),
@@ -96,3 +98,48 @@ def test_nothing_of_progress_gets_into_a_log(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.9, "1:15"), (3600, "1:00:00"), (90061, "25:01:01")])
 def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text
+
+
+# --- Foreign text -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred\x07", r"\x1b[31mred\x07"),
+        ("\r\x08over", r"\r\x08over"),
+        ("\x9b2J \u202egnp.exe \udc80", r"\x9b2J \u202egnp.exe \udc80"),
+        ("Zwölf\tÄpfel\n日本 नमस्ते\u200d 👩\u200d🚀 [bold]<b>", "Zwölf\tÄpfel\n日本 नमस्ते\u200d 👩\u200d🚀 [bold]<b>"),
+    ],
+)
+def test_what_would_act_on_a_terminal_is_shown_escaped(text: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert printable(text) == shown
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with StatusLine() as line:
+        line.show(text)
+    assert shown in terminal.getvalue()
+    assert "\x1b" not in str(Table((text, "b"), [(text, text)], "ll", text, text))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", "+/- 1... \\xe4 \\u65e5 \\udc80"),
+        ("utf-8", "± 1… ä 日 \\udc80"),
+        ("latin-1", "± 1... ä \\u65e5 \\udc80"),
+    ],
+)
+def test_every_text_is_shown_whatever_the_terminal_knows(
+    encoding: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+    show_any_character()
+    print("± 1… ä 日 \udc80", end="", flush=True)
+    assert written.getvalue().decode(encoding) == shown
+
+
+def test_json_has_null_for_what_is_no_number() -> None:
+    value = {"a": math.nan, "b": [1.5, -math.inf, {"c": (math.inf, "ä", 3)}]}
+    assert json.loads(json_text(value)) == {"a": None, "b": [1.5, None, {"c": [None, "ä", 3]}]}
