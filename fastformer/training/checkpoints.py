@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import re
+import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -17,6 +22,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from fastformer.data.files import atomic_file
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
+
+
+_CHECKSUM = b"sha256:"
+_COMMENT = len(_CHECKSUM) + 64
+# The end of a zip archive, of which the last two bytes are the length of the comment that follows.
+_END = struct.Struct("<4s4H2LH")
+_END_SIGNATURE = b"PK\5\6"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -29,13 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Raises OSError, naming the file, where it cannot be written; then nothing of it remains."""
         if storage_options is not None:
             raise TypeError(f"storage_options is not supported; got {storage_options!r}")
-        with atomic_file(Path(path)) as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # a full disk, under an error of torch.save's own
-                    raise error.__context__ from error
-                raise
+        save_checked(checkpoint, Path(path))
 
     def load_checkpoint(
         self,
@@ -45,23 +51,100 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Raises FileNotFoundError, or ValueError where the file is cut short or damaged."""
         check_checkpoint(Path(path))
-        return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
+        try:
+            return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
+        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"the checkpoint {path} cannot be read: {error}") from error
+
+
+def save_checked(content: Any, path: Path) -> None:
+    """What `torch.save` writes, with its SHA-256 as the comment of the zip archive; whole or not at all.
+
+    (The archive's own checksums are of its parts alone: not of their names, and places.)
+
+    Raises:
+        OSError: it cannot be written; the error names the file.
+    """
+    _set_folder_aside(path)
+    with atomic_file(path) as file:
+        summing = _Summing(file)
+        try:
+            torch.save(content, summing)  # type: ignore[arg-type]  # it writes, and does nothing else
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, under an error of torch.save's own
+                raise error.__context__ from error
+            raise
+        file.seek(-2, 2)
+        file.write(struct.pack("<H", _COMMENT) + _CHECKSUM + summing.digest.hexdigest().encode())
+
+
+class _Summing:
+    """Writes into a file, and sums up what."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def check_checkpoint(path: Path) -> None:
-    """Read a checkpoint's checksums.
+    """Read all of a checkpoint, and compare its checksum; of one from before there was any, those of its parts.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is cut short or damaged.
     """
+    if path.is_dir():
+        raise ValueError(f"the checkpoint {path} is damaged: it is a folder")
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _END.size - _COMMENT))
+        end = file.read()
+        signed = len(end) == _END.size + _COMMENT and end.startswith(_END_SIGNATURE)
+        if signed and end[_END.size :].startswith(_CHECKSUM):
+            if end[_END.size + len(_CHECKSUM) :].decode(errors="replace") != _sum_of(file, size - _COMMENT - 2):
+                _check_parts(path)  # which says more, if it can
+                raise ValueError(f"the checkpoint {path} is damaged: its checksum does not match")
+        elif end[-_END.size :].startswith(_END_SIGNATURE) and end.endswith(b"\0\0"):
+            _check_parts(path)
+        else:
+            raise ValueError(f"the checkpoint {path} is cut short or damaged: it has no end")
+
+
+def _sum_of(file: IO[bytes], size: int) -> str:
+    """The SHA-256 of so much of a file, and of an empty comment's length."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size and (block := file.read(min(size, 1 << 20))):
+        digest.update(block)
+        size -= len(block)
+    digest.update(b"\0\0")
+    return digest.hexdigest()
+
+
+def _check_parts(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError) as error:
+    # What a damaged directory raises is of many kinds: a part may seem to be compressed, encrypted, or elsewhere.
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, RuntimeError, OSError) as error:
         raise ValueError(f"the checkpoint {path} is cut short or damaged: {error}") from error
     if damaged is not None:
         raise ValueError(f"the checkpoint {path} is damaged: the checksum of its part {damaged} does not match")
+
+
+def _set_folder_aside(path: Path) -> None:
+    """A folder where a file belongs gets another name."""
+    if path.is_dir():
+        free = next(name for number in count(1) if not (name := path.with_name(f"{path.name}.{number}")).exists())
+        path.rename(free)
+        warnings.warn(f"{path} was a folder: it is {free.name} now", stacklevel=2)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -75,11 +158,16 @@ def latest_checkpoint(folder: Path) -> Path | None:
         try:
             check_checkpoint(path)
             return path
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             warnings.warn(f"{error}; trying the one before it", stacklevel=2)
     if checkpoints:
         raise ValueError(f"no checkpoint in {folder} is whole: {', '.join(path.name for path in checkpoints)}")
     return None
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest file in `folder`, whole or not; None where there is none."""
+    return next((path for path in _newest_first(folder) if path.is_file()), None)
 
 
 class StepCheckpoint(Checkpoint):
@@ -103,12 +191,16 @@ class StepCheckpoint(Checkpoint):
             return
         self._step = trainer.global_step
         if self._step % self.every == 0 or trainer.should_stop:
-            self._save(trainer)
+            self.save(trainer)
 
-    def _save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:07d}.ckpt")
+    def save(self, trainer: Trainer) -> None:
+        """Save one of the step at hand."""
+        step = trainer.global_step
+        trainer.save_checkpoint(self.folder / f"step-{step:07d}.ckpt")
         if trainer.is_global_zero:
-            for path in _newest_first(self.folder)[self.keep :]:
+            # Those of later steps are damaged ones, which a resumed run has passed over.
+            past = [path for path in _newest_first(self.folder) if path.is_file() and _step(path) <= step]
+            for path in past[self.keep :]:
                 path.unlink()
 
 
@@ -130,7 +222,7 @@ class ValidationCheckpoint(StepCheckpoint):
         self._step = trainer.global_step
         if self._due and not self._between_steps:
             self._due = False
-            self._save(trainer)
+            self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -138,9 +230,12 @@ class ValidationCheckpoint(StepCheckpoint):
         if self._between_steps:
             self._due = True
         else:
-            self._save(trainer)
+            self.save(trainer)
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    steps = {path: match for path in folder.glob("*.ckpt") if (match := _NAME.fullmatch(path.name))}
-    return sorted(steps, key=lambda path: int(steps[path][1]), reverse=True)
+    return sorted((path for path in folder.glob("*.ckpt") if _NAME.fullmatch(path.name)), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))

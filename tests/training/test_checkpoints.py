@@ -4,13 +4,15 @@ import errno
 import resource
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 
-from fastformer.training.checkpoints import AtomicCheckpointIO, check_checkpoint, latest_checkpoint
+from fastformer.training.checkpoints import AtomicCheckpointIO, StepCheckpoint, check_checkpoint, latest_checkpoint
 
 CONTENT = {"weight": torch.arange(1000.0), "step": 7}
 
@@ -47,6 +49,53 @@ def test_a_changed_weight_is_detected(checkpoint: Path, tmp_path: Path) -> None:
     damaged.write_bytes(content)
     with pytest.raises(ValueError, match=r"damaged: the checksum of its part .* does not match"):
         check_checkpoint(damaged)
+
+
+@settings(max_examples=60, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_any_changed_bit_is_detected(checkpoint: Path, place: float, bit: int) -> None:
+    """In the archive's directory too, of which it has no checksum of its own."""
+    content = bytearray(checkpoint.read_bytes())
+    content[int(place * len(content))] ^= 1 << bit
+    changed = checkpoint.parent / "changed"
+    changed.write_bytes(content)
+    with pytest.raises(ValueError, match=r"the checkpoint .*changed is (cut short or )?damaged"):
+        AtomicCheckpointIO().load_checkpoint(changed)
+    changed.unlink()
+
+
+def unsigned(path: Path) -> None:
+    """A checkpoint as they were before there was a checksum of the whole file."""
+    torch.save(CONTENT, path)
+
+
+def test_one_without_a_checksum_of_its_own_is_still_read(tmp_path: Path) -> None:
+    unsigned(tmp_path / "old.ckpt")
+    assert AtomicCheckpointIO().load_checkpoint(tmp_path / "old.ckpt")["step"] == 7
+
+
+@settings(max_examples=150, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
+def test_one_without_a_checksum_fails_in_one_way_or_reads_well(
+    tmp_path_factory: pytest.TempPathFactory, place: float, value: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "unsigned.ckpt"
+    unsigned(path)
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] = value
+    path.write_bytes(content)
+    try:
+        loaded = AtomicCheckpointIO().load_checkpoint(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        assert torch.equal(loaded["weight"], CONTENT["weight"])
+
+
+def test_what_holds_more_than_plain_values_is_refused(tmp_path: Path) -> None:
+    AtomicCheckpointIO().save_checkpoint({"run": Path}, tmp_path / "code.ckpt")
+    with pytest.raises(ValueError, match=r"code\.ckpt cannot be read"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "code.ckpt")
 
 
 def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
@@ -86,3 +135,50 @@ def test_latest_passes_over_damaged_ones_with_a_warning(checkpoint: Path, tmp_pa
     older.write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"step-0001000\.ckpt, step-0000900\.ckpt"):
         latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["folder", "full folder", "empty", "garbage", "half", "bit", "link to nothing"])
+def test_the_one_before_is_taken_whatever_the_damage(damage: str, checkpoint: Path, tmp_path: Path) -> None:
+    whole = checkpoint.read_bytes()
+    (tmp_path / "step-0000007.ckpt").write_bytes(whole)
+    newest = tmp_path / "step-0000009.ckpt"
+    content = {"empty": b"", "garbage": b"PK" * 99, "half": whole[:999], "bit": whole[:-1] + bytes([whole[-1] ^ 1])}
+    if damage in content:
+        newest.write_bytes(content[damage])
+    elif damage == "link to nothing":
+        newest.symlink_to(tmp_path / "nothing")
+    else:
+        newest.mkdir()
+        if damage == "full folder":
+            (newest / "thesis.tex").write_text("precious")
+    with pytest.warns(UserWarning, match=r"step-0000009\.ckpt.* trying the one before it") as warned:
+        assert latest_checkpoint(tmp_path) == tmp_path / "step-0000007.ckpt"
+    assert len(warned) == 1
+    # When training comes there again it saves, and takes nothing away but what it has written.
+    checkpoints = StepCheckpoint(tmp_path, every=1, keep=2)
+    for step in (8, 9, 10):
+        checkpoints.save(saving(step))
+        assert check_checkpoint(tmp_path / f"step-{step:07d}.ckpt") is None
+    assert {path.name for path in tmp_path.iterdir()} - {"step-0000009.ckpt.1"} == {
+        "step-0000009.ckpt",
+        "step-0000010.ckpt",
+    }
+    assert ("thesis.tex" in {path.name for path in tmp_path.rglob("*")}) == (damage == "full folder")
+
+
+def saving(step: int) -> Any:
+    """A trainer that has come to a step."""
+    return SimpleNamespace(
+        global_step=step,
+        is_global_zero=True,
+        save_checkpoint=lambda path: AtomicCheckpointIO().save_checkpoint(CONTENT, path),
+    )
+
+
+def test_one_just_saved_is_never_taken_for_an_old_one(checkpoint: Path, tmp_path: Path) -> None:
+    """Two damaged ones of later steps count for nothing."""
+    for step in (6, 9, 12):
+        (tmp_path / f"step-{step:07d}.ckpt").write_bytes(checkpoint.read_bytes()[: 999 if step > 6 else None])
+    StepCheckpoint(tmp_path, every=1, keep=2).save(saving(8))
+    check_checkpoint(tmp_path / "step-0000008.ckpt")
+    check_checkpoint(tmp_path / "step-0000006.ckpt")
