@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -157,7 +158,8 @@ def test_run_learns_and_says_so_honestly(run: Path) -> None:
 
 def test_run_leaves_all_it_promises(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "checkpoints", "logs", "model", "loss.png", "metrics.json", "report.md")
+        *("config.yaml", "checkpoints", "logs", "model", "loss.png", "metrics.json", "report.md"),
+        *("manifest.json", ".lock"),
     }
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-0000012.ckpt", "step-0000014.ckpt"]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -300,11 +302,35 @@ def test_output_with_a_run_is_refused_or_replaced(
 ) -> None:
     assert "holds a finished run" in fails(capsys, *options, "--output", str(run))
     assert "not both" in fails(capsys, *options, "--output", str(run), "--resume", "--overwrite")
-    (tmp_path / "metrics.json").write_text("of an older run")
-    (tmp_path / "config.yaml").write_text("")
-    short = [*options, "--output", str(tmp_path), "--max_minutes", "1e-9"]
-    assert cli.main([*short, "--overwrite"]) == 0
-    assert metrics(tmp_path)["steps"] == 1
+    shutil.copytree(run, tmp_path / "output")
+    before = set(run.rglob("*.ckpt"))
+    assert cli.main([*options, "--output", str(tmp_path / "output"), "--max_minutes", "1e-9", "--overwrite"]) == 0
+    assert metrics(tmp_path / "output")["steps"] == 1
+    assert [path.name for path in (tmp_path / "output/checkpoints").iterdir()] == ["step-0000001.ckpt"]
+    assert len(list(tmp_path.glob("output/logs/csv/*"))) == 1
+    assert before == set(run.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ["--data", "absent.txt"],
+        ["--model.learning_rate", "0"],
+        ["--corpus.vocab_size", "10"],
+        ["--model.overrides.num_attention_heads", "3"],
+        ["--model.warmup_steps", "14"],
+        ["--devices", "none"],
+    ],
+)
+def test_a_run_is_not_removed_for_one_that_cannot_begin(
+    bad: list[str], options: list[str], run: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    shutil.copytree(run, output)
+    fails(capsys, *options, "--output", str(output), "--overwrite", *bad)
+    kept = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    del kept[Path("manifest.json")]  # names the last process
+    assert all((output / name).read_bytes() == content for name, content in kept.items())
 
 
 def test_output_with_other_things_is_never_touched(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -90,6 +91,7 @@ class ResumableDataModule(LightningDataModule):
             collate_fn=collate,
             num_workers=self.num_workers,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            worker_init_fn=_leave_signals if self.num_workers else None,
             generator=torch.Generator(),  # leaves the global one alone, on which a resumed run's dropout depends
         )
 
@@ -107,3 +109,10 @@ def data_rank(trainer: Trainer) -> tuple[int, int]:
     """
     share = trainer.distributed_sampler_kwargs
     return (0, 1) if share is None else (share["rank"], share["num_replicas"])
+
+
+def _leave_signals(worker: int) -> None:
+    """A signal to all processes is for the one that trains: it still needs the batches of its step."""
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

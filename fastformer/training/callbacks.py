@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
-import shutil
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from torch import nn
 from fastformer.console import StatusLine, clock
 from fastformer.data.files import atomic_file, atomic_folder
 from fastformer.data.resuming import data_rank
+from fastformer.training.checkpoints import check_checkpoint, save_checked
+from fastformer.training.finite import check_finite
 from fastformer.training.sharding import load_weights
 
 
@@ -280,12 +283,19 @@ class SavePretrained(Callback):
     into the weights.
 
     Args:
-        folder: replaced, if there is one.
+        folder: replaced, if there is one; where it is a link, the link is.
         adapter_alone: of a PEFT model, save the adapter in PEFT's format, without the weights it adapts.
+        claim: told the names of the files before they are in the folder.
+
+    Raises:
+        ValueError: a weight is not finite.
     """
 
-    def __init__(self, folder: Path, adapter_alone: bool = False) -> None:
+    def __init__(
+        self, folder: Path, adapter_alone: bool = False, claim: Callable[[list[str]], None] | None = None
+    ) -> None:
         self.folder = folder
+        self.claim = claim
         self.adapter_alone = adapter_alone
         self._saved = False
         self._adapted: Any = None
@@ -308,6 +318,7 @@ class SavePretrained(Callback):
         if not trainer.is_global_zero:
             return
         model: Any = pl_module.model
+        check_finite(state)
         state = {key.removeprefix("model."): state[key] for key in state if key.startswith("model.")}
         first: dict[nn.Parameter, str] = {}
         for name, parameter in model.named_parameters(
@@ -322,11 +333,12 @@ class SavePretrained(Callback):
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None:
             tokenizer.model_max_length = min(longest, getattr(tokenizer, "model_max_length", longest))
-        with atomic_folder(self.folder) as folder:
+        with atomic_folder(self.folder, replace=True) as folder:
             model.save_pretrained(folder, state_dict=state)
             model.config.save_pretrained(folder)  # beside an adapter too: it names the labels
             tokenizer.save_pretrained(folder)
-            shutil.rmtree(self.folder, ignore_errors=True)
+            if self.claim is not None:
+                self.claim([path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()])
 
 
 class EarlyStopping(Callback):
@@ -334,7 +346,8 @@ class EarlyStopping(Callback):
 
     (Lightning's own neither keeps weights nor stays stopped when the stopped run is resumed.) The best weights are in a
     file of their own. What was measured after the checkpoint that a run resumes from is measured again, and the file
-    written again where it is better.
+    written again where it is better. What is no finite number is worse than any; where the file is damaged, the best is
+    looked for anew from there on.
 
     Args:
         path: of the file, for the trainable weights alone.
@@ -356,6 +369,8 @@ class EarlyStopping(Callback):
         self._restored = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.best is not None:
+            self._check_file()
         trainer.should_stop = self.waited >= self.patience  # it had been stopped, and is resumed
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -365,7 +380,7 @@ class EarlyStopping(Callback):
         if self.monitor not in metrics:
             raise ValueError(f"there is no metric {self.monitor!r} to stop by; there are {', '.join(metrics)}")
         found = metrics[self.monitor]
-        if self.best is None or self.sign * found < self.sign * self.best:
+        if math.isfinite(found) and (self.best is None or self.sign * found < self.sign * self.best):
             self.best, self.step, self.waited = found, trainer.global_step, 0
             self._save(trainer, pl_module)
         else:
@@ -377,13 +392,22 @@ class EarlyStopping(Callback):
         state = trainer.strategy.lightning_module_state_dict()
         if trainer.is_global_zero:
             trained = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
-            with atomic_file(self.path) as file:
-                torch.save({name: state[name] for name in trained}, file)
+            save_checked({name: state[name] for name in trained}, self.path)
+
+    def _check_file(self) -> None:
+        """Forget the best where its weights are lost."""
+        try:
+            check_checkpoint(self.path)
+        except (ValueError, OSError) as error:
+            warnings.warn(f"the best weights so far are lost, and looked for anew: {error}", stacklevel=2)
+            self.best, self.waited = None, 0
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.best is not None and not self._restored:
+            self._check_file()
         self._restore(trainer, pl_module)  # resumed after the last step: there was nothing to train
 
     def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -41,6 +41,9 @@ from fastformer.training.callbacks import (
 from fastformer.training.checkpoints import ValidationCheckpoint, latest_checkpoint
 from fastformer.training.cuda_graphs import RecordSteps
 from fastformer.training.finetuning import Classification, FineTuning
+from fastformer.training.finite import FiniteLosses
+from fastformer.training.folder import RunFolder
+from fastformer.training.interruption import StopOnSignal
 from fastformer.training.lora import Lora
 from fastformer.training.memory import PeakMemory
 from fastformer.training.optimization import Optimization
@@ -49,13 +52,14 @@ from fastformer.training.privacy import Privacy
 from fastformer.training.recipes import RECIPES, Recipe, Rewrite, TextOptions, balanced_class_weights
 from fastformer.training.report import FineTuningReport
 from fastformer.training.run import (
-    RunFolder,
     SaveOptions,
     add_trainer_arguments,
     build_trainer,
+    classes_allowed,
     command_parser,
     parse,
     quieten,
+    resumable,
     summary,
     summary_text,
 )
@@ -106,17 +110,18 @@ def main(arguments: list[str], begin: float) -> None:
     task = cast(Task, arguments[0])
     quieten()
     parser = build_parser(task)
-    options = parse(parser, arguments[1:])
-    for wanted, package in ((options.lora, "peft"), (options.privacy_epsilon, "opacus")):
-        if wanted:
-            require(package)
-    folder = run_folder(Path(options.output))
-    folder.prepare(options.resume, options.overwrite)
-    seed_everything(options.seed, workers=True, verbose=False)
-    try:
-        _finetune(task, parser, options, folder, begin)
-    except MisconfigurationException as error:
-        raise ValueError(str(error)) from error
+    with classes_allowed(arguments):
+        options = parse(parser, arguments[1:])
+        for wanted, package in ((options.lora, "peft"), (options.privacy_epsilon, "opacus")):
+            if wanted:
+                require(package)
+        folder = run_folder(Path(options.output))
+        try:
+            with resumable(f"finetune {task}", folder, options) as stop:
+                seed_everything(options.seed, workers=True, verbose=False)
+                _finetune(task, parser, options, folder, stop, begin)
+        except MisconfigurationException as error:
+            raise ValueError(str(error)) from error
 
 
 class _Usual(NamedTuple):
@@ -224,12 +229,21 @@ class _Prepared(NamedTuple):
     source: str  # what was started from, in words
 
 
-def _finetune(task: Task, parser: LightningArgumentParser, options: Namespace, folder: RunFolder, begin: float) -> None:
+def _finetune(
+    task: Task,
+    parser: LightningArgumentParser,
+    options: Namespace,
+    folder: RunFolder,
+    stop: StopOnSignal,
+    begin: float,
+) -> None:
     checkpoint = latest_checkpoint(folder.checkpoints) if options.resume else None
     prepared = _prepare(task, options)
     module = _module(prepared, options)
     data = _data(prepared, module, options)
     throughput, curve = Throughput(), LossCurve(folder.curve)
+    finite = FiniteLosses(folder.checkpoints, options.skip_nonfinite)
+    stop.saves = ValidationCheckpoint(folder.checkpoints)
     stopping = []
     if options.patience is not None:
         mode = "min" if options.monitor in ("loss", "perplexity") else "max"
@@ -241,7 +255,8 @@ def _finetune(task: Task, parser: LightningArgumentParser, options: Namespace, f
         arguments,
         folder,
         [
-            SaveOptions(folder.config, parser, options),
+            SaveOptions(folder, parser, options),
+            finite,
             StepSeed(options.seed),
             StopAtLimit(options.max_minutes),
             throughput,
@@ -251,8 +266,9 @@ def _finetune(task: Task, parser: LightningArgumentParser, options: Namespace, f
             *([RecordSteps()] if options.cuda_graphs else []),
             curve,
             *stopping,
-            ValidationCheckpoint(folder.checkpoints),
-            SavePretrained(folder.model, adapter_alone=not options.adapter.merge),
+            stop.saves,
+            stop,
+            SavePretrained(folder.model, not options.adapter.merge, folder.claim_model),
         ],
     )
     _check_trainer(trainer, options)
@@ -262,7 +278,7 @@ def _finetune(task: Task, parser: LightningArgumentParser, options: Namespace, f
     if trainer.is_global_zero:
         metrics = {
             "task": task,
-            **summary(trainer, module, throughput, curve, folder, time.monotonic() - begin),
+            **summary(trainer, module, throughput, curve, finite, folder, time.monotonic() - begin),
             "trained_parameters": sum(weight.numel() for weight in module.parameters() if weight.requires_grad),
             "started_from": prepared.source,
             "attention": prepared.start.attention,

@@ -110,6 +110,8 @@ class FineTuning(TrainingModule):
             self.manual_backward(loss)
             accumulate_example(self._mechanism)
             losses.append(loss.detach())
+        if losses and self.watch is not None:
+            self.watch.see(self, torch.stack(losses).sum(), max(group["lr"] for group in optimizer.param_groups))
         noised_gradients(self._mechanism)
         optimizer.step()
         schedule: Any = self.lr_schedulers()

@@ -17,6 +17,7 @@ from fastformer.training.sharding import shard
 
 if TYPE_CHECKING:
     from fastformer.training.cuda_graphs import RecordedSteps
+    from fastformer.training.finite import FiniteLosses
 
 
 class TrainingModule(LightningModule):
@@ -30,6 +31,8 @@ class TrainingModule(LightningModule):
     model: Any
     recorded: RecordedSteps | None = None
     """CUDA graphs that training steps are taken with."""
+    watch: FiniteLosses | None = None
+    """Looks at the loss of each optimizer step before it is taken."""
     _step_sums: torch.Tensor | None = None
 
     # --- The model ----------------------------------------------------------------------------------------------------
@@ -96,9 +99,10 @@ class TrainingModule(LightningModule):
             batch: what the model takes.
             own, of_step: (n,), each part's targets in the batch, and in all batches of the step.
         """
-        sums = own * torch.stack(list(self.batch_losses(batch)))
+        losses = torch.stack(list(self.batch_losses(batch)))
+        sums = own * torch.where(own > 0, losses, 0.0)  # the mean over no targets is NaN
         # Lightning divides by the number of batches, and data parallelism by that of the ranks.
-        shares = sums / of_step * self.trainer.accumulate_grad_batches * data_rank(self.trainer)[1]
+        shares = _over(sums, of_step) * self.trainer.accumulate_grad_batches * data_rank(self.trainer)[1]
         return self.total(shares), sums.detach()
 
     def backward(self, loss: torch.Tensor, *arguments: Any, **options: Any) -> None:
@@ -113,8 +117,10 @@ class TrainingModule(LightningModule):
         # A tensor: of a number Lightning would make one on the GPU, and wait for it.
         self.log("train/learning_rate", torch.tensor(rate), batch_size=1)
         if self._step_sums is not None:
-            means = self.over_ranks(self._step_sums) / self._step_counts
+            means = _over(self.over_ranks(self._step_sums), self._step_counts)
             self._step_sums = None
+            if self.watch is not None:
+                self.watch.see(self, means.sum(), rate)
             metrics = self.step_metrics(list(means))
             self.log_dict({f"train/{name}": value for name, value in metrics.items()}, batch_size=1)
 
@@ -130,3 +136,8 @@ class TrainingModule(LightningModule):
             mesh = self.device_mesh
             torch.distributed.all_reduce(values, group=None if mesh is None else mesh["data_parallel"].get_group())
         return values
+
+
+def _over(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The means of so many; zero of none."""
+    return sums / torch.where(counts > 0, counts, 1.0)

@@ -24,17 +24,21 @@ from fastformer.training.callbacks import (
 )
 from fastformer.training.checkpoints import StepCheckpoint, latest_checkpoint
 from fastformer.training.cuda_graphs import RecordSteps
+from fastformer.training.finite import FiniteLosses
+from fastformer.training.folder import RunFolder
+from fastformer.training.interruption import StopOnSignal
 from fastformer.training.memory import PeakMemory
 from fastformer.training.pretraining import MODULES, PretrainingModule
 from fastformer.training.pretraining_report import Rows, console_table, write_report
 from fastformer.training.run import (
-    RunFolder,
     SaveOptions,
     add_trainer_arguments,
     build_trainer,
+    classes_allowed,
     command_parser,
     parse,
     quieten,
+    resumable,
     summary,
     summary_text,
 )
@@ -84,16 +88,17 @@ def main(arguments: list[str], begin: float) -> None:
     """
     quieten()
     parser = build_parser()
-    options = parse(parser, arguments)
-    if options.max_steps is None:
-        options.max_steps = options.trainer.max_steps = MODULES[options.objective].default_steps
-    folder = RunFolder(Path(options.output), "pretraining")
-    folder.prepare(options.resume, options.overwrite)
-    seed_everything(options.seed, workers=True, verbose=False)
-    try:
-        _pretrain(parser, options, folder, begin)
-    except MisconfigurationException as error:
-        raise ValueError(str(error)) from error
+    with classes_allowed(arguments):
+        options = parse(parser, arguments)
+        if options.max_steps is None:
+            options.max_steps = options.trainer.max_steps = MODULES[options.objective].default_steps
+        folder = RunFolder(Path(options.output), "pretraining")
+        try:
+            with resumable("pretrain", folder, options) as stop:
+                seed_everything(options.seed, workers=True, verbose=False)
+                _pretrain(parser, options, folder, stop, begin)
+        except MisconfigurationException as error:
+            raise ValueError(str(error)) from error
 
 
 def build_parser() -> LightningArgumentParser:
@@ -132,7 +137,9 @@ _TENSOR_HELP = "of --strategy fsdp2: so many devices compute each batch together
 _ACTIVATION_HELP = "keep the input of each block alone and compute the rest again backwards: less memory, more time"
 
 
-def _pretrain(parser: LightningArgumentParser, options: Namespace, folder: RunFolder, begin: float) -> None:
+def _pretrain(
+    parser: LightningArgumentParser, options: Namespace, folder: RunFolder, stop: StopOnSignal, begin: float
+) -> None:
     checkpoint = latest_checkpoint(folder.checkpoints) if options.resume else None
     objects = parser.instantiate(options)
     if options.tensor_parallel != 1:
@@ -141,11 +148,14 @@ def _pretrain(parser: LightningArgumentParser, options: Namespace, folder: RunFo
         objects.trainer.strategy = FullyShardedStrategy(options.tensor_parallel)
     module, data = MODULES[options.objective](**objects.model.as_dict()), objects.corpus
     throughput, curve = Throughput(), LossCurve(folder.curve, module.losses[0], module.loss_label)
+    finite = FiniteLosses(folder.checkpoints, options.skip_nonfinite)
+    stop.saves = StepCheckpoint(folder.checkpoints, every=options.evaluate_every)
     trainer = build_trainer(
         objects.trainer,
         folder,
         [
-            SaveOptions(folder.config, parser, options),
+            SaveOptions(folder, parser, options),
+            finite,
             StepSeed(options.seed),
             StopAtLimit(options.max_minutes),
             throughput,
@@ -154,15 +164,16 @@ def _pretrain(parser: LightningArgumentParser, options: Namespace, folder: RunFo
             *([CompileModel()] if options.compile else []),
             *([RecordSteps()] if options.cuda_graphs else []),
             curve,
-            StepCheckpoint(folder.checkpoints, every=options.evaluate_every),
-            SavePretrained(folder.model),
+            stop.saves,
+            stop,
+            SavePretrained(folder.model, claim=folder.claim_model),
         ],
     )
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     if curve.validation and curve.validation[-1]["step"] != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
-        metrics = summary(trainer, module, throughput, curve, folder, time.monotonic() - begin)
+        metrics = summary(trainer, module, throughput, curve, finite, folder, time.monotonic() - begin)
         _report(options.objective, {**metrics, "sample": sample(options.objective, folder.model)._asdict()}, folder)
 
 

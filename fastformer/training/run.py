@@ -1,29 +1,36 @@
-"""What the training commands share: options, the output folder and what it may hold, the trainer, resuming."""
+"""What the training commands share: options, how a run ends, the trainer, resuming."""
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
+import re
+import shlex
+import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace
+import yaml
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace, set_parsing_settings
+from jsonargparse._common import parsing_settings
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
+from fastformer.console import printable
 from fastformer.data.files import atomic_file
+from fastformer.stopping import Stopped
 from fastformer.training.callbacks import LossCurve, Throughput
-from fastformer.training.checkpoints import AtomicCheckpointIO
+from fastformer.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
+from fastformer.training.finite import FiniteLosses
+from fastformer.training.folder import RunFolder
+from fastformer.training.interruption import StopOnSignal
 from fastformer.training.memory import peak_memory
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
@@ -63,104 +70,31 @@ _UNIMPORTANT_WARNINGS = (
 )
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """The output folder of a training command.
-
-    Attributes:
-        path: the folder.
-        kind: of run, for errors.
-        others: names of files and folders that this command writes besides those of every run.
-    """
-
-    path: Path
-    kind: str
-    others: tuple[str, ...] = ()
-
-    @property
-    def config(self) -> Path:
-        """Every option of the run."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """What is printed at the end."""
-        return self.path / "metrics.json"
-
-    @property
-    def curve(self) -> Path:
-        """The picture of the losses."""
-        return self.path / "loss.png"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The newest, to resume from."""
-        return self.path / "checkpoints"
-
-    @property
-    def logs(self) -> Path:
-        """CSV and TensorBoard."""
-        return self.path / "logs"
-
-    @property
-    def report(self) -> Path:
-        """The metrics, to read."""
-        return self.path / "report.md"
-
-    @property
-    def model(self) -> Path:
-        """Hugging Face format."""
-        return self.path / "model"
-
-    def prepare(self, resume: bool, overwrite: bool) -> None:
-        """Refuse a folder that holds something else than this run, and remove what killed processes left behind.
-
-        A run that failed before its first step has left logs at most; they are no reason to refuse.
-        """
-        _prepare(self, resume, overwrite)
-
-    def write_metrics(self, metrics: dict[str, Any]) -> None:
-        """As JSON, whole or not at all."""
-        with atomic_file(self.metrics) as file:
-            file.write(json.dumps(metrics, indent=2).encode() + b"\n")
-
-
-@rank_zero_only
-def _prepare(folder: RunFolder, resume: bool, overwrite: bool) -> None:
-    output = folder.path
-    if resume and overwrite:
-        raise ValueError("give --resume or --overwrite, not both")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is not a folder")
-    entries = {path.name for path in output.iterdir()} if output.exists() else set()
-    paths = (folder.config, folder.metrics, folder.curve, folder.checkpoints, folder.logs, folder.report, folder.model)
-    ours = {*(path.name for path in paths), *folder.others}
-    if foreign := sorted(name for name in entries - ours if not name.endswith(".tmp")):
-        raise ValueError(
-            f"--output {output} holds what is no {folder.kind} run: {', '.join(foreign[:3])}; give another folder"
-        )
-    if folder.config.name in entries and not (resume or overwrite):
-        state = "a finished" if folder.metrics.name in entries else "an unfinished"
-        raise ValueError(
-            f"--output {output} holds {state} run: continue it with --resume, replace it with --overwrite, or give "
-            "another folder"
-        )
-    if resume:
-        for path in [*output.glob(".*.tmp"), *folder.checkpoints.glob(".*.tmp")]:
-            _remove(path)
-    else:
-        for name in entries:
-            _remove(output / name)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
 # --- Options ----------------------------------------------------------------------------------------------------------
+
+
+_TRUST_HELP = (
+    "let --config, and the options of a run that is resumed, name any class to make an object of, which runs its code; "
+    "otherwise only Lightning's and Fastformer's"
+)
+_SKIP_HELP = "leave out steps whose loss or gradient is infinite or no number, rather than end training with an error"
+_OWN_CLASSES = ("lightning", "pytorch_lightning", "fastformer")
+_IMPORT_PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
+
+
+class _Parser(LightningArgumentParser):
+    """Lightning's, with each error on one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(message.split())
+        if "import path denylist" in text:
+            named = re.search(r"Importing '([^']*)'", text)
+            text = (
+                f"a file names {named[1] if named else 'a class'}, which is neither Lightning's nor Fastformer's. "
+                + ("Making an object of it runs its code: give --trust if you trust the file")
+            )
+        print(f"{self.prog}: error: {printable(text)}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -175,7 +109,7 @@ def command_parser(command: str, description: str, output: str) -> LightningArgu
         description: shown with its lines kept.
         output: default of ``--output``.
     """
-    parser = LightningArgumentParser(
+    parser = _Parser(
         prog=f"fastformer {command}",
         usage=f"fastformer {command} [options]",
         description=description,
@@ -186,9 +120,11 @@ def command_parser(command: str, description: str, output: str) -> LightningArgu
     add("--output", type=str, default=output, metavar="DIR", help="folder for all that the run writes")
     add("--resume", action="store_true", help="continue the run in --output, with its options where none are given")
     add("--elastic", action="store_true", help="continue the run in --output if there is one: for what restarts itself")
-    add("--overwrite", action="store_true", help="replace the run in --output")
+    add("--overwrite", action="store_true", help="replace the run in --output, once everything else is checked")
+    add("--trust", action="store_true", help=_TRUST_HELP)
     add("--max_minutes", type=float | None, metavar="M", help="stop training after this time, whatever else is said")
     add("--accumulate", type=int, default=1, metavar="N", help="batches whose gradients make one optimizer step")
+    add("--skip_nonfinite", action="store_true", help=_SKIP_HELP)
     add("--accelerator", type=str, default="auto", help="cpu, gpu, ... or auto")
     add("--devices", type=str, default="auto", help="their number, or a list such as 0,2")
     add("--strategy", choices=STRATEGIES, default="auto", help="of several devices; auto is ddp")
@@ -215,35 +151,134 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
     )
 
 
+@contextmanager
+def classes_allowed(arguments: Sequence[str]) -> Iterator[None]:
+    """Within it, options may name classes of Lightning's and ours, and those that the command line itself names.
+
+    With ``--trust`` among the arguments, any.
+    """
+    if "--trust" in arguments:
+        yield
+        return
+    before = dict(parsing_settings)
+    named = [path for text in _trainer_options(arguments).values() for path in _IMPORT_PATH.findall(text)]
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_OWN_CLASSES, *named])
+    try:
+        yield
+    finally:
+        parsing_settings.update(before)
+
+
+def _trainer_options(arguments: Sequence[str]) -> dict[str, str]:
+    """Those of the command line that are ``--trainer.NAME``, with their values."""
+    options: dict[str, str] = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, given, value = argument.partition("=")
+        if name.startswith("--trainer."):
+            options[name.removeprefix("--")] = value if given else following
+    return options
+
+
 def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     """The options; of a run that is resumed its own, where none are given.
 
     Raises:
         FileNotFoundError: there is no run to resume.
+        ValueError: what it has kept of its options is not whole.
     """
     options = parser.parse_args(arguments)
     config = RunFolder(Path(options.output), "").config
     if options.resume and not config.is_file():
         raise FileNotFoundError(f"nothing to resume in {options.output}: it has no {config.name}")
     if options.resume or (options.elastic and config.is_file()):
-        options = parser.parse_args(["--config", str(config), *arguments])
+        if options.overwrite:
+            raise ValueError("give --resume or --overwrite, not both")
+        options = parser.parse_args(["--config", _kept_options(config, arguments), *arguments])
         options.resume = True
+    if options.trust and "--trust" not in arguments:
+        raise ValueError("trust is not for files to claim: give --trust on the command line")
+    _check(options)
     return options
 
 
-class SaveOptions(Callback):
-    """Writes the options when training starts: from then on there is a run to resume."""
+def _kept_options(config: Path, arguments: Sequence[str]) -> str:
+    """The options of a run as YAML, without those of the trainer that the command line replaces.
 
-    def __init__(self, path: Path, parser: LightningArgumentParser, options: Namespace) -> None:
-        self.path = path
+    Raises:
+        ValueError: they are not whole.
+    """
+    try:
+        text = config.read_text()
+        options = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{config} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict) or not text.endswith("\n") or not options.keys() >= _REQUIRED:
+        raise ValueError(f"{config} is not whole: it must have every option of the run, as the run has written it")
+    trainer = options["trainer"]
+    for name in _trainer_options(arguments):
+        if isinstance(trainer, dict):
+            trainer.pop(name.split(".")[1], None)
+    return yaml.safe_dump(options, sort_keys=False)
+
+
+_REQUIRED = {"output", "data", "seed", "accumulate", "precision", "trainer"}
+"""Some options of every run, and the last one."""
+
+
+def _check(options: Namespace) -> None:
+    """Refuse numbers that mean nothing, where Lightning would fail in other words, or later."""
+    for name, least in (("accumulate", 1), ("evaluate_every", 1)):
+        if options[name] < least:
+            raise ValueError(f"--{name} must be at least {least}; got {options[name]}")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to {2**32 - 1:,}; got {options.seed}")
+
+
+class SaveOptions(Callback):
+    """Writes the options when training starts: from then on there is a run to resume, and one that it replaces is gone.
+
+    Args:
+        folder: of the run.
+        parser: of the options.
+        options: of the run.
+    """
+
+    def __init__(self, folder: RunFolder, parser: LightningArgumentParser, options: Namespace) -> None:
+        self.folder = folder
         kept = options.clone()
-        kept.resume = kept.overwrite = False
+        kept.resume = kept.overwrite = kept.trust = False
         self.text = parser.dump(kept)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            with atomic_file(self.path) as file:
+            self.folder.clear()
+            with atomic_file(self.folder.config) as file:
                 file.write(self.text.encode())
+
+
+# --- How a run ends ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def resumable(command: str, folder: RunFolder, options: Namespace) -> Iterator[StopOnSignal]:
+    """Within it the run holds its folder, and a signal ends it with the command that resumes it.
+
+    Args:
+        command: its words after ``fastformer``.
+        folder: of the run.
+        options: of the run.
+    """
+    try:
+        with StopOnSignal() as stop, folder.opened(options.resume, options.overwrite):
+            yield stop
+    except Stopped as stopped:
+        newest = newest_checkpoint(folder.checkpoints) if folder.config.is_file() else None
+        if newest is None:
+            stopped.note = ": nothing was saved yet"
+        else:
+            again = f"fastformer {command} --resume --output {shlex.quote(str(folder.path))}"
+            stopped.note = f"; {newest.name} is saved. Go on with: {again}{' --trust' * options.trust}"
+        raise
 
 
 # --- The trainer ------------------------------------------------------------------------------------------------------
@@ -290,13 +325,20 @@ def _as_list(given: Any) -> list[Any]:
 
 
 def summary(
-    trainer: Trainer, module: LightningModule, throughput: Throughput, curve: LossCurve, folder: RunFolder, wall: float
+    trainer: Trainer,
+    module: LightningModule,
+    throughput: Throughput,
+    curve: LossCurve,
+    finite: FiniteLosses,
+    folder: RunFolder,
+    wall: float,
 ) -> dict[str, Any]:
     """What every run reports of itself; `wall` is in seconds."""
     return {
         "start": curve.validation[0] if curve.validation else None,
         "end": curve.validation[-1] if curve.validation else None,
         "steps": trainer.global_step,
+        **({"skipped_steps": finite.skipped} if finite.skipped else {}),
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "tokens": throughput.tokens,
         "training_seconds": throughput.seconds,
@@ -314,11 +356,14 @@ def summary(
 def summary_text(summary: dict[str, Any]) -> str:
     """Two lines of English for `summary`."""
     minutes, seconds = divmod(round(summary["wall_seconds"]), 60)
-    return (
-        f"{summary['steps']:,} steps, {summary['tokens'] / 1e6:.2f} M tokens at {summary['tokens_per_second']:,.0f} "
-        f"tokens/s on {summary['devices']} x {summary['device']}; {minutes} min {seconds} s in all\n"
+    skipped = f", {summary['skipped_steps']:,} of them left out" if "skipped_steps" in summary else ""
+    text = (
+        f"{summary['steps']:,} steps{skipped}, {summary['tokens'] / 1e6:.2f} M tokens at "
+        f"{summary['tokens_per_second']:,.0f} tokens/s on {summary['devices']} x {summary['device']}; "
+        f"{minutes} min {seconds} s in all\n"
         f"model: {summary['model']} ({summary['parameters'] / 1e6:.2f} M parameters)   loss curve: {summary['curve']}"
     )
+    return printable(text)
 
 
 def quieten() -> None:

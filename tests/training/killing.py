@@ -1,4 +1,4 @@
-"""A callback that kills its own process, as a power cut would: for runs in a process of their own."""
+"""Callbacks that kill their own process, as a power cut would, or send it a signal."""
 
 import os
 import signal
@@ -24,6 +24,21 @@ class Kill(Callback):
             torch.save = _half_of_it_then_die
         else:
             _die()
+
+
+class Send(Callback):
+    """Sends this process a signal in the hook of a given name, once so many optimizer steps are done."""
+
+    def __init__(self, number: int, hook: str, step: int = 0) -> None:
+        self.number = number
+        self.step = step
+        setattr(self, hook, self._send)
+        self._sent = 0
+
+    def _send(self, trainer: Trainer, *arguments: Any, **options: Any) -> None:
+        if trainer.global_step >= self.step and not self._sent:
+            self._sent = 1
+            os.kill(os.getpid(), self.number)
 
 
 def _half_of_it_then_die(checkpoint: dict[str, Any], file: Any) -> None:

@@ -14,8 +14,11 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def start(arguments: Sequence[str], ranks: int = 1) -> list[BaseProcess]:
-    """The command line in `ranks` processes, which find each other as those of torchrun do."""
+def start(arguments: Sequence[str], ranks: int = 1, group: bool = False) -> list[BaseProcess]:
+    """The command line in `ranks` processes, which find each other as those of torchrun do.
+
+    With `group`, each is the leader of a process group of its own.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -24,7 +27,7 @@ def start(arguments: Sequence[str], ranks: int = 1) -> list[BaseProcess]:
     processes = []
     for rank in range(ranks):
         environment = {**shared, "RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
-        process = _CONTEXT.Process(target=_run, args=(list(arguments), environment))
+        process = _CONTEXT.Process(target=_run, args=(list(arguments), environment, group))
         process.start()
         processes.append(process)
     return processes
@@ -39,12 +42,14 @@ def finish(processes: Sequence[BaseProcess], seconds: float = 120.0) -> None:
     assert [process.exitcode for process in processes] == [0] * len(processes)
 
 
-def _run(arguments: list[str], environment: dict[str, object]) -> None:
+def _run(arguments: list[str], environment: dict[str, object], group: bool) -> None:
     import torch
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     from fastformer import cli
 
+    if group:
+        os.setpgid(0, 0)
     os.environ.update({name: str(value) for name, value in environment.items()})
     rank_zero_only.rank = int(os.environ.get("RANK", 0))  # read at import, which was before the fork
     torch.set_num_threads(1)

@@ -1,6 +1,7 @@
 """Early stopping: when it stops, which weights it leaves, and that a resumed run stops where it would have."""
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,31 @@ def test_a_stopped_run_stays_stopped(tmp_path: Path) -> None:
     fit(tmp_path)
     module, trainer = fit(tmp_path)
     assert (trainer.global_step, module.weight.item()) == (12, 8)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("step", "end", "best"), [(2, 12, 8), (8, 8, 4)])
+def test_what_is_no_number_is_worse_than_any(
+    step: int, end: int, best: int, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOSSES, step, value)
+    module, trainer = fit(tmp_path)
+    assert (trainer.global_step, module.weight.item()) == (end, best)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "folder"])
+def test_lost_weights_of_the_best_are_looked_for_anew(damage: str, tmp_path: Path) -> None:
+    fit(tmp_path, Halt(9))
+    best = tmp_path / "best.pt"
+    content = best.read_bytes()
+    best.unlink()
+    if damage == "cut":
+        best.write_bytes(content[:-9])
+    elif damage == "folder":
+        best.mkdir()
+    with pytest.warns(UserWarning, match="best weights so far are lost"):
+        module, trainer = fit(tmp_path)
+    assert (trainer.global_step, module.weight.item()) == (18, 14)
 
 
 def test_what_is_saved_is_never_between_optimizer_steps(tmp_path: Path) -> None:

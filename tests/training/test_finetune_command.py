@@ -73,6 +73,8 @@ def test_every_task_learns_and_leaves_what_it_promises(task: str, runs: dict[str
         "metrics.json",
         "report.md",
         "predictions.jsonl",
+        "manifest.json",
+        ".lock",
     }
     assert {path.name for path in run.iterdir()} == expected | ({"confusion.png"} if task == "classify" else set())
     report = (run / "report.md").read_text()

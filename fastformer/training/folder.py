@@ -1,0 +1,265 @@
+"""The output folder of a training command: which files are a run's, which process writes them, and what may go."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from fastformer.console import json_text
+from fastformer.data.files import atomic_file, remove
+
+_LOGS = (
+    *(f"logs/{logger}/version_[0-9]*/hparams.yaml" for logger in ("csv", "tensorboard")),
+    "logs/csv/version_[0-9]*/metrics.csv",
+    "logs/tensorboard/version_[0-9]*/events.out.tfevents.*",
+)
+_CHECKPOINTS = tuple(f"checkpoints/step-{'[0-9]' * digits}.ckpt" for digits in (7, 8, 9))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The output folder of a training command.
+
+    What it writes is in its manifest, by names and patterns: only that is ever removed. While a run writes, it holds a
+    lock.
+
+    Attributes:
+        path: the folder.
+        kind: of run, for errors.
+        others: names of files that this command writes besides those of every run.
+    """
+
+    path: Path
+    kind: str
+    others: tuple[str, ...] = ()
+    _replaced: list[Path] = field(default_factory=list, init=False, repr=False)
+
+    @property
+    def config(self) -> Path:
+        """Every option of the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """What is printed at the end."""
+        return self.path / "metrics.json"
+
+    @property
+    def curve(self) -> Path:
+        """The picture of the losses."""
+        return self.path / "loss.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The newest, to resume from."""
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """CSV and TensorBoard."""
+        return self.path / "logs"
+
+    @property
+    def report(self) -> Path:
+        """The metrics, to read."""
+        return self.path / "report.md"
+
+    @property
+    def model(self) -> Path:
+        """Hugging Face format."""
+        return self.path / "model"
+
+    @property
+    def manifest(self) -> Path:
+        """Names and patterns of what the run writes, and the process that writes it."""
+        return self.path / "manifest.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that writes."""
+        return self.path / ".lock"
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """As JSON, whole or not at all; null for what is no finite number."""
+        with atomic_file(self.metrics) as file:
+            file.write(json_text(metrics, indent=2).encode() + b"\n")
+
+    # --- Whose it is --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def opened(self, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Hold the folder for this run. Nothing of a run that is replaced is removed before `clear`.
+
+        A run that failed before its first step has left logs at most; they are no reason to refuse.
+
+        Raises:
+            ValueError: the folder holds something else than this run, or another process writes into it.
+        """
+        if getattr(rank_zero_only, "rank", 0) != 0:  # the first process has the lock for all
+            yield
+            return
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--output {self.path} is not a folder")
+        if not resume:
+            self._check_before_locking()
+        new = not self.path.exists()
+        with self._locked():
+            try:
+                self._prepare(resume, overwrite)
+                yield
+            finally:
+                if next(self._files(), None) is None:  # it failed before it wrote anything
+                    self._forget(new)
+
+    def clear(self) -> None:
+        """Remove what the run that is replaced has left."""
+        for path in self._replaced:
+            remove(path)
+            for parent in path.relative_to(self.path).parents[:-1]:
+                with suppress(OSError):  # not empty
+                    (self.path / parent).rmdir()
+        if self._replaced:
+            self._replaced.clear()
+            self._write_manifest(self._patterns())
+
+    def claim_model(self, files: Iterable[str]) -> None:
+        """Note that files of these names are the run's, in `model`."""
+        self._write_manifest([*self._listed(), *(f"{self.model.name}/{name}" for name in files)])
+
+    # --- What is there ------------------------------------------------------------------------------------------------
+
+    def _check_before_locking(self) -> None:
+        """A folder that is none of ours gets no lock either."""
+        if self.manifest.is_file() or not self.path.exists():
+            return
+        names = sorted(path.name for path in self.path.iterdir() if path != self.lock)
+        if self.config.name in names:
+            raise ValueError(
+                f"--output {self.path} holds {self._state()} run without a {self.manifest.name}, which would say what "
+                "may be replaced: continue it with --resume, remove it yourself, or give another folder"
+            )
+        if names:
+            raise ValueError(
+                f"--output {self.path} holds what is no {self.kind} run: {_some(names)}; give another folder"
+            )
+
+    def _prepare(self, resume: bool, overwrite: bool) -> None:
+        patterns, found = self._patterns(), list(self._files())
+        listed = self._listed() or [*patterns, *(name for name in found if self._in(self.model, name))]
+        foreign = [name for name in found if not _matches(name, listed)]
+        if resume:  # what else there is may stay, but `model` will be replaced
+            foreign = [name for name in foreign if self._in(self.model, name)]
+        if foreign:
+            raise ValueError(
+                f"--output {self.path} holds what is no {self.kind} run: {_some(foreign)}; move it, or give another "
+                "folder"
+            )
+        if not (resume or overwrite or all(self._in(self.logs, name) for name in found)):
+            raise ValueError(
+                f"--output {self.path} holds {self._state()} run: continue it with --resume, replace it with "
+                "--overwrite, or give another folder"
+            )
+        self._write_manifest([*patterns, *listed])
+        if resume:
+            self._remove_temporaries()
+        else:
+            self._replaced[:] = [self.path / name for name in found]
+
+    def _state(self) -> str:
+        return "a finished" if self.metrics.exists() else "an unfinished"
+
+    def _in(self, folder: Path, name: str) -> bool:
+        return name.startswith(f"{folder.name}/")
+
+    def _patterns(self) -> list[str]:
+        """Of all that the run may write, but for the files of `model`, which are claimed once they are known."""
+        files = [path.name for path in (self.config, self.metrics, self.curve, self.report)]
+        files += [*self.others, *_CHECKPOINTS, *_LOGS]
+        return [*files, *map(_temporary, files), *(f"{_temporary(self.model.name)}{inside}" for inside in ("", "/*"))]
+
+    def _remove_temporaries(self) -> None:
+        """What killed processes have left half written."""
+        for path in [*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")]:
+            if _matches(path.relative_to(self.path).as_posix(), self._patterns()):
+                remove(path)
+
+    def _files(self) -> Iterator[str]:
+        """Names of all files and links, from the folder on."""
+        for folder, folders, files in os.walk(self.path):
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            for name in [*links, *files]:
+                path = Path(folder, name)
+                if path not in (self.manifest, self.lock):
+                    yield path.relative_to(self.path).as_posix()
+
+    # --- Manifest and lock --------------------------------------------------------------------------------------------
+
+    def _listed(self) -> list[str]:
+        """Names and patterns in the manifest; none where there is none."""
+        return [str(name) for name in self._read_manifest().get("files", [])]
+
+    def _read_manifest(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.manifest.read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.manifest} cannot be read: {error}") from error
+        if not (isinstance(found, dict) and isinstance(found.get("files"), list)):
+            raise ValueError(f"{self.manifest} is no manifest of a run: it must have the names of its files")
+        return found
+
+    def _write_manifest(self, files: Sequence[str]) -> None:
+        process = {"pid": os.getpid(), "host": socket.gethostname()}
+        with atomic_file(self.manifest) as file:
+            content = {"kind": self.kind, "process": process, "files": list(dict.fromkeys(files))}
+            file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.lock)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"--output {self.path} is in use: {self._writer()} writes into it") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _writer(self) -> str:
+        with suppress(ValueError, KeyError, TypeError):
+            process = self._read_manifest()["process"]
+            return f"process {process['pid']} on {process['host']}"
+        return "another process"
+
+    def _forget(self, new: bool) -> None:
+        self.manifest.unlink(missing_ok=True)
+        self.lock.unlink(missing_ok=True)
+        if new:
+            self.path.rmdir()
+
+
+def _temporary(name: str) -> str:
+    """The pattern of what `atomic_file` writes before it is `name`."""
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}.{last}.{'[0-9a-f]' * 16}.tmp"
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")

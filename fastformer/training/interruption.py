@@ -1,0 +1,118 @@
+"""Signals that end a training run: with a checkpoint, and in such a way that it can be resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any, Protocol
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from fastformer.stopping import STATUS, Stopped
+
+_AGREE_EVERY = 10
+"""Optimizer steps between which many processes ask each other whether one was told to stop: asking takes time."""
+
+
+class Saves(Protocol):
+    """What writes a run's checkpoints."""
+
+    def save(self, trainer: Trainer) -> None:
+        """Write one now, after an optimizer step."""
+
+
+class StopOnSignal(Checkpoint):
+    """Ends a command at SIGINT, SIGTERM or SIGUSR1, by `Stopped`.
+
+    During training that happens after the optimizer step at hand, or after the validation that is due or going on,
+    with a checkpoint; at a second signal, and where nothing is being trained, at once. Processes that train together
+    stop together.
+
+    A context manager: signals are caught within it. (As a callback it is one of Lightning's Checkpoint callbacks, which
+    come last.)
+
+    Attributes:
+        saves: what to save with.
+    """
+
+    saves: Saves
+
+    def __init__(self) -> None:
+        self._requested: int | None = None
+        self._training = False
+        self._process = os.getpid()
+
+    def __enter__(self) -> StopOnSignal:
+        self._before = {name: signal.getsignal(getattr(signal, name)) for name in STATUS if hasattr(signal, name)}
+        self._listen()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for name, handler in self._before.items():
+                signal.signal(getattr(signal, name), handler)
+
+    def _listen(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other may
+            for name in self._before:
+                signal.signal(getattr(signal, name), self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # forked, to prepare batches
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif self._training and self._requested is None:
+            self._requested = number
+        else:
+            raise Stopped(number)
+
+    # --- In training --------------------------------------------------------------------------------------------------
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen()  # Lightning has put handlers of its own
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen()
+        self._training, self._step, self._between_steps = True, trainer.global_step, False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._between_steps = trainer.global_step == self._step
+        if self._between_steps:
+            return
+        self._step = trainer.global_step
+        alone = trainer.world_size == 1
+        if trainer.should_stop or _is_validated(trainer) or not (alone or self._step % _AGREE_EVERY == 0):
+            return
+        self._stop_if_requested(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._training and trainer.state.fn == "fit" and not (trainer.should_stop or self._between_steps):
+            self._stop_if_requested(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._training = False
+        if self._requested is not None:  # all that there is to save is saved
+            raise Stopped(self._requested)
+
+    def _stop_if_requested(self, trainer: Trainer) -> None:
+        requested = self._requested is not None
+        if trainer.world_size > 1:
+            requested = trainer.strategy.reduce_boolean_decision(requested, all=False)
+        if requested:
+            self.saves.save(trainer)
+            raise Stopped(self._requested or signal.SIGTERM)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._training = False
+        if self._requested is not None and "DataLoader worker" in str(exception):
+            raise Stopped(self._requested) from exception  # they had the signal too, and it was their end
+
+
+def _is_validated(trainer: Trainer) -> bool:
+    """Whether Lightning validates after this step."""
+    return trainer.enable_validation and (trainer.fit_loop.total_batch_idx + 1) % int(trainer.val_check_batch or 1) == 0

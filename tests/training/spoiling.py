@@ -1,0 +1,30 @@
+"""A callback that makes losses or gradients no numbers, at steps that it is told."""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class Spoil(Callback):
+    """Kind nan, inf: the loss of the steps, from 1; gradient: one of their gradients, infinite, the loss as it is."""
+
+    def __init__(self, kind: str, steps: list[int]) -> None:
+        self.kind = kind
+        self.steps = steps
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        losses = pl_module.batch_losses
+
+        def spoilt(batch: Any) -> list[torch.Tensor]:
+            found = list(losses(batch))
+            if self.kind != "gradient" and trainer.global_step + 1 in self.steps:
+                found[0] = found[0] * (math.nan if self.kind == "nan" else math.inf)
+            return found
+
+        pl_module.batch_losses = spoilt
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.kind == "gradient" and trainer.global_step + 1 in self.steps:
+            next(weight for weight in pl_module.parameters() if weight.grad is not None).grad.fill_(math.inf)

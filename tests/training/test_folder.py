@@ -1,0 +1,186 @@
+"""The output folder: what a run may remove and what never, and that one process at a time writes it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from fastformer.data.files import atomic_folder
+from fastformer.training.folder import RunFolder
+
+RUN = (
+    *("config.yaml", "metrics.json", "loss.png", "report.md", "checkpoints/step-0000010.ckpt"),
+    *("logs/csv/version_0/metrics.csv", "logs/tensorboard/version_0/events.out.tfevents.1.host.2", "model/config.json"),
+)
+
+
+def folder(path: Path) -> RunFolder:
+    return RunFolder(path / "output", "pretraining")
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> RunFolder:
+    """A folder with all that a run leaves."""
+    run = folder(tmp_path)
+    with run.opened(resume=False, overwrite=False):
+        run.clear()
+        run.claim_model(["config.json"])
+        for name in RUN:
+            write(run.path / name)
+    return run
+
+
+def write(path: Path, text: str = "of the run") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def files(path: Path) -> set[str]:
+    found = {each.relative_to(path).as_posix() for each in path.rglob("*") if not each.is_dir() or each.is_symlink()}
+    return found - {"manifest.json", ".lock"}
+
+
+def test_a_run_is_removed_once_the_next_one_begins_and_not_before(finished: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no learning rate"), folder(tmp_path).opened(False, overwrite=True):
+        raise ValueError("no learning rate")
+    assert files(finished.path) == set(RUN)
+    run = folder(tmp_path)
+    with run.opened(False, overwrite=True):
+        write(run.path / "logs/csv/version_1/metrics.csv", "of the next")
+        assert files(run.path) == {*RUN, "logs/csv/version_1/metrics.csv"}
+        run.clear()
+        assert files(run.path) == {"logs/csv/version_1/metrics.csv"}
+        assert not (run.path / "model").exists()
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "metrics.json"])
+def test_a_run_is_never_replaced_unasked(missing: str, finished: RunFolder, tmp_path: Path) -> None:
+    (finished.path / missing).unlink()
+    with pytest.raises(ValueError, match=r"holds .* run: continue it"), folder(tmp_path).opened(False, False):
+        pass
+    assert files(finished.path) == {*RUN} - {missing}
+
+
+def test_logs_of_what_failed_before_its_first_step_are_in_nobodys_way(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    with run.opened(False, False):
+        write(run.path / "logs/csv/version_0/metrics.csv")
+    with folder(tmp_path).opened(False, False):
+        pass
+
+
+def test_what_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with folder(tmp_path).opened(False, False):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+FOREIGN = [
+    *("thesis.tex", "model/README.md", "logs/notes.txt", "checkpoints/best.ckpt", "checkpoints/step-0000010-keep.ckpt"),
+    *(".notes.tmp", "results.tmp", "data/train.jsonl", "logs/csv/version_0/notes.md"),
+]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_no_manifest_lists_is_never_removed(name: str, finished: RunFolder, tmp_path: Path) -> None:
+    write(finished.path / name, "precious")
+    run = folder(tmp_path)
+    with pytest.raises(ValueError, match=rf"no pretraining run: {name}"), run.opened(False, overwrite=True):
+        run.clear()
+    assert files(finished.path) == {*RUN, name}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "name", ["model/weights", "logs/notes", "checkpoints/step-0000001.ckpt", "x.tmp", "config.yaml"]
+)
+def test_names_like_ours_make_no_run(name: str, overwrite: bool, tmp_path: Path) -> None:
+    write(tmp_path / "output" / name, "precious")
+    with pytest.raises(ValueError, match=r"holds "), folder(tmp_path).opened(False, overwrite):
+        pass
+    assert [each.read_text() for each in (tmp_path / "output").rglob("*") if each.is_file()] == ["precious"]
+
+
+def test_a_link_is_never_followed(finished: RunFolder, tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "step-0000020.ckpt", "precious")
+    (finished.path / "checkpoints/step-0000010.ckpt").unlink()
+    (finished.path / "checkpoints/step-0000010.ckpt").symlink_to(tmp_path / "elsewhere/step-0000020.ckpt")
+    run = folder(tmp_path)
+    with run.opened(False, overwrite=True):
+        run.clear()
+    assert (tmp_path / "elsewhere/step-0000020.ckpt").read_text() == "precious"
+    assert not (finished.path / "checkpoints").exists()
+
+
+def test_resuming_removes_what_was_half_written_and_nothing_else(finished: RunFolder, tmp_path: Path) -> None:
+    own = (".config.yaml.0123456789abcdef.tmp", "checkpoints/.step-0000020.ckpt.0123456789abcdef.tmp")
+    own_folder = ".model.0123456789abcdef.tmp/config.json"
+    foreign = (".notes.tmp", "checkpoints/.mine.ckpt.0123456789abcdef.tmp", "thesis.tex")
+    for name in (*own, own_folder, *foreign):
+        write(finished.path / name)
+    with folder(tmp_path).opened(resume=True, overwrite=False):
+        assert files(finished.path) == {*RUN, *foreign}
+
+
+def test_resuming_would_replace_a_model_with_foreign_files_and_is_refused(finished: RunFolder, tmp_path: Path) -> None:
+    write(finished.path / "model/README.md", "precious")
+    with pytest.raises(ValueError, match="model/README"), folder(tmp_path).opened(resume=True, overwrite=False):
+        pass
+
+
+def test_a_run_from_before_there_were_manifests_is_resumed(finished: RunFolder, tmp_path: Path) -> None:
+    finished.manifest.unlink()
+    with folder(tmp_path).opened(resume=True, overwrite=False):
+        pass
+    assert "model/config.json" in json.loads(finished.manifest.read_text())["files"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 3}', "\udcff"])
+def test_a_damaged_manifest_is_named(content: str, finished: RunFolder, tmp_path: Path) -> None:
+    finished.manifest.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"manifest\.json"), folder(tmp_path).opened(False, overwrite=True):
+        pass
+    assert files(finished.path) == set(RUN)
+
+
+# --- One at a time ----------------------------------------------------------------------------------------------------
+
+
+def _hold(path: Path, connection: multiprocessing.connection.Connection) -> None:
+    with folder(path).opened(resume=True, overwrite=False):
+        connection.send(os.getpid())
+        connection.recv()
+
+
+@pytest.mark.parametrize(("resume", "overwrite"), [(True, False), (False, True), (False, False)])
+def test_two_runs_in_one_folder(resume: bool, overwrite: bool, finished: RunFolder, tmp_path: Path) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_hold, args=(tmp_path, theirs))
+    process.start()
+    pid = ours.recv()
+    run = folder(tmp_path)
+    with pytest.raises(ValueError, match=rf"in use: process {pid} on \S+ writes"), run.opened(resume, overwrite):
+        run.clear()
+    assert files(finished.path) == set(RUN)
+    process.kill()  # a dead process holds no lock
+    process.join()
+    with folder(tmp_path).opened(resume=True, overwrite=False):
+        pass
+
+
+# --- Replacing --------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_takes_the_place_of_a_link_and_leaves_its_target(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere/weights", "old")
+    (tmp_path / "model").symlink_to(tmp_path / "elsewhere")
+    with atomic_folder(tmp_path / "model", replace=True) as new:
+        write(new / "weights", "new")
+    assert (tmp_path / "model/weights").read_text() == "new"
+    assert not (tmp_path / "model").is_symlink()
+    assert (tmp_path / "elsewhere/weights").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "model"]
