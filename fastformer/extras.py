@@ -7,7 +7,7 @@ from importlib.util import find_spec
 EXTRAS = {
     "train": (
         *("datasets", "filelock", "jsonargparse", "lightning", "matplotlib", "pyarrow", "rouge_score"),
-        *("sacrebleu", "scipy", "seqeval", "sklearn", "tensorboard", "tokenizers"),
+        *("sacrebleu", "scipy", "seqeval", "sklearn", "tensorboard", "tokenizers", "yaml"),
     ),
     "lora": ("peft",),
     "privacy": ("opacus",),
