@@ -194,8 +194,11 @@ def _spelled(error: UnicodeError) -> tuple[str, int]:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON, with null for numbers that are not finite, which JSON does not have."""
-    return json.dumps(_with_finite_numbers(value), indent=indent, ensure_ascii=False)
+    """JSON, with null for numbers that are not finite, which JSON does not have, and half characters as escapes."""
+    content = _with_finite_numbers(value)
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    whole = text.encode(errors="replace").decode() == text
+    return text if whole else json.dumps(content, indent=indent)
 
 
 def _with_finite_numbers(value: Any) -> Any:

@@ -7,9 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from fastformer.console import printable
 from fastformer.data.examples import in_order
 from fastformer.data.files import atomic_file
 from fastformer.evaluation.checks import check_as_many
+
+_WITH_ZEROS = 40
+"""Classes up to which a confusion matrix shows zeros too."""
+_LARGEST = 8000
+"""Pixels of a picture's side."""
 
 
 def classification_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -81,13 +87,16 @@ def draw_confusion(predictions: Sequence[str], references: Sequence[str], path: 
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
+    shown = [printable(name) for name in names]
+    axes.set_xticks(range(len(names)), shown, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(range(len(names)), shown, parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("reference")
     for (row, column), count in np.ndenumerate(counts):
+        if not count and len(names) > _WITH_ZEROS:
+            continue
         axes.text(
             column, row, f"{count:,}", ha="center", va="center", color="white" if shares[row, column] > 0.5 else "black"
         )
     with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=min(120, _LARGEST / side))

@@ -60,7 +60,7 @@ def main(arguments: list[str], begin: float) -> None:
         raise ValueError(f"--stream of {len(prompts)} prompts would mix their texts; add --json")
     generator = Generator(
         _model(options.model, options),
-        AutoTokenizer.from_pretrained(options.model),
+        AutoTokenizer.from_pretrained(options.model, trust_remote_code=False),
         slots=options.slots,
         page_size=options.page_size,
         pages=options.pages,
@@ -160,7 +160,7 @@ def _model(folder: Path, options: Namespace) -> LanguageModel:
 
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(config, FastformerConfig):
         raise ValueError(
             f"{folder} holds a {config.model_type} model of Hugging Face's; make one of Fastformer's with "

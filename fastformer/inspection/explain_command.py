@@ -58,7 +58,7 @@ def main(arguments: list[str], begin: float) -> None:
     if options.target is not None and not options.attributions:
         raise ValueError("--target goes with --attributions")
     _, kind = known_model(str(options.model))
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     model = getattr(fastformer.models, kind).from_pretrained(options.model).eval()
     if torch.cuda.is_available():
         model = model.cuda()

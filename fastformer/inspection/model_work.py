@@ -38,7 +38,7 @@ def known_model(name: str) -> tuple[FastformerConfig, str]:
             f"the model must be a folder with a config.json or a preset ({', '.join(fastformer.models.PRESETS)}); "
             f"got {name!r}"
         )
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     kind = (config.architectures or ["FastformerModel"])[0]
     if kind not in fastformer.models.__all__:
         raise ValueError(f"the model in {name} is a {kind}, which is none of Fastformer's")

@@ -39,7 +39,7 @@ class Subject:
         if inspect.isclass(model_class) and issubclass(model_class, PreTrainedModel) and model_class.config_class:
             return Subject(_small_random(model_class, seed), "a small configuration, random weights")
         try:
-            config = AutoConfig.from_pretrained(name, local_files_only=True)
+            config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{name!r} is no class of transformers' models, no folder with one and no model in the local cache of "
@@ -47,7 +47,9 @@ class Subject:
             ) from error
         architecture = (config.architectures or [""])[0]
         auto: Any = getattr(transformers, architecture, transformers.AutoModel)
-        model = auto.from_pretrained(name, local_files_only=True, attn_implementation="eager", dtype=torch.float32)
+        model = auto.from_pretrained(
+            name, local_files_only=True, trust_remote_code=False, attn_implementation="eager", dtype=torch.float32
+        )
         return Subject(model.eval(), "a folder" if Path(name).is_dir() else "the hub's cache")
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 import warnings
@@ -17,6 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoConfig, AutoTokenizer
 
+from fastformer.console import json_text, printable
 from fastformer.data.examples import Examples, Splits, place_of
 from fastformer.data.files import atomic_file
 from fastformer.data.readers import find_splits
@@ -315,7 +315,7 @@ def _prepare(task: Task, options: Namespace) -> _Prepared:
     model_folder = _model_folder(task, options)
     if model_folder is not None:
         start = (untrained if options.from_scratch else pretrained)(model_folder, task, labels)
-        tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
         source = f"scratch, in the shape of {model_folder}" if options.from_scratch else str(model_folder)
     else:
         corpus = (text for example in examples.train for text in kind.texts(example))
@@ -431,7 +431,7 @@ def _model_folder(task: Task, options: Namespace) -> Path | None:
         return Path(options.model)
     if options.from_scratch or options.overrides or not (PRETRAINED / "config.json").is_file():
         return None
-    config = AutoConfig.from_pretrained(PRETRAINED)
+    config = AutoConfig.from_pretrained(PRETRAINED, trust_remote_code=False)
     fits = isinstance(config, FastformerConfig) and config.stack in CLASSES[task].ours._stacks
     if task == "qa" and fits:  # rotary positions, from scratch, need far fewer steps than learned ones
         fits = config.position_embedding in ("rotary", "relative")
@@ -528,11 +528,11 @@ def _evaluate(
     report.write(folder.path / _REPORT, folder.curve, folder.path / _CONFUSION)
     print(report.table())
     print(summary_text(metrics))
-    print(f"report: {folder.path / _REPORT}   predictions: {folder.path / _PREDICTIONS}")
+    print(printable(f"report: {folder.path / _REPORT}   predictions: {folder.path / _PREDICTIONS}"))
 
 
 def write_predictions(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """As JSON lines, whole or not at all."""
     with atomic_file(path) as file:
         for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            file.write(json_text(line).encode() + b"\n")

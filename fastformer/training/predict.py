@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 
+from fastformer.console import printable
 from fastformer.training.finetune import run_folder, write_predictions
 from fastformer.training.prediction import Predictor
 from fastformer.training.recipes import RECIPES, TextOptions
@@ -50,7 +51,7 @@ def main(arguments: list[str], begin: float) -> None:
     )
     examples = predictor.recipe.to_predict(examples, predictor.recipe.labels)
     write_predictions(Path(options.out), predictor.recipe.lines(predictor(examples), examples))
-    print(f"{len(examples):,} predictions in {options.out}", file=sys.stderr)
+    print(printable(f"{len(examples):,} predictions in {options.out}"), file=sys.stderr)
 
 
 def _of_run(folder: Path) -> tuple[Any, dict[str, Any]]:

@@ -63,7 +63,7 @@ class Predictor:
             if start.new_layers:
                 missing = ", ".join(start.new_layers)
                 raise ValueError(f"the model in {folder} is not fine-tuned for {task}: it has no weights for {missing}")
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         recipe = recipe_for(task, start, options or TextOptions(), tokenizer)
         return cls(start.model.to(device), recipe, tokens_per_batch)  # type: ignore[arg-type]
 
@@ -137,6 +137,12 @@ class Predictor:
 def recipe_for(task: Task, start: StartingPoint, options: TextOptions, tokenizer: PreTrainedTokenizerFast) -> Recipe:
     """The recipe of a task for a model, whose configuration names the labels."""
     config: Any = start.model.config
+    known = start.model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer):,} tokens, but the model in {config.name_or_path or 'memory'} knows "
+            f"{known:,}: they do not belong together"
+        )
     labels = None
     if task == "tag" or (task == "classify" and config.num_labels > 1):
         labels = [config.id2label[number] for number in range(config.num_labels)]
@@ -147,7 +153,8 @@ def _adapted(folder: str | Path, task: Task) -> StartingPoint:
     """The base model with the adapter merged; the configuration beside the adapter names the labels."""
     from peft import PeftConfig, PeftModel
 
-    labels = list(AutoConfig.from_pretrained(folder).id2label.values()) if task in ("classify", "tag") else None
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    labels = list(config.id2label.values()) if task in ("classify", "tag") else None
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     start = pretrained(base, task, labels)
     return start._replace(model=PeftModel.from_pretrained(start.model, str(folder)).merge_and_unload())

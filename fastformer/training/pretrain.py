@@ -11,8 +11,10 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from fastformer.console import printable
 from fastformer.data import PretrainingDataModule
 from fastformer.models import PRESETS
+from fastformer.training import markdown
 from fastformer.training.callbacks import (
     CompileModel,
     LossCurve,
@@ -192,16 +194,16 @@ def _report(objective: str, metrics: dict[str, Any], folder: RunFolder) -> None:
         "tokens": f"{metrics['tokens']:,}, at {metrics['tokens_per_second']:,.0f} tokens/s",
         "device": f"{metrics['devices']} x {metrics['device']}, {metrics['precision']}",
         "peak memory": f"{(metrics['peak_memory'] or float('nan')) / 1e9:.2f} GB",
-        "model": f"`{metrics['model']}`, in Hugging Face's format",
+        "model": f"{markdown.code(metrics['model'])}, in Hugging Face's format",
     }
-    sample_text = f"```text\n{said['given']}\n```\n\nbecomes\n\n```text\n{said['answer']}\n```"
+    sample_text = f"{markdown.block(said['given'])}\n\nbecomes\n\n{markdown.block(said['answer'])}"
     write_report(
         folder.report, f"Pretraining: {objective}", caption, rows, facts, {"What it says": sample_text}, folder.curve
     )
     if rows:
         print(console_table(caption, rows))
     print(summary_text(metrics))
-    print(f"{said['given']}  ->  {said['answer']}")
+    print(printable(f"{said['given']}  ->  {said['answer']}"))
 
 
 def _caption(end: dict[str, float]) -> str:

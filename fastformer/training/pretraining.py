@@ -101,6 +101,11 @@ class PretrainingModule(TrainingModule):
             **self._special_tokens(data.tokenizer),
             **self.overrides,
         }
+        if settings["vocab_size"] < len(data.tokenizer):
+            raise ValueError(
+                f"overrides: vocab_size must be at least the tokenizer's {len(data.tokenizer):,}; got "
+                f"{settings['vocab_size']}"
+            )
         config = preset_config(_SMALLEST if self.preset is None else self.preset, **settings)
         self.model = getattr(models, self._architecture())(config)
         if self.activation_checkpointing:

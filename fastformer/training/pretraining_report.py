@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastformer.console import Table
 from fastformer.data.files import atomic_file
+from fastformer.training import markdown
 
 Rows = Sequence[tuple[str, str, str]]
 """What was measured, its value before the first step and its value after the last."""
@@ -33,8 +34,7 @@ def write_report(
     """
     parts = [f"# {title}"]
     if rows:
-        lines = ["| on held-out text | before | after |", "|---|--:|--:|"]
-        parts += [f"{caption}:", "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])]
+        parts += [f"{caption}:", markdown.table(("on held-out text", "before", "after"), "lrr", rows)]
         parts.append(f"![loss in training and on held-out text]({curve.name})")
     parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))
     for heading, text in sections.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastformer.console import Table
 from fastformer.data.files import atomic_file
+from fastformer.training import markdown
 from fastformer.training.recipes import Recipe
 
 _SHOWN = 8
@@ -65,10 +66,10 @@ class FineTuningReport:
             f"# Fine-tuning: {self.metrics['task']}",
             self._facts(),
             "## Metrics",
-            _markdown(("metric", *self.headings()), self.rows()),
+            _table(("metric", *self.headings()), self.rows()),
             *pictures,
             "## Predictions",
-            _markdown(
+            _table(
                 ("example", "expected", "predicted"),
                 [
                     (
@@ -86,7 +87,7 @@ class FineTuningReport:
     def _facts(self) -> str:
         metrics = self.metrics
         facts = {
-            "started from": metrics["started_from"],
+            "started from": markdown.text(metrics["started_from"]),
             "parameters": f"{metrics['parameters']:,}, of which {metrics['trained_parameters']:,} trained",
             "attention": metrics["attention"],
             "examples": ", ".join(f"{count:,} {part}" for part, count in metrics["examples"].items()),
@@ -107,9 +108,8 @@ def _number(value: float | None) -> str:
 
 def _short(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+    return markdown.text(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…")
 
 
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return markdown.table(headings, "l" * len(headings), rows)

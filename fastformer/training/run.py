@@ -86,6 +86,8 @@ class _Parser(LightningArgumentParser):
     """Lightning's, with each error on one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # within the options of a class
+            super().error(message, ex)
         text = " ".join(message.split())
         if "import path denylist" in text:
             named = re.search(r"Importing '([^']*)'", text)

@@ -26,14 +26,15 @@ def sample(objective: str, model: Path) -> Sample:
 
 def _filled_mask(folder: str) -> Sample:
     """The likeliest words for a mask, with their probabilities."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     text = f"This method returns a {tokenizer.mask_token} object."
     found = pipeline("fill-mask", folder, tokenizer=tokenizer)(text)
     return Sample(text, ", ".join(f"{word['token_str'].strip()} {word['score']:.0%}" for word in found))
 
 
 def _continuation(folder: str) -> Sample:
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     text = "This method returns"
     prompt = tokenizer(text, return_tensors="pt", truncation=True, max_length=model.config.max_position_embeddings // 2)
     answer = _generate(model, prompt)[prompt["input_ids"].shape[1] :]
@@ -42,7 +43,8 @@ def _continuation(folder: str) -> Sample:
 
 def _restored(text: str) -> Callable[[str], Sample]:
     def restore(folder: str) -> Sample:
-        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSeq2SeqLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=False)
         source = tokenizer(text, return_tensors="pt", truncation=True, max_length=model.config.max_position_embeddings)
         unsaid = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
         answer = [token for token in _generate(model, source).tolist() if token not in unsaid]

@@ -106,7 +106,7 @@ def pretrained(folder: str | Path, task: Task, labels: Sequence[str] | None = No
         ValueError: the model cannot have the task's head.
     """
     ours = isinstance(_configuration(folder), FastformerConfig)
-    options: dict[str, Any] = {"output_loading_info": True, **_label_fields(labels)}
+    options: dict[str, Any] = {"output_loading_info": True, "trust_remote_code": False, **_label_fields(labels)}
     with _without_table_of_missing_weights():
         if ours:
             if task == "embed":
@@ -141,17 +141,22 @@ def untrained(folder: str | Path, task: Task, labels: Sequence[str] | None = Non
         return StartingPoint(CLASSES[task].ours(config), None, "fastformer")
     auto = CLASSES[task].auto
     try:
-        model, attention = auto.from_config(config, attn_implementation="fastformer"), "fastformer"
+        model = auto.from_config(config, trust_remote_code=False, attn_implementation="fastformer")
+        return StartingPoint(model, None, "fastformer")
     except (ValueError, ImportError):  # as in _foreign
-        model = auto.from_config(config)
-        attention = model.config._attn_implementation
-    return StartingPoint(model, None, attention)
+        model = auto.from_config(config, trust_remote_code=False)
+        return StartingPoint(model, None, model.config._attn_implementation)
 
 
 def _configuration(folder: str | Path, **fields: Any) -> PreTrainedConfig:
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"no model in {folder}: it has no config.json")
-    return AutoConfig.from_pretrained(folder, **fields)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **fields)
+    except ValueError as error:
+        if "custom code" in str(error):
+            raise ValueError(f"the model in {folder} brings code of its own, which is never run") from error
+        raise
 
 
 def _add_match_type(model: FastformerPreTrainedModel) -> None:

@@ -1,0 +1,185 @@
+"""What files may have a command do: nothing but what is theirs to say. No class of anybody's, no code, no question."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import fastformer
+from fastformer import cli
+
+LIGHTNINGS = {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}
+EVIL = {"class_path": "evil.Callback"}
+
+
+def lightnings(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": arguments}
+
+
+FOREIGN: dict[str, dict[str, Any]] = {
+    "a class": {"callbacks": [EVIL]},
+    "one among ours": {"callbacks": [LIGHTNINGS, EVIL]},
+    "a name alone": {"callbacks": ["evil.Callback"]},
+    "not in a list": {"callbacks": "evil.Callback"},
+    "a logger": {"logger": {"class_path": "evil.Logger"}},
+    "a profiler": {"profiler": "evil.Profiler"},
+    "a plugin": {"plugins": [{"class_path": "evil.Plugin"}]},
+    "a function": {"callbacks": [lightnings("LambdaCallback", on_fit_start="evil.function")]},
+    "an argument": {"callbacks": [lightnings("ModelCheckpoint", dirpath=EVIL)]},
+    "an argument of any kind": {"callbacks": [lightnings("Callback", anything=EVIL)]},
+    "a process": {"callbacks": [{"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "{}"]}}]},
+    "a module of ours": {"callbacks": [{"class_path": "fastformer.benchmarking.processes.subprocess.Popen"}]},
+}
+
+
+@pytest.fixture
+def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Made if the module `evil` is imported."""
+    ran = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nfrom lightning.pytorch import Callback\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "evil", raising=False)
+    return ran
+
+
+def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """The one line of error that a command line ends with, of status 2."""
+    try:
+        status = cli.main(list(arguments))
+    except SystemExit as exit:
+        status = exit.code
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status == 2
+    return line
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("command", ["pretrain", "finetune classify"])
+def test_a_file_of_options_runs_no_code(
+    command: str, kind: str, evil: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"trainer": FOREIGN[kind]}).replace("{}", str(evil)))
+    arguments = [*command.split(), "--config", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "run")]
+    line = fails(capsys, *arguments)
+    assert line.startswith(f"fastformer {command.split()[0]}")
+    assert "error: " in line
+    assert not evil.exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_class_is_named_and_how_to_allow_it(evil: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"trainer": FOREIGN["a class"]}))
+    line = fails(capsys, "pretrain", "--config", str(tmp_path / "run.yaml"))
+    assert "a file names evil.Callback, which is neither Lightning's nor Fastformer's" in line
+    assert "--trust" in line
+
+
+def test_a_file_does_not_trust_itself(evil: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for content in ({"trust": True}, {"trust": True, "trainer": FOREIGN["a class"]}):
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+        line = fails(capsys, "pretrain", "--config", str(tmp_path / "run.yaml"))
+        assert "--trust" in line
+    assert not evil.exists()
+
+
+def test_a_run_that_is_resumed_runs_no_code(
+    evil: Path, tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "run"
+    # Lightning's own classes need no trust.
+    ours = ["--trainer.callbacks", json.dumps([LIGHTNINGS])]
+    assert cli.main([*tiny_run, "--max_steps", "2", *ours, "--output", str(output)]) == 0
+    assert cli.main(["pretrain", "--resume", "--output", str(output)]) == 0
+    options = yaml.safe_load((output / "config.yaml").read_text())
+    options["trainer"]["callbacks"] = FOREIGN["a class"]["callbacks"]
+    (output / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
+    capsys.readouterr()
+    assert "evil.Callback" in fails(capsys, "pretrain", "--resume", "--output", str(output))
+    assert not evil.exists()
+    # What the command line replaces is not looked at, and what it names is the user's own word.
+    assert cli.main(["pretrain", "--resume", "--output", str(output), "--trainer.callbacks", "null"]) == 0
+    assert not evil.exists()
+    named = json.dumps([{"class_path": "evil.Callback"}])
+    assert cli.main(["pretrain", "--resume", "--output", str(output), "--trainer.callbacks", named]) == 0
+    assert evil.exists()
+    evil.unlink()
+    del sys.modules["evil"]
+    assert cli.main(["pretrain", "--resume", "--output", str(output), "--trust"]) == 0
+    assert evil.exists()
+
+
+# --- Models with code of their own ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def coded(evil: Path, tmp_path: Path) -> Path:
+    """A model's folder with code of its own."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    names = {"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.Tokenizer", None], "AutoModel": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": names}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": names}))
+    (folder / "evil.py").write_text((tmp_path / "evil.py").read_text())
+    return folder
+
+
+class _NeverAsked(io.StringIO):
+    def readline(self, *arguments: Any) -> str:
+        raise AssertionError("asked on standard input")
+
+    def isatty(self) -> bool:
+        return True
+
+
+COMMANDS = {
+    "finetune": ["classify", "--max_steps", "1", "--model", "{}"],
+    "predict": ["{run}", "--data", "{data}", "--out", "out.jsonl"],
+    "generate": ["{}", "--prompt", "one"],
+    "explain": ["{}", "--text", "one", "--out", "out"],
+    "convert": ["{}", "out"],
+    "verify": ["{}"],
+    "plan": ["--model", "{}"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_models_own_code_is_neither_run_nor_asked_about(
+    name: str,
+    coded: Path,
+    evil: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", _NeverAsked())
+    monkeypatch.setattr("builtins.input", lambda *arguments: pytest.fail("asked on standard input"))
+    (tmp_path / "config.yaml").write_text("task: classify\ntext: {}\n")
+    places = {"run": str(tmp_path), "data": str(data / "classify/test.jsonl")}
+    arguments = [argument.format(coded, **places) for argument in COMMANDS[name]]
+    line = fails(capsys, name, *arguments)
+    assert line.startswith(f"fastformer {name}: error: ") or name == "verify"
+    assert not evil.exists()
+
+
+def test_every_auto_class_is_told_to_trust_no_code() -> None:
+    """Without being told it asks, where a folder has code."""
+    untold = []
+    for path in Path(fastformer.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            automatic = node.func.attr in ("from_pretrained", "from_config")
+            owner = ast.unparse(node.func.value)
+            named = {keyword.arg for keyword in node.keywords}
+            if automatic and owner.lower().startswith("auto") and not named & {"trust_remote_code", None}:
+                untold.append(f"{path}:{node.lineno}")
+    assert untold == []
