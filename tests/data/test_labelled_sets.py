@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import struct
 import tarfile
 import zipfile
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -247,9 +249,13 @@ def registry(monkeypatch):
 
     def run(command, **arguments):
         asked.append(command)
-        name = next(name for name in contents if known[name].requirement == command[-1])
-        with open(f"{command[command.index('--dest') + 1]}/file", "wb") as file:
-            file.write(contents[name])
+        assert "--require-hashes" in command
+        with open(command[-1]) as requirements:
+            (line,) = requirements
+        name = next(n for n in contents if line == f"{known[n].requirement} --hash=sha256:{known[n].sha256}\n")
+        folder = Path(command[command.index("--dest") + 1])
+        folder.mkdir()
+        (folder / "file").write_bytes(contents[name])
         return type("Done", (), {"returncode": 0, "stderr": ""})
 
     monkeypatch.setattr("subprocess.run", run)
@@ -309,6 +315,25 @@ def test_what_was_changed_is_not_taken(tmp_path, registry, capsys):
         sets.messages("django-messages", "ja", str(tmp_path))
     assert cli.main(["data", *arguments]) == 0
     assert kept.read_bytes() == before
+
+
+def test_no_code_of_an_unknown_file_is_run(tmp_path, monkeypatch, capsys):
+    """pip would build a source distribution to know its name; one in the place of the known is refused before."""
+    ran = tmp_path / "ran"
+    setup = (
+        f"open({str(ran)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='vaderSentiment', version='3.3.2')"
+    )
+    files = {"setup.py": setup.encode(), "PKG-INFO": b"Metadata-Version: 2.1\nName: vaderSentiment\nVersion: 3.3.2\n"}
+    registry = tmp_path / "registry"
+    registry.mkdir()
+    archive = tar({f"vaderSentiment-3.3.2/{name}": content for name, content in files.items()})
+    (registry / "vaderSentiment-3.3.2.tar.gz").write_bytes(archive)
+    settings = {"NO_INDEX": "1", "FIND_LINKS": str(registry), "NO_BUILD_ISOLATION": "1", "CONFIG_FILE": os.devnull}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    assert cli.main(["data", "fetch", "vader-sentiment", "--cache_dir", str(tmp_path / "cache")]) == 2
+    assert "vaderSentiment==3.3.2 is not the file that is known" in capsys.readouterr().err
+    assert not ran.exists()
 
 
 def test_pip_that_fails(tmp_path, monkeypatch, capsys):
