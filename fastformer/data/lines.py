@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_OPEN = (Path("/dev/fd"), Path("/proc/self/fd"))
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 def check_is_file(path: Path) -> None:
     """Data is read more than once, and to its end: a pipe or a device has not both.
+
+    What the shell has opened is accepted, `/dev/stdin` and `<(...)`: it ends, and its name has no suffix of data.
 
     Raises:
         FileNotFoundError, ValueError: `path` is not a file.
@@ -22,7 +25,8 @@ def check_is_file(path: Path) -> None:
         mode = path.stat().st_mode
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file: {path}") from None
-    if not stat.S_ISREG(mode):
+    opened = path == Path("/dev/stdin") or path.parent in _OPEN
+    if not stat.S_ISREG(mode) and not opened:
         kind = _KINDS.get(stat.S_IFMT(mode), "a folder")
         raise ValueError(f"{path} is {kind}; accepted is a file")
 
@@ -37,19 +41,18 @@ def decoded_lines(path: Path, start: int = 0) -> Iterator[tuple[str, int]]:
     """
     check_is_file(path)
     with open(path, "rb") as file:
-        file.seek(start)
+        if start:
+            file.seek(start)
         begin = start
-        for line in file:
+        for number, line in enumerate(file, start=1):
             end = begin + len(line)
             if begin == 0 and line.startswith(_BYTE_ORDER_MARK):
                 line = line[len(_BYTE_ORDER_MARK) :]
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
-                number, place = lines_before(path, begin) + 1, end - len(line) + error.start
-                raise ValueError(
-                    f"{path}: not UTF-8 at byte {place}, line {number}: {error.reason}; accepted is UTF-8 alone"
-                ) from error
+                place = f"byte {end - len(line) + error.start}, line {lines_before(path, start) + number}"
+                raise ValueError(f"{path}: not UTF-8 at {place}: {error.reason}; accepted is UTF-8 alone") from error
             yield text.removesuffix("\n").removesuffix("\r"), end
             begin = end
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _field(row: Row, name: str, kind: type | tuple[type, ...], what: str) -> Any:
-    """A field of a row, of the kind that the task needs."""
+    """A field of a row, of the kind that the task needs; a number is finite."""
     value = row.values.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool) or not _is_finite(value):
         found = f"found {value!r:.60}" if name in row.values else f"found fields {', '.join(row.values)}"
         raise ValueError(f"{row.where}: {name} must be {what}; {found}")
     return value
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return not isinstance(value, (int, float)) or math.isfinite(value)
+    except OverflowError:  # a whole number that no float can be
+        return False
+
+
+def _list(row: Row, name: str, what: str) -> list[str]:
+    """A field that is a list of texts."""
+    values: list[str] = _field(row, name, list, what)
+    for value in values:
+        if not isinstance(value, str):
+            raise ValueError(f"{row.where}: {name} must be {what}; found {value!r:.60} in it")
+    return values
 
 
 def _texts(rows: list[Row]) -> tuple[list[str], list[str]]:
@@ -107,21 +124,32 @@ def _classify(rows: list[Row], options: argparse.Namespace) -> Metrics:
 
 def _tag(rows: list[Row], options: argparse.Namespace) -> Metrics:
     predictions, references = (
-        [_field(row, n, list, "a list of tags") for row in rows] for n in ("prediction", "reference")
+        [_list(row, name, "a list of tags") for row in rows] for name in ("prediction", "reference")
     )
+    for row, predicted, expected in zip(rows, predictions, references, strict=True):
+        if not all(predicted) or not all(expected):
+            raise ValueError(f"{row.where}: a tag is empty; accepted are B-X, I-X and O")
+        if len(predicted) != len(expected):
+            raise ValueError(
+                f"{row.where}: found {len(predicted)} tags as prediction and {len(expected)} as reference; each word "
+                "has one of each"
+            )
     return tagging_metrics(predictions, references)
 
 
 def _answer(rows: list[Row], options: argparse.Namespace) -> Metrics:
     return answer_metrics(
         [_field(row, "prediction", str, 'a text, "" for no answer') for row in rows],
-        [_field(row, "references", list, "a list of texts") for row in rows],
+        [_list(row, "references", "a list of texts") for row in rows],
     )
 
 
 def _generate(rows: list[Row], options: argparse.Namespace) -> Metrics:
     likelihoods = [_field(row, "log_likelihood", (int, float), "a number, in nats") for row in rows]
     tokens = [_field(row, "tokens", int, "a whole number") for row in rows]
+    for row, count in zip(rows, tokens, strict=True):
+        if count < 0:
+            raise ValueError(f"{row.where}: tokens must be 0 or more; found {count}")
     metrics: Metrics = {"perplexity": corpus_perplexity(likelihoods, tokens), "tokens": sum(tokens)}
     if all("prediction" in row.values for row in rows):
         metrics |= summary_metrics(*_texts(rows))
@@ -142,8 +170,9 @@ def _embed(rows: list[Row], options: argparse.Namespace) -> Metrics:
 
 def _vector(row: Row, name: str) -> list[float]:
     vector = _field(row, name, list, "a list of numbers")
-    if not vector or any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in vector):
-        raise ValueError(f"{row.where}: {name} must be a list of numbers; found {vector!r:.60}")
+    kinds = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in vector)
+    if not vector or not kinds or not all(map(_is_finite, vector)):
+        raise ValueError(f"{row.where}: {name} must be a list of numbers, all finite; found {vector!r:.60}")
     return vector
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastformer.console import StatusLine
+from fastformer.data.lines import json_object, numbered_lines
 from fastformer.generation.parameters import SamplingParameters
 from fastformer.generation.requests import Generation, Piece
 
@@ -121,24 +122,27 @@ def _prompts(options: Namespace, common: SamplingParameters) -> tuple[list[str],
     if common.logprobs and not options.json:
         raise ValueError("--logprobs is for --json")
     prompts, parameters = list(options.prompt), [common] * len(options.prompt)
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # Python hands on the bytes that it could not read as half surrogate pairs
+            raise ValueError(f"--prompt {number} is not UTF-8: {prompt!a:.60}") from None
     if options.prompts is not None:
-        for place, line in enumerate(options.prompts.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in numbered_lines(options.prompts):
             if line.strip():
-                prompt, own = _line(f"{options.prompts}, line {place}", line)
+                place = f"{options.prompts}, line {number}"
+                prompt, own = _line(place, line)
                 prompts.append(prompt)
-                parameters.append(_own_parameters(f"{options.prompts}, line {place}", common, own))
+                parameters.append(_own_parameters(place, common, own))
     if not prompts:
         raise ValueError("there is no prompt; give --prompt or --prompts")
     return prompts, parameters
 
 
 def _line(place: str, line: str) -> tuple[str, dict[str, Any]]:
-    try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is no JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
-        raise ValueError(f'{place} must be an object with a string "prompt"')
+    content = json_object(line, place)
+    if not isinstance(content.get("prompt"), str):
+        raise ValueError(f'{place} must be an object with a string "prompt"; found {", ".join(content) or "nothing"}')
     unknown = sorted(content.keys() - {"prompt", *_OPTIONS})
     if unknown:
         raise ValueError(f"{place} has {', '.join(unknown)}; accepted are prompt, {', '.join(_OPTIONS)}")

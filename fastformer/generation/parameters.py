@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+
+_WHOLE, _NUMBER = (Integral, "a whole number"), (Real, "a number")
+_KINDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("max_new_tokens", "top_k", "seed"), _WHOLE),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), _NUMBER),
+    "stop": (Sequence, "a sequence of strings"),
+    "eos_token_ids": (Sequence, "a sequence of token numbers"),
+    "logprobs": (bool, "true or false"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,12 @@ class SamplingParameters:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            kind, accepted = _KINDS[field.name]
+            value = getattr(self, field.name)
+            may_be = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if not may_be and (value is not None or field.default is not None):
+                raise ValueError(f"{field.name} must be {accepted}; got {value!r}")
         ranges = {
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
             "temperature": (0.0 <= self.temperature < float("inf"), "0 or more"),
@@ -53,7 +69,14 @@ class SamplingParameters:
             "min_p": (self.min_p is None or 0.0 <= self.min_p <= 1.0, "in [0, 1], or None"),
             "repetition_penalty": (0.0 < self.repetition_penalty < float("inf"), "positive"),
             "seed": (self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63), or None"),
-            "stop": (not isinstance(self.stop, str) and all(self.stop), "a sequence of strings, none of them empty"),
+            "stop": (
+                not isinstance(self.stop, str) and all(isinstance(text, str) and text for text in self.stop),
+                "a sequence of strings, none of them empty",
+            ),
+            "eos_token_ids": (
+                all(isinstance(token, Integral) and token >= 0 for token in self.eos_token_ids or ()),
+                "a sequence of token numbers, or None",
+            ),
         }
         for name, (holds, accepted) in ranges.items():
             if not holds:
