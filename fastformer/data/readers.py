@@ -293,6 +293,8 @@ def _conll_tokens(path: Path) -> Iterator[tuple[str, str, str] | None]:
         if not line or fields[0] == "-DOCSTART-":
             yield None
             continue
+        if line.startswith('{"'):
+            raise ValueError(f"{path}, line {number}: JSON, where CoNLL's columns are expected; name the file .jsonl")
         columns = columns or len(fields)
         if len(fields) != columns or columns < 2:
             expected = columns if columns > 1 else "two or more"

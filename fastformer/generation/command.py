@@ -135,7 +135,8 @@ def _prompts(options: Namespace, common: SamplingParameters) -> tuple[list[str],
                 prompts.append(prompt)
                 parameters.append(_own_parameters(place, common, own))
     if not prompts:
-        raise ValueError("there is no prompt; give --prompt or --prompts")
+        where = "" if options.prompts is None else f" in {options.prompts}"
+        raise ValueError(f"there is no prompt{where}; give --prompt or --prompts")
     return prompts, parameters
 
 
