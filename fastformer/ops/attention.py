@@ -233,12 +233,12 @@ def scaled_dot_product_attention(
 
     Args:
         query: (..., heads, queries, head_dim); key and value: (..., kv_heads, keys, head_dim). Leading dimensions
-            broadcast.
+            broadcast, and heads do unless `enable_gqa`; two dimensions are one head.
         attn_mask: boolean (True = may attend) or floating (added), broadcastable to (..., heads, queries, keys).
         dropout_p: applied whenever it is not zero.
         is_causal: lower-triangular from the top left; not together with `attn_mask`.
         scale: default ``1 / sqrt(head_dim)``.
-        enable_gqa: allow fewer key/value heads than query heads.
+        enable_gqa: each head of key serves neighbouring query heads, and so does each head of value.
 
     Returns:
         (..., heads, queries, value_head_dim). The one difference: a fully masked row gives zeros where PyTorch's
@@ -249,35 +249,64 @@ def scaled_dot_product_attention(
     options: dict[str, Any] = {"causal": is_causal, "alignment": "top_left", "scale": scale, "dropout_p": dropout_p}
     shape, key_shape, value_shape = query.shape, key.shape, value.shape
     one_batch = len(shape) == len(key_shape) == len(value_shape) == 4 and shape[0] == key_shape[0] == value_shape[0]
-    if one_batch and (enable_gqa or shape[1] == key_shape[1] == value_shape[1]):
+    if one_batch and key_shape[1] == value_shape[1] and (enable_gqa or shape[1] == key_shape[1]):
         output = attention(query, key, value, mask=attn_mask, **options)
         assert isinstance(output, torch.Tensor)
         return output
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dimensions, (..., sequence, head_dim); got {tensor.dim()}")
-    heads, kv_heads = (tensor.shape[-3] if tensor.dim() > 2 else 1 for tensor in (query, key))
-    if not enable_gqa and heads != kv_heads and 1 not in (heads, kv_heads):
-        raise ValueError(f"query has {heads} heads and key {kv_heads}; equal numbers are needed unless enable_gqa=True")
-    heads_out = heads if enable_gqa else max(heads, kv_heads)
-    leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    q = _as_batch(query, leading, heads_out)
-    k, v = (_as_batch(t, leading, t.shape[-3] if enable_gqa and t.dim() > 2 else heads_out) for t in (key, value))
-    output = attention(q, k, v, mask=_mask_as_batch(attn_mask, leading), **options)
+    q, k, v = (tensor if tensor.dim() > 2 else tensor[None] for tensor in (query, key, value))
+    if enable_gqa:
+        k, v = _with_equal_heads(k, v, q.shape[-3])
+    else:
+        heads = _broadcast_heads(q, k, v)
+        q, k, v = (tensor.expand(*tensor.shape[:-3], heads, -1, -1) for tensor in (q, k, v))
+    leading = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    output = attention(*(_as_batch(t, leading) for t in (q, k, v)), mask=_mask_as_batch(attn_mask, leading), **options)
     assert isinstance(output, torch.Tensor)
     has_heads = max(query.dim(), key.dim(), value.dim()) > 2
     return output.reshape(*leading, *output.shape[1:] if has_heads else output.shape[2:])
 
 
-def _as_batch(tensor: torch.Tensor, leading: torch.Size, heads: int) -> torch.Tensor:
-    """View (..., heads, sequence, head_dim) as 4-D, expanding the leading dimensions and the heads."""
-    tensor = tensor.expand(*leading, heads, *tensor.shape[-2:])
-    return tensor.unsqueeze(0) if not leading else tensor.flatten(0, -4)
+def _with_equal_heads(key: torch.Tensor, value: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value with equal numbers of heads, where each of both serves neighbours among `heads` query heads."""
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape[-3] == 0 or heads % tensor.shape[-3]:
+            raise ValueError(f"query's heads must be a multiple of {name}'s; got {heads} and {tensor.shape[-3]}")
+    if key.shape[-3] == value.shape[-3]:
+        return key, value
+    each = math.lcm(key.shape[-3], value.shape[-3])
+    return key.repeat_interleave(each // key.shape[-3], -3), value.repeat_interleave(each // value.shape[-3], -3)
+
+
+def _broadcast_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
+    """The number of heads where one head is as many as there are."""
+    numbers = {tensor.shape[-3] for tensor in (query, key, value)} - {1}
+    if len(numbers) > 1:
+        raise ValueError(
+            f"query has {query.shape[-3]} heads, key {key.shape[-3]} and value {value.shape[-3]}; equal numbers are "
+            "needed, or 1, unless enable_gqa=True"
+        )
+    return next(iter(numbers), 1)
+
+
+def _as_batch(tensor: torch.Tensor, leading: torch.Size) -> torch.Tensor:
+    """View (..., heads, sequence, head_dim) as 4-D, expanding the leading dimensions."""
+    tensor = tensor.expand(*leading, *tensor.shape[-3:])
+    return tensor.flatten(0, -4) if leading else tensor[None]
 
 
 def _mask_as_batch(mask: torch.Tensor | None, leading: torch.Size) -> torch.Tensor | None:
+    """The mask, broadcasting to (..., heads, queries, keys), as `attention` takes it."""
     if mask is None or (mask.dim() <= 4 and len(leading) <= 1):
         return mask
+    mask = mask.reshape((1,) * (3 - mask.dim()) + mask.shape)
+    if all(size == 1 for size in mask.shape[:-3]):
+        return mask.reshape(mask.shape[-3:])
+    sizes = (1,) * (len(leading) + 3 - mask.dim()) + mask.shape[:-3]
+    if len(sizes) > len(leading) or any(size not in (1, wanted) for size, wanted in zip(sizes, leading, strict=True)):
+        raise ValueError(f"attn_mask's leading dimensions must broadcast to {tuple(leading)}; got {tuple(mask.shape)}")
     return mask.expand(*leading, *mask.shape[-3:]).flatten(0, -4)
 
 
