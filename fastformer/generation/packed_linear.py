@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastformer.generation.direct import DirectLayerNorm
 from fastformer.nn import LayerNorm
-from fastformer.nn.feed_forward import is_plain, is_plain_linear
+from fastformer.nn.plain import is_plain, is_plain_linear
 
 Module = TypeVar("Module", bound=nn.Module)
 

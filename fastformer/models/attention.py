@@ -9,7 +9,7 @@ from torch import nn
 from fastformer.models.configuration import FastformerConfig
 from fastformer.models.context import AttentionContext, AttentionPattern
 from fastformer.nn import RMSNorm
-from fastformer.nn.feed_forward import is_plain_linear
+from fastformer.nn.plain import is_plain_linear
 
 
 class SelfAttention(nn.Module):

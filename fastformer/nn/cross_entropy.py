@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastformer.nn.feed_forward import is_plain_linear
+from fastformer.nn.plain import is_plain_linear
 from fastformer.nn.torch_linear_cross_entropy import TorchLinearCrossEntropyLoss
 from fastformer.ops.cross_entropy import cross_entropy
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastformer.nn.normalization import LayerNorm
+from fastformer.nn.plain import dropout_p, is_own, is_plain
 from fastformer.ops.embedding import transformer_embedding
 from fastformer.ops.packing import packed_positions
 from fastformer.ops.rotary import rotary_frequencies, rotary_table
@@ -108,17 +109,17 @@ class TransformerEmbedding(nn.Module):
         # Each read once: a module looks its submodules up.
         word, position, token_type = self.word, self.position, self.token_type
         norm, dropout = self.norm, self.dropout
-        dropout_p = dropout.p if self.training else 0.0
-        norm_is_plain = type(norm) is LayerNorm and type(dropout) is nn.Dropout and not _hooked(norm)
+        p = dropout_p(dropout)
+        ends_plain = p is not None and is_plain(norm, LayerNorm)
         if (
-            norm_is_plain
+            ends_plain
             and inputs_embeds is None
             and self.scale == 1.0
             and (word is None or is_plain_embedding(word))
             and (position is None or is_plain_embedding(position))
             and (token_type is None or is_plain_embedding(token_type))
         ):
-            assert input_ids is not None and word is not None and norm is not None
+            assert input_ids is not None and word is not None and norm is not None and p is not None
             return transformer_embedding(
                 input_ids,
                 word.weight,
@@ -131,21 +132,21 @@ class TransformerEmbedding(nn.Module):
                 cu_seqlens=cu_seqlens,
                 padding_idx=word.padding_idx,
                 eps=norm.eps,
-                dropout_p=dropout_p,
+                dropout_p=p,
             )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids or inputs_embeds must be given, and not both")
         words = inputs_embeds if input_ids is None else self.words(input_ids)
         assert words is not None
         total = self._sum(words, token_type_ids, position_ids, cu_seqlens)
-        if not norm_is_plain:
+        if not ends_plain:
             return self.dropout(total if self.norm is None else self.norm(total))
-        assert self.norm is not None
+        assert self.norm is not None and p is not None
         # Each token a word of its own: dropout's pattern is the one of the fused way.
         flat = total.flatten(0, -2)
         each = torch.arange(flat.shape[0], device=flat.device)
         return transformer_embedding(
-            each, flat, None, None, self.norm.weight, self.norm.bias, eps=self.norm.eps, dropout_p=dropout_p
+            each, flat, None, None, self.norm.weight, self.norm.bias, eps=self.norm.eps, dropout_p=p
         ).view(total.shape)
 
     def words(self, input_ids: Tensor) -> Tensor:
@@ -177,14 +178,10 @@ class TransformerEmbedding(nn.Module):
 
 def is_plain_embedding(table: nn.Module) -> bool:
     """Whether `table` computes exactly what the operator does from its weight."""
-    if _hooked(table):
+    if not is_own(table):
         return False
     if type(table) is SinusoidalEmbedding:
         return True
     if type(table) is not nn.Embedding:
         return False
     return table.max_norm is None and not table.scale_grad_by_freq and not table.sparse
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastformer.nn.plain import is_plain_linear
 from fastformer.ops.dropout import check_dropout_p
 from fastformer.ops.feed_forward import feed_forward
 
@@ -99,24 +99,3 @@ class FeedForward(nn.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, hidden_dropout={self.hidden_dropout}, dropout={self.dropout}"
-
-
-def is_plain_linear(*modules: nn.Module) -> bool:
-    """Whether calling each module is exactly ``x @ weight^T + bias``, so that an operator may read its parameters.
-
-    It is not where the module is of another class (LoRA, quantisation, `torch.nn.utils.parametrize`), has hooks (weight
-    norm, pruning) or a forward of its own (offloading), or where its weight is a tensor subclass (DTensor).
-    """
-    for module in modules:
-        if not is_plain(module, nn.Linear):
-            return False
-        weight = module.weight
-        if type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
-            return False
-    return True
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling `module` runs the forward of `kind` and nothing else."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return type(module) is kind and "forward" not in vars(module) and not any(hooks)

@@ -168,16 +168,28 @@ def _as_scores(name: str, mask: torch.Tensor | None, shapes: list[tuple[int, ...
     """PyTorch's mask, one of `shapes`, as (batch or 1, heads or 1, queries or 1, keys)."""
     if mask is None:
         return None
-    if mask.dtype != torch.bool and mask.dtype not in FLOATING_DTYPES:
-        raise TypeError(
-            f"{name} must be boolean (True = ignore), float32, float16 or bfloat16 (added to the scores); "
-            f"got {mask.dtype}"
-        )
+    _check_dtype(name, mask)
     if tuple(mask.shape) not in shapes:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}; got {tuple(mask.shape)}")
     if name == "key_padding_mask":
         return mask.reshape(batch, 1, 1, mask.shape[-1])
     return mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (batch, -1))
+
+
+def _check_dtype(name: str, mask: torch.Tensor) -> None:
+    if mask.dtype != torch.bool and mask.dtype not in FLOATING_DTYPES:
+        raise TypeError(
+            f"{name} must be boolean (True = ignore), float32, float16 or bfloat16 (added to the scores); "
+            f"got {mask.dtype}"
+        )
+
+
+def as_numbers(name: str, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A mask as numbers to add to scores: what torch.nn's encoder and its layers hand on."""
+    if mask is None:
+        return None
+    _check_dtype(name, mask)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf) if mask.dtype == torch.bool else mask
 
 
 def _with_causal(mask: torch.Tensor | None, query: torch.Tensor, keys: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastformer.nn.feed_forward import Activation
+from fastformer.nn.multihead_attention import as_numbers
 from fastformer.nn.normalization import LayerNorm
-from fastformer.nn.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
+from fastformer.nn.plain import is_plain
+from fastformer.nn.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer, reads_masks
 
 
 class TransformerEncoder(nn.TransformerEncoder):
@@ -52,8 +55,15 @@ class TransformerEncoder(nn.TransformerEncoder):
         """Encode `src`; masks as in `TransformerEncoderLayer`, for every layer.
 
         ``is_causal=None`` means False: a causal `mask` is applied as the mask it is. (PyTorch compares it with a causal
-        one, which waits for the GPU and breaks a compiled graph.)
+        one, which waits for the GPU and breaks a compiled graph.) Layers that a user has changed are called as
+        PyTorch's encoder calls them: with masks as numbers and, where a forward is their own, told whether the mask is
+        causal.
         """
+        if not all(is_plain(layer, TransformerEncoderLayer) for layer in self.layers):
+            mask = as_numbers("mask", mask, src.dtype)
+            src_key_padding_mask = as_numbers("src_key_padding_mask", src_key_padding_mask, src.dtype)
+        if is_causal is None and not all(reads_masks(layer, TransformerEncoderLayer) for layer in self.layers):
+            is_causal = _is_causal(mask)
         for layer in self.layers:
             src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=bool(is_causal))
         return src if self.norm is None else self.norm(src)
@@ -86,8 +96,11 @@ class TransformerDecoder(nn.TransformerDecoder):
     ) -> torch.Tensor:
         """Decode `tgt`; arguments as in `TransformerDecoderLayer`, for every layer.
 
-        ``tgt_is_causal=None`` means False: a causal `tgt_mask` is applied as the mask it is.
+        ``tgt_is_causal=None`` means False: a causal `tgt_mask` is applied as the mask it is. Layers with a
+        forward of their own are told whether it is causal, as in PyTorch's decoder.
         """
+        if tgt_is_causal is None and not all(reads_masks(layer, TransformerDecoderLayer) for layer in self.layers):
+            tgt_is_causal = _is_causal(tgt_mask)
         for layer in self.layers:
             tgt = layer(
                 tgt,
@@ -212,3 +225,10 @@ class Transformer(nn.Transformer):
             tgt_is_causal=tgt_is_causal,
             memory_is_causal=memory_is_causal,
         )
+
+
+def _is_causal(mask: torch.Tensor | None) -> bool:
+    """Whether `mask` is the one of `generate_square_subsequent_mask`, of its dtype; waits for a GPU, as in PyTorch."""
+    if mask is None or mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
+        return False
+    return torch.equal(mask, torch.full_like(mask, -math.inf).triu_(1))

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastformer.nn.feed_forward import ACTIVATIONS, Activation, is_plain, is_plain_linear
-from fastformer.nn.multihead_attention import MultiheadAttention
+from fastformer.nn.feed_forward import ACTIVATIONS, Activation
+from fastformer.nn.multihead_attention import MultiheadAttention, as_numbers
 from fastformer.nn.normalization import LayerNorm, RMSNorm
+from fastformer.nn.plain import dropout_p, is_own, is_plain, is_plain_linear
 from fastformer.ops.feed_forward import feed_forward
 
 Block = Callable[[torch.Tensor], torch.Tensor]
@@ -22,7 +23,8 @@ class _TransformerLayer(nn.Module):
 
     Every block is followed by dropout and the residual's addition: both happen within the norm that comes next, or,
     where none does, in the feed-forward network's second matrix product. A part that a user has replaced by one of
-    another kind (a projection with LoRA, a norm, a dropout) is called as it is, at the cost of separate steps.
+    another kind (a projection with LoRA, a norm, a dropout), or has put a hook on, is called as PyTorch's layers call
+    it, at the cost of separate steps.
     """
 
     # The attention blocks' names, in their order.
@@ -78,7 +80,7 @@ class _TransformerLayer(nn.Module):
         """The feed-forward block, and with `residual` its dropout and the addition."""
         up, down, name = self.linear1, self.linear2, _fused_name(self.activation)
         dropout = self.get_submodule(f"dropout{len(self._attentions) + 1}")
-        hidden_p, output_p = _dropout_p(self.dropout), _dropout_p(dropout) if residual is not None else 0.0
+        hidden_p, output_p = dropout_p(self.dropout), dropout_p(dropout) if residual is not None else 0.0
         if name is None or hidden_p is None or output_p is None or not is_plain_linear(up, down):
             output = down(self.dropout(self.activation(up(hidden))))
             return output if residual is None else residual + dropout(output)
@@ -148,11 +150,15 @@ class TransformerEncoderLayer(_TransformerLayer, nn.TransformerEncoderLayer):
             The same shape as `src`.
         """
 
-        if _replaces_a_block(self, nn.TransformerEncoderLayer):
+        if _replaces_a_block(self, TransformerEncoderLayer):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
 
+        if not is_plain(self.self_attn, MultiheadAttention):
+            src_mask = as_numbers("src_mask", src_mask, src.dtype)
+            src_key_padding_mask = as_numbers("src_key_padding_mask", src_key_padding_mask, src.dtype)
+
         def attend(x: torch.Tensor) -> torch.Tensor:
-            return self.self_attn(x, x, x, src_key_padding_mask, False, src_mask, is_causal=is_causal)[0]
+            return _attend(self.self_attn, x, x, src_mask, src_key_padding_mask, is_causal)
 
         return self._run_blocks(src, [attend])
 
@@ -199,27 +205,39 @@ class TransformerDecoderLayer(_TransformerLayer, nn.TransformerDecoderLayer):
             The same shape as `tgt`.
         """
 
-        if _replaces_a_block(self, nn.TransformerDecoderLayer):
+        if _replaces_a_block(self, TransformerDecoderLayer):
             masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
             return super().forward(tgt, memory, *masks, tgt_is_causal, memory_is_causal)
 
         def attend(x: torch.Tensor) -> torch.Tensor:
-            return self.self_attn(x, x, x, tgt_key_padding_mask, False, tgt_mask, is_causal=tgt_is_causal)[0]
+            return _attend(self.self_attn, x, x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
 
         def attend_to_memory(x: torch.Tensor) -> torch.Tensor:
-            return self.multihead_attn(
-                x, memory, memory, memory_key_padding_mask, False, memory_mask, is_causal=memory_is_causal
-            )[0]
+            return _attend(self.multihead_attn, x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
 
         return self._run_blocks(tgt, [attend, attend_to_memory])
+
+
+def _attend(
+    attention: nn.Module,
+    query: torch.Tensor,
+    source: torch.Tensor,
+    mask: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    is_causal: bool,
+) -> torch.Tensor:
+    """Call an attention, which may be a user's own, by the names that PyTorch's layers call it by."""
+    return attention(
+        query, source, source, attn_mask=mask, key_padding_mask=padding, is_causal=is_causal, need_weights=False
+    )[0]
 
 
 def _add_and_normalize(
     output: torch.Tensor, residual: torch.Tensor, dropout: nn.Module, norm: nn.Module
 ) -> torch.Tensor:
     """``residual + dropout(output)``, normalised."""
-    p = _dropout_p(dropout)
-    if p is None or not isinstance(norm, LayerNorm | RMSNorm):
+    p = dropout_p(dropout)
+    if p is None or not is_plain(norm, LayerNorm, RMSNorm):
         return norm(residual + dropout(output))
     return norm(output, residual, dropout_p=p, return_sum=False)
 
@@ -228,27 +246,33 @@ def _add_and_normalize_with_sum(
     output: torch.Tensor, residual: torch.Tensor, dropout: nn.Module, norm: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``residual + dropout(output)``, normalised and as it is."""
-    p = _dropout_p(dropout)
-    if p is None or not isinstance(norm, LayerNorm | RMSNorm):
+    p = dropout_p(dropout)
+    if p is None or not is_plain(norm, LayerNorm, RMSNorm):
         total = residual + dropout(output)
         return norm(total), total
     return norm(output, residual, dropout_p=p)
 
 
-def _dropout_p(dropout: nn.Module) -> float | None:
-    """The probability with which `dropout` now drops, or None where it does something else."""
-    if not isinstance(dropout, nn.Dropout) or not is_plain(dropout, nn.Dropout):
-        return None
-    return dropout.p if dropout.training else 0.0
-
-
-def _replaces_a_block(layer: nn.Module, twin: type[nn.Module]) -> bool:
+def _replaces_a_block(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a subclass of one of the layers has its own method for a block, under the name PyTorch gives it.
 
     Then PyTorch's forward, which calls these methods, is the layer's.
     """
-    blocks = [name for name in ("_sa_block", "_mha_block", "_ff_block") if hasattr(twin, name)]
-    return any(getattr(getattr(layer, name), "__func__", None) is not getattr(twin, name) for name in blocks)
+    blocks = [name for name in ("_sa_block", "_mha_block", "_ff_block") if hasattr(kind, name)]
+    return not all(_has_method_of(kind, layer, name) for name in blocks)
+
+
+def reads_masks(layer: nn.Module, kind: type[_TransformerLayer]) -> bool:
+    """Whether `layer` and its attentions run our own forwards, which read a mask whatever they are told of it."""
+    if not _has_method_of(kind, layer, "forward") or _replaces_a_block(layer, kind):
+        return False
+    attentions = [layer.get_submodule(name) for name in kind._attentions]
+    return all(_has_method_of(MultiheadAttention, attention, "forward") for attention in attentions)
+
+
+def _has_method_of(kind: type[nn.Module], module: nn.Module, name: str) -> bool:
+    """Whether a method is the one that `kind` has; by classes, since torch.compile knows no `__func__`."""
+    return getattr(type(module), name, None) is getattr(kind, name) and name not in vars(module)
 
 
 def _activation(activation: str | Activation) -> Activation:
@@ -261,10 +285,10 @@ def _activation(activation: str | Activation) -> Activation:
 
 def _fused_name(activation: Activation) -> str | None:
     """The operator's name for `activation`, or None if it has none."""
-    if isinstance(activation, nn.GELU):
-        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
-    if isinstance(activation, nn.ReLU):
-        return "relu"
-    if isinstance(activation, nn.SiLU):
-        return "silu"
+    if isinstance(activation, nn.Module):
+        if not is_own(activation):
+            return None
+        if type(activation) is nn.GELU:
+            return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+        return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(activation))
     return next((name for name, function in ACTIVATIONS.items() if function is activation), None)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fastformer.integrations.acceleration.probing import ERRORS, close, mark, marked, outcome, probing, same
 from fastformer.integrations.acceleration.projections import dropout_probability, is_dropout
-from fastformer.integrations.acceleration.swapping import OperatorRecipe, is_own, original_class
+from fastformer.integrations.acceleration.swapping import OperatorRecipe, original_class
 from fastformer.nn.embedding import is_plain_embedding
+from fastformer.nn.plain import is_own
 from fastformer.ops.checks import FLOATING_DTYPES
 from fastformer.ops.embedding import transformer_embedding
 from fastformer.ops.normalization import MAX_COLUMNS

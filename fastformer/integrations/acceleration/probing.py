@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastformer.backends import backend
-from fastformer.integrations.acceleration.swapping import is_own
+from fastformer.nn.plain import is_own
 
 _RELATIVE_TOLERANCE = 2e-5
 """Of the largest element: rounding in float32 stays below a tenth, erf's and tanh's GELU differ by ten times it."""

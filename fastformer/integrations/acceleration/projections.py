@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastformer.nn.feed_forward import is_plain
+from fastformer.nn.plain import is_plain
 from fastformer.ops.autocast import autocast_device_type
 from fastformer.ops.checks import FLOATING_DTYPES
 

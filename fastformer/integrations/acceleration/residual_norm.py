@@ -18,7 +18,8 @@ from fastformer.integrations.acceleration.projections import (
     takes,
     weight_and_bias,
 )
-from fastformer.integrations.acceleration.swapping import OperatorRecipe, is_own, original_class
+from fastformer.integrations.acceleration.swapping import OperatorRecipe, original_class
+from fastformer.nn.plain import is_own
 from fastformer.ops.normalization import MAX_COLUMNS, layer_norm
 
 

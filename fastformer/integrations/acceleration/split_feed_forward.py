@@ -17,8 +17,9 @@ from fastformer.integrations.acceleration import residual_norm
 from fastformer.integrations.acceleration.probing import ERRORS, outcome, probing, same
 from fastformer.integrations.acceleration.projections import is_projection, takes, weight_and_bias
 from fastformer.integrations.acceleration.residual_norm import ResidualNorm
-from fastformer.integrations.acceleration.swapping import OperatorRecipe, is_own
+from fastformer.integrations.acceleration.swapping import OperatorRecipe
 from fastformer.nn.feed_forward import ACTIVATIONS
+from fastformer.nn.plain import is_own
 from fastformer.ops.feed_forward import feed_forward
 
 METHOD = "feed_forward_chunk"

@@ -128,9 +128,3 @@ def swap_back(module: Accelerated) -> None:
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of `module`, accelerated or not, before acceleration."""
     return module.fastformer_original if isinstance(module, Accelerated) else type(module)
-
-
-def is_own(module: nn.Module) -> bool:
-    """Whether calling `module` runs its class's forward and nothing else: no hooks, no forward of its own."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return "forward" not in vars(module) and not any(hooks)

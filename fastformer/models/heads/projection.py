@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastformer.nn.feed_forward import is_plain_linear
+from fastformer.nn.plain import is_plain_linear
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORED_LABEL = -100
