@@ -21,6 +21,7 @@ NOT_FOR_ATTENTION = frozenset(
     {
         "cache",
         "cache_position",
+        "ignore_index",
         "labels",
         "logits_indices",
         "logits_processor_args",
@@ -34,6 +35,7 @@ NOT_FOR_ATTENTION = frozenset(
         "read_index",
         "return_dict",
         "seq_idx",
+        "shift_labels",
         "use_cache",
         "write_index",
     }

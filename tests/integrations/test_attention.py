@@ -20,6 +20,7 @@ from hugging_face_models import (
     results,
 )
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, masking_utils
+from transformers.loss import loss_utils
 
 import fastformer
 import fastformer.integrations.attention as attention_module
@@ -308,6 +309,35 @@ def test_unknown_argument() -> None:
     ):
         attention_module.attention_forward(layer(), *tensors(), None, block_table=torch.zeros(1), use_cache=False)
     attention_module.attention_forward(layer(), *tensors(), None, block_table=None)
+
+
+LOSSES = ["ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"]
+
+
+def test_what_losses_take_is_not_for_attention() -> None:
+    """A model hands all keywords of its forward on to its loss and to its attention."""
+    functions = [loss_utils.fixed_cross_entropy, *(loss_utils.LOSS_MAPPING[name] for name in LOSSES)]
+    parameters = [each for function in functions for each in inspect.signature(function).parameters.values()]
+    names = {each.name for each in parameters if each.default is not inspect.Parameter.empty}
+    assert {"ignore_index", "shift_labels", "num_items_in_batch"} <= names
+    assert names <= attention_module.NOT_FOR_ATTENTION
+
+
+@pytest.mark.parametrize("name", ["BERT", "ModernBERT", "GPT-2", "Llama", "Gemma 3", "gpt-oss"])
+def test_keywords_of_a_loss(name: str) -> None:
+    model, batch = MODELS[name].build(), MODELS[name].batch()
+    batch["labels"][:, 3] = 5
+    keywords: list[dict[str, Any]] = [{"ignore_index": 5}, {"num_items_in_batch": torch.tensor(7)}]
+    if MODELS[name].kind == "decoder":
+        shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        keywords.append({"shift_labels": shifted.masked_fill(shifted == 5, -100)})
+    plain = model(**batch).loss
+    for given in keywords:
+        expected = results(model, {**batch, **given}, "eager")
+        assert MODELS[name].kind == "encoder" or not torch.equal(expected["loss"], plain)
+        actual = results(model, {**batch, **given}, "fastformer")
+        for key, value in expected.items():
+            assert_equal(key, actual[key], value)
 
 
 def test_mask_of_padding_is_not_taken_for_scores() -> None:
