@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from accuracy import assert_as_accurate
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from fastformer.models import (
     FastformerConfig,
@@ -40,11 +41,20 @@ def padded_batch(side: str) -> dict[str, torch.Tensor]:
 
 
 def assert_equal_at_real_rows(
-    actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], real: torch.Tensor
+    actual: tuple[torch.Tensor, ...], theirs: PreTrainedModel, batch: dict[str, torch.Tensor]
 ) -> None:
-    assert len(actual) == len(expected) == 3
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs * real[:, None, :, None], rtol=0, atol=2e-6)
+    """The weights are as accurate as those of Hugging Face's model, and zero for padding.
+
+    A weight is exp(score - log-sum-exp), of exponents below 16, a unit of which is its relative error.
+    """
+    pytorch = theirs(**batch, output_attentions=True).attentions
+    exact = theirs.double()(**batch, output_attentions=True).attentions
+    theirs.float()
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()[:, None, :, None]
+    assert len(actual) == len(exact) == 3
+    for number, (ours, their, wanted) in enumerate(zip(actual, pytorch, exact, strict=True)):
+        assert not ours.masked_select(~real).any()
+        assert_as_accurate(f"layer {number}", ours, their * real, wanted * real, scale=16.0)
 
 
 @pytest.mark.parametrize("side", ["right", "left", "gaps"])
@@ -52,9 +62,8 @@ def test_equal_to_berts(side: str) -> None:
     bert = BertForSequenceClassification(BertConfig(**SHAPE, attn_implementation="eager")).eval()
     own = from_hugging_face(bert).eval()
     batch = padded_batch(side)
-    expected = bert(**batch, output_attentions=True).attentions
     actual = own(**batch, output_attentions=True).attentions
-    assert_equal_at_real_rows(actual, expected, batch["attention_mask"].bool())
+    assert_equal_at_real_rows(actual, bert, batch)
     own.config.output_attentions = True
     assert torch.equal(own(**batch).attentions[1], actual[1])
     assert own(**batch, output_attentions=False).attentions is None
@@ -69,7 +78,7 @@ def test_equal_to_gpt2s_and_while_generating() -> None:
     ids = torch.randint(1, 50, (2, 11))
     expected, actual = gpt2(ids, output_attentions=True), own(ids, output_attentions=True)
     torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-5)
-    assert_equal_at_real_rows(actual.attentions, expected.attentions, torch.ones(2, 11, dtype=torch.bool))
+    assert_equal_at_real_rows(actual.attentions, gpt2, {"input_ids": ids})
     generated = own.generate(
         ids, max_new_tokens=2, do_sample=False, output_attentions=True, return_dict_in_generate=True, pad_token_id=0
     )
@@ -143,7 +152,8 @@ def test_every_head_returns_them(head: type) -> None:
     model, batch = head(FastformerConfig(**SHAPE)).eval(), padded_batch("left")
     attentions = model(**batch, output_attentions=True).attentions
     expected = model.model(**batch, output_attentions=True).attentions
-    assert_equal_at_real_rows(attentions, expected, batch["attention_mask"].bool())
+    assert len(attentions) == 3
+    assert all(torch.equal(ours, wanted) for ours, wanted in zip(attentions, expected, strict=True))
 
 
 def test_images() -> None:

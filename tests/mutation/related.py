@@ -92,11 +92,17 @@ RELATED: list[tuple[str, list[str]]] = [
     ("fastformer/training/lora.py", ["training/test_lora.py"]),
     ("fastformer/training/tensor_parallel.py", ["training/test_scale.py"]),
     ("fastformer/training/sharding.py", ["training/test_scale.py", "training/test_lora.py"]),
-    ("fastformer/training/finetun", ["training/test_finetuning.py", "training/test_finetune_command.py"]),
-    ("fastformer/training/recipes.py", ["training/test_finetuning.py", "training/test_finetune_command.py"]),
+    (
+        "fastformer/training/finetun",
+        ["training/test_finetuning.py", "training/test_finetune_command.py", "training/test_scale.py"],
+    ),
+    (
+        "fastformer/training/recipes.py",
+        ["training/test_finetuning.py", "training/test_finetune_command.py", "training/test_scale.py"],
+    ),
     (
         "fastformer/training/pretrain",
-        ["training/test_pretraining.py", "training/test_pretraining_command.py"],
+        ["training/test_pretraining.py", "training/test_pretraining_command.py", "training/test_scale.py"],
     ),
     (
         "fastformer/training",
