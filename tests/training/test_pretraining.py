@@ -1,6 +1,7 @@
 """The pretraining module on its own; whole runs are in test_cli.py."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,47 @@ def test_activation_checkpointing_changes_memory_alone(data: PretrainingDataModu
         assert module.model.is_gradient_checkpointing == module.activation_checkpointing
     plain, checkpointed = (module.state_dict() for module in modules)
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+class Rates(Callback):
+    """The learning rate of each optimizer step, as the optimizer has it."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        (rate,) = {group["lr"] for group in optimizer.param_groups}
+        self.found.append(rate)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_learning_rate_of_every_step_of_a_run(schedule: str, data: PretrainingDataModule, tmp_path: Path) -> None:
+    """It rises to the peak after the warm-up and falls to zero just after the last step; a resumed run goes on."""
+    shares = [1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    if schedule == "cosine":
+        shares[2:] = [0.5 * (1 + math.cos(math.pi * (1 - share))) for share in shares[2:]]
+
+    def run(steps: int, checkpoint: Path | None = None) -> list[float]:
+        rates = Rates()
+        module = MaskedLanguageModeling(overrides=TINY, learning_rate=0.3, warmup_steps=2, schedule=schedule)
+        fitted = trainer(max_steps=8, accumulate_grad_batches=2, callbacks=[rates, StopAt(steps)])
+        fitted.fit(module, datamodule=data, ckpt_path=checkpoint)
+        fitted.save_checkpoint(tmp_path / "last.ckpt")
+        return rates.found
+
+    wanted = [0.3 * share for share in shares]
+    assert run(8) == pytest.approx(wanted)
+    assert run(3) == pytest.approx(wanted[:3])
+    assert run(8, tmp_path / "last.ckpt") == pytest.approx(wanted[3:])
+
+
+class StopAt(Callback):
+    """Ends a run early, as a kill does: the schedule is that of the whole run."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
