@@ -6,14 +6,16 @@ What a user has put in a module's place, hung on it or changed in it is called a
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_own(module: nn.Module) -> bool:
-    """Whether calling `module` runs its class's forward and nothing else: no hooks, no forward of its own."""
+    """Whether calling `module` runs its class's forward and nothing else: no hooks, no forward of its own.
+
+    Hooks of the whole process do not count: those who measure, as `FlopCounterMode` does, shall see what really runs.
+    """
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return "forward" not in vars(module) and not any(hooks) and not _has_any_global_hook()
+    return "forward" not in vars(module) and not any(hooks)
 
 
 def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
