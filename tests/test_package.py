@@ -91,3 +91,24 @@ def test_wheel_holds_both_packages_and_works(tmp_path: Path) -> None:
         "fastformer.softmax(torch.zeros(1, 2)); print(fastformer.__file__, fastformer_kernels.__file__)\n"
     )
     assert python(code).count(str(tmp_path)) == 2
+
+
+def test_modules_can_be_loaded_again() -> None:
+    """As notebooks do; what was imported before works on."""
+    code = (
+        "import importlib, pkgutil, sys, warnings; warnings.simplefilter('ignore')\n"
+        "import torch, fastformer; before = fastformer.softmax\n"
+        "skipped = ('benchmarking', 'stand_in', 'process')\n"
+        "for found in pkgutil.walk_packages(fastformer.__path__, 'fastformer.'):\n"
+        "    if not any(part in found.name for part in skipped):\n"
+        "        try: importlib.import_module(found.name)\n"
+        "        except ModuleNotFoundError: pass\n"
+        "modules = [name for name in sys.modules if name.startswith('fastformer')]\n"
+        "for name in sorted(modules): importlib.reload(sys.modules[name])\n"
+        "x = torch.randn(3, 4, requires_grad=True)\n"
+        "for softmax in (before, sys.modules['fastformer.ops.softmax'].softmax):\n"
+        "    softmax(x).square().sum().backward(); torch.func.vmap(softmax)(x.detach())\n"
+        "    torch.compile(softmax, backend='eager', fullgraph=True)(x.detach())\n"
+        "print(len(modules))"
+    )
+    assert int(python(code).splitlines()[-1]) > 100

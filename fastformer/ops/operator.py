@@ -19,7 +19,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
@@ -91,7 +90,7 @@ class Operator:
     def __init__(self, name: str, schema: str, implementation: Implementation) -> None:
         self.name = name
         namespace, base = name.split("::")
-        self._library = _library(namespace)
+        self._library = _library(name)
         self._library.define(base + schema, tags=torch.Tag.pt2_compliant_tag)
         self._dispatched = getattr(getattr(torch.ops, namespace), base).default
         arguments = self._dispatched._schema.arguments
@@ -308,9 +307,16 @@ def _transformed_function(
     return type("TransformedGradient", (torch.autograd.Function,), members)
 
 
-@cache
-def _library(namespace: str) -> torch.library.Library:
-    return torch.library.Library(namespace, "FRAGMENT")
+_libraries: dict[str, torch.library.Library] = globals().get("_libraries", {})  # kept where this is loaded again
+"""Of each operator its own."""
+
+
+def _library(name: str) -> torch.library.Library:
+    """A library for one operator. Where a notebook loads a module again, the operator that was makes way."""
+    if name in _libraries:
+        _libraries.pop(name)._destroy()
+    _libraries[name] = torch.library.Library(name.partition("::")[0], "FRAGMENT")
+    return _libraries[name]
 
 
 def _with_every_output(implementation: Implementation) -> Implementation:
