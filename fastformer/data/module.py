@@ -21,7 +21,7 @@ from fastformer.data.pretraining import (
     PretrainingObjective,
     SpanCorruption,
 )
-from fastformer.data.resuming import ResumableDataModule
+from fastformer.data.resuming import ResumableDataModule, check_workers
 from fastformer.data.shapes import FewShapes
 from fastformer.data.sources import Source, open_sources, texts_source
 from fastformer.data.steps import with_label_counts
@@ -120,8 +120,7 @@ class PretrainingDataModule(ResumableDataModule):
             raise ValueError(f"mask_probability must be in (0, 1), got {mask_probability}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be in [0, 2^64), got {seed}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must not be negative, got {num_workers}")
+        check_workers(num_workers)
         self.data = data
         self.objective = objective
         self.vocab_size = vocab_size

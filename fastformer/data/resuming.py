@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -109,6 +110,16 @@ def data_rank(trainer: Trainer) -> tuple[int, int]:
     """
     share = trainer.distributed_sampler_kwargs
     return (0, 1) if share is None else (share["rank"], share["num_replicas"])
+
+
+def check_workers(num_workers: int) -> None:
+    """Raises ValueError for more processes to prepare batches than this machine starts in reasonable time."""
+    processors = os.cpu_count() or 1
+    most = max(8, 4 * processors)
+    if not 0 <= num_workers <= most:
+        raise ValueError(
+            f"num_workers must be from 0 to {most} on this machine, of {processors} processors; got {num_workers}"
+        )
 
 
 def _leave_signals(worker: int) -> None:

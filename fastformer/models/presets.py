@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from fastformer.models.configuration import FastformerConfig
 
 
@@ -41,7 +43,7 @@ def preset(name: str, **overrides: Any) -> FastformerConfig:
             GPT-3's still alternate.
 
     Raises:
-        ValueError: there is no such preset, or no such field.
+        ValueError: there is no such preset, or no such field, or a field is not of its type.
 
     >>> preset("bert-base", vocab_size=8192).hidden_size
     768
@@ -55,7 +57,10 @@ def preset(name: str, **overrides: Any) -> FastformerConfig:
     settings = {**PRESETS[name].settings, **overrides}
     if "layer_types" in settings and "layer_types" not in overrides:
         settings["layer_types"] = alternating(settings["num_hidden_layers"])
-    return FastformerConfig(**settings)
+    try:
+        return FastformerConfig(**settings)
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def alternating(layers: int) -> list[str]:

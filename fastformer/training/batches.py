@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastformer.data.packing import TokenBudgetSampler
-from fastformer.data.resuming import ResumableDataModule
+from fastformer.data.resuming import ResumableDataModule, check_workers
 from fastformer.data.steps import with_label_counts
 from fastformer.training.privacy import PoissonBatches, Privacy
 
@@ -62,6 +62,7 @@ class FineTuningData(ResumableDataModule):
         collate_train: Collate | None = None,
     ) -> None:
         super().__init__()
+        check_workers(num_workers)
         if not train or not validation:
             raise ValueError(
                 f"there must be examples to train on and to validate with; got {len(train)} and {len(validation)}"
