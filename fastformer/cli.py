@@ -9,7 +9,7 @@ import sys
 import time
 
 import fastformer
-from fastformer.console import printable, show_any_character
+from fastformer.console import plain_warnings, printable, show_any_character
 from fastformer.extras import missing_package, remedy
 from fastformer.stopping import STATUS, Stopped
 
@@ -85,7 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     known, rest = _parser().parse_known_args(arguments)
     module, _ = COMMANDS[known.command]
     try:
-        importlib.import_module(module).main(rest, begin)
+        with plain_warnings():
+            importlib.import_module(module).main(rest, begin)
     except (ValueError, OSError) as error:
         if known.debug:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import sys
 import textwrap
 import time
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -191,6 +193,22 @@ def _spelled(error: UnicodeError) -> tuple[str, int]:
     signs = error.object[error.start : error.end]
     spelled = "".join(_ASCII.get(sign, sign.encode("ascii", "backslashreplace").decode()) for sign in signs)
     return spelled, error.end
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings as one line each, without the place in the code that gave them."""
+    before = warnings.formatwarning
+    warnings.formatwarning = _one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def _one_line(message: Warning | str, category: type[Warning], *place: object) -> str:
+    kind = "" if category is UserWarning else f" ({category.__name__})"
+    return f"warning{kind}: {printable(' '.join(str(message).split()))}\n"
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

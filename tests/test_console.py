@@ -6,10 +6,21 @@ import io
 import json
 import math
 import sys
+import warnings
 
 import pytest
 
-from fastformer.console import Progress, StatusLine, Table, clock, json_text, printable, show_any_character, track
+from fastformer.console import (
+    Progress,
+    StatusLine,
+    Table,
+    clock,
+    json_text,
+    plain_warnings,
+    printable,
+    show_any_character,
+    track,
+)
 
 TABLE = Table(
     ("kernel", "spills", "because"),
@@ -143,3 +154,12 @@ def test_every_text_is_shown_whatever_the_terminal_knows(
 def test_json_has_null_for_what_is_no_number() -> None:
     value = {"a": math.nan, "b": [1.5, -math.inf, {"c": (math.inf, "ä", 3)}]}
     assert json.loads(json_text(value)) == {"a": None, "b": [1.5, None, {"c": [None, "ä", 3]}]}
+
+
+def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = warnings.formatwarning
+    with plain_warnings():
+        shown = warnings.formatwarning("two\nlines \x1b[2J", UserWarning, "a.py", 3)
+        other = warnings.formatwarning("old", FutureWarning, "a.py", 3, "code")
+    assert (shown, other) == ("warning: two lines \\x1b[2J\n", "warning (FutureWarning): old\n")
+    assert warnings.formatwarning is before

@@ -87,6 +87,9 @@ what --output holds:
   checkpoints/    the two newest, for --resume     loss.png            loss in training and on held-out examples
   logs/           CSV and TensorBoard              metrics.json        what is printed at the end
   report.md       all of this to read              predictions.jsonl   for the test examples
+  manifest.json   what of all this is the run's
+Only what the manifest lists is ever replaced, and one process at a time writes. Ctrl-C, SIGTERM and SIGUSR1 save a
+checkpoint after the step at hand, and say how to go on.
 """
 
 _BEST, _PREDICTIONS, _REPORT, _CONFUSION = "best.pt", "predictions.jsonl", "report.md", "confusion.png"

@@ -74,7 +74,9 @@ what --output holds:
   config.yaml     every option of the run                  model/         Hugging Face format, for transformers
   checkpoints/    the two newest, for --resume             loss.png       loss in training and on held-out text
   logs/           CSV and TensorBoard                      metrics.json   what is printed at the end
-  report.md       the same, to read
+  report.md       the same, to read                        manifest.json  what of all this is the run's
+Only what the manifest lists is ever replaced, and one process at a time writes. Ctrl-C, SIGTERM and SIGUSR1 save a
+checkpoint after the step at hand, and say how to go on.
 """
 
 

@@ -188,6 +188,10 @@ def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
         FileNotFoundError: there is no run to resume.
         ValueError: what it has kept of its options is not whole.
     """
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, given, value = argument.partition("=")
+        if name == "--config":
+            _read_options(Path(value if given else following))
     options = parser.parse_args(arguments)
     config = RunFolder(Path(options.output), "").config
     if options.resume and not config.is_file():
@@ -195,7 +199,7 @@ def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     if options.resume or (options.elastic and config.is_file()):
         if options.overwrite:
             raise ValueError("give --resume or --overwrite, not both")
-        options = parser.parse_args(["--config", _kept_options(config, arguments), *arguments])
+        options = parser.parse_args(["--config", _kept_options(config, arguments, parser.dump(options)), *arguments])
         options.resume = True
     if options.trust and "--trust" not in arguments:
         raise ValueError("trust is not for files to claim: give --trust on the command line")
@@ -203,28 +207,36 @@ def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     return options
 
 
-def _kept_options(config: Path, arguments: Sequence[str]) -> str:
+def _kept_options(config: Path, arguments: Sequence[str], usual: str) -> str:
     """The options of a run as YAML, without those of the trainer that the command line replaces.
+
+    Args:
+        config: where the run has kept them.
+        arguments: the command line.
+        usual: YAML of all options that there are.
 
     Raises:
         ValueError: they are not whole.
     """
-    try:
-        text = config.read_text()
-        options = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{config} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(options, dict) or not text.endswith("\n") or not options.keys() >= _REQUIRED:
-        raise ValueError(f"{config} is not whole: it must have every option of the run, as the run has written it")
-    trainer = options["trainer"]
+    options = _read_options(config)
+    trainer = options.get("trainer")
+    *_, last = yaml.safe_load(usual)["trainer"]
+    if not isinstance(trainer, dict) or last not in trainer or not config.read_bytes().endswith(b"\n"):
+        raise ValueError(f"{config} is not whole: it must have all options of the run, as the run has written them")
     for name in _trainer_options(arguments):
-        if isinstance(trainer, dict):
-            trainer.pop(name.split(".")[1], None)
+        trainer.pop(name.split(".")[1], None)
     return yaml.safe_dump(options, sort_keys=False)
 
 
-_REQUIRED = {"output", "data", "seed", "accumulate", "precision", "trainer"}
-"""Some options of every run, and the last one."""
+def _read_options(path: Path) -> dict[str, Any]:
+    """Raises ValueError, naming the file, for one that is no YAML of options."""
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must have options, each with its value; it has none")
+    return options
 
 
 def _check(options: Namespace) -> None:
@@ -232,6 +244,11 @@ def _check(options: Namespace) -> None:
     for name, least in (("accumulate", 1), ("evaluate_every", 1)):
         if options[name] < least:
             raise ValueError(f"--{name} must be at least {least}; got {options[name]}")
+    if options.max_steps is not None and options.max_steps < 1 and options.max_steps != -1:
+        raise ValueError(f"--max_steps must be at least 1, or -1 for no such limit; got {options.max_steps}")
+    for name in ("max_epochs", "limit_train_batches"):
+        if options.trainer[name] == 0:
+            raise ValueError(f"--trainer.{name} must be above 0; with 0 there is nothing to train on")
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to {2**32 - 1:,}; got {options.seed}")
 

@@ -14,6 +14,7 @@ import yaml
 
 import fastformer
 from fastformer import cli
+from fastformer.extras import require
 
 LIGHTNINGS = {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}
 EVIL = {"class_path": "evil.Callback"}
@@ -42,6 +43,7 @@ FOREIGN: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Made if the module `evil` is imported."""
+    require("jsonargparse")
     ran = tmp_path / "ran"
     (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nfrom lightning.pytorch import Callback\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,0 +1,167 @@
+"""Options that mean nothing, files of options that are none, terminals that know little: one line each, status 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from training.tasks import TINY, command, scratch
+from transformers import BertConfig, BertForSequenceClassification
+
+from fastformer import cli
+from fastformer.data.resuming import check_workers
+from fastformer.data.tokenizer import train_tokenizer
+
+
+@pytest.fixture(params=["pretrain", "classify"])
+def options(request: pytest.FixtureRequest, tiny_run: list[str], data: Path) -> list[str]:
+    if request.param == "pretrain":
+        return [*tiny_run, "--max_steps", "4"]
+    return [*command("classify", data, Path("absent")), *scratch(), "--max_steps", "4"]
+
+
+def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """The one line of error that a command line ends with, of status 2."""
+    try:
+        status = cli.main(list(arguments))
+    except SystemExit as exit:
+        status = exit.code
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert status == 2
+    return line
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--seed=1.5", "seed"),
+        ("--seed=-1", "--seed must be from 0 to 4,294,967,295; got -1"),
+        ("--seed=99999999999999999999", "--seed must be from 0 to"),
+        ("--accumulate=0", "--accumulate must be at least 1; got 0"),
+        ("--accumulate=1.5", "accumulate"),
+        ("--evaluate_every=0", "--evaluate_every must be at least 1; got 0"),
+        ("--max_steps=0", "--max_steps must be at least 1"),
+        ("--max_steps=-7", "--max_steps must be at least 1"),
+        ("--trainer.limit_train_batches=0", "--trainer.limit_train_batches must be above 0"),
+        ("--max_minutes=nan", "max_minutes"),
+        ("--output=/dev/null/run", "/dev/null/run"),
+        ("--config=absent.yaml", "absent.yaml"),
+        ("--precision=8", "'8' (choose from"),
+    ],
+)
+def test_numbers_that_mean_nothing(
+    given: str, said: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    line = fails(capsys, *options, "--output", str(tmp_path / "run"), given)
+    assert said in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", ["-1", "100", "1000000"])
+def test_processes_that_prepare_batches(
+    number: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    name = "--corpus.num_workers" if options[0] == "pretrain" else "--num_workers"
+    line = fails(capsys, *options, "--output", str(tmp_path / "run"), name, number)
+    assert f"num_workers must be from 0 to 8 on this machine, of 2 processors; got {number}" in line
+    check_workers(8)
+
+
+def test_more_tokens_than_the_model_knows(
+    options: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = ["--output", str(tmp_path / "run")]
+    if options[0] == "pretrain":
+        line = fails(capsys, *options, *output, "--model.overrides.vocab_size", "100")
+        assert "vocab_size must be at least the tokenizer's" in line
+        return
+    config = BertConfig(**TINY, vocab_size=280, max_position_embeddings=48)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    texts = [json.loads(line)["text"] for line in (data / "classify/train.jsonl").read_text().splitlines()]
+    train_tokenizer(texts, 300).save_pretrained(tmp_path / "model")
+    line = fails(capsys, *command("classify", data, tmp_path / "run"), "--model", str(tmp_path / "model"))
+    assert "the tokenizer has " in line
+    assert f"{tmp_path / 'model'} knows 280" in line
+
+
+# --- Files of options -------------------------------------------------------------------------------------------------
+
+FILES = {
+    "cut within a list": b"trainer:\n  callbacks: [",
+    "a list": b"- 1\n- 2\n",
+    "empty": b"",
+    "a word": b"word",
+    "no text": b"\xff\xfe\x00",
+    "zeros": bytes(99),
+    "deep": b"[" * 20000,
+    "tabs": b"trainer:\n\t- 1",
+    "a tag": b"!!python/object/apply:os.system ['true']\n",
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_that_has_no_options(
+    kind: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "run.yaml").write_bytes(FILES[kind])
+    line = fails(capsys, *options, "--config", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "run"))
+    assert str(tmp_path / "run.yaml") in line
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.95, 0.999])
+def test_half_of_a_runs_options(
+    share: float, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A file that is cut may be YAML still, and what it lacks would be taken as usual."""
+    output = tmp_path / "run"
+    assert cli.main([*options, "--output", str(output)]) == 0
+    resume = [*options[: 2 if options[0] == "finetune" else 1], "--resume", "--output", str(output)]
+    whole = (output / "config.yaml").read_bytes()
+    capsys.readouterr()
+    cut = whole[: int(share * len(whole))]
+    for content in {cut, cut[: cut.rfind(b"\n") + 1]}:
+        (output / "config.yaml").write_bytes(content)
+        assert str(output / "config.yaml") in fails(capsys, *resume)
+    # Written anew by other means it is as good.
+    (output / "config.yaml").write_text(yaml.safe_dump(yaml.safe_load(whole), sort_keys=False))
+    assert cli.main(resume) == 0
+
+
+# --- Terminals, paths and pictures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_knows_little(encoding: str, tiny_run: list[str], tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
+    output = tmp_path / "Läufe …"
+    run = subprocess.run(
+        [sys.executable, "-m", "fastformer.cli", *tiny_run, "--max_steps", "2", "--output", str(output)],
+        capture_output=True,
+        env=environment,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert (b"+/-" if encoding == "ascii" else "±".encode("latin-1")) in run.stdout
+
+
+def test_foreign_text_acts_nowhere(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Classes, texts and the folder's own name, of what acts on terminals, in Markdown, HTML and formulas."""
+    hostile = "\x1b[31m<script>alert(1)</script>|`[x](http://evil) $\\frac{ [red]"
+    rows = [{"text": f"{hostile} {number}", "label": f"{hostile} {number % 2}"} for number in range(60)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "run \x1b[2J<b>`x`"
+    arguments = command("classify", tmp_path, output)
+    arguments[arguments.index("--data") + 1] = str(tmp_path / "train.jsonl")
+    assert cli.main([*arguments, *scratch(), "--max_steps", "2"]) == 0
+    shown, report = capsys.readouterr(), (output / "report.md").read_text()
+    assert "\x1b" not in shown.out + shown.err + report
+    assert "<script>" not in report
+    assert "&lt;script&gt;" in report
+    assert (output / "confusion.png").exists()
+    assert "\x1b" not in fails(capsys, "predict", str(output / "absent\x1b[2J"), "--data", "x", "--out", "y")
