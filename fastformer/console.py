@@ -206,7 +206,9 @@ def plain_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
-def _one_line(message: Warning | str, category: type[Warning], *place: object) -> str:
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     kind = "" if category is UserWarning else f" ({category.__name__})"
     return f"warning{kind}: {printable(' '.join(str(message).split()))}\n"
 

@@ -137,8 +137,8 @@ class Predictor:
 def recipe_for(task: Task, start: StartingPoint, options: TextOptions, tokenizer: PreTrainedTokenizerFast) -> Recipe:
     """The recipe of a task for a model, whose configuration names the labels."""
     config: Any = start.model.config
-    known = start.model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > known:
+    known: int | None = getattr(start.model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and len(tokenizer) > known:
         raise ValueError(
             f"the tokenizer has {len(tokenizer):,} tokens, but the model in {config.name_or_path or 'memory'} knows "
             f"{known:,}: they do not belong together"
