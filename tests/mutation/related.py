@@ -58,7 +58,7 @@ RELATED: list[tuple[str, list[str]]] = [
     ),
     (
         "kernels/fastformer_kernels/dropout.py",
-        ["ops/test_dropout.py", "ops/test_attention.py", "ops/test_embedding.py", "ops/test_feed_forward.py"],
+        ["ops/test_dropout.py", "ops/test_embedding.py", "ops/test_feed_forward.py", "ops/test_attention.py"],
     ),
     ("kernels/fastformer_kernels/matmul.py", ["ops/test_linear_cross_entropy.py", "ops/test_feed_forward.py"]),
     (
