@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import queue
 import re
 import shutil
@@ -22,18 +20,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
 from mutation.mutants import AREAS, Mutant, draw
+from mutation.processes import pytest_in
 from mutation.related import related_tests
 
 ROOT = Path(__file__).parents[2]
 EQUIVALENT = Path(__file__).with_name("equivalent.json")
-# Quick to start; the interpreter's switch must be set before triton is imported.
-os.environ.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["numpy", "torch", "triton", "transformers", "hypothesis.strategies", "lightning.pytorch", "datasets"]
-)
 # pytest's statuses where a test failed, a file cannot be collected, or pytest itself cannot start with the fault.
 NOTICED = {1, 2, 3, 4}
 
@@ -163,31 +155,6 @@ def failing_without_a_fault(tree: Path, tests: list[str]) -> list[str]:
         return []
     _, output = pytest_in(tree, [*tests, "--maxfail=0"], seconds=600)
     return re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", output, re.MULTILINE)
-
-
-def pytest_in(tree: Path, tests: list[str], seconds: int) -> tuple[int, str]:
-    """pytest's status and what it printed."""
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", f"--timeout={seconds}"]
-    printed = tree / "printed.txt"
-    process = _CONTEXT.Process(target=_run_pytest, args=(tree, [*options, *tests], printed))
-    process.start()
-    process.join()
-    assert process.exitcode is not None
-    return process.exitcode, printed.read_text()
-
-
-def _run_pytest(tree: Path, arguments: list[str], printed: Path) -> None:
-    """In a process of its own, forked from one that has imported what the tests need but not what they test."""
-    with printed.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.chdir(tree)
-    os.environ["PYTHONPATH"] = f"{tree}:{tree / 'kernels'}"
-    sys.dont_write_bytecode = True
-    sys.path[:] = [str(tree), str(tree / "kernels"), *(path for path in sys.path if not path.startswith(str(ROOT)))]
-    status = pytest.main(arguments)
-    sys.stdout.flush()
-    os._exit(status)
 
 
 def as_text(summary: dict) -> str:
