@@ -26,6 +26,8 @@ COMPARISONS = {
 }
 ARITHMETIC = {"+": "-", "-": "+", "*": "+", "//": "*", "/": "*", "%": "+", "&": "|", "|": "&", "<<": ">>", ">>": "<<"}
 LOGIC = {"and": "or", "or": "and"}
+# Whose first two arguments may change places.
+SYMMETRIC = {"max", "min", "maximum", "minimum", "equal", "gcd", "logical_and", "logical_or"}
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ def _of_node(node: ast.AST, places: _Places) -> Iterator[Mutant]:
         case ast.Call(args=[first, second, *_]) if not any(isinstance(a, ast.Starred) for a in (first, second)):
             start, end = places.of(first)[0], places.of(second)[1]
             between = places.source[places.of(first)[1] : places.of(second)[0]]
-            if places.text(first) != places.text(second):
+            called = places.text(node.func).rsplit(".", 1)[-1]
+            if places.text(first) != places.text(second) and called not in SYMMETRIC:
                 after = places.text(second) + between + places.text(first)
                 yield places.mutant("swapped arguments", start, end, after)
         case ast.AugAssign() | ast.Expr(value=ast.Call()) | ast.Raise() | ast.Continue() | ast.Break():

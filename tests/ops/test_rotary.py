@@ -181,6 +181,17 @@ def test_empty(backend: str, shape: tuple[int, ...]) -> None:
     assert query.grad is not None and query.grad.shape == shape
 
 
+@pytest.mark.parametrize("empty", ["query", "key"])
+def test_one_of_the_two_is_empty(backend: str, empty: str) -> None:
+    """The other is rotated all the same."""
+    cos, sin = rotary_table(rotary_frequencies(4), 5)
+    full, nothing = torch.randn(2, 1, 3, 4), torch.empty(2, 0, 3, 4)
+    pair = (nothing, full) if empty == "query" else (full, nothing)
+    rotated = rotary(*pair, cos, sin)
+    torch.testing.assert_close(rotated[empty == "query"], rotary(full, None, cos, sin)[0])
+    assert rotated[empty == "key"].shape == nothing.shape
+
+
 def test_registration(backend: str) -> None:
     cos, sin = rotary_table(rotary_frequencies(4), 5)
     q, k = torch.randn(2, 4, 3, 6), torch.randn(2, 2, 3, 6)

@@ -315,3 +315,17 @@ def test_balanced_weights_make_classes_weigh_the_same() -> None:
     labels: list[Any] = [0, 0, 0, 1, [2, -100, 0, 1]]
     weights = balanced_class_weights(recipe, [SimpleNamespace(labels=label) for label in labels])
     assert weights == pytest.approx([7 / (3 * 4), 7 / (3 * 2), 7 / (3 * 1)])
+
+
+def test_outputs_of_all_ranks_are_in_the_order_of_the_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks take batches in turn: each one's first, then each one's second."""
+    mine, other = [[0, 1], [4]], [[2, 3], [5]]
+
+    def gather(ranks: list, outputs: list) -> None:
+        assert outputs is mine
+        ranks[:] = [outputs, other]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    for world_size, expected in ((1, [0, 1, 4]), (2, [0, 1, 2, 3, 4, 5])):
+        module = SimpleNamespace(_outputs=mine, trainer=SimpleNamespace(world_size=world_size))
+        assert FineTuning._outputs_of_all_ranks(module) == expected
