@@ -2,15 +2,20 @@
 
 ``auto`` (default) runs the kernels for tensors on a GPU and PyTorch elsewhere; ``triton`` forces the kernels (with
 ``TRITON_INTERPRET=1`` in the environment they also run on CPU tensors); ``torch`` forces PyTorch. The default is read
-from ``FASTFORMER_BACKEND`` once, at import.
+from ``FASTFORMER_BACKEND`` once, at import. A ``with fastformer.backend(...)`` block is for its own thread or task,
+and for what autograd computes for it in threads of its own.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 
 import torch
 
@@ -24,18 +29,41 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-# Process-wide, not thread-local: autograd runs a GPU's backward on a thread of its own.
-_selected = _checked(os.environ.get("FASTFORMER_BACKEND", "auto"), "FASTFORMER_BACKEND")
+_default = _checked(os.environ.get("FASTFORMER_BACKEND", "auto"), "FASTFORMER_BACKEND")
+_chosen: ContextVar[str | None] = ContextVar("fastformer.backend", default=None)
+# Of the block that was entered or left last, None where none is open. It is what torch.compile sees, which guards on
+# globals and knows no context variable; and most processes have no block, and ask for nothing more.
+_latest: str | None = None
+_open = 0
+_lock = threading.Lock()
+# PyTorch hands what lies here on to the threads in which autograd works for a thread.
+_FOR_AUTOGRAD = "fastformer.backend"
+Choice = tuple[str | None, int]
+"""A backend, and the thread that chose it."""
 
 
 def selected_backend() -> str:
     """The selected backend: ``auto``, ``triton`` or ``torch``."""
-    return _selected
+    if _latest is None:
+        return _default
+    if torch.compiler.is_compiling():
+        return _latest
+    return _chosen.get() or _of_autograd() or _default
+
+
+def _of_autograd() -> str | None:
+    """The choice of the thread for which this one, autograd's own, computes gradients."""
+    if torch._C._current_graph_task_id() == -1 or not torch._C._is_key_in_tls(_FOR_AUTOGRAD):
+        return None
+    name, thread = torch._C._get_obj_in_tls(_FOR_AUTOGRAD)
+    return None if thread == threading.get_ident() else name
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Select the backend of every Fastformer operator within a ``with`` block.
+
+    It is a context variable: other threads and tasks keep theirs, and new threads begin with the process's default.
 
     Args:
         name: ``auto``, ``triton`` or ``torch``.
@@ -46,19 +74,40 @@ def backend(name: str) -> Iterator[None]:
     >>> with fastformer.backend("torch"):
     ...     y = fastformer.softmax(x)
     """
-    global _selected
-    previous, _selected = _selected, _checked(name, "backend")
+    previous = _chosen.get()
+    _select(_checked(name, "backend"), opened=1)
     try:
         yield
     finally:
-        _selected = previous
+        _select(previous, opened=-1)
+
+
+def _select(name: str | None, opened: int) -> None:
+    global _latest, _open
+    _chosen.set(name)
+    _hand_to_autograd(_choice(name, threading.get_ident()))
+    with _lock:
+        _open += opened
+        _latest = (name or _default) if _open else None
+
+
+@cache
+def _choice(name: str | None, thread: int) -> Choice:
+    return name, thread
+
+
+def _hand_to_autograd(choice: Choice) -> None:
+    # torch 2.11 gives away a reference that it has not taken; one too many keeps what is cached anyway.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(choice))
+    torch._C._stash_obj_in_tls(_FOR_AUTOGRAD, choice)
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
     """Whether an operator whose first argument is `tensor` runs its Triton kernel."""
-    if _selected == "auto":
+    selected = selected_backend()
+    if selected == "auto":
         return tensor.is_cuda and HAS_TRITON
-    if _selected == "torch":
+    if selected == "torch":
         return False
     if not HAS_TRITON:
         raise RuntimeError("backend 'triton' was asked for, but triton is not installed; pip install triton")
