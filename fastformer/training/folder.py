@@ -230,13 +230,26 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.lock)
         try:
-            lock.acquire(timeout=0)
+            # Of a killed process, those that prepared its batches hold the lock until they notice.
+            lock.acquire(timeout=30 if self._writer_is_dead() else 0)
         except Timeout as error:
             raise ValueError(f"--output {self.path} is in use: {self._writer()} writes into it") from error
         try:
             yield
         finally:
             lock.release()
+
+    def _writer_is_dead(self) -> bool:
+        with suppress(ValueError, KeyError, TypeError):
+            process = self._read_manifest()["process"]
+            if process["host"] == socket.gethostname():
+                try:
+                    os.kill(int(process["pid"]), 0)
+                except ProcessLookupError:
+                    return True
+                except OSError:  # of another user
+                    return False
+        return False
 
     def _writer(self) -> str:
         with suppress(ValueError, KeyError, TypeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,26 @@ def test_two_runs_in_one_folder(resume: bool, overwrite: bool, finished: RunFold
         run.clear()
     assert files(finished.path) == set(RUN)
     process.kill()  # a dead process holds no lock
+    process.join()
+    with folder(tmp_path).opened(resume=True, overwrite=False):
+        pass
+
+
+def _hold_and_fork(path: Path, connection: multiprocessing.connection.Connection) -> None:
+    with folder(path).opened(resume=True, overwrite=False):
+        if not os.fork():
+            time.sleep(1.0)
+            os._exit(0)
+        connection.send(os.getpid())
+        connection.recv()
+
+
+def test_what_a_killed_run_has_left_running_is_waited_for(finished: RunFolder, tmp_path: Path) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_hold_and_fork, args=(tmp_path, theirs))
+    process.start()
+    ours.recv()
+    process.kill()
     process.join()
     with folder(tmp_path).opened(resume=True, overwrite=False):
         pass
