@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from fastformer import cli
 from fastformer.data.resuming import check_workers
 from fastformer.data.tokenizer import train_tokenizer
+from fastformer.extras import require
 
 
 @pytest.fixture(params=["pretrain", "classify"])
@@ -152,6 +153,7 @@ def test_a_terminal_that_knows_little(encoding: str, tiny_run: list[str], tmp_pa
 
 def test_foreign_text_acts_nowhere(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Classes, texts and the folder's own name, of what acts on terminals, in Markdown, HTML and formulas."""
+    require("jsonargparse")
     hostile = "\x1b[31m<script>alert(1)</script>|`[x](http://evil) $\\frac{ [red]"
     rows = [{"text": f"{hostile} {number}", "label": f"{hostile} {number % 2}"} for number in range(60)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
