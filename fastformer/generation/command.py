@@ -162,6 +162,7 @@ def _model(folder: Path, options: Namespace) -> LanguageModel:
     from transformers import AutoConfig
 
     from fastformer.models import FastformerConfig, FastformerForCausalLM, FastformerForSeq2SeqLM
+    from fastformer.models.finite import check_finite_weights
 
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
@@ -175,6 +176,7 @@ def _model(folder: Path, options: Namespace) -> LanguageModel:
         raise ValueError(f"{folder} holds an encoder, which generates nothing")
     kind = FastformerForSeq2SeqLM if config.is_encoder_decoder else FastformerForCausalLM
     model = kind.from_pretrained(folder, dtype=options.dtype or "auto")
+    check_finite_weights(model)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval()
 

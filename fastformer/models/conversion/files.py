@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastformer.models.conversion.tensors import Problems, Tensors
+from fastformer.models.finite import finite
 
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -77,7 +78,7 @@ def _read_files(folder: Path, files: dict[str, set[str] | None]) -> Tensors:
             shapes[name] = tuple(opened.get_slice(name).get_shape())
             holders[name] = opened
     problems.check(f"{folder} holds no whole checkpoint")
-    return Tensors(shapes, lambda name: holders[name].get_tensor(name))
+    return Tensors(shapes, lambda name: finite(name, holders[name].get_tensor(name)))
 
 
 def write_tensors(folder: Path, tensors: Tensors, shard_bytes: int, advance: Callable[[], None]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastformer.models.configuration import FastformerConfig
+from fastformer.models.finite import finite
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Tensors:
 
     Attributes:
         shapes: of each.
-        load: reads one.
+        load: reads one, and raises ValueError where it is not finite.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -27,7 +28,8 @@ class Tensors:
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> Tensors:
         """Those of a state_dict."""
-        return Tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return Tensors(shapes, lambda name: finite(name, tensors[name]))
 
     def without(self, names: Container[str]) -> Tensors:
         """The others."""
