@@ -20,9 +20,7 @@ def model(request: pytest.FixtureRequest) -> FastformerForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
     form = {"norm_placement": "pre", "embedding_norm": False, "type_vocab_size": 0, "hidden_act": "gelu_new"}
-    config = FastformerConfig(
-        stack="decoder", vocab_size=300, norm_placement="pre", embedding_norm=False, hidden_act="gelu_new", **sizes
-    )
+    config = FastformerConfig(stack="decoder", vocab_size=300, **sizes, **form)
     model = FastformerForCausalLM(config).eval()
     with torch.no_grad():
         model.model.layers[1].feed_forward.up.weight[3, 2] = request.param
