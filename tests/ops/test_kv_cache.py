@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import hypothesis.strategies as st
@@ -276,3 +277,16 @@ COS = torch.zeros(20, 4)
 def test_refuses_what_it_cannot_do(tensors: Any, options: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         append_to_cache(*tensors, **{"lengths": LENGTHS, **options})
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "expanded", [subset for size in range(1, 5) for subset in combinations(range(4), size)], ids=str
+)
+@pytest.mark.parametrize("name", ["key_cache", "value_cache"])
+def test_a_cache_whose_elements_share_memory_is_refused(name: str, expanded: tuple[int, ...]) -> None:
+    shape = CACHE.shape
+    shared = torch.zeros([1 if d in expanded else size for d, size in enumerate(shape)]).expand(shape)
+    caches = {"key_cache": CACHE, "value_cache": CACHE, name: shared}
+    with pytest.raises(ValueError, match=f"{name} is written to, so that its elements cannot share memory"):
+        append_to_cache(K, K, **caches, lengths=LENGTHS)
