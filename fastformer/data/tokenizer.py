@@ -178,6 +178,24 @@ def load_or_make_tokenizer(path: Path, make: Callable[[], PreTrainedTokenizerFas
     return tokenizer
 
 
+def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """The tokenizer in a model's folder, in Hugging Face's format. Code that the folder brings is never run.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a damaged file raises many kinds
+        raise ValueError(
+            f"no tokenizer can be read from {folder}: tokenizer.json or tokenizer_config.json is missing or damaged: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return tokenizer
+
+
 def text_fingerprint(texts: Iterable[str]) -> str:
     """SHA-256 of a sequence of texts and of where each ends, in hexadecimal."""
     digest = hashlib.sha256()

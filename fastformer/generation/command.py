@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastformer.console import StatusLine
 from fastformer.data.lines import json_object, numbered_lines
+from fastformer.data.tokenizer import load_tokenizer
 from fastformer.generation.parameters import SamplingParameters
 from fastformer.generation.requests import Generation, Piece
 
@@ -49,7 +50,6 @@ def main(arguments: list[str], begin: float) -> None:
         ValueError, OSError: in what the user gave.
     """
     options = _parser().parse_args(arguments)
-    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     from fastformer.generation.generator import Generator
@@ -61,7 +61,7 @@ def main(arguments: list[str], begin: float) -> None:
         raise ValueError(f"--stream of {len(prompts)} prompts would mix their texts; add --json")
     generator = Generator(
         _model(options.model, options),
-        AutoTokenizer.from_pretrained(options.model, trust_remote_code=False),
+        load_tokenizer(options.model),
         slots=options.slots,
         page_size=options.page_size,
         pages=options.pages,
@@ -159,14 +159,14 @@ def _own_parameters(place: str, common: SamplingParameters, own: dict[str, Any])
 
 def _model(folder: Path, options: Namespace) -> LanguageModel:
     import torch
-    from transformers import AutoConfig
 
     from fastformer.models import FastformerConfig, FastformerForCausalLM, FastformerForSeq2SeqLM
     from fastformer.models.finite import check_finite_weights
+    from fastformer.models.loading import load_configuration
 
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = load_configuration(folder)
     if not isinstance(config, FastformerConfig):
         raise ValueError(
             f"{folder} holds a {config.model_type} model of Hugging Face's; make one of Fastformer's with "

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 import fastformer.models
 from fastformer.data.files import atomic_file
+from fastformer.data.tokenizer import load_tokenizer
 from fastformer.extras import require
 from fastformer.inspection.attention_maps import ATTENTIONS, attention_maps, draw_attention
 from fastformer.inspection.attributions import draw_attributions, token_attributions
@@ -59,7 +59,7 @@ def main(arguments: list[str], begin: float) -> None:
     if options.target is not None and not options.attributions:
         raise ValueError("--target goes with --attributions")
     _, kind = known_model(str(options.model))
-    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+    tokenizer = load_tokenizer(options.model)
     model = getattr(fastformer.models, kind).from_pretrained(options.model).eval()
     check_finite_weights(model)
     if torch.cuda.is_available():

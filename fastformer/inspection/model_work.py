@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import fastformer.models
 from fastformer.models.configuration import FastformerConfig
+from fastformer.models.loading import load_configuration
 from fastformer.models.modeling import ModelOptions
 
 _DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
@@ -38,7 +39,7 @@ def known_model(name: str) -> tuple[FastformerConfig, str]:
             f"the model must be a folder with a config.json or a preset ({', '.join(fastformer.models.PRESETS)}); "
             f"got {name!r}"
         )
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = load_configuration(name)
     kind = (config.architectures or ["FastformerModel"])[0]
     if kind not in fastformer.models.__all__:
         raise ValueError(f"the model in {name} is a {kind}, which is none of Fastformer's")

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fastformer.integrations.acceleration.probing import ERRORS
 from fastformer.integrations.small_models import BEGIN, small_model
+from fastformer.models.loading import load_configuration
 
 TOKENS = 11
 _PADDED = (11, 6, 8)
@@ -39,7 +40,7 @@ class Subject:
         if inspect.isclass(model_class) and issubclass(model_class, PreTrainedModel) and model_class.config_class:
             return Subject(_small_random(model_class, seed), "a small configuration, random weights")
         try:
-            config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+            config = load_configuration(name, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{name!r} is no class of transformers' models, no folder with one and no model in the local cache of "

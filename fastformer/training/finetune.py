@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from fastformer.console import json_text, printable
 from fastformer.data.examples import Examples, Splits, place_of
@@ -23,7 +23,7 @@ from fastformer.data.readers import find_splits
 from fastformer.data.sets import DEFAULT_SETS, SETS, load_set
 from fastformer.data.shapes import FewShapes
 from fastformer.data.splitting import split_examples
-from fastformer.data.tokenizer import train_tokenizer
+from fastformer.data.tokenizer import load_tokenizer, train_tokenizer
 from fastformer.extras import require
 from fastformer.models import PRESETS, FastformerConfig
 from fastformer.training.adversarial import Adversary
@@ -180,7 +180,7 @@ def build_parser(task: Task) -> LightningArgumentParser:
     add("--evaluate_every", type=int, default=100, metavar="N", help=_EVALUATE_HELP)
     add("--patience", type=int | None, metavar="N", help="stop after so many evaluations without a better one")
     add("--monitor", type=str, default="loss", help="the metric that --patience looks at")
-    add("--class_weights", type=str | list[float] | None, help="balanced, or a number for each class, in their order")
+    add("--class_weights", type=str | list[float] | None, help=_WEIGHTS_HELP)
     add("--lora", action="store_true", help="train small matrices beside the frozen weights, by PEFT; see --adapter")
     add("--adversarial", choices=("fgm", "pgd"), help="train on moved word embeddings too; see --adversary")
     add("--privacy_epsilon", "--privacy-epsilon", type=float | None, help="train privately, by Opacus; see --privacy")
@@ -201,12 +201,13 @@ def build_parser(task: Task) -> LightningArgumentParser:
 
 _DATA_HELP = (
     "a set ({}), a folder with train, validation and test files in the layouts of GLUE, SQuAD, CoNLL, XSum or WMT, "
-    "tables or JSON lines, or one such file"
+    "tables or JSON lines, or one such file, of which a tenth each is held out for validation and for the test"
 )
 _MODEL_HELP = (
     f"what to start from: a folder of a Hugging Face model, ours or any other. Default: {PRETRAINED} if it fits the "
     "task, else none"
 )
+_WEIGHTS_HELP = "balanced, or a number for each class: in order of value where they are numbers, else of letters"
 _SCRATCH_HELP = (
     "of --model, take the tokenizer and the architecture, with new weights: what its pretraining is worth; without "
     "--model, train a tokenizer and take --preset"
@@ -318,7 +319,7 @@ def _prepare(task: Task, options: Namespace) -> _Prepared:
     model_folder = _model_folder(task, options)
     if model_folder is not None:
         start = (untrained if options.from_scratch else pretrained)(model_folder, task, labels)
-        tokenizer: Any = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(model_folder)
         source = f"scratch, in the shape of {model_folder}" if options.from_scratch else str(model_folder)
     else:
         corpus = (text for example in examples.train for text in kind.texts(example))

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from fastformer.console import track
+from fastformer.data.tokenizer import load_tokenizer
 from fastformer.generation import Generator, SamplingParameters
 from fastformer.generation.cached_model import LanguageModel
 from fastformer.training.batches import in_order
@@ -63,7 +64,7 @@ class Predictor:
             if start.new_layers:
                 missing = ", ".join(start.new_layers)
                 raise ValueError(f"the model in {folder} is not fine-tuned for {task}: it has no weights for {missing}")
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
         recipe = recipe_for(task, start, options or TextOptions(), tokenizer)
         return cls(start.model.to(device), recipe, tokens_per_batch)  # type: ignore[arg-type]
 

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -34,6 +33,7 @@ from fastformer.models import (
     FastformerPreTrainedModel,
     preset,
 )
+from fastformer.models.loading import load_configuration
 
 Task = Literal["classify", "tag", "qa", "summarize", "translate", "generate", "embed"]
 
@@ -152,7 +152,7 @@ def _configuration(folder: str | Path, **fields: Any) -> PreTrainedConfig:
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"no model in {folder}: it has no config.json")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **fields)
+        return load_configuration(folder, **fields)
     except ValueError as error:
         if "custom code" in str(error):
             raise ValueError(f"the model in {folder} brings code of its own, which is never run") from error

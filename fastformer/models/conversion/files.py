@@ -28,6 +28,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged or cut short: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{path} has lists or objects within each other, deeper than can be read") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(content).__name__}")
     return content
