@@ -22,6 +22,7 @@ from fastformer.ops.attention_torch import attention_backward_torch, attention_f
 from fastformer.ops.autocast import autocast_device_type, to_autocast_dtype
 from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating, check_int32, check_like, check_shape
 from fastformer.ops.dropout import check_dropout_p, draw_seed
+from fastformer.ops.masked_nan import attention_ignoring_masked_nan
 from fastformer.ops.operator import operator, schema_of_fields, vjp
 
 MAX_HEAD_DIM = 256
@@ -53,6 +54,7 @@ def attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
+    ignore_masked_nan: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention: ``softmax(softcap(scale * query @ key^T) + bias) @ value``, every argument together with every other.
 
@@ -94,6 +96,9 @@ def attention(
         max_seqlen_q, max_seqlen_k: length of the longest packed sequence (reading it from the GPU would stall it).
         return_lse: also return the log-sum-exp of the scores, float32, (batch, heads, queries) or packed (heads,
             total_tokens); differentiable.
+        ignore_masked_nan: let masked keys and values count for nothing even where they are infinite or NaN. A CPU
+            always does. On a GPU masked *values* and, in the backward, keys reach every row otherwise, since zero times
+            NaN is NaN; this costs two more calls.
 
     Returns:
         The output, query's layout with value's head_dim, in query's dtype; with `return_lse` also the log-sum-exp. A
@@ -134,7 +139,10 @@ def attention(
         max_seqlen_q,
         max_seqlen_k,
     )
-    output, lse = _attention(query, key, value, *arguments)
+    if ignore_masked_nan and use_triton(query):
+        output, lse = attention_ignoring_masked_nan(_attention, query, key, value, arguments)
+    else:
+        output, lse = _attention(query, key, value, *arguments)
     return (output, lse) if return_lse else output
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,15 +44,53 @@ def attention_forward_torch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp; see `fastformer.attention`."""
-    if _is_one_flash_call(query, key, value, arguments):
+    # Of a query that is not finite PyTorch's flash attention makes zeros where there are few keys.
+    if _fits_flash(query, key, value, arguments) and is_finite(query) and _has_no_nan(arguments.bias):
+        output, lse = _flash_forward_of_all(query, key, value, arguments)
+        # What is not finite may be a value that no query may see.
+        if _shows_all(arguments) or is_finite(output):
+            return output, lse
+    output, lse = empty_output(query, value), empty_lse(query)
+    dense = _as_dense(query), _as_dense(key), _as_dense(value), _as_dense(output)
+    careful = query.is_cpu and not is_finite(value)
+    for segment in _segments(query, key, arguments):
+        _forward_explicit(*dense, _dense_rows(lse), segment, careful)
+    return output, lse
+
+
+def _flash_forward_of_all(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if _is_one_flash_call(arguments):
         result, result_lse = _flash_forward(query, key, value, 0.0, arguments.right == 0, scale=arguments.scale)
         return _with_sequence_outside(result, query), result_lse.contiguous()
     output, lse = empty_output(query, value), empty_lse(query)
-    forward = _forward_flash if _fits_flash(query, key, value, arguments) else _forward_explicit
     dense = _as_dense(query), _as_dense(key), _as_dense(value), _as_dense(output)
     for segment in _segments(query, key, arguments):
-        forward(*dense, _dense_rows(lse), segment)
+        _forward_flash(*dense, _dense_rows(lse), segment)
     return output, lse
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether nothing in a tensor on a CPU is infinite or NaN; of finite numbers that add up to infinity it says no."""
+    return math.isfinite(tensor.sum(dtype=torch.float32))
+
+
+def _has_no_nan(bias: torch.Tensor | None) -> bool:
+    return bias is None or not math.isnan(bias.sum(dtype=torch.float32))
+
+
+def _shows_all(arguments: AttentionArguments) -> bool:
+    """Whether every query sees every key for all that can be told without looking."""
+    a = arguments
+    return (
+        a.right == a.left == UNBOUNDED
+        and a.mask is None
+        and a.bias is None
+        and a.relative_bias is None
+        and not a.chunk
+        and not a.packed
+    )
 
 
 @without_autocast
@@ -67,11 +106,13 @@ def attention_backward_torch(
     needed: Learned[bool],
 ) -> AttentionGradients:
     """Gradients of checked arguments; those of learned ones that are not `needed` are None."""
-    if grad_lse is None and _is_one_flash_call(query, key, value, arguments):
-        causal, scale = arguments.right == 0, arguments.scale
-        three = _flash_backward(grad_output, query, key, value, output, lse, 0.0, causal, scale=scale)
-        grad_query, grad_key, grad_value = map(_with_sequence_outside, three, (query, key, value))
-        return AttentionGradients(grad_query, grad_key, grad_value, None, None, None, None, None)
+    bias_learns = needed.bias or needed.relative or needed.alibi_slopes
+    if grad_lse is None and not bias_learns and _fits_flash(query, key, value, arguments):
+        tensors = (grad_output, query, key, value, output, lse)
+        gradients = _flash_backward_of_all(*tensors, arguments)
+        # What is not finite would reach the gradients of all.
+        if is_finite(gradients[0]):
+            return AttentionGradients(*gradients, None, None, None, None, None)
     grad_query, grad_key, grad_value = (empty_gradient(tensor).zero_() for tensor in (query, key, value))
     learned = arguments.learned
     sums = Learned(
@@ -83,13 +124,9 @@ def attention_backward_torch(
     q, k, v, o, do = (_as_dense(tensor) for tensor in (query, key, value, output, grad_output))
     grads = [_as_dense(grad) for grad in (grad_query, grad_key, grad_value)]
     rows, grad_rows = _dense_rows(lse), None if grad_lse is None else _dense_rows(grad_lse)
-    bias_learns = any(each is not None for each in (sums.bias, sums.relative, sums.alibi_slopes))
-    flash = _fits_flash(query, key, value, arguments) and grad_lse is None and not bias_learns
+    careful = query.is_cpu and not all(is_finite(tensor) for tensor in (query, key, value, grad_output))
     for segment in _segments(query, key, arguments):
-        if flash:
-            _backward_flash(do, q, k, v, o, rows, grads, segment)
-        else:
-            _backward_explicit(do, grad_rows, q, k, v, o, rows, grads, segment, sums)
+        _backward_explicit(do, grad_rows, q, k, v, o, rows, grads, segment, sums, careful)
     return AttentionGradients(
         grad_query,
         grad_key,
@@ -99,6 +136,28 @@ def attention_backward_torch(
             for total, tensor in zip(sums, learned, strict=True)
         ),
     )
+
+
+def _flash_backward_of_all(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    arguments: AttentionArguments,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if _is_one_flash_call(arguments):
+        causal, scale = arguments.right == 0, arguments.scale
+        three = _flash_backward(grad_output, query, key, value, output, lse, 0.0, causal, scale=scale)
+        dq, dk, dv = map(_with_sequence_outside, three, (query, key, value))
+        return dq, dk, dv
+    dq, dk, dv = (empty_gradient(tensor).zero_() for tensor in (query, key, value))
+    do, q, k, v, o = (_as_dense(tensor) for tensor in (grad_output, query, key, value, output))
+    grads = [_as_dense(grad) for grad in (dq, dk, dv)]
+    for segment in _segments(query, key, arguments):
+        _backward_flash(do, q, k, v, o, _dense_rows(lse), grads, segment)
+    return dq, dk, dv
 
 
 @without_autocast
@@ -169,9 +228,10 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: _Segment
     if a.softcap:
         scores = torch.tanh(scores / a.softcap) * a.softcap
     bias, allowed, keep = segment.bias(q.device), segment.allowed(q.device), _keep(q, segment)
+    visible = _visible(bias, allowed)
     scores = scores if bias is None else scores + bias
-    scores = scores if allowed is None else scores.masked_fill(~allowed, NEGATIVE_INFINITY)
-    maximum = _maximum(scores.detach(), None if a.sinks is None else a.sinks.detach())
+    scores = scores if visible is None else scores.masked_fill(~visible, NEGATIVE_INFINITY)
+    maximum = largest_score(scores.detach(), None if a.sinks is None else a.sinks.detach())
     weights = (scores - maximum).exp()
     total = weights.sum(-1, keepdim=True)
     if a.sinks is not None:
@@ -325,6 +385,10 @@ class _Segment(NamedTuple):
             conditions.append((key // a.chunk == query[:, None] // a.chunk)[None, None])
         return functools.reduce(torch.logical_and, conditions) if conditions else None
 
+    def visible(self, device: torch.device) -> torch.Tensor | None:
+        """Which keys each query sees by mask, position and bias; 4-D, or None where all."""
+        return _visible(self.bias(device), self.allowed(device))
+
     def _part(self, tensor: torch.Tensor, tokens: slice, within: slice) -> torch.Tensor:
         if not self.arguments.packed:
             return tensor[self.batch, :, within]
@@ -420,10 +484,8 @@ def _boundaries(name: str, cu_seqlens: torch.Tensor, total: int, max_seqlen: int
     return bounds
 
 
-def _is_one_flash_call(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
-) -> bool:
-    """Whether one call of flash attention, without a mask, is the whole."""
+def _is_one_flash_call(arguments: AttentionArguments) -> bool:
+    """Whether one call of flash attention, without a mask, is the whole of a call that fits it."""
     a = arguments
     if (
         a.cu_seqlens_q is not None
@@ -440,8 +502,7 @@ def _is_one_flash_call(
     # Its causal mask begins at the top left. Blocks leave out what lies beyond the diagonal of long sequences, and keys
     # that no query may see.
     m, n = a.max_seqlen_q, a.max_seqlen_k
-    fits = a.right == UNBOUNDED or (a.right == 0 and m < 2 * FLASH_ROWS and (m == n or (m > n and not a.bottom_right)))
-    return fits and _fits_flash(query, key, value, a)
+    return a.right == UNBOUNDED or (a.right == 0 and m < 2 * FLASH_ROWS and (m == n or (m > n and not a.bottom_right)))
 
 
 def _with_sequence_outside(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -460,6 +521,8 @@ def _fits_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: At
     return (
         q.is_cpu
         and not (a.softcap or a.dropout_p)
+        # It multiplies what it has masked by the scale.
+        and a.scale > 0.0
         and a.head_scales is None
         and a.sinks is None
         and q.shape[-1] == v.shape[-1]
@@ -580,13 +643,21 @@ def _scores(q: torch.Tensor, k: torch.Tensor, segment: _Segment) -> _Scores:
     if a.softcap:
         capped = torch.tanh(values / a.softcap)
         values, slope = capped * a.softcap, 1.0 - capped * capped
-    bias = segment.bias(q.device)
+    bias, allowed = segment.bias(q.device), segment.allowed(q.device)
     if bias is not None:
         values += bias
-    allowed = segment.allowed(q.device)
-    if allowed is not None:
-        values.masked_fill_(~allowed, NEGATIVE_INFINITY)
+    visible = _visible(bias, allowed)
+    if visible is not None:
+        values.masked_fill_(~visible, NEGATIVE_INFINITY)
     return _Scores(values, products, slope, _keep(q, segment))
+
+
+def _visible(bias: torch.Tensor | None, allowed: torch.Tensor | None) -> torch.Tensor | None:
+    """Which keys each query sees: a bias of -inf hides one as a mask does, even where the score is NaN."""
+    if bias is None:
+        return allowed
+    shown = bias != NEGATIVE_INFINITY
+    return shown if allowed is None else shown & allowed
 
 
 def _keep(q: torch.Tensor, segment: _Segment) -> torch.Tensor | None:
@@ -626,26 +697,47 @@ def _score_elements(tensor: torch.Tensor) -> int:
 
 
 def _forward_explicit(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, segment: _Segment
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    segment: _Segment,
+    careful: bool,
 ) -> None:
+    """`careful`: there are values that are not finite, of which rows that may not see them must not hear."""
     a, heads = segment.arguments, q.shape[1]
     for sequences in _explicit_segments(segment, q):
         k_all, v_all = (_float_heads(sequences.of_keys(tensor), heads) for tensor in (k, v))
         for block in _explicit_blocks(sequences, q):
             scores = _scores(block.of_queries(q).float(), k_all[:, :, block.keys], block)
-            maximum = _maximum(scores.values, a.sinks)
+            maximum = largest_score(scores.values, a.sinks)
             weights = scores.values.sub_(maximum).exp_()
             total = weights.sum(-1, keepdim=True)
             if a.sinks is not None:
                 total = total + torch.exp(a.sinks[:, None, None] - maximum)
             if scores.keep is not None:
                 weights = weights * scores.keep / (1.0 - a.dropout_p)
-            result = torch.matmul(weights, v_all[:, :, block.keys]) / total.masked_fill(total == 0.0, 1.0)
+            visible = block.visible(q.device) if careful else None
+            result = product_of_visible(weights, v_all[:, :, block.keys], visible) / total.masked_fill(
+                total == 0.0, 1.0
+            )
             block.of_queries(output).copy_(result)
             block.of_queries(lse).copy_((maximum + total.log()).squeeze(-1))
 
 
-def _maximum(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+def product_of_visible(weights: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """``weights @ values`` to which what is not `visible` adds nothing, not even where a value is infinite or NaN."""
+    product = torch.matmul(weights, values)
+    if visible is None:
+        return product
+    strange = ~values.isfinite()
+    finite = torch.matmul(weights.masked_fill(~visible, 0.0), values.masked_fill(strange, 0.0))
+    sees_strange = torch.matmul(visible.float().expand(weights.shape), strange.float()) > 0.0
+    return torch.where(sees_strange, product, finite)
+
+
+def largest_score(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     """The largest logit of each row, 0 where there is none, to subtract before exponentials."""
     if scores.shape[-1] == 0:
         maximum = scores.new_full((*scores.shape[:-1], 1), NEGATIVE_INFINITY)
@@ -667,8 +759,12 @@ def _backward_explicit(
     grads: Sequence[torch.Tensor],
     segment: _Segment,
     sums: Learned[torch.Tensor | None],
+    careful: bool,
 ) -> None:
-    """Gradients of q, k and v are written to `grads`; those of learned arguments are added to `sums`."""
+    """Gradients of q, k and v are written to `grads`; those of learned arguments are added to `sums`.
+
+    `careful`: not everything is finite, and what a row may not see must not matter to it.
+    """
     a, heads = segment.arguments, q.shape[1]
     for sequences in _explicit_segments(segment, q):
         k_all, v_all = (_float_heads(sequences.of_keys(tensor), heads) for tensor in (k, v))
@@ -685,21 +781,27 @@ def _backward_explicit(
                 delta = delta - block.of_queries(dlse)[..., None]
             scores = _scores(q_rows, k_block, block)
             weights = scores.values.sub_(row_lse.masked_fill(row_lse == NEGATIVE_INFINITY, -NEGATIVE_INFINITY)).exp_()
+            visible = block.visible(q.device) if careful else None
+            if visible is not None:
+                weights.masked_fill_(~visible, 0.0)
             dscores = torch.matmul(do_rows, v_all[:, :, block.keys].transpose(-1, -2))
             dropped = weights
             if scores.keep is not None:
                 dropped = weights * scores.keep / (1.0 - a.dropout_p)
                 dscores.mul_(scores.keep).div_(1.0 - a.dropout_p)
-            dv[:, :, block.keys] += torch.matmul(dropped.transpose(-1, -2), do_rows)
+            seen_by = None if visible is None else visible.transpose(-1, -2)
+            dv[:, :, block.keys] += product_of_visible(dropped.transpose(-1, -2), do_rows, seen_by)
             dscores.sub_(delta).mul_(weights)
+            if visible is not None:
+                dscores.masked_fill_(~visible, 0.0)
             _add_learned(sums, dscores, delta, row_lse, block)
             if scores.softcap_slope is not None:
                 dscores.mul_(scores.softcap_slope)
             if sums.head_scales is not None and scores.products is not None:
                 sums.head_scales.add_((dscores * scores.products).sum((0, 2, 3)), alpha=a.scale)
             scale = a.scale if a.head_scales is None else a.scale * a.head_scales[:, None, None]
-            block.of_queries(grads[0]).copy_(torch.matmul(dscores, k_block).mul_(scale))
-            dk[:, :, block.keys] += torch.matmul(dscores.transpose(-1, -2), q_rows * scale)
+            block.of_queries(grads[0]).copy_(product_of_visible(dscores, k_block, visible).mul_(scale))
+            dk[:, :, block.keys] += product_of_visible(dscores.transpose(-1, -2), q_rows * scale, seen_by)
         group = heads // k.shape[1]
         sequences.of_keys(grads[1]).copy_(_sum_groups(dk, group))
         sequences.of_keys(grads[2]).copy_(_sum_groups(dv, group))

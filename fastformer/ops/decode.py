@@ -13,7 +13,7 @@ from fastformer_kernels.attention.decode_arguments import DecodeArguments, cache
 
 from fastformer.backends import use_triton
 from fastformer.ops.attention import _check_sinks, _check_slopes, _check_window
-from fastformer.ops.attention_torch import _maximum
+from fastformer.ops.attention_torch import is_finite, largest_score, product_of_visible
 from fastformer.ops.autocast import to_autocast_dtype, without_autocast
 from fastformer.ops.checks import check_floating, check_int32, check_lengths, check_no_gradient
 from fastformer.ops.kv_cache import check_caches, check_same_places
@@ -179,7 +179,8 @@ def _decode_torch(
     query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, arguments: DecodeArguments
 ) -> tuple[torch.Tensor, torch.Tensor]:
     query = query if query.stride(-1) == 1 else query.contiguous()
-    whole = query.numel() > 0 and arguments.query_lengths is None
+    # Of a query that is not finite PyTorch's flash attention makes zeros where there are few keys.
+    whole = query.numel() > 0 and arguments.query_lengths is None and (not query.is_cpu or is_finite(query))
     if whole and _fits_flash(key_cache, value_cache, query.shape[2], max(arguments.lengths.tolist()), arguments):
         return _decode_flash(query, key_cache, value_cache, arguments)
     output, lse = empty_decode_results(query, value_cache.shape[-1])
@@ -256,7 +257,7 @@ def _attend(
     keys = _visible_keys(length, position, queries, arguments)
     # The query heads of a group are the rows of one product.
     packed = q.reshape(count * kv_heads, heads // kv_heads * queries, head_dim)
-    if _fits_flash(key_cache, value_cache, queries, keys.stop - keys.start, arguments):
+    if _fits_flash(key_cache, value_cache, queries, keys.stop - keys.start, arguments) and is_finite(q):
         grouped = packed.unflatten(0, (count, kv_heads))
         output, lse = _flash(grouped, key_cache, value_cache, sequences, keys, arguments)
         return output.reshape(count, heads, queries, -1), lse.reshape(count, heads, queries)
@@ -267,7 +268,7 @@ def _attend(
     scores = torch.cat(products, -1) if products else packed.new_empty(*packed.shape[:2], 0)
     scores = scores.view(count, heads, queries, keys.stop - keys.start)
     _scale_and_mask(scores, sequences, keys, position, arguments)
-    maximum = _maximum(scores, arguments.sinks)
+    maximum = largest_score(scores, arguments.sinks)
     weights = scores.sub_(maximum).exp_()
     total = weights.sum(-1, keepdim=True)
     if arguments.sinks is not None:
@@ -277,6 +278,11 @@ def _attend(
     for chunk in chunks:
         values = _read(value_cache, table, sequences, chunk)
         output.baddbmm_(weights[:, :, chunk.start - keys.start : chunk.stop - keys.start], values)
+    visible = _visible(queries, keys, position, arguments, q.device)
+    if visible is not None and q.is_cpu and not is_finite(output):
+        # A value that is not finite may be one that some of the queries do not see.
+        values = _read(value_cache, table, sequences, keys)
+        output = product_of_visible(weights, values, visible.repeat(heads // kv_heads, 1))
     output = output.view(count, heads, queries, output.shape[-1]) / total.masked_fill(total == 0.0, 1.0)
     return output, (maximum + total.log()).squeeze(-1)
 
@@ -314,20 +320,35 @@ def _scale_and_mask(
     scores: torch.Tensor, sequences: slice, keys: slice, position: int, arguments: DecodeArguments
 ) -> None:
     """Make products (sequences, heads, queries, keys) scores, in place."""
-    queries, left, right = scores.shape[2], arguments.left, arguments.right
+    queries = scores.shape[2]
     scores.mul_(arguments.scale)
     if arguments.softcap:
         scores.div_(arguments.softcap).tanh_().mul_(arguments.softcap)
-    query_position = torch.arange(position, position + queries, device=scores.device)
-    distance = torch.arange(keys.start, keys.stop, device=scores.device) - query_position[:, None]
     if arguments.alibi_slopes is not None:
+        query_position = torch.arange(position, position + queries, device=scores.device)
+        distance = torch.arange(keys.start, keys.stop, device=scores.device) - query_position[:, None]
         slopes = arguments.alibi_slopes if arguments.alibi_slopes.shape[0] == 1 else arguments.alibi_slopes[sequences]
         scores.sub_(slopes[:, :, None, None] * distance.abs())
-    # One query sees all that was read.
-    if queries > 1 and left != UNBOUNDED:
-        scores.masked_fill_(distance < -left, NEGATIVE_INFINITY)
-    if queries > 1 and right != UNBOUNDED:
-        scores.masked_fill_(distance > right, NEGATIVE_INFINITY)
+    visible = _visible(queries, keys, position, arguments, scores.device)
+    if visible is not None:
+        scores.masked_fill_(~visible, NEGATIVE_INFINITY)
+
+
+def _visible(
+    queries: int, keys: slice, position: int, arguments: DecodeArguments, device: torch.device
+) -> torch.Tensor | None:
+    """Which of the keys that were read each query sees, (queries, keys); None where each sees all."""
+    left, right = arguments.left, arguments.right
+    if queries == 1 or left == right == UNBOUNDED:
+        return None
+    query_position = torch.arange(position, position + queries, device=device)
+    distance = torch.arange(keys.start, keys.stop, device=device) - query_position[:, None]
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if left != UNBOUNDED:
+        visible &= distance >= -left
+    if right != UNBOUNDED:
+        visible &= distance <= right
+    return visible
 
 
 def _read(cache: torch.Tensor, block_table: torch.Tensor | None, sequences: slice, keys: slice) -> torch.Tensor:

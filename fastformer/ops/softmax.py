@@ -230,7 +230,8 @@ def _(
 ) -> Tensor:
     scores = input.float() * scale
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        hidden = ~mask if mask.dtype == torch.bool else mask == -math.inf
+        scores = (scores if mask.dtype == torch.bool else scores + mask).masked_fill(hidden, -math.inf)
     if causal_offset is not None:
         scores = scores.masked_fill(_later_keys(scores, dim, causal_offset), -math.inf)
     maximum = scores.detach().amax(dim, keepdim=True) if scores.numel() else scores.detach()
@@ -324,6 +325,9 @@ def _softmax_torch(
         excluded = ~mask if excluded is None else excluded | ~mask
     elif mask is not None:
         scores.add_(mask)
+        # Even where the score is NaN, which nobody sees.
+        hidden = mask == -math.inf
+        excluded = hidden if excluded is None else excluded | hidden
     if excluded is not None:
         scores = scores.masked_fill(excluded, float("-inf"))
     # Before the scores are overwritten; otherwise PyTorch's NaN says where to look.

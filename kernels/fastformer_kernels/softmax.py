@@ -43,7 +43,7 @@ def _load_scores(
     if mask_row is not None:
         mask = tl.load(mask_row + column * mask_stride, mask=valid, other=0)
         if mask.dtype.is_floating():
-            scores += mask.to(tl.float32)
+            scores = tl.where(mask == float("-inf"), float("-inf"), scores + mask.to(tl.float32))
         else:
             scores = tl.where(mask != 0, scores, float("-inf"))
     if CAUSAL:
