@@ -13,6 +13,7 @@ from fastformer.integrations.registration import register as _register_with_tran
 
 if TYPE_CHECKING:
     from fastformer.backends import backend
+    from fastformer.debugging import debug
     from fastformer.integrations.acceleration import accelerate, restore
     from fastformer.ops import (
         alibi_slopes,
@@ -47,6 +48,7 @@ __all__ = [
     "attention_weights",
     "backend",
     "cross_entropy",
+    "debug",
     "decode_attention",
     "feed_forward",
     "layer_norm",
@@ -69,6 +71,7 @@ __all__ = [
 _HOMES = {
     "accelerate": "fastformer.integrations.acceleration",
     "backend": "fastformer.backends",
+    "debug": "fastformer.debugging",
     "restore": "fastformer.integrations.acceleration",
 }
 """Where the names are that are not operators."""

@@ -20,12 +20,23 @@ from fastformer_kernels.attention.arguments import (
 from fastformer.backends import use_triton
 from fastformer.ops.attention_torch import attention_backward_torch, attention_formula, attention_forward_torch
 from fastformer.ops.autocast import autocast_device_type, to_autocast_dtype
-from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating, check_int32, check_like, check_shape
+from fastformer.ops.checks import (
+    FLOATING_DTYPES,
+    check_boundaries,
+    check_device,
+    check_floating,
+    check_int32,
+    check_lengths,
+    check_like,
+    check_shape,
+)
 from fastformer.ops.dropout import check_dropout_p, draw_seed
 from fastformer.ops.masked_nan import attention_ignoring_masked_nan
 from fastformer.ops.operator import operator, schema_of_fields, vjp
 
 MAX_HEAD_DIM = 256
+# Positions in a sequence are fewer.
+FARTHEST = 1 << 30
 
 
 def attention(
@@ -218,7 +229,7 @@ def checked_arguments(
         factor,
         left,
         right,
-        chunk or 0,
+        chunk if chunk is not None and chunk < FARTHEST else 0,
         alignment == "bottom_right",
         softcap or 0.0,
         dropout_p,
@@ -371,6 +382,9 @@ def _check_max_seqlen(max_seqlen_q: int | None, max_seqlen_k: int | None, same: 
     if max_seqlen_q is None or max_seqlen_k is None:
         missing = "max_seqlen_q" if max_seqlen_q is None else "max_seqlen_k"
         raise ValueError(f"{missing} is needed with cu_seqlens: the length of the longest packed sequence")
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not 0 <= longest < FARTHEST:
+            raise ValueError(f"{name} must be from 0 to {FARTHEST - 1}; got {longest}")
     return max_seqlen_q, max_seqlen_k
 
 
@@ -383,7 +397,12 @@ def _check_window(window: tuple[int | None, int | None] | None, causal: bool) ->
             raise ValueError(f"window's {name} extent must be 0 or more, or None for no limit; got {extent}")
     if causal:
         right = 0
-    return UNBOUNDED if left is None else left, UNBOUNDED if right is None else right
+    return _extent(left), _extent(right)
+
+
+def _extent(extent: int | None) -> int:
+    # Farther than any key, where a kernel's 32-bit positions would overflow.
+    return UNBOUNDED if extent is None or extent >= FARTHEST else extent
 
 
 def _mask_and_bias(
@@ -469,11 +488,28 @@ ARGUMENTS_SCHEMA = schema_of_fields(AttentionArguments)
 def _attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    call = AttentionArguments._make(arguments)
+    check_lengths_of(query, key, call)
     if use_triton(query):
         from fastformer_kernels.attention.forward import attention_forward
 
-        return attention_forward(query, key, value, AttentionArguments._make(arguments))
-    return attention_forward_torch(query, key, value, AttentionArguments._make(arguments))
+        return attention_forward(query, key, value, call)
+    return attention_forward_torch(query, key, value, call)
+
+
+def check_lengths_of(query: torch.Tensor, key: torch.Tensor, call: AttentionArguments) -> None:
+    """Raise ValueError unless the lengths that a call states fit its tensors.
+
+    On a GPU looking would stall it: its kernels touch nothing outside the tensors, and `fastformer.debug` asserts it.
+    """
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
+        check_boundaries("cu_seqlens_q", call.cu_seqlens_q, query.shape[0], call.max_seqlen_q)
+        if call.cu_seqlens_k is not call.cu_seqlens_q or key.shape[0] != query.shape[0]:
+            check_boundaries("cu_seqlens_k", call.cu_seqlens_k, key.shape[0], call.max_seqlen_k)
+    if call.key_lengths is not None:
+        check_lengths("key_lengths", call.key_lengths, "the number of keys", call.max_seqlen_k)
+    if call.prefix_lengths is not None:
+        check_lengths("prefix_lengths", call.prefix_lengths, "the number of keys", call.max_seqlen_k)
 
 
 @operator(

@@ -10,7 +10,7 @@ from fastformer_kernels.attention.arguments import AttentionArguments
 from torch import Tensor
 
 from fastformer.backends import use_triton
-from fastformer.ops.attention import ARGUMENTS_SCHEMA, checked_arguments
+from fastformer.ops.attention import ARGUMENTS_SCHEMA, check_lengths_of, checked_arguments
 from fastformer.ops.attention_torch import attention_weights_torch
 from fastformer.ops.checks import check_device, check_shape
 from fastformer.ops.operator import operator
@@ -112,11 +112,13 @@ def _chosen(name: str, indices: Sequence[int] | None, size: int, device: torch.d
 def _attention_weights(
     query: Tensor, key: Tensor, lse: Tensor, heads: Tensor | None, rows: Tensor | None, *arguments: Any
 ) -> Tensor:
+    call = AttentionArguments._make(arguments)
+    check_lengths_of(query, key, call)
     if use_triton(query):
         from fastformer_kernels.attention.weights import attention_weights as weights
     else:
         weights = attention_weights_torch
-    return weights(query, key, lse, heads, rows, AttentionArguments._make(arguments))
+    return weights(query, key, lse, heads, rows, call)
 
 
 @_attention_weights.register_fake

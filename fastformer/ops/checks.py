@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
+
+from fastformer.debugging import assert_on_device, debugging
 
 FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -49,13 +52,60 @@ def check_no_gradient(operator: str, tensors: Iterable[torch.Tensor | None], ins
 
 
 def check_lengths(name: str, lengths: torch.Tensor, limit_name: str, limit: int) -> None:
-    """Raise ValueError unless `lengths` on a CPU lie in [0, limit]; reading them would stall a GPU, whose kernels
-    assert it."""
+    """Raise ValueError unless `lengths` on a CPU lie in [0, limit]; as to a GPU see `fastformer.debug`."""
     if lengths.is_cpu:
         check_counts(name, lengths.tolist(), limit_name, limit)
+    elif debugging():
+        assert_on_device((lengths >= 0) & (lengths <= limit), f"{name} must be from 0 to {limit_name}, {limit}")
 
 
 def check_counts(name: str, values: list[int], limit_name: str, limit: int) -> None:
     """Raise ValueError unless all `values` lie in [0, limit]."""
     if values and not (min(values) >= 0 and max(values) <= limit):
         raise ValueError(f"{name} must be from 0 to {limit_name}, {limit}; got {values}")
+
+
+def check_pages(block_table: torch.Tensor, used: Iterable[tuple[int, int]], page_size: int, pages: int) -> None:
+    """Raise ValueError unless `block_table` on a CPU names pages of the cache for the keys [first, stop) `used` of each
+    sequence."""
+    for sequence, (row, (first, stop)) in enumerate(zip(block_table.tolist(), used, strict=True)):
+        wrong = [page for page in row[first // page_size : -(-stop // page_size)] if not 0 <= page < pages]
+        if wrong:
+            raise ValueError(
+                f"block_table must name pages from 0 to {pages - 1}; got {wrong[0]} for sequence {sequence}, of which "
+                f"keys {first} to {stop - 1} are used, in pages of {page_size}"
+            )
+
+
+def check_pages_on_device(block_table: torch.Tensor, stop: torch.Tensor, page_size: int, pages: int) -> None:
+    """Let a GPU stop where `block_table` names no page of the cache for the first `stop` keys of a sequence, if
+    `fastformer.debug` is on."""
+    if not debugging():
+        return
+    first_keys = page_size * torch.arange(block_table.shape[1], device=block_table.device)
+    known = (block_table >= 0) & (block_table < pages)
+    assert_on_device(known | (first_keys >= stop[:, None]), f"block_table must name pages from 0 to {pages - 1}")
+
+
+def check_boundaries(name: str, cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> None:
+    """Raise ValueError unless `cu_seqlens` on a CPU rises from 0 to `total` in steps of at most `max_seqlen`; a GPU is
+    not waited for (see `fastformer.debug`)."""
+    rule = f"{name} must rise from 0 to the number of tokens, {total}"
+    if cu_seqlens.is_cpu:
+        bounds = cu_seqlens.tolist()
+        lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
+        if bounds[0] != 0 or bounds[-1] != total or min(lengths, default=0) < 0:
+            raise ValueError(f"{rule}; got {bounds}")
+        if max(lengths, default=0) > max_seqlen:
+            raise ValueError(f"max_seqlen is {max_seqlen} where {name} has a sequence of {max(lengths)}")
+    elif debugging():
+        steps = cu_seqlens.diff()
+        assert_on_device((cu_seqlens[:1] == 0) & (cu_seqlens[-1:] == total), rule)
+        assert_on_device(steps >= 0, rule)
+        assert_on_device(steps <= max_seqlen, f"max_seqlen is {max_seqlen} where {name} has a longer sequence")
+
+
+def check_indices(name: str, indices: torch.Tensor, limit: int) -> None:
+    """Let a GPU stop where `indices` are not from 0 to `limit` - 1, if `fastformer.debug` is on."""
+    if not indices.is_cpu and debugging():
+        assert_on_device((indices >= 0) & (indices < limit), f"{name} must be from 0 to {limit - 1}")

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from fastformer.backends import use_triton
-from fastformer.ops.autocast import autocast_float32_dtype
+from fastformer.debugging import assert_on_device, debugging
+from fastformer.ops.autocast import autocast_device_type
 from fastformer.ops.checks import check_device, check_floating, check_shape
 from fastformer.ops.operator import operator, runs_in_pytorch, vjp
 
@@ -60,7 +61,7 @@ def cross_entropy(
             `torch.compile`, which places the gradient itself, it changes nothing.
 
     Returns:
-        A scalar, or target's shape for "none"; in input's dtype (under autocast on a GPU float32), accumulated in
+        A scalar, or target's shape for "none"; in input's dtype (under autocast float32), accumulated in
         float32.
 
     Raises:
@@ -87,8 +88,8 @@ def cross_entropy(
             raise
     logits = input if input.dim() > 1 else input[None]
     inplace = inplace and input.requires_grad and not torch.compiler.is_compiling()
-    # A GPU's autocast takes losses in float32; the logits need no copy for that.
-    dtype = autocast_float32_dtype(input)
+    # Autocast takes losses in float32; the logits need no copy for that.
+    dtype = torch.float32 if torch.is_autocast_enabled(autocast_device_type(input)) else input.dtype
     loss, _, _ = _cross_entropy(logits, target, class_weight, *options, reduction, inplace, dtype)
     return loss
 
@@ -161,8 +162,11 @@ def total_weight(target: Tensor, classes: int, class_weight: Tensor | None, igno
 
 
 def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise IndexError if a target is no class, on a CPU: on a GPU looking would stall it."""
+    """Raise IndexError if a target is no class, on a CPU; a GPU is not waited for (see `fastformer.debug`)."""
     if not target.is_cpu:
+        if debugging():
+            known = (target >= 0) & (target < classes) | (target == ignore_index)
+            assert_on_device(known, f"target must be a class from 0 to {classes - 1} or {ignore_index}")
         return
     wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
     if wrong.numel():

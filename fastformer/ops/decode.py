@@ -15,7 +15,14 @@ from fastformer.backends import use_triton
 from fastformer.ops.attention import _check_sinks, _check_slopes, _check_window
 from fastformer.ops.attention_torch import is_finite, largest_score, product_of_visible
 from fastformer.ops.autocast import to_autocast_dtype, without_autocast
-from fastformer.ops.checks import check_floating, check_int32, check_lengths, check_no_gradient
+from fastformer.ops.checks import (
+    check_floating,
+    check_int32,
+    check_lengths,
+    check_no_gradient,
+    check_pages,
+    check_pages_on_device,
+)
 from fastformer.ops.kv_cache import check_caches, check_same_places
 from fastformer.ops.operator import operator
 
@@ -155,11 +162,20 @@ def _decode_attention(
     softcap: float,
     splits: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if query.is_cpu:
-        check_lengths("lengths", lengths, "the cache's capacity", cache_shape(key_cache, block_table).capacity)
-        if query_lengths is not None:
-            check_lengths("query_lengths", query_lengths, "the number of queries", query.shape[2])
+    cache = cache_shape(key_cache, block_table)
+    check_lengths("lengths", lengths, "the cache's capacity", cache.capacity)
+    if query_lengths is not None:
+        check_lengths("query_lengths", query_lengths, "the number of queries", query.shape[2])
     arguments = DecodeArguments(lengths, query_lengths, block_table, alibi_slopes, sinks, scale, left, right, softcap)
+    if block_table is not None and block_table.is_cpu:
+        seen = (
+            _visible_keys(length, length - count, count, arguments)
+            for sequences, length, count in _equal_sequences(query, arguments)
+        )
+        used = [(keys.start, keys.stop) for keys in seen]
+        check_pages(block_table, used, cache.page_size, key_cache.shape[0])
+    elif block_table is not None and left == UNBOUNDED:
+        check_pages_on_device(block_table, lengths, cache.page_size, key_cache.shape[0])
     if use_triton(query):
         from fastformer_kernels.attention.decode import decode_forward
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastformer.backends import use_triton
-from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
+from fastformer.ops.checks import check_device, check_floating, check_indices, check_like, check_shape
 from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropped
 from fastformer.ops.normalization import kernel_dropout
 from fastformer.ops.operator import operator, vjp
@@ -167,6 +167,13 @@ def _embedding(
     Without `position_ids` a token's position is its index along the last dimension; without `token_type_ids` its type
     is 0.
     """
+    for name, ids, table in (
+        ("input_ids", word_ids, word_weight),
+        ("position_ids", position_ids, position_weight),
+        ("token_type_ids", token_type_ids, token_type_weight),
+    ):
+        if ids is not None and table is not None:
+            check_indices(name, ids, table.shape[0])
     if _runs_kernel(word_ids, word_weight):
         from fastformer_kernels.embedding import embedding_forward
 

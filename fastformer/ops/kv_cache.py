@@ -15,6 +15,8 @@ from fastformer.ops.checks import (
     check_int32,
     check_like,
     check_no_gradient,
+    check_pages,
+    check_pages_on_device,
     check_shape,
 )
 from fastformer.ops.operator import operator
@@ -211,6 +213,9 @@ def _append_to_cache(
 ) -> torch.Tensor:
     if key.is_cpu:
         _check_values(key, key_cache, lengths, new_lengths, block_table, cos)
+    elif block_table is not None:
+        written = lengths + (key.shape[2] if new_lengths is None else new_lengths)
+        check_pages_on_device(block_table, written, key_cache.shape[1], key_cache.shape[0])
     rotated = () if query is None else (torch.empty_like(query, memory_format=torch.contiguous_format),)
     if use_triton(key):
         from fastformer_kernels.attention.cache import append
@@ -249,6 +254,8 @@ def _check_values(
     check_counts("lengths plus the new tokens", ends, "the cache's capacity", capacity)
     if cos is not None:
         check_counts("lengths plus the new tokens", ends, "the positions of cos and sin", cos.shape[0])
+    if block_table is not None:
+        check_pages(block_table, zip(starts, ends, strict=True), key_cache.shape[1], key_cache.shape[0])
 
 
 def _append_torch(

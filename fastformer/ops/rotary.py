@@ -10,7 +10,8 @@ from einops import rearrange
 from torch import Tensor
 
 from fastformer.backends import use_triton
-from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating, check_like, check_shape
+from fastformer.debugging import debugging
+from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating, check_indices, check_like, check_shape
 from fastformer.ops.operator import operator
 
 
@@ -340,6 +341,8 @@ def _rotate(
     if not query.numel() and (key is None or not key.numel()):
         return
     if use_triton(query):
+        if debugging():
+            check_indices("positions", _positions(query, position_ids, offsets, cu_seqlens), cos.shape[0])
         from fastformer_kernels.rotary import rotate
 
         rotate(

@@ -312,6 +312,8 @@ def _key_value_gradient_kernel(
     heads,
     queries,
     keys,
+    query_tokens,
+    key_tokens,
     group,
     lengths,
     features,
@@ -330,7 +332,7 @@ def _key_value_gradient_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """dK and dV; with a pointer in `dq`, also what `_query_gradient_kernel` computes otherwise."""
-    sizes = Sizes(works, tiles, section, heads, queries, keys)
+    sizes = Sizes(works, tiles, section, heads, queries, keys, query_tokens, key_tokens)
     if PERSISTENT:
         for work in range(tl.program_id(0), sizes.works, tl.num_programs(0)):
             _key_value_gradient_tile(
@@ -432,8 +434,8 @@ def _key_value_gradient_tile(
     kv_head = (row % (sizes.heads // group)).to(tl.int64)
     batch = (row // (sizes.heads // group)).to(tl.int64)
     first = tile * BLOCK_N
-    k_start, keys, stored_keys = key_bounds(batch, lengths, sizes.keys)
-    q_start, queries = query_bounds(batch, lengths, sizes.queries)
+    k_start, keys, stored_keys = key_bounds(batch, lengths, sizes.keys, sizes.key_tokens)
+    q_start, queries = query_bounds(batch, lengths, sizes.queries, sizes.query_tokens)
     prefix = prefix_length(batch, lengths)
     offset = keys - queries if BOTTOM_RIGHT else 0
     k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
@@ -686,6 +688,8 @@ def _query_gradient_kernel(
     heads,
     queries,
     keys,
+    query_tokens,
+    key_tokens,
     group,
     lengths,
     features,
@@ -702,7 +706,7 @@ def _query_gradient_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """dQ in registers, without additions in memory; also the scores' gradients."""
-    sizes = Sizes(works, tiles, section, heads, queries, keys)
+    sizes = Sizes(works, tiles, section, heads, queries, keys, query_tokens, key_tokens)
     if PERSISTENT:
         for work in range(tl.program_id(0), sizes.works, tl.num_programs(0)):
             _query_gradient_tile(
@@ -794,8 +798,8 @@ def _query_gradient_tile(
     # Under causality the last queries meet the most keys.
     tile = sizes.tiles - 1 - rank
     first = tile * BLOCK_M
-    q_start, queries = query_bounds(batch, lengths, sizes.queries)
-    k_start, keys, _stored_keys = key_bounds(batch, lengths, sizes.keys)
+    q_start, queries = query_bounds(batch, lengths, sizes.queries, sizes.query_tokens)
+    k_start, keys, _stored_keys = key_bounds(batch, lengths, sizes.keys, sizes.key_tokens)
     prefix = prefix_length(batch, lengths)
     offset = keys - queries if BOTTOM_RIGHT else 0
     kv_head = head // group
@@ -1093,7 +1097,7 @@ def _key_value_gradient(
             operand(grad_key),
             operand(grad_value),
             sums.as_argument(),
-            *sizes(query, arguments, works=works, tiles=tiles, section=section_of(query, grad_output, arguments)),
+            *sizes(query, key, arguments, works=works, tiles=tiles, section=section_of(query, grad_output, arguments)),
             query.shape[1] // key.shape[1],
             lengths(arguments),
             features(arguments),
@@ -1137,7 +1141,7 @@ def _query_gradient(
             rows(delta),
             operand(grad_query),
             sums.as_argument(),
-            *sizes(query, arguments, works=works, tiles=tiles, section=section_of(key, value, arguments)),
+            *sizes(query, key, arguments, works=works, tiles=tiles, section=section_of(key, value, arguments)),
             query.shape[1] // key.shape[1],
             lengths(arguments),
             features(arguments),

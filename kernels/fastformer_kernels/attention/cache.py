@@ -115,6 +115,7 @@ def _append_kernel(
     tokens,
     kv_heads,
     capacity,
+    pages,
     positions,
     PAGE_SIZE: tl.constexpr,
     head_dim: tl.constexpr,
@@ -137,8 +138,9 @@ def _append_kernel(
         new_tokens = tl.minimum(tl.load(new_lengths_pointer + batch), tokens)
     position = (length + token).to(tl.int64)
     new = token < new_tokens
-    tl.device_assert(length >= 0, "a sequence's length is negative")
-    tl.device_assert(length + new_tokens <= capacity, "the new tokens of a sequence exceed the cache's capacity")
+    # One assertion: each is a call of its own in the compiled kernel.
+    placed = (length >= 0) & (length + new_tokens <= capacity)
+    tl.device_assert(placed, "lengths and the new tokens must lie within the cache's capacity")
     cos_row = cos_pointer
     sin_row = sin_pointer
     if rotary_dim:
@@ -151,7 +153,10 @@ def _append_kernel(
         page = batch
         if table_pointer is not None:
             entry = table_pointer + batch * table_stride_b + position // PAGE_SIZE * table_stride_page
-            page = tl.load(entry, mask=new, other=0).to(tl.int64)
+            page = tl.load(entry, mask=new, other=0)
+            # Negative ones are beyond all others.
+            new = new & (page.to(tl.uint32) < pages)
+            page = page.to(tl.int64)
             position = position % PAGE_SIZE
         k_row = k_cache_pointer + page * k_cache_stride_page + slot * k_cache_stride_h + position * k_cache_stride_n
         v_row = v_cache_pointer + page * v_cache_stride_page + slot * v_cache_stride_h + position * v_cache_stride_n
@@ -267,6 +272,7 @@ def append(
             tokens,
             kv_heads,
             cache.capacity,
+            key_cache.shape[0],
             0 if cos is None else cos.shape[0],
         ),
         {

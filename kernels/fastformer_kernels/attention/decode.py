@@ -152,6 +152,7 @@ def _decode_kernel(
     queries,
     total_rows,
     capacity,
+    pages,
     scale,
     softcap,
     left,
@@ -181,7 +182,7 @@ def _decode_kernel(
     row_stored = query < queries
     target = split.to(tl.int64) * total_rows + (batch * queries + query) * (kv_heads * GROUP) + head
     length = tl.load(lengths_pointer + batch)
-    tl.device_assert(length <= capacity, "a sequence's length exceeds the cache's capacity")
+    tl.device_assert((length >= 0) & (length <= capacity), "lengths must be from 0 to the cache's capacity")
     if query_lengths_pointer is not None:
         queries = tl.load(query_lengths_pointer + batch)
     row_valid = query < queries
@@ -220,18 +221,20 @@ def _decode_kernel(
         total = tl.where(sink == float("-inf"), 0.0, 1.0)
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        # A page that no query sees may be gone: neither it nor its entry in the table is read.
+        # A page that no query sees may be gone: neither it nor its entry in the table is read. One that is not in the
+        # cache, negative ones among them, becomes the last, so that nothing outside is read.
         present = (key >= low) & (key < end)
         if table_pointer is None:
             page = batch
             slot = key.to(tl.int64)
         elif PAGE_SIZE % BLOCK_N == 0:
             entry = table_pointer + batch * table_stride_b + tl.cast(start // PAGE_SIZE, tl.int64) * table_stride_page
-            page = tl.load(entry).to(tl.int64)
+            page = tl.minimum(tl.load(entry).to(tl.uint32), pages - 1).to(tl.int64)
             slot = (start % PAGE_SIZE + tl.arange(0, BLOCK_N)).to(tl.int64)
         else:
             entry = table_pointer + batch * table_stride_b + (key // PAGE_SIZE).to(tl.int64) * table_stride_page
-            page = tl.load(entry, mask=present, other=0).to(tl.int64)
+            page = tl.load(entry, mask=present, other=0)
+            page = tl.minimum(page.to(tl.uint32), pages - 1).to(tl.int64)
             slot = (key % PAGE_SIZE).to(tl.int64)
         k_row = page * k_stride_page + slot * k_stride_n
         v_row = page * v_stride_page + slot * v_stride_n
@@ -379,6 +382,7 @@ def _launch(
             queries,
             batch * queries * heads,
             cache.capacity,
+            key_cache.shape[0],
             scale,
             softcap,
             left,

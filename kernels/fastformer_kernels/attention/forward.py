@@ -162,6 +162,8 @@ def _attention_forward_kernel(
     heads,
     queries,
     keys,
+    query_tokens,
+    key_tokens,
     group,
     lengths,
     features,
@@ -179,7 +181,7 @@ def _attention_forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    sizes = Sizes(works, tiles, section, heads, queries, keys)
+    sizes = Sizes(works, tiles, section, heads, queries, keys, query_tokens, key_tokens)
     if PERSISTENT:
         for work in range(tl.program_id(0), sizes.works, tl.num_programs(0)):
             _forward_tile(
@@ -269,8 +271,8 @@ def _forward_tile(
     batch = (row // sizes.heads).to(tl.int64)
     # Under causality the last queries meet the most keys.
     first = (sizes.tiles - 1 - rank) * BLOCK_M
-    q_start, queries = query_bounds(batch, lengths, sizes.queries)
-    k_start, keys, _ = key_bounds(batch, lengths, sizes.keys)
+    q_start, queries = query_bounds(batch, lengths, sizes.queries, sizes.query_tokens)
+    k_start, keys, _ = key_bounds(batch, lengths, sizes.keys, sizes.key_tokens)
     prefix = prefix_length(batch, lengths)
     offset = keys - queries if BOTTOM_RIGHT else 0
     kv_head = head // group
@@ -393,7 +395,7 @@ def _launch_forward(
             operand(output),
             rows(lse),
             arguments.sinks,
-            *sizes(query, arguments, works=works, tiles=tiles, section=section_of(key, value, arguments)),
+            *sizes(query, key, arguments, works=works, tiles=tiles, section=section_of(key, value, arguments)),
             query.shape[1] // key.shape[1],
             lengths(arguments),
             features(arguments),

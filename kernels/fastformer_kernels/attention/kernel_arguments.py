@@ -103,6 +103,7 @@ class Sizes(NamedTuple):
         section: see `tile_of_work`.
         heads: query heads.
         queries, keys: of the longest sequence.
+        query_tokens, key_tokens: of all packed sequences together.
     """
 
     works: int
@@ -111,6 +112,8 @@ class Sizes(NamedTuple):
     heads: int
     queries: int
     keys: int
+    query_tokens: int
+    key_tokens: int
 
 
 def operand(tensor: torch.Tensor | None) -> Operand:
@@ -142,9 +145,18 @@ def relative(tensor: torch.Tensor | None) -> Relative:
     return Relative(tensor, 0 if tensor is None else tensor.shape[1] // 2)
 
 
-def sizes(query: torch.Tensor, arguments: AttentionArguments, *, works: int, tiles: int, section: int) -> Sizes:
+def sizes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    arguments: AttentionArguments,
+    *,
+    works: int,
+    tiles: int,
+    section: int,
+) -> Sizes:
     """The sizes of a launch."""
-    return Sizes(works, tiles, section, query.shape[1], arguments.max_seqlen_q, arguments.max_seqlen_k)
+    longest = (arguments.max_seqlen_q, arguments.max_seqlen_k)
+    return Sizes(works, tiles, section, query.shape[1], *longest, query.shape[0], key.shape[0])
 
 
 def lengths(arguments: AttentionArguments) -> Lengths:

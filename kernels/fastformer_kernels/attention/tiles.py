@@ -36,26 +36,32 @@ def tile_of_work(work, tiles, heads, section):
 
 
 @triton.jit
-def query_bounds(batch, lengths, queries):
+def query_bounds(batch, lengths, queries, query_tokens):
     """First token (0 unless packed) and length of the queries of sequence `batch`."""
     start = batch * 0
     if lengths.cu_seqlens_q is not None:
-        start = tl.load(lengths.cu_seqlens_q + batch).to(tl.int64)
-        queries = (tl.load(lengths.cu_seqlens_q + batch + 1) - start).to(tl.int32)
+        start, queries = _packed_bounds(lengths.cu_seqlens_q + batch, query_tokens)
     return start, queries
 
 
 @triton.jit
-def key_bounds(batch, lengths, keys):
+def key_bounds(batch, lengths, keys, key_tokens):
     """First token (0 unless packed), length and stored length of the keys of sequence `batch`."""
     start = batch * 0
     if lengths.cu_seqlens_k is not None:
-        start = tl.load(lengths.cu_seqlens_k + batch).to(tl.int64)
-        keys = (tl.load(lengths.cu_seqlens_k + batch + 1) - start).to(tl.int32)
+        start, keys = _packed_bounds(lengths.cu_seqlens_k + batch, key_tokens)
     stored = keys
     if lengths.key_lengths is not None:
-        keys = tl.load(lengths.key_lengths + batch)
+        keys = tl.maximum(tl.minimum(tl.load(lengths.key_lengths + batch), keys), 0)
     return start, keys, stored
+
+
+@triton.jit
+def _packed_bounds(boundary_pointer, tokens):
+    """First token and length of a sequence, never beyond the tokens that there are, whatever the boundaries say."""
+    start = tl.maximum(tl.minimum(tl.load(boundary_pointer), tokens), 0)
+    stop = tl.maximum(tl.minimum(tl.load(boundary_pointer + 1), tokens), start)
+    return start.to(tl.int64), stop - start
 
 
 @triton.jit

@@ -43,6 +43,8 @@ def _attention_weights_kernel(
     key_tiles,
     queries,
     keys,
+    query_tokens,
+    key_tokens,
     group,
     lengths,
     features,
@@ -63,9 +65,9 @@ def _attention_weights_kernel(
     if heads_pointer is not None:
         head = tl.load(heads_pointer + place).to(tl.int64)
     PREFIX: tl.constexpr = lengths.prefix_lengths is not None
-    q_start, queries = query_bounds(batch, lengths, queries)
+    q_start, queries = query_bounds(batch, lengths, queries, query_tokens)
     width = keys
-    k_start, keys, _stored_keys = key_bounds(batch, lengths, keys)
+    k_start, keys, _stored_keys = key_bounds(batch, lengths, keys, key_tokens)
     offset = keys - queries if BOTTOM_RIGHT else 0
 
     index = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -168,6 +170,8 @@ def _launch_weights(
             key_tiles,
             arguments.max_seqlen_q,
             arguments.max_seqlen_k,
+            query.shape[0],
+            key.shape[0],
             query.shape[1] // key.shape[1],
             lengths(arguments),
             features(arguments),

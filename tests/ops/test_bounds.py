@@ -1,0 +1,185 @@
+"""What tensors say of lengths, boundaries and pages: wrong numbers are refused on a CPU, and on a GPU lead nowhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from fastformer_kernels.attention.backward import attention_backward
+from fastformer_kernels.attention.forward import attention_forward
+from torch import Tensor
+
+import fastformer
+from fastformer import debugging
+from fastformer.ops import checks
+from fastformer.ops.attention import checked_arguments
+
+pytestmark = pytest.mark.cpu
+BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
+NAN = float("nan")
+
+
+def int32(*values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def packed(**changes: Any) -> Any:
+    """Attention of five packed tokens in two sequences, but for the changes."""
+    q = torch.randn(5, 2, 16, generator=torch.Generator().manual_seed(0))
+    return fastformer.attention(q, q, q, **{"cu_seqlens_q": int32(0, 2, 5), "max_seqlen_q": 3, **changes})
+
+
+def dense(**changes: Any) -> Any:
+    q = torch.randn(2, 2, 4, 16, generator=torch.Generator().manual_seed(0))
+    return fastformer.attention(q, q, q, **changes)
+
+
+def decode(**changes: Any) -> Any:
+    """One query of two sequences over four pages of two keys."""
+    query = torch.randn(2, 2, 1, 16, generator=torch.Generator().manual_seed(0))
+    pages = torch.randn(2, 4, 2, 2, 16, generator=torch.Generator().manual_seed(0))
+    given = {"lengths": int32(3, 2), "block_table": int32([0, 1], [2, -7]), **changes}
+    return fastformer.decode_attention(query, *pages.unbind(), **given)
+
+
+def append(**changes: Any) -> Any:
+    key = torch.randn(2, 2, 1, 16, generator=torch.Generator().manual_seed(0))
+    caches = torch.zeros(2, 4, 2, 2, 16)
+    given = {"lengths": int32(2, 1), "block_table": int32([0, 1], [2, -7]), **changes}
+    fastformer.append_to_cache(key, key, *caches.unbind(), **given)
+
+
+WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+    (packed, {"cu_seqlens_q": int32(0, 2, 6)}, "cu_seqlens_q must rise from 0 to the number of tokens, 5"),
+    (packed, {"cu_seqlens_q": int32(0, 2, 4)}, "cu_seqlens_q must rise from 0 to the number of tokens, 5"),
+    (packed, {"cu_seqlens_q": int32(1, 2, 5)}, "cu_seqlens_q must rise from 0"),
+    (packed, {"cu_seqlens_q": int32(0, 6, 5), "max_seqlen_q": 6}, "cu_seqlens_q must rise from 0"),
+    (packed, {"cu_seqlens_k": int32(0, 2, 9), "max_seqlen_k": 7}, "cu_seqlens_k must rise from 0"),
+    (packed, {"max_seqlen_q": 2}, "max_seqlen is 2 where cu_seqlens_q has a sequence of 3"),
+    (packed, {"max_seqlen_q": -1}, "max_seqlen_q must be from 0"),
+    (dense, {"key_lengths": int32(5, 1)}, "key_lengths must be from 0 to the number of keys, 4"),
+    (dense, {"key_lengths": int32(-1, 1)}, "key_lengths must be from 0"),
+    (dense, {"prefix_lengths": int32(5, 1), "causal": True}, "prefix_lengths must be from 0"),
+    (decode, {"block_table": int32([0, 4], [2, 3])}, "block_table must name pages from 0 to 3; got 4 for sequence 0"),
+    (decode, {"block_table": int32([0, 1], [-1, 3])}, "block_table must name pages from 0 to 3; got -1 for sequence 1"),
+    (decode, {"lengths": int32(5, 1)}, "lengths must be from 0 to the cache's capacity, 4"),
+    (append, {"block_table": int32([0, -1], [2, 3])}, "block_table must name pages from 0 to 3; got -1 for sequence 0"),
+    (append, {"block_table": int32([0, 1], [4, 3])}, "block_table must name pages from 0 to 3; got 4 for sequence 1"),
+    (append, {"lengths": int32(-1, 1)}, "lengths must be from 0"),
+]
+
+
+@BACKENDS
+@pytest.mark.parametrize("call, changes, message", WRONG, ids=[message for _, _, message in WRONG])
+def test_a_cpu_refuses_it(call: Callable[..., Any], changes: dict[str, Any], message: str, backend: str) -> None:
+    with fastformer.backend(backend):
+        call()  # what is changed is what is wrong; a page that no key lies in may be anything
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call(**changes)
+
+
+@BACKENDS
+def test_limits_beyond_all_numbers_are_none(backend: str) -> None:
+    far = 2**31 - 1
+    with fastformer.backend(backend):
+        expected = dense(causal=True)
+        torch.testing.assert_close(dense(causal=True, window=(far, far)), expected)
+        torch.testing.assert_close(dense(causal=True, chunk=far), expected)
+        torch.testing.assert_close(decode(window=(far, 0)), decode())
+
+
+def between_walls(tokens: int) -> tuple[Tensor, list[Tensor]]:
+    """Packed query, key and value in the middle of memory that is NaN."""
+    memory = torch.full((3, tokens + 400, 2, 16), NAN)
+    middle = memory[:, 200 : 200 + tokens]
+    middle.copy_(torch.randn(3, tokens, 2, 16, generator=torch.Generator().manual_seed(0)))
+    return memory, list(middle.unbind())
+
+
+@pytest.mark.parametrize("bounds", [(0, 20, 90), (-50, 10, 40), (0, 30, 20), (60, 70, 80), (40, 0, 3)])
+def test_kernels_read_and_write_nothing_outside(bounds: tuple[int, ...]) -> None:
+    """As on a GPU, where nobody looks before."""
+    memory, (q, k, v) = between_walls(40)
+    before = memory.clone()
+    *_, arguments = checked_arguments(
+        q,
+        k,
+        v,
+        *(None,) * 4,
+        True,
+        *(None,) * 3,
+        "bottom_right",
+        *(None,) * 3,
+        0.0,
+        None,
+        int32(*bounds),
+        None,
+        40,
+        None,
+    )
+    output, lse = attention_forward(q, k, v, arguments)
+    inside = torch.zeros(40, dtype=torch.bool)
+    for start, stop in pairwise(bounds):
+        inside[max(start, 0) : max(stop, 0)] = True
+    assert output[inside].isfinite().all()
+    with_zeros = torch.where(inside[:, None, None], output, 0.0)
+    learned = type(arguments.learned)(*(False,) * 5)
+    gradients = attention_backward(
+        torch.ones_like(output), None, q, k, v, with_zeros, torch.where(inside, lse, 0.0), arguments, learned
+    )
+    for gradient in gradients[:3]:
+        assert gradient is not None and gradient[inside].isfinite().all()
+    torch.testing.assert_close(memory, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_key_lengths_beyond_the_keys_end_with_them() -> None:
+    q = torch.randn(1, 2, 8, 16, generator=torch.Generator().manual_seed(0))
+    memory = torch.full((2, 2, 300, 16), NAN)
+    memory[:, :, :8] = q
+    k, v = memory[:, None, :, :8].unbind()
+    *_, arguments = checked_arguments(
+        q, k, v, *(None,) * 4, False, *(None,) * 3, "top_left", *(None,) * 3, 0.0, int32(200), *(None,) * 4
+    )
+    torch.testing.assert_close(attention_forward(q, k, v, arguments)[0], fastformer.attention(q, k, v))
+
+
+@pytest.fixture
+def asserted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Debugging is on, and what a device would be told to assert is noted."""
+    messages: list[str] = []
+    monkeypatch.setattr(debugging, "_enabled", True)
+    monkeypatch.setattr(checks, "assert_on_device", lambda holds, message: messages.append(message))
+    return messages
+
+
+def test_debugging_asserts_what_a_cpu_looks_at(asserted: list[str]) -> None:
+    """Tensors on meta stand for those on a GPU."""
+    lengths = torch.empty(3, dtype=torch.int32, device="meta")
+    checks.check_lengths("key_lengths", lengths, "the number of keys", 7)
+    checks.check_boundaries("cu_seqlens_q", lengths, 9, 4)
+    checks.check_indices("input_ids", lengths, 100)
+    assert [message.split()[0] for message in asserted] == [
+        "key_lengths",
+        "cu_seqlens_q",
+        "cu_seqlens_q",
+        "max_seqlen",
+        "input_ids",
+    ]
+
+
+def test_a_device_says_what_is_wrong() -> None:
+    with pytest.raises(RuntimeError, match="key_lengths must be from 0"):
+        debugging.assert_on_device(torch.tensor([True, False]), "key_lengths must be from 0 to 7")
+    debugging.assert_on_device(torch.tensor([True]), "nothing")
+
+
+def test_debug_is_a_switch() -> None:
+    assert not debugging.debugging()
+    fastformer.debug()
+    assert debugging.debugging()
+    fastformer.debug(False)
+    assert not debugging.debugging()
