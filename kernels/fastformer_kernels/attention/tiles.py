@@ -303,12 +303,6 @@ def scale_of(features, head):
 
 
 @triton.jit
-def _biased(scores, bias):
-    """Scores with a bias, of which -inf hides a key as a mask does, even where the score is NaN."""
-    return tl.where(bias == float("-inf"), float("-inf"), scores + bias.to(tl.float32) * LOG2_E)
-
-
-@triton.jit
 def bias_and_mask(
     scores,
     query,
@@ -332,10 +326,10 @@ def bias_and_mask(
         scores -= slope * LOG2_E * tl.abs(distance).to(tl.float32)
     if relative_pointer is not None:
         at = tl.minimum(tl.maximum(distance, -features.max_distance), features.max_distance)
-        scores = _biased(scores, tl.load(relative_pointer + at))
+        scores += tl.load(relative_pointer + at).to(tl.float32) * LOG2_E
     if bias_pointer is not None:
         at = query.to(tl.int64) * features.bias_stride_m + key.to(tl.int64) * features.bias_stride_n
-        scores = _biased(scores, tl.load(bias_pointer + at, mask=inside, other=0.0))
+        scores += tl.load(bias_pointer + at, mask=inside, other=0.0).to(tl.float32) * LOG2_E
     if mask_pointer is not None:
         at = query.to(tl.int64) * features.mask_stride_m + key.to(tl.int64) * features.mask_stride_n
         scores = tl.where(tl.load(mask_pointer + at, mask=inside, other=0) != 0, scores, float("-inf"))
