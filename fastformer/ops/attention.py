@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fastformer_kernels.attention.arguments import (
     UNBOUNDED,
     AttentionArguments,
@@ -250,6 +251,8 @@ def scaled_dot_product_attention(
 ) -> torch.Tensor:
     """Drop-in for `torch.nn.functional.scaled_dot_product_attention`: same arguments, same meaning.
 
+    Heads wider than 256 and float64 are left to PyTorch.
+
     Args:
         query: (..., heads, queries, head_dim); key and value: (..., kv_heads, keys, head_dim). Leading dimensions
             broadcast, and heads do unless `enable_gqa`; two dimensions are one head.
@@ -265,6 +268,11 @@ def scaled_dot_product_attention(
     """
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal=True")
+    if query.dtype == torch.float64 or max(query.shape[-1:] + value.shape[-1:], default=0) > MAX_HEAD_DIM:
+        arguments = (attn_mask, dropout_p, is_causal)
+        return F.scaled_dot_product_attention(query, key, value, *arguments, scale=scale, enable_gqa=enable_gqa)
+    if isinstance(scale, torch.Tensor):
+        scale = float(scale)
     options: dict[str, Any] = {"causal": is_causal, "alignment": "top_left", "scale": scale, "dropout_p": dropout_p}
     shape, key_shape, value_shape = query.shape, key.shape, value.shape
     one_batch = len(shape) == len(key_shape) == len(value_shape) == 4 and shape[0] == key_shape[0] == value_shape[0]

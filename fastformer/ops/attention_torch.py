@@ -28,7 +28,7 @@ from fastformer_kernels.attention.arguments import (
 
 from fastformer.ops.attention_dropout import dropout_keep
 from fastformer.ops.autocast import without_autocast
-from fastformer.ops.dropout import seed_words
+from fastformer.ops.dropout import kept_scale, seed_words
 
 SCORE_ELEMENTS = 1 << 22
 SCORE_ELEMENTS_IN_CACHE = 1 << 18
@@ -245,7 +245,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: _Segment
     nothing = total == 0.0
     total = total.masked_fill(nothing, 1.0)
     if keep is not None:
-        weights = weights * keep / (1.0 - a.dropout_p)
+        weights = weights * keep * kept_scale(a.dropout_p)
     lse = (maximum + total.log()).masked_fill(nothing, NEGATIVE_INFINITY)
     return torch.matmul(weights, v) / total, lse.squeeze(-1)
 
@@ -710,7 +710,7 @@ def _forward_explicit(
             if a.sinks is not None:
                 total = total + torch.exp(a.sinks[:, None, None] - maximum)
             if scores.keep is not None:
-                weights = weights * scores.keep / (1.0 - a.dropout_p)
+                weights = weights * scores.keep * kept_scale(a.dropout_p)
             visible = block.visible(q.device) if careful else None
             result = product_of_visible(weights, v_all[:, :, block.keys], visible) / total.masked_fill(
                 total == 0.0, 1.0
@@ -780,8 +780,8 @@ def _backward_explicit(
             dscores = torch.matmul(do_rows, v_all[:, :, block.keys].transpose(-1, -2))
             dropped = weights
             if scores.keep is not None:
-                dropped = weights * scores.keep / (1.0 - a.dropout_p)
-                dscores.mul_(scores.keep).div_(1.0 - a.dropout_p)
+                dropped = weights * scores.keep * kept_scale(a.dropout_p)
+                dscores.mul_(scores.keep).mul_(kept_scale(a.dropout_p))
             seen_by = None if visible is None else visible.transpose(-1, -2)
             dv[:, :, block.keys] += product_of_visible(dropped.transpose(-1, -2), do_rows, seen_by)
             dscores.sub_(delta).mul_(weights)

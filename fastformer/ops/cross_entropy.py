@@ -47,8 +47,8 @@ def cross_entropy(
 
     Args:
         input: logits (classes,), (N, classes) or (N, classes, ...): float32, float16 or bfloat16, any strides.
-        target: int64 classes, of input's shape without `classes`. Class probabilities, of input's shape, are left to
-            PyTorch's own operator, and only with PyTorch's own options.
+        target: int64 or uint8 classes, of input's shape without `classes`. Class probabilities, of input's shape, are
+            left to PyTorch's own operator, and only with PyTorch's own options.
         weight: (classes,) floating, how much each class counts, also in the mean: the weighted losses' sum is divided
             by the sum of the targets' weights.
         size_average, reduce: PyTorch's deprecated names for `reduction`.
@@ -77,6 +77,7 @@ def cross_entropy(
         if z_loss or softcap is not None or inplace:
             raise TypeError("z_loss, softcap and inplace need a target of int64 classes; got class probabilities")
         return F.cross_entropy(input, target, weight, reduction=reduction, label_smoothing=label_smoothing)
+    target = target.long() if target.dtype == torch.uint8 else target
     _check(input, target, weight, inplace)
     options = checked_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
     class_weight = None if weight is None else weight.detach().float().contiguous()

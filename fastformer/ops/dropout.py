@@ -33,9 +33,14 @@ _whole = slice(None)
 
 
 def check_dropout_p(dropout_p: float, name: str = "dropout_p") -> None:
-    """Raise ValueError, naming the argument, unless `dropout_p` is a probability below one."""
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{name} must be in [0, 1); got {dropout_p}")
+    """Raise ValueError, naming the argument, unless `dropout_p` is a probability."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1]; got {dropout_p}")
+
+
+def kept_scale(dropout_p: float) -> float:
+    """By what an element that is kept is multiplied, ``1 / (1 - dropout_p)``; zero where all are dropped."""
+    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -71,7 +76,7 @@ def apply_dropout_(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
         chunk = input[start : start + step]
         dropped = _dropped_rows(range(start, start + chunk.shape[0]), groups, seed, dropout_p)
         chunk.masked_fill_(dropped[:, :columns], 0.0)
-        chunk.mul_(1.0 / (1.0 - dropout_p))
+        chunk.mul_(kept_scale(dropout_p))
     return input
 
 
@@ -79,7 +84,7 @@ def dropped(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
     """What `apply_dropout_` makes of the rows of `input` (..., columns), as a function that can be differentiated."""
     columns, rows = input.shape[-1], input[..., 0].numel()
     absent = _dropped_rows(range(rows), (columns + 3) // 4, seed, dropout_p)[:, :columns]
-    return input.masked_fill(absent.view(input.shape), 0.0) * (1.0 / (1.0 - dropout_p))
+    return input.masked_fill(absent.view(input.shape), 0.0) * kept_scale(dropout_p)
 
 
 def _dropped_rows(rows: range, groups: int, seed: Tensor, dropout_p: float) -> Tensor:

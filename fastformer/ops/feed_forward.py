@@ -12,7 +12,7 @@ from torch import Tensor
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_device_type, to_autocast_dtype
 from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
-from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropout_threshold, dropped
+from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropout_threshold, dropped, kept_scale
 from fastformer.ops.operator import operator, vjp
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "squared_relu", "identity")
@@ -62,7 +62,7 @@ def feed_forward(
     Raises:
         TypeError: `input` is of another dtype, or a parameter's dtype is not input's.
         ValueError: an unknown activation, a shape that does not fit, another device, a gate's bias without its weight,
-            a probability outside [0, 1).
+            a probability outside [0, 1].
 
     >>> fastformer.feed_forward(torch.randn(2, 7, 16), torch.randn(64, 16), torch.randn(16, 64)).shape
     torch.Size([2, 7, 16])
@@ -452,7 +452,7 @@ def _kernel_dropout(seed: Tensor | None, dropout_p: float) -> Any:
         return None
     from fastformer_kernels.dropout import Dropout
 
-    return Dropout(seed, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
+    return Dropout(seed, dropout_threshold(dropout_p), kept_scale(dropout_p))
 
 
 def _hidden_forward_torch(

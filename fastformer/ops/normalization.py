@@ -12,7 +12,7 @@ from torch import Tensor
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_float32_dtype
 from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating, check_shape
-from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropout_threshold, dropped
+from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropout_threshold, dropped, kept_scale
 from fastformer.ops.operator import operator, runs_in_pytorch
 
 MAX_COLUMNS = 65536
@@ -547,7 +547,7 @@ def kernel_dropout(seed: Tensor | None, dropout_p: float) -> Any:
         return None
     from fastformer_kernels.normalization import Dropout
 
-    return Dropout(seed, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
+    return Dropout(seed, dropout_threshold(dropout_p), kept_scale(dropout_p))
 
 
 def _sum_torch(

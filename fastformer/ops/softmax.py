@@ -30,7 +30,7 @@ def softmax(
     The first three arguments are those of `torch.nn.functional.softmax`.
 
     Args:
-        input: float32, float16 or bfloat16, any shape with at least one dimension, any strides.
+        input: float32, float16 or bfloat16, any shape, any strides.
         dim: the dimension to normalise; negative counts from the end.
         dtype: of the result, float32, float16 or bfloat16, to which `input` (of any dtype but complex) is converted
             first; by default input's.
@@ -98,6 +98,9 @@ def _checked_softmax(
         raise TypeError(f"input must be real; got {input.dtype}")
     else:
         output_dtype = dtype
+    if input.dim() == 0 and dim in (-1, 0) and mask is None and not (causal or inplace):
+        # A number is a row of one.
+        return _checked_softmax(input[None], 0, dtype, mask, scale, causal, alignment, inplace, log)[0]
     if not -input.dim() <= dim < input.dim():
         raise IndexError(f"dim must be in [{-input.dim()}, {input.dim() - 1}] for a {input.dim()}-D input; got {dim}")
     if mask is not None:

@@ -516,7 +516,7 @@ CU = torch.tensor([0, 2, 5], dtype=torch.int32)
         ((Q, Q, Q), {"scale": torch.ones(4).half()}, TypeError, "scale must be a number or float32"),
         ((Q, Q, Q), {"relative_bias": torch.ones(4, 4)}, ValueError, "relative_bias must have shape"),
         ((Q, Q, Q), {"alignment": "left"}, ValueError, "alignment must be"),
-        ((Q, Q, Q), {"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\)"),
+        ((Q, Q, Q), {"dropout_p": 1.5}, ValueError, r"dropout_p must be in \[0, 1\]"),
         ((Q, Q, Q), {"softcap": 0.0}, ValueError, "softcap must be positive"),
         ((Q, Q, Q), {"sinks": torch.zeros(3)}, ValueError, "sinks must have shape"),
         ((Q, Q, Q), {"key_lengths": torch.zeros(2)}, TypeError, "key_lengths must be int32"),

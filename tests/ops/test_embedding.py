@@ -208,7 +208,7 @@ IDS, TABLE = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(5, 8)
         ((IDS, TABLE), {"cu_seqlens": torch.zeros(2).int()}, ValueError, "cu_seqlens is for packed input_ids"),
         ((IDS, TABLE, TABLE[:2]), {}, IndexError, "position_ids must be from 0 to 1; got 0 to 2"),
         ((IDS, TABLE), {"padding_idx": 5}, ValueError, "padding_idx must be from 0 to 4; got 5"),
-        ((IDS, TABLE), {"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\); got 1.0"),
+        ((IDS, TABLE), {"dropout_p": 1.5}, ValueError, r"dropout_p must be in \[0, 1\]; got 1.5"),
     ],
 )
 def test_refuses_what_it_cannot_do(arguments: Any, options: Any, error: type, message: str) -> None:

@@ -294,7 +294,7 @@ def test_refuses_what_it_cannot_do(arguments: Any, error: type, message: str) ->
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\); got 1.0"),
+        ({"dropout_p": 1.5}, ValueError, r"dropout_p must be in \[0, 1\]; got 1.5"),
         ({"input_bias": torch.ones(2)}, ValueError, r"input_bias must have shape \(3,\); got \(2,\)"),
         ({"residual": torch.ones(3)}, ValueError, r"residual must have shape \(2, 3\); got \(3,\)"),
         ({"residual": torch.ones(2, 3).double()}, TypeError, "residual must be float32, float16 or bfloat16; got"),

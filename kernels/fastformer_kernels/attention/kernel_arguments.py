@@ -66,7 +66,7 @@ class Features(NamedTuple):
         left, right, chunk: whom a query may attend to by position: distances to either side and the chunk's size.
         seed: the dropout generator's state on the device.
         threshold: the random word below which a weight is dropped.
-        kept_scale: of the weights that are kept, 1 / (1 - p).
+        kept_scale: of the weights that are kept, 1 / (1 - p); 0 where none is to be.
     """
 
     scale: float
@@ -181,7 +181,7 @@ def features(arguments: AttentionArguments) -> Features:
         chunk=arguments.chunk or None,
         seed=arguments.seed,
         threshold=min(round(arguments.dropout_p * 2**32), 2**32 - 1),
-        kept_scale=1.0 / (1.0 - arguments.dropout_p),
+        kept_scale=1.0 / (1.0 - arguments.dropout_p) if arguments.dropout_p < 1.0 else 0.0,
     )
 
 
