@@ -92,5 +92,5 @@ def test_a_replaced_projection_keeps_dropout_and_residual() -> None:
 
 @pytest.mark.parametrize("name", ["hidden_dropout", "dropout"])
 def test_refuses_an_impossible_dropout(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\); got 1.5"):
+    with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\]; got 1.5"):
         FeedForward(6, 10, **{name: 1.5})

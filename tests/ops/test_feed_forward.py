@@ -258,7 +258,7 @@ X, UP, DOWN = torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(3, 4)
         ((X, UP, DOWN), {"activation": "tanh"}, ValueError, "activation must be one of relu, gelu.*'tanh'"),
         ((X, UP, DOWN), {"gate_bias": torch.zeros(4)}, ValueError, "gate_bias was given without gate_weight"),
         ((X, UP, DOWN), {"hidden_dropout_p": 1.5}, ValueError, r"hidden_dropout_p must be in \[0, 1\]; got 1.5"),
-        ((X, UP, DOWN), {"output_dropout_p": -0.1}, ValueError, r"output_dropout_p must be in \[0, 1\); got -0.1"),
+        ((X, UP, DOWN), {"output_dropout_p": -0.1}, ValueError, r"output_dropout_p must be in \[0, 1\]; got -0.1"),
         ((X, UP, DOWN), {"residual": torch.zeros(2, 4)}, ValueError, r"residual must have shape \(2, 3\)"),
         ((X, UP, DOWN), {"residual": X.long()}, TypeError, "residual must be float32"),
     ],
