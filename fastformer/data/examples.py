@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
@@ -95,14 +96,19 @@ class Examples(list[Example]):
         return Examples((self.places[number], self[number]) for number in numbers)
 
 
+_NUMBER = re.compile(r"[ \t]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?[ \t]*")
+
+
 def in_order(names: Iterable[str]) -> list[str]:
     """The names of classes or tags, each once: by value where all of them are numbers, otherwise by letter."""
     distinct = sorted(set(names))
-    try:
-        values = {name: float(name) for name in distinct}
-    except ValueError:
-        return distinct
+    values = {name: written_number(name) for name in distinct}
     return sorted(distinct, key=values.__getitem__) if all(map(math.isfinite, values.values())) else distinct
+
+
+def written_number(text: str) -> float:
+    """The number that a text is in decimal notation, NaN where it is none: `float` would take 1_0 and other digits."""
+    return float(text) if _NUMBER.fullmatch(text) else math.nan
 
 
 def place_of(examples: Sequence[tuple], number: int) -> str:

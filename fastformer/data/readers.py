@@ -9,6 +9,7 @@ import csv
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -24,6 +25,7 @@ from fastformer.data.examples import (
     SimilarTexts,
     SourceTarget,
     TaggedWords,
+    written_number,
 )
 from fastformer.data.lines import check_is_file, decoded_lines, json_file, json_object, numbered_lines
 from fastformer.data.parquet import parquet_records
@@ -229,10 +231,12 @@ def _classified(row: Row, targets: bool) -> ClassifiedText:
 
 
 def _number(score: Any, where: str) -> float:
-    try:
-        number = math.nan if isinstance(score, bool) else float(score)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
+    number = math.nan
+    if isinstance(score, str):
+        number = written_number(score)
+    elif not isinstance(score, bool):
+        with suppress(TypeError, ValueError, OverflowError):
+            number = float(score)
     if not math.isfinite(number):
         raise ValueError(f"{where}: score must be a number, found {score!r:.60}; accepted are finite ones")
     return number

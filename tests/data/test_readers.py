@@ -200,11 +200,11 @@ def translations(path):
         ),
         *(
             (read_classification, "a.csv", f"text,score\na,1\nb,{score}\n", "line 3: score must be a number, found")
-            for score in ("nan", "-inf", "1e999", "", "True")
+            for score in ("nan", "-inf", "1e999", "", "True", "1_0", "٣", "1,5", "0x1")
         ),
         *(
             (read_classification, "a.jsonl", f'{{"text": "a", "score": {score}}}', "line 1: score must be a number")
-            for score in ("NaN", "Infinity", "true", "1" + "0" * 400, "[1]")
+            for score in ("NaN", "Infinity", "true", "1" + "0" * 400, "[1]", '"1_0"', '"٣"')
         ),
         (read_classification, "a.csv", "text,label,text\na,b,c", "line 1: 'text' names two columns"),
         (read_classification, "a.csv", 'text,label\na,b\n"c,d\ne,f\n', "line 3: not CSV"),
@@ -219,6 +219,7 @@ def translations(path):
                     "line 1: answer_start must be 0 or more, found -3",
                 ),
                 ({"answers": {"text": [" "], "answer_start": [0]}}, "needs a text that is not empty"),
+                ({"answers": {"text": ["b"], "answer_start": ["1_0"]}}, "a whole number answer_start; .*'1_0'"),
                 ({"answers": {"text": ["b"], "answer_start": [True]}}, "a whole number answer_start; .*True"),
                 ({"answers": {"text": ["b", "c"], "answer_start": [1]}}, "two lists of one length"),
                 ({"answers": "b"}, "line 1: answers must be"),
@@ -304,6 +305,12 @@ def test_what_is_to_be_learnt_must_be_there(tmp_path, read, row, message):
     more = ("en", "de") if read is translations else ()
     with pytest.raises(ValueError, match=rf"a.jsonl, line 1: {message}"):
         (read_translations if more else read)(path, *more, targets=True)
+
+
+@pytest.mark.parametrize("score", ["1", "-1.5", "+.5", "2.", "1e-3", " 1 "])
+def test_numbers_in_decimal_notation(tmp_path, score):
+    (tmp_path / "a.tsv").write_text(f"text\tscore\na\t{score}\n")
+    assert read_classification(tmp_path / "a.tsv")[0].label == float(score)
 
 
 def test_labels_under_hugging_faces_name_and_after_a_space(tmp_path):

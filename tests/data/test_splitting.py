@@ -89,3 +89,4 @@ def test_order_of_names():
     assert in_order(["10", "-1", "0.5", "2"]) == ["-1", "0.5", "2", "10"]
     assert in_order(["b", "a", "10", "9", "a"]) == ["10", "9", "a", "b"]
     assert in_order(["nan", "10", "9"]) == ["10", "9", "nan"]
+    assert in_order(["9", "1_0"]) == ["1_0", "9"]  # no number
