@@ -200,7 +200,7 @@ def translations(path):
         ),
         *(
             (read_classification, "a.csv", f"text,score\na,1\nb,{score}\n", "line 3: score must be a number, found")
-            for score in ("nan", "-inf", "1e999", "", "True", "1_0", "٣", "1,5", "0x1")
+            for score in ("nan", "-inf", "1e999", "", "True", "1_0", "٣", "0x1")
         ),
         *(
             (read_classification, "a.jsonl", f'{{"text": "a", "score": {score}}}', "line 1: score must be a number")
