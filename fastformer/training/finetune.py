@@ -119,8 +119,10 @@ def main(arguments: list[str], begin: float) -> None:
             if wanted:
                 require(package)
         folder = run_folder(Path(options.output))
+        inputs = {"--model": options.model, "--data": None if options.data in SETS else options.data}
+        paths = {option: [Path(given)] for option, given in inputs.items() if given is not None}
         try:
-            with resumable(f"finetune {task}", folder, options) as stop:
+            with resumable(f"finetune {task}", folder, options, paths) as stop:
                 seed_everything(options.seed, workers=True, verbose=False)
                 _finetune(task, parser, options, folder, stop, begin)
         except MisconfigurationException as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -97,10 +97,17 @@ class RunFolder:
     # --- Whose it is --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def opened(self, resume: bool, overwrite: bool) -> Iterator[None]:
+    def opened(
+        self, resume: bool, overwrite: bool, inputs: Mapping[str, Sequence[Path]] | None = None
+    ) -> Iterator[None]:
         """Hold the folder for this run. Nothing of a run that is replaced is removed before `clear`.
 
         A run that failed before its first step has left logs at most; they are no reason to refuse.
+
+        Args:
+            resume: continue the run that is there.
+            overwrite: replace it.
+            inputs: what the new run reads, by option; no run that holds any of it is replaced.
 
         Raises:
             ValueError: the folder holds something else than this run, or another process writes into it.
@@ -112,6 +119,8 @@ class RunFolder:
             raise ValueError(f"--output {self.path} is not a folder")
         if not resume:
             self._check_before_locking()
+        if overwrite:
+            self._check_inputs(inputs or {})
         new = not self.path.exists()
         with self._locked():
             try:
@@ -140,7 +149,10 @@ class RunFolder:
 
     def _check_before_locking(self) -> None:
         """A folder that is none of ours gets no lock either."""
-        if self.manifest.is_file() or not self.path.exists():
+        if not self.path.exists():
+            return
+        if self.manifest.is_file():
+            self._check_kind()
             return
         names = sorted(path.name for path in self.path.iterdir() if path != self.lock)
         if self.config.name in names:
@@ -152,6 +164,34 @@ class RunFolder:
             raise ValueError(
                 f"--output {self.path} holds what is no {self.kind} run: {_some(names)}; give another folder"
             )
+
+    def _check_kind(self) -> None:
+        """What a run of another kind has left but for logs is not replaced."""
+        kind = self._read_manifest().get("kind")
+        if kind != self.kind and not all(self._in(self.logs, name) for name in self._files()):
+            raise ValueError(
+                f"--output {self.path} holds a run of another kind, {kind}: no {self.kind} run replaces it, with "
+                "--overwrite or without; remove it yourself, or give another folder"
+            )
+
+    def _check_inputs(self, inputs: Mapping[str, Sequence[Path]]) -> None:
+        """What is read may be in the folder under its name, or by a link."""
+        for option, paths in inputs.items():
+            for path in paths:
+                links = [each for each in path.rglob("*") if each.is_symlink()] if path.is_dir() else []
+                if any(self._holds(each) for each in (path, *links)):
+                    raise ValueError(
+                        f"{option} {path} is in --output {self.path}, whose run --overwrite would remove; give another "
+                        "--output"
+                    )
+
+    def _holds(self, path: Path) -> bool:
+        """By its name, or by what it is a link to."""
+        named = Path(os.path.abspath(path))
+        return any(
+            each.is_relative_to(root)
+            for each, root in ((named, Path(os.path.abspath(self.path))), (path.resolve(), self.path.resolve()))
+        )
 
     def _prepare(self, resume: bool, overwrite: bool) -> None:
         patterns, found = self._patterns(), list(self._files())

@@ -98,7 +98,7 @@ def main(arguments: list[str], begin: float) -> None:
             options.max_steps = options.trainer.max_steps = MODULES[options.objective].default_steps
         folder = RunFolder(Path(options.output), "pretraining")
         try:
-            with resumable("pretrain", folder, options) as stop:
+            with resumable("pretrain", folder, options, {"--data": [*map(Path, options.data)]}) as stop:
                 seed_everything(options.seed, workers=True, verbose=False)
                 _pretrain(parser, options, folder, stop, begin)
         except MisconfigurationException as error:

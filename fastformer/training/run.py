@@ -8,7 +8,7 @@ import shlex
 import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -77,6 +77,10 @@ _TRUST_HELP = (
     "let --config, and the options of a run that is resumed, name any class to make an object of, which runs its code; "
     "otherwise only Lightning's and Fastformer's"
 )
+_OVERWRITE_HELP = (
+    "replace the run in --output, once everything else is checked; never one of another kind, or one that holds what "
+    "is to be read"
+)
 _SKIP_HELP = "leave out steps whose loss or gradient is infinite or no number, rather than end training with an error"
 _OWN_CLASSES = ("lightning", "pytorch_lightning", "fastformer")
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
@@ -122,7 +126,7 @@ def command_parser(command: str, description: str, output: str) -> LightningArgu
     add("--output", type=str, default=output, metavar="DIR", help="folder for all that the run writes")
     add("--resume", action="store_true", help="continue the run in --output, with its options where none are given")
     add("--elastic", action="store_true", help="continue the run in --output if there is one: for what restarts itself")
-    add("--overwrite", action="store_true", help="replace the run in --output, once everything else is checked")
+    add("--overwrite", action="store_true", help=_OVERWRITE_HELP)
     add("--trust", action="store_true", help=_TRUST_HELP)
     add("--max_minutes", type=float | None, metavar="M", help="stop training after this time, whatever else is said")
     add("--accumulate", type=int, default=1, metavar="N", help="batches whose gradients make one optimizer step")
@@ -279,16 +283,19 @@ class SaveOptions(Callback):
 
 
 @contextmanager
-def resumable(command: str, folder: RunFolder, options: Namespace) -> Iterator[StopOnSignal]:
+def resumable(
+    command: str, folder: RunFolder, options: Namespace, inputs: Mapping[str, Sequence[Path]]
+) -> Iterator[StopOnSignal]:
     """Within it the run holds its folder, and a signal ends it with the command that resumes it.
 
     Args:
         command: its words after ``fastformer``.
         folder: of the run.
         options: of the run.
+        inputs: the files and folders that it reads, by option.
     """
     try:
-        with StopOnSignal() as stop, folder.opened(options.resume, options.overwrite):
+        with StopOnSignal() as stop, folder.opened(options.resume, options.overwrite, inputs):
             yield stop
     except Stopped as stopped:
         newest = newest_checkpoint(folder.checkpoints) if folder.config.is_file() else None

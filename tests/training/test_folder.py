@@ -205,3 +205,51 @@ def test_a_folder_takes_the_place_of_a_link_and_leaves_its_target(tmp_path: Path
     assert not (tmp_path / "model").is_symlink()
     assert (tmp_path / "elsewhere/weights").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "model"]
+
+
+# --- What --overwrite never removes -----------------------------------------------------------------------------------
+
+
+def test_a_run_of_another_kind_is_never_replaced(finished: RunFolder) -> None:
+    manifest = finished.manifest.read_bytes()
+    other = RunFolder(finished.path, "fine-tuning")
+    for overwrite in (True, False):
+        with pytest.raises(ValueError, match=r"--output .* another kind, pretraining"), other.opened(False, overwrite):
+            pass
+    assert files(finished.path) == set(RUN)
+    assert finished.manifest.read_bytes() == manifest
+
+
+@pytest.mark.parametrize(
+    "kind", ["inside", "the folder", "link", "link to a link", "link in a folder", "linked output"]
+)
+@pytest.mark.parametrize("option", ["--model", "--data"])
+def test_what_is_to_be_read_is_never_replaced(option: str, kind: str, finished: RunFolder, tmp_path: Path) -> None:
+    given, run, link = finished.model, finished, tmp_path / "texts" / "link"
+    link.parent.mkdir()
+    if kind == "the folder":
+        given = finished.path
+    elif kind == "linked output":
+        link.symlink_to(finished.path)
+        run = RunFolder(link, "pretraining")
+    elif kind != "inside":
+        link.symlink_to(finished.path / "report.md")
+        given = link.parent if kind == "link in a folder" else link
+        if kind == "link to a link":
+            given = tmp_path / "again"
+            given.symlink_to(link)
+    manifest = finished.manifest.read_bytes()
+    with (
+        pytest.raises(ValueError, match=rf"{option} {given} is in --output .* --overwrite would remove"),
+        run.opened(False, True, {option: [given]}),
+    ):
+        pass
+    assert files(finished.path) == set(RUN)
+    assert finished.manifest.read_bytes() == manifest
+
+
+def test_what_is_read_from_beside_the_run_is_in_nobodys_way(finished: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "output2").mkdir()
+    with finished.opened(False, True, {"--data": [tmp_path, tmp_path / "output2"]}):
+        finished.clear()
+    assert files(finished.path) == set()
