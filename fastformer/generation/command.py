@@ -161,8 +161,7 @@ def _model(folder: Path, options: Namespace) -> LanguageModel:
     import torch
 
     from fastformer.models import FastformerConfig, FastformerForCausalLM, FastformerForSeq2SeqLM
-    from fastformer.models.finite import check_finite_weights
-    from fastformer.models.loading import load_configuration
+    from fastformer.models.loading import load_configuration, load_whole_model
 
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
@@ -175,8 +174,7 @@ def _model(folder: Path, options: Namespace) -> LanguageModel:
     if config.stack == "encoder":
         raise ValueError(f"{folder} holds an encoder, which generates nothing")
     kind = FastformerForSeq2SeqLM if config.is_encoder_decoder else FastformerForCausalLM
-    model = kind.from_pretrained(folder, dtype=options.dtype or "auto")
-    check_finite_weights(model)
+    model = load_whole_model(kind, folder, dtype=options.dtype or "auto")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval()
 

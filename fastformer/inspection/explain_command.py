@@ -17,7 +17,7 @@ from fastformer.extras import require
 from fastformer.inspection.attention_maps import ATTENTIONS, attention_maps, draw_attention
 from fastformer.inspection.attributions import draw_attributions, token_attributions
 from fastformer.inspection.model_work import known_model
-from fastformer.models.finite import check_finite_weights
+from fastformer.models.loading import load_whole_model
 
 _DESCRIPTION = """\
 Show what a model does with a text. Attention maps: which tokens the chosen heads of the chosen layers attend to, from
@@ -60,8 +60,7 @@ def main(arguments: list[str], begin: float) -> None:
         raise ValueError("--target goes with --attributions")
     _, kind = known_model(str(options.model))
     tokenizer = load_tokenizer(options.model)
-    model = getattr(fastformer.models, kind).from_pretrained(options.model).eval()
-    check_finite_weights(model)
+    model = load_whole_model(getattr(fastformer.models, kind), options.model).eval()
     if torch.cuda.is_available():
         model = model.cuda()
     try:

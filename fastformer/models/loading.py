@@ -1,24 +1,106 @@
-"""The configuration in a model's folder."""
+"""A model's folder in Hugging Face's format: its configuration, and the model with all of its weights."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging
+
+from fastformer.models.finite import check_finite_weights
 
 
-def load_configuration(folder: str | Path, **arguments: Any) -> Any:
+def load_configuration(folder: str | Path, kind: Any = AutoConfig, **arguments: Any) -> Any:
     """The configuration of a model in Hugging Face's format. Code that the folder brings is never run.
 
     Args:
         folder: of the model, or its name on the hub.
-        arguments: of `AutoConfig.from_pretrained`.
+        kind: the class of the configuration; AutoConfig takes the one that is named in the file.
+        arguments: of its `from_pretrained`.
 
     Raises:
         ValueError, OSError: there is none, or it is damaged.
     """
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **arguments)
+        config = kind.from_pretrained(folder, trust_remote_code=False, **arguments)
+        _check_common_fields(config)
     except RecursionError:
         raise ValueError(f"{folder}/config.json has lists or objects within each other, too deep to be read") from None
+    except (StrictDataclassError, ValueError, AttributeError, TypeError, KeyError) as error:
+        if isinstance(error, ValueError) and str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}/config.json is no configuration of a model: {error}") from error
+    return config
+
+
+def load_whole_model(kind: Any, folder: str | Path, **arguments: Any) -> Any:
+    """The model in a folder, of which every weight is in the folder too, and finite.
+
+    Args:
+        kind: the class of the model.
+        folder: of the model.
+        arguments: of `from_pretrained`.
+
+    Raises:
+        ValueError, OSError: weights are missing, or of another shape, or damaged, or no numbers.
+    """
+    model, missing = load_model(kind, folder, **arguments)
+    _refuse_missing(folder, missing)
+    check_finite_weights(model)
+    return model
+
+
+def load_model(kind: Any, folder: str | Path, **arguments: Any) -> tuple[Any, list[str]]:
+    """The model in a folder, and the names of the weights that are new because the folder has none.
+
+    Only those of a head or of a pooler, which a task adds, may be new.
+
+    Arguments and errors are those of `load_whole_model`.
+    """
+    with _without_table_of_missing_weights():
+        model, info = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments)
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"the weights in {folder} do not fit its config.json: {name} has the shape {tuple(found)} there and "
+            f"{tuple(expected)} by the configuration"
+        )
+    missing = sorted(info["missing_keys"])
+    _refuse_missing(folder, _of_base(model, missing))
+    return model, missing
+
+
+def _of_base(model: PreTrainedModel, names: Collection[str]) -> list[str]:
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    return [name for name in names if name.startswith(prefix) and "pooler" not in name.split(".")]
+
+
+def _refuse_missing(folder: str | Path, missing: Collection[str]) -> None:
+    if missing:
+        named = ", ".join(list(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(f"the weights in {folder} lack what its config.json asks for: {named}")
+
+
+def _check_common_fields(config: Any) -> None:
+    """Raise ValueError for fields that transformers takes as they are."""
+    dtype, architectures = config.dtype, config.architectures
+    if not (dtype is None or isinstance(dtype, dict) or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise ValueError(f"dtype must be a floating-point type such as float32; got {dtype!r:.60}")
+    named = architectures is None or isinstance(architectures, list)
+    if not named or not all(isinstance(name, str) for name in architectures or ()):
+        raise ValueError(f"architectures must be a list of names; got {architectures!r:.60}")
+
+
+@contextmanager
+def _without_table_of_missing_weights() -> Iterator[None]:
+    """Those that are missing are a new head's, or refused: transformers need not advise."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

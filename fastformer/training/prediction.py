@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fastformer.console import track
 from fastformer.data.tokenizer import load_tokenizer
 from fastformer.generation import Generator, SamplingParameters
 from fastformer.generation.cached_model import LanguageModel
+from fastformer.models.loading import load_configuration
 from fastformer.training.batches import in_order
 from fastformer.training.optimization import Optimization
 from fastformer.training.recipes import RECIPES, Converse, Recipe, Rewrite, TextOptions
@@ -154,7 +155,7 @@ def _adapted(folder: str | Path, task: Task) -> StartingPoint:
     """The base model with the adapter merged; the configuration beside the adapter names the labels."""
     from peft import PeftConfig, PeftModel
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = load_configuration(folder)
     labels = list(config.id2label.values()) if task in ("classify", "tag") else None
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     start = pretrained(base, task, labels)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +18,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from fastformer.data.features import MATCH_TYPE
 from fastformer.models import (
@@ -33,7 +31,7 @@ from fastformer.models import (
     FastformerPreTrainedModel,
     preset,
 )
-from fastformer.models.loading import load_configuration
+from fastformer.models.loading import load_configuration, load_model
 
 Task = Literal["classify", "tag", "qa", "summarize", "translate", "generate", "embed"]
 
@@ -103,30 +101,29 @@ def pretrained(folder: str | Path, task: Task, labels: Sequence[str] | None = No
 
     Raises:
         OSError: there is no model in the folder.
-        ValueError: the model cannot have the task's head.
+        ValueError: the model cannot have the task's head, or weights beside the head's are missing.
     """
     ours = isinstance(_configuration(folder), FastformerConfig)
-    options: dict[str, Any] = {"output_loading_info": True, "trust_remote_code": False, **_label_fields(labels)}
-    with _without_table_of_missing_weights():
-        if ours:
-            if task == "embed":
-                options["pooling"] = "mean"
-            model, info = CLASSES[task].ours.from_pretrained(folder, **options)
-            attention = "fastformer"
-            if task == "qa" and model.config.type_vocab_size == MATCH_TYPE:
-                _add_match_type(model)
-        else:
-            model, info, attention = _foreign(folder, task, options)
-    return StartingPoint(model, _modules_of(info["missing_keys"]), attention)
+    options: dict[str, Any] = {"trust_remote_code": False, **_label_fields(labels)}
+    if ours:
+        if task == "embed":
+            options["pooling"] = "mean"
+        model, new = load_model(CLASSES[task].ours, folder, **options)
+        attention = "fastformer"
+        if task == "qa" and model.config.type_vocab_size == MATCH_TYPE:
+            _add_match_type(model)
+    else:
+        model, new, attention = _foreign(folder, task, options)
+    return StartingPoint(model, _modules_of(new), attention)
 
 
-def _foreign(folder: str | Path, task: Task, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any], str]:
+def _foreign(folder: str | Path, task: Task, options: dict[str, Any]) -> tuple[PreTrainedModel, list[str], str]:
     auto = CLASSES[task].auto
     try:
-        return *auto.from_pretrained(folder, **options, attn_implementation="fastformer"), "fastformer"
+        return *load_model(auto, folder, **options, attn_implementation="fastformer"), "fastformer"
     except (ValueError, ImportError):  # not registered, or a model whose attention is not to be replaced
-        model, info = auto.from_pretrained(folder, **options)
-        return model, info, model.config._attn_implementation
+        model, new = load_model(auto, folder, **options)
+        return model, new, model.config._attn_implementation
 
 
 def untrained(folder: str | Path, task: Task, labels: Sequence[str] | None = None) -> StartingPoint:
@@ -225,14 +222,3 @@ def _label_fields(labels: Sequence[str] | None) -> dict[str, Any]:
     if labels is None:
         return {}
     return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
-
-
-@contextmanager
-def _without_table_of_missing_weights() -> Iterator[None]:
-    """The head is new, as it must be: transformers need not advise to train it."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,3 +60,43 @@ def test_damaged_models_are_refused(command: str, file: str, tmp_path: Path, cap
         assert cli.main([command, *map(str, arguments(run))]) == 2, kind
         error = [line for line in capsys.readouterr().err.splitlines() if "Warning" not in line]
         assert len(error) == 1 and str(run / "model") in error[0], (kind, error)
+
+
+CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "a layer without weights": ({"num_hidden_layers": TINY["num_hidden_layers"] + 1}, "model.layers."),
+    "a smaller vocabulary": ({"vocab_size": 10}, "vocab_size|embeddings.word.weight"),
+    "a word for a number": ({"hidden_size": "x"}, "hidden_size"),
+    "an unknown type": ({"dtype": "foo"}, "foo"),
+    "a number for a type": ({"dtype": 3}, "dtype"),
+    "no head": ({"num_attention_heads": 0}, "num_attention_heads"),
+    "a number for a list": ({"layer_types": 3}, "layer_types"),
+    "a number for names": ({"architectures": 3}, "architectures"),
+}
+LOADING: dict[str, tuple[Task, Callable[[Path], list[Any]]]] = {
+    **COMMANDS,
+    "convert": ("generate", lambda run: [run / "model", run / "out", "--to", "gpt2"]),
+    "finetune": (
+        "classify",
+        lambda run: ["classify", "--model", run / "model", "--data", run, "--output", run / "out"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGURATIONS)
+@pytest.mark.parametrize("command", LOADING)
+def test_configurations_of_other_weights_are_refused(
+    command: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    task, arguments = LOADING[command]
+    fields, named = CONFIGURATIONS[kind]
+    save(tmp_path, task)
+    for split in ("train", "validation", "test"):
+        rows = "".join(f'{{"text": "{split} {n}", "label": "{"ab"[n % 2]}"}}\n' for n in range(4))
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    file = tmp_path / "model/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    capsys.readouterr()
+    assert cli.main([command, *map(str, arguments(tmp_path))]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(error) == 1 and str(tmp_path / "model") in error[0], error
+    assert re.search(named, error[0]), error

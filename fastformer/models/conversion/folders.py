@@ -26,6 +26,7 @@ from fastformer.models.conversion.files import read_json, read_tensors, write_te
 from fastformer.models.conversion.models import ARCHITECTURES, architecture_of
 from fastformer.models.conversion.tensorflow_bert import is_tensorflow, read_tensorflow, write_tensorflow
 from fastformer.models.heads.embedding import FastformerForEmbedding
+from fastformer.models.loading import load_configuration
 from fastformer.models.modeling import FastformerPreTrainedModel
 
 FASTFORMER, TENSORFLOW = FastformerConfig.model_type, "tensorflow-bert"
@@ -97,8 +98,10 @@ def convert(
     """
     try:
         return _convert(source, target, to or FASTFORMER, class_name, drop, shard_bytes, progress)
-    except StrictDataclassError as error:  # a configuration's field of a wrong type
-        raise ValueError(str(error)) from error
+    except (ValueError, StrictDataclassError) as error:  # the latter: a configuration's field of a wrong type
+        if isinstance(error, ValueError) and str(source) in str(error):
+            raise
+        raise ValueError(f"{source}: {error}") from error
 
 
 def _convert(
@@ -164,7 +167,7 @@ def _read(source: Path, class_name: str | None, drop: Sequence[str], scratch: Pa
         own = _read_own(source, class_name or _named_class(source, fields))
         return _Source(FASTFORMER, own.model_class.__name__, own.config, own)
     architecture, head = _find_head(source, fields, class_name)
-    config = architecture.config_class.from_pretrained(source)
+    config = load_configuration(source, architecture.config_class)
     own = read_checkpoint(architecture, head, config, read_tensors(source), drop)
     return _Source(architecture.name, head.theirs.__name__, config, own)
 
@@ -196,7 +199,7 @@ def _read_own(source: Path, class_name: str) -> Checkpoint:
     }
     if class_name not in classes:
         raise ValueError(f"the class must be one of {', '.join(classes)}; got {class_name!r}")
-    own = Checkpoint(classes[class_name], FastformerConfig.from_pretrained(source), read_tensors(source))
+    own = Checkpoint(classes[class_name], load_configuration(source, FastformerConfig), read_tensors(source))
     check_own(own)
     return own
 
