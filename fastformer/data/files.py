@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -40,6 +40,35 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+OVERWRITE_HELP = "replace what is in --out already; never what is to be read"
+
+
+def check_out(files: Iterable[Path], overwrite: bool, inputs: Mapping[str, Sequence[Path]] | None = None) -> None:
+    """Refuse what is there already, unless it is to be overwritten, and what is to be read even then.
+
+    Args:
+        files: that ``--out`` stands for.
+        overwrite: whether ``--overwrite`` is given.
+        inputs: the files and folders that are to be read, by option.
+
+    Raises:
+        ValueError: see above; links are followed.
+    """
+    for file in filter(os.path.lexists, files):
+        for option, paths in (inputs or {}).items():
+            if any(_is_or_holds(path, file) for path in paths):
+                raise ValueError(f"--out {file} is what is to be read, by {option}; give another --out")
+        if file.is_dir():
+            raise ValueError(f"--out {file} is a folder; give the name of a file")
+        if not overwrite:
+            raise ValueError(f"--out {file} is there already: replace it with --overwrite, or give another --out")
+
+
+def _is_or_holds(path: Path, file: Path) -> bool:
+    same = path.exists() and file.exists() and path.samefile(file)  # under two names too
+    return same or file.resolve().is_relative_to(path.resolve())
 
 
 def write_checked(path: Path, body: bytes) -> None:

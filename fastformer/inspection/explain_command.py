@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import fastformer.models
-from fastformer.data.files import atomic_file
+from fastformer.data.files import OVERWRITE_HELP, atomic_file, check_out
 from fastformer.data.tokenizer import load_tokenizer
 from fastformer.extras import require
 from fastformer.inspection.attention_maps import ATTENTIONS, attention_maps, draw_attention
@@ -50,6 +50,7 @@ def main(arguments: list[str], begin: float) -> None:
     )
     parser.add_argument("--steps", type=int, default=50, help="of the attributions' integral (default: 50)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and JSON")
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     options = parser.parse_args(arguments)
     require("matplotlib")
     if options.attributions:
@@ -58,6 +59,11 @@ def main(arguments: list[str], begin: float) -> None:
         raise ValueError(f"DIR must be a model's folder; got {options.model}")
     if options.target is not None and not options.attributions:
         raise ValueError("--target goes with --attributions")
+    written = ["attention", *(["attributions"] if options.attributions else [])]
+    check_out(
+        [options.out / f"{name}.{kind}" for name in written for kind in ("png", "json")],
+        options.overwrite,
+    )
     _, kind = known_model(str(options.model))
     tokenizer = load_tokenizer(options.model)
     model = load_whole_model(getattr(fastformer.models, kind), options.model).eval()
@@ -80,11 +86,9 @@ def main(arguments: list[str], begin: float) -> None:
         raise ValueError(str(error)) from error
     draw_attention(maps, options.out / "attention.png")
     _write_json({**asdict(maps), "weights": maps.weights.tolist()}, options.out / "attention.json")
-    written = ["attention"]
     if found is not None:
         draw_attributions(found, options.out / "attributions.png")
         _write_json(asdict(found), options.out / "attributions.json")
-        written.append("attributions")
         print(f"{found.label}: logit {found.output:.3f}, with nothing said {found.baseline:.3f}")
         for token, score in zip(found.tokens, found.scores, strict=True):
             print(f"{score:+9.3f}  {token}")

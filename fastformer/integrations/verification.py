@@ -25,7 +25,7 @@ from torch import Tensor
 import fastformer
 from fastformer.backends import BACKENDS, backend
 from fastformer.console import Table, track
-from fastformer.data.files import atomic_file
+from fastformer.data.files import OVERWRITE_HELP, atomic_file, check_out
 from fastformer.integrations.acceleration import Acceleration, accelerate
 from fastformer.integrations.subject import TOKENS, Subject
 
@@ -83,7 +83,10 @@ def main(arguments: list[str], begin: float) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of the operators; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of random weights; default: %(default)s")
     parser.add_argument("--out", type=Path, help="write the report as JSON to this file")
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     options = parser.parse_args(arguments)
+    if options.out is not None:
+        check_out([options.out], options.overwrite, {"MODEL": [Path(options.model)]})
     with _quiet():
         subject = Subject.find(options.model, options.seed)
         subject.model.to(options.device)

@@ -195,7 +195,7 @@ def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, given, value = argument.partition("=")
         if name == "--config":
-            _read_options(Path(value if given else following))
+            read_options(Path(value if given else following))
     options = parser.parse_args(arguments)
     config = RunFolder(Path(options.output), "").config
     if options.resume and not config.is_file():
@@ -222,7 +222,7 @@ def _kept_options(config: Path, arguments: Sequence[str], usual: str) -> str:
     Raises:
         ValueError: they are not whole.
     """
-    options = _read_options(config)
+    options = read_options(config)
     trainer = options.get("trainer")
     *_, last = yaml.safe_load(usual)["trainer"]
     if not isinstance(trainer, dict) or last not in trainer or not config.read_bytes().endswith(b"\n"):
@@ -232,7 +232,7 @@ def _kept_options(config: Path, arguments: Sequence[str], usual: str) -> str:
     return yaml.safe_dump(options, sort_keys=False)
 
 
-def _read_options(path: Path) -> dict[str, Any]:
+def read_options(path: Path) -> dict[str, Any]:
     """Raises ValueError, naming the file, for one that is no YAML of options."""
     try:
         options = yaml.safe_load(path.read_text())

@@ -368,4 +368,10 @@ def test_a_split_is_written_to_train_on(cache, tmp_path, capsys):
     expected = sets.load_set("python-classes", cache).test
     assert f"{len(expected):,} examples" in capsys.readouterr().out
     assert readers.read_classification(path) == expected
+    path.write_text("precious")
+    assert cli.main(["data", "export", *arguments]) == 2
+    assert "is there already: replace it with --overwrite" in capsys.readouterr().err
+    assert path.read_text() == "precious"
+    assert cli.main(["data", "export", *arguments, "--overwrite"]) == 0
+    assert readers.read_classification(path) == expected
     assert list(sources.stream(sources.open_sources([path]))) == [example.text for example in expected]

@@ -207,6 +207,11 @@ def test_command(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pyt
     assert np.array(maps["weights"]).sum(-1) == pytest.approx(np.ones((2, 1, 8)), abs=1e-5)
     assert len(json.loads((out / "attributions.json").read_text())["scores"]) == 8
     assert imread(out / "attributions.png").std() > 0.05
+    drawn = (out / "attention.png").read_bytes()
+    assert main(arguments) == 2
+    assert "attention.png is there already: replace it with --overwrite" in capsys.readouterr().err
+    assert (out / "attention.png").read_bytes() == drawn
+    arguments += ["--overwrite"]
     for wrong, message in (
         (["--layers", "7"], "layers must be from 0 to 2; got 7"),
         (["--target", "3"], "--target goes with --attributions"),

@@ -50,6 +50,13 @@ def test_attention_alone(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text())["acceleration"] is None
 
 
+def test_a_file_is_never_replaced_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert main(["verify", "BertModel", "--out", str(tmp_path / "thesis.tex")]) == 2
+    assert "is there already: replace it with --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
 def test_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verification, "_CHECKS", verification._CHECKS[:2])
     _, checks = verify(Subject.find("BertForMaskedLM"), backend_name="triton")

@@ -222,7 +222,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 def finished_run(folder: Path, task: str) -> None:
     """As far as `predict` looks before it reads the data."""
     (folder / task / "model").mkdir(parents=True)
-    (folder / task / "config.yaml").write_text(yaml.safe_dump({"task": task, "text": {}}))
+    (folder / task / "config.yaml").write_text(yaml.safe_dump({"task": task, "text": {}, "trainer": {}}))
 
 
 def refusal(command: Command, path: Path, folder: Path, capsys: pytest.CaptureFixture) -> str:

@@ -35,7 +35,7 @@ def save(folder: Path, task: Task) -> None:
     labels = ["a", "b"] if task == "classify" else None
     from_scratch("bert-tiny", task, tokenizer, 64, labels, **TINY).model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    (folder / "config.yaml").write_text(yaml.safe_dump({"task": "classify", "text": {}}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"task": "classify", "text": {}, "trainer": {}}))
     (folder / "data.jsonl").write_text('{"text": "some"}\n')
 
 
