@@ -11,7 +11,7 @@ import time
 import fastformer
 from fastformer.console import plain_warnings, printable, show_any_character
 from fastformer.extras import missing_package, remedy
-from fastformer.stopping import STATUS, Stopped
+from fastformer.stopping import STATUS, Stopped, stopping_at_signals
 
 COMMANDS = {
     "pretrain": (
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     known, rest = _parser().parse_known_args(arguments)
     module, _ = COMMANDS[known.command]
     try:
-        with plain_warnings():
+        with stopping_at_signals(), plain_warnings():
             importlib.import_module(module).main(rest, begin)
     except (ValueError, OSError) as error:
         if known.debug:

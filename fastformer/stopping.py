@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143}
 """Exit statuses by signal. SIGUSR1 is how a batch system announces the SIGTERM that follows."""
@@ -30,3 +34,30 @@ class Stopped(BaseException):
 
     def __str__(self) -> str:
         return f"stopped by {self.name}{self.note}"
+
+
+@contextmanager
+def stopping_at_signals() -> Iterator[None]:
+    """Within it SIGTERM and SIGUSR1 raise `Stopped`, as SIGINT raises KeyboardInterrupt, where they would kill.
+
+    Processes that are forked within it are killed as ever.
+    """
+    process = os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        if os.getpid() == process:
+            raise Stopped(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    known = [getattr(signal, name) for name in STATUS if hasattr(signal, name)]
+    caught = [number for number in known if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():  # no other may
+        caught = []
+    for number in caught:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)

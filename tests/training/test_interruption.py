@@ -16,6 +16,7 @@ from training.processes import start
 from training.tasks import command, scratch
 
 from fastformer import cli
+from fastformer.stopping import stopping_at_signals
 from fastformer.training.interruption import StopOnSignal
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
@@ -165,3 +166,23 @@ def wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < end, f"no {path}"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_a_signal_while_a_command_is_imported_is_one_line(
+    name: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(cli.importlib, "import_module", lambda module: os.kill(os.getpid(), number))
+    assert cli.main([name]) == 143
+    assert capsys.readouterr().err == f"fastformer {name}: stopped by {number.name}\n"
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_a_process_forked_by_a_command_is_killed() -> None:
+    with stopping_at_signals():
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
