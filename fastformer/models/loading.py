@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def load_whole_model(kind: Any, folder: str | Path, **arguments: Any) -> Any:
         arguments: of `from_pretrained`.
 
     Raises:
-        ValueError, OSError: weights are missing, or of another shape, or damaged, or no numbers.
+        ValueError, OSError: weights are missing or too many, or of another shape, or damaged, or no numbers.
     """
     model, missing = load_model(kind, folder, **arguments)
     _refuse_missing(folder, missing)
@@ -71,18 +71,24 @@ def load_model(kind: Any, folder: str | Path, **arguments: Any) -> tuple[Any, li
         )
     missing = sorted(info["missing_keys"])
     _refuse_missing(folder, _of_base(model, missing))
+    surplus = _of_base(model, sorted(info["unexpected_keys"])) if model.config.model_type == "fastformer" else []
+    if surplus:
+        raise ValueError(f"the weights in {folder} are more than its config.json has a place for: {_named(surplus)}")
     return model, missing
 
 
-def _of_base(model: PreTrainedModel, names: Collection[str]) -> list[str]:
+def _of_base(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     return [name for name in names if name.startswith(prefix) and "pooler" not in name.split(".")]
 
 
-def _refuse_missing(folder: str | Path, missing: Collection[str]) -> None:
+def _refuse_missing(folder: str | Path, missing: Sequence[str]) -> None:
     if missing:
-        named = ", ".join(list(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ValueError(f"the weights in {folder} lack what its config.json asks for: {named}")
+        raise ValueError(f"the weights in {folder} lack what its config.json asks for: {_named(missing)}")
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_common_fields(config: Any) -> None:

@@ -33,7 +33,8 @@ OPTIONAL = {("tokenizer_config.json", "a folder")}
 def save(folder: Path, task: Task) -> None:
     tokenizer = train_tokenizer(["some words"], 300, "clm" if task == "generate" else "mlm")
     labels = ["a", "b"] if task == "classify" else None
-    from_scratch("bert-tiny", task, tokenizer, 64, labels, **TINY).model.save_pretrained(folder / "model")
+    shape = TINY | {"num_hidden_layers": 2}
+    from_scratch("bert-tiny", task, tokenizer, 64, labels, **shape).model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "config.yaml").write_text(yaml.safe_dump({"task": "classify", "text": {}, "trainer": {}}))
     (folder / "data.jsonl").write_text('{"text": "some"}\n')
@@ -63,7 +64,8 @@ def test_damaged_models_are_refused(command: str, file: str, tmp_path: Path, cap
 
 
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "a layer without weights": ({"num_hidden_layers": TINY["num_hidden_layers"] + 1}, "model.layers."),
+    "a layer without weights": ({"num_hidden_layers": 3}, "model.layers."),
+    "fewer layers": ({"num_hidden_layers": 1}, "model.layers."),
     "a smaller vocabulary": ({"vocab_size": 10}, "vocab_size|embeddings.word.weight"),
     "a word for a number": ({"hidden_size": "x"}, "hidden_size"),
     "an unknown type": ({"dtype": "foo"}, "foo"),
