@@ -9,7 +9,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +23,9 @@ from fastformer.data.files import atomic_file
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 
+
+WeightsFor = Callable[[dict[str, Any]], Mapping[str, torch.Tensor]]
+_PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step", "epoch")
 
 _CHECKSUM = b"sha256:"
 _COMMENT = len(_CHECKSUM) + 64
@@ -147,22 +150,55 @@ def _set_folder_aside(path: Path) -> None:
         warnings.warn(f"{path} was a folder: it is {free.name} now", stacklevel=2)
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`, None where none was written yet; warns of each damaged one passed over.
+def latest_checkpoint(folder: Path, weights_for: WeightsFor | None = None) -> Path | None:
+    """The newest whole checkpoint in `folder`, None where none was written yet; warns of each one passed over.
+
+    Args:
+        folder: of the checkpoints.
+        weights_for: names and shapes of the weights that one must have, from its content; it may raise ValueError. None
+            leaves the content unchecked.
 
     Raises:
-        ValueError: there are checkpoints, and all are damaged.
+        ValueError: there are checkpoints, and all are damaged, or not this run's.
     """
     checkpoints = _newest_first(folder)
     for path in checkpoints:
         try:
             check_checkpoint(path)
+            if weights_for is not None:
+                _check_content(path, weights_for)
             return path
         except (ValueError, OSError) as error:
             warnings.warn(f"{error}; trying the one before it", stacklevel=2)
     if checkpoints:
-        raise ValueError(f"no checkpoint in {folder} is whole: {', '.join(path.name for path in checkpoints)}")
+        names = ", ".join(path.name for path in checkpoints)
+        raise ValueError(f"no checkpoint in {folder} is whole and this run's: {names}")
     return None
+
+
+def _check_content(path: Path, weights_for: WeightsFor) -> None:
+    """Raises ValueError for one that is whole, but not of this run: not of its step, or with other weights."""
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True)
+    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"the checkpoint {path} cannot be read: {error}") from error
+    missing = [part for part in _PARTS if not isinstance(content, dict) or part not in content]
+    if missing:
+        raise ValueError(f"the checkpoint {path} is not one of a run: it has no {', '.join(missing)}")
+    if content["global_step"] != _step(path):
+        raise ValueError(f"the checkpoint {path} is not this run's: it is of step {content['global_step']}")
+    try:
+        expected = {name: weight.shape for name, weight in weights_for(content).items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the checkpoint {path} is not this run's: {error}") from error
+    try:
+        found = {name: weight.shape for name, weight in content["state_dict"].items()}
+    except AttributeError as error:
+        raise ValueError(f"the checkpoint {path} is not this run's: its weights are no tensors") from error
+    other = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    if other:
+        more = f" and {len(other) - 1:,} more" if other[1:] else ""
+        raise ValueError(f"the checkpoint {path} is not this run's: its weights differ in {other[0]}{more}")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -243,9 +243,11 @@ def _finetune(
     stop: StopOnSignal,
     begin: float,
 ) -> None:
-    checkpoint = latest_checkpoint(folder.checkpoints) if options.resume else None
     prepared = _prepare(task, options)
     module = _module(prepared, options)
+    checkpoint = None
+    if options.resume:
+        checkpoint = latest_checkpoint(folder.checkpoints, lambda content: module.state_dict())
     data = _data(prepared, module, options)
     throughput, curve = Throughput(), LossCurve(folder.curve)
     finite = FiniteLosses(folder.checkpoints, options.skip_nonfinite)

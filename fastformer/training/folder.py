@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -195,7 +196,7 @@ class RunFolder:
 
     def _prepare(self, resume: bool, overwrite: bool) -> None:
         patterns, found = self._patterns(), list(self._files())
-        listed = self._listed() or [*patterns, *(name for name in found if self._in(self.model, name))]
+        listed = self._listed(damaged=resume) or [*patterns, *(name for name in found if self._in(self.model, name))]
         foreign = [name for name in found if not _matches(name, listed)]
         if resume:  # what else there is may stay, but `model` will be replaced
             foreign = [name for name in foreign if self._in(self.model, name)]
@@ -244,9 +245,16 @@ class RunFolder:
 
     # --- Manifest and lock --------------------------------------------------------------------------------------------
 
-    def _listed(self) -> list[str]:
-        """Names and patterns in the manifest; none where there is none."""
-        return [str(name) for name in self._read_manifest().get("files", [])]
+    def _listed(self, damaged: bool = False) -> list[str]:
+        """Names and patterns in the manifest; none where there is none, or one that may be damaged and is."""
+        try:
+            found = self._read_manifest()
+        except ValueError as error:
+            if not damaged:
+                raise
+            warnings.warn(f"{error}; it is written anew", stacklevel=2)
+            return []
+        return [str(name) for name in found.get("files", [])]
 
     def _read_manifest(self) -> dict[str, Any]:
         try:

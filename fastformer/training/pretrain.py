@@ -144,7 +144,11 @@ _ACTIVATION_HELP = "keep the input of each block alone and compute the rest agai
 def _pretrain(
     parser: LightningArgumentParser, options: Namespace, folder: RunFolder, stop: StopOnSignal, begin: float
 ) -> None:
-    checkpoint = latest_checkpoint(folder.checkpoints) if options.resume else None
+    checkpoint = None
+    if options.resume:
+        checkpoint = latest_checkpoint(
+            folder.checkpoints, MODULES[options.objective](**options.model.as_dict()).weights_for
+        )
     objects = parser.instantiate(options)
     if options.tensor_parallel != 1:
         if options.strategy != "fsdp2":

@@ -132,6 +132,21 @@ class PretrainingModule(TrainingModule):
             config = FastformerConfig.from_dict(checkpoint["model_config"])
             self.model = getattr(models, checkpoint["architecture"])(config)
 
+    def weights_for(self, checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Those that a whole checkpoint of this objective has, by the model that it says it is of; without memory.
+
+        Raises:
+            ValueError: it is of another objective.
+        """
+        architecture = checkpoint["architecture"]
+        if architecture not in (self._architecture(), "FastformerForMaskedLM" if len(self.losses) == 2 else None):
+            raise ValueError(f"it is of a {architecture}")
+        with torch.device("meta"):
+            self.on_load_checkpoint(checkpoint)
+        weights = self.state_dict()
+        self.model = None  # the next may be of another size
+        return weights
+
     # --- Training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:

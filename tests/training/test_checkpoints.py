@@ -182,3 +182,37 @@ def test_one_just_saved_is_never_taken_for_an_old_one(checkpoint: Path, tmp_path
     StepCheckpoint(tmp_path, every=1, keep=2).save(saving(8))
     check_checkpoint(tmp_path / "step-0000008.ckpt")
     check_checkpoint(tmp_path / "step-0000006.ckpt")
+
+
+def of_run(path: Path, step: int = 7, **changed: Any) -> Path:
+    parts = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "epoch")
+    content = dict.fromkeys(parts, 0) | {"global_step": step, "state_dict": {"weight": torch.ones(3)}} | changed
+    AtomicCheckpointIO().save_checkpoint({name: part for name, part in content.items() if part is not None}, path)
+    return path
+
+
+OTHERS = {
+    "a weight is missing": {"state_dict": {}},
+    "a weight too many": {"state_dict": {"weight": torch.ones(3), "bias": torch.ones(3)}},
+    "another shape": {"state_dict": {"weight": torch.ones(4)}},
+    "weights that are none": {"state_dict": [1]},
+    "another step": {"global_step": 5},
+    "no optimizer": {"optimizer_states": None},
+    "no weights": {"state_dict": None},
+}
+
+
+@pytest.mark.parametrize("kind", ["empty", "a list", *OTHERS])
+def test_one_that_is_whole_but_not_the_runs_is_passed_over(kind: str, tmp_path: Path) -> None:
+    older, newest = of_run(tmp_path / "step-0000007.ckpt"), tmp_path / "step-0000009.ckpt"
+    if kind in OTHERS:
+        of_run(newest, **{"step": 9, **OTHERS[kind]})
+    else:
+        torch.save({} if kind == "empty" else [1], newest)
+    expected = {"weight": torch.ones(3)}
+    with pytest.warns(UserWarning, match=r"step-0000009\.ckpt is not .*; trying the one before it") as warned:
+        assert latest_checkpoint(tmp_path, lambda content: expected) == older
+    assert len(warned) == 1
+    older.unlink()
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"whole and this run's: step-0000009\.ckpt"):
+        latest_checkpoint(tmp_path, lambda content: expected)

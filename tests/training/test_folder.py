@@ -253,3 +253,15 @@ def test_what_is_read_from_beside_the_run_is_in_nobodys_way(finished: RunFolder,
     with finished.opened(False, True, {"--data": [tmp_path, tmp_path / "output2"]}):
         finished.clear()
     assert files(finished.path) == set()
+
+
+@pytest.mark.parametrize("content", ["", '{"kind": "pretr', "[]", "{}"])
+def test_a_run_with_a_damaged_manifest_is_resumed(content: str, finished: RunFolder, tmp_path: Path) -> None:
+    finished.manifest.write_text(content)
+    with (
+        pytest.warns(UserWarning, match=r"manifest\.json .*; it is written anew"),
+        folder(tmp_path).opened(resume=True, overwrite=False),
+    ):
+        pass
+    assert files(finished.path) == set(RUN)
+    assert "model/config.json" in json.loads(finished.manifest.read_text())["files"]
