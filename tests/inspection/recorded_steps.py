@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from fastformer import models
 from fastformer.data.packing import pack, pack_pairs
 from fastformer.data.shapes import padded
-from fastformer.generation import Generator, SamplingParameters, generator
+from fastformer.generation import Generator, SamplingParameters, generator, workspace
 from fastformer.generation.batch import ContinuousBatch, NewTokens
 from fastformer.generation.requests import Request
 from fastformer.inspection.meta_operators import kernels_of_meta_operators
@@ -49,8 +49,8 @@ def decoding(draft: bool, **options: Any) -> list[str]:
 
     with (
         patch.object(generator, "why_no_graph", lambda model, device: None),
-        patch.object(generator, "CudaRecorder", lambda device: None),
-        patch.object(generator.StepGraphs, "run", lambda graphs, key, step: run(key, step)),
+        patch.object(workspace, "CudaRecorder", lambda device: None),
+        patch.object(workspace.StepGraphs, "run", lambda graphs, key, step: run(key, step)),
         patch.object(ContinuousBatch, "_prefill", prefill),
     ):
         stream = Generator(model, slots=4, draft=model if draft else None, **options).stream(PROMPTS, SAMPLED)
