@@ -33,6 +33,7 @@ BESIDE_THE_CORE = re.compile(
 # Packages that come with one that is asked for.
 COMPANIONS = {
     "huggingface_hub": "transformers",
+    "jinja2": "torch",
     "safetensors": "transformers",
     "typing_extensions": "torch",
     "yaml": "jsonargparse",

@@ -130,7 +130,7 @@ class PretrainingModule(TrainingModule):
         super().on_load_checkpoint(checkpoint)
         if self._trainer is None and self.model is None:
             config = FastformerConfig.from_dict(checkpoint["model_config"])
-            self.model = getattr(models, checkpoint["architecture"])(config)
+            self.model = getattr(models, _saved_architecture(checkpoint))(config)
 
     def weights_for(self, checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Those that a whole checkpoint of this objective has, by the model that it says it is of; without memory.
@@ -138,7 +138,7 @@ class PretrainingModule(TrainingModule):
         Raises:
             ValueError: it is of another objective.
         """
-        architecture = checkpoint["architecture"]
+        architecture = _saved_architecture(checkpoint)
         if architecture not in (self._architecture(), "FastformerForMaskedLM" if len(self.losses) == 2 else None):
             raise ValueError(f"it is of a {architecture}")
         with torch.device("meta"):
@@ -334,3 +334,8 @@ def _masked_metrics(
             "nsp_chance": max(random, pairs - random) / pairs,
         }
     return metrics
+
+
+def _saved_architecture(checkpoint: dict[str, Any]) -> str:
+    """The class of a checkpoint's model; FSDP puts a prefix before the class of one that it has sharded."""
+    return str(checkpoint["architecture"]).removeprefix("FSDP")
