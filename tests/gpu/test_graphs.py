@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastformer.nn
 from fastformer.cuda_graphs import CudaRecorder
-from fastformer.generation import Generator, SamplingParameters, generator
+from fastformer.generation import Generator, SamplingParameters, generator, workspace
 from fastformer.models import FastformerConfig, FastformerForCausalLM, FastformerForPreTraining
 from fastformer.ops import append_to_cache, decode_attention, layer_norm, rotary_frequencies, rotary_table
 
@@ -127,7 +127,7 @@ def test_generation(
 ) -> None:
     """A generator's steps, recorded and not: sequences come and go, some drawn at random. Where dry, without CUDA's."""
     if dry:
-        monkeypatch.setattr(generator, "CudaRecorder", FakeRecorder)
+        monkeypatch.setattr(workspace, "CudaRecorder", FakeRecorder)
         monkeypatch.setattr(generator, "why_no_graph", lambda model, device: None)
     torch.manual_seed(SEED)
     hidden = make.size(256, 16)
