@@ -259,7 +259,7 @@ def _formula(
 
 
 def _reduced_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # The inputs are for second derivatives alone: here is no telling whether there will be any.
+    # The inputs are kept for second derivatives, which may be asked for later.
     ctx.save_for_backward(*output[2:], *inputs[:5])
     ctx.options = inputs[5:]
     ctx.mark_non_differentiable(*output[1:])

@@ -140,7 +140,7 @@ class Operator:
             return self._formula(*arguments)
         tensors = [arguments[place] for place in self._tensors if arguments[place] is not None]
         if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-            raise NotImplementedError(f"{self.name} has no derivative, in forward mode neither")
+            raise NotImplementedError(f"{self.name} has no derivative in forward mode")
         return self._dispatched(*arguments)
 
     def _call_compiling(self, arguments: tuple[Any, ...]) -> Any:
