@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
+from fastformer.models.finite import first_not_finite
 from fastformer.training.checkpoints import newest_checkpoint
 
 _MOST_SKIPPED = 20
@@ -68,7 +69,7 @@ class FiniteLosses(Callback):
         parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
         bad = not math.isfinite(loss.item())
         if not bad and module.trainer.precision != "16-mixed":  # whose scaler skips by gradients itself
-            bad = _first_not_finite({str(n): _local(each.grad) for n, each in enumerate(parameters)}) is not None
+            bad = first_not_finite({str(n): _local(each.grad) for n, each in enumerate(parameters)}) is not None
         if not module.trainer.strategy.reduce_boolean_decision(bad, all=False):
             self._in_a_row = 0
             return
@@ -109,7 +110,7 @@ class FiniteLosses(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.check()
-        name = first_not_finite(pl_module)
+        name = first_not_finite_of(pl_module)
         if trainer.strategy.reduce_boolean_decision(name is not None, all=False):
             raise NotFiniteError(
                 f"after step {trainer.global_step:,} the weights {name or 'on another device'} are not finite: they "
@@ -123,25 +124,16 @@ class FiniteLosses(Callback):
         self.skipped = state_dict["skipped"]
 
 
-def first_not_finite(module: torch.nn.Module) -> str | None:
+def first_not_finite_of(module: torch.nn.Module) -> str | None:
     """The name of the first parameter of which this process has elements that are infinite or no numbers."""
-    return _first_not_finite({name: _local(parameter.detach()) for name, parameter in module.named_parameters()})
+    return first_not_finite({name: _local(parameter.detach()) for name, parameter in module.named_parameters()})
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises NotFiniteError for tensors of weights that are not, naming the first."""
-    name = _first_not_finite(tensors)
+    name = first_not_finite(tensors)
     if name is not None:
         raise NotFiniteError(f"the weights {name} are not finite: they are not saved")
-
-
-def _first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """Waits for an accelerator once."""
-    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
-    if not floating:
-        return None
-    finite: Iterable[bool] = torch.stack([tensor.isfinite().all() for tensor in floating.values()]).tolist()
-    return next((name for name, fine in zip(floating, finite, strict=True) if not fine), None)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

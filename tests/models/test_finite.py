@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from fastformer.cli import main
 from fastformer.data.tokenizer import train_tokenizer
 from fastformer.models import FastformerConfig, FastformerForCausalLM, from_hugging_face, to_hugging_face
+from fastformer.models.finite import first_not_finite
 
 pytestmark = pytest.mark.cpu
 
@@ -56,3 +57,16 @@ def test_conversions_in_memory(model: FastformerForCausalLM) -> None:
         theirs.transformer.wpe.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"the weights transformer\.wpe\.weight have elements"):
         from_hugging_face(theirs)
+
+
+def test_the_first_of_several_tensors() -> None:
+    bad = torch.tensor([1.0, float("inf")])
+    tensors = {
+        "whole numbers": torch.tensor([1]),
+        "empty": torch.empty(0),
+        "without data": torch.empty(3, device="meta"),
+        "good": torch.ones(2, dtype=torch.bfloat16),
+    }
+    assert first_not_finite(tensors) is None
+    assert first_not_finite({}) is None
+    assert first_not_finite({**tensors, "second": bad, "third": bad * float("nan")}) == "second"

@@ -15,7 +15,7 @@ from training.tasks import command, scratch
 
 from fastformer import cli
 from fastformer.training.callbacks import SavePretrained
-from fastformer.training.finite import FiniteLosses, NotFiniteError, check_finite, first_not_finite
+from fastformer.training.finite import FiniteLosses, NotFiniteError, check_finite, first_not_finite_of
 
 
 def spoils(kind: str, *steps: int) -> list[str]:
@@ -136,10 +136,10 @@ class _OnAccelerator(torch.Tensor):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_the_tensor_is_named(value: float) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    assert first_not_finite(module) is None
+    assert first_not_finite_of(module) is None
     with torch.no_grad():
         module[1].weight[0, 1] = value
-    assert first_not_finite(module) == "1.weight"
+    assert first_not_finite_of(module) == "1.weight"
     with pytest.raises(NotFiniteError, match=r"1\.weight"):
         check_finite(module.state_dict())
 
