@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from fastformer_kernels import kept_launches
+from fastformer_kernels import launch as launching
 from fastformer_kernels.configurations import forced, shipped_defaults
 from fastformer_kernels.kept_launches import Launch, kept_choice, kept_launch
 from fastformer_kernels.launch import target_architecture
@@ -151,6 +152,71 @@ def test_another_alignment_or_device_is_another_kind(kernel: Kernel, monkeypatch
     monkeypatch.setattr(Driver, "device", 1)
     launch(on_meta(4), None, 3)
     assert asked == [3, 3, 3]
+
+
+class Devices:
+    """Two GPUs, each kernel's launch on which is noted with the stream and the number of the current one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.driver, self.launched, devices = Driver(), [], self
+
+        class Guard:
+            """What `torch.cuda.device` does, of which -1 does nothing."""
+
+            def __init__(self, device: int) -> None:
+                self.device = device
+
+            def __enter__(self) -> None:
+                self.previous = devices.driver.device
+                if self.device >= 0:
+                    devices.driver.device = self.device
+
+            def __exit__(self, *_: Any) -> None:
+                devices.driver.device = self.previous
+
+        monkeypatch.setattr(torch.cuda, "device", Guard)
+        monkeypatch.setattr(triton.runtime.driver, "_active", self.driver)
+        monkeypatch.setattr(kept_launches, "_kept", {})
+        monkeypatch.setattr(kept_launches, "provide_scratch_memory", lambda: self.note("memory"))
+
+    def note(self, *what: Any) -> None:
+        self.launched.append((*what, self.driver.device))
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **options: Any) -> Devices:
+            # Triton asks for the stream of the current device.
+            self.note("first", self.driver.get_current_stream(self.driver.device))
+            return self
+
+        return launch
+
+    # Of a kernel and of what it was compiled to.
+    arg_names, function, packed_metadata = ("pointer",), "function", "packed"
+
+    def run(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
+        self.note("kept", stream)
+
+
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize("holds", [0, 1])
+def test_a_launch_is_on_the_device_that_holds_its_tensor(
+    current: int, holds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever is current, the first and each that is kept: on that device's stream and with memory of it."""
+    devices = Devices(monkeypatch)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: holds)
+    monkeypatch.setattr(launching, "_gpu_of", lambda tensor: holds)
+    devices.driver.device = current
+
+    @kept_launch
+    def launch(first: torch.Tensor) -> list[Launch]:
+        return [Launch(devices, (1,), (first,), {}, descriptors=True)] * 2
+
+    for _ in range(3):
+        launch(on_meta(4))
+    memory, stream = ("memory", holds), 10 + holds
+    assert devices.launched == [memory, ("first", stream, holds)] * 2 + [memory, ("kept", stream, holds)] * 4
+    assert devices.driver.device == current
 
 
 def test_other_configurations_are_asked_for(kernel: Kernel) -> None:

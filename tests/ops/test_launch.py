@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import ctypes
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.cuda._utils
 import triton
 from fastformer_kernels import kept_launches, launch
 
@@ -46,6 +49,17 @@ def test_each_tensor_is_served_by_the_gpu_that_holds_it(monkeypatch: pytest.Monk
     assert [launch.architecture_of(on_gpu(index)).name for index in (1, 0, 1)] == ["sm_90", "sm_80", "sm_90"]
     assert [launch.multiprocessors_of(on_gpu(index)) for index in (1, 0)] == [130, 108]
     launch._architecture_of_gpu.cache_clear()
+
+
+@pytest.mark.parametrize(("has_gpu", "expected"), [(True, [0, 1]), (False, [-1, -1])])
+def test_the_guard_makes_the_gpu_of_its_tensor_current(
+    has_gpu: bool, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of PyTorch's for -1 does nothing."""
+    monkeypatch.setattr(launch, "_has_gpu", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: device)
+    assert [launch.device_guard(on_gpu(index)) for index in (0, 1)] == expected
+    assert launch.device_guard(torch.zeros(1)) == -1
 
 
 def test_a_tensor_that_a_tool_takes_for_a_gpus_is_launched_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,28 +105,89 @@ def test_every_launch_is_inside_the_guard_of_its_first_tensor(monkeypatch: pytes
     assert not current
 
 
-# By the vendors' papers, in the order of their publication: bytes of shared memory that a thread block may use, from
-# NVIDIA's table of technical specifications per compute capability and AMD's ISA guides, and the multiprocessors and
-# MiB of level-2 cache of the largest product: A100, GA102, AD102, H100 SXM, B200, RTX PRO 6000, MI250X, MI300X, MI355X.
+# Multiprocessors and MiB of level-2 cache of each architecture's largest product, in the order of their publication:
+# A100, GA102, AD102, H100 SXM, B200, RTX PRO 6000, MI250X (one die), MI300X and MI355X. From the vendors' papers.
+# Multiprocessors are the same in what drivers report: PyTorch's compiler writes, for example,
+# `DeviceProperties(..., multi_processor_count=188, cc=120, ...)` into the kernels it makes, which are public in many
+# places for all but gfx90a and gfx950: those are as in IREE's KnownTargets.cpp, where both dies of MI250X have 220.
 PUBLISHED = {
-    "sm_80": (166912, 108, 40),
-    "sm_86": (101376, 84, 6),
-    "sm_89": (101376, 142, 96),
-    "sm_90": (232448, 132, 50),
-    "sm_100": (232448, 148, 126),
-    "sm_120": (101376, 188, 128),
-    "gfx90a": (65536, 110, 8),
-    "gfx942": (65536, 304, 4),
-    "gfx950": (163840, 256, 4),
+    "sm_80": (108, 40),
+    "sm_86": (84, 6),
+    "sm_89": (142, 96),
+    "sm_90": (132, 50),
+    "sm_100": (148, 126),
+    "sm_120": (188, 128),
+    "gfx90a": (220 // 2, 8),
+    "gfx942": (304, 4),
+    "gfx950": (256, 4),
 }
 
 
-def test_limits_are_the_published_ones() -> None:
-    limits = {name: (a.shared_memory, a.multiprocessors, a.l2 >> 20) for name, a in launch.ARCHITECTURES.items()}
-    assert limits == PUBLISHED
+def test_sizes_are_the_published_ones() -> None:
+    sizes = {name: (a.multiprocessors, a.l2 >> 20) for name, a in launch.ARCHITECTURES.items()}
+    assert sizes == PUBLISHED
     assert {name: a.warp_size for name, a in launch.ARCHITECTURES.items()} == {
         name: 64 if name.startswith("gfx") else 32 for name in PUBLISHED
     }
+
+
+# NVIDIA's own rules, in a header of which Triton brings a copy. A partition of a multiprocessor's memory is of the next
+# size that there is, or an error.
+OCCUPANCY = """
+#include <cuda_occupancy.h>
+
+static cudaOccDeviceProp device(int major, int minor) {
+    cudaOccDeviceProp properties = {.computeMajor = major, .computeMinor = minor};
+    return properties;
+}
+
+int is_a_partition(int major, int minor, size_t bytes) {
+    cudaOccDeviceProp properties = device(major, minor);
+    return cudaOccAlignUpShmemSizeVoltaPlus(&bytes, &properties) == CUDA_OCC_SUCCESS;
+}
+
+int blocks_per_multiprocessor(int major, int minor) {
+    cudaOccDeviceProp properties = device(major, minor);
+    int blocks = -1;
+    cudaOccMaxBlocksPerMultiprocessor(&blocks, &properties);
+    return blocks;
+}
+"""
+# What CUDA keeps of a block's shared memory from compute capability 8.0 on.
+RESERVED = 1024
+
+
+@pytest.fixture(scope="module")
+def occupancy(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """NVIDIA's rules, compiled."""
+    folder = tmp_path_factory.mktemp("occupancy")
+    (folder / "occupancy.c").write_text(OCCUPANCY)
+    include = Path(triton.__file__).parent / "backends/nvidia/include"
+    command = ["cc", "-shared", "-fPIC", f"-I{include}", "-o", "occupancy.so", "occupancy.c"]
+    subprocess.run(command, cwd=folder, check=True)
+    library = ctypes.CDLL(str(folder / "occupancy.so"))
+    library.is_a_partition.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_size_t]
+    return library
+
+
+@pytest.mark.parametrize("name", [name for name in launch.ARCHITECTURES if name.startswith("sm_")])
+def test_limits_of_nvidias_are_those_of_its_own_header(name: str, occupancy: ctypes.CDLL) -> None:
+    capability = divmod(int(name.removeprefix("sm_")), 10)
+    largest = max(kib for kib in range(1024) if occupancy.is_a_partition(*capability, kib * 1024)) * 1024
+    assert launch.ARCHITECTURES[name].shared_memory == largest - RESERVED
+    assert DEVICES[name].ctas == occupancy.blocks_per_multiprocessor(*capability)
+
+
+@pytest.mark.parametrize("name", [name for name in launch.ARCHITECTURES if name.startswith("gfx")])
+def test_limits_of_amds_are_those_that_pytorch_checks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch has a table where it launches kernels of a user's, since AMD's driver does not tell."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(gcnArchName=name))
+    monkeypatch.setattr(torch.cuda._utils, "_get_gpu_runtime_library", lambda: None)
+    limit = launch.ARCHITECTURES[name].shared_memory
+    kernel = torch.cuda._utils._CudaKernel(None, None)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=rf"\({limit + 1} bytes\) exceeds device limit \({limit} bytes\)"):
+        kernel.set_shared_memory_config(limit + 1)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
