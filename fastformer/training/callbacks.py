@@ -352,15 +352,24 @@ class EarlyStopping(Callback):
         monitor: the metric, logged as ``val/MONITOR``.
         mode: whether the best is its min or its max.
         patience: validations without a better one after which training stops.
+        run: says which run this is, where that is known: the file of another one is as good as damaged.
     """
 
-    def __init__(self, path: Path, monitor: str, mode: Literal["min", "max"], patience: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        monitor: str,
+        mode: Literal["min", "max"],
+        patience: int,
+        run: Callable[[], str | None] = lambda: None,
+    ) -> None:
         if patience < 1:
             raise ValueError(f"patience must be 1 or more; got {patience}")
         self.path = path
         self.monitor = monitor
         self.sign = 1.0 if mode == "min" else -1.0
         self.patience = patience
+        self.run = run
         self.best: float | None = None
         self.step = 0
         self.waited = 0
@@ -390,12 +399,14 @@ class EarlyStopping(Callback):
         state = trainer.strategy.lightning_module_state_dict()
         if trainer.is_global_zero:
             trained = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
-            save_checked({name: state[name] for name in trained}, self.path)
+            save_checked({"run": self.run(), "weights": {name: state[name] for name in trained}}, self.path)
 
     def _check_file(self) -> None:
         """Forget the best where its weights are lost."""
         try:
             check_checkpoint(self.path)
+            if (run := self.run()) is not None and self._content("meta").get("run") != run:
+                raise ValueError(f"{self.path} is another run's")
         except (ValueError, OSError) as error:
             warnings.warn(f"the best weights so far are lost, and looked for anew: {error}", stacklevel=2)
             self.best, self.waited = None, 0
@@ -413,8 +424,12 @@ class EarlyStopping(Callback):
             return
         self._restored = True
         trainer.strategy.barrier()
-        weights = torch.load(self.path, map_location=pl_module.device, weights_only=True)
-        load_weights(pl_module, weights)
+        content = self._content(pl_module.device)
+        load_weights(pl_module, content.get("weights", content))  # of older runs it has the weights alone
+
+    def _content(self, device: torch.device | str) -> dict[str, Any]:
+        content: dict[str, Any] = torch.load(self.path, map_location=device, weights_only=True)
+        return content
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "step": self.step, "waited": self.waited}

@@ -150,13 +150,14 @@ def _set_folder_aside(path: Path) -> None:
         warnings.warn(f"{path} was a folder: it is {free.name} now", stacklevel=2)
 
 
-def latest_checkpoint(folder: Path, weights_for: WeightsFor | None = None) -> Path | None:
+def latest_checkpoint(folder: Path, weights_for: WeightsFor | None = None, run: str | None = None) -> Path | None:
     """The newest whole checkpoint in `folder`, None where none was written yet; warns of each one passed over.
 
     Args:
         folder: of the checkpoints.
         weights_for: names and shapes of the weights that one must have, from its content; it may raise ValueError. None
             leaves the content unchecked.
+        run: that it must be of, where that is known.
 
     Raises:
         ValueError: there are checkpoints, and all are damaged, or not this run's.
@@ -166,7 +167,7 @@ def latest_checkpoint(folder: Path, weights_for: WeightsFor | None = None) -> Pa
         try:
             check_checkpoint(path)
             if weights_for is not None:
-                _check_content(path, weights_for)
+                _check_content(path, weights_for, run)
             return path
         except (ValueError, OSError) as error:
             warnings.warn(f"{error}; trying the one before it", stacklevel=2)
@@ -176,8 +177,8 @@ def latest_checkpoint(folder: Path, weights_for: WeightsFor | None = None) -> Pa
     return None
 
 
-def _check_content(path: Path, weights_for: WeightsFor) -> None:
-    """Raises ValueError for one that is whole, but not of this run: not of its step, or with other weights."""
+def _check_content(path: Path, weights_for: WeightsFor, run: str | None) -> None:
+    """Raises ValueError for one that is whole, but not this run's, by what it says, by its step or its weights."""
     try:
         content = torch.load(path, map_location="meta", weights_only=True)
     except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
@@ -185,6 +186,8 @@ def _check_content(path: Path, weights_for: WeightsFor) -> None:
     missing = [part for part in _PARTS if not isinstance(content, dict) or part not in content]
     if missing:
         raise ValueError(f"the checkpoint {path} is not one of a run: it has no {', '.join(missing)}")
+    if run is not None and content.get("run") != run:
+        raise ValueError(f"the checkpoint {path} is not this run's: it is another run's")
     if content["global_step"] != _step(path):
         raise ValueError(f"the checkpoint {path} is not this run's: it is of step {content['global_step']}")
     try:

@@ -247,7 +247,7 @@ def _finetune(
     module = _module(prepared, options)
     checkpoint = None
     if options.resume:
-        checkpoint = latest_checkpoint(folder.checkpoints, lambda content: module.state_dict())
+        checkpoint = latest_checkpoint(folder.checkpoints, lambda content: module.state_dict(), folder.run)
     data = _data(prepared, module, options)
     throughput, curve = Throughput(), LossCurve(folder.curve)
     finite = FiniteLosses(folder.checkpoints, options.skip_nonfinite)
@@ -255,7 +255,7 @@ def _finetune(
     stopping = []
     if options.patience is not None:
         mode = "min" if options.monitor in ("loss", "perplexity") else "max"
-        stopping = [EarlyStopping(folder.path / _BEST, options.monitor, mode, options.patience)]  # type: ignore[arg-type]
+        stopping = [EarlyStopping(folder.path / _BEST, options.monitor, mode, options.patience, lambda: folder.run)]  # type: ignore[arg-type]
     arguments = parser.instantiate(options).trainer
     if options.privacy_epsilon is not None:
         arguments.gradient_clip_val = None  # clipping is the mechanism's, of each example's gradient

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -90,6 +91,13 @@ class RunFolder:
         """Held by the process that writes."""
         return self.path / ".lock"
 
+    @property
+    def run(self) -> str | None:
+        """What the run and its checkpoints are known by; None of one from before there was any, or not begun."""
+        with suppress(ValueError):
+            return self._read_manifest().get("run")
+        return None
+
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """As JSON, whole or not at all; null for what is no finite number."""
         with atomic_file(self.metrics) as file:
@@ -101,7 +109,7 @@ class RunFolder:
     def opened(
         self, resume: bool, overwrite: bool, inputs: Mapping[str, Sequence[Path]] | None = None
     ) -> Iterator[None]:
-        """Hold the folder for this run. Nothing of a run that is replaced is removed before `clear`.
+        """Hold the folder for this run. Nothing of a run that is replaced is removed before `begin`.
 
         A run that failed before its first step has left logs at most; they are no reason to refuse.
 
@@ -131,20 +139,20 @@ class RunFolder:
                 if next(self._files(), None) is None:  # it failed before it wrote anything
                     self._forget(new)
 
-    def clear(self) -> None:
-        """Remove what the run that is replaced has left."""
+    def begin(self) -> None:
+        """Remove what the run that is replaced has left, and make the new one known."""
         for path in self._replaced:
             remove(path)
             for parent in path.relative_to(self.path).parents[:-1]:
                 with suppress(OSError):  # not empty
                     (self.path / parent).rmdir()
-        if self._replaced:
-            self._replaced.clear()
-            self._write_manifest(self._patterns())
+        files = self._patterns() if self._replaced else self._listed()
+        self._replaced.clear()
+        self._write_manifest(files, uuid.uuid4().hex)
 
     def claim_model(self, files: Iterable[str]) -> None:
         """Note that files of these names are the run's, in `model`."""
-        self._write_manifest([*self._listed(), *(f"{self.model.name}/{name}" for name in files)])
+        self._write_manifest([*self._listed(), *(f"{self.model.name}/{name}" for name in files)], self.run)
 
     # --- What is there ------------------------------------------------------------------------------------------------
 
@@ -210,7 +218,7 @@ class RunFolder:
                 f"--output {self.path} holds {self._state()} run: continue it with --resume, replace it with "
                 "--overwrite, or give another folder"
             )
-        self._write_manifest([*patterns, *listed])
+        self._write_manifest([*patterns, *listed], self.run)
         if resume:
             self._remove_temporaries()
         else:
@@ -267,10 +275,10 @@ class RunFolder:
             raise ValueError(f"{self.manifest} is no manifest of a run: it must have the names of its files")
         return found
 
-    def _write_manifest(self, files: Sequence[str]) -> None:
+    def _write_manifest(self, files: Sequence[str], run: str | None) -> None:
         process = {"pid": os.getpid(), "host": socket.gethostname()}
         with atomic_file(self.manifest) as file:
-            content = {"kind": self.kind, "process": process, "files": list(dict.fromkeys(files))}
+            content = {"kind": self.kind, "run": run, "process": process, "files": list(dict.fromkeys(files))}
             file.write(json.dumps(content, indent=1).encode() + b"\n")
 
     @contextmanager

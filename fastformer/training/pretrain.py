@@ -147,7 +147,7 @@ def _pretrain(
     checkpoint = None
     if options.resume:
         checkpoint = latest_checkpoint(
-            folder.checkpoints, MODULES[options.objective](**options.model.as_dict()).weights_for
+            folder.checkpoints, MODULES[options.objective](**options.model.as_dict()).weights_for, folder.run
         )
     objects = parser.instantiate(options)
     if options.tensor_parallel != 1:

@@ -260,6 +260,8 @@ def _check(options: Namespace) -> None:
 class SaveOptions(Callback):
     """Writes the options when training starts: from then on there is a run to resume, and one that it replaces is gone.
 
+    Its checkpoints say that they are of this run.
+
     Args:
         folder: of the run.
         parser: of the options.
@@ -268,15 +270,21 @@ class SaveOptions(Callback):
 
     def __init__(self, folder: RunFolder, parser: LightningArgumentParser, options: Namespace) -> None:
         self.folder = folder
+        self.resumed = options.resume
         kept = options.clone()
         kept.resume = kept.overwrite = kept.trust = False
         self.text = parser.dump(kept)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            self.folder.clear()
+            if not self.resumed:
+                self.folder.begin()
             with atomic_file(self.folder.config) as file:
                 file.write(self.text.encode())
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.is_global_zero:  # which alone writes it
+            checkpoint["run"] = self.folder.run
 
 
 # --- How a run ends ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import errno
 import resource
 import signal
 from pathlib import Path
+from shutil import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,9 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from training.tasks import command, scratch
 
+from fastformer import cli
 from fastformer.training.checkpoints import AtomicCheckpointIO, StepCheckpoint, check_checkpoint, latest_checkpoint
 
 CONTENT = {"weight": torch.arange(1000.0), "step": 7}
@@ -216,3 +219,35 @@ def test_one_that_is_whole_but_not_the_runs_is_passed_over(kind: str, tmp_path: 
     older.unlink()
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"whole and this run's: step-0000009\.ckpt"):
         latest_checkpoint(tmp_path, lambda content: expected)
+
+
+def test_one_of_another_run_is_passed_over(tmp_path: Path) -> None:
+    older, newest = tmp_path / "step-0000007.ckpt", tmp_path / "step-0000009.ckpt"
+    weights = {"weight": torch.ones(3)}
+    of_run(older, run="this")
+    for other in ("other", None):
+        of_run(newest, step=9, run=other)
+        with pytest.warns(UserWarning, match=r"step-0000009\.ckpt is not this run's: it is another run's") as warned:
+            assert latest_checkpoint(tmp_path, lambda content: weights, "this") == older
+        assert len(warned) == 1
+        assert latest_checkpoint(tmp_path, lambda content: weights) == newest  # of a run that has no name
+
+
+@pytest.mark.parametrize("name", ["pretrain", "classify"])
+def test_a_command_goes_on_from_its_own(
+    name: str, tiny_run: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Beside the newest checkpoint of another run, with the same options but for the seed."""
+    resume = ["pretrain"] if name == "pretrain" else ["finetune", name]
+    begin = tiny_run if name == "pretrain" else [*command(name, data, tmp_path), *scratch("--patience", "9")]
+    for output, steps, seed in (("one", 4, 0), ("other", 8, 1)):
+        options = [*begin, "--output", str(tmp_path / output), "--max_steps", str(steps), "--seed", str(seed)]
+        assert cli.main([*options, "--evaluate_every", "2"]) == 0
+    one, other = tmp_path / "one", tmp_path / "other"
+    copy(other / "checkpoints/step-0000008.ckpt", one / "checkpoints")
+    if name == "classify":
+        copy(other / "best.pt", one)
+    with pytest.warns(UserWarning, match=r"is another run's") as warned:
+        assert cli.main([*resume, "--resume", "--output", str(one), "--max_steps", "6"]) == 0
+    assert sum("another run's" in str(warning.message) for warning in warned) == (2 if name == "classify" else 1)
+    assert '"steps": 6' in (one / "metrics.json").read_text()

@@ -28,7 +28,7 @@ def finished(tmp_path: Path) -> RunFolder:
     """A folder with all that a run leaves."""
     run = folder(tmp_path)
     with run.opened(resume=False, overwrite=False):
-        run.clear()
+        run.begin()
         run.claim_model(["config.json"])
         for name in RUN:
             write(run.path / name)
@@ -53,7 +53,7 @@ def test_a_run_is_removed_once_the_next_one_begins_and_not_before(finished: RunF
     with run.opened(False, overwrite=True):
         write(run.path / "logs/csv/version_1/metrics.csv", "of the next")
         assert files(run.path) == {*RUN, "logs/csv/version_1/metrics.csv"}
-        run.clear()
+        run.begin()
         assert files(run.path) == {"logs/csv/version_1/metrics.csv"}
         assert not (run.path / "model").exists()
 
@@ -91,7 +91,7 @@ def test_what_no_manifest_lists_is_never_removed(name: str, finished: RunFolder,
     write(finished.path / name, "precious")
     run = folder(tmp_path)
     with pytest.raises(ValueError, match=rf"no pretraining run: {name}"), run.opened(False, overwrite=True):
-        run.clear()
+        run.begin()
     assert files(finished.path) == {*RUN, name}
 
 
@@ -112,7 +112,7 @@ def test_a_link_is_never_followed(finished: RunFolder, tmp_path: Path) -> None:
     (finished.path / "checkpoints/step-0000010.ckpt").symlink_to(tmp_path / "elsewhere/step-0000020.ckpt")
     run = folder(tmp_path)
     with run.opened(False, overwrite=True):
-        run.clear()
+        run.begin()
     assert (tmp_path / "elsewhere/step-0000020.ckpt").read_text() == "precious"
     assert not (finished.path / "checkpoints").exists()
 
@@ -165,7 +165,7 @@ def test_two_runs_in_one_folder(resume: bool, overwrite: bool, finished: RunFold
     pid = ours.recv()
     run = folder(tmp_path)
     with pytest.raises(ValueError, match=rf"in use: process {pid} on \S+ writes"), run.opened(resume, overwrite):
-        run.clear()
+        run.begin()
     assert files(finished.path) == set(RUN)
     process.kill()  # a dead process holds no lock
     process.join()
@@ -251,7 +251,7 @@ def test_what_is_to_be_read_is_never_replaced(option: str, kind: str, finished: 
 def test_what_is_read_from_beside_the_run_is_in_nobodys_way(finished: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "output2").mkdir()
     with finished.opened(False, True, {"--data": [tmp_path, tmp_path / "output2"]}):
-        finished.clear()
+        finished.begin()
     assert files(finished.path) == set()
 
 
@@ -265,3 +265,17 @@ def test_a_run_with_a_damaged_manifest_is_resumed(content: str, finished: RunFol
         pass
     assert files(finished.path) == set(RUN)
     assert "model/config.json" in json.loads(finished.manifest.read_text())["files"]
+
+
+def test_a_run_is_known_by_a_name_of_its_own(finished: RunFolder, tmp_path: Path) -> None:
+    known = finished.run
+    assert known
+    with pytest.raises(ValueError, match="no learning rate"), folder(tmp_path).opened(False, overwrite=True):
+        raise ValueError("no learning rate")
+    assert finished.run == known  # it is not replaced
+    with folder(tmp_path).opened(resume=True, overwrite=False):
+        finished.claim_model(["weights"])
+    assert finished.run == known
+    with folder(tmp_path).opened(False, overwrite=True):
+        finished.begin()
+    assert finished.run not in (known, None)

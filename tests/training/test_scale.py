@@ -136,7 +136,7 @@ def test_processes_stop_together_with_the_best_weights(strategy: str, options: O
     finish(start([*started, *TWO[strategy], "--output", str(tmp_path / "two")], ranks=2))
     assert_same_run(tmp_path / "two", tmp_path / "one")
     assert metrics(tmp_path / "two")["steps"] == 2
-    best = torch.load(tmp_path / "two/best.pt", weights_only=True)
+    best = torch.load(tmp_path / "two/best.pt", weights_only=True)["weights"]
     last = torch.load(tmp_path / "two/checkpoints/step-0000002.ckpt", weights_only=True)["state_dict"]
     saved = load_file(tmp_path / "two/model/model.safetensors")
     assert all(torch.equal(saved[name], best[f"model.{name}"]) for name in saved)
