@@ -73,7 +73,8 @@ def load_model(kind: Any, folder: str | Path, **arguments: Any) -> tuple[Any, li
     _refuse_missing(folder, _of_base(model, missing))
     surplus = _of_base(model, sorted(info["unexpected_keys"])) if model.config.model_type == "fastformer" else []
     if surplus:
-        raise ValueError(f"the weights in {folder} are more than its config.json has a place for: {_named(surplus)}")
+        named = some_names(surplus)
+        raise ValueError(f"the weights in {folder} are more than its config.json has a place for: {named}")
     return model, missing
 
 
@@ -84,10 +85,11 @@ def _of_base(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
 
 def _refuse_missing(folder: str | Path, missing: Sequence[str]) -> None:
     if missing:
-        raise ValueError(f"the weights in {folder} lack what its config.json asks for: {_named(missing)}")
+        raise ValueError(f"the weights in {folder} lack what its config.json asks for: {some_names(missing)}")
 
 
-def _named(names: Sequence[str]) -> str:
+def some_names(names: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fastformer.models.loading import some_names
 from fastformer.training.blocks import blocks
 
 
@@ -62,6 +66,58 @@ class Lora:
             modules_to_save=sorted(new_layers) or None,
         )
         return get_peft_model(model, config)
+
+
+def adapter_config(folder: str | Path) -> Any:
+    """The PEFT configuration of the adapter in a folder.
+
+    Raises:
+        ValueError: it is damaged, or does not name the model that it is for.
+    """
+    from peft import PeftConfig
+
+    file = Path(folder) / "adapter_config.json"
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+        raise ValueError(f"{file} is no configuration of an adapter: {type(error).__name__}: {error}") from error
+    if not isinstance(config.base_model_name_or_path, str):
+        raise ValueError(
+            f"{file} must name the model that is adapted; base_model_name_or_path is {config.base_model_name_or_path!r}"
+        )
+    return config
+
+
+def with_adapter(model: PreTrainedModel, config: Any, folder: str | Path) -> Any:
+    """The model with the adapter in a folder merged into its weights.
+
+    Raises:
+        ValueError: the file of the adapter is missing or damaged, or does not hold the weights that its configuration
+            asks for; the error names them.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    file = Path(folder) / "adapter_model.safetensors"
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} is missing or damaged: {error}") from error
+    try:
+        adapted: Any = get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder}: the adapter does not fit {config.base_model_name_or_path}: {error}") from error
+    expected = get_peft_model_state_dict(adapted)
+    for what, names in (("lacks", expected.keys() - found.keys()), ("has too many:", found.keys() - expected.keys())):
+        if names:
+            raise ValueError(f"{file} {what} {some_names(sorted(names))}, by its adapter_config.json")
+    for name, weight in expected.items():
+        if found[name].shape != weight.shape:
+            raise ValueError(
+                f"{file}: {name} has the shape {tuple(found[name].shape)}, and {tuple(weight.shape)} by its "
+                "adapter_config.json"
+            )
+    set_peft_model_state_dict(adapted, found)
+    return adapted.merge_and_unload()
 
 
 def linear_layers_in_blocks(model: nn.Module) -> list[str]:

@@ -12,10 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 from fastformer.console import track
 from fastformer.data.tokenizer import load_tokenizer
+from fastformer.extras import require
 from fastformer.generation import Generator, SamplingParameters
 from fastformer.generation.cached_model import LanguageModel
+from fastformer.models.finite import check_finite_weights
 from fastformer.models.loading import load_configuration
 from fastformer.training.batches import in_order
+from fastformer.training.lora import adapter_config, with_adapter
 from fastformer.training.optimization import Optimization
 from fastformer.training.recipes import RECIPES, Converse, Recipe, Rewrite, TextOptions
 from fastformer.training.starting_point import StartingPoint, Task, pretrained
@@ -56,7 +59,7 @@ class Predictor:
         """The model in a folder, or the one that the adapter in it is for.
 
         Raises:
-            ValueError: the model has not been fine-tuned for the task.
+            ValueError: the model has not been fine-tuned for the task, or weights are missing, too many or not finite.
         """
         if (Path(folder) / "adapter_config.json").is_file():
             start = _adapted(folder, task)
@@ -65,6 +68,10 @@ class Predictor:
             if start.new_layers:
                 missing = ", ".join(start.new_layers)
                 raise ValueError(f"the model in {folder} is not fine-tuned for {task}: it has no weights for {missing}")
+        try:
+            check_finite_weights(start.model)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
         tokenizer = load_tokenizer(folder)
         recipe = recipe_for(task, start, options or TextOptions(), tokenizer)
         return cls(start.model.to(device), recipe, tokens_per_batch)  # type: ignore[arg-type]
@@ -153,13 +160,15 @@ def recipe_for(task: Task, start: StartingPoint, options: TextOptions, tokenizer
 
 def _adapted(folder: str | Path, task: Task) -> StartingPoint:
     """The base model with the adapter merged; the configuration beside the adapter names the labels."""
-    from peft import PeftConfig, PeftModel
-
+    require("peft")
     config = load_configuration(folder)
     labels = list(config.id2label.values()) if task in ("classify", "tag") else None
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    start = pretrained(base, task, labels)
-    return start._replace(model=PeftModel.from_pretrained(start.model, str(folder)).merge_and_unload())
+    adapter = adapter_config(folder)
+    try:
+        start = pretrained(adapter.base_model_name_or_path, task, labels)
+    except OSError as error:
+        raise ValueError(f"{folder} adapts a model that is not there: {error}") from error
+    return start._replace(model=with_adapter(start.model, adapter, folder))
 
 
 def _padded(rows: Sequence[list[int]], pad_token_id: int, on_the_left: bool) -> dict[str, torch.Tensor]:
