@@ -6,6 +6,7 @@ Byte-level byte-pair encoding: Radford et al., "Language Models are Unsupervised
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 import warnings
@@ -22,6 +23,9 @@ Objective = Literal["mlm", "clm", "span-corruption", "denoising"]
 
 SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))
 """What stands for a span that is left out, in the order in which they occur in a text (T5)."""
+
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.spm")
+"""Patterns of the files that a tokenizer's words may be in."""
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
@@ -194,6 +198,31 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             f"{type(error).__name__}: {error}"
         ) from error
     return tokenizer
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Check the files of the tokenizer in a model's folder, if it has one; one without a vocabulary is loaded.
+
+    Raises:
+        ValueError: one of them is missing or damaged.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if config.exists():
+        try:
+            fields = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{config} is damaged: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{config} is damaged: it must hold a JSON object")
+    if tokenizer.exists():
+        try:
+            Tokenizer.from_file(str(tokenizer))
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(f"{tokenizer} is damaged, or holds no tokenizer: {error}") from error
+    elif config.exists() and not any(path.is_file() for name in VOCABULARIES for path in folder.glob(name)):
+        load_tokenizer(folder)  # some, of bytes, need no file
 
 
 def text_fingerprint(texts: Iterable[str]) -> str:

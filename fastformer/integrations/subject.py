@@ -12,9 +12,10 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastformer.data.tokenizer import check_tokenizer
 from fastformer.integrations.acceleration.probing import ERRORS
 from fastformer.integrations.small_models import BEGIN, small_model
-from fastformer.models.loading import load_configuration
+from fastformer.models.loading import load_configuration, load_model
 
 TOKENS = 11
 _PADDED = (11, 6, 8)
@@ -33,7 +34,7 @@ class Subject:
         """The model of a folder, of a name on the hub that is in the local cache, or a small random one of a class.
 
         Raises:
-            ValueError: `name` is none of these, or its class takes no eager attention.
+            ValueError: `name` is none of these, its class takes no eager attention, or its tokenizer is damaged.
         """
         torch.manual_seed(seed)
         model_class = getattr(transformers, name, None) if name.isidentifier() else None
@@ -46,10 +47,11 @@ class Subject:
                 f"{name!r} is no class of transformers' models, no folder with one and no model in the local cache of "
                 f"the hub: {error}"
             ) from error
+        check_tokenizer(Path(name))
         architecture = (config.architectures or [""])[0]
         auto: Any = getattr(transformers, architecture, transformers.AutoModel)
-        model = auto.from_pretrained(
-            name, local_files_only=True, trust_remote_code=False, attn_implementation="eager", dtype=torch.float32
+        model, _ = load_model(
+            auto, name, local_files_only=True, trust_remote_code=False, attn_implementation="eager", dtype=torch.float32
         )
         return Subject(model.eval(), "a folder" if Path(name).is_dir() else "the hub's cache")
 

@@ -299,7 +299,7 @@ def test_nothing_stays_of_what_fails_half_way(tmp_path: Path, monkeypatch: pytes
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastformer.models.conversion.folders._copy_companions", full_disk)
+    monkeypatch.setattr("fastformer.models.conversion.folders._make_companions", full_disk)
     with pytest.raises(OSError, match="No space left"):
         convert(source, tmp_path / "ours")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

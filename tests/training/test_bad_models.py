@@ -24,9 +24,10 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "a list": lambda path: path.write_text("[1]"),
     "deep": lambda path: path.write_text('{"x":' + "[" * 100_000),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "missing": lambda path: path.unlink(),
 }
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
-OPTIONAL = {("tokenizer_config.json", "a folder")}
+OPTIONAL = {("tokenizer_config.json", "a folder"), ("tokenizer_config.json", "missing")}
 """Taken by transformers as if it were not there."""
 
 
@@ -44,6 +45,8 @@ COMMANDS: dict[str, tuple[Task, Callable[[Path], list[Any]]]] = {
     "generate": ("generate", lambda run: [run / "model", "--prompt", "some", "--max_new_tokens", "1"]),
     "predict": ("classify", lambda run: [run, "--data", run / "data.jsonl", "--out", run / "out.jsonl"]),
     "explain": ("classify", lambda run: [run / "model", "--text", "some", "--out", run / "out"]),
+    "convert": ("generate", lambda run: [run / "model", run / "out", "--to", "gpt2"]),
+    "verify": ("generate", lambda run: [run / "model"]),
 }
 
 
@@ -64,7 +67,7 @@ def test_damaged_models_are_refused(command: str, file: str, tmp_path: Path, cap
 
 
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "a layer without weights": ({"num_hidden_layers": 3}, "model.layers."),
+    "a layer without weights": ({"num_hidden_layers": 3}, r"layers\.2\."),
     "fewer layers": ({"num_hidden_layers": 1}, "model.layers."),
     "a smaller vocabulary": ({"vocab_size": 10}, "vocab_size|embeddings.word.weight"),
     "a word for a number": ({"hidden_size": "x"}, "hidden_size"),
@@ -76,7 +79,6 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
 }
 LOADING: dict[str, tuple[Task, Callable[[Path], list[Any]]]] = {
     **COMMANDS,
-    "convert": ("generate", lambda run: [run / "model", run / "out", "--to", "gpt2"]),
     "finetune": (
         "classify",
         lambda run: ["classify", "--model", run / "model", "--data", run, "--output", run / "out"],

@@ -70,7 +70,7 @@ def _read_files(folder: Path, files: dict[str, set[str] | None]) -> Tensors:
         except FileNotFoundError:
             problems.add("missing", [file])
             continue
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:  # the latter: a folder
             problems.add("damaged or cut short:", [f"{file} ({error})"])
             continue
         names = set(opened.keys())

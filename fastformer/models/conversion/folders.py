@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from fastformer.data.files import atomic_folder
+from fastformer.data.tokenizer import VOCABULARIES, check_tokenizer
 from fastformer.models.configuration import FastformerConfig
 from fastformer.models.conversion.architecture import Architecture, Head
 from fastformer.models.conversion.bert import BERT
@@ -50,7 +51,6 @@ _COMPANIONS = (
     "processor_config.json",
     "LICENSE*",
 )
-_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.spm")
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,8 @@ def _convert(
         raise FileExistsError(f"{target} exists already; give a folder that does not")
     if to not in FORMATS:
         raise ValueError(f"the format must be one of {', '.join(FORMATS)}; got {to!r}")
+    check_tokenizer(source)
+    travelling = _companions(source)
     with tempfile.TemporaryDirectory() as scratch:
         given = _read(source, class_name, drop, Path(scratch))
         if given.format == to:
@@ -127,7 +129,9 @@ def _convert(
         converted = given.own if to == FASTFORMER else write_checkpoint(_architecture(to), given.own)
         with atomic_folder(target) as folder:
             _write(converted, to, folder, shard_bytes, progress(len(converted.tensors.shapes)), Path(scratch))
-            companions = _copy_companions(source, folder)
+            for path in travelling:
+                shutil.copyfile(path, folder / path.name)
+            companions = {path.name for path in travelling}
             companions |= _make_companions(source, given, converted, to, folder, companions)
     return Conversion(
         given.format,
@@ -220,12 +224,13 @@ def _write(
     config.save_pretrained(folder)
 
 
-def _copy_companions(source: Path, folder: Path) -> set[str]:
-    """Copy what travels along; the names of it."""
+def _companions(source: Path) -> set[Path]:
+    """What travels along; raises ValueError where it is JSON and damaged."""
     found = {path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}
     for path in found:
-        shutil.copyfile(path, folder / path.name)
-    return {path.name for path in found}
+        if path.suffix == ".json":
+            read_json(path)
+    return found
 
 
 def _make_companions(
@@ -237,7 +242,7 @@ def _make_companions(
         if "vocab.txt" not in copied and _write_vocabulary(source / "tokenizer.json", folder / "vocab.txt"):
             made.add("vocab.txt")
         return made
-    if any(fnmatchcase(name, pattern) for name in copied for pattern in _VOCABULARIES):
+    if any(fnmatchcase(name, pattern) for name in copied for pattern in VOCABULARIES):
         made |= _name_tokenizer(source, given, folder)
     if _GENERATION not in copied and given.format != TENSORFLOW and converted.model_class.can_generate():
         GenerationConfig.from_pretrained(source, config_file_name=_CONFIG).save_pretrained(folder)
