@@ -19,6 +19,9 @@ examples:
   fastformer data fetch vader-sentiment            # from the package registry, by pip
   fastformer data export vader-sentiment --out train.jsonl      # for `--data` of pretrain and finetune
   fastformer data show django-messages --language ja --split test --count 3 --json
+
+What is fetched is known by its SHA-256, which is checked before anything of it is opened. vader-sentiment is in a source
+distribution, whose setup.py pip runs to know its name; that of any other file is never run.
 """
 
 

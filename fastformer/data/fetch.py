@@ -1,5 +1,9 @@
 """Real labelled sets that come inside packages: downloaded by pip from the package registry, checked, never installed.
 
+Each file is known by its SHA-256, and anything else in its place is refused unopened. Of a source distribution
+(vaderSentiment's) pip has to run the ``setup.py`` to know what it is, with the setuptools of the registry: it is the
+known one, which reads its own README, for by its hash any other is refused before.
+
 A set is kept below the cache folder as JSON lines, each file with its checksum, beside the package's licence.
 """
 
