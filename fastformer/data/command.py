@@ -20,8 +20,8 @@ examples:
   fastformer data export vader-sentiment --out train.jsonl      # for `--data` of pretrain and finetune
   fastformer data show django-messages --language ja --split test --count 3 --json
 
-What is fetched is known by its SHA-256, which is checked before anything of it is opened. vader-sentiment is in a source
-distribution, whose setup.py pip runs to know its name; that of any other file is never run.
+What is fetched is known by its SHA-256, which is checked before anything of it is opened. vader-sentiment is in a
+source distribution, whose setup.py pip runs to know its name; that of any other file is never run.
 """
 
 
