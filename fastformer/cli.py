@@ -74,6 +74,9 @@ COMMANDS = {
 """Each subcommand: the module whose `main(arguments, begin)` runs it, and a line of help."""
 
 
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
@@ -91,6 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
         if known.debug:
             raise
         return _end(known.command, f"error: {' '.join(str(error).split())}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if known.debug or not _is_want_of_memory(error):
+            raise
+        return _end(known.command, f"error: there is too little memory: {' '.join(str(error).split())[:200]}", 2)
     except KeyboardInterrupt:
         return _end(known.command, str(Stopped(signal.SIGINT)), STATUS["SIGINT"])
     except Stopped as stopped:
@@ -102,6 +109,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fastformer {known.command} needs {package}, which is not installed: {remedy(package)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    """Whether it is Python's, or PyTorch's of a CPU or a GPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error)
 
 
 def _end(command: str, text: str, status: int) -> int:

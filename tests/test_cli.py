@@ -375,3 +375,29 @@ def test_bad_corpora_are_named(options: list[str], capsys: pytest.CaptureFixture
     for name, message in [("absent.txt", "absent.txt"), ("empty.txt", "corpus is empty")]:
         error = fails(capsys, *options, "--data", str(tmp_path / name), "--output", str(tmp_path / "output"))
         assert message in error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("8 TB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 TB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 TB"),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fastformer.inspection.models_command.main", fail)
+    assert cli.main(["models"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "there is too little memory" in line and "8 TB" in line
+    with pytest.raises(type(error)):
+        cli.main(["--debug", "models"])
+    other = RuntimeError("a fault of ours")
+    monkeypatch.setattr("fastformer.inspection.models_command.main", lambda *_: (_ for _ in ()).throw(other))
+    with pytest.raises(RuntimeError, match="fault of ours"):
+        cli.main(["models"])

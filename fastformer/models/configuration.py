@@ -1,6 +1,7 @@
 """The configuration of a Fastformer Transformer."""
 
 # No postponed annotations here: `strict` checks values against the types themselves, and skips types that are strings.
+import math
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -196,6 +197,8 @@ class FastformerConfig(PreTrainedConfig):
         self._check_sizes()
         self._check_attention()
         self._check_probabilities()
+        self._check_numbers()
+        self._check_numbers()
         self._check_image()
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id must be in [0, vocab_size = {self.vocab_size}); got {self.pad_token_id}")
@@ -262,6 +265,14 @@ class FastformerConfig(PreTrainedConfig):
             probability = getattr(self, name)
             if probability is not None and not 0.0 <= probability < 1.0:
                 raise ValueError(f"{name} must be in [0, 1); got {probability}")
+
+    def _check_numbers(self) -> None:
+        for name in ("layer_norm_eps", "initializer_range"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, and finite; got {getattr(self, name)}")
+        for name in ("embedding_scale", "attention_scale", "logit_scale"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise ValueError(f"{name} must be finite; got {getattr(self, name)}")
 
     def _check_image(self) -> None:
         given = {name: getattr(self, name) for name in ("image_size", "patch_size", "num_channels")}

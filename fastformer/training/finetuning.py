@@ -174,10 +174,10 @@ class Classification(FineTuning):
     def __init__(self, *arguments: Any, class_weights: Sequence[float] | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
         classes = self.model.config.num_labels
-        valid = class_weights is None or (len(class_weights) == classes and min(class_weights) >= 0)
-        if not valid:
+        if class_weights is not None and not (len(class_weights) == classes and _are_weights(class_weights)):
             raise ValueError(
-                f"class_weights must be {classes} numbers of at least 0, one for each class; got {class_weights}"
+                f"class_weights must be {classes} numbers of at least 0, one for each class, and not all 0; got "
+                f"{class_weights}"
             )
         self.class_weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("_weights_of_loss", self.class_weights, persistent=False)  # where the model is
@@ -276,6 +276,10 @@ class Embedding(FineTuning):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Any]:
         return self.outputs(batch, (self.embed(batch["anchor"]), self.embed(batch["positive"])))
+
+
+def _are_weights(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in values) and any(values)
 
 
 def sequences(batch: Batch, values: np.ndarray) -> list[np.ndarray]:

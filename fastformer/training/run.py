@@ -32,6 +32,7 @@ from fastformer.training.finite import FiniteLosses
 from fastformer.training.folder import RunFolder
 from fastformer.training.interruption import StopOnSignal
 from fastformer.training.memory import peak_memory
+from fastformer.training.ranges import check_ranges
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 STRATEGIES = ("auto", "ddp", "fsdp2")
@@ -83,6 +84,7 @@ _OVERWRITE_HELP = (
 )
 _SKIP_HELP = "leave out steps whose loss or gradient is infinite or no number, rather than end training with an error"
 _OWN_CLASSES = ("lightning", "pytorch_lightning", "fastformer")
+_DEVICES = re.compile(r"auto|-1|[1-9]\d*|\d+,|\d+(,\d+)+")
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
 
 
@@ -99,8 +101,30 @@ class _Parser(LightningArgumentParser):
                 f"a file names {named[1] if named else 'a class'}, which is neither Lightning's nor Fastformer's. "
                 + ("Making an object of it runs its code: give --trust if you trust the file")
             )
-        print(f"{self.prog}: error: {printable(text)}", file=sys.stderr)
+        print(f"{self.prog}: error: {printable(_shortened(text))}", file=sys.stderr)
         raise SystemExit(2)
+
+
+_TYPE_ERROR = re.compile(r'Parser key "([^"]*)": .*(?:Given value|Got value): (.*)$')
+_EXPECTED = re.compile(r"Expected a <class '(\w+)'>")
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "tuple": "a list",
+    "dict": "names with values",
+    "NoneType": "null",
+}
+
+
+def _shortened(text: str) -> str:
+    """An error of jsonargparse's about a value of another type, without all that was tried."""
+    found, expected = _TYPE_ERROR.search(text), [*dict.fromkeys(_EXPECTED.findall(text))]
+    if found is None or not expected or not set(expected) <= _KINDS.keys():
+        return text
+    if "float" in expected:
+        expected = [kind for kind in expected if kind != "int"]
+    return f"--{found[1]} must be {' or '.join(_KINDS[kind] for kind in expected)}; got {found[2]}"
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -207,7 +231,11 @@ def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
         options.resume = True
     if options.trust and "--trust" not in arguments:
         raise ValueError("trust is not for files to claim: give --trust on the command line")
-    _check(options)
+    if not _DEVICES.fullmatch(options.devices):
+        raise ValueError(
+            f"--devices must be auto, their number, -1 for all, or a list such as 0,2; got {options.devices}"
+        )
+    check_ranges(options)
     return options
 
 
@@ -241,20 +269,6 @@ def read_options(path: Path) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise ValueError(f"{path} must have options, each with its value; it has none")
     return options
-
-
-def _check(options: Namespace) -> None:
-    """Refuse numbers that mean nothing, where Lightning would fail in other words, or later."""
-    for name, least in (("accumulate", 1), ("evaluate_every", 1)):
-        if options[name] < least:
-            raise ValueError(f"--{name} must be at least {least}; got {options[name]}")
-    if options.max_steps is not None and options.max_steps < 1 and options.max_steps != -1:
-        raise ValueError(f"--max_steps must be at least 1, or -1 for no such limit; got {options.max_steps}")
-    for name in ("max_epochs", "limit_train_batches"):
-        if options.trainer[name] == 0:
-            raise ValueError(f"--trainer.{name} must be above 0; with 0 there is nothing to train on")
-    if not 0 <= options.seed < 2**32:
-        raise ValueError(f"--seed must be from 0 to {2**32 - 1:,}; got {options.seed}")
 
 
 class SaveOptions(Callback):

@@ -52,6 +52,10 @@ def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:
         ("--max_minutes=nan", "max_minutes"),
         ("--output=/dev/null/run", "/dev/null/run"),
         ("--config=absent.yaml", "absent.yaml"),
+        ("--devices=0", "--devices must be auto, their number, -1 for all, or a list such as 0,2; got 0"),
+        ("--devices=1.5", "--devices must be"),
+        ("--devices=nan", "--devices must be"),
+        ("--trainer.max_steps=-5", "max_steps"),
         ("--precision=8", "'8' (choose from"),
     ],
 )
@@ -61,6 +65,74 @@ def test_numbers_that_mean_nothing(
     line = fails(capsys, *options, "--output", str(tmp_path / "run"), given)
     assert said in line
     assert not (tmp_path / "run").exists()
+
+
+BAD_NUMBERS = ("-1", "0", "nan", ".nan", ".inf", "1e30", "100000000000000000000000", "1.5")
+ACCEPTED = {
+    "0": "seed num_workers stride weight_decay warmup_steps dropout heldout_fraction min_epochs min_steps "
+    "log_every_n_steps gradient_clip_val limit_val_batches",
+    "-1": "max_steps epochs max_epochs",
+    "1.5": "max_minutes privacy_epsilon learning_rate weight_decay eps alpha epsilon step_size weight max_grad_norm "
+    "gradient_clip_val",
+}
+ACCEPTED["1e30"] = f"{ACCEPTED['1.5']} warmup_steps"  # which is found to be too many once the steps are known
+ACCEPTED["100000000000000000000000"] = ACCEPTED["1e30"].replace("gradient_clip_val", "")
+NOT_OPTIONS = (" --> ", ".help", "plugins", "callbacks", "logger", "devices", "overrides", "class_weights", "betas")
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_every_number_that_means_nothing(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all options that take numbers: each is refused by its name and value before anything else is done."""
+    require("jsonargparse")
+    from fastformer.training import finetune, pretrain
+
+    parser, words = {
+        "pretrain": (pretrain.build_parser(), ["pretrain"]),
+        "finetune": (finetune.build_parser("classify"), ["finetune", "classify"]),
+    }[name]
+    monkeypatch.setattr(f"fastformer.training.{name}.build_parser", lambda *_: parser)
+    monkeypatch.setattr(f"fastformer.training.{name}.resumable", lambda *_: begun.append(1) or pytest.fail("begun"))
+    begun: list[int] = []
+    numeric = [
+        action.option_strings[0]
+        for action in parser._actions
+        if action.option_strings
+        and any(kind in str(getattr(action, "_typehint", None) or action.type) for kind in ("int", "float"))
+        and not any(part in action.option_strings[-1] for part in NOT_OPTIONS)
+    ]
+    assert len(numeric) > 20
+    for option in numeric:
+        for number in BAD_NUMBERS:
+            if option.rpartition(".")[2].removeprefix("--") in ACCEPTED.get(number, "").split():
+                continue
+            if option.endswith("num_workers"):  # said once the data is made
+                continue
+            line = fails(capsys, *words, "--output", str(tmp_path / "run"), f"{option}={number}")
+            assert f"error: {option} must be " in line and len(line) < 200, line
+            value = line.partition("; got ")[2]
+            assert repr(float(value.lstrip("."))) == repr(float(number.lstrip("."))), line
+
+
+@pytest.mark.parametrize("weights", ["[.nan,1]", "[1,.nan]", "[0,0]", "[1,.inf]", "[1,-1]", "[1]", "ab"])
+def test_class_weights_that_mean_nothing(
+    weights: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    line = fails(capsys, *command("classify", data, tmp_path / "run"), *scratch(), "--class_weights", weights)
+    assert "class_weights must be 2 numbers of at least 0, one for each class, and not all 0; got" in line
+
+
+@pytest.mark.parametrize("number", ["-1.0", ".nan", ".inf"])
+@pytest.mark.parametrize(
+    "field", ["hidden_dropout_prob", "classifier_dropout", "initializer_range", "layer_norm_eps", "embedding_scale"]
+)
+def test_numbers_of_a_model_that_mean_nothing(
+    field: str, number: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    if (field, number) != ("embedding_scale", "-1.0"):
+        options = [*command("classify", data, tmp_path / "run"), *scratch(f"--overrides.{field}", number)]
+        assert f"{field} must be" in fails(capsys, *options)
 
 
 @pytest.mark.parametrize("number", ["-1", "100", "1000000"])
