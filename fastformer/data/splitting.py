@@ -7,7 +7,7 @@ import math
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -105,32 +105,38 @@ _TRAIN, _VALIDATION, _TEST = range(3)
 _PARTS = 10
 
 
-def split_examples(examples: Examples[Example], names: Callable[[Example], Collection[str]]) -> Splits[Example]:
-    """Splits examples by a hash of each: 8 parts in 10 to train on, 1 to choose by, 1 to judge by.
+def split_examples(
+    examples: Examples[Example], names: Callable[[Example], Collection[str]], given: Callable[[Example], Hashable]
+) -> Splits[Example]:
+    """Splits examples by a hash of what is given in each: 8 parts in 10 to train on, 1 to choose by, 1 to judge by.
 
     Then some change sides, so that each class or tag is among those to train on and, where there are enough examples of
-    it, on both other sides. Copies of an example stay together.
+    it, on both other sides. Examples in which the same is given stay together.
 
     Args:
         examples: of one file or several.
         names: the classes or tags of an example.
+        given: what is given in an example, without what is to be predicted: a text, or a context of many questions.
 
     Raises:
         ValueError: a side has no example.
     """
-    copies: dict[int, list[int]] = {}
+    alike: dict[int, list[int]] = {}
     for number, example in enumerate(examples):
-        copies.setdefault(document_key(repr(example)), []).append(number)
+        alike.setdefault(document_key(repr(given(example))), []).append(number)
     sides = _balanced(
-        {key: max(key % _PARTS - (_PARTS - 3), _TRAIN) for key in copies},
-        {key: {"", *names(examples[numbers[0]])} for key, numbers in copies.items()},  # "" is of every example
+        {key: max(key % _PARTS - (_PARTS - 3), _TRAIN) for key in alike},
+        {
+            key: {"", *(name for number in numbers for name in names(examples[number]))}  # "" is of every example
+            for key, numbers in alike.items()
+        },
     )
     parts: tuple[list[int], list[int], list[int]] = ([], [], [])
-    for key, numbers in copies.items():
+    for key, numbers in alike.items():
         parts[sides[key]].extend(numbers)
     if not all(parts):
         raise ValueError(
-            f"{len(copies)} different examples are too few to train on some, choose by others and judge by the rest, "
+            f"{len(alike)} different texts are too few to train on some, choose by others and judge by the rest, "
             "with every class or tag among the first; give more, or a folder with files train, validation and test"
         )
     return Splits(*(examples.part(sorted(part)) for part in parts))

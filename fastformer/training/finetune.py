@@ -203,7 +203,8 @@ def build_parser(task: Task) -> LightningArgumentParser:
 
 _DATA_HELP = (
     "a set ({}), a folder with train, validation and test files in the layouts of GLUE, SQuAD, CoNLL, XSum or WMT, "
-    "tables or JSON lines, or one such file, of which a tenth each is held out for validation and for the test"
+    "tables or JSON lines, or one such file, of which a tenth each is held out for validation and for the test; all "
+    "questions about a context stay together"
 )
 _MODEL_HELP = (
     f"what to start from: a folder of a Hugging Face model, ours or any other. Default: {PRETRAINED} if it fits the "
@@ -401,7 +402,7 @@ def load_examples(task: Task, data: str, options: TextOptions, cache_dir: str | 
     if "validation" in read and "test" in read:
         return Splits(read["train"], read["validation"], read["test"])
     try:
-        drawn = split_examples(read["train"], kind.names)
+        drawn = split_examples(read["train"], kind.names, kind.given)
     except ValueError as error:
         raise ValueError(f"--data {data}: {error}") from error
     if "validation" not in read and "test" not in read:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -113,6 +113,11 @@ class Recipe(ABC):
         return ()
 
     @staticmethod
+    @abstractmethod
+    def given(example: Any) -> Hashable:
+        """What is given in an example; those with the same are never on two sides of a split."""
+
+    @staticmethod
     def label_names(examples: Sequence[Any]) -> list[str] | None:
         """Of the examples to train on."""
         return None
@@ -201,6 +206,10 @@ class Classify(Recipe):
         return readers.read_classification(path, targets=targets)
 
     @staticmethod
+    def given(example: Any) -> Hashable:
+        return example.text, example.second
+
+    @staticmethod
     def names(example: Any) -> Collection[str]:
         return [example.label] if isinstance(example.label, str) else ()
 
@@ -264,6 +273,10 @@ class Tag(Recipe):
         return readers.read_tagging(path, targets=targets)
 
     @staticmethod
+    def given(example: Any) -> Hashable:
+        return example.words
+
+    @staticmethod
     def names(example: Any) -> Collection[str]:
         return example.tags
 
@@ -310,6 +323,10 @@ class AnswerQuestions(Recipe):
         return readers.read_questions(path, targets=targets)
 
     @staticmethod
+    def given(example: Any) -> Hashable:
+        return example.context
+
+    @staticmethod
     def texts(example: Any) -> list[str]:
         return [example.question, example.context]
 
@@ -349,6 +366,10 @@ class Rewrite(Recipe):
     @staticmethod
     def read(path: Path, options: TextOptions, targets: bool = False) -> Examples[Any]:
         return readers.read_summaries(path, targets=targets)
+
+    @staticmethod
+    def given(example: Any) -> Hashable:
+        return example.source
 
     @staticmethod
     def texts(example: Any) -> list[str]:
@@ -425,6 +446,10 @@ class Converse(Rewrite):
         return readers.read_conversations(path)
 
     @staticmethod
+    def given(example: Any) -> Hashable:
+        return _before_the_answer(example).messages
+
+    @staticmethod
     def texts(example: Any) -> list[str]:
         return [message.content for message in example.messages]
 
@@ -487,6 +512,10 @@ class Embed(Recipe):
     @staticmethod
     def read(path: Path, options: TextOptions, targets: bool = False) -> Examples[Any]:
         return readers.read_similar(path)
+
+    @staticmethod
+    def given(example: Any) -> Hashable:
+        return example.anchor
 
     @staticmethod
     def texts(example: Any) -> list[str]:

@@ -88,7 +88,7 @@ def test_three_examples(
         arguments = [*command(task, tmp_path / str(number), tmp_path / f"run {number}"), *scratch("--max_steps=1")]
         status = cli.main(arguments)
         assert status == (0 if begun else 2)
-        assert number > 2 or (status == 2 and "different examples are too few" in capsys.readouterr().err)
+        assert number > 2 or (status == 2 and "different texts are too few" in capsys.readouterr().err)
         begun.clear()
 
 
