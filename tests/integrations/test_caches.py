@@ -14,6 +14,7 @@ import pytest
 import torch
 from hugging_face_models import MODELS, PADDING, TOKENS, VOCABULARY, assert_equal
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache, masking_utils
+from transformers.cache_utils import QuantizedLayer
 
 import fastformer
 from fastformer.integrations.attention_mask import AttentionMask, attention_mask
@@ -53,10 +54,22 @@ class Stream:
         pass
 
 
+class Quantized(QuantizedLayer):
+    """Of what it cannot keep as it is, it keeps less; without steps, at which two close numbers become two far ones."""
+
+    def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        return tensor * 0.75
+
+    def _dequantize(self, q_tensor: torch.Tensor) -> torch.Tensor:
+        return q_tensor.clone()
+
+
 def cache_of(kind: str, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> Cache:
     if "offloaded" in kind and not torch.cuda.is_available():
         monkeypatch.setattr(torch, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    if kind == "quantized":
+        return Cache(layers=[Quantized(residual_length=4) for _ in range(model.config.num_hidden_layers)])
     options = {"config": model.config, "offloading": "offloaded" in kind}
     return StaticCache(max_cache_len=16, **options) if "static" in kind else DynamicCache(**options)
 
@@ -83,7 +96,7 @@ def in_both(model: PreTrainedModel, run: Callable[[], torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("padding", [False, True])
-@pytest.mark.parametrize("kind", ["dynamic", "static", "offloaded dynamic", "offloaded static"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "offloaded dynamic", "offloaded static", "quantized"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prompt_in_pieces_and_after_a_reset(
     name: str, kind: str, padding: bool, monkeypatch: pytest.MonkeyPatch
@@ -142,7 +155,7 @@ def test_assistant_model(name: str, cache: str | None) -> None:
     in_both(model, run)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "quantized"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prefix_that_is_continued(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of which the cache has the first part, as for a system's prompt."""
