@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[2]
 EQUIVALENT = Path(__file__).with_name("equivalent.json")
 # pytest's statuses where a test failed, a file cannot be collected, or pytest itself cannot start with the fault.
 NOTICED = {1, 2, 3, 4}
+# A test in pytest's summary, whose parameters may have the dash before the reason in them.
+FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?(?:\[.*?\])?)(?: - |$)", re.MULTILINE)
 
 
 def main() -> int:
@@ -139,7 +141,7 @@ def run_tests(tree: Path, mutant: Mutant, seconds: int) -> dict[str, str | float
         status, output = pytest_in(tree, tests, seconds)
     finally:
         file.write_text(whole)
-    noticed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", output, re.MULTILINE)
+    noticed = FAILED.search(output)
     if status != 0 and status not in NOTICED and status > 0:
         raise RuntimeError(f"pytest ended with status {status} for {mutant.key}:\n{output}")
     return {
@@ -153,8 +155,10 @@ def failing_without_a_fault(tree: Path, tests: list[str]) -> list[str]:
     """Those of the tests that prove nothing, because they fail anyway."""
     if not tests:
         return []
-    _, output = pytest_in(tree, [*tests, "--maxfail=0"], seconds=600)
-    return re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", output, re.MULTILINE)
+    status, output = pytest_in(tree, [*tests, "--maxfail=0"], seconds=600)
+    if status not in (0, 1):
+        raise RuntimeError(f"pytest ended with status {status} for the tests that noticed faults:\n{output}")
+    return FAILED.findall(output)
 
 
 def as_text(summary: dict) -> str:
