@@ -111,6 +111,19 @@ def written_number(text: str) -> float:
     return float(text) if _NUMBER.fullmatch(text) else math.nan
 
 
+_MISSING = re.compile(r"\s*|[+-]?nan|null|<na>|#n/a|\\n", re.IGNORECASE)
+
+
+def check_is_told(name: str, where: str, what: str) -> str:
+    """The name of a class or tag; raises ValueError where it is what programs write for a value that is missing.
+
+    None, NA and N/A may be names: see `fastformer.data.features.label_names`.
+    """
+    if _MISSING.fullmatch(name):
+        raise ValueError(f"{where}: {what} {name!r} stands for one that is missing; give it, or leave the example out")
+    return name
+
+
 def place_of(examples: Sequence[tuple], number: int) -> str:
     """Where an example is, for an error: in which file and line, or which of the examples."""
     return examples.places[number] if isinstance(examples, Examples) else f"example {number + 1}"

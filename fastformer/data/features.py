@@ -7,6 +7,7 @@ a warning that says how many were; nothing else is left out.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from fastformer.data.examples import (
     TaggedWords,
     in_order,
     place_of,
+    written_number,
 )
 from fastformer.data.objectives import IGNORE_INDEX
 
@@ -123,8 +125,12 @@ def _warn_of_cut(count: int, total: int, max_length: int) -> None:
 def label_names(examples: Sequence[ClassifiedText]) -> list[str] | None:
     """The classes of examples in their order: numbers by value, other names by letter; None for regression.
 
+    ``None``, ``NA`` and ``N/A`` are classes among other words, with a warning, and missing labels among numbers or
+    among true and false. ``-1`` beside 0 and more numbers is a class, with a warning.
+
     Raises:
-        ValueError: there are no labels, fewer than two classes, or both names and numbers.
+        ValueError: a label is missing, there are fewer than two classes, both names and numbers, or a number written in
+            two ways.
     """
     names = set()
     for number, example in enumerate(examples):
@@ -141,7 +147,35 @@ def label_names(examples: Sequence[ClassifiedText]) -> list[str] | None:
         return None
     if len(names) < 2:
         raise ValueError(f"classification needs at least two classes, got {', '.join(map(str, names)) or 'none'}")
-    return in_order(map(str, names))
+    ordered = in_order(map(str, names))
+    _check_names(examples, ordered)
+    return ordered
+
+
+_NONE = re.compile(r"none|na|n/a|-", re.IGNORECASE)
+
+
+def _check_names(examples: Sequence[ClassifiedText], names: Sequence[str]) -> None:
+    """Of classes that may stand for a label that is missing, or be one and the same."""
+    words = [
+        name for name in names if not math.isfinite(written_number(name)) and name.lower() not in ("true", "false")
+    ]
+    if len(words) == 1 and _NONE.fullmatch(words[0]):
+        number = next(number for number, example in enumerate(examples) if example.label == words[0])
+        raise ValueError(
+            f"{place_of(examples, number)}: label {words[0]!r} among labels that are numbers, true or false stands for "
+            "one that is missing; give it, or leave the example out"
+        )
+    if twice := [name for name in names if f"{name}.0" in names]:
+        raise ValueError(f"the classes {twice[0]} and {twice[0]}.0 are the same number; write it in one way")
+    odd = [name for name in ("None", "NA", "N/A") if name in names] + ["-1"] * ({"-1", "0", "1", "2"} <= {*names})
+    for name in odd:
+        count = sum(example.label == name for example in examples)
+        warnings.warn(
+            f"{count:,} of {len(examples):,} examples have the class {name!r}; if it stands for a label that is "
+            "missing, leave them out",
+            stacklevel=3,
+        )
 
 
 def without_hidden_labels(examples: Examples[ClassifiedText], names: Sequence[str]) -> Examples[ClassifiedText]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby
@@ -25,6 +26,7 @@ from fastformer.data.examples import (
     SimilarTexts,
     SourceTarget,
     TaggedWords,
+    check_is_told,
     written_number,
 )
 from fastformer.data.lines import check_is_file, decoded_lines, json_file, json_object, numbered_lines
@@ -199,7 +201,7 @@ def _some(path: Path, located: Iterator[tuple[str, Example]]) -> Examples[Exampl
 # --- Classification ---------------------------------------------------------------------------------------------------
 
 _FIRST = ("text", "sentence", "sentence1", "premise", "question1", "#1 String", "question")
-_SECOND = ("text_pair", "sentence2", "hypothesis", "question2", "#2 String")
+_SECOND = ("text_pair", "sentence2", "hypothesis", "question2", "#2 String", "passage")
 _LABEL = ("label", "labels", "gold_label", "is_duplicate", "Quality", "label_text")
 _SCORE = ("score", "similarity_score")
 
@@ -207,13 +209,32 @@ _SCORE = ("score", "similarity_score")
 def read_classification(path: Path, targets: bool = False) -> Examples[ClassifiedText]:
     """Tables and JSON lines with a text, perhaps a second one, and a label (or a score, for regression).
 
-    GLUE's TSV files are read as they are, CoLA's without a header too. White space round a label is not of it.
+    GLUE's TSV files are read as they are, CoLA's without a header too. White space round a label is not of it. JSON's
+    true and false are the classes ``true`` and ``false``. Examples whose ``gold_label`` is ``-`` (SNLI's, of which
+    people thought differently) are left out, with a warning that says how many.
 
     Args:
         path: the file.
         targets: whether there must be a label or a score. Without one, as in GLUE's test files, the label is None.
     """
-    return _examples(path, read_rows(path), lambda row: _classified(row, targets))
+    return _examples(path, _agreed(path), lambda row: _classified(row, targets))
+
+
+def _agreed(path: Path) -> Iterator[Row]:
+    """The records of a file without those that people could not agree on."""
+    agreed = left_out = 0
+    for row in read_rows(path):
+        if row.values.get("gold_label") == "-":
+            left_out += 1
+        else:
+            agreed += 1
+            yield row
+    if left_out:
+        warnings.warn(
+            f"{path}: {left_out:,} of {left_out + agreed:,} examples are left out: people did not agree on a label, "
+            "gold_label is '-'",
+            stacklevel=2,
+        )
 
 
 def _classified(row: Row, targets: bool) -> ClassifiedText:
@@ -225,9 +246,14 @@ def _classified(row: Row, targets: bool) -> ClassifiedText:
     if label is None:
         score = _one_of(row, (*_SCORE, *_LABEL), "label or score", required=targets)
         return ClassifiedText(first, second, None if score is None else _number(score, row.where))
-    if not isinstance(label, (str, int)) or not str(label).strip():
+    if not isinstance(label, (str, int)) and not (isinstance(label, float) and math.isnan(label)):
         raise ValueError(f"{row.where}: label must be a string or a whole number, found {label!r:.60}")
-    return ClassifiedText(first, second, str(label).strip())
+    return ClassifiedText(first, second, check_is_told(_written(label).strip(), row.where, "label"))
+
+
+def _written(label: Any) -> str:
+    """A label as JSON has it: true is the class "true"."""
+    return str(label).lower() if isinstance(label, bool) else str(label)
 
 
 def _number(score: Any, where: str) -> float:
@@ -269,6 +295,8 @@ def _tagged(row: Row, targets: bool) -> TaggedWords:
     tags = _strings(row, ("tags", "ner_tags", "labels"), "tags", required=targets)
     if tags is not None and len(tags) != len(words):
         raise ValueError(f"{row.where}: found {len(words)} words and {len(tags)} tags; each word has one tag")
+    for tag in tags or ():
+        check_is_told(tag, row.where, "tag")
     return TaggedWords(words, tags)
 
 
@@ -303,7 +331,7 @@ def _conll_tokens(path: Path) -> Iterator[tuple[str, str, str] | None]:
         if len(fields) != columns or columns < 2:
             expected = columns if columns > 1 else "two or more"
             raise ValueError(f"{path}, line {number}: found {len(fields)} columns, expected {expected}: word ... tag")
-        yield f"{path}, line {number}", fields[0], fields[-1]
+        yield f"{path}, line {number}", fields[0], check_is_told(fields[-1], f"{path}, line {number}", "tag")
 
 
 # --- Question answering -----------------------------------------------------------------------------------------------
@@ -522,17 +550,41 @@ def _message(row: Row, number: int, message: Any) -> Message:
 
 # --- Similar texts ----------------------------------------------------------------------------------------------------
 
+_ANCHOR, _POSITIVE, _NEGATIVE = (
+    ("anchor", "query", "sentence1", "text"),
+    ("positive", "sentence2", "pos"),
+    ("negative", "neg"),
+)
+
 
 def read_similar(path: Path) -> Examples[SimilarTexts]:
     """Tables and JSON lines with ``anchor`` (or ``query``, ``sentence1``, ``text``), ``positive`` (or ``sentence2``,
     ``pos``) and, if you have one, ``negative`` (or ``neg``).
+
+    A label or a score beside them, as in GLUE's pairs, is refused: each pair is learnt as alike.
     """
-    return _examples(
-        path,
-        read_rows(path),
-        lambda row: SimilarTexts(
-            _text(row, ("anchor", "query", "sentence1", "text"), "anchor"),
-            _text(row, ("positive", "sentence2", "pos"), "positive"),
-            _text(row, ("negative", "neg"), "negative", required=False),
-        ),
+    return _examples(path, read_rows(path), _similar)
+
+
+_JUDGED = re.compile(
+    r"(.*_)?(label|score|similarity|relatedness|rating)s?(_text|_score)?|quality|(is_)?(duplicate|paraphrase|similar)s?",
+    re.IGNORECASE,
+)
+_FURTHER = re.compile(r"(hard_)?(positive|pos|negative|neg)s?_?\d*", re.IGNORECASE)
+
+
+def _similar(row: Row) -> SimilarTexts:
+    for name, value in row.values.items():
+        if value is not None and _JUDGED.fullmatch(name):
+            raise ValueError(
+                f"{row.where}: column {name!r} says how alike the texts are, but every pair is learnt as alike; keep "
+                "the pairs that are, and leave the column out"
+            )
+        if value is not None and _FURTHER.fullmatch(name) and name not in (*_POSITIVE, *_NEGATIVE):
+            accepted = ", ".join((*_POSITIVE, *_NEGATIVE))
+            raise ValueError(f"{row.where}: column {name!r} would not be learnt; accepted are one each of {accepted}")
+    return SimilarTexts(
+        _text(row, _ANCHOR, "anchor"),
+        _text(row, _POSITIVE, "positive"),
+        _text(row, _NEGATIVE, "negative", required=False),
     )

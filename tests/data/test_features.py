@@ -120,11 +120,34 @@ def test_cut_texts_are_counted(tokenizer):
         (["a", None], "example 2: no label"),
         (["a", 0.5], r"example 2: a score, 0.5, where example 1 has a class"),
         (["a", "a"], "at least two classes, got a"),
+        (["0", "1", "None"], "example 3: label 'None' .* numbers"),
+        (["none", "1", "2"], "example 1: label 'none' .* numbers"),
+        (["true", "N/A", "false"], "example 2: label 'N/A'"),
+        (["0", "1", "1.0"], "classes 1 and 1.0 are the same number"),
     ],
 )
 def test_bad_labels(labels, message):
     with pytest.raises(ValueError, match=message):
         label_names([ClassifiedText("x", None, label) for label in labels])
+
+
+@pytest.mark.parametrize(
+    ("labels", "odd"),
+    [
+        (["a", "None", "b", "None"], "2 of 4 examples have the class 'None'"),
+        (["a", "NA", "b"], "1 of 3 examples have the class 'NA'"),
+        (["0", "1", "2", "-1"], "1 of 4 examples have the class '-1'"),
+    ],
+)
+def test_classes_that_may_be_none(labels, odd):
+    with pytest.warns(UserWarning, match=odd):
+        assert label_names([ClassifiedText("x", None, label) for label in labels]) == sorted(set(labels))
+
+
+def test_classes_without_a_doubt(recwarn):
+    for labels in (["none", "against"], ["NONE", "FAVOR"], ["-1", "1"], ["nano", "1.5"], ["1.10", "1.1"]):
+        assert len(label_names([ClassifiedText("x", None, label) for label in labels])) == 2
+    assert not recwarn.list
 
 
 def test_bad_classification(tokenizer):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
+from pyarrow import Table, parquet
 
 from fastformer.data.examples import Answer, ClassifiedText, Conversation, Message, Question, SimilarTexts, SourceTarget
 from fastformer.data.readers import (
@@ -26,6 +28,23 @@ def write(path, *lines):
 
 def write_json(path, *rows):
     return write(path, *(json.dumps(row, ensure_ascii=False) for row in rows))
+
+
+def write_rows(path, *rows):
+    """Records in the format of the path's suffix."""
+    if path.suffix == ".jsonl":
+        return write_json(path, *rows)
+    if path.suffix == ".parquet":
+        parquet.write_table(Table.from_pylist(list(rows)), path)
+        return path
+    with open(path, "w", newline="") as file:
+        writer = (
+            csv.writer(file)
+            if path.suffix == ".csv"
+            else csv.writer(file, delimiter="\t", quotechar=None, quoting=csv.QUOTE_NONE)
+        )
+        writer.writerows([rows[0], *(row.values() for row in rows)])
+    return path
 
 
 # --- Classification ---------------------------------------------------------------------------------------------------
@@ -319,6 +338,90 @@ def test_labels_under_hugging_faces_name_and_after_a_space(tmp_path):
     assert read_classification(write_json(tmp_path / "a.jsonl", *rows)) == expected
     assert read_classification(write(tmp_path / "a.csv", "text, label", '"x, y", a', "z, b")) == expected
     assert read_classification(write(tmp_path / "b.csv", "text,label ", '"x, y",a ', "z,b")) == expected
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize("missing", ["nan", "NaN", "NAN", "null", "NULL", "<NA>", "#N/A", "\\N", "", " "])
+def test_a_missing_label_is_no_class(tmp_path, suffix, missing):
+    path = write_rows(tmp_path / f"a.{suffix}", {"text": "a", "label": "good"}, {"text": "b", "label": missing})
+    with pytest.raises(ValueError, match=r"a\.\w+, (line|row) [23]: label .* missing"):
+        read_classification(path)
+
+
+@pytest.mark.parametrize("word", ["None", "none", "NA", "missing", "nano"])
+def test_a_word_is_a_class(tmp_path, word):
+    path = write_rows(tmp_path / "a.csv", {"text": "a", "label": "favour"}, {"text": "b", "label": word})
+    assert [example.label for example in read_classification(path)] == ["favour", word]
+
+
+def test_missing_tags(tmp_path):
+    with pytest.raises(ValueError, match=r"a.conll, line 2: tag 'nan' .* missing"):
+        read_tagging(write(tmp_path / "a.conll", "EU B-ORG", "is nan"))
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1: tag 'null' .* missing"):
+        read_tagging(write_json(tmp_path / "a.jsonl", {"tokens": ["EU"], "tags": ["null"]}))
+    assert read_tagging(write(tmp_path / "b.conll", "nan O"))[0].words == ("nan",)
+
+
+def test_truth_is_one_class_however_it_is_written(tmp_path):
+    rows = [{"text": "a", "label": label} for label in (True, "true", False, "false")]
+    assert [example.label for example in read_classification(write_json(tmp_path / "a.jsonl", *rows))] == [
+        *("true", "true", "false", "false")
+    ]
+    pairs = [{"question1": "a", "question2": "b", "is_duplicate": truth} for truth in (True, False)]
+    for suffix in ("jsonl", "parquet"):
+        found = read_classification(write_rows(tmp_path / f"b.{suffix}", *pairs))
+        assert [example.label for example in found] == ["true", "false"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "tsv", "parquet"])
+def test_without_agreement_there_is_no_class(tmp_path, suffix):
+    rows = [{"sentence1": "a", "sentence2": "b", "gold_label": label} for label in ("neutral", "-", "entailment", "-")]
+    path = write_rows(tmp_path / f"a.{suffix}", *rows)
+    with pytest.warns(UserWarning, match=rf"a.{suffix}: 2 of 4 examples are left out: .*gold_label.* '-'"):
+        found = read_classification(path, targets=True)
+    assert [example.label for example in found] == ["neutral", "entailment"]
+    assert [place[-1] for place in found.places] == (["1", "3"] if suffix != "tsv" else ["2", "4"])
+    with pytest.warns(UserWarning, match="1 of 1"), pytest.raises(ValueError, match="holds no examples"):
+        read_classification(write_rows(tmp_path / f"b.{suffix}", rows[1]))
+
+
+def test_a_minus_elsewhere_is_a_class(tmp_path):
+    path = write_rows(tmp_path / "a.csv", {"text": "a", "label": "-"}, {"text": "b", "label": "+"})
+    assert [example.label for example in read_classification(path)] == ["-", "+"]
+
+
+def test_a_passage_is_read_with_its_question(tmp_path):
+    path = write_json(tmp_path / "a.jsonl", {"question": "Is it?", "passage": "It is.", "label": True})
+    assert read_classification(path) == [ClassifiedText("Is it?", "It is.", "true")]
+
+
+# --- Similar texts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize(
+    "column",
+    [
+        *("label", "labels", "Label", "gold_label", "is_duplicate", "Quality", "score", "scores", "similarity"),
+        *("similarity_score", "relatedness_score", "is_paraphrase", "label_text"),
+    ],
+)
+def test_pairs_that_are_judged_are_not_all_alike(tmp_path, suffix, column):
+    rows = [{"sentence1": "a", "sentence2": "b", column: judged} for judged in ("1", "0")]
+    with pytest.raises(ValueError, match=rf"a.{suffix}, (line|row) [12]: column '{column}' says .* leave"):
+        read_similar(write_rows(tmp_path / f"a.{suffix}", *rows))
+
+
+@pytest.mark.parametrize("column", ["negative_1", "negatives", "hard_negative", "neg2", "positive_2", "positives"])
+def test_no_further_text_is_lost(tmp_path, column):
+    row = {"anchor": "a", "positive": "b", "negative": "c", column: "d"}
+    with pytest.raises(ValueError, match=rf"a.jsonl, line 1: column '{column}' .* accepted"):
+        read_similar(write_json(tmp_path / "a.jsonl", row))
+    row = {"anchor": "a", "positive": "b", "negative": None, "pos_tags": "d", "label": None, "source": "e"}
+    assert read_similar(write_json(tmp_path / "a.jsonl", row)) == [SimilarTexts("a", "b", None)]
+
+
+# --- Fields -----------------------------------------------------------------------------------------------------------
 
 
 def test_long_fields(tmp_path):
