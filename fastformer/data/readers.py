@@ -11,11 +11,11 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 from xml.etree import ElementTree
 
+from fastformer.data.conll import conll_sentences
 from fastformer.data.examples import (
     Answer,
     ClassifiedText,
@@ -271,15 +271,13 @@ def _number(score: Any, where: str) -> float:
 # --- Tagging ----------------------------------------------------------------------------------------------------------
 
 
-_BLANKS = re.compile(r"[ \t]+")
-
-
 def read_tagging(path: Path, targets: bool = False) -> Examples[TaggedWords]:
     """CoNLL's columns (a word a line, the tag in the last column, a blank line between sentences), or JSON lines with
     ``tokens`` (or ``words``) and ``tags`` (or ``ner_tags``, ``labels``) as strings.
 
     Columns of CoNLL are divided by a tab, in a line that has one, or by spaces; any other white space, such as U+00A0,
-    is of a word.
+    is of a word. Lines before a sentence that begin with ``#`` and a space are comments; see
+    `fastformer.data.conll.conll_sentences` for a word ``#`` there.
 
     Args:
         path: the file.
@@ -287,7 +285,7 @@ def read_tagging(path: Path, targets: bool = False) -> Examples[TaggedWords]:
     """
     if path.suffix.lower() in (".jsonl", ".ndjson", ".parquet"):
         return _examples(path, read_rows(path), lambda row: _tagged(row, targets))
-    return _some(path, _conll_sentences(path))
+    return _some(path, conll_sentences(path))
 
 
 def _tagged(row: Row, targets: bool) -> TaggedWords:
@@ -307,31 +305,6 @@ def _strings(row: Row, names: Sequence[str], what: str, required: bool = True) -
     if not isinstance(values, list) or not values or not all(isinstance(value, str) and value for value in values):
         raise ValueError(f"{row.where}: {what} must be a list of strings, none empty, found {values!s:.60}")
     return tuple(values)
-
-
-def _conll_sentences(path: Path) -> Iterator[tuple[str, TaggedWords]]:
-    for is_sentence, tokens in groupby(_conll_tokens(path), key=lambda token: token is not None):
-        if is_sentence:
-            places, words, tags = zip(*(token for token in tokens if token is not None), strict=True)
-            yield places[0], TaggedWords(words, tags)
-
-
-def _conll_tokens(path: Path) -> Iterator[tuple[str, str, str] | None]:
-    """Of each line where it is, the word and the tag; None between two sentences."""
-    columns = 0
-    for number, line in numbered_lines(path):
-        line = line.strip(" \t")  # a line may end in a tab
-        fields = [field.strip(" ") for field in line.split("\t")] if "\t" in line else _BLANKS.split(line)
-        if not line or fields[0] == "-DOCSTART-":
-            yield None
-            continue
-        if line.startswith('{"'):
-            raise ValueError(f"{path}, line {number}: JSON, where CoNLL's columns are expected; name the file .jsonl")
-        columns = columns or len(fields)
-        if len(fields) != columns or columns < 2:
-            expected = columns if columns > 1 else "two or more"
-            raise ValueError(f"{path}, line {number}: found {len(fields)} columns, expected {expected}: word ... tag")
-        yield f"{path}, line {number}", fields[0], check_is_told(fields[-1], f"{path}, line {number}", "tag")
 
 
 # --- Question answering -----------------------------------------------------------------------------------------------
