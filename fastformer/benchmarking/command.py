@@ -13,12 +13,13 @@ from fastformer.benchmarking.comparison import changes
 from fastformer.benchmarking.crossovers import comparisons
 from fastformer.benchmarking.environment import environment
 from fastformer.benchmarking.measurement import Measurement
-from fastformer.benchmarking.report import judged, write_report
+from fastformer.benchmarking.report import RESULTS, judged, report_files, write_report
 from fastformer.benchmarking.results import Results, load_results
 from fastformer.benchmarking.studies import STUDIES, load
 from fastformer.benchmarking.study import Setting
 from fastformer.benchmarking.tables import Rows, change_rows, crossover_rows, number, study_tables, verdict_rows
 from fastformer.console import Table
+from fastformer.data.files import OVERWRITE_HELP, check_out
 
 _DESCRIPTION = """\
 Measure Fastformer beside its peers: they do the same work in turns, in one run, and must come to the same result.
@@ -56,6 +57,8 @@ def main(arguments: list[str], begin: float) -> None:
     unknown = [name for name in options.studies if name not in STUDIES]
     if unknown:
         raise ValueError(f"studies must be of {', '.join(STUDIES)}, got {', '.join(unknown)}")
+    if not (options.resume and (options.out / RESULTS).exists()):
+        check_out(report_files(options.out, options.studies or STUDIES), options.overwrite)
     old = load_results(options.compare) if options.compare else None
     results = _run(options)
     found = list(changes(old, results)) if old else []
@@ -74,7 +77,7 @@ def main(arguments: list[str], begin: float) -> None:
 def _run(options: argparse.Namespace) -> Results:
     """Measure, and save after each study."""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    path = options.out / "results.json"
+    path = options.out / RESULTS
     results = Results(environment(device), options.quick)
     if options.resume and path.exists():
         results = load_results(path)
@@ -126,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--rounds", type=_positive, help="turns of each peer (default: each study's own)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="results of an earlier run: show regressions")
     parser.add_argument("--resume", action="store_true", help="keep the studies that --out has results of")
     return parser

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastformer.benchmarking.comparison import Change
@@ -12,6 +12,14 @@ from fastformer.benchmarking.results import Results
 from fastformer.benchmarking.studies import load
 from fastformer.benchmarking.tables import change_rows, crossover_rows, environment_rows, study_tables, verdict_rows
 from fastformer.data.files import atomic_file
+
+RESULTS, _REPORT = "results.json", "report.md"
+
+
+def report_files(folder: Path, studies: Iterable[str]) -> list[Path]:
+    """What a run of these studies may leave in a folder."""
+    pictures = [f"{name}{kind}.png" for name in studies for kind in ("", "-ratios")]
+    return [folder / name for name in (RESULTS, _REPORT, *pictures)]
 
 
 def judged(results: Results) -> list[Verdict]:
@@ -48,5 +56,5 @@ def write_report(results: Results, folder: Path, changes: Sequence[Change] = ())
         for picture in draw(measurements, study.goals, study.title, folder / f"{name}.png"):
             sections.append(f"![{study.title}]({picture.name})")
         sections.append(f"Took {results.seconds[name]:,.0f} s.")
-    with atomic_file(folder / "report.md") as file:
+    with atomic_file(folder / _REPORT) as file:
         file.write(("\n\n".join(sections) + "\n").encode())

@@ -42,28 +42,34 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
-OVERWRITE_HELP = "replace what is in --out already; never what is to be read"
+OVERWRITE_HELP = "replace what is there already; never what is to be read"
 
 
-def check_out(files: Iterable[Path], overwrite: bool, inputs: Mapping[str, Sequence[Path]] | None = None) -> None:
+def check_out(
+    files: Iterable[Path],
+    overwrite: bool,
+    inputs: Mapping[str, Sequence[Path]] | None = None,
+    option: str = "--out",
+) -> None:
     """Refuse what is there already, unless it is to be overwritten, and what is to be read even then.
 
     Args:
-        files: that ``--out`` stands for.
+        files: that the option stands for.
         overwrite: whether ``--overwrite`` is given.
         inputs: the files and folders that are to be read, by option.
+        option: that names what is written.
 
     Raises:
         ValueError: see above; links are followed.
     """
     for file in filter(os.path.lexists, files):
-        for option, paths in (inputs or {}).items():
+        for given, paths in (inputs or {}).items():
             if any(_is_or_holds(path, file) for path in paths):
-                raise ValueError(f"--out {file} is what is to be read, by {option}; give another --out")
+                raise ValueError(f"{option} {file} is what is to be read, by {given}; give another {option}")
         if file.is_dir():
-            raise ValueError(f"--out {file} is a folder; give the name of a file")
+            raise ValueError(f"{option} {file} is a folder; give the name of a file")
         if not overwrite:
-            raise ValueError(f"--out {file} is there already: replace it with --overwrite, or give another --out")
+            raise ValueError(f"{option} {file} is there already: replace it with --overwrite, or give another {option}")
 
 
 def _is_or_holds(path: Path, file: Path) -> bool:

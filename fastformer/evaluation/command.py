@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastformer.console import Table
-from fastformer.data.files import atomic_file
+from fastformer.data.files import OVERWRITE_HELP, atomic_file, check_out
 from fastformer.data.readers import Row, read_rows
 from fastformer.evaluation.classification import classification_metrics, draw_confusion, regression_metrics
 from fastformer.evaluation.embedding import retrieval_metrics
@@ -21,6 +21,8 @@ from fastformer.evaluation.tagging import tagging_metrics
 from fastformer.evaluation.translation import translation_metrics
 
 Metrics = dict[str, float]
+
+_METRICS, _CONFUSION = "metrics.json", "confusion.png"
 
 _EPILOG = """\
 what each line of PREDICTIONS.jsonl needs, beside anything else:
@@ -51,13 +53,16 @@ def main(arguments: list[str], begin: float) -> None:
     options = _parser().parse_args(arguments)
     if options.language is not None and options.task != "translate":
         raise ValueError(f"--language is for --task translate, not {options.task}")
+    if options.output is not None:
+        written = [Path(options.output) / name for name in (_METRICS, _CONFUSION)[: 1 + (options.task == "classify")]]
+        check_out(written, options.overwrite, {"PREDICTIONS.jsonl": [Path(options.predictions)]}, "--output")
     rows = list(read_rows(Path(options.predictions)))
     if not rows:
         raise ValueError(f"{options.predictions} holds no predictions")
     metrics = _TASKS[options.task](rows, options)
     report = {"task": options.task, "examples": len(rows), **metrics}
     if options.output is not None:
-        with atomic_file(Path(options.output) / "metrics.json") as file:
+        with atomic_file(Path(options.output) / _METRICS) as file:
             file.write(json.dumps(report, indent=2).encode() + b"\n")
     if options.json:
         print(json.dumps(report))
@@ -76,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", choices=tuple(_TASKS), required=True)
     parser.add_argument("--language", help="of translations: zh, ja and ko are judged by characters")
     parser.add_argument("--output", metavar="DIR", help="write metrics.json here, and of classes confusion.png")
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
@@ -118,7 +124,7 @@ def _classify(rows: list[Row], options: argparse.Namespace) -> Metrics:
         return regression_metrics(predictions, references)
     names = list(map(str, predictions)), list(map(str, references))
     if options.output is not None:
-        draw_confusion(*names, Path(options.output) / "confusion.png")
+        draw_confusion(*names, Path(options.output) / _CONFUSION)
     return classification_metrics(*names)
 
 

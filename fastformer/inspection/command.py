@@ -14,6 +14,7 @@ import triton
 from fastformer_kernels.launch import ARCHITECTURES
 
 from fastformer.console import track
+from fastformer.data.files import OVERWRITE_HELP, check_out
 from fastformer.extras import require
 from fastformer.inspection.compilation import Failure, Work, compile_ahead, compiled_by, reduce_to_launches, relocate
 from fastformer.inspection.gate import regressions, unwanted_spills
@@ -88,6 +89,7 @@ def _parser() -> ArgumentParser:
     _add_work(report)
     report.add_argument("--json", type=Path, help="write the figures here")
     report.add_argument("--picture", type=Path, help="draw a roofline and the instruction mix here, as PNG, PDF or SVG")
+    report.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     report.add_argument("--cache", type=Path, help="where compiled kernels are kept from one report to the next")
     report.set_defaults(run=_report)
 
@@ -125,6 +127,9 @@ def _add_work(parser: ArgumentParser) -> None:
     parser.add_argument("--layouts", type=_names, metavar="NAME,...", help=f"only these of {', '.join(LAYOUTS)}")
 
 
+_MARK = ".fastformer-kernels"  # in a cache that may be reduced to what a launch needs
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -133,6 +138,7 @@ def _compile(options: Namespace) -> None:
     if options.home and not options.home.is_absolute():
         raise ValueError(f"--home must be an absolute path; got {options.home}")
     work = _benchmark_work(options) if options.bench_gpu else [run for _, run in _work(options)]
+    _claim(options.out)
     kernels, failures = _ahead(work, options, options.out)
     reduce_to_launches(options.out)
     if failures:
@@ -154,7 +160,21 @@ def _compile(options: Namespace) -> None:
     )
 
 
+def _claim(cache: Path) -> None:
+    """Make a folder for kernels; in one of anything else, Triton's own cache too, something would be lost."""
+    if cache.is_dir() and any(cache.iterdir()) and not (cache / _MARK).exists():
+        names = ", ".join(sorted(path.name for path in cache.iterdir())[:3])
+        raise ValueError(
+            f"--out {cache} is no cache that `fastformer kernels compile` has made: it holds {names}; give a new folder"
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / _MARK).touch()
+
+
 def _report(options: Namespace) -> None:
+    for option, path in (("--json", options.json), ("--picture", options.picture)):
+        if path is not None:
+            check_out([path], options.overwrite, option=option)
     if options.picture:
         require("matplotlib")
     figures = _figures(_work(options), options, options.cache)

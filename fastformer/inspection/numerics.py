@@ -21,6 +21,7 @@ from torch import Tensor
 import fastformer
 from fastformer.backends import HAS_TRITON
 from fastformer.console import Table
+from fastformer.data.files import OVERWRITE_HELP, atomic_file, check_out
 from fastformer.extras import require
 
 _DESCRIPTION = """\
@@ -90,7 +91,11 @@ def main(arguments: list[str], begin: float) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random tensors")
     parser.add_argument("--json", type=Path, help="write the errors here")
     parser.add_argument("--picture", type=Path, help="draw them here")
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     options = parser.parse_args(arguments)
+    for option, path in (("--json", options.json), ("--picture", options.picture)):
+        if path is not None:
+            check_out([path], options.overwrite, option=option)
     if options.picture:
         require("matplotlib")
     operators = _chosen("--operators", options.operators, names)
@@ -104,7 +109,8 @@ def main(arguments: list[str], begin: float) -> None:
     ]
     print(as_table(errors))
     if options.json:
-        options.json.write_text(json.dumps([asdict(error) for error in errors], indent=1) + "\n")
+        with atomic_file(options.json) as file:
+            file.write(json.dumps([asdict(error) for error in errors], indent=1).encode() + b"\n")
     if options.picture:
         draw(errors, options.picture)
 

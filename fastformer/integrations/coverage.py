@@ -30,7 +30,7 @@ from transformers.models.auto import modeling_auto
 
 from fastformer.backends import backend
 from fastformer.console import track
-from fastformer.data.files import atomic_file
+from fastformer.data.files import OVERWRITE_HELP, atomic_file, check_out
 from fastformer.integrations.attention import attention_forward
 from fastformer.integrations.small_models import END, FIRST_WORD, VOCABULARY, small_model
 
@@ -266,10 +266,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status is 1 if a class gives something else than eager attention."""
     parser = argparse.ArgumentParser(prog="python -m fastformer.integrations.coverage", description=__doc__)
     parser.add_argument("--out", type=Path, help="file for the Markdown table; default: print it")
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     parser.add_argument(
         "--classes", nargs="+", metavar="CLASS", help="examine these only, by their names in transformers"
     )
     options = parser.parse_args(arguments)
+    if options.out is not None:
+        try:
+            check_out([options.out], options.overwrite)
+        except ValueError as error:
+            parser.error(str(error))
     names = options.classes or text_models()
     if unknown := sorted({*names} - {*text_models()}):
         parser.error(f"not a text model class of transformers {transformers.__version__}: {', '.join(unknown)}")

@@ -117,6 +117,8 @@ def _left(known: list[Known], place: Place, options: argparse.Namespace) -> list
             raise ValueError(f"--dry-run must be as in the run to resume, {place.records}")
         done = [name for name, entry in ends(found).items() if entry["end"] == "ok"]
         known = [each for each in known if each.step.name not in done]
+    elif others := sorted(os.listdir(place.out)):
+        raise ValueError(f"--out must be a new folder; {place.out} holds {', '.join(others[:3])}, of something else")
     run = {"minutes": options.minutes, "steps": [each.step.name for each in known], "dry": place.dry}
     append(place.records, run={**run, "cache": place.variables.get("TRITON_CACHE_DIR")})
     return known
