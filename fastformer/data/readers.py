@@ -204,6 +204,7 @@ _FIRST = ("text", "sentence", "sentence1", "premise", "question1", "#1 String", 
 _SECOND = ("text_pair", "sentence2", "hypothesis", "question2", "#2 String", "passage")
 _LABEL = ("label", "labels", "gold_label", "is_duplicate", "Quality", "label_text")
 _SCORE = ("score", "similarity_score")
+_LARGEST_SCORE = 1e15
 
 
 def read_classification(path: Path, targets: bool = False) -> Examples[ClassifiedText]:
@@ -265,6 +266,11 @@ def _number(score: Any, where: str) -> float:
             number = float(score)
     if not math.isfinite(number):
         raise ValueError(f"{where}: score must be a number, found {score!r:.60}; accepted are finite ones")
+    if abs(number) > _LARGEST_SCORE:
+        raise ValueError(
+            f"{where}: score must be from {-_LARGEST_SCORE:g} to {_LARGEST_SCORE:g}, found {score!r:.60}: the squares "
+            "of larger ones cannot be added up in float32; divide all scores by the same number"
+        )
     return number
 
 

@@ -22,6 +22,7 @@ from fastformer.evaluation.translation import translation_metrics
 
 Metrics = dict[str, float]
 
+_BOTH = ("prediction", "reference")
 _METRICS, _CONFUSION = "metrics.json", "confusion.png"
 
 _EPILOG = """\
@@ -117,9 +118,11 @@ def _texts(rows: list[Row]) -> tuple[list[str], list[str]]:
 
 
 def _classify(rows: list[Row], options: argparse.Namespace) -> Metrics:
-    numeric = isinstance(rows[0].values.get("reference"), float)
-    kind, what = ((int, float), "a number") if numeric else ((str, int), "the name of a class")
-    predictions, references = ([_field(row, n, kind, what) for row in rows] for n in ("prediction", "reference"))
+    score = next((row for row in rows for name in _BOTH if isinstance(row.values.get(name), float)), None)
+    numeric = score is not None
+    kind: tuple[type, ...] = (int, float) if numeric else (str, int)
+    what = "the name of a class" if score is None else f"a number, for there are scores, as in {score.where}"
+    predictions, references = ([_field(row, n, kind, what) for row in rows] for n in _BOTH)
     if numeric:
         return regression_metrics(predictions, references)
     names = list(map(str, predictions)), list(map(str, references))

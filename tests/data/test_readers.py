@@ -225,6 +225,15 @@ def translations(path):
             (read_classification, "a.jsonl", f'{{"text": "a", "score": {score}}}', "line 1: score must be a number")
             for score in ("NaN", "Infinity", "true", "1" + "0" * 400, "[1]", '"1_0"', '"٣"')
         ),
+        *(
+            (
+                read_classification,
+                "a.csv",
+                f"text,score\na,1e15\nb,{score}\n",
+                "line 3: score must be from -1e.15 to 1e.15",
+            )
+            for score in ("1e38", "-1e38", "1.1e15", "1e300")
+        ),
         (read_classification, "a.csv", "text,label,text\na,b,c", "line 1: 'text' names two columns"),
         (read_classification, "a.csv", 'text,label\na,b\n"c,d\ne,f\n', "line 3: not CSV"),
         (read_classification, "a.jsonl", '{"text": "a", "text": "b"}', "line 1: .*'text' is there twice"),

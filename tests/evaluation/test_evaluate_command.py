@@ -54,6 +54,16 @@ def test_every_task(tmp_path, capsys, task):
     assert name.replace("_", " ") in capsys.readouterr().out
 
 
+SCORED = {"prediction": 0.5, "reference": 1}
+
+
+@pytest.mark.parametrize("first", [SCORED, {"prediction": 1, "reference": 0.5}])
+def test_whole_scores_among_others(first, tmp_path, capsys):
+    rows = [{"prediction": 1, "reference": 1}, first, {"prediction": 3, "reference": 3}]
+    assert cli.main(["evaluate", write(tmp_path / "p.jsonl", rows), "--task", "classify", "--json"]) == 0
+    assert "pearson" in json.loads(capsys.readouterr().out)
+
+
 def test_regression(tmp_path, capsys):
     predictions = write(tmp_path / "p.jsonl", [{"prediction": n, "reference": n + 0.5} for n in range(3)])
     assert cli.main(["evaluate", predictions, "--task", "classify", "--json"]) == 0
@@ -64,6 +74,16 @@ def test_regression(tmp_path, capsys):
     ("task", "rows", "message"),
     [
         ("classify", [{"prediction": "a"}], "line 1: reference must be the name of a class; found fields prediction"),
+        (
+            "classify",
+            [SCORED, {"prediction": "a", "reference": 1}],
+            "line 2: prediction must be a number, for there are scores, as in",
+        ),
+        (
+            "classify",
+            [{"prediction": 1, "reference": "1"}, SCORED],
+            "line 1: reference must be a number, for there are scores",
+        ),
         ("tag", [{"prediction": "O", "reference": ["O"]}], "line 1: prediction must be a list of tags; found 'O'"),
         ("qa", [{"prediction": None, "references": []}], 'prediction must be a text, "" for no answer; found None'),
         ("generate", [{"log_likelihood": 1, "tokens": True}], "tokens must be a whole number; found True"),
