@@ -351,12 +351,12 @@ def test_nothing_to_resume(capsys: pytest.CaptureFixture, tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         (["--preset", "bert-huge"], "there is no preset 'bert-huge'; there are bert-tiny"),
-        (["--model.learning_rate", "0"], "learning_rate must be above 0; got 0"),
+        (["--model.learning_rate", "0"], "--model.learning_rate must be above 0, and finite; got 0"),
         (["--model.overrides.hidden_sise", "32"], "'hidden_sise'"),
         (["--model.warmup_steps", "14"], "warmup_steps must be .* below the run's 14 steps; got 14"),
         (["--max_minutes", "-1"], "max_minutes must be above 0"),
-        (["--corpus.mask_probability", "1.5"], "probability must be in"),
-        (["--devices", "none"], "`devices`.* should be an int > 0"),
+        (["--corpus.mask_probability", "1.5"], "mask_probability must be above 0 and below 1"),
+        (["--devices", "none"], "--devices must be auto"),
     ],
 )
 def test_bad_values_end_in_one_clear_line(

@@ -7,8 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
+from fastformer.arguments import CommandParser, chosen_device
 from fastformer.benchmarking.comparison import changes
 from fastformer.benchmarking.crossovers import comparisons
 from fastformer.benchmarking.environment import environment
@@ -76,7 +75,7 @@ def main(arguments: list[str], begin: float) -> None:
 
 def _run(options: argparse.Namespace) -> Results:
     """Measure, and save after each study."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(options.device)
     path = options.out / RESULTS
     results = Results(environment(device), options.quick)
     if options.resume and path.exists():
@@ -117,7 +116,7 @@ def _show(rows: Rows, title: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="fastformer bench",
         description=_DESCRIPTION,
         epilog=_EPILOG,

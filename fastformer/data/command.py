@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastformer.arguments import CommandParser
 from fastformer.console import Table
 from fastformer.data.fetch import LICENCE, PACKAGES, fetch
 from fastformer.data.files import OVERWRITE_HELP, atomic_file, check_out
@@ -47,18 +48,18 @@ def main(arguments: list[str], begin: float) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="fastformer data",
         description="Labelled sets for fine-tuning: those already here, and those that packages hold.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    common = argparse.ArgumentParser(add_help=False)
+    common = CommandParser(add_help=False)
     common.add_argument("--cache_dir", help="default: $FASTFORMER_CACHE or ~/.cache/fastformer")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     listed = actions.add_parser("list", parents=[common], help="all sets")
     listed.add_argument("--json", action="store_true", help="print JSON")
-    named = argparse.ArgumentParser(add_help=False)
+    named = CommandParser(add_help=False)
     named.add_argument("name", help="see `fastformer data list`")
     named.add_argument("--split", choices=("train", "validation", "test"), default="train")
     named.add_argument("--language", default="de", help="of translations, the one to translate into (default: de)")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastformer.arguments import CommandParser
 from fastformer.console import Table
 from fastformer.data.files import OVERWRITE_HELP, atomic_file, check_out
 from fastformer.data.readers import Row, read_rows
@@ -72,7 +73,7 @@ def main(arguments: list[str], begin: float) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="fastformer evaluate",
         description="Metrics of predictions beside their references.",
         epilog=_EPILOG,

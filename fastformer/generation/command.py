@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastformer.arguments import CommandParser, chosen_device, whole_number
 from fastformer.console import StatusLine
 from fastformer.data.lines import json_object, numbered_lines
 from fastformer.data.tokenizer import load_tokenizer
@@ -81,7 +82,7 @@ def main(arguments: list[str], begin: float) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="fastformer generate", description=_DESCRIPTION, formatter_class=RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -92,21 +93,41 @@ def _parser() -> ArgumentParser:
     add("--json", action="store_true", help="print JSON lines: one for each prompt or, with --stream, for each piece")
     sampling = parser.add_argument_group("sampling").add_argument
     default = SamplingParameters()
-    sampling("--max_new_tokens", type=int, metavar="N", help=f"tokens at most (default: {default.max_new_tokens})")
+    sampling(
+        "--max_new_tokens",
+        type=whole_number(1),
+        metavar="N",
+        help=f"tokens at most (default: {default.max_new_tokens})",
+    )
     sampling("--temperature", type=float, metavar="T", help="divides the logits; 0 takes the likeliest (default: 0)")
-    sampling("--top_k", type=int, metavar="K", help="draw among the K likeliest tokens")
+    sampling("--top_k", type=whole_number(1), metavar="K", help="draw among the K likeliest tokens")
     sampling("--top_p", type=float, metavar="P", help="draw among the likeliest tokens that make up P together")
     sampling("--min_p", type=float, metavar="P", help="draw among tokens with P times the likeliest one's probability")
     sampling("--repetition_penalty", type=float, metavar="X", help="divides logits of tokens seen before (default: 1)")
-    sampling("--seed", type=int, metavar="N", help="of each prompt's draws (default: another each time)")
+    sampling(
+        "--seed",
+        type=whole_number(0, 2**63 - 1),
+        metavar="N",
+        help="of each prompt's draws (default: another each time)",
+    )
     sampling("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
     sampling("--logprobs", action="store_true", default=None, help="with --json: the log-probability of each token")
     running = parser.add_argument_group("running").add_argument
-    running("--slots", type=int, default=8, metavar="N", help="sequences at once (default: %(default)s)")
-    running("--page_size", type=int, metavar="N", help="keep keys and values in pages of so many tokens")
-    running("--pages", type=int, metavar="N", help="their number (default: as many as can be needed)")
+    running(
+        "--slots", type=whole_number(1, 2**16), default=8, metavar="N", help="sequences at once (default: %(default)s)"
+    )
+    running(
+        "--page_size", type=whole_number(1, 2**20), metavar="N", help="keep keys and values in pages of so many tokens"
+    )
+    running("--pages", type=whole_number(1), metavar="N", help="their number (default: as many as can be needed)")
     running("--draft", type=Path, metavar="DIR", help="a small model that drafts tokens for the other to check")
-    running("--draft_tokens", type=int, default=4, metavar="N", help="how many each time (default: %(default)s)")
+    running(
+        "--draft_tokens",
+        type=whole_number(1, 2**16),
+        default=4,
+        metavar="N",
+        help="how many each time (default: %(default)s)",
+    )
     running(
         "--cuda_graphs",
         action=BooleanOptionalAction,
@@ -158,8 +179,6 @@ def _own_parameters(place: str, common: SamplingParameters, own: dict[str, Any])
 
 
 def _model(folder: Path, options: Namespace) -> LanguageModel:
-    import torch
-
     from fastformer.models import FastformerConfig, FastformerForCausalLM, FastformerForSeq2SeqLM
     from fastformer.models.loading import load_configuration, load_whole_model
 
@@ -175,8 +194,7 @@ def _model(folder: Path, options: Namespace) -> LanguageModel:
         raise ValueError(f"{folder} holds an encoder, which generates nothing")
     kind = FastformerForSeq2SeqLM if config.is_encoder_decoder else FastformerForCausalLM
     model = load_whole_model(kind, folder, dtype=options.dtype or "auto")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval()
+    return model.to(chosen_device(options.device)).eval()
 
 
 def _collected(pieces: Iterable[Piece], prompts: int) -> list[Generation]:

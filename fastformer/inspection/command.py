@@ -13,6 +13,7 @@ from pathlib import Path
 import triton
 from fastformer_kernels.launch import ARCHITECTURES
 
+from fastformer.arguments import CommandParser
 from fastformer.console import track
 from fastformer.data.files import OVERWRITE_HELP, check_out
 from fastformer.extras import require
@@ -64,7 +65,7 @@ def main(arguments: list[str], begin: float) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="fastformer kernels", description=__doc__)
+    parser = CommandParser(prog="fastformer kernels", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     compile = commands.add_parser(
         "compile",

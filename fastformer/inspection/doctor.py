@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import fastformer
+from fastformer.arguments import CommandParser
 from fastformer.backends import HAS_TRITON, selected_backend, use_triton
 from fastformer.console import Table
 
@@ -68,7 +69,7 @@ class SelfTest:
 
 def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer doctor`` with the arguments that follow."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="fastformer doctor", description=_DESCRIPTION, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print JSON")

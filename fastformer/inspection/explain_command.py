@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import fastformer.models
+from fastformer.arguments import CommandParser, whole_number
 from fastformer.data.files import OVERWRITE_HELP, atomic_file, check_out
 from fastformer.data.tokenizer import load_tokenizer
 from fastformer.extras import require
@@ -35,7 +36,7 @@ writes attention.png and attention.json, and attributions.png and attributions.j
 
 def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer explain`` with the arguments that follow."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="fastformer explain", description=_DESCRIPTION, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, metavar="DIR", help="a model and its tokenizer in Hugging Face's format")
@@ -48,7 +49,9 @@ def main(arguments: list[str], begin: float) -> None:
     parser.add_argument(
         "--target", type=int, metavar="N", help="class or token id of the logit (default: the likeliest)"
     )
-    parser.add_argument("--steps", type=int, default=50, help="of the attributions' integral (default: 50)")
+    parser.add_argument(
+        "--steps", type=whole_number(1, 2**20), default=50, help="of the attributions' integral (default: 50)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and JSON")
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     options = parser.parse_args(arguments)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass
 
+from fastformer.arguments import CommandParser
 from fastformer.console import Table, track
 from fastformer.inspection.quantities import gibibytes, in_billions, with_prefix
 
@@ -53,7 +54,7 @@ class Listing:
 
 def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer models`` with the arguments that follow."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="fastformer models", description=_DESCRIPTION, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="PRESET", help="only these")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastformer
+from fastformer.arguments import CommandParser
 from fastformer.backends import HAS_TRITON
 from fastformer.console import Table
 from fastformer.data.files import OVERWRITE_HELP, atomic_file, check_out
@@ -81,7 +82,7 @@ class Error:
 
 def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer numerics`` with the arguments that follow."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="fastformer numerics", description=_DESCRIPTION, formatter_class=RawDescriptionHelpFormatter
     )
     names = list(dict.fromkeys(problem.operator for problem in problems()))

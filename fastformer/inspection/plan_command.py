@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastformer.arguments import CommandParser
 from fastformer.console import Table
 from fastformer.inspection.choices import OPTIMIZERS, PRECISIONS, STRATEGIES
 from fastformer.inspection.gpus import GPUS
@@ -89,7 +90,7 @@ def whole_run(found: Plan, setup: Setup, tokens: int, price: float | None) -> Ru
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="fastformer plan", description=_DESCRIPTION, formatter_class=RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -11,12 +11,13 @@ import ast
 import hashlib
 import json
 import re
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path, PurePosixPath
 
 import fastformer_kernels
 
 import fastformer
+from fastformer.arguments import CommandParser
 from fastformer.data.files import atomic_folder
 from fastformer.integrations import hub_layers
 
@@ -47,9 +48,7 @@ Files = dict[PurePosixPath, str]
 
 def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer hub`` with the arguments that follow."""
-    parser = ArgumentParser(
-        prog="fastformer hub", description=_DESCRIPTION, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="fastformer hub", description=_DESCRIPTION, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     command = commands.add_parser(
         "export", help="write the folder", description=_DESCRIPTION, formatter_class=RawDescriptionHelpFormatter

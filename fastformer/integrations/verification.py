@@ -13,7 +13,7 @@ import copy
 import importlib.metadata
 import json
 import logging
-from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import fastformer
+from fastformer.arguments import CommandParser, chosen_device
 from fastformer.backends import BACKENDS, backend
 from fastformer.console import Table, track
 from fastformer.data.files import OVERWRITE_HELP, atomic_file, check_out
@@ -69,7 +70,7 @@ class Check:
 
 def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer verify`` with the arguments that follow."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="fastformer verify", description=_DESCRIPTION, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", help="a folder, a name on the hub, or a class of transformers")
@@ -87,9 +88,10 @@ def main(arguments: list[str], begin: float) -> None:
     options = parser.parse_args(arguments)
     if options.out is not None:
         check_out([options.out], options.overwrite, {"MODEL": [Path(options.model)]})
+    device = chosen_device(options.device)
     with _quiet():
         subject = Subject.find(options.model, options.seed)
-        subject.model.to(options.device)
+        subject.model.to(device)  # type: ignore[arg-type]
         report, checks = verify(subject, options.accelerate, options.backend)
     _show(options.model, subject, report, checks)
     passed = all(check.status != "failed" for check in checks)

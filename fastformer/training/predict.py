@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
+from fastformer.arguments import CommandParser, chosen_device, whole_number
 from fastformer.console import printable
 from fastformer.data.files import OVERWRITE_HELP, check_out
 from fastformer.training.finetune import run_folder, write_predictions
@@ -44,6 +44,7 @@ def main(arguments: list[str], begin: float) -> None:
     options = _parser().parse_args(arguments)
     run = run_folder(Path(options.run))
     task, texts = _of_run(run)
+    device = chosen_device(options.device)
     inputs = {"--data": _files_of(Path(options.data), texts), "DIR": [run.config, run.model]}
     check_out([Path(options.out)], options.overwrite, inputs)
     if options.beams is not None:
@@ -53,7 +54,7 @@ def main(arguments: list[str], begin: float) -> None:
         run.model,
         task,
         texts,
-        options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device,
         options.tokens_per_batch,
     )
     examples = predictor.recipe.to_predict(examples, predictor.recipe.labels)
@@ -100,14 +101,18 @@ def _texts(config: Path, options: dict[str, Any]) -> TextOptions:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="fastformer predict", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", metavar="DIR", help="the output folder of a fine-tuning run")
     parser.add_argument("--data", required=True, metavar="FILE", help="examples")
     parser.add_argument("--out", required=True, metavar="FILE", help="for the predictions; written whole or not at all")
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
-    parser.add_argument("--beams", type=int, metavar="N", help="of beam search, where text is generated")
+    parser.add_argument(
+        "--beams", type=whole_number(1, 2**16), metavar="N", help="of beam search, where text is generated"
+    )
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
-    parser.add_argument("--tokens_per_batch", type=int, default=4096, metavar="N", help="the most tokens in a batch")
+    parser.add_argument(
+        "--tokens_per_batch", type=whole_number(1), default=4096, metavar="N", help="the most tokens in a batch"
+    )
     return parser

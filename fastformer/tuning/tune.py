@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastformer.arguments import CommandParser
 from fastformer.backends import HAS_TRITON
 from fastformer.console import Table, track
 from fastformer.data.files import atomic_file
@@ -153,7 +154,7 @@ def summary(findings: Sequence[Finding | Unmeasured]) -> Table:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="fastformer tune", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

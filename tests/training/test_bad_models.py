@@ -104,3 +104,42 @@ def test_configurations_of_other_weights_are_refused(
     error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(error) == 1 and str(tmp_path / "model") in error[0], error
     assert re.search(named, error[0]), error
+
+
+NUMBERS = ("-1", "0", "nan", "inf", "1e30", "100000000000000000000000", "1.5", "a")
+OPTIONS: dict[str, dict[str, str]] = {  # and which of the numbers each takes
+    "generate": {
+        "--max_new_tokens": "",
+        "--top_k": "",
+        "--seed": "0",
+        "--slots": "",
+        "--page_size": "",
+        "--pages": "",
+        "--draft_tokens": "",
+        "--temperature": "0 1e30 100000000000000000000000 1.5",
+        "--top_p": "",
+        "--min_p": "0",
+        "--repetition_penalty": "1e30 100000000000000000000000 1.5",
+        "--device": "",
+    },
+    "predict": {"--beams": "", "--tokens_per_batch": "", "--device": ""},
+    "explain": {"--steps": ""},
+    "verify": {"--device": ""},
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_numbers_that_mean_nothing_are_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    task, arguments = COMMANDS[command]
+    save(tmp_path, task)
+    for option, accepted in OPTIONS[command].items():
+        for number in set(NUMBERS) - set(accepted.split()):
+            capsys.readouterr()
+            try:
+                status = cli.main([command, *map(str, arguments(tmp_path)), f"{option}={number}"])
+            except SystemExit as exit:
+                status = exit.code
+            error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+            assert status == 2 and len(error) == 1, (option, number, error)
+            assert (option.strip("-") in error[0] and "must be" in error[0]) or "invalid" in error[0], error
+            assert number in error[0] or str(float(number)) in error[0], error

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from fastformer.arguments import CommandParser
 from fastformer.benchmarking.gpu.records import append, ends, entries, write_results
 from fastformer.benchmarking.gpu.runner import Known, Place, run_steps
 from fastformer.benchmarking.gpu.steps import STEPS, load, module_of
@@ -164,7 +165,7 @@ def _conclude(place: Place, begin: float) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="fastformer bench gpu",
         description=_DESCRIPTION,
         epilog=_EPILOG,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from fastformer.arguments import CommandParser
 from fastformer.console import Progress
 from fastformer.models.conversion.folders import FORMATS, Conversion, convert
 from fastformer.models.conversion.models import ARCHITECTURES
@@ -67,7 +68,7 @@ def main(arguments: list[str], begin: float) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="fastformer convert",
         usage="fastformer convert SRC DST [options]",
         description=_DESCRIPTION,
