@@ -32,6 +32,8 @@ def _records(path: Path, start: int, column: str | None) -> Iterator[tuple[int, 
 
     with pyarrow.parquet.ParquetFile(path) as table:
         names = table.schema_arrow.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{path}: {twice[0]!r} names two columns; each must have a name of its own")
         if column is not None and column not in names:
             raise ValueError(f"{path}: no {column!r} column; found {', '.join(names)}")
         number = 0

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
-from xml.etree import ElementTree
 
 from fastformer.data.conll import conll_sentences
 from fastformer.data.examples import (
@@ -31,6 +30,7 @@ from fastformer.data.examples import (
 )
 from fastformer.data.lines import check_is_file, decoded_lines, json_file, json_object, numbered_lines
 from fastformer.data.parquet import parquet_records
+from fastformer.data.tmx import tmx_units
 
 Example = TypeVar("Example", bound=tuple)
 
@@ -430,7 +430,7 @@ def read_translations(path: Path, source: str, target: str, targets: bool = Fals
     """
     if path.suffix == f".{source}":
         return _parallel(path, path.with_suffix(f".{target}"))
-    rows = read_rows(path) if path.suffix.lower() != ".tmx" else _tmx_rows(path)
+    rows = read_rows(path) if path.suffix.lower() != ".tmx" else (Row(*unit) for unit in tmx_units(path))
     return _examples(path, rows, lambda row: _translation(row, source, target, targets))
 
 
@@ -442,28 +442,6 @@ def _translation(row: Row, source: str, target: str, targets: bool) -> SourceTar
     return SourceTarget(
         _text(row, (source,), f"text in {source!r}"), _text(row, (target,), f"text in {target!r}", targets)
     )
-
-
-_XML_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
-
-
-def _tmx_rows(path: Path) -> Iterator[Row]:
-    check_is_file(path)
-    number = 0
-    try:
-        for _, element in ElementTree.iterparse(path):
-            if element.tag != "tu":
-                continue
-            number += 1
-            texts = {
-                variant.get(_XML_LANGUAGE, variant.get("lang", "")): "".join(segment.itertext())
-                for variant in element.iter("tuv")
-                if (segment := variant.find("seg")) is not None
-            }
-            yield Row(f"{path}, unit {number}", texts)
-            element.clear()
-    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two of its encoding
-        raise ValueError(f"{path}: not TMX: {error}") from error
 
 
 def _parallel(source: Path, target: Path) -> Examples[SourceTarget]:

@@ -147,6 +147,61 @@ def test_translations_right_to_left_and_cjk(tmp_path):
         assert read_translations(backwards, "xx", "en") == [SourceTarget(t, s) for s, t in pairs]
 
 
+def tmx(path, *segments):
+    """A unit for each tuple of texts in English, German and English again."""
+    units = (
+        "".join(
+            f'<tuv xml:lang="{language}"><seg>{text}</seg></tuv>'
+            for language, text in zip(("en", "de", "en"), unit, strict=False)
+        )
+        for unit in segments
+    )
+    body = "".join(f"<tu>{unit}</tu>" for unit in units)
+    return write(path, f'<tmx version="1.4"><body>{body}</body></tmx>')
+
+
+@pytest.mark.parametrize(
+    ("segment", "text"),
+    [
+        ('<bpt i="1">&lt;b&gt;</bpt>bold<ept i="1">&lt;/b&gt;</ept> text', "bold text"),
+        ('A<ph x="1">&lt;br/&gt;</ph> line<it pos="begin">{\\i</it>.', "A line."),
+        ("before<ut>{1}</ut> after", "before after"),
+        ('a <hi type="b">word <hi>within</hi></hi> stays', "a word within stays"),
+        ('see<ph>&lt;img alt="<sub>My dog</sub>" src="x"&gt;</ph>.', "seeMy dog."),
+        ("x<ph>1<sub>in <bpt>2</bpt>it<ph>3<sub>deep</sub>4</ph> here</sub>5<sub>!</sub>6</ph>y", "xin itdeep here!y"),
+        ("<ph>only</ph>text<ph/>", "text"),
+        ("<hi>" * 5000 + "deep" + "</hi>" * 5000, "deep"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_native_code_is_no_text(tmp_path, segment, text):
+    path = tmx(tmp_path / "a.tmx", (segment, "Text."), ("Next.", segment))
+    assert translations(path) == [SourceTarget(text, "Text."), SourceTarget("Next.", text)]
+
+
+def test_two_texts_of_a_language(tmp_path):
+    path = tmx(tmp_path / "a.tmx", ("One.", "Eins."), ("Two.", "Zwei.", "Another two."))
+    with pytest.raises(ValueError, match=r"a.tmx, unit 2: two texts in 'en'"):
+        translations(path)
+    with pytest.raises(ValueError, match=r"a.tmx, unit 2: two texts in 'en'"):  # whichever are wanted
+        read_translations(path, "de", "fr")
+
+
+@pytest.mark.parametrize(
+    "variant", ["<tuv><seg>a</seg></tuv>", '<tuv xml:lang="en"/>', "<tuv lang='en'><seg/><seg/></tuv>"]
+)
+def test_texts_without_a_language_and_languages_without_a_text(tmp_path, variant):
+    path = write(tmp_path / "a.tmx", f"<tmx><body><tu>{variant}</tu></body></tmx>")
+    with pytest.raises(ValueError, match=r"a.tmx, unit 1: a tuv needs xml:lang and one seg"):
+        translations(path)
+
+
+def test_parquet_with_a_column_twice(tmp_path):
+    parquet.write_table(Table.from_arrays([["a"], ["b"], ["c"]], names=["en", "de", "en"]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet: 'en' names two columns"):
+        translations(tmp_path / "a.parquet")
+
+
 def test_conversations(tmp_path):
     messages = [{"role": r, "content": c} for r, c in (("system", "Be brief."), ("user", "Hi"), ("assistant", "Yo"))]
     rows = [
