@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143}
 """Exit statuses by signal. SIGUSR1 is how a batch system announces the SIGTERM that follows."""
@@ -40,24 +41,34 @@ class Stopped(BaseException):
 def stopping_at_signals() -> Iterator[None]:
     """Within it SIGTERM and SIGUSR1 raise `Stopped`, as SIGINT raises KeyboardInterrupt, where they would kill.
 
+    What is raised while an extension module is imported may come out as an error of its own: that is `Stopped` too.
     Processes that are forked within it are killed as ever.
     """
     process = os.getpid()
+    came: list[int] = []
 
-    def stop(number: int, frame: object) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if number == signal.SIGINT:
+            signal.default_int_handler(number, frame)
         if os.getpid() == process:
             raise Stopped(number)
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
     known = [getattr(signal, name) for name in STATUS if hasattr(signal, name)]
-    caught = [number for number in known if signal.getsignal(number) == signal.SIG_DFL]
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: handler for number in known if (handler := signal.getsignal(number)) in usual}
     if threading.current_thread() is not threading.main_thread():  # no other may
-        caught = []
-    for number in caught:
+        before = {}
+    for number in before:
         signal.signal(number, stop)
     try:
         yield
+    except Exception as error:
+        if came:
+            raise Stopped(came[-1]) from error
+        raise
     finally:
-        for number in caught:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)

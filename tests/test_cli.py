@@ -1,10 +1,12 @@
 """The command: help, errors, and pretraining from its arguments to a model that transformers can use."""
 
+import contextlib
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 
 from fastformer import cli
 from fastformer.extras import require
+from fastformer.stopping import STATUS
 
 pytestmark = pytest.mark.cpu
 
@@ -401,3 +404,21 @@ def test_too_little_memory_is_one_line(
     monkeypatch.setattr("fastformer.inspection.models_command.main", lambda *_: (_ for _ in ()).throw(other))
     with pytest.raises(RuntimeError, match="fault of ours"):
         cli.main(["models"])
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_that_an_import_makes_an_error_of_its_own(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NumPy's extension modules do."""
+
+    def imported(*_: object) -> None:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(getattr(signal, name))
+        raise ImportError("PyCapsule_Import could not import module")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("fastformer.inspection.models_command.main", imported)
+    assert cli.main(["models"]) == STATUS[name]
+    assert capsys.readouterr().err == f"fastformer models: stopped by {name}\n"
+    assert signal.getsignal(signal.SIGINT) is before
