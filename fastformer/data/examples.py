@@ -56,8 +56,12 @@ class Message(NamedTuple):
     content: str
 
 
+class UnlearntMessage(Message):
+    """What the assistant says, but is not to be learnt."""
+
+
 class Conversation(NamedTuple):
-    """Messages in order. What the assistant says is to be learnt."""
+    """Messages in order. What the assistant says is to be learnt, but for an `UnlearntMessage`."""
 
     messages: tuple[Message, ...]
 

@@ -25,6 +25,7 @@ from fastformer.data.examples import (
     SimilarTexts,
     SourceTarget,
     TaggedWords,
+    UnlearntMessage,
     in_order,
     place_of,
     written_number,
@@ -529,7 +530,8 @@ def conversation_features(
     examples: Sequence[Conversation], tokenizer: PreTrainedTokenizerFast, max_length: int
 ) -> list[Feature]:
     """Conversations as the tokenizer's chat template writes them; labels are the tokens of what the assistant says, and
-    of how it ends, and -100 elsewhere. A model moves labels by one place, as Hugging Face's do.
+    of how it ends, and -100 elsewhere, on an `UnlearntMessage` too. A model moves labels by one place, as Hugging
+    Face's do.
 
     Raises:
         ValueError: the template cannot be followed message by message, or no conversation has an answer within
@@ -565,7 +567,7 @@ def _render(example: Conversation, tokenizer: PreTrainedTokenizerFast, place: st
     whole = _template(tokenizer, messages, place, prompt=False)
     spans = []
     for number, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or isinstance(example.messages[number], UnlearntMessage):
             continue
         before = _template(tokenizer, messages[:number], place, prompt=True)
         after = _template(tokenizer, messages[: number + 1], place, prompt=False)

@@ -25,6 +25,7 @@ from fastformer.data.examples import (
     SimilarTexts,
     SourceTarget,
     TaggedWords,
+    UnlearntMessage,
     check_is_told,
     written_number,
 )
@@ -469,40 +470,109 @@ def _pairs(
 # --- Conversations ----------------------------------------------------------------------------------------------------
 
 
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
+_SYSTEM, _INPUT = ("system", "system_prompt", "system_message"), ("input", "context")
+_UNREAD = ("tools", "functions", "function_call", "documents", "images", "image", "audios", "audio", "videos", "video")
+
+
 def read_conversations(path: Path) -> Examples[Conversation]:
     """JSON lines or parquet with ``messages`` (``[{"role": "user", "content": ...}, ...]``, roles system, user and
-    assistant), or with ``prompt`` (or ``instruction``, perhaps with ``input``) and ``completion`` (or ``response``,
-    ``output``).
+    assistant), or with ``prompt`` (or ``instruction``, perhaps with ``input`` or ``context``, and before it with
+    ``history``, ``[[question, answer], ...]``) and ``completion`` (or ``response``, ``output``). With both there may be
+    ``system``.
+
+    An answer of ``"weight": 0`` is not learnt. Calls of tools, pictures and all else that messages say is refused.
     """
     return _examples(path, read_rows(path), _conversation)
 
 
 def _conversation(row: Row) -> Conversation:
-    if "messages" not in row.values:
-        prompt = _text(row, ("prompt", "instruction"), "messages or prompt")
-        further = row.values.get("input")
-        if not isinstance(further, str | None):
-            raise ValueError(f"{row.where}: input must be a string, found {_shown(further)}")
-        if further:
-            prompt = f"{prompt}\n\n{further}"
-        completion = _text(row, ("completion", "response", "output"), "completion")
-        return Conversation((Message("user", prompt), Message("assistant", completion)))
+    chat = "messages" in row.values
+    for name in (*_UNREAD, *((*_INPUT, "history") if chat else ())):
+        if row.values.get(name) not in _NOTHING:
+            raise ValueError(f"{row.where}: {name} would not be learnt, {_shown(row.values[name])}; leave it out")
+    for name in ("label", "kto_tag"):
+        if isinstance(row.values.get(name), bool):
+            raise ValueError(
+                f"{row.where}: {name} says whether the answer is good, but every answer is learnt; keep those that "
+                "are, and leave it out"
+            )
+    messages = _messages(row) if chat else _instruction(row)
+    if (system := _perhaps(row, _SYSTEM)) is not None:
+        if any(message.role == "system" for message in messages):
+            raise ValueError(
+                f"{row.where}: the system speaks twice, in a message and in {', '.join(_SYSTEM)}; give one"
+            )
+        messages = (Message("system", system), *messages)
+    return Conversation(messages)
+
+
+def _perhaps(row: Row, names: Sequence[str]) -> str | None:
+    """The text in one of some columns; None where all are empty."""
+    given = {name: row.values[name] for name in names if row.values.get(name) is not None}
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{row.where}: {name} must be a string, found {_shown(value)}")
+    texts = {name: value for name, value in given.items() if value.strip()}
+    if len(texts) > 1:
+        raise ValueError(f"{row.where}: found {' and '.join(texts)}; accepted is one of {', '.join(names)}")
+    return next(iter(texts.values()), None)
+
+
+def _instruction(row: Row) -> tuple[Message, ...]:
+    prompt = _text(row, ("prompt", "instruction"), "messages or prompt")
+    further = _perhaps(row, _INPUT)
+    if further is not None:
+        prompt = f"{prompt}\n\n{further}"
+    completion = _text(row, ("completion", "response", "output"), "completion")
+    return (*_history(row), Message("user", prompt), Message("assistant", completion))
+
+
+def _history(row: Row) -> Iterator[Message]:
+    history = row.values.get("history")
+    if history in _NOTHING:
+        return
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise ValueError(f"{row.where}: history must be [[question, answer], ...], found {history!s:.60}")
+    for number, (question, answer) in enumerate(history):
+        where = f"{row.where}, history[{number}]"
+        yield Message("user", _checked_text(question, where, "question"))
+        yield Message("assistant", _checked_text(answer, where, "answer"))
+
+
+def _messages(row: Row) -> tuple[Message, ...]:
     given = row.values["messages"]
     if not isinstance(given, list) or not given:
         raise ValueError(f"{row.where}: messages must be a list of at least one, found {given!s:.60}")
     messages = tuple(_message(row, number, message) for number, message in enumerate(given))
-    if not any(message.role == "assistant" for message in messages):
+    if not any(message.role == "assistant" and not isinstance(message, UnlearntMessage) for message in messages):
         raise ValueError(f"{row.where}: no message of the assistant; there is nothing to learn")
-    return Conversation(messages)
+    if isinstance(messages[-1], UnlearntMessage):
+        raise ValueError(
+            f"{row.where}, messages[{len(messages) - 1}]: weight 0, and nothing is learnt behind it; leave it out"
+        )
+    return messages
 
 
 def _message(row: Row, number: int, message: Any) -> Message:
     where = f"{row.where}, messages[{number}]"
     if not isinstance(message, dict) or not {"role", "content"} <= set(message):
         raise ValueError(f"{where}: a message needs role and content; found {message!s:.60}")
-    if message["role"] not in ROLES:
-        raise ValueError(f"{where}: role {message['role']!r}; accepted are {', '.join(ROLES)}")
-    return Message(message["role"], _checked_text(message["content"], where, "content"))
+    role, weight = message["role"], message.get("weight")
+    if role not in ROLES:
+        raise ValueError(f"{where}: role {role!r}; accepted are {', '.join(ROLES)}")
+    for name, value in message.items():
+        if name not in ("role", "content", "weight") and value not in _NOTHING:
+            raise ValueError(
+                f"{where}: {name} would not be learnt, {_shown(value)}; a message has role, content, weight"
+            )
+    if weight not in ((None, 0, 1) if role == "assistant" else (None, 0)):
+        raise ValueError(
+            f"{where}: weight {weight!r:.60} of a message of the {role}; accepted are 0 and 1 for the assistant, whose "
+            "messages alone are learnt, and 0 for others"
+        )
+    kind = UnlearntMessage if role == "assistant" and weight == 0 else Message
+    return kind(role, _checked_text(message["content"], where, "content"))
 
 
 # --- Similar texts ----------------------------------------------------------------------------------------------------

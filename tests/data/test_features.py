@@ -19,6 +19,7 @@ from fastformer.data.examples import (
     SimilarTexts,
     SourceTarget,
     TaggedWords,
+    UnlearntMessage,
 )
 from fastformer.data.features import (
     MATCH_TYPE,
@@ -350,6 +351,16 @@ def test_answers_alone_are_learnt(causal):
     batch = collate([feature, feature], "packed", 1)
     assert batch["labels"].shape == batch["input_ids"].shape
     assert (batch["labels"][batch["cu_seqlens"][:-1].long()] == -100).all()
+
+
+def test_an_answer_that_is_not_learnt(causal):
+    said = TALK.messages
+    (feature,) = conversation_features(
+        [Conversation((*said[:2], UnlearntMessage("assistant", "The text."), *said[3:]))], causal, 256
+    )
+    (whole,) = conversation_features([TALK], causal, 256)
+    assert feature.input_ids == whole.input_ids
+    assert learnt(feature, causal) == [" Unless bytes.</s>"]
 
 
 def test_a_tokenizers_own_template(causal, text):

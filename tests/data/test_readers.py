@@ -8,7 +8,16 @@ import json
 import pytest
 from pyarrow import Table, parquet
 
-from fastformer.data.examples import Answer, ClassifiedText, Conversation, Message, Question, SimilarTexts, SourceTarget
+from fastformer.data.examples import (
+    Answer,
+    ClassifiedText,
+    Conversation,
+    Message,
+    Question,
+    SimilarTexts,
+    SourceTarget,
+    UnlearntMessage,
+)
 from fastformer.data.readers import (
     find_splits,
     read_classification,
@@ -214,6 +223,91 @@ def test_conversations(tmp_path):
         Conversation((Message("user", "Hi"), Message("assistant", "Yo"))),
         Conversation((Message("user", "Add\n\n1 2"), Message("assistant", "3"))),
     ]
+
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
+HI, YO = Message("user", "Hi"), Message("assistant", "Yo")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"instruction": "Hi", "input": "", "output": "Yo", "system": "", "history": []}, (HI, YO)),
+        ({"instruction": "Hi", "output": "Yo", "system": "Be brief."}, (Message("system", "Be brief."), HI, YO)),
+        ({"prompt": "Hi", "completion": "Yo", "system_prompt": "Be."}, (Message("system", "Be."), HI, YO)),
+        (
+            {"instruction": "Hi", "output": "Yo", "system": "Be.", "history": [["a", "b"], ["c", "d"]]},
+            (
+                *(Message("system", "Be."), Message("user", "a"), Message("assistant", "b")),
+                *(Message("user", "c"), Message("assistant", "d"), HI, YO),
+            ),
+        ),
+        ({"instruction": "Hi", "context": "1", "response": "Yo"}, (Message("user", "Hi\n\n1"), YO)),
+        ({"messages": [USER, ANSWER], "system": "Be."}, (Message("system", "Be."), HI, YO)),
+        ({"messages": [USER, {**ANSWER, "weight": 1, "tool_calls": None, "name": ""}], "tools": []}, (HI, YO)),
+        ({"messages": [{**USER, "weight": 0}, ANSWER], "source": "x", "prompt": "Hi"}, (HI, YO)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_all_of_a_conversation(tmp_path, row, expected, suffix):
+    assert read_conversations(write_rows(tmp_path / f"a.{suffix}", row)) == [Conversation(expected)]
+
+
+def test_answers_of_no_weight(tmp_path):
+    row = {"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]}
+    for suffix in ("jsonl", "parquet"):
+        (found,) = read_conversations(write_rows(tmp_path / f"a.{suffix}", row))
+        assert [type(message) for message in found.messages] == [Message, UnlearntMessage, Message, Message]
+        assert found.messages == (HI, YO, HI, YO)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        *(
+            ({"messages": [USER, {**ANSWER, field: value}]}, rf", messages\[1\]: {field} would not be learnt")
+            for field, value in {
+                "tool_calls": [{"id": "1", "type": "function"}],
+                "function_call": {"name": "f"},
+                "name": "Bob",
+                "reasoning_content": "Hm.",
+                "refusal": "No.",
+                "audio": {"id": "a"},
+                "train": False,
+            }.items()
+        ),
+        *(
+            ({"messages": [USER, {**ANSWER, "weight": weight}]}, r"messages\[1\]: weight .* accepted are 0 and 1")
+            for weight in (0.5, 2, -1, "0", [])
+        ),
+        ({"messages": [{**USER, "weight": 1}, ANSWER]}, r"messages\[0\]: weight 1 of a message of the user"),
+        ({"messages": [USER, {**ANSWER, "weight": 0}]}, "nothing to learn"),
+        ({"messages": [USER, ANSWER, USER, {**ANSWER, "weight": 0}]}, r"messages\[3\]: weight 0, and nothing"),
+        ({"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "system": "b"}, "the system speaks twice"),
+        *(
+            ({"messages": [USER, ANSWER], field: "x"}, f"{field} would not be learnt")
+            for field in ("tools", "functions", "images", "history", "input", "context")
+        ),
+        ({"messages": [USER, ANSWER], "label": False}, "label says whether the answer is good"),
+        ({"prompt": "a", "completion": "b", "label": True}, "label says whether the answer is good"),
+        ({"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}, "tools would not be learnt"),
+        ({"prompt": "a", "completion": "b", "system": ["c"]}, "system must be a string, found list"),
+        ({"prompt": "a", "completion": "b", "input": 3}, "input must be a string, found int"),
+        ({"prompt": "a", "completion": "b", "input": "c", "context": "d"}, "found input and context; accepted is one"),
+        *(
+            ({"prompt": "a", "completion": "b", "history": history}, r"history must be \[\[question, answer\], ...\]")
+            for history in ("c", [["c"]], ["c", "d"], [{"role": "user", "content": "c"}], {"c": "d"})
+        ),
+        ({"prompt": "a", "completion": "b", "history": [["c", "d"], ["e", ""]]}, r"history\[1\]: answer is empty"),
+        ({"prompt": "a", "completion": "b", "history": [["c", 1]]}, r"history\[0\]: answer must be a string"),
+    ],
+    ids=str,
+)
+def test_nothing_of_a_conversation_is_lost(tmp_path, row, message):
+    path = write_json(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}, row)
+    with pytest.raises(ValueError, match=rf"a.jsonl, line 2.*{message}"):
+        read_conversations(path)
 
 
 def test_similar(tmp_path):
