@@ -23,12 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from fastformer_kernels.launch import ARCHITECTURES
+from fastformer_kernels.launch import ARCHITECTURES, Architecture
 from triton.runtime.jit import JITFunction
 
 from fastformer.inspection.launchers import compile_launcher
 from fastformer.inspection.meta_operators import kernels_of_meta_operators
 from fastformer.inspection.stand_in import stand_in
+
+# Of a block, on every architecture; the first is sm_100's alone.
+_TENSOR_MEMORY_COLUMNS = 512
+_MOST_THREADS = 1024
 
 Work = Callable[[], object]
 """Calls of operators or of a model on meta tensors."""
@@ -207,10 +211,24 @@ def _compile(specialization: Specialization) -> str | None:
         except Exception as error:
             return f"{type(error).__name__}: {error}"
     compile_launcher(kernel)
-    limit = ARCHITECTURES[specialization.architecture].shared_memory
-    if kernel.metadata.shared > limit:
-        return f"needs {kernel.metadata.shared} bytes of shared memory, {specialization.architecture} has {limit}"
-    return None
+    return _what_it_lacks(kernel.metadata, ARCHITECTURES[specialization.architecture])
+
+
+def _what_it_lacks(metadata: Any, architecture: Architecture) -> str | None:
+    """What a kernel needs more of than there is, and Triton would refuse to launch it for; registers ptxas heeds."""
+    needed = {
+        "bytes of shared memory": (metadata.shared, architecture.shared_memory),
+        "columns of tensor memory": (getattr(metadata, "tmem_size", None) or 0, _TENSOR_MEMORY_COLUMNS),
+        "threads": (metadata.num_warps * architecture.warp_size, _MOST_THREADS),
+    }
+    return next(
+        (
+            f"needs {need} {what}, {architecture.name} has {limit}"
+            for what, (need, limit) in needed.items()
+            if need > limit
+        ),
+        None,
+    )
 
 
 def _specialize(function: JITFunction, specialization: Specialization) -> Any:

@@ -169,6 +169,8 @@ _FORWARD_LOADING: dict[str, Table] = {
         2: {
             64: AttentionConfiguration(64, 64, 4, 2, descriptors=True),
             128: AttentionConfiguration(64, 64, 8, 2, descriptors=True),
+            # Both a mask and a float32 bias need more than is left beside 64 keys.
+            256: AttentionConfiguration(128, 32, 8, 2, descriptors=True),
         }
     },
     "sm_100": {
