@@ -11,9 +11,14 @@ from inspection.processes import python
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
 
+# A minute and a half on an idle machine.
+SECONDS = 1800
+
+
+@pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_configuration_fits(architecture: str) -> None:
-    done = python("-m", "inspection.every_configuration", architecture)
+    done = python("-m", "inspection.every_configuration", architecture, seconds=SECONDS)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line for line in lines if not line.endswith(" fits")] == []
