@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastformer.backends import selected_backend
 from fastformer.integrations.attention_mask import MaskStructure
-from fastformer.ops.attention_torch import FLASH_ROWS
+from fastformer.ops.attention_flash import FLASH_ROWS
 
 # What our operator costs beyond SDPA, and for each row that it computes alone, in floating-point operations that a core
 # does in the time: measured, of about 60 GFLOP/s.

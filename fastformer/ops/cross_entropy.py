@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -174,24 +174,34 @@ def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
         raise IndexError(f"target must be a class from 0 to {classes - 1} or {ignore_index}; got {wrong[0].item()}")
 
 
+class _CrossEntropy(NamedTuple):
+    """A call. `logits` is (rows, classes) or (N, classes, ...), `target` the same without classes."""
+
+    logits: Tensor
+    target: Tensor
+    class_weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    reduction: str
+    inplace: bool
+    dtype: torch.dtype
+
+    @property
+    def options(self) -> Options:
+        return self.ignore_index, self.label_smoothing, self.z_loss, self.softcap
+
+
 @operator("fastformer::cross_entropy", mutates_args=())
-def _cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
-    inplace: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cross_entropy(call: _CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
     """Loss in `dtype`, reduced, and in float32 the normalizer (2, rows) of each row and what a mean was divided by."""
-    rows = _flat(target)
-    losses, normalizer = _row_losses(logits, rows, class_weight, (ignore_index, label_smoothing, z_loss, softcap))
-    loss, total = _reduced(losses, target, logits.shape[1], class_weight, ignore_index, reduction)
-    return loss.to(dtype), normalizer, total
+    rows = _flat(call.target)
+    losses, normalizer = _row_losses(call.logits, rows, call.class_weight, call.options)
+    loss, total = _reduced(
+        losses, call.target, call.logits.shape[1], call.class_weight, call.ignore_index, call.reduction
+    )
+    return loss.to(call.dtype), normalizer, total
 
 
 def _reduced(
@@ -217,40 +227,19 @@ def _row_losses(logits: Tensor, target: Tensor, class_weight: Tensor | None, opt
 
 
 @_cross_entropy.register_fake
-def _(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
-    inplace: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
-    normalizer = logits.new_empty(2, target.numel(), dtype=torch.float32)
-    return loss, normalizer, normalizer.new_empty(() if reduction == "mean" else 0)
+def _(call: _CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
+    loss = call.logits.new_empty(call.target.shape if call.reduction == "none" else (), dtype=call.dtype)
+    normalizer = call.logits.new_empty(2, call.target.numel(), dtype=torch.float32)
+    return loss, normalizer, normalizer.new_empty(() if call.reduction == "mean" else 0)
 
 
 @_cross_entropy.register_formula
-def _(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
-    inplace: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, options = _flat(target), (ignore_index, label_smoothing, z_loss, softcap)
-    losses, normalizer = losses_formula(_as_rows(logits), rows, class_weight, options)
-    loss, total = _reduced(losses, target, logits.shape[1], class_weight, ignore_index, reduction)
-    return loss.to(dtype), normalizer, total
+def _(call: _CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
+    losses, normalizer = losses_formula(_as_rows(call.logits), _flat(call.target), call.class_weight, call.options)
+    loss, total = _reduced(
+        losses, call.target, call.logits.shape[1], call.class_weight, call.ignore_index, call.reduction
+    )
+    return loss.to(call.dtype), normalizer, total
 
 
 @operator("fastformer::cross_entropy_backward_", mutates_args=("gradient",))
@@ -271,53 +260,43 @@ def _write_gradient(
     _run_backward(gradient, logits, target, class_weight, grad_loss, normalizer, options)
 
 
+class _Gradient(NamedTuple):
+    """A call of the derivative, with the `normalizer` that `_cross_entropy` returned."""
+
+    logits: Tensor
+    target: Tensor
+    class_weight: Tensor | None
+    grad_loss: Tensor
+    normalizer: Tensor
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+
+    @property
+    def options(self) -> Options:
+        return self.ignore_index, self.label_smoothing, self.z_loss, self.softcap
+
+
 @operator("fastformer::cross_entropy_backward", mutates_args=())
-def _gradient(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    grad_loss: Tensor,
-    normalizer: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> Tensor:
-    gradient = torch.empty_like(logits)
-    options = (ignore_index, label_smoothing, z_loss, softcap)
-    _run_backward(gradient, logits, target, class_weight, grad_loss, normalizer, options)
+def _gradient(call: _Gradient) -> Tensor:
+    gradient = torch.empty_like(call.logits)
+    where = gradient, call.logits, call.target, call.class_weight
+    _run_backward(*where, call.grad_loss, call.normalizer, call.options)
     return gradient
 
 
 @_gradient.register_fake
-def _(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    grad_loss: Tensor,
-    normalizer: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> Tensor:
-    return torch.empty_like(logits)
+def _(call: _Gradient) -> Tensor:
+    return torch.empty_like(call.logits)
 
 
 @_gradient.register_formula
-def _(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    grad_loss: Tensor,
-    normalizer: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> Tensor | None:
-    options = (ignore_index, label_smoothing, z_loss, softcap)
-    return vjp(lambda z: losses_formula(_as_rows(z), target, class_weight, options)[:1], [logits], [grad_loss])[0]
+def _(call: _Gradient) -> Tensor | None:
+    def loss(logits: Tensor) -> tuple[Tensor, ...]:
+        return losses_formula(_as_rows(logits), call.target, call.class_weight, call.options)[:1]
+
+    return vjp(loss, [call.logits], [call.grad_loss])[0]
 
 
 def _run_backward(

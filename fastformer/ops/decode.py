@@ -13,7 +13,8 @@ from fastformer_kernels.attention.decode_arguments import DecodeArguments, cache
 
 from fastformer.backends import use_triton
 from fastformer.ops.attention import _check_sinks, _check_slopes, _check_window
-from fastformer.ops.attention_torch import is_finite, largest_score, product_of_visible
+from fastformer.ops.attention_explicit import largest_score, product_of_visible
+from fastformer.ops.attention_flash import is_finite
 from fastformer.ops.autocast import to_autocast_dtype, without_autocast
 from fastformer.ops.checks import (
     check_floating,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -147,103 +147,79 @@ def _positions(
     return None
 
 
-@operator("fastformer::embedding", mutates_args=())
-def _embedding(
-    word_ids: Tensor,
-    position_ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    word_weight: Tensor,
-    position_weight: Tensor | None,
-    token_type_weight: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    seed: Tensor | None,
-    padding_idx: int,
-    eps: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (*word_ids.shape, hidden_size), and the rows' mean and rstd, (*word_ids.shape, 1).
+# Of words, positions and token types.
+_WordsAnd = tuple[Tensor, Tensor | None, Tensor | None]
 
-    Without `position_ids` a token's position is its index along the last dimension; without `token_type_ids` its type
-    is 0.
-    """
-    for name, ids, table in (
-        ("input_ids", word_ids, word_weight),
-        ("position_ids", position_ids, position_weight),
-        ("token_type_ids", token_type_ids, token_type_weight),
-    ):
+
+class _Embedding(NamedTuple):
+    """A call. Without ids a token's position is its index along the last dimension, and its type is 0."""
+
+    word_ids: Tensor
+    position_ids: Tensor | None
+    token_type_ids: Tensor | None
+    word_weight: Tensor
+    position_weight: Tensor | None
+    token_type_weight: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    seed: Tensor | None
+    padding_idx: int
+    eps: float
+    dropout_p: float
+
+    @property
+    def ids(self) -> _WordsAnd:
+        return self.word_ids, self.position_ids, self.token_type_ids
+
+    @property
+    def tables(self) -> _WordsAnd:
+        return self.word_weight, self.position_weight, self.token_type_weight
+
+
+@operator("fastformer::embedding", mutates_args=())
+def _embedding(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (*word_ids.shape, hidden_size), and the rows' mean and rstd, (*word_ids.shape, 1)."""
+    for name, ids, table in zip(("input_ids", "position_ids", "token_type_ids"), call.ids, call.tables, strict=True):
         if ids is not None and table is not None:
             check_indices(name, ids, table.shape[0])
-    if _runs_kernel(word_ids, word_weight):
+    if _runs_kernel(call.word_ids, call.word_weight):
         from fastformer_kernels.embedding import embedding_forward
 
         return embedding_forward(
-            word_ids.contiguous(),
-            None if position_ids is None else position_ids.contiguous(),
-            None if token_type_ids is None else token_type_ids.contiguous(),
-            word_weight.contiguous(),
-            None if position_weight is None else position_weight.contiguous(),
-            None if token_type_weight is None else token_type_weight.contiguous(),
-            None if norm_weight is None else norm_weight.contiguous(),
-            None if norm_bias is None else norm_bias.contiguous(),
-            eps,
-            None if seed is None else kernel_dropout(seed, dropout_p),
+            *_contiguous(call.ids),
+            *_contiguous(call.tables),
+            None if call.norm_weight is None else call.norm_weight.contiguous(),
+            None if call.norm_bias is None else call.norm_bias.contiguous(),
+            call.eps,
+            None if call.seed is None else kernel_dropout(call.seed, call.dropout_p),
         )
-    total = _sum_torch(word_ids, position_ids, token_type_ids, word_weight, position_weight, token_type_weight)
-    weight, bias = _widened(norm_weight), _widened(norm_bias)
-    output, mean, rstd = torch.native_layer_norm(total, (word_weight.shape[1],), weight, bias, eps)
-    if seed is not None:
-        apply_dropout_(output.flatten(0, -2), seed, dropout_p)
-    return _in_dtype(output, word_weight.dtype), mean, rstd
+    total = _sum_torch(*call.ids, *call.tables)
+    weight, bias = _widened(call.norm_weight), _widened(call.norm_bias)
+    output, mean, rstd = torch.native_layer_norm(total, (call.word_weight.shape[1],), weight, bias, call.eps)
+    if call.seed is not None:
+        apply_dropout_(output.flatten(0, -2), call.seed, call.dropout_p)
+    return _in_dtype(output, call.word_weight.dtype), mean, rstd
 
 
 @_embedding.register_fake
-def _(
-    word_ids: Tensor,
-    position_ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    word_weight: Tensor,
-    position_weight: Tensor | None,
-    token_type_weight: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    seed: Tensor | None,
-    padding_idx: int,
-    eps: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    mean = word_weight.new_empty((*word_ids.shape, 1), dtype=torch.float32)
-    return word_weight.new_empty((*word_ids.shape, word_weight.shape[1])), mean, torch.empty_like(mean)
+def _(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
+    mean = call.word_weight.new_empty((*call.word_ids.shape, 1), dtype=torch.float32)
+    return call.word_weight.new_empty((*call.word_ids.shape, call.word_weight.shape[1])), mean, torch.empty_like(mean)
 
 
 @_embedding.register_formula
-def _formula(
-    word_ids: Tensor,
-    position_ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    word_weight: Tensor,
-    position_weight: Tensor | None,
-    token_type_weight: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    seed: Tensor | None,
-    padding_idx: int,
-    eps: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    total = _embedded(
-        word_ids, position_ids, token_type_ids, word_weight, position_weight, token_type_weight, padding_idx
-    )
+def _formula(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
+    total = _embedded(*call.ids, *call.tables, call.padding_idx)
     mean = total.mean(-1, keepdim=True)
-    rstd = torch.rsqrt((total - mean).square().mean(-1, keepdim=True) + eps)
+    rstd = torch.rsqrt((total - mean).square().mean(-1, keepdim=True) + call.eps)
     output = (total - mean) * rstd
-    if norm_weight is not None:
-        output = output * norm_weight
-    if norm_bias is not None:
-        output = output + norm_bias
-    if seed is not None:
-        output = dropped(output, seed, dropout_p)
-    return output.to(word_weight.dtype), mean, rstd
+    if call.norm_weight is not None:
+        output = output * call.norm_weight
+    if call.norm_bias is not None:
+        output = output + call.norm_bias
+    if call.seed is not None:
+        output = dropped(output, call.seed, call.dropout_p)
+    return output.to(call.word_weight.dtype), mean, rstd
 
 
 def _embedded(
@@ -270,128 +246,115 @@ def _embedded(
     return total
 
 
+class _EmbeddingBackward(NamedTuple):
+    """A call of the derivative, with the statistics that `_embedding` returned."""
+
+    grad_output: Tensor
+    word_ids: Tensor
+    position_ids: Tensor | None
+    token_type_ids: Tensor | None
+    word_weight: Tensor
+    position_weight: Tensor | None
+    token_type_weight: Tensor | None
+    norm_weight: Tensor | None
+    seed: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+    padding_idx: int
+    dropout_p: float
+    needed: Sequence[bool]
+
+    @property
+    def ids(self) -> _WordsAnd:
+        return self.word_ids, self.position_ids, self.token_type_ids
+
+    @property
+    def tables(self) -> _WordsAnd:
+        return self.word_weight, self.position_weight, self.token_type_weight
+
+
 @operator("fastformer::embedding_backward", mutates_args=())
 def _embedding_backward(
-    grad_output: Tensor,
-    word_ids: Tensor,
-    position_ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    word_weight: Tensor,
-    position_weight: Tensor | None,
-    token_type_weight: Tensor | None,
-    norm_weight: Tensor | None,
-    seed: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    padding_idx: int,
-    dropout_p: float,
-    needed: Sequence[bool],
+    call: _EmbeddingBackward,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the three tables (in their dtype) and of LayerNorm's parameters (float32), of those `needed`."""
-    *tables_needed, weight_needed, bias_needed = needed
-    runs_kernel = _runs_kernel(word_ids, word_weight)
+    grad_output = call.grad_output
+    *tables_needed, weight_needed, bias_needed = call.needed
+    runs_kernel = _runs_kernel(call.word_ids, call.word_weight)
     if runs_kernel:
         from fastformer_kernels.embedding import embedding_backward
 
         grad_sum, grad_weight, grad_bias = embedding_backward(
             grad_output,
-            word_ids.contiguous(),
-            None if position_ids is None else position_ids.contiguous(),
-            None if token_type_ids is None else token_type_ids.contiguous(),
-            word_weight.contiguous(),
-            None if position_weight is None else position_weight.contiguous(),
-            None if token_type_weight is None else token_type_weight.contiguous(),
-            None if norm_weight is None else norm_weight.contiguous(),
-            mean,
-            rstd,
-            None if seed is None else kernel_dropout(seed, dropout_p),
+            *_contiguous(call.ids),
+            *_contiguous(call.tables),
+            None if call.norm_weight is None else call.norm_weight.contiguous(),
+            call.mean,
+            call.rstd,
+            None if call.seed is None else kernel_dropout(call.seed, call.dropout_p),
             weight_needs_grad=weight_needed,
             bias_needs_grad=bias_needed,
         )
     else:
-        total = _sum_torch(word_ids, position_ids, token_type_ids, word_weight, position_weight, token_type_weight)
-        if seed is None:
+        total = _sum_torch(*call.ids, *call.tables)
+        if call.seed is None:
             grad_output = grad_output.float()
         else:
             grad_output = grad_output.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-            apply_dropout_(grad_output.flatten(0, -2), seed, dropout_p)
+            apply_dropout_(grad_output.flatten(0, -2), call.seed, call.dropout_p)
         grad_sum, grad_weight, grad_bias = _norm_backward_torch(
-            grad_output, total, mean, rstd, norm_weight, True in tables_needed, weight_needed, bias_needed
+            grad_output,
+            total,
+            call.mean,
+            call.rstd,
+            call.norm_weight,
+            True in tables_needed,
+            weight_needed,
+            bias_needed,
         )
     table_gradient = _table_gradient if runs_kernel else _table_gradient_torch
     word, position, token_type = None, None, None
     if tables_needed[0]:
-        word = table_gradient(grad_sum, word_ids, word_weight, padding_idx)
-    if position_weight is not None and tables_needed[1]:
-        if position_ids is None:
-            position = _first_rows_gradient(grad_sum.sum(0), position_weight)
+        word = table_gradient(grad_sum, call.word_ids, call.word_weight, call.padding_idx)
+    if call.position_weight is not None and tables_needed[1]:
+        if call.position_ids is None:
+            position = _first_rows_gradient(grad_sum.sum(0), call.position_weight)
         else:
-            position = table_gradient(grad_sum, position_ids, position_weight, -1)
-    if token_type_weight is not None and tables_needed[2]:
-        if token_type_ids is None:
-            token_type = _first_rows_gradient(grad_sum.flatten(0, -2).sum(0, keepdim=True), token_type_weight)
+            position = table_gradient(grad_sum, call.position_ids, call.position_weight, -1)
+    if call.token_type_weight is not None and tables_needed[2]:
+        if call.token_type_ids is None:
+            token_type = _first_rows_gradient(grad_sum.flatten(0, -2).sum(0, keepdim=True), call.token_type_weight)
         else:
-            token_type = table_gradient(grad_sum, token_type_ids, token_type_weight, -1)
+            token_type = table_gradient(grad_sum, call.token_type_ids, call.token_type_weight, -1)
     return word, position, token_type, grad_weight, grad_bias
 
 
 @_embedding_backward.register_fake
-def _(
-    grad_output: Tensor,
-    word_ids: Tensor,
-    position_ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    word_weight: Tensor,
-    position_weight: Tensor | None,
-    token_type_weight: Tensor | None,
-    norm_weight: Tensor | None,
-    seed: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    padding_idx: int,
-    dropout_p: float,
-    needed: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    parameters = (word_weight, position_weight, token_type_weight, *2 * (mean.new_empty(word_weight.shape[1]),))
+def _(call: _EmbeddingBackward) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    of_norm = call.mean.new_empty(call.word_weight.shape[1])
+    parameters = (*call.tables, of_norm, of_norm)
     word, position, token_type, weight, bias = (
         parameter.new_empty(parameter.shape) if parameter is not None and need else None
-        for parameter, need in zip(parameters, needed, strict=True)
+        for parameter, need in zip(parameters, call.needed, strict=True)
     )
     return word, position, token_type, weight, bias
 
 
 @_embedding_backward.register_formula
-def _(
-    grad_output: Tensor,
-    word_ids: Tensor,
-    position_ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    word_weight: Tensor,
-    position_weight: Tensor | None,
-    token_type_weight: Tensor | None,
-    norm_weight: Tensor | None,
-    seed: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    padding_idx: int,
-    dropout_p: float,
-    needed: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    ids = (word_ids, position_ids, token_type_ids)
+def _(call: _EmbeddingBackward) -> tuple[Tensor | None, ...]:
     # LayerNorm's bias matters to no gradient, and a weight that is not there is one.
-    ones = mean.new_ones(word_weight.shape[1])
-    weight, bias = ones if norm_weight is None else norm_weight, torch.zeros_like(ones)
-    tables = (word_weight, position_weight, token_type_weight)
-    total = _embedded(*ids, *tables, padding_idx)
+    ones = call.mean.new_ones(call.word_weight.shape[1])
+    weight, bias = ones if call.norm_weight is None else call.norm_weight, torch.zeros_like(ones)
+    total = _embedded(*call.ids, *call.tables, call.padding_idx)
     # Epsilon is what the given statistics have more.
-    eps = (rstd.square().reciprocal() - total.var(-1, correction=0, keepdim=True)).detach()
+    eps = (call.rstd.square().reciprocal() - total.var(-1, correction=0, keepdim=True)).detach()
 
     def output(*tables_and_norm: Any) -> tuple[Tensor]:
-        return (_formula(*ids, *tables_and_norm, seed, padding_idx, eps, dropout_p)[0],)
+        return (_formula(*call.ids, *tables_and_norm, call.seed, call.padding_idx, eps, call.dropout_p)[0],)
 
-    *of_tables, of_weight, of_bias = vjp(output, [*tables, weight, bias], [grad_output])
+    *of_tables, of_weight, of_bias = vjp(output, [*call.tables, weight, bias], [call.grad_output])
     gradients = (*of_tables, None if of_weight is None else of_weight.float(), of_bias)
-    return tuple(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
+    return tuple(gradient if need else None for gradient, need in zip(gradients, call.needed, strict=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -407,7 +370,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 12
+        return (None,) * len(_Embedding._fields)
     needed = list(ctx.needs_input_grad[3:8])
     gradients = _embedding_backward(grad_output, *ctx.saved_tensors, ctx.padding_idx, ctx.dropout_p, needed)
     *tables, weight, bias = [grad if need else None for grad, need in zip(gradients, needed, strict=True)]
@@ -419,6 +382,15 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[
 
 
 _embedding.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _contiguous(words_and: _WordsAnd) -> _WordsAnd:
+    words, positions, token_types = words_and
+    return (
+        words.contiguous(),
+        None if positions is None else positions.contiguous(),
+        None if token_types is None else token_types.contiguous(),
+    )
 
 
 def _runs_kernel(word_ids: Tensor, word_weight: Tensor) -> bool:

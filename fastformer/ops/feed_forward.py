@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -144,104 +144,78 @@ def _check(
             check_like(name, tensor, "input", input)
 
 
+class _FeedForward(NamedTuple):
+    """A call. `input` is (tokens, in_features); a seed is None where nothing is dropped."""
+
+    input: Tensor
+    up_weight: Tensor
+    down_weight: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    gate_weight: Tensor | None
+    gate_bias: Tensor | None
+    residual: Tensor | None
+    hidden_seed: Tensor | None
+    output_seed: Tensor | None
+    activation: str
+    hidden_dropout_p: float
+    output_dropout_p: float
+    store_pre_activations: bool
+
+
 @operator("fastformer::feed_forward", mutates_args=())
-def _feed_forward(
-    input: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    residual: Tensor | None,
-    hidden_seed: Tensor | None,
-    output_seed: Tensor | None,
-    activation: str,
-    hidden_dropout_p: float,
-    output_dropout_p: float,
-    store_pre_activations: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _feed_forward(call: _FeedForward) -> tuple[Tensor, Tensor, Tensor]:
     """Output (tokens, out_features) and the pre-activations of up and gate, each empty unless it is stored."""
-    projections = (input, up_weight, up_bias, gate_weight, gate_bias)
-    if _runs_kernel(input, up_weight, down_weight):
+    projections = (call.input, call.up_weight, call.up_bias, call.gate_weight, call.gate_bias)
+    if _runs_kernel(call.input, call.up_weight, call.down_weight):
         from fastformer_kernels.feed_forward import hidden_forward, output_forward
 
-        dropout = _kernel_dropout(hidden_seed, hidden_dropout_p)
-        hidden, up, gate = hidden_forward(*projections, activation, dropout, store_pre_activations)
-        dropout = _kernel_dropout(output_seed, output_dropout_p)
-        output = output_forward(hidden, down_weight, down_bias, residual, dropout)
+        dropout = _kernel_dropout(call.hidden_seed, call.hidden_dropout_p)
+        hidden, up, gate = hidden_forward(*projections, call.activation, dropout, call.store_pre_activations)
+        dropout = _kernel_dropout(call.output_seed, call.output_dropout_p)
+        output = output_forward(hidden, call.down_weight, call.down_bias, call.residual, dropout)
     else:
-        hidden, up, gate = _hidden_forward_torch(*projections, activation, store_pre_activations)
-        if hidden_seed is not None:
-            apply_dropout_(hidden, hidden_seed, hidden_dropout_p)
-        output = F.linear(hidden, down_weight, down_bias)
-        if output_seed is not None:
-            apply_dropout_(output, output_seed, output_dropout_p)
-        if residual is not None and residual.dtype == output.dtype:
-            output.add_(residual)
-        elif residual is not None:
-            output = (output + residual).contiguous()
-    empty = input.new_empty
+        hidden, up, gate = _hidden_forward_torch(*projections, call.activation, call.store_pre_activations)
+        if call.hidden_seed is not None:
+            apply_dropout_(hidden, call.hidden_seed, call.hidden_dropout_p)
+        output = F.linear(hidden, call.down_weight, call.down_bias)
+        if call.output_seed is not None:
+            apply_dropout_(output, call.output_seed, call.output_dropout_p)
+        if call.residual is not None and call.residual.dtype == output.dtype:
+            output.add_(call.residual)
+        elif call.residual is not None:
+            output = (output + call.residual).contiguous()
+    empty = call.input.new_empty
     return output, empty(0) if up is None else up, empty(0) if gate is None else gate
 
 
 @_feed_forward.register_fake
-def _(
-    input: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    residual: Tensor | None,
-    hidden_seed: Tensor | None,
-    output_seed: Tensor | None,
-    activation: str,
-    hidden_dropout_p: float,
-    output_dropout_p: float,
-    store_pre_activations: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
-    pre_activation = (input.shape[0], up_weight.shape[0])
+def _(call: _FeedForward) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = call.input.dtype if call.residual is None else torch.promote_types(call.input.dtype, call.residual.dtype)
+    pre_activation = (call.input.shape[0], call.up_weight.shape[0])
     return (
-        input.new_empty(input.shape[0], down_weight.shape[0], dtype=dtype),
-        input.new_empty(pre_activation if store_pre_activations else 0),
-        input.new_empty(pre_activation if store_pre_activations and gate_weight is not None else 0),
+        call.input.new_empty(call.input.shape[0], call.down_weight.shape[0], dtype=dtype),
+        call.input.new_empty(pre_activation if call.store_pre_activations else 0),
+        call.input.new_empty(pre_activation if call.store_pre_activations and call.gate_weight is not None else 0),
     )
 
 
 @_feed_forward.register_formula
-def _formula(
-    input: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    residual: Tensor | None,
-    hidden_seed: Tensor | None,
-    output_seed: Tensor | None,
-    activation: str,
-    hidden_dropout_p: float,
-    output_dropout_p: float,
-    store_pre_activations: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = F.linear(input, up_weight, up_bias)
-    if gate_weight is None:
-        hidden = _activate(hidden, activation)
+def _formula(call: _FeedForward) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = F.linear(call.input, call.up_weight, call.up_bias)
+    if call.gate_weight is None:
+        hidden = _activate(hidden, call.activation)
     else:
-        hidden = hidden * _activate(F.linear(input, gate_weight, gate_bias), activation)
-    if hidden_seed is not None:
-        hidden = dropped(hidden, hidden_seed, hidden_dropout_p)
-    output = F.linear(hidden, down_weight, down_bias)
-    if output_seed is not None:
-        output = dropped(output, output_seed, output_dropout_p)
-    if residual is not None:
-        output = output + residual
+        hidden = hidden * _activate(F.linear(call.input, call.gate_weight, call.gate_bias), call.activation)
+    if call.hidden_seed is not None:
+        hidden = dropped(hidden, call.hidden_seed, call.hidden_dropout_p)
+    output = F.linear(hidden, call.down_weight, call.down_bias)
+    if call.output_seed is not None:
+        output = dropped(output, call.output_seed, call.output_dropout_p)
+    if call.residual is not None:
+        output = output + call.residual
     # Pre-activations are kept for a derivative that a formula does not need.
-    return output, input.new_empty(0), input.new_empty(0)
+    return output, call.input.new_empty(0), call.input.new_empty(0)
 
 
 FeedForwardGradients = tuple[
@@ -249,68 +223,70 @@ FeedForwardGradients = tuple[
 ]
 
 
-@operator("fastformer::feed_forward_backward", mutates_args=())
-def _feed_forward_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
-    up_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    up: Tensor | None,
-    gate: Tensor | None,
-    hidden_seed: Tensor | None,
-    output_seed: Tensor | None,
-    activation: str,
-    hidden_dropout_p: float,
-    output_dropout_p: float,
-    needs_grad: list[bool],
-) -> FeedForwardGradients:
-    """Gradients of those tensors, in the order of the forward's arguments, whose `needs_grad` is set.
+class _FeedForwardBackward(NamedTuple):
+    """A call of the derivative. Pre-activations `up` and `gate` that are None are computed again."""
 
-    Pre-activations that are None are computed again.
-    """
-    needs_input, needs_up, needs_down, needs_up_bias, needs_down_bias, needs_gate, needs_gate_bias = needs_grad
+    grad_output: Tensor
+    input: Tensor
+    up_weight: Tensor
+    down_weight: Tensor
+    up_bias: Tensor | None
+    gate_weight: Tensor | None
+    gate_bias: Tensor | None
+    up: Tensor | None
+    gate: Tensor | None
+    hidden_seed: Tensor | None
+    output_seed: Tensor | None
+    activation: str
+    hidden_dropout_p: float
+    output_dropout_p: float
+    needs_grad: list[bool]
+
+
+@operator("fastformer::feed_forward_backward", mutates_args=())
+def _feed_forward_backward(call: _FeedForwardBackward) -> FeedForwardGradients:
+    """Gradients of those tensors, in the order of the forward's arguments, whose `needs_grad` is set."""
+    up, gate = call.up, call.gate
+    needs_input, needs_up, needs_down, needs_up_bias, needs_down_bias, needs_gate, needs_gate_bias = call.needs_grad
     needs_pre_activations = needs_input or needs_up or needs_up_bias or needs_gate or needs_gate_bias
     if up is None and (needs_pre_activations or needs_down):
-        up = F.linear(input, up_weight, up_bias)
-        gate = None if gate_weight is None else F.linear(input, gate_weight, gate_bias)
-    grad_product = _product_gradient(grad_output, input, output_seed, output_dropout_p)
+        up = F.linear(call.input, call.up_weight, call.up_bias)
+        gate = None if call.gate_weight is None else F.linear(call.input, call.gate_weight, call.gate_bias)
+    grad_product = _product_gradient(call.grad_output, call.input, call.output_seed, call.output_dropout_p)
     grad_up = grad_gate = grad_input = grad_down = None
-    if up is not None and needs_pre_activations and _runs_kernel(input, up_weight, down_weight):
+    if up is not None and needs_pre_activations and _runs_kernel(call.input, call.up_weight, call.down_weight):
         from fastformer_kernels.feed_forward import hidden_backward
 
-        dropout = _kernel_dropout(hidden_seed, hidden_dropout_p)
+        dropout = _kernel_dropout(call.hidden_seed, call.hidden_dropout_p)
         grad_up, grad_gate, hidden = hidden_backward(
-            grad_product, down_weight, up, gate, activation, dropout, needs_down
+            grad_product, call.down_weight, up, gate, call.activation, dropout, needs_down
         )
         grad_down = _weight_gradient(grad_product, hidden)
         del hidden
     elif up is not None:
         # The hidden layer is gone before the gradients of the pre-activations are there: never three of that size.
         if needs_down:
-            hidden = _hidden_torch(up, gate, activation)
-            if hidden_seed is not None:
-                apply_dropout_(hidden, hidden_seed, hidden_dropout_p)
+            hidden = _hidden_torch(up, gate, call.activation)
+            if call.hidden_seed is not None:
+                apply_dropout_(hidden, call.hidden_seed, call.hidden_dropout_p)
             grad_down = _weight_gradient(grad_product, hidden)
             del hidden
         if needs_pre_activations:
-            grad_hidden = torch.mm(grad_product, down_weight)
-            if hidden_seed is not None:
-                apply_dropout_(grad_hidden, hidden_seed, hidden_dropout_p)
-            grad_up, grad_gate = _hidden_backward_torch(grad_hidden, up, gate, activation)
+            grad_hidden = torch.mm(grad_product, call.down_weight)
+            if call.hidden_seed is not None:
+                apply_dropout_(grad_hidden, call.hidden_seed, call.hidden_dropout_p)
+            grad_up, grad_gate = _hidden_backward_torch(grad_hidden, up, gate, call.activation)
     if needs_input and grad_up is not None:
-        grad_input = torch.mm(grad_up, up_weight)
-        if grad_gate is not None and gate_weight is not None:
-            grad_input.addmm_(grad_gate, gate_weight)
+        grad_input = torch.mm(grad_up, call.up_weight)
+        if grad_gate is not None and call.gate_weight is not None:
+            grad_input.addmm_(grad_gate, call.gate_weight)
     return (
         grad_input,
-        _weight_gradient(grad_up, input if needs_up else None),
+        _weight_gradient(grad_up, call.input if needs_up else None),
         grad_down,
         _bias_gradient(grad_up if needs_up_bias else None),
         _bias_gradient(grad_product if needs_down_bias else None),
-        _weight_gradient(grad_gate, input if needs_gate else None),
+        _weight_gradient(grad_gate, call.input if needs_gate else None),
         _bias_gradient(grad_gate if needs_gate_bias else None),
     )
 
@@ -336,90 +312,45 @@ def _bias_gradient(grad_output: Tensor | None) -> Tensor | None:
 
 
 @_feed_forward_backward.register_fake
-def _(
-    grad_output: Tensor,
-    input: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
-    up_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    up: Tensor | None,
-    gate: Tensor | None,
-    hidden_seed: Tensor | None,
-    output_seed: Tensor | None,
-    activation: str,
-    hidden_dropout_p: float,
-    output_dropout_p: float,
-    needs_grad: list[bool],
-) -> tuple[Tensor | None, ...]:
-    out_features, intermediate_size = down_weight.shape
+def _(call: _FeedForwardBackward) -> tuple[Tensor | None, ...]:
+    out_features, intermediate_size = call.down_weight.shape
     bias = (intermediate_size,)
-    shapes = (input.shape, up_weight.shape, down_weight.shape, bias, (out_features,), up_weight.shape, bias)
-    return tuple(input.new_empty(shape) if need else None for shape, need in zip(shapes, needs_grad, strict=True))
+    up_shape, down_shape = call.up_weight.shape, call.down_weight.shape
+    shapes = (call.input.shape, up_shape, down_shape, bias, (out_features,), up_shape, bias)
+    empty, needs_grad = call.input.new_empty, call.needs_grad
+    return tuple(empty(shape) if need else None for shape, need in zip(shapes, needs_grad, strict=True))
 
 
 @_feed_forward_backward.register_formula
-def _(
-    grad_output: Tensor,
-    input: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
-    up_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    up: Tensor | None,
-    gate: Tensor | None,
-    hidden_seed: Tensor | None,
-    output_seed: Tensor | None,
-    activation: str,
-    hidden_dropout_p: float,
-    output_dropout_p: float,
-    needs_grad: list[bool],
-) -> tuple[Tensor | None, ...]:
+def _(call: _FeedForwardBackward) -> tuple[Tensor | None, ...]:
     # The second bias matters to no gradient.
-    down_bias = down_weight.new_zeros(down_weight.shape[0])
-    options = (activation, hidden_dropout_p, output_dropout_p, False)
+    down_bias = call.down_weight.new_zeros(call.down_weight.shape[0])
+    options = (call.activation, call.hidden_dropout_p, call.output_dropout_p, False)
 
     def output(*tensors: Any) -> tuple[Tensor]:
-        return (_formula(*tensors, None, hidden_seed, output_seed, *options)[0],)
+        return (_formula(*tensors, None, call.hidden_seed, call.output_seed, *options)[0],)
 
-    tensors = (input, up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias)
-    gradients = vjp(output, tensors, [grad_output])
-    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs_grad, strict=True))
+    tensors = (call.input, call.up_weight, call.down_weight, call.up_bias, down_bias, call.gate_weight, call.gate_bias)
+    gradients = vjp(output, tensors, [call.grad_output])
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, call.needs_grad, strict=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    (
-        input,
-        up_weight,
-        down_weight,
-        up_bias,
-        _,
-        gate_weight,
-        gate_bias,
-        residual,
-        hidden_seed,
-        output_seed,
-        activation,
-        hidden_dropout_p,
-        output_dropout_p,
-        stored,
-    ) = inputs
+    call = _FeedForward._make(inputs)
     _, up, gate = output
-    ctx.options = (activation, hidden_dropout_p, output_dropout_p)
-    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.options = (call.activation, call.hidden_dropout_p, call.output_dropout_p)
+    ctx.residual_dtype = None if call.residual is None else call.residual.dtype
     ctx.save_for_backward(
-        input,
-        up_weight,
-        down_weight,
-        up_bias,
-        gate_weight,
-        gate_bias,
-        up if stored else None,
-        gate if stored and gate_weight is not None else None,
-        hidden_seed,
-        output_seed,
+        call.input,
+        call.up_weight,
+        call.down_weight,
+        call.up_bias,
+        call.gate_weight,
+        call.gate_bias,
+        up if call.store_pre_activations else None,
+        gate if call.store_pre_activations and call.gate_weight is not None else None,
+        call.hidden_seed,
+        call.output_seed,
     )
     ctx.mark_non_differentiable(up, gate)
     ctx.set_materialize_grads(False)
@@ -427,7 +358,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 14
+        return (None,) * len(_FeedForward._fields)
     *needs_grad, needs_residual = ctx.needs_input_grad[:8]
     gradients: tuple[Tensor | None, ...] = (None,) * len(needs_grad)
     if True in needs_grad:

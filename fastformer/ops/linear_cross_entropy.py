@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -170,31 +170,39 @@ def _check(
         raise ValueError(f"memory_budget must be at least 1 byte; got {memory_budget}")
 
 
+class _ReducedLoss(NamedTuple):
+    """A call whose rows' losses are summed up. `input` is (rows, features), `weight` (classes, features)."""
+
+    input: Tensor
+    weight: Tensor
+    target: Tensor
+    bias: Tensor | None
+    class_weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    reduction: str
+    memory_budget: int
+    needs_grad: bool
+
+    @property
+    def options(self) -> Options:
+        return self.ignore_index, self.label_smoothing, self.z_loss, self.softcap
+
+
 @operator("fastformer::linear_cross_entropy", mutates_args=())
-def _reduced_loss(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
-    memory_budget: int,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _reduced_loss(call: _ReducedLoss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sums or means of the rows' losses and z-losses, and the gradients of input, weight and bias."""
-    options = (ignore_index, label_smoothing, z_loss, softcap)
+    options = call.options
     total = grad_losses = None
-    if reduction == "mean":
-        total = total_weight(target, weight.shape[0], class_weight, ignore_index)
-    if needs_grad:
-        of_each = total.reciprocal() if total is not None else input.new_ones((), dtype=torch.float32)
-        grad_losses = of_each.expand(target.shape)
+    if call.reduction == "mean":
+        total = total_weight(call.target, call.weight.shape[0], call.class_weight, call.ignore_index)
+    if call.needs_grad:
+        of_each = total.reciprocal() if total is not None else call.input.new_ones((), dtype=torch.float32)
+        grad_losses = of_each.expand(call.target.shape)
     losses, z_losses, *gradients = _chunked(
-        input, weight, target, bias, class_weight, grad_losses, options, memory_budget
+        call.input, call.weight, call.target, call.bias, call.class_weight, grad_losses, options, call.memory_budget
     )
     loss = losses.sum()
     z_part = loss.new_zeros(()) if z_losses is None else z_losses.sum()
@@ -205,46 +213,20 @@ def _reduced_loss(
 
 
 @_reduced_loss.register_fake
-def _(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
-    memory_budget: int,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    loss = input.new_empty((), dtype=torch.float32)
-    return loss, torch.empty_like(loss), *_empty_gradients(input, weight, bias, needs_grad)
+def _(call: _ReducedLoss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    loss = call.input.new_empty((), dtype=torch.float32)
+    return loss, torch.empty_like(loss), *_empty_gradients(call.input, call.weight, call.bias, call.needs_grad)
 
 
 @_reduced_loss.register_formula
-def _(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
-    memory_budget: int,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = (ignore_index, label_smoothing, z_loss, softcap)
-    losses, z_losses = _formula(input, weight, target, bias, class_weight, options)
+def _(call: _ReducedLoss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = call.options
+    losses, z_losses = _formula(call.input, call.weight, call.target, call.bias, call.class_weight, options)
     loss, z_part = losses.sum(), z_losses.sum()
-    if reduction == "mean":
-        total = total_weight(target, weight.shape[0], class_weight, ignore_index)
+    if call.reduction == "mean":
+        total = total_weight(call.target, call.weight.shape[0], call.class_weight, call.ignore_index)
         loss, z_part = loss / total, z_part / total
-    return loss, z_part, *_empty_gradients(input, weight, bias, False)
+    return loss, z_part, *_empty_gradients(call.input, call.weight, call.bias, False)
 
 
 def _formula(
@@ -267,7 +249,7 @@ def _reduced_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _reduced_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    found: list[Tensor | None] = [None] * 12
+    found: list[Tensor | None] = [None] * len(_ReducedLoss._fields)
     if grad_loss is None:
         return tuple(found)
     *gradients, input, weight, target, bias, class_weight = ctx.saved_tensors
@@ -287,116 +269,96 @@ def _reduced_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> 
 _reduced_loss.register_autograd(_reduced_backward, setup_context=_reduced_setup)
 
 
+class _RowLosses(NamedTuple):
+    """A call whose losses stay one for each row."""
+
+    input: Tensor
+    weight: Tensor
+    target: Tensor
+    bias: Tensor | None
+    class_weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    memory_budget: int
+
+    @property
+    def options(self) -> Options:
+        return self.ignore_index, self.label_smoothing, self.z_loss, self.softcap
+
+
 @operator("fastformer::linear_cross_entropy_rows", mutates_args=())
-def _row_losses(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    memory_budget: int,
-) -> tuple[Tensor, Tensor]:
+def _row_losses(call: _RowLosses) -> tuple[Tensor, Tensor]:
     """Losses and z-losses of the rows."""
-    options = (ignore_index, label_smoothing, z_loss, softcap)
-    losses, z_losses, *_ = _chunked(input, weight, target, bias, class_weight, None, options, memory_budget)
+    options = call.options
+    losses, z_losses, *_ = _chunked(
+        call.input, call.weight, call.target, call.bias, call.class_weight, None, options, call.memory_budget
+    )
     return losses, torch.zeros_like(losses) if z_losses is None else z_losses
 
 
 @_row_losses.register_fake
-def _(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    memory_budget: int,
-) -> tuple[Tensor, Tensor]:
-    losses = input.new_empty(input.shape[0], dtype=torch.float32)
+def _(call: _RowLosses) -> tuple[Tensor, Tensor]:
+    losses = call.input.new_empty(call.input.shape[0], dtype=torch.float32)
     return losses, torch.empty_like(losses)
 
 
 @_row_losses.register_formula
-def _(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    memory_budget: int,
-) -> tuple[Tensor, Tensor]:
-    options = (ignore_index, label_smoothing, z_loss, softcap)
-    return _formula(input, weight, target, bias, class_weight, options)
+def _(call: _RowLosses) -> tuple[Tensor, Tensor]:
+    return _formula(call.input, call.weight, call.target, call.bias, call.class_weight, call.options)
+
+
+class _RowGradients(NamedTuple):
+    """A call of the derivative of `_row_losses`."""
+
+    input: Tensor
+    weight: Tensor
+    target: Tensor
+    bias: Tensor | None
+    class_weight: Tensor | None
+    grad_losses: Tensor
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    memory_budget: int
+
+    @property
+    def options(self) -> Options:
+        return self.ignore_index, self.label_smoothing, self.z_loss, self.softcap
 
 
 @operator("fastformer::linear_cross_entropy_rows_backward", mutates_args=())
-def _row_gradients(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    grad_losses: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    memory_budget: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _row_gradients(call: _RowGradients) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias."""
-    options = (ignore_index, label_smoothing, z_loss, softcap)
-    _, _, *gradients = _chunked(input, weight, target, bias, class_weight, grad_losses, options, memory_budget)
+    options = call.options
+    _, _, *gradients = _chunked(
+        call.input,
+        call.weight,
+        call.target,
+        call.bias,
+        call.class_weight,
+        call.grad_losses,
+        options,
+        call.memory_budget,
+    )
     return gradients[0], gradients[1], gradients[2]
 
 
 @_row_gradients.register_fake
-def _(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    grad_losses: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    memory_budget: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(input, weight, bias, True)
+def _(call: _RowGradients) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(call.input, call.weight, call.bias, True)
 
 
 @_row_gradients.register_formula
-def _(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    grad_losses: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    memory_budget: int,
-) -> tuple[Tensor | None, ...]:
-    options = (ignore_index, label_smoothing, z_loss, softcap)
+def _(call: _RowGradients) -> tuple[Tensor | None, ...]:
+    options = call.options
 
     def losses(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
-        return (_formula(input, weight, target, bias, class_weight, options)[0],)
+        return (_formula(input, weight, call.target, bias, call.class_weight, options)[0],)
 
-    return tuple(vjp(losses, [input, weight, bias], [grad_losses]))
+    return tuple(vjp(losses, [call.input, call.weight, call.bias], [call.grad_losses]))
 
 
 def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -408,7 +370,7 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 def _rows_backward(ctx: Any, grad_losses: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_losses is None:
-        return (None,) * 10
+        return (None,) * len(_RowLosses._fields)
     grad_input, grad_weight, grad_bias = _row_gradients(*ctx.saved_tensors, grad_losses, *ctx.options)
     return grad_input, grad_weight, None, grad_bias if ctx.needs_input_grad[3] else None, *(None,) * 6
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -267,24 +267,26 @@ def _layer_norm_of_pytorch(
     return torch.layer_norm(total, shape, weight, bias, eps), total
 
 
-@operator("fastformer::norm")
-def _norm(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    input_bias: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    centered: bool,
-    dropout_p: float,
-    dtype: torch.dtype,
-    keep_sum: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Output, x if `keep_sum`, and the rows' rstd and, if they are `centered`, mean: (1 or 2, rows).
+class _Norm(NamedTuple):
+    """A call. `input` and `residual` are (..., columns), contiguous, or (rows, columns) of any strides."""
 
-    `input` and `residual` are (..., columns), contiguous, or (rows, columns) of any strides.
-    """
+    input: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    input_bias: Tensor | None
+    seed: Tensor | None
+    eps: float
+    centered: bool
+    dropout_p: float
+    dtype: torch.dtype
+    keep_sum: bool
+
+
+@operator("fastformer::norm")
+def _norm(call: _Norm) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Output, x if `keep_sum`, and the rows' rstd and, if they are `centered`, mean: (1 or 2, rows)."""
+    input, residual, weight, bias, input_bias, seed, eps, centered, dropout_p, dtype, keep_sum = call
     if use_triton(input) and input.numel():
         from fastformer_kernels.normalization import norm_forward
 
@@ -310,41 +312,36 @@ def _norm(
 
 
 @_norm.register_fake
-def _(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    input_bias: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    centered: bool,
-    dropout_p: float,
-    dtype: torch.dtype,
-    keep_sum: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    output = input.new_empty(input.shape, dtype=dtype)
-    statistics = input.new_empty(1 + centered, math.prod(input.shape[:-1]), dtype=torch.float32)
-    return output, torch.empty_like(output) if keep_sum else None, statistics
+def _(call: _Norm) -> tuple[Tensor, Tensor | None, Tensor]:
+    output = call.input.new_empty(call.input.shape, dtype=call.dtype)
+    rows = math.prod(output.shape[:-1])
+    statistics = output.new_empty(1 + call.centered, rows, dtype=torch.float32)
+    return output, torch.empty_like(output) if call.keep_sum else None, statistics
+
+
+class _NormBackward(NamedTuple):
+    """A call of the derivative. `x` is what was normalised, `statistics` what `_norm` returned."""
+
+    grad_output: Tensor
+    grad_sum: Tensor | None
+    x: Tensor
+    statistics: Tensor
+    weight: Tensor | None
+    seed: Tensor | None
+    centered: bool
+    dropout_p: float
+    input_dtype: torch.dtype
+    residual_dtype: torch.dtype | None
+    weight_needs_grad: bool
+    bias_needs_grad: bool
+    input_bias_needs_grad: bool
 
 
 @operator("fastformer::norm_backward")
-def _norm_backward(
-    grad_output: Tensor,
-    grad_sum: Tensor | None,
-    x: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    seed: Tensor | None,
-    centered: bool,
-    dropout_p: float,
-    input_dtype: torch.dtype,
-    residual_dtype: torch.dtype | None,
-    weight_needs_grad: bool,
-    bias_needs_grad: bool,
-    input_bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _norm_backward(call: _NormBackward) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of input, of residual, and of those needed of weight, bias and input_bias, float32, one a row."""
+    grad_output, grad_sum, x, statistics, weight, seed, centered, dropout_p, input_dtype, residual_dtype, *needs = call
+    weight_needs_grad, bias_needs_grad, input_bias_needs_grad = needs
     if use_triton(x) and x.numel():
         from fastformer_kernels.normalization import norm_backward
 
@@ -379,43 +376,19 @@ def _norm_backward(
 
 
 @_norm_backward.register_fake
-def _(
-    grad_output: Tensor,
-    grad_sum: Tensor | None,
-    x: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    seed: Tensor | None,
-    centered: bool,
-    dropout_p: float,
-    input_dtype: torch.dtype,
-    residual_dtype: torch.dtype | None,
-    weight_needs_grad: bool,
-    bias_needs_grad: bool,
-    input_bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    needed = weight_needs_grad + bias_needs_grad + input_bias_needs_grad
+def _(call: _NormBackward) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    x, residual_dtype = call.x, call.residual_dtype
+    needed = call.weight_needs_grad + call.bias_needs_grad + call.input_bias_needs_grad
     return (
-        x.new_empty(x.shape, dtype=input_dtype),
+        x.new_empty(x.shape, dtype=call.input_dtype),
         None if residual_dtype is None else x.new_empty(x.shape, dtype=residual_dtype),
-        statistics.new_empty(needed, x.shape[-1]) if needed else None,
+        call.statistics.new_empty(needed, x.shape[-1]) if needed else None,
     )
 
 
 @_norm.register_formula
-def _(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    input_bias: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    centered: bool,
-    dropout_p: float,
-    dtype: torch.dtype,
-    keep_sum: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def _(call: _Norm) -> tuple[Tensor, Tensor | None, Tensor]:
+    input, residual, weight, bias, input_bias, seed, eps, centered, dropout_p, dtype, keep_sum = call
     total = input.float()
     if input_bias is not None:
         total = total + input_bias
@@ -438,41 +411,28 @@ def _(
 
 
 @_norm_backward.register_formula
-def _(
-    grad_output: Tensor,
-    grad_sum: Tensor | None,
-    x: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    seed: Tensor | None,
-    centered: bool,
-    dropout_p: float,
-    input_dtype: torch.dtype,
-    residual_dtype: torch.dtype | None,
-    weight_needs_grad: bool,
-    bias_needs_grad: bool,
-    input_bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    # The statistics again, since they depend on x; epsilon is what the given ones have more.
-    wide, dy = x.float(), grad_output.float()
-    deviation = wide - wide.mean(-1, keepdim=True) if centered else wide
+def _(call: _NormBackward) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    weight, seed, residual_dtype = call.weight, call.seed, call.residual_dtype
+    # The call.statistics again, since they depend on x; epsilon is what the given ones have more.
+    wide, dy = call.x.float(), call.grad_output.float()
+    deviation = wide - wide.mean(-1, keepdim=True) if call.centered else wide
     variance = deviation.square().mean(-1, keepdim=True)
-    eps = (statistics[0].view(variance.shape).square().reciprocal() - variance).detach()
+    eps = (call.statistics[0].view(variance.shape).square().reciprocal() - variance).detach()
     rstd = torch.rsqrt(variance + eps)
     normalised = deviation * rstd
     g = dy if weight is None else dy * weight
     grad_x = g - normalised * (g * normalised).mean(-1, keepdim=True)
-    if centered:
+    if call.centered:
         grad_x = grad_x - g.mean(-1, keepdim=True)
     grad_x = grad_x * rstd
-    if grad_sum is not None:
-        grad_x = grad_x + grad_sum
+    if call.grad_sum is not None:
+        grad_x = grad_x + call.grad_sum
     grad_residual = None if residual_dtype is None else grad_x.to(residual_dtype)
     if seed is not None:
-        grad_x = dropped(grad_x, seed, dropout_p)
-    wanted = (weight_needs_grad, dy * normalised), (bias_needs_grad, dy), (input_bias_needs_grad, grad_x)
+        grad_x = dropped(grad_x, seed, call.dropout_p)
+    wanted = (call.weight_needs_grad, dy * normalised), (call.bias_needs_grad, dy), (call.input_bias_needs_grad, grad_x)
     parameters = [_matrix(products).sum(0) for needed, products in wanted if needed]
-    return grad_x.to(input_dtype), grad_residual, torch.stack(parameters) if parameters else None
+    return grad_x.to(call.input_dtype), grad_residual, torch.stack(parameters) if parameters else None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
@@ -494,7 +454,7 @@ def _backward(
     if not ctx.keep_sum:
         grad_sum = None
     if grad_output is None and grad_sum is None:
-        return (None,) * 11
+        return (None,) * len(_Norm._fields)
     if grad_output is None:
         grad_output = x.new_zeros(()).expand(x.shape)
     needed = ctx.needs_input_grad
@@ -518,7 +478,7 @@ def _backward(
     )
     if one_gradient:
         grad_residual = grad_input
-    grads: list[Tensor | None] = [grad_input, grad_residual if needed[1] else None, *(None,) * 9]
+    grads: list[Tensor | None] = [grad_input, grad_residual if needed[1] else None, *(None,) * (len(_Norm._fields) - 2)]
     places = [place for place in (2, 3, 4) if needed[place]]
     if places:
         dtypes = {ctx.dtypes[place] for place in places}

@@ -41,6 +41,9 @@ def operator(
 
     One that returns several tensors may return None for some: whoever calls the operator gets None or an empty tensor.
 
+    A function of one named tuple implements an operator whose arguments are the tuple's fields. Its shapes and its
+    formula are then functions of that tuple too, so that a long list of arguments stands in one place.
+
     Args:
         name: "namespace::name".
         mutates_args: names of the arguments that the implementation changes.
@@ -48,7 +51,8 @@ def operator(
     """
 
     def define(implementation: Implementation) -> Operator:
-        return Operator(name, schema or _schema(implementation, mutates_args), implementation)
+        bundle = None if schema else _bundle(implementation)
+        return Operator(name, schema or _schema(implementation, bundle, mutates_args), implementation, bundle)
 
     return define
 
@@ -58,10 +62,22 @@ def schema_of_fields(kind: type) -> str:
     return _inferred(get_type_hints(kind), None, ()).removeprefix("(").removesuffix(") -> ()")
 
 
-def _schema(implementation: Implementation, mutates_args: Sequence[str]) -> str:
+def _bundle(implementation: Implementation) -> Any:
+    """The named tuple that is a function's one argument; None where it takes its arguments one by one."""
+    kinds = [kind for name, kind in get_type_hints(implementation).items() if name != "return"]
+    return kinds[0] if len(kinds) == 1 and hasattr(kinds[0], "_fields") else None
+
+
+def _of_fields(function: Implementation, bundle: Any) -> Implementation:
+    """A function of a named tuple as one of the tuple's fields."""
+    return function if bundle is None else lambda *arguments: function(bundle._make(arguments))
+
+
+def _schema(implementation: Implementation, bundle: Any, mutates_args: Sequence[str]) -> str:
     """The schema of a function, from its annotations; in it no output may be missing."""
     hints = get_type_hints(implementation)
     result = hints.pop("return")
+    hints = hints if bundle is None else get_type_hints(bundle)
     if get_origin(result) is tuple:
         parts = [torch.Tensor if part == torch.Tensor | None else part for part in get_args(result)]
         result = tuple.__class_getitem__(tuple(parts))
@@ -87,8 +103,9 @@ class Operator:
     - as its formula in forward mode.
     """
 
-    def __init__(self, name: str, schema: str, implementation: Implementation) -> None:
+    def __init__(self, name: str, schema: str, implementation: Implementation, bundle: Any) -> None:
         self.name = name
+        self._bundle = bundle
         namespace, base = name.split("::")
         self._library = _library(name)
         self._library.define(base + schema, tags=torch.Tag.pt2_compliant_tag)
@@ -96,7 +113,7 @@ class Operator:
         arguments = self._dispatched._schema.arguments
         self._tensors = tuple(i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type))
         changed = tuple(i for i in self._tensors if arguments[i].is_write)
-        self._direct = _counting_changes(implementation, changed)
+        self._direct = _counting_changes(_of_fields(implementation, bundle), changed)
         self._library.impl(base, _with_every_output(_below_autograd(self._direct)), _ALL_DEVICES)
         if not self._dispatched._schema.returns:
             self.register_fake(_nothing)
@@ -156,7 +173,7 @@ class Operator:
 
     def register_fake(self, shapes: Implementation) -> Implementation:
         """Say what the operator returns for tensors without data; where it returns nothing, nothing need be said."""
-        torch.library.register_fake(self.name, _with_every_output(shapes), lib=self._library)
+        torch.library.register_fake(self.name, _with_every_output(_of_fields(shapes, self._bundle)), lib=self._library)
         return shapes
 
     def register_autograd(
@@ -179,7 +196,7 @@ class Operator:
         its own because it computes the gradients of another, for second derivatives. It takes the operator's arguments
         and returns its outputs.
         """
-        self._formula = formula = without_autocast(formula)
+        self._formula = formula = without_autocast(_of_fields(formula, self._bundle))
         if not self._has_backward:
             self._derivative = _derivative_of_formula(self._direct, self._dispatched, self._tensors, formula)
         return formula

@@ -259,12 +259,21 @@ def test_deterministic_mode_is_as_accurate_and_repeats_itself() -> None:
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("missing", [0, 1])
 @pytest.mark.parametrize(
-    "options", [{}, {"bias": torch.linspace(-1, 1, 32).view(1, 1, 1, 32)}, {"dropout_p": 0.5}], ids="-".join
+    "options",
+    [
+        {},
+        {"bias": torch.linspace(-1, 1, 32).view(1, 1, 32, 1)},
+        {"relative_bias": torch.linspace(-1, 1, 2 * 21).view(2, 21)},
+        {"alibi_slopes": torch.tensor([0.1, 0.3])},
+        {"dropout_p": 0.5},
+    ],
+    ids="-".join,
 )
-def test_whole_tiles_alone(options: dict[str, Any]) -> None:
+def test_whole_tiles_alone_and_one_key_less(options: dict[str, Any], missing: int) -> None:
     torch.manual_seed(0)
-    check([torch.randn(1, 2, 32, 16) for _ in range(3)], here(options))
+    check([torch.randn(1, 2, size, 16) for size in (32, 32 - missing, 32 - missing)], here(options))
 
 
 @pytest.mark.parametrize(

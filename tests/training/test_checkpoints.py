@@ -15,7 +15,13 @@ from hypothesis import given, settings
 from training.tasks import command, scratch
 
 from fastformer import cli
-from fastformer.training.checkpoints import AtomicCheckpointIO, StepCheckpoint, check_checkpoint, latest_checkpoint
+from fastformer.training.checkpoints import (
+    AtomicCheckpointIO,
+    StepCheckpoint,
+    check_checkpoint,
+    latest_checkpoint,
+    save_checked,
+)
 
 CONTENT = {"weight": torch.arange(1000.0), "step": 7}
 
@@ -122,6 +128,16 @@ def test_full_disk_names_the_file_and_keeps_the_old_one(checkpoint: Path, tmp_pa
     assert raised.value.errno == errno.EFBIG
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == before
+
+
+def test_what_cannot_be_saved_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    class Unwilling:
+        def __reduce__(self) -> Any:
+            raise RuntimeError("not to be saved")
+
+    with pytest.raises(RuntimeError, match="not to be saved"):
+        save_checked(Unwilling(), tmp_path / "step-1.ckpt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_latest_passes_over_damaged_ones_with_a_warning(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,0 +1,217 @@
+"""The dense problems that a call of attention is made of, as its implementation in PyTorch computes them.
+
+Each is a (batch, heads, sequence, head_dim) problem without padding: one per packed sequence, one per sequence with a
+key length, or the whole; neighbours of equal lengths are one.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
+
+NEGATIVE_INFINITY = float("-inf")
+
+
+class Segment(NamedTuple):
+    """A dense problem: some queries of neighbouring sequences of equal lengths, and the keys that these may attend to.
+
+    Tensors of the whole call come as (batch, heads, sequence, head_dim), packed ones with a batch of one.
+
+    Attributes:
+        arguments: of the whole call.
+        batch: the sequences.
+        query_tokens, key_tokens: where all of their queries and keys lie along the whole call's sequence dimension.
+        queries, keys: which of them, counted within each sequence.
+        offset: what a query's own position is beyond its number.
+        prefix: keys that the limit to the right does not concern.
+    """
+
+    arguments: AttentionArguments
+    batch: slice
+    query_tokens: slice
+    key_tokens: slice
+    queries: slice
+    keys: slice
+    offset: int
+    prefix: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Numbers of sequences, queries and keys."""
+        return size(self.batch), size(self.queries), size(self.keys)
+
+    @property
+    def limited(self) -> bool:
+        """Whether a query's position says which keys it may attend to."""
+        a = self.arguments
+        return a.right != UNBOUNDED or a.left != UNBOUNDED or a.chunk > 0
+
+    def of_queries(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This segment's part of the queries, or what is laid out like them, as a view with its own batch."""
+        return self._part(tensor, self.query_tokens, self.queries)
+
+    def of_keys(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This segment's part of the keys, or what is laid out like them, as a view with its own batch."""
+        return self._part(tensor, self.key_tokens, self.keys)
+
+    def of_scores(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This segment's part of a (batch, heads, queries, keys) tensor, in which dimensions of size one broadcast."""
+        return cut_dim(cut_dim(cut_dim(tensor, 0, self.batch), 2, self.queries), 3, self.keys)
+
+    def by_queries(self, rows: int) -> Iterator[Segment]:
+        """`rows` queries at a time, with the keys that the limits leave them."""
+        for start in range(self.queries.start, self.queries.stop, rows):
+            queries = slice(start, min(start + rows, self.queries.stop))
+            yield self._replace(queries=queries, keys=self._reach(queries))
+
+    def by_sequences(self, count: int) -> Iterator[Segment]:
+        """`count` sequences at a time."""
+        for start in range(self.batch.start, self.batch.stop, count):
+            batch = slice(start, min(start + count, self.batch.stop))
+            if not self.arguments.packed:
+                yield self._replace(batch=batch)
+                continue
+            first, last = start - self.batch.start, batch.stop - self.batch.start
+            m, n = size(self.query_tokens) // size(self.batch), size(self.key_tokens) // size(self.batch)
+            query_tokens = slice(self.query_tokens.start + first * m, self.query_tokens.start + last * m)
+            key_tokens = slice(self.key_tokens.start + first * n, self.key_tokens.start + last * n)
+            yield self._replace(batch=batch, query_tokens=query_tokens, key_tokens=key_tokens)
+
+    def distance(self, device: torch.device) -> torch.Tensor:
+        """(queries, keys): how far each key lies after each query's own position."""
+        queries = torch.arange(self.queries.start + self.offset, self.queries.stop + self.offset, device=device)
+        return torch.arange(self.keys.start, self.keys.stop, device=device) - queries[:, None]
+
+    def bias(self, device: torch.device) -> torch.Tensor | None:
+        """What is added to the scores before any is masked, in float32; 4-D, broadcasting to them, or None."""
+        a = self.arguments
+        parts = [] if a.bias is None else [self.of_scores(a.bias).float()]
+        if a.alibi_slopes is not None:
+            slopes = cut_dim(a.alibi_slopes, 0, self.batch)
+            parts.append(self.distance(device).abs() * -slopes[:, :, None, None])
+        if a.relative_bias is not None:
+            reach = a.relative_bias.shape[1] // 2
+            place = self.distance(device).clamp(-reach, reach) + reach
+            parts.append(a.relative_bias.float()[None, :, place])
+        return functools.reduce(torch.add, parts) if parts else None
+
+    def allowed(self, device: torch.device) -> torch.Tensor | None:
+        """Which keys each query may attend to by mask and position; 4-D, or None where all may."""
+        a, queries, keys = self.arguments, self.queries, self.keys
+        conditions = [] if a.mask is None else [self.of_scores(a.mask)]
+        nearest, farthest = keys.start - (queries.stop - 1 + self.offset), keys.stop - 1 - queries.start - self.offset
+        right = a.right != UNBOUNDED and farthest > a.right
+        left = a.left != UNBOUNDED and nearest < -a.left
+        # The diagonal of each query's own position.
+        own = queries.start + self.offset - keys.start
+        if right:
+            near = torch.ones(size(queries), size(keys), dtype=torch.bool, device=device).tril_(own + a.right)
+            if self.prefix:
+                near[:, : max(0, self.prefix - keys.start)] = True
+            conditions.append(near[None, None])
+        if left:
+            far = torch.ones(size(queries), size(keys), dtype=torch.bool, device=device).triu_(own - a.left)
+            conditions.append(far[None, None])
+        if a.chunk:
+            key = torch.arange(keys.start, keys.stop, device=device)
+            query = torch.arange(queries.start + self.offset, queries.stop + self.offset, device=device)
+            conditions.append((key // a.chunk == query[:, None] // a.chunk)[None, None])
+        return functools.reduce(torch.logical_and, conditions) if conditions else None
+
+    def visible(self, device: torch.device) -> torch.Tensor | None:
+        """Which keys each query sees by mask, position and bias; 4-D, or None where all."""
+        return visible_by(self.bias(device), self.allowed(device))
+
+    def _part(self, tensor: torch.Tensor, tokens: slice, within: slice) -> torch.Tensor:
+        if not self.arguments.packed:
+            return tensor[self.batch, :, within]
+        count = size(self.batch)
+        if count == 1:
+            return tensor.narrow(2, tokens.start + within.start, size(within))
+        each = tensor[0].narrow(1, tokens.start, size(tokens)).unflatten(1, (count, size(tokens) // count))
+        return each.transpose(0, 1)[:, :, within]
+
+    def _reach(self, queries: slice) -> slice:
+        """The keys that some of the `queries` may attend to by position."""
+        a, low, high = self.arguments, self.keys.start, self.keys.stop
+        first, last = queries.start + self.offset, queries.stop - 1 + self.offset
+        if a.right != UNBOUNDED:
+            high = min(high, max(last + a.right + 1, self.prefix))
+        if a.left != UNBOUNDED:
+            low = max(low, first - a.left)
+        if a.chunk:
+            low, high = max(low, first // a.chunk * a.chunk), min(high, (last // a.chunk + 1) * a.chunk)
+        low = min(low, self.keys.stop)
+        return slice(low, max(low, high))
+
+
+def segments(query: torch.Tensor, key: torch.Tensor, arguments: AttentionArguments) -> Iterator[Segment]:
+    """The call as dense problems, neighbours of equal lengths together."""
+    if query.numel() == 0:
+        return
+    batch = arguments.batch(query)
+    prefixes = [0] * batch if arguments.prefix_lengths is None else arguments.prefix_lengths.tolist()
+    if arguments.cu_seqlens_q is not None and arguments.cu_seqlens_k is not None:
+        q_bounds, k_bounds = arguments.cu_seqlens_q.tolist(), arguments.cu_seqlens_k.tolist()
+        q_lengths, k_lengths = ([b - a for a, b in itertools.pairwise(bounds)] for bounds in (q_bounds, k_bounds))
+    else:
+        q_bounds, k_bounds = [0] * (batch + 1), [0] * (batch + 1)
+        q_lengths, k_lengths = [query.shape[2]] * batch, [key.shape[2]] * batch
+        if arguments.key_lengths is not None:
+            k_lengths = arguments.key_lengths.tolist()
+    start = 0
+    for (m, n, prefix), run in itertools.groupby(zip(q_lengths, k_lengths, prefixes, strict=True)):
+        stop = start + sum(1 for _ in run)
+        if m:
+            yield Segment(
+                arguments=arguments,
+                batch=slice(start, stop),
+                query_tokens=slice(q_bounds[start], q_bounds[stop]),
+                key_tokens=slice(k_bounds[start], k_bounds[stop]),
+                queries=slice(0, m),
+                keys=slice(0, n),
+                offset=n - m if arguments.bottom_right else 0,
+                prefix=prefix,
+            )
+        start = stop
+
+
+def whole_as_segment(query: torch.Tensor, arguments: AttentionArguments) -> Segment:
+    """A dense call without lengths as one segment."""
+    m, n = arguments.max_seqlen_q, arguments.max_seqlen_k
+    offset = n - m if arguments.bottom_right else 0
+    everything = slice(0, 0)
+    return Segment(
+        arguments, slice(0, query.shape[0]), everything, everything, slice(0, m), slice(0, n), offset, prefix=0
+    )
+
+
+def visible_by(bias: torch.Tensor | None, allowed: torch.Tensor | None) -> torch.Tensor | None:
+    """Which keys each query sees: a bias of -inf hides one as a mask does, even where the score is NaN."""
+    if bias is None:
+        return allowed
+    shown = bias != NEGATIVE_INFINITY
+    return shown if allowed is None else shown & allowed
+
+
+def size(part: slice) -> int:
+    return part.stop - part.start
+
+
+def cut_dim(tensor: torch.Tensor, dim: int, cut: slice) -> torch.Tensor:
+    return tensor if tensor.shape[dim] == 1 else tensor.narrow(dim, cut.start, size(cut))
+
+
+def as_dense(tensor: torch.Tensor) -> torch.Tensor:
+    """A packed (total_tokens, heads, head_dim) tensor as a dense one with a batch of one."""
+    return tensor.transpose(0, 1)[None] if tensor.dim() == 3 else tensor
+
+
+def dense_rows(lse: torch.Tensor) -> torch.Tensor:
+    """A packed (heads, total_tokens) log-sum-exp as a dense one with a batch of one."""
+    return lse[None] if lse.dim() == 2 else lse
