@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from fastformer.ops.attention import attention
+from fastformer.ops.attention_explicit import values_of_seen
+from fastformer.ops.attention_segments import visible_by
 from fastformer.ops.checks import FLOATING_DTYPES
 from fastformer.ops.softmax import softmax
 
@@ -103,7 +105,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             assert isinstance(attended, torch.Tensor)
         else:
             weights = F.dropout(weights, dropout_p)
-            attended = weights @ v
+            attended = values_of_seen(weights, v, _visible(mask, bias, is_causal, weights))
         output = self.out_proj(self._merge_heads(attended, batched))
         if weights is not None:
             weights = weights.mean(dim=1) if average_attn_weights else weights
@@ -221,6 +223,17 @@ def _mask_and_bias(
         else:
             bias = given if bias is None else bias + given
     return mask, bias
+
+
+def _visible(
+    mask: torch.Tensor | None, bias: torch.Tensor | None, causal: bool, weights: torch.Tensor
+) -> torch.Tensor | None:
+    """Which keys each query sees, broadcasting to `weights`; None where all."""
+    visible = visible_by(bias, mask)
+    if not causal:
+        return visible
+    earlier = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).tril()
+    return earlier if visible is None else visible & earlier
 
 
 def _attention_weights(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from fastformer_kernels.attention.arguments import (
     UNBOUNDED,
     AttentionArguments,
@@ -198,7 +197,7 @@ def checked_arguments(
         raise ValueError("max_seqlen_q and max_seqlen_k are for packed tensors; give cu_seqlens_q with them")
     heads = query.shape[1]
     if mask is not None or bias is not None:
-        mask, bias = _mask_and_bias(mask, bias, (batch, heads, queries, keys), query)
+        mask, bias = mask_and_bias(mask, bias, (batch, heads, queries, keys), query)
     left, right = _check_window(window, causal)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be 1 or more, or None for no limit; got {chunk}")
@@ -237,104 +236,6 @@ def checked_arguments(
         draw_seed(query.device) if dropout_p else None,
     )
     return query, key, value, arguments
-
-
-def scaled_dot_product_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """Drop-in for `torch.nn.functional.scaled_dot_product_attention`: same arguments, same meaning.
-
-    Heads wider than 256 and float64 are left to PyTorch.
-
-    Args:
-        query: (..., heads, queries, head_dim); key and value: (..., kv_heads, keys, head_dim). Leading dimensions
-            broadcast, and heads do unless `enable_gqa`; two dimensions are one head.
-        attn_mask: boolean (True = may attend) or floating (added), broadcastable to (..., heads, queries, keys).
-        dropout_p: applied whenever it is not zero.
-        is_causal: lower-triangular from the top left; not together with `attn_mask`.
-        scale: default ``1 / sqrt(head_dim)``.
-        enable_gqa: each head of key serves neighbouring query heads, and so does each head of value.
-
-    Returns:
-        (..., heads, queries, value_head_dim). The one difference: a fully masked row gives zeros where PyTorch's
-        implementations give zeros or NaN.
-    """
-    if is_causal and attn_mask is not None:
-        raise ValueError("attn_mask must be None when is_causal=True")
-    if query.dtype == torch.float64 or max(query.shape[-1:] + value.shape[-1:], default=0) > MAX_HEAD_DIM:
-        arguments = (attn_mask, dropout_p, is_causal)
-        return F.scaled_dot_product_attention(query, key, value, *arguments, scale=scale, enable_gqa=enable_gqa)
-    if isinstance(scale, torch.Tensor):
-        scale = float(scale)
-    options: dict[str, Any] = {"causal": is_causal, "alignment": "top_left", "scale": scale, "dropout_p": dropout_p}
-    shape, key_shape, value_shape = query.shape, key.shape, value.shape
-    one_batch = len(shape) == len(key_shape) == len(value_shape) == 4 and shape[0] == key_shape[0] == value_shape[0]
-    if one_batch and key_shape[1] == value_shape[1] and (enable_gqa or shape[1] == key_shape[1]):
-        output = attention(query, key, value, mask=attn_mask, **options)
-        assert isinstance(output, torch.Tensor)
-        return output
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() < 2:
-            raise ValueError(f"{name} must have at least 2 dimensions, (..., sequence, head_dim); got {tensor.dim()}")
-    q, k, v = (tensor if tensor.dim() > 2 else tensor[None] for tensor in (query, key, value))
-    if enable_gqa:
-        k, v = _with_equal_heads(k, v, q.shape[-3])
-    else:
-        heads = _broadcast_heads(q, k, v)
-        q, k, v = (tensor.expand(*tensor.shape[:-3], heads, -1, -1) for tensor in (q, k, v))
-    leading = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    output = attention(*(_as_batch(t, leading) for t in (q, k, v)), mask=_mask_as_batch(attn_mask, leading), **options)
-    assert isinstance(output, torch.Tensor)
-    has_heads = max(query.dim(), key.dim(), value.dim()) > 2
-    return output.reshape(*leading, *output.shape[1:] if has_heads else output.shape[2:])
-
-
-def _with_equal_heads(key: torch.Tensor, value: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key and value with equal numbers of heads, where each of both serves neighbours among `heads` query heads."""
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape[-3] == 0 or heads % tensor.shape[-3]:
-            raise ValueError(f"query's heads must be a multiple of {name}'s; got {heads} and {tensor.shape[-3]}")
-    if key.shape[-3] == value.shape[-3]:
-        return key, value
-    each = math.lcm(key.shape[-3], value.shape[-3])
-    return key.repeat_interleave(each // key.shape[-3], -3), value.repeat_interleave(each // value.shape[-3], -3)
-
-
-def _broadcast_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
-    """The number of heads where one head is as many as there are."""
-    numbers = {tensor.shape[-3] for tensor in (query, key, value)} - {1}
-    if len(numbers) > 1:
-        raise ValueError(
-            f"query has {query.shape[-3]} heads, key {key.shape[-3]} and value {value.shape[-3]}; equal numbers are "
-            "needed, or 1, unless enable_gqa=True"
-        )
-    return next(iter(numbers), 1)
-
-
-def _as_batch(tensor: torch.Tensor, leading: torch.Size) -> torch.Tensor:
-    """View (..., heads, sequence, head_dim) as 4-D, expanding the leading dimensions."""
-    tensor = tensor.expand(*leading, *tensor.shape[-3:])
-    return tensor.flatten(0, -4) if leading else tensor[None]
-
-
-def _mask_as_batch(mask: torch.Tensor | None, leading: torch.Size) -> torch.Tensor | None:
-    """The mask, broadcasting to (..., heads, queries, keys), as `attention` takes it."""
-    if mask is None or (mask.dim() <= 4 and len(leading) <= 1):
-        return mask
-    mask = mask.reshape((1,) * (3 - mask.dim()) + mask.shape)
-    if all(size == 1 for size in mask.shape[:-3]):
-        return mask.reshape(mask.shape[-3:])
-    sizes = (1,) * (len(leading) + 3 - mask.dim()) + mask.shape[:-3]
-    if len(sizes) > len(leading) or any(size not in (1, wanted) for size, wanted in zip(sizes, leading, strict=True)):
-        raise ValueError(f"attn_mask's leading dimensions must broadcast to {tuple(leading)}; got {tuple(mask.shape)}")
-    return mask.expand(*leading, *mask.shape[-3:]).flatten(0, -4)
 
 
 def _check_tensors(
@@ -413,7 +314,7 @@ def _extent(extent: int | None) -> int:
     return UNBOUNDED if extent is None or extent >= FARTHEST else extent
 
 
-def _mask_and_bias(
+def mask_and_bias(
     mask: torch.Tensor | None, bias: torch.Tensor | None, shape: tuple[int, int, int, int], query: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The boolean mask and the additive bias, 4-D; an additive mask joins the bias."""
@@ -580,7 +481,9 @@ def _(
 def _(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return attention_formula(query, key, value, AttentionArguments._make(arguments))
+    call = AttentionArguments._make(arguments)
+    check_lengths_of(query, key, call)
+    return attention_formula(query, key, value, call)
 
 
 @_attention_backward.register_formula

@@ -9,10 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from fastformer_kernels.attention.arguments import Learned
 
 from fastformer.ops.attention_dropout import dropout_keep
-from fastformer.ops.attention_segments import NEGATIVE_INFINITY, Segment, cut_dim, visible_by
+from fastformer.ops.attention_flash import is_finite
+from fastformer.ops.attention_segments import NEGATIVE_INFINITY, Segment, cut_dim, visible_by, widened
+from fastformer.ops.checks import can_be_read
 from fastformer.ops.dropout import kept_scale, seed_words
 
 _SCORE_ELEMENTS = 1 << 22
@@ -101,7 +104,8 @@ def explicit_backward(
             if scores.softcap_slope is not None:
                 dscores.mul_(scores.softcap_slope)
             if sums.head_scales is not None and scores.products is not None:
-                sums.head_scales.add_((dscores * scores.products).sum((0, 2, 3)), alpha=a.scale)
+                products = scores.products if visible is None else scores.products.masked_fill(~visible, 0.0)
+                sums.head_scales.add_((dscores * products).sum((0, 2, 3)), alpha=a.scale)
             scale = a.scale if a.head_scales is None else a.scale * a.head_scales[:, None, None]
             block.of_queries(grads[0]).copy_(product_of_visible(dscores, k_block, visible).mul_(scale))
             dk[:, :, block.keys] += product_of_visible(dscores.transpose(-1, -2), q_rows * scale, seen_by)
@@ -224,6 +228,33 @@ def product_of_visible(weights: torch.Tensor, values: torch.Tensor, visible: tor
     return torch.where(sees_strange, product, finite)
 
 
+def scores_of_seen(q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """``q @ k.T``, of which what is not `visible` is not to be used, with derivatives by the rule for NaN."""
+    if visible is None or not _is_strange(q, k):
+        return torch.matmul(q, k.transpose(-1, -2))
+    return torch.einsum("...nd,...nkd->...nk", q, _seen_by_each(k, visible))
+
+
+def values_of_seen(weights: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """``weights @ v``, to which what is not `visible` adds nothing, with derivatives by the rule for NaN."""
+    if visible is None or not _is_strange(weights, v):
+        return torch.matmul(weights, v)
+    return torch.einsum("...nk,...nkd->...nd", weights, _seen_by_each(v, visible))
+
+
+def _is_strange(*tensors: torch.Tensor) -> bool:
+    """Whether something on a CPU is infinite or NaN, as far as one may look."""
+    return any(tensor.is_cpu and can_be_read(tensor) and not is_finite(tensor) for tensor in tensors)
+
+
+def _seen_by_each(keys: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Keys or values for each query by itself, (..., queries, keys, dim), with zeros for what it does not see.
+
+    It takes much memory; no product of matrices has derivatives that keep zero times NaN out of every sum.
+    """
+    return torch.where(visible[..., None], rearrange(keys, "... keys dim -> ... 1 keys dim"), 0.0)
+
+
 def largest_score(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     """The largest logit of each row, 0 where there is none, to subtract before exponentials."""
     if scores.shape[-1] == 0:
@@ -236,9 +267,9 @@ def largest_score(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Ten
 
 
 def float_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """A key or value in float32, with one head for every query head."""
+    """A key or value in float32 or float64, with one head for every query head."""
     group = heads // tensor.shape[1]
-    return tensor.float() if group == 1 else tensor.float().repeat_interleave(group, 1)
+    return widened(tensor) if group == 1 else widened(tensor).repeat_interleave(group, 1)
 
 
 def _sum_groups(grad: torch.Tensor, group: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ _SCORE_ELEMENTS = 1 << 22
 _LEAST_ROWS = 64
 # Numbers in the widest vectors of a CPU.
 _VECTOR = 16
+_LARGEST = torch.finfo(torch.float32).max
 _flash_kernel = torch._scaled_dot_product_flash_attention_for_cpu
 _flash_backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -43,11 +44,11 @@ def fits_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Att
     )
 
 
-def hides_nan(query: torch.Tensor, arguments: AttentionArguments) -> bool:
+def hides_nan(query: torch.Tensor, key: torch.Tensor, arguments: AttentionArguments) -> bool:
     """Whether PyTorch's flash attention may make zeros of NaN: it does of rows that are NaN where the keys are fewer
     than one of its vectors has elements, and of a bias."""
     bias = arguments.bias
-    few = arguments.max_seqlen_k < _VECTOR and not is_finite(query)
+    few = arguments.max_seqlen_k < _VECTOR and not has_finite_scores(query, key, arguments.scale)
     return few or (bias is not None and math.isnan(bias.sum(dtype=torch.float32).item()))
 
 
@@ -55,6 +56,13 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """Whether nothing in a tensor on a CPU is infinite or NaN; of finite numbers that add up to infinity it says no."""
     total = tensor.sum() if tensor.dtype == torch.float32 else tensor.sum(dtype=torch.float32)
     return math.isfinite(total.item())
+
+
+def has_finite_scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> bool:
+    """Whether no score can be infinite or NaN: none is larger than the product of the two norms."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    norms = (torch.linalg.vector_norm(tensor, dtype=wide).item() for tensor in (query, key))
+    return math.prod(norms) * scale < _LARGEST
 
 
 def flash_forward(

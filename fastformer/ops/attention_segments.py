@@ -90,7 +90,7 @@ class Segment(NamedTuple):
     def bias(self, device: torch.device) -> torch.Tensor | None:
         """What is added to the scores before any is masked, in float32; 4-D, broadcasting to them, or None."""
         a = self.arguments
-        parts = [] if a.bias is None else [self.of_scores(a.bias).float()]
+        parts = [] if a.bias is None else [widened(self.of_scores(a.bias))]
         if a.alibi_slopes is not None:
             slopes = cut_dim(a.alibi_slopes, 0, self.batch)
             parts.append(self.distance(device).abs() * -slopes[:, :, None, None])
@@ -197,6 +197,11 @@ def visible_by(bias: torch.Tensor | None, allowed: torch.Tensor | None) -> torch
         return allowed
     shown = bias != NEGATIVE_INFINITY
     return shown if allowed is None else shown & allowed
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32, or in float64 what is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def size(part: slice) -> int:

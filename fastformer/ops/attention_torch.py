@@ -24,6 +24,8 @@ from fastformer.ops.attention_explicit import (
     kept_by_dropout,
     largest_score,
     scores_of,
+    scores_of_seen,
+    values_of_seen,
 )
 from fastformer.ops.attention_flash import fits_flash, flash_backward, flash_forward, hides_nan, is_finite
 from fastformer.ops.attention_segments import (
@@ -35,6 +37,7 @@ from fastformer.ops.attention_segments import (
     size,
     visible_by,
     whole_as_segment,
+    widened,
 )
 from fastformer.ops.autocast import without_autocast
 from fastformer.ops.dropout import kept_scale
@@ -45,7 +48,7 @@ def attention_forward_torch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp; see `fastformer.attention`."""
-    if fits_flash(query, key, value, arguments) and not hides_nan(query, arguments):
+    if fits_flash(query, key, value, arguments) and not hides_nan(query, key, arguments):
         output, lse = flash_forward(query, key, value, arguments)
         # What is not finite may be a value that no query may see.
         if _shows_all(arguments) or is_finite(output):
@@ -157,7 +160,7 @@ def attention_formula(
     outputs, lses = [], []
     for segment in segments(query, key, arguments):
         k_part, v_part = (float_heads(segment.of_keys(tensor), heads) for tensor in (k, v))
-        output, lse = _attend(segment.of_queries(q).float(), k_part, v_part, segment)
+        output, lse = _attend(widened(segment.of_queries(q)), k_part, v_part, segment)
         outputs.append(_joined(output.to(query.dtype), arguments.packed, "sequences heads tokens head_dim"))
         lses.append(_joined(lse, arguments.packed, "sequences heads tokens"))
     if not outputs:
@@ -178,13 +181,13 @@ def _joined(part: torch.Tensor, packed: bool, names: str) -> torch.Tensor:
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of a segment whose tensors these are, with equal numbers of heads."""
     a = segment.arguments
-    scores = torch.matmul(q, k.transpose(-1, -2)) * a.scale
+    bias, allowed, keep = segment.bias(q.device), segment.allowed(q.device), kept_by_dropout(q, segment)
+    visible = visible_by(bias, allowed)
+    scores = scores_of_seen(q, k, visible) * a.scale
     if a.head_scales is not None:
         scores = scores * a.head_scales[:, None, None]
     if a.softcap:
         scores = torch.tanh(scores / a.softcap) * a.softcap
-    bias, allowed, keep = segment.bias(q.device), segment.allowed(q.device), kept_by_dropout(q, segment)
-    visible = visible_by(bias, allowed)
     scores = scores if bias is None else scores + bias
     scores = scores if visible is None else scores.masked_fill(~visible, NEGATIVE_INFINITY)
     maximum = largest_score(scores.detach(), None if a.sinks is None else a.sinks.detach())
@@ -197,7 +200,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: Segment)
     if keep is not None:
         weights = weights * keep * kept_scale(a.dropout_p)
     lse = (maximum + total.log()).masked_fill(nothing, NEGATIVE_INFINITY)
-    return torch.matmul(weights, v) / total, lse.squeeze(-1)
+    return values_of_seen(weights, v, visible) / total, lse.squeeze(-1)
 
 
 def _runs(rows: list[int]) -> Iterator[tuple[int, int, int]]:

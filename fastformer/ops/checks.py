@@ -106,6 +106,23 @@ def check_boundaries(name: str, cu_seqlens: torch.Tensor, total: int, max_seqlen
 
 
 def check_indices(name: str, indices: torch.Tensor, limit: int) -> None:
-    """Let a GPU stop where `indices` are not from 0 to `limit` - 1, if `fastformer.debug` is on."""
-    if not indices.is_cpu and debugging():
-        assert_on_device((indices >= 0) & (indices < limit), f"{name} must be from 0 to {limit - 1}")
+    """Raise IndexError unless `indices` on a CPU are from 0 to `limit` - 1; as to a GPU see `fastformer.debug`."""
+    if not indices.is_cpu:
+        if debugging():
+            assert_on_device((indices >= 0) & (indices < limit), f"{name} must be from 0 to {limit - 1}")
+    elif indices.numel() and can_be_read(indices):
+        low, high = (bound.item() for bound in indices.aminmax())
+        if low < 0 or high >= limit:
+            raise IndexError(f"{name} must be from 0 to {limit - 1}; got {low} to {high}")
+
+
+def can_be_read(tensor: torch.Tensor) -> bool:
+    """Whether somebody may look at the elements of `tensor`: not where a compiler traces, or where `torch.func.vmap`
+    works on many at a time."""
+    if torch.compiler.is_compiling():
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return True

@@ -14,7 +14,7 @@ from torch.nn import _reduction
 from fastformer.backends import use_triton
 from fastformer.debugging import assert_on_device, debugging
 from fastformer.ops.autocast import autocast_device_type
-from fastformer.ops.checks import check_device, check_floating, check_shape
+from fastformer.ops.checks import can_be_read, check_device, check_floating, check_shape
 from fastformer.ops.operator import operator, runs_in_pytorch, vjp
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -157,6 +157,11 @@ def row_weights(target: Tensor, classes: int, class_weight: Tensor | None, ignor
     return counts if class_weight is None else class_weight[target.clamp(0, classes - 1)] * counts
 
 
+def without_ignored(rows: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """`rows` with zeros in place of those that a loss ignores, which may be NaN."""
+    return rows.masked_fill((target == ignore_index)[:, None], 0.0)
+
+
 def total_weight(target: Tensor, classes: int, class_weight: Tensor | None, ignore_index: int) -> Tensor:
     """What a mean divides by, in float32."""
     return row_weights(target, classes, class_weight, ignore_index).sum(dtype=torch.float32)
@@ -168,6 +173,8 @@ def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
         if debugging():
             known = (target >= 0) & (target < classes) | (target == ignore_index)
             assert_on_device(known, f"target must be a class from 0 to {classes - 1} or {ignore_index}")
+        return
+    if not can_be_read(target):
         return
     wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
     if wrong.numel():
@@ -469,7 +476,9 @@ def losses_formula(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """What `forward_torch` returns, made of functions that can be differentiated."""
-    z = logits.float()
+    check_classes(target, logits.shape[1], options[0])
+    # Zero times NaN is NaN: rows that count for nothing are zeros from the beginning.
+    z = without_ignored(logits.float(), target, options[0])
     return _losses(torch.tanh(z / options[3]) * options[3] if options[3] else z, target, class_weight, options)
 
 

@@ -179,10 +179,11 @@ class _Embedding(NamedTuple):
 @operator("fastformer::embedding", mutates_args=())
 def _embedding(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
     """Output (*word_ids.shape, hidden_size), and the rows' mean and rstd, (*word_ids.shape, 1)."""
-    for name, ids, table in zip(("input_ids", "position_ids", "token_type_ids"), call.ids, call.tables, strict=True):
-        if ids is not None and table is not None:
-            check_indices(name, ids, table.shape[0])
-    if _runs_kernel(call.word_ids, call.word_weight):
+    runs_kernel = _runs_kernel(call.word_ids, call.word_weight)
+    if runs_kernel or not call.word_ids.is_cpu:
+        # On a CPU PyTorch's own functions look.
+        _check_ids(call)
+    if runs_kernel:
         from fastformer_kernels.embedding import embedding_forward
 
         return embedding_forward(
@@ -201,6 +202,12 @@ def _embedding(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
     return _in_dtype(output, call.word_weight.dtype), mean, rstd
 
 
+def _check_ids(call: _Embedding) -> None:
+    for name, ids, table in zip(("input_ids", "position_ids", "token_type_ids"), call.ids, call.tables, strict=True):
+        if ids is not None and table is not None:
+            check_indices(name, ids, table.shape[0])
+
+
 @_embedding.register_fake
 def _(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
     mean = call.word_weight.new_empty((*call.word_ids.shape, 1), dtype=torch.float32)
@@ -209,6 +216,7 @@ def _(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
 
 @_embedding.register_formula
 def _formula(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
+    _check_ids(call)
     total = _embedded(*call.ids, *call.tables, call.padding_idx)
     mean = total.mean(-1, keepdim=True)
     rstd = torch.rsqrt((total - mean).square().mean(-1, keepdim=True) + call.eps)

@@ -26,6 +26,7 @@ from fastformer.ops.cross_entropy import (
     losses_formula,
     row_weights,
     total_weight,
+    without_ignored,
 )
 from fastformer.ops.operator import operator, vjp
 
@@ -120,7 +121,7 @@ def linear_cross_entropy(
     if memory_budget is None:
         if not return_z_loss and few_on_cpu(input, rows.shape[0] * weight.shape[0]):
             loss = cross_entropy(
-                F.linear(rows, weight, bias),
+                F.linear(without_ignored(rows, row_target, ignore_index), weight, bias),
                 row_target,
                 class_weight,
                 ignore_index=ignore_index,
@@ -234,6 +235,7 @@ def _formula(
 ) -> tuple[Tensor, Tensor]:
     """Losses and z-losses of the rows, the former made of functions that can be differentiated."""
     ignore_index, _, z_loss, _ = options
+    input = without_ignored(input, target, ignore_index)
     losses, normalizer = losses_formula(F.linear(input, weight, bias), target, class_weight, options)
     row_weight = row_weights(target, weight.shape[0], class_weight, ignore_index)
     z_losses = z_loss * row_weight * log_sum_exp(normalizer.detach()).square()
@@ -410,7 +412,8 @@ def _chunked(
             z_losses.append(of_chunk.masked_fill(labels == ignore_index, 0.0))
         if scale is not None:
             torch.mm(logits, weight, out=grad_inputs[number])
-            grad_weight = _weight_gradient(grad_weight, logits, x, first=number == 0)
+            counting = without_ignored(x, labels, ignore_index)
+            grad_weight = _weight_gradient(grad_weight, logits, counting, first=number == 0)
             if bias is not None:
                 of_chunk = logits.sum(0, dtype=torch.float32)
                 grad_bias = grad_bias.add_(of_chunk) if number else of_chunk

@@ -43,7 +43,7 @@ def attention_ignoring_masked_nan(
         row_sees = seen.any(-1)
         changes = (seen, row_sees if row_sees.shape == plain[1].shape else row_sees.transpose(0, 1))
     output, lse = (
-        # The gradient stays that of the finite part, and is NaN where the loss is.
+        # The gradient stays that of the finite part: one of NaN would reach keys that the row does not see.
         result + torch.where(changed, other - result.detach(), 0.0)
         for result, other, changed in zip(results, plain, changes, strict=True)
     )

@@ -341,7 +341,7 @@ def _rotate(
     if not query.numel() and (key is None or not key.numel()):
         return
     if use_triton(query):
-        if debugging():
+        if query.is_cpu or debugging():
             check_indices("positions", _positions(query, position_ids, offsets, cu_seqlens), cos.shape[0])
         from fastformer_kernels.rotary import rotate
 
@@ -377,18 +377,12 @@ def _rows_of_table(
     if position_ids is None and offsets is None and cu_seqlens is None:
         sequence = query.shape[2]
         if sequence > cos.shape[0]:
-            raise IndexError(_outside(cos, 0, sequence - 1))
+            raise IndexError(f"positions must be from 0 to {cos.shape[0] - 1}; got 0 to {sequence - 1}")
         return cos.narrow(0, 0, sequence), sin.narrow(0, 0, sequence)
     positions = _positions(query, position_ids, offsets, cu_seqlens)
     if positions.is_cpu:
-        low, high = (bound.item() for bound in positions.aminmax())
-        if low < 0 or high >= cos.shape[0]:
-            raise IndexError(_outside(cos, low, high))
+        check_indices("positions", positions, cos.shape[0])
     return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-
-
-def _outside(cos: Tensor, low: float, high: float) -> str:
-    return f"positions must be from 0 to {cos.shape[0] - 1}, the last of cos; got {low} to {high}"
 
 
 def _positions(query: Tensor, position_ids: Tensor | None, offsets: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -241,7 +241,10 @@ def _(
     shifted = scores - maximum.masked_fill(maximum == -math.inf, 0.0)
     total = shifted.exp().sum(dim, keepdim=True)
     total = total.masked_fill(total == 0.0, 1.0)
-    return (shifted - total.log() if log else shifted.exp() / total).to(dtype)
+    if not log:
+        return (shifted.exp() / total).to(dtype)
+    # What takes no part is -inf whatever its tangent.
+    return (shifted - total.log()).masked_fill(scores == -math.inf, -math.inf).to(dtype)
 
 
 @_softmax_backward.register_formula

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import pytest
@@ -57,6 +58,46 @@ def test_drawn_shapes(dims: int, seed: int) -> None:
             results.append([output, *torch.autograd.grad(output.square().sum(), tensors)])
         for expected, actual in zip(*results, strict=True):
             torch.testing.assert_close(actual, expected.nan_to_num(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, head_dim", [(torch.float64, 8), (torch.float32, 260)])
+@pytest.mark.parametrize("shape", [(2, 3), (3,), ()])
+def test_what_pytorch_computes_takes_every_shape(shape: tuple[int, ...], dtype: torch.dtype, head_dim: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(*shape, size, head_dim, dtype=dtype) for size in (4, 5, 5))
+    for mask in (None, torch.randn(5, dtype=dtype), torch.randn(4, 5, dtype=dtype), torch.rand(5) > 0.3):
+        theirs = mask[None] if mask is not None and mask.dim() == 1 else mask
+        expected = F.scaled_dot_product_attention(q, k, v, theirs)
+        torch.testing.assert_close(fastformer.scaled_dot_product_attention(q, k, v, mask), expected)
+        given = {"key": k, "value": v, "attn_mask": mask}
+        (tangent, expected) = (
+            torch.func.jvp(functools.partial(function, **given), (q,), (q,))[1]
+            for function in (fastformer.scaled_dot_product_attention, softmax_of_products)
+        )
+        torch.testing.assert_close(tangent, expected)
+
+
+def softmax_of_products(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None
+) -> torch.Tensor:
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    if attn_mask is not None:
+        added = attn_mask if attn_mask.is_floating_point() else torch.where(attn_mask, 0.0, -torch.inf)
+        scores = scores + added
+    return scores.softmax(-1) @ value
+
+
+@pytest.mark.parametrize("empty", ["head_dim", "value head_dim", "heads"])
+def test_nothing_in_a_dimension(empty: str) -> None:
+    q, k, v = torch.randn(3, 2, 3, 4, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    if empty == "heads":
+        q, k, v = q[:, :0], k[:, :0], v[:, :0]
+    elif empty == "head_dim":
+        q, k = q[..., :0], k[..., :0]
+    else:
+        v = v[..., :0]
+    expected = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(fastformer.scaled_dot_product_attention(q, k, v), expected)
 
 
 def test_what_pytorch_refuses() -> None:

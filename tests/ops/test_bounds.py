@@ -82,6 +82,45 @@ def test_a_cpu_refuses_it(call: Callable[..., Any], changes: dict[str, Any], mes
             call(**changes)
 
 
+ATTENTION = [each for each in WRONG if each[0] in (packed, dense)]
+
+
+@BACKENDS
+@pytest.mark.parametrize("call, changes, message", ATTENTION, ids=[message for _, _, message in ATTENTION])
+def test_a_cpu_refuses_it_in_forward_mode(
+    call: Callable[..., Any], changes: dict[str, Any], message: str, backend: str
+) -> None:
+    q = torch.randn(*((5, 2, 16) if call is packed else (2, 2, 4, 16)), generator=torch.Generator().manual_seed(0))
+    given = {"cu_seqlens_q": int32(0, 2, 5), "max_seqlen_q": 3, **changes} if call is packed else changes
+    with fastformer.backend(backend), pytest.raises(ValueError, match=re.escape(message)):
+        torch.func.jvp(lambda q: fastformer.attention(q, q, q, **given), (q,), (q,))
+
+
+IDS = torch.tensor([[0, 7]])
+TABLE = torch.linspace(-1, 1, 40).view(5, 8)
+ROWS = torch.linspace(-1, 1, 16).view(2, 8)
+TURNED: dict[str, Callable[[Tensor], Any]] = {
+    "input_ids must be from 0 to 4; got 0 to 7": lambda x: fastformer.transformer_embedding(IDS, TABLE * x.mean()),
+    "position_ids must be from 0 to 4; got 0 to 7": lambda x: fastformer.transformer_embedding(
+        IDS.clamp(max=1), TABLE * x.mean(), TABLE, position_ids=IDS
+    ),
+    "positions must be from 0 to 4; got 0 to 7": lambda x: fastformer.rotary(
+        x[None, None], None, TABLE[:, :4], TABLE[:, 4:], position_ids=IDS
+    ),
+    "target must be a class from 0 to 7": lambda x: fastformer.cross_entropy(x, torch.tensor([0, 8])),
+    "target must be a class from 0 to 4": lambda x: fastformer.linear_cross_entropy(x, TABLE, torch.tensor([0, 5])),
+}
+
+
+@BACKENDS
+@pytest.mark.parametrize("message", TURNED)
+def test_a_cpu_refuses_ids_positions_and_classes(message: str, backend: str) -> None:
+    with fastformer.backend(backend):
+        for run in (TURNED[message], lambda x: torch.func.jvp(TURNED[message], (x,), (x,))):
+            with pytest.raises(IndexError, match=re.escape(message)):
+                run(ROWS)
+
+
 @BACKENDS
 def test_limits_beyond_all_numbers_are_none(backend: str) -> None:
     far = 2**31 - 1

@@ -339,3 +339,11 @@ def test_overwritten_logits_have_no_second_derivative() -> None:
     loss = fastformer.cross_entropy(leaf * 2, TARGET, inplace=True)
     with pytest.raises(RuntimeError, match="inplace=True"):
         torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+def test_what_takes_no_part_in_a_log_softmax_has_no_tangent() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5)
+    x[0], x[1, 2] = -torch.inf, -torch.inf
+    _, tangent = torch.func.jvp(fastformer.log_softmax, (x,), (torch.ones(3, 5).cumsum(1),))
+    assert not tangent[0].any() and tangent[1, 2] == 0.0 and tangent[2].all()

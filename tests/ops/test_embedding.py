@@ -149,11 +149,12 @@ def test_gradients_are_the_same_every_time(backend: str) -> None:
     assert torch.equal(first, second)
 
 
-def test_index_outside_its_table() -> None:
+def test_index_outside_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
     table = torch.randn(5, 8, requires_grad=True)
     input_ids = torch.tensor([[0, 5], [-1, 4]])
     with fastformer.backend("torch"), pytest.raises(IndexError, match="input_ids must be from 0 to 4; got -1 to 5"):
         transformer_embedding(input_ids.cpu(), table.cpu())
+    monkeypatch.setattr(embedding, "check_indices", lambda *_: None)  # as on a GPU, where nobody looks
     with fastformer.backend("triton"):
         output = transformer_embedding(input_ids, table)
         assert output.isnan().all(-1).tolist() == [[False, True], [True, False]]

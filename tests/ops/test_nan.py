@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastformer
+import fastformer.nn
 
 NAN, INFINITY = float("nan"), float("inf")
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -120,6 +121,93 @@ def test_a_negative_scale_and_one_that_is_nan(queries: int, keys: int, backend: 
         assert fastformer.attention(query, key, value, scale=NAN).isnan().all()
 
 
+@pytest.mark.parametrize("dtype, head_dim", [(torch.float64, 16), (torch.float32, 288)])
+def test_what_pytorch_computes(dtype: torch.dtype, head_dim: int) -> None:
+    """Float64, and heads wider than the operator's."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 1, n, head_dim, dtype=dtype) for n in (3, 5, 5))
+    shown = torch.tensor([True] * 4 + [False])
+    expected = fastformer.scaled_dot_product_attention(query, key, value, shown)
+    for spoilt in (key, value):
+        kept = spoilt.clone()
+        spoilt[:, :, 4] = NAN
+        torch.testing.assert_close(fastformer.scaled_dot_product_attention(query, key, value, shown), expected)
+        spoilt.copy_(kept)
+    turned = fastformer.scaled_dot_product_attention(-query, key, value, is_causal=True, scale=0.1)
+    found = fastformer.scaled_dot_product_attention(query, key, value, is_causal=True, scale=-0.1)
+    torch.testing.assert_close(found, turned)
+    assert fastformer.scaled_dot_product_attention(query, key, value, scale=NAN).isnan().all()
+    query[0, 0, 1, 3] = NAN
+    found = fastformer.scaled_dot_product_attention(query, key, value)
+    assert found.isnan().any(-1).tolist() == [[[False, True, False]]]
+
+
+@pytest.mark.parametrize("keys, backend", [(6, "torch"), (40, "torch"), (6, "triton")])
+def test_scores_that_overflow(keys: int, backend: str) -> None:
+    torch.manual_seed(0)
+    query, key, value = (1e20 * torch.randn(1, 2, n, 16) for n in (4, keys, keys))
+    with fastformer.backend(backend):
+        output, lse = fastformer.attention(query, key, value, return_lse=True)
+    assert output.isnan().all() and lse.isnan().all()
+
+
+@BACKENDS
+def test_each_head_s_scale(backend: str) -> None:
+    def gradient(hidden: float) -> Tensor:
+        torch.manual_seed(0)
+        query, key, value = torch.randn(3, 1, 2, 3, 16).unbind()
+        key[:, :, 2], query[:, :, 1] = hidden, 1.0 if hidden == 1.0 else hidden
+        shown = torch.tensor([[True, True, False], [False, False, False], [True, True, False]])
+        scale = torch.full((2,), 0.3, requires_grad=True)
+        output = fastformer.attention(query, key, value, scale=scale, mask=shown, ignore_masked_nan=True)
+        assert isinstance(output, Tensor)
+        output.square().sum().backward()
+        assert scale.grad is not None
+        return scale.grad
+
+    with fastformer.backend(backend):
+        torch.testing.assert_close(gradient(NAN), gradient(1.0))
+
+
+@BACKENDS
+def test_a_row_that_sees_nothing_beside_one_that_sees_a_nan(backend: str) -> None:
+    query, key = torch.randn(2, 1, 1, 2, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    with fastformer.backend(backend):
+        found = fastformer.attention(query, key, key * NAN, mask=torch.tensor([[True, True], [False, False]]))
+        assert isinstance(found, Tensor)
+        assert found[0, 0, 0].isnan().all() and not found[0, 0, 1].any()
+        lengths = torch.tensor([1], dtype=torch.int32)
+        padded = fastformer.decode_attention(query, key, key * NAN, lengths=lengths, query_lengths=lengths)
+        assert padded[0, 0, 0].isnan().all() and not padded[0, 0, 1].any()
+
+
+@pytest.mark.parametrize("which", ["key", "value"])
+@pytest.mark.parametrize("masked", ["causal", "mask", "bias", "window"])
+def test_derivatives_of_higher_order(masked: str, which: str) -> None:
+    """Of rows that do not see it, in forward mode and twice backwards."""
+    options, sees = visible_part(4, 6, masked)
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 2, n, 8) for n in (4, 6, 6)]
+    spoilt = [tensor.clone() for tensor in tensors]
+    spoilt[["query", "key", "value"].index(which)][0, :, 4] = NAN
+    unaware = ~sees[:, 4]
+
+    def results(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        def rows(q: Tensor) -> Tensor:
+            output = fastformer.attention(q, key, value, **options)
+            assert isinstance(output, Tensor)
+            return output[:, :, unaware]
+
+        tangent = torch.func.jvp(rows, (query,), (query.cos(),))[1]
+        leaf = query.clone().requires_grad_()
+        (first,) = torch.autograd.grad(rows(leaf).square().sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first[:, :, unaware].square().sum(), leaf)
+        return [tangent, first.detach()[:, :, unaware], second[:, :, unaware]]
+
+    for found, expected in zip(results(*spoilt), results(*tensors), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @BACKENDS
 @pytest.mark.parametrize("keys", [3, 40])
 def test_decoding(keys: int, backend: str) -> None:
@@ -221,6 +309,53 @@ def test_a_row_that_a_loss_ignores(smoothing: float, backend: str) -> None:
         loss.backward()
     torch.testing.assert_close(loss, expected)
     assert leaf.grad is not None and leaf.grad.isfinite().all() and not leaf.grad[1].any()
+
+
+@BACKENDS
+@pytest.mark.parametrize("memory_budget", [None, 1 << 20, 1])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_row_that_a_loss_of_products_ignores(reduction: str, memory_budget: int | None, backend: str) -> None:
+    target = torch.tensor([0, -100, 2, 3])
+
+    def gradients(strange: float) -> list[Tensor]:
+        torch.manual_seed(0)
+        rows, weight, bias = (
+            torch.randn(4, 3),
+            torch.randn(5, 3, requires_grad=True),
+            torch.randn(5, requires_grad=True),
+        )
+        rows[1] = strange
+        rows.requires_grad_()
+        options: dict[str, Any] = {"reduction": reduction, "memory_budget": memory_budget}
+        loss = fastformer.linear_cross_entropy(rows, weight, target, bias, **options)
+        return list(torch.autograd.grad(loss.square().sum(), [rows, weight, bias]))
+
+    with fastformer.backend(backend):
+        for strange in (NAN, INFINITY):
+            for found, expected in zip(gradients(strange), gradients(0.0), strict=True):
+                torch.testing.assert_close(found, expected)
+
+
+def test_second_derivatives_of_a_loss_that_ignores_a_row() -> None:
+    torch.manual_seed(0)
+    logits, weight = torch.randn(4, 5), torch.randn(5, 5, requires_grad=True)
+    logits[1] = NAN
+    target, leaf = torch.tensor([0, -100, 2, 3]), logits.requires_grad_()
+    for loss in (fastformer.cross_entropy(leaf, target), fastformer.linear_cross_entropy(leaf, weight, target)):
+        assert isinstance(loss, Tensor)
+        (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), leaf)
+        assert second.isfinite().all() and not second[1].any() and second[0].any()
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_padded_token_of_a_module_that_drops_weights(need_weights: bool) -> None:
+    torch.manual_seed(0)
+    module = fastformer.nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True)
+    tokens, padding = torch.randn(1, 4, 8), torch.tensor([[False, False, False, True]])
+    tokens[0, 3] = NAN
+    output, _ = module(tokens, tokens, tokens, key_padding_mask=padding, need_weights=need_weights)
+    assert output.isnan().any(-1).tolist() == [[False, False, False, True]]
 
 
 @BACKENDS
