@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# What holds for every operator.
+RULES = ["ops/test_nan.py", "ops/test_derivatives.py", "ops/test_bounds.py", "ops/test_autocast.py"]
+
 # The first entry whose beginning fits a path is the path's. Of `{stem}` a path's own is made; what is not there is left
 # out, so that a file's own tests come first by their name alone.
 RELATED: list[tuple[str, list[str]]] = [
@@ -76,14 +79,20 @@ RELATED: list[tuple[str, list[str]]] = [
             "tuning",
         ],
     ),
-    ("fastformer/ops/attention", ["ops/test_attention.py", "ops/test_attention_weights.py", "nn", "metamorphic"]),
-    ("fastformer/ops/decode.py", ["ops/test_decode.py", "ops/test_operator.py", "fuzz", "generation"]),
-    ("fastformer/ops/kv_cache.py", ["ops/test_kv_cache.py", "ops/test_operator.py", "fuzz", "generation"]),
+    (
+        "fastformer/ops/attention",
+        ["ops/test_attention.py", "ops/test_attention_weights.py", *RULES, "nn", "metamorphic"],
+    ),
+    ("fastformer/ops/decode.py", ["ops/test_decode.py", "ops/test_operator.py", *RULES, "fuzz", "generation"]),
+    ("fastformer/ops/kv_cache.py", ["ops/test_kv_cache.py", "ops/test_operator.py", *RULES, "fuzz", "generation"]),
     (
         "fastformer/ops/relative_position.py",
         ["ops/test_relative_position.py", "nn", "models/test_architectures.py", "models/test_conversion.py"],
     ),
-    ("fastformer/ops", ["ops/test_{stem}.py", "ops/test_operator.py", "fuzz", "ops/test_kept_launches.py", "nn"]),
+    (
+        "fastformer/ops",
+        ["ops/test_{stem}.py", "ops/test_operator.py", *RULES, "fuzz", "ops/test_kept_launches.py", "nn"],
+    ),
     ("fastformer/data", ["data/test_{stem}.py", "data"]),
     ("fastformer/training/predict", ["training/test_finetune_command.py", "training/test_finetuning.py"]),
     ("fastformer/training/adversarial.py", ["training/test_adversarial.py"]),

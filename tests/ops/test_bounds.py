@@ -17,6 +17,7 @@ import fastformer
 from fastformer import debugging
 from fastformer.ops import checks
 from fastformer.ops.attention import checked_arguments
+from fastformer.ops.cross_entropy import check_classes
 
 pytestmark = pytest.mark.cpu
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -208,6 +209,18 @@ def test_debugging_asserts_what_a_cpu_looks_at(asserted: list[str]) -> None:
         "max_seqlen",
         "input_ids",
     ]
+
+
+def test_nothing_is_asserted_without_debugging(asserted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each assertion is a kernel of its own."""
+    monkeypatch.setattr(debugging, "_enabled", False)
+    lengths = torch.empty(3, dtype=torch.int32, device="meta")
+    checks.check_lengths("key_lengths", lengths, "the number of keys", 7)
+    checks.check_boundaries("cu_seqlens_q", lengths, 9, 4)
+    checks.check_indices("input_ids", lengths, 100)
+    checks.check_pages_on_device(lengths[None], lengths, 2, 4)
+    check_classes(lengths, 5, -100)
+    assert not asserted
 
 
 def test_a_device_says_what_is_wrong() -> None:

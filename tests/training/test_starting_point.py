@@ -52,6 +52,15 @@ def test_our_pretrained_weights_are_kept_and_the_head_is_new(
         assert start.model.classifier.projection.out_features == 3
 
 
+def test_what_starts_from_a_model_of_ours_can_be_kept(ours: FastformerForPreTraining, tmp_path: Path) -> None:
+    for task in ("qa", "classify"):
+        start = pretrained(tmp_path, task, None if task == "qa" else ["no", "yes"])
+        start.model.save_pretrained(tmp_path / task)
+        again = CLASSES[task].ours.from_pretrained(tmp_path / task)
+        for name, weight in start.model.state_dict().items():
+            torch.testing.assert_close(again.state_dict()[name], weight, rtol=0, atol=0)
+
+
 def test_embeddings_have_nothing_new(ours: FastformerForPreTraining, tmp_path: Path) -> None:
     start = pretrained(tmp_path, "embed")
     assert type(start.model) is FastformerForEmbedding
