@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -156,6 +157,15 @@ def label_names(examples: Sequence[ClassifiedText]) -> list[str] | None:
 _NONE = re.compile(r"none|na|n/a|-", re.IGNORECASE)
 
 
+def _warn_of_alike(names: Sequence[str]) -> None:
+    """Of classes or tags that differ only in capitals, or in how Unicode writes the same letters."""
+    seen: dict[str, str] = {}
+    for name in names:
+        first = seen.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
+        if first != name:
+            warnings.warn(f"{first!a} and {name!a} look alike, and are two classes or tags", stacklevel=4)
+
+
 def _check_names(examples: Sequence[ClassifiedText], names: Sequence[str]) -> None:
     """Of classes that may stand for a label that is missing, or be one and the same."""
     words = [
@@ -169,6 +179,7 @@ def _check_names(examples: Sequence[ClassifiedText], names: Sequence[str]) -> No
         )
     if twice := [name for name in names if f"{name}.0" in names]:
         raise ValueError(f"the classes {twice[0]} and {twice[0]}.0 are the same number; write it in one way")
+    _warn_of_alike(names)
     odd = [name for name in ("None", "NA", "N/A") if name in names] + ["-1"] * ({"-1", "0", "1", "2"} <= {*names})
     for name in odd:
         count = sum(example.label == name for example in examples)
@@ -239,7 +250,9 @@ def tag_names(examples: Sequence[TaggedWords]) -> list[str]:
     for number, example in enumerate(examples):
         if example.tags is None:
             raise ValueError(f"{place_of(examples, number)}: no tags; training needs one for each word")
-    return in_order(tag for example in examples for tag in example.tags or ())
+    names = in_order(tag for example in examples for tag in example.tags or ())
+    _warn_of_alike(names)
+    return names
 
 
 def tagging_features(

@@ -38,6 +38,9 @@ Example = TypeVar("Example", bound=tuple)
 # Python's own limit is 131,072 characters.
 csv.field_size_limit((1 << 31) - 1)
 
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
+"""Values that say nothing."""
+
 ROLES = ("system", "user", "assistant")
 
 _SPLIT_NAMES = {
@@ -202,7 +205,9 @@ def _some(path: Path, located: Iterator[tuple[str, Example]]) -> Examples[Exampl
 # --- Classification ---------------------------------------------------------------------------------------------------
 
 _FIRST = ("text", "sentence", "sentence1", "premise", "question1", "#1 String", "question")
-_SECOND = ("text_pair", "sentence2", "hypothesis", "question2", "#2 String", "passage")
+_SECOND = ("text_pair", "sentence2", "hypothesis", "question2", "#2 String", "second")
+_ASKED_ABOUT = ("sentence", "passage", "paragraph", "context", "answer")
+"""Second texts beside ``question``, as in QNLI, BoolQ and WikiQA."""
 _LABEL = ("label", "labels", "gold_label", "is_duplicate", "Quality", "label_text")
 _SCORE = ("score", "similarity_score")
 _LARGEST_SCORE = 1e15
@@ -240,10 +245,7 @@ def _agreed(path: Path) -> Iterator[Row]:
 
 
 def _classified(row: Row, targets: bool) -> ClassifiedText:
-    first = _text(row, _FIRST, "text column")
-    second = _text(row, _SECOND, "second text", required=False)
-    if second is None and "question" in row.values and "sentence" in row.values:  # QNLI
-        first, second = _text(row, ("question",), "question"), _text(row, ("sentence",), "sentence")
+    first, second = _texts(row)
     label = _one_of(row, _LABEL, "label", required=False)
     if label is None:
         score = _one_of(row, (*_SCORE, *_LABEL), "label or score", required=targets)
@@ -251,6 +253,23 @@ def _classified(row: Row, targets: bool) -> ClassifiedText:
     if not isinstance(label, (str, int)) and not (isinstance(label, float) and math.isnan(label)):
         raise ValueError(f"{row.where}: label must be a string or a whole number, found {label!r:.60}")
     return ClassifiedText(first, second, check_is_told(_written(label).strip(), row.where, "label"))
+
+
+def _texts(row: Row) -> tuple[str, str | None]:
+    """The text and, if there is one, the second."""
+    filled = sorted(name for name, value in row.values.items() if isinstance(value, str) and value.strip())
+    firsts: Sequence[str] = _FIRST
+    seconds: Sequence[str] = _SECOND
+    if row.values.get("question") not in _NOTHING and any(row.values.get(name) is not None for name in _ASKED_ABOUT):
+        firsts, seconds = ("question",), (*_SECOND, *_ASKED_ABOUT)
+    first, second = _text(row, firsts, "text column"), _text(row, seconds, "second text", required=False)
+    texts = [name for name in filled if name in (*_FIRST, *seconds)]
+    if len(texts) > (1 if second is None else 2):
+        raise ValueError(
+            f"{row.where}: found the texts {', '.join(texts)}; accepted are one, or two with the second in "
+            f"{', '.join(_SECOND)} or, beside question, in {', '.join(_ASKED_ABOUT)}"
+        )
+    return first, second
 
 
 def _written(label: Any) -> str:
@@ -470,7 +489,6 @@ def _pairs(
 # --- Conversations ----------------------------------------------------------------------------------------------------
 
 
-_NOTHING: tuple[Any, ...] = (None, "", [], {})
 _SYSTEM, _INPUT = ("system", "system_prompt", "system_message"), ("input", "context")
 _UNREAD = ("tools", "functions", "function_call", "documents", "images", "image", "audios", "audio", "videos", "video")
 

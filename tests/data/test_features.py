@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -143,6 +145,15 @@ def test_bad_labels(labels, message):
 def test_classes_that_may_be_none(labels, odd):
     with pytest.warns(UserWarning, match=odd):
         assert label_names([ClassifiedText("x", None, label) for label in labels]) == sorted(set(labels))
+
+
+@pytest.mark.parametrize("names", [("Good", "good"), ("Caf\u00e9", "Cafe\u0301"), ("True", "true"), ("\ufb01t", "fit")])
+def test_classes_and_tags_that_look_alike(names):
+    alike = re.escape("{!a} and {!a} look alike, and are two".format(*sorted(names)))
+    with pytest.warns(UserWarning, match=alike):
+        assert set(label_names([ClassifiedText("x", None, name) for name in names])) == {*names}
+    with pytest.warns(UserWarning, match=alike):
+        assert set(tag_names([TaggedWords(("x", "y"), names)])) == {*names}
 
 
 def test_classes_without_a_doubt(recwarn):

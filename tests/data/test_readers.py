@@ -548,9 +548,38 @@ def test_a_minus_elsewhere_is_a_class(tmp_path):
     assert [example.label for example in read_classification(path)] == ["-", "+"]
 
 
-def test_a_passage_is_read_with_its_question(tmp_path):
-    path = write_json(tmp_path / "a.jsonl", {"question": "Is it?", "passage": "It is.", "label": True})
+@pytest.mark.parametrize("name", ["sentence", "passage", "paragraph", "context", "answer", "text_pair", "second"])
+def test_what_is_asked_about_is_read_with_the_question(tmp_path, name):
+    path = write_json(tmp_path / "a.jsonl", {"question": "Is it?", name: "It is.", "label": True})
     assert read_classification(path) == [ClassifiedText("Is it?", "It is.", "true")]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("premise", "question"),
+        ("text", "sentence"),
+        ("question", "paragraph", "answer"),
+        ("sentence1", "sentence2", "hypothesis"),
+        ("text", "question", "text_pair"),
+    ],
+)
+def test_no_text_to_classify_is_lost(tmp_path, texts):
+    path = write_json(tmp_path / "a.jsonl", {**dict.fromkeys(texts, "a"), "label": "x"})
+    with pytest.raises(ValueError, match=rf"a.jsonl, line 1: found the texts {', '.join(sorted(texts))}; accepted are"):
+        read_classification(path)
+
+
+@pytest.mark.parametrize("name", ["question", "passage", "answer"])
+def test_what_is_asked_about_is_a_text(tmp_path, name):
+    path = write_json(tmp_path / "a.jsonl", {"question": "Is it?", "answer": "It is.", "label": "x", name: 3})
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1: .* must be a string, found int 3"):
+        read_classification(path)
+
+
+def test_what_is_no_text_beside_a_text(tmp_path):
+    row = {"text": "a", "context": "of 1999", "answer": "b", "question": None, "sentence": "", "label": "x"}
+    assert read_classification(write_json(tmp_path / "a.jsonl", row)) == [ClassifiedText("a", None, "x")]
 
 
 # --- Similar texts ----------------------------------------------------------------------------------------------------
