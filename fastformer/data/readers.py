@@ -175,8 +175,16 @@ def _one_of(row: Row, names: Sequence[str], what: str, required: bool = True) ->
 
 
 def _text(row: Row, names: Sequence[str], what: str, required: bool = True) -> Any:
+    _check_one(row, names, what)
     value = _one_of(row, names, what, required)
     return None if value is None else _checked_text(value, row.where, what)
+
+
+def _check_one(row: Row, names: Sequence[str], what: str) -> None:
+    """Raises ValueError where several columns may be meant, and say different things."""
+    given = [name for name in names if row.values.get(name) not in _NOTHING]
+    if any(row.values[name] != row.values[given[0]] for name in given):
+        raise ValueError(f"{row.where}: found {' and '.join(given)}, each of which may be the {what}; give one")
 
 
 def _checked_text(value: Any, where: str, what: str) -> str:
@@ -262,14 +270,13 @@ def _texts(row: Row) -> tuple[str, str | None]:
     seconds: Sequence[str] = _SECOND
     if row.values.get("question") not in _NOTHING and any(row.values.get(name) is not None for name in _ASKED_ABOUT):
         firsts, seconds = ("question",), (*_SECOND, *_ASKED_ABOUT)
-    first, second = _text(row, firsts, "text column"), _text(row, seconds, "second text", required=False)
     texts = [name for name in filled if name in (*_FIRST, *seconds)]
-    if len(texts) > (1 if second is None else 2):
+    if len(texts) > (2 if any(name in filled for name in seconds) else 1):
         raise ValueError(
             f"{row.where}: found the texts {', '.join(texts)}; accepted are one, or two with the second in "
             f"{', '.join(_SECOND)} or, beside question, in {', '.join(_ASKED_ABOUT)}"
         )
-    return first, second
+    return _text(row, firsts, "text column"), _text(row, seconds, "second text", required=False)
 
 
 def _written(label: Any) -> str:
@@ -325,6 +332,7 @@ def _tagged(row: Row, targets: bool) -> TaggedWords:
 
 
 def _strings(row: Row, names: Sequence[str], what: str, required: bool = True) -> Any:
+    _check_one(row, names, what)
     values = _one_of(row, names, what, required)
     if values is None:
         return None
@@ -516,7 +524,7 @@ def _conversation(row: Row) -> Conversation:
                 "are, and leave it out"
             )
     messages = _messages(row) if chat else _instruction(row)
-    if (system := _perhaps(row, _SYSTEM)) is not None:
+    if (system := _perhaps(row, _SYSTEM, "message of the system")) is not None:
         if any(message.role == "system" for message in messages):
             raise ValueError(
                 f"{row.where}: the system speaks twice, in a message and in {', '.join(_SYSTEM)}; give one"
@@ -525,21 +533,19 @@ def _conversation(row: Row) -> Conversation:
     return Conversation(messages)
 
 
-def _perhaps(row: Row, names: Sequence[str]) -> str | None:
+def _perhaps(row: Row, names: Sequence[str], what: str) -> str | None:
     """The text in one of some columns; None where all are empty."""
+    _check_one(row, names, what)
     given = {name: row.values[name] for name in names if row.values.get(name) is not None}
     for name, value in given.items():
         if not isinstance(value, str):
             raise ValueError(f"{row.where}: {name} must be a string, found {_shown(value)}")
-    texts = {name: value for name, value in given.items() if value.strip()}
-    if len(texts) > 1:
-        raise ValueError(f"{row.where}: found {' and '.join(texts)}; accepted is one of {', '.join(names)}")
-    return next(iter(texts.values()), None)
+    return next((value for value in given.values() if value.strip()), None)
 
 
 def _instruction(row: Row) -> tuple[Message, ...]:
     prompt = _text(row, ("prompt", "instruction"), "messages or prompt")
-    further = _perhaps(row, _INPUT)
+    further = _perhaps(row, _INPUT, "input")
     if further is not None:
         prompt = f"{prompt}\n\n{further}"
     completion = _text(row, ("completion", "response", "output"), "completion")

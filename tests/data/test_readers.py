@@ -294,7 +294,10 @@ def test_answers_of_no_weight(tmp_path):
         ({"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}, "tools would not be learnt"),
         ({"prompt": "a", "completion": "b", "system": ["c"]}, "system must be a string, found list"),
         ({"prompt": "a", "completion": "b", "input": 3}, "input must be a string, found int"),
-        ({"prompt": "a", "completion": "b", "input": "c", "context": "d"}, "found input and context; accepted is one"),
+        (
+            {"prompt": "a", "completion": "b", "input": "c", "context": "d"},
+            "found input and context, each of which may be the input",
+        ),
         *(
             ({"prompt": "a", "completion": "b", "history": history}, r"history must be \[\[question, answer\], ...\]")
             for history in ("c", [["c"]], ["c", "d"], [{"role": "user", "content": "c"}], {"c": "d"})
@@ -330,6 +333,33 @@ def test_splits_of_a_folder(tmp_path):
     (tmp_path / "train-v2.0.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no training file.*found README.md, dev_matched.tsv"):
         find_splits(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("read", "row", "names", "what"),
+    [
+        (read_summaries, {"text": "a", "source": "BBC", "summary": "b"}, "source and text", "document"),
+        (read_summaries, {"text": "a", "summary": "b", "highlights": "c"}, "summary and highlights", "summary"),
+        (read_conversations, {"prompt": "a", "instruction": "b", "output": "c"}, "prompt and instruction", "prompt"),
+        (read_conversations, {"prompt": "a", "completion": "b", "output": "c"}, "completion and output", "completion"),
+        (
+            read_conversations,
+            {"prompt": "a", "output": "b", "system": "c", "system_prompt": "d"},
+            "system and system_prompt",
+            "message of the system",
+        ),
+        (read_similar, {"query": "a", "text": "b", "positive": "c"}, "query and text", "anchor"),
+        (read_similar, {"text": "a", "positive": "b", "sentence2": "c"}, "positive and sentence2", "positive"),
+        (read_tagging, {"tokens": ["a"], "tags": ["NN"], "ner_tags": ["O"]}, "tags and ner_tags", "tags"),
+        (read_tagging, {"tokens": ["a"], "words": ["b"], "tags": ["O"]}, "tokens and words", "words"),
+    ],
+)
+def test_columns_of_which_each_may_be_meant(tmp_path, read, row, names, what):
+    with pytest.raises(ValueError, match=rf"a.jsonl, line 1: found {names}, each of which may be the .*{what}; give"):
+        read(write_json(tmp_path / "a.jsonl", row))
+    first, second = names.split(" and ")
+    read(write_json(tmp_path / "a.jsonl", {**row, second: row[first]}))
+    read(write_json(tmp_path / "a.jsonl", {**row, second: None}))
 
 
 # --- Bad files --------------------------------------------------------------------------------------------------------
@@ -572,7 +602,8 @@ def test_no_text_to_classify_is_lost(tmp_path, texts):
 
 @pytest.mark.parametrize("name", ["question", "passage", "answer"])
 def test_what_is_asked_about_is_a_text(tmp_path, name):
-    path = write_json(tmp_path / "a.jsonl", {"question": "Is it?", "answer": "It is.", "label": "x", name: 3})
+    about = {"answer": "It is."} if name == "question" else {}
+    path = write_json(tmp_path / "a.jsonl", {"question": "Is it?", **about, "label": "x", name: 3})
     with pytest.raises(ValueError, match=r"a.jsonl, line 1: .* must be a string, found int 3"):
         read_classification(path)
 
