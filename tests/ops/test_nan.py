@@ -367,3 +367,23 @@ def test_a_part_without_keys(backend: str) -> None:
         merged, _ = fastformer.merge_attention(outputs, lses)
     torch.testing.assert_close(merged[1], outputs[1, 1])
     assert merged[0].isfinite().all() and merged[2].isnan().all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_smallest_number_as_a_mask(dtype: torch.dtype, backend: str) -> None:
+    """Beside other keys it hides one. A row of it alone sees all, but for kernels nothing: both are finite."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 5, 16).unbind()
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    bias = torch.zeros(5, 5, dtype=dtype)
+    bias[:4, 3:], bias[4] = torch.finfo(dtype).min, torch.finfo(dtype).min
+    with fastformer.backend(backend):
+        output = fastformer.attention(*leaves, bias=bias)
+        assert isinstance(output, Tensor)
+        few = fastformer.attention(query[:, :, :4], key[:, :, :3], value[:, :, :3])
+        torch.testing.assert_close(output[:, :, :4], few)
+        alone = torch.zeros_like(value[:, :, 0]) if backend == "triton" else value.mean(2)
+        torch.testing.assert_close(output[:, :, 4], alone)
+        output.square().sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
