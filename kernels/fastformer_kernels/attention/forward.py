@@ -347,8 +347,6 @@ def _forward_tile(
             BLOCK_V,
         )
     empty = total == 0.0
-    # Zero times the NaN of a value that is hidden is NaN.
-    accumulator = tl.where(empty[:, None], 0.0, accumulator)
     output = accumulator * (features.kept_scale / tl.where(empty, 1.0, total))[:, None]
     row_lse = tl.where(empty, float("-inf"), maximum * LN_2 + tl.log(tl.where(empty, 1.0, total)))
     lse_pointer = lse.pointer + batch * lse.stride_b + head * lse.stride_h + q_start
