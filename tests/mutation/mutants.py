@@ -92,7 +92,10 @@ def draw(root: Path, count: int, seed: int) -> list[Mutant]:
 
 
 def _code(node: ast.AST) -> Iterator[ast.AST]:
-    """The node and all within it but annotations, messages of errors and what functions inside are declared with."""
+    """The node and all within it but annotations, messages of errors, what functions inside are declared with, and the
+    `strict` of a zip, which guards against other faults alone."""
+    if isinstance(node, ast.keyword) and node.arg == "strict":
+        return
     yield node
     for name, value in ast.iter_fields(node):
         if name in {"annotation", "returns", "args", "decorator_list"} and not isinstance(node, ast.Call):

@@ -32,6 +32,7 @@ def planted(line: str) -> set[str]:
         ("return x[ü:3]", {"return x[ü:4]"}),
         ("return f(a, b)", {"return f(b, a)"}),
         ("return f(keep=True)", {"return f(keep=False)"}),
+        ("return zip(a, b, strict=True)", {"return zip(b, a, strict=True)"}),
         ("return a if b else c", {"return a if True else c", "return a if False else c"}),
         ("self.a = b", {"pass"}),
         ('raise ValueError(f"{a + 1} is below 2")', {"pass"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -9,9 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from fastformer_kernels.attention.arguments import UNBOUNDED
 from fastformer_kernels.attention.backward import attention_backward
+from fastformer_kernels.attention.cache import append as append_kernel
+from fastformer_kernels.attention.decode import decode_forward
+from fastformer_kernels.attention.decode_arguments import DecodeArguments
 from fastformer_kernels.attention.forward import attention_forward
 from torch import Tensor
+from triton.runtime import interpreter
 
 import fastformer
 from fastformer import debugging
@@ -185,6 +191,47 @@ def test_key_lengths_beyond_the_keys_end_with_them() -> None:
         q, k, v, *(None,) * 4, False, *(None,) * 3, "top_left", *(None,) * 3, 0.0, int32(200), *(None,) * 4
     )
     torch.testing.assert_close(attention_forward(q, k, v, arguments)[0], fastformer.attention(q, k, v))
+
+
+@pytest.fixture
+def asserting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels assert in the interpreter what they assert on a GPU."""
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+
+
+@pytest.mark.parametrize(
+    "length, positions, message",
+    [(2, 4, ""), (0, 2, ""), (3, 9, "lengths and the new tokens"), (-1, 9, "lengths and"), (2, 3, "rotary table")],
+)
+@pytest.mark.usefixtures("asserting")
+def test_a_kernel_stops_before_it_writes_beyond_a_cache(length: int, positions: int, message: str) -> None:
+    new, caches, angles = torch.ones(1, 1, 2, 16), torch.zeros(2, 1, 1, 4, 16), torch.zeros(positions, 8)
+
+    def run() -> None:
+        append_kernel(new, new, *caches.unbind(), None, (), int32(length), None, None, angles.cos(), angles, False)
+
+    if not message:
+        run()
+        assert caches[:, 0, 0, length : length + 2].all() and caches.count_nonzero() == 2 * 2 * 16
+        return
+    # The interpreter raises its own error from the kernel's.
+    with pytest.raises(Exception, match=message):
+        run()
+    assert not caches.any()
+
+
+@pytest.mark.parametrize("length", [-1, 0, 4, 5])
+@pytest.mark.usefixtures("asserting")
+def test_a_kernel_stops_before_it_reads_beyond_a_cache(length: int) -> None:
+    query, cache = torch.ones(1, 1, 1, 16), torch.ones(1, 1, 4, 16)
+    arguments = DecodeArguments(int32(length), None, None, None, None, 1.0, UNBOUNDED, UNBOUNDED, 0.0)
+    if 0 <= length <= 4:
+        output, _ = decode_forward(query, cache, cache, arguments, None)
+        assert output.eq(length > 0).all()
+        return
+    with pytest.raises(Exception, match="lengths must be from 0 to the cache's capacity"):
+        decode_forward(query, cache, cache, arguments, None)
 
 
 @pytest.fixture
