@@ -163,7 +163,7 @@ class RunFolder:
         if self.manifest.is_file():
             self._check_kind()
             return
-        names = sorted(path.name for path in self.path.iterdir() if path != self.lock)
+        names = sorted(path.name for path in self.path.iterdir() if path != self.lock and not _is_empty_folder(path))
         if self.config.name in names:
             raise ValueError(
                 f"--output {self.path} holds {self._state()} run without a {self.manifest.name}, which would say what "
@@ -244,12 +244,9 @@ class RunFolder:
 
     def _files(self) -> Iterator[str]:
         """Names of all files and links, from the folder on."""
-        for folder, folders, files in os.walk(self.path):
-            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-            for name in [*links, *files]:
-                path = Path(folder, name)
-                if path not in (self.manifest, self.lock):
-                    yield path.relative_to(self.path).as_posix()
+        for path in _files_in(self.path):
+            if path not in (self.manifest, self.lock):
+                yield path.relative_to(self.path).as_posix()
 
     # --- Manifest and lock --------------------------------------------------------------------------------------------
 
@@ -269,7 +266,7 @@ class RunFolder:
             found = json.loads(self.manifest.read_text())
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.manifest} cannot be read: {error}") from error
         if not (isinstance(found, dict) and isinstance(found.get("files"), list)):
             raise ValueError(f"{self.manifest} is no manifest of a run: it must have the names of its files")
@@ -317,7 +314,21 @@ class RunFolder:
         self.manifest.unlink(missing_ok=True)
         self.lock.unlink(missing_ok=True)
         if new:
-            self.path.rmdir()
+            for folder, _, _ in os.walk(self.path, topdown=False):
+                with suppress(OSError):  # something else has put a file there; what ended the run is to be seen
+                    os.rmdir(folder)
+
+
+def _files_in(path: Path) -> Iterator[Path]:
+    """All files and links, at any depth."""
+    for folder, folders, files in os.walk(path):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        yield from (Path(folder, name) for name in [*links, *files])
+
+
+def _is_empty_folder(path: Path) -> bool:
+    """Whether it is one that holds nothing but such folders, as a run that failed early may leave."""
+    return path.is_dir() and not path.is_symlink() and next(_files_in(path), None) is None
 
 
 def _temporary(name: str) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
 from fastformer.data.files import atomic_folder
+from fastformer.stopping import Stopped
 from fastformer.training.folder import RunFolder
 
 RUN = (
@@ -80,6 +82,24 @@ def test_what_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("end", [Stopped(signal.SIGTERM), ValueError("no learning rate")], ids=["signal", "error"])
+def test_what_ends_a_run_early_is_seen_and_empty_folders_are_in_nobodys_way(
+    end: BaseException, there: bool, tmp_path: Path
+) -> None:
+    run = folder(tmp_path)
+    if there:
+        run.path.mkdir()
+    with pytest.raises(type(end)) as raised, run.opened(False, False):
+        run.checkpoints.mkdir()
+        (run.logs / "csv/version_0").mkdir(parents=True)
+        raise end
+    assert raised.value is end
+    assert run.path.exists() == there
+    with folder(tmp_path).opened(False, False):
+        pass
+
+
 FOREIGN = [
     *("thesis.tex", "model/README.md", "logs/notes.txt", "checkpoints/best.ckpt", "checkpoints/step-0000010-keep.ckpt"),
     *(".notes.tmp", "results.tmp", "data/train.jsonl", "logs/csv/version_0/notes.md"),
@@ -140,7 +160,7 @@ def test_a_run_from_before_there_were_manifests_is_resumed(finished: RunFolder, 
     assert "model/config.json" in json.loads(finished.manifest.read_text())["files"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 3}', "\udcff"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 3}', "\udcff", pytest.param("[" * 100_000, id="deep")])
 def test_a_damaged_manifest_is_named(content: str, finished: RunFolder, tmp_path: Path) -> None:
     finished.manifest.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"manifest\.json"), folder(tmp_path).opened(False, overwrite=True):
