@@ -103,11 +103,21 @@ RELATED: list[tuple[str, list[str]]] = [
     ("fastformer/training/sharding.py", ["training/test_scale.py", "training/test_lora.py"]),
     (
         "fastformer/training/finetun",
-        ["training/test_finetuning.py", "training/test_finetune_command.py", "training/test_scale.py"],
+        [
+            "training/test_finetuning.py",
+            "training/test_finetune_data.py",
+            "training/test_finetune_command.py",
+            "training/test_scale.py",
+        ],
     ),
     (
         "fastformer/training/recipes.py",
-        ["training/test_finetuning.py", "training/test_finetune_command.py", "training/test_scale.py"],
+        [
+            "training/test_finetuning.py",
+            "training/test_finetune_data.py",
+            "training/test_finetune_command.py",
+            "training/test_scale.py",
+        ],
     ),
     (
         "fastformer/training/pretrain",

@@ -218,7 +218,11 @@ def allowed_pairs(key: torch.Tensor, query: torch.Tensor, border: str, extent: i
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (20, 3)}, {"softcap": 5.0}], ids="-".join)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"window": (20, 3)}, {"window": (20, None)}, {"chunk": 9}, {"softcap": 5.0}],
+    ids=["nothing", "causal", "window", "left", "chunk", "softcap"],
+)
 def test_across_tile_borders(options: dict[str, Any], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     tensors = [torch.randn(1, heads, size, 16).to(dtype) for heads, size in ((2, 37), (1, 41), (1, 41))]
