@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shlex
 import sys
@@ -17,7 +18,17 @@ import yaml
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace, set_parsing_settings
 from jsonargparse._common import parsing_settings
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import (
+    Callback,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelSummary,
+    RichModelSummary,
+    RichProgressBar,
+    TQDMProgressBar,
+)
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
@@ -74,17 +85,30 @@ _UNIMPORTANT_WARNINGS = (
 # --- Options ----------------------------------------------------------------------------------------------------------
 
 
+# Lightning's callbacks that write no file and call nothing they are given: what a file may name without --trust.
+_HARMLESS: tuple[type[Callback], ...] = (
+    Callback,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelSummary,
+    RichModelSummary,
+    RichProgressBar,
+    TQDMProgressBar,
+)
+_WRITERS = re.compile(r"(lightning|pytorch_lightning|fastformer)\.")  # any of theirs, if not among the harmless
 _TRUST_HELP = (
     "let --config, and the options of a run that is resumed, name any class to make an object of, which runs its code; "
-    "otherwise only Lightning's and Fastformer's"
+    f"otherwise only those of Lightning's that write no file: {', '.join(kind.__name__ for kind in _HARMLESS[1:])}"
 )
 _OVERWRITE_HELP = (
     "replace the run in --output, once everything else is checked; never one of another kind, or one that holds what "
     "is to be read"
 )
 _SKIP_HELP = "leave out steps whose loss or gradient is infinite or no number, rather than end training with an error"
-_OWN_CLASSES = ("lightning", "pytorch_lightning", "fastformer")
 _DEVICES = re.compile(r"auto|-1|[1-9]\d*|\d+,|\d+(,\d+)+")
+_MOST_ALIASED = 10_000
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
 
 
@@ -96,10 +120,14 @@ class _Parser(LightningArgumentParser):
             super().error(message, ex)
         text = " ".join(message.split())
         if "import path denylist" in text:
-            named = re.search(r"Importing '([^']*)'", text)
+            found = re.search(r"Importing '([^']*)'", text)
+            named = found[1] if found else "a class"
             text = (
-                f"a file names {named[1] if named else 'a class'}, which is neither Lightning's nor Fastformer's. "
-                + ("Making an object of it runs its code: give --trust if you trust the file")
+                f"{named} may write files that are not the run's, or call what it is given: give --trust if you trust "
+                "what names it"
+                if _WRITERS.match(named)
+                else f"a file names {named}, which is neither Lightning's nor Fastformer's. "
+                "Making an object of it runs its code: give --trust if you trust the file"
             )
         print(f"{self.prog}: error: {printable(_shortened(text))}", file=sys.stderr)
         raise SystemExit(2)
@@ -183,7 +211,7 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
 
 @contextmanager
 def classes_allowed(arguments: Sequence[str]) -> Iterator[None]:
-    """Within it, options may name classes of Lightning's and ours, and those that the command line itself names.
+    """Within it, options may name Lightning's harmless callbacks, and the user's own that the command line names.
 
     With ``--trust`` among the arguments, any.
     """
@@ -192,7 +220,10 @@ def classes_allowed(arguments: Sequence[str]) -> Iterator[None]:
         return
     before = dict(parsing_settings)
     named = [path for text in _trainer_options(arguments).values() for path in _IMPORT_PATH.findall(text)]
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_OWN_CLASSES, *named])
+    own = [path for path in named if not _WRITERS.match(path)]
+    harmless = [f"{kind.__module__}.{kind.__name__}" for kind in _HARMLESS]  # by whatever name they are imported
+    shorter = [f"lightning.pytorch.callbacks.{kind.__name__}" for kind in _HARMLESS]
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*harmless, *shorter, *own])
     try:
         yield
     finally:
@@ -263,12 +294,32 @@ def _kept_options(config: Path, arguments: Sequence[str], usual: str) -> str:
 def read_options(path: Path) -> dict[str, Any]:
     """Raises ValueError, naming the file, for one that is no YAML of options."""
     try:
-        options = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        root = yaml.compose(text, yaml.SafeLoader)
+        sizes: dict[int, float] = {}
+        if root is not None and _written_out(root, sizes) > len(sizes) + _MOST_ALIASED:
+            raise ValueError(f"its aliases stand for more than {_MOST_ALIASED:,} values")
+        options = yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} must have options, each with its value; it has none")
     return options
+
+
+def _written_out(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """How many nodes one is with each alias written out; infinite where it is in itself.
+
+    Args:
+        node: of YAML.
+        sizes: of those that are known, by their identity.
+    """
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        inside = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for each in inside for part in (each if isinstance(each, tuple) else (each,))]
+        sizes[id(node)] = 1 + sum(_written_out(part, sizes) for part in parts)
+    return sizes[id(node)]
 
 
 class SaveOptions(Callback):

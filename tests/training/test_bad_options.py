@@ -67,6 +67,37 @@ def test_numbers_that_mean_nothing(
     assert not (tmp_path / "run").exists()
 
 
+LAUGHS = "\n".join(
+    ["a0: &a0 [x, x]", *(f"a{level}: &a{level} [*a{level - 1}, *a{level - 1}]" for level in range(1, 41))]
+)
+MERGES = "\n".join(
+    ["a0: &a0 {x: 1}", *(f"a{level}: &a{level} {{<<: [*a{level - 1}, *a{level - 1}]}}" for level in range(1, 41))]
+)
+
+
+@pytest.mark.parametrize("way", ["--config", "--resume"])
+@pytest.mark.parametrize("text", [LAUGHS, MERGES, "a: &a [*a]", "a: &a {b: *a}"])
+def test_few_bytes_that_stand_for_many_values(
+    text: str, way: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "config.yaml").write_text(f"{text}\n")
+    given = {
+        "--config": ("--config", str(tmp_path / "config.yaml")),
+        "--resume": ("--resume", "--output", str(tmp_path)),
+    }
+    line = fails(capsys, "pretrain", *given[way])
+    assert f"{tmp_path / 'config.yaml'} cannot be read as YAML: its aliases stand for more than 10,000 values" in line
+
+
+def test_some_aliases_are_welcome(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "run.yaml").write_text("model: &model {learning_rate: 0.5}\nevaluate_every: &n 7\nmax_steps: *n\n")
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["pretrain", "--config", str(tmp_path / "run.yaml"), "--print_config"])
+    assert exit.value.code == 0
+    written = yaml.safe_load(capsys.readouterr().out)
+    assert (written["evaluate_every"], written["max_steps"]) == (7, 7)
+
+
 BAD_NUMBERS = ("-1", "0", "nan", ".nan", ".inf", "1e30", "100000000000000000000000", "1.5")
 ACCEPTED = {
     "0": "seed num_workers stride weight_decay warmup_steps dropout heldout_fraction min_epochs min_steps "
