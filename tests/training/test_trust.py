@@ -15,6 +15,7 @@ import yaml
 import fastformer
 from fastformer import cli
 from fastformer.extras import require
+from fastformer.training.run import _HARMLESS
 
 LIGHTNINGS = {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}
 EVIL = {"class_path": "evil.Callback"}
@@ -74,6 +75,78 @@ def test_a_file_of_options_runs_no_code(
     assert "error: " in line
     assert not evil.exists()
     assert not (tmp_path / "run").exists()
+
+
+# Classes of Lightning's and ours that write where they are told, or call what they are told.
+WRITERS: dict[str, dict[str, Any]] = {
+    "ours": {
+        "callbacks": [
+            {"class_path": "fastformer.training.callbacks.SavePretrained", "init_args": {"folder": "{}"}},
+        ]
+    },
+    "ours, elsewhere": {
+        "callbacks": [{"class_path": "fastformer.training.run.SavePretrained", "init_args": {"folder": "{}"}}]
+    },
+    "a checkpoint": {"callbacks": [lightnings("ModelCheckpoint", dirpath="{}")]},
+    "by its place": {"callbacks": ["lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint"]},
+    "by its name alone": {"callbacks": ["ModelCheckpoint"]},
+    "beside a harmless one": {"callbacks": [LIGHTNINGS, lightnings("OnExceptionCheckpoint", dirpath="{}")]},
+    "of functions": {"callbacks": [lightnings("LambdaCallback", on_fit_start="shutil.rmtree")]},
+    "a logger": {"logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "{}"}}},
+    "a profiler": {
+        "profiler": {"class_path": "lightning.pytorch.profilers.SimpleProfiler", "init_args": {"dirpath": "{}"}}
+    },
+    "a plugin": {"plugins": [{"class_path": "lightning.pytorch.plugins.io.TorchCheckpointIO"}]},
+}
+
+
+@pytest.mark.parametrize("way", ["--config", "--resume", "the command line"])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_writes_elsewhere_needs_trust(
+    kind: str, way: str, tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    victim, output = tmp_path / "victim", tmp_path / "run"
+    victim.mkdir()
+    (victim / "thesis").write_text("mine")
+    text = json.dumps(WRITERS[kind]).replace("{}", str(victim))
+    arguments = [*tiny_run, "--max_steps", "1", "--output", str(output)]
+    if way == "--config":
+        (tmp_path / "run.yaml").write_text(json.dumps({"trainer": json.loads(text)}))
+        arguments += ["--config", str(tmp_path / "run.yaml")]
+    elif way == "--resume":
+        output.mkdir()
+        options = yaml.safe_load(_options_of(tiny_run, capsys))
+        options["trainer"].update(json.loads(text))
+        (output / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
+        arguments = ["pretrain", "--resume", "--output", str(output)]
+    else:
+        ((name, value),) = json.loads(text).items()
+        arguments += [f"--trainer.{name}={json.dumps(value)}"]
+    line = fails(capsys, *arguments)
+    # (A profiler may be a text too, which a refused class then is taken for.)
+    assert "give --trust" in line or (kind == "a profiler" and "can only be one of" in line)
+    assert [path.name for path in victim.iterdir()] == ["thesis"]
+    assert [path.name for path in output.glob("*")] == (["config.yaml"] if way == "--resume" else [])
+
+
+def _options_of(command: list[str], capsys: pytest.CaptureFixture) -> str:
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--print_config"])
+    return capsys.readouterr().out
+
+
+def test_every_class_that_needs_no_trust_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    required = {
+        "EarlyStopping": {"monitor": "val/loss"},
+        "GradientAccumulationScheduler": {"scheduling": {0: 1}},
+    }
+    named = [lightnings(kind.__name__, **required.get(kind.__name__, {})) for kind in _HARMLESS]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": named}}))
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["pretrain", "--config", str(tmp_path / "run.yaml"), "--print_config"])
+    assert exit.value.code == 0
+    written = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    assert [each["class_path"] for each in written] == [each["class_path"] for each in named]
 
 
 def test_the_class_is_named_and_how_to_allow_it(evil: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
