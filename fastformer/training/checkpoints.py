@@ -235,7 +235,7 @@ class StepCheckpoint(Checkpoint):
     def save(self, trainer: Trainer) -> None:
         """Save one of the step at hand."""
         step = trainer.global_step
-        trainer.save_checkpoint(self.folder / f"step-{step:07d}.ckpt")
+        trainer.save_checkpoint(checkpoint_of(self.folder, step))
         if trainer.is_global_zero:
             # Those of later steps are damaged ones, which a resumed run has passed over.
             past = [path for path in _newest_first(self.folder) if path.is_file() and _step(path) <= step]
@@ -270,6 +270,11 @@ class ValidationCheckpoint(StepCheckpoint):
             self._due = True
         else:
             self.save(trainer)
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """The file of the checkpoint that is made after this optimizer step."""
+    return folder / f"step-{step:07d}.ckpt"
 
 
 def _newest_first(folder: Path) -> list[Path]:

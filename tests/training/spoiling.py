@@ -8,7 +8,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Spoil(Callback):
-    """Kind nan, inf: the loss of the steps, from 1; gradient: one of their gradients, infinite, the loss as it is."""
+    """Kind nan, inf: the loss of the steps, from 1; gradient: one of their gradients, infinite, the loss as it is.
+
+    Kind weights: those after the steps, finite, and too large to compute with.
+    """
 
     def __init__(self, kind: str, steps: list[int]) -> None:
         self.kind = kind
@@ -19,7 +22,7 @@ class Spoil(Callback):
 
         def spoilt(batch: Any) -> list[torch.Tensor]:
             found = list(losses(batch))
-            if self.kind != "gradient" and trainer.global_step + 1 in self.steps:
+            if self.kind in ("nan", "inf") and trainer.global_step + 1 in self.steps:
                 found[0] = found[0] * (math.nan if self.kind == "nan" else math.inf)
             return found
 
@@ -28,3 +31,10 @@ class Spoil(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.kind == "gradient" and trainer.global_step + 1 in self.steps:
             next(weight for weight in pl_module.parameters() if weight.grad is not None).grad.fill_(math.inf)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.kind == "weights" and trainer.global_step in self.steps:
+            for weight in pl_module.parameters():
+                weight.data.fill_(1e30)

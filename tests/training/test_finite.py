@@ -95,6 +95,42 @@ def test_one_after_another_is_an_error(options: list[str], tmp_path: Path, capsy
     assert "the loss of step 23 is nan" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_last_step_that_ruins_the_model_is_an_error(
+    step: int, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Its weights are finite, and what they make of the held-out examples is not."""
+    output = tmp_path / "run"
+    rate = "--optimizer.learning_rate" if options[0] == "finetune" else "--model.learning_rate"
+    ruins = [rate, "1e30"] if step == 1 else spoils("weights", step)
+    assert cli.main([*options, "--max_steps", str(step), "--output", str(output), *ruins]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"the held-out loss after step {step} is nan, at a learning rate of " in line
+    kept = f"last good checkpoint is {output}/checkpoints/step-0000002.ckpt" if step > 1 else "no checkpoint was"
+    assert kept in line
+    assert not (output / f"checkpoints/step-000000{step}.ckpt").exists()
+    assert not (output / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "left_out"),
+    [(12, range(2, 13)), (30, range(20, 31)), (9, (1, 2, 4, 5, 7))],
+    ids=["most", "end", "spread"],
+)
+def test_a_run_that_left_most_or_its_last_steps_out_has_failed(
+    steps: int, left_out: range, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output, number = tmp_path / "run", len(left_out)
+    run = [*options, "--max_steps", str(steps), *(["--epochs", "60"] if options[0] == "finetune" else [])]
+    assert cli.main([*run, "--output", str(output), "--skip_nonfinite", *spoils("nan", *left_out)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{number} of {steps} steps were left out, {0 if steps == 9 else number} of them at the end" in line
+    assert not (output / "model").exists()
+    resume = [*options[: 2 if options[0] == "finetune" else 1], "--resume", "--output", str(output)]
+    assert cli.main([*resume, "--trainer.callbacks", "null"]) == 2
+    assert not (output / "model").exists()
+
+
 # --- On an accelerator ------------------------------------------------------------------------------------------------
 
 
