@@ -34,6 +34,14 @@ def whole_number(least: int, most: int = 2**32 - 1) -> Callable[[str], int]:
     return parse
 
 
+def check_text(text: str, option: str) -> None:
+    """Raises ValueError, beginning with `option`, for text of the command line that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Python hands on the bytes that it could not read as half surrogate pairs
+        raise ValueError(f"{option} is not UTF-8: {text!a:.60}") from None
+
+
 def chosen_device(given: str | None) -> torch.device:
     """The device of ``--device``, or else the GPU if there is one, or else the CPU.
 

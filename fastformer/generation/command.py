@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastformer.arguments import CommandParser, chosen_device, whole_number
+from fastformer.arguments import CommandParser, check_text, chosen_device, whole_number
 from fastformer.console import StatusLine
 from fastformer.data.lines import json_object, numbered_lines
 from fastformer.data.tokenizer import load_tokenizer
@@ -144,10 +144,9 @@ def _prompts(options: Namespace, common: SamplingParameters) -> tuple[list[str],
         raise ValueError("--logprobs is for --json")
     prompts, parameters = list(options.prompt), [common] * len(options.prompt)
     for number, prompt in enumerate(prompts, start=1):
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:  # Python hands on the bytes that it could not read as half surrogate pairs
-            raise ValueError(f"--prompt {number} is not UTF-8: {prompt!a:.60}") from None
+        check_text(prompt, f"--prompt {number}")
+    for text in options.stop or ():
+        check_text(text, "--stop")
     if options.prompts is not None:
         for number, line in numbered_lines(options.prompts):
             if line.strip():

@@ -25,7 +25,7 @@ class SamplingParameters:
 
     Args:
         max_new_tokens: the most tokens to generate.
-        temperature: divides the logits before they become probabilities; 0 takes the likeliest token.
+        temperature: divides the logits before they become probabilities, 1e-6 or more; 0 takes the likeliest token.
         top_k: draw among the so many likeliest tokens.
         top_p: draw among the likeliest tokens that together have this probability (Holtzman et al. 2020,
             https://arxiv.org/abs/1904.09751).
@@ -63,7 +63,7 @@ class SamplingParameters:
                 raise ValueError(f"{field.name} must be {accepted}; got {value!r}")
         ranges = {
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
-            "temperature": (0.0 <= self.temperature < float("inf"), "0 or more"),
+            "temperature": (self.temperature == 0.0 or 1e-6 <= self.temperature < float("inf"), "0, or 1e-6 or more"),
             "top_k": (self.top_k is None or self.top_k >= 1, "1 or more, or None"),
             "top_p": (self.top_p is None or 0.0 < self.top_p <= 1.0, "in (0, 1], or None"),
             "min_p": (self.min_p is None or 0.0 <= self.min_p <= 1.0, "in [0, 1], or None"),

@@ -12,6 +12,7 @@ import torch
 
 import fastformer.models
 from fastformer.arguments import CommandParser, whole_number
+from fastformer.arguments import check_text
 from fastformer.data.files import OVERWRITE_HELP, atomic_file, check_out
 from fastformer.data.tokenizer import load_tokenizer
 from fastformer.extras import require
@@ -58,6 +59,8 @@ def main(arguments: list[str], begin: float) -> None:
     require("matplotlib")
     if options.attributions:
         require("captum")
+    check_text(options.text, "--text")
+    check_text(options.target_text or "", "--target_text")
     if not options.model.is_dir():
         raise ValueError(f"DIR must be a model's folder; got {options.model}")
     if options.target is not None and not options.attributions:

@@ -113,11 +113,13 @@ def test_draft(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["decoder"], '{"prompt": "a", "temperature": "hot"}', "line 2: temperature must be a number; got 'hot'"),
         (["decoder"], '{"prompt": "a", "temperature": 1, "seed": 1.5}', "line 2: seed must be a whole number; got 1.5"),
         (["decoder"], '{"prompt": "a", "max_new_tokens": true}', "line 2: max_new_tokens must be a whole number"),
+        (["decoder"], '{"prompt": "a", "temperature": 1e-40}', "line 2: temperature must be 0, or 1e-6 or more"),
         (["decoder"], '{"prompt": "a", "temperature": null}', "line 2: temperature must be a number; got None"),
         (["decoder"], '{"prompt": "a", "stop": [1]}', "line 2: stop must be a sequence of strings"),
         (["decoder"], '{"prompt": "a", "eos_token_ids": [0.5]}', "line 2: eos_token_ids must be a sequence of token"),
         (["decoder"], '{"prompt": "a", "logprobs": "no"}', "line 2: logprobs must be true or false; got 'no'"),
         (["decoder", "--prompt", "a\udcff"], None, "--prompt 1 is not UTF-8"),
+        (["decoder", "--prompt", "a", "--stop", "a\udcff"], None, "--stop is not UTF-8"),
     ],
 )
 def test_what_is_wrong_is_said(

@@ -113,8 +113,9 @@ def test_log_probabilities() -> None:
     ("given", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more; got 0"),
-        ({"temperature": -1.0}, "temperature must be 0 or more"),
-        ({"temperature": float("nan")}, "temperature must be 0 or more"),
+        ({"temperature": -1.0}, "temperature must be 0, or 1e-6 or more"),
+        ({"temperature": 1e-40}, "temperature must be 0, or 1e-6 or more; got 1e-40"),
+        ({"temperature": float("nan")}, "temperature must be 0, or 1e-6 or more"),
         ({"temperature": 1.0, "top_k": 0}, "top_k must be 1 or more, or None"),
         ({"temperature": 1.0, "top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"temperature": 1.0, "min_p": 1.5}, r"min_p must be in \[0, 1\]"),

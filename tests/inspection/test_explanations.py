@@ -220,3 +220,6 @@ def test_command(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pyt
         assert main([*arguments, *wrong]) == 2
         assert message in capsys.readouterr().err
     assert main(["explain", str(tmp_path / "none"), "--text", "a", "--out", str(out)]) == 2
+    for option in ("--text", "--target_text"):
+        assert main([*arguments, "--overwrite", option, "a \udcff"]) == 2
+        assert f"{option} is not UTF-8: 'a \\udcff'" in capsys.readouterr().err
