@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 import fastformer.models
-from fastformer.arguments import CommandParser, whole_number
-from fastformer.arguments import check_text
+from fastformer.arguments import CommandParser, check_text, whole_number
 from fastformer.data.files import OVERWRITE_HELP, atomic_file, check_out
 from fastformer.data.tokenizer import load_tokenizer
 from fastformer.extras import require
