@@ -99,8 +99,8 @@ class FiniteLosses(Callback):
     def _check_skipped(self, steps: int) -> None:
         if 2 * self.skipped > steps or 2 * self._in_a_row > _MOST_SKIPPED:
             raise NotFiniteError(
-                f"{self.skipped:,} of {steps:,} steps were left out, {self._in_a_row:,} of them at the end: the model is "
-                f"not saved, and {self._kept()}"
+                f"{self.skipped:,} of {steps:,} steps were left out, {self._in_a_row:,} of them at the end: the model "
+                f"is not saved, and {self._kept()}"
             )
 
     # --- Where an accelerator may be waited for -----------------------------------------------------------------------
