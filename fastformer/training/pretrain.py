@@ -144,17 +144,16 @@ _ACTIVATION_HELP = "keep the input of each block alone and compute the rest agai
 def _pretrain(
     parser: LightningArgumentParser, options: Namespace, folder: RunFolder, stop: StopOnSignal, begin: float
 ) -> None:
-    checkpoint = None
+    checkpoint, checked = None, MODULES[options.objective](**options.model.as_dict())
     if options.resume:
-        checkpoint = latest_checkpoint(
-            folder.checkpoints, MODULES[options.objective](**options.model.as_dict()).weights_for, folder.run
-        )
+        checkpoint = latest_checkpoint(folder.checkpoints, checked.weights_for, folder.run)
     objects = parser.instantiate(options)
     if options.tensor_parallel != 1:
         if options.strategy != "fsdp2":
             raise ValueError(f"--tensor_parallel is for --strategy fsdp2; got --strategy {options.strategy}")
         objects.trainer.strategy = FullyShardedStrategy(options.tensor_parallel)
     module, data = MODULES[options.objective](**objects.model.as_dict()), objects.corpus
+    module.continued = checked.continued
     throughput, curve = Throughput(), LossCurve(folder.curve, module.losses[0], module.loss_label)
     finite = FiniteLosses(folder.checkpoints, options.skip_nonfinite)
     stop.saves = StepCheckpoint(folder.checkpoints, every=options.evaluate_every)

@@ -63,6 +63,8 @@ class PretrainingModule(TrainingModule):
     loss_label: ClassVar[str] = "loss (nats per token)"
     default_steps: ClassVar[int] = 1000
     """Optimizer steps that take minutes on two CPU cores, with the default corpus and model."""
+    continued: dict[str, torch.Size] | None = None
+    """Names and shapes of the weights of the checkpoint that training goes on from, which the model must have."""
 
     def __init__(
         self,
@@ -108,11 +110,24 @@ class PretrainingModule(TrainingModule):
             )
         config = preset_config(_SMALLEST if self.preset is None else self.preset, **settings)
         self.model = getattr(models, self._architecture())(config)
+        self._check_continued()
         if self.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.device_mesh is not None and self.device_mesh["tensor_parallel"].size() > 1:
             parallelize(self.model, self.device_mesh["tensor_parallel"])
         super().configure_model()
+
+    def _check_continued(self) -> None:
+        """Here text and options are known, and nothing has been loaded: into a sharded model that would go first."""
+        own = {name: weight.shape for name, weight in self.state_dict().items()}
+        before = own if self.continued is None else self.continued
+        for name in sorted({*own, *before}):
+            if own.get(name) != before.get(name):
+                there, here = (" x ".join(map(str, each.get(name, ()))) or "none" for each in (before, own))
+                raise ValueError(
+                    f"the checkpoint cannot be continued with other data or another model: its {name} is {there}, this "
+                    f"run's {here}; resume with the same text and options, or start anew"
+                )
 
     def _architecture(self) -> str:
         return self.architecture
@@ -144,6 +159,7 @@ class PretrainingModule(TrainingModule):
         with torch.device("meta"):
             self.on_load_checkpoint(checkpoint)
         weights = self.state_dict()
+        self.continued = {name: weight.shape for name, weight in weights.items()}
         self.model = None  # the next may be of another size
         return weights
 

@@ -113,6 +113,26 @@ def test_elastic_starts_a_run_and_goes_on_with_it(tiny_run: list[str], tmp_path:
     assert len(list(tmp_path.glob("output/logs/csv/*"))) == 2
 
 
+@pytest.mark.parametrize("change", ["more words", "fewer words", "--model.overrides.intermediate_size=48"])
+def test_what_does_not_fit_the_checkpoint_is_not_resumed(
+    change: str, tmp_path: Path, capsys: pytest.CaptureFixture, tiny_run: list[str]
+) -> None:
+    text, output = tmp_path / "text.txt", tmp_path / "output"
+    words = [f"{first}{second}" for first in "abcdefghijklmnop" for second in "aeiouy"]
+    text.write_text("\n\n".join(" ".join(words[number:] + words[:number]) for number in range(90)))
+    given = [*tiny_run, "--data", str(text), "--output", str(output), "--corpus.next_sentence", "false"]
+    assert cli.main([*given, "--max_steps", "2"]) == 0
+    if change == "more words":
+        text.write_text(text.read_text() + "\n\n" + " ".join(f"{word}{word}{word}" for word in words) * 3)
+    elif change == "fewer words":
+        text.write_text("\n\n".join(" ".join(["one"] * number) for number in range(1, 90)))
+    capsys.readouterr()
+    options = [change] if change.startswith("--") else []
+    assert cli.main(["pretrain", "--resume", "--output", str(output), "--max_steps", "4", *options]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "error: the checkpoint cannot be continued with other data or another model: its model." in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
