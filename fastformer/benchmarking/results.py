@@ -10,6 +10,7 @@ from typing import Any
 from fastformer.benchmarking.environment import Environment
 from fastformer.benchmarking.measurement import Measurement, Metric
 from fastformer.data.files import atomic_file
+from fastformer.data.lines import json_file
 
 
 @dataclass
@@ -41,7 +42,7 @@ def load_results(path: Path) -> Results:
         ValueError: the file has something else.
     """
     try:
-        found = json.loads(path.read_text())
+        found = json_file(path)
         return Results(
             environment=Environment(**found["environment"]),
             quick=found["quick"],

@@ -52,7 +52,7 @@ def docstrings(cache_dir: CacheFolder = None) -> list[Docstring]:
     if path.exists():
         try:
             return [Docstring(*json.loads(line)) for line in read_checked(path).splitlines()]
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             warnings.warn(_DAMAGED.format(path=path, error=error), stacklevel=2)
             remove(path)
     found = _once(python_docstrings(), lambda docstring: docstring.text)

@@ -101,7 +101,7 @@ def read_records(name: str, file: str, cache_dir: str | None) -> list[dict[str, 
         raise FileNotFoundError(f"the set {name} has no {file!r}; it has {', '.join(files_of(name, cache_dir))}")
     try:
         return [json.loads(line) for line in read_checked(path).decode().split("\n") if line]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): `fastformer data fetch {name}` makes it anew") from error
 
 

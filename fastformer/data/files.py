@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from fastformer.data.lines import json_object
+
 
 def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
     """The folder for data that can be made again.
@@ -105,7 +107,7 @@ def check_folder(folder: Path) -> None:
     as it is."""
     if not (folder / _CHECKSUMS).exists():
         return
-    for name, expected in json.loads(read_checked(folder / _CHECKSUMS)).items():
+    for name, expected in json_object(read_checked(folder / _CHECKSUMS).decode(), _CHECKSUMS).items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
             raise ValueError(f"the checksum of {name} does not match")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastformer.data.files import read_checked, remove, write_checked
+from fastformer.data.lines import json_value
 from fastformer.data.sources import Source, stream
 from fastformer.data.splitting import Split, find_split
 from fastformer.data.store import BLOCK_CHARACTERS, Layout, TokenStore, load_or_build_store
@@ -91,7 +92,7 @@ def prepare_corpus(
 def _load_or_find_split(path: Path, sources: Sequence[Source], heldout_fraction: float) -> Split:
     if path.exists():
         try:
-            return Split(**json.loads(read_checked(path)))
+            return Split(**json_value(read_checked(path).decode(), path.name))
         except (OSError, ValueError, TypeError) as error:
             warnings.warn(f"{path} is damaged ({error}) and is made anew", stacklevel=2)
             remove(path)

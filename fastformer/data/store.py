@@ -27,6 +27,7 @@ from fastformer.console import Progress
 from fastformer.data.corpus import document_of
 from fastformer.data.encoding import TextEncoder
 from fastformer.data.files import atomic_file, atomic_folder, remove
+from fastformer.data.lines import json_file
 from fastformer.data.sources import Source
 from fastformer.data.tokenized import TokenizedCorpus, encode_sentences
 
@@ -190,7 +191,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"there is no token store at {path}")
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json_file(path / MANIFEST)
         body = json.dumps({key: manifest[key] for key in manifest if key != "checksum"}, sort_keys=True)
         whole = manifest["checksum"] == hashlib.sha256(body.encode()).hexdigest() and manifest["format"] == _FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:

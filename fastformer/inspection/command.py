@@ -16,6 +16,7 @@ from fastformer_kernels.launch import ARCHITECTURES
 from fastformer.arguments import CommandParser
 from fastformer.console import track
 from fastformer.data.files import OVERWRITE_HELP, check_out
+from fastformer.data.lines import json_file
 from fastformer.extras import require
 from fastformer.inspection.compilation import Failure, Work, compile_ahead, compiled_by, reduce_to_launches, relocate
 from fastformer.inspection.gate import regressions, unwanted_spills
@@ -197,7 +198,7 @@ def _check(options: Namespace) -> None:
             f"the kernels: {command}"
         )
     figures = _figures([(case.name, case.run) for case in cases(guarded=True)], options, None)
-    recorded = from_json(json.loads(path.read_text())) if path.exists() else []
+    recorded = from_json(json_file(path)) if path.exists() else []
     if options.update:
         options.figures.mkdir(parents=True, exist_ok=True)
         _write_json(_updated(recorded, figures, options.arch), path)

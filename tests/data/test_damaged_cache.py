@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastformer.data.files import write_checked
 from fastformer.data.preparation import PreparedCorpus, prepare_corpus
 from fastformer.data.sources import texts_source
 from fastformer.data.store import MANIFEST, DocumentLayout
@@ -54,6 +55,12 @@ def make_garbage(path: Path) -> None:
     path.write_bytes(b"\xff\x00" * 99)
 
 
+def nest(path: Path) -> None:
+    """JSON deeper than can be read, with a checksum that is right where the file has one."""
+    deep = b"[" * 100_000
+    path.write_bytes(deep) if path.name == MANIFEST else write_checked(path, deep)
+
+
 def make_a_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
@@ -63,7 +70,7 @@ def make_a_folder(path: Path) -> None:
 FILES = ("split.json", "tokenizer.json", "tokenizer_config.json", "checksums.json", MANIFEST, "ids.npy")
 
 
-@pytest.mark.parametrize("damage", [cut, change_a_digit, empty, make_garbage, make_a_folder])
+@pytest.mark.parametrize("damage", [cut, change_a_digit, empty, nest, make_garbage, make_a_folder])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_made_anew(name: str, damage: Callable[[Path], None], whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
