@@ -41,7 +41,8 @@ class Stopped(BaseException):
 def stopping_at_signals() -> Iterator[None]:
     """Within it SIGTERM and SIGUSR1 raise `Stopped`, as SIGINT raises KeyboardInterrupt, where they would kill.
 
-    What is raised while an extension module is imported may come out as an error of its own: that is `Stopped` too.
+    What is raised while an extension module is imported may come out as an error of its own, and in a destructor not at
+    all: that is `Stopped` too, in the end.
     Processes that are forked within it are killed as ever.
     """
     process = os.getpid()
@@ -69,6 +70,9 @@ def stopping_at_signals() -> Iterator[None]:
         if came:
             raise Stopped(came[-1]) from error
         raise
+    else:
+        if came:
+            raise Stopped(came[-1])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -31,8 +31,9 @@ class StopOnSignal(Checkpoint):
     with a checkpoint; at a second signal, and where nothing is being trained, at once. Processes that train together
     stop together.
 
-    A context manager: signals are caught within it. (As a callback it is one of Lightning's Checkpoint callbacks, which
-    come last.)
+    A context manager: signals are caught within it. Where what is raised is lost, as in a destructor, or comes out as
+    another error, the run still ends by it: after the next optimizer step, or at the end of the context. (As a callback
+    it is one of Lightning's Checkpoint callbacks, which come last.)
 
     Attributes:
         saves: what to save with.
@@ -42,6 +43,7 @@ class StopOnSignal(Checkpoint):
 
     def __init__(self) -> None:
         self._requested: int | None = None
+        self._raised = False
         self._training = False
         self._process = os.getpid()
 
@@ -50,10 +52,12 @@ class StopOnSignal(Checkpoint):
         self._listen()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if threading.current_thread() is threading.main_thread():
             for name, handler in self._before.items():
                 signal.signal(getattr(signal, name), handler)
+        if self._requested is not None and (error is None or (self._raised and isinstance(error, Exception))):
+            raise Stopped(self._requested) from error
 
     def _listen(self) -> None:
         if threading.current_thread() is threading.main_thread():  # no other may
@@ -67,6 +71,7 @@ class StopOnSignal(Checkpoint):
         elif self._training and self._requested is None:
             self._requested = number
         else:
+            self._requested, self._raised = number, True
             raise Stopped(number)
 
     # --- In training --------------------------------------------------------------------------------------------------

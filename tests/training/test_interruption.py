@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from training.processes import start
 from training.tasks import command, scratch
 
 from fastformer import cli
-from fastformer.stopping import stopping_at_signals
+from fastformer.stopping import Stopped, stopping_at_signals
 from fastformer.training.interruption import StopOnSignal
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
@@ -159,6 +161,45 @@ def test_an_interrupt_of_any_command_is_one_line(
     monkeypatch.setattr(cli.importlib, "import_module", interrupted)
     assert cli.main([name]) == 130
     assert capsys.readouterr().err == f"fastformer {name}: stopped by SIGINT\n"
+
+
+class _Sends:
+    """What sends a signal when it is destroyed, where exceptions are shown and lost."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("number", STATUS)
+@pytest.mark.parametrize("catches", [StopOnSignal, stopping_at_signals])
+def test_a_signal_in_a_destructor_still_ends_a_command(
+    catches: Callable[[], AbstractContextManager[object]], number: signal.Signals
+) -> None:
+    with pytest.raises(Stopped) as raised, catches():
+        _Sends(number)
+    assert raised.value.status == STATUS[number]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_in_a_destructor_before_training_ends_it_with_a_checkpoint(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(StopOnSignal, "setup", lambda *_, **__: _Sends(signal.SIGTERM) and None, raising=False)
+    assert cli.main([*options, "--output", str(tmp_path / "run")]) == 143
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "stopped by SIGTERM; step-0000001.ckpt is saved. Go on with: fastformer " in line
+
+
+def test_a_signal_that_comes_out_as_another_error_is_still_one() -> None:
+    with pytest.raises(Stopped), StopOnSignal():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:
+            raise ImportError("initialization failed") from error
 
 
 def wait_for(path: Path) -> None:
