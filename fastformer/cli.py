@@ -104,6 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _end(known.command, str(stopped), stopped.status)
     except ModuleNotFoundError as error:
         package = missing_package(error)
+        if error.name is None and not known.debug:  # said by a library, of what an option needs
+            return _end(known.command, f"error: {' '.join(str(error).split())}", 2)
         if package is None or known.debug:
             raise
         print(f"fastformer {known.command} needs {package}, which is not installed: {remedy(package)}", file=sys.stderr)

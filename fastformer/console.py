@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import shutil
 import sys
 import textwrap
@@ -177,6 +178,16 @@ def printable(text: str) -> str:
 def _escape(sign: str) -> str:
     # Joiners, of words of many scripts and of emoji, do nothing but join.
     return sign if sign in "\n\t\u200c\u200d" else sign.encode("unicode_escape").decode()
+
+
+def say(text: str) -> None:
+    """Print a line now, harmless, where work goes on whether anybody reads it or not."""
+    try:
+        print(printable(text), flush=True)
+    except BrokenPipeError:  # as of `| head`: what follows goes nowhere, what is still buffered too
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def show_any_character() -> None:

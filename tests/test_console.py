@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import sys
 import warnings
 
@@ -18,6 +19,7 @@ from fastformer.console import (
     json_text,
     plain_warnings,
     printable,
+    say,
     show_any_character,
     track,
 )
@@ -149,6 +151,16 @@ def test_every_text_is_shown_whatever_the_terminal_knows(
     show_any_character()
     print("± 1… ä 日 \udc80", end="", flush=True)
     assert written.getvalue().decode(encoding) == shown
+
+
+def test_nobody_has_to_read_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        say("once")
+        say("again")
+        print("at the end", flush=True)
 
 
 def test_json_has_null_for_what_is_no_number() -> None:

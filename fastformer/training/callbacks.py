@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from torch import nn
 
-from fastformer.console import StatusLine, clock, printable
+from fastformer.console import StatusLine, clock, say
 from fastformer.data.files import atomic_file, atomic_folder
 from fastformer.data.resuming import data_rank
 from fastformer.training.checkpoints import check_checkpoint, save_checked
@@ -259,13 +259,13 @@ class TrainingProgress(ProgressBar):
         if self._line.live:
             self._line.show(text)
         else:
-            print(printable(text), flush=True)
+            say(text)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._line.clear()
         if self._enabled:
             said = validation_text(validation_metrics(trainer))
-            print(printable(f"step {trainer.global_step:,}: held-out text: {said}"), flush=True)
+            say(f"step {trainer.global_step:,}: held-out text: {said}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._line.clear()

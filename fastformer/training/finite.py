@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
+from fastformer.console import say
 from fastformer.models.finite import first_not_finite
 from fastformer.training.checkpoints import checkpoint_of, newest_checkpoint
 
@@ -86,7 +87,7 @@ class FiniteLosses(Callback):
         for parameter in parameters:
             parameter.grad = None
         if module.trainer.is_global_zero:
-            print(f"{_said(step, rate, loss.item())}: the step is left out", flush=True)
+            say(f"{_said(step, rate, loss.item())}: the step is left out")
 
     def _error(self, step: int, rate: float, loss: float) -> NotFiniteError:
         return NotFiniteError(f"{_said(step, rate, loss)}; training ends, and {self._kept()}{_OR_SKIP}")

@@ -57,6 +57,7 @@ def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:
         ("--devices=nan", "--devices must be"),
         ("--trainer.max_steps=-5", "max_steps"),
         ("--precision=8", "'8' (choose from"),
+        ("--accelerator=tpu", "error: Requirement 'torch_xla"),
     ],
 )
 def test_numbers_that_mean_nothing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -161,6 +162,17 @@ def test_an_interrupt_of_any_command_is_one_line(
     monkeypatch.setattr(cli.importlib, "import_module", interrupted)
     assert cli.main([name]) == 130
     assert capsys.readouterr().err == f"fastformer {name}: stopped by SIGINT\n"
+
+
+def test_a_run_whose_output_nobody_reads_goes_on(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.main([*options, "--output", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["steps"] == 9
 
 
 class _Sends:
