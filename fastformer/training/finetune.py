@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,7 +24,7 @@ from fastformer.data.readers import find_splits
 from fastformer.data.sets import DEFAULT_SETS, SETS, load_set
 from fastformer.data.shapes import FewShapes
 from fastformer.data.splitting import split_examples
-from fastformer.data.tokenizer import load_tokenizer, train_tokenizer
+from fastformer.data.tokenizer import load_tokenizer, text_fingerprint, train_tokenizer
 from fastformer.extras import require
 from fastformer.models import PRESETS, FastformerConfig
 from fastformer.training.adversarial import Adversary
@@ -47,7 +48,7 @@ from fastformer.training.interruption import StopOnSignal
 from fastformer.training.lora import Lora
 from fastformer.training.memory import PeakMemory
 from fastformer.training.optimization import Optimization
-from fastformer.training.prediction import Predictor, recipe_for
+from fastformer.training.prediction import Predictor, position_limit, recipe_for, room
 from fastformer.training.privacy import Privacy
 from fastformer.training.recipes import RECIPES, Recipe, Rewrite, TextOptions, balanced_class_weights
 from fastformer.training.report import FineTuningReport
@@ -124,7 +125,7 @@ def main(arguments: list[str], begin: float) -> None:
         try:
             with resumable(f"finetune {task}", folder, options, paths) as stop:
                 seed_everything(options.seed, workers=True, verbose=False)
-                _finetune(task, parser, options, folder, stop, begin)
+                _finetune(task, parser, options, arguments, folder, stop, begin)
         except MisconfigurationException as error:
             raise ValueError(str(error)) from error
 
@@ -240,11 +241,15 @@ def _finetune(
     task: Task,
     parser: LightningArgumentParser,
     options: Namespace,
+    arguments: Sequence[str],
     folder: RunFolder,
     stop: StopOnSignal,
     begin: float,
 ) -> None:
-    prepared = _prepare(task, options)
+    prepared = _prepare(task, options, arguments)
+    learnt_from = _fingerprints(prepared)
+    if options.resume:
+        folder.check_data(learnt_from)
     module = _module(prepared, options)
     checkpoint = None
     if options.resume:
@@ -257,14 +262,14 @@ def _finetune(
     if options.patience is not None:
         mode = "min" if options.monitor in ("loss", "perplexity") else "max"
         stopping = [EarlyStopping(folder.path / _BEST, options.monitor, mode, options.patience, lambda: folder.run)]  # type: ignore[arg-type]
-    arguments = parser.instantiate(options).trainer
+    trainer_arguments = parser.instantiate(options).trainer
     if options.privacy_epsilon is not None:
-        arguments.gradient_clip_val = None  # clipping is the mechanism's, of each example's gradient
+        trainer_arguments.gradient_clip_val = None  # clipping is the mechanism's, of each example's gradient
     trainer = build_trainer(
-        arguments,
+        trainer_arguments,
         folder,
         [
-            SaveOptions(folder, parser, options),
+            SaveOptions(folder, parser, options, learnt_from),
             finite,
             StepSeed(options.seed),
             StopAtLimit(options.max_minutes),
@@ -310,8 +315,8 @@ def _check_trainer(trainer: Trainer, options: Namespace) -> None:
         raise ValueError("--privacy_epsilon is not for --precision 16-mixed, whose scaler clips anew")
 
 
-def _prepare(task: Task, options: Namespace) -> _Prepared:
-    """Data and output layer."""
+def _prepare(task: Task, options: Namespace, arguments: Sequence[str]) -> _Prepared:
+    """Data and output layer. Lengths that were not given become the model's, if it has fewer positions."""
     texts = TextOptions(**options.text.as_dict())
     kind = RECIPES[task]
     examples = load_examples(task, options.data, texts, options.cache_dir)
@@ -336,10 +341,42 @@ def _prepare(task: Task, options: Namespace) -> _Prepared:
         source = f"scratch, {options.preset}"
     if options.activation_checkpointing:
         start.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    texts = _fitting("max_length", position_limit(start.model), options, arguments)
     recipe = recipe_for(task, start, texts, tokenizer)
+    if isinstance(recipe, Rewrite):
+        left = room(start.model, recipe.prompts(examples.test))
+        recipe = replace(recipe, options=_fitting("max_target_length", left, options, arguments))
     train, validation = recipe.features(examples.train), recipe.features(examples.validation)
     _check_test(recipe, examples.test)
     return _Prepared(examples, start, recipe, train, validation, source)
+
+
+def _fitting(name: str, limit: int | None, options: Namespace, arguments: Sequence[str]) -> TextOptions:
+    """The options of texts, of which the one of this name is no longer than the model has positions for.
+
+    Raises:
+        ValueError: it is, and was given.
+    """
+    length = options.text[name]
+    if limit is not None and length > limit:
+        named = any(argument.partition("=")[0] == f"--text.{name}" for argument in arguments)
+        if named or length != getattr(TextOptions(), name):
+            raise ValueError(
+                f"--text.{name} must be at most {limit}, the positions that the model has for it; got {length}"
+            )
+        warnings.warn(f"--text.{name} is {limit}, not {length}: the model has no more positions", stacklevel=2)
+        options.text[name] = limit
+    return TextOptions(**options.text.as_dict())
+
+
+def _fingerprints(prepared: _Prepared) -> dict[str, str]:
+    """Of the examples, the names of their classes or tags, and the tokenizer: a run goes on with the same alone."""
+    recipe = prepared.recipe
+    parts: dict[str, Iterable[Any]] = {f"{part} examples": found for part, found in prepared.examples._asdict().items()}
+    parts["label names"] = recipe.labels or ()
+    texts = {name: map(repr, values) for name, values in parts.items()}
+    tokenizer = text_fingerprint([recipe.tokenizer.backend_tokenizer.to_str()])
+    return {**{name: text_fingerprint(values) for name, values in texts.items()}, "the tokenizer's tokens": tokenizer}
 
 
 def _check_test(recipe: Recipe, test: Sequence[Any]) -> None:

@@ -98,6 +98,23 @@ class RunFolder:
             return self._read_manifest().get("run")
         return None
 
+    @property
+    def data(self) -> dict[str, str] | None:
+        """The fingerprints of what the run learns from, by part; None of one from before there were any."""
+        with suppress(ValueError):
+            return self._read_manifest().get("data")
+        return None
+
+    def check_data(self, data: Mapping[str, str]) -> None:
+        """Raises ValueError where the run has learnt from other data than this."""
+        before = self.data
+        if isinstance(before, dict) and before != data:
+            other = ", ".join(name for name in data if before.get(name) != data[name])
+            raise ValueError(
+                f"the run in {self.path} cannot be continued with other data: {other} are not what they were; resume "
+                "with the same, or start anew"
+            )
+
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """As JSON, whole or not at all; null for what is no finite number."""
         with atomic_file(self.metrics) as file:
@@ -139,8 +156,8 @@ class RunFolder:
                 if next(self._files(), None) is None:  # it failed before it wrote anything
                     self._forget(new)
 
-    def begin(self) -> None:
-        """Remove what the run that is replaced has left, and make the new one known."""
+    def begin(self, data: Mapping[str, str] | None = None) -> None:
+        """Remove what the run that is replaced has left, and make the new one and its `data` known."""
         for path in self._replaced:
             remove(path)
             for parent in path.relative_to(self.path).parents[:-1]:
@@ -148,11 +165,11 @@ class RunFolder:
                     (self.path / parent).rmdir()
         files = self._patterns() if self._replaced else self._listed()
         self._replaced.clear()
-        self._write_manifest(files, uuid.uuid4().hex)
+        self._write_manifest(files, uuid.uuid4().hex, data)
 
     def claim_model(self, files: Iterable[str]) -> None:
         """Note that files of these names are the run's, in `model`."""
-        self._write_manifest([*self._listed(), *(f"{self.model.name}/{name}" for name in files)], self.run)
+        self._write_manifest([*self._listed(), *(f"{self.model.name}/{name}" for name in files)], self.run, self.data)
 
     # --- What is there ------------------------------------------------------------------------------------------------
 
@@ -218,7 +235,7 @@ class RunFolder:
                 f"--output {self.path} holds {self._state()} run: continue it with --resume, replace it with "
                 "--overwrite, or give another folder"
             )
-        self._write_manifest([*patterns, *listed], self.run)
+        self._write_manifest([*patterns, *listed], self.run, self.data)
         if resume:
             self._remove_temporaries()
         else:
@@ -272,10 +289,11 @@ class RunFolder:
             raise ValueError(f"{self.manifest} is no manifest of a run: it must have the names of its files")
         return found
 
-    def _write_manifest(self, files: Sequence[str], run: str | None) -> None:
+    def _write_manifest(self, files: Sequence[str], run: str | None, data: Mapping[str, str] | None) -> None:
         process = {"pid": os.getpid(), "host": socket.gethostname()}
         with atomic_file(self.manifest) as file:
-            content = {"kind": self.kind, "run": run, "process": process, "files": list(dict.fromkeys(files))}
+            names = list(dict.fromkeys(files))
+            content = {"kind": self.kind, "run": run, "data": data, "process": process, "files": names}
             file.write(json.dumps(content, indent=1).encode() + b"\n")
 
     @contextmanager

@@ -15,6 +15,7 @@ from fastformer.data.tokenizer import load_tokenizer
 from fastformer.extras import require
 from fastformer.generation import Generator, SamplingParameters
 from fastformer.generation.cached_model import LanguageModel
+from fastformer.models import FastformerConfig
 from fastformer.models.finite import check_finite_weights
 from fastformer.models.loading import load_configuration
 from fastformer.training.batches import in_order
@@ -25,6 +26,8 @@ from fastformer.training.starting_point import StartingPoint, Task, pretrained
 
 _SLOTS = 256
 """Texts that are written at once."""
+_POSITION_TABLES = ("position_embeddings", "position_embedding", "wpe", "embed_positions")
+"""What learned positions are called in Hugging Face's models."""
 
 
 class Predictor:
@@ -119,6 +122,12 @@ class Predictor:
     def _generated(self, prompts: Sequence[list[int]]) -> Iterable[list[int]]:
         """What the model writes for each prompt, without the prompt."""
         options, end = self.recipe.options, self.recipe.tokenizer.eos_token_id
+        left = room(self.model, prompts)
+        if left is not None and options.max_target_length > left:
+            raise ValueError(
+                f"text.max_target_length must be at most {left}, what the positions of the model leave after "
+                f"the longest prompt; got {options.max_target_length}"
+            )
         if options.beams > 1 or not isinstance(self.model, LanguageModel):
             return self._generated_in_batches(prompts)
         ends = None if end is None else [end]
@@ -141,6 +150,48 @@ class Predictor:
                 eos_token_id=tokenizer.eos_token_id,
             )
             yield from written[:, inputs["input_ids"].shape[1] if decoder_alone else 0 :].tolist()
+
+
+def position_limit(model: Any, decoder: bool = False) -> int | None:
+    """The longest sequence that a model of ours or of Hugging Face's has positions for; None where there is no end.
+
+    Args:
+        model: of the task.
+        decoder: of an encoder and a decoder, the latter.
+    """
+    if isinstance(model.config, FastformerConfig):
+        return model.config.position_limit
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding)
+        and name.rpartition(".")[2] in _POSITION_TABLES
+        and (not model.config.is_encoder_decoder or ("decoder" in name) == decoder)
+    ]
+    return min((each.num_embeddings - _unused_rows(each) for each in tables), default=None)
+
+
+def _unused_rows(table: torch.nn.Embedding) -> int:
+    """Those before the first position's, for padding, or for nothing."""
+    return getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
+
+
+def room(model: Any, prompts: Sequence[list[int]]) -> int | None:
+    """How many tokens have positions after any of the prompts; None where there is no end.
+
+    Raises:
+        ValueError: a prompt, or what follows it, would have none.
+    """
+    limit, longest = position_limit(model), max(map(len, prompts), default=0)
+    if limit is None:
+        return None
+    if model.config.is_encoder_decoder:
+        if longest > limit:
+            raise ValueError(f"a text has {longest} tokens, more than the {limit} positions of the model")
+        return position_limit(model, decoder=True)
+    if longest >= limit:
+        raise ValueError(f"a prompt has {longest} tokens, which leaves none of the model's {limit} positions to write")
+    return limit - longest
 
 
 def recipe_for(task: Task, start: StartingPoint, options: TextOptions, tokenizer: PreTrainedTokenizerFast) -> Recipe:

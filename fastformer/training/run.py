@@ -331,10 +331,18 @@ class SaveOptions(Callback):
         folder: of the run.
         parser: of the options.
         options: of the run.
+        data: fingerprints of what it learns from, by part.
     """
 
-    def __init__(self, folder: RunFolder, parser: LightningArgumentParser, options: Namespace) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        parser: LightningArgumentParser,
+        options: Namespace,
+        data: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = folder
+        self.data = data
         self.resumed = options.resume
         kept = options.clone()
         kept.resume = kept.overwrite = kept.trust = False
@@ -343,7 +351,7 @@ class SaveOptions(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             if not self.resumed:
-                self.folder.begin()
+                self.folder.begin(self.data)
             with atomic_file(self.folder.config) as file:
                 file.write(self.text.encode())
 

@@ -6,16 +6,29 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from training.tasks import ANIMALS, MAKERS, TINY, command, scratch
-from transformers import AutoTokenizer
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForTokenClassification,
+)
 
 from fastformer import cli
 from fastformer.data.examples import Examples
@@ -340,3 +353,142 @@ def test_bad_values_end_in_one_clear_line(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"fastformer {arguments[0]}: error: ")
     assert re.search(message, error), error
+
+
+# --- Resuming over other data -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unfinished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run and the examples that it learns from."""
+    folder = tmp_path_factory.mktemp("unfinished")
+    shutil.copytree(data / "classify", folder / "classify")
+    assert cli.main([*command("classify", folder, folder / "run"), *scratch("--max_steps", "4")]) == 0
+    return folder
+
+
+def _swapped(text: str) -> str:
+    return text.replace("positive", "?").replace("negative", "positive").replace("?", "negative")
+
+
+CHANGES: dict[str, tuple[str, Callable[[str], str]]] = {
+    "labels": ("train", _swapped),
+    "label names": ("train", lambda text: text.replace("negative", "bad one")),
+    "texts": ("train", lambda text: text.replace("lovely", "pretty")),
+    "words enough for another tokenizer": ("train", lambda text: text.replace("lovely", "l o v e l y " * 9)),
+    "fewer": ("train", lambda text: text.split("\n", 4)[-1]),
+    "another order": ("train", lambda text: "\n".join(reversed(text.split("\n")))),
+    "what is chosen by": ("validation", _swapped),
+    "what is judged by": ("test", _swapped),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_data_is_not_gone_on_with(
+    change: str, unfinished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(unfinished, tmp_path / "copy")
+    changed, run = tmp_path / "copy" / "classify", tmp_path / "copy" / "run"
+    split, edit = CHANGES[change]
+    names = ("train", "validation", "test") if change == "label names" else (split,)
+    for name in names:
+        file = changed / f"{name}.jsonl"
+        assert edit(file.read_text()) != file.read_text()
+        file.write_text(edit(file.read_text()))
+    before = (run / "metrics.json").read_bytes()
+    capsys.readouterr()
+    resume = ["finetune", "classify", "--resume", "--output", str(run), "--max_steps", "6"]
+    assert cli.main([*resume, "--data", str(changed)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"error: the run in {run} cannot be continued with other data: {split} examples" in line
+    assert (run / "metrics.json").read_bytes() == before
+    assert cli.main([*resume, "--data", str(unfinished / "classify")]) == 0  # wherever they are
+    assert metrics(run)["steps"] == 6
+
+
+def test_a_run_from_before_there_were_fingerprints_goes_on(unfinished: Path, tmp_path: Path) -> None:
+    shutil.copytree(unfinished, tmp_path / "copy")
+    run = tmp_path / "copy" / "run"
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest.pop("data")
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.main(["finetune", "classify", "--resume", "--output", str(run), "--max_steps", "6"]) == 0
+
+
+# --- Models of few positions ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def short(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """For each task a folder of a model that has 40 positions, ours, and some of Hugging Face's, by class."""
+    folders = {}
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    bart = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    foreign = {
+        "classify": BertForSequenceClassification(BertConfig(vocab_size=400, **shape, max_position_embeddings=40)),
+        "tag": RobertaForTokenClassification(
+            RobertaConfig(vocab_size=400, **shape, max_position_embeddings=42, num_labels=3)
+        ),
+        "generate": GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2, n_positions=40)),
+        "summarize": BartForConditionalGeneration(
+            BartConfig(vocab_size=400, **bart, **heads, max_position_embeddings=40, decoder_start_token_id=2)
+        ),
+    }
+    for task, kind in RECIPES.items():
+        examples = kind.read(data / task / "train.jsonl", TextOptions())
+        texts = [text for example in examples for text in kind.texts(example)]
+        tokenizer = train_tokenizer(texts, 400, kind.tokenizer_objective)
+        labels = {"classify": ["negative", "positive"], "tag": ["B-ANIMAL", "B-COLOUR", "O"]}.get(task)
+        own = from_scratch("bert-tiny", task, tokenizer, 40, labels, **TINY)
+        for whose, model in (("ours", own.model), ("theirs", foreign.get(task))):
+            if model is not None:
+                folders[f"{task} {whose}"] = tmp_path_factory.mktemp("short")
+                model.save_pretrained(folders[f"{task} {whose}"])
+                tokenizer.save_pretrained(folders[f"{task} {whose}"])
+    return folders
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(f"{task} ours" for task in RECIPES),
+        *(f"{task} theirs" for task in ("classify", "tag", "generate", "summarize")),
+    ],
+)
+def test_a_model_of_few_positions(
+    kind: str, short: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Lengths by default become what the model has; those that were given are refused."""
+    task = kind.split()[0]
+    draw = random.Random(0)
+    for split, count in (("train", 12), ("validation", 4), ("test", 4)):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(_long(task, draw)) + "\n" for _ in range(count)))
+    output = tmp_path / "run"
+    given = ["finetune", task, "--data", str(tmp_path), "--model", str(short[kind]), "--output", str(output)]
+    given += ["--max_steps", "1", "--tokens_per_batch", "512", "--accelerator", "cpu", "--text.stride", "4"]
+    assert cli.main([*given, "--text.max_length", "41"]) == 2
+    said = capsys.readouterr().err
+    assert "error: --text.max_length must be at most 40, the positions that the model has for it; got 41" in said
+    assert cli.main([*given, "--text.max_length", "128"]) == 2
+    if task in ("summarize", "translate", "generate"):
+        assert cli.main([*given, "--text.max_target_length", "41"]) == 2
+        assert "error: --text.max_target_length must be at most" in capsys.readouterr().err
+    assert not output.exists()
+    with pytest.warns(UserWarning, match=r"--text\.max_length is 40, not 128: the model has no more positions"):
+        assert cli.main(given) == 0
+    assert yaml.safe_load((output / "config.yaml").read_text())["text"]["max_length"] == 40
+    out = tmp_path / "predictions.jsonl"
+    assert cli.main(["predict", str(output), "--data", str(tmp_path / "test.jsonl"), "--out", str(out)]) == 0
+
+
+def _long(task: str, draw: random.Random) -> dict[str, Any]:
+    """An example whose texts, but for prompts, have more than 128 tokens."""
+    example = MAKERS[task](draw)
+    tail = " ".join(draw.choice(ANIMALS) for _ in range(200))
+    if task == "tag":
+        return {"tokens": example["tokens"] * 50, "tags": example["tags"] * 50}
+    if task == "translate":
+        return {"translation": {side: f"{text} {tail}" for side, text in example["translation"].items()}}
+    name = {"classify": "text", "qa": "context", "summarize": "document", "generate": "completion", "embed": "anchor"}
+    return {**example, name[task]: f"{example[name[task]]} {tail}"}
