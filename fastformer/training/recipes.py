@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from scipy.special import softmax
 from transformers import PreTrainedTokenizerFast
 
+from fastformer.arguments import check_text
 from fastformer.data import readers
 from fastformer.data.collation import collate, collate_pairs, collate_similar
 from fastformer.data.examples import Examples, place_of
@@ -70,6 +71,9 @@ class TextOptions:
         languages: of translations, from and to, as files in WMT's layout name them.
         no_answer: whether some questions have no answer in their context (SQuAD 2.0).
         beams: of beam search; 1 for greedy decoding.
+
+    Raises:
+        ValueError: the prefix is not UTF-8.
     """
 
     max_length: int = 128
@@ -79,6 +83,9 @@ class TextOptions:
     languages: tuple[str, str] = ("en", "de")
     no_answer: bool = False
     beams: int = 1
+
+    def __post_init__(self) -> None:
+        check_text(self.prefix, "--text.prefix")
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,12 @@ def test_numbers_that_mean_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_prefix_that_is_not_utf8(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    given = [*command("summarize", data, tmp_path / "run"), *scratch(), "--text.prefix", "a \udcff"]
+    assert "error: --text.prefix is not UTF-8: 'a \\udcff'" in fails(capsys, *given)
+    assert not (tmp_path / "run").exists()
+
+
 LAUGHS = "\n".join(
     ["a0: &a0 [x, x]", *(f"a{level}: &a{level} [*a{level - 1}, *a{level - 1}]" for level in range(1, 41))]
 )
