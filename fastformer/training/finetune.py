@@ -90,7 +90,7 @@ what --output holds:
   report.md       all of this to read              predictions.jsonl   for the test examples
   manifest.json   what of all this is the run's
 Only what the manifest lists is ever replaced, and one process at a time writes. Ctrl-C, SIGTERM and SIGUSR1 save a
-checkpoint after the step at hand, and say how to go on.
+checkpoint after the step at hand, and say how to go on. A run resumes with the same examples and tokenizer alone.
 """
 
 _BEST, _PREDICTIONS, _REPORT, _CONFUSION = "best.pt", "predictions.jsonl", "report.md", "confusion.png"

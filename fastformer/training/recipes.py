@@ -64,8 +64,8 @@ class TextOptions:
 
     Args:
         max_length: tokens of the longest sequence, of sources for summarize and translate; longer ones are cut, but for
-            qa taken in windows.
-        max_target_length: tokens of the longest target, and of what is generated.
+            qa taken in windows. Unless given, no more than the model has positions for.
+        max_target_length: tokens of the longest target, and of what is generated; unless given, as max_length.
         stride: tokens that two windows of a context share (qa).
         prefix: before each source (T5's "summarize: ").
         languages: of translations, from and to, as files in WMT's layout name them.
