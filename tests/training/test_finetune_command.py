@@ -291,7 +291,8 @@ def test_numbers_are_learnt_by_regression(model: str, base: dict[str, Path], tmp
     draw = random.Random(0)
     for split, count in (("train", 96), ("test", 12)):
         scores = [draw.choice([0.0, 1.0, 2.0]) for _ in range(count)]
-        rows = [{"text": f"A {ANIMALS[int(score)]}.", "score": score} for score in scores]
+        # Texts that differ, as equal ones stay together when a validation split is made.
+        rows = [{"text": f"A {ANIMALS[int(score)]} of {n} years.", "score": score} for n, score in enumerate(scores)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     output = tmp_path / "output"
     start = scratch() if model == "scratch" else ["--model", str(base[model]), "--optimizer.learning_rate=0.005"]
@@ -333,7 +334,7 @@ def test_private_run_says_what_it_spent(data: Path, tmp_path: Path) -> None:
         (["finetune", "classify", "--privacy_epsilon", "1", "--accumulate", "2"], "accumulate"),
         (["finetune", "classify", "--privacy_epsilon", "1", "--devices", "2"], "is for one device .* got --devices 2"),
         (["finetune", "classify", "--privacy_epsilon", "1", "--strategy", "fsdp2"], "whole weights.* --strategy fsdp2"),
-        (["finetune", "tag", "--patience", "0"], "patience must be 1 or more; got 0"),
+        (["finetune", "tag", "--patience", "0"], "--patience must be at least 1; got 0"),
         (["predict", "absent", "--data", "x", "--out", "y"], "absent is no fine-tuning run"),
     ],
 )
