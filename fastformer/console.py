@@ -175,6 +175,11 @@ def printable(text: str) -> str:
     return "".join(_escape(sign) if unicodedata.category(sign) in ("Cc", "Cf", "Cs") else sign for sign in text)
 
 
+def printable_line(text: str) -> str:
+    """As `printable`, of what is one line: a path may hold line ends."""
+    return printable(text).replace("\n", "\\n")
+
+
 def _escape(sign: str) -> str:
     # Joiners, of words of many scripts and of emoji, do nothing but join.
     return sign if sign in "\n\t\u200c\u200d" else sign.encode("unicode_escape").decode()

@@ -19,6 +19,7 @@ from fastformer.console import (
     json_text,
     plain_warnings,
     printable,
+    printable_line,
     say,
     show_any_character,
     track,
@@ -175,3 +176,7 @@ def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: 
         other = warnings.formatwarning("old", FutureWarning, "a.py", 3, "code")
     assert (shown, other) == ("warning: two lines \\x1b[2J\n", "warning (FutureWarning): old\n")
     assert warnings.formatwarning is before
+
+
+def test_a_path_is_one_line() -> None:
+    assert printable_line("runs/a\nb\x1b") == "runs/a\\nb\\x1b"

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoConfig
 
-from fastformer.console import json_text, printable
+from fastformer.console import json_text, printable_line
 from fastformer.data.examples import Examples, Splits, place_of
 from fastformer.data.files import atomic_file
 from fastformer.data.readers import find_splits
@@ -574,7 +574,7 @@ def _evaluate(
     report.write(folder.path / _REPORT, folder.curve, folder.path / _CONFUSION)
     print(report.table())
     print(summary_text(metrics))
-    print(printable(f"report: {folder.path / _REPORT}   predictions: {folder.path / _PREDICTIONS}"))
+    print(printable_line(f"report: {folder.path / _REPORT}   predictions: {folder.path / _PREDICTIONS}"))
 
 
 def write_predictions(path: Path, lines: Sequence[dict[str, Any]]) -> None:

@@ -34,7 +34,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from transformers.utils import logging as transformers_logging
 
-from fastformer.console import printable
+from fastformer.console import printable, printable_line
 from fastformer.data.files import atomic_file
 from fastformer.stopping import Stopped
 from fastformer.training.callbacks import LossCurve, Throughput
@@ -420,8 +420,11 @@ def _cluster_environment() -> list[ClusterEnvironment]:
     """Who has started the processes, where it is not Lightning."""
     if TorchElasticEnvironment.detect():  # within a job of SLURM too
         return [TorchElasticEnvironment()]
-    if SLURMEnvironment.detect():  # Lightning's own checkpoint for requeueing may fall between two optimizer steps
-        return [SLURMEnvironment(auto_requeue=False)]
+    try:
+        if SLURMEnvironment.detect():  # Lightning's own checkpoint for requeueing may fall between two optimizer steps
+            return [SLURMEnvironment(auto_requeue=False)]
+    except RuntimeError as error:  # variables of SLURM that do not fit together
+        raise ValueError(str(error)) from error
     return []
 
 
@@ -468,7 +471,8 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"{summary['steps']:,} steps{skipped}, {summary['tokens'] / 1e6:.2f} M tokens at "
         f"{summary['tokens_per_second']:,.0f} tokens/s on {summary['devices']} x {summary['device']}; "
         f"{minutes} min {seconds} s in all\n"
-        f"model: {summary['model']} ({summary['parameters'] / 1e6:.2f} M parameters)   loss curve: {summary['curve']}"
+        f"model: {printable_line(summary['model'])} ({summary['parameters'] / 1e6:.2f} M parameters)   "
+        f"loss curve: {printable_line(summary['curve'])}"
     )
     return printable(text)
 
