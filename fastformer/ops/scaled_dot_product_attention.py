@@ -48,7 +48,10 @@ def scaled_dot_product_attention(
     if isinstance(scale, torch.Tensor):
         scale = float(scale)
     widths = query.shape[-1:] + value.shape[-1:]
-    if 0 in widths + query.shape[-3:-2]:
+    if query.shape[-3:-2] == (0,):
+        # Older versions of PyTorch divide by the number of heads, which ends the process.
+        return query @ key.transpose(-2, -1) @ value
+    if 0 in widths:
         arguments = (attn_mask, dropout_p, is_causal)
         return F.scaled_dot_product_attention(query, key, value, *arguments, scale=scale, enable_gqa=enable_gqa)
     own = query.dtype != torch.float64 and max(widths, default=0) <= MAX_HEAD_DIM
