@@ -266,8 +266,7 @@ def _decode_kernel(
         maximum = new_maximum
 
     empty = total == 0.0
-    # Zero times the NaN of a value that is hidden is NaN.
-    output = tl.where(empty[:, None], 0.0, accumulator) / tl.where(empty, 1.0, total)[:, None]
+    output = accumulator / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("-inf"), maximum * LN_2 + tl.log(tl.where(empty, 1.0, total)))
     tl.store(lse_pointer + target, lse, mask=row_stored)
     o_tile = o_pointer + target[:, None] * value_dim + dim_v[None, :]
