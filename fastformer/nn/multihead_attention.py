@@ -105,7 +105,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             assert isinstance(attended, torch.Tensor)
         else:
             weights = F.dropout(weights, dropout_p)
-            attended = values_of_seen(weights, v, _visible(mask, bias, is_causal, weights))
+            # Only a CPU looks for NaN that is hidden from a row.
+            visible = _visible(mask, bias, is_causal, weights) if v.is_cpu else None
+            attended = values_of_seen(weights, v, visible)
         output = self.out_proj(self._merge_heads(attended, batched))
         if weights is not None:
             weights = weights.mean(dim=1) if average_attn_weights else weights

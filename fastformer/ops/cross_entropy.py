@@ -150,6 +150,11 @@ def checked_options(
     return ignore_index, label_smoothing, z_loss, softcap or 0.0
 
 
+def options_of(call: Any) -> Options:
+    """The options of an operator's call, whose fields have their names."""
+    return call.ignore_index, call.label_smoothing, call.z_loss, call.softcap
+
+
 def row_weights(target: Tensor, classes: int, class_weight: Tensor | None, ignore_index: int) -> Tensor:
     """How much each row of `target` (rows,) counts in a mean: its class's weight, 0 where it is ignored."""
     counts = target != ignore_index
@@ -195,16 +200,12 @@ class _CrossEntropy(NamedTuple):
     inplace: bool
     dtype: torch.dtype
 
-    @property
-    def options(self) -> Options:
-        return self.ignore_index, self.label_smoothing, self.z_loss, self.softcap
-
 
 @operator("fastformer::cross_entropy", mutates_args=())
 def _cross_entropy(call: _CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
     """Loss in `dtype`, reduced, and in float32 the normalizer (2, rows) of each row and what a mean was divided by."""
     rows = _flat(call.target)
-    losses, normalizer = _row_losses(call.logits, rows, call.class_weight, call.options)
+    losses, normalizer = _row_losses(call.logits, rows, call.class_weight, options_of(call))
     loss, total = _reduced(
         losses, call.target, call.logits.shape[1], call.class_weight, call.ignore_index, call.reduction
     )
@@ -242,7 +243,7 @@ def _(call: _CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
 
 @_cross_entropy.register_formula
 def _(call: _CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
-    losses, normalizer = losses_formula(_as_rows(call.logits), _flat(call.target), call.class_weight, call.options)
+    losses, normalizer = losses_formula(_as_rows(call.logits), _flat(call.target), call.class_weight, options_of(call))
     loss, total = _reduced(
         losses, call.target, call.logits.shape[1], call.class_weight, call.ignore_index, call.reduction
     )
@@ -280,16 +281,12 @@ class _Gradient(NamedTuple):
     z_loss: float
     softcap: float
 
-    @property
-    def options(self) -> Options:
-        return self.ignore_index, self.label_smoothing, self.z_loss, self.softcap
-
 
 @operator("fastformer::cross_entropy_backward", mutates_args=())
 def _gradient(call: _Gradient) -> Tensor:
     gradient = torch.empty_like(call.logits)
     where = gradient, call.logits, call.target, call.class_weight
-    _run_backward(*where, call.grad_loss, call.normalizer, call.options)
+    _run_backward(*where, call.grad_loss, call.normalizer, options_of(call))
     return gradient
 
 
@@ -301,7 +298,7 @@ def _(call: _Gradient) -> Tensor:
 @_gradient.register_formula
 def _(call: _Gradient) -> Tensor | None:
     def loss(logits: Tensor) -> tuple[Tensor, ...]:
-        return losses_formula(_as_rows(logits), call.target, call.class_weight, call.options)[:1]
+        return losses_formula(_as_rows(logits), call.target, call.class_weight, options_of(call))[:1]
 
     return vjp(loss, [call.logits], [call.grad_loss])[0]
 

@@ -24,6 +24,7 @@ from fastformer.ops.cross_entropy import (
     in_place_torch,
     log_sum_exp,
     losses_formula,
+    options_of,
     row_weights,
     total_weight,
     without_ignored,
@@ -187,15 +188,11 @@ class _ReducedLoss(NamedTuple):
     memory_budget: int
     needs_grad: bool
 
-    @property
-    def options(self) -> Options:
-        return self.ignore_index, self.label_smoothing, self.z_loss, self.softcap
-
 
 @operator("fastformer::linear_cross_entropy", mutates_args=())
 def _reduced_loss(call: _ReducedLoss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sums or means of the rows' losses and z-losses, and the gradients of input, weight and bias."""
-    options = call.options
+    options = options_of(call)
     total = grad_losses = None
     if call.reduction == "mean":
         total = total_weight(call.target, call.weight.shape[0], call.class_weight, call.ignore_index)
@@ -221,7 +218,7 @@ def _(call: _ReducedLoss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 @_reduced_loss.register_formula
 def _(call: _ReducedLoss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = call.options
+    options = options_of(call)
     losses, z_losses = _formula(call.input, call.weight, call.target, call.bias, call.class_weight, options)
     loss, z_part = losses.sum(), z_losses.sum()
     if call.reduction == "mean":
@@ -285,15 +282,11 @@ class _RowLosses(NamedTuple):
     softcap: float
     memory_budget: int
 
-    @property
-    def options(self) -> Options:
-        return self.ignore_index, self.label_smoothing, self.z_loss, self.softcap
-
 
 @operator("fastformer::linear_cross_entropy_rows", mutates_args=())
 def _row_losses(call: _RowLosses) -> tuple[Tensor, Tensor]:
     """Losses and z-losses of the rows."""
-    options = call.options
+    options = options_of(call)
     losses, z_losses, *_ = _chunked(
         call.input, call.weight, call.target, call.bias, call.class_weight, None, options, call.memory_budget
     )
@@ -308,7 +301,7 @@ def _(call: _RowLosses) -> tuple[Tensor, Tensor]:
 
 @_row_losses.register_formula
 def _(call: _RowLosses) -> tuple[Tensor, Tensor]:
-    return _formula(call.input, call.weight, call.target, call.bias, call.class_weight, call.options)
+    return _formula(call.input, call.weight, call.target, call.bias, call.class_weight, options_of(call))
 
 
 class _RowGradients(NamedTuple):
@@ -326,15 +319,11 @@ class _RowGradients(NamedTuple):
     softcap: float
     memory_budget: int
 
-    @property
-    def options(self) -> Options:
-        return self.ignore_index, self.label_smoothing, self.z_loss, self.softcap
-
 
 @operator("fastformer::linear_cross_entropy_rows_backward", mutates_args=())
 def _row_gradients(call: _RowGradients) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias."""
-    options = call.options
+    options = options_of(call)
     _, _, *gradients = _chunked(
         call.input,
         call.weight,
@@ -355,7 +344,7 @@ def _(call: _RowGradients) -> tuple[Tensor, Tensor, Tensor]:
 
 @_row_gradients.register_formula
 def _(call: _RowGradients) -> tuple[Tensor | None, ...]:
-    options = call.options
+    options = options_of(call)
 
     def losses(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
         return (_formula(input, weight, call.target, bias, call.class_weight, options)[0],)
