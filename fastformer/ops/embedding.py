@@ -167,14 +167,6 @@ class _Embedding(NamedTuple):
     eps: float
     dropout_p: float
 
-    @property
-    def ids(self) -> _WordsAnd:
-        return self.word_ids, self.position_ids, self.token_type_ids
-
-    @property
-    def tables(self) -> _WordsAnd:
-        return self.word_weight, self.position_weight, self.token_type_weight
-
 
 @operator("fastformer::embedding", mutates_args=())
 def _embedding(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,14 +179,14 @@ def _embedding(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
         from fastformer_kernels.embedding import embedding_forward
 
         return embedding_forward(
-            *_contiguous(call.ids),
-            *_contiguous(call.tables),
+            *_contiguous(_ids(call)),
+            *_contiguous(_tables(call)),
             None if call.norm_weight is None else call.norm_weight.contiguous(),
             None if call.norm_bias is None else call.norm_bias.contiguous(),
             call.eps,
             None if call.seed is None else kernel_dropout(call.seed, call.dropout_p),
         )
-    total = _sum_torch(*call.ids, *call.tables)
+    total = _sum_torch(*_ids(call), *_tables(call))
     weight, bias = _widened(call.norm_weight), _widened(call.norm_bias)
     output, mean, rstd = torch.native_layer_norm(total, (call.word_weight.shape[1],), weight, bias, call.eps)
     if call.seed is not None:
@@ -202,8 +194,18 @@ def _embedding(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
     return _in_dtype(output, call.word_weight.dtype), mean, rstd
 
 
+def _ids(call: _Embedding | _EmbeddingBackward) -> _WordsAnd:
+    return call.word_ids, call.position_ids, call.token_type_ids
+
+
+def _tables(call: _Embedding | _EmbeddingBackward) -> _WordsAnd:
+    return call.word_weight, call.position_weight, call.token_type_weight
+
+
 def _check_ids(call: _Embedding) -> None:
-    for name, ids, table in zip(("input_ids", "position_ids", "token_type_ids"), call.ids, call.tables, strict=True):
+    for name, ids, table in zip(
+        ("input_ids", "position_ids", "token_type_ids"), _ids(call), _tables(call), strict=True
+    ):
         if ids is not None and table is not None:
             check_indices(name, ids, table.shape[0])
 
@@ -217,7 +219,7 @@ def _(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
 @_embedding.register_formula
 def _formula(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
     _check_ids(call)
-    total = _embedded(*call.ids, *call.tables, call.padding_idx)
+    total = _embedded(*_ids(call), *_tables(call), call.padding_idx)
     mean = total.mean(-1, keepdim=True)
     rstd = torch.rsqrt((total - mean).square().mean(-1, keepdim=True) + call.eps)
     output = (total - mean) * rstd
@@ -272,14 +274,6 @@ class _EmbeddingBackward(NamedTuple):
     dropout_p: float
     needed: Sequence[bool]
 
-    @property
-    def ids(self) -> _WordsAnd:
-        return self.word_ids, self.position_ids, self.token_type_ids
-
-    @property
-    def tables(self) -> _WordsAnd:
-        return self.word_weight, self.position_weight, self.token_type_weight
-
 
 @operator("fastformer::embedding_backward", mutates_args=())
 def _embedding_backward(
@@ -294,8 +288,8 @@ def _embedding_backward(
 
         grad_sum, grad_weight, grad_bias = embedding_backward(
             grad_output,
-            *_contiguous(call.ids),
-            *_contiguous(call.tables),
+            *_contiguous(_ids(call)),
+            *_contiguous(_tables(call)),
             None if call.norm_weight is None else call.norm_weight.contiguous(),
             call.mean,
             call.rstd,
@@ -304,7 +298,7 @@ def _embedding_backward(
             bias_needs_grad=bias_needed,
         )
     else:
-        total = _sum_torch(*call.ids, *call.tables)
+        total = _sum_torch(*_ids(call), *_tables(call))
         if call.seed is None:
             grad_output = grad_output.float()
         else:
@@ -340,7 +334,7 @@ def _embedding_backward(
 @_embedding_backward.register_fake
 def _(call: _EmbeddingBackward) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     of_norm = call.mean.new_empty(call.word_weight.shape[1])
-    parameters = (*call.tables, of_norm, of_norm)
+    parameters = (*_tables(call), of_norm, of_norm)
     word, position, token_type, weight, bias = (
         parameter.new_empty(parameter.shape) if parameter is not None and need else None
         for parameter, need in zip(parameters, call.needed, strict=True)
@@ -353,14 +347,14 @@ def _(call: _EmbeddingBackward) -> tuple[Tensor | None, ...]:
     # LayerNorm's bias matters to no gradient, and a weight that is not there is one.
     ones = call.mean.new_ones(call.word_weight.shape[1])
     weight, bias = ones if call.norm_weight is None else call.norm_weight, torch.zeros_like(ones)
-    total = _embedded(*call.ids, *call.tables, call.padding_idx)
+    total = _embedded(*_ids(call), *_tables(call), call.padding_idx)
     # Epsilon is what the given statistics have more.
     eps = (call.rstd.square().reciprocal() - total.var(-1, correction=0, keepdim=True)).detach()
 
     def output(*tables_and_norm: Any) -> tuple[Tensor]:
-        return (_formula(*call.ids, *tables_and_norm, call.seed, call.padding_idx, eps, call.dropout_p)[0],)
+        return (_formula(*_ids(call), *tables_and_norm, call.seed, call.padding_idx, eps, call.dropout_p)[0],)
 
-    *of_tables, of_weight, of_bias = vjp(output, [*call.tables, weight, bias], [call.grad_output])
+    *of_tables, of_weight, of_bias = vjp(output, [*_tables(call), weight, bias], [call.grad_output])
     gradients = (*of_tables, None if of_weight is None else of_weight.float(), of_bias)
     return tuple(gradient if need else None for gradient, need in zip(gradients, call.needed, strict=True))
 
