@@ -1,8 +1,9 @@
-"""Every operator and its peers through pytest-benchmark, a group for each case; and, with its table, as a study."""
+"""Every operator and its peers through pytest-benchmark, a group for each case.
+
+The study ``operators`` of ``test_studies.py`` measures the same cases, and prints them as one table.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,7 +32,3 @@ def test_operator(case: str, peer: str, benchmark: BenchmarkFixture) -> None:
     benchmark.group = case
     benchmark.extra_info["work"] = CASES[case].work
     benchmark.pedantic(finished, rounds=5, warmup_rounds=1)
-
-
-def test_operators(reach_goals: Callable[[str], None]) -> None:
-    reach_goals("operators")
