@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,12 @@ class Results:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write them to `path`, whole or not at all."""
+        """Write them to `path`, whole or not at all: one line for each measurement."""
+        head = {"environment": asdict(self.environment), "quick": self.quick, "seconds": self.seconds}
+        studies = [f"{json.dumps(name)}: {_lines(each)}" for name, each in self.studies.items()]
+        text = json.dumps(head, indent=1).removesuffix("\n}") + ',\n "studies": {\n' + ",\n".join(studies) + "\n }\n}\n"
         with atomic_file(path) as file:
-            file.write(json.dumps(asdict(self), indent=1).encode() + b"\n")
+            file.write(text.encode())
 
 
 def load_results(path: Path) -> Results:
@@ -46,12 +49,35 @@ def load_results(path: Path) -> Results:
         return Results(
             environment=Environment(**found["environment"]),
             quick=found["quick"],
-            studies={name: [_measurement(each) for each in study] for name, study in found["studies"].items()},
+            studies={name: [_measurement(name, each) for each in study] for name, study in found["studies"].items()},
             seconds=found["seconds"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has no results of `fastformer bench`: {error}") from error
 
 
-def _measurement(fields: dict[str, Any]) -> Measurement:
-    return Measurement(**{**fields, "metric": Metric(**fields["metric"])})
+def _lines(measurements: list[Measurement]) -> str:
+    """A list in JSON with one line for each measurement."""
+    return "[\n" + ",\n".join(map(_line, measurements)) + "\n]"
+
+
+def _line(measurement: Measurement) -> str:
+    """The measurement as one line of JSON, without its study, under whose name it is written."""
+    found = {**_given(measurement), "metric": _given(measurement.metric)}
+    del found["study"]
+    return json.dumps(found)
+
+
+def _given(instance: Measurement | Metric) -> dict[str, Any]:
+    """The fields of a dataclass whose value is not their default."""
+    found = {}
+    for each in fields(instance):
+        value = getattr(instance, each.name)
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if value != default:
+            found[each.name] = value
+    return found
+
+
+def _measurement(study: str, found: dict[str, Any]) -> Measurement:
+    return Measurement(**{**found, "study": study, "metric": Metric(**found["metric"])})

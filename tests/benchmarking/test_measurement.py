@@ -131,6 +131,13 @@ def test_results_travel_through_a_file(tmp_path) -> None:
     assert load_results(tmp_path / "results.json") == replace(
         saved, studies={"a-study": [replace(each, values=list(each.values)) for each in saved.studies["a-study"]]}
     )
+    lines = (tmp_path / "results.json").read_text().splitlines()
+    assert [line for line in lines if '"values"' in line] == [
+        '{"case": "a case", "peer": "fastformer", "metric": {"name": "time", "unit": "s"}, "values": [1.0, 2.0], '
+        '"work": {"tokens": 100.0}},',
+        '{"case": "a case", "peer": "peer", "metric": {"name": "time", "unit": "s"}, "values": [], '
+        '"work": {"tokens": 100.0}, "missing": "it is not installed"}',
+    ]
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match=r"other\.json has no results"):
         load_results(tmp_path / "other.json")
