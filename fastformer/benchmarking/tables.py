@@ -150,14 +150,14 @@ def _winners(comparison: Comparison) -> str:
     winners = itertools.cycle((comparison.first_winner, comparison.other(comparison.first_winner)))
     parts = [f"{winner} up to {number(at)}" for at, winner in zip(comparison.at, winners, strict=False)]
     last = comparison.last_winner
-    return f"{', '.join(parts)}, then {last}" if parts else f"{last} throughout, beside {comparison.other(last)}"
+    return f"{', '.join(parts)}, then {last}" if parts else f"{last} throughout, compared with {comparison.other(last)}"
 
 
 def verdict_rows(verdicts: Sequence[Verdict]) -> Rows:
     """The goals, what was found, and whether that is enough."""
     answers = {True: "met", False: "missed", None: "not measured"}
     return Rows(
-        ("study", "case", "beside", "of its", "goal", "found", ""),
+        ("study", "case", "compared with", "metric", "goal", "found", ""),
         [
             (
                 each.study,
@@ -177,7 +177,7 @@ def change_rows(changes: Sequence[Change]) -> Rows:
     """What changed since another run, regressions first."""
     ordered = sorted(changes, key=lambda change: not change.regression)
     return Rows(
-        ("study", "case", "metric", "beside", "then", "now", ""),
+        ("study", "case", "metric", "compared with", "then", "now", ""),
         [
             (
                 each.study,

@@ -50,7 +50,7 @@ def test_more_is_better_where_the_metric_says_so() -> None:
 def test_parallel_lines_do_not_cross() -> None:
     found = compared(line(OURS, lambda at: at), line("peer", lambda at: 2 * at))
     assert (found.at, found.first_winner, found.last_winner) == ([], OURS, OURS)
-    assert crossover_rows([found]).rows[0][2] == "fastformer throughout, beside peer"
+    assert crossover_rows([found]).rows[0][2] == "fastformer throughout, compared with peer"
 
 
 def test_lines_that_lie_on_each_other_do_not_cross() -> None:
