@@ -71,7 +71,7 @@ def test_messages_know_the_extras_of_the_project() -> None:
     declared = {
         extra: {name_of(requirement) for requirement in requirements}
         for extra, requirements in PROJECT["optional-dependencies"].items()
-        if extra not in ("test", "bench")
+        if extra not in ("test", "dev", "bench")
     }
     known = {
         extra: {name_of(distributions.get(package, [package])[0]) for package in packages}
