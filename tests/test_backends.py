@@ -15,7 +15,7 @@ import fastformer
 from fastformer import backends
 from fastformer.backends import selected_backend
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.quick]
 
 
 def in_thread(function: Callable[[], Any]) -> Any:

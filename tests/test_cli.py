@@ -99,6 +99,7 @@ def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
     assert shown[-1] == "[]"
 
 
+@pytest.mark.quick
 def test_unknown_command_is_named(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main(["pretrian"])
@@ -106,6 +107,7 @@ def test_unknown_command_is_named(capsys: pytest.CaptureFixture) -> None:
     assert "'pretrian' (choose from" in capsys.readouterr().err
 
 
+@pytest.mark.quick
 @needs_jsonargparse
 def test_unknown_option_is_named(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit:
@@ -147,6 +149,7 @@ def test_printed_config_is_accepted(capsys: pytest.CaptureFixture, options: list
 # --- A whole run ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_run_learns_and_says_so_honestly(run: Path) -> None:
     found = metrics(run)
     assert found["start"]["step"] == 0
@@ -159,6 +162,7 @@ def test_run_learns_and_says_so_honestly(run: Path) -> None:
     assert found["tokens_per_second"] == pytest.approx(found["tokens"] / found["training_seconds"])
 
 
+@pytest.mark.quick
 def test_run_leaves_all_it_promises(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
         *("config.yaml", "checkpoints", "logs", "model", "loss.png", "metrics.json", "report.md"),

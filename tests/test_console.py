@@ -25,6 +25,8 @@ from fastformer.console import (
     track,
 )
 
+pytestmark = pytest.mark.quick
+
 TABLE = Table(
     ("kernel", "spills", "because"),
     [("softmax", "0", ""), ("attention", "1,024", "too many registers for one thread")],

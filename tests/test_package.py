@@ -23,6 +23,7 @@ def python(code: str, *options: str, **environment: str) -> str:
     return run.stdout.strip()
 
 
+@pytest.mark.quick
 def test_import_is_lean() -> None:
     code = (
         "import sys, fastformer; print(sorted({'transformers', 'lightning', 'triton', 'datasets'} & set(sys.modules)))"

@@ -23,6 +23,8 @@ from fastformer.benchmarking.measurement import (
 from fastformer.benchmarking.results import Results, load_results
 from fastformer.benchmarking.tables import number, study_rows
 
+pytestmark = pytest.mark.quick
+
 MACHINE = Environment("a CPU", False, None, {}, None, "2026-01-01T00:00:00+00:00", None)
 ACCURACY = Metric("accuracy", "", higher_is_better=True)
 

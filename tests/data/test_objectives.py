@@ -17,6 +17,8 @@ from fastformer.data import (
 )
 from fastformer.data.objectives import EXAMPLE, IGNORE_INDEX, Stream, _truncate_pairs, example_lengths, generator
 
+pytestmark = pytest.mark.quick
+
 IS_NEXT, RANDOM = 0, 1
 
 

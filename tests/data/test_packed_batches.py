@@ -55,6 +55,7 @@ def check_form(batch, sequences: int) -> None:
     assert all(positions == list(range(len(positions))) for positions in sequences_of(batch, "position_ids"))
 
 
+@pytest.mark.quick
 def test_pairs_are_laid_out_as_the_tokenizer_does(dataset, corpus, tokenizer, documents):
     sentences = [sentence for document in documents for sentence in document]
     examples = next_sentence_examples(corpus, 48, seed=1, epoch=0)
@@ -117,6 +118,7 @@ def test_special_tokens_are_never_masked(dataset, corpus, tokenizer):
 lengths_lists = st.lists(st.integers(1, 50), min_size=1, max_size=120).map(np.array)
 
 
+@pytest.mark.quick
 @given(lengths_lists, st.integers(50, 300), st.integers(1, 5), st.integers(0, 3), st.booleans())
 def test_every_sequence_is_in_one_batch_of_one_rank(lengths, budget, world_size, epoch, shuffle):
     ranks = [

@@ -22,6 +22,8 @@ from fastformer.data.examples import (
 from fastformer.data.splitting import split_examples
 from fastformer.training.recipes import RECIPES
 
+pytestmark = pytest.mark.quick
+
 
 def located(examples):
     return Examples((f"line {number}", example) for number, example in enumerate(examples, 1))

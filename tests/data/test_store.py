@@ -36,6 +36,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
+@pytest.mark.quick
 def test_sentences_are_those_of_the_corpus_in_memory(tmp_path, texts, tokenizer, corpus):
     store = build(tmp_path / "store", texts, tokenizer)
     assert store.num_blocks > 5

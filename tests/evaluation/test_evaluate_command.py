@@ -35,6 +35,7 @@ def write(path, rows) -> str:
     return str(path)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("task", ROWS)
 def test_every_task(tmp_path, capsys, task):
     if task in PACKAGES:

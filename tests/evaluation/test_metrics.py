@@ -22,6 +22,8 @@ from fastformer.evaluation import (
 from fastformer.evaluation.classification import class_metrics
 from fastformer.evaluation.question_answering import normalized_answer
 
+pytestmark = pytest.mark.quick
+
 
 def test_two_classes():
     # 3 true positives, 1 false positive, 2 false negatives, 4 true negatives.

@@ -51,6 +51,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return status, captured.out, captured.err
 
 
+@pytest.mark.quick
 def test_text(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stack, kind in (("decoder", FastformerForCausalLM), ("encoder_decoder", FastformerForSeq2SeqLM)):
         model, tokenizer = kind.from_pretrained(folders / stack), AutoTokenizer.from_pretrained(folders / stack)

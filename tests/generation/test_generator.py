@@ -77,6 +77,7 @@ def test_tokens_of_other_architectures(options: dict) -> None:
         assert [generation.tokens for generation in generated] == expected
 
 
+@pytest.mark.quick
 def test_a_draw_depends_on_its_seed_alone(model: FastformerForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Not on what else is in the batch, on slots, pages or a neighbour's filters."""
     each = [
@@ -132,6 +133,7 @@ def test_streamed_pieces_make_the_generations(model: FastformerForCausalLM, toke
         assert tokenizer.decode(tokens, skip_special_tokens=True) == prompt + generation.text
 
 
+@pytest.mark.quick
 def test_ends(model: FastformerForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     generator = Generator(model, tokenizer, draft=model)
     plain = generator.generate(PROMPTS[:1], SamplingParameters(max_new_tokens=12))[0]

@@ -13,6 +13,8 @@ from fastformer.generation import SamplingParameters
 from fastformer.generation.sampling import Settings, distribution, draw, log_probabilities
 from fastformer.generation.slots import Slots
 
+pytestmark = pytest.mark.quick
+
 CLASSES = 7
 
 

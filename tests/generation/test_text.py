@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from fastformer.data.tokenizer import train_tokenizer
 from fastformer.generation.text import TextStream
 
+pytestmark = pytest.mark.quick
+
 TEXT = "Grüße, 世界! 👩‍🚀 says: don't stop , at\n\n  naïve  borders… END"
 
 

@@ -108,6 +108,7 @@ def test_batches_are_accumulated_to_the_tokens_of_a_step() -> None:
     assert planned("gpt2-small", Setup(H100, 8, length=1024, global_tokens=16384)).batch_size == 2
 
 
+@pytest.mark.quick
 def test_time_follows_from_the_stated_utilisation() -> None:
     setup = Setup(H100, 8, length=1024, batch_size=4)
     found = planned("gpt2-small", setup)
@@ -136,6 +137,7 @@ def test_communication_of_ring_algorithms() -> None:
     ).communication == pytest.approx(sums * 2 * 2 * 7 / 8 / 450e9)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -174,6 +176,7 @@ def test_gpus_have_published_numbers() -> None:
     assert GPUS["h200"].bandwidth == 4.8e12 and GPUS["h200"].flops == GPUS["h100"].flops
 
 
+@pytest.mark.quick
 def test_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "--preset", "bert-base", "--gpu", "h100:8", "--tokens", "137e9", "--price", "2.5"]
     assert main(arguments) == 0

@@ -137,6 +137,7 @@ def configurations(model: nn.Module) -> list[Any]:
     return [module.config for module in model.modules() if hasattr(module, "config")]
 
 
+@pytest.mark.quick
 def test_report_is_printed_and_machine_readable() -> None:
     report = fastformer.accelerate(MODELS["BART"].build())
     assert isinstance(report, Acceleration)

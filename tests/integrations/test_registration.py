@@ -62,6 +62,7 @@ def test_transformers_alone_imports_nothing_of_ours() -> None:
     assert python(code) == "[]"
 
 
+@pytest.mark.quick
 def test_from_pretrained(tmp_path: Path) -> None:
     model = MODELS["Llama"].build()
     model.save_pretrained(tmp_path)
@@ -98,6 +99,7 @@ def saved_bert(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.quick
 def test_classification_step_of_the_bert_example(saved_bert: Path) -> None:
     losses = {}
     for implementation in ("eager", "fastformer"):

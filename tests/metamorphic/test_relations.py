@@ -16,7 +16,7 @@ from hypothesis import given, settings
 import fastformer
 from fastformer.ops.attention import attention
 
-quick = settings(max_examples=5)
+few_examples = settings(max_examples=5)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, terms: int) -> None:
@@ -45,7 +45,7 @@ def draw_tensors(data: st.DataObject, queries: int | None = None, keys: int | No
     return [torch.randn(1, heads, size, 8) for heads, size in ((4, queries), (2, keys), (2, keys))]
 
 
-@quick
+@few_examples
 @given(data=st.data())
 def test_the_order_of_keys_does_not_matter(backend_name: str, data: st.DataObject) -> None:
     query, key, value = draw_tensors(data)
@@ -61,7 +61,8 @@ def test_the_order_of_keys_does_not_matter(backend_name: str, data: st.DataObjec
     close(permuted[3], plain[3][:, :, order], terms)
 
 
-@quick
+@pytest.mark.quick
+@few_examples
 @given(data=st.data())
 def test_queries_are_independent(backend_name: str, data: st.DataObject) -> None:
     """A causal sequence cut in two: the second part's queries see all keys, the first part's only their own."""
@@ -75,7 +76,7 @@ def test_queries_are_independent(backend_name: str, data: st.DataObject) -> None
     close(torch.cat([first, second], 2), whole, size)
 
 
-@quick
+@few_examples
 @given(data=st.data())
 def test_parts_of_the_keys_merge(backend_name: str, data: st.DataObject) -> None:
     tensors = draw_tensors(data)
@@ -92,7 +93,7 @@ def test_parts_of_the_keys_merge(backend_name: str, data: st.DataObject) -> None
     close(lse, whole_lse, keys)
 
 
-@quick
+@few_examples
 @given(data=st.data())
 def test_splits_of_decoding_merge(backend_name: str, data: st.DataObject) -> None:
     query, key, value = draw_tensors(data, data.draw(st.integers(1, 3)), data.draw(st.integers(3, 90)))
@@ -103,7 +104,8 @@ def test_splits_of_decoding_merge(backend_name: str, data: st.DataObject) -> Non
             close(fastformer.decode_attention(query, key, value, lengths=lengths, splits=splits), whole, key.shape[2])
 
 
-@quick
+@pytest.mark.quick
+@few_examples
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=4), causal=st.booleans(), seed=st.integers(0, 99))
 def test_packing_is_padding_with_key_lengths(backend_name: str, lengths: list[int], causal: bool, seed: int) -> None:
     torch.manual_seed(seed)
@@ -120,7 +122,7 @@ def test_packing_is_padding_with_key_lengths(backend_name: str, lengths: list[in
     close(flat, dense.transpose(1, 2)[real], longest)
 
 
-@quick
+@few_examples
 @given(data=st.data())
 def test_a_constant_added_to_all_scores_changes_nothing(backend_name: str, data: st.DataObject) -> None:
     tensors = draw_tensors(data)
@@ -130,7 +132,7 @@ def test_a_constant_added_to_all_scores_changes_nothing(backend_name: str, data:
         close(attention(*tensors, bias=bias + 16.0), attention(*tensors, bias=bias), 16 * tensors[1].shape[2])
 
 
-@quick
+@few_examples
 @given(data=st.data())
 def test_values_are_weighted_linearly(backend_name: str, data: st.DataObject) -> None:
     query, key, value = draw_tensors(data)
@@ -141,7 +143,7 @@ def test_values_are_weighted_linearly(backend_name: str, data: st.DataObject) ->
     close(ones, torch.ones_like(ones), key.shape[2])
 
 
-@quick
+@few_examples
 @given(data=st.data())
 def test_heads_that_share_keys_are_heads_with_their_own(backend_name: str, data: st.DataObject) -> None:
     query, key, value = draw_tensors(data)
@@ -208,7 +210,7 @@ def test_a_call_repeats_itself(backend_name: str) -> None:
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
-@quick
+@few_examples
 @given(
     rows=st.integers(1, 20),
     columns=st.integers(2, 70),
@@ -226,7 +228,7 @@ def test_rows_are_independent_and_their_order_does_not_matter(
         assert torch.equal(function(x[order], *extra), function(x, *extra)[order])
 
 
-@quick
+@few_examples
 @given(columns=st.integers(2, 70), seed=st.integers(0, 99), exponent=st.integers(-3, 3))
 def test_norms_do_not_see_scale(backend_name: str, columns: int, seed: int, exponent: int) -> None:
     torch.manual_seed(seed)
@@ -240,7 +242,7 @@ def test_norms_do_not_see_scale(backend_name: str, columns: int, seed: int, expo
         close(fastformer.layer_norm(x + 1.0, (columns,)), fastformer.layer_norm(x, (columns,)), 16 * columns)
 
 
-@quick
+@few_examples
 @given(columns=st.integers(1, 70), seed=st.integers(0, 99))
 def test_softmax_sums_to_one_and_does_not_see_a_shift(backend_name: str, columns: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -252,7 +254,7 @@ def test_softmax_sums_to_one_and_does_not_see_a_shift(backend_name: str, columns
         close(fastformer.log_softmax(x).exp(), y, 16 * columns)
 
 
-@quick
+@few_examples
 @given(tokens=st.integers(2, 40), seed=st.integers(0, 99))
 def test_tokens_are_independent_in_the_feed_forward(backend_name: str, tokens: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -266,7 +268,7 @@ def test_tokens_are_independent_in_the_feed_forward(backend_name: str, tokens: i
     close(torch.cat(parts), whole, 30)
 
 
-@quick
+@few_examples
 @given(rows=st.integers(2, 30), classes=st.integers(2, 60), seed=st.integers(0, 99))
 def test_losses_of_rows_add_up(backend_name: str, rows: int, classes: int, seed: int) -> None:
     torch.manual_seed(seed)

@@ -141,6 +141,7 @@ def test_t5_with_an_output_of_its_own() -> None:
     assert_same_model(to_hugging_face(ours, "t5"), theirs)
 
 
+@pytest.mark.quick
 def test_a_base_model_without_its_pooler() -> None:
     theirs = transformers.BertModel(random_model("BertModel").config, add_pooling_layer=False).eval()
     ours = from_hugging_face(theirs)

@@ -64,6 +64,7 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
     return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
 
 
+@pytest.mark.quick
 def test_packed_equals_dense() -> None:
     model = FastformerForPreTraining(config()).eval()
     batch = packed_batch(LENGTHS)
@@ -82,6 +83,7 @@ def test_packed_equals_dense() -> None:
     torch.testing.assert_close(gradients(model, packed_output.loss), gradients(model, dense_output.loss))
 
 
+@pytest.mark.quick
 def test_triton_kernels_give_the_same_loss_and_gradients() -> None:
     model = FastformerForPreTraining(config()).eval()
     batch = packed_batch(LENGTHS)
@@ -139,6 +141,7 @@ def test_logits_come_without_labels_or_when_asked_for() -> None:
     torch.testing.assert_close(both.loss, expected)
 
 
+@pytest.mark.quick
 def test_only_masked_tokens_reach_the_vocabulary() -> None:
     model = FastformerForPreTraining(config())
     rows = []

@@ -161,6 +161,7 @@ def test_gpt3_alternates_dense_and_banded_blocks() -> None:
     assert chosen.windows(1) == [8]
 
 
+@pytest.mark.quick
 def test_overrides_and_refusals() -> None:
     assert preset("bert-mini", vocab_size=77, hidden_dropout_prob=0.0).vocab_size == 77
     assert preset("bert-base").to_dict() == FastformerConfig().to_dict()

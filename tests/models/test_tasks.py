@@ -152,6 +152,7 @@ def test_saved_and_loaded_by_auto_class(
         torch.testing.assert_close(loaded(**inputs).to_tuple(), model(**inputs).to_tuple(), rtol=0, atol=0)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("options", [LLAMA, ALTERNATING, {**DECODER, "position_embedding": "alibi"}])
 @pytest.mark.parametrize(
     "strategy",

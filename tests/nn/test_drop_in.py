@@ -146,6 +146,7 @@ def train(model: torch.nn.Module, nn: ModuleType, inputs: tuple[Tensor, ...], la
     return losses
 
 
+@pytest.mark.quick
 @pytest.mark.filterwarnings("ignore:Support for mismatched", "ignore:enable_nested_tensor")
 def test_translation_model() -> None:
     theirs, ours = twins(translation_model)
@@ -193,6 +194,7 @@ def test_no_name_of_torch_nn_is_hidden_but_by_its_twin() -> None:
         assert ours is theirs or f"`torch.nn.{name}`" in ours.__doc__, name
 
 
+@pytest.mark.quick
 def test_functions_equal_pytorchs() -> None:
     x, weight, bias = torch.randn(3, 5, 8), torch.randn(8), torch.randn(8)
     ours, theirs = fastformer.nn.functional, torch.nn.functional

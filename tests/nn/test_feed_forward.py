@@ -18,6 +18,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", list(FUNCTIONS))

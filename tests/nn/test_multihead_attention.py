@@ -119,6 +119,7 @@ def test_as_accurate_as_pytorch_in_half_precision(dtype: torch.dtype, need_weigh
         assert_as_accurate(name, actual, results[1][name], results[2][name])
 
 
+@pytest.mark.quick
 def test_state_dict_goes_both_ways() -> None:
     for options in ({}, {"kdim": 5, "vdim": 7, "add_bias_kv": True, "bias": False}):
         theirs, ours = twins(**options)
@@ -147,6 +148,7 @@ def test_fully_masked_row_is_the_projection_of_zeros(need_weights: bool) -> None
     assert x.grad[1].isfinite().all() and x.grad[1].abs().sum() > 0
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_causal_needs_no_mask_and_drops_none(need_weights: bool) -> None:
     _, module = twins(batch_first=True)

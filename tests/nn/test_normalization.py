@@ -7,6 +7,8 @@ import torch
 
 from fastformer.nn import LayerNorm, RMSNorm, Softmax
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "options"),

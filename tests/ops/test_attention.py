@@ -263,6 +263,7 @@ def test_deterministic_mode_is_as_accurate_and_repeats_itself() -> None:
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("missing", [0, 1])
 @pytest.mark.parametrize(
     "options",
@@ -424,6 +425,7 @@ SDPA_CALLS: list[tuple[tuple[tuple[int, ...], ...], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("shapes", "options"), SDPA_CALLS)
 def test_drop_in_for_pytorch(backend: str, shapes: tuple[tuple[int, ...], ...], options: dict[str, Any]) -> None:
     torch.manual_seed(0)

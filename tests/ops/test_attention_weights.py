@@ -51,6 +51,7 @@ def test_weights_are_the_reference_s(backend: str, options: dict[str, Any], dtyp
     )
 
 
+@pytest.mark.quick
 def test_packed_sequences_have_zeros_beyond_their_ends(backend: str) -> None:
     torch.manual_seed(0)
     lengths = [3, 0, 18]

@@ -74,6 +74,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)

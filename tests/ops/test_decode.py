@@ -175,6 +175,7 @@ def test_more_rows_than_a_tile_holds() -> None:
     check(tensors, [50], {"window": (9, None)}, splits=2)
 
 
+@pytest.mark.quick
 def test_speculative_tokens_are_the_last_rows_of_causal_attention(backend: str) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 40, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)

@@ -117,6 +117,7 @@ def test_any_shape_tables_and_positions(data: st.DataObject) -> None:
             check(input_ids, positions, types, *arguments, monkeypatch, **options)
 
 
+@pytest.mark.quick
 def test_rows_of_many_tokens_are_split(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr("fastformer_kernels.embedding.TOKENS_PER_SPLIT", 4)

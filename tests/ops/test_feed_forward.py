@@ -98,6 +98,7 @@ def check(
         assert_as_accurate(f"result {index}", a, p, e, scale=units * max(1.0, e.abs().max().item()))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)

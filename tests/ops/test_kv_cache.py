@@ -152,6 +152,7 @@ def empty_caches(
     return caches, {"block_table": table}, lambda cache: cache[pages].flatten(1, 2)[:, :capacity].transpose(1, 2)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("paged", [False, True])
 def test_generation_is_causal_attention(backend: str, paged: bool) -> None:
     """A prompt with padding, then single and several tokens a step: the rows of attention over the whole sequences."""

@@ -66,6 +66,7 @@ def check(tensors: list[Any], options: dict[str, Any], memory_budget: int | None
         assert_as_accurate(f"result {index}", a, p.to(a.dtype), e, scale=units * max(1.0, e.abs().max().item()))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -20,6 +20,7 @@ def merged(outputs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, tor
     return (torch.softmax(lses, 0)[..., None] * outputs).sum(0).to(outputs.dtype), lse
 
 
+@pytest.mark.quick
 @settings(max_examples=30)
 @given(
     parts=st.integers(1, 40),
@@ -63,6 +64,7 @@ def test_large_log_sum_exps_keep_the_weights_accurate(backend: str) -> None:
         assert_as_accurate(name, a, p, e)
 
 
+@pytest.mark.quick
 def test_parts_of_the_keys_make_the_whole(backend: str) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 12, 8, requires_grad=True) for _ in range(3))

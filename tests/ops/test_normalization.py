@@ -52,6 +52,7 @@ def check(x: torch.Tensor, centered: bool, affine: bool) -> None:
         assert_as_accurate(name, a, p, e, scale=units * max(1.0, e.abs().max().item()))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 33), (2, 3, 128), (300, 7), (2, 4097)])

@@ -104,6 +104,7 @@ def test_any_layout_strides_and_positions(data: st.DataObject) -> None:
             check(query, key, positions, rotary_dim, interleaved, **options)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("inplace", [False, True])
 def test_projection_of_queries_keys_and_values(backend: str, inplace: bool) -> None:
     torch.manual_seed(0)
@@ -118,6 +119,7 @@ def test_projection_of_queries_keys_and_values(backend: str, inplace: bool) -> N
     torch.testing.assert_close(gradient, torch.autograd.grad((q * k).sum(), qkv)[0])
 
 
+@pytest.mark.quick
 def test_query_alone(backend: str) -> None:
     cos, sin = rotary_table(rotary_frequencies(8), 5)
     query = torch.randn(2, 3, 5, 8, requires_grad=True)

@@ -62,6 +62,7 @@ def check(input: torch.Tensor, dim: int, log: bool = False, inplace: bool = Fals
         assert_as_accurate(name, a, p, e, scale=units * max(1.0, e.abs().max().item()))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("shape", [(1,), (3, 1), (5, 33), (2, 3, 130), (1, 4097), (2, 16385)])

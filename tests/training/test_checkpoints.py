@@ -33,6 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.quick
 def test_reads_what_it_wrote_and_leaves_nothing_else(checkpoint: Path) -> None:
     loaded = AtomicCheckpointIO().load_checkpoint(checkpoint)
     assert loaded["step"] == 7

@@ -188,6 +188,7 @@ def test_hugging_face_models_learn_on_dense_batches(
     assert after["val/loss"] < at_most < before["val/loss"]
 
 
+@pytest.mark.quick
 def test_outputs_are_of_each_sequence_in_order_packed_or_dense() -> None:
     tokens = texts(0)
     per_token = torch.randn(sum(LENGTHS), 2)

@@ -22,6 +22,8 @@ from fastformer.training.optimization import (
     warmup_and_decay,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def test_biases_and_norms_are_not_decayed() -> None:
     module = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3), nn.LayerNorm(3))

@@ -12,6 +12,8 @@ from fastformer.data import PretrainingDataModule
 from fastformer.training.callbacks import StepSeed
 from fastformer.training.pretraining import MaskedLanguageModeling, _masked_metrics
 
+pytestmark = pytest.mark.quick
+
 TINY = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 
 

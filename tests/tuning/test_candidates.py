@@ -3,7 +3,7 @@
 import pytest
 from fastformer_kernels.matmul import Configuration, product_candidates
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.quick]
 
 
 def test_products_fill_the_shared_memory_and_need_no_more() -> None:

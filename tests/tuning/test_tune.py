@@ -64,6 +64,7 @@ def test_threads_leave_what_they_force_in_any_order(path: Path) -> None:
     assert asked() == SHIPPED
 
 
+@pytest.mark.quick
 @pytest.mark.cpu
 def test_forced_before_measured_before_shipped(path: Path) -> None:
     assert asked() == SHIPPED
