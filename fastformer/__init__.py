@@ -9,7 +9,7 @@ torch.Size([2, 8, 128, 64])
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastformer.integrations.registration import register as _register_with_transformers
+from fastformer.integrations.attention.registration import register as _register_with_transformers
 
 if TYPE_CHECKING:
     from fastformer.backends import backend

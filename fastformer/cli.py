@@ -14,64 +14,25 @@ from fastformer.extras import missing_package, remedy
 from fastformer.stopping import STATUS, Stopped, stopping_at_signals
 
 COMMANDS = {
-    "pretrain": (
-        "fastformer.training.pretrain",
-        "train a Transformer from scratch: masked or causal language modelling, span corruption, denoising",
-    ),
-    "generate": (
-        "fastformer.generation.command",
-        "continue prompts: batched, streamed, sampled, with a draft model",
-    ),
-    "convert": (
-        "fastformer.models.conversion.command",
-        "a checkpoint from Hugging Face's format, or TensorFlow's of BERT, into Fastformer's, and back",
-    ),
-    "models": (
-        "fastformer.inspection.models_command",
-        "list the presets: parameters, memory, operations, context, and what each suits",
-    ),
-    "plan": (
-        "fastformer.inspection.plan_command",
-        "what training a model needs and takes: memory of each GPU, operations, tokens per second, days",
-    ),
-    "evaluate": ("fastformer.evaluation.command", "metrics of predictions in a file of JSON lines"),
-    "data": ("fastformer.data.command", "list, show and fetch labelled sets for fine-tuning"),
-    "explain": (
-        "fastformer.inspection.explain_command",
-        "draw what a model attends to in a text, and what each token adds to its answer",
-    ),
-    "finetune": (
-        "fastformer.training.finetune",
-        "fine-tune a model: classify, tag, qa, summarize, translate, generate or embed",
-    ),
-    "predict": ("fastformer.training.predict", "the predictions of a fine-tuned model, as JSON lines"),
-    "bench": (
-        "fastformer.benchmarking.bench",
-        "measure speed, memory and learning beside the peers, with tables and pictures",
-    ),
-    "tune": ("fastformer.tuning.tune", "measure on this GPU which kernels the operators should use, and keep it"),
-    "verify": (
-        "fastformer.integrations.verification",
-        "compare a Hugging Face model on Fastformer with itself: outputs, gradients, generation",
-    ),
-    "hub": (
-        "fastformer.integrations.hub",
-        "export layers as a kernel that Hugging Face's `kernels` package loads",
-    ),
-    "kernels": (
-        "fastformer.inspection.command",
-        "compile the GPU kernels ahead of time and report what they became; needs no GPU",
-    ),
-    "numerics": (
-        "fastformer.inspection.numerics",
-        "the error of every operator against float64, beside PyTorch's own",
-    ),
-    "doctor": (
-        "fastformer.inspection.doctor",
-        "what this machine has, which backend each operator uses on it, and a self-test",
-    ),
+    "pretrain": "train a Transformer from scratch: masked or causal language modelling, span corruption, denoising",
+    "generate": "continue prompts: batched, streamed, sampled, with a draft model",
+    "convert": "a checkpoint from Hugging Face's format, or TensorFlow's of BERT, into Fastformer's, and back",
+    "models": "list the presets: parameters, memory, operations, context, and what each suits",
+    "plan": "what training a model needs and takes: memory of each GPU, operations, tokens per second, days",
+    "evaluate": "metrics of predictions in a file of JSON lines",
+    "data": "list, show and fetch labelled sets for fine-tuning",
+    "explain": "draw what a model attends to in a text, and what each token adds to its answer",
+    "finetune": "fine-tune a model: classify, tag, qa, summarize, translate, generate or embed",
+    "predict": "the predictions of a fine-tuned model, as JSON lines",
+    "bench": "measure speed, memory and learning beside the peers, with tables and pictures",
+    "tune": "measure on this GPU which kernels the operators should use, and keep it",
+    "verify": "compare a Hugging Face model on Fastformer with itself: outputs, gradients, generation",
+    "hub": "export layers as a kernel that Hugging Face's `kernels` package loads",
+    "kernels": "compile the GPU kernels ahead of time and report what they became; needs no GPU",
+    "numerics": "the error of every operator against float64, beside PyTorch's own",
+    "doctor": "what this machine has, which backend each operator uses on it, and a self-test",
 }
-"""Each subcommand: the module whose `main(arguments, begin)` runs it, and a line of help."""
+"""Each command with its line of help; `main(arguments, begin)` of `fastformer/commands/NAME.py` runs it."""
 
 
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
@@ -86,10 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     begin = time.monotonic()
     show_any_character()
     known, rest = _parser().parse_known_args(arguments)
-    module, _ = COMMANDS[known.command]
     try:
         with stopping_at_signals(), plain_warnings():
-            importlib.import_module(module).main(rest, begin)
+            importlib.import_module(f"fastformer.commands.{known.command}").main(rest, begin)
     except (ValueError, OSError) as error:
         if known.debug:
             raise
@@ -132,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastformer {fastformer.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error in what was given")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (_, help_line) in COMMANDS.items():
+    for name, help_line in COMMANDS.items():
         commands.add_parser(name, help=help_line, add_help=False)
     return parser
 

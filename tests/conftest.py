@@ -8,11 +8,13 @@ a whole run: with a GPU nothing is interpreted.
 import atexit
 import os
 import random
+import resource
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -20,6 +22,7 @@ import pytest
 import torch
 from devices import end_without_a_gpu, need_kernels
 
+TESTS = Path(__file__).parent
 GPU = torch.cuda.is_available()
 # Their subjects: data on a disk, Lightning, metrics, tools on a CPU.
 CPU_FOLDERS = {"benchmarking", "data", "evaluation", "training"}
@@ -82,7 +85,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason="needs a GPU; this machine has none")
     for item in items:
-        if item.path.parent.name in CPU_FOLDERS:
+        if item.path.relative_to(TESTS).parts[0] in CPU_FOLDERS:
             item.add_marker("cpu")
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(skip)
@@ -178,3 +181,19 @@ def backend(request: pytest.FixtureRequest):
         need_kernels()
     with fastformer.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """While it is entered, the kernel refuses to let any file grow beyond so many bytes."""
+
+    @contextmanager
+    def limit(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit

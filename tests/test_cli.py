@@ -179,8 +179,8 @@ def test_run_leaves_all_it_promises(run: Path) -> None:
 
 def test_saved_model_has_the_loss_that_was_reported(run: Path, corpus: Path) -> None:
     """Measured here from the folder alone: the held-out batches anew, summed over tokens, not batches."""
-    from fastformer.data import PretrainingDataModule
     from fastformer.models import FastformerForPreTraining
+    from fastformer.training.loading.pretraining import PretrainingDataModule
 
     data = PretrainingDataModule(
         data=[str(corpus)],
@@ -398,14 +398,14 @@ def test_too_little_memory_is_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("fastformer.inspection.models_command.main", fail)
+    monkeypatch.setattr("fastformer.commands.models.main", fail)
     assert cli.main(["models"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "there is too little memory" in line and "8 TB" in line
     with pytest.raises(type(error)):
         cli.main(["--debug", "models"])
     other = RuntimeError("a fault of ours")
-    monkeypatch.setattr("fastformer.inspection.models_command.main", lambda *_: (_ for _ in ()).throw(other))
+    monkeypatch.setattr("fastformer.commands.models.main", lambda *_: (_ for _ in ()).throw(other))
     with pytest.raises(RuntimeError, match="fault of ours"):
         cli.main(["models"])
 
@@ -422,7 +422,7 @@ def test_a_signal_that_an_import_makes_an_error_of_its_own(
         raise ImportError("PyCapsule_Import could not import module")
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("fastformer.inspection.models_command.main", imported)
+    monkeypatch.setattr("fastformer.commands.models.main", imported)
     assert cli.main(["models"]) == STATUS[name]
     assert capsys.readouterr().err == f"fastformer models: stopped by {name}\n"
     assert signal.getsignal(signal.SIGINT) is before

@@ -27,7 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = ("torch", "triton", "einops", "numpy", "transformers")
 # What is there for those who have an extra.
 BESIDE_THE_CORE = re.compile(
-    r"fastformer\.(training\.\w+|data\.(module|resuming)|inspection\.picture|models\.conversion\.tensorflow_process"
+    r"fastformer\.(training\.[\w.]+|commands\.(pretrain|finetune|predict)|kernel_reports\.picture|models\.conversion\.tensorflow_process"
     r"|benchmarking\.(studies\.\w+|training|fits|pictures))"
 )
 # Packages that come with one that is asked for.
@@ -124,7 +124,7 @@ def test_modules_import_without_extras(core: Environment) -> None:
     assert {package.partition(".")[0] for package in failed.values()} <= {
         each for known in EXTRAS.values() for each in known
     }
-    assert "fastformer.training.pretrain" in failed
+    assert "fastformer.commands.pretrain" in failed
 
 
 def test_operators_modules_and_models_run_without_extras(core: Environment) -> None:
@@ -164,8 +164,8 @@ def test_commands_run_without_extras(core: Environment, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "package", "extra"),
     [
-        ("pretrain", "jsonargparse", "train"),
-        ("finetune classify", "jsonargparse", "train"),
+        ("pretrain", "lightning", "train"),
+        ("finetune classify", "lightning", "train"),
         ("predict {folder} --data x --out y", "jsonargparse", "train"),
         ("evaluate {folder}/predictions.jsonl --task classify", "sklearn", "train"),
         ("numerics --operators softmax --dtypes float32 --picture {folder}/picture.png", "matplotlib", "interpret"),
@@ -192,8 +192,8 @@ def test_package_asked_for_says_which_extra_has_it() -> None:
 def test_our_own_faults_are_not_disguised(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     faulty = ModuleType("faulty")
     exec(f"def main(arguments, begin): import {missing}", faulty.__dict__)
-    monkeypatch.setitem(sys.modules, "faulty", faulty)
-    monkeypatch.setitem(cli.COMMANDS, "faulty", ("faulty", ""))
+    monkeypatch.setitem(sys.modules, "fastformer.commands.faulty", faulty)
+    monkeypatch.setitem(cli.COMMANDS, "faulty", "")
     with pytest.raises(ModuleNotFoundError, match="No module named"):
         cli.main(["faulty"])
 

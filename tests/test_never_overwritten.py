@@ -8,7 +8,7 @@ import pytest
 
 from fastformer import cli
 from fastformer.extras import require
-from fastformer.integrations import coverage
+from fastformer.integrations.verification import coverage
 
 STUDY = "linear-cross-entropy"
 EVALUATE = ["evaluate", "predictions.jsonl", "--task", "classify", "--output", "out"]

@@ -83,7 +83,7 @@ def test_wheel_holds_both_packages_and_works(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "installed")
-    assert "fastformer/ops/attention.py" in names
+    assert "fastformer/ops/attention/attention.py" in names
     assert "fastformer_kernels/attention/forward.py" in names
     assert {"fastformer/py.typed", "fastformer_kernels/py.typed"} <= set(names)  # type checkers read our annotations
     assert not any(name.startswith(("kernels/", "tests/")) for name in names)

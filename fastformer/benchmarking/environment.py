@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastformer.inspection.doctor import machine
+from fastformer.diagnostics.doctor import machine
 
 
 @dataclass(frozen=True)

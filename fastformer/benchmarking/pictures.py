@@ -12,7 +12,7 @@ import matplotlib
 from fastformer.benchmarking.crossovers import comparisons
 from fastformer.benchmarking.measurement import OURS, TIME, Goal, Measurement, Metric, ratio
 from fastformer.benchmarking.tables import number
-from fastformer.data.files import atomic_file
+from fastformer.files import atomic_file
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

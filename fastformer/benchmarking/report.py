@@ -11,7 +11,7 @@ from fastformer.benchmarking.measurement import Verdict, verdicts
 from fastformer.benchmarking.results import Results
 from fastformer.benchmarking.studies import load
 from fastformer.benchmarking.tables import change_rows, crossover_rows, environment_rows, study_tables, verdict_rows
-from fastformer.data.files import atomic_file
+from fastformer.files import atomic_file
 
 RESULTS, _REPORT = "results.json", "report.md"
 

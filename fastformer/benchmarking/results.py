@@ -9,8 +9,8 @@ from typing import Any
 
 from fastformer.benchmarking.environment import Environment
 from fastformer.benchmarking.measurement import Measurement, Metric
-from fastformer.data.files import atomic_file
-from fastformer.data.lines import json_file
+from fastformer.files import atomic_file
+from fastformer.lines import json_file
 
 
 @dataclass

@@ -107,7 +107,7 @@ def training_step(rounds: int) -> HostTime:
 
 def _bert_step() -> Callable[[], None]:
     """In bfloat16, with dropout, every seventh of the tokens predicted; without the optimizer."""
-    from fastformer.inspection.model_work import Batch, arguments, known_model, meta_model
+    from fastformer.planning.model_work import Batch, arguments, known_model, meta_model
 
     config, kind = known_model("bert-base")
     model = meta_model(config, kind, "bf16-true").train()
@@ -125,7 +125,7 @@ def _bert_step() -> Callable[[], None]:
 def _launches() -> Iterator[list[Any]]:
     """Within the block calls with tensors on meta reach the stand-in's launcher; the list has what did."""
     from fastformer.backends import backend
-    from fastformer.inspection.stand_in import stand_in
+    from fastformer.kernel_reports.stand_in import stand_in
 
     with stand_in(ARCHITECTURE) as launched, backend("triton"):
         yield launched

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fastformer.benchmarking.comparison import Change
 from fastformer.benchmarking.crossovers import Comparison
 from fastformer.benchmarking.measurement import OURS, TIME, Measurement, Metric, Verdict, ratio
-from fastformer.inspection.gpus import GPUS
+from fastformer.planning.gpus import GPUS
 
 # What a second of a unit of work is called, and how many of the unit that is.
 _RATES = {"FLOP": ("TFLOP/s", 1e12), "bytes": ("GB/s", 1e9)}

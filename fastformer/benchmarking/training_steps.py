@@ -12,9 +12,9 @@ from torch import nn
 
 import fastformer.models
 from fastformer.benchmarking.timing import Run
-from fastformer.inspection.model_cost import MASKED_SHARE, ModelCost, model_cost
-from fastformer.inspection.model_work import meta_model
 from fastformer.models import FastformerConfig, preset
+from fastformer.planning.model_cost import MASKED_SHARE, ModelCost, model_cost
+from fastformer.planning.model_work import meta_model
 from fastformer.training.optimization import adamw
 
 Kind = Literal["BERT-like", "GPT-like"]

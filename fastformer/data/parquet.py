@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastformer.data.lines import check_is_file
+from fastformer.lines import check_is_file
 
 _ROWS = 1024
 """Read at once."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastformer.data.objectives import IGNORE_INDEX
+from fastformer.data.packing import IGNORE_INDEX
 
 # Batches are about full: most have the largest number of tokens, and few others are worth a shape of their own.
 _TOKEN_STEPS, _MASKED_STEPS = 16, 32

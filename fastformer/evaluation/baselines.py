@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fastformer.data.corpus import split_sentences
+from fastformer.data.pretraining.corpus import split_sentences
 from fastformer.evaluation.perplexity import corpus_perplexity
 
 Value = TypeVar("Value", str, int, float)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from fastformer.console import printable
-from fastformer.data.examples import in_order
-from fastformer.data.files import atomic_file
+from fastformer.data.labelled.examples import in_order
 from fastformer.evaluation.checks import check_as_many
+from fastformer.files import atomic_file
 
 _WITH_ZEROS = 40
 """Classes up to which a confusion matrix shows zeros too."""

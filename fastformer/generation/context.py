@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fastformer.generation.cache import KeyValueCache
 from fastformer.models.context import AttentionPattern, PackedContext, SourceProjection
-from fastformer.ops.attention import attention
-from fastformer.ops.decode import decode_attention
-from fastformer.ops.kv_cache import append_to_cache
+from fastformer.ops.attention.attention import attention
+from fastformer.ops.attention.cache import append_to_cache
+from fastformer.ops.attention.decode import decode_attention
 from fastformer.ops.rotary import rotary
 
 Places = tuple[Tensor, Tensor]

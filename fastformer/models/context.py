@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from fastformer.nn import Packing
-from fastformer.ops.attention import attention
-from fastformer.ops.attention_weights import attention_weights
+from fastformer.ops.attention.attention import attention
+from fastformer.ops.attention.weights import attention_weights
 from fastformer.ops.rotary import rotary
 
 SourceProjection = Callable[[Tensor], tuple[Tensor, Tensor]]

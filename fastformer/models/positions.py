@@ -8,7 +8,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastformer.models.configuration import FastformerConfig
 from fastformer.nn import RotaryEmbedding
-from fastformer.ops.relative_position import alibi_slopes, relative_position_bias, t5_buckets
+from fastformer.ops.attention.relative_position import alibi_slopes, relative_position_bias, t5_buckets
 from fastformer.ops.rotary import rotary_frequencies
 
 # Types whose frequencies depend on the length of the sequence at hand, which a table cannot hold.

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from fastformer.ops.attention.scaled_dot_product_attention import scaled_dot_product_attention
 from fastformer.ops.cross_entropy import cross_entropy
 from fastformer.ops.normalization import layer_norm, rms_norm
-from fastformer.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 __all__ = ["cross_entropy", "layer_norm", "rms_norm", "scaled_dot_product_attention"]
 

@@ -7,9 +7,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastformer.ops.attention import attention
-from fastformer.ops.attention_explicit import values_of_seen
-from fastformer.ops.attention_segments import visible_by
+from fastformer.ops.attention.attention import attention
+from fastformer.ops.attention.explicit import values_of_seen
+from fastformer.ops.attention.segments import visible_by
 from fastformer.ops.checks import FLOATING_DTYPES
 from fastformer.ops.softmax import softmax
 

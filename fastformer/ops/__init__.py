@@ -1,18 +1,18 @@
 """Operators: one file each, with the public function, its checks, registration, backward and PyTorch implementation."""
 
-from fastformer.ops.attention import attention
-from fastformer.ops.attention_weights import attention_weights
+from fastformer.ops.attention.attention import attention
+from fastformer.ops.attention.cache import append_to_cache
+from fastformer.ops.attention.decode import decode_attention
+from fastformer.ops.attention.merge import merge_attention
+from fastformer.ops.attention.relative_position import alibi_slopes, relative_position_bias, t5_buckets
+from fastformer.ops.attention.scaled_dot_product_attention import scaled_dot_product_attention
+from fastformer.ops.attention.weights import attention_weights
 from fastformer.ops.cross_entropy import cross_entropy
-from fastformer.ops.decode import decode_attention
 from fastformer.ops.embedding import transformer_embedding
 from fastformer.ops.feed_forward import feed_forward
-from fastformer.ops.kv_cache import append_to_cache
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy
-from fastformer.ops.merge_attention import merge_attention
 from fastformer.ops.normalization import layer_norm, rms_norm
-from fastformer.ops.relative_position import alibi_slopes, relative_position_bias, t5_buckets
 from fastformer.ops.rotary import rotary, rotary_frequencies, rotary_table
-from fastformer.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from fastformer.ops.softmax import log_softmax, softmax
 
 __all__ = [

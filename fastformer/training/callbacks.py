@@ -18,10 +18,10 @@ from lightning.pytorch.callbacks import ProgressBar
 from torch import nn
 
 from fastformer.console import StatusLine, clock, say
-from fastformer.data.files import atomic_file, atomic_folder
-from fastformer.data.resuming import data_rank
+from fastformer.files import atomic_file, atomic_folder
 from fastformer.training.checkpoints import check_checkpoint, save_checked
 from fastformer.training.finite import check_finite
+from fastformer.training.loading.resuming import data_rank
 from fastformer.training.sharding import load_weights
 
 

@@ -19,7 +19,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from fastformer.data.files import atomic_file
+from fastformer.files import atomic_file
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 

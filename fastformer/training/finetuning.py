@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
-from fastformer.data.objectives import IGNORE_INDEX
+from fastformer.data.packing import IGNORE_INDEX
 from fastformer.training.adversarial import Adversary
 from fastformer.training.module import TrainingModule
 from fastformer.training.optimization import Optimization

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from fastformer.console import json_text
-from fastformer.data.files import atomic_file, remove
+from fastformer.files import atomic_file, remove
 
 _LOGS = (
     *(f"logs/{logger}/version_[0-9]*/hparams.yaml" for logger in ("csv", "tensorboard")),

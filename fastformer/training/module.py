@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule
 
-from fastformer.data.resuming import data_rank
 from fastformer.training.elastic import convert_progress, number_by_module
+from fastformer.training.loading.resuming import data_rank
 from fastformer.training.sharding import shard
 
 if TYPE_CHECKING:

@@ -11,18 +11,18 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from fastformer.console import track
-from fastformer.data.tokenizer import load_tokenizer
+from fastformer.data.pretraining.tokenizer import load_tokenizer
 from fastformer.extras import require
 from fastformer.generation import Generator, SamplingParameters
 from fastformer.generation.cached_model import LanguageModel
 from fastformer.models import FastformerConfig
 from fastformer.models.finite import check_finite_weights
 from fastformer.models.loading import load_configuration
-from fastformer.training.batches import in_order
+from fastformer.training.loading.finetuning import in_order
 from fastformer.training.lora import adapter_config, with_adapter
 from fastformer.training.optimization import Optimization
-from fastformer.training.recipes import RECIPES, Converse, Recipe, Rewrite, TextOptions
 from fastformer.training.starting_point import StartingPoint, Task, pretrained
+from fastformer.training.tasks import RECIPES, Converse, Recipe, Rewrite, TextOptions
 
 _SLOTS = 256
 """Texts that are written at once."""

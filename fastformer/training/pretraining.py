@@ -13,9 +13,9 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from transformers import PreTrainedTokenizerBase
 
 import fastformer.models as models
-from fastformer.data.steps import label_counts
 from fastformer.models import FastformerConfig, FastformerPreTrainedModel
 from fastformer.models.presets import preset as preset_config
+from fastformer.training.loading.steps import label_counts
 from fastformer.training.module import TrainingModule
 from fastformer.training.optimization import Optimization, Schedule
 from fastformer.training.tensor_parallel import parallelize

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastformer.console import Table
-from fastformer.data.files import atomic_file
+from fastformer.files import atomic_file
 from fastformer.training import markdown
 
 Rows = Sequence[tuple[str, str, str]]

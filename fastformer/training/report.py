@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fastformer.console import Table
-from fastformer.data.files import atomic_file
+from fastformer.files import atomic_file
 from fastformer.training import markdown
-from fastformer.training.recipes import Recipe
+from fastformer.training.tasks import Recipe
 
 _SHOWN = 8
 _LONGEST = 160

@@ -35,7 +35,7 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvi
 from transformers.utils import logging as transformers_logging
 
 from fastformer.console import printable, printable_line
-from fastformer.data.files import atomic_file
+from fastformer.files import atomic_file
 from fastformer.stopping import Stopped
 from fastformer.training.callbacks import LossCurve, Throughput
 from fastformer.training.checkpoints import AtomicCheckpointIO, newest_checkpoint

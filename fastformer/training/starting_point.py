@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastformer.data.features import MATCH_TYPE
+from fastformer.data.labelled.features import MATCH_TYPE
 from fastformer.models import (
     FastformerConfig,
     FastformerForCausalLM,

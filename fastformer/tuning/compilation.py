@@ -14,7 +14,7 @@ import triton
 from fastformer_kernels.configurations import forced
 from fastformer_kernels.launch import ARCHITECTURES, architecture_of
 
-from fastformer.inspection.compilation import Specialization, compiler, specializations_of
+from fastformer.kernel_reports.compilation import Specialization, compiler, specializations_of
 from fastformer.tuning.measurement import Failures, class_and_default, others, widened
 from fastformer.tuning.problem import Problem
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from fastformer.benchmarking.command import main
 from fastformer.benchmarking.results import load_results
+from fastformer.commands.bench_studies import main
 
 STUDY = "linear-cross-entropy"
 

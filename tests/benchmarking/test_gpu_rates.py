@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from inspection.processes import python
+from processes import python
 
 from fastformer.benchmarking.calls import Call
 from fastformer.benchmarking.gpu.rates import BACKWARD, BOTH, ERROR, FORWARD, NO_TIME, PEAK_MEMORY, Case, rates
@@ -214,8 +214,8 @@ def test_work_of_rows_and_products() -> None:
 LAUNCHES = """
 import importlib, json
 import torch, triton
-from fastformer.inspection.meta_operators import kernels_of_meta_operators
-from fastformer.inspection.stand_in import stand_in
+from fastformer.kernel_reports.meta_operators import kernels_of_meta_operators
+from fastformer.kernel_reports.stand_in import stand_in
 from fastformer.ops import linear_cross_entropy
 
 def names_of(calls):

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from fastformer.benchmarking.gpu import command
 from fastformer.benchmarking.gpu.records import append, append_record, compiled, ends, entries, records_of
 from fastformer.benchmarking.gpu.runner import Known, Place, run_steps, share
 from fastformer.benchmarking.gpu.step import Record, Step
 from fastformer.cli import main
+from fastformer.commands import bench_gpu as command
 
 FIRST = """\
 import os, subprocess, sys, time
@@ -194,7 +194,7 @@ def test_a_run_is_resumed_as_it_was_started(known, tmp_path: Path) -> None:
 COMMAND = """
 import sys, time
 import fake_ready
-from fastformer.benchmarking.gpu import command
+from fastformer.commands import bench_gpu as command
 command.STEPS, command.module_of, command.load = ("ready",), lambda name: "fake_ready", lambda name: fake_ready.STEP
 command.main(["--dry-run", "--out", sys.argv[1]], time.monotonic())
 """

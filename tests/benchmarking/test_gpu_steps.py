@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from inspection.processes import fastformer, python
+from processes import fastformer, python
 
 from fastformer.benchmarking.gpu.steps import STEPS, load, smoke
 from fastformer.benchmarking.gpu.steps.sanitizer import profile_records
@@ -42,9 +42,9 @@ LAUNCH = """
 import sys
 from argparse import Namespace
 from pathlib import Path
-from fastformer.benchmarking.gpu.command import _variables
+from fastformer.commands.bench_gpu import _variables
 from fastformer.benchmarking.gpu.steps import load
-from fastformer.inspection.compilation import compiled_by
+from fastformer.kernel_reports.compilation import compiled_by
 
 cache = Path(_variables(Namespace(dry_run=False, cache=Path(sys.argv[1])))["TRITON_CACHE_DIR"])
 print(compiled_by(list(load("host").launches()), ["sm_90"], cache))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inspection.processes import fastformer
+from processes import fastformer
 
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.memory import peak_mebibytes

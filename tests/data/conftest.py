@@ -1,32 +1,10 @@
 from __future__ import annotations
 
-import contextlib
-import resource
-from collections.abc import Callable, Iterator
-
-import numpy as np
 import pytest
+from random_text import random_documents
 
-from fastformer.data import TokenizedCorpus, tokenize, train_tokenizer
-
-# fmt: off
-WORDS = [
-    "when", "the", "module", "reads", "a", "file", "it", "returns", "each", "line", "of", "text", "as", "bytes",
-    "unless", "an", "encoding", "is", "given",
-]
-# fmt: on
-
-
-def random_documents(seed: int, count: int, sentences: int, words: int) -> list[list[str]]:
-    """`count` documents of 1 to `sentences` sentences of 1 to `words` words, no two sentences alike."""
-    random = np.random.default_rng(seed)
-
-    def sentence(number: int) -> str:
-        return " ".join(random.choice(WORDS, random.integers(1, words + 1))).capitalize() + f" {number}."
-
-    sizes = random.integers(1, sentences + 1, size=count).tolist()
-    starts = np.cumsum([0, *sizes]).tolist()
-    return [[sentence(start + n) for n in range(size)] for start, size in zip(starts, sizes, strict=False)]
+from fastformer.data.pretraining.tokenized import TokenizedCorpus, tokenize
+from fastformer.data.pretraining.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -42,19 +20,3 @@ def tokenizer(documents):
 @pytest.fixture(scope="session")
 def corpus(documents, tokenizer) -> TokenizedCorpus:
     return tokenize(documents, tokenizer)
-
-
-@pytest.fixture
-def full_disk() -> Callable[[int], contextlib.AbstractContextManager[None]]:
-    """While it is entered, the kernel refuses to let any file grow beyond so many bytes."""
-
-    @contextlib.contextmanager
-    def limit(size: int) -> Iterator[None]:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    return limit

@@ -13,15 +13,15 @@ from accuracy import assert_as_accurate
 from fastformer_kernels.plans import forced_plan
 
 import fastformer
-from fastformer.ops.attention import attention
-from fastformer.ops.attention_weights import attention_weights
+from fastformer.ops.attention.attention import attention
+from fastformer.ops.attention.cache import append_to_cache
+from fastformer.ops.attention.decode import decode_attention
+from fastformer.ops.attention.merge import merge_attention
+from fastformer.ops.attention.weights import attention_weights
 from fastformer.ops.cross_entropy import cross_entropy
-from fastformer.ops.decode import decode_attention
 from fastformer.ops.embedding import transformer_embedding
 from fastformer.ops.feed_forward import feed_forward
-from fastformer.ops.kv_cache import append_to_cache
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy
-from fastformer.ops.merge_attention import merge_attention
 from fastformer.ops.normalization import layer_norm, rms_norm
 from fastformer.ops.rotary import rotary
 from fastformer.ops.softmax import log_softmax, softmax

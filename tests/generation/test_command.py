@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, BertConfig
 
 from fastformer.cli import main
-from fastformer.data.tokenizer import train_tokenizer
+from fastformer.data.pretraining.tokenizer import train_tokenizer
 from fastformer.generation import Generator, SamplingParameters
 from fastformer.models import FastformerConfig, FastformerForCausalLM, FastformerForMaskedLM, FastformerForSeq2SeqLM
 

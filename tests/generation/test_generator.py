@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from fastformer.data.tokenizer import train_tokenizer
+from fastformer.data.pretraining.tokenizer import train_tokenizer
 from fastformer.generation import Generation, Generator, SamplingParameters
 from fastformer.generation.cache import CacheShape, ContiguousCache, PagedCache
 from fastformer.generation.requests import Piece

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fastformer.data.tokenizer import train_tokenizer
+from fastformer.data.pretraining.tokenizer import train_tokenizer
 from fastformer.generation.text import TextStream
 
 pytestmark = pytest.mark.quick

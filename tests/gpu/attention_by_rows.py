@@ -14,7 +14,7 @@ from gpu.making import Maker
 from torch import Tensor
 
 from fastformer.ops import attention
-from fastformer.ops.attention_dropout import dropout_keep
+from fastformer.ops.attention.dropout import dropout_keep
 from fastformer.ops.dropout import draw_seed
 
 # Scores of a block: 256 MiB in float64, of which autograd keeps some ten.

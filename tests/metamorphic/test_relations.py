@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 
 import fastformer
-from fastformer.ops.attention import attention
+from fastformer.ops.attention.attention import attention
 
 few_examples = settings(max_examples=5)
 

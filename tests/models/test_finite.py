@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastformer.cli import main
-from fastformer.data.tokenizer import train_tokenizer
+from fastformer.data.pretraining.tokenizer import train_tokenizer
 from fastformer.models import FastformerConfig, FastformerForCausalLM, from_hugging_face, to_hugging_face
 from fastformer.models.finite import first_not_finite
 

@@ -10,28 +10,28 @@ RULES = ["ops/test_nan.py", "ops/test_derivatives.py", "ops/test_bounds.py", "op
 RELATED: list[tuple[str, list[str]]] = [
     (
         "kernels/fastformer_kernels/attention/cache.py",
-        ["ops/test_kv_cache.py", "fuzz/test_every_operator.py::test_any_call[append_to_cache]", "generation"],
+        ["ops/attention/test_cache.py", "fuzz/test_every_operator.py::test_any_call[append_to_cache]", "generation"],
     ),
     (
         "kernels/fastformer_kernels/attention/decode",
         [
-            "ops/test_decode.py",
+            "ops/attention/test_decode.py",
             "fuzz/test_every_operator.py::test_any_call[decode_attention]",
             "generation/test_generator.py",
         ],
     ),
     (
         "kernels/fastformer_kernels/attention/merge.py",
-        ["ops/test_merge_attention.py", "fuzz/test_every_operator.py::test_any_call[merge_attention]"],
+        ["ops/attention/test_merge.py", "fuzz/test_every_operator.py::test_any_call[merge_attention]"],
     ),
     (
         "kernels/fastformer_kernels/attention/weights.py",
-        ["ops/test_attention_weights.py", "fuzz/test_every_operator.py::test_any_call[attention_weights]"],
+        ["ops/attention/test_weights.py", "fuzz/test_every_operator.py::test_any_call[attention_weights]"],
     ),
     (
         "kernels/fastformer_kernels/attention",
         [
-            "ops/test_attention.py",
+            "ops/attention/test_attention.py",
             "ops/test_launch.py",
             "ops/test_kept_launches.py",
             "metamorphic",
@@ -61,7 +61,7 @@ RELATED: list[tuple[str, list[str]]] = [
     ),
     (
         "kernels/fastformer_kernels/dropout.py",
-        ["ops/test_dropout.py", "ops/test_embedding.py", "ops/test_feed_forward.py", "ops/test_attention.py"],
+        ["ops/test_dropout.py", "ops/test_embedding.py", "ops/test_feed_forward.py", "ops/attention/test_attention.py"],
     ),
     ("kernels/fastformer_kernels/matmul.py", ["ops/test_linear_cross_entropy.py", "ops/test_feed_forward.py"]),
     (
@@ -80,20 +80,39 @@ RELATED: list[tuple[str, list[str]]] = [
         ],
     ),
     (
-        "fastformer/ops/attention",
-        ["ops/test_attention.py", "ops/test_attention_weights.py", *RULES, "nn", "metamorphic"],
+        "fastformer/ops/attention/decode.py",
+        ["ops/attention/test_decode.py", "ops/test_operator.py", *RULES, "fuzz", "generation"],
     ),
-    ("fastformer/ops/decode.py", ["ops/test_decode.py", "ops/test_operator.py", *RULES, "fuzz", "generation"]),
-    ("fastformer/ops/kv_cache.py", ["ops/test_kv_cache.py", "ops/test_operator.py", *RULES, "fuzz", "generation"]),
     (
-        "fastformer/ops/relative_position.py",
-        ["ops/test_relative_position.py", "nn", "models/test_architectures.py", "models/test_conversion.py"],
+        "fastformer/ops/attention/cache.py",
+        ["ops/attention/test_cache.py", "ops/test_operator.py", *RULES, "fuzz", "generation"],
+    ),
+    (
+        "fastformer/ops/attention/relative_position.py",
+        ["ops/attention/test_relative_position.py", "nn", "models/test_architectures.py", "models/test_conversion.py"],
+    ),
+    (
+        "fastformer/ops/attention/merge.py",
+        ["ops/attention/test_merge.py", "ops/test_operator.py", *RULES, "fuzz", "generation"],
+    ),
+    (
+        "fastformer/ops/attention",
+        ["ops/attention/test_attention.py", "ops/attention/test_weights.py", *RULES, "nn", "metamorphic"],
     ),
     (
         "fastformer/ops",
         ["ops/test_{stem}.py", "ops/test_operator.py", *RULES, "fuzz", "ops/test_kept_launches.py", "nn"],
     ),
-    ("fastformer/data", ["data/test_{stem}.py", "data"]),
+    (
+        "fastformer/data/pretraining",
+        ["data/pretraining/test_{stem}.py", "data/pretraining", "training/loading/test_pretraining.py"],
+    ),
+    ("fastformer/data/labelled", ["data/labelled/test_{stem}.py", "data/labelled", "training/test_finetune_data.py"]),
+    ("fastformer/data", ["data/test_{stem}.py", "data", "training/loading"]),
+    (
+        "fastformer/training/loading",
+        ["training/loading/test_{stem}.py", "training/loading", "training/test_elastic.py"],
+    ),
     ("fastformer/training/predict", ["training/test_finetune_command.py", "training/test_finetuning.py"]),
     ("fastformer/training/adversarial.py", ["training/test_adversarial.py"]),
     ("fastformer/training/privacy.py", ["training/test_privacy.py"]),
@@ -111,7 +130,7 @@ RELATED: list[tuple[str, list[str]]] = [
         ],
     ),
     (
-        "fastformer/training/recipes.py",
+        "fastformer/training/tasks.py",
         [
             "training/test_finetuning.py",
             "training/test_finetune_data.py",

@@ -22,7 +22,7 @@ from triton.runtime import interpreter
 import fastformer
 from fastformer import debugging
 from fastformer.ops import checks
-from fastformer.ops.attention import checked_arguments
+from fastformer.ops.attention.attention import checked_arguments
 from fastformer.ops.cross_entropy import check_classes
 
 pytestmark = pytest.mark.cpu

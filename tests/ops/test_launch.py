@@ -17,7 +17,7 @@ import torch.cuda._utils
 import triton
 from fastformer_kernels import kept_launches, launch
 
-from fastformer.inspection.devices import DEVICES
+from fastformer.kernel_reports.devices import DEVICES
 
 pytestmark = pytest.mark.cpu
 

@@ -10,7 +10,7 @@ import torch
 from training.tasks import MAKERS, TINY
 from transformers import BertConfig, BertForMaskedLM
 
-from fastformer.data.tokenizer import train_tokenizer
+from fastformer.data.pretraining.tokenizer import train_tokenizer
 from fastformer.extras import require
 from fastformer.models import FastformerConfig, FastformerForPreTraining
 

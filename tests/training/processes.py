@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["fastformer.training.pretrain", "fastformer.training.samples", "fastformer.training.finetune"]
+    ["fastformer.commands.pretrain", "fastformer.training.samples", "fastformer.commands.finetune"]
 )
 
 

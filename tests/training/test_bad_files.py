@@ -24,7 +24,7 @@ from lightning.pytorch import Trainer
 from training.tasks import MAKERS
 
 from fastformer import cli
-from fastformer.training import finetune, pretrain
+from fastformer.commands import finetune, pretrain
 
 JSON_LINES, PARQUET, TABLES = (".jsonl",), (".parquet",), (".csv", ".tsv")
 

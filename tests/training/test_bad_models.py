@@ -14,7 +14,7 @@ import yaml
 from training.tasks import TINY
 
 from fastformer import cli
-from fastformer.data.tokenizer import train_tokenizer
+from fastformer.data.pretraining.tokenizer import train_tokenizer
 from fastformer.training.starting_point import Task, from_scratch
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {

@@ -14,9 +14,9 @@ from training.tasks import TINY, command, scratch
 from transformers import BertConfig, BertForSequenceClassification
 
 from fastformer import cli
-from fastformer.data.resuming import check_workers
-from fastformer.data.tokenizer import train_tokenizer
+from fastformer.data.pretraining.tokenizer import train_tokenizer
 from fastformer.extras import require
+from fastformer.training.loading.resuming import check_workers
 
 
 @pytest.fixture(params=["pretrain", "classify"])
@@ -124,14 +124,14 @@ def test_every_number_that_means_nothing(
 ) -> None:
     """Of all options that take numbers: each is refused by its name and value before anything else is done."""
     require("jsonargparse")
-    from fastformer.training import finetune, pretrain
+    from fastformer.commands import finetune, pretrain
 
     parser, words = {
         "pretrain": (pretrain.build_parser(), ["pretrain"]),
         "finetune": (finetune.build_parser("classify"), ["finetune", "classify"]),
     }[name]
-    monkeypatch.setattr(f"fastformer.training.{name}.build_parser", lambda *_: parser)
-    monkeypatch.setattr(f"fastformer.training.{name}.resumable", lambda *_: begun.append(1) or pytest.fail("begun"))
+    monkeypatch.setattr(f"fastformer.commands.{name}.build_parser", lambda *_: parser)
+    monkeypatch.setattr(f"fastformer.commands.{name}.resumable", lambda *_: begun.append(1) or pytest.fail("begun"))
     begun: list[int] = []
     numeric = [
         action.option_strings[0]

@@ -14,11 +14,11 @@ from recorded_graphs import FakeRecorder, Seen
 from training.tasks import command, scratch
 
 from fastformer import cli
-from fastformer.data import PretrainingDataModule
 from fastformer.extras import require
 from fastformer.training import cuda_graphs
 from fastformer.training.callbacks import StepSeed, Throughput
 from fastformer.training.cuda_graphs import RecordSteps
+from fastformer.training.loading.pretraining import PretrainingDataModule
 from fastformer.training.pretraining import MODULES, PretrainingModule
 
 TINY = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}

@@ -31,12 +31,12 @@ from transformers import (
 )
 
 from fastformer import cli
-from fastformer.data.examples import Examples
-from fastformer.data.tokenizer import train_tokenizer
-from fastformer.training.finetune import _drawn
+from fastformer.data.labelled.examples import Examples
+from fastformer.data.pretraining.tokenizer import train_tokenizer
+from fastformer.training.finetuning_examples import drawn_examples
 from fastformer.training.prediction import Predictor, recipe_for
-from fastformer.training.recipes import RECIPES, TextOptions
 from fastformer.training.starting_point import from_scratch
+from fastformer.training.tasks import RECIPES, TextOptions
 
 TESTS = Path(__file__).parent.parent
 METRICS = {
@@ -227,12 +227,12 @@ def test_train_examples_are_drawn_with_the_seed(data: Path, tmp_path: Path) -> N
         found[name] = metrics(tmp_path / name)["tokens"], metrics(tmp_path / name)["test"]
     assert found["first"] == found["again"]
     examples = Examples((f"line {number}", (number,)) for number in range(9))
-    everything = _drawn(examples, 100, seed=3)
+    everything = drawn_examples(examples, 100, seed=3)
     assert sorted(everything) == examples
     assert all(place == f"line {number}" for place, (number,) in zip(everything.places, everything, strict=True))
-    assert _drawn(examples, 4, seed=0) != _drawn(examples, 4, seed=1)
+    assert drawn_examples(examples, 4, seed=0) != drawn_examples(examples, 4, seed=1)
     with pytest.raises(ValueError, match="--max_train_examples must be at least 1; got 0"):
-        _drawn(examples, 0, seed=0)
+        drawn_examples(examples, 0, seed=0)
 
 
 @pytest.mark.parametrize("merge", [True, False])

@@ -14,7 +14,6 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel
 
-from fastformer.data.steps import with_label_counts
 from fastformer.models import (
     FastformerConfig,
     FastformerForCausalLM,
@@ -34,9 +33,10 @@ from fastformer.training.finetuning import (
     Tagging,
     sequences,
 )
+from fastformer.training.loading.steps import with_label_counts
 from fastformer.training.optimization import Optimization
 from fastformer.training.privacy import PoissonBatches, Privacy
-from fastformer.training.recipes import balanced_class_weights
+from fastformer.training.tasks import balanced_class_weights
 
 WORDS, LENGTHS = 20, (5, 3, 7, 4, 6, 5, 3, 8)
 SHAPE = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastformer.data.files import atomic_folder
+from fastformer.files import atomic_folder
 from fastformer.stopping import Stopped
 from fastformer.training.folder import RunFolder
 

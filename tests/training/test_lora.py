@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from fastformer.data.tokenizer import train_tokenizer
+from fastformer.data.pretraining.tokenizer import train_tokenizer
 from fastformer.models import FastformerConfig, FastformerForPreTraining, FastformerForSequenceClassification
 from fastformer.training.lora import Lora, linear_layers_in_blocks
 from fastformer.training.prediction import Predictor

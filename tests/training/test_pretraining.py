@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
-from fastformer.data import PretrainingDataModule
 from fastformer.training.callbacks import StepSeed
+from fastformer.training.loading.pretraining import PretrainingDataModule
 from fastformer.training.pretraining import MaskedLanguageModeling, _masked_metrics
 
 pytestmark = pytest.mark.quick

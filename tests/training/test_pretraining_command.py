@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from fastformer import cli
-from fastformer.data import PretrainingDataModule
+from fastformer.training.loading.pretraining import PretrainingDataModule
 
 AUTO_CLASSES = {
     "clm": AutoModelForCausalLM,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from fastformer.data import PretrainingDataModule
-from fastformer.data.steps import label_counts
 from fastformer.training.callbacks import Throughput, _tokens
+from fastformer.training.loading.pretraining import PretrainingDataModule
+from fastformer.training.loading.steps import label_counts
 from fastformer.training.memory import PeakMemory
 from fastformer.training.pretraining import MODULES
 

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from inspection.processes import python
+from processes import python
 
 # Two problems of a class each; one candidate of each cannot be: warps are a power of two.
 COMPILE = """
 import json
 import torch
 from dataclasses import replace
-from fastformer.inspection.compilation import compiled_by
+from fastformer.kernel_reports.compilation import compiled_by
 from fastformer.tuning import compilation
 from fastformer.tuning.problem import FULL
 from fastformer.tuning.row_problems import softmax_problems

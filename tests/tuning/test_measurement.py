@@ -18,7 +18,7 @@ from fastformer.tuning import measurement
 from fastformer.tuning.measurement import Finding, Unmeasured, finding_of, measure, winners
 from fastformer.tuning.problem import FULL, GROUPS, TINY, Problem, Results
 from fastformer.tuning.problems import problems
-from fastformer.tuning.tune import summary
+from fastformer.tuning.results import summary
 
 CPU = torch.device("cpu")
 SHIPPED, FASTER, SLOWER, WRONG, BROKEN = (RowConfiguration(size, 8) for size in (1, 2, 3, 4, 5))

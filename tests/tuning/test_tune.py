@@ -23,8 +23,9 @@ from fastformer_kernels.plans import default_plan, is_fused, shape_class
 from fastformer_kernels.rows import RowConfiguration
 
 from fastformer import cli
+from fastformer.commands.tune import _OPERATIONS
 from fastformer.tuning.problem import GROUPS
-from fastformer.tuning.tune import _OPERATIONS, store_plans
+from fastformer.tuning.results import store_plans
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import fastformer.models
-from fastformer.inspection.model_work import meta_model
 from fastformer.models import FastformerConfig, preset
+from fastformer.planning.model_work import meta_model
 
 _MASKED_SHARE = 0.15
 

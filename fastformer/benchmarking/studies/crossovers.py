@@ -16,10 +16,10 @@ from fastformer.benchmarking.measurement import OURS, TIME, Measurement, Metric
 from fastformer.benchmarking.study import Case, Peer, Setting, TimedStudy
 from fastformer.benchmarking.timing import Run
 from fastformer.benchmarking.training_steps import Shape, training_step
-from fastformer.inspection.gpus import GIB, GPUS, GPUS_PER_NODE
-from fastformer.inspection.planning import Setup, plan
 from fastformer.models import PRESETS, FastformerConfig, FastformerModel, preset
 from fastformer.ops import attention, feed_forward, linear_cross_entropy
+from fastformer.planning.gpus import GIB, GPUS, GPUS_PER_NODE
+from fastformer.planning.needs import Setup, plan
 
 NAME = "crossovers"
 _HEADS, _HEAD_DIM = 4, 64

@@ -27,13 +27,13 @@ from fastformer.benchmarking.training import (
     ours,
     theirs,
 )
-from fastformer.data.collation import Form, collate
-from fastformer.data.defaults import default_classes
-from fastformer.data.features import Feature, classification_features
-from fastformer.data.tokenizer import train_tokenizer
+from fastformer.data.labelled.collation import Form, collate
+from fastformer.data.labelled.defaults import default_classes
+from fastformer.data.labelled.features import Feature, classification_features
+from fastformer.data.pretraining.tokenizer import train_tokenizer
 from fastformer.models.conversion import from_hugging_face
-from fastformer.training.batches import FineTuningData
 from fastformer.training.finetuning import Classification
+from fastformer.training.loading.finetuning import FineTuningData
 from fastformer.training.optimization import Optimization
 
 SORTED = f"{HUGGING_FACE}, sorted by length"

@@ -43,7 +43,7 @@ def _architectures(setting: Setting) -> tuple[str, ...]:
 
 def _compile_ahead(architecture: str, cache: Path) -> float:
     """Seconds."""
-    from fastformer.inspection.compilation import compile_ahead
+    from fastformer.kernel_reports.compilation import compile_ahead
 
     begin = time.perf_counter()
     _, failures = compile_ahead([_layer_on_meta], [architecture], cache)

@@ -60,9 +60,9 @@ _RIVALS: dict[tuple[str, str], dict[str, int]] = {
 
 def measurements(setting: Setting) -> Iterator[Measurement]:
     # Here, not above: the compiler is needed by nobody who only lists the studies.
-    from fastformer.inspection.compilation import compile_ahead
-    from fastformer.inspection.report import figures_of
-    from fastformer.inspection.workload import cases
+    from fastformer.kernel_reports.compilation import compile_ahead
+    from fastformer.kernel_reports.report import figures_of
+    from fastformer.kernel_reports.workload import cases
 
     chosen = CASES[3:5] if setting.quick else CASES
     architectures = ("sm_90",) if setting.quick else ARCHITECTURES

@@ -29,10 +29,10 @@ from fastformer.benchmarking.training import (
     padded,
     theirs,
 )
-from fastformer.data import PretrainingDataModule
-from fastformer.data.objectives import IGNORE_INDEX
-from fastformer.data.packing import BatchRecipe, PackedDataset
+from fastformer.data.packing import IGNORE_INDEX
+from fastformer.data.pretraining.batches import BatchRecipe, PackedDataset
 from fastformer.models.conversion import from_hugging_face
+from fastformer.training.loading.pretraining import PretrainingDataModule
 from fastformer.training.pretraining import MaskedLanguageModeling
 
 

@@ -22,12 +22,12 @@ from tokenizers import Tokenizer
 from fastformer.benchmarking.measurement import OURS, PEAK_MEMORY, TIME, Goal, Measurement, Metric
 from fastformer.benchmarking.study import Case, Peer, Setting, TimedStudy
 from fastformer.benchmarking.timing import Run
-from fastformer.data.encoding import TextEncoder
 from fastformer.data.packing import TokenBudgetSampler, pack
-from fastformer.data.python_documentation import python_documentation
-from fastformer.data.sources import open_sources
-from fastformer.data.store import DocumentLayout, load_or_build_store
-from fastformer.data.tokenizer import train_tokenizer
+from fastformer.data.pretraining.encoding import TextEncoder
+from fastformer.data.pretraining.python_documentation import python_documentation
+from fastformer.data.pretraining.sources import open_sources
+from fastformer.data.pretraining.store import DocumentLayout, load_or_build_store
+from fastformer.data.pretraining.tokenizer import train_tokenizer
 
 SPEED = Metric("speed", "MB/s", higher_is_better=True)
 SMALL, LARGE = "a small text: stored, packed", "8 times that text: stored, packed"

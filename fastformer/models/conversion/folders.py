@@ -17,8 +17,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-from fastformer.data.files import atomic_folder
-from fastformer.data.tokenizer import VOCABULARIES, check_tokenizer
+from fastformer.data.pretraining.tokenizer import VOCABULARIES, check_tokenizer
+from fastformer.files import atomic_folder
 from fastformer.models.configuration import FastformerConfig
 from fastformer.models.conversion.architecture import Architecture, Head
 from fastformer.models.conversion.bert import BERT

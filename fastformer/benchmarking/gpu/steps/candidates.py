@@ -21,7 +21,8 @@ from fastformer.tuning.isolation import measure_apart
 from fastformer.tuning.measurement import Finding, Unmeasured, measure, winners
 from fastformer.tuning.problem import GROUPS, TINY, Problem
 from fastformer.tuning.problems import problems
-from fastformer.tuning.tune import event_timer, store_plans
+from fastformer.tuning.results import store_plans
+from fastformer.tuning.timer import event_timer
 
 SHIPPED = "shipped configuration"
 # Problems whose candidates are compiled ahead of time: attention of the most keys. All would be too large a cache.

@@ -19,7 +19,7 @@ from fastformer.benchmarking.gpu.findings import ERROR
 from fastformer.benchmarking.gpu.step import Launch, Record, Setting, Step
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.timing import in_a_line
-from fastformer.inspection.numerics import DTYPES, Error, Problem, errors_of, problems
+from fastformer.diagnostics.numerics import DTYPES, Error, Problem, errors_of, problems
 
 _UNIT = "roundings"
 # All others run on any machine, and would have to be collected first.

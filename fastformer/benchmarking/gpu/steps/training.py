@@ -19,9 +19,9 @@ from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.timing import Run, in_a_line, wait
 from fastformer.generation import Generator, SamplingParameters
 from fastformer.generation.cached_model import CachedModel
-from fastformer.inspection.model_work import autocast, meta_model
 from fastformer.integrations.acceleration import accelerate
 from fastformer.models import from_hugging_face
+from fastformer.planning.model_work import autocast, meta_model
 from fastformer.training.optimization import adamw
 
 ACCELERATED = "accelerated"

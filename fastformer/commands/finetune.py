@@ -1,0 +1,175 @@
+"""The command ``fastformer finetune TASK``: data, output layer, training and evaluation, and a report of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from lightning.pytorch import seed_everything
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from fastformer.data.labelled.sets import DEFAULT_SETS, SETS
+from fastformer.extras import require
+from fastformer.models import PRESETS
+from fastformer.training.adversarial import Adversary
+from fastformer.training.finetuning_examples import sets_of
+from fastformer.training.finetuning_preparation import PRETRAINED
+from fastformer.training.finetuning_run import run_finetuning, run_folder
+from fastformer.training.lora import Lora
+from fastformer.training.optimization import Optimization
+from fastformer.training.privacy import Privacy
+from fastformer.training.run import (
+    add_trainer_arguments,
+    classes_allowed,
+    command_parser,
+    parse,
+    quieten,
+    resumable,
+)
+from fastformer.training.starting_point import Task
+from fastformer.training.tasks import RECIPES, TextOptions
+
+_DESCRIPTION = """\
+Fine-tune a model on a task: {tasks}.
+Without any option: on data that needs no download, from runs/pretrain/model if it is there and fits, otherwise from
+scratch by --preset; in minutes on two CPU cores, into runs/{task}.
+
+examples:
+  fastformer finetune {task}
+  fastformer finetune {task} --data folder/ --model folder/of/a/hugging-face/model --epochs 5 --patience 3
+  fastformer finetune {task} --lora --adapter.rank 16 --optimizer.learning_rate 1e-3
+  fastformer finetune {task} --adversarial fgm --optimizer.layer_decay 0.9
+  fastformer finetune {task} --devices 8 --strategy fsdp2 --precision bf16-mixed --accumulate 4     # or ddp
+  fastformer finetune {task} --precision bf16-mixed --cuda_graphs                                   # on one GPU
+  fastformer finetune {task} --resume              # continue the run in runs/{task} exactly where it stopped
+
+what --output holds:
+  config.yaml     every option of the run          model/              Hugging Face format, or PEFT's adapter
+  checkpoints/    the two newest, for --resume     loss.png            loss in training and on held-out examples
+  logs/           CSV and TensorBoard              metrics.json        what is printed at the end
+  report.md       all of this to read              predictions.jsonl   for the test examples
+  manifest.json   what of all this is the run's
+Only what the manifest lists is ever replaced, and one process at a time writes. Ctrl-C, SIGTERM and SIGUSR1 save a
+checkpoint after the step at hand, and say how to go on. A run resumes with the same examples and tokenizer alone.
+"""
+
+
+def main(arguments: list[str], begin: float) -> None:
+    """Run ``fastformer finetune``.
+
+    Args:
+        arguments: those of the command line after ``finetune``.
+        begin: `time.monotonic()` when the command started.
+
+    Raises:
+        ValueError, OSError: in what the user gave.
+    """
+    tasks = ", ".join(RECIPES)
+    if arguments[:1] in (["--help"], ["-h"]):
+        arguments = ["classify", *arguments]
+    if not arguments or arguments[0] not in RECIPES:
+        raise ValueError(f"name a task first: {tasks}; got {arguments[0] if arguments else 'nothing'}")
+    task = cast(Task, arguments[0])
+    quieten()
+    parser = build_parser(task)
+    with classes_allowed(arguments):
+        options = parse(parser, arguments[1:])
+        for wanted, package in ((options.lora, "peft"), (options.privacy_epsilon, "opacus")):
+            if wanted:
+                require(package)
+        folder = run_folder(Path(options.output))
+        inputs = {"--model": options.model, "--data": None if options.data in SETS else options.data}
+        paths = {option: [Path(given)] for option, given in inputs.items() if given is not None}
+        try:
+            with resumable(f"finetune {task}", folder, options, paths) as stop:
+                seed_everything(options.seed, workers=True, verbose=False)
+                run_finetuning(task, parser, options, arguments, folder, stop, begin)
+        except MisconfigurationException as error:
+            raise ValueError(str(error)) from error
+
+
+class _Usual(NamedTuple):
+    """What options are unless given: with it a task's own set is learnt in minutes on two CPU cores."""
+
+    epochs: int = 3
+    vocab_size: int = 8192
+    tokens_per_batch: int = 4096
+
+
+_USUAL: dict[Task, _Usual] = {
+    "tag": _Usual(epochs=10, vocab_size=4096, tokens_per_batch=1024),
+    "qa": _Usual(epochs=2, vocab_size=4096, tokens_per_batch=2048),
+    "summarize": _Usual(epochs=12, vocab_size=2048, tokens_per_batch=2048),
+    "translate": _Usual(epochs=10, vocab_size=4096, tokens_per_batch=2048),
+    "embed": _Usual(epochs=10),
+}
+
+
+def build_parser(task: Task) -> LightningArgumentParser:
+    """The options of the command for a task."""
+    description = _DESCRIPTION.format(task=task, tasks=", ".join(RECIPES))
+    parser = command_parser(f"finetune {task}", description, f"runs/{task}")
+    usual = _USUAL.get(task, _Usual())
+    add = parser.add_argument
+    add("--task", choices=(task,), default=task, help="the task; to recognise a run by")
+    add(
+        "--data",
+        type=str,
+        default=DEFAULT_SETS[task],
+        metavar="SET|PATH",
+        help=_DATA_HELP.format(", ".join(sets_of(task))),
+    )
+    add("--model", type=str | None, metavar="DIR", help=_MODEL_HELP)
+    add("--from_scratch", action="store_true", help=_SCRATCH_HELP)
+    add("--preset", type=str, default="bert-tiny", help=f"size of a model from scratch: {', '.join(PRESETS)}")
+    add("--overrides", type=dict[str, Any], default={}, help="fields of a model from scratch that differ from --preset")
+    add("--vocab_size", type=int, default=usual.vocab_size, help="of the tokenizer trained for a model from scratch")
+    add("--max_train_examples", type=int | None, metavar="N", help=_EXAMPLES_HELP)
+    add("--epochs", type=int, default=usual.epochs, metavar="N", help="passes over the examples")
+    add("--max_steps", type=int, default=-1, metavar="N", help="optimizer steps, if fewer than --epochs has")
+    add(
+        "--tokens_per_batch",
+        type=int,
+        default=usual.tokens_per_batch,
+        help="the most tokens in a batch of one device",
+    )
+    add("--evaluate_every", type=int, default=100, metavar="N", help=_EVALUATE_HELP)
+    add("--patience", type=int | None, metavar="N", help="stop after so many evaluations without a better one")
+    add("--monitor", type=str, default="loss", help="the metric that --patience looks at")
+    add("--class_weights", type=str | list[float] | None, help=_WEIGHTS_HELP)
+    add("--lora", action="store_true", help="train small matrices beside the frozen weights, by PEFT; see --adapter")
+    add("--adversarial", choices=("fgm", "pgd"), help="train on moved word embeddings too; see --adversary")
+    add("--privacy_epsilon", "--privacy-epsilon", type=float | None, help="train privately, by Opacus; see --privacy")
+    add("--activation_checkpointing", action="store_true", help="compute blocks twice to spare memory")
+    add("--seed", type=int, default=0, help="of new weights, the order of the data, dropout and noise")
+    add("--num_workers", type=int, default=0, help="processes that prepare batches")
+    add("--cache_dir", type=str | None, help="for data; default: $FASTFORMER_CACHE or ~/.cache/fastformer")
+    parser.add_class_arguments(TextOptions, "text", instantiate=False)
+    parser.add_argument("--optimizer.learning_rate", type=float | None, help=_RATE_HELP)
+    parser.add_class_arguments(Optimization, "optimizer", instantiate=False, skip={"learning_rate"})
+    parser.add_class_arguments(Lora, "adapter", instantiate=False)
+    parser.add_class_arguments(Adversary, "adversary", instantiate=False, skip={"method"})
+    parser.add_class_arguments(Privacy, "privacy", instantiate=False, skip={"epsilon"})
+    add_trainer_arguments(parser)
+    parser.link_arguments("epochs", "trainer.max_epochs")
+    return parser
+
+
+_DATA_HELP = (
+    "a set ({}), a folder with train, validation and test files in the layouts of GLUE, SQuAD, CoNLL, XSum or WMT, "
+    "tables or JSON lines, or one such file, of which a tenth each is held out for validation and for the test; all "
+    "questions about a context stay together"
+)
+_MODEL_HELP = (
+    f"what to start from: a folder of a Hugging Face model, ours or any other. Default: {PRETRAINED} if it fits the "
+    "task, else none"
+)
+_WEIGHTS_HELP = "balanced, or a number for each class: in order of value where they are numbers, else of letters"
+_SCRATCH_HELP = (
+    "of --model, take the tokenizer and the architecture, with new weights: what its pretraining is worth; without "
+    "--model, train a tokenizer and take --preset"
+)
+_EXAMPLES_HELP = "train on no more examples than this, drawn at random with --seed"
+_EVALUATE_HELP = "measure on held-out examples, and save a checkpoint, each this many optimizer steps"
+_RATE_HELP = "the peak. Default: 0.0384 / hidden size, 5e-5 for bert-base; ten times that from scratch or with --lora"

@@ -1,0 +1,240 @@
+"""The command ``fastformer generate``: continuations of prompts, as text or as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastformer.arguments import CommandParser, check_text, chosen_device, whole_number
+from fastformer.console import StatusLine
+from fastformer.data.pretraining.tokenizer import load_tokenizer
+from fastformer.generation.parameters import SamplingParameters
+from fastformer.generation.requests import Generation, Piece
+from fastformer.lines import json_object, numbered_lines
+
+if TYPE_CHECKING:
+    from fastformer.generation.batch import Statistics
+    from fastformer.generation.cached_model import LanguageModel
+
+_DESCRIPTION = """\
+Continue prompts with a causal language model, or answer them with a sequence-to-sequence model. Prompts run together,
+each as long as it is: one that is finished makes room for the next. DIR is a model with its tokenizer in Fastformer's
+format; `fastformer convert` makes one of GPT-2's, Llama's, T5's and others. Without --temperature the likeliest token
+is taken each time.
+
+examples:
+  fastformer generate gpt2 --prompt "The capital of France is" --max_new_tokens 20
+  fastformer generate gpt2 --prompt "Once upon a time" --temperature 0.8 --top_p 0.95 --seed 1 --stream
+  fastformer generate llama --prompts questions.jsonl --stop "\\n\\n" --json > answers.jsonl
+  fastformer generate gpt2-xl --draft gpt2 --draft_tokens 5 --prompt "Chapter 1"
+  fastformer generate llama --prompts many.jsonl --slots 64 --page_size 16 --pages 4096 --device cuda --dtype bfloat16
+  fastformer generate llama --prompt "Chapter 1" --no-cuda_graphs
+
+Each line of --prompts is an object with the prompt and, if wanted, sampling options of its own:
+  {"prompt": "Translate to German: house", "temperature": 0.7, "seed": 3, "stop": ["."]}
+"""
+
+_DTYPES = ("float32", "float16", "bfloat16")
+_OPTIONS = [field.name for field in fields(SamplingParameters)]
+
+
+def main(arguments: list[str], begin: float) -> None:
+    """Run ``fastformer generate`` with the arguments that follow.
+
+    Raises:
+        ValueError, OSError: in what the user gave.
+    """
+    options = _parser().parse_args(arguments)
+    from transformers.utils import logging as transformers_logging
+
+    from fastformer.generation.generator import Generator
+
+    transformers_logging.disable_progress_bar()
+    given = {name: value for name in _OPTIONS if (value := getattr(options, name, None)) is not None}
+    prompts, parameters = _prompts(options, SamplingParameters(**given))
+    if options.stream and len(prompts) > 1 and not options.json:
+        raise ValueError(f"--stream of {len(prompts)} prompts would mix their texts; add --json")
+    generator = Generator(
+        _model(options.model, options),
+        load_tokenizer(options.model),
+        slots=options.slots,
+        page_size=options.page_size,
+        pages=options.pages,
+        draft=None if options.draft is None else _model(options.draft, options),
+        draft_tokens=options.draft_tokens,
+        cuda_graphs=options.cuda_graphs,
+    )
+    pieces = generator.stream(prompts, parameters)
+    start = time.monotonic()
+    if options.stream:
+        _stream(pieces, options.json)
+    else:
+        generations = _collected(pieces, len(prompts))
+        for prompt, generation in zip(prompts, generations, strict=True):
+            _show(prompt, generation, options.json, alone=len(prompts) == 1)
+    print(_summary(generator.statistics, len(prompts), time.monotonic() - start), file=sys.stderr)
+
+
+def _parser() -> ArgumentParser:
+    parser = CommandParser(
+        prog="fastformer generate", description=_DESCRIPTION, formatter_class=RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", type=Path, metavar="DIR", help="the model and its tokenizer")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
+    add("--prompts", type=Path, metavar="FILE", help="JSON lines with prompts")
+    add("--stream", action="store_true", help="print text as it comes")
+    add("--json", action="store_true", help="print JSON lines: one for each prompt or, with --stream, for each piece")
+    sampling = parser.add_argument_group("sampling").add_argument
+    default = SamplingParameters()
+    sampling(
+        "--max_new_tokens",
+        type=whole_number(1),
+        metavar="N",
+        help=f"tokens at most (default: {default.max_new_tokens})",
+    )
+    sampling("--temperature", type=float, metavar="T", help="divides the logits; 0 takes the likeliest (default: 0)")
+    sampling("--top_k", type=whole_number(1), metavar="K", help="draw among the K likeliest tokens")
+    sampling("--top_p", type=float, metavar="P", help="draw among the likeliest tokens that make up P together")
+    sampling("--min_p", type=float, metavar="P", help="draw among tokens with P times the likeliest one's probability")
+    sampling("--repetition_penalty", type=float, metavar="X", help="divides logits of tokens seen before (default: 1)")
+    sampling(
+        "--seed",
+        type=whole_number(0, 2**63 - 1),
+        metavar="N",
+        help="of each prompt's draws (default: another each time)",
+    )
+    sampling("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+    sampling("--logprobs", action="store_true", default=None, help="with --json: the log-probability of each token")
+    running = parser.add_argument_group("running").add_argument
+    running(
+        "--slots", type=whole_number(1, 2**16), default=8, metavar="N", help="sequences at once (default: %(default)s)"
+    )
+    running(
+        "--page_size", type=whole_number(1, 2**20), metavar="N", help="keep keys and values in pages of so many tokens"
+    )
+    running("--pages", type=whole_number(1), metavar="N", help="their number (default: as many as can be needed)")
+    running("--draft", type=Path, metavar="DIR", help="a small model that drafts tokens for the other to check")
+    running(
+        "--draft_tokens",
+        type=whole_number(1, 2**16),
+        default=4,
+        metavar="N",
+        help="how many each time (default: %(default)s)",
+    )
+    running(
+        "--cuda_graphs",
+        action=BooleanOptionalAction,
+        help="launch the kernels of a step together, or never (default: on a GPU, where nothing is in the way)",
+    )
+    running("--device", help="cpu or cuda (default: the GPU if there is one)")
+    running("--dtype", choices=_DTYPES, help="of weights and cache (default: as saved)")
+    return parser
+
+
+def _prompts(options: Namespace, common: SamplingParameters) -> tuple[list[str], list[SamplingParameters]]:
+    """The prompts of the command line, then those of the file, and how each is continued."""
+    if common.logprobs and not options.json:
+        raise ValueError("--logprobs is for --json")
+    prompts, parameters = list(options.prompt), [common] * len(options.prompt)
+    for number, prompt in enumerate(prompts, start=1):
+        check_text(prompt, f"--prompt {number}")
+    for text in options.stop or ():
+        check_text(text, "--stop")
+    if options.prompts is not None:
+        for number, line in numbered_lines(options.prompts):
+            if line.strip():
+                place = f"{options.prompts}, line {number}"
+                prompt, own = _line(place, line)
+                prompts.append(prompt)
+                parameters.append(_own_parameters(place, common, own))
+    if not prompts:
+        where = "" if options.prompts is None else f" in {options.prompts}"
+        raise ValueError(f"there is no prompt{where}; give --prompt or --prompts")
+    return prompts, parameters
+
+
+def _line(place: str, line: str) -> tuple[str, dict[str, Any]]:
+    content = json_object(line, place)
+    if not isinstance(content.get("prompt"), str):
+        raise ValueError(f'{place} must be an object with a string "prompt"; found {", ".join(content) or "nothing"}')
+    unknown = sorted(content.keys() - {"prompt", *_OPTIONS})
+    if unknown:
+        raise ValueError(f"{place} has {', '.join(unknown)}; accepted are prompt, {', '.join(_OPTIONS)}")
+    return content.pop("prompt"), content
+
+
+def _own_parameters(place: str, common: SamplingParameters, own: dict[str, Any]) -> SamplingParameters:
+    try:
+        return replace(common, **own)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _model(folder: Path, options: Namespace) -> LanguageModel:
+    from fastformer.models import FastformerConfig, FastformerForCausalLM, FastformerForSeq2SeqLM
+    from fastformer.models.loading import load_configuration, load_whole_model
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    config = load_configuration(folder)
+    if not isinstance(config, FastformerConfig):
+        raise ValueError(
+            f"{folder} holds a {config.model_type} model of Hugging Face's; make one of Fastformer's with "
+            "`fastformer convert`"
+        )
+    if config.stack == "encoder":
+        raise ValueError(f"{folder} holds an encoder, which generates nothing")
+    kind = FastformerForSeq2SeqLM if config.is_encoder_decoder else FastformerForCausalLM
+    model = load_whole_model(kind, folder, dtype=options.dtype or "auto")
+    return model.to(chosen_device(options.device)).eval()
+
+
+def _collected(pieces: Iterable[Piece], prompts: int) -> list[Generation]:
+    """All there is, with the progress shown meanwhile."""
+    generations = [Generation(text="") for _ in range(prompts)]
+    tokens = finished = 0
+    with StatusLine() as line:
+        for piece in pieces:
+            generations[piece.request].add(piece)
+            tokens += len(piece.tokens)
+            finished += piece.finish_reason is not None
+            line.show(f"{tokens:,} tokens; {finished:,} of {prompts:,} finished")
+    return generations
+
+
+def _stream(pieces: Iterator[Piece], as_json: bool) -> None:
+    for piece in pieces:
+        if as_json:
+            print(json.dumps(_without_nothing(piece._asdict()), ensure_ascii=False), flush=True)
+        else:
+            print(piece.text, end="" if piece.finish_reason is None else "\n", flush=True)
+
+
+def _show(prompt: str, generation: Generation, as_json: bool, alone: bool) -> None:
+    if as_json:
+        print(json.dumps({"prompt": prompt} | _without_nothing(vars(generation)), ensure_ascii=False))
+    elif alone:
+        print(generation.text)
+    else:
+        print(f"--- {prompt}\n{generation.text}")
+
+
+def _without_nothing(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _summary(statistics: Statistics, prompts: int, seconds: float) -> str:
+    summary = (
+        f"{prompts} {'prompt' if prompts == 1 else 'prompts'}, {statistics.prompt_tokens:,} tokens; "
+        f"{statistics.new_tokens:,} new ones in {seconds:.1f} s, {statistics.new_tokens / seconds:,.0f} tokens/s"
+    )
+    if statistics.drafted:
+        summary += f"; {statistics.accepted / statistics.drafted:.0%} of the drafted tokens were accepted"
+    return summary

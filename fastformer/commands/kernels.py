@@ -1,0 +1,288 @@
+"""The command ``fastformer kernels``: compile kernels ahead of time and report what they became, with no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import triton
+from fastformer_kernels.launch import ARCHITECTURES
+
+from fastformer.arguments import CommandParser
+from fastformer.console import track
+from fastformer.extras import require
+from fastformer.files import OVERWRITE_HELP, check_out
+from fastformer.kernel_reports.compilation import (
+    Failure,
+    Work,
+    compile_ahead,
+    compiled_by,
+    reduce_to_launches,
+    relocate,
+)
+from fastformer.kernel_reports.gate import regressions, unwanted_spills
+from fastformer.kernel_reports.report import Figures, as_json, as_table, figures_of, from_json
+from fastformer.kernel_reports.workload import DTYPES, LAYOUTS, OPERATORS, cases
+from fastformer.lines import json_file
+
+_COMPILE = """\
+Compile kernels ahead of time, for GPUs that need not be there, into a Triton cache. A machine with such a GPU and the
+same version of triton and fastformer then launches them without compiling: set TRITON_CACHE_DIR to the cache there.
+
+examples:
+  fastformer kernels compile --arch sm_90 --model bert-base --precision bf16-mixed --out /opt/fastformer-cache
+  fastformer kernels compile --arch sm_80,sm_90,gfx942 --model runs/pretrain/model --out cache --home /opt/cache
+  fastformer kernels compile --arch sm_90 --operators softmax,norm --dtypes bfloat16 --out cache
+  fastformer kernels compile --arch sm_90 --bench-gpu all --out cache
+
+Without --model and --bench-gpu: every case of every operator, a thousand kernels for each architecture.
+"""
+
+_REPORT = """\
+Report what kernels become on each architecture: registers, spills, shared memory, residency, instructions, and a
+model's bracket of the fraction of peak. Kernels are compiled first, unless --cache has them.
+
+examples:
+  fastformer kernels report --arch sm_90 --operators attention --dtypes bfloat16 --layouts aligned
+  fastformer kernels report --arch sm_80,sm_90,sm_100,gfx942 --model bert-base --json report.json --picture report.png
+"""
+
+_CHECK = """\
+The regression gate: compile the guarded cases, and compare with the figures kept in the repository for this version of
+triton. A new spill, too much shared memory, a lost wgmma, tcgen05, TMA or asynchronous copy, or over 3% more
+instructions is an error, and so is a kernel that is not in the figures. On sm_90, 16-bit attention with head_dim 64 or
+128 may not spill at all.
+
+examples:
+  fastformer kernels check --figures tests/kernel_reports/kernel_figures
+  fastformer kernels check --figures tests/kernel_reports/kernel_figures --update
+"""
+
+GUARDED_ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def main(arguments: list[str], begin: float) -> None:
+    """Run ``fastformer kernels`` with the arguments that follow."""
+    options = _parser().parse_args(arguments)
+    options.run(options)
+
+
+def _parser() -> ArgumentParser:
+    parser = CommandParser(prog="fastformer kernels", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    compile = commands.add_parser(
+        "compile",
+        help="compile kernels into a Triton cache",
+        description=_COMPILE,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    _add_work(compile)
+    compile.add_argument(
+        "--bench-gpu", type=_names, metavar="STEP,...", help="what these steps of `fastformer bench gpu` launch, or all"
+    )
+    compile.add_argument("--out", type=Path, default=Path("fastformer-cache"), help="the cache (default: %(default)s)")
+    compile.add_argument("--home", type=Path, help="the absolute path where the cache will be used, if not --out")
+    compile.set_defaults(run=_compile)
+
+    report = commands.add_parser(
+        "report",
+        help="report registers, spills, instructions, ... of kernels",
+        description=_REPORT,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    _add_work(report)
+    report.add_argument("--json", type=Path, help="write the figures here")
+    report.add_argument("--picture", type=Path, help="draw a roofline and the instruction mix here, as PNG, PDF or SVG")
+    report.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
+    report.add_argument("--cache", type=Path, help="where compiled kernels are kept from one report to the next")
+    report.set_defaults(run=_report)
+
+    check = commands.add_parser(
+        "check",
+        help="fail if compiled kernels got worse",
+        description=_CHECK,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    check.add_argument("--figures", type=Path, required=True, help="the folder of recorded figures")
+    check.add_argument("--update", action="store_true", help="record the figures as they are now, for this triton")
+    _add_arch(check, ",".join(GUARDED_ARCHITECTURES))
+    check.set_defaults(run=_check)
+    return parser
+
+
+def _add_arch(parser: ArgumentParser, default: str | None = None) -> None:
+    parser.add_argument(
+        "--arch",
+        type=_names,
+        required=default is None,
+        default=default,
+        metavar="NAME,...",
+        help=f"of {', '.join(ARCHITECTURES)}{f' (default: {default})' if default else ''}",
+    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="compile this many kernels at once")
+
+
+def _add_work(parser: ArgumentParser) -> None:
+    _add_arch(parser)
+    parser.add_argument("--model", help="what this model launches: a folder in Hugging Face's format, or a preset")
+    parser.add_argument("--precision", default="bf16-mixed", help="of the model: 32-true, bf16-mixed (default), ...")
+    parser.add_argument("--operators", type=_names, metavar="NAME,...", help=f"only these of {', '.join(OPERATORS)}")
+    parser.add_argument("--dtypes", type=_names, metavar="NAME,...", help=f"only these of {', '.join(DTYPES)}")
+    parser.add_argument("--layouts", type=_names, metavar="NAME,...", help=f"only these of {', '.join(LAYOUTS)}")
+
+
+_MARK = ".fastformer-kernels"  # in a cache that may be reduced to what a launch needs
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _compile(options: Namespace) -> None:
+    if options.home and not options.home.is_absolute():
+        raise ValueError(f"--home must be an absolute path; got {options.home}")
+    work = _benchmark_work(options) if options.bench_gpu else [run for _, run in _work(options)]
+    _claim(options.out)
+    kernels, failures = _ahead(work, options, options.out)
+    reduce_to_launches(options.out)
+    if failures:
+        if options.home:
+            relocate(options.out, options.home)
+        print(f"{_explained(failures)}\n{options.out} has the other {kernels - len(failures)}")
+        raise SystemExit(1)
+    # The proof: the same launches, as a GPU machine makes them, find everything there.
+    missed = compiled_by(work, options.arch, options.out)
+    if missed:
+        print(f"the cache lacks {', '.join(f'{name} ({n})' for name, n in Counter(missed).items())}")
+        raise SystemExit(1)
+    if options.home:
+        relocate(options.out, options.home)
+    size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
+    print(
+        f"{kernels} kernels for {', '.join(options.arch)} in {options.out} ({size / 2**20:.0f} MiB); launched again, "
+        f"none was compiled\nuse it with TRITON_CACHE_DIR={options.home or options.out.absolute()}"
+    )
+
+
+def _claim(cache: Path) -> None:
+    """Make a folder for kernels; in one of anything else, Triton's own cache too, something would be lost."""
+    if cache.is_dir() and any(cache.iterdir()) and not (cache / _MARK).exists():
+        names = ", ".join(sorted(path.name for path in cache.iterdir())[:3])
+        raise ValueError(
+            f"--out {cache} is no cache that `fastformer kernels compile` has made: it holds {names}; give a new folder"
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / _MARK).touch()
+
+
+def _report(options: Namespace) -> None:
+    for option, path in (("--json", options.json), ("--picture", options.picture)):
+        if path is not None:
+            check_out([path], options.overwrite, option=option)
+    if options.picture:
+        require("matplotlib")
+    figures = _figures(_work(options), options, options.cache)
+    print(as_table(figures))
+    if options.json:
+        _write_json(figures, options.json)
+    if options.picture:
+        from fastformer.kernel_reports.picture import draw
+
+        draw(figures, options.picture)
+
+
+def _check(options: Namespace) -> None:
+    path = options.figures / f"triton-{triton.__version__}.json"
+    command = f"fastformer kernels check --figures {options.figures} --update"
+    if not path.exists() and not options.update:
+        raise ValueError(
+            f"there is no {path}; other compilers give other code. To record what triton {triton.__version__} makes of "
+            f"the kernels: {command}"
+        )
+    figures = _figures([(case.name, case.run) for case in cases(guarded=True)], options, None)
+    recorded = from_json(json_file(path)) if path.exists() else []
+    if options.update:
+        options.figures.mkdir(parents=True, exist_ok=True)
+        _write_json(_updated(recorded, figures, options.arch), path)
+        print(f"recorded {len(figures)} kernels in {path}")
+        return
+    worse = regressions([entry for entry in recorded if entry.architecture in options.arch], figures)
+    if worse:
+        print("\n".join(["compiled kernels got worse, or are not in the figures:", *worse]))
+        print(f"if that is wanted: {command}")
+    unwanted = unwanted_spills(figures)
+    if unwanted:
+        print("\n".join(["attention spills where it may not:", *unwanted]))
+    if worse or unwanted:
+        raise SystemExit(1)
+    print(f"{len(figures)} kernels are no worse than recorded in {path}")
+
+
+def _updated(recorded: Sequence[Figures], figures: Sequence[Figures], architectures: Sequence[str]) -> list[Figures]:
+    """`figures`, those of `architectures`, and what is recorded of the others; one architecture after the other."""
+    kept = [entry for entry in recorded if entry.architecture not in architectures]
+    return sorted([*kept, *figures], key=lambda entry: list(ARCHITECTURES).index(entry.architecture))
+
+
+def _figures(work: Sequence[tuple[str, Work]], options: Namespace, cache: Path | None) -> list[Figures]:
+    with tempfile.TemporaryDirectory() as folder:
+        cache = cache or Path(folder)
+        _, failures = _ahead([run for _, run in work], options, cache)
+        if failures:
+            print(_explained(failures))
+            raise SystemExit(1)
+        return list(figures_of(work, options.arch, cache, options.processes))
+
+
+def _ahead(work: Sequence[Work], options: Namespace, cache: Path) -> tuple[int, list[Failure]]:
+    """Compile `work` into `cache`; returns the number of kernels, and those that failed."""
+    unknown = sorted(set(options.arch) - set(ARCHITECTURES))
+    if unknown:
+        raise ValueError(f"--arch must be among {', '.join(ARCHITECTURES)}; got {', '.join(unknown)}")
+    specializations, failures = compile_ahead(
+        work, options.arch, cache, options.processes, lambda steps, total: track(steps, "compiling", total)
+    )
+    return len(specializations), failures
+
+
+def _write_json(figures: Sequence[Figures], path: Path) -> None:
+    path.write_text(json.dumps(as_json(figures), indent=1) + "\n")
+
+
+def _work(options: Namespace) -> list[tuple[str, Work]]:
+    """The work that the options name."""
+    if options.model is None:
+        return [(case.name, case.run) for case in cases(options.operators, options.dtypes, options.layouts)]
+    if options.operators or options.dtypes or options.layouts:
+        raise ValueError("--operators, --dtypes and --layouts choose cases; a --model says itself what it launches")
+    from fastformer.planning.choices import PRECISIONS
+    from fastformer.planning.model_work import known_model, meta_model, model_work, two_blocks
+
+    if options.precision not in PRECISIONS:
+        raise ValueError(f"--precision must be one of {', '.join(PRECISIONS)}; got {options.precision!r}")
+    config, kind = known_model(options.model)
+    steps = model_work(meta_model(two_blocks(config), kind, options.precision), options.precision)
+    return [(f"{options.model}, step {number}", step) for number, step in enumerate(steps, 1)]
+
+
+def _benchmark_work(options: Namespace) -> list[Work]:
+    """What steps of the GPU benchmark launch."""
+    if options.model or options.operators or options.dtypes or options.layouts:
+        raise ValueError("--bench-gpu says itself what is launched; no --model, --operators, --dtypes or --layouts")
+    from fastformer.benchmarking.gpu.steps import STEPS, load
+
+    steps = [load(name) for name in (STEPS if options.bench_gpu == ["all"] else options.bench_gpu)]
+    return [launch for step in steps if step.launches for launch in step.launches()]
+
+
+def _explained(failures: list[Failure]) -> str:
+    lines = [
+        f"{failure.specialization.architecture} {failure.specialization.kernel}: {failure.reason}"
+        for failure in failures
+    ]
+    return "\n".join([f"{len(failures)} kernels failed:", *dict.fromkeys(lines)])

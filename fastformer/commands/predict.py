@@ -1,0 +1,118 @@
+"""The command ``fastformer predict``: what a fine-tuned model makes of examples, as JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from fastformer.arguments import CommandParser, chosen_device, whole_number
+from fastformer.console import printable
+from fastformer.files import OVERWRITE_HELP, check_out
+from fastformer.training.finetuning_run import run_folder, write_predictions
+from fastformer.training.folder import RunFolder
+from fastformer.training.prediction import Predictor
+from fastformer.training.run import quieten, read_options
+from fastformer.training.starting_point import Task
+from fastformer.training.tasks import RECIPES, TextOptions
+
+_DESCRIPTION = """\
+The predictions of a model that `fastformer finetune` has trained, one JSON object a line, in the order of the examples.
+Examples have the same layouts as for fine-tuning; what is to be predicted may be left out.
+
+examples:
+  fastformer predict runs/classify --data reviews.jsonl --out predictions.jsonl
+  fastformer predict runs/summarize --data articles.source --beams 4 --out summaries.jsonl
+"""
+
+
+def main(arguments: list[str], begin: float) -> None:
+    """Run ``fastformer predict``.
+
+    Args:
+        arguments: those of the command line after ``predict``.
+        begin: `time.monotonic()` when the command started.
+
+    Raises:
+        ValueError, OSError: in what the user gave.
+    """
+    quieten()
+    options = _parser().parse_args(arguments)
+    run = run_folder(Path(options.run))
+    task, texts = _of_run(run)
+    device = chosen_device(options.device)
+    inputs = {"--data": _files_of(Path(options.data), texts), "DIR": [run.config, run.model]}
+    check_out([Path(options.out)], options.overwrite, inputs)
+    if options.beams is not None:
+        texts = replace(texts, beams=options.beams)
+    examples = RECIPES[task].read(Path(options.data), texts)  # before the model: it may be refused
+    predictor = Predictor.load(
+        run.model,
+        task,
+        texts,
+        device,
+        options.tokens_per_batch,
+    )
+    examples = predictor.recipe.to_predict(examples, predictor.recipe.labels)
+    write_predictions(Path(options.out), predictor.recipe.lines(predictor(examples), examples))
+    print(printable(f"{len(examples):,} predictions in {options.out}"), file=sys.stderr)
+
+
+def _files_of(data: Path, texts: TextOptions) -> list[Path]:
+    """That are read, with those that may be beside them: ``NAME.target``, or one for each language."""
+    return [data, *(data.with_name(f"{data.stem}.{suffix}") for suffix in ("target", *texts.languages))]
+
+
+def _of_run(run: RunFolder) -> tuple[Task, TextOptions]:
+    """The task of a run, and its options of texts.
+
+    Raises:
+        FileNotFoundError, ValueError: it is no finished fine-tuning run, or its options are not whole.
+    """
+    if not run.config.is_file():
+        raise FileNotFoundError(f"{run.path} is no fine-tuning run: it has no {run.config.name}")
+    options = read_options(run.config)
+    task = options.get("task")
+    if task not in list(RECIPES):  # which may be unhashable
+        raise ValueError(f"{run.path} is no fine-tuning run: {run.config} names no task")
+    texts = _texts(run.config, options)
+    if not run.model.is_dir():
+        raise FileNotFoundError(f"{run.path} has no {run.model.name}: the run is not finished")
+    return task, texts
+
+
+def _texts(config: Path, options: dict[str, Any]) -> TextOptions:
+    """The options in a file, each of which has the name and the type that it must have."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TextOptions, "text", instantiate=False)
+    if "trainer" not in options or not config.read_bytes().endswith(b"\n"):  # the last that a run writes
+        raise ValueError(f"{config} is not whole: it must have all options of the run, as the run has written them")
+    if not isinstance(options.get("text"), dict):
+        raise ValueError(f"{config} must have text, the options of texts; got {options.get('text')!r}")
+    try:
+        found = parser.parse_object({"text": options["text"]})
+    except ArgumentError as error:
+        raise ValueError(f"{config}: {error}") from error
+    return TextOptions(**found.text.as_dict())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="fastformer predict", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="DIR", help="the output folder of a fine-tuning run")
+    parser.add_argument("--data", required=True, metavar="FILE", help="examples")
+    parser.add_argument("--out", required=True, metavar="FILE", help="for the predictions; written whole or not at all")
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
+    parser.add_argument(
+        "--beams", type=whole_number(1, 2**16), metavar="N", help="of beam search, where text is generated"
+    )
+    parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
+    parser.add_argument(
+        "--tokens_per_batch", type=whole_number(1), default=4096, metavar="N", help="the most tokens in a batch"
+    )
+    return parser

@@ -1,0 +1,98 @@
+"""The command ``fastformer tune``: measure launch configurations on this GPU, and keep the fastest."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastformer.arguments import CommandParser
+from fastformer.backends import HAS_TRITON
+from fastformer.console import track
+from fastformer.tuning.results import store_plans, summary
+from fastformer.tuning.timer import event_timer
+
+if TYPE_CHECKING:
+    from fastformer.tuning.measurement import Finding, Unmeasured
+    from fastformer.tuning.problem import Group, Problem
+
+_DESCRIPTION = """\
+Measure on this machine's GPU, for every class of shapes, which of a dozen launch configurations of a kernel is the
+fastest, and for the parts of a feed-forward block whether one fused kernel beats a library's matrix product followed by
+one pass. Until then shipped defaults decide. A configuration wins only if it computes what the default does. Compiling
+takes most of the time: some minutes on 16 cores. What is found is kept for this GPU's architecture and this version of
+triton in FASTFORMER_CACHE/plans.json (by default ~/.cache/fastformer/plans.json), and used from then on.
+
+examples:
+  fastformer tune
+  fastformer tune --operations attention norm    # these alone; what is known of others is kept
+  fastformer tune --dtypes bfloat16 float32      # also float32, exact (or tf32 with --tf32)
+  CUDA_VISIBLE_DEVICES=1 fastformer tune         # another GPU of this machine
+  FASTFORMER_CACHE=/shared/cache fastformer tune # one file for several machines
+"""
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_OPERATIONS = ("attention", "decode", "norm", "cross_entropy", "feed_forward", "softmax")
+
+
+def main(arguments: list[str], begin: float) -> None:
+    """Run the command.
+
+    Raises:
+        ValueError: no GPU, or no triton.
+    """
+    options = _parser().parse_args(arguments)
+    if not HAS_TRITON:
+        raise ValueError("tune measures Triton kernels, but triton is not installed; pip install triton")
+    if not torch.cuda.is_available():
+        raise ValueError("tune measures kernels on a GPU, and PyTorch sees none; without one there is nothing to tune")
+    from fastformer_kernels.configurations import forget_plans_read, plans_path
+    from fastformer_kernels.launch import architecture_of
+
+    from fastformer.tuning.compilation import compiled_ahead
+    from fastformer.tuning.isolation import measure_apart
+    from fastformer.tuning.measurement import winners
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    architecture = architecture_of(torch.empty(0, device=device)).name
+    print(f"{torch.cuda.get_device_name(device)} ({architecture})")
+    make_problems = partial(_problems, tuple(options.dtypes), tuple(options.operations), options.tf32)
+    to_solve = make_problems()
+    findings: list[Finding | Unmeasured] = []
+    try:
+        with compiled_ahead(to_solve, architecture, os.cpu_count() or 1) as prepare:
+            measured = measure_apart(make_problems, device, event_timer, prepare)
+            for finding in track(measured, "measuring", len(to_solve)):
+                findings.append(finding)
+    finally:
+        store_plans(plans_path(), architecture, winners(findings))
+        forget_plans_read()
+    print(summary(findings))
+    print(f"kept in {plans_path()}")
+
+
+def _problems(dtypes: Sequence[str], operations: Sequence[Group], tf32: bool) -> list[Problem]:
+    from fastformer.tuning.problems import problems
+
+    if tf32:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    return problems([_DTYPES[name] for name in dtypes], operations)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="fastformer tune", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--operations", nargs="+", choices=_OPERATIONS, default=_OPERATIONS, help="what to measure (default: all)"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=_DTYPES, default=["bfloat16"], help="in which dtypes; 16-bit ones share plans"
+    )
+    parser.add_argument(
+        "--tf32", action="store_true", help="allow tf32 in products of float32, as PyTorch's switch does"
+    )
+    return parser

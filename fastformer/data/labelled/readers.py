@@ -1,0 +1,641 @@
+"""Labelled data in the layouts in which it comes: GLUE, SQuAD, CoNLL, XSum, WMT, chats, tables and JSON lines.
+
+Errors name the file and the line, what was found there and what is accepted.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
+
+from fastformer.data.labelled.conll import conll_sentences
+from fastformer.data.labelled.examples import (
+    Answer,
+    ClassifiedText,
+    Conversation,
+    Examples,
+    Message,
+    Question,
+    SimilarTexts,
+    SourceTarget,
+    TaggedWords,
+    UnlearntMessage,
+    check_is_told,
+    written_number,
+)
+from fastformer.data.labelled.tmx import tmx_units
+from fastformer.data.parquet import parquet_records
+from fastformer.lines import check_is_file, decoded_lines, json_file, json_object, numbered_lines
+
+Example = TypeVar("Example", bound=tuple)
+
+# Python's own limit is 131,072 characters.
+csv.field_size_limit((1 << 31) - 1)
+
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
+"""Values that say nothing."""
+
+ROLES = ("system", "user", "assistant")
+
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eng.testa", "testa"),
+    "test": ("test", "eng.testb", "testb"),
+}
+
+
+def find_splits(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder by split: those named ``train``, ``validation`` (or ``valid``, ``val``, ``dev``) or
+    ``test``, with any ending or suffix behind ``-``, ``_`` or ``.`` (``dev_matched.tsv``, ``train-v2.0.json``).
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no training file in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    splits: dict[str, list[Path]] = {}
+    for path in sorted(path for path in folder.iterdir() if not path.is_dir()):
+        for split, names in _SPLIT_NAMES.items():
+            if any(path.name == name or path.name.startswith((f"{name}.", f"{name}-", f"{name}_")) for name in names):
+                splits.setdefault(split, []).append(path)
+    if "train" not in splits:
+        found = ", ".join(path.name for path in sorted(folder.iterdir())[:5]) or "nothing"
+        raise FileNotFoundError(f"{folder} has no training file (train.tsv, train.jsonl, ...); found {found}")
+    return splits
+
+
+# --- Rows -------------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A record of a file, and where it is."""
+
+    where: str
+    values: dict[str, Any]
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The records of JSON lines, CSV (quoted as in RFC 4180), TSV (tabs, never quoted, as GLUE's) or parquet.
+
+    Raises:
+        ValueError: another suffix, or a line that is no record.
+    """
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
+        yield from _json_rows(path)
+    elif suffix in (".csv", ".tsv"):
+        yield from _table_rows(path)
+    elif suffix == ".parquet":
+        yield from _parquet_rows(path)
+    else:
+        raise ValueError(f"{path}: unknown suffix {suffix!r}; accepted are .jsonl, .ndjson, .csv, .tsv, .parquet")
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    for number, line in numbered_lines(path):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield Row(where, json_object(line, where))
+
+
+def _table_rows(path: Path) -> Iterator[Row]:
+    check_is_file(path)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            yield from _records(file, path)
+        except UnicodeDecodeError:
+            for _ in decoded_lines(path):  # says in which line
+                pass
+            raise
+
+
+def _records(file: IO[str], path: Path) -> Iterator[Row]:
+    if path.suffix.lower() == ".csv":
+        spaced = ", " in file.readline()  # "text, label": the space is no part of the name, nor of what is below it
+        file.seek(0)
+        records = csv.reader(file, strict=True, skipinitialspace=spaced)
+    else:
+        records = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    header: list[str] = []
+    while True:
+        where = f"{path}, line {records.line_num + 1}"
+        try:
+            record = next(records, None)
+        except csv.Error as error:
+            raise ValueError(f"{where}: not CSV: {error}") from error
+        if record is None:
+            break
+        if not record:
+            continue
+        if not header:
+            if _is_cola(record):
+                yield Row(where, {"label": record[1], "sentence": record[3]})
+                record = ["", "label", "", "sentence"]
+            header = _column_names(record, where)
+            continue
+        if len(record) != len(header):
+            raise ValueError(f"{where}: found {len(record)} columns, expected {len(header)}: {', '.join(header)}")
+        yield Row(where, dict(zip(header, record, strict=True)))
+    if not header:
+        raise ValueError(f"{path} is empty; its first line must name the columns")
+
+
+def _column_names(header: list[str], where: str) -> list[str]:
+    names = [name.strip() for name in header]
+    for name in names:
+        if name and names.count(name) > 1:
+            raise ValueError(f"{where}: {name!r} names two columns; the first line must give each a name of its own")
+    return names
+
+
+def _is_cola(header: list[str]) -> bool:
+    """GLUE's CoLA has no header: source, label, original mark, sentence."""
+    return len(header) == 4 and header[1] in ("0", "1") and header[2] in ("", "*", "?", "??", "?*")
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    for number, values in parquet_records(path):
+        yield Row(f"{path}, row {number}", values)
+
+
+def _one_of(row: Row, names: Sequence[str], what: str, required: bool = True) -> Any:
+    """The value of the first of some columns that the row has; None where it has none, or says nothing there."""
+    value = next((row.values[name] for name in names if name in row.values), None)
+    if value is None and required:
+        found = ", ".join(map(str, row.values)) or "nothing"
+        empty = " that is not null" if any(name in row.values for name in names) else ""
+        raise ValueError(f"{row.where}: no {what}{empty}; found {found}; accepted are {', '.join(names)}")
+    return value
+
+
+def _text(row: Row, names: Sequence[str], what: str, required: bool = True) -> Any:
+    _check_one(row, names, what)
+    value = _one_of(row, names, what, required)
+    return None if value is None else _checked_text(value, row.where, what)
+
+
+def _check_one(row: Row, names: Sequence[str], what: str) -> None:
+    """Raises ValueError where several columns may be meant, and say different things."""
+    given = [name for name in names if row.values.get(name) not in _NOTHING]
+    if any(row.values[name] != row.values[given[0]] for name in given):
+        raise ValueError(f"{row.where}: found {' and '.join(given)}, each of which may be the {what}; give one")
+
+
+def _checked_text(value: Any, where: str, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {what} must be a string, found {_shown(value)}")
+    if not value.strip():
+        raise ValueError(f"{where}: {what} is empty")
+    return value
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {value!s:.60}"
+
+
+def _examples(path: Path, rows: Iterator[Row], make: Callable[[Row], Example]) -> Examples[Example]:
+    return _some(path, ((row.where, make(row)) for row in rows))
+
+
+def _some(path: Path, located: Iterator[tuple[str, Example]]) -> Examples[Example]:
+    examples = Examples(located)
+    if not examples:
+        raise ValueError(f"{path} holds no examples")
+    return examples
+
+
+# --- Classification ---------------------------------------------------------------------------------------------------
+
+_FIRST = ("text", "sentence", "sentence1", "premise", "question1", "#1 String", "question")
+_SECOND = ("text_pair", "sentence2", "hypothesis", "question2", "#2 String", "second")
+_ASKED_ABOUT = ("sentence", "passage", "paragraph", "context", "answer")
+"""Second texts beside ``question``, as in QNLI, BoolQ and WikiQA."""
+_LABEL = ("label", "labels", "gold_label", "is_duplicate", "Quality", "label_text")
+_SCORE = ("score", "similarity_score")
+_LARGEST_SCORE = 1e15
+
+
+def read_classification(path: Path, targets: bool = False) -> Examples[ClassifiedText]:
+    """Tables and JSON lines with a text, perhaps a second one, and a label (or a score, for regression).
+
+    GLUE's TSV files are read as they are, CoLA's without a header too. White space round a label is not of it. JSON's
+    true and false are the classes ``true`` and ``false``. Examples whose ``gold_label`` is ``-`` (SNLI's, of which
+    people thought differently) are left out, with a warning that says how many.
+
+    Args:
+        path: the file.
+        targets: whether there must be a label or a score. Without one, as in GLUE's test files, the label is None.
+    """
+    return _examples(path, _agreed(path), lambda row: _classified(row, targets))
+
+
+def _agreed(path: Path) -> Iterator[Row]:
+    """The records of a file without those that people could not agree on."""
+    agreed = left_out = 0
+    for row in read_rows(path):
+        if row.values.get("gold_label") == "-":
+            left_out += 1
+        else:
+            agreed += 1
+            yield row
+    if left_out:
+        warnings.warn(
+            f"{path}: {left_out:,} of {left_out + agreed:,} examples are left out: people did not agree on a label, "
+            "gold_label is '-'",
+            stacklevel=2,
+        )
+
+
+def _classified(row: Row, targets: bool) -> ClassifiedText:
+    first, second = _texts(row)
+    label = _one_of(row, _LABEL, "label", required=False)
+    if label is None:
+        score = _one_of(row, (*_SCORE, *_LABEL), "label or score", required=targets)
+        return ClassifiedText(first, second, None if score is None else _number(score, row.where))
+    if not isinstance(label, (str, int)) and not (isinstance(label, float) and math.isnan(label)):
+        raise ValueError(f"{row.where}: label must be a string or a whole number, found {label!r:.60}")
+    return ClassifiedText(first, second, check_is_told(_written(label).strip(), row.where, "label"))
+
+
+def _texts(row: Row) -> tuple[str, str | None]:
+    """The text and, if there is one, the second."""
+    filled = sorted(name for name, value in row.values.items() if isinstance(value, str) and value.strip())
+    firsts: Sequence[str] = _FIRST
+    seconds: Sequence[str] = _SECOND
+    if row.values.get("question") not in _NOTHING and any(row.values.get(name) is not None for name in _ASKED_ABOUT):
+        firsts, seconds = ("question",), (*_SECOND, *_ASKED_ABOUT)
+    texts = [name for name in filled if name in (*_FIRST, *seconds)]
+    if len(texts) > (2 if any(name in filled for name in seconds) else 1):
+        raise ValueError(
+            f"{row.where}: found the texts {', '.join(texts)}; accepted are one, or two with the second in "
+            f"{', '.join(_SECOND)} or, beside question, in {', '.join(_ASKED_ABOUT)}"
+        )
+    return _text(row, firsts, "text column"), _text(row, seconds, "second text", required=False)
+
+
+def _written(label: Any) -> str:
+    """A label as JSON has it: true is the class "true"."""
+    return str(label).lower() if isinstance(label, bool) else str(label)
+
+
+def _number(score: Any, where: str) -> float:
+    number = math.nan
+    if isinstance(score, str):
+        number = written_number(score)
+    elif not isinstance(score, bool):
+        with suppress(TypeError, ValueError, OverflowError):
+            number = float(score)
+    if not math.isfinite(number):
+        raise ValueError(f"{where}: score must be a number, found {score!r:.60}; accepted are finite ones")
+    if abs(number) > _LARGEST_SCORE:
+        raise ValueError(
+            f"{where}: score must be from {-_LARGEST_SCORE:g} to {_LARGEST_SCORE:g}, found {score!r:.60}: the squares "
+            "of larger ones cannot be added up in float32; divide all scores by the same number"
+        )
+    return number
+
+
+# --- Tagging ----------------------------------------------------------------------------------------------------------
+
+
+def read_tagging(path: Path, targets: bool = False) -> Examples[TaggedWords]:
+    """CoNLL's columns (a word a line, the tag in the last column, a blank line between sentences), or JSON lines with
+    ``tokens`` (or ``words``) and ``tags`` (or ``ner_tags``, ``labels``) as strings.
+
+    Columns of CoNLL are divided by a tab, in a line that has one, or by spaces; any other white space, such as U+00A0,
+    is of a word. Lines before a sentence that begin with ``#`` and a space are comments; see
+    `fastformer.data.labelled.conll.conll_sentences` for a word ``#`` there.
+
+    Args:
+        path: the file.
+        targets: whether there must be tags.
+    """
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".parquet"):
+        return _examples(path, read_rows(path), lambda row: _tagged(row, targets))
+    return _some(path, conll_sentences(path))
+
+
+def _tagged(row: Row, targets: bool) -> TaggedWords:
+    words = _strings(row, ("tokens", "words"), "words")
+    tags = _strings(row, ("tags", "ner_tags", "labels"), "tags", required=targets)
+    if tags is not None and len(tags) != len(words):
+        raise ValueError(f"{row.where}: found {len(words)} words and {len(tags)} tags; each word has one tag")
+    for tag in tags or ():
+        check_is_told(tag, row.where, "tag")
+    return TaggedWords(words, tags)
+
+
+def _strings(row: Row, names: Sequence[str], what: str, required: bool = True) -> Any:
+    _check_one(row, names, what)
+    values = _one_of(row, names, what, required)
+    if values is None:
+        return None
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) and value for value in values):
+        raise ValueError(f"{row.where}: {what} must be a list of strings, none empty, found {values!s:.60}")
+    return tuple(values)
+
+
+# --- Question answering -----------------------------------------------------------------------------------------------
+
+
+def read_questions(path: Path, targets: bool = False) -> Examples[Question]:
+    """SQuAD 1.1 or 2.0 (JSON), or JSON lines or parquet with ``id``, ``question``, ``context`` and ``answers``
+    (``{"text": [...], "answer_start": [...]}``).
+
+    Args:
+        path: the file.
+        targets: whether there must be answers, an empty list of them where the context has none.
+    """
+    rows = read_rows(path) if path.suffix.lower() != ".json" else _squad_rows(path)
+    return _examples(path, rows, lambda row: _question(row, targets))
+
+
+def _squad_rows(path: Path) -> Iterator[Row]:
+    for article, in_article in _members(json_file(path), "data", str(path)):
+        for paragraph, in_paragraph in _members(article, "paragraphs", in_article):
+            context = {"context": paragraph["context"]} if "context" in paragraph else {}
+            for asked, where in _members(paragraph, "qas", in_paragraph):
+                yield Row(where, {**asked, **context})
+
+
+def _members(parent: Any, name: str, where: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects in a list that an object has under a name, and where each is."""
+    members = parent.get(name) if isinstance(parent, dict) else None
+    if not isinstance(members, list):
+        raise ValueError(f"{where}: not SQuAD's layout, data[].paragraphs[].qas[]: no list {name!r}")
+    for number, member in enumerate(members):
+        place = f"{where}, {name}[{number}]" if name == "data" else f"{where}.{name}[{number}]"
+        if not isinstance(member, dict):
+            raise ValueError(f"{place}: not SQuAD's layout, data[].paragraphs[].qas[]: found {_shown(member)}")
+        yield member, place
+
+
+def _question(row: Row, targets: bool) -> Question:
+    context = _text(row, ("context",), "context")
+    question = _text(row, ("question",), "question")
+    identity = str(_one_of(row, ("id",), "id"))
+    impossible = row.values.get("is_impossible")
+    if impossible not in (None, True, False):
+        raise ValueError(f"{row.where}: is_impossible must be true or false, found {impossible!r:.60}")
+    given = _one_of(row, ("answers",), "answers", required=targets and not impossible)
+    if given is None:
+        return Question(identity, question, context, () if impossible else None)
+    answers = tuple(_answer(row.where, context, *answer) for answer in _given_answers(given, row.where))
+    if impossible and answers:
+        raise ValueError(f"{row.where}: is_impossible is true, but there is the answer {answers[0].text!r:.60}")
+    return Question(identity, question, context, answers)
+
+
+def _given_answers(answers: Any, where: str) -> list[tuple[Any, Any]]:
+    """The text and start of each, from SQuAD's list of objects or an object of two lists."""
+    if isinstance(answers, dict):
+        texts, starts = answers.get("text"), answers.get("answer_start")
+        if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts):
+            return list(zip(texts, starts, strict=True))
+    elif isinstance(answers, list) and all(isinstance(answer, dict) for answer in answers):
+        return [(answer.get("text"), answer.get("answer_start")) for answer in answers]
+    raise ValueError(
+        f'{where}: answers must be {{"text": [...], "answer_start": [...]}}, two lists of one length, or a list of '
+        f'{{"text": ..., "answer_start": ...}}; found {answers!s:.80}'
+    )
+
+
+def _answer(where: str, context: str, text: Any, start: Any) -> Answer:
+    if not isinstance(text, str) or not text.strip() or not isinstance(start, int) or isinstance(start, bool):
+        raise ValueError(
+            f"{where}: an answer needs a text that is not empty and a whole number answer_start; found text "
+            f"{text!r:.60}, answer_start {start!r:.60}"
+        )
+    if start < 0:
+        raise ValueError(f"{where}: answer_start must be 0 or more, found {start}")
+    found = context[start : start + len(text)]
+    if found != text:
+        raise ValueError(f"{where}: the answer {text!r} is not at character {start} of the context, but {found!r}")
+    return Answer(text, start)
+
+
+# --- Sequence to sequence ---------------------------------------------------------------------------------------------
+
+_DOCUMENT = ("document", "article", "source", "text")
+_SUMMARY = ("summary", "highlights", "target")
+
+
+def read_summaries(path: Path, targets: bool = False) -> Examples[SourceTarget]:
+    """Tables and JSON lines with ``document`` (or ``article``, ``source``, ``text``) and ``summary`` (or
+    ``highlights``, ``target``), or a file ``NAME.source`` beside ``NAME.target`` with a text a line, as XSum is handed
+    on.
+
+    Args:
+        path: the file.
+        targets: whether there must be summaries.
+    """
+    if path.suffix == ".source":
+        return _parallel(path, path.with_suffix(".target"))
+    return _examples(
+        path,
+        read_rows(path),
+        lambda row: SourceTarget(_text(row, _DOCUMENT, "document"), _text(row, _SUMMARY, "summary", targets)),
+    )
+
+
+def read_translations(path: Path, source: str, target: str, targets: bool = False) -> Examples[SourceTarget]:
+    """Translations from one language into another, whose codes are those in the file.
+
+    Accepted are WMT's parallel files (``NAME.de`` beside ``NAME.en``, a sentence a line; `path` is the one of the
+    source language), JSON lines or parquet with ``{"translation": {"de": ..., "en": ...}}`` or with the codes as
+    fields, TSV with the codes in its first line, and TMX.
+
+    Args:
+        path: the file.
+        source, target: the languages.
+        targets: whether there must be translations.
+    """
+    if path.suffix == f".{source}":
+        return _parallel(path, path.with_suffix(f".{target}"))
+    rows = read_rows(path) if path.suffix.lower() != ".tmx" else (Row(*unit) for unit in tmx_units(path))
+    return _examples(path, rows, lambda row: _translation(row, source, target, targets))
+
+
+def _translation(row: Row, source: str, target: str, targets: bool) -> SourceTarget:
+    values = row.values.get("translation", row.values)
+    if not isinstance(values, dict):
+        raise ValueError(f"{row.where}: translation must be an object, found {type(values).__name__}")
+    row = Row(row.where, values)
+    return SourceTarget(
+        _text(row, (source,), f"text in {source!r}"), _text(row, (target,), f"text in {target!r}", targets)
+    )
+
+
+def _parallel(source: Path, target: Path) -> Examples[SourceTarget]:
+    check_is_file(source)
+    if not target.exists():
+        raise FileNotFoundError(f"{source} needs {target.name} beside it, with as many lines")
+    sources, targets = ([line for _, line in numbered_lines(path)] for path in (source, target))
+    if len(sources) != len(targets):
+        raise ValueError(
+            f"{source} has {len(sources)} lines, but {target} has {len(targets)}; line n translates line n"
+        )
+    return _some(source, _pairs(source, target, sources, targets))
+
+
+def _pairs(
+    source: Path, target: Path, sources: Sequence[str], targets: Sequence[str]
+) -> Iterator[tuple[str, SourceTarget]]:
+    for number, (text, other) in enumerate(zip(sources, targets, strict=True), start=1):
+        if bool(text.strip()) != bool(other.strip()):
+            raise ValueError(f"{source if not text.strip() else target}, line {number}: empty, while its pair is not")
+        if text.strip():
+            yield f"{source}, line {number}", SourceTarget(text, other)
+
+
+# --- Conversations ----------------------------------------------------------------------------------------------------
+
+
+_SYSTEM, _INPUT = ("system", "system_prompt", "system_message"), ("input", "context")
+_UNREAD = ("tools", "functions", "function_call", "documents", "images", "image", "audios", "audio", "videos", "video")
+
+
+def read_conversations(path: Path) -> Examples[Conversation]:
+    """JSON lines or parquet with ``messages`` (``[{"role": "user", "content": ...}, ...]``, roles system, user and
+    assistant), or with ``prompt`` (or ``instruction``, perhaps with ``input`` or ``context``, and before it with
+    ``history``, ``[[question, answer], ...]``) and ``completion`` (or ``response``, ``output``). With both there may be
+    ``system``.
+
+    An answer of ``"weight": 0`` is not learnt. Calls of tools, pictures and all else that messages say is refused.
+    """
+    return _examples(path, read_rows(path), _conversation)
+
+
+def _conversation(row: Row) -> Conversation:
+    chat = "messages" in row.values
+    for name in (*_UNREAD, *((*_INPUT, "history") if chat else ())):
+        if row.values.get(name) not in _NOTHING:
+            raise ValueError(f"{row.where}: {name} would not be learnt, {_shown(row.values[name])}; leave it out")
+    for name in ("label", "kto_tag"):
+        if isinstance(row.values.get(name), bool):
+            raise ValueError(
+                f"{row.where}: {name} says whether the answer is good, but every answer is learnt; keep those that "
+                "are, and leave it out"
+            )
+    messages = _messages(row) if chat else _instruction(row)
+    if (system := _perhaps(row, _SYSTEM, "message of the system")) is not None:
+        if any(message.role == "system" for message in messages):
+            raise ValueError(
+                f"{row.where}: the system speaks twice, in a message and in {', '.join(_SYSTEM)}; give one"
+            )
+        messages = (Message("system", system), *messages)
+    return Conversation(messages)
+
+
+def _perhaps(row: Row, names: Sequence[str], what: str) -> str | None:
+    """The text in one of some columns; None where all are empty."""
+    _check_one(row, names, what)
+    given = {name: row.values[name] for name in names if row.values.get(name) is not None}
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{row.where}: {name} must be a string, found {_shown(value)}")
+    return next((value for value in given.values() if value.strip()), None)
+
+
+def _instruction(row: Row) -> tuple[Message, ...]:
+    prompt = _text(row, ("prompt", "instruction"), "messages or prompt")
+    further = _perhaps(row, _INPUT, "input")
+    if further is not None:
+        prompt = f"{prompt}\n\n{further}"
+    completion = _text(row, ("completion", "response", "output"), "completion")
+    return (*_history(row), Message("user", prompt), Message("assistant", completion))
+
+
+def _history(row: Row) -> Iterator[Message]:
+    history = row.values.get("history")
+    if history in _NOTHING:
+        return
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise ValueError(f"{row.where}: history must be [[question, answer], ...], found {history!s:.60}")
+    for number, (question, answer) in enumerate(history):
+        where = f"{row.where}, history[{number}]"
+        yield Message("user", _checked_text(question, where, "question"))
+        yield Message("assistant", _checked_text(answer, where, "answer"))
+
+
+def _messages(row: Row) -> tuple[Message, ...]:
+    given = row.values["messages"]
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{row.where}: messages must be a list of at least one, found {given!s:.60}")
+    messages = tuple(_message(row, number, message) for number, message in enumerate(given))
+    if not any(message.role == "assistant" and not isinstance(message, UnlearntMessage) for message in messages):
+        raise ValueError(f"{row.where}: no message of the assistant; there is nothing to learn")
+    if isinstance(messages[-1], UnlearntMessage):
+        raise ValueError(
+            f"{row.where}, messages[{len(messages) - 1}]: weight 0, and nothing is learnt behind it; leave it out"
+        )
+    return messages
+
+
+def _message(row: Row, number: int, message: Any) -> Message:
+    where = f"{row.where}, messages[{number}]"
+    if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+        raise ValueError(f"{where}: a message needs role and content; found {message!s:.60}")
+    role, weight = message["role"], message.get("weight")
+    if role not in ROLES:
+        raise ValueError(f"{where}: role {role!r}; accepted are {', '.join(ROLES)}")
+    for name, value in message.items():
+        if name not in ("role", "content", "weight") and value not in _NOTHING:
+            raise ValueError(
+                f"{where}: {name} would not be learnt, {_shown(value)}; a message has role, content, weight"
+            )
+    if weight not in ((None, 0, 1) if role == "assistant" else (None, 0)):
+        raise ValueError(
+            f"{where}: weight {weight!r:.60} of a message of the {role}; accepted are 0 and 1 for the assistant, whose "
+            "messages alone are learnt, and 0 for others"
+        )
+    kind = UnlearntMessage if role == "assistant" and weight == 0 else Message
+    return kind(role, _checked_text(message["content"], where, "content"))
+
+
+# --- Similar texts ----------------------------------------------------------------------------------------------------
+
+_ANCHOR, _POSITIVE, _NEGATIVE = (
+    ("anchor", "query", "sentence1", "text"),
+    ("positive", "sentence2", "pos"),
+    ("negative", "neg"),
+)
+
+
+def read_similar(path: Path) -> Examples[SimilarTexts]:
+    """Tables and JSON lines with ``anchor`` (or ``query``, ``sentence1``, ``text``), ``positive`` (or ``sentence2``,
+    ``pos``) and, if you have one, ``negative`` (or ``neg``).
+
+    A label or a score beside them, as in GLUE's pairs, is refused: each pair is learnt as alike.
+    """
+    return _examples(path, read_rows(path), _similar)
+
+
+_JUDGED = re.compile(
+    r"(.*_)?(label|score|similarity|relatedness|rating)s?(_text|_score)?|quality|(is_)?(duplicate|paraphrase|similar)s?",
+    re.IGNORECASE,
+)
+_FURTHER = re.compile(r"(hard_)?(positive|pos|negative|neg)s?_?\d*", re.IGNORECASE)
+
+
+def _similar(row: Row) -> SimilarTexts:
+    for name, value in row.values.items():
+        if value is not None and _JUDGED.fullmatch(name):
+            raise ValueError(
+                f"{row.where}: column {name!r} says how alike the texts are, but every pair is learnt as alike; keep "
+                "the pairs that are, and leave the column out"
+            )
+        if value is not None and _FURTHER.fullmatch(name) and name not in (*_POSITIVE, *_NEGATIVE):
+            accepted = ", ".join((*_POSITIVE, *_NEGATIVE))
+            raise ValueError(f"{row.where}: column {name!r} would not be learnt; accepted are one each of {accepted}")
+    return SimilarTexts(
+        _text(row, _ANCHOR, "anchor"),
+        _text(row, _POSITIVE, "positive"),
+        _text(row, _NEGATIVE, "negative", required=False),
+    )

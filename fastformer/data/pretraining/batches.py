@@ -1,0 +1,190 @@
+"""Examples to packed batches: laid out end to end, masked, and filled up to a number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import count, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from fastformer.data.packing import IGNORE_INDEX, PackedBatch, TokenBudgetSampler
+from fastformer.data.pretraining.bert import NO_LABEL, Examples, MaskedLanguageModelling, example_lengths
+from fastformer.data.pretraining.tokenized import TokenizedCorpus
+from fastformer.data.randomness import Stream, generator
+
+
+class BatchRecipe(NamedTuple):
+    """What a batch is made of."""
+
+    epoch: int
+    examples: Examples
+
+
+class PackedDataset(Dataset[Any]):
+    """Turns recipes into packed batches; to be used with a batch sampler of recipes and no collation.
+
+    What is drawn at random for an example is a pure function of (seed, epoch, example index), whatever batch it is in.
+
+    Args:
+        corpus: what the examples refer to.
+        make_batch: makes the batch of a recipe, from the corpus and the seed.
+        seed: 0 to 2^64 - 1.
+    """
+
+    def __init__(self, corpus: Any, make_batch: Callable[[Any, BatchRecipe, int], Any], seed: int) -> None:
+        self.corpus = corpus
+        self.make_batch = make_batch
+        self.seed = seed
+
+    def __getitems__(self, recipe: BatchRecipe) -> Any:
+        return self[recipe]
+
+    def __getitem__(self, recipe: BatchRecipe) -> Any:
+        return self.make_batch(self.corpus, recipe, self.seed)
+
+
+def masked_batch(
+    corpus: TokenizedCorpus, recipe: BatchRecipe, seed: int, *, masking: MaskedLanguageModelling
+) -> PackedBatch:
+    """The examples of a recipe, laid out and masked."""
+    examples = recipe.examples
+    tokens = lay_out(corpus, examples)
+    generators = example_generators(recipe, seed)
+    input_ids, labels = masking(tokens.input_ids, tokens.cu_seqlens, tokens.special, generators)
+    lengths = np.diff(tokens.cu_seqlens)
+    batch = PackedBatch(
+        input_ids=torch.from_numpy(input_ids),
+        token_type_ids=torch.from_numpy(tokens.token_type_ids),
+        position_ids=torch.from_numpy(np.arange(len(input_ids)) - np.repeat(tokens.cu_seqlens[:-1], lengths)),
+        cu_seqlens=torch.from_numpy(tokens.cu_seqlens.astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        labels=torch.from_numpy(labels),
+        masked_positions=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
+    )
+    if (examples["next_sentence_label"] != NO_LABEL).all():
+        batch["next_sentence_label"] = torch.from_numpy(examples["next_sentence_label"].copy())
+    return batch
+
+
+def example_generators(recipe: BatchRecipe, seed: int) -> list[np.random.Generator]:
+    """For what is drawn anew for each example."""
+    return [generator(seed, Stream.MASKS, recipe.epoch, index) for index in recipe.examples["index"].tolist()]
+
+
+class _Tokens(NamedTuple):
+    input_ids: NDArray[np.int64]  # (T,)
+    token_type_ids: NDArray[np.int64]  # (T,)
+    special: NDArray[np.bool_]  # (T,)
+    cu_seqlens: NDArray[np.int64]  # (B + 1,)
+
+
+# What an example consists of, and how each part is marked.
+_PARTS = ("[CLS]", "A opening", "A following", "[SEP]", "B opening", "B following", "[SEP]")
+_PART_TYPES = np.array([0, 0, 0, 0, 1, 1, 1])
+_PART_SPECIAL = np.array([part.startswith("[") for part in _PARTS])
+
+
+def lay_out(corpus: TokenizedCorpus, examples: Examples) -> _Tokens:
+    """The tokens of examples, end to end: ``[CLS] A [SEP] B [SEP]``, or ``[CLS] A [SEP]`` without a second segment."""
+    starts = np.zeros((len(examples), len(_PARTS)), dtype=np.int64)
+    lengths = np.zeros_like(starts)
+    starts[:, _PART_SPECIAL] = corpus.CLS_POSITION, corpus.SEP_POSITION, corpus.SEP_POSITION
+    lengths[:, _PART_SPECIAL] = 1
+    lengths[:, -1] = examples["next_sentence_label"] != NO_LABEL
+    for column, segment in ((1, "a"), (4, "b")):
+        begin, front, length = (examples[f"{segment}_{name}"] for name in ("begin", "front", "length"))
+        opening_start = corpus.opening_offsets[begin] + front
+        opening_left = np.maximum(corpus.opening_offsets[begin + 1] - opening_start, 0)
+        starts[:, column] = opening_start
+        lengths[:, column] = np.minimum(opening_left, length)
+        skipped = np.maximum(opening_start - corpus.opening_offsets[begin + 1], 0)
+        starts[:, column + 1] = corpus.following_offsets[begin + 1] + skipped
+        lengths[:, column + 1] = length - lengths[:, column]
+    part_lengths = lengths.ravel()
+    return _Tokens(
+        input_ids=corpus.ids[_ranges(starts.ravel(), part_lengths)].astype(np.int64),
+        token_type_ids=np.repeat(np.tile(_PART_TYPES, len(examples)), part_lengths),
+        special=np.repeat(np.tile(_PART_SPECIAL, len(examples)), part_lengths),
+        cu_seqlens=np.concatenate([[0], np.cumsum(lengths.sum(axis=1))]),
+    )
+
+
+def _ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The integers from each start on, `lengths` of them, one range after another."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
+
+
+class BatchStream:
+    """Batches of one rank without end: pass after pass over the examples, each in an order of its own.
+
+    The batches of all ranks together are one sequence, the same whatever their number; rank r of n takes those r,
+    r + n, r + 2 n and so on. A place is a number of batches from the beginning of that sequence: passes need not have
+    the same number (next-sentence prediction draws its segments anew), nor runs the same number of ranks.
+
+    Args:
+        examples_of_pass: the examples of the pass of a given number.
+        tokens_per_batch, seed, rank, world_size: see `TokenBudgetSampler`.
+        example_lengths: the tokens of each example.
+        passes_per_epoch: as many passes are one epoch.
+        best_fit: see `TokenBudgetSampler`.
+    """
+
+    def __init__(
+        self,
+        examples_of_pass: Callable[[int], Examples],
+        tokens_per_batch: int,
+        *,
+        seed: int,
+        example_lengths: Callable[[Examples], NDArray[np.int64]] = example_lengths,
+        passes_per_epoch: int = 1,
+        best_fit: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._examples_of_pass = lru_cache(maxsize=1)(examples_of_pass)
+        self._example_lengths = example_lengths
+        self._tokens_per_batch = tokens_per_batch
+        self._seed = seed
+        self._passes_per_epoch = passes_per_epoch
+        self._best_fit = best_fit
+        self._rank = rank
+        self._world_size = world_size
+        self.batches_per_pass: list[int] = []
+        """Of the passes seen so far; may be set to what the same stream had, which saves making those passes again."""
+
+    def from_batch(self, start: int) -> Iterator[BatchRecipe]:
+        """This rank's share of the batches of all ranks from number `start` on, without end."""
+        return islice(self._from_batch(start), self._rank, None, self._world_size)
+
+    def _from_batch(self, start: int) -> Iterator[BatchRecipe]:
+        for number in count():
+            if number < len(self.batches_per_pass) and start >= self.batches_per_pass[number]:
+                start -= self.batches_per_pass[number]
+                continue
+            batches = self._recipes(number)
+            yield from batches[start:]
+            start = max(0, start - len(batches))
+
+    def __len__(self) -> int:
+        """This rank's batches in an epoch: all of the first pass, times the passes per epoch."""
+        first = self.batches_per_pass[0] if self.batches_per_pass else len(self._recipes(0))
+        return -(-first * self._passes_per_epoch // self._world_size)
+
+    def _recipes(self, number: int) -> list[BatchRecipe]:
+        examples = self._examples_of_pass(number)
+        sampler = TokenBudgetSampler(
+            self._example_lengths(examples),
+            self._tokens_per_batch,
+            seed=self._seed,
+            epoch=number,
+            best_fit=self._best_fit,
+        )
+        if number == len(self.batches_per_pass):
+            self.batches_per_pass.append(len(sampler))
+        return [BatchRecipe(number, examples[batch]) for batch in sampler]

@@ -1,0 +1,127 @@
+"""Corpora: documents of sentences, read from files or taken from Python's own documentation.
+
+The order of the documents is a function of the input alone, so that whatever is drawn from them by index repeats.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fastformer.console import track
+from fastformer.data.pretraining.python_documentation import python_documentation, python_fingerprint
+from fastformer.data.pretraining.sources import open_sources, stream
+from fastformer.files import cache_folder, read_checked, remove, write_checked
+
+Document = list[str]
+"""The sentences (or other segments) of one document, in order, none empty."""
+
+_SENTENCE_END = re.compile(r"""(?<=[.!?])["')\]*]*\s+(?=["'(\[*]*[A-Z0-9])|(?<=[\u3002\uff01\uff1f])\s*""")
+_ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|cf|vs|Mr|Mrs|Ms|Dr|Prof|St|No|Fig|Sec|approx|resp)|\b[A-Z])\.$")
+
+_LONGEST_ABBREVIATION = len("approx.")
+
+
+def split_sentences(text: str) -> list[str]:
+    """Splits running text into sentences.
+
+    A sentence ends at ``.``, ``!`` or ``?`` before white space and a capital letter or digit, unless the mark belongs
+    to an abbreviation or an initial, and at the Chinese and Japanese marks. No character other than the white space
+    between sentences is lost.
+    """
+    sentences: list[str] = []
+    begin = 0
+    for match in _SENTENCE_END.finditer(text):
+        end = match.end() - len(match[0]) + len(match[0].rstrip())
+        if _ABBREVIATION.search(text, max(begin, end - _LONGEST_ABBREVIATION), end):
+            continue
+        if closed := text[begin:end].strip():
+            sentences.append(closed)
+            begin = match.end()
+    if rest := text[begin:].strip():
+        sentences.append(rest)
+    return sentences
+
+
+# --- The default corpus -----------------------------------------------------------------------------------------------
+
+_DEFAULT_CORPUS_FORMAT = 1
+
+
+def default_corpus(cache_dir: str | os.PathLike[str] | None = None) -> list[Document]:
+    """The English prose of the documentation that comes with this Python.
+
+    One document per module of the standard library (its docstrings) and per topic of ``help()``, each sentence once in
+    the whole corpus. The text depends on the version of Python. It is kept in the cache folder; a damaged copy is made
+    anew.
+
+    Args:
+        cache_dir: see `fastformer.files.cache_folder`.
+    """
+    path = cache_folder(cache_dir) / f"python-documentation-{python_fingerprint()}-v{_DEFAULT_CORPUS_FORMAT}.txt"
+    if path.exists():
+        try:
+            return _read_corpus(path)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{path} is damaged ({error}) and is made anew", stacklevel=2)
+            remove(path)
+    documents = _without_repeated_sentences(
+        [split_sentences(text) for text in texts] for texts in python_documentation()
+    )
+    _write_corpus(path, documents)
+    return documents
+
+
+def _without_repeated_sentences(documents: Iterable[list[list[str]]]) -> list[Document]:
+    """Keeps each sentence only where it first occurs; drops documents that are left with a single one."""
+    seen: set[str] = set()
+    kept: list[Document] = []
+    for paragraphs in documents:
+        document: Document = []
+        for sentence in (sentence for paragraph in paragraphs for sentence in paragraph):
+            if sentence not in seen:
+                seen.add(sentence)
+                document.append(sentence)
+        if len(document) > 1:
+            kept.append(document)
+    return kept
+
+
+def _write_corpus(path: Path, documents: Sequence[Document]) -> None:
+    """A sentence a line and a blank line after each document."""
+    body = "".join("".join(f"{sentence}\n" for sentence in document) + "\n" for document in documents)
+    write_checked(path, body.encode())
+
+
+def _read_corpus(path: Path) -> list[Document]:
+    return [document.split("\n") for document in read_checked(path).decode().split("\n\n") if document]
+
+
+# --- Reading files ----------------------------------------------------------------------------------------------------
+
+
+def load_corpus(paths: Sequence[str | os.PathLike[str]]) -> list[Document]:
+    """Reads all documents into memory, in sentences; `sources.open_sources` says what is accepted.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: no path, an unknown suffix, an undecodable or damaged file, no ``text``, or no text at all.
+    """
+    sources = open_sources(paths)
+    documents = [
+        document
+        for source in track(sources, "reading the corpus")
+        for document in map(document_of, stream([source]))
+        if document
+    ]
+    if not documents:
+        raise ValueError(f"the corpus is empty: no text in {', '.join(str(path) for path in paths)}")
+    return documents
+
+
+def document_of(text: str) -> Document:
+    """The sentences of a text. A line holds one or more; none goes on in the next."""
+    return [sentence for line in text.splitlines() for sentence in split_sentences(line)]

@@ -1,0 +1,94 @@
+"""Which documents are held out: a function of their text alone, so that no copy of one is on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastformer.data.pretraining.corpus import Document
+
+_KEYS = 1 << 64
+_TOKENIZER_TRAINING_CHARACTERS = 1 << 28
+
+
+def document_key(text: str) -> int:
+    """64 bits of a hash of a document, white space not counted."""
+    return int.from_bytes(hashlib.blake2b("".join(text.split()).encode(), digest_size=8).digest(), "big")
+
+
+class Split(NamedTuple):
+    """Says of any document on which side it is.
+
+    Attributes:
+        heldout_below: documents with a lower key are held out.
+        sample_from: documents with at least this key are enough to train a tokenizer on.
+    """
+
+    heldout_below: int
+    sample_from: int
+
+    def is_heldout(self, text: str) -> bool:
+        return document_key(text) < self.heldout_below
+
+    def is_for_training(self, text: str) -> bool:
+        return not self.is_heldout(text)
+
+    def is_sampled(self, text: str) -> bool:
+        return document_key(text) >= max(self.heldout_below, self.sample_from)
+
+
+def find_split(texts: Iterable[str], heldout_fraction: float) -> Split:
+    """Reads the documents once, keeping 8 bytes of each.
+
+    The distinct documents with the lowest keys are held out: ``max(1, round(heldout_fraction * distinct))`` of them,
+    whatever their order.
+
+    Raises:
+        ValueError: no document, or `heldout_fraction` out of range or with fewer than two distinct documents.
+    """
+    _check_fraction(heldout_fraction)
+    keys = array("Q")
+    characters = 0
+    for text in texts:
+        keys.append(document_key(text))
+        characters += len(text)
+    sampled = min(1.0, _TOKENIZER_TRAINING_CHARACTERS / max(characters, 1))
+    return Split(_heldout_below(np.frombuffer(keys, np.uint64), heldout_fraction), int((1 - sampled) * _KEYS))
+
+
+def split_documents(documents: Sequence[Document], heldout_fraction: float) -> tuple[list[Document], list[Document]]:
+    """Splits documents into those to train on and those held out, both in their given order; see `find_split`.
+
+    Args:
+        documents: at least two distinct ones, unless `heldout_fraction` is 0.
+        heldout_fraction: share of the distinct documents, in [0, 1); 0 holds nothing out.
+    """
+    split = find_split(("\n".join(document) for document in documents), heldout_fraction)
+    sides: tuple[list[Document], list[Document]] = ([], [])
+    for document in documents:
+        sides[split.is_heldout("\n".join(document))].append(document)
+    return sides
+
+
+def _heldout_below(keys: NDArray[np.uint64], heldout_fraction: float) -> int:
+    if heldout_fraction == 0:
+        return 0
+    distinct = np.unique(keys)
+    if len(distinct) < 2:
+        raise ValueError(
+            f"heldout_fraction={heldout_fraction} of {len(distinct)} distinct document(s) leaves nothing to train on; "
+            "separate documents by blank lines, or set heldout_fraction=0"
+        )
+    count = min(max(1, math.floor(heldout_fraction * len(distinct) + 0.5)), len(distinct) - 1)
+    return int(distinct[count])
+
+
+def _check_fraction(heldout_fraction: float) -> None:
+    if not 0 <= heldout_fraction < 1:
+        raise ValueError(f"heldout_fraction must be in [0, 1), got {heldout_fraction}")

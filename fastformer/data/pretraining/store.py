@@ -1,0 +1,408 @@
+"""A corpus tokenized once, kept on the disk and mapped into memory.
+
+A store is a folder: ``.npy`` files, mapped when opened, and ``store.json`` with the size and the SHA-256 of each. It is
+built in parts, each whole or absent, so building that was killed at any moment goes on where it stopped; it appears
+under its own name only once it is whole. Parts become the store's blocks: what is drawn at random is drawn from some
+blocks at a time, so that memory does not grow with the corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastformer.console import Progress
+from fastformer.data.pretraining.corpus import document_of
+from fastformer.data.pretraining.encoding import TextEncoder
+from fastformer.data.pretraining.sources import Source
+from fastformer.data.pretraining.tokenized import TokenizedCorpus, encode_sentences
+from fastformer.files import atomic_file, atomic_folder, remove
+from fastformer.lines import json_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MANIFEST = "store.json"
+BLOCK_CHARACTERS = 1 << 24
+_FORMAT = 2
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class DocumentCorpus:
+    """Tokens of D documents, one after another, in no smaller units.
+
+    Attributes:
+        ids: (T,) integers.
+        document_offsets: (D + 1,) int64: document d has ``ids[document_offsets[d] : document_offsets[d + 1]]``.
+    """
+
+    ids: NDArray[np.integer]
+    document_offsets: NDArray[np.int64]
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_offsets) - 1
+
+    def part(self, begin: int, end: int) -> DocumentCorpus:
+        """The documents begin to end (exclusive); offsets stay those into all of `ids`."""
+        return DocumentCorpus(self.ids, self.document_offsets[begin : end + 1])
+
+
+# --- Layouts ----------------------------------------------------------------------------------------------------------
+
+
+class Layout:
+    """How documents are tokenized into a part, and how parts are put together. One per kind of corpus."""
+
+    name: str
+    corpus: type[TokenizedCorpus] | type[DocumentCorpus]
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.encoder = TextEncoder(tokenizer)
+        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
+
+    def encode(self, texts: Sequence[str]) -> Arrays:
+        """One part: flat arrays of ids, and lengths; among them "document_lengths", of the documents with any text."""
+        raise NotImplementedError
+
+    def flat(self) -> list[tuple[NDArray[np.int64], str]]:
+        """What `ids` is put together from: ids that come first, then those of all parts under a name."""
+        raise NotImplementedError
+
+    def offsets(self) -> dict[str, tuple[str, str | None]]:
+        """Each array of offsets: from which lengths, into which ids (None: into another array of lengths)."""
+        raise NotImplementedError
+
+
+class DocumentLayout(Layout):
+    """A `DocumentCorpus`. Each document begins with the tokenizer's bos and ends with its eos token, if it has them.
+
+    Args:
+        tokenizer: of the text.
+        mark_ends: False leaves those tokens out.
+    """
+
+    name = "documents"
+    corpus = DocumentCorpus
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, mark_ends: bool) -> None:
+        super().__init__(tokenizer)
+        marks = (tokenizer.bos_token_id, tokenizer.eos_token_id) if mark_ends else (None, None)
+        self._begin, self._end = ([] if mark is None else [mark] for mark in marks)
+
+    def encode(self, texts: Sequence[str]) -> Arrays:
+        ids, lengths = self.encoder.encode([text for text in texts if text.strip()])
+        ends = np.cumsum(lengths)
+        ids = np.insert(ids, np.repeat(ends - lengths, len(self._begin)), self._begin * len(lengths))
+        ends += len(self._begin) * np.arange(1, len(ends) + 1)
+        ids = np.insert(ids, np.repeat(ends, len(self._end)), self._end * len(lengths))
+        return {"ids": ids, "document_lengths": lengths + len(self._begin) + len(self._end)}
+
+    def flat(self) -> list[tuple[NDArray[np.int64], str]]:
+        return [(np.zeros(0, np.int64), "ids")]
+
+    def offsets(self) -> dict[str, tuple[str, str | None]]:
+        return {"document_offsets": ("document_lengths", "ids")}
+
+
+class SentenceLayout(Layout):
+    """A `TokenizedCorpus`."""
+
+    name = "sentences"
+    corpus = TokenizedCorpus
+
+    def encode(self, texts: Sequence[str]) -> Arrays:
+        documents = [document for document in map(document_of, texts) if document]
+        return encode_sentences(documents, self.encoder)._asdict()
+
+    def flat(self) -> list[tuple[NDArray[np.int64], str]]:
+        special = np.array([self.tokenizer.cls_token_id, self.tokenizer.sep_token_id])
+        return [(special, "opening"), (np.zeros(0, np.int64), "following")]
+
+    def offsets(self) -> dict[str, tuple[str, str | None]]:
+        return {
+            "opening_offsets": ("opening_lengths", "opening"),
+            "following_offsets": ("following_lengths", "following"),
+            "document_offsets": ("document_lengths", None),
+        }
+
+
+# --- Opening ----------------------------------------------------------------------------------------------------------
+
+
+class TokenStore:
+    """A whole store, mapped into memory.
+
+    Args:
+        path: its folder.
+        verify: read all of it and compare the checksums; otherwise the sizes alone.
+
+    Attributes:
+        corpus: its tokens.
+        block_documents: (blocks + 1,) the first document of each block, and the number of documents.
+        fingerprint: SHA-256 of the tokens and their layout.
+
+    Raises:
+        FileNotFoundError: there is no store.
+        ValueError: it is damaged.
+    """
+
+    def __init__(self, path: Path, verify: bool = False) -> None:
+        self.path = path
+        self.manifest = _manifest(path)
+        for name, expected in self.manifest["files"].items():
+            _check_file(path / name, expected, verify)
+        arrays = {Path(name).stem: np.load(path / name, mmap_mode="r") for name in self.manifest["files"]}
+        corpus = {layout.name: layout.corpus for layout in (DocumentLayout, SentenceLayout)}[self.manifest["layout"]]
+        self.corpus: Any = corpus(**arrays)
+        self.block_documents: list[int] = self.manifest["block_documents"]
+        self.fingerprint: str = self.manifest["fingerprint"]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.block_documents) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the corpus with each token once."""
+        return int(self.manifest["tokens"])
+
+    def block(self, number: int) -> Any:
+        """One block as a corpus of its own."""
+        return self.corpus.part(self.block_documents[number], self.block_documents[number + 1])
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no token store at {path}")
+    try:
+        manifest = json_file(path / MANIFEST)
+        body = json.dumps({key: manifest[key] for key in manifest if key != "checksum"}, sort_keys=True)
+        whole = manifest["checksum"] == hashlib.sha256(body.encode()).hexdigest() and manifest["format"] == _FORMAT
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the token store {path} is damaged: {MANIFEST}: {error}") from error
+    if not whole:
+        raise ValueError(f"the token store {path} is damaged: the checksum or format in {MANIFEST} does not match")
+    return manifest
+
+
+def _check_file(file: Path, expected: dict[str, Any], verify: bool) -> None:
+    size = file.stat().st_size if file.exists() else None
+    if size != expected["bytes"]:
+        raise ValueError(
+            f"the token store {file.parent} is damaged: {file.name} has {size} of {expected['bytes']} bytes"
+        )
+    if verify and _sha256(file) != expected["sha256"]:
+        raise ValueError(f"the token store {file.parent} is damaged: the checksum of {file.name} does not match")
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 16):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --- Building ---------------------------------------------------------------------------------------------------------
+
+
+def load_or_build_store(
+    path: Path,
+    sources: Sequence[Source],
+    layout: Layout,
+    *,
+    keep: Callable[[str], bool] = lambda text: True,
+    block_characters: int = BLOCK_CHARACTERS,
+    verify: bool = False,
+) -> TokenStore:
+    """Opens the store at `path`, or builds it: anew, or from where an earlier attempt was killed.
+
+    Processes that build the same store at once wait for one of them.
+
+    Args:
+        path: a name that stands for these sources, this layout and this tokenizer: it is not looked into which.
+        sources: what to tokenize, in this order.
+        layout: how.
+        keep: which documents belong into the store.
+        block_characters: characters in a block, at least; documents are not divided.
+        verify: compare checksums, and build a damaged store anew.
+
+    Raises:
+        ValueError: the sources hold no document to keep.
+        OSError: it cannot be written.
+    """
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.with_name(f"{path.name}.building")
+    with FileLock(path.with_name(f"{path.name}.lock")):
+        if path.exists():
+            try:
+                store = TokenStore(path, verify)
+                shutil.rmtree(building, ignore_errors=True)
+                return store
+            except ValueError as error:
+                warnings.warn(f"{error}; it is built anew", stacklevel=2)
+                remove(path)
+        parts = _complete_parts(building, sources, layout, keep, block_characters)
+        _assemble(path, parts, layout)
+        shutil.rmtree(building, ignore_errors=True)
+    return TokenStore(path)
+
+
+class _Place(NamedTuple):
+    """Where in the sources to go on."""
+
+    source: int
+    position: int
+
+
+def _complete_parts(
+    building: Path, sources: Sequence[Source], layout: Layout, keep: Callable[[str], bool], block_characters: int
+) -> list[Path]:
+    """Writes the parts that are missing; returns all that have any document, in order."""
+    plan = hashlib.sha256(
+        json.dumps([_FORMAT, layout.name, block_characters, [source.signature for source in sources]]).encode()
+    ).hexdigest()
+    begun = building / "plan"
+    if not begun.exists() or begun.read_text(errors="replace") != plan:  # of other text
+        shutil.rmtree(building, ignore_errors=True)
+        with atomic_file(begun) as file:
+            file.write(plan.encode())
+    parts, begin = _parts_so_far(building)
+    with Progress("tokenizing", unit="characters") as progress:
+        for texts, place in _chunks(sources, begin, keep, block_characters):
+            part = building / f"{len(parts):06d}.npz"
+            arrays = {name: _narrow(array, layout.dtype) for name, array in layout.encode(texts).items()}
+            with atomic_file(part) as file:
+                np.savez(file, allow_pickle=False, place=np.array(place), **arrays)
+            parts.append(part)
+            progress.advance(sum(map(len, texts)))
+    return parts
+
+
+def _narrow(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    return array.astype(dtype) if array.dtype == np.int32 else array
+
+
+def _parts_so_far(building: Path) -> tuple[list[Path], _Place]:
+    """The parts up to the first that is missing or damaged, and where they end."""
+    parts: list[Path] = []
+    place = _Place(0, 0)
+    while (part := building / f"{len(parts):06d}.npz").exists():
+        try:
+            with zipfile.ZipFile(part) as archive:
+                if archive.testzip() is not None:
+                    break
+            with np.load(part) as arrays:
+                place = _Place(*arrays["place"].tolist())
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, KeyError):
+            remove(part)
+            break
+        parts.append(part)
+    return parts, place
+
+
+def _chunks(
+    sources: Sequence[Source], place: _Place, keep: Callable[[str], bool], block_characters: int
+) -> Iterator[tuple[list[str], _Place]]:
+    """Documents to tokenize together, and the place after the last of them; the same wherever it begins."""
+    texts: list[str] = []
+    characters = 0
+    for number in range(place.source, len(sources)):
+        for text, position in sources[number].read(place.position if number == place.source else 0):
+            place_after = _Place(number, position)
+            if not text.strip() or not keep(text):
+                continue
+            texts.append(text)
+            characters += len(text)
+            if characters >= block_characters:
+                yield texts, place_after
+                texts, characters = [], 0
+    if texts:
+        yield texts, _Place(len(sources), 0)
+
+
+def _assemble(path: Path, parts: Sequence[Path], layout: Layout) -> None:
+    block_documents = [0, *accumulate(_array_length(part, "document_lengths") for part in parts)]
+    if block_documents[-1] == 0:
+        raise ValueError("the corpus is empty: no text to tokenize")
+    with atomic_folder(path) as folder:
+        starts = _assemble_ids(folder / "ids.npy", parts, layout)
+        for name, (lengths, ids) in layout.offsets().items():
+            _assemble_offsets(folder / f"{name}.npy", parts, lengths, starts[ids] if ids is not None else 0)
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())
+        }
+        manifest = {
+            "format": _FORMAT,
+            "layout": layout.name,
+            "tokens": starts["tokens"],
+            "block_documents": block_documents,
+            "files": files,
+            "fingerprint": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
+        }
+        manifest["checksum"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _assemble_ids(file: Path, parts: Sequence[Path], layout: Layout) -> dict[str, int]:
+    """Writes the ids of all parts into one array; returns where those of each name start, and how many come last."""
+    lengths = {name: sum(_array_length(part, name) for part in parts) for _, name in layout.flat()}
+    total = sum(lengths.values()) + sum(len(first) for first, _ in layout.flat())
+    whole = np.lib.format.open_memmap(file, mode="w+", dtype=layout.dtype, shape=(total,))
+    starts: dict[str, int] = {}
+    place = 0
+    for first, name in layout.flat():
+        whole[place : place + len(first)] = first
+        place += len(first)
+        starts[name] = place
+        for part in parts:
+            ids = _array(part, name)
+            whole[place : place + len(ids)] = ids
+            place += len(ids)
+    whole.flush()
+    starts["tokens"] = lengths[name]
+    return starts
+
+
+def _assemble_offsets(file: Path, parts: Sequence[Path], lengths: str, start: int) -> None:
+    total = sum(_array_length(part, lengths) for part in parts)
+    whole = np.lib.format.open_memmap(file, mode="w+", dtype=np.int64, shape=(total + 1,))
+    whole[0] = start
+    place = 0
+    for part in parts:
+        ends = whole[place] + np.cumsum(_array(part, lengths))
+        whole[place + 1 : place + 1 + len(ends)] = ends
+        place += len(ends)
+    whole.flush()
+
+
+def _array(part: Path, name: str) -> NDArray[Any]:
+    with np.load(part) as arrays:
+        return arrays[name]
+
+
+def _array_length(part: Path, name: str) -> int:
+    """Without reading the array."""
+    with zipfile.ZipFile(part) as archive, archive.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        assert version == (1, 0)
+        shape, _, _ = np.lib.format.read_array_header_1_0(file)
+    return int(shape[0])

@@ -1,0 +1,1 @@
+"""Explains a model's answer: attention maps and the attributions of tokens."""

@@ -1,1 +1,0 @@
-"""What the kernels become on a GPU, found out without one."""

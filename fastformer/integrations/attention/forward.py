@@ -1,0 +1,270 @@
+"""The attention function of ``attn_implementation="fastformer"``: fits a transformers model's call to our operator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.output_capturing import _active_collector
+
+from fastformer.integrations.attention import on_cpu as attention_on_cpu
+from fastformer.integrations.attention.mask import AttentionMask, MaskStructure
+from fastformer.integrations.attention.paged_cache import updated_pages
+from fastformer.ops import attention, attention_weights
+from fastformer.ops.packing import packed_sequences
+
+# What models hand on to their attention function although it is for others: outputs, losses, caches and routers.
+NOT_FOR_ATTENTION = frozenset(
+    {
+        "cache",
+        "cache_position",
+        "ignore_index",
+        "labels",
+        "logits_indices",
+        "logits_processor_args",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",  # the mask has them already
+        "read_index",
+        "return_dict",
+        "seq_idx",
+        "shift_labels",
+        "use_cache",
+        "write_index",
+    }
+)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | dict[str, Tensor] | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | dict[str, int] | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | dict[str, int] | None = None,
+    output_attentions: bool | None = None,
+    deterministic: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer of a transformers model.
+
+    Args:
+        module: the layer. Dropout is off unless it trains; its `is_causal` is the default of the argument.
+        query: (batch, heads, queries, head_dim); key, value: (batch, kv_heads, keys, head_dim).
+        attention_mask: an `AttentionMask`, or 4-D: boolean, True = may attend, or floating, added to the scores. It
+            alone says who may attend to whom; `is_causal` and `sliding_window` count where there is none.
+        scaling, softcap, dropout: as `fastformer.attention`'s scale, softcap and dropout_p.
+        sliding_window: how many keys up to its own position a query sees; without `is_causal` as many after it.
+        s_aux: (heads,), sinks. sinks: (batch, heads, queries, n), logits of each query that carry no value.
+        position_bias: broadcasts to (batch, heads, queries, keys), added to the scores, differentiable.
+        indices: (batch, queries, n), the only keys that each query may see. block_indices: (batch, groups, queries, n),
+            the only blocks of keys that the queries of each group of heads may see; negative ones stand for nothing.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: boundaries of the sequences in a packed batch.
+        max_seqlen_q, max_seqlen_k: the last two in continuous batching before transformers 5.19.
+        output_attentions: return the weights too, recomputed, before dropout and not differentiable.
+        deterministic: gradients must be the same every time.
+
+    On a CPU, where no backend is asked for, the model's own SDPA takes over wherever our operator would leave out too
+    little to be faster; with dropout always, whose pattern is then PyTorch's.
+
+    Returns:
+        The output, (batch, queries, heads, value_head_dim), and the weights, (batch, heads, queries, keys), or None.
+
+    Raises:
+        TypeError: an argument that is not understood. ValueError: one that does not go with the others.
+    """
+    _check_understood(module, others)
+    if deterministic and not torch.are_deterministic_algorithms_enabled():
+        raise ValueError("deterministic=True needs torch.use_deterministic_algorithms(True)")
+    if isinstance(cu_seq_lens_k, dict) or max_seqlen_q is not None:
+        paged = {**others, "cu_seq_lens_k": cu_seq_lens_k}
+        paged |= {"max_length_k": max_length_k} if max_seqlen_k is None else {"max_seqlen_k": max_seqlen_k}
+        key, value, cu_seq_lens_k, max_length_k = updated_pages(module, key, value, paged)
+        # Those releases make a mask that does not know of the cache.
+        max_length_q, attention_mask = max_length_q or max_seqlen_q, None
+    batch = max(tensor.shape[0] for tensor in (query, key, value))
+    query, key, value = (_of_batch(tensor, batch) for tensor in (query, key, value))
+    structure = _structure(module, attention_mask, is_causal, sliding_window, (batch, 1, query.shape[2], key.shape[2]))
+    weights_wanted = _weights_wanted(output_attentions)
+    dropout_p = dropout if module.training else 0.0
+    particular = weights_wanted or any(
+        given is not None for given in (softcap, s_aux, sinks, indices, block_indices, cu_seq_lens_q)
+    )
+    documents = structure is not None and structure.cu_seqlens_q is not None
+    if not (particular or documents) and attention_on_cpu.leaves_choice(query):
+        if attention_on_cpu.operator_is_faster(query, key, structure, position_bias, dropout_p):
+            structure = attention_on_cpu.without_padding(structure, query, key, position_bias)
+        elif (own := _of_sdpa(structure, attention_mask, query.shape[2], key.shape[2])) is not None:
+            mask, causal = own
+            return sdpa_attention_forward(
+                module, query, key, value, mask, dropout_p, scaling, is_causal=causal, position_bias=position_bias
+            )
+    by_row = weights_wanted or any(given is not None for given in (position_bias, indices, block_indices, sinks))
+    only: list[Tensor] = []
+    if structure is not None and structure.cu_seqlens_q is not None and by_row:
+        structure = None
+    elif cu_seq_lens_q is not None and (structure is None or structure.cu_seqlens_q is None):
+        if structure is None or structure.key_mask is not None or structure.key_lengths is not None or by_row:
+            only.append(_same_sequence(cu_seq_lens_q, batch, query.shape[2], key.shape[2]))
+        else:
+            structure = _packed(structure, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    arguments = {"mask": _elements(attention_mask)} if structure is None else structure.arguments()
+    if indices is not None:
+        only.append(_chosen(indices, key.shape[2])[:, None])
+    if block_indices is not None:
+        indexer: Any = module.indexer
+        only.append(_chosen_blocks(block_indices, indexer.block_size, query.shape[1], key.shape[2]))
+    for allowed in only:
+        arguments["mask"] = _both(arguments["mask"], allowed)
+    arguments |= {"scale": scaling, "softcap": softcap, "bias": position_bias}
+    packed = structure is not None and structure.cu_seqlens_q is not None
+    tensors = [tensor.transpose(1, 2).flatten(0, 1) if packed else tensor for tensor in (query, key, value)]
+    output, lse = attention(*tensors, **arguments, sinks=s_aux, dropout_p=dropout_p, return_lse=True)
+    if packed:
+        return output.unflatten(0, (batch, query.shape[2])), None
+    output = output.transpose(1, 2)
+    weights = _weights(query, key, lse, arguments) if weights_wanted else None
+    if sinks is not None:
+        share = torch.sigmoid(lse - sinks.float().logsumexp(-1))
+        output = (output * share.transpose(1, 2)[..., None]).to(output.dtype)
+        weights = None if weights is None else (weights * share[..., None]).to(weights.dtype)
+    return output.contiguous(), weights
+
+
+def _check_understood(module: torch.nn.Module, others: dict[str, Any]) -> None:
+    if unknown := sorted(name for name in set(others) - NOT_FOR_ATTENTION if others[name] is not None):
+        raise TypeError(
+            f"{type(module).__name__} passes {', '.join(unknown)} to its attention, which attn_implementation="
+            f'"fastformer" does not know; use "eager" or "sdpa"'
+        )
+
+
+def _of_batch(tensor: Tensor, batch: int) -> Tensor:
+    """A tensor that stands for every sequence, as learned queries do, repeated without a copy."""
+    return tensor.expand(batch, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
+
+
+def _structure(
+    module: torch.nn.Module,
+    mask: Tensor | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
+    shape: tuple[int, int, int, int],
+) -> MaskStructure | None:
+    """Who may attend to whom without a dense mask; None where only the mask's elements say it."""
+    if mask is None:
+        causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+        reach = None if sliding_window is None else sliding_window - 1
+        return MaskStructure(causal=bool(causal), window=(reach, reach))
+    return mask.structure if isinstance(mask, AttentionMask) and tuple(mask.shape) == shape else None
+
+
+def _of_sdpa(
+    structure: MaskStructure | None, mask: Tensor | None, queries: int, keys: int
+) -> tuple[Tensor | None, bool] | None:
+    """The mask and `is_causal` that SDPA takes; None where there is nothing that it can take."""
+    own = None if structure is None else attention_on_cpu.sdpa_mask(structure, queries, keys)
+    return (_elements(mask), False) if own is None and mask is not None else own
+
+
+def _packed(
+    structure: MaskStructure, cu_seqlens_q: Tensor, cu_seqlens_k: Any, max_length_q: int | None, max_length_k: Any
+) -> MaskStructure:
+    """`structure` within the sequences that the boundaries say."""
+    if max_length_q is None:
+        raise ValueError("cu_seq_lens_q needs max_length_q, the length of the longest sequence")
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    return replace(
+        structure,
+        alignment="bottom_right",
+        cu_seqlens_q=cu_seqlens_q.int(),
+        cu_seqlens_k=cu_seqlens_k.int(),
+        max_seqlen_q=int(max_length_q),
+        max_seqlen_k=int(max_length_q if max_length_k is None else max_length_k),
+    )
+
+
+def _same_sequence(cu_seqlens: Tensor, batch: int, queries: int, keys: int) -> Tensor:
+    """(batch, 1, queries, keys) boolean, True between tokens of one sequence of a packed batch."""
+    if queries != keys:
+        raise ValueError(
+            "cu_seq_lens_q of sequences with a cache does not go with attention_mask, output_attentions, "
+            "position_bias, sinks, indices or block_indices, which are laid out by row"
+        )
+    sequence = packed_sequences(cu_seqlens, batch * queries).view(batch, queries)
+    return (sequence[:, :, None] == sequence[:, None, :])[:, None]
+
+
+def _elements(mask: Tensor | None) -> Tensor | None:
+    """The elements of a 4-D mask: transformers' own 2-D masks of padding mean something else than broadcasting says."""
+    if mask is not None and mask.dim() != 4:
+        raise ValueError(f"attention_mask must be (batch, heads, queries, keys); got shape {tuple(mask.shape)}")
+    return mask.dense if isinstance(mask, AttentionMask) else mask
+
+
+def _chosen(indices: Tensor, size: int) -> Tensor:
+    """(..., size) boolean, True at `indices`, (..., n), of which negative ones stand for nothing."""
+    marks = torch.zeros(*indices.shape[:-1], size + 1, dtype=torch.bool, device=indices.device)
+    return marks.scatter_(-1, indices.long().masked_fill(indices < 0, size), True)[..., :size]
+
+
+def _chosen_blocks(indices: Tensor, block_size: int, heads: int, keys: int) -> Tensor:
+    """(batch, heads, queries, keys) boolean, True in the blocks of keys at `indices`, (batch, groups, queries, n)."""
+    blocks = _chosen(indices, -(-keys // block_size)).repeat_interleave(block_size, -1)[..., :keys]
+    return blocks.repeat_interleave(heads // indices.shape[1], 1)
+
+
+def _both(mask: Tensor | None, allowed: Tensor) -> Tensor:
+    """What both masks allow, the first one boolean or additive."""
+    if mask is None:
+        return allowed
+    return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, float("-inf"))
+
+
+def _weights_wanted(output_attentions: bool | None) -> bool:
+    """Whether someone reads the weights: the call says so, or the model collects what its layers return."""
+    if output_attentions or torch.compiler.is_compiling():
+        return bool(output_attentions)
+    return any("attentions" in name for name in _active_collector.get() or ())
+
+
+def _weights(query: Tensor, key: Tensor, lse: Tensor, arguments: dict[str, Any]) -> Tensor:
+    weights = attention_weights(query, key, lse.detach(), **arguments)
+    return _WithoutGradient.apply(weights, query, key) if torch.is_grad_enabled() else weights
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Recomputed weights, which a loss cannot be made of: better an error than a gradient that lacks a part."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, *inputs: Tensor) -> Tensor:
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(
+            'attention weights of attn_implementation="fastformer" are recomputed and not differentiable; use "eager"'
+        )

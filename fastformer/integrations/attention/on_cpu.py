@@ -1,0 +1,157 @@
+"""What attention of a transformers model runs on a CPU: our operator where it leaves work out, or the model's own SDPA.
+
+The choice is made for each call, by its tensors: a model may be accelerated before it moves to a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastformer.backends import selected_backend
+from fastformer.integrations.attention.mask import MaskStructure
+from fastformer.ops.attention.flash import FLASH_ROWS
+
+# What our operator costs beyond SDPA, and for each row that it computes alone, in floating-point operations that a core
+# does in the time: measured, of about 60 GFLOP/s.
+OPERATOR_COST = 2e7
+ROW_COST = 3e6
+# What a bias costs our operator beyond SDPA: a share of what all scores cost.
+BIAS_COST = 0.25
+# Scores, for each core, from which on it costs SDPA more to keep them all for a bias's gradient than us to compute them
+# again.
+LEARNED_SCORES = 1 << 22
+SDPA_KEYS = 512
+"""Keys that PyTorch's flash attention on a CPU takes at a time, masked or not."""
+Span = tuple[int, int]
+
+
+def leaves_choice(query: Tensor) -> bool:
+    """Whether a call runs on a CPU and no backend was asked for."""
+    return query.device.type == "cpu" and selected_backend() == "auto"
+
+
+def operator_is_faster(
+    query: Tensor, key: Tensor, structure: MaskStructure | None, bias: Tensor | None, dropout_p: float
+) -> bool:
+    """Whether our operator takes less time than SDPA with a mask.
+
+    Args:
+        query: (batch, heads, queries, head_dim). key: (batch, kv_heads, keys, head_dim).
+        structure: who may attend to whom; None if only a dense mask says it.
+        bias: (batch, heads, queries, keys) or broadcasting to it.
+        dropout_p: SDPA draws its random numbers faster.
+    """
+    batch, heads, m, head_dim = query.shape
+    n = key.shape[2]
+    of_pair = 4 * heads * head_dim
+    # torch.compile cannot ask for the number of threads.
+    cores = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+    if dropout_p or of_pair * batch * m * n < OPERATOR_COST * cores:
+        return False
+    learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if learned and batch * heads * m * n >= LEARNED_SCORES * cores:
+        return True
+    if structure is None or (structure.spans is None and m < 2 * FLASH_ROWS):
+        return False
+    queries, keys = _spans(structure, batch, m, n, bias)
+    sizes = [(b - a, d - c) for (a, b), (c, d) in zip(queries, keys, strict=True)]
+    pairs = sum(of_row * _keys_computed(of_row, keys_of_row, structure) for of_row, keys_of_row in sizes)
+    skips_blocks = bias is None and _only_causal(structure, m, n)
+    in_sdpa = batch * m * (min(n, (m + SDPA_KEYS) / 2) if skips_blocks else n)
+    cost = OPERATOR_COST + ROW_COST * (0 if structure.spans is None else batch)
+    of_bias = 0.0 if bias is None else BIAS_COST * in_sdpa
+    return of_pair * (in_sdpa - pairs - of_bias) > cost * cores
+
+
+def _keys_computed(m: int, n: int, structure: MaskStructure) -> float:
+    """How many of n keys each of m queries is multiplied with on average, by blocks of queries."""
+    if m < 2 * FLASH_ROWS:
+        return n
+    left, right = structure.window
+    causal = (m + FLASH_ROWS) / 2 if structure.causal and m == n else n
+    after = 0 if structure.causal else right
+    within = n if left is None or after is None else left + after + FLASH_ROWS
+    chunk = n if structure.chunk is None else structure.chunk + FLASH_ROWS
+    return min(n, causal, within, chunk)
+
+
+def _spans(
+    structure: MaskStructure, batch: int, m: int, n: int, bias: Tensor | None
+) -> tuple[Sequence[Span], Sequence[Span]]:
+    """The queries and the keys of each row that our operator computes."""
+    whole = [(0, m)] * batch, [(0, n)] * batch
+    if structure.spans is None:
+        return whole
+    if _can_pack(structure, m, n, bias):
+        return structure.spans if structure.causal else whole[0], structure.spans
+    return whole[0], structure.spans if structure.key_lengths is not None else whole[1]
+
+
+def _can_pack(structure: MaskStructure, m: int, n: int, bias: Tensor | None) -> bool:
+    """Whether rows can be computed as sequences without their padding.
+
+    With a mask that is causal from the first key on, queries and keys are the same tokens. A bias counts with padding.
+    """
+    if structure.spans is None or structure.chunk is not None or bias is not None:
+        return False
+    own_tokens = structure.causal and structure.alignment == "top_left" and m == n
+    return structure.ignores_positions or own_tokens
+
+
+def without_padding(
+    structure: MaskStructure | None, query: Tensor, key: Tensor, bias: Tensor | None
+) -> MaskStructure | None:
+    """`structure` as boundaries of sequences over the tokens of all rows, where that leaves out padding.
+
+    Each row is its tokens, and padding on either side, of which the keys belong to a sequence without queries, and the
+    queries, that give zeros, to one without keys.
+    """
+    batch, m, n = query.shape[0], query.shape[2], key.shape[2]
+    if structure is None or not _can_pack(structure, m, n, bias):
+        return structure
+    q_lengths: list[int] = []
+    k_lengths: list[int] = []
+    for (q_start, q_stop), (k_start, k_stop) in zip(*_spans(structure, batch, m, n, None), strict=True):
+        q_lengths += [q_start, 0, q_stop - q_start, m - q_stop, 0]
+        k_lengths += [0, k_start, k_stop - k_start, 0, n - k_stop]
+    return MaskStructure(
+        causal=structure.causal,
+        window=structure.window,
+        cu_seqlens_q=_boundaries(q_lengths),
+        cu_seqlens_k=_boundaries(k_lengths),
+        max_seqlen_q=m,
+        max_seqlen_k=n,
+    )
+
+
+def _boundaries(lengths: list[int]) -> Tensor:
+    return torch.tensor([*itertools.accumulate(lengths, initial=0)], dtype=torch.int32)
+
+
+def sdpa_mask(structure: MaskStructure, m: int, n: int) -> tuple[Tensor | None, bool] | None:
+    """The mask, (batch, 1, 1, n), and `is_causal` by which SDPA does what `structure` says; None if they cannot."""
+    last_query = m == 1 and structure.causal and (structure.alignment == "bottom_right" or n == 1)
+    if structure.ignores_positions or (last_query and _unlimited(structure)):
+        return _key_mask(structure, n), False
+    return (None, True) if _only_causal(structure, m, n) else None
+
+
+def _only_causal(structure: MaskStructure, m: int, n: int) -> bool:
+    keys = structure.key_mask is None and structure.key_lengths is None
+    return keys and structure.causal and _unlimited(structure) and m == n
+
+
+def _unlimited(structure: MaskStructure) -> bool:
+    return structure.window == (None, None) and structure.chunk is None
+
+
+def _key_mask(structure: MaskStructure, n: int) -> Tensor | None:
+    lengths = structure.key_lengths
+    if lengths is None:
+        return structure.key_mask
+    mask = (torch.arange(n) < lengths[:, None])[:, None, None]
+    return mask if structure.key_mask is None else mask & structure.key_mask

@@ -1,0 +1,66 @@
+"""GPUs that training is planned on. Every number has its source; peaks are the vendors' dense ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastformer.kernel_reports.devices import DEVICES, Device
+
+GIB = 2**30
+GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as a training run sees it.
+
+    Attributes:
+        name, source: the product, and the document its numbers are from.
+        memory: bytes.
+        flops: peak operations per second, by the bits of the operands: 16 (float16 and bfloat16, accumulated in
+            float32) and 32 (float32 without TF32).
+        bandwidth: of memory, bytes per second.
+        link: to the other GPUs of its node, bytes per second in each direction; NVLink, Infinity Fabric or PCIe.
+    """
+
+    name: str
+    source: str
+    memory: float
+    flops: dict[int, float]
+    bandwidth: float
+    link: float
+
+
+def _gpu(device: Device, memory_gib: float, link: float, **changes: object) -> Gpu:
+    """A GPU whose peaks the kernel report knows; multiply-adds of float32 are two operations a lane and clock."""
+    vector = 2 * device.lanes["float"] * device.multiprocessors * device.clock
+    known = {
+        "name": device.name,
+        "source": device.source,
+        "memory": memory_gib * GIB,
+        "flops": {16: device.tensor_flops["16"], 32: device.tensor_flops.get("float32", vector)},
+        "bandwidth": device.bandwidth,
+        "link": link,
+    }
+    return Gpu(**{**known, **changes})  # type: ignore[arg-type]
+
+
+# Links in each direction: NVLink 3, 4 and 5 have 600, 900 and 1,800 GB/s in both (NVIDIA A100, H100, Blackwell
+# datasheets), MI300X seven links of 128 GB/s (AMD's datasheet), PCIe 4 and 5 with 16 lanes 64 and 128 GB/s.
+GPUS = {
+    "a100": _gpu(DEVICES["sm_80"], 80, 300e9),
+    "h100": _gpu(DEVICES["sm_90"], 80, 450e9),
+    "h200": _gpu(DEVICES["sm_90"], 141, 450e9, name="H200 SXM", source="NVIDIA H200 datasheet", bandwidth=4.8e12),
+    "b200": _gpu(DEVICES["sm_100"], 180, 900e9),
+    "l40s": _gpu(DEVICES["sm_89"], 48, 32e9),
+    "rtx-4090": Gpu(
+        name="RTX 4090",
+        source="NVIDIA Ada whitepaper, appendix A",
+        memory=24 * GIB,
+        flops={16: 165.2e12, 32: 82.6e12},
+        bandwidth=1.008e12,
+        link=32e9,
+    ),
+    "rtx-5090": _gpu(DEVICES["sm_120"], 32, 64e9),
+    "mi300x": _gpu(DEVICES["gfx942"], 192, 448e9),
+}

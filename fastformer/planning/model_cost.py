@@ -1,0 +1,236 @@
+"""What a model costs: parameters, operations and memory of its training step, counted by running it on meta tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from fastformer.models.block import Block
+from fastformer.planning.model_work import Batch, arguments, autocast
+
+MASKED_SHARE = 0.15
+"""Of tokens, that a masked-LM head predicts (Devlin et al. 2019)."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of an example's forward; a backward takes twice as many.
+
+    Attributes:
+        tokens: of the example, an encoder-decoder's source and target together.
+        products: with weights. Embeddings are looked up, and take none.
+        attention: in the two products of the (query, key) pairs that may attend.
+    """
+
+    tokens: int
+    products: int
+    attention: int
+
+    @property
+    def total(self) -> int:
+        return self.products + self.attention
+
+    @property
+    def per_token(self) -> float:
+        return self.total / self.tokens
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model holds, and what a training step costs for each example.
+
+    Attributes:
+        parameters: of the whole model, what is tied once; `blocks_parameters`: of its blocks, in both stacks
+            together; `block_parameters`: of the largest of them.
+        flops: of an example's forward.
+        sublayer_tokens: of an example, that go through a sublayer (attention, cross-attention, feed-forward), added
+            up over all of them.
+        saved: bytes that an example keeps for the backward; `saved_by_blocks`: by all blocks together;
+            `saved_by_block`: by the one that keeps most.
+        block_inputs: bytes of the inputs of all blocks, for an example: what is kept when each block is recomputed.
+        casts: bytes kept for the backward whatever the number of examples: weights in the computation's precision, the
+            gradient of the vocabulary's projection; `casts_by_blocks` and `casts_by_block`: as above.
+    """
+
+    parameters: int
+    blocks_parameters: int
+    block_parameters: int
+    flops: Flops
+    sublayer_tokens: int
+    saved: int
+    saved_by_blocks: int
+    saved_by_block: int
+    block_inputs: int
+    casts: int
+    casts_by_blocks: int
+    casts_by_block: int
+
+
+def forward_flops(model: PreTrainedModel, length: int, target_length: int | None = None) -> Flops:
+    """The operations of one example's forward, counted by running `model` on meta; lengths as in `model_cost`."""
+    with torch.no_grad():
+        return _count(model, "32-true", 1, length, target_length).flops
+
+
+def model_cost(model: PreTrainedModel, precision: str, length: int, target_length: int | None = None) -> ModelCost:
+    """Count a training step of `model`, on meta, from two runs that differ in the number of examples.
+
+    Args:
+        model: on meta, in the dtype of its weights.
+        precision: Lightning's, one of `choices.PRECISIONS`.
+        length: tokens of each example, an encoder-decoder's source; an image model has its own.
+        target_length: tokens of an encoder-decoder's target; by default `length`.
+    """
+    model.train()
+    once, twice = (_count(model, precision, examples, length, target_length) for examples in (1, 2))
+    blocks = _blocks(model)
+    growing = {part: twice.saved[part] - saved for part, saved in once.saved.items()}
+    fixed = {part: saved - growing[part] for part, saved in once.saved.items()}
+    return ModelCost(
+        parameters=_size(model),
+        blocks_parameters=sum(map(_size, blocks)),
+        block_parameters=max(map(_size, blocks)),
+        flops=once.flops,
+        sublayer_tokens=once.sublayer_tokens,
+        saved=sum(growing.values()),
+        saved_by_blocks=sum(growing.values()) - growing[None],
+        saved_by_block=max(growing[block] for block in range(len(blocks))),
+        block_inputs=once.block_inputs,
+        casts=sum(fixed.values()),
+        casts_by_blocks=sum(fixed.values()) - fixed[None],
+        casts_by_block=max(fixed[block] for block in range(len(blocks))),
+    )
+
+
+@dataclass
+class _Counts:
+    """What a run of some examples cost; `saved` is by block, None for what is outside of all."""
+
+    flops: Flops = field(init=False)
+    tokens: int = 0
+    sublayer_tokens: int = 0
+    block_inputs: int = 0
+    saved: dict[int | None, int] = field(default_factory=lambda: {None: 0})
+
+
+def _count(model: PreTrainedModel, precision: str, examples: int, length: int, target_length: int | None) -> _Counts:
+    target_length = target_length or length
+    labelled = max(1, round(MASKED_SHARE * length)) * examples
+    batch = Batch(examples, examples * length, length, examples * target_length, target_length, labelled)
+    counts = _Counts()
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    with _counting_blocks(model, counts), autocast(precision), counter:
+        model(**arguments(model, batch))
+    by_operator = counter.get_flop_counts()["Global"]
+    attention = by_operator.get(torch.ops.fastformer.attention, 0)
+    counts.flops = Flops(counts.tokens, sum(by_operator.values()) - attention, attention)
+    return counts
+
+
+@contextmanager
+def _counting_blocks(model: PreTrainedModel, counts: _Counts) -> Iterator[None]:
+    """Count what goes into the model's blocks, and what autograd keeps: each storage once, parameters not at all."""
+    own = [*model.parameters(), *model.buffers()]
+    known = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in own}
+    current: int | None = None
+
+    def enter(index: int, block: Block, inputs: tuple[Any, ...]) -> None:
+        nonlocal current
+        current, hidden = index, inputs[0]
+        counts.saved[index] = 0
+        counts.block_inputs += hidden.numel() * hidden.element_size()
+        counts.sublayer_tokens += hidden.shape[0] * (2 if block.cross_attention is None else 3)
+        if block.attention.layer == 0:
+            counts.tokens += hidden.shape[0]
+
+    def leave(*_: Any) -> None:
+        nonlocal current
+        current = None
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            known[storage._cdata] = storage
+            counts.saved[current] += storage.nbytes()
+        return tensor
+
+    blocks = _blocks(model)
+    hooks = [block.register_forward_pre_hook(partial(enter, index)) for index, block in enumerate(blocks)]
+    hooks += [block.register_forward_hook(leave) for block in blocks]
+    try:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _blocks(model: PreTrainedModel) -> list[Block]:
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
+def _size(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _raw(formula: Callable[..., int]) -> Callable[..., int]:
+    """Let `FlopCounterMode` hand a formula the tensors, not their shapes."""
+    formula._get_raw = True  # type: ignore[attr-defined]
+    return formula
+
+
+@_raw
+def _projection_flops(input: torch.Tensor, weight: torch.Tensor, *_: Any, out_val: Any) -> int:
+    return 2 * (input.numel() // input.shape[-1]) * weight.numel()
+
+
+@_raw
+def _feed_forward_flops(
+    input: torch.Tensor,
+    up_weight: torch.Tensor,
+    down_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    gate_weight: torch.Tensor | None,
+    *_: Any,
+    out_val: Any,
+) -> int:
+    weights = up_weight.numel() + down_weight.numel() + (0 if gate_weight is None else gate_weight.numel())
+    return 2 * (input.numel() // input.shape[-1]) * weights
+
+
+@_raw
+def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any, out_val: Any) -> int:
+    """Of packed sequences of one length."""
+    call = AttentionArguments(*arguments)
+    sequences = call.batch(query)
+    pairs = attended_pairs(query.shape[0] // sequences, key.shape[0] // sequences, call.left, call.right)
+    return 2 * query.shape[1] * (query.shape[2] + value.shape[2]) * sequences * pairs
+
+
+def attended_pairs(queries: int, keys: int, left: int, right: int) -> int:
+    """How many (query, key) pairs attend, of a query that sees so many keys before and after its own position.
+
+    `left` and `right` may be UNBOUNDED. Positions count from the start of both sequences.
+    """
+    position = np.arange(queries)
+    first = np.zeros_like(position) if left == UNBOUNDED else np.maximum(position - left, 0)
+    last = np.full_like(position, keys - 1) if right == UNBOUNDED else np.minimum(position + right, keys - 1)
+    return int(np.maximum(last - first + 1, 0).sum())
+
+
+_FORMULAS = {
+    torch.ops.fastformer.feed_forward: _feed_forward_flops,
+    torch.ops.fastformer.linear_cross_entropy: _projection_flops,
+    torch.ops.fastformer.attention: _attention_flops,
+}

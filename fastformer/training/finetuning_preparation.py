@@ -1,0 +1,127 @@
+"""Prepares a fine-tuning run: its examples, what it starts from, and the features that it is trained on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from jsonargparse import Namespace
+from transformers import AutoConfig
+
+from fastformer.data.labelled.examples import Examples, Splits, place_of
+from fastformer.data.pretraining.tokenizer import load_tokenizer, text_fingerprint, train_tokenizer
+from fastformer.models import FastformerConfig
+from fastformer.training.finetuning_examples import drawn_examples, load_examples
+from fastformer.training.prediction import position_limit, recipe_for, room
+from fastformer.training.starting_point import CLASSES, StartingPoint, Task, from_scratch, pretrained, untrained
+from fastformer.training.tasks import RECIPES, Recipe, Rewrite, TextOptions
+
+PRETRAINED = Path("runs/pretrain/model")
+"""What fine-tuning starts from where nothing else is said, if it is there and fits the task."""
+
+
+class Prepared(NamedTuple):
+    examples: Splits[Any]
+    start: StartingPoint
+    recipe: Recipe
+    train: list[Any]  # features
+    validation: list[Any]
+    source: str  # what was started from, in words
+
+
+def prepare(task: Task, options: Namespace, arguments: Sequence[str]) -> Prepared:
+    """Data and output layer. Lengths that were not given become the model's, if it has fewer positions."""
+    texts = TextOptions(**options.text.as_dict())
+    kind = RECIPES[task]
+    examples = load_examples(task, options.data, texts, options.cache_dir)
+    labels = kind.label_names(examples.train)
+    if options.max_train_examples is not None:
+        drawn = drawn_examples(cast(Examples[Any], examples.train), options.max_train_examples, options.seed)
+        examples = examples._replace(train=drawn)
+    if task == "classify" and labels is None:
+        labels = ["value"]  # one output is a regression's
+    model_folder = _model_folder(task, options)
+    if model_folder is not None:
+        start = (untrained if options.from_scratch else pretrained)(model_folder, task, labels)
+        tokenizer = load_tokenizer(model_folder)
+        source = f"scratch, in the shape of {model_folder}" if options.from_scratch else str(model_folder)
+    else:
+        corpus = (text for example in examples.train for text in kind.texts(example))
+        tokenizer = train_tokenizer(corpus, options.vocab_size, kind.tokenizer_objective)
+        longest = max(texts.max_length, texts.max_target_length)
+        if kind.tokenizer_objective == "clm":
+            longest += texts.max_target_length  # what is generated follows the prompt
+        start = from_scratch(options.preset, task, tokenizer, longest, labels, **options.overrides)
+        source = f"scratch, {options.preset}"
+    if options.activation_checkpointing:
+        start.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    texts = _fitting("max_length", position_limit(start.model), options, arguments)
+    recipe = recipe_for(task, start, texts, tokenizer)
+    if isinstance(recipe, Rewrite):
+        left = room(start.model, recipe.prompts(examples.test))
+        recipe = replace(recipe, options=_fitting("max_target_length", left, options, arguments))
+    train, validation = recipe.features(examples.train), recipe.features(examples.validation)
+    _check_test(recipe, examples.test)
+    return Prepared(examples, start, recipe, train, validation, source)
+
+
+def _fitting(name: str, limit: int | None, options: Namespace, arguments: Sequence[str]) -> TextOptions:
+    """The options of texts, of which the one of this name is no longer than the model has positions for.
+
+    Raises:
+        ValueError: it is, and was given.
+    """
+    length = options.text[name]
+    if limit is not None and length > limit:
+        named = any(argument.partition("=")[0] == f"--text.{name}" for argument in arguments)
+        if named or length != getattr(TextOptions(), name):
+            raise ValueError(
+                f"--text.{name} must be at most {limit}, the positions that the model has for it; got {length}"
+            )
+        warnings.warn(f"--text.{name} is {limit}, not {length}: the model has no more positions", stacklevel=2)
+        options.text[name] = limit
+    return TextOptions(**options.text.as_dict())
+
+
+def fingerprints(prepared: Prepared) -> dict[str, str]:
+    """Of the examples, the names of their classes or tags, and the tokenizer: a run goes on with the same alone."""
+    recipe = prepared.recipe
+    parts: dict[str, Iterable[Any]] = {f"{part} examples": found for part, found in prepared.examples._asdict().items()}
+    parts["label names"] = recipe.labels or ()
+    texts = {name: map(repr, values) for name, values in parts.items()}
+    tokenizer = text_fingerprint([recipe.tokenizer.backend_tokenizer.to_str()])
+    return {**{name: text_fingerprint(values) for name, values in texts.items()}, "the tokenizer's tokens": tokenizer}
+
+
+def _check_test(recipe: Recipe, test: Sequence[Any]) -> None:
+    """What would be found after training is found before it."""
+    recipe.check(test)
+    known = [bool(recipe.reference(example)) for example in test]
+    if not any(known):
+        warnings.warn("no test example says what is right: all are predicted, and nothing is measured", stacklevel=2)
+    elif not all(known):
+        without, told = known.index(False), known.index(True)
+        raise ValueError(
+            f"{place_of(test, without)}: this test example does not say what is right, where {place_of(test, told)} "
+            "does; give it for all or for none"
+        )
+
+
+def _model_folder(task: Task, options: Namespace) -> Path | None:
+    """What is given, or the folder of a pretraining run whose stack the task can use."""
+    if options.model is not None:
+        if options.overrides:
+            raise ValueError(
+                f"--overrides is for a model from scratch by --preset; --model {options.model} has its own"
+            )
+        return Path(options.model)
+    if options.from_scratch or options.overrides or not (PRETRAINED / "config.json").is_file():
+        return None
+    config = AutoConfig.from_pretrained(PRETRAINED, trust_remote_code=False)
+    fits = isinstance(config, FastformerConfig) and config.stack in CLASSES[task].ours._stacks
+    if task == "qa" and fits:  # rotary positions, from scratch, need far fewer steps than learned ones
+        fits = config.position_embedding in ("rotary", "relative")
+    return PRETRAINED if fits else None

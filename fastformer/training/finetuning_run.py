@@ -1,0 +1,250 @@
+"""Runs fine-tuning: from checked options to a trained model, its predictions and its report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from fastformer.console import json_text, printable_line
+from fastformer.data.shapes import FewShapes
+from fastformer.files import atomic_file
+from fastformer.training.adversarial import Adversary
+from fastformer.training.callbacks import (
+    CompileModel,
+    EarlyStopping,
+    LossCurve,
+    SavePretrained,
+    StepSeed,
+    StopAtLimit,
+    Throughput,
+    TrainingProgress,
+)
+from fastformer.training.checkpoints import ValidationCheckpoint, latest_checkpoint
+from fastformer.training.cuda_graphs import RecordSteps
+from fastformer.training.finetuning import Classification, FineTuning
+from fastformer.training.finetuning_preparation import Prepared, fingerprints, prepare
+from fastformer.training.finite import FiniteLosses
+from fastformer.training.folder import RunFolder
+from fastformer.training.interruption import StopOnSignal
+from fastformer.training.loading.finetuning import FineTuningData
+from fastformer.training.lora import Lora
+from fastformer.training.memory import PeakMemory
+from fastformer.training.optimization import Optimization
+from fastformer.training.prediction import Predictor
+from fastformer.training.privacy import Privacy
+from fastformer.training.report import FineTuningReport
+from fastformer.training.run import (
+    SaveOptions,
+    build_trainer,
+    summary,
+    summary_text,
+)
+from fastformer.training.starting_point import StartingPoint, Task
+from fastformer.training.tasks import Recipe, Rewrite, balanced_class_weights
+
+_BEST, _PREDICTIONS, _REPORT, _CONFUSION = "best.pt", "predictions.jsonl", "report.md", "confusion.png"
+
+
+def run_folder(path: Path) -> RunFolder:
+    """Where a fine-tuning run keeps what."""
+    return RunFolder(path, "fine-tuning", (_BEST, _PREDICTIONS, _REPORT, _CONFUSION))
+
+
+def run_finetuning(
+    task: Task,
+    parser: LightningArgumentParser,
+    options: Namespace,
+    arguments: Sequence[str],
+    folder: RunFolder,
+    stop: StopOnSignal,
+    begin: float,
+) -> None:
+    prepared = prepare(task, options, arguments)
+    learnt_from = fingerprints(prepared)
+    if options.resume:
+        folder.check_data(learnt_from)
+    module = _module(prepared, options)
+    checkpoint = None
+    if options.resume:
+        checkpoint = latest_checkpoint(folder.checkpoints, lambda content: module.state_dict(), folder.run)
+    data = _data(prepared, module, options)
+    throughput, curve = Throughput(), LossCurve(folder.curve)
+    finite = FiniteLosses(folder.checkpoints, options.skip_nonfinite)
+    stop.saves = ValidationCheckpoint(folder.checkpoints)
+    stopping = []
+    if options.patience is not None:
+        mode = "min" if options.monitor in ("loss", "perplexity") else "max"
+        stopping = [EarlyStopping(folder.path / _BEST, options.monitor, mode, options.patience, lambda: folder.run)]  # type: ignore[arg-type]
+    trainer_arguments = parser.instantiate(options).trainer
+    if options.privacy_epsilon is not None:
+        trainer_arguments.gradient_clip_val = None  # clipping is the mechanism's, of each example's gradient
+    trainer = build_trainer(
+        trainer_arguments,
+        folder,
+        [
+            SaveOptions(folder, parser, options, learnt_from),
+            finite,
+            StepSeed(options.seed),
+            StopAtLimit(options.max_minutes),
+            throughput,
+            PeakMemory(),
+            TrainingProgress(),
+            *([CompileModel()] if options.compile else []),
+            *([RecordSteps()] if options.cuda_graphs else []),
+            curve,
+            *stopping,
+            stop.saves,
+            stop,
+            SavePretrained(folder.model, not options.adapter.merge, folder.claim_model),
+        ],
+    )
+    _check_trainer(trainer, options)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    if stopping or (curve.validation and curve.validation[-1]["step"] != trainer.global_step):
+        trainer.validate(module, datamodule=data, verbose=False)
+    if trainer.is_global_zero:
+        metrics = {
+            "task": task,
+            **summary(trainer, module, throughput, curve, finite, folder, time.monotonic() - begin),
+            "trained_parameters": sum(weight.numel() for weight in module.parameters() if weight.requires_grad),
+            "started_from": prepared.source,
+            "attention": prepared.start.attention,
+            "examples": {part: len(found) for part, found in prepared.examples._asdict().items()},
+            **_privacy(module),
+        }
+        _evaluate(task, options, folder, prepared, trainer, metrics)
+
+
+def _check_trainer(trainer: Trainer, options: Namespace) -> None:
+    """Refuse what would not be what it says."""
+    if options.privacy_epsilon is None:
+        return
+    if trainer.world_size > 1 or isinstance(trainer.strategy, ModelParallelStrategy):
+        raise ValueError(
+            "--privacy_epsilon is for one device with whole weights, where the gradient of each example is clipped; "
+            f"got --devices {options.devices} --strategy {options.strategy}"
+        )
+    if trainer.precision == "16-mixed":
+        raise ValueError("--privacy_epsilon is not for --precision 16-mixed, whose scaler clips anew")
+
+
+def _data(prepared: Prepared, module: FineTuning, options: Namespace) -> FineTuningData:
+    recipe = prepared.recipe
+    limit = getattr(prepared.start.model.config, "position_limit", None)
+    return FineTuningData(
+        recipe.tokenizer,
+        prepared.train,
+        prepared.validation,
+        recipe.collate,
+        recipe.length,
+        module.targets,
+        options.tokens_per_batch,
+        options.seed,
+        options.num_workers,
+        module.privacy,
+        FewShapes(recipe.collate, options.tokens_per_batch, limit) if options.cuda_graphs else None,
+    )
+
+
+def _module(prepared: Prepared, options: Namespace) -> FineTuning:
+    start, recipe = prepared.start, prepared.recipe
+    model: Any = start.model
+    if options.lora:
+        if start.new_layers is None:
+            raise ValueError("--lora adapts a pretrained model; give one with --model")
+        model = Lora(**options.adapter.as_dict()).adapt(model, start.new_layers)
+    arguments: dict[str, Any] = {
+        "optimization": _optimization(options, start),
+        "adversary": None,
+        "privacy": _privacy_of(options),
+        "examples": len(prepared.train),
+    }
+    if options.adversarial is not None:
+        arguments["adversary"] = Adversary(options.adversarial, **options.adversary.as_dict())
+    if options.class_weights is not None:
+        if not issubclass(recipe.module, Classification):
+            raise ValueError("--class_weights are for classify and tag")
+        balanced = options.class_weights == "balanced"
+        arguments["class_weights"] = (
+            balanced_class_weights(recipe, prepared.train) if balanced else options.class_weights
+        )
+    module = recipe.module(model, **arguments)
+    if not isinstance(recipe, Rewrite):
+        module.judge = _Judge(recipe, prepared.examples.validation, prepared.validation)
+    return module
+
+
+def _optimization(options: Namespace, start: StartingPoint) -> Optimization:
+    given = options.optimizer.as_dict()
+    if given["learning_rate"] is None:
+        much = options.lora or start.new_layers is None
+        given["learning_rate"] = (0.384 if much else 0.0384) / start.model.config.hidden_size
+    return Optimization(**{**given, "betas": tuple(given["betas"])})
+
+
+def _privacy_of(options: Namespace) -> Privacy | None:
+    if options.privacy_epsilon is None:
+        return None
+    return Privacy(options.privacy_epsilon, **options.privacy.as_dict())
+
+
+def _privacy(module: FineTuning) -> dict[str, Any]:
+    """What was spent, for the report."""
+    if module.privacy is None or module.noise_multiplier is None:
+        return {}
+    assert module.examples is not None
+    steps = module.trainer.global_step
+    return {
+        "privacy": {
+            "epsilon": module.privacy.spent(module.noise_multiplier, module.examples, steps),
+            "delta": module.privacy.delta_for(module.examples),
+            "noise_multiplier": module.noise_multiplier,
+        }
+    }
+
+
+class _Judge:
+    """The metrics of held-out examples, from a module's outputs."""
+
+    def __init__(self, recipe: Recipe, examples: Sequence[Any], features: Sequence[Any]) -> None:
+        self.recipe = recipe
+        self.examples = examples
+        self.features = features
+
+    def __call__(self, outputs: list[Any]) -> dict[str, float]:
+        predictions = self.recipe.predictions(outputs[: len(self.features)], self.examples, self.features)
+        return self.recipe.metrics(self.recipe.lines(predictions, self.examples))
+
+
+def _evaluate(
+    task: Task, options: Namespace, folder: RunFolder, prepared: Prepared, trainer: Trainer, metrics: dict[str, Any]
+) -> None:
+    """On the test examples, with the model as it was saved."""
+    texts = prepared.recipe.options
+    predictor = Predictor.load(folder.model, task, texts, trainer.strategy.root_device, options.tokens_per_batch)
+    test = prepared.examples.test
+    lines = predictor.recipe.lines(predictor(test), test)
+    write_predictions(folder.path / _PREDICTIONS, lines)
+    known = all(map(predictor.recipe.reference, test))  # GLUE's test examples, for one, are not
+    metrics["test"] = predictor.recipe.metrics(lines) if known else {}
+    metrics["baselines"] = predictor.recipe.baselines(prepared.examples.train, test) if known else {}
+    folder.write_metrics(metrics)
+    report = FineTuningReport(metrics, predictor.recipe, test, lines)
+    report.write(folder.path / _REPORT, folder.curve, folder.path / _CONFUSION)
+    print(report.table())
+    print(summary_text(metrics))
+    print(printable_line(f"report: {folder.path / _REPORT}   predictions: {folder.path / _PREDICTIONS}"))
+
+
+def write_predictions(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """As JSON lines, whole or not at all."""
+    with atomic_file(path) as file:
+        for line in lines:
+            file.write(json_text(line).encode() + b"\n")

@@ -1,0 +1,124 @@
+"""Runs pretraining: from checked options to a trained model and its report."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from fastformer.console import printable
+from fastformer.training import markdown
+from fastformer.training.callbacks import (
+    CompileModel,
+    LossCurve,
+    SavePretrained,
+    StepSeed,
+    StopAtLimit,
+    Throughput,
+    TrainingProgress,
+)
+from fastformer.training.checkpoints import StepCheckpoint, latest_checkpoint
+from fastformer.training.cuda_graphs import RecordSteps
+from fastformer.training.finite import FiniteLosses
+from fastformer.training.folder import RunFolder
+from fastformer.training.interruption import StopOnSignal
+from fastformer.training.memory import PeakMemory
+from fastformer.training.pretraining import MODULES
+from fastformer.training.pretraining_report import Rows, console_table, write_report
+from fastformer.training.run import (
+    SaveOptions,
+    build_trainer,
+    summary,
+    summary_text,
+)
+from fastformer.training.samples import sample
+from fastformer.training.sharding import FullyShardedStrategy
+
+
+def run_pretraining(
+    parser: LightningArgumentParser, options: Namespace, folder: RunFolder, stop: StopOnSignal, begin: float
+) -> None:
+    checkpoint, checked = None, MODULES[options.objective](**options.model.as_dict())
+    if options.resume:
+        checkpoint = latest_checkpoint(folder.checkpoints, checked.weights_for, folder.run)
+    objects = parser.instantiate(options)
+    if options.tensor_parallel != 1:
+        if options.strategy != "fsdp2":
+            raise ValueError(f"--tensor_parallel is for --strategy fsdp2; got --strategy {options.strategy}")
+        objects.trainer.strategy = FullyShardedStrategy(options.tensor_parallel)
+    module, data = MODULES[options.objective](**objects.model.as_dict()), objects.corpus
+    module.continued = checked.continued
+    throughput, curve = Throughput(), LossCurve(folder.curve, module.losses[0], module.loss_label)
+    finite = FiniteLosses(folder.checkpoints, options.skip_nonfinite)
+    stop.saves = StepCheckpoint(folder.checkpoints, every=options.evaluate_every)
+    trainer = build_trainer(
+        objects.trainer,
+        folder,
+        [
+            SaveOptions(folder, parser, options),
+            finite,
+            StepSeed(options.seed),
+            StopAtLimit(options.max_minutes),
+            throughput,
+            PeakMemory(),
+            TrainingProgress(),
+            *([CompileModel()] if options.compile else []),
+            *([RecordSteps()] if options.cuda_graphs else []),
+            curve,
+            stop.saves,
+            stop,
+            SavePretrained(folder.model, claim=folder.claim_model),
+        ],
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    if curve.validation and curve.validation[-1]["step"] != trainer.global_step:
+        trainer.validate(module, datamodule=data, verbose=False)
+    if trainer.is_global_zero:
+        metrics = summary(trainer, module, throughput, curve, finite, folder, time.monotonic() - begin)
+        _report(options.objective, {**metrics, "sample": sample(options.objective, folder.model)._asdict()}, folder)
+
+
+def _report(objective: str, metrics: dict[str, Any], folder: RunFolder) -> None:
+    """Into metrics.json, report.md and the terminal."""
+    folder.write_metrics(metrics)
+    start, end, said = metrics["start"], metrics["end"], metrics["sample"]
+    rows = [] if end is None else _rows(start, end)
+    caption = "" if end is None else _caption(end)
+    facts = {
+        "steps": f"{metrics['steps']:,}",
+        "parameters": f"{metrics['parameters']:,}",
+        "tokens": f"{metrics['tokens']:,}, at {metrics['tokens_per_second']:,.0f} tokens/s",
+        "device": f"{metrics['devices']} x {metrics['device']}, {metrics['precision']}",
+        "peak memory": f"{(metrics['peak_memory'] or float('nan')) / 1e9:.2f} GB",
+        "model": f"{markdown.code(metrics['model'])}, in Hugging Face's format",
+    }
+    sample_text = f"{markdown.block(said['given'])}\n\nbecomes\n\n{markdown.block(said['answer'])}"
+    write_report(
+        folder.report, f"Pretraining: {objective}", caption, rows, facts, {"What it says": sample_text}, folder.curve
+    )
+    if rows:
+        print(console_table(caption, rows))
+    print(summary_text(metrics))
+    print(printable(f"{said['given']}  ->  {said['answer']}"))
+
+
+def _caption(end: dict[str, float]) -> str:
+    if "masked_tokens" in end:
+        return f"{end['masked_tokens']:,.0f} masked tokens and {end['sentence_pairs']:,.0f} pairs of held-out text"
+    return f"{end['tokens']:,.0f} predicted tokens of held-out text"
+
+
+def _rows(start: dict[str, float], end: dict[str, float]) -> Rows:
+    name, label = ("mlm_loss", "masked-LM loss (nats)") if "mlm_loss" in end else ("loss", "loss (nats)")
+    rows = [
+        (label, f"{start[name]:.3f}", f"{end[name]:.3f}"),
+        ("  change", "", f"{end[name] - start[name]:+.3f}"),
+        ("perplexity", f"{start['perplexity']:,.1f}", f"{end['perplexity']:,.1f}"),
+    ]
+    if "nsp_accuracy" in end:
+        before, after = (f"{at['nsp_accuracy']:.1%} ± {at['nsp_standard_error']:.1%}" for at in (start, end))
+        rows.append(("next-sentence accuracy ± standard error", before, after))
+        rows.append(("  chance: always the commoner answer", f"{start['nsp_chance']:.1%}", f"{end['nsp_chance']:.1%}"))
+    return rows

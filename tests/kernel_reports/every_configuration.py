@@ -1,0 +1,299 @@
+"""Compiles every launch configuration that the kernels choose on one architecture, and prints which kernels fit there.
+
+Each entry of the tables becomes an object of its own, so that a call shows which it chose. Of the calls below, those
+that choose what none before them did are compiled; an entry that none of them chooses is printed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import fastformer_kernels
+import torch
+from fastformer_kernels.configurations import shipped_defaults
+from fastformer_kernels.launch import ARCHITECTURES, Architecture
+from fastformer_kernels.plans import forced_plan
+from fastformer_kernels.rows import RowConfiguration
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+import fastformer
+from fastformer.kernel_reports.compilation import Specialization, compiler, specializations_of
+from fastformer.ops.attention.merge import merge_attention
+
+HEAD_DIMS = (64, 128, 256)
+DTYPES = (torch.bfloat16, torch.float32)
+LENGTH = 1024
+# What a kernel of rows needs depends on no architecture but by the threads of a warp: of each kind the least capable.
+OF_ROWS = ("sm_86", "gfx90a")
+# Of rows, from one of the shortest to one that no tile holds.
+COLUMNS = (1, 64, 1024, 4096, 16384, 65536)
+
+Call = Callable[[], None]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def backward(*results: Tensor) -> None:
+    torch.autograd.backward(results, [torch.empty_like(result) for result in results])
+
+
+# ---- Kernels whose configurations are in tables, of products ---------------------------------------------------------
+
+
+def attention(head_dim: int, dtype: torch.dtype, *features: str) -> None:
+    """With its gradients, unless it is the forward alone."""
+    heads, kv_heads = 8, 2 if "grouped" in features else 8
+    shape = (4 * LENGTH,) if "packed" in features else (LENGTH,)
+    tensors = [
+        empty(*shape, n, head_dim, dtype=dtype) if "packed" in features else empty(2, n, *shape, head_dim, dtype=dtype)
+        for n in (heads, kv_heads, kv_heads)
+    ]
+    known: dict[str, Callable[[], dict[str, Any]]] = {
+        "causal": lambda: {"causal": True},
+        # As much beside the tiles as a call can have.
+        "loaded": lambda: {
+            "bias": empty(2, heads, LENGTH, LENGTH),
+            "mask": integers(2, 1, LENGTH, LENGTH, dtype=torch.bool),
+        },
+        "dropout": lambda: {"dropout_p": 0.1},
+        "packed": lambda: {"cu_seqlens_q": integers(5), "max_seqlen_q": LENGTH},
+        "window": lambda: {"window": (256, 256)},
+        "alibi": lambda: {"alibi_slopes": empty(heads)},
+    }
+    options = [known[feature]() for feature in features if feature in known]
+    torch.use_deterministic_algorithms("deterministic" in features)
+    with torch.set_grad_enabled("forward" not in features):
+        output = fastformer.attention(*tensors, **{name: value for each in options for name, value in each.items()})
+    if output.requires_grad:
+        backward(output)
+    torch.use_deterministic_algorithms(False)
+
+
+def attention_weights(head_dim: int, dtype: torch.dtype) -> None:
+    query, key = (torch.empty(2, 8, LENGTH, head_dim, dtype=dtype, device="meta") for _ in range(2))
+    fastformer.attention_weights(query, key, torch.empty(2, 8, LENGTH, device="meta"), causal=True, rows=range(64))
+
+
+def decode(head_dim: int, dtype: torch.dtype) -> None:
+    """A contiguous and a paged cache, with as many rows in a tile as there can be."""
+    batch, kv_heads, group, queries, page = 4, 2, 8, 8, 16
+    query = torch.empty(batch, kv_heads * group, queries, head_dim, dtype=dtype, device="meta")
+    for table in (None, integers(batch, LENGTH // page)):
+        shape = (batch, kv_heads, LENGTH) if table is None else (batch * LENGTH // page, page, kv_heads)
+        caches = [torch.empty(*shape, head_dim, dtype=dtype, device="meta") for _ in range(2)]
+        options: dict[str, Any] = {"block_table": table, "splits": 2}
+        fastformer.decode_attention(query, *caches, lengths=integers(batch), **options)
+
+
+def feed_forward(dtype: torch.dtype, gated: bool) -> None:
+    """Both plans, with all that an epilogue can do."""
+    hidden, intermediate = 1024, 4096
+    x, residual = (empty(LENGTH, hidden, dtype=dtype) for _ in range(2))
+    weights = [empty(intermediate, hidden, dtype=dtype), empty(hidden, intermediate, dtype=dtype)]
+    biases = [empty(intermediate, dtype=dtype), empty(hidden, dtype=dtype)]
+    gate = {"gate_weight": empty(intermediate, hidden, dtype=dtype), "gate_bias": empty(intermediate, dtype=dtype)}
+    dropout = {"hidden_dropout_p": 0.1, "output_dropout_p": 0.1}
+    for plan in ("fused", "library"):
+        with forced_plan(plan):
+            more: dict[str, Any] = {**dropout, **(gate if gated else {})}
+            backward(fastformer.feed_forward(x, *weights, *biases, activation="gelu", residual=residual, **more))
+
+
+ATTENTION = (
+    ("loaded", "causal"),
+    ("causal",),
+    ("forward",),
+    ("dropout", "causal"),
+    ("packed", "causal", "forward"),
+    ("grouped", "causal"),
+    ("window",),
+    ("alibi", "causal"),
+    ("loaded", "causal", "deterministic"),
+)
+
+
+def calls_of_products() -> Iterator[Call]:
+    for features, head_dim, dtype in product(ATTENTION, HEAD_DIMS, DTYPES):
+        yield partial(attention, head_dim, dtype, *features)
+    for head_dim, dtype in product(HEAD_DIMS, DTYPES):
+        yield partial(decode, head_dim, dtype)
+    for dtype, gated in product(DTYPES, (False, True)):
+        yield partial(feed_forward, dtype, gated)
+
+
+# ---- Kernels whose tiles follow by rule from the sizes of a call -----------------------------------------------------
+
+
+def softmax(columns: int) -> None:
+    backward(fastformer.softmax(empty(4096, columns)))
+
+
+def softmax_across(columns: int) -> None:
+    backward(fastformer.softmax(empty(columns, 4096), dim=0))
+
+
+def norm(columns: int) -> None:
+    """The kernels of whole rows, and those of rows in parts."""
+    x, residual, parameters = empty(4096, columns), empty(4096, columns), [empty(columns) for _ in range(2)]
+    backward(*fastformer.layer_norm(x, (columns,), *parameters, residual=residual, dropout_p=0.1))
+
+
+def cross_entropy(columns: int) -> None:
+    options: dict[str, Any] = {"label_smoothing": 0.1, "softcap": 50.0}
+    target = integers(LENGTH, dtype=torch.int64)
+    backward(fastformer.cross_entropy(empty(LENGTH, columns), target))
+    backward(fastformer.cross_entropy(empty(LENGTH, columns), target, torch.empty(columns, device="meta"), **options))
+    fastformer.linear_cross_entropy(empty(LENGTH, 64), empty(columns, 64), target).backward()
+
+
+def embedding(columns: int) -> None:
+    ids = integers(8, 512, dtype=torch.int64)
+    tables = [empty(rows, columns) for rows in (32768, 512, 2)]
+    more: dict[str, Any] = {"position_ids": ids, "token_type_ids": ids, "dropout_p": 0.1}
+    backward(fastformer.transformer_embedding(ids, *tables, empty(columns), empty(columns), **more))
+
+
+def rotary(head_dim: int, interleaved: bool) -> None:
+    angles = [torch.empty(LENGTH, head_dim // 2, device="meta") for _ in range(2)]
+    query, key = (empty(2, heads, LENGTH, head_dim) for heads in (8, 2))
+    backward(*fastformer.rotary(query, key, *angles, interleaved=interleaved))
+
+
+def append(head_dim: int, tokens: int) -> None:
+    batch, kv_heads = 4, 8
+    caches = [torch.empty(batch, kv_heads, LENGTH, head_dim, device="meta") for _ in range(2)]
+    new = [torch.empty(batch, kv_heads, tokens, head_dim, device="meta") for _ in range(3)]
+    angles = [torch.empty(LENGTH, head_dim // 2, device="meta") for _ in range(2)]
+    options: dict[str, Any] = {"cos": angles[0], "sin": angles[1], "query": new[2]}
+    fastformer.append_to_cache(*new[:2], *caches, lengths=integers(batch), **options)
+
+
+def merge(head_dim: int, parts: int) -> None:
+    merge_attention(empty(parts, LENGTH, head_dim).detach(), empty(parts, LENGTH).detach())
+
+
+def calls_of_rows() -> Iterator[Call]:
+    for call, columns in product((softmax, softmax_across, norm, cross_entropy), COLUMNS):
+        yield partial(call, columns)
+    for columns in (1, 64, 1024, 4096):
+        yield partial(embedding, columns)
+    for head_dim in HEAD_DIMS:
+        yield from (partial(rotary, head_dim, interleaved) for interleaved in (False, True))
+        yield from (partial(append, head_dim, tokens) for tokens in (1, 512))
+        yield from (partial(merge, head_dim, parts) for parts in (2, 64))
+        yield from (partial(attention_weights, head_dim, dtype) for dtype in DTYPES)
+
+
+# ---- Which entries there are, and which calls choose them ------------------------------------------------------------
+
+
+def modules() -> list[ModuleType]:
+    found = pkgutil.walk_packages(fastformer_kernels.__path__, "fastformer_kernels.")
+    return [importlib.import_module(module.name) for module in found]
+
+
+def entries(architecture: str) -> dict[str, Any]:
+    """Every configuration for `architecture` in the modules' tables by its place, and those that stand alone.
+
+    Each is a new object, in its place.
+    """
+    variables = {id(value): value for module in modules() for value in vars(module).values()}
+    parts = {id(part) for value in variables.values() for part in _tables_within(value)}
+    found: dict[str, Any] = {}
+    for module in modules():
+        for name, value in list(vars(module).items()):
+            of_rows = architecture in OF_ROWS and isinstance(value, RowConfiguration)
+            # A table that is a part of another is looked at there.
+            if of_rows or (_is_table(value) and id(value) not in parts):
+                setattr(module, name, _separate(value, (module.__name__, name), architecture, found))
+    return found
+
+
+def _tables_within(value: Any) -> Iterator[dict[Any, Any]]:
+    for inner in value.values() if isinstance(value, dict) else ():
+        if isinstance(inner, dict):
+            yield inner
+            yield from _tables_within(inner)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) and (
+        bool(ARCHITECTURES.keys() & value.keys()) or any(map(_is_table, value.values()))
+    )
+
+
+def _separate(value: Any, place: tuple[Any, ...], architecture: str, found: dict[str, Any]) -> Any:
+    """A copy of a table, whose configurations, copies too, join `found` where they are for `architecture`."""
+    if isinstance(value, dict):
+        return {key: _separate(inner, (*place, key), architecture, found) for key, inner in value.items()}
+    if not is_dataclass(value) or isinstance(value, (type, Architecture)):
+        return value
+    copy = replace(value)
+    if architecture in place or isinstance(value, RowConfiguration):
+        found[" ".join(map(str, place))] = copy
+    return copy
+
+
+def chosen_by(call: Call, architecture: str) -> tuple[list[Specialization], set[int]]:
+    """What a call launches, and the objects that it chose."""
+    with shipped_defaults() as asked:
+        launched = specializations_of([call], architecture)
+    return launched, {id(configuration) for configuration in asked.values()}
+
+
+def to_compile(architecture: str, missing: dict[int, str]) -> Iterator[Specialization]:
+    """What the calls launch, of those of products where one chooses an entry of `missing`. What is chosen leaves it."""
+    rows = calls_of_rows() if architecture in OF_ROWS else iter(())
+    calls = [*((call, False) for call in calls_of_products()), *((call, True) for call in rows)]
+    for call, always in calls:
+        launched, choices = chosen_by(call, architecture)
+        if always or choices & missing.keys():
+            yield from launched
+        for choice in choices:
+            missing.pop(choice, None)
+
+
+def kernels() -> set[tuple[str, str]]:
+    """Module and name of every kernel that is launched."""
+    return {
+        (module.__name__, name)
+        for module in modules()
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+    }
+
+
+def main(architecture: str) -> None:
+    known = entries(architecture)  # kept, so that no other object gets the number of one
+    missing = {id(entry): place for place, entry in known.items()}
+    wanted = list(dict.fromkeys(to_compile(architecture, missing)))
+    for place in missing.values():
+        print(place, "is chosen by no call")
+    if architecture in OF_ROWS:
+        for place in sorted(kernels() - {(each.module, each.kernel) for each in wanted}):
+            print(*place, "is launched by no call")
+    with tempfile.TemporaryDirectory() as cache, compiler(Path(cache), 1) as submit:
+        for each, done in [(each, submit(each)) for each in wanted]:
+            reason = done.result()
+            print(each.kernel, "fits" if reason is None else f"does not fit: {reason}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

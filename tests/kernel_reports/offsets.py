@@ -1,0 +1,114 @@
+"""Which address computations of a kernel can overflow 32 bits: read from Triton's IR, before any lowering.
+
+An element's offset is a sum of products of a position and a stride. Each of the two fits 32 bits, their product need
+not: in a tensor beyond 2^31 elements it does not. So no product of two values that are both unknown at compilation may
+be taken in 32 bits on the way to a pointer. A product with a constant is a tile's index times its size, which is a
+position and bounded by a size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import triton
+from triton._C.libtriton import ir
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+
+from fastformer.kernel_reports.compilation import Work
+from fastformer.kernel_reports.meta_operators import kernels_of_meta_operators
+from fastformer.kernel_reports.stand_in import gpu_target, stand_in
+
+_NAME = r"%[\w\-.]+(?:#\d+)?"
+_DEFINITION = re.compile(rf"^\s*(?P<results>{_NAME}(?::\d+)?(?:,\s*{_NAME})*)\s*=\s*(?P<body>.*)$")
+_OPERATION = re.compile(r'^"?(?P<name>[a-z_]+\.[\w.]+)')
+
+
+def narrow_products(text: str) -> list[str]:
+    """The products of two unknown 32-bit integers that reach a pointer, by the names that they have in the source."""
+    operands: dict[str, set[str]] = {}
+    bodies: dict[str, str] = {}
+    roots: set[str] = set()
+    for raw in text.splitlines():
+        line = re.sub(r"\s*loc\(.*$", "", raw)
+        for name, start in re.findall(rf"({_NAME})\s*=\s*({_NAME})(?=[,)])", line):  # what a loop carries
+            operands.setdefault(name, set()).add(start)
+        match = _DEFINITION.match(line)
+        if match is None:
+            continue
+        body = match["body"]
+        used = set(re.findall(_NAME, body.split(" : ")[0]))
+        for name in re.findall(_NAME, match["results"]):
+            name = name.split(":")[0]
+            operands.setdefault(name, set()).update(used)
+            bodies[name] = body
+        if "tt.addptr" in body:
+            roots.add(re.findall(_NAME, body)[1])
+    reached = _closure(roots, operands)
+    return [
+        " * ".join(_source_name(operand) for operand in re.findall(_NAME, bodies[name])[:2])
+        for name in sorted(reached)
+        if "arith.muli" in bodies.get(name, "")
+        and re.search(r":\s*(tensor<[\dx]+x)?i32>?\s*$", bodies[name])
+        and not any(_is_constant(operand, bodies, operands) for operand in operands[name])
+    ]
+
+
+def _source_name(operand: str) -> str:
+    """The variable of the source that a value of the IR is named after."""
+    return re.sub(r"(_\d+)?(#\d+)?$", "", operand.removeprefix("%")).split(".")[-1]
+
+
+def _closure(roots: set[str], operands: dict[str, set[str]]) -> set[str]:
+    reached, waiting = set(roots), list(roots)
+    while waiting:
+        for operand in operands.get(waiting.pop().split("#")[0], set()):
+            if operand not in reached:
+                reached.add(operand)
+                waiting.append(operand)
+    return reached
+
+
+def _is_constant(name: str, bodies: dict[str, str], operands: dict[str, set[str]]) -> bool:
+    body = bodies.get(name, "")
+    if "arith.constant" in body:
+        return True
+    shaped = any(operation in body for operation in ("tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi"))
+    return shaped and all(_is_constant(operand, bodies, operands) for operand in operands[name])
+
+
+def intermediate_representations(work: list[Work], architecture: str) -> Iterator[tuple[str, str]]:
+    """Name and IR of each kernel that `work` launches, with its device functions inlined; no kernel is compiled."""
+    found: dict[str, tuple[str, str]] = {}
+
+    def keep(*, fn, compile, **_: object) -> bool:
+        data = compile["specialization_data"]
+        if data not in found:
+            source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0])
+            found[data] = (fn.name, _inlined(source, architecture))
+        return True
+
+    previous, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, keep
+    try:
+        with stand_in(architecture), kernels_of_meta_operators():
+            for run in work:
+                run()
+    finally:
+        triton.knobs.runtime.jit_cache_hook = previous
+    yield from found.values()
+
+
+def _inlined(source: ASTSource, architecture: str) -> str:
+    target = gpu_target(architecture)
+    backend = make_backend(target)
+    options = backend.parse_options({})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = source.make_ir(
+        target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+    )
+    stages: dict = {}
+    backend.add_stages(stages, options, source.language)
+    return str(stages["ttir"](module, {}))

@@ -1,0 +1,55 @@
+"""Every launch configuration compiles, and fits into the memories and threads of a block of its architecture."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from fastformer_kernels.launch import ARCHITECTURES
+from processes import python
+
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]
+
+
+# A minute and a half on an idle machine.
+SECONDS = 1800
+
+
+@pytest.mark.timeout(SECONDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_configuration_fits(architecture: str) -> None:
+    done = python("-m", "kernel_reports.every_configuration", architecture, seconds=SECONDS)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if not line.endswith(" fits")] == []
+    # Of attention, decoding and feed-forward, in two sizes of elements.
+    assert len(lines) >= 70
+
+
+# An entry that needs too much, and one that no call chooses.
+PLANTED = """
+from dataclasses import replace
+from functools import partial
+import torch
+from fastformer_kernels.attention import decode
+from inspection import every_configuration
+
+table = decode._BY_ARCHITECTURE["sm_86"][2]
+table[64], table[512] = replace(table[64], num_stages=12), table[64]
+every_configuration.calls_of_products = lambda: [partial(every_configuration.decode, 64, torch.bfloat16)]
+every_configuration.calls_of_rows = lambda: []
+every_configuration.main("sm_86")
+"""
+
+
+def test_what_does_not_fit_and_what_no_call_chooses_are_found() -> None:
+    done = python("-c", PLANTED)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "fastformer_kernels.attention.decode _BY_ARCHITECTURE sm_86 2 512 is chosen by no call" in lines
+    assert "fastformer_kernels.attention.decode _BY_ARCHITECTURE sm_86 2 64 is chosen by no call" not in lines
+    assert "fastformer_kernels.rotary _rotary_kernel is launched by no call" in lines
+    failed = [line for line in lines if "does not fit" in line]
+    # The contiguous and the paged cache.
+    assert len(failed) == 2
+    assert all(re.fullmatch(r"_decode_kernel .* needs \d+ bytes of shared memory, sm_86 has 101376", e) for e in failed)
