@@ -34,6 +34,7 @@ def test_it_says_why_a_backend_is_used(backend: str, reason: str) -> None:
     assert (device.backend, device.reason) == ("torch", reason)
 
 
+@pytest.mark.quick
 def test_a_wrong_operator_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(fastformer, "softmax", lambda x: x.softmax(-1) * 1.01)
     with pytest.raises(SystemExit) as exit:

@@ -64,6 +64,7 @@ def twins(bert_class: type, own_class: type):
     return bert, own
 
 
+@pytest.mark.quick
 def test_maps_are_berts_attentions(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     bert, own = twins(BertForSequenceClassification, FastformerForSequenceClassification)
     expected = bert(**tokenizer(TEXT, return_tensors="pt"), output_attentions=True).attentions

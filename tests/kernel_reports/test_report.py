@@ -107,6 +107,7 @@ def test_operations_of_a_matrix_product(name: str, flops: float, kind: str) -> N
     assert binary.tensor_flops(name, 0.0) == (flops, kind)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("architecture", "warps", "registers", "shared", "expected"),
     [
@@ -172,6 +173,7 @@ FIGURES = Figures(
 )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
