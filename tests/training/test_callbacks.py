@@ -196,6 +196,19 @@ def test_progress_on_a_terminal_is_one_line_that_makes_way(
     assert capsys.readouterr().out.splitlines() == [VALIDATION]
 
 
+def test_progress_of_a_resumed_run_counts_its_own_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    trainer = SimpleNamespace(estimated_stepping_batches=110, global_step=100, callback_metrics={})
+    progress = TrainingProgress(seconds_between_lines=0.0)
+    progress.on_train_start(trainer, None)
+    trainer.global_step, now[0] = 102, 20.0
+    progress.on_train_batch_end(trainer, None, None, None, 0)
+    assert capsys.readouterr().out.endswith("1:20 left\n")  # 8 steps of 10 seconds
+
+
 def test_progress_of_other_ranks_is_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     progress = TrainingProgress(seconds_between_lines=0.0)
     progress.disable()

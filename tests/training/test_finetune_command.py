@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from fastformer import cli
-from fastformer.data.labelled.examples import Examples
+from fastformer.data.labelled.examples import ClassifiedText, Examples
 from fastformer.data.pretraining.tokenizer import train_tokenizer
 from fastformer.training.finetuning_examples import drawn_examples
 from fastformer.training.prediction import Predictor, recipe_for
@@ -216,6 +216,19 @@ def test_from_scratch_takes_of_a_folder_the_tokenizer_and_the_shape(
         tmp_path / "pretrained/model/tokenizer.json"
     ).read_text()
     assert metrics(tmp_path / "scratch")["started_from"] == f"scratch, in the shape of {base[model]}"
+
+
+@pytest.mark.parametrize("types", [0, 2])
+def test_segments_are_for_models_that_know_them(types: int) -> None:
+    texts = [f"text {number}" for number in range(40)]
+    tokenizer = train_tokenizer(texts, 300)
+    start = from_scratch("bert-tiny", "classify", tokenizer, 64, ["a", "b"], **{**TINY, "type_vocab_size": types})
+    recipe = recipe_for("classify", start, TextOptions(), tokenizer)
+    batch = recipe.collate(
+        recipe.features([ClassifiedText(texts[0], texts[1], "a"), ClassifiedText(texts[2], texts[3], "b")])
+    )
+    assert ("token_type_ids" in batch) == bool(types)
+    assert torch.isfinite(start.model(**batch).loss)
 
 
 def test_train_examples_are_drawn_with_the_seed(data: Path, tmp_path: Path) -> None:

@@ -104,6 +104,15 @@ def test_sample_is_what_the_saved_model_says(objective: str, output: Path) -> No
     assert model.config.vocab_size == len(tokenizer)
 
 
+def test_run_without_heldout_text_reports_what_it_has(tiny_run: list[str], tmp_path: Path) -> None:
+    options = ["--objective", "clm", "--max_steps", "2", "--corpus.heldout_fraction", "0", "--output", str(tmp_path)]
+    assert cli.main([*tiny_run, *options]) == 0
+    assert metrics(tmp_path)["end"] is None
+    report = (tmp_path / "report.md").read_text()
+    assert "perplexity" not in report
+    assert "steps" in report
+
+
 def test_elastic_starts_a_run_and_goes_on_with_it(tiny_run: list[str], tmp_path: Path) -> None:
     command = [*tiny_run, "--objective", "clm", "--max_steps", "4", "--elastic", "--output", str(tmp_path / "output")]
     assert cli.main([*command, "--max_minutes", "1e-9"]) == 0

@@ -268,6 +268,36 @@ def test_answers_come_back_from_logits(tokenizer):
     assert reluctant[1][0].text
 
 
+@pytest.mark.parametrize("no_answer", [False, True])
+def test_a_question_without_any_span_has_an_answer(tokenizer, no_answer):
+    asked = [question("line 117")]
+    features = question_features(asked, tokenizer, 64, 16)
+    places = [np.arange(len(feature.input_ids), dtype=np.float64) for feature in features]
+    # The only end that is looked at lies before the only beginning.
+    (found,) = best_answers(asked, features, places, [-place for place in places], no_answer=no_answer, count=1)
+    assert [answer.text for answer in found] == [""]
+
+
+@pytest.mark.parametrize("kind", ["left", "right", "space"])
+def test_an_answer_that_is_not_whole_in_a_window_is_not_in_it(word_piece, kind):
+    """An answer that one border cuts, and one of a space alone, which is in no token."""
+    context = " ".join(f"The file {number}." for number in range(60))
+    plain = question_features([Question("q", "Which?", context, None)], word_piece, 64, 8)
+    first, second = ([offset for offset in feature.offsets if offset] for feature in plain[:2])
+    begin, end = {
+        "left": (second[0][0] - 4, second[0][1]),
+        "right": (second[0][0], first[-1][1] + 4),
+        "space": (3, 4),
+    }[kind]
+    asked = Question("q", "Which?", context, (Answer(context[begin:end], begin),))
+    windows = question_features([asked], word_piece, 64, 8)
+    assert len(windows) > 2
+    for window in windows:
+        offsets = [offset for offset in window.offsets if offset]
+        whole = kind != "space" and offsets[0][0] <= begin and end <= offsets[-1][1]
+        assert ((window.start, window.end) != (0, 0)) == whole
+
+
 def test_long_answers_are_not_found(tokenizer):
     asked = [question("line 117")]
     features = question_features(asked, tokenizer, 64, 16)
