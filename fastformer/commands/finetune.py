@@ -18,15 +18,9 @@ from fastformer.training.finetuning_preparation import PRETRAINED
 from fastformer.training.finetuning_run import run_finetuning, run_folder
 from fastformer.training.lora import Lora
 from fastformer.training.optimization import Optimization
+from fastformer.training.options import add_trainer_arguments, classes_allowed, command_parser, parse
 from fastformer.training.privacy import Privacy
-from fastformer.training.run import (
-    add_trainer_arguments,
-    classes_allowed,
-    command_parser,
-    parse,
-    quieten,
-    resumable,
-)
+from fastformer.training.run import quieten, resumable
 from fastformer.training.starting_point import Task
 from fastformer.training.tasks import RECIPES, TextOptions
 

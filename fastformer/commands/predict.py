@@ -15,8 +15,9 @@ from fastformer.console import printable
 from fastformer.files import OVERWRITE_HELP, check_out
 from fastformer.training.finetuning_run import run_folder, write_predictions
 from fastformer.training.folder import RunFolder
+from fastformer.training.options import read_options
 from fastformer.training.prediction import Predictor
-from fastformer.training.run import quieten, read_options
+from fastformer.training.run import quieten
 from fastformer.training.starting_point import Task
 from fastformer.training.tasks import RECIPES, TextOptions
 

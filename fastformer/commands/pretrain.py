@@ -11,16 +11,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from fastformer.models import PRESETS
 from fastformer.training.folder import RunFolder
 from fastformer.training.loading.pretraining import PretrainingDataModule
+from fastformer.training.options import add_trainer_arguments, classes_allowed, command_parser, parse
 from fastformer.training.pretraining import MODULES, PretrainingModule
 from fastformer.training.pretraining_run import run_pretraining
-from fastformer.training.run import (
-    add_trainer_arguments,
-    classes_allowed,
-    command_parser,
-    parse,
-    quieten,
-    resumable,
-)
+from fastformer.training.run import quieten, resumable
 
 _DESCRIPTION = """\
 Pretrain a Transformer. Without any option: a small BERT with rotary positions, by masked language modelling and

@@ -1,34 +1,18 @@
-"""What the training commands share: options, how a run ends, the trainer, resuming."""
+"""What the training commands share: the trainer, how a run keeps its options, how it ends, its summary."""
 
 from __future__ import annotations
 
 import logging
-import math
-import re
 import shlex
-import sys
 import warnings
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace, set_parsing_settings
-from jsonargparse._common import parsing_settings
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    Callback,
-    DeviceStatsMonitor,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateMonitor,
-    ModelSummary,
-    RichModelSummary,
-    RichProgressBar,
-    TQDMProgressBar,
-)
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
@@ -43,36 +27,6 @@ from fastformer.training.finite import FiniteLosses
 from fastformer.training.folder import RunFolder
 from fastformer.training.interruption import StopOnSignal
 from fastformer.training.memory import peak_memory
-from fastformer.training.ranges import check_ranges
-
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
-STRATEGIES = ("auto", "ddp", "fsdp2")
-
-# What resume and report rely on, set by `build_trainer`, and what has no meaning here.
-_TRAINER_ARGUMENTS_NOT_OFFERED = {
-    "barebones",
-    "check_val_every_n_epoch",
-    "default_root_dir",
-    "enable_autolog_hparams",
-    "enable_checkpointing",
-    "enable_model_summary",
-    "enable_progress_bar",
-    "fast_dev_run",
-    "limit_predict_batches",
-    "limit_test_batches",
-    "max_time",
-    "model_registry",
-    "num_sanity_val_steps",
-    "overfit_batches",
-    "reload_dataloaders_every_n_epochs",
-    "sync_batchnorm",
-    "use_distributed_sampler",
-}
-
-_GRAPHS_HELP = (
-    "have the kernels of a batch's forward and backward launched together, as recorded: for models so small that a GPU "
-    "waits for Python. On one GPU; batches are padded to few shapes"
-)
 
 _UNIMPORTANT_WARNINGS = (
     ".*does not have many workers.*",
@@ -80,246 +34,6 @@ _UNIMPORTANT_WARNINGS = (
     ".*LeafSpec.*deprecated.*",
     "Total length of `list` across ranks is zero.*",  # nothing held out, as was asked
 )
-
-
-# --- Options ----------------------------------------------------------------------------------------------------------
-
-
-# Lightning's callbacks that write no file and call nothing they are given: what a file may name without --trust.
-_HARMLESS: tuple[type[Callback], ...] = (
-    Callback,
-    DeviceStatsMonitor,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateMonitor,
-    ModelSummary,
-    RichModelSummary,
-    RichProgressBar,
-    TQDMProgressBar,
-)
-_WRITERS = re.compile(r"(lightning|pytorch_lightning|fastformer)\.")  # any of theirs, if not among the harmless
-_TRUST_HELP = (
-    "let --config, and the options of a run that is resumed, name any class to make an object of, which runs its code; "
-    f"otherwise only those of Lightning's that write no file: {', '.join(kind.__name__ for kind in _HARMLESS[1:])}"
-)
-_OVERWRITE_HELP = (
-    "replace the run in --output, once everything else is checked; never one of another kind, or one that holds what "
-    "is to be read"
-)
-_SKIP_HELP = "leave out steps whose loss or gradient is infinite or no number, rather than end training with an error"
-_DEVICES = re.compile(r"auto|-1|[1-9]\d*|\d+,|\d+(,\d+)+")
-_MOST_ALIASED = 10_000
-_IMPORT_PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
-
-
-class _Parser(LightningArgumentParser):
-    """Lightning's, with each error on one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # within the options of a class
-            super().error(message, ex)
-        text = " ".join(message.split())
-        if "import path denylist" in text:
-            found = re.search(r"Importing '([^']*)'", text)
-            named = found[1] if found else "a class"
-            text = (
-                f"{named} may write files that are not the run's, or call what it is given: give --trust if you trust "
-                "what names it"
-                if _WRITERS.match(named)
-                else f"a file names {named}, which is neither Lightning's nor Fastformer's. "
-                "Making an object of it runs its code: give --trust if you trust the file"
-            )
-        print(f"{self.prog}: error: {printable(_shortened(text))}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-_TYPE_ERROR = re.compile(r'Parser key "([^"]*)": .*(?:Given value|Got value): (.*)$')
-_EXPECTED = re.compile(r"Expected a <class '(\w+)'>")
-_KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "tuple": "a list",
-    "dict": "names with values",
-    "NoneType": "null",
-}
-
-
-def _shortened(text: str) -> str:
-    """An error of jsonargparse's about a value of another type, without all that was tried."""
-    found, expected = _TYPE_ERROR.search(text), [*dict.fromkeys(_EXPECTED.findall(text))]
-    if found is None or not expected or not set(expected) <= _KINDS.keys():
-        return text
-    if "float" in expected:
-        expected = [kind for kind in expected if kind != "int"]
-    return f"--{found[1]} must be {' or '.join(_KINDS[kind] for kind in expected)}; got {found[2]}"
-
-
-class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """jsonargparse's help, with the lines of the description kept."""
-
-
-def command_parser(command: str, description: str, output: str) -> LightningArgumentParser:
-    """A parser with the options of every training command.
-
-    Args:
-        command: its words after ``fastformer``.
-        description: shown with its lines kept.
-        output: default of ``--output``.
-    """
-    parser = _Parser(
-        prog=f"fastformer {command}",
-        usage=f"fastformer {command} [options]",
-        description=description,
-        formatter_class=_HelpFormatter,
-    )
-    add = parser.add_argument
-    add("--config", action=ActionConfigFile, help="YAML file of options; what follows it on the command line wins")
-    add("--output", type=str, default=output, metavar="DIR", help="folder for all that the run writes")
-    add("--resume", action="store_true", help="continue the run in --output, with its options where none are given")
-    add("--elastic", action="store_true", help="continue the run in --output if there is one: for what restarts itself")
-    add("--overwrite", action="store_true", help=_OVERWRITE_HELP)
-    add("--trust", action="store_true", help=_TRUST_HELP)
-    add("--max_minutes", type=float | None, metavar="M", help="stop training after this time, whatever else is said")
-    add("--accumulate", type=int, default=1, metavar="N", help="batches whose gradients make one optimizer step")
-    add("--skip_nonfinite", action="store_true", help=_SKIP_HELP)
-    add("--accelerator", type=str, default="auto", help="cpu, gpu, ... or auto")
-    add("--devices", type=str, default="auto", help="their number, or a list such as 0,2")
-    add("--strategy", choices=STRATEGIES, default="auto", help="of several devices; auto is ddp")
-    add("--compile", action="store_true", help="the model by torch.compile: minutes at the start, faster steps")
-    add("--cuda_graphs", action="store_true", help=_GRAPHS_HELP)
-    add("--precision", choices=PRECISIONS, default="32-true", help="of weights and of the computation")
-    return parser
-
-
-def add_trainer_arguments(parser: LightningArgumentParser) -> None:
-    """Lightning's own options, as ``--trainer.NAME``, those of `command_parser` and --evaluate_every linked to them."""
-    parser.add_class_arguments(
-        Trainer, "trainer", fail_untyped=False, instantiate=False, skip=_TRAINER_ARGUMENTS_NOT_OFFERED
-    )
-    parser.set_defaults({"trainer.gradient_clip_val": 1.0, "trainer.log_every_n_steps": 10})
-    for name in ("accelerator", "devices", "strategy", "precision"):
-        parser.link_arguments(name, f"trainer.{name}")
-    parser.link_arguments("max_steps", "trainer.max_steps", compute_fn=lambda steps: -1 if steps is None else steps)
-    parser.link_arguments("accumulate", "trainer.accumulate_grad_batches")
-    parser.link_arguments(
-        ("evaluate_every", "accumulate"),
-        "trainer.val_check_interval",
-        compute_fn=lambda every, batches: every * batches,
-    )
-
-
-@contextmanager
-def classes_allowed(arguments: Sequence[str]) -> Iterator[None]:
-    """Within it, options may name Lightning's harmless callbacks, and the user's own that the command line names.
-
-    With ``--trust`` among the arguments, any.
-    """
-    if "--trust" in arguments:
-        yield
-        return
-    before = dict(parsing_settings)
-    named = [path for text in _trainer_options(arguments).values() for path in _IMPORT_PATH.findall(text)]
-    own = [path for path in named if not _WRITERS.match(path)]
-    harmless = [f"{kind.__module__}.{kind.__name__}" for kind in _HARMLESS]  # by whatever name they are imported
-    shorter = [f"lightning.pytorch.callbacks.{kind.__name__}" for kind in _HARMLESS]
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*harmless, *shorter, *own])
-    try:
-        yield
-    finally:
-        parsing_settings.update(before)
-
-
-def _trainer_options(arguments: Sequence[str]) -> dict[str, str]:
-    """Those of the command line that are ``--trainer.NAME``, with their values."""
-    options: dict[str, str] = {}
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, given, value = argument.partition("=")
-        if name.startswith("--trainer."):
-            options[name.removeprefix("--")] = value if given else following
-    return options
-
-
-def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
-    """The options; of a run that is resumed its own, where none are given.
-
-    Raises:
-        FileNotFoundError: there is no run to resume.
-        ValueError: what it has kept of its options is not whole.
-    """
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, given, value = argument.partition("=")
-        if name == "--config":
-            read_options(Path(value if given else following))
-    options = parser.parse_args(arguments)
-    config = RunFolder(Path(options.output), "").config
-    if options.resume and not config.is_file():
-        raise FileNotFoundError(f"nothing to resume in {options.output}: it has no {config.name}")
-    if options.resume or (options.elastic and config.is_file()):
-        if options.overwrite:
-            raise ValueError("give --resume or --overwrite, not both")
-        options = parser.parse_args(["--config", _kept_options(config, arguments, parser.dump(options)), *arguments])
-        options.resume = True
-    if options.trust and "--trust" not in arguments:
-        raise ValueError("trust is not for files to claim: give --trust on the command line")
-    if not _DEVICES.fullmatch(options.devices):
-        raise ValueError(
-            f"--devices must be auto, their number, -1 for all, or a list such as 0,2; got {options.devices}"
-        )
-    check_ranges(options)
-    return options
-
-
-def _kept_options(config: Path, arguments: Sequence[str], usual: str) -> str:
-    """The options of a run as YAML, without those of the trainer that the command line replaces.
-
-    Args:
-        config: where the run has kept them.
-        arguments: the command line.
-        usual: YAML of all options that there are.
-
-    Raises:
-        ValueError: they are not whole.
-    """
-    options = read_options(config)
-    trainer = options.get("trainer")
-    *_, last = yaml.safe_load(usual)["trainer"]
-    if not isinstance(trainer, dict) or last not in trainer or not config.read_bytes().endswith(b"\n"):
-        raise ValueError(f"{config} is not whole: it must have all options of the run, as the run has written them")
-    for name in _trainer_options(arguments):
-        trainer.pop(name.split(".")[1], None)
-    return yaml.safe_dump(options, sort_keys=False)
-
-
-def read_options(path: Path) -> dict[str, Any]:
-    """Raises ValueError, naming the file, for one that is no YAML of options."""
-    try:
-        text = path.read_text()
-        root = yaml.compose(text, yaml.SafeLoader)
-        sizes: dict[int, float] = {}
-        if root is not None and _written_out(root, sizes) > len(sizes) + _MOST_ALIASED:
-            raise ValueError(f"its aliases stand for more than {_MOST_ALIASED:,} values")
-        options = yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} must have options, each with its value; it has none")
-    return options
-
-
-def _written_out(node: yaml.Node, sizes: dict[int, float]) -> float:
-    """How many nodes one is with each alias written out; infinite where it is in itself.
-
-    Args:
-        node: of YAML.
-        sizes: of those that are known, by their identity.
-    """
-    if id(node) not in sizes:
-        sizes[id(node)] = math.inf
-        inside = node.value if isinstance(node, yaml.CollectionNode) else []
-        parts = [part for each in inside for part in (each if isinstance(each, tuple) else (each,))]
-        sizes[id(node)] = 1 + sum(_written_out(part, sizes) for part in parts)
-    return sizes[id(node)]
 
 
 class SaveOptions(Callback):

@@ -15,7 +15,7 @@ import yaml
 import fastformer
 from fastformer import cli
 from fastformer.extras import require
-from fastformer.training.run import _HARMLESS
+from fastformer.training.options import _HARMLESS
 
 LIGHTNINGS = {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}
 EVIL = {"class_path": "evil.Callback"}
