@@ -67,7 +67,7 @@ class Generator:
             such as hooks of the model's.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is accepted.
+        TypeError, ValueError: the message names the argument, what was given and what is accepted.
 
     >>> model = FastformerForCausalLM.from_pretrained("runs/gpt")
     >>> generator = Generator(model, AutoTokenizer.from_pretrained("runs/gpt"))

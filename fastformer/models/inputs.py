@@ -56,7 +56,7 @@ def token_batch(
     """Check a model's inputs and pack them; see `FastformerModel.forward` for shapes and meaning.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is accepted.
+        TypeError, ValueError: the message names the argument, what was given and what is accepted.
     """
     name, tokens, shape = _given_tokens(input_ids, inputs_embeds)
     if token_type_ids is not None and not config.type_vocab_size:

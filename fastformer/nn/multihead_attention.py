@@ -83,7 +83,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             keys) without averaging, or None. Keys count those that `add_bias_kv` and `add_zero_attn` append.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was given and what is accepted.
+            TypeError, ValueError: the message names the argument, what was given and what is accepted.
         """
         self._check(query, key, value)
         batched = query.dim() == 3

@@ -203,7 +203,7 @@ class Transformer(nn.Transformer):
             The same shape as `tgt`.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was given and what is accepted.
+            TypeError, ValueError: the message names the argument, what was given and what is accepted.
         """
         batch_dim = 0 if self.batch_first else 1
         if src.dim() == 3 and tgt.dim() == 3 and src.shape[batch_dim] != tgt.shape[batch_dim]:

@@ -1,4 +1,4 @@
-"""Operators: one file each, with the public function, its checks, registration, backward and PyTorch implementation."""
+"""Operators: one file for each, with the public function, its checks, registration, backward and PyTorch code."""
 
 from fastformer.ops.attention.attention import attention
 from fastformer.ops.attention.cache import append_to_cache

@@ -65,8 +65,8 @@ def cross_entropy(
         float32.
 
     Raises:
-        TypeError, ValueError: naming the argument. IndexError: a target is no class (on a CPU; on a GPU, where looking
-            would stall it, its loss is NaN).
+        TypeError, ValueError: the message names the argument.
+        IndexError: a target is not a class, on a CPU. On a GPU, where reading it would stall, its loss is NaN.
 
     >>> fastformer.cross_entropy(torch.zeros(3, 8), torch.tensor([0, 5, -100]))
     tensor(2.0794)

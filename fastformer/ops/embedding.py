@@ -55,7 +55,7 @@ def transformer_embedding(
         deterministic.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is accepted.
+        TypeError, ValueError: the message names the argument, what was given and what is accepted.
         IndexError: an index is outside its table, on the CPU, or a sequence is longer than the table of positions. For
             other indices a GPU is not waited for, such a token becomes NaN.
 

@@ -111,8 +111,8 @@ def linear_cross_entropy(
         The loss in float32: a scalar, or target's shape for "none".
 
     Raises:
-        TypeError, ValueError: naming the argument. IndexError: a target is no class (on a CPU; on a GPU, where looking
-            would stall it, its loss is NaN).
+        TypeError, ValueError: the message names the argument.
+        IndexError: a target is not a class, on a CPU. On a GPU, where reading it would stall, its loss is NaN.
     """
     input, weight, bias = to_autocast_dtype(input), to_autocast_dtype(weight), to_autocast_dtype(bias)
     options = checked_options(ignore_index, label_smoothing, z_loss, softcap, reduction)

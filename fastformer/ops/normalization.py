@@ -91,7 +91,7 @@ def layer_norm(
         the dtype to which those of input and residual promote.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is accepted.
+        TypeError, ValueError: the message names the argument, what was given and what is accepted.
     """
     return _normalize(
         input, normalized_shape, weight, bias, eps, residual, input_bias, dropout_p, return_sum, centered=True

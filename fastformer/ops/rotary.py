@@ -115,7 +115,7 @@ def rotary(
         The rotated query and key (None without one), of their own shapes and dtypes, computed in float32.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is accepted.
+        TypeError, ValueError: the message names the argument, what was given and what is accepted.
         IndexError: a position is outside the table, on the CPU; a GPU is not waited for, such a token becomes NaN.
 
     >>> cos, sin = fastformer.rotary_table(fastformer.rotary_frequencies(64), positions=128)

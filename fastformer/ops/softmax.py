@@ -49,7 +49,7 @@ def softmax(
         (PyTorch: NaN).
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is accepted.
+        TypeError, ValueError: the message names the argument, what was given and what is accepted.
         IndexError: `dim` is out of range.
 
     >>> fastformer.softmax(torch.tensor([0.0, 0.0, float("-inf")]))

@@ -1,4 +1,4 @@
-"""Scaled-dot-product attention, dense and packed, with everything that Transformers add to it."""
+"""Scaled-dot-product attention, dense and packed, with the masks, biases and options that Transformers use."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from fastformer.ops.dropout import check_dropout_p, draw_seed
 from fastformer.ops.operator import operator, schema_of_fields, vjp
 
 MAX_HEAD_DIM = 256
-# Positions in a sequence are fewer.
+# The number of positions in a sequence is smaller than this.
 FARTHEST = 1 << 30
 
 
@@ -67,37 +67,37 @@ def attention(
     return_lse: bool = False,
     ignore_masked_nan: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention: ``softmax(softcap(scale * query @ key^T) + bias) @ value``, every argument together with every other.
+    """Attention: ``softmax(softcap(scale * query @ key^T) + bias) @ value``. All arguments can be combined.
 
     Two layouts. *Dense*: query (batch, heads, queries, head_dim), key (batch, kv_heads, keys, head_dim), value (batch,
     kv_heads, keys, value_head_dim). *Packed*, when `cu_seqlens_q` is given: (total_tokens, heads, head_dim) and so on,
     sequences one after the other without padding. Any strides. heads must be a multiple of kv_heads: each key/value
-    head serves that many neighbouring query heads.
+    head serves ``heads / kv_heads`` neighbouring query heads.
 
     Who may attend to whom (all conditions hold together; positions count within a sequence):
         mask: boolean, True = may attend, or floating, added to the scores; broadcasts to (batch, heads, queries, keys).
         causal: no key after the query's own position.
-        prefix_lengths: (batch,) int32; the first keys of each sequence, to which neither `causal` nor the window's
-            right limit applies (prefix language models).
-        window: (left, right), how many keys before and after its own position a query sees; None = no limit.
+        prefix_lengths: (batch,) int32; the number of first keys of each sequence to which neither `causal` nor the
+            window's right limit applies (prefix language models).
+        window: (left, right), the number of keys before and after its own position that a query sees; None = no limit.
         chunk: a query sees only its own chunk of this many positions, counted from the first key (Llama 4).
-        alignment: where a query's own position is when queries and keys differ in number: "bottom_right" (the last
-            query is at the last key, as in a cache) or "top_left" (the first is at the first, as in PyTorch).
-        key_lengths: (batch,) int32, the keys of each dense sequence that are not padding.
+        alignment: the own position of a query when queries and keys differ in number: "bottom_right" (the last query
+            is at the last key, as in a cache) or "top_left" (the first query is at the first key, as in PyTorch).
+        key_lengths: (batch,) int32, the number of keys of each dense sequence that are not padding.
         Documents packed into one row are sequences: give their boundaries in `cu_seqlens_q`, and none sees another.
 
-    What makes the scores, in this order:
+    How the scores are computed, in this order:
         query_norm, key_norm: applied to query and key first, for instance ``fastformer.nn.RMSNorm(head_dim)``.
         scale: multiplies ``query @ key^T``; default ``1 / sqrt(head_dim)``. A (heads,) float32 tensor gives each head
-            its own, and is differentiable.
+            its own scale, and is differentiable.
         softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
         bias: floating, broadcasts like `mask`; its gradient is summed over the broadcast dimensions.
-        relative_bias: (heads, 2 * max_distance + 1) floating; the bias by key position - query position, from
-            -max_distance to max_distance, and beyond them the same as at them. `relative_position_bias` makes it from
-            a table and a bucket function (T5); a (heads, queries, keys) bias is never formed.
+        relative_bias: (heads, 2 * max_distance + 1) floating; the bias for each key position - query position, from
+            -max_distance to max_distance. Larger distances get the bias of the nearest end. `relative_position_bias`
+            makes it from a table and a bucket function (T5); a (heads, queries, keys) bias is never formed.
         alibi_slopes: (heads,) or (batch, heads) float32; adds ``-slope * |query position - key position|``
             (Press et al. 2022). Differentiable.
-        sinks: (heads,) learned logits that join each head's normalisation and carry no value (gpt-oss).
+        sinks: (heads,) learned logits that enter each head's softmax normalisation and have no value (gpt-oss).
 
     Args:
         dropout_p: probability of dropping an attention weight; the kept ones are scaled by ``1 / (1 - dropout_p)``. The
@@ -107,16 +107,16 @@ def attention(
         max_seqlen_q, max_seqlen_k: length of the longest packed sequence (reading it from the GPU would stall it).
         return_lse: also return the log-sum-exp of the scores, float32, (batch, heads, queries) or packed (heads,
             total_tokens); differentiable.
-        ignore_masked_nan: let masked keys and values count for nothing even where they are infinite or NaN. A CPU
-            always does. On a GPU masked *values* and, in the backward, keys reach every row otherwise, since zero times
-            NaN is NaN; this costs two more calls.
+        ignore_masked_nan: masked keys and values have no effect even if they are infinite or NaN. This is always so on
+            a CPU. On a GPU, without this option, masked NaN *values* reach every row, and masked NaN keys do so in the
+            backward, since zero times NaN is NaN. The option costs two more attention calls.
 
     Returns:
-        The output, query's layout with value's head_dim, in query's dtype; with `return_lse` also the log-sum-exp. A
+        The output, in query's layout with value's head_dim, in query's dtype; with `return_lse` also the log-sum-exp. A
         query that may attend to nothing gives zeros (log-sum-exp -inf, or its sink) and zero gradients.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is accepted.
+        TypeError, ValueError: the message names the argument, what was given and what is accepted.
 
     Source: FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
 
@@ -126,7 +126,7 @@ def attention(
     """
     query = query if query_norm is None else query_norm(query)
     key = key if key_norm is None else key_norm(key)
-    # By position: twenty names take five microseconds.
+    # Passed by position: passing twenty arguments by name takes five microseconds.
     query, key, value, arguments = checked_arguments(
         query,
         key,
@@ -182,7 +182,7 @@ def checked_arguments(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionArguments]:
     """Check a call of `attention` and bring it into canonical form.
 
-    Returns query, key and value in autocast's dtype, and what else the call says.
+    Returns query, key and value in autocast's dtype, and all other arguments.
     """
     if torch.is_autocast_enabled(autocast_device_type(query)):
         query, key, value = to_autocast_dtype(query), to_autocast_dtype(key), to_autocast_dtype(value)
@@ -192,7 +192,7 @@ def checked_arguments(
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         queries, keys = _check_max_seqlen(max_seqlen_q, max_seqlen_k, same=cu_seqlens_k is cu_seqlens_q)
         if key_lengths is not None:
-            raise ValueError("key_lengths is for dense tensors; packed sequences say their lengths in cu_seqlens_k")
+            raise ValueError("key_lengths is for dense tensors; the lengths of packed sequences come from cu_seqlens_k")
     elif max_seqlen_q is not None or max_seqlen_k is not None:
         raise ValueError("max_seqlen_q and max_seqlen_k are for packed tensors; give cu_seqlens_q with them")
     heads = query.shape[1]
@@ -246,8 +246,8 @@ def _check_tensors(
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
 ) -> tuple[int, int, int]:
-    """Check the three tensors against each other; returns the numbers of sequences, queries and keys."""
-    # Each attribute is read once: reading it takes a tenth of a microsecond.
+    """Check the three tensors against each other; return the numbers of sequences, queries and keys."""
+    # Each attribute is read only once: a read takes a tenth of a microsecond.
     dtype, device = query.dtype, query.device
     if dtype not in FLOATING_DTYPES:
         check_floating("query", query)
@@ -310,18 +310,18 @@ def _check_window(window: tuple[int | None, int | None] | None, causal: bool) ->
 
 
 def _extent(extent: int | None) -> int:
-    # Farther than any key, where a kernel's 32-bit positions would overflow.
+    # Limit the extent: a larger one would overflow a kernel's 32-bit positions.
     return UNBOUNDED if extent is None or extent >= FARTHEST else extent
 
 
 def mask_and_bias(
     mask: torch.Tensor | None, bias: torch.Tensor | None, shape: tuple[int, int, int, int], query: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The boolean mask and the additive bias, 4-D; an additive mask joins the bias."""
+    """Return the boolean mask and the additive bias, both 4-D; an additive mask is added to the bias."""
     mask = None if mask is None else _check_broadcast("mask", mask, shape, query)
     bias = None if bias is None else _check_broadcast("bias", bias, shape, query)
     if bias is not None and not bias.is_floating_point():
-        raise TypeError(f"bias must be floating; got {bias.dtype}. A boolean one is a mask")
+        raise TypeError(f"bias must be floating; got {bias.dtype}. Give a boolean tensor as mask")
     if mask is None or mask.dtype == torch.bool:
         return mask, bias
     if not mask.is_floating_point():
@@ -332,7 +332,7 @@ def mask_and_bias(
 def _check_broadcast(
     name: str, tensor: torch.Tensor, shape: tuple[int, int, int, int], query: torch.Tensor
 ) -> torch.Tensor:
-    """`tensor` as 4-D, after checking that it broadcasts to (batch, heads, queries, keys)."""
+    """Return `tensor` as 4-D, after checking that it broadcasts to (batch, heads, queries, keys)."""
     check_device(name, tensor, "query", query)
     given = tuple(tensor.shape)
     sizes = (1,) * (4 - len(given)) + given
@@ -364,7 +364,7 @@ def _check_sinks(sinks: torch.Tensor | None, heads: int, query: torch.Tensor) ->
 def _check_scale(
     scale: float | torch.Tensor | None, heads: int, query: torch.Tensor
 ) -> tuple[torch.Tensor | None, float]:
-    """The scale of each head, if it has its own, and the one of all."""
+    """Return the scale of each head (None if all heads share one) and the common scale."""
     if not isinstance(scale, torch.Tensor):
         return None, 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     if scale.dtype != torch.float32:
@@ -386,7 +386,7 @@ def _check_relative_bias(bias: torch.Tensor | None, heads: int, query: torch.Ten
     return bias.contiguous()
 
 
-# The trailing arguments of every attention operator.
+# The arguments after query, key and value of every attention operator.
 ARGUMENTS_SCHEMA = schema_of_fields(AttentionArguments)
 
 
@@ -407,9 +407,10 @@ def _attention(
 
 
 def check_lengths_of(query: torch.Tensor, key: torch.Tensor, call: AttentionArguments) -> None:
-    """Raise ValueError unless the lengths that a call states fit its tensors.
+    """Raise ValueError if lengths given in the call do not fit its tensors.
 
-    On a GPU looking would stall it: its kernels touch nothing outside the tensors, and `fastformer.debug` asserts it.
+    On a GPU, reading the lengths would stall it. There the kernels touch nothing outside the tensors, and
+    `fastformer.debug` asserts the lengths.
     """
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
         check_boundaries("cu_seqlens_q", call.cu_seqlens_q, query.shape[0], call.max_seqlen_q)
@@ -439,7 +440,7 @@ def _attention_backward(
     needed: Sequence[bool],
     *arguments: Any,
 ) -> AttentionGradients:
-    """Gradients of query, key, value and the learned arguments; None where none is needed."""
+    """Gradients of query, key, value and the learned arguments; None for each gradient that is not needed."""
     if use_triton(query):
         from fastformer_kernels.attention.backward import attention_backward as backward
     else:
@@ -507,7 +508,7 @@ def _(
     return tuple(vjp(forward, [query, key, value, *learned], [grad_output, grad_lse]))
 
 
-# How many of AttentionArguments' fields are tensors; the seed, after the numbers, is one more.
+# The number of AttentionArguments' fields that are tensors. The seed, after the numbers, is one more tensor.
 _TENSORS = AttentionArguments._fields.index("max_seqlen_q")
 _AFTER_LEARNED = 4 + len(Learned._fields)
 _NO_GRADIENTS = (None,) * (3 + len(AttentionArguments._fields))

@@ -36,7 +36,9 @@ def append_to_cache(
     sin: torch.Tensor | None = None,
     interleaved: bool = False,
 ) -> torch.Tensor | None:
-    """Write new keys and values behind each sequence's last, in place, rotating keys and queries. For inference.
+    """Write new keys and values after the last token of each sequence, in place, and rotate keys and queries.
+
+    For inference.
 
     Token i of a sequence gets position ``lengths + i``, in the cache and in the rotary embedding (Su et al. 2021,
     https://arxiv.org/abs/2104.09864): each pair (a, b) of elements becomes ``(a cos - b sin, b cos + a sin)``. The
@@ -46,24 +48,24 @@ def append_to_cache(
         key: (batch, kv_heads, tokens, head_dim), float32, float16 or bfloat16. value: (batch, kv_heads, tokens,
             value_head_dim).
         key_cache, value_cache: contiguous (batch, kv_heads, capacity, head_dim) or, with `block_table`, paged (pages,
-            page_size, kv_heads, head_dim), in key's dtype, any strides that give each element memory of its own.
-        lengths: (batch,) int32, the tokens already in the cache.
-        new_lengths: (batch,) int32, how many of the tokens each sequence has (default: all); the rest are padding and
+            page_size, kv_heads, head_dim), in key's dtype; any strides with which no two elements share memory.
+        lengths: (batch,) int32, the number of tokens already in the cache.
+        new_lengths: (batch,) int32, the number of new tokens of each sequence (default: all); the rest are padding and
             are not stored.
-        block_table: (batch, max_pages) int32, the pages of each sequence in order, no page in two places that are
-            written. Entries that no new token falls in are never read.
+        block_table: (batch, max_pages) int32, the pages of each sequence in order. A page that is written must not
+            appear twice. Entries to which no new token belongs are never read.
         query: (batch, heads, tokens, head_dim) of the same tokens, to be rotated like the keys.
         cos, sin: (positions, rotary_dim // 2) float32; the first rotary_dim elements of a head are rotated, the rest
             stay. Both or neither.
         interleaved: a pair is two neighbours (GPT-J), instead of half a rotary_dim apart (GPT-NeoX, Llama).
 
     Returns:
-        The rotated query, contiguous, its padding as it was; None without a query.
+        The rotated query, contiguous, with its padding unchanged; None without a query.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is accepted. Tokens beyond the cache's
-            capacity or the tables' positions are a ValueError on a CPU and, since reading the lengths would stall a
-            GPU, a device-side assertion there; nothing is written out of bounds.
+        TypeError, ValueError: the message names the argument, what was given and what is accepted. On a CPU, tokens
+            beyond the cache's capacity or the tables' positions raise a ValueError. On a GPU, where reading the lengths
+            would stall, they fail a device-side assertion. Nothing is written out of bounds.
         RuntimeError: a gradient is asked for.
 
     >>> cache = torch.zeros(2, 1, 2, 16, 8)

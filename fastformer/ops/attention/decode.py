@@ -27,7 +27,7 @@ from fastformer.ops.checks import (
 )
 from fastformer.ops.operator import operator
 
-# Elements of the keys that are widened or gathered at once, and of the scores held at once: both stay in a CPU's cache.
+# The number of key elements that are widened or gathered at once, and of scores held at once: both fit a CPU's cache.
 CHUNK_ELEMENTS = 1 << 20
 SCORE_ELEMENTS = 1 << 22
 NEGATIVE_INFINITY = float("-inf")
@@ -51,11 +51,11 @@ def decode_attention(
     splits: int | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a few queries over a key/value cache whose sequences have lengths of their own. For inference.
+    """Attention of a few queries over a key/value cache whose sequences have different lengths. For inference.
 
     The queries are the last tokens of their sequences (positions ``lengths - queries`` to ``lengths - 1``): one token
     per step, several for speculative decoding or a chunk of a prompt. `fastformer.append_to_cache` puts their keys and
-    values into the cache first. On a GPU the keys of each sequence are split among programs, so that a few long
+    values into the cache first. On a GPU the keys of each sequence are split among programs, so that even a few long
     sequences fill it (Flash-Decoding, Dao et al. 2023, https://pytorch.org/blog/flash-decoding/).
 
     Two layouts of the cache. *Contiguous*: (batch, kv_heads, capacity, head_dim). *Paged*, when `block_table` is given
@@ -63,17 +63,17 @@ def decode_attention(
 
     Args:
         query: (batch, heads, queries, head_dim), float32, float16 or bfloat16; heads a multiple of kv_heads.
-        key_cache, value_cache: in one of the layouts, in query's dtype; value's head_dim may differ. What lies beyond a
-            sequence's length is never used.
-        lengths: (batch,) int32, the keys of each sequence, those of the queries included; 0 gives zeros.
-        query_lengths: (batch,) int32, how many of the queries each sequence has (default: all); the rest are padding
+        key_cache, value_cache: in one of the layouts, in query's dtype; value's head_dim may differ. Elements beyond a
+            sequence's length are never used.
+        lengths: (batch,) int32, the number of keys of each sequence, including those of the queries; 0 gives zeros.
+        query_lengths: (batch,) int32, the number of queries of each sequence (default: all); the rest are padding
             and give zeros.
         block_table: (batch, max_pages) int32, the pages of each sequence in order. Entries beyond its length or wholly
             outside the window of its queries are never read.
         causal, window, softcap, alibi_slopes, sinks: as in `fastformer.attention`, with queries aligned to the end.
         scale: multiplies ``query @ key^T``; default ``1 / sqrt(head_dim)``.
-        splits: how many programs share the keys of a sequence on a GPU; None chooses by rule from the batch, the
-            capacity and the device. A fixed number makes a sequence's result independent of the rest of its batch.
+        splits: the number of programs that share the keys of a sequence on a GPU; None chooses by rule from the batch,
+            the capacity and the device. A fixed number makes a sequence's result independent of the rest of its batch.
         return_lse: also return the log-sum-exp of the scores, float32, (batch, heads, queries), as
             `fastformer.merge_attention` takes it.
 
@@ -82,8 +82,9 @@ def decode_attention(
         may attend to nothing gives zeros (log-sum-exp -inf, or its sink).
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is accepted. A length beyond the capacity is
-            a ValueError on a CPU and, since reading it would stall a GPU, a device-side assertion there.
+        TypeError, ValueError: the message names the argument, what was given and what is accepted. A length beyond the
+            capacity raises a ValueError on a CPU. On a GPU, where reading it would stall, it fails a device-side
+            assertion.
         RuntimeError: a gradient is asked for.
 
     >>> query = torch.randn(2, 8, 1, 64); cache = torch.randn(2, 2, 4096, 64)
@@ -196,7 +197,7 @@ def _decode_torch(
     query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, arguments: DecodeArguments
 ) -> tuple[torch.Tensor, torch.Tensor]:
     query = query if query.stride(-1) == 1 else query.contiguous()
-    # Of a query that is not finite PyTorch's flash attention makes zeros where there are few keys.
+    # PyTorch's flash attention returns zeros for a non-finite query if there are few keys.
     whole = query.numel() > 0 and arguments.query_lengths is None and (not query.is_cpu or is_finite(query))
     if whole and _fits_flash(key_cache, value_cache, query.shape[2], max(arguments.lengths.tolist()), arguments):
         return _decode_flash(query, key_cache, value_cache, arguments)
@@ -218,7 +219,10 @@ def _decode_torch(
 def _decode_flash(
     query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, arguments: DecodeArguments
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As little as possible around a call for each sequence: it takes no longer than what surrounds it."""
+    """Decode with one flash attention call for each run of equal lengths.
+
+    Python overhead is kept minimal: each call takes no longer than the code around it.
+    """
     batch, heads, queries, head_dim = query.shape
     packed = query.reshape(batch, cache_shape(key_cache, arguments.block_table).kv_heads, -1, head_dim)
     outputs, lses = [], []
@@ -239,7 +243,7 @@ def _flash(
     keys: slice,
     arguments: DecodeArguments,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of (sequences, kv_heads, queries of a group, head_dim) to all of some keys."""
+    """Attention of (sequences, kv_heads, queries of a group, head_dim) to a range of keys, without a mask."""
     if keys.start == keys.stop:
         nothing = packed.new_full(packed.shape[:-1], NEGATIVE_INFINITY)
         return packed.new_zeros(*packed.shape[:-1], value_cache.shape[-1]), nothing
@@ -248,7 +252,10 @@ def _flash(
 
 
 def _equal_sequences(query: torch.Tensor, arguments: DecodeArguments) -> Iterator[tuple[slice, int, int]]:
-    """Neighbouring sequences of equal lengths, with their keys and queries; in a paged cache each sequence alone."""
+    """Yield runs of neighbouring sequences of equal lengths, with their numbers of keys and queries.
+
+    In a paged cache each sequence is a run.
+    """
     lengths = arguments.lengths.tolist()
     queries = [query.shape[2]] * len(lengths) if arguments.query_lengths is None else arguments.query_lengths.tolist()
     stop = 0
@@ -268,11 +275,11 @@ def _attend(
     position: int,
     arguments: DecodeArguments,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of float32 queries (sequences, heads, queries, head_dim), the first of them at `position`."""
+    """Attention of float32 queries (sequences, heads, queries, head_dim); the first query is at `position`."""
     table, (count, heads, queries, head_dim) = arguments.block_table, q.shape
     kv_heads = cache_shape(key_cache, table).kv_heads
     keys = _visible_keys(length, position, queries, arguments)
-    # The query heads of a group are the rows of one product.
+    # All query heads that share a key/value head become rows of one product.
     packed = q.reshape(count * kv_heads, heads // kv_heads * queries, head_dim)
     if _fits_flash(key_cache, value_cache, queries, keys.stop - keys.start, arguments) and is_finite(q):
         grouped = packed.unflatten(0, (count, kv_heads))
@@ -297,7 +304,7 @@ def _attend(
         output.baddbmm_(weights[:, :, chunk.start - keys.start : chunk.stop - keys.start], values)
     visible = _visible(queries, keys, position, arguments, q.device)
     if visible is not None and q.is_cpu and not is_finite(output):
-        # A value that is not finite may be one that some of the queries do not see.
+        # A non-finite value may be one that some of the queries do not see.
         values = _read(value_cache, table, sequences, keys)
         output = product_of_visible(weights, values, visible.repeat(heads // kv_heads, 1))
     output = output.view(count, heads, queries, output.shape[-1]) / total.masked_fill(total == 0.0, 1.0)
@@ -305,7 +312,7 @@ def _attend(
 
 
 def _visible_keys(length: int, position: int, queries: int, arguments: DecodeArguments) -> slice:
-    """The keys that any of the queries from `position` sees."""
+    """Return the range of keys that at least one of the queries from `position` on sees."""
     low, high = 0, length
     if arguments.left != UNBOUNDED:
         low = max(0, position - arguments.left)
@@ -317,14 +324,14 @@ def _visible_keys(length: int, position: int, queries: int, arguments: DecodeArg
 def _fits_flash(
     key_cache: torch.Tensor, value_cache: torch.Tensor, queries: int, keys: int, arguments: DecodeArguments
 ) -> bool:
-    """Whether PyTorch's CPU flash attention computes this faster: in 16 bits it is slow on few rows."""
+    """Whether PyTorch's CPU flash attention can compute this and is faster: in 16 bits it is slow on few rows."""
     return (
         key_cache.is_cpu
         and key_cache.dtype == torch.float32
         and key_cache.shape[-1] == value_cache.shape[-1]
-        # It takes the pages of a sequence together.
+        # Flash attention reads the pages of a sequence gathered together.
         and (arguments.block_table is None or keys * key_cache.shape[2] * key_cache.shape[3] <= CHUNK_ELEMENTS)
-        # It reads neighbouring elements whatever the last stride says.
+        # Flash attention reads neighbouring elements and ignores the last stride.
         and key_cache.stride(-1) == value_cache.stride(-1) == 1
         and (queries == 1 or arguments.left == arguments.right == UNBOUNDED)
         and arguments.softcap == 0.0
@@ -336,7 +343,7 @@ def _fits_flash(
 def _scale_and_mask(
     scores: torch.Tensor, sequences: slice, keys: slice, position: int, arguments: DecodeArguments
 ) -> None:
-    """Make products (sequences, heads, queries, keys) scores, in place."""
+    """Turn products (sequences, heads, queries, keys) into scores, in place."""
     queries = scores.shape[2]
     scores.mul_(arguments.scale)
     if arguments.softcap:
@@ -354,7 +361,7 @@ def _scale_and_mask(
 def _visible(
     queries: int, keys: slice, position: int, arguments: DecodeArguments, device: torch.device
 ) -> torch.Tensor | None:
-    """Which of the keys that were read each query sees, (queries, keys); None where each sees all."""
+    """Which of the given keys each query sees, (queries, keys); None if each query sees all."""
     left, right = arguments.left, arguments.right
     if queries == 1 or left == right == UNBOUNDED:
         return None
@@ -369,12 +376,12 @@ def _visible(
 
 
 def _read(cache: torch.Tensor, block_table: torch.Tensor | None, sequences: slice, keys: slice) -> torch.Tensor:
-    """Some keys of some sequences, or of one in a paged cache, float32 (sequences * kv_heads, keys, head_dim)."""
+    """Read some keys of some sequences (of one if paged) as float32 (sequences * kv_heads, keys, head_dim)."""
     return _cached(cache, block_table, sequences, keys).flatten(0, 1).float()
 
 
 def _cached(cache: torch.Tensor, block_table: torch.Tensor | None, sequences: slice, keys: slice) -> torch.Tensor:
-    """As `_read`, (sequences, kv_heads, keys, head_dim) in the cache's dtype; a copy of paged ones."""
+    """Read like `_read`, but as (sequences, kv_heads, keys, head_dim) in the cache's dtype; paged keys are copied."""
     if block_table is None:
         return cache[sequences, :, keys]
     page_size = cache.shape[1]

@@ -1,5 +1,6 @@
-"""Attention dropout's random numbers, regenerated anywhere: Philox-4x32-10 as a pure function of the position.
+"""The random numbers of attention dropout: Philox-4x32-10 as a pure function of the position.
 
+The numbers can be drawn again anywhere, such as in the backward.
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The four words drawn for one counter serve four
 neighbouring keys. The Triton kernels draw the same words.
 """
@@ -14,14 +15,14 @@ from fastformer.ops.dropout import words_below
 def dropout_keep(
     seed: int, offset: int, dropout_p: float, rows: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor
 ) -> torch.Tensor:
-    """Which attention weights dropout keeps.
+    """Return which attention weights dropout keeps.
 
     Args:
         seed, offset: the two words of the generator's state.
         dropout_p: probability that a weight is dropped.
         rows: (r,) int64, batch index * heads + head.
         queries: (m,) int64 positions within the sequence.
-        keys: (n,) int64 positions within the sequence, one after the other.
+        keys: (n,) int64 positions within the sequence, consecutive.
 
     Returns:
         (r, m, n) boolean, True where the weight is kept.

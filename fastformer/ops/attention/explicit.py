@@ -1,6 +1,6 @@
-"""Attention by explicit scores, in float32 and a few rows at a time: what flash attention on a CPU cannot express.
+"""Attention by explicit scores, in float32, a few rows at a time, for calls that CPU flash attention cannot express.
 
-Scores for all queries are never held at once; the backward computes them again from the log-sum-exp.
+The scores of all queries are never held at once; the backward computes them again from the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def explicit_forward(
     segment: Segment,
     careful: bool,
 ) -> None:
-    """`careful`: there are values that are not finite, of which rows that may not see them must not hear."""
+    """Write output and log-sum-exp of a segment.
+
+    `careful` is for values that are not finite: they must not affect rows that may not see them.
+    """
     a, heads = segment.arguments, q.shape[1]
     for sequences in _explicit_segments(segment, q):
         k_all, v_all = (float_heads(sequences.of_keys(tensor), heads) for tensor in (k, v))
@@ -67,9 +70,9 @@ def explicit_backward(
     sums: Learned[torch.Tensor | None],
     careful: bool,
 ) -> None:
-    """Gradients of q, k and v are written to `grads`; those of learned arguments are added to `sums`.
+    """Write the gradients of q, k and v to `grads` and add those of learned arguments to `sums`.
 
-    `careful`: not everything is finite, and what a row may not see must not matter to it.
+    `careful` is for inputs that are not finite: they must not affect rows that may not see them.
     """
     a, heads = segment.arguments, q.shape[1]
     for sequences in _explicit_segments(segment, q):
@@ -121,7 +124,7 @@ def _add_learned(
     row_lse: torch.Tensor,
     block: Segment,
 ) -> None:
-    """Add to `sums` what the gradient of biased scores gives the biases and sinks."""
+    """Add to `sums` the gradients of the biases and sinks, from the gradient of the biased scores."""
     a = block.arguments
     if sums.bias is not None:
         target = block.of_scores(sums.bias)
@@ -136,14 +139,14 @@ def _add_learned(
 
 
 def _add_by_distance(total: torch.Tensor, dscores: torch.Tensor, distance: torch.Tensor) -> None:
-    """Add (batch, heads, rows, keys) to (heads, 2 * reach + 1) by the keys' distance (rows, keys)."""
+    """Add (batch, heads, rows, keys) to (heads, 2 * reach + 1) at the keys' distances (rows, keys)."""
     reach = total.shape[1] // 2
     place = (distance.clamp(-reach, reach) + reach).flatten()
     total.index_add_(1, place, dscores.sum(0).flatten(1))
 
 
 def _explicit_segments(segment: Segment, q: torch.Tensor) -> Iterator[Segment]:
-    """As many sequences at a time as have few enough scores to stay in the cache."""
+    """Group sequences so that the scores of a group fit in the CPU's cache."""
     _, m, n = segment.shape
     return segment.by_sequences(max(1, _score_elements(q) // max(1, q.shape[1] * m * n)))
 
@@ -160,13 +163,13 @@ def _score_elements(tensor: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Scores of a segment in float32, masked ones -inf.
+    """Scores of a segment in float32; masked scores are -inf.
 
     Attributes:
         values: (batch, heads, queries, keys).
-        products: of queries and keys, before any scale.
-        softcap_slope: derivative of the softcap, where there is one.
-        keep: which weights dropout keeps, where there is dropout.
+        products: queries times keys, before any scale; only with a scale for each head.
+        softcap_slope: derivative of the softcap; None without a softcap.
+        keep: which weights dropout keeps; None without dropout.
     """
 
     values: torch.Tensor
@@ -176,7 +179,7 @@ class _Scores:
 
 
 def scores_of(q: torch.Tensor, k: torch.Tensor, segment: Segment) -> _Scores:
-    """`q` and `k` are the segment's, with equal numbers of heads."""
+    """Compute the scores of the segment's `q` and `k`, which have equal numbers of heads."""
     a = segment.arguments
     values = torch.matmul(q, k.transpose(-1, -2))
     products, slope = None, None
@@ -204,7 +207,7 @@ def kept_by_dropout(q: torch.Tensor, segment: Segment) -> torch.Tensor | None:
     seed, offset = seed_words(a.seed)
     heads = q.shape[1]
     first, device = segment.batch.start * heads, q.device
-    # NumPy draws on a CPU, and knows no tensors that transforms have wrapped.
+    # NumPy draws the numbers on a CPU and cannot read tensors that torch.func's transforms have wrapped.
     with torch._C._DisableFuncTorch():
         keep = dropout_keep(
             seed,
@@ -218,7 +221,7 @@ def kept_by_dropout(q: torch.Tensor, segment: Segment) -> torch.Tensor | None:
 
 
 def product_of_visible(weights: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-    """``weights @ values`` to which what is not `visible` adds nothing, not even where a value is infinite or NaN."""
+    """Return ``weights @ values``; invisible values add nothing, not even if they are infinite or NaN."""
     product = torch.matmul(weights, values)
     if visible is None:
         return product
@@ -229,34 +232,34 @@ def product_of_visible(weights: torch.Tensor, values: torch.Tensor, visible: tor
 
 
 def scores_of_seen(q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-    """``q @ k.T``, of which what is not `visible` is not to be used, with derivatives by the rule for NaN."""
+    """Return ``q @ k.T``. Scores that are not `visible` must not be used, and their NaN reaches no derivative."""
     if visible is None or not _is_strange(q, k):
         return torch.matmul(q, k.transpose(-1, -2))
     return torch.einsum("...nd,...nkd->...nk", q, _seen_by_each(k, visible))
 
 
 def values_of_seen(weights: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-    """``weights @ v``, to which what is not `visible` adds nothing, with derivatives by the rule for NaN."""
+    """Return ``weights @ v``. Values that are not `visible` add nothing, and their NaN reaches no derivative."""
     if visible is None or not _is_strange(weights, v):
         return torch.matmul(weights, v)
     return torch.einsum("...nk,...nkd->...nd", weights, _seen_by_each(v, visible))
 
 
 def _is_strange(*tensors: torch.Tensor) -> bool:
-    """Whether something on a CPU is infinite or NaN, as far as one may look."""
+    """True if a readable tensor on a CPU has an infinite or NaN element."""
     return any(tensor.is_cpu and can_be_read(tensor) and not is_finite(tensor) for tensor in tensors)
 
 
 def _seen_by_each(keys: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Keys or values for each query by itself, (..., queries, keys, dim), with zeros for what it does not see.
+    """Copy keys or values for each query, (..., queries, keys, dim), with zeros for those it does not see.
 
-    It takes much memory; no product of matrices has derivatives that keep zero times NaN out of every sum.
+    This takes much memory. Matrix products cannot be used: their derivatives add zero times NaN to the sums.
     """
     return torch.where(visible[..., None], rearrange(keys, "... keys dim -> ... 1 keys dim"), 0.0)
 
 
 def largest_score(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """The largest logit of each row, 0 where there is none, to subtract before exponentials."""
+    """Return the largest logit of each row, to subtract before exponentials; 0 for a row without a finite logit."""
     if scores.shape[-1] == 0:
         maximum = scores.new_full((*scores.shape[:-1], 1), NEGATIVE_INFINITY)
     else:
@@ -267,7 +270,7 @@ def largest_score(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Ten
 
 
 def float_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """A key or value in float32 or float64, with one head for every query head."""
+    """Widen a key or value to float32 (float64 stays) and repeat its heads to match the query heads."""
     group = heads // tensor.shape[1]
     return widened(tensor) if group == 1 else widened(tensor).repeat_interleave(group, 1)
 

@@ -1,4 +1,4 @@
-"""Attention by PyTorch's flash attention for CPUs, wherever that can express the call."""
+"""Attention by PyTorch's flash attention for CPUs, for the calls that it can express."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastformer.ops.attention.segments import NEGATIVE_INFINITY, Segment, as_den
 FLASH_ROWS = 128
 _SCORE_ELEMENTS = 1 << 22
 _LEAST_ROWS = 64
-# Numbers in the widest vectors of a CPU.
+# The number of elements in the widest vectors of a CPU.
 _VECTOR = 16
 _LARGEST = torch.finfo(torch.float32).max
 _flash_kernel = torch._scaled_dot_product_flash_attention_for_cpu
@@ -27,17 +27,17 @@ _flash_backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_
 
 
 def fits_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: AttentionArguments) -> bool:
-    """Whether PyTorch's CPU flash attention computes this call."""
+    """Whether PyTorch's CPU flash attention can compute this call."""
     a = arguments
     return (
         q.is_cpu
         and not (a.softcap or a.dropout_p)
-        # It multiplies what it has masked by the scale.
+        # Flash attention multiplies masked scores (-inf) by the scale.
         and a.scale > 0.0
         and a.head_scales is None
         and a.sinks is None
         and q.shape[-1] == v.shape[-1]
-        # It reads neighbouring elements whatever the last stride says.
+        # Flash attention reads neighbouring elements and ignores the last stride.
         and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
         and q.numel() > 0
         and k.numel() > 0
@@ -45,21 +45,23 @@ def fits_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Att
 
 
 def hides_nan(query: torch.Tensor, key: torch.Tensor, arguments: AttentionArguments) -> bool:
-    """Whether PyTorch's flash attention may make zeros of NaN: it does of rows that are NaN where the keys are fewer
-    than one of its vectors has elements, and of a bias."""
+    """Whether PyTorch's flash attention may turn NaN into zeros.
+
+    It does so for rows of NaN if there are fewer keys than elements in one of its vectors, and for NaN in a bias.
+    """
     bias = arguments.bias
     few = arguments.max_seqlen_k < _VECTOR and not has_finite_scores(query, key, arguments.scale)
     return few or (bias is not None and math.isnan(bias.sum(dtype=torch.float32).item()))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether nothing in a tensor on a CPU is infinite or NaN; of finite numbers that add up to infinity it says no."""
+    """Whether a CPU tensor has no infinite or NaN element; also False if finite elements add up to infinity."""
     total = tensor.sum() if tensor.dtype == torch.float32 else tensor.sum(dtype=torch.float32)
     return math.isfinite(total.item())
 
 
 def has_finite_scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> bool:
-    """Whether no score can be infinite or NaN: none is larger than the product of the two norms."""
+    """Whether no score can be infinite or NaN: no score is larger than the product of the two tensors' norms."""
     wide = torch.promote_types(query.dtype, torch.float32)
     norms = (torch.linalg.vector_norm(tensor, dtype=wide).item() for tensor in (query, key))
     return math.prod(norms) * scale < _LARGEST
@@ -101,7 +103,7 @@ def flash_backward(
 
 
 def _is_one_flash_call(arguments: AttentionArguments) -> bool:
-    """Whether one call of flash attention, without a mask, is the whole of a call that fits it."""
+    """Whether one call of flash attention without a mask computes the whole of a call that `fits_flash`."""
     a = arguments
     if (
         a.cu_seqlens_q is not None
@@ -115,14 +117,14 @@ def _is_one_flash_call(arguments: AttentionArguments) -> bool:
         or a.prefix_lengths is not None
     ):
         return False
-    # Its causal mask begins at the top left. Blocks leave out what lies beyond the diagonal of long sequences, and keys
-    # that no query may see.
+    # Flash attention's causal mask begins at the top left. Splitting a long sequence into blocks skips keys beyond the
+    # diagonal and keys that no query may see.
     m, n = a.max_seqlen_q, a.max_seqlen_k
     return a.right == UNBOUNDED or (a.right == 0 and m < 2 * FLASH_ROWS and (m == n or (m > n and not a.bottom_right)))
 
 
 def _with_sequence_outside(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A (batch, heads, sequence, head_dim) tensor in memory as `empty_gradient(like)` is, copied only if it must be."""
+    """Lay out a (batch, heads, sequence, head_dim) tensor like `empty_gradient(like)`; copy it only if needed."""
     _, heads, sequence, head_dim = tensor.shape
     as_it_should = (sequence * heads * head_dim, head_dim, heads * head_dim, 1)
     stride_batch, _, stride_sequence, _ = like.stride()
@@ -132,9 +134,10 @@ def _with_sequence_outside(tensor: torch.Tensor, like: torch.Tensor) -> torch.Te
 
 
 def _flash_blocks(segment: Segment, heads: int) -> Iterator[Segment]:
-    """Flash attention computes every score of up to 512 keys, masked or not; blocks leave out what limits exclude.
+    """Split a segment into blocks of queries, so that keys excluded by limits are skipped.
 
-    Where a bias has to be formed for it, blocks keep that small.
+    Flash attention computes every score of up to 512 keys, masked or not. Where an explicit bias must be formed,
+    blocks also keep the bias small.
     """
     a, (_, m, n) = segment.arguments, segment.shape
     rows = FLASH_ROWS if segment.limited and m >= 2 * FLASH_ROWS else m
@@ -155,7 +158,7 @@ def _forward_flash(
         causal, additive = _flash_mask(block, q.device)
         part = block.of_queries(q), block.of_keys(k), block.of_keys(v)
         result, result_lse = _flash_kernel(*part, 0.0, causal, attn_mask=additive, scale=block.arguments.scale)
-        # It has 0 for a query that may attend to nothing: a bias need not be read again where there is none.
+        # Flash attention gives 0 for a query that may attend to nothing. Without such a row the bias is not read again.
         if additive is not None and not (result_lse.isfinite() & (result_lse != 0)).all():
             result_lse = result_lse.masked_fill((additive == NEGATIVE_INFINITY).all(-1), NEGATIVE_INFINITY)
         block_output.copy_(result)
@@ -172,7 +175,7 @@ def _backward_flash(
     grads: Sequence[torch.Tensor],
     segment: Segment,
 ) -> None:
-    """Gradients of q, k and v are written to `grads`, which are zeros here."""
+    """Add the gradients of q, k and v to `grads`, which are zeros at the start."""
     for block in _flash_blocks(segment, q.shape[1]):
         if block.keys.start == block.keys.stop:
             continue
@@ -198,7 +201,7 @@ def _backward_flash(
 
 
 def _flash_mask(block: Segment, device: torch.device) -> tuple[bool, torch.Tensor | None]:
-    """Flash attention's is_causal and additive mask for this block."""
+    """Return flash attention's is_causal and additive mask for this block."""
     a = block.arguments
     additive = block.bias(device)
     plain = a.mask is None and additive is None and a.left == UNBOUNDED and not (a.chunk or block.prefix)

@@ -1,7 +1,7 @@
-"""Attention in which what a row may not see counts for nothing even where it is infinite or NaN.
+"""Attention in which masked keys and values have no effect, even if they are infinite or NaN.
 
-A masked key has a weight of zero, and zero times NaN is NaN. A CPU looks whether there is anything of the kind; a GPU
-would have to wait for the answer, so there the same is reached without looking, by three calls.
+A masked key has a weight of zero, and zero times NaN is NaN. A CPU checks whether such elements exist. A GPU would have
+to wait for the answer, so on a GPU three attention calls give the same result without that check.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ def attention_ignoring_masked_nan(
     value: torch.Tensor,
     arguments: AttentionArguments,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp of ``attention(query, key, value, *arguments)``; gradients too pass by what is masked.
+    """Output and log-sum-exp of ``attention(query, key, value, *arguments)``; gradients ignore masked elements too.
 
-    Rows that see something infinite or NaN get what the plain call gives them, the others what it gives without it.
+    Rows that see an infinite or NaN element get the result of the plain call. All other rows get the result
+    computed without such elements.
     """
     strange_query, strange_key, strange_value = (~tensor.isfinite() for tensor in (query, key, value))
     finite = (
@@ -35,7 +36,7 @@ def attention_ignoring_masked_nan(
     results = attention(*finite, *arguments)
     with torch.no_grad():
         strange = strange_value | strange_key.any(-1, keepdim=True)
-        # Equal weights of all keys that a row sees, so that none is too small to tell.
+        # All keys that a row sees get equal weights, so that none is too small to detect.
         nothing = torch.zeros_like(query), torch.zeros_like(key)
         seen = attention(*nothing, strange.to(value.dtype), *_who_sees_whom(arguments))[0] > 0.0
         seen |= strange_query.any(-1, keepdim=True)
@@ -43,7 +44,7 @@ def attention_ignoring_masked_nan(
         row_sees = seen.any(-1)
         changes = (seen, row_sees if row_sees.shape == plain[1].shape else row_sees.transpose(0, 1))
     output, lse = (
-        # The gradient stays that of the finite part: one of NaN would reach keys that the row does not see.
+        # The gradient is that of the finite part: a NaN gradient would reach keys that the row does not see.
         result + torch.where(changed, other - result.detach(), 0.0)
         for result, other, changed in zip(results, plain, changes, strict=True)
     )
@@ -51,7 +52,7 @@ def attention_ignoring_masked_nan(
 
 
 def _who_sees_whom(arguments: AttentionArguments) -> tuple[Any, ...]:
-    """The same call but for what makes scores, of which a bias of -inf is left."""
+    """Return the same call without the options that change scores; of a bias only its -inf entries stay."""
     return arguments._replace(
         bias=_hidden(arguments.bias),
         relative_bias=_hidden(arguments.relative_bias),

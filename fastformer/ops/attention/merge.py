@@ -16,20 +16,20 @@ NEGATIVE_INFINITY = float("-inf")
 def merge_attention(outputs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge attention over disjoint parts of the keys: ``output = sum_i exp(lse_i - lse) output_i``. Differentiable.
 
-    For splits of a cache, a prefix shared by a batch, tree and ring attention. Parts are added in their order, so that
-    the result is deterministic.
+    For splits of a cache, for a prefix that a batch shares, and for tree and ring attention. Parts are added in their
+    order, so the result is deterministic.
 
     Args:
         outputs: (parts, ..., head_dim), each part's attention output; float32, float16 or bfloat16, any strides.
         lses: (parts, ...) float32, each part's log-sum-exp, as `fastformer.attention` and `fastformer.decode_attention`
-            return it with ``return_lse=True``. A part whose log-sum-exp is -inf counts for nothing.
+            return it with ``return_lse=True``. A part whose log-sum-exp is -inf has no effect.
 
     Returns:
-        The output (..., head_dim), in the dtype of `outputs`, and its log-sum-exp (...), float32. Zeros and -inf where
-        no part has a key.
+        The output (..., head_dim), in the dtype of `outputs`, and its log-sum-exp (...), float32. Where no part has a
+        key, they are zeros and -inf.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is accepted.
+        TypeError, ValueError: the message names the argument, what was given and what is accepted.
 
     Source: Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867.
 
@@ -88,13 +88,13 @@ def _merge_torch(outputs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tenso
 
 
 def _absent(lses: torch.Tensor) -> torch.Tensor | None:
-    """Where a part has no keys; on a CPU, which may look, None if there is no such place."""
+    """True where a part has no keys. On a CPU, where values can be read, None if there is no such place."""
     absent = lses == NEGATIVE_INFINITY
     return None if absent.is_cpu and not absent.any() else absent
 
 
 def _weights(lses: torch.Tensor, absent: torch.Tensor | None) -> torch.Tensor:
-    """(parts, ...): the share of each part, 0 for one without keys."""
+    """The weight of each part, (parts, ...); 0 for a part without keys."""
     weights = torch.softmax(lses, 0)
     return weights if absent is None else weights.masked_fill(absent, 0.0)
 
@@ -117,7 +117,10 @@ def _setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[tor
 def _backward(
     ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """d output_i = w_i d output; d lse_i = w_i (p_i - sum_j w_j p_j + d lse) with p_i = d output . output_i."""
+    """Compute ``d output_i = w_i d output`` and ``d lse_i = w_i (p_i - sum_j w_j p_j + d lse)``.
+
+    Here ``p_i = d output . output_i``.
+    """
     outputs, lses = ctx.saved_tensors
     absent = lses == NEGATIVE_INFINITY
     weights = _weights(lses, absent)

@@ -1,4 +1,4 @@
-"""Biases by relative position: from a learned table and a bucket function (T5), and ALiBi's slopes."""
+"""Biases by relative position: T5's, from a learned table and a bucket function, and ALiBi's slopes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def relative_position_bias(table: Tensor, buckets: Callable[[Tensor], Tensor], max_distance: int) -> Tensor:
-    """The `relative_bias` that `fastformer.attention` takes, differentiable in the table.
+    """Return the `relative_bias` that `fastformer.attention` takes, differentiable in the table.
 
     Args:
         table: (num_buckets, heads).
         buckets: maps distances, key position - query position, int64, to rows of the table. It must be constant from
-            `max_distance` on in either direction.
-        max_distance: the largest distance with a bucket of its own, in tokens.
+            `max_distance` on, in both directions.
+        max_distance: the largest distance with a bucket for itself alone, in tokens.
 
     Returns:
         (heads, 2 * max_distance + 1), of the table's dtype.
@@ -33,10 +33,10 @@ def relative_position_bias(table: Tensor, buckets: Callable[[Tensor], Tensor], m
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    """The slopes of ALiBi's heads, which `fastformer.attention` takes: a geometric sequence from ``2 ** (-8 / heads)``.
+    """Return the slopes of ALiBi's heads for `fastformer.attention`: a geometric sequence from ``2 ** (-8 / heads)``.
 
-    Where `heads` is no power of two, the sequence of the power below is filled up with every other slope of the one
-    above.
+    If `heads` is not a power of two, these are the slopes of the next lower power of two, then every other slope of
+    the next higher one.
 
     Returns:
         (heads,) float32.
@@ -57,11 +57,14 @@ def alibi_slopes(heads: int) -> Tensor:
 def t5_buckets(
     num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
 ) -> Callable[[Tensor], Tensor]:
-    """T5's buckets: one for each small distance, then logarithmically wider ones up to `max_distance` tokens.
+    """Return T5's bucket function.
+
+    There is one bucket for each small distance, then logarithmically wider ones up to `max_distance` tokens.
 
     Args:
-        num_buckets: rows of the table, half of them for either direction if `bidirectional`.
-        bidirectional: encoders; decoders, where no key is later than the query, give 0 to every later key.
+        num_buckets: the number of rows of the table; with `bidirectional`, half of them for each direction.
+        bidirectional: True for encoders. False for decoders, where no key is later than the query: later keys get
+            bucket 0.
 
     Source: Raffel et al. 2020, https://arxiv.org/abs/1910.10683, section 2.1.
     """

@@ -1,4 +1,4 @@
-"""PyTorch's `scaled_dot_product_attention`, with its arguments and shapes, by our attention."""
+"""PyTorch's `scaled_dot_product_attention`, with the same arguments and shapes, computed by our attention."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def scaled_dot_product_attention(
 ) -> torch.Tensor:
     """Drop-in for `torch.nn.functional.scaled_dot_product_attention`: same arguments, same meaning.
 
-    Heads wider than 256 and float64 are PyTorch's to compute.
+    PyTorch itself computes heads wider than 256 and float64.
 
     Args:
         query: (..., heads, queries, head_dim); key and value: (..., kv_heads, keys, head_dim). Leading dimensions
-            broadcast, and heads do unless `enable_gqa`; two dimensions are one head.
+            broadcast, and so do heads unless `enable_gqa`; a tensor of two dimensions has one head.
         attn_mask: boolean (True = may attend) or floating (added), broadcastable to (..., heads, queries, keys).
         dropout_p: applied whenever it is not zero.
         is_causal: lower-triangular from the top left; not together with `attn_mask`.
@@ -49,7 +49,7 @@ def scaled_dot_product_attention(
         scale = float(scale)
     widths = query.shape[-1:] + value.shape[-1:]
     if query.shape[-3:-2] == (0,):
-        # Older versions of PyTorch divide by the number of heads, which ends the process.
+        # Older versions of PyTorch divide by the number of heads; division by zero ends the process.
         return query @ key.transpose(-2, -1) @ value
     if 0 in widths:
         arguments = (attn_mask, dropout_p, is_causal)
@@ -101,7 +101,7 @@ def _attend_by_pytorch(
     scale: float | None,
     dropout_p: float,
 ) -> torch.Tensor:
-    """As `_attend_top_left`, of what the operator does not take: by PyTorch, and where that goes wrong by a formula."""
+    """Compute a call that the operator does not support: by PyTorch, or by a formula where PyTorch is wrong."""
     heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
     mask, bias = mask_and_bias(mask, None, (query.shape[0], heads, queries, keys), query)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -131,9 +131,9 @@ def _attend_by_pytorch(
 def _pytorch_is_right(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
 ) -> bool:
-    """Whether PyTorch's own attention does what ours does.
+    """Whether PyTorch's own attention gives the same result as ours.
 
-    On a CPU it makes zeros of NaN, spreads NaN that is masked, makes NaN of negative scales, and knows no forward mode.
+    On a CPU it turns NaN into zeros, spreads masked NaN, gives NaN for negative scales, and has no forward mode.
     """
     if not query.is_cpu or torch.compiler.is_compiling():
         return True
@@ -144,7 +144,7 @@ def _pytorch_is_right(
 
 
 def _with_equal_heads(key: torch.Tensor, value: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key and value with equal numbers of heads, where each of both serves neighbours among `heads` query heads."""
+    """Repeat heads until key and value have equally many; each head serves neighbours among `heads` query heads."""
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape[-3] == 0 or heads % tensor.shape[-3]:
             raise ValueError(f"query's heads must be a multiple of {name}'s; got {heads} and {tensor.shape[-3]}")
@@ -155,7 +155,7 @@ def _with_equal_heads(key: torch.Tensor, value: torch.Tensor, heads: int) -> tup
 
 
 def _broadcast_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
-    """The number of heads where one head is as many as there are."""
+    """The common number of heads, where a tensor with one head broadcasts to the others."""
     numbers = {tensor.shape[-3] for tensor in (query, key, value)} - {1}
     if len(numbers) > 1:
         raise ValueError(
@@ -172,7 +172,7 @@ def _as_batch(tensor: torch.Tensor, leading: torch.Size) -> torch.Tensor:
 
 
 def _mask_as_batch(mask: torch.Tensor | None, leading: torch.Size) -> torch.Tensor | None:
-    """The mask, broadcasting to (..., heads, queries, keys), as `attention` takes it."""
+    """Shape the mask, which broadcasts to (..., heads, queries, keys), as `attention` takes it."""
     if mask is None or (mask.dim() <= 4 and len(leading) <= 1):
         return mask
     mask = mask.reshape((1,) * (3 - mask.dim()) + mask.shape)

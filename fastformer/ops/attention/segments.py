@@ -1,7 +1,7 @@
-"""The dense problems that a call of attention is made of, as its implementation in PyTorch computes them.
+"""Split a call of attention into dense problems, for the implementation in PyTorch.
 
-Each is a (batch, heads, sequence, head_dim) problem without padding: one per packed sequence, one per sequence with a
-key length, or the whole; neighbours of equal lengths are one.
+Each is a (batch, heads, sequence, head_dim) problem without padding. It is one packed sequence, one sequence with a key
+length, or the whole call. Neighbouring sequences of equal lengths form one problem.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ NEGATIVE_INFINITY = float("-inf")
 
 
 class Segment(NamedTuple):
-    """A dense problem: some queries of neighbouring sequences of equal lengths, and the keys that these may attend to.
+    """A dense problem: some queries of neighbouring sequences of equal lengths, and the keys they may attend to.
 
     Tensors of the whole call come as (batch, heads, sequence, head_dim), packed ones with a batch of one.
 
     Attributes:
-        arguments: of the whole call.
-        batch: the sequences.
-        query_tokens, key_tokens: where all of their queries and keys lie along the whole call's sequence dimension.
-        queries, keys: which of them, counted within each sequence.
-        offset: what a query's own position is beyond its number.
-        prefix: keys that the limit to the right does not concern.
+        arguments: the arguments of the whole call.
+        batch: the range of sequences.
+        query_tokens, key_tokens: the range of all their queries and keys along the whole call's sequence dimension.
+        queries, keys: the range of queries and keys within each sequence.
+        offset: a query's own position minus its index.
+        prefix: the number of first keys to which the right limit does not apply.
     """
 
     arguments: AttentionArguments
@@ -42,35 +42,36 @@ class Segment(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Numbers of sequences, queries and keys."""
+        """The numbers of sequences, queries and keys."""
         return size(self.batch), size(self.queries), size(self.keys)
 
     @property
     def limited(self) -> bool:
-        """Whether a query's position says which keys it may attend to."""
+        """Whether a query's position limits the keys it may attend to."""
         a = self.arguments
         return a.right != UNBOUNDED or a.left != UNBOUNDED or a.chunk > 0
 
     def of_queries(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This segment's part of the queries, or what is laid out like them, as a view with its own batch."""
+        """Take this segment's part of the queries, or of a tensor with their layout, as a view with its own batch."""
         return self._part(tensor, self.query_tokens, self.queries)
 
     def of_keys(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This segment's part of the keys, or what is laid out like them, as a view with its own batch."""
+        """Take this segment's part of the keys, or of a tensor with their layout, as a view with its own batch."""
         return self._part(tensor, self.key_tokens, self.keys)
 
     def of_scores(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This segment's part of a (batch, heads, queries, keys) tensor, in which dimensions of size one broadcast."""
+        """Take this segment's part of a (batch, heads, queries, keys) tensor, whose dimensions of size one
+        broadcast."""
         return cut_dim(cut_dim(cut_dim(tensor, 0, self.batch), 2, self.queries), 3, self.keys)
 
     def by_queries(self, rows: int) -> Iterator[Segment]:
-        """`rows` queries at a time, with the keys that the limits leave them."""
+        """Split into parts of `rows` queries, each with the keys that the limits allow."""
         for start in range(self.queries.start, self.queries.stop, rows):
             queries = slice(start, min(start + rows, self.queries.stop))
             yield self._replace(queries=queries, keys=self._reach(queries))
 
     def by_sequences(self, count: int) -> Iterator[Segment]:
-        """`count` sequences at a time."""
+        """Split into parts of `count` sequences."""
         for start in range(self.batch.start, self.batch.stop, count):
             batch = slice(start, min(start + count, self.batch.stop))
             if not self.arguments.packed:
@@ -83,12 +84,12 @@ class Segment(NamedTuple):
             yield self._replace(batch=batch, query_tokens=query_tokens, key_tokens=key_tokens)
 
     def distance(self, device: torch.device) -> torch.Tensor:
-        """(queries, keys): how far each key lies after each query's own position."""
+        """The distance from each query's own position to each key, (queries, keys); positive for later keys."""
         queries = torch.arange(self.queries.start + self.offset, self.queries.stop + self.offset, device=device)
         return torch.arange(self.keys.start, self.keys.stop, device=device) - queries[:, None]
 
     def bias(self, device: torch.device) -> torch.Tensor | None:
-        """What is added to the scores before any is masked, in float32; 4-D, broadcasting to them, or None."""
+        """The float32 sum of all biases added to the scores before masking: 4-D, broadcasting to them; None if none."""
         a = self.arguments
         parts = [] if a.bias is None else [widened(self.of_scores(a.bias))]
         if a.alibi_slopes is not None:
@@ -101,13 +102,13 @@ class Segment(NamedTuple):
         return functools.reduce(torch.add, parts) if parts else None
 
     def allowed(self, device: torch.device) -> torch.Tensor | None:
-        """Which keys each query may attend to by mask and position; 4-D, or None where all may."""
+        """Which keys each query may attend to by mask and position; 4-D, or None if it may attend to all."""
         a, queries, keys = self.arguments, self.queries, self.keys
         conditions = [] if a.mask is None else [self.of_scores(a.mask)]
         nearest, farthest = keys.start - (queries.stop - 1 + self.offset), keys.stop - 1 - queries.start - self.offset
         right = a.right != UNBOUNDED and farthest > a.right
         left = a.left != UNBOUNDED and nearest < -a.left
-        # The diagonal of each query's own position.
+        # The diagonal of the queries' own positions.
         own = queries.start + self.offset - keys.start
         if right:
             near = torch.ones(size(queries), size(keys), dtype=torch.bool, device=device).tril_(own + a.right)
@@ -124,7 +125,7 @@ class Segment(NamedTuple):
         return functools.reduce(torch.logical_and, conditions) if conditions else None
 
     def visible(self, device: torch.device) -> torch.Tensor | None:
-        """Which keys each query sees by mask, position and bias; 4-D, or None where all."""
+        """Which keys each query sees by mask, position and bias; 4-D, or None if it sees all."""
         return visible_by(self.bias(device), self.allowed(device))
 
     def _part(self, tensor: torch.Tensor, tokens: slice, within: slice) -> torch.Tensor:
@@ -137,7 +138,7 @@ class Segment(NamedTuple):
         return each.transpose(0, 1)[:, :, within]
 
     def _reach(self, queries: slice) -> slice:
-        """The keys that some of the `queries` may attend to by position."""
+        """The range of keys that at least one of the `queries` may attend to by position."""
         a, low, high = self.arguments, self.keys.start, self.keys.stop
         first, last = queries.start + self.offset, queries.stop - 1 + self.offset
         if a.right != UNBOUNDED:
@@ -151,7 +152,7 @@ class Segment(NamedTuple):
 
 
 def segments(query: torch.Tensor, key: torch.Tensor, arguments: AttentionArguments) -> Iterator[Segment]:
-    """The call as dense problems, neighbours of equal lengths together."""
+    """Yield the call as dense problems; neighbouring sequences of equal lengths are one."""
     if query.numel() == 0:
         return
     batch = arguments.batch(query)
@@ -182,7 +183,7 @@ def segments(query: torch.Tensor, key: torch.Tensor, arguments: AttentionArgumen
 
 
 def whole_as_segment(query: torch.Tensor, arguments: AttentionArguments) -> Segment:
-    """A dense call without lengths as one segment."""
+    """Return a dense call without lengths as one segment."""
     m, n = arguments.max_seqlen_q, arguments.max_seqlen_k
     offset = n - m if arguments.bottom_right else 0
     everything = slice(0, 0)
@@ -192,7 +193,7 @@ def whole_as_segment(query: torch.Tensor, arguments: AttentionArguments) -> Segm
 
 
 def visible_by(bias: torch.Tensor | None, allowed: torch.Tensor | None) -> torch.Tensor | None:
-    """Which keys each query sees: a bias of -inf hides one as a mask does, even where the score is NaN."""
+    """Which keys each query sees: a bias of -inf hides a key like a mask does, even where the score is NaN."""
     if bias is None:
         return allowed
     shown = bias != NEGATIVE_INFINITY
@@ -200,7 +201,7 @@ def visible_by(bias: torch.Tensor | None, allowed: torch.Tensor | None) -> torch
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """In float32, or in float64 what is."""
+    """Convert to float32; float64 stays."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -213,10 +214,10 @@ def cut_dim(tensor: torch.Tensor, dim: int, cut: slice) -> torch.Tensor:
 
 
 def as_dense(tensor: torch.Tensor) -> torch.Tensor:
-    """A packed (total_tokens, heads, head_dim) tensor as a dense one with a batch of one."""
+    """View a packed (total_tokens, heads, head_dim) tensor as dense, with a batch of one."""
     return tensor.transpose(0, 1)[None] if tensor.dim() == 3 else tensor
 
 
 def dense_rows(lse: torch.Tensor) -> torch.Tensor:
-    """A packed (heads, total_tokens) log-sum-exp as a dense one with a batch of one."""
+    """View a packed (heads, total_tokens) log-sum-exp as dense, with a batch of one."""
     return lse[None] if lse.dim() == 2 else lse

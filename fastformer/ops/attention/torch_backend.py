@@ -1,4 +1,4 @@
-"""Attention in PyTorch: on a CPU by its flash attention wherever that can express the call, else by explicit scores."""
+"""Attention in PyTorch: by its CPU flash attention where that can express the call, else by explicit scores."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ from fastformer.ops.dropout import kept_scale
 def attention_forward_torch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp; see `fastformer.attention`."""
+    """Return output and log-sum-exp; see `fastformer.attention`."""
     if fits_flash(query, key, value, arguments) and not hides_nan(query, key, arguments):
         output, lse = flash_forward(query, key, value, arguments)
-        # What is not finite may be a value that no query may see.
+        # A non-finite output may come from a value that no query may see.
         if _shows_all(arguments) or is_finite(output):
             return output, lse
     output, lse = empty_output(query, value), empty_lse(query)
@@ -62,7 +62,7 @@ def attention_forward_torch(
 
 
 def _shows_all(arguments: AttentionArguments) -> bool:
-    """Whether every query sees every key for all that can be told without looking."""
+    """Whether every query sees every key, as far as this is known without reading tensors."""
     a = arguments
     return (
         a.right == a.left == UNBOUNDED
@@ -86,12 +86,12 @@ def attention_backward_torch(
     arguments: AttentionArguments,
     needed: Learned[bool],
 ) -> AttentionGradients:
-    """Gradients of checked arguments; those of learned ones that are not `needed` are None."""
+    """Gradients of checked arguments; None for learned arguments that are not `needed`."""
     bias_learns = needed.bias or needed.relative or needed.alibi_slopes
     if grad_lse is None and not bias_learns and fits_flash(query, key, value, arguments):
         tensors = (grad_output, query, key, value, output, lse)
         gradients = flash_backward(*tensors, arguments)
-        # What is not finite would reach the gradients of all, masked or not.
+        # A non-finite element would reach the gradients of all rows, masked or not.
         if _shows_all(arguments) or is_finite(gradients[0]):
             return AttentionGradients(*gradients, None, None, None, None, None)
     grad_query, grad_key, grad_value = (empty_gradient(tensor).zero_() for tensor in (query, key, value))
@@ -155,7 +155,7 @@ def attention_weights_torch(
 def attention_formula(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `attention_forward_torch` returns, made of functions that can be differentiated; it holds all scores."""
+    """Compute what `attention_forward_torch` returns, by differentiable functions; this holds all scores at once."""
     heads, q, k, v = query.shape[1], *map(as_dense, (query, key, value))
     outputs, lses = [], []
     for segment in segments(query, key, arguments):
@@ -171,7 +171,7 @@ def attention_formula(
 
 
 def _joined(part: torch.Tensor, packed: bool, names: str) -> torch.Tensor:
-    """A segment's part of the output or log-sum-exp as the call's tensor has it."""
+    """Bring a segment's part of the output or log-sum-exp into the layout of the call's tensors."""
     if not packed:
         return part
     target = "(sequences tokens) heads head_dim" if "head_dim" in names else "heads (sequences tokens)"
@@ -179,7 +179,7 @@ def _joined(part: torch.Tensor, packed: bool, names: str) -> torch.Tensor:
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp of a segment whose tensors these are, with equal numbers of heads."""
+    """Output and log-sum-exp of one segment, from its own tensors with equal numbers of heads."""
     a = segment.arguments
     bias, allowed, keep = segment.bias(q.device), segment.allowed(q.device), kept_by_dropout(q, segment)
     visible = visible_by(bias, allowed)
@@ -204,7 +204,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: Segment)
 
 
 def _runs(rows: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Neighbours among `rows` together: the place of the first, its row, and how many follow one another."""
+    """Yield runs of consecutive rows in `rows`: the index of the first in `rows`, its row, and the run's length."""
     for _, run in itertools.groupby(enumerate(rows), lambda placed: placed[1] - placed[0]):
         (place, row), *others = run
         yield place, row, 1 + len(others)
@@ -213,14 +213,14 @@ def _runs(rows: list[int]) -> Iterator[tuple[int, int, int]]:
 def _all_weights(
     query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, arguments: AttentionArguments
 ) -> torch.Tensor:
-    """The weights of all heads and rows, where the whole call is one segment."""
+    """The weights of all heads and rows, for a call that is one segment."""
     whole = whole_as_segment(query, arguments)
     scores = scores_of(query.float(), float_heads(key, query.shape[1]), whole)
     return scores.values.sub_(_as_shift(lse)).exp_().to(query.dtype)
 
 
 def _as_shift(lse: torch.Tensor) -> torch.Tensor:
-    """What to subtract from a row's scores: nothing is left of a row that may attend to nothing."""
+    """The number to subtract from each row's scores; for a row that may attend to nothing all weights become zero."""
     infinity = -NEGATIVE_INFINITY
     return lse.nan_to_num(nan=float("nan"), posinf=infinity, neginf=infinity)[..., None]
 

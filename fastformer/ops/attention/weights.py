@@ -1,4 +1,4 @@
-"""Attention weights on demand, of chosen heads and rows, from the log-sum-exp that the fused attention returns."""
+"""Attention weights for chosen heads and rows, from the log-sum-exp that the fused attention returns."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def attention_weights(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
 ) -> Tensor:
-    """The weights that `fastformer.attention` gave the keys, before dropout, recomputed: ``exp(scores - lse)``.
+    """Recompute the weights that `fastformer.attention` gave the keys, before dropout: ``exp(scores - lse)``.
 
-    Only the chosen rows of the matrix are ever formed. It has no derivative, and says so where a backward reaches it.
+    Only the chosen rows of the matrix are formed. There is no derivative: a backward that reaches it raises an error.
 
     Args:
         query, key: as in the call of `attention` (after its norms, if it had any).
-        lse: what that call returned with ``return_lse=True``; sinks count in it.
-        heads: which query heads; default all.
-        rows: which queries, counted within each sequence; default all.
-        The others: as in that call.
+        lse: the log-sum-exp that this call returned with ``return_lse=True``; it includes sinks.
+        heads: the chosen query heads; default all.
+        rows: the chosen queries, counted within each sequence; default all.
+        All other arguments: as in that call.
 
     Returns:
-        (batch, chosen heads, chosen rows, keys) in query's dtype; packed sequences have max_seqlen_k keys, and zeros
-        where a sequence has no such query or key.
+        (batch, chosen heads, chosen rows, keys) in query's dtype. Packed sequences have max_seqlen_k keys; entries
+        where a sequence has no such query or key are zero.
 
     Raises:
-        TypeError, ValueError: naming the argument. IndexError: a head or row that is not there.
+        TypeError, ValueError: the message names the argument. IndexError: a head or row does not exist.
 
     >>> output, lse = fastformer.attention(q, k, v, causal=True, return_lse=True)
     >>> fastformer.attention_weights(q, k, lse, causal=True, heads=[0], rows=[-1 % q.shape[2]]).shape
@@ -95,7 +95,7 @@ def attention_weights(
 
 
 def _chosen(name: str, indices: Sequence[int] | None, size: int, device: torch.device) -> Tensor | None:
-    """The indices as a tensor; None for all."""
+    """Return the indices as a tensor; None stands for all."""
     if indices is None or (len(indices) == size and list(indices) == list(range(size))):
         return None
     if len(indices) and not 0 <= min(indices) <= max(indices) < size:
