@@ -1,4 +1,4 @@
-"""Autocast of the operators by PyTorch's own rules: products in the autocast dtype, reductions in float32."""
+"""Autocast for the operators, by PyTorch's own rules: products in the autocast dtype, reductions in float32."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Implementation = TypeVar("Implementation", bound=Callable)
 
 
 def without_autocast(implementation: Implementation) -> Implementation:
-    """Let an operator's PyTorch implementation compute in the dtypes it chooses, whatever autocast is active around it.
+    """Let an operator's PyTorch implementation compute in the dtypes it chooses, even if autocast is active around it.
 
-    The operator has cast its inputs by then; autocast would cast again what the implementation widened.
+    The operator has already cast its inputs. Autocast would cast tensors again that the implementation widened.
     """
 
     @functools.wraps(implementation)
@@ -32,7 +32,7 @@ def to_autocast_dtype(tensor: torch.Tensor) -> torch.Tensor: ...
 @overload
 def to_autocast_dtype(tensor: None) -> None: ...
 def to_autocast_dtype(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Under autocast, a floating tensor in its dtype (float16 or bfloat16); otherwise `tensor` itself."""
+    """Under autocast, convert a floating tensor to the autocast dtype (float16 or bfloat16); else return `tensor`."""
     if tensor is None or not torch.is_autocast_enabled(autocast_device_type(tensor)) or not tensor.is_floating_point():
         return tensor
     return tensor.to(torch.get_autocast_dtype(autocast_device_type(tensor)))
@@ -43,7 +43,7 @@ def to_autocast_float32(tensor: torch.Tensor) -> torch.Tensor: ...
 @overload
 def to_autocast_float32(tensor: None) -> None: ...
 def to_autocast_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Under a GPU's autocast, a floating tensor in float32; otherwise `tensor` itself.
+    """Under a GPU's autocast, convert a floating tensor to float32; otherwise return `tensor` itself.
 
     PyTorch promotes softmax, norms and losses to float32 on GPUs only; its CPU autocast leaves them as they are.
     """
@@ -53,15 +53,15 @@ def to_autocast_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def autocast_float32_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype that `to_autocast_float32` gives to a floating `tensor`, for an operator that converts as it reads."""
+    """The dtype that `to_autocast_float32` gives a floating `tensor`, for an operator that converts while reading."""
     if tensor.is_cpu or not torch.is_autocast_enabled(autocast_device_type(tensor)):
         return tensor.dtype
     return torch.float32
 
 
 def autocast_device_type(tensor: torch.Tensor) -> str:
-    """Whose autocast holds for `tensor`: PyTorch has none for meta, which stands for a GPU."""
-    # What a tensor is takes a tenth of the time of its device's name.
+    """The device type whose autocast applies to `tensor`: PyTorch has none for meta, which stands for a GPU."""
+    # Reading `is_cpu` takes a tenth of the time of reading the name of the device.
     if tensor.is_cpu:
         return "cpu"
     return "cuda" if tensor.is_cuda or tensor.is_meta else tensor.device.type

@@ -46,13 +46,13 @@ def check_int32(name: str, tensor: torch.Tensor, shape: tuple[int, ...], like_na
 
 
 def check_no_gradient(operator: str, tensors: Iterable[torch.Tensor | None], instead: str) -> None:
-    """Raise RuntimeError if autograd would expect a gradient of an operator that has none."""
+    """Raise RuntimeError if autograd needs a gradient from an operator that has none."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise RuntimeError(f"{operator} has no gradient: call it under torch.no_grad(), or {instead}")
 
 
 def check_lengths(name: str, lengths: torch.Tensor, limit_name: str, limit: int) -> None:
-    """Raise ValueError unless `lengths` on a CPU lie in [0, limit]; as to a GPU see `fastformer.debug`."""
+    """Raise ValueError unless `lengths` on a CPU lie in [0, limit]; for a GPU see `fastformer.debug`."""
     if lengths.is_cpu:
         check_counts(name, lengths.tolist(), limit_name, limit)
     elif debugging():
@@ -66,8 +66,10 @@ def check_counts(name: str, values: list[int], limit_name: str, limit: int) -> N
 
 
 def check_pages(block_table: torch.Tensor, used: Iterable[tuple[int, int]], page_size: int, pages: int) -> None:
-    """Raise ValueError unless `block_table` on a CPU names pages of the cache for the keys [first, stop) `used` of each
-    sequence."""
+    """Raise ValueError if `block_table` on a CPU has an invalid page for the keys that are used.
+
+    `used` has the range [first, stop) of the keys of each sequence.
+    """
     for sequence, (row, (first, stop)) in enumerate(zip(block_table.tolist(), used, strict=True)):
         wrong = [page for page in row[first // page_size : -(-stop // page_size)] if not 0 <= page < pages]
         if wrong:
@@ -78,8 +80,10 @@ def check_pages(block_table: torch.Tensor, used: Iterable[tuple[int, int]], page
 
 
 def check_pages_on_device(block_table: torch.Tensor, stop: torch.Tensor, page_size: int, pages: int) -> None:
-    """Let a GPU stop where `block_table` names no page of the cache for the first `stop` keys of a sequence, if
-    `fastformer.debug` is on."""
+    """Stop a GPU where `block_table` names no page of the cache for the first `stop` keys of a sequence.
+
+    This is checked only if `fastformer.debug` is on.
+    """
     if not debugging():
         return
     first_keys = page_size * torch.arange(block_table.shape[1], device=block_table.device)
@@ -88,8 +92,10 @@ def check_pages_on_device(block_table: torch.Tensor, stop: torch.Tensor, page_si
 
 
 def check_boundaries(name: str, cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> None:
-    """Raise ValueError unless `cu_seqlens` on a CPU rises from 0 to `total` in steps of at most `max_seqlen`; a GPU is
-    not waited for (see `fastformer.debug`)."""
+    """Raise ValueError unless `cu_seqlens` on a CPU rises from 0 to `total` in steps of at most `max_seqlen`.
+
+    The check does not wait for a GPU (see `fastformer.debug`).
+    """
     rule = f"{name} must rise from 0 to the number of tokens, {total}"
     if cu_seqlens.is_cpu:
         bounds = cu_seqlens.tolist()
@@ -97,16 +103,16 @@ def check_boundaries(name: str, cu_seqlens: torch.Tensor, total: int, max_seqlen
         if bounds[0] != 0 or bounds[-1] != total or min(lengths, default=0) < 0:
             raise ValueError(f"{rule}; got {bounds}")
         if max(lengths, default=0) > max_seqlen:
-            raise ValueError(f"max_seqlen is {max_seqlen} where {name} has a sequence of {max(lengths)}")
+            raise ValueError(f"max_seqlen is {max_seqlen}, but {name} has a sequence of {max(lengths)}")
     elif debugging():
         steps = cu_seqlens.diff()
         assert_on_device((cu_seqlens[:1] == 0) & (cu_seqlens[-1:] == total), rule)
         assert_on_device(steps >= 0, rule)
-        assert_on_device(steps <= max_seqlen, f"max_seqlen is {max_seqlen} where {name} has a longer sequence")
+        assert_on_device(steps <= max_seqlen, f"max_seqlen is {max_seqlen}, but {name} has a longer sequence")
 
 
 def check_indices(name: str, indices: torch.Tensor, limit: int) -> None:
-    """Raise IndexError unless `indices` on a CPU are from 0 to `limit` - 1; as to a GPU see `fastformer.debug`."""
+    """Raise IndexError unless `indices` on a CPU are from 0 to `limit` - 1; for a GPU see `fastformer.debug`."""
     if not indices.is_cpu:
         if debugging():
             assert_on_device((indices >= 0) & (indices < limit), f"{name} must be from 0 to {limit - 1}")
@@ -117,8 +123,10 @@ def check_indices(name: str, indices: torch.Tensor, limit: int) -> None:
 
 
 def can_be_read(tensor: torch.Tensor) -> bool:
-    """Whether somebody may look at the elements of `tensor`: not where a compiler traces, or where `torch.func.vmap`
-    works on many at a time."""
+    """Whether the elements of `tensor` may be read.
+
+    They may not while a compiler traces, or while `torch.func.vmap` works on many tensors at a time.
+    """
     if torch.compiler.is_compiling():
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):

@@ -1,4 +1,4 @@
-"""Cross-entropy of logits that are there; `linear_cross_entropy` is for those that are a projection's."""
+"""Cross-entropy of logits in memory; `linear_cross_entropy` computes the logits of a projection itself."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fastformer.ops.checks import can_be_read, check_device, check_floating, che
 from fastformer.ops.operator import operator, runs_in_pytorch, vjp
 
 REDUCTIONS = ("mean", "sum", "none")
-# Rows that the CPU works on together: their float32 logits stay in its last-level cache.
+# Elements of the rows that the CPU handles together: their float32 logits stay in its last-level cache.
 _CACHED_ELEMENTS = 1 << 20
-# Of so few logits PyTorch's own loss may keep the log-probabilities.
+# For at most this many logits, PyTorch's own loss may keep the log-probabilities.
 _FEW_ELEMENTS = 1 << 18
 
 Options = tuple[int, float, float, float]
@@ -41,27 +41,27 @@ def cross_entropy(
     softcap: float | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """Cross-entropy, as `torch.nn.functional.cross_entropy`, with z-loss and softcap.
+    """Cross-entropy like `torch.nn.functional.cross_entropy`, with z-loss and softcap.
 
-    Of few float32 logits on a CPU, and without options of our own, it is that function.
+    For few float32 logits on a CPU, and without the extra options, it calls that function.
 
     Args:
         input: logits (classes,), (N, classes) or (N, classes, ...): float32, float16 or bfloat16, any strides.
-        target: int64 or uint8 classes, of input's shape without `classes`. Class probabilities, of input's shape, are
-            left to PyTorch's own operator, and only with PyTorch's own options.
-        weight: (classes,) floating, how much each class counts, also in the mean: the weighted losses' sum is divided
+        target: int64 or uint8 classes, in input's shape without `classes`. Class probabilities, in input's shape, are
+            handled by PyTorch's own operator, and only with PyTorch's own options.
+        weight: (classes,) floating, the weight of each class, also in the mean: the weighted losses' sum is divided
             by the sum of the targets' weights.
         size_average, reduce: PyTorch's deprecated names for `reduction`.
-        ignore_index: rows with this target count for nothing.
-        reduction: "mean" over the rows that count (NaN when there are none, as in PyTorch), "sum" or "none".
-        label_smoothing: in [0, 1], the share of the loss that all classes take alike (Szegedy et al. 2016).
+        ignore_index: rows with this target have no effect.
+        reduction: "mean" over the rows that count (NaN if there are none, as in PyTorch), "sum" or "none".
+        label_smoothing: in [0, 1], the share of the loss that is spread evenly over all classes (Szegedy et al. 2016).
         z_loss: adds ``z_loss * logsumexp(logits)^2`` to a row's loss, weighted like its target (Chowdhery et al. 2022).
         softcap: positive; the logits are ``softcap * tanh(input / softcap)`` (Gemma Team 2024).
-        inplace: the backward writes the gradient over `input`, which nothing else may use afterwards. Under
-            `torch.compile`, which places the gradient itself, it changes nothing.
+        inplace: the backward writes the gradient into `input`, which nothing else may use afterwards. It has no effect
+            under `torch.compile`, which chooses the gradient's memory itself.
 
     Returns:
-        A scalar, or target's shape for "none"; in input's dtype (under autocast float32), accumulated in
+        A scalar, or a tensor of target's shape for "none"; in input's dtype (under autocast float32), accumulated in
         float32.
 
     Raises:
@@ -89,7 +89,7 @@ def cross_entropy(
             raise
     logits = input if input.dim() > 1 else input[None]
     inplace = inplace and input.requires_grad and not torch.compiler.is_compiling()
-    # Autocast takes losses in float32; the logits need no copy for that.
+    # Autocast computes losses in float32; this needs no copy of the logits.
     dtype = torch.float32 if torch.is_autocast_enabled(autocast_device_type(input)) else input.dtype
     loss, _, _ = _cross_entropy(logits, target, class_weight, *options, reduction, inplace, dtype)
     return loss
@@ -104,17 +104,16 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) 
     if weight is not None:
         check_class_weight("weight", weight, shape[min(1, len(shape) - 1)], input)
     if inplace and input.is_leaf and input.requires_grad:
-        raise ValueError("inplace=True would overwrite input, a leaf that requires its gradient; use inplace=False")
+        raise ValueError("inplace=True would overwrite input, a leaf that requires a gradient; use inplace=False")
 
 
 def few_on_cpu(input: Tensor, logits: int) -> bool:
-    """Whether PyTorch's own operators serve best: of so few float32 logits on a CPU each call costs more than its
-    work."""
+    """Whether PyTorch's own operators are best: for few float32 logits on a CPU, calling costs more than computing."""
     return logits <= _FEW_ELEMENTS and input.dtype == torch.float32 and runs_in_pytorch(input)
 
 
 def _ordinary(logits: Tensor) -> bool:
-    """Whether all logits are finite, if a gradient is asked for: an ignored row's would be NaN where one is not."""
+    """Whether no gradient is needed or all logits are finite, so that an ignored row's gradient is not NaN."""
     return not (logits.requires_grad and torch.is_grad_enabled()) or math.isfinite(logits.detach().sum().item())
 
 
@@ -138,7 +137,7 @@ def check_class_weight(name: str, class_weight: Tensor, classes: int, input: Ten
 def checked_options(
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str
 ) -> Options:
-    """The options as the registered operators take them, once they are known to be good."""
+    """Check the options and return them as the registered operators take them."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -151,29 +150,29 @@ def checked_options(
 
 
 def options_of(call: Any) -> Options:
-    """The options of an operator's call, whose fields have their names."""
+    """Return the options of an operator's call, whose fields have the same names."""
     return call.ignore_index, call.label_smoothing, call.z_loss, call.softcap
 
 
 def row_weights(target: Tensor, classes: int, class_weight: Tensor | None, ignore_index: int) -> Tensor:
-    """How much each row of `target` (rows,) counts in a mean: its class's weight, 0 where it is ignored."""
+    """The weight of each row of `target` (rows,) in a mean: its class's weight, or 0 if it is ignored."""
     counts = target != ignore_index
-    # A target that is no class has made its loss NaN already.
+    # The loss of a target that is not a class is NaN already.
     return counts if class_weight is None else class_weight[target.clamp(0, classes - 1)] * counts
 
 
 def without_ignored(rows: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """`rows` with zeros in place of those that a loss ignores, which may be NaN."""
+    """Replace ignored rows of `rows`, which may be NaN, by zeros."""
     return rows.masked_fill((target == ignore_index)[:, None], 0.0)
 
 
 def total_weight(target: Tensor, classes: int, class_weight: Tensor | None, ignore_index: int) -> Tensor:
-    """What a mean divides by, in float32."""
+    """The float32 divisor of a mean."""
     return row_weights(target, classes, class_weight, ignore_index).sum(dtype=torch.float32)
 
 
 def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise IndexError if a target is no class, on a CPU; a GPU is not waited for (see `fastformer.debug`)."""
+    """Raise IndexError if a target is not a class, on a CPU; a GPU is not waited for (see `fastformer.debug`)."""
     if not target.is_cpu:
         if debugging():
             known = (target >= 0) & (target < classes) | (target == ignore_index)
@@ -187,7 +186,7 @@ def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
 
 
 class _CrossEntropy(NamedTuple):
-    """A call. `logits` is (rows, classes) or (N, classes, ...), `target` the same without classes."""
+    """One call's arguments. `logits` is (rows, classes) or (N, classes, ...); `target` has no classes dimension."""
 
     logits: Tensor
     target: Tensor
@@ -203,7 +202,7 @@ class _CrossEntropy(NamedTuple):
 
 @operator("fastformer::cross_entropy", mutates_args=())
 def _cross_entropy(call: _CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss in `dtype`, reduced, and in float32 the normalizer (2, rows) of each row and what a mean was divided by."""
+    """Return the reduced loss in `dtype`, each row's normalizer (2, rows) and the mean's divisor, both in float32."""
     rows = _flat(call.target)
     losses, normalizer = _row_losses(call.logits, rows, call.class_weight, options_of(call))
     loss, total = _reduced(
@@ -215,7 +214,7 @@ def _cross_entropy(call: _CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
 def _reduced(
     losses: Tensor, target: Tensor, classes: int, class_weight: Tensor | None, ignore_index: int, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    """The rows' losses as `reduction` says, and what a mean was divided by (empty for others)."""
+    """Reduce the rows' losses by `reduction`; also return the divisor of a mean (empty for other reductions)."""
     if reduction == "none":
         return losses.view(target.shape), losses.new_empty(0)
     loss = losses.sum()
@@ -263,13 +262,13 @@ def _write_gradient(
     z_loss: float,
     softcap: float,
 ) -> None:
-    """Write the gradient of `logits`, or of the logits that are in its place, to `gradient`."""
+    """Write the gradient of `logits` to `gradient`; if `logits` is None, `gradient` holds the logits."""
     options = (ignore_index, label_smoothing, z_loss, softcap)
     _run_backward(gradient, logits, target, class_weight, grad_loss, normalizer, options)
 
 
 class _Gradient(NamedTuple):
-    """A call of the derivative, with the `normalizer` that `_cross_entropy` returned."""
+    """One call's arguments of the derivative, with the `normalizer` that `_cross_entropy` returned."""
 
     logits: Tensor
     target: Tensor
@@ -361,7 +360,7 @@ def _flat(of_rows: Tensor) -> Tensor:
 
 
 def _as_rows(logits: Tensor) -> Tensor:
-    """(N, classes, ...) as (rows, classes), a view wherever there can be one."""
+    """View (N, classes, ...) as (rows, classes); copy only where no view exists."""
     if logits.dim() == 2:
         return logits
     return logits.movedim(1, -1).reshape(-1, logits.shape[1])
@@ -372,8 +371,8 @@ def forward_torch(
 ) -> tuple[Tensor, Tensor]:
     """Loss (rows,) and normalizer (2, rows) of the rows of `logits` (rows, classes), in float32.
 
-    The normalizer is a row's maximum m and the sum of exp(z - m). Rounded to one number, the log-sum-exp, it would give
-    the probabilities a relative error of that number's magnitude in units.
+    The normalizer is a row's maximum m and the sum of exp(z - m). As one number, the log-sum-exp, it would lose
+    precision: its rounding error would become a relative error of the probabilities.
     """
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     normalizer = losses.new_empty(2, logits.shape[0])
@@ -401,7 +400,7 @@ def backward_torch(
 def in_place_torch(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, grad_loss: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """As `forward_torch`, and the gradient in the logits' place while they are in the cache."""
+    """Compute what `forward_torch` does and overwrite the logits by their gradient while they are in the cache."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     normalizer = losses.new_empty(2, logits.shape[0])
     for rows in _cached_chunks(logits):
@@ -418,7 +417,7 @@ def _cached_chunks(logits: Tensor) -> Iterator[slice]:
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:
-    """The logits in float32, capped; the given ones themselves where they are that."""
+    """Return the logits in float32, capped; float32 logits without a cap are returned unchanged."""
     return torch.tanh(logits.float() / softcap).mul_(softcap) if softcap else logits.float()
 
 
@@ -472,9 +471,9 @@ def _write_gradient_of(
 def losses_formula(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """What `forward_torch` returns, made of functions that can be differentiated."""
+    """Compute what `forward_torch` returns, by differentiable functions."""
     check_classes(target, logits.shape[1], options[0])
-    # Zero times NaN is NaN: rows that count for nothing are zeros from the beginning.
+    # Zero times NaN is NaN: rows that have no effect are set to zero first.
     z = without_ignored(logits.float(), target, options[0])
     return _losses(torch.tanh(z / options[3]) * options[3] if options[3] else z, target, class_weight, options)
 
@@ -488,8 +487,8 @@ def log_sum_exp(normalizer: Tensor) -> Tensor:
 def _targets(
     target: Tensor, classes: int, class_weight: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A column (rows, 1) to look at for each row, whether it is the row's class, and the weight of that class."""
-    # A target that is no class gets here on a GPU without triton only.
+    """For each row: a valid column (rows, 1), whether it is the row's class, and the weight of that class."""
+    # A target that is not a class gets here only on a GPU without triton.
     known = (target != ignore_index) & (target >= 0) & (target < classes)
     column = target.masked_fill(~known, 0)
     weight = torch.ones_like(column, dtype=torch.float32) if class_weight is None else class_weight[column]

@@ -1,5 +1,6 @@
-"""Dropout of a matrix's elements, regenerated anywhere: Philox-4x32-10 as a pure function of row and column.
+"""Dropout of a matrix's elements: Philox-4x32-10 as a pure function of row and column.
 
+The mask can be drawn again anywhere, such as in the backward.
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The four words drawn for one counter serve four
 neighbouring columns. The Triton kernels draw the same words.
 """
@@ -22,38 +23,38 @@ _WORD = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 _FACTOR_A, _FACTOR_B = np.array(_ROUND_A, np.uint64), np.array(_ROUND_B, np.uint64)
-# What is added to the key's two words before each round.
+# The numbers added to the key's two words before each round.
 _KEY_STEPS = np.arange(10, dtype=np.uint64)[:, None] * np.array([_KEY_A, _KEY_B], np.uint64)
 _LOW, _HALF = np.array(_WORD, np.uint64), np.array(32, np.uint64)
-# Counters that a CPU core draws together: few enough that every intermediate stays in its cache.
+# The number of counters that a CPU core handles together: few enough that all intermediates stay in its cache.
 _CHUNK = 16384
-# And counters of one call, whose mask is held at once.
+# The number of counters in one call, whose whole mask is held at once.
 _CALL = 64 * _CHUNK
 _whole = slice(None)
 
 
 def check_dropout_p(dropout_p: float, name: str = "dropout_p") -> None:
-    """Raise ValueError, naming the argument, unless `dropout_p` is a probability."""
+    """Raise ValueError with the argument's name unless `dropout_p` is a probability."""
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{name} must be in [0, 1]; got {dropout_p}")
 
 
 def kept_scale(dropout_p: float) -> float:
-    """By what an element that is kept is multiplied, ``1 / (1 - dropout_p)``; zero where all are dropped."""
+    """The factor for a kept element, ``1 / (1 - dropout_p)``; zero if all are dropped."""
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A fresh seed and offset from PyTorch's generator, on the device: no synchronisation, capturable in a graph."""
+    """Draw a seed and offset from PyTorch's generator, on the device: no synchronisation, capturable in a graph."""
     return torch.randint(0, 2**63 - 1, (2,), device=device, dtype=torch.int64)
 
 
 def seed_words(seed: Tensor) -> list[int]:
-    """The seed and the offset of what `draw_seed` returned, also where transforms of `torch.func` have wrapped it."""
+    """Read the seed and the offset that `draw_seed` returned, even if transforms of `torch.func` have wrapped them."""
     while torch._C._functorch.is_functorch_wrapped_tensor(seed):
         seed = torch._C._functorch.get_unwrapped(seed)
     if seed.dim() != 1:
-        raise NotImplementedError("dropout of forward-mode derivatives is the same for a whole vmap: randomness='same'")
+        raise NotImplementedError("dropout in forward mode needs one mask for a whole vmap: pass randomness='same'")
     return seed.tolist()
 
 
@@ -63,7 +64,7 @@ def dropout_threshold(dropout_p: float) -> int:
 
 
 def apply_dropout_(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
-    """Drop elements of `input` (rows, columns), floating, in place, and scale those kept by ``1 / (1 - dropout_p)``.
+    """Drop elements of floating `input` (rows, columns) in place and scale the kept ones by ``1 / (1 - dropout_p)``.
 
     Args:
         seed: (2,) int64, seed and offset.
@@ -81,14 +82,14 @@ def apply_dropout_(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
 
 
 def dropped(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
-    """What `apply_dropout_` makes of the rows of `input` (..., columns), as a function that can be differentiated."""
+    """Return what `apply_dropout_` makes of the rows of `input` (..., columns), by differentiable functions."""
     columns, rows = input.shape[-1], input[..., 0].numel()
     absent = _dropped_rows(range(rows), (columns + 3) // 4, seed, dropout_p)[:, :columns]
     return input.masked_fill(absent.view(input.shape), 0.0) * kept_scale(dropout_p)
 
 
 def _dropped_rows(rows: range, groups: int, seed: Tensor, dropout_p: float) -> Tensor:
-    """Which elements of these rows of a matrix dropout drops, (rows, 4 * groups) boolean on the seed's device."""
+    """Which elements of these rows of a matrix are dropped, (rows, 4 * groups) boolean on the seed's device."""
     if not seed.is_cpu:
         row = torch.arange(rows.start, rows.stop, device=seed.device)[:, None]
         counters = (torch.arange(groups, device=seed.device), row & _WORD, row >> 32, seed[1] & _WORD)
@@ -103,8 +104,8 @@ def words_below(dropout_p: float, seed: Tensor | int, counters: Counters) -> Ten
     """Which of the four words of each counter are below dropout's threshold.
 
     Args:
-        dropout_p: the probability.
-        seed: the generator's.
+        dropout_p: the probability of dropping an element.
+        seed: the generator's seed.
         counters: four int64 tensors that broadcast to (..., n).
 
     Returns:
@@ -133,9 +134,9 @@ def philox(seed: Tensor | int, counters: Counters) -> Counters:
 
 
 def _below_on_cpu(threshold: int, seed: int, counters: list[np.ndarray]) -> np.ndarray:
-    """(..., n, 4) boolean: which words are below the threshold, drawn a chunk at a time by all of PyTorch's threads.
+    """Draw which words are below the threshold, (..., n, 4) boolean, in chunks by all of PyTorch's threads.
 
-    The counters have equally many dimensions.
+    All counters have the same number of dimensions.
     """
     shape = np.broadcast(*counters).shape
     arrays = [counter.astype(np.uint64, copy=False) for counter in counters]
@@ -167,7 +168,7 @@ def _write_below(threshold: np.uint64, words: tuple[np.ndarray, ...], below: np.
 
 
 def _chunks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """Parts of an array, each of at most `_CHUNK` elements, as long as they can be along the last dimensions."""
+    """Split an array into parts of at most `_CHUNK` elements, as long as possible along the last dimensions."""
     ranges, left = [], _CHUNK
     for size in reversed(shape):
         step = max(1, min(size, left))
@@ -182,19 +183,19 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # the threads stay with the parent
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process does not inherit the threads
 
 
 def _philox_on_cpu(
     seed: int, c0: np.ndarray, c1: np.ndarray, c2: np.ndarray, c3: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """`philox` in NumPy's unsigned integers, several times as fast as in PyTorch's signed ones.
+    """Compute `philox` in NumPy's unsigned integers, several times as fast as in PyTorch's signed ones.
 
-    A counter stays as small as it is, to be broadcast, until a round mixes it with the others; from then on all happens
-    in place, mostly to two words at once.
+    Counters broadcast: each stays small until a round mixes it with the others. From then on all operations are in
+    place, mostly on two words at once.
     """
     words = (np.array([seed & _WORD, seed >> 32 & _WORD], np.uint64) + _KEY_STEPS) & _LOW
-    # Arrays, not numbers: NumPy takes them as they are.
+    # Arrays instead of numbers, since NumPy uses arrays without conversion.
     keys = [(words[i, 0, ...], words[i, 1, ...]) for i in range(10)]
     for k0, k1 in keys[:3]:
         product_a, product_b = c0 * _FACTOR_A, c2 * _FACTOR_B

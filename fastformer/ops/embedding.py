@@ -1,4 +1,4 @@
-"""The input block of a Transformer: word, position and token type embeddings, LayerNorm and dropout (BERT's)."""
+"""The input block of a Transformer such as BERT: word, position and token type embeddings, LayerNorm and dropout."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def transformer_embedding(
     eps: float = 1e-12,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """``dropout(LayerNorm(word[input_ids] + position[position_ids] + token_type[token_type_ids]))``.
+    """Compute ``dropout(LayerNorm(word[input_ids] + position[position_ids] + token_type[token_type_ids]))``.
 
     Args:
         input_ids: (batch, sequence), or packed (total_tokens,); int64 or int32.
         word_weight: (vocab_size, hidden_size), float32, float16 or bfloat16.
-        position_weight: (max_positions, hidden_size), like `word_weight` in dtype; None for no positions.
-        token_type_weight: (token_types, hidden_size), like `word_weight` in dtype; None for no types.
-        norm_weight, norm_bias: (hidden_size,), LayerNorm's; float32, float16 or bfloat16.
-        position_ids: like `input_ids`, or (1, sequence). By default the index within the sequence.
-        token_type_ids: like `input_ids`; by default zeros.
+        position_weight: (max_positions, hidden_size), in `word_weight`'s dtype; None for no positions.
+        token_type_weight: (token_types, hidden_size), in `word_weight`'s dtype; None for no types.
+        norm_weight, norm_bias: (hidden_size,), of LayerNorm; float32, float16 or bfloat16.
+        position_ids: shaped like `input_ids`, or (1, sequence). By default the index within the sequence.
+        token_type_ids: shaped like `input_ids`; by default zeros.
         cu_seqlens: (batch + 1,) int32, the first token of each packed sequence and the total at the end; gives packed
             tokens their default positions.
-        padding_idx: a word whose embedding gets no gradient.
+        padding_idx: the index of a word whose embedding gets no gradient.
         eps: added to the variance.
         dropout_p: probability of dropping an element of the result; see `layer_norm`.
 
@@ -56,8 +56,8 @@ def transformer_embedding(
 
     Raises:
         TypeError, ValueError: the message names the argument, what was given and what is accepted.
-        IndexError: an index is outside its table, on the CPU, or a sequence is longer than the table of positions. For
-            other indices a GPU is not waited for, such a token becomes NaN.
+        IndexError: an index is outside its table, on a CPU, or a sequence is longer than the table of positions. Other
+            wrong indices on a GPU, which is not waited for, make their token NaN.
 
     Source: BERT (Devlin et al. 2019, section 3).
     """
@@ -126,7 +126,7 @@ def _check_integers(name: str, ids: Tensor, input_ids: Tensor) -> None:
 def _positions(
     input_ids: Tensor, position_weight: Tensor | None, position_ids: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor | None:
-    """Each token's position, shaped like `input_ids`; None for the index within the sequence, or without a table."""
+    """The position of each token, shaped like `input_ids`; None for default positions or without a table."""
     if cu_seqlens is not None and input_ids.dim() != 1:
         raise ValueError(f"cu_seqlens is for packed input_ids, (total_tokens,); got {tuple(input_ids.shape)}")
     if position_weight is None:
@@ -147,12 +147,12 @@ def _positions(
     return None
 
 
-# Of words, positions and token types.
+# Tensors of words, positions and token types.
 _WordsAnd = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class _Embedding(NamedTuple):
-    """A call. Without ids a token's position is its index along the last dimension, and its type is 0."""
+    """One call's arguments. A token without ids has its index along the last dimension as position, and type 0."""
 
     word_ids: Tensor
     position_ids: Tensor | None
@@ -173,7 +173,7 @@ def _embedding(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
     """Output (*word_ids.shape, hidden_size), and the rows' mean and rstd, (*word_ids.shape, 1)."""
     runs_kernel = _runs_kernel(call.word_ids, call.word_weight)
     if runs_kernel or not call.word_ids.is_cpu:
-        # On a CPU PyTorch's own functions look.
+        # On a CPU PyTorch's own functions check the ids.
         _check_ids(call)
     if runs_kernel:
         from fastformer_kernels.embedding import embedding_forward
@@ -241,7 +241,7 @@ def _embedded(
     token_type_weight: Tensor | None,
     padding_idx: int,
 ) -> Tensor:
-    """What `_sum_torch` returns, made of functions that can be differentiated; `padding_idx`'s word learns nothing."""
+    """Compute what `_sum_torch` returns, by differentiable functions; the word `padding_idx` gets no gradient."""
     total = F.embedding(word_ids, word_weight, padding_idx if padding_idx >= 0 else None).float()
     if position_weight is not None:
         found = (
@@ -257,7 +257,7 @@ def _embedded(
 
 
 class _EmbeddingBackward(NamedTuple):
-    """A call of the derivative, with the statistics that `_embedding` returned."""
+    """One call's arguments of the derivative, with the statistics that `_embedding` returned."""
 
     grad_output: Tensor
     word_ids: Tensor
@@ -279,7 +279,7 @@ class _EmbeddingBackward(NamedTuple):
 def _embedding_backward(
     call: _EmbeddingBackward,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the three tables (in their dtype) and of LayerNorm's parameters (float32), of those `needed`."""
+    """The `needed` gradients of the three tables (in their dtype) and of LayerNorm's parameters (float32)."""
     grad_output = call.grad_output
     *tables_needed, weight_needed, bias_needed = call.needed
     runs_kernel = _runs_kernel(call.word_ids, call.word_weight)
@@ -344,11 +344,11 @@ def _(call: _EmbeddingBackward) -> tuple[Tensor | None, Tensor | None, Tensor | 
 
 @_embedding_backward.register_formula
 def _(call: _EmbeddingBackward) -> tuple[Tensor | None, ...]:
-    # LayerNorm's bias matters to no gradient, and a weight that is not there is one.
+    # No gradient depends on LayerNorm's bias; a missing weight is replaced by ones.
     ones = call.mean.new_ones(call.word_weight.shape[1])
     weight, bias = ones if call.norm_weight is None else call.norm_weight, torch.zeros_like(ones)
     total = _embedded(*_ids(call), *_tables(call), call.padding_idx)
-    # Epsilon is what the given statistics have more.
+    # Recover epsilon: the given statistics contain it.
     eps = (call.rstd.square().reciprocal() - total.var(-1, correction=0, keepdim=True)).detach()
 
     def output(*tables_and_norm: Any) -> tuple[Tensor]:
@@ -400,7 +400,7 @@ def _runs_kernel(word_ids: Tensor, word_weight: Tensor) -> bool:
         return False
     from fastformer_kernels.embedding import MAX_COLUMNS
 
-    # Beyond it a row with its gradients no longer fits in registers, and PyTorch's own steps are the better plan.
+    # A longer row does not fit in registers together with its gradients; PyTorch's separate steps are faster then.
     return word_weight.shape[1] <= MAX_COLUMNS
 
 
@@ -418,7 +418,7 @@ def _table_gradient_torch(grad_sum: Tensor, ids: Tensor, table: Tensor, padding_
 
 
 def _first_rows_gradient(gradient: Tensor, table: Tensor) -> Tensor:
-    """The gradient of `table` from that of its first rows, the others' being zero."""
+    """Extend the gradient of the first rows of `table` by zeros for the other rows."""
     if gradient.shape[0] == table.shape[0]:
         return _in_dtype(gradient, table.dtype)
     whole = torch.zeros_like(table, memory_format=torch.contiguous_format)
@@ -437,7 +437,8 @@ def _norm_backward_torch(
     bias_needed: bool,
 ) -> tuple[Any, Any, Any]:
     """Gradients of the sum of embeddings, of LayerNorm's weight and of its bias, float32."""
-    # Whether there is a bias matters here, not its values: the weight stands in. PyTorch has none without a weight.
+    # Only whether there is a bias matters here, not its values, so the weight replaces it. PyTorch has no bias without
+    # a weight.
     weight = _widened(weight)
     needed = [sum_needed, weight_needed, bias_needed and weight is not None]
     grad_sum, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
@@ -449,7 +450,7 @@ def _norm_backward_torch(
 
 
 def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor.to(dtype)`, which takes a microsecond where there is nothing to do."""
+    """Return `tensor.to(dtype)`, but skip the call, which costs a microsecond, if the dtype is already right."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 

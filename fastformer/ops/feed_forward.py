@@ -37,7 +37,7 @@ def feed_forward(
     """Feed-forward: ``act(x up^T + up_bias) down^T + down_bias`` (Vaswani et al. 2017, equation 2).
 
     With `gate_weight`: ``(act(x gate^T + gate_bias) * (x up^T + up_bias)) down^T + down_bias`` (Shazeer 2020). For the
-    backward it keeps the input and the pre-activations; the hidden layer is computed again, and so are dropout's masks.
+    backward it keeps the input and the pre-activations, and computes the hidden layer and the dropout masks again.
 
     Args:
         input: (..., in_features), float32, float16 or bfloat16, any strides.
@@ -52,16 +52,16 @@ def feed_forward(
             ``1 / (1 - p)``. Applied whenever it is not zero.
         output_dropout_p: the same, after the second projection.
         residual: (..., out_features), floating; added last, with its gradient.
-        recompute: keep no pre-activations for the backward, which computes them again: one more product (two when
-            gated) for intermediate_size (2 intermediate_size) elements less per token.
+        recompute: keep no pre-activations. The backward computes them again: this costs one more product (two if
+            gated) and saves intermediate_size (2 intermediate_size) elements per token.
 
     Returns:
-        (..., out_features), of input's dtype (under autocast, the autocast dtype) or residual's if that is wider,
+        (..., out_features), in input's dtype (under autocast, the autocast dtype), or in residual's if that is wider;
         accumulated in float32.
 
     Raises:
-        TypeError: `input` is of another dtype, or a parameter's dtype is not input's.
-        ValueError: an unknown activation, a shape that does not fit, another device, a gate's bias without its weight,
+        TypeError: `input` has an unsupported dtype, or a parameter's dtype is not input's.
+        ValueError: an unknown activation, a wrong shape, a different device, a gate bias without a gate weight,
             a probability outside [0, 1].
 
     >>> fastformer.feed_forward(torch.randn(2, 7, 16), torch.randn(64, 16), torch.randn(16, 64)).shape
@@ -105,7 +105,7 @@ def feed_forward(
         output_dropout_p,
         store_pre_activations,
     )
-    # Not a view for autograd: FSDP2's hooks on a module's output do not survive in-place operations on views.
+    # Autograd must not see a view: FSDP2's hooks on a module's output do not survive in-place operations on views.
     return output if is_matrix else torch.ops.aten._unsafe_view(output, output_shape)
 
 
@@ -145,7 +145,7 @@ def _check(
 
 
 class _FeedForward(NamedTuple):
-    """A call. `input` is (tokens, in_features); a seed is None where nothing is dropped."""
+    """One call's arguments. `input` is (tokens, in_features); a seed is None if nothing is dropped."""
 
     input: Tensor
     up_weight: Tensor
@@ -165,7 +165,7 @@ class _FeedForward(NamedTuple):
 
 @operator("fastformer::feed_forward", mutates_args=())
 def _feed_forward(call: _FeedForward) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (tokens, out_features) and the pre-activations of up and gate, each empty unless it is stored."""
+    """The output (tokens, out_features) and the pre-activations of up and gate, each empty if it is not stored."""
     projections = (call.input, call.up_weight, call.up_bias, call.gate_weight, call.gate_bias)
     if _runs_kernel(call.input, call.up_weight, call.down_weight):
         from fastformer_kernels.feed_forward import hidden_forward, output_forward
@@ -214,7 +214,7 @@ def _formula(call: _FeedForward) -> tuple[Tensor, Tensor, Tensor]:
         output = dropped(output, call.output_seed, call.output_dropout_p)
     if call.residual is not None:
         output = output + call.residual
-    # Pre-activations are kept for a derivative that a formula does not need.
+    # Pre-activations are stored for the operator's derivative; a formula does not need them.
     return output, call.input.new_empty(0), call.input.new_empty(0)
 
 
@@ -224,7 +224,7 @@ FeedForwardGradients = tuple[
 
 
 class _FeedForwardBackward(NamedTuple):
-    """A call of the derivative. Pre-activations `up` and `gate` that are None are computed again."""
+    """One call's arguments of the derivative. Pre-activations `up` and `gate` are computed again if they are None."""
 
     grad_output: Tensor
     input: Tensor
@@ -245,7 +245,7 @@ class _FeedForwardBackward(NamedTuple):
 
 @operator("fastformer::feed_forward_backward", mutates_args=())
 def _feed_forward_backward(call: _FeedForwardBackward) -> FeedForwardGradients:
-    """Gradients of those tensors, in the order of the forward's arguments, whose `needs_grad` is set."""
+    """The gradients, in the order of the forward's arguments, of the tensors whose `needs_grad` is set."""
     up, gate = call.up, call.gate
     needs_input, needs_up, needs_down, needs_up_bias, needs_down_bias, needs_gate, needs_gate_bias = call.needs_grad
     needs_pre_activations = needs_input or needs_up or needs_up_bias or needs_gate or needs_gate_bias
@@ -264,7 +264,7 @@ def _feed_forward_backward(call: _FeedForwardBackward) -> FeedForwardGradients:
         grad_down = _weight_gradient(grad_product, hidden)
         del hidden
     elif up is not None:
-        # The hidden layer is gone before the gradients of the pre-activations are there: never three of that size.
+        # Free the hidden layer before the pre-activations' gradients are allocated, to hold fewer tensors of that size.
         if needs_down:
             hidden = _hidden_torch(up, gate, call.activation)
             if call.hidden_seed is not None:
@@ -292,7 +292,7 @@ def _feed_forward_backward(call: _FeedForwardBackward) -> FeedForwardGradients:
 
 
 def _product_gradient(grad_output: Tensor, input: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
-    """The gradient of what the second projection gave, before dropout, in the products' dtype."""
+    """The gradient of the second projection's result before dropout, in the products' dtype."""
     if seed is None:
         return grad_output if grad_output.dtype == input.dtype else grad_output.to(input.dtype)
     if use_triton(input) and grad_output.numel():
@@ -323,7 +323,7 @@ def _(call: _FeedForwardBackward) -> tuple[Tensor | None, ...]:
 
 @_feed_forward_backward.register_formula
 def _(call: _FeedForwardBackward) -> tuple[Tensor | None, ...]:
-    # The second bias matters to no gradient.
+    # No gradient depends on the second bias.
     down_bias = call.down_weight.new_zeros(call.down_weight.shape[0])
     options = (call.activation, call.hidden_dropout_p, call.output_dropout_p, False)
 
@@ -378,7 +378,7 @@ def _runs_kernel(input: Tensor, up_weight: Tensor, down_weight: Tensor) -> bool:
 
 
 def _kernel_dropout(seed: Tensor | None, dropout_p: float) -> Any:
-    """The kernels' `Dropout`, or None where nothing is dropped."""
+    """Return the kernels' `Dropout`, or None if nothing is dropped."""
     if seed is None:
         return None
     from fastformer_kernels.dropout import Dropout
@@ -402,14 +402,14 @@ def _hidden_forward_torch(
 
 
 def _hidden_torch(up: Tensor, gate: Tensor | None, activation: str, inplace: bool = False) -> Tensor:
-    """The hidden layer; `inplace` in the memory of `up`, or of `gate`."""
+    """Compute the hidden layer; with `inplace`, in the memory of `up` or `gate`."""
     return _activate(up, activation, inplace) if gate is None else _activate(gate, activation, inplace).mul_(up)
 
 
 def _hidden_backward_torch(
     grad_hidden: Tensor, up: Tensor, gate: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the pre-activations `up` and `gate`; `grad_hidden` is used up."""
+    """Gradients of the pre-activations `up` and `gate`; `grad_hidden` is overwritten."""
     if gate is None:
         return _activate_backward(grad_hidden, up, activation), None
     grad_up = _activate(gate, activation).mul_(grad_hidden)
@@ -417,9 +417,9 @@ def _hidden_backward_torch(
 
 
 def _activate(x: Tensor, activation: str, inplace: bool = False) -> Tensor:
-    """The activation of `x`, in new memory or that of `x`."""
+    """Apply the activation to `x`, in new memory or in place."""
     if activation in _GELU_APPROXIMATION:
-        # Several times quicker to call than `torch.ops.aten.gelu.out`, and the same.
+        # Several times quicker to call than `torch.ops.aten.gelu.out`, with the same result.
         return F.gelu(x, approximate=_GELU_APPROXIMATION[activation], out=x if inplace else None)  # type: ignore[call-arg]
     if activation == "silu":
         return F.silu(x, inplace)
@@ -430,7 +430,7 @@ def _activate(x: Tensor, activation: str, inplace: bool = False) -> Tensor:
 
 
 def _activate_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
-    """The gradient of `x`, in place of `grad`, that of its activation."""
+    """Turn `grad`, the gradient of the activation's result, into the gradient of `x`, in place."""
     aten = torch.ops.aten
     if activation == "relu":
         return aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear projection, a chunk of rows at a time: the logits of all rows are never held at once."""
+"""Cross-entropy of a linear projection, in chunks of rows, so that the logits of all rows are never held at once."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from fastformer.ops.cross_entropy import (
 from fastformer.ops.operator import operator, vjp
 
 CPU_MEMORY_BUDGET = 64 << 20
-# On a GPU each chunk is three launches of a matrix product, and rereads the sum of the weight's gradient.
+# Each chunk on a GPU costs three launches of a matrix product, and one more read of the summed weight gradient.
 GPU_MEMORY_BUDGET = 256 << 20
-# Rows of logits start at multiples of 128 bytes: 128-bit accesses, and a library's fastest products, for any classes.
+# Rows of logits start at multiples of 128 bytes: any number of classes gets 128-bit accesses and the fastest products.
 _ROW_ALIGNMENT = 128
-# A chunk of more rows than this has a multiple of it, so that no product ends in a sliver.
+# A chunk with more rows than this has a multiple of it, so that no product ends with a very small tile.
 _WHOLE_ROWS = 128
 
 
@@ -87,25 +87,25 @@ def linear_cross_entropy(
     memory_budget: int | None = None,
     return_z_loss: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``cross_entropy(input @ weight^T + bias, target)`` in memory independent of rows times classes.
+    """Compute ``cross_entropy(input @ weight^T + bias, target)`` in memory independent of rows times classes.
 
     With "mean" and "sum" the gradients are computed with the loss, chunk by chunk, so that each logit is computed once;
     with "none" the backward computes the logits again.
 
     Args:
-        input: (..., features) float32, float16 or bfloat16; its rows are all but the last dimension.
-        weight: (classes, features), of input's dtype; `bias`: (classes,), likewise.
-        target: (...) int64 classes; rows of `ignore_index` count for nothing.
+        input: (..., features) float32, float16 or bfloat16; its rows are all dimensions but the last.
+        weight: (classes, features), in input's dtype; `bias`: (classes,), likewise.
+        target: (...) int64 classes; rows with `ignore_index` have no effect.
         reduction: "mean" over the rows that count (NaN when there are none, as in PyTorch), "sum", or "none".
-        class_weight: (classes,) floating, how much each class counts, also in the mean: the weighted losses' sum is
+        class_weight: (classes,) floating, the weight of each class, also in the mean: the weighted losses' sum is
             divided by the sum of the targets' weights. Not differentiable.
-        label_smoothing: in [0, 1], the share of the loss that all classes take alike (Szegedy et al. 2016).
+        label_smoothing: in [0, 1], the share of the loss that is spread evenly over all classes (Szegedy et al. 2016).
         z_loss: adds ``z_loss * logsumexp(logits)^2`` to a row's loss, weighted like its target (Chowdhery et al. 2022).
         softcap: positive; the logits are ``softcap * tanh((input @ weight^T + bias) / softcap)`` (Gemma Team 2024).
-        memory_budget: bytes that the logits held at once may take, at least one row of them; by default 64 MiB on a
-            CPU, 256 MiB on a GPU.
-        return_z_loss: return a pair, the loss (which includes the z-loss) and the z-loss alone, for a log: it has no
-            gradient.
+        memory_budget: the number of bytes that the logits held at once may take, but at least one row; by default
+            64 MiB on a CPU, 256 MiB on a GPU.
+        return_z_loss: return a pair: the loss (which includes the z-loss) and the z-loss alone, for logging. The z-loss
+            alone has no gradient.
 
     Returns:
         The loss in float32: a scalar, or target's shape for "none".
@@ -138,7 +138,7 @@ def linear_cross_entropy(
         losses, z_losses = _row_losses(rows, weight, row_target, bias, class_weight, *options, memory_budget)
         loss, z_part = losses.view(target.shape), z_losses.view(target.shape)
     else:
-        # What a transform of `torch.func` hides may need one.
+        # A tensor hidden by a transform of `torch.func` may need a gradient.
         needs_grad = torch._C._are_functorch_transforms_active() or (
             torch.is_grad_enabled()
             and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
@@ -173,7 +173,7 @@ def _check(
 
 
 class _ReducedLoss(NamedTuple):
-    """A call whose rows' losses are summed up. `input` is (rows, features), `weight` (classes, features)."""
+    """The arguments of a call whose losses are summed. `input` is (rows, features), `weight` (classes, features)."""
 
     input: Tensor
     weight: Tensor
@@ -191,7 +191,7 @@ class _ReducedLoss(NamedTuple):
 
 @operator("fastformer::linear_cross_entropy", mutates_args=())
 def _reduced_loss(call: _ReducedLoss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sums or means of the rows' losses and z-losses, and the gradients of input, weight and bias."""
+    """Return the sums or means of the rows' losses and z-losses, and the gradients of input, weight and bias."""
     options = options_of(call)
     total = grad_losses = None
     if call.reduction == "mean":
@@ -230,7 +230,7 @@ def _(call: _ReducedLoss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def _formula(
     input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, class_weight: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """Losses and z-losses of the rows, the former made of functions that can be differentiated."""
+    """Losses and z-losses of the rows; the losses are made of differentiable functions."""
     ignore_index, _, z_loss, _ = options
     input = without_ignored(input, target, ignore_index)
     losses, normalizer = losses_formula(F.linear(input, weight, bias), target, class_weight, options)
@@ -240,7 +240,7 @@ def _formula(
 
 
 def _reduced_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # The inputs are kept for second derivatives, which may be asked for later.
+    # The inputs are kept for second derivatives, which may be needed later.
     ctx.save_for_backward(*output[2:], *inputs[:5])
     ctx.options = inputs[5:]
     ctx.mark_non_differentiable(*output[1:])
@@ -269,7 +269,7 @@ _reduced_loss.register_autograd(_reduced_backward, setup_context=_reduced_setup)
 
 
 class _RowLosses(NamedTuple):
-    """A call whose losses stay one for each row."""
+    """The arguments of a call that returns one loss for each row."""
 
     input: Tensor
     weight: Tensor
@@ -305,7 +305,7 @@ def _(call: _RowLosses) -> tuple[Tensor, Tensor]:
 
 
 class _RowGradients(NamedTuple):
-    """A call of the derivative of `_row_losses`."""
+    """One call's arguments of the derivative of `_row_losses`."""
 
     input: Tensor
     weight: Tensor
@@ -379,7 +379,7 @@ def _chunked(
     options: Options,
     memory_budget: int,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """Losses and, if there are any, z-losses of the rows; gradients of input, weight and bias for `grad_losses`."""
+    """Losses and (if enabled) z-losses of the rows; gradients of input, weight and bias for `grad_losses`."""
     ignore_index, _, z_loss, _ = options
     classes = weight.shape[0]
     check_classes(target, classes, ignore_index)
@@ -412,7 +412,7 @@ def _chunked(
 
 
 def _weight_gradient(so_far: Tensor, logits: Tensor, x: Tensor, first: bool) -> Tensor:
-    """The weight's gradient with one more chunk: in the dtype of all of one chunk, summed in float32 of several."""
+    """Add one more chunk to the weight's gradient: in its own dtype for a single chunk, in float32 for several."""
     if first:
         return torch.mm(logits.T, x, out=so_far)
     if x.dtype == torch.float32:
@@ -421,7 +421,7 @@ def _weight_gradient(so_far: Tensor, logits: Tensor, x: Tensor, first: bool) -> 
 
 
 def _parts(of_rows: Tensor, step: int) -> Sequence[Tensor]:
-    """At most `step` rows at a time."""
+    """Split into parts of at most `step` rows."""
     return (of_rows,) if of_rows.shape[0] <= step else of_rows.split(step)
 
 
@@ -436,7 +436,7 @@ def _empty_gradients(
 
 
 def _place_for_logits(input: Tensor, classes: int, memory_budget: int) -> Tensor:
-    """Memory for the logits of so many rows as are worked on together, at least one."""
+    """Allocate the logits of the rows that are handled together, at least one row."""
     rows = input.shape[0]
     aligned = _ROW_ALIGNMENT // input.itemsize
     row_stride = -(-classes // aligned) * aligned
@@ -457,7 +457,7 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Non
 def _losses_in_place(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, grad_loss: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """Losses and normalizer of a chunk; with `grad_loss` the logits become their gradients for it."""
+    """Losses and normalizer of a chunk; with `grad_loss` the logits are overwritten by their gradients."""
     if use_triton(logits) and logits.numel():
         from fastformer_kernels.cross_entropy import (
             CrossEntropyOptions,

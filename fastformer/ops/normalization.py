@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, with what precedes them in a Transformer: bias, dropout and residual addition."""
+"""LayerNorm and RMSNorm, together with the bias, dropout and residual addition before them in a Transformer."""
 
 from __future__ import annotations
 
@@ -72,23 +72,23 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm over the last dimensions: ``(x - mean) / sqrt(var + eps) * weight + bias`` (Ba et al. 2016).
 
-    What is normalised is ``x = residual + dropout(input + input_bias)``, each part only if it is given.
+    The normalised tensor is ``x = residual + dropout(input + input_bias)``, each part only if it is given.
 
     Args:
         input: (..., *normalized_shape), float32, float16 or bfloat16, any strides.
         normalized_shape: the trailing dimensions to normalise, 1 to 65,536 elements together.
-        weight, bias: of `normalized_shape`; float32, float16 or bfloat16, not necessarily input's dtype.
+        weight, bias: of shape `normalized_shape`; float32, float16 or bfloat16, not necessarily input's dtype.
         eps: added to the variance.
-        residual: of input's shape; may be of another dtype, such as float32 beside a bfloat16 input.
-        input_bias: of `normalized_shape`, added to the input: the bias of the projection that produced it.
+        residual: of input's shape; may have another dtype, such as float32 with a bfloat16 input.
+        input_bias: of shape `normalized_shape`, added to the input: the bias of the projection that produced it.
         dropout_p: probability of dropping an element of ``input + input_bias``; the kept ones are scaled by
             ``1 / (1 - dropout_p)``. The pattern depends on PyTorch's generator and on the element's row and column
             only, not on backend or tile sizes; the backward draws it again.
         return_sum: with `residual`, return x too, as pre-norm layers need it; post-norm layers do not.
 
     Returns:
-        The normalised tensor; with `residual`, unless `return_sum` is False, the pair (normalised, x). Both are of
-        the dtype to which those of input and residual promote.
+        The normalised tensor; with `residual`, unless `return_sum` is False, the pair (normalised, x). Both have the
+        dtype to which the dtypes of input and residual promote.
 
     Raises:
         TypeError, ValueError: the message names the argument, what was given and what is accepted.
@@ -147,8 +147,8 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """RMSNorm over the last dimensions: ``x / sqrt(mean(x^2) + eps) * weight`` (Zhang and Sennrich 2019).
 
-    Arguments, results and errors as in `layer_norm`; `eps` is by default float32's machine epsilon, which PyTorch
-    too uses for 16-bit inputs, whatever its documentation says.
+    Arguments, results and errors are as in `layer_norm`. The default of `eps` is float32's machine epsilon. PyTorch
+    uses it for 16-bit inputs too, although its documentation says otherwise.
     """
     eps = _FLOAT32_EPS if eps is None else eps
     return _normalize(
@@ -200,7 +200,7 @@ def _normalize(
         is_sum and (returns_sum or _learns(input, *parts)),
     )
     if flattens:
-        # Not a view for autograd: FSDP2's hooks on a module's output do not survive in-place operations on views.
+        # Autograd must not see a view: FSDP2's hooks on a module's output do not survive in-place operations on views.
         output = torch.ops.aten._unsafe_view(output, whole)
         total = total.view(whole) if returns_sum else total
     return (output, total) if returns_sum else output
@@ -234,7 +234,7 @@ def _check(
 
 
 def _check_part(name: str, tensor: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
-    # What is wrong is looked for only where something is.
+    # Search for the fault only if there is one.
     if tensor.dtype not in FLOATING_DTYPES or tensor.shape != shape or tensor.device != input.device:
         check_floating(name, tensor)
         check_shape(name, tensor, shape)
@@ -246,7 +246,7 @@ def _all_float32(*tensors: Tensor | None) -> bool:
 
 
 def _learns(*tensors: Tensor | None) -> bool:
-    """Whether a backward may come: of what a transform of `torch.func` hides nobody can say."""
+    """Whether a backward may follow; also True under transforms of `torch.func`, which hide whether it does."""
     if torch._C._are_functorch_transforms_active():
         return True
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -261,14 +261,14 @@ def _layer_norm_of_pytorch(
     bias: Tensor | None,
     input_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and x, in the functions that our own would run, with their derivatives."""
+    """Compute output and x by the PyTorch functions that our operator would call, with their derivatives."""
     total = input if input_bias is None else input + input_bias
     total = total if residual is None else total + residual
     return torch.layer_norm(total, shape, weight, bias, eps), total
 
 
 class _Norm(NamedTuple):
-    """A call. `input` and `residual` are (..., columns), contiguous, or (rows, columns) of any strides."""
+    """One call's arguments. `input` and `residual` are contiguous (..., columns), or (rows, columns) of any strides."""
 
     input: Tensor
     residual: Tensor | None
@@ -285,7 +285,7 @@ class _Norm(NamedTuple):
 
 @operator("fastformer::norm")
 def _norm(call: _Norm) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Output, x if `keep_sum`, and the rows' rstd and, if they are `centered`, mean: (1 or 2, rows)."""
+    """The output, x if `keep_sum`, and statistics (1 or 2, rows): rstd and, if `centered`, mean."""
     input, residual, weight, bias, input_bias, seed, eps, centered, dropout_p, dtype, keep_sum = call
     if use_triton(input) and input.numel():
         from fastformer_kernels.normalization import norm_forward
@@ -307,7 +307,7 @@ def _norm(call: _Norm) -> tuple[Tensor, Tensor | None, Tensor]:
     statistics = rstd[None] if mean is None else torch.stack((rstd, mean))
     if not keep_sum:
         return output, None, statistics
-    # An operator's outputs may not be its inputs.
+    # An operator's outputs must not be its inputs.
     return output, total.clone() if total.data_ptr() == input.data_ptr() else total, statistics
 
 
@@ -320,7 +320,7 @@ def _(call: _Norm) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 class _NormBackward(NamedTuple):
-    """A call of the derivative. `x` is what was normalised, `statistics` what `_norm` returned."""
+    """One call's arguments of the derivative. `x` was normalised, `statistics` is what `_norm` returned."""
 
     grad_output: Tensor
     grad_sum: Tensor | None
@@ -339,7 +339,7 @@ class _NormBackward(NamedTuple):
 
 @operator("fastformer::norm_backward")
 def _norm_backward(call: _NormBackward) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of input, of residual, and of those needed of weight, bias and input_bias, float32, one a row."""
+    """Gradients of input, of residual and, if needed, as rows of one float32 tensor, of weight, bias, input_bias."""
     grad_output, grad_sum, x, statistics, weight, seed, centered, dropout_p, input_dtype, residual_dtype, *needs = call
     weight_needs_grad, bias_needs_grad, input_bias_needs_grad = needs
     if use_triton(x) and x.numel():
@@ -413,7 +413,7 @@ def _(call: _Norm) -> tuple[Tensor, Tensor | None, Tensor]:
 @_norm_backward.register_formula
 def _(call: _NormBackward) -> tuple[Tensor, Tensor | None, Tensor | None]:
     weight, seed, residual_dtype = call.weight, call.seed, call.residual_dtype
-    # The call.statistics again, since they depend on x; epsilon is what the given ones have more.
+    # The statistics are computed again, since they depend on x. Epsilon is recovered from the given ones.
     wide, dy = call.x.float(), call.grad_output.float()
     deviation = wide - wide.mean(-1, keepdim=True) if call.centered else wide
     variance = deviation.square().mean(-1, keepdim=True)
@@ -459,7 +459,7 @@ def _backward(
         grad_output = x.new_zeros(()).expand(x.shape)
     needed = ctx.needs_input_grad
     input_dtype, residual_dtype = ctx.dtypes[:2]
-    # Without dropout the two gradients differ in dtype only.
+    # Without dropout the two gradients differ only in dtype.
     one_gradient = seed is None and residual_dtype == input_dtype
     grad_input, grad_residual, parameters = _norm_backward(
         grad_output,
@@ -493,7 +493,7 @@ _norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """`tensor` if it is contiguous, else its rows."""
+    """Return `tensor` if it is contiguous, else its rows."""
     return tensor if tensor.is_contiguous() else _matrix(tensor)
 
 
@@ -502,7 +502,7 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def kernel_dropout(seed: Tensor | None, dropout_p: float) -> Any:
-    """The kernels' description of dropout; None without a seed."""
+    """Return the kernels' description of dropout; None without a seed."""
     if seed is None:
         return None
     from fastformer_kernels.normalization import Dropout
@@ -518,7 +518,7 @@ def _sum_torch(
     dropout_p: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What is normalised, contiguous and of `dtype`, rounded once."""
+    """The tensor to normalise, contiguous, in `dtype`, rounded once."""
     if input_bias is None and seed is None:
         total = input if residual is None else input + residual
         return total.to(dtype).contiguous()
@@ -535,9 +535,9 @@ def _sum_torch(
 def _norm_torch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centered: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Output and, float32, the rows' mean (None for RMSNorm) and rstd."""
+    """The output and, in float32, the rows' mean (None for RMSNorm) and rstd."""
     if centered:
-        # PyTorch's kernel wants parameters of one dtype, the input's or float32.
+        # PyTorch's kernel needs all parameters in one dtype, the input's or float32.
         output, mean, rstd = torch.native_layer_norm(x, (x.shape[-1],), _parameter(weight, x), _parameter(bias, x), eps)
         return output.contiguous(), mean.flatten().float(), rstd.flatten().float()
     wide = x.float()
@@ -561,12 +561,12 @@ def _norm_backward_torch(
     weight_needs_grad: bool,
     bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias, float32."""
+    """Gradients of x, weight and bias, in float32."""
     rstd = rstd[:, None]
     mean = None if mean is None else mean[:, None]
     if mean is not None and x.dtype == torch.float32:
-        # Only whether a bias is needed matters here, not its values: the weight stands in. Without a weight PyTorch's
-        # function has no bias either.
+        # Only whether a bias gradient is needed matters here, not the bias's values, so the weight replaces the bias.
+        # Without a weight PyTorch's function has no bias either.
         needed = [True, weight_needs_grad, bias_needs_grad and weight is not None]
         wide = _parameter(weight, x)
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
@@ -598,10 +598,10 @@ def _sum_backward_torch(
     residual_dtype: torch.dtype | None,
     input_bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of input, residual and input_bias (float32) from x's, float32, which may be overwritten."""
+    """Gradients of input, residual and input_bias (float32) from `grad_x` (float32), which may be overwritten."""
     if grad_sum is not None:
         grad_x = grad_x.add_(grad_sum)
-    # Copied where dropout is about to change it, or where it would be the input's gradient too.
+    # Copy if dropout is about to change it, or if it would also be the input's gradient.
     shared = seed is not None or residual_dtype == input_dtype
     grad_residual = None if residual_dtype is None else grad_x.to(residual_dtype, copy=shared)
     if seed is not None:

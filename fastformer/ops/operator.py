@@ -1,9 +1,9 @@
-"""How an operator becomes one of PyTorch's, so that a call costs little before any work is done.
+"""Registration of a function as an operator of PyTorch, with little cost before a call starts its work.
 
 The operator itself is defined in PyTorch's library, where torch.compile, fake tensors, profilers and export see it as
-one node. Its derivative stands in front of it: an `autograd.Function` that calls the operator. The usual way,
-`torch.library.custom_op` with `register_autograd`, means the same and takes about a hundred microseconds for an
-operator of twenty arguments, because it handles each argument in Python several times; this takes about fifteen.
+one node. Its derivative is an `autograd.Function` that calls the operator. The usual way, `torch.library.custom_op`
+with `register_autograd`, means the same. It handles each argument in Python several times, and so takes about a hundred
+microseconds for an operator of twenty arguments; this module takes about fifteen.
 
 >>> @operator("fastformer::twice")
 ... def twice(input: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ from torch.autograd.graph import increment_version
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import without_autocast
 
-# One implementation serves every device: it chooses its backend itself.
+# One implementation is registered for every device: it chooses its backend itself.
 _ALL_DEVICES = "CompositeExplicitAutograd"
 
 Implementation = Callable[..., Any]
@@ -39,15 +39,14 @@ def operator(
 ) -> Callable[[Implementation], Operator]:
     """Make a function the implementation of PyTorch's operator `name`, on all devices.
 
-    One that returns several tensors may return None for some: whoever calls the operator gets None or an empty tensor.
-
-    A function of one named tuple implements an operator whose arguments are the tuple's fields. Its shapes and its
-    formula are then functions of that tuple too, so that a long list of arguments stands in one place.
+    If it returns several tensors, some may be None: a caller of the operator gets None or an empty tensor for them.
+    If it takes one named tuple, the operator's arguments are the tuple's fields. The functions for its shapes and its
+    formula then take that tuple too, so that a long list of arguments is written once.
 
     Args:
         name: "namespace::name".
         mutates_args: names of the arguments that the implementation changes.
-        schema: "(Tensor input, ...) -> ..."; by default it follows from the function's annotations.
+        schema: "(Tensor input, ...) -> ..."; by default derived from the function's annotations.
     """
 
     def define(implementation: Implementation) -> Operator:
@@ -58,23 +57,23 @@ def operator(
 
 
 def schema_of_fields(kind: type) -> str:
-    """The fields of a named tuple as the arguments of a schema: "Tensor? mask, SymInt left, ..."."""
+    """Write the fields of a named tuple as arguments of a schema: "Tensor? mask, SymInt left, ..."."""
     return _inferred(get_type_hints(kind), None, ()).removeprefix("(").removesuffix(") -> ()")
 
 
 def _bundle(implementation: Implementation) -> Any:
-    """The named tuple that is a function's one argument; None where it takes its arguments one by one."""
+    """Return the named tuple that is a function's only argument; None if it takes several or other arguments."""
     kinds = [kind for name, kind in get_type_hints(implementation).items() if name != "return"]
     return kinds[0] if len(kinds) == 1 and hasattr(kinds[0], "_fields") else None
 
 
 def _of_fields(function: Implementation, bundle: Any) -> Implementation:
-    """A function of a named tuple as one of the tuple's fields."""
+    """Turn a function of a named tuple into a function of the tuple's fields."""
     return function if bundle is None else lambda *arguments: function(bundle._make(arguments))
 
 
 def _schema(implementation: Implementation, bundle: Any, mutates_args: Sequence[str]) -> str:
-    """The schema of a function, from its annotations; in it no output may be missing."""
+    """Derive the schema of a function from its annotations; an output that may be None becomes a tensor."""
     hints = get_type_hints(implementation)
     result = hints.pop("return")
     hints = hints if bundle is None else get_type_hints(bundle)
@@ -94,12 +93,12 @@ def _inferred(arguments: dict[str, Any], result: Any, mutates_args: Sequence[str
 
 
 class Operator:
-    """A function that PyTorch knows as an operator.
+    """A function registered as an operator of PyTorch.
 
-    A call takes the shortest way that means the same:
+    A call takes the shortest equivalent path:
 
-    - by the dispatcher, where PyTorch has to see the operator (`_is_seen`), else straight to the implementation;
-    - through the `autograd.Function` where somebody may want a derivative, else past it;
+    - through the dispatcher if PyTorch has to see the operator (`_is_seen`), else directly to the implementation;
+    - through the `autograd.Function` if a derivative may be needed, else without it;
     - as its formula in forward mode.
     """
 
@@ -118,7 +117,7 @@ class Operator:
         if not self._dispatched._schema.returns:
             self.register_fake(_nothing)
         self._formula: Implementation | None = None
-        # One that only changes its arguments hides nothing from autograd: who asked for the change knows of it.
+        # An operator that only changes its arguments needs no derivative: the caller knows of the change.
         self._derivative: _Derivative | None = None
         if self._dispatched._schema.returns:
             self._derivative = _no_derivative(name, self._direct, self._dispatched)
@@ -136,12 +135,12 @@ class Operator:
         derivative = self._derivative
         if derivative is not None:
             return derivative.apply_direct(*arguments) if plain else derivative.dispatched.apply(*arguments)
-        # Autograd must not follow what an implementation does.
+        # Autograd must not record what an implementation does.
         with torch.no_grad():
             return call(*arguments)
 
     def _call_seen(self, arguments: tuple[Any, ...]) -> Any:
-        """Call where a mode, a transform, a trace or a profiler looks."""
+        """Call under a mode, a transform, a trace or a profiler."""
         derivative = self._derivative
         if forward_ad._current_level >= 0:
             return self._call_forward_mode(arguments)
@@ -152,7 +151,7 @@ class Operator:
         return self._dispatched(*arguments)
 
     def _call_forward_mode(self, arguments: tuple[Any, ...]) -> Any:
-        """Call where tangents are on the way: PyTorch's own functions hand them on."""
+        """Call in forward mode, where PyTorch's own functions propagate the tangents."""
         if self._formula is not None:
             return self._formula(*arguments)
         tensors = [arguments[place] for place in self._tensors if arguments[place] is not None]
@@ -172,7 +171,7 @@ class Operator:
         return self._dispatched(*arguments)
 
     def register_fake(self, shapes: Implementation) -> Implementation:
-        """Say what the operator returns for tensors without data; where it returns nothing, nothing need be said."""
+        """Register the operator's results for tensors without data; not needed if it returns nothing."""
         torch.library.register_fake(self.name, _with_every_output(_of_fields(shapes, self._bundle)), lib=self._library)
         return shapes
 
@@ -184,17 +183,17 @@ class Operator:
         Args:
             backward: takes the context and the outputs' gradients; returns a gradient, or None, for each argument. It
                 is made of functions and operators that can be differentiated again.
-            setup_context: takes the context, the arguments and what the operator returned; keeps what `backward` needs.
+            setup_context: takes the context, the arguments and the operator's results; saves what `backward` needs.
         """
         self._derivative = _Derivative(self._direct, self._dispatched, backward, setup_context)
         self._has_backward = True
 
     def register_formula(self, formula: Implementation) -> Implementation:
-        """Say what the operator computes as a formula of PyTorch's functions that can be differentiated.
+        """Register what the operator computes, as a formula of differentiable functions of PyTorch.
 
-        It serves where the operator's own derivative does not: in forward mode, and, for an operator that has none of
-        its own because it computes the gradients of another, for second derivatives. It takes the operator's arguments
-        and returns its outputs.
+        The formula takes the operator's arguments and returns its outputs. It is used where the operator's own
+        derivative cannot be: in forward mode; and for second derivatives, if the operator computes another one's
+        gradients and has no derivative itself.
         """
         self._formula = formula = without_autocast(_of_fields(formula, self._bundle))
         if not self._has_backward:
@@ -202,8 +201,10 @@ class Operator:
         return formula
 
     def _for_compiler(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The same arguments as torch.compile takes them: no tensor twice, and numbers that it has met before, which
-        it may keep as symbols."""
+        """Prepare arguments for torch.compile: no tensor appears twice, and floats are results of arithmetic.
+
+        It may keep such numbers as symbols.
+        """
         found: list[Any] = []
         for place, argument in enumerate(arguments):
             if place in self._tensors and argument is not None and any(argument is each for each in found):
@@ -214,7 +215,7 @@ class Operator:
         return tuple(found)
 
     def _learns(self, arguments: tuple[Any, ...]) -> bool:
-        """Whether autograd follows one of the arguments."""
+        """Whether autograd records one of the arguments."""
         for place in self._tensors:
             argument = arguments[place]
             if argument is not None and argument.requires_grad:
@@ -222,22 +223,22 @@ class Operator:
         return False
 
     def _kinds(self, arguments: tuple[Any, ...]) -> tuple[bool, bool]:
-        """Whether all tensors are plain, and whether autograd follows one of them."""
+        """Whether all tensors are plain, and whether autograd records one of them."""
         plain, learns = _direct_on_meta or not arguments[0].is_meta, False
         for place in self._tensors:
             argument = arguments[place]
             if argument is not None:
-                # A subclass has a dispatch of its own; a view may stand for its negative.
+                # A subclass dispatches in its own way; a view may represent the negative of its memory.
                 plain = plain and type(argument) in _PLAIN and not argument.is_neg()
                 learns = learns or argument.requires_grad
         return plain, learns
 
 
 def runs_in_pytorch(tensor: torch.Tensor) -> bool:
-    """Whether a call with `tensor` may be PyTorch's own function in place of an operator that would only run it.
+    """Whether PyTorch's own function may replace the operator, which would only call it.
 
-    So it is on a CPU where nothing looks at the operators that are called: a derivative in C++ takes a third of the
-    time of one in Python, and has a derivative of its own.
+    This is so on a CPU if nothing observes operator calls. PyTorch's derivative in C++ takes a third of the time of
+    one in Python, and can be differentiated again.
     """
     return (
         tensor.is_cpu
@@ -249,12 +250,12 @@ def runs_in_pytorch(tensor: torch.Tensor) -> bool:
 
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
-# torch.autograd.grad(is_grads_batched=True) hides its batches from Python.
+# torch.autograd.grad(is_grads_batched=True) does not show its batches to Python.
 _VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
 
 
 def _is_seen() -> bool:
-    """Whether something looks at the operators that are called: a mode, a transform, a trace or a profiler."""
+    """Whether something observes operator calls: a mode, a transform, a trace or a profiler."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
@@ -266,13 +267,13 @@ def _is_seen() -> bool:
     )
 
 
-# A tensor on meta has no data for an implementation.
+# A tensor on meta has no data for an implementation; see `direct_on_meta`.
 _direct_on_meta = False
 
 
 @contextmanager
 def direct_on_meta() -> Iterator[None]:
-    """Call implementations for tensors on meta within the block as for those on a GPU, which they stand for."""
+    """Within the block, call implementations directly for meta tensors, as for the GPU tensors they stand for."""
     global _direct_on_meta
     previous, _direct_on_meta = _direct_on_meta, True
     try:
@@ -293,7 +294,7 @@ class _Derivative:
     ) -> None:
         self.dispatched = _function(dispatched, backward, setup_context)
         self.transformed = _transformed_function(dispatched, backward, setup_context)
-        # What PyTorch's own `apply` ends in: before it, it looks at each argument for a transform's.
+        # The last step of PyTorch's own `apply`, without its search of each argument for a transform's tensors.
         of_operator: Any = super(torch.autograd.Function, _function(direct, backward, setup_context))
         self.apply_direct = of_operator.apply
 
@@ -301,7 +302,7 @@ class _Derivative:
 def _function(
     call: Implementation, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> type[torch.autograd.Function]:
-    # With a method for the context PyTorch binds the arguments by name, which takes ten microseconds.
+    # With a `setup_context` method PyTorch binds the arguments by name, which takes ten microseconds.
     def forward(ctx: Any, *arguments: Any) -> Any:
         outputs = call(*arguments)
         setup_context(ctx, arguments, outputs)
@@ -314,7 +315,7 @@ def _function(
 def _transformed_function(
     call: Implementation, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> type[torch.autograd.Function]:
-    """As the transforms of `torch.func` want it."""
+    """Make the `autograd.Function` in the form that the transforms of `torch.func` need."""
     members = {
         "forward": staticmethod(call),
         "setup_context": staticmethod(setup_context),
@@ -324,12 +325,12 @@ def _transformed_function(
     return type("TransformedGradient", (torch.autograd.Function,), members)
 
 
-_libraries: dict[str, torch.library.Library] = globals().get("_libraries", {})  # kept where this is loaded again
-"""Of each operator its own."""
+_libraries: dict[str, torch.library.Library] = globals().get("_libraries", {})  # survives a reload of this module
+"""The library of each operator, by the operator's name."""
 
 
 def _library(name: str) -> torch.library.Library:
-    """A library for one operator. Where a notebook loads a module again, the operator that was makes way."""
+    """Make a library for one operator. If a notebook loads a module again, the old operator is removed."""
     if name in _libraries:
         _libraries.pop(name)._destroy()
     _libraries[name] = torch.library.Library(name.partition("::")[0], "FRAGMENT")
@@ -337,8 +338,10 @@ def _library(name: str) -> torch.library.Library:
 
 
 def _with_every_output(implementation: Implementation) -> Implementation:
-    """`implementation` for the dispatcher, to which an output that is None is an empty tensor: no transform knows
-    outputs that may be missing."""
+    """Wrap `implementation` for the dispatcher: an output that is None becomes an empty tensor.
+
+    Transforms do not support missing outputs.
+    """
 
     def run(*arguments: Any) -> Any:
         outputs = implementation(*arguments)
@@ -350,8 +353,10 @@ def _with_every_output(implementation: Implementation) -> Implementation:
 
 
 def _below_autograd(implementation: Implementation) -> Implementation:
-    """`implementation` for the dispatcher, where somebody may have called the operator without the function in front of
-    it: autograd does not follow what it does."""
+    """Wrap `implementation` for the dispatcher so that autograd does not record what it does.
+
+    A caller may have called the operator without the `autograd.Function`.
+    """
 
     def run(*arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -361,11 +366,11 @@ def _below_autograd(implementation: Implementation) -> Implementation:
 
 
 def _nothing(*_: Any) -> None:
-    """What an operator that only changes its arguments returns for tensors without data."""
+    """Return nothing: the result, for tensors without data, of an operator that only changes its arguments."""
 
 
 def _counting_changes(implementation: Implementation, changed: tuple[int, ...]) -> Implementation:
-    """`implementation`, telling autograd afterwards that these arguments have changed."""
+    """Wrap `implementation` so that it tells autograd afterwards that these arguments have changed."""
     if not changed:
         return implementation
 
@@ -380,7 +385,7 @@ def _counting_changes(implementation: Implementation, changed: tuple[int, ...]) 
 def _derivative_of_formula(
     direct: Implementation, dispatched: Implementation, tensors: tuple[int, ...], formula: Implementation
 ) -> _Derivative:
-    """The derivative of an operator by its formula."""
+    """Make the derivative of an operator from its formula."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
         ctx.save_for_backward(*[inputs[place] for place in tensors])
@@ -411,11 +416,11 @@ def vjp(
     inputs: Sequence[Any],
     gradients: Sequence[Any],
 ) -> list[torch.Tensor | None]:
-    """Gradients of the inputs from those of the outputs, made of functions that can be differentiated again.
+    """Gradients of the inputs from the gradients of the outputs, by functions that can be differentiated again.
 
     Args:
-        function: takes the inputs, made of PyTorch's functions.
-        gradients: one for each output; None for zeros, and where the function returns None.
+        function: takes the inputs; made of PyTorch's functions.
+        gradients: one for each output; None for zeros, and for outputs that the function returns as None.
     """
     places = [place for place, value in enumerate(inputs) if value is not None]
     used: list[int] = []
@@ -438,11 +443,11 @@ def vjp(
 
 
 def _no_derivative(name: str, direct: Implementation, dispatched: Implementation) -> _Derivative:
-    """What stands in front of an operator without a derivative: whoever asks for one hears of it."""
+    """Make the derivative of an operator without one: a backward that reaches it raises an error."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None: ...
 
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        raise RuntimeError(f"{name} has no derivative; call it with what is detached, or under torch.no_grad()")
+        raise RuntimeError(f"{name} has no derivative; detach its inputs, or call it under torch.no_grad()")
 
     return _Derivative(direct, dispatched, backward, setup_context)

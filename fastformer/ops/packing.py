@@ -1,4 +1,4 @@
-"""Packed sequences: tokens of all sequences one after the other, without padding."""
+"""Packed sequences: the tokens of all sequences one after the other, without padding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def packed_positions(cu_seqlens: torch.Tensor, total_tokens: int) -> torch.Tensor:
-    """Each packed token's position within its sequence, (total_tokens,) int64, without a synchronisation.
+    """Return each packed token's position within its sequence, (total_tokens,) int64, without a synchronisation.
 
     `cu_seqlens` is (batch + 1,) int32: the first token of each sequence and the total at the end.
     """
@@ -17,9 +17,9 @@ def packed_positions(cu_seqlens: torch.Tensor, total_tokens: int) -> torch.Tenso
 
 
 def packed_sequences(cu_seqlens: torch.Tensor, total_tokens: int) -> torch.Tensor:
-    """The number of the sequence that each packed token belongs to, (total_tokens,) int64, without a synchronisation.
+    """Return the number of the sequence of each packed token, (total_tokens,) int64, without a synchronisation.
 
-    `cu_seqlens` as in `packed_positions`; tokens from the total on belong to the number after the last.
+    `cu_seqlens` as in `packed_positions`; tokens from the total on get the number after the last sequence's.
     """
     tokens = torch.arange(total_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:], tokens, right=True)

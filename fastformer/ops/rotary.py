@@ -16,12 +16,12 @@ from fastformer.ops.operator import operator
 
 
 def rotary_frequencies(rotary_dim: int, base: float = 10000.0, scaling: float = 1.0) -> Tensor:
-    """The angles that a pair of features turns by from one position to the next: ``base ** (-2 i / dim) / scaling``.
+    """Return the angle of each pair of features per position: ``base ** (-2 i / dim) / scaling``.
 
     Args:
-        rotary_dim: features that turn, an even number.
-        base: theta of Su et al. 2021; 10,000 there, 500,000 in Llama 3.
-        scaling: by which positions are divided (position interpolation, Chen et al. 2023).
+        rotary_dim: the number of rotated features, even.
+        base: theta in Su et al. 2021; 10,000 there, 500,000 in Llama 3.
+        scaling: positions are divided by it (position interpolation, Chen et al. 2023).
 
     Returns:
         (rotary_dim / 2,) float64 in radians.
@@ -38,13 +38,13 @@ def rotary_frequencies(rotary_dim: int, base: float = 10000.0, scaling: float = 
 def rotary_table(
     frequencies: Tensor, positions: int, magnitude: float = 1.0, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles.
+    """Return cosine and sine of the angles of every position.
 
     Args:
-        frequencies: (rotary_dim / 2,), radians from one position to the next: those of `rotary_frequencies`, or any
+        frequencies: (rotary_dim / 2,), radians from one position to the next: from `rotary_frequencies`, or any
             other, such as the `inv_freq` of Hugging Face's Llama 3, YaRN or LongRoPE scalings.
-        positions: how many, from 0.
-        magnitude: multiplies both (YaRN's attention scaling).
+        positions: the number of positions, from 0 on.
+        magnitude: a factor for both (YaRN's attention scaling).
         device: of the result (default: PyTorch's default device).
 
     Returns:
@@ -94,29 +94,29 @@ def rotary(
     interleaved: bool = False,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Rotary position embedding: turn pairs of features by angles that grow with the position (Su et al. 2021).
+    """Rotary position embedding: rotate pairs of features by angles that grow with the position (Su et al. 2021).
 
     Args:
         query: (batch, heads, sequence, head_dim), or packed (total_tokens, heads, head_dim) with `cu_seqlens`; float32,
             float16 or bfloat16, any strides.
-        key: like `query`, but for the number of heads; or None.
+        key: like `query`, except for the number of heads; or None.
         cos, sin: (positions, rotary_dim / 2) float32, as `rotary_table` makes them. With rotary_dim < head_dim the
-            features from rotary_dim on stay as they are. Constants: they get no gradient.
+            features from rotary_dim on are unchanged. They are constants without a gradient.
         position_ids: int64 or int32, (batch, sequence), (1, sequence) or packed (total_tokens,): each token's row of
             the table. By default its index within its sequence.
-        offsets: (batch,) int64 or int32, added to each sequence's default positions: the keys already in a cache.
+        offsets: (batch,) int64 or int32, added to each sequence's default positions: the number of keys in a cache.
         cu_seqlens: (batch + 1,) int32, first token of each packed sequence and the total at the end.
         interleaved: pairs are features (2 i, 2 i + 1), as in the paper and GPT-J; otherwise
             (i, i + rotary_dim / 2), as in Llama and GPT-NeoX.
         inplace: overwrite `query` and `key` and return them. Autograd's rules for in-place operations hold.
-            Go on with what is returned: torch.compile before PyTorch 2.13 does not take gradients through the argument.
+            Use the returned tensors: torch.compile before PyTorch 2.13 does not take gradients through the argument.
 
     Returns:
-        The rotated query and key (None without one), of their own shapes and dtypes, computed in float32.
+        The rotated query and key (None without a key), in their own shapes and dtypes, computed in float32.
 
     Raises:
         TypeError, ValueError: the message names the argument, what was given and what is accepted.
-        IndexError: a position is outside the table, on the CPU; a GPU is not waited for, such a token becomes NaN.
+        IndexError: a position is outside the table, on a CPU. A GPU is not waited for: such a token becomes NaN there.
 
     >>> cos, sin = fastformer.rotary_table(fastformer.rotary_frequencies(64), positions=128)
     >>> q, k = torch.randn(2, 8, 128, 64), torch.randn(2, 2, 128, 64)
@@ -135,8 +135,8 @@ def rotary(
         rotated, rotated_key = _rotary(query, key, *table, False)
         return rotated, None if key is None else rotated_key
     if torch.is_grad_enabled() and (query.requires_grad or (key is not None and key.requires_grad)):
-        # One at a time, since autograd lets a function of several outputs change no views, such as a projection's.
-        # What is returned is the argument, but not to torch.compile before PyTorch 2.13.
+        # One at a time, since autograd lets a function with several outputs change no views, such as a projection's.
+        # The returned tensor is the argument, except under torch.compile before PyTorch 2.13.
         query = _InplaceRotary.apply(query, *table)
         key = None if key is None else _InplaceRotary.apply(key, *table)
     else:
@@ -155,7 +155,7 @@ def _check_key(key: Tensor, query: Tensor) -> None:
         check_like("key", key, "query", query)
     given, wanted = key.shape, query.shape
     if len(given) != len(wanted) or given[0] != wanted[0] or given[2:] != wanted[2:]:
-        raise ValueError(f"key must have query's shape but for the heads, {tuple(wanted)}; got {tuple(given)}")
+        raise ValueError(f"key must have query's shape except for the heads, {tuple(wanted)}; got {tuple(given)}")
 
 
 def _check_table(cos: Tensor, sin: Tensor, query: Tensor) -> None:
@@ -185,7 +185,7 @@ def _refuse_table(cos: Tensor, sin: Tensor, query: Tensor) -> None:
                 f"{query.shape[-1]}; got {tuple(table.shape)}"
             )
         if table.requires_grad:
-            raise ValueError(f"{name} must not require a gradient: the rotation's angles are constants")
+            raise ValueError(f"{name} must not require a gradient: it is a constant table of angles")
         check_device(name, table, "query", query)
     check_shape("sin", sin, tuple(cos.shape))
 
@@ -193,7 +193,7 @@ def _refuse_table(cos: Tensor, sin: Tensor, query: Tensor) -> None:
 def _checked_positions(
     position_ids: Tensor | None, offsets: Tensor | None, cu_seqlens: Tensor | None, query: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The same, contiguous."""
+    """Check the three tensors and return them contiguous."""
     batch = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if cu_seqlens is not None:
         _check_integers("cu_seqlens", cu_seqlens, [(batch + 1,)], query)
@@ -203,7 +203,7 @@ def _checked_positions(
         shapes = [(query.shape[0],)] if packed else [(query.shape[0], query.shape[2]), (1, query.shape[2])]
         _check_integers("position_ids", position_ids, shapes, query)
         if offsets is not None:
-            raise ValueError("position_ids and offsets were both given; offsets are added to default positions only")
+            raise ValueError("position_ids and offsets were both given; offsets are added only to default positions")
         position_ids = position_ids.contiguous()
     if offsets is not None:
         _check_integers("offsets", offsets, [(batch,)], query)
@@ -231,7 +231,7 @@ def _rotary(
     interleaved: bool,
     inverse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Rotated query and key."""
+    """Return the rotated query and key."""
     rotated = torch.empty_like(query)
     rotated_key = None if key is None else torch.empty_like(key)
     outputs = (rotated,) if rotated_key is None else (rotated, rotated_key)
@@ -310,7 +310,7 @@ _rotary.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _InplaceRotary(torch.autograd.Function):
-    """PyTorch registers derivatives with functional operators only; a function of this kind may change its input."""
+    """In-place rotation with a derivative: PyTorch accepts registered derivatives only for functional operators."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, *table: Any) -> Tensor:
@@ -373,7 +373,7 @@ def _rows_of_table(
     offsets: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Each token's cosines and sines: they broadcast to (batch, heads, sequence, pairs), or (tokens, heads, pairs)."""
+    """Each token's cosines and sines, broadcasting to (batch, heads, sequence, pairs) or (tokens, heads, pairs)."""
     if position_ids is None and offsets is None and cu_seqlens is None:
         sequence = query.shape[2]
         if sequence > cos.shape[0]:
@@ -386,7 +386,7 @@ def _rows_of_table(
 
 
 def _positions(query: Tensor, position_ids: Tensor | None, offsets: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Each token's position: (batch or 1, sequence), or packed (total_tokens,)."""
+    """The position of each token: (batch or 1, sequence), or packed (total_tokens,)."""
     if position_ids is not None:
         return position_ids
     if cu_seqlens is None:
@@ -407,7 +407,7 @@ def _rotate_torch(input: Tensor, output: Tensor, cos: Tensor, sin: Tensor, inter
         input, output = input[..., :turning], output[..., :turning]
     wide = input.to(torch.float32, copy=inplace)
     turned = output if output.dtype == torch.float32 else torch.empty_like(wide)
-    # The two of a pair are next to each other, or half the features apart.
+    # The two features of a pair are neighbours, or half of the rotated features apart.
     pairs = cos.shape[-1]
     dim, sizes = (-1, (pairs, 2)) if interleaved else (-2, (2, pairs))
     wide, turned_pairs = wide.view(*input.shape[:-1], *sizes), turned.view(*input.shape[:-1], *sizes)

@@ -1,4 +1,4 @@
-"""Softmax and log-softmax along one dimension, of scores that may be scaled and masked on the way."""
+"""Softmax and log-softmax along one dimension, with optional scale and mask."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def softmax(
     Args:
         input: float32, float16 or bfloat16, any shape, any strides.
         dim: the dimension to normalise; negative counts from the end.
-        dtype: of the result, float32, float16 or bfloat16, to which `input` (of any dtype but complex) is converted
-            first; by default input's.
+        dtype: the result's, float32, float16 or bfloat16; by default input's. `input` (of any dtype but complex) is
+            converted to it first.
         mask: boolean, True = takes part, or floating, added to the scaled input; broadcasts to input's shape. A
             floating one is differentiable.
         scale: multiplies the input.
-        causal: of the last two dimensions, `dim` counts keys and the other one queries; no key after a query's own
-            position takes part.
-        alignment: where a query's own position is when queries and keys differ in number: "bottom_right" (the last
-            query is at the last key) or "top_left" (the first is at the first).
+        causal: `dim`, which must be one of the last two dimensions, counts keys and the other one counts queries. No
+            key after a query's own position takes part.
+        alignment: the own position of a query when queries and keys differ in number: "bottom_right" (the last query is
+            at the last key) or "top_left" (the first query is at the first key).
         inplace: overwrite `input` with the result and return it. Autograd's rules for in-place operations hold.
-            Go on with what is returned: torch.compile before PyTorch 2.13 does not take gradients through the argument.
+            Use the returned tensor: torch.compile before PyTorch 2.13 does not take gradients through the argument.
 
     Returns:
-        A tensor of input's shape, accumulated in float32. A row where nothing takes part gives zeros and no gradient
+        A tensor of input's shape, accumulated in float32. A row in which nothing takes part gives zeros and no gradient
         (PyTorch: NaN).
 
     Raises:
@@ -71,7 +71,7 @@ def log_softmax(
 ) -> Tensor:
     """Log-softmax: ``y_i = s_i - log sum_j exp(s_j)`` along `dim`, with ``s = scale * input + mask``.
 
-    Arguments and errors as in `softmax`. What takes no part gives ``-inf``, whatever gradient arrives there is dropped.
+    Arguments and errors as in `softmax`. Excluded elements give ``-inf``, and their gradients are dropped.
     """
     return _checked_softmax(input, dim, dtype, mask, scale, causal, alignment, inplace, log=True)
 
@@ -99,7 +99,7 @@ def _checked_softmax(
     else:
         output_dtype = dtype
     if input.dim() == 0 and dim in (-1, 0) and mask is None and not (causal or inplace):
-        # A number is a row of one.
+        # Treat a scalar as a row of one element.
         return _checked_softmax(input[None], 0, dtype, mask, scale, causal, alignment, inplace, log)[0]
     if not -input.dim() <= dim < input.dim():
         raise IndexError(f"dim must be in [{-input.dim()}, {input.dim() - 1}] for a {input.dim()}-D input; got {dim}")
@@ -119,19 +119,19 @@ def _checked_softmax(
 
 
 def _softmax_of_pytorch(input: Tensor, dim: int, log: bool) -> Tensor | None:
-    """PyTorch's softmax with its derivative; None where ours is another."""
+    """Return PyTorch's softmax with its derivative; None where our operator gives another result."""
     if not input.numel():
         return None
     output = torch.log_softmax(input, dim) if log else torch.softmax(input, dim)
     found = output.detach()
     if log and output.requires_grad:
-        # What takes no part has no gradient. NaN is not more either.
+        # An excluded element needs our gradient rule, and NaN fails this comparison too.
         return output if found.amin() > -math.inf else None
     return None if _has_row_of_nan(found, dim) else output
 
 
 def _has_row_of_nan(output: Tensor, dim: int) -> bool:
-    """Whether a row of a softmax on a CPU, which is NaN from its first element on if it is anywhere, is NaN."""
+    """Whether a softmax on a CPU has a row of NaN. Such a row is NaN from its first element on."""
     return math.isnan(output.select(dim, 0).sum())
 
 
@@ -149,7 +149,7 @@ def _check_mask(mask: Tensor, input: Tensor) -> None:
 
 
 def _causal_offset(input: Tensor, dim: int, alignment: str) -> int:
-    """What a query's index lacks to its own position among the keys."""
+    """Return a query's own position among the keys minus its index."""
     if alignment not in ("bottom_right", "top_left"):
         raise ValueError(f"alignment must be 'bottom_right' or 'top_left'; got {alignment!r}")
     if input.dim() < 2 or dim % input.dim() < input.dim() - 2:
@@ -243,7 +243,7 @@ def _(
     total = total.masked_fill(total == 0.0, 1.0)
     if not log:
         return (shifted.exp() / total).to(dtype)
-    # What takes no part is -inf whatever its tangent.
+    # Excluded elements are -inf, whatever their tangents.
     return (shifted - total.log()).masked_fill(scores == -math.inf, -math.inf).to(dtype)
 
 
@@ -276,7 +276,7 @@ _softmax.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _InplaceSoftmax(torch.autograd.Function):
-    """PyTorch registers derivatives with functional operators only; a function of this kind may change its input."""
+    """In-place softmax with a derivative: PyTorch accepts registered derivatives only for functional operators."""
 
     @staticmethod
     def forward(
@@ -297,7 +297,7 @@ def _input_and_mask_gradients(ctx: Any, grad_output: Tensor, output: Tensor) -> 
     input_needs_grad, mask_needs_grad = ctx.needs_input_grad[:2]
     grad_input = grad_mask = None
     if mask_needs_grad:
-        # In float32, since the sum over what the mask was broadcast along would add up the rounding of every term.
+        # In float32, since the sum over the mask's broadcast dimensions would add up the rounding of every term.
         dtype = ctx.mask_dtype if ctx.mask_shape == output.shape else torch.float32
         grad_mask = _softmax_backward(grad_output, output, ctx.dim, 1.0, ctx.log, dtype)
         grad_mask = grad_mask.sum_to_size(ctx.mask_shape).to(ctx.mask_dtype)
@@ -331,12 +331,12 @@ def _softmax_torch(
         excluded = ~mask if excluded is None else excluded | ~mask
     elif mask is not None:
         scores.add_(mask)
-        # Even where the score is NaN, which nobody sees.
+        # A mask of -inf excludes an element even if its score is NaN.
         hidden = mask == -math.inf
         excluded = hidden if excluded is None else excluded | hidden
     if excluded is not None:
         scores = scores.masked_fill(excluded, float("-inf"))
-    # Before the scores are overwritten; otherwise PyTorch's NaN says where to look.
+    # Search before the scores are overwritten; otherwise PyTorch's NaN shows the empty rows.
     look_first = scores is output or output.device.type != "cpu"
     empty_row = _empty_rows(scores, dim) if look_first else None
     function = torch.log_softmax if log else torch.softmax
@@ -355,7 +355,7 @@ def _empty_rows(scores: Tensor, dim: int) -> Tensor:
 
 
 def _later_keys(scores: Tensor, dim: int, causal_offset: int) -> Tensor:
-    """Where a key comes after its query; broadcasts to scores' shape."""
+    """True where a key comes after its query; broadcasts to scores' shape."""
     query_dim = _query_dim(scores, dim)
     keys = torch.arange(scores.shape[dim], device=scores.device)
     queries = torch.arange(scores.shape[query_dim], device=scores.device)
@@ -366,11 +366,11 @@ def _softmax_backward_torch(
     grad_output: Tensor, output: Tensor, grad_input: Tensor, dim: int, scale: float, log: bool
 ) -> None:
     grad_output = grad_output.to(output.dtype)
-    # On a CPU one look is cheaper than two passes that mostly change nothing.
+    # On a CPU one check is cheaper than two passes that mostly change nothing.
     if log and (output.device.type != "cpu" or output.amin() == float("-inf")):
         grad_output = grad_output.masked_fill(output == float("-inf"), 0.0)
     backward = torch._log_softmax_backward_data if log else torch._softmax_backward_data
-    # PyTorch writes as if to contiguous memory.
+    # PyTorch writes as if the memory were contiguous.
     if scale == 1.0 and grad_input.dtype == output.dtype and grad_input.is_contiguous():
         written = {"out" if log else "grad_input": grad_input}
         backward(grad_output, output, dim, output.dtype, **written)

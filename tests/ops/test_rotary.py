@@ -236,7 +236,7 @@ X, COS = torch.zeros(2, 3, 5, 6), torch.zeros(9, 2)
         ((X.long(), None, COS, COS), {}, TypeError, "query must be float32, float16 or bfloat16; got torch.int64"),
         ((X[0], None, COS, COS), {}, ValueError, r"query must be dense .*; got shape \(3, 5, 6\)"),
         ((X, X.half(), COS, COS), {}, TypeError, "key must have query's dtype"),
-        ((X, X[:, :, :4], COS, COS), {}, ValueError, r"key must have query's shape but for the heads"),
+        ((X, X[:, :, :4], COS, COS), {}, ValueError, r"key must have query's shape except for the heads"),
         ((X, None, COS.double(), COS), {}, TypeError, "cos must be float32; got torch.float64"),
         ((X, None, torch.zeros(9, 4), COS), {}, ValueError, r"cos must have shape .*, 6; got \(9, 4\)"),
         ((X, None, COS, COS[:4]), {}, ValueError, r"sin must have shape \(9, 2\); got \(4, 2\)"),
