@@ -1,4 +1,4 @@
-"""Every command and snippet of the README runs."""
+"""Every command and snippet of the README and of the pages in docs/ runs."""
 
 from __future__ import annotations
 
@@ -17,25 +17,41 @@ pytestmark = pytest.mark.cpu
 
 pytest.importorskip("jsonargparse", reason="most commands run on the model that `fastformer pretrain` leaves")
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, pages: list[str] = PAGES) -> list[str]:
+    """Every block of a language; one that stands on several pages is there once."""
+    found = [block for page in pages for block in re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)]
+    return list(dict.fromkeys(found))
+
+
+MAIN_JOB, TESTS = (block.strip() for block in blocks("bash", [README]) if " && " in block)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the README's main job has run: its command, cut to two steps."""
     folder = tmp_path_factory.mktemp("readme")
-    install, _, command = blocks("bash")[0].strip().partition(" && ")
+    install, _, command = MAIN_JOB.partition(" && ")
     assert install == 'pip install -e ".[train]"'
-    arguments = [*command.split()[1:], "--max_steps", "2"]
+    run_command([*command.split()[1:], "--max_steps", "2"], folder)
+    return folder
+
+
+def run_command(arguments: list[str], folder: Path) -> None:
+    """Run a command of Fastformer's in a process, outside of Triton's interpreter."""
     run = subprocess.run(
-        [sys.executable, "-m", "fastformer.cli", *arguments], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "fastformer.cli", *arguments],
+        cwd=folder,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
-    return folder
 
 
 def test_main_job(trained: Path) -> None:
@@ -44,8 +60,7 @@ def test_main_job(trained: Path) -> None:
 
 
 def test_test_command_is_what_ci_runs() -> None:
-    ci = (Path(__file__).parent.parent / ".ci/run").read_text()
-    assert blocks("bash")[1].strip() in ci.replace("--quiet ", "")
+    assert TESTS in (ROOT / ".ci/run").read_text().replace("--quiet ", "")
 
 
 @pytest.mark.parametrize("snippet", blocks("python"))
@@ -55,10 +70,8 @@ def test_snippet(snippet: str, trained: Path) -> None:
 
 
 def test_resume_command(trained: Path) -> None:
-    assert "`fastformer pretrain --resume`" in README
-    command = [sys.executable, "-m", "fastformer.cli", "pretrain", "--resume", "--max_steps", "3"]
-    run = subprocess.run(command, cwd=trained, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    assert any("`fastformer pretrain --resume`" in page for page in PAGES)
+    run_command(["pretrain", "--resume", "--max_steps", "3"], trained)
 
 
 # What each command that takes minutes is cut down to.
@@ -80,15 +93,16 @@ SMALLEST = {
 }
 
 
-COMMANDS = [line for block in blocks("bash")[2:] for line in block.replace("\\\n", " ").strip().splitlines()]
+INSTALL = "pip install -e ."  # the main job and the tests install more
+MUTATION = "PYTHONPATH=tests python -m mutation --mutants 200 --workers 4"  # takes hours; tests/mutation has it
+COMMANDS = [
+    line
+    for block in blocks("bash")
+    if block.strip() not in (MAIN_JOB, TESTS, INSTALL, MUTATION)
+    for line in block.replace("\\\n", " ").strip().splitlines()
+]
 SENTIMENT = [command for command in COMMANDS if "sentiment" in command]
 CONVERT = [command for command in COMMANDS if "runs/bert" in command or "converted/bert" in command]
-
-
-def run_command(arguments: list[str], folder: Path) -> None:
-    command = [sys.executable, "-m", "fastformer.cli", *arguments]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
 
 
 def test_convert_commands(trained: Path) -> None:
@@ -113,18 +127,10 @@ def test_sentiment_commands(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line not in (*CONVERT, *SENTIMENT)])
-def test_inspection_command(command: str, tmp_path: Path, trained: Path) -> None:
-    if command in (Path(__file__).parent.parent / ".ci/run").read_text().splitlines():
+def test_command(command: str, tmp_path: Path, trained: Path) -> None:
+    if command in (ROOT / ".ci/run").read_text().splitlines():
         return  # it runs there, for minutes
-    name = next(name for name in SMALLEST if command.startswith(f"fastformer {name}"))
+    smaller = next((SMALLEST[name] for name in SMALLEST if command.startswith(f"fastformer {name}")), None)
+    assert smaller is not None, f"SMALLEST does not say what {command!r} is cut down to"
     command = re.sub(r" --model \S+ --precision \S+", "", command).replace("/opt", str(tmp_path))
-    arguments = [*shlex.split(command)[1:], *SMALLEST[name]]
-    run = subprocess.run(
-        [sys.executable, "-m", "fastformer.cli", *arguments],
-        cwd=trained,
-        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    run_command([*shlex.split(command)[1:], *smaller], trained)

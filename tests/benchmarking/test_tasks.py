@@ -1,4 +1,4 @@
-"""The study of fine-tuning's tasks runs the README's commands and shows what they measured beside the baselines."""
+"""The study of tasks runs the commands of docs/training.md, and compares what they measured with the baselines."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fastformer.benchmarking.measurement import OURS, TIME
 from fastformer.benchmarking.studies import load, tasks
 from fastformer.benchmarking.study import Setting
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+TRAINING = (Path(__file__).parents[2] / "docs/training.md").read_text()
 
 
-def test_commands_are_those_of_the_readme() -> None:
-    assert set(tasks.COMMANDS.values()) <= set(README.splitlines())
+def test_commands_are_those_of_the_docs() -> None:
+    assert set(tasks.COMMANDS.values()) <= set(TRAINING.splitlines())
 
 
 def test_the_first_goals_are_for_something_measured() -> None:

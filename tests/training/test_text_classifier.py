@@ -1,4 +1,4 @@
-"""The README's LightningModule around a Hugging Face BERT: with our attention it takes the very steps of BERT's own."""
+"""The LightningModule of docs/training.md: with our attention a Hugging Face BERT takes the steps of its own."""
 
 import re
 from pathlib import Path
@@ -11,13 +11,13 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 
 import fastformer  # noqa: F401
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+TRAINING = (Path(__file__).parents[2] / "docs/training.md").read_text()
 SHAPE = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 def text_classifier() -> type[LightningModule]:
-    """The class as the README has it."""
-    source = re.search(r"^class TextClassifier.*?(?=\n\n\n)", README, flags=re.DOTALL | re.MULTILINE)
+    """The class as docs/training.md has it."""
+    source = re.search(r"^class TextClassifier.*?(?=\n\n\n)", TRAINING, flags=re.DOTALL | re.MULTILINE)
     namespace: dict[str, Any] = {"LightningModule": LightningModule, "torch": torch}
     exec(source[0], namespace)
     return namespace["TextClassifier"]

