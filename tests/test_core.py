@@ -66,12 +66,12 @@ def test_core_is_five_packages() -> None:
 
 
 def test_messages_know_the_extras_of_the_project() -> None:
-    """Tests and benchmarks bring what a developer uses, which no command imports."""
+    """What tests, benchmarks and the site need is for developers: no command imports it."""
     distributions = importlib.metadata.packages_distributions()
     declared = {
         extra: {name_of(requirement) for requirement in requirements}
         for extra, requirements in PROJECT["optional-dependencies"].items()
-        if extra not in ("test", "dev", "bench")
+        if extra not in ("test", "dev", "bench", "docs")
     }
     known = {
         extra: {name_of(distributions.get(package, [package])[0]) for package in packages}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import fastformer
 from fastformer.benchmarking.studies import sentiment
 
 pytestmark = pytest.mark.cpu
@@ -72,6 +73,13 @@ def test_snippet(snippet: str, trained: Path) -> None:
 def test_resume_command(trained: Path) -> None:
     assert any("`fastformer pretrain --resume`" in page for page in PAGES)
     run_command(["pretrain", "--resume", "--max_steps", "3"], trained)
+
+
+def test_reference_has_every_public_name() -> None:
+    """`mkdocs build` checks that each entry exists, and lists the members of the other packages itself."""
+    page = (ROOT / "docs/api/fastformer.md").read_text()
+    entries = re.findall(r"^::: fastformer\.(?:\w+\.)*(\w+)$", page, flags=re.MULTILINE)
+    assert sorted(entries) == sorted(fastformer.__all__)
 
 
 # What each command that takes minutes is cut down to.

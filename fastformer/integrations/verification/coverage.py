@@ -258,7 +258,8 @@ def markdown(outcomes: Iterable[Outcome]) -> str:
         model_type = getattr(transformers, outcome.model).config_class.model_type
         groups[model_type, outcome.verdict, outcome.reason].append(outcome.model)
     for (model_type, verdict, reason), names in sorted(groups.items()):
-        lines.append(f"| {model_type} | {verdict} | {', '.join(sorted(names))} | {reason} |")
+        plain = reason.replace("[", "\\[")  # an error's brackets are no link
+        lines.append(f"| {model_type} | {verdict} | {', '.join(sorted(names))} | {plain} |")
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from fastformer.integrations.verification import coverage
-from fastformer.integrations.verification.coverage import examine, main, text_models
+from fastformer.integrations.verification.coverage import Outcome, examine, main, markdown, text_models
 
 pytestmark = pytest.mark.cpu
 
@@ -55,6 +55,11 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--classes", "NoSuchModel"])
     assert "NoSuchModel" in capsys.readouterr().err
+
+
+def test_brackets_of_an_error_are_no_link() -> None:
+    outcome = Outcome("BertModel", "not built", "KeyError: sizes['a']['b']")
+    assert "| KeyError: sizes\\['a']\\['b'] |" in markdown([outcome])
 
 
 def test_committed_table_has_every_class_of_its_version() -> None:
