@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer, seed_everything
 
-from fastformer.data import PretrainingDataModule
+from fastformer.training.loading.pretraining import PretrainingDataModule
 from fastformer.training.pretraining import CausalLanguageModeling
 
 SUBJECTS, VERBS = ["the cat", "a small dog", "my neighbour", "the old captain"], ["sees", "likes", "follows", "paints"]
