@@ -66,7 +66,7 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (packed, {"cu_seqlens_q": int32(1, 2, 5)}, "cu_seqlens_q must rise from 0"),
     (packed, {"cu_seqlens_q": int32(0, 6, 5), "max_seqlen_q": 6}, "cu_seqlens_q must rise from 0"),
     (packed, {"cu_seqlens_k": int32(0, 2, 9), "max_seqlen_k": 7}, "cu_seqlens_k must rise from 0"),
-    (packed, {"max_seqlen_q": 2}, "max_seqlen is 2 where cu_seqlens_q has a sequence of 3"),
+    (packed, {"max_seqlen_q": 2}, "max_seqlen is 2, but cu_seqlens_q has a sequence of 3"),
     (packed, {"max_seqlen_q": -1}, "max_seqlen_q must be from 0"),
     (dense, {"key_lengths": int32(5, 1)}, "key_lengths must be from 0 to the number of keys, 4"),
     (dense, {"key_lengths": int32(-1, 1)}, "key_lengths must be from 0"),
