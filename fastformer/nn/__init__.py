@@ -1,8 +1,8 @@
-"""Modules on Fastformer's operators: drop-in twins of torch.nn's, with its constructors, state_dicts and forwards.
+"""Modules on Fastformer's operators: drop-in replacements for torch.nn's, with its constructors and state_dicts.
 
-Every other name is torch.nn's: ``from fastformer import nn`` serves model code in place of ``from torch import nn``,
-and ``import fastformer.nn.functional as F`` in place of ``import torch.nn.functional as F``. Submodules that torch.nn
-alone has (`nn.init`, `nn.utils`) are attributes here, not to be named in an import statement.
+Every other name is torch.nn's own. Use ``from fastformer import nn`` in model code in place of ``from torch import
+nn``, and ``import fastformer.nn.functional as F`` in place of ``import torch.nn.functional as F``. Submodules that only
+torch.nn has (`nn.init`, `nn.utils`) are attributes here; an import statement cannot name them.
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What Fastformer has no twin of is torch.nn's own: `nn.Module`, `nn.Linear`, `nn.Parameter`, `nn.init`."""
+    """Return torch.nn's own object for a name that is not defined here: `nn.Module`, `nn.Linear`, `nn.init`."""
     try:
         return getattr(torch.nn, name)
     except AttributeError:

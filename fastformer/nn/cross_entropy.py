@@ -1,4 +1,4 @@
-"""Cross-entropy as modules: of logits, and of a linear projection that is part of the module."""
+"""Modules for cross-entropy: of logits, and of a linear projection that is part of the module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastformer.ops.linear_cross_entropy import linear_cross_entropy
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """`torch.nn.CrossEntropyLoss` of class indices on Fastformer's operator: same constructor, state_dict and forward.
+    """`torch.nn.CrossEntropyLoss` on Fastformer's operator: same constructor, state_dict and forward.
 
     Args:
         weight, size_average, ignore_index, reduce, reduction, label_smoothing: as in PyTorch.
@@ -38,7 +38,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.inplace = inplace
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Loss of logits `input` (N, classes, ...) and classes `target` (N, ...)."""
+        """Return the loss of logits `input` (N, classes, ...) and classes `target` (N, ...)."""
         return cross_entropy(
             input,
             target,
@@ -55,9 +55,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 class LinearCrossEntropyLoss(TorchLinearCrossEntropyLoss):
     """`torch.nn.LinearCrossEntropyLoss` that never holds all logits: same constructor, state_dict and forward.
 
-    The projection is `linear`, an `nn.Linear`, so that its weight can be tied to an embedding's. Where it has been
-    replaced by another module (LoRA, quantisation) that is called, and its logits are held at once. Class
-    probabilities, `out_features` and `options` are left to PyTorch's own operator, and refused where it has none.
+    The projection is `linear`, an `nn.Linear`, so that its weight can be tied to an embedding's. If another module
+    replaces it (LoRA, quantisation), that module is called and its logits are held at once. PyTorch's own operator
+    handles class probabilities, `out_features` and `options`; a PyTorch without it refuses them with an error.
 
     Args:
         in_features: size of the last dimension of the input.
@@ -102,7 +102,7 @@ class LinearCrossEntropyLoss(TorchLinearCrossEntropyLoss):
         self.memory_budget = memory_budget
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Loss of `input` (..., in_features) and classes `target` (...), in float32."""
+        """Return the float32 loss of `input` (..., in_features) and classes `target` (...)."""
         if self.out_features or self.options is not None or target.is_floating_point():
             if self.z_loss or self.softcap is not None or self.memory_budget is not None:
                 raise ValueError(
@@ -137,5 +137,5 @@ class LinearCrossEntropyLoss(TorchLinearCrossEntropyLoss):
         )
 
 
-# The operator's own name for it.
+# The name that matches the operator's.
 LinearCrossEntropy = LinearCrossEntropyLoss

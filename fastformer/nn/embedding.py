@@ -15,11 +15,11 @@ from fastformer.ops.rotary import rotary_frequencies, rotary_table
 
 
 class SinusoidalEmbedding(nn.Module):
-    """Fixed position embeddings of sines and cosines (Vaswani et al. 2017), sines in the first half of the features.
+    """Fixed position embeddings of sines and cosines (Vaswani et al. 2017); the first half of the features are sines.
 
     Args:
         max_positions: the longest sequence.
-        hidden_size: features of an embedding, an even number.
+        hidden_size: the number of features of an embedding, even.
         device, dtype: of the table, which is not part of the state_dict.
     """
 
@@ -39,34 +39,34 @@ class SinusoidalEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fill the table, after its memory has been allocated anew."""
+        """Fill the table again, after new memory has been allocated for it."""
         positions, hidden_size = self.weight.shape
         cos, sin = rotary_table(rotary_frequencies(hidden_size), positions, device=self.weight.device)
         self.weight.copy_(torch.cat([sin, cos], dim=1))
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """`position_ids` to (*position_ids.shape, hidden_size)."""
+        """Look up `position_ids` and return (*position_ids.shape, hidden_size)."""
         return torch.nn.functional.embedding(position_ids, self.weight)
 
 
 class TransformerEmbedding(nn.Module):
-    """``dropout(LayerNorm(scale * word + position + token_type))``, the input block of a Transformer, fused.
+    """The input block of a Transformer, fused: ``dropout(LayerNorm(scale * word + position + token_type))``.
 
     Args:
-        vocab_size: words; 0 for no such table: `inputs_embeds` are given.
-        hidden_size: features of an embedding.
+        vocab_size: the number of words; 0 for no such table: `inputs_embeds` are given instead.
+        hidden_size: the number of features of an embedding.
         max_positions: the longest sequence; 0 for no position embedding.
-        token_types: kinds of tokens, BERT's segments; 0 for no such table.
-        padding_idx: a word whose embedding gets no gradient.
-        eps: of LayerNorm.
+        token_types: the number of token types, BERT's segments; 0 for no such table.
+        padding_idx: the index of a word whose embedding gets no gradient.
+        eps: LayerNorm's epsilon.
         dropout: probability of dropping an element of the output, in training.
         device, dtype: of the parameters.
         norm: whether there is a LayerNorm: BERT and BART have one, GPT-2, Llama and T5 do not.
         scale: multiplies word embeddings; sqrt(hidden_size) in Vaswani et al. 2017.
-        sinusoidal: positions are a `SinusoidalEmbedding` in place of a learned table.
+        sinusoidal: use a `SinusoidalEmbedding` for positions instead of a learned table.
 
-    `word`, `position` and `token_type` are `nn.Embedding`, `norm` a `LayerNorm`; one that has been replaced by another
-    module, or has a hook, is called, so that what it adds is never lost.
+    `word`, `position` and `token_type` are `nn.Embedding`, `norm` is a `LayerNorm`. One that is replaced by another
+    module, or has a hook, is called as a module, so that its effect is never lost.
     """
 
     def __init__(
@@ -103,10 +103,12 @@ class TransformerEmbedding(nn.Module):
         cu_seqlens: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Embed `input_ids`, (batch, sequence) or packed (total_tokens,); the other arguments as in
-        `fastformer.transformer_embedding`. `inputs_embeds`, (*input_ids.shape, hidden_size), takes the place of the
-        scaled word embeddings. Returns (*input_ids.shape, hidden_size)."""
-        # Each read once: a module looks its submodules up.
+        """Embed `input_ids`, (batch, sequence) or packed (total_tokens,).
+
+        `inputs_embeds`, (*input_ids.shape, hidden_size), replace the scaled word embeddings. The other arguments are as
+        in `fastformer.transformer_embedding`. Returns (*input_ids.shape, hidden_size).
+        """
+        # Each attribute is read once, since a module has to search its submodules.
         word, position, token_type = self.word, self.position, self.token_type
         norm, dropout = self.norm, self.dropout
         p = dropout_p(dropout)
@@ -142,7 +144,7 @@ class TransformerEmbedding(nn.Module):
         if not ends_plain:
             return self.dropout(total if self.norm is None else self.norm(total))
         assert self.norm is not None and p is not None
-        # Each token a word of its own: dropout's pattern is the one of the fused way.
+        # Each token is a separate word, so that the dropout pattern equals that of the fused call.
         flat = total.flatten(0, -2)
         each = torch.arange(flat.shape[0], device=flat.device)
         return transformer_embedding(
@@ -150,7 +152,7 @@ class TransformerEmbedding(nn.Module):
         ).view(total.shape)
 
     def words(self, input_ids: Tensor) -> Tensor:
-        """The scaled word embeddings, (*input_ids.shape, hidden_size): what `inputs_embeds` takes the place of."""
+        """Return the scaled word embeddings, (*input_ids.shape, hidden_size), which `inputs_embeds` may replace."""
         if self.word is None:
             raise ValueError("this embedding has no words (vocab_size=0); give inputs_embeds")
         words = self.word(input_ids)
@@ -177,7 +179,7 @@ class TransformerEmbedding(nn.Module):
 
 
 def is_plain_embedding(table: nn.Module) -> bool:
-    """Whether `table` computes exactly what the operator does from its weight."""
+    """Whether `table` computes exactly what the operator computes from its weight."""
     if not is_own(table):
         return False
     if type(table) is SinusoidalEmbedding:

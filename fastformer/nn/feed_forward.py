@@ -27,22 +27,22 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 class FeedForward(nn.Module):
-    """``down(act(up(x)))``, or gated ``down(act(gate(x)) * up(x))`` (Shazeer 2020), fused.
+    """The feed-forward block, fused: ``down(act(up(x)))``, or gated ``down(act(gate(x)) * up(x))`` (Shazeer 2020).
 
     Args:
         hidden_size: size of the last dimension of input and output.
         intermediate_size: size between the two projections.
         activation: relu, gelu, gelu_tanh, silu, squared_relu or identity.
-        gated: with a third projection, `gate`: the GLU forms.
-        bias: whether the projections have one.
+        gated: add a third projection, `gate`, as in the GLU variants.
+        bias: whether the projections have biases.
         device, dtype: of the parameters.
         hidden_dropout: probability of dropping an element between the projections, in training.
-        dropout: the same of the output, before a residual is added.
+        dropout: the same for elements of the output, before a residual is added.
         recompute: keep no pre-activations for the backward, which computes them again.
 
-    Shapes: (..., hidden_size) to (..., hidden_size). The projections `up`, `down` and `gate` are `nn.Linear`; one that
-    has been replaced by another module (LoRA, quantisation) is called, so that what it adds is never lost, in unfused
-    steps that keep what PyTorch keeps for the backward, `recompute` or not.
+    Shapes: (..., hidden_size) to (..., hidden_size). The projections `up`, `down` and `gate` are `nn.Linear`. One that
+    is replaced by another module (LoRA, quantisation) is called, so that its effect is never lost. The block then runs
+    in unfused steps, which keep for the backward what PyTorch keeps, even with `recompute`.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(intermediate_size, hidden_size, **factory)
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`input` (..., hidden_size), `residual` of the same shape, added last; returns the same shape."""
+        """Transform `input` (..., hidden_size) and add `residual`, of the same shape; the output has this shape too."""
         up, gate, down = self.up, self.gate, self.down
         if not is_plain_linear(up, down) or not (gate is None or is_plain_linear(gate)):
             activation = ACTIVATIONS[self.activation]

@@ -1,4 +1,4 @@
-"""`torch.nn.functional` on Fastformer's operators, where there is one that takes PyTorch's arguments.
+"""`torch.nn.functional`, with Fastformer's operators for all functions that have one with PyTorch's arguments.
 
 Every other name is PyTorch's own.
 """

@@ -17,28 +17,28 @@ from fastformer.ops.softmax import softmax
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` on Fastformer's operator: same constructor, state_dict, forward and outputs.
 
-    Scores are never held for all queries and keys unless weights are asked for. The projections are matrix products
-    that read and write the layout they are given: neither layout is copied into the other.
+    Scores of all queries and keys are held only if weights are requested. The projections are matrix products that read
+    and write tensors in the given layout: neither layout is copied into the other.
 
-    Where it differs, PyTorch's answer is NaN, an error or a guess:
+    It differs from PyTorch only where PyTorch gives NaN, an error or a guess:
 
     - A query that may attend to nothing gives the output projection of zeros, zero weights and zero gradients
       (PyTorch: NaN).
-    - ``is_causal=True`` is a condition, not a hint: it holds together with `attn_mask`, which may also be None
-      (PyTorch requires a mask, and on some of its paths ignores it). The keys of `add_bias_kv` and `add_zero_attn` may
-      be attended to from every position.
-    - The two masks may differ in dtype, and a floating one from the input.
-    - `out_proj` is called, not read: what replaces it (LoRA, quantisation) or hooks into it counts.
-    - Nested tensors and float64 are refused.
+    - ``is_causal=True`` is a condition, not a hint: it applies together with `attn_mask`, which may also be None
+      (PyTorch requires a mask, and on some of its paths ignores it). Every position may attend to the keys of
+      `add_bias_kv` and `add_zero_attn`.
+    - The two masks may have different dtypes, and a floating mask may have another dtype than the input.
+    - `out_proj` is called as a module, so that a replacement (LoRA, quantisation) and hooks take effect.
+    - Nested tensors and float64 are refused with an error.
 
     Args:
-        embed_dim: features of the query and the output; a multiple of `num_heads`.
-        num_heads: attention heads, each of ``embed_dim / num_heads`` features, at most 256.
+        embed_dim: the number of features of the query and the output; a multiple of `num_heads`.
+        num_heads: the number of attention heads, each with ``embed_dim / num_heads`` features, at most 256.
         dropout: probability of dropping an attention weight in training.
-        bias: whether the projections have one.
+        bias: whether the projections have biases.
         add_bias_kv: append one learned key and value to those projected.
         add_zero_attn: append one key and value of zeros.
-        kdim, vdim: features of key and value; by default `embed_dim`.
+        kdim, vdim: the numbers of features of key and value; by default `embed_dim`.
         batch_first: (batch, sequence, features) instead of (sequence, batch, features).
         device, dtype: of the parameters.
 
@@ -62,25 +62,26 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend.
+        """Compute attention.
 
         Args:
             query: (queries, batch, embed_dim), or (batch, queries, embed_dim) if `batch_first`; unbatched (queries,
                 embed_dim).
-            key, value: likewise with the number of keys, `kdim` and `vdim`.
+            key, value: likewise, with the number of keys and `kdim` or `vdim` features.
             key_padding_mask: (batch, keys); unbatched (keys,). Boolean, True = ignore this key, or floating, added to
                 the scores.
             need_weights: also return the attention weights, which takes memory for every query with every key. The
-                output is the fused operator's all the same, unless dropout is active: then the weights returned are,
-                as in PyTorch, those the output was made with, dropped ones being zero.
+                output still comes from the fused operator, unless dropout is active. With dropout, as in PyTorch, the
+                returned weights are those that made the output, and dropped ones are zero.
             attn_mask: (queries, keys) or (batch * num_heads, queries, keys). Boolean, True = may not attend, or
                 floating, added to the scores.
             average_attn_weights: return the weights' mean over the heads instead of each head's.
-            is_causal: no key after the query's own position, counted from the first.
+            is_causal: no query attends to a key after its own position; positions count from the first.
 
         Returns:
-            The output, in `query`'s layout, and the weights (batch, queries, keys), or (batch, num_heads, queries,
-            keys) without averaging, or None. Keys count those that `add_bias_kv` and `add_zero_attn` append.
+            The output, in `query`'s layout, and the weights, or None if they are not needed. The weights are (batch,
+            queries, keys), or (batch, num_heads, queries, keys) without averaging. Their keys include those that
+            `add_bias_kv` and `add_zero_attn` append.
 
         Raises:
             TypeError, ValueError: the message names the argument, what was given and what is accepted.
@@ -105,7 +106,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             assert isinstance(attended, torch.Tensor)
         else:
             weights = F.dropout(weights, dropout_p)
-            # Only a CPU looks for NaN that is hidden from a row.
+            # Only a CPU checks for NaN in values that a row does not see.
             visible = _visible(mask, bias, is_causal, weights) if v.is_cpu else None
             attended = values_of_seen(weights, v, visible)
         output = self.out_proj(self._merge_heads(attended, batched))
@@ -118,7 +119,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         features = (self.embed_dim, self.kdim, self.vdim)
         for name, tensor, size in zip(("query", "key", "value"), (query, key, value), features, strict=True):
             if tensor.is_nested:
-                raise TypeError(f"{name} must be a dense tensor, with padding in key_padding_mask; got a nested one")
+                raise TypeError(f"{name} must be a dense tensor, with padding in key_padding_mask; got a nested tensor")
             if query.dim() not in (2, 3) or tensor.dim() != query.dim() or tensor.shape[-1] != size:
                 accepted = "3-D (batched) or all three 2-D (unbatched)" if name == "query" else "of query's dimensions"
                 raise ValueError(f"{name} must be {accepted}, with {size} features; got shape {tuple(tensor.shape)}")
@@ -130,7 +131,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )
 
     def _project(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values, in as few matrix products as the inputs differ."""
+        """Return queries, keys and values, with one matrix product for each group of equal inputs."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if weight is not None and query is key is value:
             return F.linear(query, weight, bias).chunk(3, dim=-1)
@@ -144,14 +145,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return F.linear(query, q_weight, q_bias), F.linear(key, k_weight, k_bias), F.linear(value, v_weight, v_bias)
 
     def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
-        """A projection, in the inputs' layout, as (batch, heads, sequence, head_dim)."""
+        """Split a projection in the inputs' layout into (batch, heads, sequence, head_dim)."""
         heads = projected.unflatten(-1, (self.num_heads, -1))
         if heads.dim() == 3:
             return heads.transpose(0, 1).unsqueeze(0)
         return heads.transpose(1, 2) if self.batch_first else heads.permute(1, 2, 0, 3)
 
     def _merge_heads(self, heads: torch.Tensor, batched: bool) -> torch.Tensor:
-        """The inverse of `_split_heads`."""
+        """Invert `_split_heads`."""
         if not batched:
             return heads.squeeze(0).transpose(0, 1).flatten(1)
         return (heads.transpose(1, 2) if self.batch_first else heads.permute(2, 0, 1, 3)).flatten(2)
@@ -169,7 +170,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
 
 def _as_scores(name: str, mask: torch.Tensor | None, shapes: list[tuple[int, ...]], batch: int) -> torch.Tensor | None:
-    """PyTorch's mask, one of `shapes`, as (batch or 1, heads or 1, queries or 1, keys)."""
+    """Shape PyTorch's mask, which has one of `shapes`, as (batch or 1, heads or 1, queries or 1, keys)."""
     if mask is None:
         return None
     _check_dtype(name, mask)
@@ -189,7 +190,7 @@ def _check_dtype(name: str, mask: torch.Tensor) -> None:
 
 
 def as_numbers(name: str, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """A mask as numbers to add to scores: what torch.nn's encoder and its layers hand on."""
+    """Turn a mask into numbers to add to scores, as torch.nn's encoder and its layers pass it on."""
     if mask is None:
         return None
     _check_dtype(name, mask)
@@ -197,7 +198,7 @@ def as_numbers(name: str, mask: torch.Tensor | None, dtype: torch.dtype) -> torc
 
 
 def _with_causal(mask: torch.Tensor | None, query: torch.Tensor, keys: int) -> torch.Tensor:
-    """PyTorch's 4-D `mask`, or none, and causality with it."""
+    """Combine PyTorch's 4-D `mask`, if any, with a causal mask."""
     later = torch.ones(query.shape[2], keys, dtype=torch.bool, device=query.device).triu(1)
     if mask is None:
         return later[None, None]
@@ -207,14 +208,14 @@ def _with_causal(mask: torch.Tensor | None, query: torch.Tensor, keys: int) -> t
 def _mask_and_bias(
     padding: torch.Tensor | None, scores: torch.Tensor | None, extra_keys: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """PyTorch's masks, 4-D, as the operator's mask (True = may attend) and bias.
+    """Turn PyTorch's 4-D masks into the operator's mask (True = may attend) and bias.
 
-    The extra keys, which no mask knows, may be attended to.
+    The extra keys, which the given masks do not cover, may be attended to.
     """
     if extra_keys:
         padding, scores = (None if mask is None else F.pad(mask, (0, extra_keys)) for mask in (padding, scores))
     if padding is not None and scores is not None and padding.dtype == scores.dtype == torch.bool:
-        # Both in one boolean mask would be the product of their sizes; one of each kind stays their sum.
+        # One boolean mask for both would have the product of their sizes; a mask and a bias have only the sum.
         scores = torch.zeros_like(scores, dtype=dtype).masked_fill_(scores, float("-inf"))
     mask, bias = None, None
     for given in (padding, scores):
@@ -230,7 +231,7 @@ def _mask_and_bias(
 def _visible(
     mask: torch.Tensor | None, bias: torch.Tensor | None, causal: bool, weights: torch.Tensor
 ) -> torch.Tensor | None:
-    """Which keys each query sees, broadcasting to `weights`; None where all."""
+    """Which keys each query sees, broadcasting to `weights`; None if it sees all."""
     visible = visible_by(bias, mask)
     if not causal:
         return visible
@@ -241,7 +242,7 @@ def _visible(
 def _attention_weights(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, bias: torch.Tensor | None, causal: bool
 ) -> torch.Tensor:
-    # Scaled before the product, which in float16 could overflow.
+    # Scale before the product, which could overflow in float16.
     scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-2, -1)
     if mask is not None and bias is not None:
         bias = bias.masked_fill(~mask, float("-inf"))

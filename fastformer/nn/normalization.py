@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm as modules."""
+"""Modules for LayerNorm and RMSNorm."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class LayerNorm(torch.nn.LayerNorm):
         """Normalise ``residual + dropout(input + input_bias)``, each part only if it is given.
 
         Args:
-            input, residual: of one shape, ending in `normalized_shape`.
-            input_bias: of `normalized_shape`, the bias of the projection that produced `input`.
-            dropout_p: probability of dropping an element, applied in training and evaluation alike.
-            return_sum: with `residual`, return the pair (normalised, sum); otherwise the normalised value only.
+            input, residual: of the same shape, ending in `normalized_shape`.
+            input_bias: of shape `normalized_shape`, the bias of the projection that produced `input`.
+            dropout_p: probability of dropping an element, applied both in training and in evaluation.
+            return_sum: with `residual`, return the pair (normalised, sum); otherwise only the normalised tensor.
         """
         return layer_norm(
             input,

@@ -1,4 +1,4 @@
-"""Packed sequences: tokens one after the other without padding, and the way there and back from a padded batch."""
+"""Packed sequences: tokens one after the other without padding, and conversion from and to a padded batch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 class Packing(NamedTuple):
-    """Where sequences begin and end in packed tokens (total_tokens, ...).
+    """The boundaries of the sequences in packed tokens (total_tokens, ...).
 
     Attributes:
         cu_seqlens: (batch + 1,) int32, the first token of each sequence and the total at the end.
-        max_seqlen: at least the length of the longest; an int on the host, so that a GPU is never waited for.
+        max_seqlen: at least the length of the longest; an int on the host, so that no code waits for a GPU.
     """
 
     cu_seqlens: torch.Tensor
@@ -20,11 +20,11 @@ class Packing(NamedTuple):
 
 
 class DenseLayout(NamedTuple):
-    """Where the real tokens of a padded batch lie.
+    """The places of the real tokens of a padded batch.
 
     Attributes:
         batch, sequence: the padded shape.
-        indices: (total_tokens,) int64 into the flattened batch, ascending; None where nothing is padding.
+        indices: (total_tokens,) int64 into the flattened batch, ascending; None if there is no padding.
     """
 
     batch: int
@@ -35,13 +35,13 @@ class DenseLayout(NamedTuple):
     def from_mask(
         cls, batch: int, sequence: int, attention_mask: torch.Tensor | None, device: torch.device
     ) -> tuple[DenseLayout, Packing]:
-        """The layout of a batch padded on any side, or with gaps.
+        """Make the layout of a batch padded on any side, or with gaps.
 
         Args:
             batch, sequence: the padded shape.
             attention_mask: (batch, sequence), non-zero (or True) for a real token; None if all are. Finding the real
-                tokens needs their number on the host: one synchronisation with a GPU, the only one.
-            device: where the tokens are.
+                tokens needs their number on the host: this is the only synchronisation with a GPU.
+            device: the device of the tokens.
         """
         if attention_mask is None:
             starts = torch.arange(0, (batch + 1) * sequence, sequence, dtype=torch.int32, device=device)
@@ -57,20 +57,22 @@ class DenseLayout(NamedTuple):
         return cls(batch, sequence, real.flatten().nonzero().squeeze(1)), Packing(cu_seqlens, sequence)
 
     def pack(self, dense: torch.Tensor) -> torch.Tensor:
-        """(batch, sequence, ...) to (total_tokens, ...)."""
+        """Pack (batch, sequence, ...) into (total_tokens, ...)."""
         tokens = dense.flatten(0, 1)
         return tokens if self.indices is None else tokens.index_select(0, self.indices)
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """(total_tokens, ...) to (batch, sequence, ...), zeros at padding."""
+        """Unpack (total_tokens, ...) into (batch, sequence, ...), with zeros at padding."""
         if self.indices is not None:
             padded = packed.new_zeros(self.batch * self.sequence, *packed.shape[1:])
             packed = padded.index_copy(0, self.indices, packed)
         return packed.unflatten(0, (self.batch, self.sequence))
 
     def spread(self, packed: torch.Tensor, dim: int) -> torch.Tensor:
-        """(batch, ...) whose dimension `dim` counts each sequence's real tokens, to the padded columns, zeros at
-        padding."""
+        """Move columns that count each sequence's real tokens to their padded places, with zeros at padding.
+
+        `packed` is (batch, ...), and `dim` is the dimension of these columns.
+        """
         if self.indices is None:
             return packed
         real = torch.zeros(self.batch * self.sequence, dtype=torch.bool, device=packed.device)

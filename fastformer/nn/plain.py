@@ -1,6 +1,6 @@
-"""Whether calling a module does what its class says and nothing else, so that an operator may read its parameters.
+"""Checks that calling a module does what its class defines and nothing else, so an operator may read its parameters.
 
-What a user has put in a module's place, hung on it or changed in it is called as PyTorch would call it.
+A module that a user has replaced, hooked or changed is called instead, as PyTorch would call it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_own(module: nn.Module) -> bool:
-    """Whether calling `module` runs its class's forward and nothing else: no hooks, no forward of its own.
+    """Whether calling `module` runs its class's forward and nothing else: no hooks, no forward set on the object.
 
-    Hooks of the whole process do not count: those who measure, as `FlopCounterMode` does, shall see what really runs.
+    Hooks of the whole process are ignored, so that tools such as `FlopCounterMode` measure what really runs.
     """
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return "forward" not in vars(module) and not any(hooks)
@@ -26,8 +26,8 @@ def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
 def is_plain_linear(*modules: nn.Module) -> bool:
     """Whether calling each module is exactly ``x @ weight^T + bias``.
 
-    It is not where the module is of another class (LoRA, quantisation, `torch.nn.utils.parametrize`), has hooks (weight
-    norm, pruning) or a forward of its own (offloading), or where its weight is a tensor subclass (DTensor).
+    It is not if the module has another class (LoRA, quantisation, `torch.nn.utils.parametrize`), hooks (weight norm,
+    pruning), a forward set on the object (offloading), or a tensor subclass (DTensor) as weight.
     """
     for module in modules:
         if not is_plain(module, nn.Linear):
@@ -39,7 +39,7 @@ def is_plain_linear(*modules: nn.Module) -> bool:
 
 
 def dropout_p(dropout: nn.Module) -> float | None:
-    """The probability with which `dropout` now drops, or None where it does something else."""
+    """The probability with which `dropout` drops at present, or None if it does something else."""
     if not is_plain(dropout, nn.Dropout):
         return None
     return dropout.p if dropout.training else 0.0  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Rotary position embedding as a module."""
+"""A module for rotary position embedding."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class RotaryEmbedding(torch.nn.Module):
     """Rotary position embedding of queries and keys (Su et al. 2021), with its table of cosines and sines.
 
     Args:
-        rotary_dim: features that turn, an even number up to head_dim; the others stay.
-        max_positions: rows of the table.
-        base: theta of the paper.
-        scaling: by which positions are divided (position interpolation, Chen et al. 2023).
+        rotary_dim: the number of rotated features, even and at most head_dim; the others are unchanged.
+        max_positions: the number of rows of the table.
+        base: theta in the paper.
+        scaling: positions are divided by it (position interpolation, Chen et al. 2023).
         interleaved: pairs are neighbouring features, as in the paper; otherwise one from each half, as in Llama.
-        frequencies: (rotary_dim / 2,), in place of those that `base` and `scaling` give: any other scaling.
-        magnitude: multiplies cosine and sine (YaRN's attention scaling).
-        device: of the table.
+        frequencies: (rotary_dim / 2,), for any other scaling; used instead of those from `base` and `scaling`.
+        magnitude: a factor for cosine and sine (YaRN's attention scaling).
+        device: the device of the table.
 
-    The table, `cos` and `sin`, is float32 whatever the module is converted to, and not part of the state_dict.
+    The table, `cos` and `sin`, stays float32 if the module is converted. It is not part of the state_dict.
     """
 
     cos: Tensor
@@ -56,7 +56,7 @@ class RotaryEmbedding(torch.nn.Module):
         self._fill_table(device)
 
     def reset_parameters(self) -> None:
-        """Fill the table, after its memory has been allocated anew."""
+        """Fill the table again, after new memory has been allocated for it."""
         self._fill_table(self.cos.device)
 
     def _fill_table(self, device: torch.device | str | None) -> None:
@@ -64,7 +64,7 @@ class RotaryEmbedding(torch.nn.Module):
         self.cos, self.sin = rotary_table(frequencies, self.max_positions, self.magnitude, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Follow the module to another device; another dtype would cost the angles their precision."""
+        """Move the table to another device; another dtype is ignored, since the angles would lose precision."""
         super()._apply(fn, recurse)
         self.reset_parameters()
         return self
@@ -78,8 +78,10 @@ class RotaryEmbedding(torch.nn.Module):
         cu_seqlens: Tensor | None = None,
         inplace: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Rotate `query` and `key`: (batch, heads, sequence, head_dim), or (total_tokens, heads, head_dim) with
-        `cu_seqlens`. Arguments and result as in `fastformer.rotary`."""
+        """Rotate `query` and `key`; arguments and result are as in `fastformer.rotary`.
+
+        They are (batch, heads, sequence, head_dim), or (total_tokens, heads, head_dim) with `cu_seqlens`.
+        """
         return rotary(
             query,
             key,

@@ -1,4 +1,4 @@
-"""Softmax and log-softmax as modules."""
+"""Modules for softmax and log-softmax."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Softmax(torch.nn.Softmax):
     """`torch.nn.Softmax` on Fastformer's operator: same forward; a row of ``-inf`` gives zeros, not NaN."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`input` of any shape; returns its softmax along `dim`; PyTorch guesses one that was not given."""
+        """Return the softmax of `input`, of any shape, along `dim`; PyTorch's rule chooses a dim not given."""
         return super().forward(input) if self.dim is None else softmax(input, self.dim)
 
 
@@ -19,5 +19,5 @@ class LogSoftmax(torch.nn.LogSoftmax):
     """`torch.nn.LogSoftmax` on Fastformer's operator: same forward; a row of ``-inf`` gives ``-inf``, not NaN."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`input` of any shape; returns its log-softmax along `dim`; PyTorch guesses one that was not given."""
+        """Return the log-softmax of `input`, of any shape, along `dim`; PyTorch's rule chooses a dim not given."""
         return super().forward(input) if self.dim is None else log_softmax(input, self.dim)

@@ -1,4 +1,4 @@
-"""`torch.nn.LinearCrossEntropyLoss`, and what stands in for it where PyTorch is older than it."""
+"""`torch.nn.LinearCrossEntropyLoss`, or a base class that replaces it in older versions of PyTorch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-# The options came with the constructor that ours repeats.
+# The options came with the constructor whose arguments our class repeats.
 if TYPE_CHECKING or hasattr(nn, "LinearCrossEntropyOptions"):
     from torch.nn import LinearCrossEntropyLoss as TorchLinearCrossEntropyLoss
 else:
 
     class TorchLinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
-        """The constructor and state_dict of PyTorch's class. What needs its operator is refused."""
+        """The constructor and state_dict of PyTorch's class; uses that need its operator are refused with an error."""
 
         __constants__ = ("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing")
 
@@ -58,5 +58,5 @@ else:
 
     def _missing(what: str) -> NotImplementedError:
         return NotImplementedError(
-            f"{what} is left to torch.nn.LinearCrossEntropyLoss, which PyTorch {torch.__version__} does not have"
+            f"{what} needs torch.nn.LinearCrossEntropyLoss, which PyTorch {torch.__version__} does not have"
         )

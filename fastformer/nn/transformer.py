@@ -1,4 +1,4 @@
-"""The Transformer of "Attention Is All You Need" with torch.nn's names: stacks of layers, and encoder with decoder."""
+"""Stacks of Transformer layers, and an encoder with a decoder ("Attention Is All You Need"), with torch.nn's names."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastformer.nn.transformer_layer import TransformerDecoderLayer, Transformer
 class TransformerEncoder(nn.TransformerEncoder):
     """`torch.nn.TransformerEncoder`: a stack of clones of one layer. Same constructor, state_dict, forward and outputs.
 
-    Where it differs: PyTorch's, in evaluation without gradients, sets the output at padding to zero; here it is the
-    same in training and evaluation, undefined at padding. Nested tensors are neither made nor taken.
+    It differs in two ways. In evaluation without gradients PyTorch sets the output at padding to zero; here the output
+    is the same in training and evaluation, and undefined at padding. Nested tensors are neither made nor accepted.
 
     Args:
         encoder_layer: the layer to clone; the clones start with equal parameters.
-        num_layers: how many.
+        num_layers: the number of layers.
         norm: applied to the last layer's output.
-        enable_nested_tensor, mask_check: accepted as in PyTorch, where they permit and guard nested tensors.
+        enable_nested_tensor, mask_check: accepted as in PyTorch, where they control nested tensors.
 
     >>> layer = fastformer.nn.TransformerEncoderLayer(d_model=64, nhead=8)
     >>> fastformer.nn.TransformerEncoder(layer, num_layers=2)(torch.randn(10, 2, 64)).shape
@@ -41,7 +41,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         enable_nested_tensor: bool = True,
         mask_check: bool = True,
     ) -> None:
-        # PyTorch warns where a layer keeps it from making nested tensors, as every layer would here.
+        # PyTorch would warn for every layer here that it cannot make nested tensors for it.
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
         self.enable_nested_tensor = enable_nested_tensor
 
@@ -52,12 +52,12 @@ class TransformerEncoder(nn.TransformerEncoder):
         src_key_padding_mask: torch.Tensor | None = None,
         is_causal: bool | None = None,
     ) -> torch.Tensor:
-        """Encode `src`; masks as in `TransformerEncoderLayer`, for every layer.
+        """Encode `src`; masks are as in `TransformerEncoderLayer`, for every layer.
 
-        ``is_causal=None`` means False: a causal `mask` is applied as the mask it is. (PyTorch compares it with a causal
-        one, which waits for the GPU and breaks a compiled graph.) Layers that a user has changed are called as
-        PyTorch's encoder calls them: with masks as numbers and, where a forward is their own, told whether the mask is
-        causal.
+        ``is_causal=None`` means False: a causal `mask` is applied like any other mask. (PyTorch compares it with a
+        causal one, which waits for the GPU and breaks a compiled graph.) Layers that a user has changed are called as
+        PyTorch's encoder calls them: with masks as numbers. Those with their own forward are also told whether the mask
+        is causal.
         """
         if not all(is_plain(layer, TransformerEncoderLayer) for layer in self.layers):
             mask = as_numbers("mask", mask, src.dtype)
@@ -74,7 +74,7 @@ class TransformerDecoder(nn.TransformerDecoder):
 
     Args:
         decoder_layer: the layer to clone; the clones start with equal parameters.
-        num_layers: how many.
+        num_layers: the number of layers.
         norm: applied to the last layer's output.
 
     >>> layer = fastformer.nn.TransformerDecoderLayer(d_model=64, nhead=8)
@@ -94,10 +94,10 @@ class TransformerDecoder(nn.TransformerDecoder):
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
     ) -> torch.Tensor:
-        """Decode `tgt`; arguments as in `TransformerDecoderLayer`, for every layer.
+        """Decode `tgt`; arguments are as in `TransformerDecoderLayer`, for every layer.
 
-        ``tgt_is_causal=None`` means False: a causal `tgt_mask` is applied as the mask it is. Layers with a
-        forward of their own are told whether it is causal, as in PyTorch's decoder.
+        ``tgt_is_causal=None`` means False: a causal `tgt_mask` is applied like any other mask. Layers with their own
+        forward are told whether it is causal, as in PyTorch's decoder.
         """
         if tgt_is_causal is None and not all(reads_masks(layer, TransformerDecoderLayer) for layer in self.layers):
             tgt_is_causal = _is_causal(tgt_mask)
@@ -118,16 +118,16 @@ class TransformerDecoder(nn.TransformerDecoder):
 class Transformer(nn.Transformer):
     """`torch.nn.Transformer` on Fastformer's operators: same constructor, state_dict, forward and outputs.
 
-    An encoder and a decoder (Vaswani et al. 2017), each with a final norm. What PyTorch answers with NaN, a target
-    whose source is all padding, stays finite: attention to nothing adds zero.
+    An encoder and a decoder (Vaswani et al. 2017), each with a final norm. For a target whose source is all padding
+    PyTorch gives NaN; here the output stays finite, since attention to nothing adds zero.
 
     Args:
-        d_model: features of source and target.
-        nhead: attention heads.
-        num_encoder_layers, num_decoder_layers: how many layers of each kind.
+        d_model: the number of features of source and target.
+        nhead: the number of attention heads.
+        num_encoder_layers, num_decoder_layers: the numbers of layers of each kind.
         dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias: as in
             `TransformerEncoderLayer`, for all layers.
-        custom_encoder, custom_decoder: called in place of those described by the other arguments.
+        custom_encoder, custom_decoder: called instead of those that the other arguments describe.
         device, dtype: of the parameters.
 
     >>> model = fastformer.nn.Transformer(d_model=64, nhead=8, num_encoder_layers=2, num_decoder_layers=2)
@@ -196,8 +196,8 @@ class Transformer(nn.Transformer):
             tgt_mask, memory_mask: likewise, (target, target) and (target, source).
             src_key_padding_mask: (batch, source), unbatched (source,); boolean, True = padding, or floating.
             tgt_key_padding_mask, memory_key_padding_mask: likewise, (batch, target) and (batch, source).
-            src_is_causal, tgt_is_causal, memory_is_causal: nobody attends to later positions, counted from the first,
-                whether the mask says so too or not. Told so, attention leaves out the work.
+            src_is_causal, tgt_is_causal, memory_is_causal: no query attends to later positions, counted from the first,
+                even if the mask allows it. Attention then skips the work for those positions.
 
         Returns:
             The same shape as `tgt`.
@@ -228,7 +228,7 @@ class Transformer(nn.Transformer):
 
 
 def _is_causal(mask: torch.Tensor | None) -> bool:
-    """Whether `mask` is the one of `generate_square_subsequent_mask`, of its dtype; waits for a GPU, as in PyTorch."""
+    """Whether `mask` equals that of `generate_square_subsequent_mask` in its dtype; waits for a GPU, like PyTorch."""
     if mask is None or mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
         return False
     return torch.equal(mask, torch.full_like(mask, -math.inf).triu_(1))

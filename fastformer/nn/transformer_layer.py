@@ -19,15 +19,14 @@ Block = Callable[[torch.Tensor], torch.Tensor]
 
 
 class _TransformerLayer(nn.Module):
-    """What both kinds of layer share: the parts, and what stands between them, fused.
+    """The base of both kinds of layer: the parts, and the fused steps between them.
 
-    Every block is followed by dropout and the residual's addition: both happen within the norm that comes next, or,
-    where none does, in the feed-forward network's second matrix product. A part that a user has replaced by one of
-    another kind (a projection with LoRA, a norm, a dropout), or has put a hook on, is called as PyTorch's layers call
-    it, at the cost of separate steps.
+    Dropout and the addition of the residual follow every block. Both are fused into the next norm or, if none follows,
+    into the feed-forward network's second matrix product. If a user has replaced a part (by a projection with LoRA, a
+    norm, a dropout) or put a hook on it, it is called as PyTorch's layers call it, in separate steps.
     """
 
-    # The attention blocks' names, in their order.
+    # The names of the attention blocks, in order.
     _attentions: tuple[str, ...]
 
     def __init__(
@@ -44,7 +43,7 @@ class _TransformerLayer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        # Not super(): PyTorch's own layer, a base of both layers here, would build its own parts.
+        # Not super(): PyTorch's own layer, which is a base of both layers here, would build its own parts.
         nn.Module.__init__(self)
         factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         for name in self._attentions:
@@ -59,11 +58,11 @@ class _TransformerLayer(nn.Module):
         for block in blocks:
             self.add_module(f"dropout{block}", nn.Dropout(dropout))
         self.activation = _activation(activation)
-        # PyTorch's encoder asks for this number, and sends nested tensors to layers where it is not 0.
+        # PyTorch's encoder reads this number, and passes nested tensors to layers where it is not 0.
         self.activation_relu_or_gelu = 0
 
     def _run_blocks(self, x: torch.Tensor, attentions: list[Block]) -> torch.Tensor:
-        """The attention blocks in turn, then the feed-forward block, each with its dropout, residual and norm."""
+        """Run the attention blocks in order, then the feed-forward block, each with dropout, residual and norm."""
         blocks = range(1, len(attentions) + 2)
         norms = [self.get_submodule(f"norm{block}") for block in blocks]
         dropouts = [self.get_submodule(f"dropout{block}") for block in blocks]
@@ -77,7 +76,7 @@ class _TransformerLayer(nn.Module):
         return self._feed_forward(hidden, residual=x)
 
     def _feed_forward(self, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """The feed-forward block, and with `residual` its dropout and the addition."""
+        """Run the feed-forward block; with `residual`, also its dropout and the addition."""
         up, down, name = self.linear1, self.linear2, _fused_name(self.activation)
         dropout = self.get_submodule(f"dropout{len(self._attentions) + 1}")
         hidden_p, output_p = dropout_p(self.dropout), dropout_p(dropout) if residual is not None else 0.0
@@ -100,22 +99,22 @@ class _TransformerLayer(nn.Module):
 class TransformerEncoderLayer(_TransformerLayer, nn.TransformerEncoderLayer):
     """`torch.nn.TransformerEncoderLayer` on Fastformer's operators: same constructor, state_dict, forward and outputs.
 
-    Self-attention and a feed-forward network, each with dropout, residual and norm. Between the matrix products run
-    fused operators only: attention, the activation with its product, and each residual with its norm.
+    Self-attention and a feed-forward network, each with dropout, residual and norm. Only fused operators run between
+    the matrix products: attention, the activation with its product, and each residual with its norm.
 
-    Where it differs, PyTorch's answer is NaN or an error; see `MultiheadAttention`.
+    It differs from PyTorch only where PyTorch gives NaN or an error; see `MultiheadAttention`.
 
     Args:
-        d_model: features of the input.
-        nhead: attention heads.
-        dim_feedforward: features between the two feed-forward projections.
-        dropout: of attention weights, activations and both blocks' outputs, in training.
-        activation: "relu", "gelu" or any callable. ReLU, GELU (either form) and SiLU, as functions or modules, run
-            fused into the projections; another callable runs as a step of its own.
-        layer_norm_eps: of both norms.
+        d_model: the number of features of the input.
+        nhead: the number of attention heads.
+        dim_feedforward: the number of features between the two feed-forward projections.
+        dropout: probability for attention weights, activations and both blocks' outputs, in training.
+        activation: "relu", "gelu" or any callable. ReLU, GELU (either form) and SiLU, as functions or modules, are
+            fused into the projections; another callable runs as a separate step.
+        layer_norm_eps: the epsilon of both norms.
         batch_first: (batch, sequence, d_model) instead of (sequence, batch, d_model).
         norm_first: normalise before each block (Xiong et al. 2020) instead of after (Vaswani et al. 2017).
-        bias: whether projections and norms have one.
+        bias: whether projections and norms have biases.
         device, dtype: of the parameters.
 
     Raises:
@@ -136,15 +135,15 @@ class TransformerEncoderLayer(_TransformerLayer, nn.TransformerEncoderLayer):
         src_key_padding_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        """Encode.
+        """Encode `src`.
 
         Args:
             src: (sequence, batch, d_model), (batch, sequence, d_model) if `batch_first`, or (sequence, d_model).
             src_mask: (sequence, sequence) or (batch * nhead, sequence, sequence); boolean, True = may not attend, or
                 floating, added to the scores.
             src_key_padding_mask: (batch, sequence), unbatched (sequence,); boolean, True = padding, or floating.
-            is_causal: nobody attends to later positions, whether `src_mask` says so too or not. Told so, attention
-                leaves out the work; a causal `src_mask` alone is applied like any other.
+            is_causal: no query attends to later positions, even if `src_mask` allows it. Attention then skips the work
+                for those positions; a causal `src_mask` alone is applied like any other mask.
 
         Returns:
             The same shape as `src`.
@@ -166,8 +165,8 @@ class TransformerEncoderLayer(_TransformerLayer, nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(_TransformerLayer, nn.TransformerDecoderLayer):
     """`torch.nn.TransformerDecoderLayer` on Fastformer's operators: same constructor, state_dict, forward and outputs.
 
-    Self-attention, attention to an encoder's output and a feed-forward network, each with dropout, residual and norm;
-    fused as in `TransformerEncoderLayer`, whose arguments it takes.
+    Self-attention, attention to an encoder's output and a feed-forward network, each with dropout, residual and norm.
+    It is fused like `TransformerEncoderLayer` and takes the same arguments.
 
     >>> layer = fastformer.nn.TransformerDecoderLayer(d_model=64, nhead=8, batch_first=True)
     >>> memory, target = torch.randn(2, 10, 64), torch.randn(2, 7, 64)
@@ -188,18 +187,18 @@ class TransformerDecoderLayer(_TransformerLayer, nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> torch.Tensor:
-        """Decode.
+        """Decode `tgt`.
 
         Args:
             tgt: (target, batch, d_model), (batch, target, d_model) if `batch_first`, or (target, d_model).
-            memory: likewise with the source's length: the encoder's output.
+            memory: the encoder's output; likewise, with the source's length.
             tgt_mask: (target, target) or (batch * nhead, target, target); boolean, True = may not attend, or floating,
                 added to the scores.
             memory_mask: likewise, (target, source) or (batch * nhead, target, source).
             tgt_key_padding_mask: (batch, target), unbatched (target,); boolean, True = padding, or floating.
             memory_key_padding_mask: likewise, (batch, source), unbatched (source,).
-            tgt_is_causal, memory_is_causal: nobody attends to later positions, counted from the first, whether the mask
-                says so too or not.
+            tgt_is_causal, memory_is_causal: no query attends to later positions, counted from the first, even if the
+                mask allows it.
 
         Returns:
             The same shape as `tgt`.
@@ -226,7 +225,7 @@ def _attend(
     padding: torch.Tensor | None,
     is_causal: bool,
 ) -> torch.Tensor:
-    """Call an attention, which may be a user's own, by the names that PyTorch's layers call it by."""
+    """Call an attention, which a user may have replaced, with the argument names that PyTorch's layers use."""
     return attention(
         query, source, source, attn_mask=mask, key_padding_mask=padding, is_causal=is_causal, need_weights=False
     )[0]
@@ -235,7 +234,7 @@ def _attend(
 def _add_and_normalize(
     output: torch.Tensor, residual: torch.Tensor, dropout: nn.Module, norm: nn.Module
 ) -> torch.Tensor:
-    """``residual + dropout(output)``, normalised."""
+    """Return ``residual + dropout(output)``, normalised."""
     p = dropout_p(dropout)
     if p is None or not is_plain(norm, LayerNorm, RMSNorm):
         return norm(residual + dropout(output))
@@ -245,7 +244,7 @@ def _add_and_normalize(
 def _add_and_normalize_with_sum(
     output: torch.Tensor, residual: torch.Tensor, dropout: nn.Module, norm: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``residual + dropout(output)``, normalised and as it is."""
+    """Return ``residual + dropout(output)``, both normalised and not."""
     p = dropout_p(dropout)
     if p is None or not is_plain(norm, LayerNorm, RMSNorm):
         total = residual + dropout(output)
@@ -254,16 +253,16 @@ def _add_and_normalize_with_sum(
 
 
 def _replaces_a_block(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a subclass of one of the layers has its own method for a block, under the name PyTorch gives it.
+    """Whether a subclass of one of the layers has its own method for a block, with the name that PyTorch uses.
 
-    Then PyTorch's forward, which calls these methods, is the layer's.
+    If so, the layer runs PyTorch's forward, which calls these methods.
     """
     blocks = [name for name in ("_sa_block", "_mha_block", "_ff_block") if hasattr(kind, name)]
     return not all(_has_method_of(kind, layer, name) for name in blocks)
 
 
 def reads_masks(layer: nn.Module, kind: type[_TransformerLayer]) -> bool:
-    """Whether `layer` and its attentions run our own forwards, which read a mask whatever they are told of it."""
+    """Whether `layer` and its attentions run our own forwards, which read a mask even if it is declared causal."""
     if not _has_method_of(kind, layer, "forward") or _replaces_a_block(layer, kind):
         return False
     attentions = [layer.get_submodule(name) for name in kind._attentions]
@@ -271,7 +270,7 @@ def reads_masks(layer: nn.Module, kind: type[_TransformerLayer]) -> bool:
 
 
 def _has_method_of(kind: type[nn.Module], module: nn.Module, name: str) -> bool:
-    """Whether a method is the one that `kind` has; by classes, since torch.compile knows no `__func__`."""
+    """Whether a method is the one of `kind`, compared by classes, since torch.compile does not support `__func__`."""
     return getattr(type(module), name, None) is getattr(kind, name) and name not in vars(module)
 
 

@@ -264,7 +264,7 @@ def test_refuses_what_it_cannot_do() -> None:
         module(x, x, x[..., 1:])
     with pytest.raises(ValueError, match=r"query must be 3-D .*; got shape \(12,\)"):
         module(x[0, 0], x, x)
-    with pytest.raises(TypeError, match=r"query must be a dense tensor, .*; got a nested one"):
+    with pytest.raises(TypeError, match=r"query must be a dense tensor, .*; got a nested tensor"):
         module(*[torch.nested.nested_tensor([x[0], x[1, :2]])] * 3)
     with pytest.raises(ValueError, match=r"the same length; got shapes \(2, 4, 12\), \(2, 4, 12\) and \(2, 3, 12\)"):
         module(x, x, x[:, 1:])
