@@ -21,7 +21,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is: `fastformer generate --help` needs no model."""
+    """Import a name on first use, so that `fastformer generate --help` needs no model."""
     if name not in _HOMES:
         raise AttributeError(f"module 'fastformer.generation' has no attribute {name!r}")
     return globals().setdefault(name, getattr(importlib.import_module(_HOMES[name]), name))

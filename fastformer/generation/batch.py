@@ -1,4 +1,4 @@
-"""Continuous batching: sequences that finish make room for those that wait, a step at a time (Yu et al. 2022, Orca)."""
+"""Continuous batching: in each step, finished sequences make room for waiting ones (Orca, Yu et al. 2022)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_PREFILLED = 8192
-"""Tokens of prompts and sources that are taken in by one step, if there is more than one prompt."""
+"""The most tokens of prompts and sources that one step takes in, unless it takes in a single prompt."""
 
 
 class NewTokens(NamedTuple):
-    """Of each sequence of a step.
+    """The new tokens of each sequence of a step.
 
     Attributes:
         tokens: (sequences, new) int64.
-        counts: (sequences,) int64, how many of them there are; None for all.
-        logprobs: (sequences, new) float32, if any sequence wants them.
+        counts: (sequences,) int64, the number of valid tokens of each sequence; None if all are valid.
+        logprobs: (sequences, new) float32; None if no sequence needs them.
     """
 
     tokens: Tensor
@@ -39,7 +39,7 @@ class NewTokens(NamedTuple):
     logprobs: Tensor | None = None
 
     def packed(self) -> Tensor:
-        """(sequences, columns) float64: the counts, the tokens, the log-probabilities if there are any."""
+        """Pack all into (sequences, columns) float64: counts, tokens and, if there are any, log-probabilities."""
         rows, new = self.tokens.shape
         counts = self.tokens.new_full((rows,), new) if self.counts is None else self.counts
         columns = [counts[:, None], self.tokens, *([] if self.logprobs is None else [self.logprobs])]
@@ -47,7 +47,7 @@ class NewTokens(NamedTuple):
 
 
 def on_host(packed: Tensor, new: int) -> list[tuple[list[int], list[float]]]:
-    """Tokens, `new` at most, and log-probabilities of each sequence. It is what a step waits for a GPU for."""
+    """Read each sequence's tokens, at most `new`, and log-probabilities. Here a step waits for a GPU."""
     return [
         ([int(token) for token in row[1 : 1 + int(row[0])]], row[1 + new : 1 + new + int(row[0])])
         for row in packed.tolist()
@@ -56,12 +56,12 @@ def on_host(packed: Tensor, new: int) -> list[tuple[list[int], list[float]]]:
 
 @dataclass
 class Statistics:
-    """What a batch has done.
+    """Counts of the work that a batch has done.
 
     Attributes:
-        prompt_tokens, new_tokens: of all sequences.
+        prompt_tokens, new_tokens: the sums over all sequences.
         steps: passes through the model that continued sequences.
-        drafted, accepted: tokens of speculative decoding.
+        drafted, accepted: the numbers of tokens in speculative decoding.
     """
 
     prompt_tokens: int = 0
@@ -72,22 +72,21 @@ class Statistics:
 
 
 class ContinuousBatch:
-    """Requests that wait, and those that run in the first slots of the caches.
+    """Waiting requests, and running sequences in the first slots of the caches.
 
-    A step either takes waiting requests in or continues all running sequences, by one token or, with a draft model, up
-    to `draft_tokens` + 1. It waits for a GPU once, for the tokens.
-
-    With `graphs` as many slots are continued as the next power of two says, empty ones too, so that there are few kinds
-    of steps. Nothing is kept of what an empty slot is given.
+    A step either takes in waiting requests or continues all running sequences, by one token or, with a draft model, by
+    up to `draft_tokens` + 1. It waits for a GPU once, for the tokens.
+    With `graphs` a step continues a power of two of slots, empty ones too, so that there are few kinds of steps. The
+    results of empty slots are discarded.
 
     Args:
-        model: continues.
-        draft: drafts; its cache is as large as the model's.
-        draft_tokens: how many in each step.
-        slots: of the caches.
+        model: continues the sequences.
+        draft: drafts tokens; its cache is as large as the model's.
+        draft_tokens: the number of tokens drafted in each step.
+        slots: the number of slots in the caches.
         table: the state of the sequences.
-        tokenizer: makes text; without it there is none.
-        graphs: of steps that continue sequences; None to launch each kernel of each step.
+        tokenizer: decodes text; None for no text.
+        graphs: recorded steps that continue sequences; None to launch every kernel of every step.
     """
 
     def __init__(
@@ -107,12 +106,12 @@ class ContinuousBatch:
         self._running: list[Running] = []
 
     def submit(self, requests: Iterable[Request]) -> None:
-        """Let them wait for a slot, behind those that already do."""
+        """Add requests to the end of the queue for slots."""
         self._waiting.extend(requests)
 
     @torch.inference_mode()
     def step(self) -> list[Piece]:
-        """What the next step brings; nothing once all is finished."""
+        """Run one step and return its new pieces; an empty list once all requests are finished."""
         first = len(self._running)
         requests = self._admit()
         if requests:
@@ -133,7 +132,7 @@ class ContinuousBatch:
         return pieces
 
     def _admit(self) -> list[Request]:
-        """Waiting requests that there is room for, in order; their slots are reserved."""
+        """Take waiting requests in order, as long as there is room, and reserve their slots."""
         admitted: list[Request] = []
         tokens = 0
         while self._waiting and len(self._running) < self.slots:
@@ -166,7 +165,7 @@ class ContinuousBatch:
         return self._sample(logits, rows, self._settings(rows), self._wants_logprobs(rows))
 
     def _continue(self) -> list[tuple[list[int], list[float]]]:
-        """What all running sequences get."""
+        """Continue all running sequences and return their new tokens and log-probabilities."""
         running = len(self._running)
         rows = slice(0, running if self.graphs is None else min(1 << (running - 1).bit_length(), self.slots))
         settings, logprobs = self._settings(rows), self._wants_logprobs(rows)
@@ -191,7 +190,7 @@ class ContinuousBatch:
         return self._sample(logits[:, 0], rows, settings, logprobs, counts)
 
     def _counts(self, rows: slice, most: int) -> Tensor | None:
-        """How many of `most` tokens each slot is given, (rows,) int32: none where it is empty; None for all of them."""
+        """The number of new tokens for each slot, (rows,) int32: `most`, or 0 if it is empty; None if none is empty."""
         return None if self.graphs is None else (self.table.left(rows).clamp(max=1) * most).int()
 
     def _sample(
@@ -211,11 +210,11 @@ class ContinuousBatch:
 
         drafted: list[Tensor] = []
         proposals: list[Tensor] = []
-        # The token before the last may be missing in the draft's cache: the last draft was accepted and never read.
+        # The draft's cache may lack the token before the last: an accepted last draft token was never read.
         logits = draft.decode(table.last(rows, 2), lengths - 1, self._counts(rows, 2))[:, -1]
         for place in range(count):
             if place > 0:
-                # A sequence that is about to end stays within its positions.
+                # A sequence that is about to end must not exceed its positions.
                 ahead = (left - 1).clamp(max=place).int()
                 logits = draft.decode(drafted[-1], lengths + ahead, (left > place).int())[:, 0]
             proposals.append(distribution(logits, settings, seen[-1]))
@@ -236,11 +235,11 @@ class ContinuousBatch:
         return NewTokens(new, counts, found)
 
     def _usable(self, running: Running) -> int:
-        """How many drafted tokens a sequence can take."""
+        """The number of drafted tokens that a sequence can use."""
         return min(self.draft_tokens, running.request.parameters.max_new_tokens - running.generated - 1)
 
     def _remove(self, slot: int) -> None:
-        """Free `slot`, and give it the last sequence, so that those that run stay together."""
+        """Free `slot` and move the last sequence into it, so that running sequences stay together."""
         last = len(self._running) - 1
         for model in self._models():
             model.cache.release(slot)

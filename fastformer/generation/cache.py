@@ -1,4 +1,4 @@
-"""Keys and values of the sequences being generated: memory allocated once, contiguous or in pages."""
+"""Keys and values of the sequences in generation, in memory that is allocated once, contiguous or in pages."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastformer.generation.devices import on_device
 
 
 class CacheShape(NamedTuple):
-    """What a token takes in a cache.
+    """The sizes of a token's entries in a cache.
 
     Attributes:
-        layers: blocks that have keys and values.
-        kv_heads, head_dim: of each.
-        dtype, device: of all.
+        layers: the number of blocks with keys and values.
+        kv_heads, head_dim: the sizes in each block.
+        dtype, device: the dtype and device of all keys and values.
     """
 
     layers: int
@@ -27,7 +27,7 @@ class CacheShape(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one block, and where its sequences are, as the operators take them."""
+    """Keys and values of one block and the places of its sequences, as the operators take them."""
 
     keys: Tensor
     values: Tensor
@@ -35,40 +35,40 @@ class LayerCache(NamedTuple):
 
 
 class KeyValueCache(Protocol):
-    """A cache of `slots` sequences, of which the first ones are in use."""
+    """A cache with `slots` sequences; running sequences use the first ones."""
 
     capacity: int
-    """Tokens that a sequence may have."""
+    """The most tokens of a sequence."""
 
     def layer(self, layer: int, batch: int) -> LayerCache:
-        """Block number `layer` of the first `batch` sequences."""
+        """Return the entries of block number `layer` for the first `batch` sequences."""
 
     def places(self, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Where tokens (tokens,) of the sequences in `slots` at `positions` are kept, as `write` takes it."""
+        """The places of tokens (tokens,) at `positions` of the sequences in `slots`, as `write` takes them."""
 
     def write(self, layer: int, places: tuple[Tensor, Tensor], key: Tensor, value: Tensor) -> None:
-        """Keep `key` and `value`, each (tokens, kv_heads, head_dim)."""
+        """Store `key` and `value`, each (tokens, kv_heads, head_dim)."""
 
     def has_room(self, tokens: int) -> bool:
-        """Whether a sequence of so many tokens can be taken in now."""
+        """Whether there is room now for a sequence of this many tokens."""
 
     def reserve(self, slot: int, tokens: int) -> None:
-        """Take a sequence of up to `tokens` tokens in."""
+        """Reserve room for a sequence of up to `tokens` tokens."""
 
     def move(self, source: int, target: int, tokens: int) -> None:
-        """Give the sequence in slot `source`, `tokens` long, the slot `target`, whose own is gone."""
+        """Move the sequence of `tokens` tokens in slot `source` to the free slot `target`."""
 
     def release(self, slot: int) -> None:
-        """Forget the sequence in `slot`."""
+        """Free the room of the sequence in `slot`."""
 
     def clear(self) -> None:
-        """Forget all sequences."""
+        """Free the room of all sequences."""
 
 
 class ContiguousCache:
-    """(slots, kv_heads, capacity, head_dim) for keys and values of each block.
+    """A tensor (slots, kv_heads, capacity, head_dim) for keys and for values of each block.
 
-    Only what is written to takes memory on a CPU.
+    On a CPU only the parts that are written take memory.
     """
 
     def __init__(self, shape: CacheShape, slots: int, capacity: int) -> None:
@@ -90,7 +90,7 @@ class ContiguousCache:
         return tokens <= self.capacity
 
     def reserve(self, slot: int, tokens: int) -> None:
-        """Each slot has its own memory."""
+        """Do nothing: each slot has its own memory."""
 
     def move(self, source: int, target: int, tokens: int) -> None:
         for caches in self._caches:
@@ -98,18 +98,18 @@ class ContiguousCache:
                 cache[target, :, :tokens] = cache[source, :, :tokens]
 
     def release(self, slot: int) -> None:
-        """Each slot keeps its memory."""
+        """Do nothing: each slot keeps its memory."""
 
     def clear(self) -> None:
-        """Each slot keeps its memory."""
+        """Do nothing: each slot keeps its memory."""
 
 
 class PagedCache:
-    """(pages, page_size, kv_heads, head_dim) for keys and values of each block, and a table of each sequence's pages.
+    """Pages (pages, page_size, kv_heads, head_dim) for keys and values of each block, and each sequence's page table.
 
-    A sequence gets the pages for all the tokens it may have when it is taken in, so that none runs out of them on the
-    way; where too few are free it waits until others have finished (Kwon et al. 2023,
-    https://arxiv.org/abs/2309.06180, has the layout).
+    At its start a sequence gets the pages for all tokens it may have, so that it never runs out of them. If too few are
+    free, it waits until others have finished. The layout is that of Kwon et al. 2023,
+    https://arxiv.org/abs/2309.06180.
     """
 
     def __init__(self, shape: CacheShape, slots: int, capacity: int, page_size: int, pages: int) -> None:

@@ -1,4 +1,4 @@
-"""A model that continues sequences: whole prompts first, then a few tokens at a time, with a cache in between."""
+"""A model that continues sequences with a cache: whole prompts first, then a few tokens at a time."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LanguageModel = FastformerForCausalLM | FastformerForSeq2SeqLM
 
 
 class CachedModel:
-    """The model, and the cache of the sequences that it continues, which are in the first slots.
+    """A model, and the cache of the sequences that it continues, which are in the first slots.
 
     Args:
         model: in evaluation mode.
         slots: the most sequences at once.
-        capacity: the most tokens of a sequence, with its prompt.
+        capacity: the most tokens of a sequence, including its prompt.
         source_capacity: the most tokens of an encoder-decoder's source.
-        page_size, pages: of a paged cache; None for a contiguous one.
+        page_size, pages: sizes of a paged cache; None for a contiguous one.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class CachedModel:
     def prefill(
         self, prompts: Sequence[Sequence[int]], first_slot: int, sources: Sequence[Sequence[int]] | None = None
     ) -> Tensor:
-        """Take prompts, and the sources of an encoder-decoder, into neighbouring slots.
+        """Read prompts, and the sources of an encoder-decoder, into neighbouring slots.
 
         Returns:
-            The logits of the tokens that follow, (prompts, vocab_size).
+            The logits of the next tokens, (prompts, vocab_size).
         """
         ids, positions, slots, packing = self._packed(prompts, first_slot)
         places = self.cache.places(slots, positions)
@@ -92,16 +92,16 @@ class CachedModel:
 
         Args:
             tokens: (batch, queries) int64.
-            lengths: (batch,) int32, the tokens of each sequence before.
-            new_lengths: (batch,) int32, how many of the tokens each has; the rest are padding. None for all.
+            lengths: (batch,) int32, the number of earlier tokens of each sequence.
+            new_lengths: (batch,) int32, the number of new tokens of each sequence; the rest are padding. None for all.
 
         Returns:
-            The logits of the token behind each, (batch, queries, vocab_size).
+            The logits of the token after each, (batch, queries, vocab_size).
         """
         batch, queries = tokens.shape
         positions = lengths[:, None] + self._positions[:queries]
         if self.decoder.relative_bias is not None:
-            # Its attention takes no padding among the queries; these are written beyond the end, and never read.
+            # This attention takes no padding among the queries. Padding is written beyond the end and never read.
             new_lengths = None
         if new_lengths is not None:
             positions = positions.clamp(max=self._last_position)
@@ -121,23 +121,23 @@ class CachedModel:
         return self._logits(hidden).unflatten(0, (batch, queries))
 
     def fits(self, capacity: int, source_capacity: int) -> bool:
-        """Whether sequences and sources of so many tokens do."""
+        """Whether sequences and sources of these sizes fit into the cache."""
         source_fits = self.source_cache is None or source_capacity <= self.source_cache.capacity
         return capacity <= self.cache.capacity and source_fits
 
     def clear(self) -> None:
-        """Forget all sequences."""
+        """Free the room of all sequences."""
         self.cache.clear()
 
     def move(self, source: int, target: int, tokens: int) -> None:
-        """Give the sequence in slot `source`, `tokens` long, the slot `target`."""
+        """Move the sequence of `tokens` tokens in slot `source` to slot `target`."""
         self.cache.move(source, target, tokens)
         if self.source_cache is not None:
             self.source_cache.move(source, target, self.source_cache.capacity)
             self.source_lengths[target] = self.source_lengths[source]
 
     def _packed(self, sequences: Sequence[Sequence[int]], first_slot: int) -> tuple[Tensor, Tensor, Tensor, Packing]:
-        """Tokens, their positions and slots, each (total_tokens,), and where the sequences are."""
+        """Return the tokens, their positions and slots, each (total_tokens,), and the sequences' boundaries."""
         ids = on_device(torch.tensor(list(chain.from_iterable(sequences)), device="cpu"), self.device)
         lengths = list(map(len, sequences))
         boundaries = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device="cpu")

@@ -1,4 +1,4 @@
-"""Attention of sequences being generated: whole prompts, and then a few tokens at a time behind those in a cache."""
+"""Attention in generation: of whole prompts, and of a few new tokens to those in a cache."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Places = tuple[Tensor, Tensor]
 
 
 class PrefillContext(NamedTuple):
-    """Packed prompts, whose keys and values are kept.
+    """Packed prompts, whose keys and values are stored in a cache.
 
     Attributes:
-        packed: the prompts, and what an encoder made of their sources.
-        cache, places: where the prompts' tokens are kept.
-        source_cache, source_places: where the keys and values of the sources' tokens are kept.
+        packed: the prompts, with an encoder's output for their sources.
+        cache, places: the cache of the prompts' tokens and the places in it.
+        source_cache, source_places: the cache of the sources' tokens and the places in it.
     """
 
     packed: PackedContext
@@ -56,16 +56,16 @@ class PrefillContext(NamedTuple):
 
 
 class DecodeContext(NamedTuple):
-    """The next tokens of each sequence, the same number of all but for padding at the end. Nothing waits for a GPU.
+    """The next tokens of each sequence, equally many except for padding at the end. No method waits for a GPU.
 
     Attributes:
-        batch, queries: the new tokens; of the sequences in the cache, the first `batch`.
-        cache: keys and values, to which those of the new tokens are added.
-        lengths: (batch,) int32, the tokens in the cache before.
-        new_lengths: (batch,) int32, the new tokens that are no padding; None if all are.
+        batch, queries: the numbers of sequences, the first ones of the cache, and of new tokens of each.
+        cache: keys and values; those of the new tokens are added.
+        lengths: (batch,) int32, the number of earlier tokens in the cache.
+        new_lengths: (batch,) int32, the number of new tokens that are not padding; None if none is padding.
         totals: (batch,) int32, the sum of both.
         source_cache: keys and values of the encoder's output.
-        source_lengths: (batch,) int32, its tokens.
+        source_lengths: (batch,) int32, the number of tokens of each source.
     """
 
     batch: int
@@ -97,7 +97,7 @@ class DecodeContext(NamedTuple):
         )
         query = query if rotated is None else rotated
         if pattern.relative_bias is not None:
-            # `decode_attention` has no such bias, and this operator neither pages nor padding among the queries.
+            # `decode_attention` has no relative bias, and `attention` has neither pages nor padding among the queries.
             assert block_table is None and self.new_lengths is None
             arguments = pattern.arguments(training)
             return self._tokens(attention(query, keys, values, key_lengths=self.totals, **arguments))
@@ -133,7 +133,7 @@ class DecodeContext(NamedTuple):
         )
 
     def _dense(self, tokens: Tensor) -> Tensor:
-        """(batch * queries, heads, head_dim) to (batch, heads, queries, head_dim)."""
+        """Reshape (batch * queries, heads, head_dim) to (batch, heads, queries, head_dim)."""
         return tokens.unflatten(0, (self.batch, self.queries)).transpose(1, 2)
 
     def _tokens(self, dense: Tensor | tuple[Tensor, Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
-"""Decoding steps on a CPU without the operators' calls, where PyTorch's functions do the same.
+"""Decoding steps on a CPU by PyTorch's own functions, without the operators' checks and dispatch.
 
-A step of a few rows finds caches full of weights: what an operator checks, finds out and dispatches takes as long there
-as the work of a layer beside its products. Here it is done once a step, or not at all.
+In steps of a few rows, the operators' checks and dispatch cost as much as a layer's work other than matrix products.
+Here such work is done once for each step, or not at all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class DirectLayerNorm(nn.Module):
-    """What a `LayerNorm` computes in evaluation, from its parameters."""
+    """A module that computes what a `LayerNorm` computes in evaluation, from its parameters."""
 
     def __init__(self, norm: LayerNorm) -> None:
         super().__init__()
@@ -43,7 +43,12 @@ class DirectLayerNorm(nn.Module):
 
 
 class DirectContext(NamedTuple):
-    """What a `DecodeContext` computes for one new token of each sequence, with what it needs on the host.
+    """An equivalent of `DecodeContext` for one new token of each sequence, with the lengths on the host.
+
+    Attributes:
+        general: the context of the same tokens.
+        groups: ranges of neighbouring sequences with equal lengths, and these lengths.
+        positions: (batch, 1), the positions of the tokens.
 
     Attributes:
         general: of the same tokens.
@@ -60,7 +65,7 @@ class DirectContext(NamedTuple):
     ) -> Tensor:
         keys, values, _ = self.general.cache.layer(layer, self.general.batch)
         if pattern.rotary is not None:
-            # A token is a sequence of its own.
+            # Treat each token as a sequence of one.
             query, key = rotary(query[:, :, None], key[:, :, None], *pattern.rotary, position_ids=self.positions)
             query, key = query[:, :, 0], key[:, :, 0]
         left = None if pattern.window is None else pattern.window[0]
@@ -82,7 +87,7 @@ class DirectContext(NamedTuple):
 
 
 def direct(general: DecodeContext, position_embedding: str) -> DecodeContext | DirectContext:
-    """`general`, or what computes the same sooner."""
+    """Return a faster equivalent of `general`, or `general` itself if there is none."""
     cache = general.cache
     if (
         general.queries > 1

@@ -1,4 +1,4 @@
-"""Generation: prompts in, their continuations out."""
+"""Generation of continuations of prompts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int]
 GREEDY = SamplingParameters()
 
-# What would change the tokens in Hugging Face's generation configuration and is not taken over; values without effect.
+# Settings of Hugging Face's generation configuration that would change tokens but are ignored, with harmless values.
 _NOT_TAKEN_OVER: dict[str, tuple[object, ...]] = {
     "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,),
@@ -40,31 +40,31 @@ _NOT_TAKEN_OVER: dict[str, tuple[object, ...]] = {
 
 
 class Generator:
-    """Continues prompts with a causal or sequence-to-sequence model.
+    """Continue prompts with a causal or sequence-to-sequence model.
 
-    Sequences run together, each with the length it has: none is padded. One that finishes makes room for the next
-    prompt (continuous batching). Their keys and values are kept in memory that is allocated once, in one piece for each
-    slot or, with `page_size`, in pages that sequences share. A sequence is given the pages for all that it may become
-    when it starts, and waits until there are enough.
+    Sequences run together without padding, each with its own length. One that finishes makes room for the next prompt
+    (continuous batching). Keys and values are stored in memory that is allocated once: one piece for each slot or, with
+    `page_size`, pages that sequences share. At its start a sequence gets the pages for all tokens it may have, and it
+    waits until enough pages are free.
 
     Args:
-        model: in evaluation mode. Of its `generation_config` the end tokens are taken over. What else there would
-            change the tokens is warned of, but for sampling: `SamplingParameters` alone say how.
-        tokenizer: for prompts that are strings, text and stop strings.
-        slots: the most sequences at once; 1 where there is only ever one, for which weights are packed differently.
-        capacity: the most tokens of a sequence, with its prompt and without its last, which nothing attends to; None
-            for what the longest of a call may need.
-        page_size: tokens of a page; None for a contiguous cache.
-        pages: their number; None for as many as the longest sequence needs, in all slots.
-        draft: a small model of the same vocabulary that drafts tokens for the model to check (speculative decoding,
-            Leviathan et al. 2023, https://arxiv.org/abs/2211.17192): the distribution of the tokens stays what it is,
-            greedy ones stay the same.
-        draft_tokens: how many it drafts each time.
-        pack_weights: keep a second copy of the weights of all linear layers, in the order in which the products of
-            `slots` rows read them: on a CPU, float32, up to three times faster. None: where that is possible.
-        cuda_graphs: record the kernels of each kind of decoding step when it comes for the second time, and launch them
-            together from then on, which takes next to no time of the host. None: on a GPU, where nothing is in the way,
-            such as hooks of the model's.
+        model: in evaluation mode. The end tokens come from its `generation_config`. Other settings there that would
+            change the output raise a warning; sampling comes only from `SamplingParameters`.
+        tokenizer: needed for prompts that are strings, for text and for stop strings.
+        slots: the most sequences at once; 1 if there is only ever one, since weights are then packed differently.
+        capacity: the most tokens of a sequence, including its prompt but not its last token, to which nothing attends;
+            None for the most that the longest sequence of a call may need.
+        page_size: the number of tokens of a page; None for a contiguous cache.
+        pages: the number of pages; None for as many as the longest sequence needs in every slot.
+        draft: a small model with the same vocabulary that drafts tokens for the model to check (speculative decoding,
+            Leviathan et al. 2023, https://arxiv.org/abs/2211.17192). The distribution of the tokens does not change,
+            and greedy tokens stay the same.
+        draft_tokens: the number of tokens drafted each time.
+        pack_weights: keep a second copy of the weights of all linear layers, in the order in which products of `slots`
+            rows read them. This is up to three times faster, and only for float32 on a CPU. None: wherever possible.
+        cuda_graphs: record the kernels of each kind of decoding step on its second run, and launch them together after
+            that, which takes almost no time on the host. None: on a GPU, unless something such as the model's hooks
+            prevents it.
 
     Raises:
         TypeError, ValueError: the message names the argument, what was given and what is accepted.
@@ -110,9 +110,9 @@ class Generator:
             for each, packed in zip([each for each in (model, draft) if each], packs, strict=True)
         ]
         self.statistics = Statistics()
-        """What the last call did."""
+        """Counts of the last call's work."""
         self.cuda_graphs = cuda_graphs
-        # One at most: that of the stream that has ended last. Two threads never take the same.
+        # At most one workspace: that of the stream that ended last. Two threads never take the same one.
         self._unused: deque[Workspace] = deque(maxlen=1)
         self._wants_graphs()
         self._end_tokens = _end_tokens(model)
@@ -124,15 +124,15 @@ class Generator:
         """Continue each prompt.
 
         Args:
-            prompts: strings or token ids; sources, for an encoder-decoder.
-            parameters: for all of them, or one each.
+            prompts: strings or token ids; for an encoder-decoder these are its sources.
+            parameters: one for all prompts, or one for each.
 
         Returns:
             The continuations, in the order of the prompts.
 
         Raises:
-            TypeError, ValueError: a prompt that cannot be taken, before anything is generated: it is empty, or longer
-                with all that it may get than the model's positions, `capacity` or all pages.
+            TypeError, ValueError: a prompt cannot be used. The error is raised before anything is generated. The prompt
+                is empty, or with its new tokens it exceeds the model's positions, `capacity` or all pages.
         """
         generations = [Generation(text=None if self.tokenizer is None else "") for _ in prompts]
         for piece in self.stream(prompts, parameters):
@@ -142,10 +142,10 @@ class Generator:
     def stream(
         self, prompts: Sequence[Prompt], parameters: SamplingParameters | Sequence[SamplingParameters] = GREEDY
     ) -> Iterator[Piece]:
-        """Like `generate`, but what each step adds to a sequence comes at once, whichever sequence it is.
+        """Generate like `generate`, but yield what each step adds to a sequence at once, for any sequence.
 
-        Several streams of a generator may run at a time, in several threads too: each has caches of its own, which the
-        next one takes over when it has ended.
+        Several streams of a generator may run at a time, even in several threads. Each has its own caches, which the
+        next stream reuses after its end.
         """
         requests = self._requests(prompts, parameters)
         if not requests:
@@ -164,7 +164,7 @@ class Generator:
             self._unused.append(workspace)
 
     def _workspace(self) -> Workspace:
-        """One that no stream works in."""
+        """Return a workspace that no stream uses."""
         try:
             return self._unused.pop()
         except IndexError:
@@ -188,7 +188,7 @@ class Generator:
         if parameters.stop and self.tokenizer is None:
             raise ValueError("stop needs a tokenizer; the generator has none")
         ends = self._end_tokens if parameters.eos_token_ids is None else frozenset(parameters.eos_token_ids)
-        # The default generator's seed, not its state, would make all the same.
+        # Draw a number: the default generator's own seed would be the same for all prompts.
         seed = int(torch.randint(2**62, (), device="cpu")) if parameters.seed is None else parameters.seed
         request = Request(index, tokens, source, parameters, ends, seed)
         self._check_size(request)
@@ -238,9 +238,9 @@ class Generator:
             )
 
     def _batch(self, requests: list[Request], workspace: Workspace) -> ContinuousBatch:
-        """A batch with room for each of the requests."""
+        """Make a batch with room for each of the requests."""
         ahead = self.draft_tokens if len(self.models) > 1 else 0
-        # An empty slot is taken along as if it had two tokens.
+        # An empty slot takes part in steps as if it had two tokens.
         capacity = max(self.capacity or max(request.most_cached for request in requests), 2) + ahead
         source_capacity = max(len(request.source or ()) for request in requests)
         for model in self.models:

@@ -1,8 +1,9 @@
-"""Linear layers whose weights lie in memory as the products of a decoding step on a CPU read them.
+"""Linear layers whose weights are stored in the order in which a CPU's decoding steps read them.
 
-Such a product, of a few rows, reads each weight once and is bound by memory. On weights as PyTorch keeps them its
-libraries reach a third of the memory's speed. oneDNN, on blocks of its own, comes close to it for 2 rows or more; for a
-single row it is best to go through columns if there are as many outputs as inputs, and through rows if there are fewer.
+The product of such a step, with a few rows, reads each weight once and is limited by memory bandwidth. With PyTorch's
+weight layout its libraries reach a third of that bandwidth. oneDNN with its own blocked layout comes close to it for
+2 rows or more. For a single row, reading columns is best if there are at least as many outputs as inputs; otherwise
+reading rows is.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class PackedLinear(nn.Module):
-    """What an `nn.Linear` computes, from a packed copy of its weight. For inference.
+    """A module that computes what an `nn.Linear` computes, from a packed copy of its weight. For inference.
 
     Args:
-        linear: whose weight and bias it takes.
-        rows: how many rows of input are expected; any number is right.
+        linear: the layer whose weight and bias are used.
+        rows: the expected number of input rows; any number gives the right result.
     """
 
     def __init__(self, linear: nn.Linear, rows: int) -> None:
@@ -35,7 +36,7 @@ class PackedLinear(nn.Module):
         self.refresh()
 
     def refresh(self) -> None:
-        """Pack the weight again, if it has changed since."""
+        """Pack the weight again if it has changed."""
         weight = self.linear.weight
         state = (weight.data_ptr(), weight._version)
         if state == getattr(self, "_state", None):
@@ -55,16 +56,16 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether there are packed products for all weights of the model."""
+    """Whether all weights of the model have packed products."""
     return torch.backends.mkldnn.is_available() and all(
         parameter.device.type == "cpu" and parameter.dtype == torch.float32 for parameter in model.parameters()
     )
 
 
 def with_packed_weights(model: Module, rows: int) -> Module:
-    """A copy of `model` that shares all tensors with it, for decoding `rows` sequences on a CPU.
+    """Copy `model` for decoding `rows` sequences on a CPU; the copy shares all tensors with it.
 
-    It has a `PackedLinear` for each plain `nn.Linear`, and a `DirectLayerNorm` for each plain `LayerNorm`.
+    The copy has a `PackedLinear` for each plain `nn.Linear`, and a `DirectLayerNorm` for each plain `LayerNorm`.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
@@ -78,7 +79,7 @@ def with_packed_weights(model: Module, rows: int) -> Module:
 
 
 def refresh_packed_weights(model: nn.Module) -> None:
-    """Take over what has changed in the weights that the model was made of."""
+    """Pack those weights again that have changed in the original model."""
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.refresh()

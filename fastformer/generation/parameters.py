@@ -1,4 +1,4 @@
-"""How a sequence is continued: which tokens are drawn, and when it ends."""
+"""Settings of how a sequence is continued: how tokens are drawn, and when the sequence ends."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ _KINDS: dict[str, tuple[type, str]] = {
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """How one sequence is continued. By default the likeliest token is taken each time (greedy).
+    """Settings of how one sequence is continued. By default the likeliest token is taken each time (greedy).
 
     Filters apply in this order: repetition penalty, temperature, `top_k`, `top_p`, `min_p`. Tokens of equal probability
-    are kept or left out together.
+    are all kept or all left out.
 
     Args:
         max_new_tokens: the most tokens to generate.
         temperature: divides the logits before they become probabilities, 1e-6 or more; 0 takes the likeliest token.
-        top_k: draw among the so many likeliest tokens.
-        top_p: draw among the likeliest tokens that together have this probability (Holtzman et al. 2020,
+        top_k: draw from this many likeliest tokens.
+        top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2020,
             https://arxiv.org/abs/1904.09751).
-        min_p: draw among the tokens that have this fraction of the likeliest one's probability (Nguyen et al. 2024,
+        min_p: draw from the tokens with at least this fraction of the likeliest one's probability (Nguyen et al. 2024,
             https://arxiv.org/abs/2407.01082).
         repetition_penalty: divides positive logits of tokens in prompt and continuation and multiplies negative ones
-            (Keskar et al. 2019, https://arxiv.org/abs/1909.05858); of an encoder-decoder's only those in its output.
-        seed: of this sequence's draws, which depend on nothing else: not on its batch. None draws a seed.
-        stop: strings that end the sequence wherever they come up in its text, which is cut before them. Needs a
+            (Keskar et al. 2019, https://arxiv.org/abs/1909.05858); for an encoder-decoder, only of tokens in its
+            output.
+        seed: the seed of this sequence's draws, which depend on nothing else, not even on its batch. None draws a seed.
+        stop: strings that end the sequence when they appear in its text; the text is cut before them. Needs a
             tokenizer.
-        eos_token_ids: tokens that end the sequence, the last of its tokens then; None for the model's own.
-        logprobs: whether to return the log-probability of each token under the model as it is, before any filter.
+        eos_token_ids: tokens that end the sequence and are its last token; None for the model's own.
+        logprobs: whether to return the log-probability of each token under the unchanged model, before any filter.
 
     Raises:
-        ValueError: a value is out of its range, or has no effect.
+        ValueError: a value is out of range, or has no effect.
     """
 
     max_new_tokens: int = 128

@@ -1,4 +1,4 @@
-"""What is asked for, what comes back, and what is kept of a sequence on the host while it runs."""
+"""Requests, their results, and the state of a running sequence on the host."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fastformer.generation.text import TextStream
 
 
 class Request(NamedTuple):
-    """A sequence to generate.
+    """A request to generate one sequence.
 
     Attributes:
-        number: of its prompt among those given, from 0.
-        prompt: tokens that are continued: an encoder-decoder's start token.
-        source: tokens of an encoder-decoder's source.
-        parameters: how to.
-        end_tokens: tokens that end it.
-        seed: of its draws.
+        number: the number of its prompt in the call, from 0.
+        prompt: the tokens to continue; for an encoder-decoder, its start token.
+        source: the tokens of an encoder-decoder's source.
+        parameters: how the sequence is continued.
+        end_tokens: tokens that end the sequence.
+        seed: the seed of its draws.
     """
 
     number: int
@@ -31,18 +31,18 @@ class Request(NamedTuple):
 
     @property
     def most_cached(self) -> int:
-        """The most tokens it has in a cache: the last one is never read again."""
+        """The most tokens that the sequence has in a cache: its last token is never read again."""
         return len(self.prompt) + self.parameters.max_new_tokens - 1
 
 
 class Piece(NamedTuple):
-    """What a step added to a sequence.
+    """The tokens and text that a step added to a sequence.
 
     Attributes:
         request: the number of its prompt, from 0.
         tokens: the new tokens.
-        text: the text that has become certain, empty without a tokenizer.
-        logprobs: of the tokens, if asked for.
+        text: the text that can no longer change; empty without a tokenizer.
+        logprobs: the log-probabilities of the tokens, if requested.
         finish_reason: why the sequence is finished, None if it is not: "eos", "stop" (a stop string) or "length".
     """
 
@@ -58,11 +58,11 @@ class Generation:
     """A finished sequence.
 
     Attributes:
-        tokens: the new tokens, with the one that ended it.
+        tokens: the new tokens, including the one that ended the sequence.
         text: the new text, before the stop string and without special tokens; None without a tokenizer. It continues
             the prompt: prompt and text together are the whole text.
         finish_reason: "eos", "stop" (a stop string) or "length".
-        logprobs: of the tokens, if asked for.
+        logprobs: the log-probabilities of the tokens, if requested.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Generation:
     logprobs: list[float] | None = None
 
     def add(self, piece: Piece) -> None:
-        """What came next."""
+        """Append the next piece."""
         self.tokens += piece.tokens
         self.finish_reason = piece.finish_reason
         if self.text is not None:
@@ -82,14 +82,14 @@ class Generation:
 
 @dataclass
 class Running:
-    """A sequence that has a slot."""
+    """A running sequence, which has a slot."""
 
     request: Request
     text: TextStream | None
     generated: int = 0
 
     def take(self, tokens: list[int], logprobs: list[float]) -> Piece:
-        """The piece that new tokens make, as far as they count: none behind the end of the sequence does."""
+        """Make a piece of the new tokens, without tokens after the sequence's end."""
         text, reason = "", None
         count = 0
         for count, token in enumerate(tokens, 1):

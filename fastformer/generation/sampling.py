@@ -1,4 +1,4 @@
-"""From logits to tokens, for all rows of a batch at once, each with settings of its own."""
+"""Choice of the next tokens from logits, for all rows of a batch at once, each with its own settings."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 NEGATIVE_INFINITY = float("-inf")
 _BITS_OF_ONE = 0x3F800000
-"""Of a float32: probabilities, as integers, are in order and not above it."""
+"""The bits of float32 1.0. Probabilities' bits, read as integers, keep their order and are at most this."""
 
 
 class Settings(NamedTuple):
-    """`SamplingParameters` of each row, (rows,); None where no row uses one.
+    """`SamplingParameters` of each row as tensors (rows,); None if no row uses one.
 
     Attributes:
-        temperature: 0 in greedy rows; None if all are.
-        top_k: the number of classes in rows without it.
-        largest_k: the largest of `top_k` or more, on the host: a power of two, if there are as many classes.
-        top_p: 1 in rows without it.
-        min_p: 0 in rows without it.
+        temperature: 0 in greedy rows; None if all rows are greedy.
+        top_k: the number of classes in rows without top_k.
+        largest_k: the largest `top_k` or more, on the host: rounded up to a power of two, if there are as many classes.
+        top_p: 1 in rows without top_p.
+        min_p: 0 in rows without min_p.
         repetition_penalty: 1 in rows without it.
     """
 
@@ -33,24 +33,24 @@ class Settings(NamedTuple):
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """The same for settings that are used by the same operations."""
+        """A key that is equal for settings that need the same operations."""
         return tuple(value is None if name != "largest_k" else value for name, value in self._asdict().items())
 
 
 def choose(logits: Tensor, settings: Settings, seen: Tensor | None, uniforms: Tensor) -> Tensor:
-    """A token for each row, (rows,) int64; see `distribution` and `draw`."""
+    """Choose a token for each row, (rows,) int64; see `distribution` and `draw`."""
     if settings.temperature is None:
         return penalise(logits, settings, seen).argmax(-1)
     return draw(distribution(logits, settings, seen), uniforms)
 
 
 def distribution(logits: Tensor, settings: Settings, seen: Tensor | None = None) -> Tensor:
-    """What tokens are drawn from, (rows, classes) float32; 1 for the likeliest token in greedy rows.
+    """Return the distribution of each row's token, (rows, classes) float32; 1 for the likeliest in greedy rows.
 
     Args:
         logits: (rows, classes).
-        settings: of the rows.
-        seen: (rows, classes) boolean, what the repetition penalty is for.
+        settings: the settings of the rows.
+        seen: (rows, classes) boolean, the classes that the repetition penalty applies to.
     """
     logits = penalise(logits.float(), settings, seen)
     greedy = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -70,7 +70,7 @@ def distribution(logits: Tensor, settings: Settings, seen: Tensor | None = None)
 
 
 def penalise(logits: Tensor, settings: Settings, seen: Tensor | None) -> Tensor:
-    """`logits` with the repetition penalty on the classes of each row that have been seen."""
+    """Apply the repetition penalty to the logits of the classes that each row has seen."""
     if settings.repetition_penalty is None or seen is None:
         return logits
     penalty = settings.repetition_penalty[:, None]
@@ -78,7 +78,7 @@ def penalise(logits: Tensor, settings: Settings, seen: Tensor | None) -> Tensor:
 
 
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The class of each row in which its uniform number falls.
+    """Return the class of each row in which its uniform number falls.
 
     Args:
         probabilities: (rows, classes) float32; they need not sum to one.
@@ -88,13 +88,13 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
         (rows,) int64, never a class of probability zero.
     """
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    # Below one by more than rounding: the product stays below the sum.
+    # Keep the number below one by more than rounding, so that the product stays below the sum.
     place = uniforms.clamp(max=1.0 - 2.0**-40)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, place, right=True).squeeze(-1)
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Of `tokens` (rows,) under `logits` (rows, classes), (rows,) float32."""
+    """Return the log-probability of `tokens` (rows,) under `logits` (rows, classes), (rows,) float32."""
     logits = logits.float()
     return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
@@ -102,20 +102,20 @@ def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
 def _keep_top_k(scores: Tensor, top_k: Tensor, largest_k: int) -> Tensor:
     largest = scores.topk(largest_k, dim=-1).values
     last = (top_k.clamp(max=largest_k) - 1)[:, None]
-    # Rows without top_k keep all.
+    # Rows without top_k keep all classes.
     least = largest.gather(-1, last).masked_fill((top_k >= scores.shape[-1])[:, None], NEGATIVE_INFINITY)
     return scores.masked_fill(scores < least, NEGATIVE_INFINITY)
 
 
 def _keep_top_p(probabilities: Tensor, top_p: Tensor) -> Tensor:
-    """Found by bisection of the least probability that is kept, which is cheaper than sorting a vocabulary."""
+    """Keep the top_p classes by bisection on the smallest kept probability: cheaper than sorting a vocabulary."""
     as_integers = probabilities.view(torch.int32)
     low = torch.zeros(len(probabilities), 1, dtype=torch.int32, device=probabilities.device)
     high = torch.full_like(low, _BITS_OF_ONE + 1)
-    # Keeping what is at least `low` is enough, keeping what is at least `high` is not.
+    # Invariant: keeping probabilities of at least `low` is enough, keeping those of at least `high` is not.
     for _ in range(_BITS_OF_ONE.bit_length()):
         middle = (low + high) // 2
         enough = probabilities.masked_fill(as_integers < middle, 0.0).sum(-1, keepdim=True) >= top_p[:, None]
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    # Rounding must not cut off what a row without top_p keeps.
+    # Rounding must not remove classes from a row without top_p.
     return probabilities.masked_fill((as_integers < low) & (top_p < 1.0)[:, None], 0.0)

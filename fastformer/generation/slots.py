@@ -1,7 +1,7 @@
-"""What is known of each running sequence, in tensors that are allocated once: a step makes none of them anew.
+"""The state of each running sequence, in tensors that are allocated once, so that a step allocates none of them.
 
-A slot without a sequence looks like one whose sequence is finished, so that a step may take it along: no token is left
-for it, it is greedy, and what it reads is there.
+A slot without a sequence looks like one with a finished sequence, so that a step may include it: it may get no more
+tokens, it is greedy, and it has valid data to read.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from fastformer.generation.parameters import SamplingParameters
 from fastformer.generation.sampling import Settings
 
 DRAWS = 3
-"""Uniform numbers for each new token: to draw it, to accept it, to draw it again."""
+"""The number of uniform numbers for each new token: to draw it, to accept it, to draw it again."""
 
 
 class Slots:
-    """The state of running sequences, those in the first slots.
+    """The state of the running sequences, which are in the first slots.
 
     Attributes:
-        history: (slots, width) int64, the tokens of each, prompt and all.
-        lengths: (slots,) int32, one less than those are: the last need not be in the cache yet.
-        generated: (slots,) int64, new tokens so far.
-        most_new: (slots,) int64, new tokens at most.
+        history: (slots, width) int64, all tokens of each sequence, including its prompt.
+        lengths: (slots,) int32, the number of these tokens minus one: the last need not be in the cache yet.
+        generated: (slots,) int64, the number of new tokens so far.
+        most_new: (slots,) int64, the most new tokens.
         uniforms: (slots, most new tokens, DRAWS) float64 in [0, 1), from each sequence's own seed.
         seen: (slots, vocab_size) boolean, the tokens in `history`; None if no sequence has a repetition penalty.
     """
@@ -39,7 +39,7 @@ class Slots:
 
         self.vocab_size = vocab_size
         self.history = zeros(slots, width, dtype=torch.int64)
-        # Of an empty slot 1: a draft model looks one back.
+        # 1 for an empty slot, since a draft model reads one token back.
         self.lengths = torch.ones(slots, dtype=torch.int32, device=device)
         self.generated = zeros(slots, dtype=torch.int64)
         self.most_new = zeros(slots, dtype=torch.int64)
@@ -49,19 +49,19 @@ class Slots:
         self._top_k = torch.full((slots,), vocab_size, dtype=torch.int64, device=device)
 
     def fits(self, width: int, most_new: int, penalised: bool) -> bool:
-        """Whether there is room for such sequences."""
+        """Whether the tensors are large enough for such sequences."""
         has_seen = self.seen is not None or not penalised
         return width <= self.history.shape[1] and most_new <= self.uniforms.shape[1] and has_seen
 
     def clear(self, slots: slice = slice(None)) -> None:
-        """Forget the sequences in `slots`."""
+        """Empty `slots`."""
         self.lengths[slots] = 1
         self.generated[slots] = 0
         self.most_new[slots] = 0
         self._numbers[slots] = 0.0
 
     def admit(self, slot: int, prompt: Sequence[int], parameters: SamplingParameters, seed: int) -> None:
-        """Take in a sequence whose prompt is in the cache."""
+        """Add a sequence whose prompt is in the cache."""
         device, new = self.history.device, parameters.max_new_tokens
         tokens = on_device(torch.tensor(prompt, device="cpu"), device)
         self.history[slot, : len(prompt)] = tokens
@@ -85,7 +85,7 @@ class Slots:
         self._top_k[slot] = min(parameters.top_k or self.vocab_size, self.vocab_size)
 
     def move(self, source: int, target: int) -> None:
-        """Give the sequence in slot `source` the slot `target`."""
+        """Move the sequence in slot `source` to slot `target`."""
         for tensor in (
             self.history,
             self.lengths,
@@ -100,7 +100,7 @@ class Slots:
                 tensor[target] = tensor[source]
 
     def settings(self, rows: slice, parameters: Sequence[SamplingParameters]) -> Settings:
-        """How the sequences in `rows` are sampled, which have these parameters; slots behind them are empty."""
+        """Return the settings for `rows`: the first have these `parameters`, the others are empty slots."""
         temperature, top_p, min_p, penalty = self._numbers[rows].unbind(1)
         penalty_or_none = penalty if any(each.repetition_penalty != 1.0 for each in parameters) else None
         if all(each.temperature == 0.0 for each in parameters):
@@ -115,16 +115,16 @@ class Slots:
         )
 
     def left(self, rows: slice) -> Tensor:
-        """How many more tokens the sequences in `rows` may get, (rows,) int64; 0 of empty slots."""
+        """The number of tokens that the sequences in `rows` may still get, (rows,) int64; 0 for empty slots."""
         return self.most_new[rows] - self.generated[rows]
 
     def last(self, rows: slice, count: int) -> Tensor:
-        """The last tokens of the sequences in `rows`, (rows, count)."""
+        """Return the last tokens of the sequences in `rows`, (rows, count)."""
         places = self.lengths[rows, None] + torch.arange(1 - count, 1, device=self.lengths.device)
         return self.history[rows].gather(1, places.long())
 
     def draws(self, rows: slice, count: int) -> Tensor:
-        """The uniform numbers of the next `count` tokens of the sequences in `rows`, (rows, count, DRAWS)."""
+        """Return the uniform numbers of the next `count` tokens of the sequences in `rows`, (rows, count, DRAWS)."""
         places = self.generated[rows, None] + torch.arange(count, device=self.generated.device)
         places = places.clamp(max=self.uniforms.shape[1] - 1)
         return self.uniforms[rows].gather(1, places[..., None].expand(-1, -1, DRAWS))

@@ -1,4 +1,4 @@
-"""Text of a growing sequence of tokens, a piece at a time, up to the first stop string."""
+"""Text of a growing sequence of tokens, in pieces, up to the first stop string."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"
-"""What a decoder puts where bytes make no character, or none yet."""
+"""The character that a decoder writes for bytes that form no character, or none yet."""
 KNOWN_TOKENS = 5
 
 
 class TextStream:
-    """The text of tokens that come one by one.
+    """The text of tokens that arrive one by one.
 
-    The pieces together are the decoded tokens, without special ones: a character is held back until its last byte is
-    there, and so is what may yet turn out to be a stop string.
+    The pieces together are the decoded tokens, without special ones. A character is held back until its last byte has
+    arrived. Text that may become a stop string is held back too.
 
     Args:
-        tokenizer: decodes.
+        tokenizer: decodes the tokens.
         stop: the text ends before the first of these strings.
-        prompt: tokens that the text continues; without them it is a beginning, which has no leading space with some
-            tokenizers.
+        prompt: tokens that the text continues. Without them the text starts from nothing, and some tokenizers then
+            drop its leading space.
     """
 
     def __init__(
@@ -33,13 +33,13 @@ class TextStream:
         self.stop = tuple(stop)
         self.stopped: str | None = None
         """The stop string that ended the text."""
-        # Tokens decode differently at the beginning of a text: new ones are decoded behind a few that are known.
+        # Tokens decode differently at the beginning of a text, so new tokens are decoded after a few known ones.
         self._tokens = list(prompt[-KNOWN_TOKENS:])
         self._before, self._decoded = 0, len(self._tokens)
         self._held = ""
 
     def push(self, token: int) -> str:
-        """The text that is certain now."""
+        """Add a token and return the text that can no longer change."""
         self._tokens.append(token)
         text = self._new_text()
         if text.endswith(REPLACEMENT):
@@ -50,7 +50,7 @@ class TextStream:
         return self._until_stop(text)
 
     def finish(self) -> str:
-        """What had been held back, now that nothing follows."""
+        """Return the text that was held back, since no more tokens follow."""
         text = "" if self.stopped is not None else self._until_stop(self._new_text())
         text, self._held = text + self._held, ""
         return text
@@ -60,7 +60,7 @@ class TextStream:
         return self._decode(self._tokens[self._before :])[len(before) :]
 
     def _decode(self, tokens: list[int]) -> str:
-        # Cleaning up spaces may change what has been handed out.
+        # Cleaning up spaces could change text that has already been returned.
         text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
@@ -80,6 +80,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters of `text` begin `stop`."""
+    """The length of the longest end of `text` that is a beginning of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)

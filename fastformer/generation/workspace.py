@@ -1,4 +1,4 @@
-"""What a stream of sequences works in: caches, the table of the sequences, recorded steps."""
+"""The memory that a stream of sequences works in: caches, the table of the sequences, recorded steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from fastformer.generation.slots import Slots
 
 
 class Workspace:
-    """Memory of one stream at a time. The next one takes it over, as far as it is large enough.
+    """The memory of one stream at a time. The next stream reuses it if it is large enough.
 
     Args:
-        models: that continue sequences, a draft model behind the other.
+        models: the model that continues sequences and, if any, a draft model after it.
         slots: the most sequences at once.
-        page_size, pages: of paged caches; None for contiguous ones, and for as many pages as all slots may need.
+        page_size, pages: sizes of paged caches. `page_size` None: contiguous caches. `pages` None: as many as all slots
+            may need.
     """
 
     def __init__(self, models: Sequence[LanguageModel], slots: int, page_size: int | None, pages: int | None) -> None:
@@ -27,9 +28,9 @@ class Workspace:
         self._recorded: Hashable = None
 
     def caches(self, capacity: int, source_capacity: int) -> list[CachedModel]:
-        """The models with their caches, all empty, for sequences and sources of so many tokens."""
+        """Return the models with empty caches for sequences and sources of these sizes."""
         if not self._cached or not all(model.fits(capacity, source_capacity) for model in self._cached):
-            self._cached, self._graphs = [], None  # give their memory back first
+            self._cached, self._graphs = [], None  # free the old caches' memory first
             pages = self.pages
             if self.page_size is not None and pages is None:
                 pages = self.slots * -(-capacity // self.page_size)
@@ -42,7 +43,7 @@ class Workspace:
         return self._cached
 
     def table(self, requests: Sequence[Request], width: int) -> Slots:
-        """The table of the sequences, all of its slots empty."""
+        """Return the table of the sequences, with all slots empty."""
         most_new = max(request.parameters.max_new_tokens for request in requests)
         penalised = any(request.parameters.repetition_penalty != 1.0 for request in requests)
         if self._table is None or not self._table.fits(width, most_new, penalised):
@@ -53,7 +54,7 @@ class Workspace:
         return self._table
 
     def graphs(self) -> StepGraphs:
-        """Those of the streams before, unless something has changed that a graph does not follow."""
+        """Return the steps recorded in earlier streams; none if they no longer fit the models' state."""
         state = recorded_state(self.models)
         if self._graphs is None or state != self._recorded:
             self._graphs, self._recorded = StepGraphs(CudaRecorder(self.models[0].device)), state
