@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from fastformer.data.pretraining.sources import Source, stream
-from fastformer.data.pretraining.splitting import Split, find_split
-from fastformer.data.pretraining.store import BLOCK_CHARACTERS, Layout, TokenStore, load_or_build_store
+from fastformer.data.pretraining.splitting import Split, find_split_and_sample
+from fastformer.data.pretraining.store import BLOCK_CHARACTERS, Layout, TokenStore, load_or_build_stores
 from fastformer.data.pretraining.tokenizer import Objective, load_or_make_tokenizer, train_tokenizer
 from fastformer.files import read_checked, remove, write_checked
 from fastformer.lines import json_value
@@ -22,82 +23,89 @@ if TYPE_CHECKING:
 _FORMAT = 1
 
 
-class PreparedCorpus(NamedTuple):
-    """What training needs of a text.
+@dataclass(frozen=True)
+class PreparedText:
+    """A text that is divided into a part to train on and a held-out part, with a tokenizer for it.
 
     Attributes:
         tokenizer: trained on the part to train on.
-        train: that part.
-        heldout: the other part; None where nothing is held out.
+        folder: the cache of all that is made of this text.
+        sources, split: the text, and which of its documents are held out.
+        heldout: whether any document is held out.
+        block_characters: see `load_or_build_stores`.
     """
 
     tokenizer: PreTrainedTokenizerFast
-    train: TokenStore
-    heldout: TokenStore | None
+    folder: Path
+    sources: Sequence[Source]
+    split: Split
+    heldout: bool
+    block_characters: int
+
+    def stores(self, layout: Layout, verify: bool = False) -> tuple[TokenStore, TokenStore | None]:
+        """The two parts tokenized, the held-out one None if there is none. The text is read once for both.
+
+        Args:
+            layout: how to tokenize, with the tokenizer of this text.
+            verify: see `load_or_build_stores`.
+
+        Raises:
+            ValueError: a part has no document.
+        """
+        keep = {"train": self.split.is_for_training}
+        if self.heldout:
+            keep["heldout"] = self.split.is_heldout
+        train, *heldout = load_or_build_stores(
+            {self.folder / f"{part}-{layout.name}": keep[part] for part in keep},
+            self.sources,
+            layout,
+            block_characters=self.block_characters,
+            verify=verify,
+        )
+        return train, heldout[0] if heldout else None
 
 
-def prepare_corpus(
+def prepare_text(
     sources: Sequence[Source],
     folder: Path,
     objective: Objective,
-    make_layout: Callable[[PreTrainedTokenizerFast], Layout],
     *,
     vocab_size: int,
     heldout_fraction: float,
     block_characters: int = BLOCK_CHARACTERS,
-    verify: bool = False,
-) -> PreparedCorpus:
-    """Splits the documents, trains the tokenizer and tokenizes, unless that is kept below `folder`.
+) -> PreparedText:
+    """Split the documents and train the tokenizer, or find both below `folder`.
 
-    Each step is kept when it is done, and tokenizing in parts, so that one that was killed goes on where it stopped.
+    The text is read once for both. Each step is kept when it is done.
 
     Args:
         sources: of the text.
-        folder: what is kept has a folder of its own here, named after all that it depends on.
+        folder: for the cache; what is kept has a folder of its own here, named after all that it depends on.
         objective: what the tokenizer is for.
-        make_layout: how to tokenize with it.
-        vocab_size, heldout_fraction: see `train_tokenizer` and `find_split`.
-        block_characters, verify: see `load_or_build_store`.
+        vocab_size, heldout_fraction: see `train_tokenizer` and `find_split_and_sample`.
+        block_characters: see `load_or_build_stores`.
 
     Raises:
         ValueError: an argument is out of range, or the text is empty, damaged, or too little to split.
     """
     settings = [_FORMAT, objective, vocab_size, heldout_fraction, block_characters, *(s.signature for s in sources)]
     path = folder / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
-    split = _load_or_find_split(path / "split.json", sources, heldout_fraction)
-
-    def train() -> PreTrainedTokenizerFast:
-        return train_tokenizer(filter(split.is_sampled, stream(sources)), vocab_size, objective)
-
-    tokenizer = load_or_make_tokenizer(path / "tokenizer", train)
-    layout = make_layout(tokenizer)
-
-    def store(part: str, keep: Callable[[str], bool]) -> TokenStore:
-        return load_or_build_store(
-            path / f"{part}-{layout.name}",
-            sources,
-            layout,
-            keep=keep,
-            block_characters=block_characters,
-            verify=verify,
-        )
-
-    return PreparedCorpus(
-        tokenizer,
-        store("train", split.is_for_training),
-        store("heldout", split.is_heldout) if heldout_fraction else None,
-    )
+    split, sample = _load_or_find_split(path / "split.json", sources, heldout_fraction)
+    tokenizer = load_or_make_tokenizer(path / "tokenizer", lambda: train_tokenizer(sample, vocab_size, objective))
+    return PreparedText(tokenizer, path, sources, split, bool(heldout_fraction), block_characters)
 
 
-def _load_or_find_split(path: Path, sources: Sequence[Source], heldout_fraction: float) -> Split:
+def _load_or_find_split(path: Path, sources: Sequence[Source], heldout_fraction: float) -> tuple[Split, Iterable[str]]:
+    """The split, and the documents to train a tokenizer on, which are read when they are asked for."""
     if path.exists():
         try:
-            return Split(**json_value(read_checked(path).decode(), path.name))
+            split = Split(**json_value(read_checked(path).decode(), path.name))
+            return split, filter(split.is_sampled, stream(sources))
         except (OSError, ValueError, TypeError) as error:
             warnings.warn(f"{path} is damaged ({error}) and is made anew", stacklevel=2)
             remove(path)
     if not any(True for _ in stream(sources)):
         raise ValueError(f"the corpus is empty: no text in {', '.join(source.name for source in sources)}")
-    split = find_split(stream(sources), heldout_fraction)
+    split, sample = find_split_and_sample(stream(sources), heldout_fraction)
     write_checked(path, json.dumps(split._asdict()).encode())
-    return split
+    return split, sample

@@ -44,22 +44,52 @@ class Split(NamedTuple):
 
 
 def find_split(texts: Iterable[str], heldout_fraction: float) -> Split:
-    """Reads the documents once, keeping 8 bytes of each.
+    """The split of documents, which are read once; see `find_split_and_sample`."""
+    return find_split_and_sample(texts, heldout_fraction)[0]
+
+
+def find_split_and_sample(texts: Iterable[str], heldout_fraction: float) -> tuple[Split, list[str]]:
+    """Read the documents once; keep 8 bytes of each, and the sample to train a tokenizer on.
 
     The distinct documents with the lowest keys are held out: ``max(1, round(heldout_fraction * distinct))`` of them,
-    whatever their order.
+    whatever their order. The sample has the documents with the highest keys, in the order given: at most about 256
+    million characters.
 
     Raises:
         ValueError: no document, or `heldout_fraction` out of range or with fewer than two distinct documents.
     """
     _check_fraction(heldout_fraction)
     keys = array("Q")
-    characters = 0
+    sample = _Sample(_TOKENIZER_TRAINING_CHARACTERS)
     for text in texts:
         keys.append(document_key(text))
-        characters += len(text)
-    sampled = min(1.0, _TOKENIZER_TRAINING_CHARACTERS / max(characters, 1))
-    return Split(_heldout_below(np.frombuffer(keys, np.uint64), heldout_fraction), int((1 - sampled) * _KEYS))
+        sample.add(keys[-1], text)
+    split = Split(_heldout_below(np.frombuffer(keys, np.uint64), heldout_fraction), sample.lowest_key)
+    return split, [text for key, text in sample.kept if key >= max(split.heldout_below, split.sample_from)]
+
+
+class _Sample:
+    """The documents with the highest keys: so large a share of all documents that they have `limit` characters."""
+
+    def __init__(self, limit: int) -> None:
+        self.kept: list[tuple[int, str]] = []
+        self._limit = limit
+        self._characters_kept = 0
+        self._characters = 0
+
+    @property
+    def lowest_key(self) -> int:
+        """The lowest key in the sample of what was added."""
+        return int((1 - min(1.0, self._limit / max(self._characters, 1))) * _KEYS)
+
+    def add(self, key: int, text: str) -> None:
+        self._characters += len(text)
+        self.kept.append((key, text))
+        self._characters_kept += len(text)
+        if self._characters_kept > 1.25 * self._limit:
+            lowest = self.lowest_key
+            self.kept = [(key, text) for key, text in self.kept if key >= lowest]
+            self._characters_kept = sum(len(text) for _, text in self.kept)
 
 
 def split_documents(documents: Sequence[Document], heldout_fraction: float) -> tuple[list[Document], list[Document]]:

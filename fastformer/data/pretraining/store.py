@@ -14,7 +14,8 @@ import shutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -39,6 +40,8 @@ BLOCK_CHARACTERS = 1 << 24
 _FORMAT = 2
 
 Arrays = dict[str, NDArray[Any]]
+Keep = Callable[[str], bool]
+"""Whether a document belongs into a store."""
 
 
 @dataclass(frozen=True)
@@ -227,43 +230,72 @@ def load_or_build_store(
     sources: Sequence[Source],
     layout: Layout,
     *,
-    keep: Callable[[str], bool] = lambda text: True,
+    keep: Keep = lambda text: True,
     block_characters: int = BLOCK_CHARACTERS,
     verify: bool = False,
 ) -> TokenStore:
-    """Opens the store at `path`, or builds it: anew, or from where an earlier attempt was killed.
+    """Open the store at `path`, or build it of the documents that `keep` keeps; see `load_or_build_stores`."""
+    stores = load_or_build_stores({path: keep}, sources, layout, block_characters=block_characters, verify=verify)
+    return stores[0]
 
-    Processes that build the same store at once wait for one of them.
+
+def load_or_build_stores(
+    keep: Mapping[Path, Keep],
+    sources: Sequence[Source],
+    layout: Layout,
+    *,
+    block_characters: int = BLOCK_CHARACTERS,
+    verify: bool = False,
+) -> list[TokenStore]:
+    """Open stores of the same text, or build those that are missing, from where an earlier attempt was killed.
+
+    The text is read once for all of them. Processes that build the same store at once wait for one of them.
 
     Args:
-        path: a name that stands for these sources, this layout and this tokenizer: it is not looked into which.
-        sources: what to tokenize, in this order.
-        layout: how.
-        keep: which documents belong into the store.
-        block_characters: characters in a block, at least; documents are not divided.
-        verify: compare checksums, and build a damaged store anew.
+        keep: which documents belong into the store at each path. A path must be unique to the sources, the layout and
+            the tokenizer: a mismatch is not detected.
+        sources: the text to tokenize, in this order.
+        layout: how to tokenize it.
+        block_characters: the least number of characters in a block; documents are not divided.
+        verify: compare checksums, and build a damaged store again.
 
     Raises:
-        ValueError: the sources hold no document to keep.
+        ValueError: the sources hold no document for a store.
         OSError: it cannot be written.
     """
     from filelock import FileLock
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f"{path.name}.building")
-    with FileLock(path.with_name(f"{path.name}.lock")):
-        if path.exists():
-            try:
-                store = TokenStore(path, verify)
-                shutil.rmtree(building, ignore_errors=True)
-                return store
-            except ValueError as error:
-                warnings.warn(f"{error}; it is built anew", stacklevel=2)
-                remove(path)
-        parts = _complete_parts(building, sources, layout, keep, block_characters)
-        _assemble(path, parts, layout)
-        shutil.rmtree(building, ignore_errors=True)
-    return TokenStore(path)
+    with ExitStack() as locks:
+        for path in keep:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(FileLock(path.with_name(f"{path.name}.lock")))
+        stores = {path: _whole_store(path, verify) for path in keep}
+        missing = {path: keep[path] for path, store in stores.items() if store is None}
+        parts_of = _complete_parts(missing, sources, layout, block_characters) if missing else {}
+        for path, parts in parts_of.items():
+            _assemble(path, parts, layout)
+            shutil.rmtree(_building(path), ignore_errors=True)
+            stores[path] = TokenStore(path)
+    return [store for store in stores.values() if store is not None]
+
+
+def _whole_store(path: Path, verify: bool) -> TokenStore | None:
+    """The store at `path`; None if there is none. A damaged one is removed."""
+    if not path.exists():
+        return None
+    try:
+        store = TokenStore(path, verify)
+    except ValueError as error:
+        warnings.warn(f"{error}; it is built anew", stacklevel=4)
+        remove(path)
+        return None
+    shutil.rmtree(_building(path), ignore_errors=True)
+    return store
+
+
+def _building(path: Path) -> Path:
+    """The folder of the parts of a store that is being built."""
+    return path.with_name(f"{path.name}.building")
 
 
 class _Place(NamedTuple):
@@ -274,25 +306,22 @@ class _Place(NamedTuple):
 
 
 def _complete_parts(
-    building: Path, sources: Sequence[Source], layout: Layout, keep: Callable[[str], bool], block_characters: int
-) -> list[Path]:
-    """Writes the parts that are missing; returns all that have any document, in order."""
+    keep: Mapping[Path, Keep], sources: Sequence[Source], layout: Layout, block_characters: int
+) -> dict[Path, list[Path]]:
+    """Write the parts of stores that are missing; return for each store all that have any document, in order."""
     plan = hashlib.sha256(
         json.dumps([_FORMAT, layout.name, block_characters, [source.signature for source in sources]]).encode()
     ).hexdigest()
-    begun = building / "plan"
-    if not begun.exists() or begun.read_text(errors="replace") != plan:  # of other text
-        shutil.rmtree(building, ignore_errors=True)
-        with atomic_file(begun) as file:
-            file.write(plan.encode())
-    parts, begin = _parts_so_far(building)
+    parts, places = {}, {}
+    for path in keep:
+        parts[path], places[path] = _parts_so_far(_building(path), plan)
     with Progress("tokenizing", unit="characters") as progress:
-        for texts, place in _chunks(sources, begin, keep, block_characters):
-            part = building / f"{len(parts):06d}.npz"
+        for path, texts, place in _chunks(sources, places, keep, block_characters):
+            part = _building(path) / f"{len(parts[path]):06d}.npz"
             arrays = {name: _narrow(array, layout.dtype) for name, array in layout.encode(texts).items()}
             with atomic_file(part) as file:
                 np.savez(file, allow_pickle=False, place=np.array(place), **arrays)
-            parts.append(part)
+            parts[path].append(part)
             progress.advance(sum(map(len, texts)))
     return parts
 
@@ -301,8 +330,13 @@ def _narrow(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     return array.astype(dtype) if array.dtype == np.int32 else array
 
 
-def _parts_so_far(building: Path) -> tuple[list[Path], _Place]:
-    """The parts up to the first that is missing or damaged, and where they end."""
+def _parts_so_far(building: Path, plan: str) -> tuple[list[Path], _Place]:
+    """The parts up to the first that is missing or damaged, and where they end; those of another plan are removed."""
+    begun = building / "plan"
+    if not begun.exists() or begun.read_text(errors="replace") != plan:  # of other text
+        shutil.rmtree(building, ignore_errors=True)
+        with atomic_file(begun) as file:
+            file.write(plan.encode())
     parts: list[Path] = []
     place = _Place(0, 0)
     while (part := building / f"{len(parts):06d}.npz").exists():
@@ -320,23 +354,27 @@ def _parts_so_far(building: Path) -> tuple[list[Path], _Place]:
 
 
 def _chunks(
-    sources: Sequence[Source], place: _Place, keep: Callable[[str], bool], block_characters: int
-) -> Iterator[tuple[list[str], _Place]]:
-    """Documents to tokenize together, and the place after the last of them; the same wherever it begins."""
-    texts: list[str] = []
-    characters = 0
-    for number in range(place.source, len(sources)):
-        for text, position in sources[number].read(place.position if number == place.source else 0):
+    sources: Sequence[Source], places: Mapping[Path, _Place], keep: Mapping[Path, Keep], block_characters: int
+) -> Iterator[tuple[Path, list[str], _Place]]:
+    """Documents to tokenize together for a store, and the place after the last of them.
+
+    They are the same wherever a store goes on. The text is read from the earliest place.
+    """
+    texts: dict[Path, list[str]] = {path: [] for path in keep}
+    begin = min(places.values())
+    for number in range(begin.source, len(sources)):
+        for text, position in sources[number].read(begin.position if number == begin.source else 0):
             place_after = _Place(number, position)
-            if not text.strip() or not keep(text):
-                continue
-            texts.append(text)
-            characters += len(text)
-            if characters >= block_characters:
-                yield texts, place_after
-                texts, characters = [], 0
-    if texts:
-        yield texts, _Place(len(sources), 0)
+            for path in keep if text.strip() else ():
+                if place_after <= places[path] or not keep[path](text):
+                    continue
+                texts[path].append(text)
+                if sum(map(len, texts[path])) >= block_characters:
+                    yield path, texts[path], place_after
+                    texts[path] = []
+    for path, rest in texts.items():
+        if rest:
+            yield path, rest, _Place(len(sources), 0)
 
 
 def _assemble(path: Path, parts: Sequence[Path], layout: Layout) -> None:

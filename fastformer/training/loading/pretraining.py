@@ -20,7 +20,7 @@ from fastformer.data.pretraining.objectives import (
     PretrainingObjective,
     SpanCorruption,
 )
-from fastformer.data.pretraining.preparation import prepare_corpus
+from fastformer.data.pretraining.preparation import prepare_text
 from fastformer.data.pretraining.sources import Source, open_sources, texts_source
 from fastformer.data.pretraining.store import TokenStore
 from fastformer.data.pretraining.tokenizer import Objective, text_fingerprint, tokenizer_kind
@@ -33,6 +33,7 @@ from fastformer.training.loading.steps import with_label_counts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# Of 16 million characters each: one pass over a larger text is drawn from 256 million at a time.
 _BLOCKS_PER_PASS = 16
 
 
@@ -158,22 +159,16 @@ class PretrainingDataModule(ResumableDataModule):
 
     def _prepare(self, verify: bool) -> None:
         cache = cache_folder(self.cache_dir)
-        made: list[PretrainingObjective] = []
-
-        def make_layout(tokenizer: PreTrainedTokenizerFast) -> Any:
-            made.append(self._make_objective(tokenizer))
-            return made[0].layout
-
-        self.tokenizer, train, heldout = prepare_corpus(
+        text = prepare_text(
             self._sources(cache),
             cache / "corpora",
             self.objective,
-            make_layout,
             vocab_size=self.vocab_size,
             heldout_fraction=self.heldout_fraction,
-            verify=verify,
         )
-        (self._predicting,) = made
+        self.tokenizer = text.tokenizer
+        self._predicting = self._make_objective(text.tokenizer)
+        train, heldout = text.stores(self._predicting.layout, verify)
         _check_part(self._predicting, train, "training part")
         if heldout is not None:
             _check_part(self._predicting, heldout, f"held-out part (heldout_fraction={self.heldout_fraction})")

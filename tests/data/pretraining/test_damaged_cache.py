@@ -4,29 +4,58 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
-from fastformer.data.pretraining.preparation import PreparedCorpus, prepare_corpus
+from fastformer.data.pretraining import splitting
+from fastformer.data.pretraining.preparation import prepare_text
 from fastformer.data.pretraining.sources import texts_source
-from fastformer.data.pretraining.store import MANIFEST, DocumentLayout
+from fastformer.data.pretraining.splitting import find_split_and_sample
+from fastformer.data.pretraining.store import MANIFEST, DocumentLayout, TokenStore
 from fastformer.files import write_checked
 
 TEXTS = [f"document {number} has these words\nand some more words" for number in range(60)]
 
 
-def prepare(folder: Path) -> PreparedCorpus:
-    return prepare_corpus(
-        [texts_source(TEXTS, "texts")],
-        folder,
-        "clm",
-        lambda tokenizer: DocumentLayout(tokenizer, mark_ends=True),
-        vocab_size=300,
-        heldout_fraction=0.1,
-        verify=True,
-    )
+def test_the_text_is_read_once_for_the_tokenizer_and_once_for_the_tokens(tmp_path: Path) -> None:
+    texts, read = texts_source(TEXTS, "texts"), []
+
+    def reading(start: int) -> Iterator[tuple[str, int]]:
+        for text, position in texts.read(start):
+            read.append(text)
+            yield text, position
+
+    text = prepare_text([replace(texts, read=reading)], tmp_path, "clm", vocab_size=300, heldout_fraction=0.1)
+    assert read[1:] == TEXTS  # the first, to see that there is one
+    read.clear()
+    train, heldout = text.stores(DocumentLayout(text.tokenizer, mark_ends=True))
+    assert read == TEXTS
+    assert heldout is not None
+    assert train.corpus.num_documents + heldout.corpus.num_documents == len(TEXTS)
+
+
+def test_a_large_text_is_sampled_by_its_highest_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{number} " * 40 for number in range(400)]
+    monkeypatch.setattr(splitting, "_TOKENIZER_TRAINING_CHARACTERS", 9000)
+    split, sample = find_split_and_sample(texts, 0.1)
+    assert sample == [text for text in texts if split.is_sampled(text)]
+    assert 4500 < sum(map(len, sample)) < 13_500
+
+
+class Prepared(NamedTuple):
+    tokenizer: PreTrainedTokenizerFast
+    train: TokenStore
+    heldout: TokenStore | None
+
+
+def prepare(folder: Path) -> Prepared:
+    text = prepare_text([texts_source(TEXTS, "texts")], folder, "clm", vocab_size=300, heldout_fraction=0.1)
+    return Prepared(text.tokenizer, *text.stores(DocumentLayout(text.tokenizer, mark_ends=True), verify=True))
 
 
 @pytest.fixture(scope="module")

@@ -235,7 +235,7 @@ def test_workers_prepare_the_same_batches(make):
 def test_second_start_uses_the_cache(make, monkeypatch, tmp_path):
     first = make()
     first.setup()
-    steps = ("find_split", "train_tokenizer", "_complete_parts")
+    steps = ("find_split_and_sample", "train_tokenizer", "_complete_parts")
     called = []
     for module in (preparation, store):
         for step in steps:
