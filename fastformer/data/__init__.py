@@ -1,5 +1,5 @@
 """Data, from text to batches. Nothing here knows a model or a trainer.
 
-`pretraining` turns raw text into batches of a pretraining objective, and `labelled` turns labelled examples into
-features and batches for fine-tuning; it may use what `pretraining` has. The files at this level serve both.
+`pretraining` turns raw text into batches of a pretraining objective. `labelled` turns labelled examples into features
+and batches for fine-tuning; it may import from `pretraining`. The files at this level serve both.
 """

@@ -1,4 +1,4 @@
-"""Packed batches: sequences laid end to end with no padding, and which of them go into one batch."""
+"""Packed batches: sequences laid end to end without padding, and the sampler that groups sequences into batches."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class PackedBatch(_PackedSequences, total=False):
 
     Keys:
         input_ids, token_type_ids, position_ids: (T,) int64.
-        cu_seqlens: (B + 1,) int32, where each sequence starts, and T.
+        cu_seqlens: (B + 1,) int32, the start of each sequence, then T.
         max_seqlen: tokens of the longest sequence.
-        labels: (T,) int64, the token to predict, -100 where there is none.
-        masked_positions: (M,) int64, where labels is not -100, ascending.
+        labels: (T,) int64, the token to predict, -100 if there is none.
+        masked_positions: (M,) int64, the positions at which labels is not -100, ascending.
         next_sentence_label: (B,) int64, 0 if the second segment follows the first and 1 if it is random; absent without
             next-sentence prediction.
     """
@@ -52,7 +52,7 @@ class PackedPairBatch(TypedDict):
         input_ids, position_ids: (S,) int64; cu_seqlens: (B + 1,) int32; max_seqlen: int: the sources, as in
             `PackedBatch`.
         decoder_input_ids, decoder_position_ids, decoder_cu_seqlens, decoder_max_seqlen: likewise the targets, each
-            moved one place to the right behind the decoder's start token.
+            shifted one place to the right after the decoder's start token.
         labels: (T,) int64, the targets.
     """
 
@@ -68,7 +68,7 @@ class PackedPairBatch(TypedDict):
 
 
 def pack(sequences: Sequence[NDArray[np.integer]]) -> dict[str, Any]:
-    """Sequences, none empty, end to end: input_ids, position_ids, cu_seqlens and max_seqlen as in `PackedBatch`."""
+    """Lay non-empty sequences end to end: input_ids, position_ids, cu_seqlens and max_seqlen as in `PackedBatch`."""
     lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     return {
@@ -82,7 +82,7 @@ def pack(sequences: Sequence[NDArray[np.integer]]) -> dict[str, Any]:
 def pack_pairs(
     sources: Sequence[NDArray[np.integer]], targets: Sequence[NDArray[np.integer]], decoder_start: int
 ) -> PackedPairBatch:
-    """Sources and targets end to end; see `PackedPairBatch`."""
+    """Lay sources end to end, and likewise targets; see `PackedPairBatch`."""
     right = [np.concatenate([[decoder_start], target[:-1]]) for target in targets]
     decoder = {f"decoder_{name}": value for name, value in pack(right).items()}
     labels = torch.from_numpy(np.concatenate(targets).astype(np.int64))
@@ -95,18 +95,19 @@ def pack_pairs(
 class TokenBudgetSampler(Sampler[NDArray[np.int64]]):
     """Batches of sequences with at most `tokens_per_batch` tokens each, in an order drawn from (seed, epoch).
 
-    Every sequence is in exactly one batch of exactly one rank. Batches are filled in order as far as they go; where
-    their number is not a multiple of the ranks, the fullest are halved until it is, so that no rank waits for another.
-    (Where each batch has but one sequence, the first ones are repeated instead, as `DistributedSampler` does.)
+    Every sequence is in exactly one batch of exactly one rank. A batch takes sequences in order until the next one does
+    not fit. If the number of batches is not a multiple of the number of ranks, the fullest batches are halved until it
+    is, so that no rank waits for another. (If each batch has only one sequence, the first batches are repeated instead,
+    as in `DistributedSampler`.)
 
     Args:
         lengths: (N,) tokens of each sequence.
         tokens_per_batch: the most tokens in a batch, at least the longest sequence.
-        seed, epoch: what the order is drawn from.
-        shuffle: False keeps the order given.
-        best_fit: put each sequence into the batch that it fills best, so that batches are full with long sequences too.
-        rank, world_size: which share of the batches to give.
-        start: how many of this rank's batches to leave out at the beginning, to resume.
+        seed, epoch: they determine the order.
+        shuffle: False keeps the given order.
+        best_fit: put each sequence into the batch that it fills best, so that batches of long sequences are full too.
+        rank, world_size: this rank gets every `world_size`-th batch from number `rank` on.
+        start: number of this rank's batches to skip at the beginning, to resume.
 
     Raises:
         ValueError: an argument is out of range, or there is no sequence.
@@ -154,7 +155,12 @@ class TokenBudgetSampler(Sampler[NDArray[np.int64]]):
 
 
 def _fill(cumulative: NDArray[np.int64], capacity: int) -> list[int]:
-    """Ends of batches that are filled in order, each as far as it goes. `cumulative`: running sum of the lengths."""
+    """Fill batches in order, each until the next sequence does not fit; return their ends.
+
+    Args:
+        cumulative: running sum of the lengths.
+        capacity: the most tokens in a batch.
+    """
     ends: list[int] = []
     filled = 0
     while filled < cumulative[-1]:
@@ -169,12 +175,12 @@ _OPEN_BATCHES = 64
 def _fill_best(
     order: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int
 ) -> tuple[NDArray[np.int64], list[int]]:
-    """The order batch by batch, and the ends of the batches, by best fit over the batches that are open.
+    """Fill batches by best fit over the open batches; return the order of the sequences and the ends of the batches.
 
-    (Ding et al., "Fewer Truncations Improve Language Modeling" (2024).) Only so many are open at a time: a batch that
-    was opened long ago is about full.
+    (Ding et al., "Fewer Truncations Improve Language Modeling" (2024).) At most `_OPEN_BATCHES` are open at a time: a
+    batch that has been open for long is about full.
     """
-    space_left: list[tuple[int, int]] = []  # of each open batch, ascending, with its number
+    space_left: list[tuple[int, int]] = []  # (space left, number) of each open batch, ascending
     batches: list[list[int]] = []
     for sequence, length in zip(order.tolist(), lengths.tolist(), strict=True):
         place = bisect_left(space_left, (length, -1))
@@ -192,7 +198,7 @@ def _fill_best(
 
 
 def _halve_fullest(ends: list[int], cumulative: NDArray[np.int64], multiple: int) -> list[int]:
-    """Halves batches, those with the most tokens first, until their number is a multiple or each has one sequence."""
+    """Halve batches, fullest first, until their number is a multiple of `multiple` or each has one sequence."""
     totals = np.concatenate([[0], cumulative])
     batches = list(pairwise([0, *ends]))
     while len(batches) % multiple and len(batches) < len(cumulative):

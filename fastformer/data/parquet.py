@@ -1,4 +1,4 @@
-"""Parquet files record by record; what is damaged is refused with the file and the reason."""
+"""Read parquet files record by record; a damaged file is refused with its name and the reason."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from typing import Any
 from fastformer.lines import check_is_file
 
 _ROWS = 1024
-"""Read at once."""
+"""Number of records read at once."""
 
 
 def parquet_records(path: Path, start: int = 0, column: str | None = None) -> Iterator[tuple[int, Any]]:
-    """The number of each record from one on, counted from 1, and its values by column, or the value of one `column`.
+    """Yield the number of each record, counted from 1, and its values by column, or its value in one `column`.
+
+    Args:
+        path: the file.
+        start: number of records to skip.
+        column: read this column only.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, it is damaged or not parquet, or has no such column.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or not parquet, or has no such column.
     """
     check_is_file(path)
     import pyarrow
@@ -33,13 +39,13 @@ def _records(path: Path, start: int, column: str | None) -> Iterator[tuple[int, 
     with pyarrow.parquet.ParquetFile(path) as table:
         names = table.schema_arrow.names
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"{path}: {twice[0]!r} names two columns; each must have a name of its own")
+            raise ValueError(f"{path}: {twice[0]!r} names two columns; the names must differ")
         if column is not None and column not in names:
             raise ValueError(f"{path}: no {column!r} column; found {', '.join(names)}")
         number = 0
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
-            if number + rows <= start:  # a group before the start is not even read
+            if number + rows <= start:  # the whole group is before the start: do not read it
                 number += rows
                 continue
             columns = None if column is None else [column]

@@ -1,4 +1,4 @@
-"""Random generators for examples: each number is a function of seed, purpose, epoch and example alone."""
+"""Random generators for examples: each number depends only on seed, purpose, epoch and example."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What random numbers are drawn for: the streams are independent."""
+    """The purposes of random numbers; the streams of two purposes are independent."""
 
     PAIRS = 0
     TRUNCATION = 1
@@ -18,7 +18,7 @@ class Stream(IntEnum):
 
 
 def generator(seed: int, stream: Stream, epoch: int, index: int) -> np.random.Generator:
-    """A counter-based generator (Philox; Salmon et al., 2011) for one purpose, epoch and index."""
+    """Return a counter-based generator (Philox; Salmon et al., 2011) for one purpose, epoch and index."""
     key = np.array([seed, stream], dtype=np.uint64)
     counter = np.array([0, 0, index, epoch], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -1,4 +1,4 @@
-"""Packed batches of few shapes, for what is made once for each shape: CUDA graphs."""
+"""Pad packed batches to few shapes, because a CUDA graph is recorded once for each shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastformer.data.packing import IGNORE_INDEX
 
-# Batches are about full: most have the largest number of tokens, and few others are worth a shape of their own.
+# Most batches are about full and get the largest shape, so that a few smaller shapes are enough.
 _TOKEN_STEPS, _MASKED_STEPS = 16, 32
 _OF_TOKENS = ("input_ids", "token_type_ids", "position_ids")
 _OF_SEQUENCES = ("next_sentence_label", "start_positions", "end_positions")
@@ -20,12 +20,12 @@ _OF_SEQUENCES = ("next_sentence_label", "start_positions", "end_positions")
 
 @dataclass(frozen=True)
 class FewShapes:
-    """Makes batches, and brings them into few shapes.
+    """Make batches and pad them to few shapes.
 
     Args:
-        make: a packed batch, of whatever it is given.
-        tokens_per_batch: the most tokens in one.
-        longest: tokens of the longest sequence that a model takes; None for any.
+        make: makes a packed batch from its arguments.
+        tokens_per_batch: the most tokens in a batch.
+        longest: tokens of the longest sequence that the model accepts; None for any length.
     """
 
     make: Callable[..., Any]
@@ -33,27 +33,31 @@ class FewShapes:
     longest: int | None = None
 
     def __call__(self, *given: Any) -> dict[str, Any]:
-        """`padded`, of what `make` makes."""
+        """Return the batch that `make` makes, after `padded`."""
         return padded(self.make(*given), self.tokens_per_batch, self.longest)
 
 
 def padded(batch: dict[str, Any], tokens_per_batch: int, longest: int | None = None) -> dict[str, Any]:
-    """A packed batch with tokens, sequences and masked positions added that do not count: they have no label.
+    """Add tokens, sequences and masked positions without labels to a packed batch, so that few shapes occur.
 
-    The added tokens make sequences of their own, behind the others, so that nothing attends to them; the last sequences
-    are empty. The numbers of tokens become multiples of a sixteenth of `tokens_per_batch`, that of masked positions one
-    of a thirty-second, the number of sequences and, up to `longest`, `max_seqlen` powers of two.
+    The added tokens form new sequences after the others, so that no real token attends to them; the last sequences may
+    be empty. The sizes become:
+
+    - tokens: a multiple of a sixteenth of `tokens_per_batch`;
+    - masked positions: a multiple of a thirty-second of `tokens_per_batch`;
+    - sequences: a power of two;
+    - `max_seqlen`: a power of two, but at most `longest`.
 
     Args:
-        batch: as `pack`, `pack_pairs` and the objectives make it, with labels.
+        batch: a batch with labels from `pack`, `pack_pairs` or an objective.
         tokens_per_batch: the most tokens in a batch.
-        longest: tokens of the longest sequence that a model takes; None for any.
+        longest: tokens of the longest sequence that the model accepts; None for any length.
 
     Returns:
-        The batch, and ``real_tokens``, how many it had.
+        The padded batch, with ``real_tokens``, the number of tokens before padding.
 
     Raises:
-        ValueError: something in the batch is of another kind, or its labels are numbers, of which none is no label.
+        ValueError: the batch has an unknown entry, or its labels are not integers, so no value can mean "no label".
     """
     batch = dict(batch)
     sides = [_Side.of(batch, prefix, tokens_per_batch) for prefix in ("", "decoder_") if f"{prefix}cu_seqlens" in batch]
@@ -66,10 +70,10 @@ def padded(batch: dict[str, Any], tokens_per_batch: int, longest: int | None = N
         if name in batch:
             made[name] = _extended(batch.pop(name), sequences, IGNORE_INDEX)
     if batch:
-        raise ValueError(f"{', '.join(batch)} cannot be padded: there is no value that does not count")
+        raise ValueError(f"{', '.join(batch)} cannot be padded: no padding value is known for it")
     if labels is not None:
         if labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64 to be padded, for -100 is none; got {labels.dtype}")
+            raise ValueError(f"labels must be int64 to be padded (-100 means no label), got {labels.dtype}")
         of_tokens = len(labels) == sides[-1].tokens
         made["labels"] = _extended(labels, sides[-1].padded_tokens if of_tokens else sequences, IGNORE_INDEX)
     if positions is not None:
@@ -81,13 +85,13 @@ def padded(batch: dict[str, Any], tokens_per_batch: int, longest: int | None = N
 
 @dataclass(frozen=True)
 class _Side:
-    """What is packed in a batch: its tokens, or the sources or targets of its pairs.
+    """One packed part of a batch: its only one, or the sources or the targets of its pairs.
 
     Attributes:
-        prefix: of the names of what it has.
-        tokens, padded_tokens: how many there are and will be.
-        longest: of the sequences.
-        sequences: how many there will be at least.
+        prefix: prefix of the names of its tensors.
+        tokens, padded_tokens: number of tokens before and after padding.
+        longest: tokens of the longest sequence.
+        sequences: the least number of sequences after padding.
     """
 
     prefix: str
@@ -104,7 +108,7 @@ class _Side:
         return cls(prefix, tokens, size, longest, len(batch[f"{prefix}cu_seqlens"]) - 1 + added)
 
     def padded(self, batch: dict[str, Any], sequences: int, longest: int | None) -> dict[str, Any]:
-        """Take this side out of `batch`, and give it with more tokens and with so many sequences."""
+        """Remove this side from `batch`, and return it padded to `padded_tokens` and to this number of sequences."""
         names = [name for name in _OF_TOKENS if f"{self.prefix}{name}" in batch]
         made: dict[str, Any] = {
             name: _extended(batch.pop(f"{self.prefix}{name}"), self.padded_tokens, 0) for name in names

@@ -1,4 +1,4 @@
-"""Batches are brought into few shapes, and what is added to them counts for nothing."""
+"""Batches are padded to few shapes, and the padding has no effect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUDGET = 320
 
 
 def masked(draw: np.random.Generator) -> dict[str, Any]:
-    """As BERT's objective has them."""
+    """Return a batch as BERT's objective makes it."""
     sequences = sequences_of(draw)
     batch: dict[str, Any] = pack(sequences)
     tokens = len(batch["input_ids"])
@@ -34,7 +34,7 @@ def masked(draw: np.random.Generator) -> dict[str, Any]:
 
 
 def sequences_of(draw: np.random.Generator) -> list[np.ndarray]:
-    """About as many tokens as fit."""
+    """Return a batch of about as many tokens as fit."""
     lengths = draw.integers(2, 33, 100)
     fitting = lengths[: np.searchsorted(np.cumsum(lengths), BUDGET, side="right")]
     return [draw.integers(1, 50, length) for length in fitting]
@@ -88,7 +88,7 @@ def test_labels_of_sequences() -> None:
 
 
 def test_few_shapes() -> None:
-    """Of a hundred batches with all kinds of lengths."""
+    """A hundred batches of varied lengths have at most six shapes."""
     make, seen = FewShapes(masked, BUDGET), set()
     for seed in range(100):
         batch = make(np.random.default_rng(seed))
@@ -100,5 +100,7 @@ def test_what_cannot_be_padded_is_named() -> None:
     sequence = pack([np.arange(1, 8)])
     with pytest.raises(ValueError, match="attention_mask, labels_of_another_kind cannot be padded"):
         padded({**sequence, "attention_mask": torch.ones(7), "labels_of_another_kind": torch.ones(7)}, BUDGET)
-    with pytest.raises(ValueError, match=r"labels must be int64 to be padded, for -100 is none; got torch\.float32"):
+    with pytest.raises(
+        ValueError, match=r"labels must be int64 to be padded \(-100 means no label\), got torch\.float32"
+    ):
         padded({**sequence, "labels": torch.ones(1)}, BUDGET)

@@ -385,7 +385,7 @@ def test_folders(tmp_path: Path, capsys: pytest.CaptureFixture, no_training: Non
     loop = tmp_path / "loop"
     loop.mkdir()
     (loop / "again").symlink_to(loop)
-    assert "again is a link to a folder that it is in" in refusal(COMMANDS["pretrain"], loop, tmp_path, capsys)
+    assert "again is a link to a folder that contains it" in refusal(COMMANDS["pretrain"], loop, tmp_path, capsys)
     for command in ("pretrain", "finetune classify"):
         empty = tmp_path / f"empty {command}"
         empty.mkdir()

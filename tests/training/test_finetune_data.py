@@ -141,7 +141,7 @@ def test_conversations(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture
         arguments = [*command("generate", tmp_path / split, tmp_path / "other"), "--model", str(run / "model")]
         assert cli.main(arguments) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert f"{split}.jsonl, line 2: not accepted by the tokenizer's chat template: no system role" in error
+        assert f"{split}.jsonl, line 2: the tokenizer's chat template does not accept it: no system role" in error
     out = ["--out", str(tmp_path / "out.jsonl")]
     assert cli.main(["predict", str(run), "--data", str(tmp_path / "test/generate/test.jsonl"), *out]) == 2
     assert "test.jsonl, line 2: not accepted" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Translations of messages from compiled gettext catalogues, and of numbers where there are none."""
+"""Translations of messages from compiled gettext catalogues, and of numbers if there are no catalogues."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _LONGEST = 300
 
 
 def read_catalogue(content: bytes, name: str) -> list[SourceTarget]:
-    """The messages of a ``.mo`` file that are running text in both languages, singular forms alone.
+    """Return the messages of a ``.mo`` file that are running text in both languages; of plurals, the singular only.
 
-    Format: GNU gettext manual, section 10.3. Left out are the header, untranslated messages, and those of several
+    Format: GNU gettext manual, section 10.3. Left out are the header, untranslated messages, and messages of several
     lines, of more than 300 characters or without two words.
 
     Raises:
-        ValueError: it is damaged or not such a file.
+        ValueError: the file is damaged or not a ``.mo`` file.
     """
     order = _MAGIC.get(content[:4])
     try:
         if order is None:
-            raise ValueError("it does not begin as one")
+            raise ValueError("it does not begin like a gettext catalogue")
         _, count, originals, translations = struct.unpack_from(f"{order}4I", content, 4)
 
         def strings(table: int) -> Iterator[bytes]:
@@ -46,7 +46,7 @@ def read_catalogue(content: bytes, name: str) -> list[SourceTarget]:
     for original, translated in messages:
         try:
             source, target = (_plain(text, encoding) for text in (original, translated))
-        except (UnicodeDecodeError, LookupError):  # a message in another encoding than the catalogue's
+        except (UnicodeDecodeError, LookupError):  # the message is not in the catalogue's encoding
             continue
         if _is_running_text(source) and target and "\n" not in target and target != source:
             pairs.append(SourceTarget(source, target))
@@ -69,12 +69,12 @@ def _is_running_text(text: str) -> bool:
 
 
 def installed_catalogues(language: str) -> list[Path]:
-    """The catalogues of a language (``de``, ``pt_BR``) that this machine's programs brought, in sorted order."""
+    """Return the catalogues of a language (``de``, ``pt_BR``) that this machine's programs installed, sorted."""
     return sorted(path for folder in _FOLDERS for path in Path(folder, language, "LC_MESSAGES").glob("*.mo"))
 
 
 def read_catalogues(contents: Iterable[tuple[str, bytes]]) -> list[SourceTarget]:
-    """The messages of several catalogues, each source once; those that are damaged are left out."""
+    """Return the messages of several catalogues, each source once; damaged catalogues are left out."""
     pairs: dict[str, SourceTarget] = {}
     for name, content in contents:
         try:
@@ -101,12 +101,12 @@ _GERMAN_TENS = ("zwanzig", "dreißig", "vierzig", "fünfzig", "sechzig", "siebzi
 
 
 def number_translations() -> list[SourceTarget]:
-    """The numbers from 0 to 9999 in English and German words: a translation that needs no catalogue."""
+    """Return the numbers from 0 to 9999 in English and German words: a translation that needs no catalogue."""
     return [SourceTarget(english_number(number), german_number(number)) for number in range(10_000)]
 
 
 def english_number(number: int) -> str:
-    """0 to 9999 in words."""
+    """Write a number from 0 to 9999 in English words."""
     if number < 20:
         return _ENGLISH[number]
     if number < 100:
@@ -121,7 +121,7 @@ def english_number(number: int) -> str:
 
 
 def german_number(number: int) -> str:
-    """0 to 9999 in words."""
+    """Write a number from 0 to 9999 in German words."""
     words = _german(number)
     return f"{words}s" if number % 100 == 1 else words
 

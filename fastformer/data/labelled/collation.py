@@ -1,7 +1,7 @@
-"""Features to batches, in either of two forms, by choice of one argument.
+"""Turn features into batches, in one of two forms; the argument `form` chooses.
 
-``packed``: sequences end to end with no padding, as our models take them. ``dense``: padded on the right, with an
-attention mask, as Hugging Face's models take them.
+``packed``: sequences end to end without padding, the input of this package's models. ``dense``: sequences padded on
+the right, with an attention mask, the input of Hugging Face's models.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ Form = Literal["packed", "dense"]
 
 
 def collate(features: Sequence[Feature], form: Form, pad_token_id: int) -> dict[str, Any]:
-    """A batch of single sequences.
+    """Return a batch of single sequences.
 
     Args:
-        features: at least one, all with labels or none.
+        features: at least one; either all have labels or none has.
         form: see the module.
-        pad_token_id: for the dense form.
+        pad_token_id: used in the dense form only.
 
     Returns:
-        Packed: input_ids, position_ids, cu_seqlens, max_seqlen (see `PackedBatch`), token_type_ids where the tokenizer
-        makes them. Dense: input_ids and attention_mask, both (B, T) int64, and token_type_ids. With labels: (B,) int64
-        classes or float32 numbers; or in the shape of input_ids, -100 at padding; of questions, start_positions and
-        end_positions, (B,) int64, in tokens of the sequence.
+        Packed: input_ids, position_ids, cu_seqlens, max_seqlen (see `PackedBatch`), and token_type_ids if the tokenizer
+        makes them. Dense: input_ids and attention_mask, both (B, T) int64, and likewise token_type_ids. If the features
+        have labels: labels, (B,) int64 classes or float32 numbers, or one per token in the shape of input_ids, -100 at
+        padding. For questions instead: start_positions and end_positions, (B,) int64, in tokens of the sequence.
     """
     check_form(form)
     sequences = [np.array(feature.input_ids) for feature in features]
@@ -44,23 +44,23 @@ def collate(features: Sequence[Feature], form: Form, pad_token_id: int) -> dict[
 def collate_pairs(
     features: Sequence[PairFeature], form: Form, pad_token_id: int, decoder_start_token_id: int
 ) -> dict[str, Any]:
-    """A batch of sources and targets.
+    """Return a batch of sources and targets.
 
     Args:
-        features: at least one, all with targets or none.
+        features: at least one; either all have targets or none has.
         form: see the module.
-        pad_token_id: for the dense form.
-        decoder_start_token_id: what the decoder is given first; the dense form leaves that to the model.
+        pad_token_id: used in the dense form only.
+        decoder_start_token_id: the decoder's first token; in the dense form the model adds it itself.
 
     Returns:
         Packed: see `PackedPairBatch`. Dense: input_ids, attention_mask and labels, -100 at padding. Without targets,
-        what the encoder is given alone.
+        only the inputs of the encoder.
     """
     check_form(form)
     sources = [np.array(feature.source) for feature in features]
     targets = [np.array(feature.target) for feature in features if feature.target is not None]
     if targets and len(targets) < len(features):
-        raise ValueError(f"{len(targets)} of {len(features)} features have a target; give all of one kind")
+        raise ValueError(f"{len(targets)} of {len(features)} features have a target; give a target to all or to none")
     if form == "packed":
         return dict(pack_pairs(sources, targets, decoder_start_token_id)) if targets else pack(sources)
     batch = _pad_with_mask(sources, pad_token_id)
@@ -68,19 +68,21 @@ def collate_pairs(
 
 
 def collate_similar(features: Sequence[SimilarFeature], form: Form, pad_token_id: int) -> dict[str, dict[str, Any]]:
-    """Batches "anchor", "positive" and, where every feature has one, "negative"; see `collate`."""
+    """Return the batches "anchor", "positive" and, if every feature has one, "negative"; see `collate`."""
     batches = {
         name: collate([getattr(feature, name) for feature in features], form, pad_token_id)
         for name in ("anchor", "positive")
     }
     negatives = [feature.negative for feature in features if feature.negative is not None]
     if negatives and len(negatives) < len(features):
-        raise ValueError(f"{len(negatives)} of {len(features)} features have a negative; give all of one kind")
+        raise ValueError(
+            f"{len(negatives)} of {len(features)} features have a negative; give a negative to all or to none"
+        )
     return {**batches, "negative": collate(negatives, form, pad_token_id)} if negatives else batches
 
 
 def check_form(form: str) -> None:
-    """Raises ValueError for another form than the two."""
+    """Raise ValueError unless `form` is packed or dense."""
     if form not in ("packed", "dense"):
         raise ValueError(f"form must be packed or dense, got {form!r}")
 
@@ -97,7 +99,7 @@ def _labels(features: Sequence[Feature], form: Form) -> dict[str, torch.Tensor]:
     if all(label is None for label in labels):
         return {}
     if any(label is None for label in labels):
-        raise ValueError("some features have labels and some have not; give all of one kind")
+        raise ValueError("some features have labels and others have none; give labels to all or to none")
     if isinstance(labels[0], list):
         return {"labels": _join([np.array(label) for label in labels], form, IGNORE_INDEX)}
     dtype = torch.float32 if isinstance(labels[0], float) else torch.int64

@@ -1,4 +1,5 @@
-"""CoNLL's columns: a word a line, first the word and last its tag, a blank line between sentences."""
+"""Read CoNLL files: one word per line, the word in the first column, its tag in the last, blank lines between
+sentences."""
 
 from __future__ import annotations
 
@@ -13,17 +14,17 @@ from fastformer.lines import numbered_lines
 
 _BLANKS = re.compile(r"[ \t]+")
 _COUNT = re.compile(r"[0-9]+([-.][0-9]+)?")
-"""Of a word; CoNLL-U has 1-2 and 1.1 too."""
+"""The number of a word in its sentence; CoNLL-U also has 1-2 and 1.1."""
 
 
 class _Line(NamedTuple):
     """A line that is not blank.
 
     Attributes:
-        where: it is.
+        where: file and line number.
         fields: its columns.
-        tabs: whether a tab is between them.
-        hash: whether it begins as a comment does, with ``#`` and a space.
+        tabs: whether the columns are divided by tabs.
+        hash: whether the line begins like a comment, with ``#`` and a space.
     """
 
     where: str
@@ -37,14 +38,15 @@ class _Line(NamedTuple):
 
 
 def conll_sentences(path: Path) -> Iterator[tuple[str, TaggedWords]]:
-    """Of each sentence where it is, and its words and their tags.
+    """Yield the place (file and line) of each sentence, and its words with their tags.
 
-    Columns are divided by a tab, in a line that has one, or by spaces. Lines before a sentence's first word that begin
-    with ``#`` and a space are comments, unless they have the columns of other lines and the tag of another word.
+    A line that has a tab is divided into columns by tabs, any other line by spaces. Lines before a sentence's first
+    word that begin with ``#`` and a space are comments, unless they have as many columns as other lines and end in the
+    tag of another word.
 
     Raises:
-        ValueError: a line has other columns than the first, a tag is missing, the first column only counts the words,
-            or a line may as well be a comment as the word ``#``.
+        ValueError: a line has another number of columns than the first line, a tag is missing, the first column only
+            numbers the words, or it is unclear whether a line is a comment or the word ``#``.
     """
     blocks = (
         [line for line in lines if line is not None] for _, lines in groupby(_lines(path), lambda line: line is None)
@@ -61,40 +63,40 @@ def conll_sentences(path: Path) -> Iterator[tuple[str, TaggedWords]]:
 
 
 def _lines(path: Path) -> Iterator[_Line | None]:
-    """The lines of a file; None for those between sentences."""
+    """Yield the lines of a file, and None for each line between sentences."""
     for number, text in numbered_lines(path):
         where, text = f"{path}, line {number}", text.strip(" \t")  # a line may end in a tab
         tabs = "\t" in text
         fields = [field.strip(" ") for field in text.split("\t")] if tabs else _BLANKS.split(text)
         if text.startswith('{"'):
-            raise ValueError(f"{where}: JSON, where CoNLL's columns are expected; name the file .jsonl")
+            raise ValueError(f"{where}: found JSON, expected CoNLL's columns; a file of JSON lines must end in .jsonl")
         yield _Line(where, fields, tabs, text.startswith("# ")) if text and fields[0] != "-DOCSTART-" else None
 
 
 def _split_head(block: Sequence[_Line]) -> tuple[Sequence[_Line], Sequence[_Line]]:
-    """Lines that may be comments before a sentence, and those from its first word on that is certainly one."""
+    """Split a block into the leading lines that may be comments and the rest, which begins with a certain word."""
     head = len([*takewhile(lambda line: line.hash, block)])
     return block[:head], block[head:]
 
 
 def _not_comments(head: Sequence[_Line], shapes: set[tuple[int, bool]], tags: set[str]) -> Sequence[_Line]:
-    """From the first of them on that is a word."""
+    """Return the lines from the first one that is not a comment."""
     return head[len([*takewhile(lambda line: _is_comment(line, shapes, tags), head)]) :]
 
 
 def _is_comment(line: _Line, shapes: set[tuple[int, bool]], tags: set[str]) -> bool:
-    """Raises ValueError where it cannot be told."""
+    """Return whether the line is a comment; raise ValueError if that is unclear."""
     if shapes and line.shape not in shapes:
         return True
-    if line.fields[2:3] == ["="]:  # as CoNLL-U's
+    if line.fields[2:3] == ["="]:  # a comment of CoNLL-U: "# key = value"
         return True
     if line.fields[-1] in tags:
         return False
     if "=" in line.fields[-1]:
         return True
     raise ValueError(
-        f"{line.where}: a comment or the word '#'? No other word has the tag {line.fields[-1]!r}; put a tab behind the "
-        "word, or leave the comment out"
+        f"{line.where}: unclear whether this is a comment or the word '#': no other word has the tag "
+        f"{line.fields[-1]!r}; put a tab after the word, or remove the comment"
     )
 
 
@@ -107,12 +109,12 @@ def _check_columns(sentences: Sequence[Sequence[_Line]]) -> None:
     counted = all(len(sentence[0].fields) > 2 and _counts(sentence) for sentence in sentences)
     if counted and any(len(sentence) > 1 for sentence in sentences):
         raise ValueError(
-            f"{sentences[0][0].where}: the first column counts the words; expected is word ... tag, without a number"
+            f"{sentences[0][0].where}: the first column numbers the words; expected word ... tag, without a number"
         )
 
 
 def _counts(sentence: Sequence[_Line]) -> bool:
-    """Whether the first column of a sentence counts its words, from 0 or 1 on."""
+    """Whether the first column of a sentence numbers its words, beginning with 0 or 1."""
     firsts = [line.fields[0] for line in sentence]
     if not all(_COUNT.fullmatch(first) for first in firsts):
         return False

@@ -1,8 +1,8 @@
-"""Labelled data that is already here: made from the documentation that comes with Python and from gettext catalogues.
+"""Labelled sets without a download: made from Python's documentation and from the machine's gettext catalogues.
 
-Nothing is downloaded. The texts were written by people; labels, questions and answers are found in them by rule. Splits
-are a function of the text: 80 % to train on, 10 % to choose by, 10 % to judge by, whole docstrings on one side and no
-text twice.
+People wrote the texts; rules find the labels, questions and answers in them. The split depends on the text only: 80 %
+for training, 10 % for validation, 10 % for testing. A docstring is never divided between splits, and no text is there
+twice.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ Example = TypeVar("Example", bound=tuple)
 
 _FORMAT = 1
 _PARTS = 10
-_DAMAGED = "{path} is damaged ({error}) and is made anew"
+_DAMAGED = "{path} is damaged ({error}) and is rebuilt"
 
 
 def docstrings(cache_dir: CacheFolder = None) -> list[Docstring]:
-    """All documentation of this Python, no text twice, kept in the cache; a damaged copy is made anew."""
+    """Return all documentation of this Python, no text twice, kept in the cache; a damaged copy is rebuilt."""
     path = cache_folder(cache_dir) / f"python-docstrings-{python_fingerprint()}-v{_FORMAT}.jsonl"
     if path.exists():
         try:
@@ -61,7 +61,7 @@ def docstrings(cache_dir: CacheFolder = None) -> list[Docstring]:
 
 
 def _once(items: Iterable[Example], text: Callable[[Example], str]) -> list[Example]:
-    """The items of which no earlier one has the same text, white space not counted."""
+    """Keep only the first item of each text; white space is not compared."""
     first: dict[int, Example] = {}
     for item in items:
         first.setdefault(document_key(text(item)), item)
@@ -69,7 +69,7 @@ def _once(items: Iterable[Example], text: Callable[[Example], str]) -> list[Exam
 
 
 def split_by(examples: Iterable[Example], document: Callable[[Example], str]) -> Splits[Example]:
-    """Splits examples by a hash of the document that they are of: 8 parts in 10 to train on, 1 for each other side."""
+    """Split examples by a hash of their document: 8 tenths for training, 1 for validation, 1 for testing."""
     parts: tuple[list[Example], list[Example], list[Example]] = ([], [], [])
     for example in examples:
         part = document_key(document(example)) % _PARTS
@@ -81,7 +81,7 @@ def split_by(examples: Iterable[Example], document: Callable[[Example], str]) ->
 
 
 def default_summaries(cache_dir: CacheFolder = None) -> Splits[SourceTarget]:
-    """The prose of docstrings' bodies, and their first lines."""
+    """Return the prose of docstrings' bodies (the sources) and their first lines (the summaries)."""
     return split_by(_summaries(docstrings(cache_dir)), lambda pair: pair.source)
 
 
@@ -91,7 +91,7 @@ def _summaries(found: Sequence[Docstring]) -> list[SourceTarget]:
 
 
 def _line_and_body(docstring: Docstring) -> Iterator[tuple[str, str]]:
-    """The first line of a docstring and the prose of the rest, where there is both."""
+    """Yield the first line of a docstring and the prose of the rest, if it has both."""
     first, _, rest = docstring.text.partition("\n\n")
     line = prose_paragraphs(first)
     body = " ".join(prose_paragraphs(rest))
@@ -136,7 +136,7 @@ _FAMILY_OF = {module: family for family, modules in _FAMILIES.items() for module
 
 
 def default_classes(cache_dir: CacheFolder = None) -> Splits[ClassifiedText]:
-    """Paragraphs of documentation, and the part of Python that they are about, one of eight."""
+    """Return paragraphs of documentation; the class is the part of Python they are about, one of eight."""
     found = [
         (docstring.text, ClassifiedText(paragraph, None, _FAMILY_OF[family]))
         for docstring in docstrings(cache_dir)
@@ -169,10 +169,11 @@ _ASKED = tuple(
 
 
 def default_questions(cache_dir: CacheFolder = None) -> Splits[Question]:
-    """What functions return, when they raise and what their arguments default to; the answer is a part of the context.
+    """Return questions on what functions return, when they raise and what their arguments default to.
 
-    A context documents four neighbours of a module, one of which the question names. What is said in the same words of
-    two things (a module in C and its twin in Python) is there once, and so is what is asked and answered in the same.
+    The answer is a part of the context. A context documents four neighbouring objects of a module, and the question
+    names one of them. Two objects with the same documentation (a module in C and its twin in Python) are there once,
+    and so are two questions with the same words and the same answer.
     """
     found = [d for d in docstrings(cache_dir) if d.name and d.module != TOPICS]
     found = _once(found, _prose)
@@ -206,7 +207,7 @@ def _questions(members: Sequence[Docstring]) -> Iterator[Question]:
     context = context.rstrip("\n")
     names = [name for name, _, _ in places]
     for name, begin, end in places:
-        if names.count(name) > 1:  # which one would not be clear
+        if names.count(name) > 1:  # it would not be clear which one is meant
             continue
         for pattern, question in _ASKED:
             matches = list(pattern.finditer(context, begin, end))
@@ -224,9 +225,9 @@ _WORDS = re.compile(r"[\w.]*\w|[^\w\s]")
 
 
 def default_tags(cache_dir: CacheFolder = None) -> Splits[TaggedWords]:
-    """Sentences of documentation and which of their words are code, as their authors marked them; the marks are gone.
+    """Return sentences of documentation; the tags say which words the authors marked as code.
 
-    Tags are B-CODE, I-CODE and O.
+    Tags are B-CODE, I-CODE and O. The marks themselves are removed from the text.
     """
     found = [
         (docstring.text, tagged)
@@ -240,7 +241,7 @@ def default_tags(cache_dir: CacheFolder = None) -> Splits[TaggedWords]:
 
 
 def _tagged(sentence: str, quotes_are_code: bool) -> TaggedWords:
-    """The words of a sentence; tags only if something in it is marked as code."""
+    """Return the words of a sentence, with tags only if something in it is marked as code."""
     words: list[str] = []
     tags: list[str] = []
 
@@ -257,7 +258,7 @@ def _tagged(sentence: str, quotes_are_code: bool) -> TaggedWords:
             add(code, "B-CODE", "I-CODE")
             place = match.end()
     add(sentence[place:], "O", "O")
-    is_marked = "B-CODE" in tags and "`" not in words  # a mark that is left has no partner: who knows what it marks
+    is_marked = "B-CODE" in tags and "`" not in words  # a mark without a partner: unclear what it marks
     return TaggedWords(tuple(words), tuple(tags) if is_marked else None)
 
 
@@ -265,12 +266,12 @@ def _tagged(sentence: str, quotes_are_code: bool) -> TaggedWords:
 
 
 def default_translations(language: str = "de") -> Splits[SourceTarget]:
-    """English messages of this machine's programs in another language (``de``, ``ja``, ``ar``, ``zh_CN``).
+    """Return English messages of this machine's programs and their translations (``de``, ``ja``, ``ar``, ``zh_CN``).
 
-    Where there is no catalogue of the language: for German, numbers in words.
+    Without a catalogue for German, the set has numbers in words instead.
 
     Raises:
-        FileNotFoundError: there is no catalogue, and the language is another than German.
+        FileNotFoundError: there is no catalogue of the language, and the language is not German.
     """
     pairs = read_catalogues((str(path), path.read_bytes()) for path in installed_catalogues(language))
     if not pairs and language != "de":
@@ -281,7 +282,7 @@ def default_translations(language: str = "de") -> Splits[SourceTarget]:
 
 
 def split_messages(pairs: Iterable[SourceTarget]) -> Splits[SourceTarget]:
-    """Splits translations; messages that differ in case and punctuation alone are on one side, in every language."""
+    """Split translations; messages that differ only in case and punctuation share a split, in every language."""
     return split_by(pairs, lambda pair: "".join(re.findall(r"\w+", pair.source.casefold())))
 
 
@@ -289,7 +290,7 @@ def split_messages(pairs: Iterable[SourceTarget]) -> Splits[SourceTarget]:
 
 
 def default_conversations(cache_dir: CacheFolder = None) -> Splits[Conversation]:
-    """Questions about the standard library, answered in the words of its documentation."""
+    """Return questions about the standard library, answered in the words of its documentation."""
     found = [
         Conversation((Message("user", _asks_for(docstring)), Message("assistant", paragraphs[0])))
         for docstring in docstrings(cache_dir)
@@ -308,7 +309,7 @@ def _asks_for(docstring: Docstring) -> str:
 
 
 def default_similar(cache_dir: CacheFolder = None) -> Splits[SimilarTexts]:
-    """The first line of a docstring and the prose of its body, which are about the same."""
+    """Return the first lines of docstrings and the prose of their bodies, which mean about the same."""
     summaries = _summaries(docstrings(cache_dir))
     similar = [SimilarTexts(pair.target or "", pair.source, None) for pair in summaries]
     return split_by(similar, lambda pair: pair.positive)

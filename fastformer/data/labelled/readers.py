@@ -1,4 +1,4 @@
-"""Labelled data in the layouts in which it comes: GLUE, SQuAD, CoNLL, XSum, WMT, chats, tables and JSON lines.
+"""Read labelled data in common layouts: GLUE, SQuAD, CoNLL, XSum, WMT, chats, tables and JSON lines.
 
 Errors name the file and the line, what was found there and what is accepted.
 """
@@ -39,7 +39,7 @@ Example = TypeVar("Example", bound=tuple)
 csv.field_size_limit((1 << 31) - 1)
 
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
-"""Values that say nothing."""
+"""Values that count as missing."""
 
 ROLES = ("system", "user", "assistant")
 
@@ -51,8 +51,10 @@ _SPLIT_NAMES = {
 
 
 def find_splits(folder: Path) -> dict[str, list[Path]]:
-    """The files of a folder by split: those named ``train``, ``validation`` (or ``valid``, ``val``, ``dev``) or
-    ``test``, with any ending or suffix behind ``-``, ``_`` or ``.`` (``dev_matched.tsv``, ``train-v2.0.json``).
+    """Return the files of a folder by split.
+
+    A file belongs to a split if its name begins with ``train``, ``validation`` (or ``valid``, ``val``, ``dev``) or
+    ``test``, followed by nothing or by ``-``, ``_`` or ``.`` and anything (``dev_matched.tsv``, ``train-v2.0.json``).
 
     Raises:
         FileNotFoundError: there is no such folder, or no training file in it.
@@ -74,17 +76,17 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
 
 
 class Row(NamedTuple):
-    """A record of a file, and where it is."""
+    """A record of a file, and its place (file and line)."""
 
     where: str
     values: dict[str, Any]
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The records of JSON lines, CSV (quoted as in RFC 4180), TSV (tabs, never quoted, as GLUE's) or parquet.
+    """Yield the records of a file: JSON lines, CSV (quoted as in RFC 4180), TSV (never quoted, as GLUE's) or parquet.
 
     Raises:
-        ValueError: another suffix, or a line that is no record.
+        ValueError: the suffix is unknown, or a line is not a record.
     """
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
@@ -110,14 +112,14 @@ def _table_rows(path: Path) -> Iterator[Row]:
         try:
             yield from _records(file, path)
         except UnicodeDecodeError:
-            for _ in decoded_lines(path):  # says in which line
+            for _ in decoded_lines(path):  # its error names the line
                 pass
             raise
 
 
 def _records(file: IO[str], path: Path) -> Iterator[Row]:
     if path.suffix.lower() == ".csv":
-        spaced = ", " in file.readline()  # "text, label": the space is no part of the name, nor of what is below it
+        spaced = ", " in file.readline()  # "text, label": the space belongs neither to the name nor to the values
         file.seek(0)
         records = csv.reader(file, strict=True, skipinitialspace=spaced)
     else:
@@ -150,12 +152,12 @@ def _column_names(header: list[str], where: str) -> list[str]:
     names = [name.strip() for name in header]
     for name in names:
         if name and names.count(name) > 1:
-            raise ValueError(f"{where}: {name!r} names two columns; the first line must give each a name of its own")
+            raise ValueError(f"{where}: {name!r} names two columns; the names in the first line must differ")
     return names
 
 
 def _is_cola(header: list[str]) -> bool:
-    """GLUE's CoLA has no header: source, label, original mark, sentence."""
+    """Whether the first line is a record of GLUE's CoLA without a header: source, label, original mark, sentence."""
     return len(header) == 4 and header[1] in ("0", "1") and header[2] in ("", "*", "?", "??", "?*")
 
 
@@ -165,7 +167,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _one_of(row: Row, names: Sequence[str], what: str, required: bool = True) -> Any:
-    """The value of the first of some columns that the row has; None where it has none, or says nothing there."""
+    """Return the value of the first of these columns that the row has; None if it has none, or null there."""
     value = next((row.values[name] for name in names if name in row.values), None)
     if value is None and required:
         found = ", ".join(map(str, row.values)) or "nothing"
@@ -181,10 +183,10 @@ def _text(row: Row, names: Sequence[str], what: str, required: bool = True) -> A
 
 
 def _check_one(row: Row, names: Sequence[str], what: str) -> None:
-    """Raises ValueError where several columns may be meant, and say different things."""
+    """Raise ValueError if several of these columns have values, and the values differ."""
     given = [name for name in names if row.values.get(name) not in _NOTHING]
     if any(row.values[name] != row.values[given[0]] for name in given):
-        raise ValueError(f"{row.where}: found {' and '.join(given)}, each of which may be the {what}; give one")
+        raise ValueError(f"{row.where}: found {' and '.join(given)}, but only one may be the {what}; give one")
 
 
 def _checked_text(value: Any, where: str, what: str) -> str:
@@ -215,28 +217,29 @@ def _some(path: Path, located: Iterator[tuple[str, Example]]) -> Examples[Exampl
 _FIRST = ("text", "sentence", "sentence1", "premise", "question1", "#1 String", "question")
 _SECOND = ("text_pair", "sentence2", "hypothesis", "question2", "#2 String", "second")
 _ASKED_ABOUT = ("sentence", "passage", "paragraph", "context", "answer")
-"""Second texts beside ``question``, as in QNLI, BoolQ and WikiQA."""
+"""Columns of the second text if the first is ``question``, as in QNLI, BoolQ and WikiQA."""
 _LABEL = ("label", "labels", "gold_label", "is_duplicate", "Quality", "label_text")
 _SCORE = ("score", "similarity_score")
 _LARGEST_SCORE = 1e15
 
 
 def read_classification(path: Path, targets: bool = False) -> Examples[ClassifiedText]:
-    """Tables and JSON lines with a text, perhaps a second one, and a label (or a score, for regression).
+    """Read tables and JSON lines with a text, optionally a second one, and a label (or a score, for regression).
 
-    GLUE's TSV files are read as they are, CoLA's without a header too. White space round a label is not of it. JSON's
-    true and false are the classes ``true`` and ``false``. Examples whose ``gold_label`` is ``-`` (SNLI's, of which
-    people thought differently) are left out, with a warning that says how many.
+    GLUE's TSV files are read as they are; CoLA's need no header. White space around a label is removed. JSON's true
+    and false are the classes ``true`` and ``false``. Examples whose ``gold_label`` is ``-`` (in SNLI, people did not
+    agree on a label) are left out; a warning says how many.
 
     Args:
         path: the file.
-        targets: whether there must be a label or a score. Without one, as in GLUE's test files, the label is None.
+        targets: whether each example must have a label or a score. If not, as in GLUE's test files, the label of an
+            example without one is None.
     """
     return _examples(path, _agreed(path), lambda row: _classified(row, targets))
 
 
 def _agreed(path: Path) -> Iterator[Row]:
-    """The records of a file without those that people could not agree on."""
+    """Yield the records of a file, except those without an agreed label."""
     agreed = left_out = 0
     for row in read_rows(path):
         if row.values.get("gold_label") == "-":
@@ -264,7 +267,7 @@ def _classified(row: Row, targets: bool) -> ClassifiedText:
 
 
 def _texts(row: Row) -> tuple[str, str | None]:
-    """The text and, if there is one, the second."""
+    """Return the text and, if there is one, the second text."""
     filled = sorted(name for name, value in row.values.items() if isinstance(value, str) and value.strip())
     firsts: Sequence[str] = _FIRST
     seconds: Sequence[str] = _SECOND
@@ -274,13 +277,13 @@ def _texts(row: Row) -> tuple[str, str | None]:
     if len(texts) > (2 if any(name in filled for name in seconds) else 1):
         raise ValueError(
             f"{row.where}: found the texts {', '.join(texts)}; accepted are one, or two with the second in "
-            f"{', '.join(_SECOND)} or, beside question, in {', '.join(_ASKED_ABOUT)}"
+            f"{', '.join(_SECOND)} or, if the first is question, in {', '.join(_ASKED_ABOUT)}"
         )
     return _text(row, firsts, "text column"), _text(row, seconds, "second text", required=False)
 
 
 def _written(label: Any) -> str:
-    """A label as JSON has it: true is the class "true"."""
+    """Return a label as JSON writes it: true is the class "true"."""
     return str(label).lower() if isinstance(label, bool) else str(label)
 
 
@@ -292,11 +295,11 @@ def _number(score: Any, where: str) -> float:
         with suppress(TypeError, ValueError, OverflowError):
             number = float(score)
     if not math.isfinite(number):
-        raise ValueError(f"{where}: score must be a number, found {score!r:.60}; accepted are finite ones")
+        raise ValueError(f"{where}: score must be a finite number, found {score!r:.60}")
     if abs(number) > _LARGEST_SCORE:
         raise ValueError(
-            f"{where}: score must be from {-_LARGEST_SCORE:g} to {_LARGEST_SCORE:g}, found {score!r:.60}: the squares "
-            "of larger ones cannot be added up in float32; divide all scores by the same number"
+            f"{where}: score must be from {-_LARGEST_SCORE:g} to {_LARGEST_SCORE:g}, found {score!r:.60}: squares of "
+            "larger scores cannot be added up in float32; divide all scores by the same number"
         )
     return number
 
@@ -305,16 +308,18 @@ def _number(score: Any, where: str) -> float:
 
 
 def read_tagging(path: Path, targets: bool = False) -> Examples[TaggedWords]:
-    """CoNLL's columns (a word a line, the tag in the last column, a blank line between sentences), or JSON lines with
-    ``tokens`` (or ``words``) and ``tags`` (or ``ner_tags``, ``labels``) as strings.
+    """Read tagged words: CoNLL's columns, or JSON lines or parquet.
 
-    Columns of CoNLL are divided by a tab, in a line that has one, or by spaces; any other white space, such as U+00A0,
-    is of a word. Lines before a sentence that begin with ``#`` and a space are comments; see
-    `fastformer.data.labelled.conll.conll_sentences` for a word ``#`` there.
+    CoNLL: one word per line, the tag in the last column, a blank line between sentences. A line that has a tab is
+    divided by tabs, any other by spaces; other white space, such as U+00A0, belongs to a word. Lines before a sentence
+    that begin with ``#`` and a space are comments; `fastformer.data.labelled.conll.conll_sentences` says when such a
+    line is the word ``#``.
+
+    JSON lines and parquet: ``tokens`` (or ``words``) and ``tags`` (or ``ner_tags``, ``labels``), lists of strings.
 
     Args:
         path: the file.
-        targets: whether there must be tags.
+        targets: whether each example must have tags.
     """
     if path.suffix.lower() in (".jsonl", ".ndjson", ".parquet"):
         return _examples(path, read_rows(path), lambda row: _tagged(row, targets))
@@ -337,7 +342,7 @@ def _strings(row: Row, names: Sequence[str], what: str, required: bool = True) -
     if values is None:
         return None
     if not isinstance(values, list) or not values or not all(isinstance(value, str) and value for value in values):
-        raise ValueError(f"{row.where}: {what} must be a list of strings, none empty, found {values!s:.60}")
+        raise ValueError(f"{row.where}: {what} must be a list of non-empty strings, found {values!s:.60}")
     return tuple(values)
 
 
@@ -345,12 +350,14 @@ def _strings(row: Row, names: Sequence[str], what: str, required: bool = True) -
 
 
 def read_questions(path: Path, targets: bool = False) -> Examples[Question]:
-    """SQuAD 1.1 or 2.0 (JSON), or JSON lines or parquet with ``id``, ``question``, ``context`` and ``answers``
-    (``{"text": [...], "answer_start": [...]}``).
+    """Read questions about contexts: SQuAD 1.1 or 2.0 (JSON), or JSON lines or parquet.
+
+    JSON lines and parquet need ``id``, ``question``, ``context`` and ``answers`` (``{"text": [...], "answer_start":
+    [...]}``).
 
     Args:
         path: the file.
-        targets: whether there must be answers, an empty list of them where the context has none.
+        targets: whether each question must have ``answers``; an empty list says that the context has no answer.
     """
     rows = read_rows(path) if path.suffix.lower() != ".json" else _squad_rows(path)
     return _examples(path, rows, lambda row: _question(row, targets))
@@ -365,7 +372,7 @@ def _squad_rows(path: Path) -> Iterator[Row]:
 
 
 def _members(parent: Any, name: str, where: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects in a list that an object has under a name, and where each is."""
+    """Yield the objects in the list `name` of an object, and the place of each."""
     members = parent.get(name) if isinstance(parent, dict) else None
     if not isinstance(members, list):
         raise ValueError(f"{where}: not SQuAD's layout, data[].paragraphs[].qas[]: no list {name!r}")
@@ -393,7 +400,7 @@ def _question(row: Row, targets: bool) -> Question:
 
 
 def _given_answers(answers: Any, where: str) -> list[tuple[Any, Any]]:
-    """The text and start of each, from SQuAD's list of objects or an object of two lists."""
+    """Return the text and start of each answer, from SQuAD's list of objects or an object of two lists."""
     if isinstance(answers, dict):
         texts, starts = answers.get("text"), answers.get("answer_start")
         if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts):
@@ -401,7 +408,7 @@ def _given_answers(answers: Any, where: str) -> list[tuple[Any, Any]]:
     elif isinstance(answers, list) and all(isinstance(answer, dict) for answer in answers):
         return [(answer.get("text"), answer.get("answer_start")) for answer in answers]
     raise ValueError(
-        f'{where}: answers must be {{"text": [...], "answer_start": [...]}}, two lists of one length, or a list of '
+        f'{where}: answers must be {{"text": [...], "answer_start": [...]}}, two lists of equal length, or a list of '
         f'{{"text": ..., "answer_start": ...}}; found {answers!s:.80}'
     )
 
@@ -409,7 +416,7 @@ def _given_answers(answers: Any, where: str) -> list[tuple[Any, Any]]:
 def _answer(where: str, context: str, text: Any, start: Any) -> Answer:
     if not isinstance(text, str) or not text.strip() or not isinstance(start, int) or isinstance(start, bool):
         raise ValueError(
-            f"{where}: an answer needs a text that is not empty and a whole number answer_start; found text "
+            f"{where}: an answer needs a non-empty text, and answer_start must be a whole number; found text "
             f"{text!r:.60}, answer_start {start!r:.60}"
         )
     if start < 0:
@@ -427,13 +434,15 @@ _SUMMARY = ("summary", "highlights", "target")
 
 
 def read_summaries(path: Path, targets: bool = False) -> Examples[SourceTarget]:
-    """Tables and JSON lines with ``document`` (or ``article``, ``source``, ``text``) and ``summary`` (or
-    ``highlights``, ``target``), or a file ``NAME.source`` beside ``NAME.target`` with a text a line, as XSum is handed
-    on.
+    """Read documents and their summaries.
+
+    Accepted are tables, JSON lines and parquet with ``document`` (or ``article``, ``source``, ``text``) and ``summary``
+    (or ``highlights``, ``target``), and XSum's pairs of files ``NAME.source`` and ``NAME.target`` in the same folder,
+    one text per line.
 
     Args:
         path: the file.
-        targets: whether there must be summaries.
+        targets: whether each document must have a summary.
     """
     if path.suffix == ".source":
         return _parallel(path, path.with_suffix(".target"))
@@ -445,16 +454,16 @@ def read_summaries(path: Path, targets: bool = False) -> Examples[SourceTarget]:
 
 
 def read_translations(path: Path, source: str, target: str, targets: bool = False) -> Examples[SourceTarget]:
-    """Translations from one language into another, whose codes are those in the file.
+    """Read translations from one language into another.
 
-    Accepted are WMT's parallel files (``NAME.de`` beside ``NAME.en``, a sentence a line; `path` is the one of the
-    source language), JSON lines or parquet with ``{"translation": {"de": ..., "en": ...}}`` or with the codes as
-    fields, TSV with the codes in its first line, and TMX.
+    Accepted are WMT's parallel files (``NAME.de`` and ``NAME.en`` in the same folder, one sentence per line; `path` is
+    the file of the source language), JSON lines or parquet with ``{"translation": {"de": ..., "en": ...}}`` or with the
+    language codes as fields, TSV with the codes in its first line, and TMX.
 
     Args:
         path: the file.
-        source, target: the languages.
-        targets: whether there must be translations.
+        source, target: the codes of the languages, as in the file.
+        targets: whether each text must have a translation.
     """
     if path.suffix == f".{source}":
         return _parallel(path, path.with_suffix(f".{target}"))
@@ -475,7 +484,7 @@ def _translation(row: Row, source: str, target: str, targets: bool) -> SourceTar
 def _parallel(source: Path, target: Path) -> Examples[SourceTarget]:
     check_is_file(source)
     if not target.exists():
-        raise FileNotFoundError(f"{source} needs {target.name} beside it, with as many lines")
+        raise FileNotFoundError(f"{source} needs {target.name} in the same folder, with as many lines")
     sources, targets = ([line for _, line in numbered_lines(path)] for path in (source, target))
     if len(sources) != len(targets):
         raise ValueError(
@@ -489,7 +498,10 @@ def _pairs(
 ) -> Iterator[tuple[str, SourceTarget]]:
     for number, (text, other) in enumerate(zip(sources, targets, strict=True), start=1):
         if bool(text.strip()) != bool(other.strip()):
-            raise ValueError(f"{source if not text.strip() else target}, line {number}: empty, while its pair is not")
+            raise ValueError(
+                f"{source if not text.strip() else target}, line {number}: empty, but the same line of the other file "
+                "is not"
+            )
         if text.strip():
             yield f"{source}, line {number}", SourceTarget(text, other)
 
@@ -502,12 +514,14 @@ _UNREAD = ("tools", "functions", "function_call", "documents", "images", "image"
 
 
 def read_conversations(path: Path) -> Examples[Conversation]:
-    """JSON lines or parquet with ``messages`` (``[{"role": "user", "content": ...}, ...]``, roles system, user and
-    assistant), or with ``prompt`` (or ``instruction``, perhaps with ``input`` or ``context``, and before it with
-    ``history``, ``[[question, answer], ...]``) and ``completion`` (or ``response``, ``output``). With both there may be
-    ``system``.
+    """Read conversations: JSON lines or parquet, in one of two layouts.
 
-    An answer of ``"weight": 0`` is not learnt. Calls of tools, pictures and all else that messages say is refused.
+    - ``messages``: ``[{"role": "user", "content": ...}, ...]``, with the roles system, user and assistant.
+    - ``prompt`` (or ``instruction``) and ``completion`` (or ``response``, ``output``); optionally ``input`` (or
+      ``context``), which is added to the prompt, and ``history``, ``[[question, answer], ...]``, which comes before it.
+
+    Both may have ``system``. An answer with ``"weight": 0`` is not learnt. Tool calls, pictures and any other content
+    are refused with an error.
     """
     return _examples(path, read_rows(path), _conversation)
 
@@ -516,25 +530,25 @@ def _conversation(row: Row) -> Conversation:
     chat = "messages" in row.values
     for name in (*_UNREAD, *((*_INPUT, "history") if chat else ())):
         if row.values.get(name) not in _NOTHING:
-            raise ValueError(f"{row.where}: {name} would not be learnt, {_shown(row.values[name])}; leave it out")
+            raise ValueError(f"{row.where}: {name} would be ignored, found {_shown(row.values[name])}; leave it out")
     for name in ("label", "kto_tag"):
         if isinstance(row.values.get(name), bool):
             raise ValueError(
-                f"{row.where}: {name} says whether the answer is good, but every answer is learnt; keep those that "
-                "are, and leave it out"
+                f"{row.where}: {name} says whether the answer is good, but every answer is learnt; keep the good "
+                f"answers only, and leave {name} out"
             )
     messages = _messages(row) if chat else _instruction(row)
-    if (system := _perhaps(row, _SYSTEM, "message of the system")) is not None:
+    if (system := _perhaps(row, _SYSTEM, "system message")) is not None:
         if any(message.role == "system" for message in messages):
             raise ValueError(
-                f"{row.where}: the system speaks twice, in a message and in {', '.join(_SYSTEM)}; give one"
+                f"{row.where}: two system messages, one in messages and one in {', '.join(_SYSTEM)}; give one"
             )
         messages = (Message("system", system), *messages)
     return Conversation(messages)
 
 
 def _perhaps(row: Row, names: Sequence[str], what: str) -> str | None:
-    """The text in one of some columns; None where all are empty."""
+    """Return the text in one of these columns; None if all are empty."""
     _check_one(row, names, what)
     given = {name: row.values[name] for name in names if row.values.get(name) is not None}
     for name, value in given.items():
@@ -570,10 +584,10 @@ def _messages(row: Row) -> tuple[Message, ...]:
         raise ValueError(f"{row.where}: messages must be a list of at least one, found {given!s:.60}")
     messages = tuple(_message(row, number, message) for number, message in enumerate(given))
     if not any(message.role == "assistant" and not isinstance(message, UnlearntMessage) for message in messages):
-        raise ValueError(f"{row.where}: no message of the assistant; there is nothing to learn")
+        raise ValueError(f"{row.where}: no message of the assistant, so there is nothing to learn")
     if isinstance(messages[-1], UnlearntMessage):
         raise ValueError(
-            f"{row.where}, messages[{len(messages) - 1}]: weight 0, and nothing is learnt behind it; leave it out"
+            f"{row.where}, messages[{len(messages) - 1}]: weight 0, and no learnt message follows; leave it out"
         )
     return messages
 
@@ -588,12 +602,12 @@ def _message(row: Row, number: int, message: Any) -> Message:
     for name, value in message.items():
         if name not in ("role", "content", "weight") and value not in _NOTHING:
             raise ValueError(
-                f"{where}: {name} would not be learnt, {_shown(value)}; a message has role, content, weight"
+                f"{where}: {name} would be ignored, found {_shown(value)}; a message may have role, content, weight"
             )
     if weight not in ((None, 0, 1) if role == "assistant" else (None, 0)):
         raise ValueError(
-            f"{where}: weight {weight!r:.60} of a message of the {role}; accepted are 0 and 1 for the assistant, whose "
-            "messages alone are learnt, and 0 for others"
+            f"{where}: weight {weight!r:.60} of a message of the {role}; accepted are 0 and 1 for the assistant, and 0 "
+            "for others, whose messages are never learnt"
         )
     kind = UnlearntMessage if role == "assistant" and weight == 0 else Message
     return kind(role, _checked_text(message["content"], where, "content"))
@@ -609,10 +623,11 @@ _ANCHOR, _POSITIVE, _NEGATIVE = (
 
 
 def read_similar(path: Path) -> Examples[SimilarTexts]:
-    """Tables and JSON lines with ``anchor`` (or ``query``, ``sentence1``, ``text``), ``positive`` (or ``sentence2``,
-    ``pos``) and, if you have one, ``negative`` (or ``neg``).
+    """Read pairs of texts that mean about the same: tables, JSON lines or parquet.
 
-    A label or a score beside them, as in GLUE's pairs, is refused: each pair is learnt as alike.
+    The columns are ``anchor`` (or ``query``, ``sentence1``, ``text``), ``positive`` (or ``sentence2``, ``pos``) and
+    optionally ``negative`` (or ``neg``). A column with a label or a score, as in GLUE's pairs, is refused with an
+    error, because each pair is learnt as similar.
     """
     return _examples(path, read_rows(path), _similar)
 
@@ -628,12 +643,12 @@ def _similar(row: Row) -> SimilarTexts:
     for name, value in row.values.items():
         if value is not None and _JUDGED.fullmatch(name):
             raise ValueError(
-                f"{row.where}: column {name!r} says how alike the texts are, but every pair is learnt as alike; keep "
-                "the pairs that are, and leave the column out"
+                f"{row.where}: column {name!r} says how similar the texts are, but every pair is learnt as similar; "
+                "keep the similar pairs only, and leave the column out"
             )
         if value is not None and _FURTHER.fullmatch(name) and name not in (*_POSITIVE, *_NEGATIVE):
             accepted = ", ".join((*_POSITIVE, *_NEGATIVE))
-            raise ValueError(f"{row.where}: column {name!r} would not be learnt; accepted are one each of {accepted}")
+            raise ValueError(f"{row.where}: column {name!r} would be ignored; accepted are {accepted}")
     return SimilarTexts(
         _text(row, _ANCHOR, "anchor"),
         _text(row, _POSITIVE, "positive"),

@@ -1,4 +1,4 @@
-"""All labelled sets by name: those that are already here and those that are fetched."""
+"""All labelled sets by name: some need no download, others are fetched."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _NEUTRAL_BELOW = 0.5
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """A set and what it is for.
+    """A labelled set and the task it is made for.
 
     Attributes:
-        task: that it is made for.
-        description: in a line.
-        licence: of its texts.
-        load: reads it, given the cache folder and the language (of translations; others ignore it).
+        task: the task.
+        description: the set in one line.
+        licence: licence of its texts.
+        load: reads the set, given the cache folder and the language (only translations use the language).
     """
 
     task: Task
@@ -36,9 +36,9 @@ class LabelledSet:
 def sentiment(
     cache_dir: str | None = None, domains: Sequence[str] = SENTIMENT_DOMAINS, classes: Literal[2, 3] = 3
 ) -> Splits[ClassifiedText]:
-    """Sentences rated by people as negative, neutral or positive; all sentences of a review are on one side.
+    """Return sentences rated by people as negative, neutral or positive; a review is never divided between splits.
 
-    The mean rating, from -4 to 4, is neutral if it is nearer to 0 than 0.5. Each text is there once.
+    A mean rating, from -4 to 4, counts as neutral if it is nearer to 0 than 0.5. Each text is there once.
 
     Args:
         cache_dir: see `fastformer.files.cache_folder`.
@@ -46,7 +46,7 @@ def sentiment(
         classes: 2 leaves neutral sentences out.
 
     Raises:
-        FileNotFoundError: it was not fetched.
+        FileNotFoundError: the set was not fetched.
     """
     rows = [
         {**row, "document": f"{domain} {row['document']}"}
@@ -71,10 +71,10 @@ def _sentiment_label(rating: float) -> str:
 
 
 def messages(name: str, language: str, cache_dir: str | None = None) -> Splits[SourceTarget]:
-    """A fetched set's messages in English and another language; a message is on the same side in every language.
+    """Return a fetched set's messages in English and another language; a message has the same split in every language.
 
     Raises:
-        FileNotFoundError: it was not fetched, or has no such language.
+        FileNotFoundError: the set was not fetched, or has no such language.
     """
     pairs = [SourceTarget(**row) for row in read_records(name, language, cache_dir)]
     return defaults.split_messages(pairs)
@@ -85,19 +85,19 @@ _PYTHON = "PSF-2.0"
 SETS: dict[str, LabelledSet] = {
     "python-classes": LabelledSet(
         "classify",
-        "paragraphs of Python's documentation; which of eight parts of Python they are about",
+        "paragraphs of Python's documentation; the class is one of eight parts of Python",
         _PYTHON,
         lambda cache, _: defaults.default_classes(cache),
     ),
     "vader-sentiment": LabelledSet(
         "classify",
-        "sentences on films, products, in editorials and tweets; negative, neutral or positive, rated by people",
+        "sentences about films and products, from editorials and tweets; rated negative, neutral or positive by people",
         PACKAGES["vader-sentiment"].licence,
         lambda cache, _: sentiment(cache),
     ),
     "python-tags": LabelledSet(
         "tag",
-        "sentences of Python's documentation; which words are code",
+        "sentences of Python's documentation; the tags mark words that are code",
         _PYTHON,
         lambda cache, _: defaults.default_tags(cache),
     ),
@@ -115,7 +115,7 @@ SETS: dict[str, LabelledSet] = {
     ),
     "messages": LabelledSet(
         "translate",
-        "messages of this machine's programs in another language; numbers in German words where there are none",
+        "messages of this machine's programs in another language; numbers in German words if there are no messages",
         "those of the programs",
         lambda _, language: defaults.default_translations(language),
     ),
@@ -154,33 +154,33 @@ DEFAULT_SETS: dict[Task, str] = {
     "generate": "python-conversations",
     "embed": "python-similar",
 }
-"""The set of each task that needs no download."""
+"""The default set of each task; none needs a download."""
 
 
 def load_set(name: str, cache_dir: str | None = None, language: str = "de") -> Splits[Any]:
-    """A set by name.
+    """Load a set by name.
 
     Args:
         name: one of `SETS`.
         cache_dir: see `fastformer.files.cache_folder`.
-        language: of translations, the one to translate into.
+        language: for translations, the language to translate into.
 
     Raises:
         ValueError: there is no such set.
-        FileNotFoundError: it was not fetched, or has no such language.
+        FileNotFoundError: the set was not fetched, or has no such language.
     """
     return named_set(name).load(cache_dir, language)
 
 
 def named_set(name: str) -> LabelledSet:
-    """Raises ValueError where there is no such set."""
+    """Return the set of this name; raise ValueError if there is none."""
     if name not in SETS:
         raise ValueError(f"there is no set {name!r}; there are {', '.join(SETS)}")
     return SETS[name]
 
 
 def languages(name: str, cache_dir: str | None = None) -> list[str]:
-    """The languages of a fetched set of translations."""
+    """Return the languages of a fetched set of translations."""
     return files_of(name, cache_dir)
 
 

@@ -1,4 +1,4 @@
-"""Which labelled examples are held out: a function of what is given in them, so that no copy is on both sides."""
+"""Split labelled examples. The split depends on the inputs alone, so two copies of an example are never separated."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ _PARTS = 10
 def split_examples(
     examples: Examples[Example], names: Callable[[Example], Collection[str]], given: Callable[[Example], Hashable]
 ) -> Splits[Example]:
-    """Splits examples by a hash of what is given in each: 8 parts in 10 to train on, 1 to choose by, 1 to judge by.
+    """Split examples by a hash of their inputs: 8 tenths for training, 1 for validation, 1 for testing.
 
-    Then some change sides, so that each class or tag is among those to train on and, where there are enough examples of
-    it, on both other sides. Examples in which the same is given stay together.
+    Then some examples move, so that each class or tag is in the training split and, if it has enough examples, in both
+    other splits. Examples with the same input stay together.
 
     Args:
-        examples: of one file or several.
-        names: the classes or tags of an example.
-        given: what is given in an example, without what is to be predicted: a text, or a context of many questions.
+        examples: the examples of one file or several.
+        names: returns the classes or tags of an example.
+        given: returns the input of an example, without what is to be predicted: a text, or a context that several
+            questions share.
 
     Raises:
-        ValueError: a side has no example.
+        ValueError: a split would have no example.
     """
     alike: dict[int, list[int]] = {}
     for number, example in enumerate(examples):
@@ -38,7 +39,7 @@ def split_examples(
     sides = _balanced(
         {key: max(key % _PARTS - (_PARTS - 3), _TRAIN) for key in alike},
         {
-            key: {"", *(name for number in numbers for name in names(examples[number]))}  # "" is of every example
+            key: {"", *(name for number in numbers for name in names(examples[number]))}  # "": no empty split
             for key, numbers in alike.items()
         },
     )
@@ -47,14 +48,17 @@ def split_examples(
         parts[sides[key]].extend(numbers)
     if not all(parts):
         raise ValueError(
-            f"{len(alike)} different texts are too few to train on some, choose by others and judge by the rest, "
-            "with every class or tag among the first; give more, or a folder with files train, validation and test"
+            f"{len(alike)} different texts are too few to split into training, validation and test examples, with "
+            "every class or tag in the training split; give more, or a folder with files train, validation and test"
         )
     return Splits(*(examples.part(sorted(part)) for part in parts))
 
 
 def _balanced(sides: dict[int, int], names: dict[int, set[str]]) -> dict[int, int]:
-    """The sides of examples, some moved: to where none has one of their names, from where others have it too."""
+    """Move examples into splits that lack one of their names, out of splits where other examples have the name too.
+
+    Every name must be in the training split, so examples move there even if their old split loses the name.
+    """
     of_name: dict[str, list[int]] = {}
     for key, of_one in names.items():
         for name in of_one:
@@ -76,8 +80,8 @@ def _balanced(sides: dict[int, int], names: dict[int, set[str]]) -> dict[int, in
                     break
     if alone := [name for name in rare_first if not counts[_VALIDATION][name] and not counts[_TEST][name] and name]:
         warnings.warn(
-            f"too few examples have {', '.join(alone[:5])}{' ...' * (len(alone) > 5)}: all of them are trained on, and "
-            "nothing tells how well that is learnt",
+            f"too few examples have {', '.join(alone[:5])}{' ...' * (len(alone) > 5)}: all of them are in the training "
+            "split, so no score tells how well they are learnt",
             stacklevel=3,
         )
     return sides

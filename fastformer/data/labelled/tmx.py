@@ -1,4 +1,4 @@
-"""TMX, translation memories: units of the same text in several languages."""
+"""Read TMX files (translation memories): each unit has the same text in several languages."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from fastformer.lines import check_is_file
 
 _LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 _NATIVE = ("bpt", "ept", "it", "ph", "ut")
-"""Elements that hold codes of the document's own format; only what is in a ``sub`` within them is text."""
+"""Elements that hold markup of the original document; inside them, only the content of a ``sub`` is text."""
 
 
 def tmx_units(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Of each unit where it is, and its text by language, without the codes of the document's own format.
+    """Yield the place of each unit and its text by language, without the markup of the original document.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, it is not TMX, or a unit has two texts of a language.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not TMX, or a unit has two texts in one language.
     """
     check_is_file(path)
     for number, unit in enumerate(_units(path), start=1):
@@ -38,7 +39,7 @@ def _units(path: Path) -> Iterator[Element]:
         for _, element in ElementTree.iterparse(path):
             if element.tag == "tu":
                 yield element
-    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two of its encoding
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two come from a wrong encoding
         raise ValueError(f"{path}: not TMX: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Examples to packed batches: laid out end to end, masked, and filled up to a number of tokens."""
+"""Turn examples into packed batches: lay them end to end, mask them, and fill each batch up to a number of tokens."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from fastformer.data.randomness import Stream, generator
 
 
 class BatchRecipe(NamedTuple):
-    """What a batch is made of."""
+    """The examples of a batch, and their epoch."""
 
     epoch: int
     examples: Examples
 
 
 class PackedDataset(Dataset[Any]):
-    """Turns recipes into packed batches; to be used with a batch sampler of recipes and no collation.
+    """Turn recipes into packed batches, for a batch sampler of recipes and no collation.
 
-    What is drawn at random for an example is a pure function of (seed, epoch, example index), whatever batch it is in.
+    The random choices for an example depend only on (seed, epoch, example index), not on the batch it is in.
 
     Args:
-        corpus: what the examples refer to.
+        corpus: the corpus that the examples refer to.
         make_batch: makes the batch of a recipe, from the corpus and the seed.
         seed: 0 to 2^64 - 1.
     """
@@ -51,7 +51,7 @@ class PackedDataset(Dataset[Any]):
 def masked_batch(
     corpus: TokenizedCorpus, recipe: BatchRecipe, seed: int, *, masking: MaskedLanguageModelling
 ) -> PackedBatch:
-    """The examples of a recipe, laid out and masked."""
+    """Return the batch of a recipe's examples, laid end to end and masked."""
     examples = recipe.examples
     tokens = lay_out(corpus, examples)
     generators = example_generators(recipe, seed)
@@ -72,7 +72,7 @@ def masked_batch(
 
 
 def example_generators(recipe: BatchRecipe, seed: int) -> list[np.random.Generator]:
-    """For what is drawn anew for each example."""
+    """Return a random generator for each example of a recipe."""
     return [generator(seed, Stream.MASKS, recipe.epoch, index) for index in recipe.examples["index"].tolist()]
 
 
@@ -83,14 +83,14 @@ class _Tokens(NamedTuple):
     cu_seqlens: NDArray[np.int64]  # (B + 1,)
 
 
-# What an example consists of, and how each part is marked.
+# The parts of an example, and the token type and special-token mark of each.
 _PARTS = ("[CLS]", "A opening", "A following", "[SEP]", "B opening", "B following", "[SEP]")
 _PART_TYPES = np.array([0, 0, 0, 0, 1, 1, 1])
 _PART_SPECIAL = np.array([part.startswith("[") for part in _PARTS])
 
 
 def lay_out(corpus: TokenizedCorpus, examples: Examples) -> _Tokens:
-    """The tokens of examples, end to end: ``[CLS] A [SEP] B [SEP]``, or ``[CLS] A [SEP]`` without a second segment."""
+    """Lay examples end to end: ``[CLS] A [SEP] B [SEP]``, or ``[CLS] A [SEP]`` without a second segment."""
     starts = np.zeros((len(examples), len(_PARTS)), dtype=np.int64)
     lengths = np.zeros_like(starts)
     starts[:, _PART_SPECIAL] = corpus.CLS_POSITION, corpus.SEP_POSITION, corpus.SEP_POSITION
@@ -115,23 +115,24 @@ def lay_out(corpus: TokenizedCorpus, examples: Examples) -> _Tokens:
 
 
 def _ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The integers from each start on, `lengths` of them, one range after another."""
+    """Return the ranges of integers with these starts and lengths, one after another."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
 
 
 class BatchStream:
-    """Batches of one rank without end: pass after pass over the examples, each in an order of its own.
+    """The endless batches of one rank: pass after pass over the examples, each pass in another order.
 
-    The batches of all ranks together are one sequence, the same whatever their number; rank r of n takes those r,
-    r + n, r + 2 n and so on. A place is a number of batches from the beginning of that sequence: passes need not have
-    the same number (next-sentence prediction draws its segments anew), nor runs the same number of ranks.
+    The batches of all ranks together form one sequence, which does not depend on the number of ranks. Rank r of n takes
+    batches r, r + n, r + 2 n and so on. A place in the stream is a number of batches from the beginning of that
+    sequence. Passes may differ in their number of batches (next-sentence prediction draws new segments in each), and a
+    resumed run may have another number of ranks.
 
     Args:
-        examples_of_pass: the examples of the pass of a given number.
+        examples_of_pass: returns the examples of a pass, given its number.
         tokens_per_batch, seed, rank, world_size: see `TokenBudgetSampler`.
-        example_lengths: the tokens of each example.
-        passes_per_epoch: as many passes are one epoch.
+        example_lengths: returns the number of tokens of each example.
+        passes_per_epoch: number of passes in an epoch.
         best_fit: see `TokenBudgetSampler`.
     """
 
@@ -156,10 +157,10 @@ class BatchStream:
         self._rank = rank
         self._world_size = world_size
         self.batches_per_pass: list[int] = []
-        """Of the passes seen so far; may be set to what the same stream had, which saves making those passes again."""
+        """Number of batches of each pass so far; set it to the list of an equal stream to avoid making them again."""
 
     def from_batch(self, start: int) -> Iterator[BatchRecipe]:
-        """This rank's share of the batches of all ranks from number `start` on, without end."""
+        """Yield this rank's share of the batches of all ranks from number `start` on, without end."""
         return islice(self._from_batch(start), self._rank, None, self._world_size)
 
     def _from_batch(self, start: int) -> Iterator[BatchRecipe]:
@@ -172,7 +173,7 @@ class BatchStream:
             start = max(0, start - len(batches))
 
     def __len__(self) -> int:
-        """This rank's batches in an epoch: all of the first pass, times the passes per epoch."""
+        """Number of this rank's batches in an epoch: its share of the first pass, times the passes per epoch."""
         first = self.batches_per_pass[0] if self.batches_per_pass else len(self._recipes(0))
         return -(-first * self._passes_per_epoch // self._world_size)
 

@@ -1,8 +1,8 @@
 """The objectives of BERT and ALBERT: next-sentence prediction, sentence order and masked language modelling.
 
 Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding" (2019), section 3.1
-and appendix A.2, and `create_pretraining_data.py` of its authors' implementation. Every random choice is a pure
-function of (seed, epoch, index): nothing depends on what was drawn before, on the batch or on the process.
+and appendix A.2, and `create_pretraining_data.py` of its authors' implementation. Every random choice depends only on
+(seed, epoch, index): not on earlier choices, the batch or the process.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ EXAMPLE = np.dtype(
     [(name, np.int64) for name in ("index", "a_begin", "a_end", "a_front", "a_length")]
     + [(name, np.int64) for name in ("b_begin", "b_end", "b_front", "b_length", "next_sentence_label")]
 )
-"""A training example, by reference to a corpus.
+"""A training example, as indices into a corpus.
 
-Segment A has the sentences a_begin to a_end (exclusive) without their first a_front tokens, a_length tokens in all;
-so has segment B, which is empty if next_sentence_label is NO_LABEL. The label is 0 where B follows A and 1 where it is
-from another document. The index is that among the epoch's examples.
+Segment A has the sentences a_begin to a_end (exclusive) without their first a_front tokens, a_length tokens in all.
+Segment B is defined likewise; it is empty if next_sentence_label is NO_LABEL. The label is 0 if B follows A and 1 if B
+is from another document. `index` numbers the examples of the epoch.
 """
 
 Examples = NDArray[np.void]
@@ -54,18 +54,20 @@ def next_sentence_examples(
     documents: range | None = None,
     short_sequence_probability: float = 0.1,
 ) -> Examples:
-    """Pairs of segments as BERT's `create_instances_from_document` makes them, in the order of the documents.
+    """Make pairs of segments as BERT's `create_instances_from_document` does, in the order of the documents.
 
-    A document is cut into chunks of whole sentences that reach the target length: `max_length` less three special
-    tokens, or, in a share of `short_sequence_probability` of the documents, uniformly anything from 2 to that. A chunk
-    is split into A and B after a random sentence; half of the time, and always in a chunk of one sentence, B is instead
-    drawn from a random place in another document, and what it replaced starts the next chunk. A pair that is too long
-    loses tokens of its longer segment, each at random from its front or its back.
+    A document is cut into chunks of whole sentences that reach the target length. The target is `max_length` minus
+    three special tokens, or, in a share of `short_sequence_probability` of the documents, a random number from 2 to
+    that. A chunk is split into A and B after a random sentence. Half of the time, and always in a chunk of one
+    sentence, B is drawn from a random place in another document instead; the sentences it replaced start the next
+    chunk. A pair that is too long loses tokens of its longer segment, each from a random end.
 
     Args:
-        corpus: at least two documents, at least one with two sentences.
+        corpus: at least two documents, at least one of them with two sentences.
         max_length: tokens per example with the three special tokens, at least 5.
-        documents: consecutive ones whose pairs to make, None for all; random segments are drawn from all.
+        seed, epoch: they determine all random choices.
+        documents: a range of documents to make pairs of, None for all; random segments come from all documents.
+        short_sequence_probability: share of the documents with a shorter target length.
 
     Returns:
         Structured array of type EXAMPLE; every label is 0 or 1.
@@ -80,15 +82,15 @@ def next_sentence_examples(
 def sentence_order_examples(
     corpus: TokenizedCorpus, max_length: int, *, seed: int, epoch: int, documents: range | None = None
 ) -> Examples:
-    """Pairs of consecutive segments, of which half are swapped; the label is 1 where they are.
+    """Make pairs of consecutive segments and swap half of them; the label is 1 for a swapped pair.
 
     Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations" (2020), section 3.1.
-    Segments are as in `next_sentence_examples`, except that a chunk has two sentences at least; a last sentence alone
-    joins the chunk before it. A document of one sentence has no order, and gives no example.
+    Segments are made as in `next_sentence_examples`, except that a chunk has at least two sentences; a single last
+    sentence joins the chunk before it. A document of one sentence gives no example.
 
     Args:
         corpus: at least one document with two sentences.
-        max_length, seed, epoch, documents: as there.
+        max_length, seed, epoch, documents: see `next_sentence_examples`.
     """
     check_sentence_order_corpus(corpus)
     documents = range(corpus.num_documents) if documents is None else documents
@@ -98,7 +100,7 @@ def sentence_order_examples(
 
 
 def check_sentence_order_corpus(corpus: TokenizedCorpus) -> None:
-    """Refuses a corpus without two sentences in any document."""
+    """Raise ValueError if no document of the corpus has two sentences."""
     if corpus.num_sentences == corpus.num_documents:
         raise ValueError(
             f"sentence order needs documents of several sentences, but each of the {corpus.num_documents} documents "
@@ -128,7 +130,7 @@ def _pair_examples(
 
 
 def check_next_sentence_corpus(corpus: TokenizedCorpus) -> None:
-    """Refuses a corpus from which no pair with one of the two labels can be made."""
+    """Raise ValueError if the corpus cannot give pairs with both labels."""
     if corpus.num_documents < 2:
         raise ValueError(
             f"next-sentence prediction needs at least two documents, got {corpus.num_documents}: "
@@ -149,14 +151,14 @@ class _Pairs:
     ) -> None:
         first, last = (int(corpus.document_offsets[d]) for d in (documents.start, documents.stop))
         self.corpus = corpus
-        self.base = first  # the lists have these documents alone, and their sentences from 0
+        self.base = first  # the lists hold these documents only, and count their sentences from 0
         self.opening = np.diff(corpus.opening_offsets[first : last + 1]).tolist()
         self.following = corpus.following_offsets[first : last + 1].tolist()
         self.longest = longest
         self.short_sequence_probability = short_sequence_probability
 
     def of_document(self, document: int, random: np.random.Generator) -> list[tuple[int, int, int, int, int]]:
-        """(a_begin, a_end, b_begin, b_end, label) of each pair."""
+        """Return (a_begin, a_end, b_begin, b_end, label) of each pair of a document."""
         target = self._target(random)
         begin, end = self._sentences(document)
         pairs = []
@@ -174,7 +176,7 @@ class _Pairs:
         return pairs
 
     def in_order(self, document: int, random: np.random.Generator) -> list[tuple[int, int, int, int, int]]:
-        """The pairs of consecutive segments, half of them swapped."""
+        """Return the pairs of consecutive segments of a document, half of them swapped."""
         target = self._target(random)
         begin, end = self._sentences(document)
         pairs = []
@@ -200,7 +202,7 @@ class _Pairs:
         return begin - self.base, end - self.base
 
     def _elsewhere(self, document: int, length: int, random: np.random.Generator) -> tuple[int, int]:
-        """A segment of another document of the whole corpus."""
+        """Return a random segment of another document of the whole corpus."""
         corpus = self.corpus
         other = int(random.integers(corpus.num_documents - 1))
         other += other >= document
@@ -214,16 +216,19 @@ class _Pairs:
         return self.opening[begin] + self.following[end] - self.following[begin + 1]
 
     def _reach(self, begin: int, end: int, length: int) -> int:
-        """The end of the shortest segment from `begin` with one sentence and `length` tokens or more, at most `end`."""
+        """Return the end, at most `end`, of the shortest segment from `begin` with at least `length` tokens.
+
+        The segment has at least one sentence.
+        """
         offset = length - self.opening[begin] + self.following[begin + 1]
         return bisect_left(self.following, offset, lo=begin + 1, hi=end)
 
 
 def _truncate_pairs(examples: Examples, corpus: TokenizedCorpus, longest: int, random: np.random.Generator) -> None:
-    """Sets fronts and lengths such that no pair has more than `longest` tokens (BERT's `truncate_seq_pair`).
+    """Set fronts and lengths so that no pair has more than `longest` tokens (BERT's `truncate_seq_pair`).
 
-    There, tokens leave one at a time, from A if it is the longer and else from B. The outcome in closed form: the
-    longer keeps what the shorter leaves it, unless both are longer than half.
+    BERT removes one token at a time, from A if A is longer and otherwise from B. This is the result in closed form: the
+    longer segment keeps the space that the shorter one leaves, unless both are longer than half of `longest`.
     """
     a = corpus.segment_lengths(examples["a_begin"], examples["a_end"])
     b = corpus.segment_lengths(examples["b_begin"], examples["b_end"])
@@ -238,12 +243,14 @@ def _truncate_pairs(examples: Examples, corpus: TokenizedCorpus, longest: int, r
 
 
 def single_segment_examples(corpus: TokenizedCorpus, max_length: int) -> Examples:
-    """Cuts every document into examples of one segment, for masked language modelling alone.
+    """Cut every document into examples of one segment, for masked language modelling alone.
 
-    An example has as many whole sentences as fit; a sentence that is too long for one is continued in the next ones,
-    so each token of the corpus is in exactly one example. (Liu et al., "RoBERTa" (2019), section 4.2, DOC-SENTENCES.)
+    An example has as many whole sentences as fit. A sentence that is too long for one example continues in the next
+    ones, so each token of the corpus is in exactly one example. (Liu et al., "RoBERTa" (2019), section 4.2,
+    DOC-SENTENCES.)
 
     Args:
+        corpus: the documents.
         max_length: tokens per example with the two special tokens, at least 3.
 
     Returns:
@@ -275,7 +282,7 @@ def single_segment_examples(corpus: TokenizedCorpus, max_length: int) -> Example
 
 
 def example_lengths(examples: Examples) -> NDArray[np.int64]:
-    """(N,) tokens of each example with its special tokens."""
+    """Return (N,) the number of tokens of each example with its special tokens."""
     single = examples["next_sentence_label"] == NO_LABEL
     special = np.where(single, SINGLE_SPECIAL_TOKENS, PAIR_SPECIAL_TOKENS)
     return examples["a_length"] + examples["b_length"] + special
@@ -285,15 +292,16 @@ def example_lengths(examples: Examples) -> NDArray[np.int64]:
 
 
 class MaskedLanguageModelling:
-    """BERT's masking: a share of each sequence's tokens is to be predicted; of these, 80 % are replaced by ``[MASK]``,
-    10 % by a random entry of the vocabulary and 10 % are kept.
+    """BERT's masking: a share of each sequence's tokens is chosen for prediction.
 
+    80 % of the chosen tokens are replaced by ``[MASK]``, 10 % by a random entry of the vocabulary, and 10 % are kept.
     Of n tokens that are not special, exactly ``max(1, round(probability * n))`` are chosen (BERT's own code counts the
     special tokens in n, its paper does not). With `whole_word`, words are chosen in random order as long as they fit
-    into that number, and at least one; a word starts at a token with a leading space and at the first of a segment.
+    into that number, but at least one word. A word starts at a token with a leading space, and at the first token of a
+    segment.
 
     Args:
-        tokenizer: has the special tokens and the vocabulary.
+        tokenizer: provides the special tokens and the vocabulary.
         probability: share of tokens to predict, in (0, 1).
         whole_word: choose whole words instead of tokens.
     """
@@ -315,7 +323,7 @@ class MaskedLanguageModelling:
         special: NDArray[np.bool_],
         generators: Sequence[np.random.Generator],
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Masks packed sequences.
+        """Mask packed sequences.
 
         Args:
             input_ids: (T,) int64.
@@ -324,7 +332,7 @@ class MaskedLanguageModelling:
             generators: B generators, one per sequence.
 
         Returns:
-            The masked ids (T,) int64 and the labels (T,) int64: the token's id where chosen, IGNORE_INDEX elsewhere.
+            The masked ids, (T,) int64, and the labels, (T,) int64: the id of each chosen token, IGNORE_INDEX elsewhere.
         """
         sequence = np.repeat(np.arange(len(generators)), np.diff(cu_seqlens))
         lengths = np.diff(cu_seqlens).tolist()
@@ -376,7 +384,7 @@ def _choose_tokens(
     priority: NDArray[np.float64],
     wanted: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
-    """Chooses in each sequence the `wanted` tokens of lowest priority."""
+    """Choose in each sequence the `wanted` tokens of lowest priority."""
     order = np.lexsort((np.where(special, np.inf, priority), sequence))
     rank = np.arange(len(sequence)) - cu_seqlens[sequence]
     chosen = np.zeros(len(sequence), dtype=bool)
@@ -385,7 +393,7 @@ def _choose_tokens(
 
 
 def _fitting(sizes: NDArray[np.int64], limit: int) -> list[int]:
-    """The items, taken in order, whose sizes fit into what is left of the limit; the first one if none does."""
+    """Take items in order if their size fits into the rest of the limit; return the first one if none fits."""
     taken = []
     left = limit
     for item, size in enumerate(sizes.tolist()):

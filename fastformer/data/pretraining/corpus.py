@@ -1,6 +1,6 @@
 """Corpora: documents of sentences, read from files or taken from Python's own documentation.
 
-The order of the documents is a function of the input alone, so that whatever is drawn from them by index repeats.
+The order of the documents depends only on the input, so that an index always means the same document.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _LONGEST_ABBREVIATION = len("approx.")
 
 
 def split_sentences(text: str) -> list[str]:
-    """Splits running text into sentences.
+    """Split running text into sentences.
 
     A sentence ends at ``.``, ``!`` or ``?`` before white space and a capital letter or digit, unless the mark belongs
-    to an abbreviation or an initial, and at the Chinese and Japanese marks. No character other than the white space
-    between sentences is lost.
+    to an abbreviation or an initial. It also ends at the Chinese and Japanese marks. No character is lost except the
+    white space between sentences.
     """
     sentences: list[str] = []
     begin = 0
@@ -52,11 +52,11 @@ _DEFAULT_CORPUS_FORMAT = 1
 
 
 def default_corpus(cache_dir: str | os.PathLike[str] | None = None) -> list[Document]:
-    """The English prose of the documentation that comes with this Python.
+    """Return the English prose of the documentation that comes with this Python.
 
-    One document per module of the standard library (its docstrings) and per topic of ``help()``, each sentence once in
-    the whole corpus. The text depends on the version of Python. It is kept in the cache folder; a damaged copy is made
-    anew.
+    It has one document per module of the standard library (its docstrings) and per topic of ``help()``. Each sentence
+    is there once in the whole corpus. The text depends on the version of Python. It is kept in the cache folder; a
+    damaged copy is rebuilt.
 
     Args:
         cache_dir: see `fastformer.files.cache_folder`.
@@ -66,7 +66,7 @@ def default_corpus(cache_dir: str | os.PathLike[str] | None = None) -> list[Docu
         try:
             return _read_corpus(path)
         except (OSError, ValueError) as error:
-            warnings.warn(f"{path} is damaged ({error}) and is made anew", stacklevel=2)
+            warnings.warn(f"{path} is damaged ({error}) and is rebuilt", stacklevel=2)
             remove(path)
     documents = _without_repeated_sentences(
         [split_sentences(text) for text in texts] for texts in python_documentation()
@@ -76,7 +76,7 @@ def default_corpus(cache_dir: str | os.PathLike[str] | None = None) -> list[Docu
 
 
 def _without_repeated_sentences(documents: Iterable[list[list[str]]]) -> list[Document]:
-    """Keeps each sentence only where it first occurs; drops documents that are left with a single one."""
+    """Keep only the first occurrence of each sentence, then drop documents with fewer than two sentences."""
     seen: set[str] = set()
     kept: list[Document] = []
     for paragraphs in documents:
@@ -91,7 +91,7 @@ def _without_repeated_sentences(documents: Iterable[list[list[str]]]) -> list[Do
 
 
 def _write_corpus(path: Path, documents: Sequence[Document]) -> None:
-    """A sentence a line and a blank line after each document."""
+    """Write one sentence per line, and a blank line after each document."""
     body = "".join("".join(f"{sentence}\n" for sentence in document) + "\n" for document in documents)
     write_checked(path, body.encode())
 
@@ -104,11 +104,12 @@ def _read_corpus(path: Path) -> list[Document]:
 
 
 def load_corpus(paths: Sequence[str | os.PathLike[str]]) -> list[Document]:
-    """Reads all documents into memory, in sentences; `sources.open_sources` says what is accepted.
+    """Read all documents into memory, divided into sentences; `sources.open_sources` says what is accepted.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: no path, an unknown suffix, an undecodable or damaged file, no ``text``, or no text at all.
+        ValueError: the list is empty, a suffix is unknown, a file is damaged or cannot be decoded, a record has no
+            ``text``, or there is no text at all.
     """
     sources = open_sources(paths)
     documents = [
@@ -123,5 +124,5 @@ def load_corpus(paths: Sequence[str | os.PathLike[str]]) -> list[Document]:
 
 
 def document_of(text: str) -> Document:
-    """The sentences of a text. A line holds one or more; none goes on in the next."""
+    """Return the sentences of a text. A sentence never continues on the next line."""
     return [sentence for line in text.splitlines() for sentence in split_sentences(line)]

@@ -1,8 +1,8 @@
-"""What T5 and BART learn to undo: spans left out, text infilling and sentences in another order.
+"""Corrupt texts as T5 and BART learn to repair them: T5 leaves spans out, BART masks spans (text infilling).
 
 Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (2020), section
-3.1.4; Lewis et al., "BART: Denoising Sequence-to-Sequence Pre-training" (2020), section 2.2. Pure functions of tokens
-and a random generator.
+3.1.4; Lewis et al., "BART: Denoising Sequence-to-Sequence Pre-training" (2020), section 2.2. All functions depend
+only on tokens and a random generator.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ Tokens = NDArray[np.integer]
 
 
 class SpanNoise(NamedTuple):
-    """How much of a text T5's spans cover.
+    """The share of a text that T5's spans cover, and their length.
 
     Attributes:
         density: share of the tokens that are left out, in (0, 1).
-        mean_length: of a span, at least 1.
+        mean_length: mean number of tokens of a span, at least 1.
     """
 
     density: float = 0.15
     mean_length: float = 3.0
 
     def counts(self, length: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The tokens left out of texts of these lengths, and the spans they are in; at least one of each."""
+        """Return the number of tokens and of spans to leave out of texts of these lengths, each at least one."""
         noise = np.clip(np.rint(self.density * length), 1, np.maximum(length - 1, 1)).astype(np.int64)
         spans = np.rint(noise / self.mean_length).astype(np.int64)
         return noise, np.clip(spans, 1, np.minimum(noise, np.maximum(length - noise, 1)))
 
     def source_lengths(self, length: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens of the sources, with the end token."""
+        """Return the number of tokens of each source, with the end token."""
         noise, spans = self.counts(length)
         return length - noise + spans + 1
 
     def target_lengths(self, length: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens of the targets, with the end token."""
+        """Return the number of tokens of each target, with the end token."""
         noise, spans = self.counts(length)
         return noise + spans + 1
 
@@ -46,14 +46,19 @@ class SpanNoise(NamedTuple):
 def corrupt_spans(
     tokens: Tokens, sentinels: Tokens, end: int, noise: SpanNoise, random: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Replaces random spans by one sentinel each; the target is what was left out, span after span behind its sentinel.
+    """Replace random spans by one sentinel each; the target is each sentinel followed by the tokens of its span.
 
-    Kept and left-out stretches alternate, a kept one first, all divisions of the lengths being equally likely.
+    Kept and left-out parts alternate, beginning with a kept part. All divisions into such parts are equally likely.
 
     Args:
-        tokens: (n,) at least one.
-        sentinels: ids of the sentinels, as many as there are spans or more.
+        tokens: (n,) with n at least 1.
+        sentinels: ids of the sentinels, at least one for each span.
         end: id that ends source and target.
+        noise: the share of tokens to leave out, and the length of spans.
+        random: chooses the spans.
+
+    Returns:
+        The source and the target.
     """
     lost, spans = (int(count) for count in noise.counts(np.int64(len(tokens))))  # type: ignore[arg-type]
     kept_lengths = _divide(len(tokens) - lost, spans, random)
@@ -67,7 +72,7 @@ def corrupt_spans(
 
 
 def _divide(total: int, parts: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """`parts` lengths of at least 1 (0 only where the total is 0) that add up to the total."""
+    """Draw `parts` lengths of at least 1 that add up to `total`; all are 0 if the total is 0."""
     if total == 0:
         return np.zeros(parts, np.int64)
     cuts = np.sort(random.choice(total - 1, parts - 1, replace=False)) + 1
@@ -77,14 +82,14 @@ def _divide(total: int, parts: int, random: np.random.Generator) -> NDArray[np.i
 def infill(
     tokens: Tokens, mask: int, random: np.random.Generator, probability: float = 0.3, mean_length: float = 3.0
 ) -> NDArray[np.int64]:
-    """Replaces spans of a length drawn from a Poisson distribution by one mask each; one of length 0 is only inserted.
+    """Replace spans, of lengths drawn from a Poisson distribution, by one mask each; length 0 only inserts a mask.
 
-    Exactly ``max(1, round(probability * n))`` of the n tokens go; there are at most as many masks, so that the result
-    is never longer.
+    Exactly ``max(1, round(probability * n))`` of the n tokens are removed, and at most as many masks are added, so the
+    result is never longer.
     """
     lost = max(1, round(probability * len(tokens)))
     lengths = random.poisson(mean_length, size=lost + 1)
-    lengths[-1] = lost  # however short those before it are, the spans cover all that is to go
+    lengths[-1] = lost  # the last span may cover all, so that the spans are always long enough together
     spans = int(np.searchsorted(np.cumsum(lengths), lost)) + 1
     lengths = lengths[:spans]
     lengths[-1] -= lengths.sum() - lost

@@ -1,4 +1,4 @@
-"""Texts to token ids, fast: what has been tokenized once is looked up afterwards."""
+"""Turn texts into token ids, fast: words that were tokenized before are looked up."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 Encoded = tuple[NDArray[np.int32], NDArray[np.int64]]
 """All tokens of all texts in one array, and their number in each text."""
 
-# GPT-2's pattern never joins what lies on the two sides of here: white space is only ever joined to what follows it.
+# GPT-2's pattern never joins the two sides of such a place: it joins white space only to what follows.
 _PIECE_BORDER = re.compile(r"(?<=\S)(?=[ \t\n\r])")
-# GPT-2's pattern on ASCII, where letters, digits and white space are what Python can name.
+# GPT-2's pattern for ASCII text, where Python's `re` can express letters, digits and white space.
 _ASCII_WORD = re.compile(
     r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^ \t-\rA-Za-z0-9]+|[ \t-\r]+(?![^ \t-\r])|[ \t-\r]+"
 )
 _ASCII_BYTES = {byte: 256 + byte for byte in range(33)} | {127: 256 + 33}
-"""The characters of a byte-level vocabulary that stand for ASCII's unprintable ones."""
+"""Maps ASCII's unprintable characters to the characters that stand for them in a byte-level vocabulary."""
 
 _SPACES = (" ", "\t", "\n", "\r")
 
@@ -32,12 +32,12 @@ _MOST_KEPT_TOKENS = 1 << 19
 
 
 class TextEncoder:
-    """Encodes texts without special tokens added; special tokens spelled out in a text are plain text.
+    """Encode texts without adding special tokens; special tokens spelled out in a text are plain text.
 
     With a byte-level BPE tokenizer without a normalizer, as `train_tokenizer` makes, the tokens of a word depend on
-    nothing else. Texts are divided at white space into pieces that are looked up, and pieces that are new into words
-    that are; the result is the very one of the tokenizer. Any other tokenizer is asked for whole texts. Memory does
-    not grow with the number of texts, nor of calls, but for the result.
+    the word alone. Texts are divided at white space into pieces, and known pieces are looked up. New pieces are divided
+    into words, and known words are looked up. The result equals the tokenizer's. Any other tokenizer gets whole texts.
+    Apart from the result, memory does not grow with the number of texts or calls.
 
     Args:
         tokenizer: a fast tokenizer.
@@ -56,7 +56,7 @@ class TextEncoder:
         self._encode = self._by_piece if _is_byte_level(self._backend) else self._whole
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """(T,) ids of all texts and (N,) tokens of each."""
+        """Return the ids of all texts, (T,), and the number of tokens of each text, (N,)."""
         encoded = [self._encode(chunk) for chunk in _chunks(texts)]
         ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in encoded)])
         return ids, np.concatenate([np.zeros(0, np.int64), *(lengths for _, lengths in encoded)])
@@ -67,7 +67,7 @@ class TextEncoder:
         return ids, _sums(lengths, np.fromiter(map(len, pieces), np.int64, len(pieces)))
 
     def _piece_tokens(self, pieces: Sequence[str]) -> _Tokens:
-        # Those that begin and end as if they came out of the middle of one text are divided into words as one text.
+        # Pieces that begin and end as inside a text are joined, and divided into words as one text.
         joins = np.array([piece.isascii() and piece[:1] in _SPACES and not piece[-1:].isspace() for piece in pieces])
         joined = [piece for piece, joins_others in zip(pieces, joins, strict=True) if joins_others]
         words = _ASCII_WORD.findall("".join(joined))
@@ -95,7 +95,7 @@ class TextEncoder:
 
 
 class _Tokens(NamedTuple):
-    """Of some strings: string s has ``ids[starts[s] : starts[s] + lengths[s]]``."""
+    """The tokens of several strings: string s has ``ids[starts[s] : starts[s] + lengths[s]]``."""
 
     ids: NDArray[np.int32]
     starts: NDArray[np.int64]
@@ -113,7 +113,7 @@ _NO_TOKENS = _Tokens(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, n
 
 
 class _Numbers(dict[str, int]):
-    """Numbers strings from 0 in the order in which they are first looked up."""
+    """A dictionary that numbers strings from 0 in the order of their first look-up."""
 
     def __missing__(self, string: str) -> int:
         number = self[string] = len(self)
@@ -121,10 +121,10 @@ class _Numbers(dict[str, int]):
 
 
 class _Lexicon:
-    """Strings and their tokens; forgets all when it has many.
+    """A cache of strings and their tokens; it is emptied when it holds too many.
 
     Args:
-        tokens: finds them for strings that are new.
+        tokens: tokenizes strings that are not in the cache.
     """
 
     def __init__(self, tokens: Callable[[Sequence[str]], _Tokens]) -> None:
@@ -133,7 +133,7 @@ class _Lexicon:
         self._kept = _NO_TOKENS
 
     def look_up(self, strings: Sequence[str]) -> Encoded:
-        """(T,) ids of all strings and (N,) tokens of each."""
+        """Return the ids of all strings, (T,), and the number of tokens of each string, (N,)."""
         if len(self._kept.ids) > _MOST_KEPT_TOKENS:
             self._numbers, self._kept = _Numbers(), _NO_TOKENS
         known = len(self._numbers)
@@ -161,7 +161,7 @@ def _is_byte_level(backend: object) -> bool:
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Neighbouring texts, of so many characters or more."""
+    """Group neighbouring texts into chunks of at least `_CHUNK_CHARACTERS` characters, except the last."""
     begin = characters = 0
     for end, text in enumerate(texts, 1):
         characters += len(text)
@@ -176,11 +176,11 @@ def _flat(ids: Sequence[Sequence[int]]) -> Encoded:
 
 
 def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each of consecutive stretches of these lengths starts."""
+    """Return the start of each of consecutive segments of these lengths."""
     return np.cumsum(lengths) - lengths
 
 
 def _sums(values: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The sum of each of consecutive stretches of these lengths."""
+    """Return the sum of each of consecutive segments of these lengths."""
     ends = np.cumsum(lengths)
     return np.diff(np.concatenate([[0], np.cumsum(values)])[np.concatenate([[0], ends])])

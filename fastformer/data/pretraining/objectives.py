@@ -1,4 +1,4 @@
-"""The pretraining objectives as a data module needs them: what to tokenize, what to draw, how to make a batch of it."""
+"""The pretraining objectives for a data module: how to tokenize, which examples to draw, how to make a batch."""
 
 from __future__ import annotations
 
@@ -31,36 +31,36 @@ if TYPE_CHECKING:
 
 
 class PretrainingObjective(Protocol):
-    """What is predicted from what.
+    """A pretraining objective: it defines what the model predicts, and from which input.
 
     Attributes:
         layout: how the corpus is tokenized.
-        best_fit: how batches are filled.
+        best_fit: whether batches are filled by best fit; see `TokenBudgetSampler`.
     """
 
     layout: Layout
     best_fit: bool
 
     def check(self, corpus: Any) -> None:
-        """Raises ValueError for a corpus that gives no examples."""
+        """Raise ValueError if the corpus gives no examples."""
 
     def examples(self, store: TokenStore, block: int, *, seed: int, epoch: int) -> Examples:
-        """The examples of one block, referring to the whole corpus; their indices count from 0."""
+        """Return the examples of one block, as positions in the whole corpus; `index` counts from 0 in the block."""
 
     def lengths(self, examples: Examples) -> NDArray[np.int64]:
-        """(N,) tokens of each example, those of a source and its target together."""
+        """Return (N,) the number of tokens of each example; for pairs, of source and target together."""
 
     def batch(self, corpus: Any, recipe: BatchRecipe, seed: int) -> Any:
-        """The packed batch of a recipe."""
+        """Return the packed batch of a recipe."""
 
 
 class MaskedLanguage:
-    """BERT's: masked tokens, and with pairs of segments whether they belong together, or in which order they come.
+    """BERT's objective: predict masked tokens, and for pairs of segments whether they belong together, or their order.
 
     Args:
         tokenizer: made for "mlm".
         max_length: tokens of the longest sequence.
-        next_sentence: pairs rather than single segments.
+        next_sentence: make pairs of segments instead of single segments.
         sentence_order: the second segment always follows, and half of the pairs are swapped; needs `next_sentence`.
         whole_word, mask_probability: see `MaskedLanguageModelling`.
     """
@@ -101,11 +101,11 @@ class MaskedLanguage:
 
 
 class CausalLanguage:
-    """Every token from those before it in its document; no document sees another.
+    """GPT's objective: predict every token from the tokens before it in its document.
 
-    A longer document is cut, each window beginning with the last token of the one before, so that every token of the
-    corpus is predicted exactly once. Labels are the ids, with -100 at each sequence's first token, which nothing
-    predicts; a model moves them by one place, as Hugging Face's do.
+    A document of more than `max_length` tokens is cut into windows. Each window begins with the last token of the
+    window before, so that every token of the corpus is predicted exactly once. Labels are the ids, but -100 at each
+    sequence's first token, which nothing predicts; the model shifts labels by one place, as Hugging Face's models do.
     """
 
     best_fit = True
@@ -133,13 +133,15 @@ class CausalLanguage:
 
 
 class SpanCorruption:
-    """T5's: the spans that sentinels stand for. A document is cut into windows whose sources have `max_length` tokens
-    at most; a window has no more spans than there are sentinels, 100.
+    """T5's objective: predict the spans that were replaced by sentinels.
+
+    A document is cut into windows whose sources have at most `max_length` tokens. A window has at most 100 spans, the
+    number of sentinels.
 
     Args:
         tokenizer: made for "span-corruption".
         max_length: tokens of the longest source.
-        noise: how much is left out.
+        noise: the share of tokens left out, and the length of spans.
     """
 
     best_fit = True
@@ -178,13 +180,13 @@ class SpanCorruption:
 
 
 class Denoising:
-    """BART's: a text from one in which spans are masked and the sentences are in random order.
+    """BART's objective: predict a text from a copy with masked spans and with sentences in random order.
 
     Args:
         tokenizer: made for "denoising".
         max_length: tokens of the longest source and target.
         mask_probability: share of the tokens that are masked.
-        permute_sentences: False leaves them in order.
+        permute_sentences: False keeps the sentences in order.
     """
 
     best_fit = True
@@ -223,7 +225,7 @@ class Denoising:
         self, corpus: TokenizedCorpus, example: np.void, random: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         sentences = range(int(example["a_begin"]), int(example["a_end"]))
-        if len(sentences) == 1:  # perhaps a part of a long one
+        if len(sentences) == 1:  # it may be a part of a long sentence
             begin = corpus.opening_offsets[sentences[0]] + example["a_front"]
             original = corrupted = corpus.ids[begin : begin + example["a_length"]]
         else:
@@ -240,6 +242,6 @@ class Denoising:
 def _segments(store: TokenStore, block: int, max_length: int) -> Examples:
     examples = single_segment_examples(store.block(block), max_length)
     first = store.corpus.document_offsets[store.block_documents[block]]
-    for name in ("a_begin", "a_end"):  # of the whole corpus
+    for name in ("a_begin", "a_end"):  # positions in the whole corpus
         examples[name] += first
     return examples

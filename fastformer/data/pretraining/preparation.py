@@ -1,4 +1,4 @@
-"""From text to a tokenizer and two token stores, to train on and held out: made once, then found in the cache."""
+"""Make a tokenizer and two token stores (training and held out) from text, once; later runs find them in the cache."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class PreparedText:
-    """A text that is divided into a part to train on and a held-out part, with a tokenizer for it.
+    """A text divided into a training part and a held-out part, with its tokenizer.
 
     Attributes:
-        tokenizer: trained on the part to train on.
-        folder: the cache of all that is made of this text.
-        sources, split: the text, and which of its documents are held out.
+        tokenizer: trained on the training part.
+        folder: the cache for everything made from this text.
+        sources: the sources of the text.
+        split: the rule that decides which documents are held out.
         heldout: whether any document is held out.
         block_characters: see `load_or_build_stores`.
     """
@@ -43,10 +44,12 @@ class PreparedText:
     block_characters: int
 
     def stores(self, layout: Layout, verify: bool = False) -> tuple[TokenStore, TokenStore | None]:
-        """The two parts tokenized, the held-out one None if there is none. The text is read once for both.
+        """Return the stores of the training part and the held-out part (None if there is none).
+
+        The text is read once for both.
 
         Args:
-            layout: how to tokenize, with the tokenizer of this text.
+            layout: how to tokenize the text; it has this text's tokenizer.
             verify: see `load_or_build_stores`.
 
         Raises:
@@ -76,17 +79,17 @@ def prepare_text(
 ) -> PreparedText:
     """Split the documents and train the tokenizer, or find both below `folder`.
 
-    The text is read once for both. Each step is kept when it is done.
+    The text is read once for both. The result of each step is kept.
 
     Args:
-        sources: of the text.
-        folder: for the cache; what is kept has a folder of its own here, named after all that it depends on.
-        objective: what the tokenizer is for.
+        sources: sources of the text.
+        folder: the cache; results are kept in a subfolder, named after everything they depend on.
+        objective: the objective that the tokenizer is for.
         vocab_size, heldout_fraction: see `train_tokenizer` and `find_split_and_sample`.
         block_characters: see `load_or_build_stores`.
 
     Raises:
-        ValueError: an argument is out of range, or the text is empty, damaged, or too little to split.
+        ValueError: an argument is out of range, or the text is empty, damaged, or too short to split.
     """
     settings = [_FORMAT, objective, vocab_size, heldout_fraction, block_characters, *(s.signature for s in sources)]
     path = folder / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
@@ -96,13 +99,13 @@ def prepare_text(
 
 
 def _load_or_find_split(path: Path, sources: Sequence[Source], heldout_fraction: float) -> tuple[Split, Iterable[str]]:
-    """The split, and the documents to train a tokenizer on, which are read when they are asked for."""
+    """Return the split, and the documents to train a tokenizer on; iterating over them reads the text."""
     if path.exists():
         try:
             split = Split(**json_value(read_checked(path).decode(), path.name))
             return split, filter(split.is_sampled, stream(sources))
         except (OSError, ValueError, TypeError) as error:
-            warnings.warn(f"{path} is damaged ({error}) and is made anew", stacklevel=2)
+            warnings.warn(f"{path} is damaged ({error}) and is rebuilt", stacklevel=2)
             remove(path)
     if not any(True for _ in stream(sources)):
         raise ValueError(f"the corpus is empty: no text in {', '.join(source.name for source in sources)}")

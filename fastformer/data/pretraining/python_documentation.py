@@ -1,7 +1,7 @@
 """The English prose that comes with Python: docstrings of the standard library and topics of `help()`.
 
-Modules written in Python are parsed, never imported, so nothing of theirs runs. Of the modules written in C, whose
-docstrings exist only once they are loaded, a fixed list without side effects is imported.
+Modules written in Python are parsed, never imported, so none of their code runs. Modules written in C must be imported
+to read their docstrings: only a fixed list of modules without side effects is.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ _C_MODULES = (
 
 
 def python_fingerprint() -> str:
-    """A short name for this Python installation, safe in file names: the corpus differs between installations."""
+    """Return a short name for this Python installation, safe in file names; another installation has another corpus."""
     digest = hashlib.sha256(f"{sys.version}\n{sysconfig.get_path('stdlib')}".encode()).hexdigest()
     return f"{platform.python_implementation().lower()}-{platform.python_version()}-{digest[:8]}"
 
 
 def python_documentation() -> Iterator[list[str]]:
-    """Yields one list of prose paragraphs per topic and per module, in an order that does not vary."""
+    """Yield one list of prose paragraphs per topic and per module, in a fixed order."""
     for texts in track(_documented_parts(), "reading Python's documentation"):
         yield [paragraph for entry in texts for paragraph in prose_paragraphs(entry.text)]
 
 
 class Docstring(NamedTuple):
-    """The documentation of one thing; the name within its module is empty for the module itself."""
+    """The documentation of one object; `name` is its name within the module, empty for the module itself."""
 
     module: str
     name: str
@@ -68,11 +68,11 @@ class Docstring(NamedTuple):
 
 
 TOPICS = "topics"
-"""Stands for a module in the topics of `help()`."""
+"""The module name given to the topics of `help()`."""
 
 
 def python_docstrings() -> Iterator[Docstring]:
-    """The topics, then the docstrings of each module in the order of its source."""
+    """Yield the topics, then the docstrings of each module in the order of its source."""
     for part in track(_documented_parts(), "reading Python's documentation"):
         yield from part
 
@@ -99,7 +99,7 @@ def _source_files(root: Path) -> Iterator[Path]:
 
 
 def _source_docstrings(path: Path, root: Path) -> Iterator[Docstring]:
-    """Docstrings of a module in the order of the source."""
+    """Yield the docstrings of a module in the order of the source."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # files kept as examples of bad source
@@ -114,7 +114,7 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _documented_nodes(node: ast.AST, name: str) -> Iterator[tuple[_Documented, str]]:
-    """A node and those within it that may have a docstring, with their qualified names."""
+    """Yield a node and the nodes inside it, if they may have a docstring, with their qualified names."""
     if isinstance(node, _Documented):
         yield node, name
     for child in ast.iter_child_nodes(node):
@@ -163,15 +163,15 @@ _SMALLEST_SHARE_OF_WORDS = 0.7
 
 
 def prose_paragraphs(text: str) -> list[str]:
-    """The paragraphs of running English in a documentation text, each on one line.
+    """Return the paragraphs of running English in a documentation text, each on one line.
 
-    Left out are code, doctests, tables, headings, grammars and signatures. The items of a list are paragraphs.
+    Code, doctests, tables, headings, grammars and signatures are left out. Each item of a list is a paragraph.
     """
     return [paragraph for block in re.split(r"\n\s*\n", text) for paragraph in _joined(block) if _is_prose(paragraph)]
 
 
 def _joined(block: str) -> Iterator[str]:
-    """The paragraphs of a block without blank lines: itself, or its list items; none if a line is not prose."""
+    """Yield the paragraphs of a block without blank lines: the block or its list items; none if a line is not prose."""
     lines = block.split("\n")
     if any(_NOT_PROSE_LINE.match(line) or _UNDERLINE.match(line) for line in lines):
         return

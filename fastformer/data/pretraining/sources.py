@@ -1,6 +1,6 @@
-"""Where text comes from: files, folders and datasets, read as a stream of documents that can be taken up anywhere.
+"""Sources of text: files, folders and datasets, read as streams of documents; reading can resume at any document.
 
-Memory does not grow with a source, whatever its size: no source is ever read whole.
+Memory use does not depend on the size of a source: no source is ever read whole.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Source:
     """A stream of documents.
 
     Attributes:
-        name: for errors.
-        signature: changes when the text does: for a file its path, size and time of change.
-        read: `read(start)` yields, from a position on, each document's text and the position after it. The first
-            position is 0; another means nothing except to the source it came from.
+        name: the name in error messages.
+        signature: a string that changes when the text does: for a file, its path, size and modification time.
+        read: `read(start)` yields each document from position `start` on, with the position after it. The first
+            position is 0; any other position is only meaningful to the source that yielded it.
     """
 
     name: str
@@ -35,16 +35,20 @@ class Source:
 
 
 def open_sources(data: Sequence[Any]) -> list[Source]:
-    """The sources that paths and datasets stand for, in the order given; a folder is walked in sorted order.
+    """Open paths and datasets as sources, in the given order; a folder is walked in sorted order.
 
-    Accepted are text files (``.txt``, ``.text``, ``.md``: a blank line separates documents), JSON lines (``.jsonl``,
-    ``.ndjson``) and parquet (``.parquet``), each record's ``text`` being a document, folders of these, folders written
-    by `datasets.Dataset.save_to_disk`, and `datasets.Dataset` or `DatasetDict` objects.
+    Accepted are:
+
+    - text files (``.txt``, ``.text``, ``.md``); a blank line separates documents;
+    - JSON lines (``.jsonl``, ``.ndjson``) and parquet (``.parquet``); the ``text`` of each record is a document;
+    - folders of these;
+    - folders written by `datasets.Dataset.save_to_disk`;
+    - `datasets.Dataset` or `DatasetDict` objects.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        TypeError: a single path instead of a list.
-        ValueError: no path, an unknown suffix, a dataset without ``text``.
+        TypeError: `data` is a single path instead of a list.
+        ValueError: the list is empty, a suffix is unknown, or a dataset has no column ``text``.
     """
     if isinstance(data, (str, os.PathLike)):
         raise TypeError(f"paths must be a list of paths, got the single path {os.fspath(data)!r}")
@@ -54,7 +58,7 @@ def open_sources(data: Sequence[Any]) -> list[Source]:
 
 
 def texts_source(texts: Sequence[str], name: str) -> Source:
-    """Documents that are in memory."""
+    """Return a source of documents that are in memory."""
 
     def read(start: int) -> Iterator[tuple[str, int]]:
         for position in range(start, len(texts)):
@@ -67,7 +71,7 @@ def texts_source(texts: Sequence[str], name: str) -> Source:
 
 
 def stream(sources: Iterable[Source]) -> Iterator[str]:
-    """The documents of all sources, those without any text left out."""
+    """Yield the documents of all sources; empty documents are left out."""
     for source in sources:
         for text, _ in source.read(0):
             if text.strip():
@@ -88,14 +92,14 @@ def _sources(item: Any) -> Iterator[Source]:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """The files, and folders written by `save_to_disk`, at or below a path."""
+    """Yield the files, and the folders written by `save_to_disk`, at or below a path."""
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     if not path.is_dir() or (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         yield path
         return
     if path.is_symlink() and path.resolve() in path.parent.resolve().joinpath("x").parents:
-        raise ValueError(f"{path} is a link to a folder that it is in: its files would be read again and again")
+        raise ValueError(f"{path} is a link to a folder that contains it: its files would be read again and again")
     below = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
     if not below:
         raise ValueError(f"{path} is an empty folder")
@@ -159,7 +163,7 @@ def _saved_dataset(path: Path) -> Source:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # datasets raises many kinds for a damaged folder
-        raise ValueError(f"{path} is not a whole folder of datasets.save_to_disk: {error}") from error
+        raise ValueError(f"{path} is not a complete folder of datasets.save_to_disk: {error}") from error
     splits = list(loaded.values()) if isinstance(loaded, datasets.DatasetDict) else [loaded]
     joined = datasets.concatenate_datasets([_text_alone(split, str(path)) for split in splits])
     signatures = [_signature(file) for file in sorted(path.rglob("*")) if file.is_file()]

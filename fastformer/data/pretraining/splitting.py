@@ -1,4 +1,4 @@
-"""Which documents are held out: a function of their text alone, so that no copy of one is on both sides."""
+"""Hold documents out. The split depends on their text alone, so two copies of a document are never separated."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _TOKENIZER_TRAINING_CHARACTERS = 1 << 28
 
 
 def document_key(text: str) -> int:
-    """64 bits of a hash of a document, white space not counted."""
+    """Return a 64-bit hash of a document, without its white space."""
     return int.from_bytes(hashlib.blake2b("".join(text.split()).encode(), digest_size=8).digest(), "big")
 
 
 class Split(NamedTuple):
-    """Says of any document on which side it is.
+    """A rule that decides for any document whether it is held out.
 
     Attributes:
         heldout_below: documents with a lower key are held out.
-        sample_from: documents with at least this key are enough to train a tokenizer on.
+        sample_from: documents with at least this key form the sample on which a tokenizer is trained.
     """
 
     heldout_below: int
@@ -44,19 +44,19 @@ class Split(NamedTuple):
 
 
 def find_split(texts: Iterable[str], heldout_fraction: float) -> Split:
-    """The split of documents, which are read once; see `find_split_and_sample`."""
+    """Read documents once and return their split; see `find_split_and_sample`."""
     return find_split_and_sample(texts, heldout_fraction)[0]
 
 
 def find_split_and_sample(texts: Iterable[str], heldout_fraction: float) -> tuple[Split, list[str]]:
-    """Read the documents once; keep 8 bytes of each, and the sample to train a tokenizer on.
+    """Read the documents once; return the split, and the sample to train a tokenizer on.
 
     The distinct documents with the lowest keys are held out: ``max(1, round(heldout_fraction * distinct))`` of them,
-    whatever their order. The sample has the documents with the highest keys, in the order given: at most about 256
-    million characters.
+    whatever the order of the documents. The sample has the documents with the highest keys, in the given order: at most
+    about 256 million characters. Of the other documents, only 8 bytes each are kept in memory.
 
     Raises:
-        ValueError: no document, or `heldout_fraction` out of range or with fewer than two distinct documents.
+        ValueError: `heldout_fraction` is out of range, or is above 0 with fewer than two distinct documents.
     """
     _check_fraction(heldout_fraction)
     keys = array("Q")
@@ -93,11 +93,11 @@ class _Sample:
 
 
 def split_documents(documents: Sequence[Document], heldout_fraction: float) -> tuple[list[Document], list[Document]]:
-    """Splits documents into those to train on and those held out, both in their given order; see `find_split`.
+    """Split documents into training and held-out documents, both in their given order; see `find_split`.
 
     Args:
-        documents: at least two distinct ones, unless `heldout_fraction` is 0.
-        heldout_fraction: share of the distinct documents, in [0, 1); 0 holds nothing out.
+        documents: at least two distinct documents, unless `heldout_fraction` is 0.
+        heldout_fraction: held-out share of the distinct documents, in [0, 1); 0 holds nothing out.
     """
     split = find_split(("\n".join(document) for document in documents), heldout_fraction)
     sides: tuple[list[Document], list[Document]] = ([], [])

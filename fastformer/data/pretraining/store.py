@@ -1,9 +1,9 @@
 """A corpus tokenized once, kept on the disk and mapped into memory.
 
 A store is a folder: ``.npy`` files, mapped when opened, and ``store.json`` with the size and the SHA-256 of each. It is
-built in parts, each whole or absent, so building that was killed at any moment goes on where it stopped; it appears
-under its own name only once it is whole. Parts become the store's blocks: what is drawn at random is drawn from some
-blocks at a time, so that memory does not grow with the corpus.
+built in parts. Each part is either complete or absent, so a build that was killed at any moment continues where it
+stopped. The store gets its final name only when it is complete. The parts become its blocks: random order is drawn
+within a few blocks at a time, so that memory does not grow with the corpus.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Keep = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class DocumentCorpus:
-    """Tokens of D documents, one after another, in no smaller units.
+    """Tokens of D documents, one after another, not divided into sentences.
 
     Attributes:
         ids: (T,) integers.
@@ -61,7 +61,7 @@ class DocumentCorpus:
         return len(self.document_offsets) - 1
 
     def part(self, begin: int, end: int) -> DocumentCorpus:
-        """The documents begin to end (exclusive); offsets stay those into all of `ids`."""
+        """Return the documents begin to end (exclusive); the offsets still refer to all of `ids`."""
         return DocumentCorpus(self.ids, self.document_offsets[begin : end + 1])
 
 
@@ -69,7 +69,7 @@ class DocumentCorpus:
 
 
 class Layout:
-    """How documents are tokenized into a part, and how parts are put together. One per kind of corpus."""
+    """A rule that says how documents become a part, and how parts become a store. Each kind of corpus has one."""
 
     name: str
     corpus: type[TokenizedCorpus] | type[DocumentCorpus]
@@ -80,24 +80,30 @@ class Layout:
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
 
     def encode(self, texts: Sequence[str]) -> Arrays:
-        """One part: flat arrays of ids, and lengths; among them "document_lengths", of the documents with any text."""
+        """Tokenize texts into one part: flat arrays of ids, and of lengths.
+
+        One of them is "document_lengths": the lengths of the documents that have any text.
+        """
         raise NotImplementedError
 
     def flat(self) -> list[tuple[NDArray[np.int64], str]]:
-        """What `ids` is put together from: ids that come first, then those of all parts under a name."""
+        """Return the sections of `ids`: for each, its first ids, and the name of the array that each part adds."""
         raise NotImplementedError
 
     def offsets(self) -> dict[str, tuple[str, str | None]]:
-        """Each array of offsets: from which lengths, into which ids (None: into another array of lengths)."""
+        """Return for each array of offsets the name of its lengths, and of the ids it points into.
+
+        None instead of ids means that it counts the entries of the other arrays of offsets (sentences).
+        """
         raise NotImplementedError
 
 
 class DocumentLayout(Layout):
-    """A `DocumentCorpus`. Each document begins with the tokenizer's bos and ends with its eos token, if it has them.
+    """The layout of a `DocumentCorpus`. Each document is put between the tokenizer's bos and eos token, if it has them.
 
     Args:
-        tokenizer: of the text.
-        mark_ends: False leaves those tokens out.
+        tokenizer: turns text into tokens.
+        mark_ends: False leaves the bos and eos tokens out.
     """
 
     name = "documents"
@@ -124,7 +130,7 @@ class DocumentLayout(Layout):
 
 
 class SentenceLayout(Layout):
-    """A `TokenizedCorpus`."""
+    """The layout of a `TokenizedCorpus`."""
 
     name = "sentences"
     corpus = TokenizedCorpus
@@ -149,11 +155,11 @@ class SentenceLayout(Layout):
 
 
 class TokenStore:
-    """A whole store, mapped into memory.
+    """A complete store, mapped into memory.
 
     Args:
         path: its folder.
-        verify: read all of it and compare the checksums; otherwise the sizes alone.
+        verify: read all of it and compare the checksums; otherwise only the sizes are compared.
 
     Attributes:
         corpus: its tokens.
@@ -182,11 +188,11 @@ class TokenStore:
 
     @property
     def num_tokens(self) -> int:
-        """Of the corpus with each token once."""
+        """Number of tokens of the corpus, each counted once."""
         return int(self.manifest["tokens"])
 
     def block(self, number: int) -> Any:
-        """One block as a corpus of its own."""
+        """Return one block as a separate corpus."""
         return self.corpus.part(self.block_documents[number], self.block_documents[number + 1])
 
 
@@ -234,7 +240,7 @@ def load_or_build_store(
     block_characters: int = BLOCK_CHARACTERS,
     verify: bool = False,
 ) -> TokenStore:
-    """Open the store at `path`, or build it of the documents that `keep` keeps; see `load_or_build_stores`."""
+    """Open the store at `path`, or build it from the documents for which `keep` is true; see `load_or_build_stores`."""
     stores = load_or_build_stores({path: keep}, sources, layout, block_characters=block_characters, verify=verify)
     return stores[0]
 
@@ -247,21 +253,22 @@ def load_or_build_stores(
     block_characters: int = BLOCK_CHARACTERS,
     verify: bool = False,
 ) -> list[TokenStore]:
-    """Open stores of the same text, or build those that are missing, from where an earlier attempt was killed.
+    """Open stores of the same text, or build the missing ones, continuing an earlier build that was killed.
 
-    The text is read once for all of them. Processes that build the same store at once wait for one of them.
+    The text is read once for all of them. If several processes need the same store at the same time, one builds it and
+    the others wait.
 
     Args:
-        keep: which documents belong into the store at each path. A path must be unique to the sources, the layout and
-            the tokenizer: a mismatch is not detected.
-        sources: the text to tokenize, in this order.
-        layout: how to tokenize it.
+        keep: for the path of each store, a function that returns whether a document belongs into it. A path must be
+            unique to (sources, layout, tokenizer); a mismatch is not detected.
+        sources: the sources to tokenize, in this order.
+        layout: how to tokenize them.
         block_characters: the least number of characters in a block; documents are not divided.
-        verify: compare checksums, and build a damaged store again.
+        verify: compare checksums, and rebuild a damaged store.
 
     Raises:
         ValueError: the sources hold no document for a store.
-        OSError: it cannot be written.
+        OSError: a store cannot be written.
     """
     from filelock import FileLock
 
@@ -280,13 +287,13 @@ def load_or_build_stores(
 
 
 def _whole_store(path: Path, verify: bool) -> TokenStore | None:
-    """The store at `path`; None if there is none. A damaged one is removed."""
+    """Return the store at `path`, or None if there is none; a damaged store is removed, with a warning."""
     if not path.exists():
         return None
     try:
         store = TokenStore(path, verify)
     except ValueError as error:
-        warnings.warn(f"{error}; it is built anew", stacklevel=4)
+        warnings.warn(f"{error}; it is rebuilt", stacklevel=4)
         remove(path)
         return None
     shutil.rmtree(_building(path), ignore_errors=True)
@@ -294,12 +301,12 @@ def _whole_store(path: Path, verify: bool) -> TokenStore | None:
 
 
 def _building(path: Path) -> Path:
-    """The folder of the parts of a store that is being built."""
+    """Return the folder of the parts of a store that is being built."""
     return path.with_name(f"{path.name}.building")
 
 
 class _Place(NamedTuple):
-    """Where in the sources to go on."""
+    """The place in the sources at which to continue."""
 
     source: int
     position: int
@@ -308,7 +315,7 @@ class _Place(NamedTuple):
 def _complete_parts(
     keep: Mapping[Path, Keep], sources: Sequence[Source], layout: Layout, block_characters: int
 ) -> dict[Path, list[Path]]:
-    """Write the parts of stores that are missing; return for each store all that have any document, in order."""
+    """Write the missing parts of stores; return for each store all parts that have a document, in order."""
     plan = hashlib.sha256(
         json.dumps([_FORMAT, layout.name, block_characters, [source.signature for source in sources]]).encode()
     ).hexdigest()
@@ -331,9 +338,12 @@ def _narrow(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def _parts_so_far(building: Path, plan: str) -> tuple[list[Path], _Place]:
-    """The parts up to the first that is missing or damaged, and where they end; those of another plan are removed."""
+    """Return the parts before the first missing or damaged one, and the place in the sources at which they end.
+
+    Parts of another plan are removed.
+    """
     begun = building / "plan"
-    if not begun.exists() or begun.read_text(errors="replace") != plan:  # of other text
+    if not begun.exists() or begun.read_text(errors="replace") != plan:  # it is a build of another text
         shutil.rmtree(building, ignore_errors=True)
         with atomic_file(begun) as file:
             file.write(plan.encode())
@@ -356,9 +366,10 @@ def _parts_so_far(building: Path, plan: str) -> tuple[list[Path], _Place]:
 def _chunks(
     sources: Sequence[Source], places: Mapping[Path, _Place], keep: Mapping[Path, Keep], block_characters: int
 ) -> Iterator[tuple[Path, list[str], _Place]]:
-    """Documents to tokenize together for a store, and the place after the last of them.
+    """Yield for a store: its path, a list of documents to tokenize together, and the place after the last of them.
 
-    They are the same wherever a store goes on. The text is read from the earliest place.
+    Continuing from such a place yields the same lists as reading from the beginning. The text is read from the earliest
+    place of all stores.
     """
     texts: dict[Path, list[str]] = {path: [] for path in keep}
     begin = min(places.values())
@@ -401,7 +412,10 @@ def _assemble(path: Path, parts: Sequence[Path], layout: Layout) -> None:
 
 
 def _assemble_ids(file: Path, parts: Sequence[Path], layout: Layout) -> dict[str, int]:
-    """Writes the ids of all parts into one array; returns where those of each name start, and how many come last."""
+    """Write the ids of all parts into one array; return the start of each section.
+
+    The key "tokens" has the number of ids in the last section.
+    """
     lengths = {name: sum(_array_length(part, name) for part in parts) for _, name in layout.flat()}
     total = sum(lengths.values()) + sum(len(first) for first, _ in layout.flat())
     whole = np.lib.format.open_memmap(file, mode="w+", dtype=layout.dtype, shape=(total,))
@@ -438,7 +452,7 @@ def _array(part: Path, name: str) -> NDArray[Any]:
 
 
 def _array_length(part: Path, name: str) -> int:
-    """Without reading the array."""
+    """Return the length of an array without reading it."""
     with zipfile.ZipFile(part) as archive, archive.open(f"{name}.npy") as file:
         version = np.lib.format.read_magic(file)
         assert version == (1, 0)

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class TokenizedCorpus:
     """Tokens of S sentences in D documents.
 
-    In byte-level BPE a word's token includes the space before it. So each sentence is kept in two forms: as the first
-    of a segment (`opening`, without a space) and as a later one (`following`, with a space). A segment put together
-    from them has the very tokens that the tokenizer gives for its sentences joined by spaces.
+    In byte-level BPE, a word's token includes the space before it. Each sentence is therefore kept in two forms: as the
+    first of a segment (`opening`, without a space) and as a later one (`following`, with a space). A segment made of
+    these forms has the same tokens as its sentences joined by spaces.
 
     Attributes:
         ids: (2 + opening tokens + following tokens,) integers: ``[CLS]``, ``[SEP]``, the opening forms of all
@@ -50,28 +50,28 @@ class TokenizedCorpus:
         return len(self.opening_offsets) - 1
 
     def segment_lengths(self, begin: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(N,) tokens of the segments of sentences begin to end (exclusive), 0 where begin == end."""
+        """Return (N,) tokens of each segment of sentences begin to end (exclusive), 0 if begin == end."""
         first = np.minimum(begin, self.num_sentences - 1)
         opening = self.opening_offsets[first + 1] - self.opening_offsets[first]
         following = self.following_offsets[end] - self.following_offsets[first + 1]
         return np.where(end > begin, opening + following, 0)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the tokens and their layout, in hexadecimal."""
+        """Return the SHA-256 of the tokens and their layout, in hexadecimal."""
         digest = hashlib.sha256()
         for field in fields(self):
             digest.update(np.ascontiguousarray(getattr(self, field.name)).data)
         return digest.hexdigest()
 
     def segment(self, sentences: Sequence[int]) -> NDArray[np.integer]:
-        """The tokens of some sentences, joined in the order given."""
+        """Return the tokens of some sentences, joined in the given order."""
         first, *others = sentences
         opening = self.ids[self.opening_offsets[first] : self.opening_offsets[first + 1]]
         following = [self.ids[self.following_offsets[s] : self.following_offsets[s + 1]] for s in others]
         return np.concatenate([opening, *following])
 
     def part(self, begin: int, end: int) -> TokenizedCorpus:
-        """The documents begin to end (exclusive) as a corpus of their own, whose first sentence is sentence 0."""
+        """Return the documents begin to end (exclusive) as a separate corpus, whose first sentence is sentence 0."""
         first, last = self.document_offsets[begin], self.document_offsets[end]
         return TokenizedCorpus(
             self.ids,
@@ -82,7 +82,7 @@ class TokenizedCorpus:
 
 
 class SentenceTokens(NamedTuple):
-    """Tokens of some documents' sentences, in both forms, before they are put together to a corpus."""
+    """Tokens of the sentences of some documents, in both forms, before they become part of a corpus."""
 
     opening: NDArray[np.integer]
     following: NDArray[np.integer]
@@ -92,13 +92,13 @@ class SentenceTokens(NamedTuple):
 
 
 def tokenize(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> TokenizedCorpus:
-    """Tokenizes documents, special tokens spelled out in a text being plain text. Sentences keep their order.
+    """Tokenize documents; sentences keep their order. Special tokens spelled out in a text are plain text.
 
     Raises:
-        ValueError: no document, or one that is empty or has an empty sentence.
+        ValueError: there is no document, or a document is empty or has an empty sentence.
     """
     if not documents or not all(document and all(document) for document in documents):
-        raise ValueError("documents must be non-empty lists of non-empty sentences, and at least one")
+        raise ValueError("documents must be at least one non-empty list of non-empty sentences")
     tokens = encode_sentences(documents, TextEncoder(tokenizer))
     special = np.array([tokenizer.cls_token_id, tokenizer.sep_token_id], dtype=np.int32)
     return TokenizedCorpus(
@@ -110,7 +110,7 @@ def tokenize(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) 
 
 
 def encode_sentences(documents: Sequence[Document], encoder: TextEncoder) -> SentenceTokens:
-    """The tokens of each sentence as the first of a segment and as a later one."""
+    """Tokenize each sentence as the first of a segment and as a later one."""
     sentences = [sentence for document in documents for sentence in document]
     opening, opening_lengths = encoder.encode(sentences)
     following, following_lengths = encoder.encode([f" {sentence}" for sentence in sentences])
@@ -119,5 +119,5 @@ def encode_sentences(documents: Sequence[Document], encoder: TextEncoder) -> Sen
 
 
 def offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(N + 1,) where each of N consecutive stretches of these lengths starts, and where the last one ends."""
+    """Return (N + 1,) the start of each of N consecutive segments of these lengths, then the end of the last."""
     return np.concatenate([[0], np.cumsum(lengths)])

@@ -22,21 +22,24 @@ if TYPE_CHECKING:
 Objective = Literal["mlm", "clm", "span-corruption", "denoising"]
 
 SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))
-"""What stands for a span that is left out, in the order in which they occur in a text (T5)."""
+"""The tokens that stand for spans left out, in the order of the spans in a text (T5)."""
 
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.spm")
-"""Patterns of the files that a tokenizer's words may be in."""
+"""Patterns of the files that may hold a tokenizer's vocabulary."""
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 _FORMAT = 2
 _LONGEST_WORD = 1024
-"""Bytes of a word that merges are counted in: a run of letters, or of spaces, is one word, however long it is."""
+"""Longest word, in bytes, in which training counts merges; longer runs of letters or spaces are divided."""
 
 
 class _Kind(NamedTuple):
-    """A tokenizer's special tokens by their Hugging Face names, in the order of their ids; what it puts round texts."""
+    """The special tokens of a kind of tokenizer, and their places around texts.
+
+    `named` maps Hugging Face's names to the tokens, in the order of their ids.
+    """
 
     named: dict[str, str]
     extra: tuple[str, ...] = ()
@@ -79,23 +82,23 @@ _KINDS: dict[str, _Kind] = {
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, objective: Objective = "mlm") -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer; the same texts give the same tokenizer, which loses no character.
+    """Train a byte-level BPE tokenizer. The same texts give the same tokenizer, and it loses no character.
 
-    Special tokens and what is put round a text (A) or two (A, B) depend on the objective:
+    The special tokens, and their places around one text (A) or two (A, B), depend on the objective:
 
     - ``mlm`` (BERT): ``[CLS] A [SEP] B [SEP]``, with token types 0 and 1; ``[MASK]``, ``[PAD]``, ``[UNK]``.
-    - ``clm``: ``<s> A``; ``</s>`` ends a text that is whole; ``<pad>``.
+    - ``clm``: ``<s> A``; ``</s>`` marks the end of a complete text; ``<pad>``.
     - ``span-corruption`` (T5): ``A </s>``; ``<extra_id_0>`` to ``<extra_id_99>``; ``<pad>``.
     - ``denoising`` (BART): ``<s> A </s>``, ``<s> A </s> </s> B </s>``; ``<mask>``, ``<pad>``.
 
-    As everywhere at Hugging Face, a special token spelled out in a text is that token (unless
-    ``split_special_tokens=True``); a mask token stands for a word together with the space before it.
+    As always with Hugging Face, a special token spelled out in a text becomes that token (unless
+    ``split_special_tokens=True``). A mask token stands for a word together with the space before it.
 
     Args:
         texts: at least one text.
-        vocab_size: size of the vocabulary with the special tokens; at least these and a token for every byte. Fewer
-            tokens result if the texts hold no more pairs to merge.
-        objective: what is to be trained with it.
+        vocab_size: size of the vocabulary with the special tokens; at least the special tokens and one token per byte.
+            The vocabulary is smaller if the texts hold no more pairs to merge.
+        objective: the objective that the tokenizer is for.
     """
     kind = tokenizer_kind(objective)
     smallest = 256 + len(kind.special_tokens)
@@ -106,7 +109,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, objective: Objective 
 
     tokenizer = Tokenizer(models.BPE(unk_token=kind.named.get("unk_token")))
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    # The time of training grows with the square of the longest word: a file of bases would never be done.
+    # Training time grows with the square of the longest word: a file of DNA bases would never finish.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(length=_LONGEST_WORD)])
     tokenizer.decoder = decoders.ByteLevel()
     mask = kind.named.get("mask_token")
@@ -138,7 +141,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, objective: Objective 
 
 
 def tokenizer_kind(objective: str) -> _Kind:
-    """Raises ValueError for an objective that is none."""
+    """Return the kind of tokenizer for an objective; raise ValueError if the objective is unknown."""
     if objective not in _KINDS:
         raise ValueError(f"objective must be one of {', '.join(_KINDS)}, got {objective!r}")
     return _KINDS[objective]
@@ -147,20 +150,20 @@ def tokenizer_kind(objective: str) -> _Kind:
 def load_or_train_tokenizer(
     folder: str | os.PathLike[str], texts: Sequence[str], vocab_size: int, objective: Objective = "mlm"
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer trained on these texts with this vocabulary size, kept in a folder of its own below `folder`.
+    """Return the tokenizer trained on these texts with this vocabulary size, kept in a subfolder of `folder`.
 
-    The folder's name carries the vocabulary size and a fingerprint of the texts, so a tokenizer trained on anything
-    else is never taken for it. A damaged one is trained anew, with a warning.
+    The subfolder's name has the vocabulary size and a fingerprint of the texts, so a tokenizer of other texts is never
+    used by mistake. A damaged tokenizer is trained again, with a warning.
 
     Raises:
-        OSError: the tokenizer cannot be saved; nothing half-written remains.
+        OSError: the tokenizer cannot be saved; no partial file remains.
     """
     path = Path(folder) / f"bpe-{objective}-{vocab_size}-{text_fingerprint(texts)[:16]}-v{_FORMAT}"
     return load_or_make_tokenizer(path, lambda: train_tokenizer(texts, vocab_size, objective))
 
 
 def load_or_make_tokenizer(path: Path, make: Callable[[], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
-    """The tokenizer kept in the folder `path`; made, and kept there, if there is none or it is damaged."""
+    """Load the tokenizer in the folder `path`; if there is none or it is damaged, make it and save it there."""
     from transformers import PreTrainedTokenizerFast
 
     if path.exists():
@@ -168,7 +171,7 @@ def load_or_make_tokenizer(path: Path, make: Callable[[], PreTrainedTokenizerFas
             check_folder(path)
             return PreTrainedTokenizerFast.from_pretrained(path)
         except Exception as error:  # a damaged file raises many kinds
-            warnings.warn(f"the tokenizer in {path} is damaged ({error}) and is trained anew", stacklevel=2)
+            warnings.warn(f"the tokenizer in {path} is damaged ({error}) and is trained again", stacklevel=2)
             remove(path)
     tokenizer = make()
     with atomic_folder(path) as temporary:
@@ -176,17 +179,17 @@ def load_or_make_tokenizer(path: Path, make: Callable[[], PreTrainedTokenizerFas
             tokenizer.save_pretrained(temporary)
         except OSError:
             raise
-        except Exception as error:  # what the tokenizers library raises for a failing write is nothing more special
+        except Exception as error:  # the tokenizers library has no special error for a failed write
             raise OSError(f"cannot save the tokenizer to {path}: {error}") from error
         write_checksums(temporary)
     return tokenizer
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """The tokenizer in a model's folder, in Hugging Face's format. Code that the folder brings is never run.
+    """Load the tokenizer in a model's folder, in Hugging Face's format. Code in the folder is never run.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: there is no tokenizer, or it is damaged.
     """
     from transformers import AutoTokenizer
 
@@ -201,10 +204,12 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Check the files of the tokenizer in a model's folder, if it has one; one without a vocabulary is loaded.
+    """Check the files of the tokenizer in a model's folder, if it has one.
+
+    A tokenizer without a vocabulary file is checked by loading it.
 
     Raises:
-        ValueError: one of them is missing or damaged.
+        ValueError: one of the files is missing or damaged.
     """
     from tokenizers import Tokenizer
 
@@ -219,14 +224,14 @@ def check_tokenizer(folder: Path) -> None:
     if tokenizer.exists():
         try:
             Tokenizer.from_file(str(tokenizer))
-        except Exception as error:  # the library raises nothing more special
+        except Exception as error:  # the library has no special error
             raise ValueError(f"{tokenizer} is damaged, or holds no tokenizer: {error}") from error
     elif config.exists() and not any(path.is_file() for name in VOCABULARIES for path in folder.glob(name)):
-        load_tokenizer(folder)  # some, of bytes, need no file
+        load_tokenizer(folder)  # some byte tokenizers need no vocabulary file
 
 
 def text_fingerprint(texts: Iterable[str]) -> str:
-    """SHA-256 of a sequence of texts and of where each ends, in hexadecimal."""
+    """Return the SHA-256 of a sequence of texts and their ends, in hexadecimal."""
     digest = hashlib.sha256()
     for text in texts:
         encoded = text.encode()

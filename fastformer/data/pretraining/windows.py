@@ -1,4 +1,4 @@
-"""Stretches of documents: what is trained on where a text is not divided into sentences."""
+"""Windows of documents: the examples of objectives that do not divide a text into sentences."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from fastformer.data.pretraining.bert import Examples
 from fastformer.data.pretraining.store import DocumentCorpus
 
 WINDOW = np.dtype([(name, np.int64) for name in ("index", "begin", "length")])
-"""`length` tokens of one document, ``corpus.ids[begin : begin + length]``; the index is that among the windows."""
+"""`length` tokens of one document, ``corpus.ids[begin : begin + length]``; `index` numbers the windows."""
 
 
 def windows(corpus: DocumentCorpus, longest: int, overlap: int = 0) -> Examples:
-    """Cuts every document into windows of at most `longest` tokens, each beginning with the last `overlap` tokens of
-    the one before, in the order of the documents.
+    """Cut every document into windows of at most `longest` tokens, in the order of the documents.
+
+    Each window begins with the last `overlap` tokens of the window before.
 
     Returns:
         Structured array of type WINDOW.
@@ -31,7 +32,7 @@ def windows(corpus: DocumentCorpus, longest: int, overlap: int = 0) -> Examples:
 
 
 def tokens_of(corpus: DocumentCorpus, examples: Examples) -> list[NDArray[np.integer]]:
-    """The tokens of each window."""
+    """Return the tokens of each window."""
     return [
         corpus.ids[begin : begin + length]
         for begin, length in zip(examples["begin"].tolist(), examples["length"].tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""CoNLL's columns: which lines are words, and which are comments."""
+"""Reading CoNLL files: which lines are words, and which are comments."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def test_a_hash_that_is_a_word(tmp_path, lines, words):
 
 def test_a_comment_or_a_word(tmp_path):
     for line in ("# note NN B-SIGN", "# id 1 en"):
-        with pytest.raises(ValueError, match=r"a.conll, line 4: a comment or the word '#'\?.* tab"):
+        with pytest.raises(ValueError, match=r"a.conll, line 4: unclear whether .* comment or the word '#'.* tab"):
             read(tmp_path, *EU, "", line, *EU)
-    with pytest.raises(ValueError, match=r"a.conll, line 1: a comment or the word '#'\?"):
+    with pytest.raises(ValueError, match=r"a.conll, line 1: unclear whether this is a comment or the word '#'"):
         read(tmp_path, "# O")
 
 
@@ -94,7 +94,7 @@ def test_a_comment_or_a_word(tmp_path):
     ],
 )
 def test_columns_that_count_words(tmp_path, lines):
-    with pytest.raises(ValueError, match=r"a.conll, line \d: the first column counts the words; expected is word"):
+    with pytest.raises(ValueError, match=r"a.conll, line \d: the first column numbers the words; expected word"):
         read(tmp_path, *lines)
 
 

@@ -1,4 +1,4 @@
-"""Examples to tokens and labels, and to batches in both forms, with our tokenizers and with others' conventions."""
+"""Examples become tokens, labels and batches in both forms, with our tokenizers and with others' conventions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def denoising(text):
 
 @pytest.fixture(scope="module")
 def word_piece() -> PreTrainedTokenizerFast:
-    """BERT's kind: lower case, pieces of words marked by ##, accents removed."""
+    """Return a tokenizer like BERT's: lower case, pieces of words marked by ##, accents removed."""
     pieces = [
         "[PAD]",
         "[UNK]",
@@ -121,7 +121,7 @@ def test_cut_texts_are_counted(tokenizer):
     ("labels", "message"),
     [
         (["a", None], "example 2: no label"),
-        (["a", 0.5], r"example 2: a score, 0.5, where example 1 has a class"),
+        (["a", 0.5], r"example 2: found a score, 0.5, but example 1 has a class"),
         (["a", "a"], "at least two classes, got a"),
         (["0", "1", "None"], "example 3: label 'None' .* numbers"),
         (["none", "1", "2"], "example 1: label 'none' .* numbers"),
@@ -149,7 +149,7 @@ def test_classes_that_may_be_none(labels, odd):
 
 @pytest.mark.parametrize("names", [("Good", "good"), ("Caf\u00e9", "Cafe\u0301"), ("True", "true"), ("\ufb01t", "fit")])
 def test_classes_and_tags_that_look_alike(names):
-    alike = re.escape("{!a} and {!a} look alike, and are two".format(*sorted(names)))
+    alike = re.escape("{!a} and {!a} look alike, but are two".format(*sorted(names)))
     with pytest.warns(UserWarning, match=alike):
         assert set(label_names([ClassifiedText("x", None, name) for name in names])) == {*names}
     with pytest.warns(UserWarning, match=alike):
@@ -166,7 +166,7 @@ def test_bad_classification(tokenizer):
     with pytest.raises(ValueError, match=r"example 1: label 'z' is not among .* accepted are the classes a, b"):
         classification_features([ClassifiedText("x", None, "z")], tokenizer, 8, ["a", "b"])
     mixed = [ClassifiedText("x", None, "a"), ClassifiedText("x", "y", "a")]
-    with pytest.raises(ValueError, match="example 2: a second text, where example 1 has none"):
+    with pytest.raises(ValueError, match="example 2: found a second text, but example 1 has none"):
         classification_features(mixed, tokenizer, 8, ["a", "b"])
     with pytest.raises(ValueError, match="max_length=2 leaves no room for text"):
         classification_features([ClassifiedText("x", None, "a")], tokenizer, 2, ["a", "b"])
@@ -371,7 +371,7 @@ TALK = Conversation(
 
 
 def learnt(feature, tokenizer) -> list[str]:
-    """What is to be learnt, stretch by stretch."""
+    """Return the text of each run of labelled tokens."""
     stretches: list[list[int]] = [[]]
     for label in feature.labels:
         if label == -100 and stretches[-1]:
@@ -413,7 +413,7 @@ def test_a_tokenizers_own_template(causal, text):
     (feature,) = conversation_features([TALK], own, 256)
     assert learnt(feature, own) == ["The text.", "Unless bytes."]
     own.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="chat template writes a conversation differently when it goes on"):
+    with pytest.raises(ValueError, match="chat template writes the beginning of a conversation differently"):
         conversation_features([TALK], own, 256)
 
 
@@ -424,7 +424,7 @@ def test_conversations_that_were_cut(causal):
         features = conversation_features([short, long], causal, 40)
     assert [str(warning.message) for warning in caught] == [
         "1 of 2 texts have more than max_length=40 tokens and are cut",
-        "1 conversations are left out: no answer is left of them once cut",
+        "1 conversations are left out: once cut, they have no answer",
     ]
     assert len(features) == 1
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="no conversation has an answer within"):

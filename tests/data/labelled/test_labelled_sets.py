@@ -1,4 +1,4 @@
-"""Labelled sets that are here already and those that are fetched: sensible, split without leaks, checked."""
+"""Labelled sets, default and fetched: they make sense, are split without leaks, and are checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastformer.data.pretraining.python_documentation import Docstring
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> str:
-    """With the documentation of this Python in it."""
+    """Return a cache folder with the documentation of this Python."""
     folder = str(tmp_path_factory.mktemp("cache"))
     defaults.docstrings(folder)
     return folder
@@ -72,7 +72,7 @@ def test_what_the_defaults_hold(cache):
 
 
 def test_no_source_is_on_two_sides(cache):
-    """Neither whole nor as a part of a longer one."""
+    """No held-out text is in the training text, neither whole nor as a part of a longer one."""
 
     def said(question) -> set[str]:
         return {line.partition(": ")[2] for line in question.context.splitlines()}
@@ -136,7 +136,7 @@ def test_damaged_docstrings_are_made_anew(tmp_path, monkeypatch):
 
 
 def catalogue(messages: dict[str, str], encoding: str = "utf-8", order: str = "<") -> bytes:
-    """A ``.mo`` file as msgfmt writes it."""
+    """Return a ``.mo`` file as msgfmt writes it."""
     header = f"Content-Type: text/plain; charset={encoding}\n"
     items = sorted((k.encode(encoding), v.encode(encoding)) for k, v in {"": header, **messages}.items())
     texts, tables = b"", [b"", b""]
@@ -240,7 +240,7 @@ def wheel() -> bytes:
 
 @pytest.fixture
 def registry(monkeypatch):
-    """Stands in for pip: what it downloads is made here, and what is known is its checksum."""
+    """Replace pip: the download is made here, and its checksum is the known one."""
     contents = {"vader-sentiment": sentiment_package(), "django-messages": wheel()}
     known = {
         name: replace(fetch.PACKAGES[name], sha256=hashlib.sha256(content).hexdigest())
@@ -305,21 +305,21 @@ def test_what_was_changed_is_not_taken(tmp_path, registry, capsys):
     arguments = ["fetch", "django-messages", "--cache_dir", str(tmp_path)]
     whole, contents["django-messages"] = contents["django-messages"], b"PK other"
     assert cli.main(["data", *arguments]) == 2
-    assert "is not the file that is known: SHA-256" in capsys.readouterr().err
+    assert "is not the expected file: SHA-256" in capsys.readouterr().err
     assert not (tmp_path / "sets").exists()
     contents["django-messages"] = whole
     assert cli.main(["data", *arguments]) == 0
     kept = fetch.set_folder("django-messages", str(tmp_path)) / "ja.jsonl"
     before = kept.read_bytes()
     kept.write_bytes(before[:-3])
-    with pytest.raises(ValueError, match=r"damaged.*makes it anew"):
+    with pytest.raises(ValueError, match=r"damaged.*fetches it again"):
         sets.messages("django-messages", "ja", str(tmp_path))
     assert cli.main(["data", *arguments]) == 0
     assert kept.read_bytes() == before
 
 
 def test_no_code_of_an_unknown_file_is_run(tmp_path, monkeypatch, capsys):
-    """pip would build a source distribution to know its name; one in the place of the known is refused before."""
+    """pip builds a source distribution to learn its name; an unknown file is refused before that."""
     ran = tmp_path / "ran"
     setup = (
         f"open({str(ran)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='vaderSentiment', version='3.3.2')"
@@ -333,7 +333,7 @@ def test_no_code_of_an_unknown_file_is_run(tmp_path, monkeypatch, capsys):
     for name, value in settings.items():
         monkeypatch.setenv(f"PIP_{name}", value)
     assert cli.main(["data", "fetch", "vader-sentiment", "--cache_dir", str(tmp_path / "cache")]) == 2
-    assert "vaderSentiment==3.3.2 is not the file that is known" in capsys.readouterr().err
+    assert "vaderSentiment==3.3.2 is not the expected file" in capsys.readouterr().err
     assert not ran.exists()
 
 

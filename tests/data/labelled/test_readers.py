@@ -1,4 +1,4 @@
-"""Labelled data in the layouts in which it comes, and what is said of files that are not in them."""
+"""Labelled data in common layouts, and the errors for files that do not follow them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_json(path, *rows):
 
 
 def write_rows(path, *rows):
-    """Records in the format of the path's suffix."""
+    """Write records in the format of the path's suffix."""
     if path.suffix == ".jsonl":
         return write_json(path, *rows)
     if path.suffix == ".parquet":
@@ -157,7 +157,7 @@ def test_translations_right_to_left_and_cjk(tmp_path):
 
 
 def tmx(path, *segments):
-    """A unit for each tuple of texts in English, German and English again."""
+    """Write a unit for each tuple of texts in English, German and English again."""
     units = (
         "".join(
             f'<tuv xml:lang="{language}"><seg>{text}</seg></tuv>'
@@ -266,7 +266,7 @@ def test_answers_of_no_weight(tmp_path):
     ("row", "message"),
     [
         *(
-            ({"messages": [USER, {**ANSWER, field: value}]}, rf", messages\[1\]: {field} would not be learnt")
+            ({"messages": [USER, {**ANSWER, field: value}]}, rf", messages\[1\]: {field} would be ignored")
             for field, value in {
                 "tool_calls": [{"id": "1", "type": "function"}],
                 "function_call": {"name": "f"},
@@ -283,20 +283,20 @@ def test_answers_of_no_weight(tmp_path):
         ),
         ({"messages": [{**USER, "weight": 1}, ANSWER]}, r"messages\[0\]: weight 1 of a message of the user"),
         ({"messages": [USER, {**ANSWER, "weight": 0}]}, "nothing to learn"),
-        ({"messages": [USER, ANSWER, USER, {**ANSWER, "weight": 0}]}, r"messages\[3\]: weight 0, and nothing"),
-        ({"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "system": "b"}, "the system speaks twice"),
+        ({"messages": [USER, ANSWER, USER, {**ANSWER, "weight": 0}]}, r"messages\[3\]: weight 0, and no learnt"),
+        ({"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "system": "b"}, "two system messages"),
         *(
-            ({"messages": [USER, ANSWER], field: "x"}, f"{field} would not be learnt")
+            ({"messages": [USER, ANSWER], field: "x"}, f"{field} would be ignored")
             for field in ("tools", "functions", "images", "history", "input", "context")
         ),
         ({"messages": [USER, ANSWER], "label": False}, "label says whether the answer is good"),
         ({"prompt": "a", "completion": "b", "label": True}, "label says whether the answer is good"),
-        ({"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}, "tools would not be learnt"),
+        ({"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}, "tools would be ignored"),
         ({"prompt": "a", "completion": "b", "system": ["c"]}, "system must be a string, found list"),
         ({"prompt": "a", "completion": "b", "input": 3}, "input must be a string, found int"),
         (
             {"prompt": "a", "completion": "b", "input": "c", "context": "d"},
-            "found input and context, each of which may be the input",
+            "found input and context, but only one may be the input",
         ),
         *(
             ({"prompt": "a", "completion": "b", "history": history}, r"history must be \[\[question, answer\], ...\]")
@@ -346,7 +346,7 @@ def test_splits_of_a_folder(tmp_path):
             read_conversations,
             {"prompt": "a", "output": "b", "system": "c", "system_prompt": "d"},
             "system and system_prompt",
-            "message of the system",
+            "system message",
         ),
         (read_similar, {"query": "a", "text": "b", "positive": "c"}, "query and text", "anchor"),
         (read_similar, {"text": "a", "positive": "b", "sentence2": "c"}, "positive and sentence2", "positive"),
@@ -355,7 +355,7 @@ def test_splits_of_a_folder(tmp_path):
     ],
 )
 def test_columns_of_which_each_may_be_meant(tmp_path, read, row, names, what):
-    with pytest.raises(ValueError, match=rf"a.jsonl, line 1: found {names}, each of which may be the .*{what}; give"):
+    with pytest.raises(ValueError, match=rf"a.jsonl, line 1: found {names}, but only one may be the .*{what}; give"):
         read(write_json(tmp_path / "a.jsonl", row))
     first, second = names.split(" and ")
     read(write_json(tmp_path / "a.jsonl", {**row, second: row[first]}))
@@ -384,7 +384,7 @@ def translations(path):
             "body\tlabel\na\t1",
             "line 2: no text column; found body, label; accepted are text",
         ),
-        (read_classification, "a.tsv", "text\tscore\na\tgood", "line 2: score must be a number, found 'good'"),
+        (read_classification, "a.tsv", "text\tscore\na\tgood", "line 2: score must be a finite number, found 'good'"),
         (read_classification, "a.tsv", "text\tlabel\n \t1", "line 2: text column is empty"),
         (read_classification, "a.tsv", "", "is empty; its first line must name the columns"),
         (read_classification, "a.tsv", "text\tlabel\n", "holds no examples"),
@@ -397,11 +397,11 @@ def translations(path):
             "line 1: label must be a string or a whole number",
         ),
         *(
-            (read_classification, "a.csv", f"text,score\na,1\nb,{score}\n", "line 3: score must be a number, found")
+            (read_classification, "a.csv", f"text,score\na,1\nb,{score}\n", "line 3: score must be a finite number")
             for score in ("nan", "-inf", "1e999", "", "True", "1_0", "٣", "0x1")
         ),
         *(
-            (read_classification, "a.jsonl", f'{{"text": "a", "score": {score}}}', "line 1: score must be a number")
+            (read_classification, "a.jsonl", f'{{"text": "a", "score": {score}}}', "line 1: score must be a finite")
             for score in ("NaN", "Infinity", "true", "1" + "0" * 400, "[1]", '"1_0"', '"٣"')
         ),
         *(
@@ -416,7 +416,7 @@ def translations(path):
         (read_classification, "a.csv", "text,label,text\na,b,c", "line 1: 'text' names two columns"),
         (read_classification, "a.csv", 'text,label\na,b\n"c,d\ne,f\n', "line 3: not CSV"),
         (read_classification, "a.jsonl", '{"text": "a", "text": "b"}', "line 1: .*'text' is there twice"),
-        (read_tagging, "a.jsonl", '{"tokens": ["a", ""], "tags": ["O", "O"]}', "words must be a list of strings, none"),
+        (read_tagging, "a.jsonl", '{"tokens": ["a", ""], "tags": ["O", "O"]}', "words must be a list of non-empty"),
         (read_tagging, "a.conll", "EU\tB-ORG\t\nrejects\t\n", "line 2: found 1 columns, expected 2"),
         *(
             (read_questions, "a.jsonl", json.dumps({"id": 1, "question": "q", "context": "abcd", **fields}), message)
@@ -425,10 +425,10 @@ def translations(path):
                     {"answers": {"text": ["bc"], "answer_start": [-3]}},
                     "line 1: answer_start must be 0 or more, found -3",
                 ),
-                ({"answers": {"text": [" "], "answer_start": [0]}}, "needs a text that is not empty"),
-                ({"answers": {"text": ["b"], "answer_start": ["1_0"]}}, "a whole number answer_start; .*'1_0'"),
-                ({"answers": {"text": ["b"], "answer_start": [True]}}, "a whole number answer_start; .*True"),
-                ({"answers": {"text": ["b", "c"], "answer_start": [1]}}, "two lists of one length"),
+                ({"answers": {"text": [" "], "answer_start": [0]}}, "needs a non-empty text"),
+                ({"answers": {"text": ["b"], "answer_start": ["1_0"]}}, "answer_start must be a whole number; .*'1_0'"),
+                ({"answers": {"text": ["b"], "answer_start": [True]}}, "answer_start must be a whole number; .*True"),
+                ({"answers": {"text": ["b", "c"], "answer_start": [1]}}, "two lists of equal length"),
                 ({"answers": "b"}, "line 1: answers must be"),
                 ({"answers": ["b"]}, "line 1: answers must be"),
                 ({"is_impossible": "false"}, "is_impossible must be true or false, found 'false'"),
@@ -439,7 +439,7 @@ def translations(path):
             )
         ),
         (read_tagging, "a.txt", "EU B-ORG\nrejects", "line 2: found 1 columns, expected 2: word ... tag"),
-        (read_tagging, "a.jsonl", '{"tokens": ["a"], "tags": []}', "line 1: tags must be a list of strings"),
+        (read_tagging, "a.jsonl", '{"tokens": ["a"], "tags": []}', "line 1: tags must be a list of non-empty strings"),
         (read_tagging, "a.jsonl", '{"tokens": ["a", "b"], "tags": ["O"]}', "found 2 words and 1 tags"),
         (read_questions, "a.json", '{"data": [}', "line 1: not JSON"),
         (read_questions, "a.json", '{"data": [{}]}', r"data\[0\]: not SQuAD's layout, data\[\]..*no list 'paragraphs'"),
@@ -458,7 +458,7 @@ def translations(path):
         (translations, "a.jsonl", '{"translation": {"en": "a", "fr": "b"}}', None),
         (translations, "a.jsonl", '{"translation": ["a"]}', "translation must be an object, found list"),
         (translations, "a.tmx", "<tmx><tu>", "not TMX"),
-        (translations, "a.en", "a\n", r"needs a.de beside it"),
+        (translations, "a.en", "a\n", r"needs a.de in the same folder"),
         (
             read_conversations,
             "a.jsonl",
@@ -668,5 +668,5 @@ def test_parallel_files_of_unlike_length(tmp_path):
     with pytest.raises(ValueError, match=r"a.en has 2 lines, but .*a.de has 1"):
         translations(write(tmp_path / "a.en", "one", "two"))
     write(tmp_path / "b.de", "eins", "")
-    with pytest.raises(ValueError, match=r"b.de, line 2: empty, while its pair is not"):
+    with pytest.raises(ValueError, match=r"b.de, line 2: empty, but the same line of the other file is not"):
         translations(write(tmp_path / "b.en", "one", "two"))

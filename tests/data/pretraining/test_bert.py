@@ -32,7 +32,7 @@ def assert_binomial(successes: int, trials: int, probability: float) -> None:
 
 
 def corpus_of_lengths(documents: list[list[int]]) -> TokenizedCorpus:
-    """A corpus whose sentences have so many tokens, all different, in both of their forms."""
+    """Return a corpus whose sentences have these numbers of tokens, all different, in both of their forms."""
     lengths = np.array([length for document in documents for length in document])
     opening = 2 + np.concatenate([[0], np.cumsum(lengths)])
     return TokenizedCorpus(
@@ -52,7 +52,7 @@ corpora = st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=12), min_si
 
 @given(corpora, st.integers(5, 40), st.integers(0, 2**64 - 1))
 def test_pairs_are_those_of_bert(documents, max_length, seed):
-    """Follows BERT's walk through each document: what is a chunk, where B begins, and where the next chunk does."""
+    """Follow BERT's walk through each document: the chunks, the begin of B, and the begin of the next chunk."""
     corpus = corpus_of_lengths(documents)
     examples = next_sentence_examples(corpus, max_length, seed=seed, epoch=3, short_sequence_probability=0)
     longest = max_length - 3
@@ -256,7 +256,7 @@ def test_every_place_is_chosen_equally_often(tokenizer):
 
 
 def words_of(tokenizer, ids, special):
-    """Ranges of whole words, found token by token."""
+    """Return the ranges of whole words, found token by token."""
     words: list[list[int]] = []
     for place, token in enumerate(tokenizer.convert_ids_to_tokens(ids.tolist())):
         if special[place]:

@@ -1,4 +1,4 @@
-"""Whatever of the cache is damaged, in whatever way: one line says so, and what is made anew is the same."""
+"""Any part of the cache may be damaged in any way: one line says so, and the rebuilt part equals the old one."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def make_garbage(path: Path) -> None:
 
 
 def nest(path: Path) -> None:
-    """JSON deeper than can be read, with a checksum that is right where the file has one."""
+    """Write JSON that is nested too deeply to be read, with a correct checksum if the file has one."""
     deep = b"[" * 100_000
     path.write_bytes(deep) if path.name == MANIFEST else write_checked(path, deep)
 
@@ -107,7 +107,7 @@ def test_a_damaged_file_is_made_anew(name: str, damage: Callable[[Path], None], 
     damaged = sorted(folder.rglob(name))[0]
     before = damaged.read_bytes()
     damage(damaged)
-    with pytest.warns(UserWarning, match=r"damaged.*anew"):
+    with pytest.warns(UserWarning, match=r"damaged.*(rebuilt|again)"):
         again = prepare(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Encoding by pieces and words gives the tokenizer's very tokens, whatever has been seen or forgotten before."""
+"""Encoding by pieces and words gives the tokenizer's tokens, whatever the cache holds or has dropped."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Texts without a space, or of nothing else: what prepares them takes time in proportion to their length."""
+"""Texts without a space, or of spaces only: preparation takes time in proportion to their length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is predicted from what: windows, corrupted spans, infilled text, sentences in order; packed and seeded."""
+"""Inputs and labels of each objective: windows, corrupted spans, infilled text, sentences in order; packed and seeded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def random(seed: int = 0) -> np.random.Generator:
 
 
 def undo_spans(source, target) -> list[int]:
-    """Puts the spans of the target where their sentinels are in the source."""
+    """Replace the sentinels of the source by the spans of the target."""
     assert source[-1] == target[-1] == END
     spans: dict[int, list[int]] = {}
     for token in target[:-1].tolist():
@@ -102,7 +102,7 @@ def texts(documents) -> list[str]:
 
 @pytest.fixture(scope="module")
 def prepare(texts, tmp_path_factory):
-    """An objective, its tokenizer and the store of the texts in its layout."""
+    """Return an objective, its tokenizer and the store of the texts in its layout."""
     folder = tmp_path_factory.mktemp("stores")
 
     def make(name, objective, **arguments):
@@ -117,7 +117,7 @@ def prepare(texts, tmp_path_factory):
 
 
 def everything(predicting, store, seed=0, epoch=0):
-    """The batch of all examples."""
+    """Return the batch of all examples."""
     blocks = [predicting.examples(store, block, seed=seed, epoch=epoch) for block in range(store.num_blocks)]
     examples = np.concatenate(blocks)
     examples["index"] = np.arange(len(examples))
@@ -203,7 +203,7 @@ def test_batches_are_a_function_of_seed_epoch_and_example(prepare, name, objecti
 
 
 def test_blocks_give_the_pairs_of_the_whole(prepare):
-    """Pairs of a document, also random ones, are the same whatever block it is in."""
+    """The pairs of a document, random ones too, do not depend on its block."""
     from fastformer.data.pretraining.bert import next_sentence_examples
 
     predicting, _, store = prepare("mlm", MaskedLanguage, max_length=64)

@@ -37,7 +37,7 @@ def sequences_of(batch, name_or_values) -> list[list[int]]:
 
 
 def check_form(batch, sequences: int) -> None:
-    """Shapes, dtypes and what belongs together in a packed batch."""
+    """Check the shapes, the dtypes and the consistency of a packed batch."""
     tokens = len(batch["input_ids"])
     for name in ("input_ids", "token_type_ids", "position_ids", "labels"):
         assert batch[name].shape == (tokens,)
@@ -184,7 +184,7 @@ def test_bad_sampler_arguments(lengths, arguments, message):
 
 
 def examples_of_pass(number: int) -> np.ndarray:
-    """Passes of different sizes."""
+    """Return the examples of a pass; passes have different sizes."""
     examples = np.zeros(10 + 7 * (number % 3), dtype=EXAMPLE)
     examples["index"] = np.arange(len(examples))
     examples["a_length"] = 5 + number

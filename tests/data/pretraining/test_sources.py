@@ -1,4 +1,4 @@
-"""A folder's text is what it and the folders below it hold, links among them."""
+"""The text of a folder is the text in it and in the folders below it, including links."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def test_links_to_other_folders_are_followed(tmp_path: Path) -> None:
 def test_a_link_into_itself_is_refused(target: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "again").symlink_to(tmp_path / "folder" / target)
-    with pytest.raises(ValueError, match="again is a link to a folder that it is in"):
+    with pytest.raises(ValueError, match="again is a link to a folder that contains it"):
         open_sources([tmp_path / "folder"])

@@ -1,4 +1,4 @@
-"""The own split of labelled examples: what is judged was learnt, and every class is judged where it can be."""
+"""The split of labelled examples: tested classes are in training, and classes with enough examples are tested."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_copies_stay_together_and_places_are_kept():
 
 @pytest.mark.parametrize("task", RECIPES)
 def test_what_is_given_is_on_one_side(task):
-    """Questions about a context, summaries of a text, labels of a text: in whatever order they are in the file."""
+    """Questions about one context, summaries of one text, labels of one text stay together, in any order in the file."""
     examples = [example for number in range(60) for example in TWICE[task](f"text {number}")]
     random.Random(0).shuffle(examples)
     kind = RECIPES[task]
@@ -109,7 +109,7 @@ TWICE = {
 
 
 def test_large_sets_are_split_by_the_hash_alone():
-    """What else is in the set has no influence on the side of an example."""
+    """The split of an example does not depend on the rest of the set."""
     examples = [ClassifiedText(f"text {number}", None, "ab"[number % 2]) for number in range(1000)]
     whole = split_examples(located(examples), lambda example: [example.label], words)
     half = split_examples(located(examples[::-2]), lambda example: [example.label], words)
@@ -126,7 +126,7 @@ def test_too_few(labels):
 
 def test_what_cannot_be_judged_is_said():
     examples = [ClassifiedText(f"text {number}", None, "once" if number == 7 else "often") for number in range(50)]
-    with pytest.warns(UserWarning, match="too few examples have once: all of them are trained on"):
+    with pytest.warns(UserWarning, match="too few examples have once: all of them are in the training split"):
         split_examples(located(examples), lambda example: [example.label], words)
 
 

@@ -1,4 +1,4 @@
-"""The token store: what is in it, that building goes on after a kill at any place, and that damage is noticed."""
+"""The token store: its content, continuing a build that was killed at any place, and detecting damage."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Killed(BaseException):
 
 
 def test_building_goes_on_wherever_it_stopped(tmp_path, texts, tokenizer, monkeypatch):
-    """At every write to the disk in turn; nothing that was tokenized is tokenized again."""
+    """A build is killed at every write to the disk in turn; nothing is tokenized twice."""
     whole = build(tmp_path / "whole", texts, tokenizer)
     expected = contents(whole.path)
     replace, encoded = os.replace, []
@@ -115,7 +115,7 @@ def test_building_goes_on_wherever_it_stopped(tmp_path, texts, tokenizer, monkey
 
 
 def test_killed_processes(tmp_path, texts, causal):
-    """SIGKILL at moments that come later and later."""
+    """A build is killed by SIGKILL, later each time."""
     (tmp_path / "text.txt").write_text("\n\n".join(texts * 8))
     layout, sources = DocumentLayout(causal, mark_ends=True), open_sources([tmp_path / "text.txt"])
 
@@ -166,7 +166,7 @@ def test_damage_is_noticed_and_made_good(tmp_path, texts, tokenizer, file, damag
     if damage != "changed":
         with pytest.raises(ValueError, match="damaged"):
             TokenStore(path)
-    with pytest.warns(UserWarning, match=r"damaged.*it is built anew"):
+    with pytest.warns(UserWarning, match=r"damaged.*it is rebuilt"):
         build(path, texts, tokenizer, verify=True)
     assert contents(path) == whole
 
