@@ -100,7 +100,5 @@ def test_what_cannot_be_padded_is_named() -> None:
     sequence = pack([np.arange(1, 8)])
     with pytest.raises(ValueError, match="attention_mask, labels_of_another_kind cannot be padded"):
         padded({**sequence, "attention_mask": torch.ones(7), "labels_of_another_kind": torch.ones(7)}, BUDGET)
-    with pytest.raises(
-        ValueError, match=r"labels must be int64 to be padded \(-100 means no label\), got torch\.float32"
-    ):
+    with pytest.raises(ValueError, match=r"labels must be int64 to be padded .*, got torch\.float32"):
         padded({**sequence, "labels": torch.ones(1)}, BUDGET)

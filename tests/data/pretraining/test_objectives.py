@@ -1,4 +1,4 @@
-"""Inputs and labels of each objective: windows, corrupted spans, infilled text, sentences in order; packed and seeded."""
+"""Inputs and labels of each objective: windows, corrupted spans, infilled text, sentences in order."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_copies_stay_together_and_places_are_kept():
 
 @pytest.mark.parametrize("task", RECIPES)
 def test_what_is_given_is_on_one_side(task):
-    """Questions about one context, summaries of one text, labels of one text stay together, in any order in the file."""
+    """Questions about one context, summaries or labels of one text stay together, in any order in the file."""
     examples = [example for number in range(60) for example in TWICE[task](f"text {number}")]
     random.Random(0).shuffle(examples)
     kind = RECIPES[task]
