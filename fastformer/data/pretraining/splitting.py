@@ -69,7 +69,7 @@ def find_split_and_sample(texts: Iterable[str], heldout_fraction: float) -> tupl
 
 
 class _Sample:
-    """The documents with the highest keys: so large a share of all documents that they have `limit` characters."""
+    """The documents with the highest keys, as many as make up about `limit` characters."""
 
     def __init__(self, limit: int) -> None:
         self.kept: list[tuple[int, str]] = []
@@ -79,7 +79,7 @@ class _Sample:
 
     @property
     def lowest_key(self) -> int:
-        """The lowest key in the sample of what was added."""
+        """The lowest key that belongs to the sample, given the documents added so far."""
         return int((1 - min(1.0, self._limit / max(self._characters, 1))) * _KEYS)
 
     def add(self, key: int, text: str) -> None:
