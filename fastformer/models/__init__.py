@@ -1,4 +1,4 @@
-"""The Transformer as Hugging Face models, registered with the Auto classes upon import."""
+"""The Transformer as Hugging Face models. Importing this package registers them with the Auto classes."""
 
 from transformers import (
     AutoConfig,
@@ -34,7 +34,7 @@ from fastformer.models.modeling import FastformerModel, FastformerPreTrainedMode
 from fastformer.models.presets import PRESETS, preset
 
 AutoConfig.register(FastformerConfig.model_type, FastformerConfig)
-# Of several classes the Auto class takes the one that the configuration's `architectures` names.
+# If several classes are registered, the Auto class takes the one named in the configuration's `architectures`.
 AutoModel.register(FastformerConfig, (FastformerModel, FastformerEncoderDecoderModel))
 AutoModelForPreTraining.register(FastformerConfig, FastformerForPreTraining)
 AutoModelForMaskedLM.register(FastformerConfig, FastformerForMaskedLM)

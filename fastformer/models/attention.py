@@ -1,4 +1,4 @@
-"""Attention of a block: projections around the operator, wherever keys and values come from."""
+"""The attention layers of a block: projections around the operator, for any source of keys and values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SelfAttention(nn.Module):
         pattern: AttentionPattern,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`hidden` (tokens, hidden_size) to the same shape, or with `positions` (n,) those tokens' outputs alone."""
+        """Map `hidden` (tokens, hidden_size) to the same shape, or only to the outputs of tokens `positions` (n,)."""
         query, key, value = self._projections(hidden, positions)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -41,7 +41,7 @@ class SelfAttention(nn.Module):
         return self.output(attended.flatten(1))
 
     def _projections(self, hidden: torch.Tensor, positions: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """Queries, of the tokens at `positions` alone if given, keys and values, each (tokens, heads, head_dim)."""
+        """Return queries (if given, only at `positions`), keys and values, each (tokens, heads, head_dim)."""
         if positions is None or not is_plain_linear(self.qkv):
             query, key, value = self.qkv(hidden).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
             return query if positions is None else query.index_select(0, positions), key, value
@@ -54,7 +54,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of a decoder's tokens to the encoder's output."""
+    """Attention from a decoder's tokens to the encoder's output."""
 
     def __init__(self, config: FastformerConfig, layer: int) -> None:
         super().__init__()
@@ -66,12 +66,12 @@ class CrossAttention(nn.Module):
         self.output = nn.Linear(features, config.hidden_size, bias=config.attention_output_bias)
 
     def forward(self, hidden: torch.Tensor, context: AttentionContext, pattern: AttentionPattern) -> torch.Tensor:
-        """`hidden` (tokens, hidden_size); returns the same shape."""
+        """Map `hidden` (tokens, hidden_size) to the same shape."""
         query = self.query(hidden).unflatten(-1, (-1, self.head_dim))
         attended = context.cross_attention(self.layer, query, self._source, pattern, self.training)
         return self.output(attended.flatten(1))
 
     def _source(self, encoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, each (tokens, kv_heads, head_dim), of the encoder's output (tokens, hidden_size)."""
+        """Project the encoder's output (tokens, hidden_size) to keys and values, each (tokens, kv_heads, head_dim)."""
         key, value = self.key_value(encoded).unflatten(-1, (2, -1, self.head_dim)).unbind(-3)
         return key, value

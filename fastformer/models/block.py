@@ -1,4 +1,4 @@
-"""The Transformer's block: self-attention, cross-attention in a decoder that has an encoder, feed-forward network."""
+"""The Transformer's block: self-attention, cross-attention in an encoder-decoder's decoder, feed-forward network."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Block(GradientCheckpointingLayer):
             gated=config.gated,
             bias=config.feed_forward_bias,
             hidden_dropout=config.activation_dropout,
-            # After a post-norm block's it is fused into the norm, with the residual.
+            # In a post-norm block, dropout and the residual are fused into the next norm.
             dropout=config.hidden_dropout_prob if self.pre_norm else 0.0,
         )
         self.feed_forward_norm = norm()
@@ -50,7 +50,7 @@ class Block(GradientCheckpointingLayer):
         cross_pattern: AttentionPattern | None = None,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`hidden` (tokens, hidden_size) to the same shape, or with `positions` (n,) those tokens' outputs alone."""
+        """Map `hidden` (tokens, hidden_size) to the same shape, or only to the outputs of tokens `positions` (n,)."""
         sublayers: list[Sublayer] = [
             partial(self.attention, context=context, pattern=pattern, positions=positions),
         ]

@@ -1,6 +1,6 @@
 """The configuration of a Fastformer Transformer."""
 
-# No postponed annotations here: `strict` checks values against the types themselves, and skips types that are strings.
+# No postponed annotations here: `strict` checks values against types, and skips types that are strings.
 import math
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# Hugging Face's names of activations, and the operators'.
+# Hugging Face's names of activations, and the operators' names.
 HIDDEN_ACTS = {
     "relu": "relu",
     "relu2": "squared_relu",
@@ -30,7 +30,7 @@ CHOICES = {
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
-# What Hugging Face's own tools write into a configuration and what has no bearing on the numbers.
+# Fields that Hugging Face's own tools write into a configuration and that do not affect the numbers.
 _FOREIGN_FIELDS = ("auto_map", "quantization_config", "use_cache", "rope_parameters", "_attn_implementation_internal")
 
 
@@ -38,66 +38,67 @@ _FOREIGN_FIELDS = ("auto_map", "quantization_config", "use_cache", "rope_paramet
 class FastformerConfig(PreTrainedConfig):
     """Configuration of `FastformerModel` and its heads; the defaults are BERT base's, except for attention dropout.
 
-    BERT, RoBERTa, DistilBERT, GPT-2, GPT-3, Llama, Qwen, Mistral, T5, BART, Marian and ViT are settings of it; see
+    BERT, RoBERTa, DistilBERT, GPT-2, GPT-3, Llama, Qwen, Mistral, T5, BART, Marian and ViT are special cases of it; see
     `fastformer.models.preset` for published shapes.
 
     Args:
         stack: encoder, decoder or encoder_decoder.
-        vocab_size: tokens in the vocabulary.
-        hidden_size: features of each token.
-        num_hidden_layers: blocks of the stack, or of the encoder where there are two.
-        num_decoder_layers: blocks of an encoder-decoder's decoder; None for `num_hidden_layers`.
-        num_attention_heads: attention heads of each block.
-        num_key_value_heads: heads of keys and values, each shared by as many query heads; None for one each.
-        head_dim: features of a head; None for hidden_size / num_attention_heads.
-        intermediate_size: features between the feed-forward network's projections.
+        vocab_size: the number of tokens in the vocabulary.
+        hidden_size: the number of features of each token.
+        num_hidden_layers: the number of blocks of the stack; of an encoder-decoder, those of the encoder.
+        num_decoder_layers: the number of blocks of an encoder-decoder's decoder; None for `num_hidden_layers`.
+        num_attention_heads: the number of attention heads of each block.
+        num_key_value_heads: the number of heads of keys and values, each shared by a group of query heads; None for one
+            for each query head.
+        head_dim: the number of features of a head; None for hidden_size / num_attention_heads.
+        intermediate_size: the number of features between the feed-forward network's projections.
         hidden_act: relu, relu2, gelu, gelu_new, gelu_pytorch_tanh, silu or swish.
-        gated: a gated feed-forward network (GLU).
+        gated: whether the feed-forward network is gated (GLU).
         position_embedding: learned, sinusoidal, rotary, alibi, relative (T5) or none.
         max_position_embeddings: the longest sequence with learned, sinusoidal and rotary positions.
         pad_positions: whether padding counts in default positions, as in BERT and GPT-2, or is skipped, as in RoBERTa.
-        rope_parameters: of rotary positions, in Hugging Face's form: ``rope_theta``, ``rope_type`` (default, linear,
-            llama3, yarn), what the type needs, ``partial_rotary_factor``.
-        relative_attention_num_buckets, relative_attention_max_distance: of relative positions.
+        rope_parameters: settings of rotary positions, in Hugging Face's form: ``rope_theta``, ``rope_type`` (default,
+            linear, llama3, yarn), the fields that the type needs, ``partial_rotary_factor``.
+        relative_attention_num_buckets, relative_attention_max_distance: settings of relative positions.
         norm: layer or rms.
         norm_placement: post, after each residual (BERT), or pre, before each sublayer and once after the last block.
         layer_norm_eps: added to the variance in every norm.
         embedding_norm: whether embeddings are normalised.
         embedding_scale: multiplies word embeddings.
-        qk_norm: RMSNorm of each head's queries and keys (Qwen 3).
+        qk_norm: whether each head's queries and keys get an RMSNorm (Qwen 3).
         attention_bias, attention_output_bias, feed_forward_bias: whether the projections of queries, keys and values,
             of attention's output and of the feed-forward network have biases.
         attention_scale: multiplies ``query @ key``; None for 1 / sqrt(head_dim).
-        layer_types: full_attention or sliding_attention for each block, GPT-3's alternation for instance; None for full
-            attention, or sliding in all blocks if `sliding_window` is set.
-        sliding_window: keys that a query of a sliding block sees, its own included: the last ones in a decoder, this
-            many less one on either side in an encoder.
+        layer_types: full_attention or sliding_attention for each block, for instance alternating as in GPT-3; None for
+            full attention, or for sliding in all blocks if `sliding_window` is set.
+        sliding_window: the number of keys that a query of a sliding block sees, including its own. In a decoder they
+            are the last ones; in an encoder they are this many less one on each side.
         hidden_dropout_prob: dropout of embeddings and of the sublayers' outputs, in training.
-        attention_probs_dropout_prob: dropout of attention weights, in training. BERT's was 0.1; the default is 0.0
-            because dropping attention weights costs the fast path on a CPU.
+        attention_probs_dropout_prob: dropout of attention weights, in training. BERT's was 0.1. The default is 0.0,
+            because dropping attention weights prevents the fast path on a CPU.
         activation_dropout: dropout inside the feed-forward network, in training.
         classifier_dropout: dropout before a classification head; None for `hidden_dropout_prob`.
-        classifier_bias: whether a classification head's projection has a bias (not for sequences in GPT-2 and Llama).
-        type_vocab_size: kinds of segments (`token_type_ids`); 0 for none.
-        pooling: which token stands for a sequence: first, last or the mean of all.
+        classifier_bias: whether a classification head's projection has a bias (GPT-2 and Llama: not for sequences).
+        type_vocab_size: the number of segment types (`token_type_ids`); 0 for none.
+        pooling: the vector that represents a sequence: the first token, the last token or the mean of all.
         pooler_act: tanh, relu or none, after the pooler's dense layer.
         initializer_range: standard deviation of the initial weights.
         pad_token_id: the padding token; None for none.
-        train_padding: whether the padding token's embedding is like any other's (GPT-2, T5, which starts with it), or
-            starts at zero and gets no gradient from the input.
-        tie_word_embeddings: whether the output projection is the word embedding.
+        train_padding: whether the padding token's embedding is like any other's (GPT-2, and T5, whose decoder starts
+            with it), or starts at zero and gets no gradient from the input.
+        tie_word_embeddings: whether the output projection shares the word embedding's weight.
         lm_head_bias: whether the output projection of causal and sequence-to-sequence models has a bias.
         logit_scale: multiplies the hidden states before the output projection (1 / sqrt(hidden_size) in T5).
-        image_size, patch_size, num_channels: of a Vision Transformer, whose tokens are patches of an image.
+        image_size, patch_size, num_channels: sizes of a Vision Transformer, whose tokens are patches of an image.
 
     Raises:
-        ValueError: a field is out of range, or unknown: nothing is kept without effect.
-        StrictDataclassFieldValidationError: a field is of another type.
+        ValueError: a field is out of range, or unknown: no field is kept without effect.
+        StrictDataclassFieldValidationError: a field has the wrong type.
     """
 
     model_type = "fastformer"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["mlm_loss", "nsp_loss", "cache", "past_key_values"]
-    # The units are FastformerModel's, of which an encoder-decoder has two.
+    # FastformerModel defines the FSDP units; an encoder-decoder has two such models.
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}
 
     stack: str = "encoder"
@@ -156,14 +157,14 @@ class FastformerConfig(PreTrainedConfig):
         if self.position_embedding != "rotary":
             self.rope_parameters = None  # the base class fills in its default
         known = {*(field.name for field in fields(self)), *_FOREIGN_FIELDS, *vars(type(self))}
-        # The base class makes an attribute of any argument it does not know.
+        # The base class would make an attribute of any unknown argument.
         unknown = sorted(name for name in kwargs.keys() & vars(self).keys() - known if not name.startswith("_"))
         if unknown:
             raise ValueError(f"{type(self).__name__} has no field {', '.join(map(repr, unknown))}")
         self.validate_architecture()
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """Hugging Face's hook, which caches take the number of blocks from: a decoder's is its own."""
+        """Hugging Face's hook, from which caches take the number of blocks; a decoder's number is its own."""
         config = super().get_text_config(decoder=decoder, encoder=encoder)
         if decoder and self.num_decoder_layers is not None:
             config.num_hidden_layers = self.num_decoder_layers  # of a copy
@@ -171,26 +172,26 @@ class FastformerConfig(PreTrainedConfig):
 
     @property
     def size_per_head(self) -> int:
-        """Features of a head."""
+        """The number of features of a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """The number of heads of keys and values."""
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
     def position_limit(self) -> int | None:
-        """The longest sequence, or None where positions have no end."""
+        """The longest sequence, or None if positions have no limit."""
         return self.max_position_embeddings if self.position_embedding in ("learned", "sinusoidal", "rotary") else None
 
     def windows(self, layers: int) -> list[int | None]:
-        """The sliding window of each of `layers` blocks, None for full attention."""
+        """Return the sliding window of each of `layers` blocks, None for full attention."""
         types = self.layer_types or ["sliding_attention" if self.sliding_window else "full_attention"] * layers
         return [self.sliding_window if kind == "sliding_attention" else None for kind in types]
 
     def validate_architecture(self) -> None:
-        """Raise ValueError naming the first field that cannot be honoured."""
+        """Raise ValueError with the name of the first unsupported field."""
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")

@@ -1,4 +1,4 @@
-"""Where the keys and values of a forward come from: the packed tokens themselves, or one of Hugging Face's caches."""
+"""The sources of keys and values in a forward: the packed tokens themselves, or one of Hugging Face's caches."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from fastformer.ops.attention.weights import attention_weights
 from fastformer.ops.rotary import rotary
 
 SourceProjection = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""The encoder's output (..., hidden_size) to keys and values (..., kv_heads, head_dim)."""
+"""A function from the encoder's output (..., hidden_size) to keys and values (..., kv_heads, head_dim)."""
 
 
 class AttentionPattern(NamedTuple):
-    """How the queries of a block attend.
+    """The settings of a block's attention.
 
     Attributes:
-        causal: to no later token.
-        window: tokens to the left and to the right that are seen, as in `fastformer.attention`.
-        scale: of the scores; None for 1 / sqrt(head_dim).
-        dropout_p: of the weights, in training.
-        rotary: cosines and sines, (positions, rotary_dim / 2).
+        causal: whether later tokens are hidden.
+        window: the numbers of visible tokens to the left and to the right, as in `fastformer.attention`.
+        scale: the scale of the scores; None for 1 / sqrt(head_dim).
+        dropout_p: the probability of dropping a weight, in training.
+        rotary: cosines and sines, each (positions, rotary_dim / 2).
         alibi_slopes: (heads,).
         relative_bias: (heads, 2 * max_distance + 1).
     """
@@ -41,29 +41,29 @@ class AttentionPattern(NamedTuple):
 
     @property
     def knows_positions(self) -> bool:
-        """Whether it matters where in its sequence a query is."""
+        """Whether a query's position in its sequence matters."""
         placed = (self.window, self.rotary, self.alibi_slopes, self.relative_bias)
         return self.causal or any(each is not None for each in placed)
 
     def arguments(self, training: bool) -> dict[str, Any]:
-        """Those of `fastformer.attention`."""
+        """Return the arguments of `fastformer.attention`."""
         arguments = self._asdict()
         del arguments["rotary"]
         return arguments | {"dropout_p": self.dropout_p if training else 0.0}
 
 
 class AttentionRecord:
-    """Where the attention weights of a forward are kept, recomputed from the log-sum-exp of the fused attention.
+    """A record of the attention weights of a forward, recomputed from the fused attention's log-sum-exp.
 
-    Weights are (batch, heads, queries, keys), before dropout and without gradient; of packed sequences there are as
-    many queries and keys as the longest has, zeros beyond a sequence's end.
+    Weights are (batch, heads, queries, keys), before dropout and without gradient. For packed sequences the numbers of
+    queries and keys are those of the longest sequence; entries beyond a sequence's end are zero.
 
     Args:
-        heads: which are kept; None for all.
+        heads: the heads to record; None for all.
 
     Attributes:
-        own: each block's weights among the tokens, by its number.
-        source: each block's weights of the encoder's output.
+        own: each block's weights among the tokens, by the block's number.
+        source: each block's weights for the encoder's output, by the block's number.
     """
 
     def __init__(self, heads: Sequence[int] | None = None) -> None:
@@ -74,7 +74,7 @@ class AttentionRecord:
     def attend(
         self, weights: dict[int, Tensor], layer: int, query: Tensor, key: Tensor, value: Tensor, **arguments: Any
     ) -> Tensor:
-        """`attention`, whose weights become those of `layer` in `weights`, `own` or `source`."""
+        """Compute `attention` and record its weights as those of `layer` in `weights`, which is `own` or `source`."""
         attended, lse = attention(query, key, value, return_lse=True, **arguments)
         del arguments["dropout_p"]
         weights[layer] = attention_weights(query, key, lse, heads=self.heads, **arguments)
@@ -82,29 +82,29 @@ class AttentionRecord:
 
 
 class AttentionContext(Protocol):
-    """What a block's attention calls. Tokens are (tokens, heads, head_dim), in the order of the block's input."""
+    """The functions that a block's attention calls. Tokens are (tokens, heads, head_dim), in the input's order."""
 
     def self_attention(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern, training: bool
     ) -> Tensor:
-        """(tokens, heads, head_dim): attention among the tokens and what came before them."""
+        """Attention among the tokens and earlier ones; returns (tokens, heads, head_dim)."""
 
     def cross_attention(
         self, layer: int, query: Tensor, source: SourceProjection, pattern: AttentionPattern, training: bool
     ) -> Tensor:
-        """(tokens, heads, head_dim): attention to the encoder's output."""
+        """Attention to the encoder's output; returns (tokens, heads, head_dim)."""
 
 
 class PackedContext(NamedTuple):
-    """Sequences one after the other, each whole.
+    """Whole sequences, one after the other.
 
     Attributes:
-        packing: where they are.
+        packing: the boundaries of the sequences.
         position_ids: (total_tokens,).
         encoded: the encoder's output, (source_tokens, hidden_size).
-        source: where its sequences are.
-        record: keeps the attention weights, if there is one.
-        queries: where the tokens that attend are among the queries, if those are not all tokens.
+        source: the boundaries of its sequences.
+        record: records the attention weights; None for no record.
+        queries: the boundaries of the querying tokens, if these are not all tokens.
     """
 
     packing: Packing
@@ -150,16 +150,16 @@ class PackedContext(NamedTuple):
 
 
 class CachedContext:
-    """New tokens of a dense batch behind those in one of Hugging Face's caches, for its generation.
+    """New tokens of a dense batch, and earlier ones in one of Hugging Face's caches, for its generation.
 
     Args:
-        cache: dynamic, static or sliding; an `EncoderDecoderCache` where there is an encoder.
-        batch, queries: the new tokens.
+        cache: dynamic, static or sliding; an `EncoderDecoderCache` if there is an encoder.
+        batch, queries: the numbers of sequences and of new tokens of each.
         attention_mask: (batch, past + queries), non-zero for a real token; None if all are.
         position_ids: (batch, queries).
         encoded: the encoder's output, (batch, source, hidden_size).
         source_mask: (batch, source), non-zero for a real token; None if all are.
-        record: keeps the attention weights, if there is one.
+        record: records the attention weights; None for no record.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class CachedContext:
         query, key, value = self._dense(query), self._dense(key), self._dense(value)
         if pattern.rotary is not None:
             query, key = rotary(query, key, *pattern.rotary, position_ids=self.position_ids)
-        # A static cache's length is a tensor that the update changes.
+        # A static cache's length is a tensor that the update changes, so take a copy.
         past = self.cache.get_seq_length(layer) + 0
         keys, first = self.cache.get_mask_sizes(self.queries, layer)
         key, value = self.cache.update(key, value, layer)
@@ -226,7 +226,7 @@ class CachedContext:
         return self._tokens(attention(self._dense(query), key, value, **arguments))
 
     def _by_position(self, past: int | Tensor, keys: int, first: int, pattern: AttentionPattern) -> dict[str, Any]:
-        """Arguments for a cache whose last key is not the last query's: a mask and a bias from the positions."""
+        """Return a mask and a bias made from positions, for a cache whose last key is not the last query's."""
         device = self.position_ids.device
         query_position = torch.arange(self.queries, device=device)[:, None] + past
         key_position = torch.arange(keys, device=device) + first
@@ -254,7 +254,7 @@ class CachedContext:
         }
 
     def _dense(self, tokens: Tensor) -> Tensor:
-        """(batch * queries, heads, head_dim) to (batch, heads, queries, head_dim)."""
+        """Reshape (batch * queries, heads, head_dim) to (batch, heads, queries, head_dim)."""
         return tokens.unflatten(0, (self.batch, self.queries)).transpose(1, 2)
 
     def _tokens(self, dense: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -263,7 +263,7 @@ class CachedContext:
 
 
 def _boolean_mask(mask: Tensor | None) -> Tensor | None:
-    """`mask` as booleans; None where looking costs nothing and nothing is padding."""
+    """Return `mask` as booleans; None if nothing is padding and a check costs nothing."""
     if mask is None or (mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())):
         return None
     return mask.to(torch.bool)

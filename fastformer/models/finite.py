@@ -1,4 +1,4 @@
-"""Weights that are no numbers: what would be made of them is nothing, so they are refused by name."""
+"""Checks that refuse weights that are infinite or not a number (NaN), with an error that names them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 
 def finite(name: str, tensor: Tensor) -> Tensor:
-    """`tensor`, of that name.
+    """Return `tensor`, whose name is `name`.
 
     Raises:
-        ValueError: it has elements that are infinite or no numbers.
+        ValueError: it has elements that are infinite or not a number.
     """
     if first_not_finite({name: tensor}) is not None:
-        raise ValueError(f"the weights {name} have elements that are infinite or no numbers (NaN)")
+        raise ValueError(f"the weights {name} have elements that are infinite or not a number (NaN)")
     return tensor
 
 
 def check_finite_weights(model: nn.Module) -> None:
-    """Raises ValueError for the first of the model's parameters that is not finite."""
+    """Raise ValueError for the first of the model's parameters that is not finite."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     name = first_not_finite(parameters)
     if name is not None:
@@ -29,9 +29,9 @@ def check_finite_weights(model: nn.Module) -> None:
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that has elements that are infinite or no numbers; None if none has.
+    """Return the name of the first tensor with elements that are infinite or not a number; None if there is none.
 
-    Each device that has tensors is waited for once. A tensor on meta, which has no elements, is finite.
+    This waits once for each device that has tensors. A tensor on meta, which has no data, counts as finite.
     """
     by_device: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():

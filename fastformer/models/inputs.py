@@ -1,4 +1,4 @@
-"""What a model is given, dense as Hugging Face's or packed, brought into the one form it runs on: packed."""
+"""Conversion of a model's inputs, dense as Hugging Face's or packed, to packed tokens."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fastformer.nn import DenseLayout, Packing, packed_positions
 
 
 class TokenBatch(NamedTuple):
-    """A packed batch that remembers where it came from.
+    """A packed batch that remembers the layout of its source.
 
     Attributes:
-        input_ids: (total_tokens,) integers; None where embeddings were given.
-        inputs_embeds: (total_tokens, hidden_size); None where ids were given.
+        input_ids: (total_tokens,) integers; None if embeddings were given.
+        inputs_embeds: (total_tokens, hidden_size); None if ids were given.
         position_ids: (total_tokens,) int64.
         token_type_ids: (total_tokens,) int64, or None for all zeros.
-        packing: where the sequences are.
+        packing: the boundaries of the sequences.
         layout: the padded batch that the tokens were packed from; None if they came packed.
     """
 
@@ -31,7 +31,7 @@ class TokenBatch(NamedTuple):
     layout: DenseLayout | None
 
     def pack(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
-        """A tensor of the caller's batch, one value a token, named `name` in errors, as (total_tokens,)."""
+        """Pack a tensor of the caller's batch, one value for each token, as (total_tokens,); errors call it `name`."""
         if self.layout is None:
             _check_shape(name, tokens, self.position_ids.shape)
             return tokens
@@ -39,7 +39,7 @@ class TokenBatch(NamedTuple):
         return self.layout.pack(tokens)
 
     def restore(self, packed: torch.Tensor) -> torch.Tensor:
-        """(total_tokens, ...) in the caller's layout: (batch, sequence, ...) with zeros at padding, or packed."""
+        """Restore the caller's layout: packed (total_tokens, ...), or (batch, sequence, ...) with zeros at padding."""
         return packed if self.layout is None else self.layout.unpack(packed)
 
 
@@ -67,7 +67,7 @@ def token_batch(
         batch = _dense(name, tokens, shape, attention_mask, token_type_ids, position_ids, config.pad_positions)
     else:
         if attention_mask is not None:
-            raise ValueError("attention_mask is for dense input; packed input says its lengths in cu_seqlens")
+            raise ValueError("attention_mask is for dense input; packed input gives its lengths in cu_seqlens")
         batch = _packed(name, tokens, shape, token_type_ids, position_ids, cu_seqlens, max_seqlen)
     if position_ids is None:
         check_position_limit(batch.packing.max_seqlen, config)
@@ -75,7 +75,7 @@ def token_batch(
 
 
 def check_position_limit(longest: int, config: FastformerConfig) -> None:
-    """Raise ValueError if sequences of `longest` tokens have positions that the model knows nothing of."""
+    """Raise ValueError if sequences of `longest` tokens have positions that the model does not support."""
     if config.position_limit is not None and longest > config.position_limit:
         raise ValueError(
             f"the longest sequence has {longest} tokens, more than the model's max_position_embeddings, "
@@ -86,7 +86,7 @@ def check_position_limit(longest: int, config: FastformerConfig) -> None:
 def _given_tokens(
     input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
 ) -> tuple[str, torch.Tensor, torch.Size]:
-    """The name of what was given, itself, and its shape, embeddings' without hidden_size."""
+    """Return the name of the given input, the input, and its shape (of embeddings without hidden_size)."""
     if inputs_embeds is not None and input_ids is None:
         name, tokens, shape = "inputs_embeds", inputs_embeds, inputs_embeds.shape[:-1]
     elif input_ids is not None and inputs_embeds is None:
@@ -158,7 +158,7 @@ def _packed(
 
 
 def check_packing(prefix: str, cu_seqlens: torch.Tensor, max_seqlen: int | None, total_tokens: int) -> Packing:
-    """The packing of `total_tokens`, its arguments named with `prefix` in errors."""
+    """Return the packing of `total_tokens`; errors put `prefix` before the arguments' names."""
     if max_seqlen is None:
         raise ValueError(f"{prefix}max_seqlen is needed with {prefix}cu_seqlens: the length of the longest sequence")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype != torch.int32:
@@ -172,7 +172,7 @@ def check_packing(prefix: str, cu_seqlens: torch.Tensor, max_seqlen: int | None,
 
 
 def _check_boundaries(prefix: str, cu_seqlens: torch.Tensor, max_seqlen: int, total_tokens: int) -> None:
-    """What is free to check on a CPU, and would stall a GPU."""
+    """Check the boundaries' values on a CPU, where this is free; on a GPU it would stall."""
     boundaries = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(boundaries)]
     if boundaries[0] != 0 or boundaries[-1] != total_tokens or min(lengths) < 0:

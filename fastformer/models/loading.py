@@ -1,4 +1,4 @@
-"""A model's folder in Hugging Face's format: its configuration, and the model with all of its weights."""
+"""Loading of a model's folder in Hugging Face's format: its configuration, and the model with all of its weights."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from fastformer.models.finite import check_finite_weights
 
 
 def load_configuration(folder: str | Path, kind: Any = AutoConfig, **arguments: Any) -> Any:
-    """The configuration of a model in Hugging Face's format. Code that the folder brings is never run.
+    """Load the configuration of a model in Hugging Face's format. Code in the folder is never run.
 
     Args:
-        folder: of the model, or its name on the hub.
-        kind: the class of the configuration; AutoConfig takes the one that is named in the file.
-        arguments: of its `from_pretrained`.
+        folder: the model's folder, or its name on the hub.
+        kind: the class of the configuration; AutoConfig takes the class that the file names.
+        arguments: arguments of its `from_pretrained`.
 
     Raises:
-        ValueError, OSError: there is none, or it is damaged.
+        ValueError, OSError: there is no configuration, or it is damaged.
     """
     try:
         config = kind.from_pretrained(folder, trust_remote_code=False, **arguments)
         _check_common_fields(config)
     except RecursionError:
-        raise ValueError(f"{folder}/config.json has lists or objects within each other, too deep to be read") from None
+        raise ValueError(f"{folder}/config.json has lists or objects nested too deep to be read") from None
     except (StrictDataclassError, ValueError, AttributeError, TypeError, KeyError) as error:
         if isinstance(error, ValueError) and str(folder) in str(error):
             raise
-        raise ValueError(f"{folder}/config.json is no configuration of a model: {error}") from error
+        raise ValueError(f"{folder}/config.json is not a configuration of a model: {error}") from error
     return config
 
 
 def load_whole_model(kind: Any, folder: str | Path, **arguments: Any) -> Any:
-    """The model in a folder, of which every weight is in the folder too, and finite.
+    """Load the model in a folder, which must hold every weight of it, all of them finite.
 
     Args:
         kind: the class of the model.
-        folder: of the model.
-        arguments: of `from_pretrained`.
+        folder: the model's folder.
+        arguments: arguments of `from_pretrained`.
 
     Raises:
-        ValueError, OSError: weights are missing or too many, or of another shape, or damaged, or no numbers.
+        ValueError, OSError: weights are missing or too many, or of another shape, or damaged, or not a number.
     """
     model, missing = load_model(kind, folder, **arguments)
     _refuse_missing(folder, missing)
@@ -56,9 +56,9 @@ def load_whole_model(kind: Any, folder: str | Path, **arguments: Any) -> Any:
 
 
 def load_model(kind: Any, folder: str | Path, **arguments: Any) -> tuple[Any, list[str]]:
-    """The model in a folder, and the names of the weights that are new because the folder has none.
+    """Load the model in a folder; also return the names of the weights that are new because the folder has none.
 
-    Only those of a head or of a pooler, which a task adds, may be new.
+    Only weights of a head or of a pooler, which a task adds, may be new.
 
     Arguments and errors are those of `load_whole_model`.
     """
@@ -74,7 +74,7 @@ def load_model(kind: Any, folder: str | Path, **arguments: Any) -> tuple[Any, li
     surplus = _of_base(model, sorted(info["unexpected_keys"])) if model.config.model_type == "fastformer" else []
     if surplus:
         named = some_names(surplus)
-        raise ValueError(f"the weights in {folder} are more than its config.json has a place for: {named}")
+        raise ValueError(f"the weights in {folder} include some that its config.json has no place for: {named}")
     return model, missing
 
 
@@ -89,12 +89,12 @@ def _refuse_missing(folder: str | Path, missing: Sequence[str]) -> None:
 
 
 def some_names(names: Sequence[str]) -> str:
-    """The first three, and how many more there are."""
+    """Return the first three names, and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_common_fields(config: Any) -> None:
-    """Raise ValueError for fields that transformers takes as they are."""
+    """Raise ValueError for invalid fields that transformers accepts unchecked."""
     dtype, architectures = config.dtype, config.architectures
     if not (dtype is None or isinstance(dtype, dict) or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
         raise ValueError(f"dtype must be a floating-point type such as float32; got {dtype!r:.60}")
@@ -105,7 +105,7 @@ def _check_common_fields(config: Any) -> None:
 
 @contextmanager
 def _without_table_of_missing_weights() -> Iterator[None]:
-    """Those that are missing are a new head's, or refused: transformers need not advise."""
+    """Silence transformers' table of missing weights: they belong to a new head, or an error reports them."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

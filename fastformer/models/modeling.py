@@ -1,4 +1,4 @@
-"""The Transformer's stack as a Hugging Face model. Inside, tokens are packed from embedding to loss."""
+"""The Transformer's stack as a Hugging Face model. Tokens are packed inside it, from embedding to loss."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fastformer.models.positions import AlibiSlopes, RelativeBias, rotary_embedd
 from fastformer.models.selection import Selection
 from fastformer.nn import DenseLayout, Packing, RotaryEmbedding, SinusoidalEmbedding, TransformerEmbedding
 
-# transformers before 5.24 calls the cache of keys and values past_key_values.
+# transformers before 5.24 uses the name past_key_values for the cache of keys and values.
 CACHE_FIELD = (
     "cache"
     if "cache" in {field.name for field in fields(BaseModelOutputWithPoolingAndCrossAttentions)}
@@ -46,7 +46,7 @@ Inputs = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, to
 
 
 class ModelOptions(TypedDict, total=False):
-    """What every model's forward takes besides its inputs; see `FastformerModel.forward`."""
+    """The arguments that every model's forward takes besides its inputs; see `FastformerModel.forward`."""
 
     cu_seqlens: torch.Tensor | None
     max_seqlen: int | None
@@ -55,17 +55,17 @@ class ModelOptions(TypedDict, total=False):
 
 
 class FastformerPreTrainedModel(PreTrainedModel):
-    """What all Fastformer models share: configuration, initial weights, loading and saving.
+    """The base of all Fastformer models: configuration, initial weights, loading and saving.
 
-    Attention always runs Fastformer's operator; Hugging Face's name for a model's own attention is "eager", and
-    another `attn_implementation` is refused.
+    Attention always runs Fastformer's operator. Hugging Face's name for a model's own attention is "eager"; any other
+    `attn_implementation` is refused with an error.
     """
 
     config: FastformerConfig
     config_class = FastformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    # The loss of a batch is its mean: Trainer is not to hand over the number of labels of several batches.
+    # A batch's loss is its mean, so Trainer must not pass the number of labels of several batches.
     accepts_loss_kwargs = False
     _no_split_modules = ["TransformerEmbedding", "PatchEmbedding", "Block"]  # noqa: RUF012
     _stacks: tuple[str, ...] = ("encoder", "decoder")
@@ -79,7 +79,7 @@ class FastformerPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Hugging Face's models.
+        """Load a model as in Hugging Face's models.
 
         Raises:
             OSError: a weights file is damaged or cut short; the message names it.
@@ -97,7 +97,7 @@ class FastformerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, PatchEmbedding):
             init.normal_(module.image, std=self.config.initializer_range)
         elif isinstance(module, Block) and module.pre_norm:
-            # The residual stream's variance shall not grow with depth (Radford et al. 2019, section 2.3).
+            # Keep the residual stream's variance from growing with depth (Radford et al. 2019, section 2.3).
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
             for projection in (module.attention.output, module.feed_forward.down):
                 init.normal_(projection.weight, std=std)
@@ -115,9 +115,9 @@ class FastformerPreTrainedModel(PreTrainedModel):
         output_attentions: bool | None = None,
         pooled_alone: bool = False,
     ) -> tuple[TokenBatch, torch.Tensor, BaseModelOutputWithPoolingAndCrossAttentions]:
-        """Pack a head's inputs and run its model on them: the packed batch, its last hidden states, all outputs.
+        """Pack a head's inputs and run its model; return the packed batch, its last hidden states and all outputs.
 
-        `pooled_alone`: the last hidden states are those of the tokens that the pooler looks at.
+        With `pooled_alone`, the last hidden states are only those of the tokens that the pooler uses.
         """
         tokens = self._pack(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen
@@ -170,7 +170,7 @@ class FastformerPreTrainedModel(PreTrainedModel):
         )
 
     def _wants(self, name: str, asked: bool | None) -> bool:
-        """Whether Hugging Face's optional output `name` was asked for, by argument or configuration."""
+        """Whether Hugging Face's optional output `name` is requested, by argument or configuration."""
         if asked not in (None, True, False):
             raise ValueError(f"{name} must be True, False or None; got {asked!r}")
         return bool(getattr(self.config, name) if asked is None else asked)
@@ -181,14 +181,14 @@ class FastformerModel(FastformerPreTrainedModel):
 
     Args:
         config: the configuration.
-        add_pooling_layer: whether there is a pooler; None for encoders of text that have a dense layer in it.
-        role: "encoder" or "decoder" of an encoder-decoder's configuration; such a decoder has cross-attention, and the
-            encoder's word embeddings.
+        add_pooling_layer: whether there is a pooler; None for one in encoders of text whose pooler has a dense layer.
+        role: "encoder" or "decoder" of an encoder-decoder's configuration; such a decoder has cross-attention and
+            shares the encoder's word embeddings.
     """
 
     _stacks = ("encoder", "decoder", "encoder_decoder")
-    # What FSDP2 shards and gathers together, by Hugging Face's names; embeddings may be tied to a head's projection and
-    # belong to the whole model.
+    # The modules that FSDP2 shards and gathers as units, by Hugging Face's names. Embeddings may be tied to a head's
+    # projection, so they belong to the whole model.
     _fsdp_plan = {"layers.*": "free_full_weight"}  # noqa: RUF012
 
     def __init__(
@@ -254,43 +254,45 @@ class FastformerModel(FastformerPreTrainedModel):
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Run a batch through the stack, given in one of two layouts.
 
-        *Packed*, with `cu_seqlens`: sequences one after the other. Nothing waits for a GPU. *Dense*, without: packed
-        on the way in and unpacked on the way out, so that padding is never computed; with an attention_mask the number
-        of real tokens is read on the host, one synchronisation with a GPU. With a cache, tokens stay dense.
+        *Packed*, with `cu_seqlens`: sequences one after the other. Nothing waits for a GPU.
+
+        *Dense*, without `cu_seqlens`: the batch is packed at the start and unpacked at the end, so that padding is
+        never computed. With an attention_mask this reads the number of real tokens on the host, one synchronisation
+        with a GPU. With a cache, tokens stay dense.
 
         Args:
             input_ids: (total_tokens,) or (batch, sequence), int64 or int32.
             attention_mask: (batch, sequence), dense only: non-zero for a token, zero for padding, anywhere; None for
                 no padding. With a cache (batch, past + sequence).
             token_type_ids: like input_ids; None for zeros.
-            position_ids: like input_ids, dense also (1, sequence). None for the position within the packed sequence,
-                or the column of the dense batch, as in Hugging Face's BERT; with pad_positions=False the position
-                among the real tokens, as in its RoBERTa.
-            inputs_embeds: (total_tokens, hidden_size) or (batch, sequence, hidden_size) in place of input_ids.
-            pixel_values: (batch, channels, height, width) in place of input_ids, for an image model.
+            position_ids: like input_ids; dense also (1, sequence). None for the position within the packed sequence, or
+                the column of the dense batch, as in Hugging Face's BERT; with pad_positions=False the position among
+                the real tokens, as in its RoBERTa.
+            inputs_embeds: (total_tokens, hidden_size) or (batch, sequence, hidden_size), instead of input_ids.
+            pixel_values: (batch, channels, height, width), instead of input_ids, for an image model.
             cu_seqlens: (batch + 1,) int32, the first token of each packed sequence and the total at the end.
             max_seqlen: the length of the longest packed sequence.
-            encoder_hidden_states: of a decoder's encoder, (source_tokens, hidden_size) where the decoder's tokens are
-                packed, otherwise (batch, source, hidden_size).
+            encoder_hidden_states: the output of a decoder's encoder, (source_tokens, hidden_size) if the decoder's
+                tokens are packed, otherwise (batch, source, hidden_size).
             encoder_attention_mask: (batch, source), with dense encoder_hidden_states.
-            encoder_cu_seqlens, encoder_max_seqlen: of packed encoder_hidden_states.
-            cache, past_key_values: a decoder's keys and values of earlier tokens, one of Hugging Face's caches under
-                its new or its old name; the new ones are added to it.
+            encoder_cu_seqlens, encoder_max_seqlen: boundaries and longest sequence of packed encoder_hidden_states.
+            cache, past_key_values: a decoder's keys and values of earlier tokens, one of Hugging Face's caches, under
+                its new or its old name; the new keys and values are added to it.
             use_cache: make such a cache and return it. For inference; default False.
             output_hidden_states: also return the embeddings and each block's output, the last normalised.
-            output_attentions: also return each block's attention weights, and those of the encoder's output. They are
+            output_attentions: also return each block's attention weights, and those for the encoder's output. They are
                 computed again from the fused attention's log-sum-exp: before dropout, without gradient.
-            output_tokens: for packed input, the tokens whose last hidden states are wanted, with those that the pooler
-                looks at: last_hidden_state has no others, and the last block computes no others where it can.
+            output_tokens: for packed input, the tokens whose last hidden states are needed, including those that the
+                pooler uses. last_hidden_state has only these, and if possible the last block computes only these.
 
         Returns:
             last_hidden_state (total_tokens, hidden_size), or (batch, sequence, hidden_size) with zeros at padding;
             pooler_output (batch, hidden_size), if there is a pooler; the cache, if there is one; hidden_states, if
-            asked for, in the layout of the first; attentions and cross_attentions, if asked for, each (batch, heads,
-            queries, keys) with zeros at padding, of packed sequences as long as the longest.
+            requested, in the same layout as last_hidden_state; attentions and cross_attentions, if requested, each
+            (batch, heads, queries, keys) with zeros at padding, for packed sequences as long as the longest.
 
         Raises:
-            TypeError, ValueError, IndexError: naming the argument, what was given and what is accepted.
+            TypeError, ValueError, IndexError: the message names the argument, what was given and what is accepted.
         """
         returns_hidden_states = self._wants("output_hidden_states", output_hidden_states)
         record = AttentionRecord() if self._wants("output_attentions", output_attentions) else None
@@ -355,10 +357,10 @@ class FastformerModel(FastformerPreTrainedModel):
         hidden_states: list[torch.Tensor] | None = None,
         output_tokens: Selection | None = None,
     ) -> torch.Tensor:
-        """The blocks and the final norm on embedded tokens (tokens, hidden_size); returns the same shape.
+        """Run the blocks and the final norm on embedded tokens (tokens, hidden_size); returns the same shape.
 
-        `hidden_states`, where given, gets each block's output, the last normalised. With `output_tokens` only those are
-        returned.
+        `hidden_states`, if given, gets each block's output, the last one normalised. With `output_tokens` only these
+        are returned.
         """
         patterns, cross_pattern = self._patterns()
         for layer, pattern in zip(self.layers, patterns, strict=True):
@@ -378,7 +380,7 @@ class FastformerModel(FastformerPreTrainedModel):
         return hidden if output_tokens is None else hidden.index_select(0, output_tokens.positions)
 
     def _embed(self, tokens: TokenBatch) -> torch.Tensor:
-        """(total_tokens, hidden_size)."""
+        """Embed the tokens as (total_tokens, hidden_size)."""
         if isinstance(self.embeddings, PatchEmbedding):
             assert tokens.inputs_embeds is not None
             return tokens.inputs_embeds
@@ -387,7 +389,7 @@ class FastformerModel(FastformerPreTrainedModel):
         )
 
     def _patterns(self) -> tuple[list[AttentionPattern], AttentionPattern]:
-        """How each block attends, and how all of them attend to the encoder's output."""
+        """The attention settings of each block, and those that all blocks use for the encoder's output."""
         causal = self.role == "decoder"
         plain = AttentionPattern(False, None, self.config.attention_scale, self.config.attention_probs_dropout_prob)
         own = plain._replace(
@@ -424,7 +426,7 @@ class FastformerModel(FastformerPreTrainedModel):
         source_mask: torch.Tensor | None,
         record: AttentionRecord | None,
     ) -> tuple[TokenBatch, CachedContext]:
-        """The new tokens of a dense batch behind those in `cache`, padding and all."""
+        """Make a batch of new dense tokens, padding included, that follow those in `cache`."""
         past = cache.get_seq_length()
         given = input_ids if input_ids is not None else inputs_embeds
         if position_ids is None and given is not None:
@@ -457,7 +459,7 @@ class FastformerModel(FastformerPreTrainedModel):
         cu_seqlens: torch.Tensor | None,
         max_seqlen: int | None,
     ) -> tuple[torch.Tensor | None, Packing | None, DenseLayout | None]:
-        """The encoder's output, packed, and the padded batch that it was packed from, if it was."""
+        """Return the encoder's output, packed, and the padded batch from which it was packed, if any."""
         if encoded is None:
             if self.layers and self.layers[0].cross_attention is not None:
                 raise ValueError("encoder_hidden_states must be given to the decoder of an encoder-decoder; got None")
@@ -469,14 +471,14 @@ class FastformerModel(FastformerPreTrainedModel):
 
 
 def restored(tokens: TokenBatch, hidden_states: Sequence[torch.Tensor] | None) -> tuple[torch.Tensor, ...] | None:
-    """A model's packed hidden states in the layout of the caller's batch."""
+    """Bring a model's packed hidden states into the layout of the caller's batch."""
     return None if hidden_states is None else tuple(map(tokens.restore, hidden_states))
 
 
 def restored_weights(
     queries: DenseLayout | None, keys: DenseLayout | None, weights: Iterable[torch.Tensor] | None
 ) -> tuple[torch.Tensor, ...] | None:
-    """Attention weights of packed tokens, (batch, heads, queries, keys), with the columns of the caller's batches."""
+    """Bring packed tokens' attention weights, (batch, heads, queries, keys), to the columns of the caller's batch."""
     if weights is None:
         return None
     rows = [each if queries is None else queries.spread(each, 2) for each in weights]
@@ -500,7 +502,7 @@ def _embedding(config: FastformerConfig, words: bool) -> TransformerEmbedding:
 
 
 def _damaged_file(folder: Any) -> Path | None:
-    """The first safetensors file in `folder` that cannot be opened."""
+    """Return the first safetensors file in `folder` that cannot be opened."""
     for file in sorted(Path(folder).glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):

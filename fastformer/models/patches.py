@@ -10,7 +10,7 @@ from fastformer.models.configuration import FastformerConfig
 
 
 class PatchEmbedding(nn.Module):
-    """Square patches of an image as tokens, behind a learned token for the whole (Dosovitskiy et al. 2021)."""
+    """Square patches of an image as tokens, after a learned token for the whole image (Dosovitskiy et al. 2021)."""
 
     def __init__(self, config: FastformerConfig) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class PatchEmbedding(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(batch, channels, height, width) to (batch, 1 + patches, hidden_size)."""
+        """Map (batch, channels, height, width) to (batch, 1 + patches, hidden_size)."""
         expected = (self.num_channels, self.image_size, self.image_size)
         if tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(

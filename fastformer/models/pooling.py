@@ -1,4 +1,4 @@
-"""One vector for each packed sequence."""
+"""Pooling of each packed sequence into one vector."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
 
 def pooled_tokens(packing: Packing, pooling: str) -> torch.Tensor | None:
-    """The positions of those that `pool` looks at, (batch,) int64; None for all. For an empty sequence, any."""
+    """The positions of the tokens that `pool` uses, (batch,) int64; None for all. Arbitrary for an empty sequence."""
     if pooling == "mean":
         return None
     starts, ends = packing.cu_seqlens[:-1], packing.cu_seqlens[1:]
@@ -22,7 +22,7 @@ def pooled_tokens(packing: Packing, pooling: str) -> torch.Tensor | None:
 
 
 def pool(hidden: torch.Tensor, packing: Packing, pooling: str) -> torch.Tensor:
-    """`hidden` (total_tokens, hidden_size) to (batch, hidden_size): the first token, the last, or the mean of all.
+    """Pool `hidden` (total_tokens, hidden_size) to (batch, hidden_size): the first token, the last, or the mean.
 
     An empty sequence gives zeros.
     """
@@ -38,7 +38,7 @@ def pool(hidden: torch.Tensor, packing: Packing, pooling: str) -> torch.Tensor:
 
 
 class Pooler(nn.Module):
-    """The token that stands for a sequence, through a dense layer and an activation unless `pooler_act` is "none"."""
+    """The pooled token of a sequence, through a dense layer and an activation unless `pooler_act` is "none"."""
 
     def __init__(self, config: FastformerConfig) -> None:
         super().__init__()
@@ -47,6 +47,6 @@ class Pooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size) if self.activation else None
 
     def forward(self, hidden: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """`hidden` (total_tokens, hidden_size) to (batch, hidden_size)."""
+        """Map `hidden` (total_tokens, hidden_size) to (batch, hidden_size)."""
         pooled = pool(hidden, packing, self.pooling)
         return pooled if self.dense is None or self.activation is None else self.activation(self.dense(pooled))

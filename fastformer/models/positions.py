@@ -1,4 +1,4 @@
-"""What tells tokens' positions apart inside attention: rotary tables, ALiBi's slopes, T5's relative biases."""
+"""Position information inside attention: rotary tables, ALiBi's slopes, T5's relative biases."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastformer.nn import RotaryEmbedding
 from fastformer.ops.attention.relative_position import alibi_slopes, relative_position_bias, t5_buckets
 from fastformer.ops.rotary import rotary_frequencies
 
-# Types whose frequencies depend on the length of the sequence at hand, which a table cannot hold.
+# Types whose frequencies depend on the length of the current sequence; a table cannot hold them.
 _VARYING_ROPE_TYPES = ("dynamic", "longrope")
 
 
 def rotary_embedding(config: FastformerConfig) -> RotaryEmbedding:
-    """The rotary table that ``config.rope_parameters`` describes.
+    """Make the rotary table that ``config.rope_parameters`` describes.
 
     Raises:
         ValueError: the type is unknown, or its frequencies change with the sequence.
@@ -48,7 +48,7 @@ class AlibiSlopes(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fill the slopes, after their memory has been allocated anew."""
+        """Fill the slopes again, after new memory has been allocated for them."""
         self.slopes.copy_(alibi_slopes(self.slopes.shape[0]))
 
     def forward(self) -> Tensor:
@@ -65,5 +65,5 @@ class RelativeBias(nn.Module):
         self.table = nn.Embedding(config.relative_attention_num_buckets, config.num_attention_heads)
 
     def forward(self) -> Tensor:
-        """(heads, 2 * max_distance + 1), as `fastformer.attention` takes it."""
+        """Return the bias (heads, 2 * max_distance + 1), as `fastformer.attention` takes it."""
         return relative_position_bias(self.table.weight, self.buckets, self.max_distance)

@@ -16,9 +16,9 @@ class Preset:
 
     Attributes:
         settings: the fields of `FastformerConfig` that differ from its defaults.
-        model: the name of the class that it was pretrained as.
-        source: where the shape is published.
-        suits: what it is good for.
+        model: the name of the class for which it was pretrained.
+        source: the publication of the shape.
+        suits: the uses that it is suited for.
     """
 
     settings: dict[str, Any]
@@ -28,22 +28,22 @@ class Preset:
 
 
 def preset(name: str, **overrides: Any) -> FastformerConfig:
-    """The configuration of a published shape.
+    """Return the configuration of a published shape.
 
-    Dropout of attention weights is 0 in all of them; see `FastformerConfig`. What is not quite as published:
+    Dropout of attention weights is 0 in all of them; see `FastformerConfig`. These differ from the publications:
 
     - gpt3-xl has 16 heads of 128, gpt3-13b a hidden size of 5120. Table 2.1 of Brown et al. (2020) says 24 heads and
-      5140, which contradicts its table D.1: 1,320 and 12,850 million parameters are those of the shapes here. Banded
-      layers see the last 256 tokens, as in GPT-Neo, the paper's open replication; the paper itself names no width.
-    - roberta and bart have as many positions as tokens, without the rows that Hugging Face's tables keep for padding.
+      5140. That contradicts its table D.1: 1,320 and 12,850 million parameters are those of the shapes here. Banded
+      layers see the last 256 tokens, as in GPT-Neo, the paper's open replication; the paper itself gives no width.
+    - roberta and bart have as many positions as tokens, without the rows that Hugging Face's tables have for padding.
 
     Args:
         name: one of `PRESETS`.
         overrides: fields of `FastformerConfig`, or num_labels, to set differently. With another number of layers,
-            GPT-3's still alternate.
+            GPT-3's layers still alternate.
 
     Raises:
-        ValueError: there is no such preset, or no such field, or a field is not of its type.
+        ValueError: there is no such preset, or no such field, or a field has the wrong type.
 
     >>> preset("bert-base", vocab_size=8192).hidden_size
     768
@@ -64,7 +64,7 @@ def preset(name: str, **overrides: Any) -> FastformerConfig:
 
 
 def alternating(layers: int) -> list[str]:
-    """GPT-3's layer_types: dense and banded blocks in turn (Brown et al. 2020, section 2.1)."""
+    """Return GPT-3's layer_types: dense and banded blocks alternate (Brown et al. 2020, section 2.1)."""
     return [("full_attention", "sliding_attention")[layer % 2] for layer in range(layers)]
 
 

@@ -1,4 +1,4 @@
-"""The tokens whose last hidden states a head needs: the last block computes no others."""
+"""A selection of the tokens whose last hidden states a head needs: the last block computes no others."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Selection(NamedTuple):
     """Some tokens of packed sequences.
 
     Attributes:
-        positions: (n,) int64 among the packed tokens, ascending; a token may be there twice.
-        packing: where the chosen tokens of each sequence are among the n.
+        positions: (n,) int64, indices into the packed tokens, ascending; a token may appear twice.
+        packing: the boundaries of each sequence's chosen tokens among the n.
     """
 
     positions: torch.Tensor
@@ -22,7 +22,7 @@ class Selection(NamedTuple):
 
     @classmethod
     def of(cls, packing: Packing, *positions: torch.Tensor) -> Selection:
-        """The tokens at several lots of positions, which have repeats at most where sequences are empty.
+        """Select the tokens at several tensors of positions, which have repeats only where sequences are empty.
 
         Nothing waits for a GPU.
         """
@@ -32,5 +32,5 @@ class Selection(NamedTuple):
         return cls(chosen, Packing(boundaries, longest))
 
     def rows(self, positions: torch.Tensor) -> torch.Tensor:
-        """Where the tokens at these positions, chosen ones, are among the chosen."""
+        """The indices, among the chosen tokens, of the tokens at these positions, which must be chosen ones."""
         return torch.searchsorted(self.positions, positions)

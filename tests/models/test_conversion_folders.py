@@ -210,7 +210,7 @@ def test_a_copy_stands_in_for_its_original(tmp_path: Path) -> None:
     convert(source, tmp_path / "ours")
     assert torch.equal(load_file(tmp_path / "ours" / WEIGHTS)["model.encoder.embeddings.word.weight"], shared)
     edit(source, {"decoder.embed_tokens.weight": shared + 1})
-    with pytest.raises(ValueError, match=r"no copy, as it must be: decoder\.embed_tokens\.weight of shared\.weight"):
+    with pytest.raises(ValueError, match=r"not a copy, as it must be: decoder\.embed_tokens\.weight of shared\.weight"):
         convert(source, tmp_path / "other")
 
 
@@ -260,7 +260,9 @@ def test_everything_wrong_in_a_checkpoint_is_listed_at_once(tmp_path: Path) -> N
 def test_an_incomplete_checkpoint_of_fastformers_is_refused(tmp_path: Path) -> None:
     convert(saved(tmp_path / "source", "BertForMaskedLM"), tmp_path / "ours")
     edit(tmp_path / "ours", {"model.layers.0.attention.qkv.bias": None})
-    with pytest.raises(ValueError, match=r"no whole checkpoint of .*: missing model\.layers\.0\.attention\.qkv\.bias"):
+    with pytest.raises(
+        ValueError, match=r"not a complete checkpoint of .*: missing model\.layers\.0\.attention\.qkv\.bias"
+    ):
         convert(tmp_path / "ours", tmp_path / "back", "bert")
 
 
@@ -315,11 +317,11 @@ def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:
 
 def test_errors_of_the_command_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source, ours, target = saved(tmp_path / "source", "BertModel"), str(tmp_path / "ours"), str(tmp_path / "target")
-    assert "is no folder" in fails(capsys, str(tmp_path / "none"), target)
-    assert "exists already" in fails(capsys, str(source), str(source))
+    assert "is not a folder" in fails(capsys, str(tmp_path / "none"), target)
+    assert "already exists" in fails(capsys, str(source), str(source))
     assert "has no config.json" in fails(capsys, str(tmp_path), target)
     assert fastformer.cli.main(["convert", str(source), ours]) == 0
-    assert "is in the format fastformer already" in fails(capsys, ours, target)
+    assert "already has the format fastformer" in fails(capsys, ours, target)
     assert "GPT2Model cannot express this model: " in (error := fails(capsys, ours, target, "--to", "gpt2"))
     assert "stack must be 'decoder'; got 'encoder'" in error
     shutil.copytree(source, tmp_path / "electra")

@@ -45,7 +45,7 @@ def test_commands(
     places = {"MODEL": str(tmp_path / "model"), "OUT": str(tmp_path / "out")}
     assert main([places.get(word, word) for word in command]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "model.layers.1.feed_forward.up.weight have elements that are infinite or no numbers" in error
+    assert "model.layers.1.feed_forward.up.weight have elements that are infinite or not a number" in error
     assert not (tmp_path / "out").exists()
 
 

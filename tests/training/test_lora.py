@@ -120,7 +120,10 @@ SPOILT: dict[str, tuple[Callable[[Weights], Any], str]] = {
         lambda weights: weights.update({FIRST: torch.ones(3, 8)}),
         rf"{FIRST} has the shape \(3, 8",
     ),
-    "has no numbers": (lambda weights: weights[FIRST].fill_(torch.nan), "attention.output.weight.*infinite or no numb"),
+    "has no numbers": (
+        lambda weights: weights[FIRST].fill_(torch.nan),
+        "attention.output.weight.*infinite or not a numb",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Models of other architectures as Fastformer's, and back, with equal outputs."""
+"""Conversion of models of other architectures to Fastformer's, and back, with equal outputs."""
 
 from fastformer.models.conversion.models import ARCHITECTURES, from_hugging_face, to_hugging_face
 

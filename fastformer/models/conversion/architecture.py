@@ -1,4 +1,4 @@
-"""What describes an architecture of Hugging Face's: its configuration, its tensors and its heads, as tables."""
+"""Tables that describe an architecture of Hugging Face's: its configuration, its tensors and its heads."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class Head:
-    """One class of an architecture, and Fastformer's that computes the same.
+    """A class of an architecture, and Fastformer's class that computes the same.
 
     Attributes:
         theirs: Hugging Face's class.
         ours: Fastformer's class.
-        tensors: what the head has beyond the base model.
-        prefix: of the base model's tensors in theirs.
+        tensors: the head's tensors, beyond those of the base model.
+        prefix: the prefix of the base model's tensors in Hugging Face's class.
         implied: fields of `FastformerConfig` that the head fixes.
-        fields: fields of their configuration and of `FastformerConfig` that mean the same; one that is missing or None
-            leaves what is implied.
-        absent: fields of `FastformerConfig` where a checkpoint lacks a tensor.
-        untied: places that differ where the output projection is not the word embedding.
+        fields: fields with the same meaning in their configuration and in `FastformerConfig`; if one is missing or
+            None, the implied value stays.
+        absent: fields of `FastformerConfig` that apply if a checkpoint lacks a tensor.
+        untied: places that differ if the output projection is not the word embedding.
     """
 
     theirs: type[PreTrainedModel]
@@ -44,27 +44,27 @@ class Head:
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture whose models are settings of Fastformer's.
+    """An architecture whose models are special cases of Fastformer's.
 
-    A configuration is read by `implied`, `fields`, `read` and the head's, in this order, and written by `fields` and
-    `write`. Both ways it is then taken back and compared, so that a field that one side cannot express is never lost:
-    what stands in no table must have its default.
+    A configuration is read with `implied`, `fields`, `read` and the head's tables, in this order, and written with
+    `fields` and `write`. Both ways it is then converted back and compared, so that a field that one side cannot express
+    is never lost: a field that is in no table must have its default.
 
     Attributes:
         config_class: Hugging Face's configuration.
-        implied: fields of `FastformerConfig` that the architecture fixes, where they are not its defaults.
-        fields: fields of their configuration and of `FastformerConfig` that mean the same.
-        read: fields of `FastformerConfig` that take more than another name.
-        write: fields of theirs that take more, from ours.
-        translated: fields of theirs that `read` and `write` have checked.
-        without_effect: fields of theirs that change no number in inference.
-        undeclared: what fields that their configuration does not declare must be, where a checkpoint has them.
-        tensors: the base model's.
-        heads: its classes.
-        copies: tensors that a checkpoint may hold beside those that they are copies of.
+        implied: fields of `FastformerConfig` that the architecture fixes to other values than the defaults.
+        fields: fields with the same meaning in their configuration and in `FastformerConfig`.
+        read: computes fields of `FastformerConfig` that need more than another name.
+        write: computes their fields that need more than another name, from ours.
+        translated: their fields that `read` and `write` check.
+        without_effect: their fields that change no number in inference.
+        undeclared: required values of fields that their configuration does not declare but a checkpoint may have.
+        tensors: the base model's tensors.
+        heads: the architecture's classes.
+        copies: tensors that a checkpoint may hold in addition to those that they copy.
         computed: tensors that a checkpoint may hold and that Fastformer computes itself; they must be equal.
-        buffers: patterns of tensors that a checkpoint may hold and that nothing reads.
-        renamed: patterns of other names of tensors, and what replaces them.
+        buffers: patterns of tensors that a checkpoint may hold and that are not used.
+        renamed: patterns of other names of tensors, and their replacements.
     """
 
     config_class: type[PreTrainedConfig]
@@ -88,10 +88,10 @@ class Architecture:
         return self.config_class.model_type
 
     def head_of(self, class_name: str) -> Head:
-        """The head whose class is so called.
+        """Return the head whose class has this name.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no such head.
         """
         for head in self.heads:
             if head.theirs.__name__ == class_name:
@@ -100,10 +100,10 @@ class Architecture:
         raise ValueError(f"the class must be one of {known} in {self.name}; got {class_name!r}")
 
     def head_for(self, ours: type[FastformerPreTrainedModel]) -> Head:
-        """The head that computes what Fastformer's class does.
+        """Return the head that computes the same as Fastformer's class.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no such head.
         """
         for head in self.heads:
             if head.ours is ours:

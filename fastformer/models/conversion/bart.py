@@ -37,10 +37,10 @@ _FIELDS = {
     "attention_dropout": "attention_probs_dropout_prob",
     "activation_dropout": "activation_dropout",
 }
-# The end that is forced is generation's.
+# A forced end token matters only in generation.
 _WITHOUT_EFFECT = frozenset({"init_std", "use_cache", "classifier_dropout", "forced_eos_token_id"})
 _BUFFERS = (r"(model\.)?(encoder|decoder)\.version",)
-# Two rows stand before a table's first position.
+# A table has two extra rows before its first position.
 _FIRST_POSITION = 2
 
 

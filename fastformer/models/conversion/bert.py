@@ -1,7 +1,7 @@
 """BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019).
 
-transformers' RoBERTa knows padding by its token, Fastformer by the attention mask. Dropout before the dense layer of
-RoBERTa's classifier, which Fastformer's pooler does not have, is left out.
+transformers' RoBERTa recognises padding by its token, Fastformer by the attention mask. RoBERTa's classifier has
+dropout before its dense layer; Fastformer's pooler does not have it, so it is left out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FIELDS = {
 _WITHOUT_EFFECT = frozenset({"use_cache", "initializer_range"})
 _ABSOLUTE = {"position_embedding_type": "absolute"}
 _BUFFERS = (r".*embeddings\.(position_ids|token_type_ids)",)
-# Names in files that were made of TensorFlow's.
+# Names in files that were converted from TensorFlow.
 _RENAMED = {r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"}
 
 
@@ -63,10 +63,10 @@ def _tensors(config: FastformerConfig) -> Table:
     }
 
 
-# A base model may come without its pooler.
+# A base model may have been saved without its pooler.
 _NO_POOLER = {"pooler.dense.weight": {"pooler_act": "none"}}
 
-# Tied, the bias has both names; untied, `cls.predictions.bias` is not used.
+# If tied, the bias has both names; if untied, `cls.predictions.bias` is not used.
 _UNTIED: Table = {"mlm_head.decoder.bias": "cls.predictions.decoder.bias"}
 _MASKED_LM: Table = {
     "mlm_head.dense": "cls.predictions.transform.dense",
@@ -117,9 +117,9 @@ BERT = Architecture(
 
 
 def _first_position(pad_token_id: int | None) -> int:
-    """RoBERTa's positions begin behind the padding token's number, which is padding's own position."""
+    """The first position in RoBERTa, which follows the padding token's number; padding itself has that number."""
     if pad_token_id is None:
-        raise ValueError("pad_token_id must be a number in roberta, whose positions begin behind it; got None")
+        raise ValueError("pad_token_id must be a number in roberta, whose positions begin after it; got None")
     return pad_token_id + 1
 
 

@@ -1,4 +1,4 @@
-"""Configurations of other architectures as Fastformer's, and back, with nothing lost on the way."""
+"""Conversion of configurations of other architectures to Fastformer's, and back, without loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastformer.models.heads.question_answering import FastformerForQuestionAnsw
 from fastformer.models.heads.sequence_to_sequence import FastformerForSeq2SeqLM
 from fastformer.models.modeling import FastformerModel, FastformerPreTrainedModel
 
-# Fields of every configuration that pass as they are: tokens, labels and the like.
+# Fields of every configuration that are copied unchanged: tokens, labels and the like.
 _PASSED = (
     "bos_token_id",
     "eos_token_id",
@@ -52,10 +52,10 @@ _POOLED = (
 
 
 def read_config(architecture: Architecture, head: Head, config: PreTrainedConfig, names: Set[str]) -> FastformerConfig:
-    """The configuration of a Fastformer model that computes what a model of `head` with `config` does.
+    """Return the configuration of a Fastformer model that computes what a model of `head` with `config` computes.
 
     Args:
-        names: the checkpoint's tensors, which say what the configuration does not.
+        names: the checkpoint's tensors, which determine settings that the configuration does not have.
 
     Raises:
         ValueError: a field of `config` cannot be expressed; the message names it, its value and what is accepted.
@@ -80,7 +80,7 @@ def read_config(architecture: Architecture, head: Head, config: PreTrainedConfig
 
 
 def write_config(architecture: Architecture, head: Head, config: FastformerConfig, names: Set[str]) -> PreTrainedConfig:
-    """The configuration of a model of `head` that computes what a Fastformer model with `config` does.
+    """Return the configuration of a model of `head` that computes what a Fastformer model with `config` computes.
 
     Args:
         names: the tensors that the checkpoint will hold.
@@ -127,7 +127,7 @@ def _check_activation(architecture: Architecture, config: PreTrainedConfig) -> N
 def _write(architecture: Architecture, head: Head, config: FastformerConfig) -> PreTrainedConfig:
     declared = {field.name for field in dataclasses.fields(architecture.config_class)}
     passed = {name: getattr(config, name) for name in _PASSED}
-    # T5 does not declare where its decoder starts.
+    # T5 does not declare the start token of its decoder.
     values: Fields = {
         name: value
         for name, value in passed.items()
@@ -141,7 +141,7 @@ def _write(architecture: Architecture, head: Head, config: FastformerConfig) -> 
 
 
 def _effective(config: FastformerConfig, model: type[FastformerPreTrainedModel]) -> dict[str, Any]:
-    """What of `config` decides a number of a model of this class, each field in one spelling."""
+    """The fields of `config` that affect a number of a model of this class, each in one canonical form."""
     names = {field.name for field in dataclasses.fields(FastformerConfig)} - _OF_EVERY_CONFIG - set(_PASSED)
     values = {name: getattr(config, name) for name in names - _unused(config, model)}
     for name in ("embedding_scale", "logit_scale"):
@@ -162,8 +162,8 @@ def _effective(config: FastformerConfig, model: type[FastformerPreTrainedModel])
 
 
 def _unused(config: FastformerConfig, model: type[FastformerPreTrainedModel]) -> set[str]:
-    """The fields that a model of this class does not look at."""
-    # The window is in the windows that layer_types becomes; whether padding's embedding learns changes no output.
+    """The fields that a model of this class does not use."""
+    # The windows made from `layer_types` contain the sliding window. Learning padding's embedding changes no output.
     unused = {"sliding_window", "train_padding"}
     if config.stack != "encoder_decoder":
         unused |= {"num_decoder_layers"}

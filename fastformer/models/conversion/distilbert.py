@@ -1,6 +1,6 @@
 """DistilBERT (Sanh et al. 2019).
 
-Dropout before the span of an answer (``qa_dropout``), which Fastformer's head does not have, is left out.
+Dropout before the span of an answer (``qa_dropout``) is left out, since Fastformer's head does not have it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ DISTILBERT = Architecture(
         "attention_dropout": "attention_probs_dropout_prob",
         "activation": "hidden_act",
     },
-    # The table of sinusoidal positions is in the checkpoint like a learned one.
+    # The table of sinusoidal positions is in the checkpoint, like a learned one.
     without_effect=frozenset({"initializer_range", "sinusoidal_pos_embds", "qa_dropout", "seq_classif_dropout"}),
     tensors=_tensors,
     buffers=(r".*embeddings\.position_ids",),

@@ -1,4 +1,4 @@
-"""A model of another architecture as one of Fastformer's, and back, tensor by tensor."""
+"""Conversion of a model of another architecture to one of Fastformer's, and back, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Checkpoint:
     """A model that need not be in memory.
 
     Attributes:
-        model_class: its class, Fastformer's or Hugging Face's.
-        config: its configuration.
-        tensors: its parameters, a tied one once.
+        model_class: the model's class, Fastformer's or Hugging Face's.
+        config: the model's configuration.
+        tensors: the model's parameters; a tied one appears once.
     """
 
     model_class: type[PreTrainedModel]
@@ -38,16 +38,16 @@ class Checkpoint:
 def read_checkpoint(
     architecture: Architecture, head: Head, config: PreTrainedConfig, tensors: Tensors, drop: Sequence[str] = ()
 ) -> Checkpoint:
-    """Fastformer's model that computes what a model of `head` does.
+    """Return Fastformer's model that computes what a model of `head` computes.
 
     Args:
         config: Hugging Face's configuration.
-        tensors: of a checkpoint of the class, or of its `state_dict`.
-        drop: patterns, as of a shell, of tensors to leave out.
+        tensors: those of a checkpoint of the class, or of its `state_dict`.
+        drop: patterns, like a shell's, of tensors to leave out.
 
     Raises:
-        ValueError: the configuration has no counterpart, or tensors are missing, left over, of another shape, or no
-            copies where they must be; the message lists all of them.
+        ValueError: the configuration has no counterpart; or tensors are missing, left over, of another shape, or differ
+            from those they must copy. The message lists all of them.
     """
     problems = Problems()
     tensors = _canonical(architecture, head, tensors)
@@ -63,7 +63,7 @@ def read_checkpoint(
     tensors = _without_copies(architecture, _tied(architecture, head, own), tensors, expected, problems)
     tensors = _without_computed(architecture, own, tensors, problems)
     _compare(tensors.shapes, expected, architecture.buffers, problems)
-    problems.check(f"this is no whole checkpoint of {head.theirs.__name__}")
+    problems.check(f"this is not a complete checkpoint of {head.theirs.__name__}")
 
     def load(name: str) -> Tensor:
         place = places[name]
@@ -73,7 +73,7 @@ def read_checkpoint(
 
 
 def write_checkpoint(architecture: Architecture, checkpoint: Checkpoint) -> Checkpoint:
-    """The model of `architecture` that computes what Fastformer's does.
+    """Return the model of `architecture` that computes what Fastformer's model computes.
 
     Raises:
         ValueError: the architecture has no such head, or cannot express the model.
@@ -87,7 +87,7 @@ def write_checkpoint(architecture: Architecture, checkpoint: Checkpoint) -> Chec
     problems.check(f"{head.theirs.__name__} cannot express this model")
     shapes = _their_shapes(places, tensors.shapes, own)
     origins = {part: (name, index) for name, place in places.items() for index, part in enumerate(place.names)}
-    if not own.tie_word_embeddings:  # then transformers ties nothing, not even a decoder's words to its encoder's
+    if not own.tie_word_embeddings:  # transformers then ties nothing, not even a decoder's words to its encoder's
         copies = {copy: original for copy, original in architecture.copies.items() if original in shapes}
         shapes |= {copy: shapes[original] for copy, original in copies.items()}
         origins |= {copy: origins[original] for copy, original in copies.items()}
@@ -100,29 +100,29 @@ def write_checkpoint(architecture: Architecture, checkpoint: Checkpoint) -> Chec
 
 
 def own_checkpoint(model: FastformerPreTrainedModel) -> Checkpoint:
-    """A Fastformer model in memory."""
+    """Make a checkpoint of a Fastformer model in memory."""
     tied = _tied_names(model)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     return Checkpoint(type(model), model.config, Tensors.of(tensors))
 
 
 def check_own(checkpoint: Checkpoint) -> None:
-    """Raise ValueError listing what is missing, left over or of another shape in a checkpoint of Fastformer's."""
+    """Raise ValueError for tensors missing, left over or of another shape in a checkpoint of Fastformer."""
     problems = Problems()
     assert issubclass(checkpoint.model_class, FastformerPreTrainedModel)
     _compare(checkpoint.tensors.shapes, own_shapes(checkpoint.model_class, as_built(checkpoint)), (), problems)
-    problems.check(f"this is no whole checkpoint of {checkpoint.model_class.__name__}")
+    problems.check(f"this is not a complete checkpoint of {checkpoint.model_class.__name__}")
 
 
 def own_shapes(model_class: type[FastformerPreTrainedModel], config: FastformerConfig) -> dict[str, tuple[int, ...]]:
-    """The parameters that a checkpoint of a Fastformer model holds, in their order."""
+    """The shapes of the parameters in a checkpoint of a Fastformer model, in their order."""
     model = _skeleton(model_class, config)
     tied = _tied_names(model)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def as_built(checkpoint: Checkpoint) -> FastformerConfig:
-    """The configuration of a Fastformer model, with no pooler where it was made without one."""
+    """The configuration of a Fastformer model; without a pooler if the model was made without one."""
     config = checkpoint.config
     if checkpoint.model_class is FastformerModel and "pooler.dense.weight" not in checkpoint.tensors.shapes:
         config = deepcopy(config)
@@ -131,18 +131,18 @@ def as_built(checkpoint: Checkpoint) -> FastformerConfig:
 
 
 def _skeleton(model_class: type[FastformerPreTrainedModel], config: FastformerConfig) -> FastformerPreTrainedModel:
-    """The model without memory."""
+    """Make the model without memory for its parameters."""
     with torch.device("meta"):
         return model_class(config)
 
 
 def _tied_names(model: FastformerPreTrainedModel) -> Mapping[str, str]:
-    """Parameters that are others' copies, and these."""
+    """Map parameters that are copies to their originals."""
     return (model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
 
 
 def _place(architecture: Architecture, head: Head, config: FastformerConfig, name: str) -> Place | None:
-    """Where Fastformer's tensor `name` is found in a checkpoint of `head`."""
+    """The place of Fastformer's tensor `name` in a checkpoint of `head`."""
     untied = {} if config.tie_word_embeddings else head.untied
     if (place := find({**head.tensors, **untied}, name)) is not None:
         return place
@@ -155,14 +155,14 @@ def _place(architecture: Architecture, head: Head, config: FastformerConfig, nam
 
 
 def _is_base(head: Head) -> bool:
-    """Whether the head is none: its tensors are the base model's."""
+    """Whether the class has no head, so that its tensors are the base model's."""
     return not head.tensors
 
 
 def _places(
     architecture: Architecture, head: Head, config: FastformerConfig, problems: Problems
 ) -> tuple[dict[str, Place], dict[str, tuple[int, ...]]]:
-    """Where each of Fastformer's tensors is found, and their shapes."""
+    """The places of Fastformer's tensors in the checkpoint, and the tensors' shapes."""
     shapes = own_shapes(head.ours, config)
     found = {name: _place(architecture, head, config, name) for name in shapes}
     problems.add("no counterpart of", [name for name, place in found.items() if place is None])
@@ -172,7 +172,7 @@ def _places(
 def _their_shapes(
     places: Mapping[str, Place], shapes: Mapping[str, tuple[int, ...]], config: FastformerConfig
 ) -> dict[str, tuple[int, ...]]:
-    """The tensors that a checkpoint of theirs holds."""
+    """The shapes of the tensors in a checkpoint of the other architecture."""
     theirs: dict[str, tuple[int, ...]] = {}
     for name, place in places.items():
         parts = place.source.write(torch.empty(shapes[name], device="meta"), config)
@@ -181,7 +181,7 @@ def _their_shapes(
 
 
 def _tied(architecture: Architecture, head: Head, config: FastformerConfig) -> dict[str, str]:
-    """Their names of tied parameters that may be in a checkpoint beside what they are copies of."""
+    """Their names of tied parameters that a checkpoint may hold, mapped to the originals."""
     copies = {}
     if config.tie_word_embeddings:
         for copy, original in (head.ours._tied_weights_keys or {}).items():
@@ -192,7 +192,7 @@ def _tied(architecture: Architecture, head: Head, config: FastformerConfig) -> d
 
 
 def _is_untied(architecture: Architecture, head: Head, config: FastformerConfig, tensors: Tensors) -> bool:
-    """Whether a checkpoint that says that parameters are tied holds different ones, as T5 1.1's do."""
+    """Whether a checkpoint has different parameters although its configuration ties them, as T5 1.1 has."""
     return any(
         {copy, original} <= tensors.shapes.keys() and not _equal(tensors.load(copy), tensors.load(original))
         for copy, original in _tied(architecture, head, config).items()
@@ -204,7 +204,7 @@ def _equal(first: Tensor, second: Tensor) -> bool:
 
 
 def _canonical(architecture: Architecture, head: Head, tensors: Tensors) -> Tensors:
-    """`tensors` under the names of the tables; those of a class with a head, without its prefix for a base model."""
+    """Rename `tensors` to the names of the tables; a base model read from a class with a head loses its prefix."""
     prefixes = {other.prefix for other in architecture.heads if other.prefix} if _is_base(head) else set()
     found = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in tensors.shapes)]
 
@@ -219,7 +219,7 @@ def _canonical(architecture: Architecture, head: Head, tensors: Tensors) -> Tens
 
 
 def _with_prefix(architecture: Architecture, head: Head, config: FastformerConfig, tensors: Tensors) -> Tensors:
-    """`tensors` with the prefix of the head's base model, where the checkpoint is a base model's and has none."""
+    """Add the prefix of the head's base model to `tensors` if the checkpoint is a base model's and has none."""
     if any(name.startswith(head.prefix) for name in tensors.shapes):
         return tensors
     places, _ = _places(architecture, head, config, Problems())
@@ -228,7 +228,7 @@ def _with_prefix(architecture: Architecture, head: Head, config: FastformerConfi
 
 
 def _without(tensors: Tensors, drop: Iterable[str]) -> tuple[Tensors, list[str]]:
-    """`tensors` without those to drop, and the patterns that match none."""
+    """Leave out the tensors to drop; also return the patterns that match no tensor."""
     matched = {pattern: [name for name in tensors.shapes if fnmatchcase(name, pattern)] for pattern in drop}
     dropped = {name for names in matched.values() for name in names}
     return tensors.without(dropped), [pattern for pattern, names in matched.items() if not names]
@@ -241,7 +241,7 @@ def _without_copies(
     expected: Mapping[str, Any],
     problems: Problems,
 ) -> Tensors:
-    """`tensors` without copies, or with one in its original's place."""
+    """Leave out copies; a copy takes the place of a missing original."""
     stand_ins: dict[str, str] = {}
     copies: set[str] = set()
     for copy, original in {**architecture.copies, **tied}.items():
@@ -253,18 +253,18 @@ def _without_copies(
         copies.add(copy)
         stood_in = next((name for name, place in stand_ins.items() if place == original), original)
         if not _equal(tensors.load(copy), tensors.load(stood_in)):
-            problems.add("no copy, as it must be:", [f"{copy} of {original}"])
+            problems.add("not a copy, as it must be:", [f"{copy} of {original}"])
     return tensors.without(copies).renamed(lambda name: stand_ins.get(name, name))
 
 
 def _without_computed(
     architecture: Architecture, config: FastformerConfig, tensors: Tensors, problems: Problems
 ) -> Tensors:
-    """`tensors` without those that Fastformer computes, once they are found to be the same."""
+    """Leave out tensors that Fastformer computes itself, after a check that they are equal."""
     computed = {name: value for name, value in architecture.computed(config).items() if name in tensors.shapes}
     for name, value in computed.items():
         given = tensors.load(name)
-        tolerance = max(1e-5, 2 * torch.finfo(given.dtype).eps)  # two ways to compute angles in float32; a rounding
+        tolerance = max(1e-5, 2 * torch.finfo(given.dtype).eps)  # rounding, and two ways to compute angles in float32
         if given.shape != value.shape or not torch.allclose(given.float(), value, rtol=0.0, atol=tolerance):
             problems.add("not what Fastformer computes:", [name])
     return tensors.without(computed)

@@ -1,4 +1,4 @@
-"""Files of checkpoints: JSON, and tensors in safetensors, one file or shards with an index, as Hugging Face saves."""
+"""Files of checkpoints: JSON, and safetensors in one file or in shards with an index, as Hugging Face saves them."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file.
+    """Read the JSON object in a file.
 
     Raises:
-        ValueError: there is none; the message names the file.
+        ValueError: the file has none; the message names the file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged or cut short: {error}") from error
     except RecursionError:
-        raise ValueError(f"{path} has lists or objects within each other, deeper than can be read") from None
+        raise ValueError(f"{path} has lists or objects nested too deep to be read") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(content).__name__}")
     return content
 
 
 def read_tensors(folder: Path) -> Tensors:
-    """The tensors of the model in `folder`, each read when it is asked for.
+    """Open the tensors of the model in `folder`; each is read when it is needed.
 
     Raises:
-        FileNotFoundError: there are none, or only pickled ones.
-        ValueError: a file is damaged, cut short or missing, or does not hold what the index says.
+        FileNotFoundError: there are no weights, or only pickled ones.
+        ValueError: a file is damaged, cut short or missing, or does not match the index.
     """
     if (folder / _FILE).exists():
         return _read_files(folder, {_FILE: None})
@@ -60,7 +60,7 @@ def read_tensors(folder: Path) -> Tensors:
 
 
 def _read_files(folder: Path, files: dict[str, set[str] | None]) -> Tensors:
-    """The tensors of files, each of which must hold those named, or may hold any."""
+    """Open the tensors of files; each file must hold exactly the given names, or any names for None."""
     problems = Problems()
     shapes: dict[str, tuple[int, ...]] = {}
     holders = {}
@@ -70,21 +70,21 @@ def _read_files(folder: Path, files: dict[str, set[str] | None]) -> Tensors:
         except FileNotFoundError:
             problems.add("missing", [file])
             continue
-        except (SafetensorError, OSError) as error:  # the latter: a folder
+        except (SafetensorError, OSError) as error:  # OSError: the path is a folder
             problems.add("damaged or cut short:", [f"{file} ({error})"])
             continue
         names = set(opened.keys())
         problems.add(f"{file} lacks", (expected or set()) - names)
-        problems.add(f"the index lacks, of {file},", set() if expected is None else names - expected)
+        problems.add(f"the index does not list, of {file},", set() if expected is None else names - expected)
         for name in opened.keys():  # noqa: SIM118 (not a mapping)
             shapes[name] = tuple(opened.get_slice(name).get_shape())
             holders[name] = opened
-    problems.check(f"{folder} holds no whole checkpoint")
+    problems.check(f"{folder} does not hold a complete checkpoint")
     return Tensors(shapes, lambda name: finite(name, holders[name].get_tensor(name)))
 
 
 def write_tensors(folder: Path, tensors: Tensors, shard_bytes: int, advance: Callable[[], None]) -> None:
-    """Write `tensors` into `folder` in files of at most `shard_bytes`, one of which is in memory at a time.
+    """Write `tensors` into `folder` in files of at most `shard_bytes`; only one file's tensors are in memory at a time.
 
     Args:
         advance: called after each tensor.

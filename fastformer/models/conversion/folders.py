@@ -1,4 +1,4 @@
-"""Checkpoints in folders: from one architecture's to another's, a tensor at a time."""
+"""Conversion of checkpoints in folders from one architecture to another, a tensor at a time."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from fastformer.models.modeling import FastformerPreTrainedModel
 
 FASTFORMER, TENSORFLOW = FastformerConfig.model_type, "tensorflow-bert"
 FORMATS = (FASTFORMER, *ARCHITECTURES, TENSORFLOW)
-"""What a checkpoint can become."""
+"""The formats that a checkpoint can be converted to."""
 
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
-# What pipelines need beside the model: tokenizers, processors of images, how to generate.
+# Files that pipelines need in addition to the model: tokenizers, image processors, generation settings.
 _COMPANIONS = (
     _GENERATION,
     _TOKENIZER,
@@ -55,13 +55,13 @@ _COMPANIONS = (
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted.
+    """A summary of a conversion.
 
     Attributes:
-        source_format, target_format: of `FORMATS`.
-        source_class, target_class: of the models.
-        tensors, parameters: how many were written.
-        companions: files that travelled along.
+        source_format, target_format: two of `FORMATS`.
+        source_class, target_class: the classes of the models.
+        tensors, parameters: the numbers of tensors and parameters written.
+        companions: other files that were copied or written.
     """
 
     source_format: str
@@ -83,22 +83,24 @@ def convert(
     shard_bytes: int = 5 * 10**9,
     progress: Callable[[int], Callable[[], None]] = lambda total: lambda: None,
 ) -> Conversion:
-    """Convert the checkpoint in the folder `source` into the new folder `target`, which is whole or absent.
+    """Convert the checkpoint in the folder `source` into the new folder `target`.
+
+    `target` is complete, or does not exist.
 
     Args:
-        to: what the checkpoint becomes, one of `FORMATS`; None for Fastformer's format.
-        class_name: the class whose checkpoint it is, where its configuration does not say, or says otherwise.
-        drop: patterns, as of a shell, of tensors to leave out.
-        shard_bytes: the most that one file of weights holds, and the memory that is used.
-        progress: takes the number of tensors, and returns what is called after each.
+        to: the format to convert to, one of `FORMATS`; None for Fastformer's format.
+        class_name: the class of the checkpoint, if its configuration does not name it or names another one.
+        drop: patterns, like a shell's, of tensors to leave out.
+        shard_bytes: the most bytes in one file of weights, and the most memory used.
+        progress: takes the number of tensors, and returns a function that is called after each.
 
     Raises:
-        FileNotFoundError, FileExistsError: `source` is no checkpoint's folder, or `target` exists.
-        ValueError: the checkpoint is unknown, damaged or not whole, or cannot be expressed; the message lists why.
+        FileNotFoundError, FileExistsError: `source` is not a checkpoint's folder, or `target` exists.
+        ValueError: the checkpoint is unknown, damaged or incomplete, or cannot be expressed; the message lists why.
     """
     try:
         return _convert(source, target, to or FASTFORMER, class_name, drop, shard_bytes, progress)
-    except (ValueError, StrictDataclassError) as error:  # the latter: a configuration's field of a wrong type
+    except (ValueError, StrictDataclassError) as error:  # StrictDataclassError: a configuration's field of a wrong type
         if isinstance(error, ValueError) and str(source) in str(error):
             raise
         raise ValueError(f"{source}: {error}") from error
@@ -114,9 +116,9 @@ def _convert(
     progress: Callable[[int], Callable[[], None]],
 ) -> Conversion:
     if not source.is_dir():
-        raise FileNotFoundError(f"{source} is no folder; give one that holds a checkpoint")
+        raise FileNotFoundError(f"{source} is not a folder; give one that holds a checkpoint")
     if target.exists():
-        raise FileExistsError(f"{target} exists already; give a folder that does not")
+        raise FileExistsError(f"{target} already exists; give a folder that does not exist")
     if to not in FORMATS:
         raise ValueError(f"the format must be one of {', '.join(FORMATS)}; got {to!r}")
     check_tokenizer(source)
@@ -125,7 +127,7 @@ def _convert(
         given = _read(source, class_name, drop, Path(scratch))
         if given.format == to:
             others = ", ".join(name for name in FORMATS if name != to)
-            raise ValueError(f"{source} is in the format {to} already; name another with --to, one of {others}")
+            raise ValueError(f"{source} already has the format {to}; name another with --to, one of {others}")
         converted = given.own if to == FASTFORMER else write_checkpoint(_architecture(to), given.own)
         with atomic_folder(target) as folder:
             _write(converted, to, folder, shard_bytes, progress(len(converted.tensors.shapes)), Path(scratch))
@@ -146,7 +148,7 @@ def _convert(
 
 @dataclass(frozen=True)
 class _Source:
-    """A checkpoint as it was found, and as Fastformer's."""
+    """A checkpoint as found, and the same as Fastformer's."""
 
     format: str
     class_name: str
@@ -161,13 +163,13 @@ def _read(source: Path, class_name: str | None, drop: Sequence[str], scratch: Pa
         head = BERT.head_of(class_name or found)
         return _Source(TENSORFLOW, head.theirs.__name__, config, read_checkpoint(BERT, head, config, tensors, drop))
     if not (source / _CONFIG).is_file():
-        raise FileNotFoundError(f"{source} has no {_CONFIG}: it holds no checkpoint of Hugging Face's or Fastformer's")
+        raise FileNotFoundError(f"{source} has no {_CONFIG}: it is not a checkpoint of Hugging Face's or Fastformer's")
     fields = read_json(source / _CONFIG)
     if "quantization_config" in fields:
         raise ValueError("quantization_config must be absent: quantised weights are not converted")
     if fields.get("model_type") == FASTFORMER:
         if drop:
-            raise ValueError("tensors to drop are for checkpoints of other architectures; this is Fastformer's")
+            raise ValueError("only tensors of other architectures can be dropped; this checkpoint is Fastformer's")
         own = _read_own(source, class_name or _named_class(source, fields))
         return _Source(FASTFORMER, own.model_class.__name__, own.config, own)
     architecture, head = _find_head(source, fields, class_name)
@@ -191,7 +193,7 @@ def _named_class(source: Path, fields: dict[str, Any]) -> str:
     named = fields.get("architectures")
     if not isinstance(named, list) or len(named) != 1:
         raise ValueError(
-            f"architectures in {source / _CONFIG} must name one class; got {named}; give the class yourself"
+            f"architectures in {source / _CONFIG} must name one class; got {named}; name the class yourself"
         )
     return named[0]
 
@@ -225,7 +227,7 @@ def _write(
 
 
 def _companions(source: Path) -> set[Path]:
-    """What travels along; raises ValueError where it is JSON and damaged."""
+    """Return the other files to copy; raise ValueError if one is damaged JSON."""
     found = {path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}
     for path in found:
         if path.suffix == ".json":
@@ -236,7 +238,7 @@ def _companions(source: Path) -> set[Path]:
 def _make_companions(
     source: Path, given: _Source, converted: Checkpoint, to: str, folder: Path, copied: Set[str]
 ) -> set[str]:
-    """Write what would otherwise be read from the old configuration, or be missing; the names of it."""
+    """Write files whose content the old configuration implied or that are missing; return their names."""
     made = set()
     if to == TENSORFLOW:
         if "vocab.txt" not in copied and _write_vocabulary(source / "tokenizer.json", folder / "vocab.txt"):
@@ -251,7 +253,7 @@ def _make_companions(
 
 
 def _name_tokenizer(source: Path, given: _Source, folder: Path) -> set[str]:
-    """Write the tokenizer's class where the old configuration's type implied it."""
+    """Write the tokenizer's class if only the old configuration's type implied it."""
     file = folder / _TOKENIZER
     fields = read_json(file) if file.exists() else {}
     model_type = BERT.name if given.format == TENSORFLOW else given.format
@@ -261,14 +263,14 @@ def _name_tokenizer(source: Path, given: _Source, folder: Path) -> set[str]:
     fields["tokenizer_class"] = implied
     if given.format == TENSORFLOW and "do_lower_case" not in fields:
         words = (source / "vocab.txt").read_text(encoding="utf-8").split()
-        # The format does not say; a vocabulary without a capital letter is of lower-cased text.
+        # The format does not record it; a vocabulary without a capital letter is for lower-cased text.
         fields["do_lower_case"] = all(word == word.lower() or word.startswith("[") for word in words)
     file.write_text(json.dumps(fields, indent=2) + "\n")
     return {_TOKENIZER}
 
 
 def _write_vocabulary(tokenizer: Path, file: Path) -> bool:
-    """Write a WordPiece tokenizer's vocabulary a word a line; whether it is one."""
+    """Write a WordPiece tokenizer's vocabulary, one word a line; return whether it is a WordPiece tokenizer."""
     model = read_json(tokenizer).get("model", {}) if tokenizer.exists() else {}
     if model.get("type") != "WordPiece":
         return False

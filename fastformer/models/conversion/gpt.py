@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019), and GPT-Neo (Black et al. 2021), which alternates full and local attention as GPT-3."""
+"""GPT-2 (Radford et al. 2019) and GPT-Neo (Black et al. 2021), which like GPT-3 alternates full and local attention."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ GPT2 = Architecture(
     read=_read_gpt2,
     write=_write_gpt2,
     translated=frozenset({"n_inner", "scale_attn_weights"}),
-    # Summaries are those of a class that is not here; attention is computed in float32 in any case.
+    # Summaries belong to a class that is not supported here; attention is computed in float32 in any case.
     without_effect=frozenset(
         {
             "initializer_range",

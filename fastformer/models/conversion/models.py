@@ -1,4 +1,4 @@
-"""Models of other architectures in memory."""
+"""Conversion of models of other architectures in memory."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from fastformer.models.modeling import FastformerPreTrainedModel
 
 _KNOWN = (BERT, ROBERTA, DISTILBERT, GPT2, GPT_NEO, LLAMA, QWEN2, QWEN3, MISTRAL, T5, BART, MBART, MARIAN, VIT)
 ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _KNOWN}
-"""By Hugging Face's model type."""
+"""All architectures, by Hugging Face's model type."""
 
 
 def architecture_of(name: str) -> Architecture:
-    """The architecture that Hugging Face calls so.
+    """Return the architecture with Hugging Face's name `name`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such architecture.
     """
     if name not in ARCHITECTURES:
         raise ValueError(f"the architecture must be one of {', '.join(ARCHITECTURES)}; got {name!r}")
@@ -37,15 +37,15 @@ def architecture_of(name: str) -> Architecture:
 
 
 def from_hugging_face(model: PreTrainedModel) -> FastformerPreTrainedModel:
-    """The Fastformer model that computes what a Hugging Face model does, on its device, with copies of its weights.
+    """Return the Fastformer model that computes what a Hugging Face model computes, with copies of its weights.
 
-    It is in evaluation mode.
+    It is on the same device, in evaluation mode.
 
     Args:
-        model: of one of the classes in `ARCHITECTURES`. ``fastformer convert`` converts a folder.
+        model: a model of one of the classes in `ARCHITECTURES`. ``fastformer convert`` converts a folder.
 
     Raises:
-        ValueError: Fastformer has no such architecture or class, or lacks what the model's configuration asks for; the
+        ValueError: Fastformer has no such architecture or class, or does not support a setting of the model; the
             message names it.
 
     >>> model = from_hugging_face(transformers.GPT2LMHeadModel.from_pretrained("gpt2"))
@@ -61,9 +61,9 @@ def from_hugging_face(model: PreTrainedModel) -> FastformerPreTrainedModel:
 
 
 def to_hugging_face(model: FastformerPreTrainedModel, architecture: str) -> PreTrainedModel:
-    """The Hugging Face model that computes what a Fastformer model does, on its device, with copies of its weights.
+    """Return the Hugging Face model that computes what a Fastformer model computes, with copies of its weights.
 
-    It is in evaluation mode.
+    It is on the same device, in evaluation mode.
 
     Args:
         architecture: Hugging Face's model type, one of `ARCHITECTURES`.
@@ -81,7 +81,7 @@ def to_hugging_face(model: FastformerPreTrainedModel, architecture: str) -> PreT
 
 
 def build(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model in the CPU's memory, wherever the tensors are."""
+    """Build the model in the CPU's memory, wherever the tensors are."""
     tensors = {name: checkpoint.tensors.load(name).clone() for name in checkpoint.tensors.shapes}
     config = deepcopy(checkpoint.config)
     config.dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)

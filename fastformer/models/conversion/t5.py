@@ -1,6 +1,6 @@
 """T5 (Raffel et al. 2020): version 1.0, and 1.1 with its gated feed-forward network and untied output.
 
-Dropout behind the last norm, which Fastformer's stacks do not have, is left out.
+Dropout after the last norm is left out, since Fastformer's stacks do not have it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _write(config: FastformerConfig) -> dict[str, Any]:
         "d_kv": config.size_per_head,
         "num_decoder_layers": config.num_decoder_layers or config.num_hidden_layers,
         "feed_forward_proj": f"gated-{activation}" if config.gated else activation,
-        # T5Config's way to say that the output is not scaled; the output is untied if its tensor differs.
+        # T5Config's sign that the output is not scaled; the output is untied if its tensor differs.
         "tie_word_embeddings": config.logit_scale != 1.0,
     }
 
@@ -104,7 +104,7 @@ T5 = Architecture(
     read=_read,
     write=_write,
     translated=frozenset({"num_decoder_layers", "feed_forward_proj"}),
-    # Whether there is a decoder says the class.
+    # The class determines whether there is a decoder.
     without_effect=frozenset(
         {"initializer_factor", "use_cache", "is_encoder_decoder", "is_decoder", "classifier_dropout"}
     ),

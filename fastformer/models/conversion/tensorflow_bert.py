@@ -1,6 +1,6 @@
 """BERT in its first format: a TensorFlow checkpoint, ``bert_config.json`` and ``vocab.txt`` (Devlin et al. 2019).
 
-TensorFlow runs in a process of its own, which exchanges tensors with this one through a safetensors file.
+TensorFlow runs in a separate process, which exchanges tensors with this one through a safetensors file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastformer.models.conversion.files import read_json
 from fastformer.models.conversion.tensors import Tensors
 
 CONFIG_FILE, _CHECKPOINT = "bert_config.json", "bert_model.ckpt"
-# What training keeps beside the weights.
+# Tensors that training saves in addition to the weights.
 _OPTIMIZER = re.compile(r"global_step|.*/adam_[mv]")
 _CONFIG_FIELDS = (
     "attention_probs_dropout_prob",
@@ -43,7 +43,7 @@ _CONFIG_FIELDS = (
     "type_vocab_size",
     "vocab_size",
 )
-# Theirs in Hugging Face's checkpoints and in TensorFlow's, where they are not alike.
+# Names of the heads' tensors in Hugging Face's checkpoints and in TensorFlow's, where they differ.
 _HEADS = {
     "cls.predictions.bias": "cls/predictions/output_bias",
     "cls.seq_relationship.weight": "cls/seq_relationship/output_weights",
@@ -54,7 +54,7 @@ _HEADS = {
     "classifier.bias": "output_bias",
 }
 _HUGGING_FACES = {theirs: ours for ours, theirs in _HEADS.items()}
-# Classes that the format has, each known by its last tensor.
+# The classes that the format has; each is recognised by its last tensor.
 _CLASSES = {
     "cls.seq_relationship.bias": BertForPreTraining,
     "cls.predictions.bias": BertForMaskedLM,
@@ -70,7 +70,7 @@ def is_tensorflow(folder: Path) -> bool:
 
 
 def read_tensorflow(folder: Path, scratch: Path) -> tuple[BertConfig, str, Tensors]:
-    """The configuration, the name of the class and the tensors of Hugging Face's that the checkpoint amounts to.
+    """Return the checkpoint's configuration, the name of its class and its tensors, all in Hugging Face's form.
 
     Args:
         scratch: an empty folder, which must stay as long as the tensors are read.
@@ -80,7 +80,7 @@ def read_tensorflow(folder: Path, scratch: Path) -> tuple[BertConfig, str, Tenso
     """
     given = read_json(folder / CONFIG_FILE)
     if unknown := sorted(given.keys() - set(_CONFIG_FIELDS)):
-        raise ValueError(f"{CONFIG_FILE} must have {', '.join(_CONFIG_FIELDS)} alone; got {', '.join(unknown)}")
+        raise ValueError(f"{CONFIG_FILE} must have only {', '.join(_CONFIG_FIELDS)}; got {', '.join(unknown)}")
     indices = sorted(folder.glob("*.index"))
     if len(indices) != 1:
         found = ", ".join(path.name for path in indices) or "none"
@@ -120,7 +120,7 @@ def write_tensorflow(folder: Path, config: BertConfig, class_name: str, tensors:
 
 
 def hugging_face_name(name: str) -> str:
-    """Hugging Face's name of TensorFlow's tensor `name`."""
+    """Return Hugging Face's name of TensorFlow's tensor `name`."""
     if name in _HUGGING_FACES:
         return _HUGGING_FACES[name]
     name = re.sub(r"layer_(\d+)", r"layer.\1", name).replace("/", ".")
@@ -129,7 +129,7 @@ def hugging_face_name(name: str) -> str:
 
 
 def tensorflow_name(name: str) -> str:
-    """TensorFlow's name of Hugging Face's tensor `name`."""
+    """Return TensorFlow's name of Hugging Face's tensor `name`."""
     if name in _HEADS:
         return _HEADS[name]
     name = re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", re.sub(r"LayerNorm\.bias$", "LayerNorm.beta", name))

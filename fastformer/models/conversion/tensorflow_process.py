@@ -1,4 +1,4 @@
-"""Tensors between a TensorFlow checkpoint and a safetensors file, in a process that has TensorFlow and no PyTorch.
+"""Transfer of tensors between a TensorFlow checkpoint and a safetensors file, in a process without PyTorch.
 
 Run as a program: ``tensorflow_process.py read PREFIX FILE`` or ``tensorflow_process.py write PREFIX FILE``.
 """
@@ -11,10 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 
 def main(action: str, prefix: str, file: str) -> None:
-    """Write the checkpoint's tensors into the file, or the file's into the checkpoint."""
+    """Write the checkpoint's tensors into the file, or the file's tensors into the checkpoint."""
     if action == "read":
         reader = tf.train.load_checkpoint(prefix)
-        # A tensor without dimensions comes as a number.
+        # TensorFlow returns a tensor without dimensions as a number.
         save_file({name: np.asarray(reader.get_tensor(name)) for name in reader.get_variable_to_shape_map()}, file)
     else:
         tensors = load_file(file)

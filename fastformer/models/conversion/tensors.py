@@ -1,4 +1,4 @@
-"""How one tensor of Fastformer's is made of another architecture's, and these of it again."""
+"""Rules for how a tensor of Fastformer's is made of another architecture's tensors, and the reverse."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastformer.models.finite import finite
 
 @dataclass(frozen=True)
 class Tensors:
-    """A checkpoint's tensors by name, each read when it is asked for.
+    """A checkpoint's tensors by name, each read when it is needed.
 
     Attributes:
-        shapes: of each.
-        load: reads one, and raises ValueError where it is not finite.
+        shapes: the shape of each tensor.
+        load: reads one tensor, and raises ValueError if it is not finite.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -27,19 +27,19 @@ class Tensors:
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> Tensors:
-        """Those of a state_dict."""
+        """Make them from a state_dict."""
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         return Tensors(shapes, lambda name: finite(name, tensors[name]))
 
     def without(self, names: Container[str]) -> Tensors:
-        """The others."""
+        """Return the tensors without `names`."""
         return Tensors({name: shape for name, shape in self.shapes.items() if name not in names}, self.load)
 
     def renamed(self, rename: Callable[[str], str]) -> Tensors:
-        """The same tensors under other names.
+        """Return the same tensors under other names.
 
         Raises:
-            ValueError: two get the same name.
+            ValueError: two tensors get the same name.
         """
         originals: dict[str, str] = {}
         for name in self.shapes:
@@ -54,7 +54,7 @@ class Same:
     """The tensor itself.
 
     Attributes:
-        name: of a module, its weight and bias, or of a tensor; ``*`` stands for the number of the block.
+        name: the name of a tensor, or of a module for its weight and bias; ``*`` stands for the number of the block.
     """
 
     name: str
@@ -64,17 +64,17 @@ class Same:
         return (self.name,)
 
     def read(self, parts: Sequence[Tensor]) -> Tensor:
-        """Fastformer's tensor from the parts."""
+        """Make Fastformer's tensor from the parts."""
         return parts[0]
 
     def write(self, tensor: Tensor, config: FastformerConfig) -> list[Tensor]:
-        """The parts of Fastformer's tensor."""
+        """Make the parts from Fastformer's tensor."""
         return [tensor]
 
 
 @dataclass(frozen=True)
 class Transposed(Same):
-    """A weight that is multiplied from the right (GPT-2's Conv1D); a bias stays."""
+    """A weight stored transposed, for products from the right (GPT-2's Conv1D); a bias is unchanged."""
 
     def read(self, parts: Sequence[Tensor]) -> Tensor:
         return parts[0].T
@@ -85,7 +85,7 @@ class Transposed(Same):
 
 @dataclass(frozen=True)
 class LaterRows(Same):
-    """A table of positions whose first rows belong to no position; they are zeros when written."""
+    """A table of positions whose first rows belong to no position; they are written as zeros."""
 
     first: int = 0
 
@@ -98,7 +98,7 @@ class LaterRows(Same):
 
 @dataclass(frozen=True)
 class Broadcast(Same):
-    """A tensor kept with leading dimensions of size 1."""
+    """A tensor stored with leading dimensions of size 1."""
 
     dimensions: int = 1
 
@@ -111,10 +111,10 @@ class Broadcast(Same):
 
 @dataclass(frozen=True)
 class Joined:
-    """Projections one after the other: of queries, keys and values, or of keys and values.
+    """A projection joined from several: of queries, keys and values, or of keys and values.
 
     Attributes:
-        names: theirs.
+        names: the names of the parts.
     """
 
     names: tuple[str, ...]
@@ -129,16 +129,16 @@ class Joined:
 
 Source = Same | Joined
 Table = Mapping[str, Source | str | tuple[str, ...]]
-"""Fastformer's module or tensor: its source; a name is `Same`, several are `Joined`."""
+"""A map from Fastformer's modules or tensors to their sources; a name means `Same`, several mean `Joined`."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor of Fastformer's is found.
+    """The source of one tensor of Fastformer's.
 
     Attributes:
         names: the tensors that it is made of.
-        source: how.
+        source: the rule that makes it.
     """
 
     names: tuple[str, ...]
@@ -149,7 +149,7 @@ class Place:
 
 
 def find(table: Table, name: str) -> Place | None:
-    """The place of Fastformer's tensor `name`; None if the table has none."""
+    """Return the place of Fastformer's tensor `name`; None if the table has none."""
     module, _, kind = name.rpartition(".")
     for pattern, entry in table.items():
         for subject, suffix in ((name, ""), (module, f".{kind}")):
@@ -168,7 +168,7 @@ def find(table: Table, name: str) -> Place | None:
 
 @dataclass
 class Problems:
-    """What is wrong with a checkpoint, gathered to be told at once."""
+    """The faults of a checkpoint, collected so that one error lists all."""
 
     found: list[str] = field(default_factory=list)
 
@@ -176,6 +176,6 @@ class Problems:
         self.found += [f"{kind} {name}" for name in sorted(names)]  # type: ignore[call-overload]
 
     def check(self, what: str) -> None:
-        """Raise ValueError if anything was found."""
+        """Raise ValueError if any fault was found."""
         if self.found:
             raise ValueError(f"{what}: {'; '.join(self.found)}")

@@ -32,10 +32,10 @@ def _tensors(config: FastformerConfig) -> Table:
 
 
 def _side(name: str, size: int | list[int] | tuple[int, int]) -> int:
-    """The side of a square."""
+    """Return the side of a square."""
     sides = [size] if isinstance(size, int) else list(size)
     if len(set(sides)) != 1:
-        raise ValueError(f"{name} must be a square's; got {size}")
+        raise ValueError(f"{name} must be square; got {size}")
     return sides[0]
 
 
@@ -50,7 +50,7 @@ def _write(config: FastformerConfig) -> dict[str, Any]:
     return {
         "image_size": config.image_size,
         "patch_size": config.patch_size,
-        # Whether there is a pooler say the tensors.
+        # The tensors determine whether there is a pooler.
         "pooler_act": "tanh" if config.pooler_act == "none" else config.pooler_act,
     }
 
@@ -80,7 +80,7 @@ VIT = Architecture(
     translated=frozenset({"image_size", "patch_size"}),
     without_effect=frozenset({"initializer_range", "encoder_stride", "pooler_act"}),
     tensors=_tensors,
-    # transformers 5 has these names in memory, and the old ones in its files.
+    # transformers 5 has these names in memory, and the old names in its files.
     renamed={
         r"^((?:vit\.)?)layers\.": r"\1encoder.layer.",
         r"\.attention\.q_proj\.": ".attention.attention.query.",

@@ -1,1 +1,1 @@
-"""The Transformer with a head for each task."""
+"""Models with a head for each task."""

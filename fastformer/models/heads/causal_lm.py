@@ -1,4 +1,4 @@
-"""Causal language modelling, and generation by Hugging Face's `generate`."""
+"""Causal language modelling, with generation by Hugging Face's `generate`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from fastformer.models.modeling import (
 
 
 class GenerativeModel(FastformerPreTrainedModel, GenerationMixin):
-    """What causal and sequence-to-sequence models share: the projection to the vocabulary, and Hugging Face's
-    `generate`."""
+    """The base of causal and sequence-to-sequence models: the projection to the vocabulary, and `generate`."""
 
     lm_head: nn.Linear
 
@@ -44,9 +43,9 @@ class GenerativeModel(FastformerPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **_: Any,
     ) -> torch.Tensor | None:
-        """Hugging Face's hook for static caches: the mask stays one value a token; attention knows the rest.
+        """Hugging Face's hook for static caches: keep the mask as one value for each token; attention does the rest.
 
-        It is as long as the cache from the first token on: a mask that grows would be compiled and recorded anew.
+        It has the cache's length from the first token on: a growing mask would be compiled and recorded again.
         """
         cache = past_key_values if cache is None else cache
         if attention_mask is None or cache is None:
@@ -56,12 +55,12 @@ class GenerativeModel(FastformerPreTrainedModel, GenerationMixin):
         return F.pad(attention_mask, (0, max(0, longest - attention_mask.shape[1])), value=1)
 
     def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The input of `lm_head`."""
+        """Scale the hidden states for `lm_head`."""
         return hidden if self.config.logit_scale == 1.0 else hidden * self.config.logit_scale
 
 
 class FastformerForCausalLM(GenerativeModel):
-    """A decoder that predicts each next token."""
+    """A decoder that predicts the next token at each token."""
 
     _stacks = ("decoder",)
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word.weight"}  # noqa: RUF012
@@ -88,13 +87,14 @@ class FastformerForCausalLM(GenerativeModel):
         return_logits: bool | None = None,
         **options: Unpack[ModelOptions],
     ) -> CausalLMOutputWithPast:
-        """Loss and logits; inputs dense or packed, and caches, as in `FastformerModel.forward`.
+        """Return loss and logits; inputs dense or packed, and caches, are as in `FastformerModel.forward`.
 
         Args:
-            labels: like input_ids, int64, -100 where nothing is to be predicted; each is predicted from the tokens
-                before it in its sequence. Not together with a cache.
-            logits_to_keep: the logits of so many last columns of a dense batch, or of these columns; 0 for all.
-            return_logits: whether to return logits. None: only without labels, because the loss never holds them all.
+            labels: like input_ids, int64, -100 where nothing is predicted; each is predicted from the tokens before it
+                in its sequence. Not together with a cache.
+            logits_to_keep: the number of last columns of a dense batch whose logits are returned, or these columns; 0
+                for all.
+            return_logits: whether to return logits. None: only without labels, because the loss never holds all logits.
         """
         cached = cache is not None or past_key_values is not None or bool(use_cache)
         if cached:
@@ -136,7 +136,7 @@ class FastformerForCausalLM(GenerativeModel):
 
 
 def _last_columns(hidden: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
-    """The columns of `hidden` (batch, sequence, hidden_size) whose logits are wanted."""
+    """Select the columns of `hidden` (batch, sequence, hidden_size) whose logits are needed."""
     if isinstance(keep, int) and keep == 0:
         return hidden
     if hidden.dim() != 3:

@@ -31,7 +31,7 @@ class Classifier(nn.Module):
         self.projection = nn.Linear(config.hidden_size, config.num_labels, bias=config.classifier_bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., hidden_size) to logits (..., num_labels)."""
+        """Map (..., hidden_size) to logits (..., num_labels)."""
         return self.projection(self.dropout(hidden))
 
 
@@ -55,12 +55,12 @@ class FastformerForSequenceClassification(FastformerPreTrainedModel):
         labels: torch.Tensor | None = None,
         **options: Unpack[ModelOptions],
     ) -> SequenceClassifierOutput:
-        """Loss and logits (batch, num_labels); inputs dense or packed as in `FastformerModel.forward`.
+        """Return loss and logits (batch, num_labels); inputs are dense or packed as in `FastformerModel.forward`.
 
         Args:
-            labels: (batch,) int64 classes, (batch,) or (batch, num_labels) floating targets of a regression, or
-                (batch, num_labels) floating 0 or 1 for several labels at once; which it is says `config.problem_type`,
-                or, where that is None, the labels' dtype and the number of labels, as in Hugging Face's models.
+            labels: (batch,) int64 classes; or (batch,) or (batch, num_labels) floating targets of a regression; or
+                (batch, num_labels) floating 0 or 1 for several labels at once. `config.problem_type` decides which; if
+                it is None, the labels' dtype and the number of labels do, as in Hugging Face's models.
         """
         tokens, _, outputs = self._encode(
             input_ids,
@@ -103,10 +103,10 @@ class FastformerForTokenClassification(FastformerPreTrainedModel):
         labels: torch.Tensor | None = None,
         **options: Unpack[ModelOptions],
     ) -> TokenClassifierOutput:
-        """Loss and logits of every token; inputs dense or packed as in `FastformerModel.forward`.
+        """Return loss and logits of every token; inputs are dense or packed as in `FastformerModel.forward`.
 
         Args:
-            labels: like input_ids, int64 classes, -100 where there is none. Labels at padding do not count.
+            labels: like input_ids, int64 classes, -100 for tokens without a label. Labels at padding are ignored.
         """
         tokens, hidden, outputs = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options
@@ -143,7 +143,7 @@ class FastformerForImageClassification(FastformerPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> ImageClassifierOutput:
-        """Loss and logits (batch, num_labels).
+        """Return loss and logits (batch, num_labels).
 
         Args:
             pixel_values: (batch, channels, height, width).

@@ -1,4 +1,4 @@
-"""One vector for a sentence, to be compared with others'."""
+"""Sentence embeddings: one vector for each sentence, for comparison with others."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from fastformer.models.pooling import pool
 
 @dataclass
 class FastformerForEmbeddingOutput(ModelOutput):
-    """What `FastformerForEmbedding` returns.
+    """The output of `FastformerForEmbedding`.
 
     Attributes:
         embeddings: (batch, hidden_size), of length 1.
         last_hidden_state: (total_tokens, hidden_size), or (batch, sequence, hidden_size) with zeros at padding.
-        hidden_states, attentions: if asked for.
+        hidden_states, attentions: if requested.
     """
 
     embeddings: torch.Tensor | None = None
@@ -38,7 +38,7 @@ class FastformerForEmbeddingOutput(ModelOutput):
 
 
 class FastformerForEmbedding(FastformerPreTrainedModel):
-    """Sentence embeddings: tokens pooled as ``config.pooling`` says, normalised (Reimers and Gurevych 2019)."""
+    """Sentence embeddings: tokens pooled by ``config.pooling``, then normalised (Reimers and Gurevych 2019)."""
 
     _keys_to_ignore_on_load_unexpected = [r"^model\.pooler\.", r"^(mlm|nsp|lm)_head"]  # noqa: RUF012
 
@@ -57,7 +57,7 @@ class FastformerForEmbedding(FastformerPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         **options: Unpack[ModelOptions],
     ) -> FastformerForEmbeddingOutput:
-        """Embed a batch; inputs dense or packed as in `FastformerModel.forward`."""
+        """Embed a batch; inputs are dense or packed as in `FastformerModel.forward`."""
         tokens, hidden, outputs = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options
         )

@@ -1,4 +1,4 @@
-"""Masked language modelling, alone and with next-sentence prediction: BERT's pretraining."""
+"""Masked language modelling, alone or with next-sentence prediction as in BERT's pretraining."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class MaskedLMHead(nn.Module):
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`hidden` (tokens, hidden_size) to logits (tokens, vocab_size)."""
+        """Map `hidden` (tokens, hidden_size) to logits (tokens, vocab_size)."""
         return self.decoder(self._transform(hidden))
 
     def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of `hidden` (tokens, hidden_size) against `labels` (tokens,), float32.
+        """Return the float32 mean cross-entropy of `hidden` (tokens, hidden_size) and `labels` (tokens,).
 
         The logits of all tokens are never held at once.
         """
@@ -59,7 +59,7 @@ class _Masked(NamedTuple):
     """The labelled tokens of a packed batch.
 
     Attributes:
-        positions: (masked_tokens,) int64 among its tokens.
+        positions: (masked_tokens,) int64, indices into the batch's tokens.
         labels: (masked_tokens,) int64.
     """
 
@@ -68,7 +68,7 @@ class _Masked(NamedTuple):
 
     @classmethod
     def of(cls, tokens: TokenBatch, labels: torch.Tensor, positions: torch.Tensor | None) -> _Masked:
-        """`labels` and `positions` as a model's forward is given them."""
+        """Select the labelled tokens, from `labels` and `positions` as given to a model's forward."""
         labels = tokens.pack("labels", labels)
         if positions is None:
             positions = (labels != IGNORED_LABEL).nonzero().squeeze(1)
@@ -81,13 +81,13 @@ class _Masked(NamedTuple):
 
 @dataclass
 class FastformerForPreTrainingOutput(ModelOutput):
-    """What `FastformerForPreTraining` returns.
+    """The output of `FastformerForPreTraining`.
 
     Attributes:
         loss: the sum of the losses below that were computed.
         prediction_logits: (total_tokens, vocab_size), or (batch, sequence, vocab_size) with zeros at padding.
-        seq_relationship_logits: (batch, 2), is the next sentence, is a random one.
-        hidden_states, attentions: if asked for.
+        seq_relationship_logits: (batch, 2): it is the next sentence, it is a random one.
+        hidden_states, attentions: if requested.
         mlm_loss: mean masked-LM cross-entropy in nats.
         nsp_loss: mean next-sentence cross-entropy in nats.
     """
@@ -124,10 +124,10 @@ class _MaskedLMModel(FastformerPreTrainedModel):
         return_logits: bool | None,
         options: ModelOptions,
     ) -> tuple[TokenBatch, BaseModelOutputWithPoolingAndCrossAttentions, torch.Tensor | None, torch.Tensor | None]:
-        """The packed batch of `inputs`, those of `_encode`, the encoder's outputs, and the head's loss and logits.
+        """Return the packed batch of `inputs` (see `_encode`), the encoder's outputs, the head's loss and logits.
 
-        Loss and logits are each where they are wanted. Without logits, the hidden states are those of the tokens that
-        the heads look at alone.
+        Loss and logits are None if they are not needed. Without logits, the hidden states are only those of the tokens
+        that the heads use.
         """
         tokens = self._pack(*inputs, options.get("cu_seqlens"), options.get("max_seqlen"))
         _check_masked_positions(masked_positions, labels, tokens)
@@ -145,7 +145,7 @@ class _MaskedLMModel(FastformerPreTrainedModel):
         return tokens, outputs, loss, logits
 
     def _selection(self, tokens: TokenBatch, masked: _Masked) -> Selection | None:
-        """The tokens that the heads look at; None for all."""
+        """The tokens that the heads use; None for all."""
         if self.model.pooler is None:
             return Selection.of(tokens.packing, masked.positions)
         pooled = pooled_tokens(tokens.packing, self.config.pooling)
@@ -176,19 +176,19 @@ class FastformerForPreTraining(_MaskedLMModel):
         return_logits: bool | None = None,
         **options: Unpack[ModelOptions],
     ) -> FastformerForPreTrainingOutput:
-        """Both heads' logits and losses; inputs dense or packed as in `FastformerModel.forward`.
+        """Return both heads' logits and losses; inputs are dense or packed as in `FastformerModel.forward`.
 
         Args:
-            labels: like input_ids, int64, -100 where nothing is to be predicted. Labels at padding do not count.
+            labels: like input_ids, int64, -100 where nothing is predicted. Labels at padding are ignored.
             next_sentence_label: (batch,) int64, 0 = is the next sentence, 1 = random.
-            masked_positions: (masked_tokens,) int64, packed only: where labels are not -100. Without it they are
-                searched for, which waits for a GPU.
-            return_logits: whether to return the masked-LM logits of every token. None: only without labels, because
-                the loss needs the vocabulary projection at labelled tokens alone. A Hugging Face `Trainer` whose
-                `compute_metrics` wants logits puts ``return_logits=True`` into its batches.
+            masked_positions: (masked_tokens,) int64, only for packed input: the places where labels are not -100.
+                Without it a search finds them, which waits for a GPU.
+            return_logits: whether to return the masked-LM logits of every token. None: only without labels, because the
+                loss needs the vocabulary projection only at labelled tokens. A Hugging Face `Trainer` whose
+                `compute_metrics` needs logits puts ``return_logits=True`` into its batches.
 
         Returns:
-            `FastformerForPreTrainingOutput`; `loss` is mlm_loss + nsp_loss, as far as their labels were given.
+            `FastformerForPreTrainingOutput`; `loss` is mlm_loss + nsp_loss, or the one whose labels were given.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         tokens, outputs, mlm_loss, logits = self._masked_lm(inputs, labels, masked_positions, return_logits, options)
@@ -211,7 +211,7 @@ class FastformerForPreTraining(_MaskedLMModel):
 class FastformerForMaskedLM(_MaskedLMModel):
     """Masked language modelling."""
 
-    # What a pretraining checkpoint has beyond this model.
+    # Parts of a pretraining checkpoint that this model does not have.
     _keys_to_ignore_on_load_unexpected = [r"^model\.pooler\.", r"^nsp_head\."]  # noqa: RUF012
 
     def __init__(self, config: FastformerConfig) -> None:
@@ -233,7 +233,7 @@ class FastformerForMaskedLM(_MaskedLMModel):
         return_logits: bool | None = None,
         **options: Unpack[ModelOptions],
     ) -> MaskedLMOutput:
-        """Loss and logits; arguments as in `FastformerForPreTraining.forward`."""
+        """Return loss and logits; arguments are as in `FastformerForPreTraining.forward`."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         tokens, outputs, loss, logits = self._masked_lm(inputs, labels, masked_positions, return_logits, options)
         return MaskedLMOutput(

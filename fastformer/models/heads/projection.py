@@ -1,4 +1,4 @@
-"""The loss of a projection to the vocabulary, whose logits are never all held at once."""
+"""The loss of a projection to the vocabulary, without ever holding all logits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ IGNORED_LABEL = -100
 
 
 def projection_loss(projection: nn.Linear, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of ``projection(hidden)`` against `labels`, float32.
+    """Return the float32 mean cross-entropy of ``projection(hidden)`` and `labels`.
 
-    `hidden` is (tokens, hidden_size), `labels` (tokens,). A projection replaced by another module is called.
+    `hidden` is (tokens, hidden_size), `labels` (tokens,). If another module replaces the projection, it is called.
     """
     if not is_plain_linear(projection):
         return F.cross_entropy(projection(hidden).float(), labels, ignore_index=IGNORED_LABEL)
@@ -23,7 +23,7 @@ def projection_loss(projection: nn.Linear, hidden: torch.Tensor, labels: torch.T
 
 
 def next_token_labels(labels: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """`labels` (total_tokens,) of packed sequences moved to the token that predicts them; the last predicts nothing."""
-    # An empty sequence's end is the end of the one before it, or -1, the end of all.
+    """Move packed `labels` (total_tokens,) to the tokens that predict them; a sequence's last token predicts none."""
+    # The end of an empty sequence is the end of the one before it, or -1, which is the end of all tokens.
     ends = (cu_seqlens[1:] - 1) % labels.shape[0]
     return labels.roll(-1).index_fill(0, ends.long(), IGNORED_LABEL)

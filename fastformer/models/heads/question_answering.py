@@ -1,4 +1,4 @@
-"""Extractive question answering: where in the tokens the answer starts and ends."""
+"""Extractive question answering: the places in the tokens where the answer starts and ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastformer.ops.packing import packed_positions, packed_sequences
 
 
 class FastformerForQuestionAnswering(FastformerPreTrainedModel):
-    """The start and the end of an answer among the tokens of question and context (Devlin et al. 2019, section 4.2)."""
+    """Prediction of an answer's start and end among question and context tokens (Devlin et al. 2019, section 4.2)."""
 
     def __init__(self, config: FastformerConfig) -> None:
         super().__init__(config)
@@ -43,15 +43,14 @@ class FastformerForQuestionAnswering(FastformerPreTrainedModel):
         end_positions: torch.Tensor | None = None,
         **options: Unpack[ModelOptions],
     ) -> QuestionAnsweringModelOutput:
-        """Loss and logits; inputs dense or packed as in `FastformerModel.forward`.
+        """Return loss and logits; inputs are dense or packed as in `FastformerModel.forward`.
 
         Args:
             start_positions, end_positions: (batch,) int64, the answer's first and last token: its column in a dense
-                batch, its index within its packed sequence. One that is not among the sequence's columns does not
-                count.
+                batch, or its index within its packed sequence. A position outside the sequence's columns is ignored.
 
         Returns:
-            start_logits and end_logits, (batch, sequence) with the least number of their dtype at padding, or
+            start_logits and end_logits, (batch, sequence) with the lowest number of their dtype at padding, or
             (total_tokens,); the loss is the mean of both cross-entropies.
         """
         tokens, hidden, outputs = self._encode(
@@ -74,7 +73,7 @@ class FastformerForQuestionAnswering(FastformerPreTrainedModel):
 
 
 def _columns(layout: DenseLayout, logits: torch.Tensor) -> torch.Tensor:
-    """(total_tokens,) to (batch, sequence); nothing is ever found in padding."""
+    """Unpack (total_tokens,) to (batch, sequence), with the lowest number at padding, so that it is never chosen."""
     if layout.indices is None:
         return layout.unpack(logits)
     padded = logits.new_full((layout.batch * layout.sequence,), torch.finfo(logits.dtype).min)

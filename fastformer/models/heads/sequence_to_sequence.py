@@ -1,4 +1,4 @@
-"""Encoder and decoder together, and sequence-to-sequence language modelling with them."""
+"""An encoder together with a decoder, and sequence-to-sequence language modelling with them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fastformer.nn import TransformerEmbedding
 
 
 class FastformerEncoderDecoderModel(FastformerPreTrainedModel):
-    """An encoder, and a decoder that attends to its output; the word embeddings are one table, the encoder's."""
+    """An encoder, and a decoder that attends to its output. Both use the encoder's table of word embeddings."""
 
     _stacks = ("encoder_decoder",)
 
@@ -73,14 +73,14 @@ class FastformerEncoderDecoderModel(FastformerPreTrainedModel):
             input_ids, inputs_embeds, attention_mask: the sources, as in `FastformerModel.forward`, packed with
                 ``cu_seqlens`` and ``max_seqlen``.
             decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask, decoder_position_ids: the targets, packed
-                with decoder_cu_seqlens and decoder_max_seqlen; as many as there are sources.
-            encoder_outputs: of a call of `encoder`, dense, in place of the sources.
-            cache, past_key_values, use_cache: as in `FastformerModel.forward`; targets are dense then.
+                with decoder_cu_seqlens and decoder_max_seqlen; equally many as there are sources.
+            encoder_outputs: the output of a call of `encoder`, dense, instead of the sources.
+            cache, past_key_values, use_cache: as in `FastformerModel.forward`; targets must be dense then.
             options: cu_seqlens, max_seqlen, output_hidden_states, output_attentions.
 
         Returns:
-            last_hidden_state of the decoder, in its input's layout; encoder_last_hidden_state, in the sources'; the
-            cache; both hidden states and all attentions if asked for.
+            last_hidden_state of the decoder, in its input's layout; encoder_last_hidden_state, in the sources' layout;
+            the cache; both models' hidden states and all attentions, if requested.
         """
         outputs_wanted = {
             name: options.get(name) for name in ("output_hidden_states", "output_attentions") if name in options
@@ -157,7 +157,7 @@ class FastformerEncoderDecoderModel(FastformerPreTrainedModel):
 
 
 class FastformerForSeq2SeqLM(GenerativeModel):
-    """An encoder-decoder that predicts each next token of its targets."""
+    """An encoder-decoder that predicts the next token at each target token."""
 
     _stacks = ("encoder_decoder",)
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embeddings.word.weight"}  # noqa: RUF012
@@ -175,7 +175,7 @@ class FastformerForSeq2SeqLM(GenerativeModel):
         return self.model.decoder
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """`labels` (batch, sequence) moved one to the right, behind the start token; -100 becomes padding."""
+        """Shift `labels` (batch, sequence) one place to the right, after the start token; -100 becomes padding."""
         start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
         if start is None or pad is None:
             raise ValueError(
@@ -205,12 +205,12 @@ class FastformerForSeq2SeqLM(GenerativeModel):
         return_logits: bool | None = None,
         **options: Unpack[ModelOptions],
     ) -> Seq2SeqLMOutput:
-        """Loss and logits; the other arguments as in `FastformerEncoderDecoderModel.forward`.
+        """Return loss and logits; the other arguments are as in `FastformerEncoderDecoderModel.forward`.
 
         Args:
-            labels: like decoder_input_ids, which are made from dense labels where they are not given: the token each
-                target token predicts, int64, -100 where nothing is to be predicted.
-            return_logits: whether to return logits. None: only without labels, because the loss never holds them all.
+            labels: like decoder_input_ids: the token that each target token predicts, int64, -100 where nothing is
+                predicted. If decoder_input_ids are not given, they are made from dense labels.
+            return_logits: whether to return logits. None: only without labels, because the loss never holds all logits.
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             if labels.dim() != 2:
