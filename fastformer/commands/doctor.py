@@ -8,7 +8,8 @@ from dataclasses import asdict
 
 from fastformer.arguments import CommandParser
 from fastformer.console import Table
-from fastformer.diagnostics.doctor import DTYPES, TESTS, Device, SelfTest, devices, machine, run_test
+from fastformer.diagnostics.doctor import DTYPES, Device, SelfTest, devices, machine, run_test
+from fastformer.registry import OPERATORS
 
 _DESCRIPTION = """\
 Show what this machine has, which backend each operator uses on each of its devices and why, and test that every
@@ -28,7 +29,7 @@ def main(arguments: list[str], begin: float) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     found = devices()
-    tests = [run_test(name, device, dtype) for device in found for name in TESTS for dtype in DTYPES]
+    tests = [run_test(name, device, dtype) for device in found for name in OPERATORS for dtype in DTYPES]
     if options.json:
         results = [{**asdict(test), "passed": test.passed} for test in tests]
         print(json.dumps({"machine": machine(), "devices": [asdict(device) for device in found], "tests": results}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,8 @@ import torch
 
 import fastformer
 from fastformer.backends import HAS_TRITON, selected_backend, use_triton
+from fastformer.registry import OPERATORS, Call, Make, Operator
+from fastformer.registry.operator import Function
 
 _PACKAGES = ("torch", "triton", "transformers", "lightning", "numpy")
 
@@ -124,58 +125,9 @@ def _device(name: str, product: str, architecture: str | None, memory: float | N
     return Device(name, product, architecture, memory, backend, reason)
 
 
-def _randn(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64)
-
-
-def _rows_and_weight() -> list[torch.Tensor]:
-    return [_randn(33, 70), _randn(70)]
-
-
-def _norm(function: Callable[..., Any]) -> Callable[..., torch.Tensor]:
-    return lambda x, weight: function(x, (x.shape[-1],), weight, eps=1e-5)
-
-
-def _exact_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    allowed = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
-    return scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ value
-
-
-def _exact_feed_forward(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.gelu(x @ up.T) @ down.T
-
-
-_TARGET = torch.arange(40) % 50
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # By the bytes of an element.
 _ROUNDINGS = {4: 128, 2: 4}
-
-# For each operator: the call, the same in float64, and its tensors.
-TESTS: dict[str, tuple[Callable[..., Any], Callable[..., torch.Tensor], Callable[[], list[torch.Tensor]]]] = {
-    "softmax": (lambda x: fastformer.softmax(x), lambda x: x.softmax(-1), lambda: [_randn(33, 70)]),
-    "layer_norm": (
-        _norm(fastformer.layer_norm),
-        _norm(torch.nn.functional.layer_norm),
-        _rows_and_weight,
-    ),
-    "rms_norm": (_norm(fastformer.rms_norm), _norm(torch.nn.functional.rms_norm), _rows_and_weight),
-    "attention": (
-        lambda q, k, v: fastformer.attention(q, k, v, causal=True),
-        _exact_attention,
-        lambda: [_randn(1, 2, 70, 16), _randn(1, 2, 70, 16), _randn(1, 2, 70, 16)],
-    ),
-    "feed_forward": (
-        lambda x, up, down: fastformer.feed_forward(x, up, down),
-        _exact_feed_forward,
-        lambda: [_randn(40, 24), _randn(64, 24) / 5, _randn(24, 64) / 8],
-    ),
-    "linear_cross_entropy": (
-        lambda x, weight: fastformer.linear_cross_entropy(x, weight, _TARGET.to(x.device)),
-        lambda x, weight: torch.nn.functional.cross_entropy(x @ weight.T, _TARGET),
-        lambda: [_randn(40, 24), _randn(50, 24)],
-    ),
-}
 
 
 def run_test(operator: str, device: Device, dtype: torch.dtype) -> SelfTest:
@@ -185,13 +137,13 @@ def run_test(operator: str, device: Device, dtype: torch.dtype) -> SelfTest:
     each of 128; in 16 bits, where sums are float32's, those of the result, of what is kept between two products, and of
     the output that the loss has squared.
     """
-    call, exact, make = TESTS[operator]
-    tensors = [tensor.to(dtype).double() for tensor in make()]
-    expected = _results(exact, tensors, "cpu", torch.float64)
+    tested = OPERATORS[operator]
+    call = tested.inputs(Make(dtype, torch.device("cpu")))
+    expected = _results(tested, tested.plain, call.double())
     rounding = _ROUNDINGS[dtype.itemsize] * torch.finfo(dtype).eps
     place = (operator, str(dtype).removeprefix("torch."), device.name, device.backend)
     try:
-        actual = _results(call, tensors, device.name, dtype)
+        actual = _results(tested, tested.ours, call.on(torch.device(device.name)))
     except Exception as cause:  # what it is, is the finding
         return SelfTest(*place, None, rounding, f"{type(cause).__name__}: {cause}")
     error = max(map(_relative_error, actual, expected))
@@ -204,9 +156,8 @@ def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.cpu().double() - expected).abs().max() / expected.abs().max()).item()
 
 
-def _results(
-    function: Callable[..., Any], tensors: list[torch.Tensor], device: str, dtype: torch.dtype
-) -> list[torch.Tensor]:
-    leaves = [tensor.to(device, dtype).requires_grad_() for tensor in tensors]
-    output = function(*leaves)
-    return [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
+def _results(operator: Operator, function: Function, call: Call) -> list[torch.Tensor]:
+    leaves = operator.leaves(call.tensors)
+    output = operator.output(function, call._replace(tensors=leaves))
+    wanted = [each for each in leaves.values() if each.requires_grad]
+    return [output.detach(), *(torch.autograd.grad(output.square().sum(), wanted) if wanted else ())]

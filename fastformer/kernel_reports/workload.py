@@ -1,7 +1,7 @@
 """The work whose kernels are compiled and reported: calls of every operator, forward and backward, on meta tensors.
 
-To add an operator: write a function that calls it as a user would and runs its backward, and list its cases in
-`_CASES`. A case says nothing of kernels: what an operator launches is found by running it.
+Operators and their inputs are those of the registry; `_CASES` says in which sizes and with which features. A case says
+nothing of kernels: what an operator launches is found by running it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from typing import Any, get_args
 import torch
 from fastformer_kernels.plans import Plan, forced_plan
 from torch import Tensor
+
+from fastformer.registry import OPERATORS as REGISTRY
+from fastformer.registry import Make
+
+Sizes = dict[str, Any]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -48,18 +53,30 @@ class Case:
         return f"{self.operator}/{self.variant}/{self.dtype}/{self.layout}"
 
 
-class Maker:
-    """Makes the tensors of a case in its dtype and layout."""
+@dataclass(frozen=True)
+class Maker(Make):
+    """Makes the tensors of a case, on the device meta.
 
-    def __init__(self, dtype: str, layout: str) -> None:
-        self.dtype, self.layout = DTYPES[dtype], layout
+    Attributes:
+        layout: one of `LAYOUTS`.
+    """
 
-    def tensor(self, *shape: int, dtype: torch.dtype | None = None, requires_grad: bool = True) -> Tensor:
+    layout: str
+
+    def normal(self, *shape: int, scale: float = 1.0, shift: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
         offset = 1 if self.layout == "offset" else 0
-        storage = torch.empty(
-            (*shape[:-1], shape[-1] + offset), dtype=dtype or self.dtype, device="meta", requires_grad=requires_grad
-        )
+        storage = torch.empty((*shape[:-1], shape[-1] + offset), dtype=dtype or self.dtype, device=self.device)
         return storage[..., offset:]
+
+    def integers(self, below: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def booleans(self, *shape: int) -> Tensor:
+        return self.normal(*shape, dtype=torch.bool)
+
+    def rotary_table(self, positions: int, rotary_dim: int) -> tuple[Tensor, Tensor]:
+        cos, sin = (torch.empty(positions, rotary_dim // 2, device=self.device) for _ in range(2))
+        return cos, sin
 
     def size(self, aligned: int) -> int:
         """A size that is a multiple of 16, or one that is not."""
@@ -81,33 +98,35 @@ def cases(
     Raises:
         ValueError: an unknown operator, dtype or layout.
     """
-    for name, given, known in (
+    for option, given, known in (
         ("operators", operators, list(_CASES)),
         ("dtypes", dtypes, list(DTYPES)),
         ("layouts", layouts, list(LAYOUTS)),
     ):
         unknown = sorted(set(given or []) - set(known))
         if unknown:
-            raise ValueError(f"{name} must be among {', '.join(known)}; got {', '.join(unknown)}")
+            raise ValueError(f"{option} must be among {', '.join(known)}; got {', '.join(unknown)}")
     for operator, variants in _CASES.items():
-        for variant, (call, guarded_dtypes) in variants.items():
+        for name, variant in variants.items():
             for dtype in DTYPES:
                 for layout in LAYOUTS:
-                    watched = layout == "aligned" and dtype in guarded_dtypes
+                    watched = layout == "aligned" and dtype in variant.guarded
                     chosen = (
                         watched if guarded else (not dtypes or dtype in dtypes) and (not layouts or layout in layouts)
                     )
                     if chosen and (not operators or operator in operators):
-                        run = partial(_run, call, variant, dtype, layout)
-                        yield Case(operator, variant, dtype, layout, run, watched)
+                        run = partial(_run, variant, name, dtype, layout)
+                        yield Case(operator, name, dtype, layout, run, watched)
 
 
-def _run(call: Callable[[Maker], Any], variant: str, dtype: str, layout: str) -> None:
-    with _settings(variant):
-        result = call(Maker(dtype, layout))
-        results = [tensor for tensor in (result if isinstance(result, tuple) else (result,)) if tensor.requires_grad]
+def _run(variant: _Variant, name: str, dtype: str, layout: str) -> None:
+    make, operator = Maker(DTYPES[dtype], torch.device("meta"), layout), REGISTRY[variant.operator]
+    with _settings(name):
+        tensors, options = operator.inputs(make, **variant.inputs(make))
+        result = operator.ours(**operator.leaves(tensors), **options)
+        results = [each for each in (result if isinstance(result, tuple) else (result,)) if each.requires_grad]
         if results:
-            torch.autograd.backward(results, [torch.empty_like(tensor) for tensor in results])
+            torch.autograd.backward(results, [torch.empty_like(each) for each in results])
 
 
 @contextmanager
@@ -126,259 +145,222 @@ def _settings(variant: str) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
 
 
-def _attention(make: Maker, head_dim: int, features: tuple[str, ...] = (), value_dim: int = 0, group: int = 1) -> Any:
-    from fastformer.ops.attention.attention import attention
+# --- Sizes and features -----------------------------------------------------------------------------------------------
 
-    heads, kv_heads = 8, 8 // group
+
+def _attention(make: Maker, head_dim: int, features: tuple[str, ...] = (), value_dim: int = 0, group: int = 1) -> Sizes:
+    heads = 8
     sequence = make.rows(1024, heads * head_dim)
-    value_dim = value_dim or head_dim
-    shapes = ((heads, head_dim), (kv_heads, head_dim), (kv_heads, value_dim))
-    if "packed" in features:
-        boundaries = torch.empty(5, dtype=torch.int32, device="meta")
-        tensors = [make.tensor(4 * sequence, h, d) for h, d in shapes]
-        options: dict[str, Any] = {"cu_seqlens_q": boundaries, "max_seqlen_q": sequence}
-    else:
-        # As a projection gives them: heads of a token side by side.
-        tensors = [make.tensor(2, sequence, h, d).transpose(1, 2) for h, d in shapes]
-        options = {}
-    arguments: dict[str, Callable[[], Any]] = {
-        "causal": lambda: {"causal": True},
-        "window": lambda: {"window": (256, 256)},
-        "softcap": lambda: {"softcap": 50.0},
-        "dropout": lambda: {"dropout_p": 0.1},
-        "sinks": lambda: {"sinks": make.tensor(heads, dtype=torch.float32)},
-        "alibi": lambda: {"alibi_slopes": make.tensor(heads, dtype=torch.float32)},
-        "relative": lambda: {"relative_bias": make.tensor(heads, 2 * sequence - 1)},
-        "bias": lambda: {"bias": make.tensor(1, heads, sequence, sequence)},
-        "mask": lambda: {"mask": make.tensor(2, 1, sequence, sequence, dtype=torch.bool, requires_grad=False)},
-        "key_lengths": lambda: {"key_lengths": torch.empty(2, dtype=torch.int32, device="meta")},
+    return {
+        "batch": 4 if "packed" in features else 2,
+        "heads": heads,
+        "kv_heads": heads // group,
+        "queries": sequence,
+        "keys": sequence,
+        "head_dim": head_dim,
+        "value_dim": value_dim or head_dim,
+        "features": features,
     }
-    for feature in features:
-        options.update(arguments[feature]() if feature in arguments else {})
-    return attention(*tensors, **options)
 
 
-def _lengths(batch: int) -> Tensor:
-    return torch.empty(batch, dtype=torch.int32, device="meta")
-
-
-def _caches(make: Maker, batch: int, kv_heads: int, head_dim: int, paged: bool) -> tuple[list[Tensor], Tensor | None]:
-    """Key and value caches for 4,096 tokens a sequence, and the block table of paged ones."""
-    tokens, page = make.rows(4096, kv_heads * head_dim), 16
-    shape = (batch * tokens // page, page, kv_heads, head_dim) if paged else (batch, kv_heads, tokens, head_dim)
-    table = torch.empty(batch, tokens // page, dtype=torch.int32, device="meta") if paged else None
-    return [make.tensor(*shape, requires_grad=False) for _ in range(2)], table
-
-
-def _decode(make: Maker, queries: int, group: int, paged: bool) -> Tensor:
-    from fastformer.ops.attention.decode import decode_attention
-
+def _decode(make: Maker, queries: int, group: int, paged: bool) -> Sizes:
     batch, kv_heads, head_dim = 4, 8, 128
-    caches, table = _caches(make, batch, kv_heads, head_dim, paged)
-    query = make.tensor(batch, kv_heads * group, queries, head_dim, requires_grad=False)
-    result = decode_attention(query, *caches, lengths=_lengths(batch), block_table=table)
-    assert isinstance(result, Tensor)
-    return result
+    return {
+        "lengths": [make.rows(4096, kv_heads * head_dim)] * batch,
+        "heads": kv_heads * group,
+        "kv_heads": kv_heads,
+        "queries": queries,
+        "head_dim": head_dim,
+        "page_size": 16 if paged else None,
+    }
 
 
-def _append(make: Maker, tokens: int, paged: bool) -> Tensor:
-    from fastformer.ops.attention.cache import append_to_cache
-
-    batch, heads, kv_heads, head_dim = 4, 32, 8, 128
-    caches, table = _caches(make, batch, kv_heads, head_dim, paged)
-    query, key, value = (make.tensor(batch, h, tokens, head_dim, requires_grad=False) for h in (heads, *[kv_heads] * 2))
-    angles = [torch.empty(4096, head_dim // 2, device="meta") for _ in range(2)]
-    options: dict[str, Any] = {"cos": angles[0], "sin": angles[1], "query": query, "block_table": table}
-    result = append_to_cache(key, value, *caches, lengths=_lengths(batch), **options)
-    assert result is not None
-    return result
-
-
-def _merge(make: Maker) -> Any:
-    from fastformer.ops.attention.merge import merge_attention
-
-    rows = make.rows(4096, 128)
-    return merge_attention(make.tensor(4, rows, 128), make.tensor(4, rows, dtype=torch.float32))
+def _append(make: Maker, tokens: int, paged: bool) -> Sizes:
+    batch, kv_heads, head_dim = 4, 8, 128
+    return {
+        "lengths": [0] * batch,
+        "tokens": tokens,
+        "heads": 32,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "capacity": make.rows(4096, kv_heads * head_dim),
+        "positions": 4096,
+        "page_size": 16 if paged else None,
+    }
 
 
-def _rotary(make: Maker, interleaved: bool) -> Any:
-    from fastformer.ops.rotary import rotary
-
-    sequence = make.rows(1024, 8 * 128)
-    query, key = (make.tensor(2, sequence, heads, 128).transpose(1, 2) for heads in (8, 2))
-    angles = [torch.empty(sequence, 64, device="meta") for _ in range(2)]
-    return rotary(query, key, *angles, interleaved=interleaved)
+def _merge(make: Maker) -> Sizes:
+    return {"parts": 4, "rows": make.rows(4096, 128), "head_dim": 128}
 
 
-def _softmax(make: Maker, columns: int, log: bool = False, masked: bool = False, causal: bool = False) -> Tensor:
-    from fastformer.ops.softmax import log_softmax, softmax
+def _rotary(make: Maker, interleaved: bool) -> Sizes:
+    heads, head_dim = 8, 128
+    tokens = make.rows(1024, heads * head_dim)
+    sizes = {"batch": 2, "heads": heads, "kv_heads": 2, "tokens": tokens, "head_dim": head_dim}
+    return {**sizes, "interleaved": interleaved}
 
+
+def _softmax(make: Maker, columns: int, masked: bool = False, causal: bool = False) -> Sizes:
     columns = make.size(columns)
-    x = make.tensor(make.rows(4096, columns), columns)
-    mask = make.tensor(1, columns, dtype=torch.bool, requires_grad=False) if masked else None
-    return (log_softmax if log else softmax)(x, mask=mask, causal=causal)
+    return {"rows": make.rows(4096, columns), "columns": columns, "masked": masked, "causal": causal}
 
 
-def _norm(make: Maker, columns: int, centered: bool, residual: bool, dropout_p: float = 0.0) -> Any:
-    from fastformer.ops.normalization import layer_norm, rms_norm
-
+def _norm(make: Maker, columns: int, bias: bool, residual: bool, dropout_p: float = 0.0) -> Sizes:
     columns = make.size(columns)
-    x = make.tensor(make.rows(4096, columns), columns)
-    weight, bias = make.tensor(columns, dtype=torch.float32), make.tensor(columns, dtype=torch.float32)
-    norm = partial(layer_norm, bias=bias) if centered else rms_norm
-    added = make.tensor(*x.shape) if residual else None
-    return norm(x, (columns,), weight, residual=added, dropout_p=dropout_p)
+    sizes = {"rows": make.rows(4096, columns), "columns": columns, "bias": bias, "residual": residual}
+    return {**sizes, "dropout_p": dropout_p, "parameters": torch.float32}
 
 
-def _attention_weights(make: Maker) -> Tensor:
-    from fastformer.ops.attention.weights import attention_weights
-
-    heads, sequence = 8, make.rows(1024, 8 * 64)
-    query, key = (make.tensor(2, heads, sequence, 64, requires_grad=False) for _ in range(2))
-    return attention_weights(query, key, torch.empty(2, heads, sequence, device="meta"), causal=True, rows=range(64))
+def _attention_weights(make: Maker) -> Sizes:
+    heads, head_dim = 8, 64
+    tokens = make.rows(1024, heads * head_dim)
+    return {"batch": 2, "heads": heads, "tokens": tokens, "head_dim": head_dim, "rows": range(64)}
 
 
-def _embedding(make: Maker) -> Tensor:
-    from fastformer.ops.embedding import transformer_embedding
-
-    hidden, words = make.size(1024), make.rows(32768, 1024)
-    ids = torch.empty(8, make.size(512), dtype=torch.int64, device="meta")
-    tables = [make.tensor(rows, hidden) for rows in (words, 512, 2)]
-    norm = [make.tensor(hidden, dtype=torch.float32) for _ in range(2)]
-    return transformer_embedding(
-        ids, *tables, *norm, position_ids=ids, token_type_ids=ids, padding_idx=0, dropout_p=0.1
-    )
-
-
-def _cross_entropy(make: Maker, classes: int) -> Tensor:
-    from fastformer.ops.cross_entropy import cross_entropy
-
-    rows, classes = make.rows(2048, classes), make.size(classes)
-    return cross_entropy(make.tensor(rows, classes), torch.empty(rows, dtype=torch.int64, device="meta"))
+def _embedding(make: Maker) -> Sizes:
+    return {
+        "batch": 8,
+        "tokens": make.size(512),
+        "hidden": make.size(1024),
+        "words": make.rows(32768, 1024),
+        "positions": 512,
+        "own_positions": True,
+        "padding_idx": 0,
+        "dropout_p": 0.1,
+        "parameters": torch.float32,
+    }
 
 
-def _feed_forward(make: Maker, activation: str, gated: bool, dropout_p: float = 0.0) -> Tensor:
-    from fastformer.ops.feed_forward import feed_forward
-
-    hidden, intermediate = make.size(1024), make.size(4096)
-    x = make.tensor(make.rows(4096, hidden), hidden)
-    return feed_forward(
-        x,
-        make.tensor(intermediate, hidden),
-        make.tensor(hidden, intermediate),
-        make.tensor(intermediate),
-        make.tensor(hidden),
-        gate_weight=make.tensor(intermediate, hidden) if gated else None,
-        gate_bias=make.tensor(intermediate) if gated else None,
-        activation=activation,
-        hidden_dropout_p=dropout_p,
-        output_dropout_p=dropout_p,
-        residual=make.tensor(*x.shape) if dropout_p else None,
-    )
+def _cross_entropy(make: Maker, classes: int) -> Sizes:
+    return {"rows": make.rows(2048, classes), "classes": make.size(classes)}
 
 
-def _linear_cross_entropy(make: Maker, classes: int) -> Tensor:
-    from fastformer.ops.linear_cross_entropy import linear_cross_entropy
+def _feed_forward(make: Maker, activation: str, gated: bool, dropout_p: float = 0.0) -> Sizes:
+    hidden = make.size(1024)
+    sizes = {"tokens": make.rows(4096, hidden), "features": hidden, "intermediate": make.size(4096)}
+    return {**sizes, "activation": activation, "gated": gated, "biases": True, "dropout_p": dropout_p}
 
-    hidden, rows = make.size(1024), make.size(2048)
-    target = torch.empty(rows, dtype=torch.int64, device="meta")
-    classes = make.size(classes)
-    return linear_cross_entropy(make.tensor(rows, hidden), make.tensor(classes, hidden), target)
+
+def _linear_cross_entropy(make: Maker, classes: int) -> Sizes:
+    return {"rows": make.size(2048), "classes": make.size(classes), "features": make.size(1024)}
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """An operator of the registry in some sizes.
+
+    Attributes:
+        operator: its name in the registry.
+        inputs: gives the sizes and features that its inputs are made with.
+        guarded: the dtypes in which the regression gate watches the aligned layout.
+    """
+
+    operator: str
+    inputs: Callable[[Maker], Sizes]
+    guarded: tuple[str, ...] = ()
 
 
 _BF16 = ("bfloat16",)
-_NEVER: tuple[str, ...] = ()
 _FEATURES = ("window", "softcap", "dropout", "sinks", "alibi", "bias", "mask", "key_lengths", "packed", "relative")
 
-# For each operator its variants: the call, and the dtypes in which the regression gate watches its aligned layout.
-_CASES: dict[str, dict[str, tuple[Callable[[Maker], Any], tuple[str, ...]]]] = {
+
+def _attention_variant(watched: bool, head_dim: int, *features: str, value_dim: int = 0, group: int = 1) -> _Variant:
+    sizes = partial(_attention, head_dim=head_dim, features=features, value_dim=value_dim, group=group)
+    return _Variant("attention", sizes, _BF16 if watched else ())
+
+
+# By the name that the operators' kernels have in reports: their variants.
+_CASES: dict[str, dict[str, _Variant]] = {
     "attention": {
-        "d64": (partial(_attention, head_dim=64), _BF16),
-        "d64-causal": (partial(_attention, head_dim=64, features=("causal",)), _BF16),
-        "d128": (partial(_attention, head_dim=128), _BF16),
-        "d128-causal": (partial(_attention, head_dim=128, features=("causal",)), _BF16),
-        "d256-causal": (partial(_attention, head_dim=256, features=("causal",)), _NEVER),
-        "d80-value96": (partial(_attention, head_dim=80, value_dim=96), _NEVER),
-        "d128-causal-grouped": (partial(_attention, head_dim=128, group=4, features=("causal",)), _BF16),
-        "d64-packed-causal": (partial(_attention, head_dim=64, features=("packed", "causal")), _NEVER),
-        "d128-packed-causal": (partial(_attention, head_dim=128, features=("packed", "causal")), _BF16),
-        "d128-causal-dropout": (partial(_attention, head_dim=128, features=("causal", "dropout")), _BF16),
-        "d128-window": (partial(_attention, head_dim=128, features=("window",)), _BF16),
-        "d64-deterministic": (partial(_attention, head_dim=64), _NEVER),
-        "d128-causal-deterministic": (partial(_attention, head_dim=128, features=("causal",)), _BF16),
+        "d64": _attention_variant(True, 64),
+        "d64-causal": _attention_variant(True, 64, "causal"),
+        "d128": _attention_variant(True, 128),
+        "d128-causal": _attention_variant(True, 128, "causal"),
+        "d256-causal": _attention_variant(False, 256, "causal"),
+        "d80-value96": _attention_variant(False, 80, value_dim=96),
+        "d128-causal-grouped": _attention_variant(True, 128, "causal", group=4),
+        "d64-packed-causal": _attention_variant(False, 64, "packed", "causal"),
+        "d128-packed-causal": _attention_variant(True, 128, "packed", "causal"),
+        "d128-causal-dropout": _attention_variant(True, 128, "causal", "dropout"),
+        "d128-window": _attention_variant(True, 128, "window"),
+        "d64-deterministic": _attention_variant(False, 64),
+        "d128-causal-deterministic": _attention_variant(True, 128, "causal"),
         **{
-            f"d64-{name}": (
-                partial(_attention, head_dim=64, features=(name,)),
-                _BF16 if name in ("window", "softcap", "dropout", "bias") else _NEVER,
-            )
+            f"d64-{name}": _attention_variant(name in ("window", "softcap", "dropout", "bias"), 64, name)
             for name in _FEATURES
         },
-        "d128-everything": (
-            partial(
-                _attention,
-                head_dim=128,
-                group=2,
-                features=("causal", "window", "softcap", "dropout", "sinks", "alibi", "bias", "mask", "key_lengths"),
-            ),
-            _NEVER,
+        "d128-everything": _attention_variant(
+            False,
+            128,
+            *("causal", "window", "softcap", "dropout", "sinks", "alibi", "bias", "mask", "key_lengths"),
+            group=2,
         ),
     },
     "decode": {
-        f"{'paged' if paged else 'contiguous'}-{queries}-group-{group}": (
+        f"{'paged' if paged else 'contiguous'}-{queries}-group-{group}": _Variant(
+            "decode_attention",
             partial(_decode, queries=queries, group=group, paged=paged),
-            _BF16 if paged and queries == 1 and group == 4 else _NEVER,
+            _BF16 if paged and queries == 1 and group == 4 else (),
         )
         for paged in (False, True)
         for queries, group in ((1, 1), (1, 4), (4, 4))
     },
     "append_to_cache": {
-        f"{'paged' if paged else 'contiguous'}-{tokens}": (
+        f"{'paged' if paged else 'contiguous'}-{tokens}": _Variant(
+            "append_to_cache",
             partial(_append, tokens=tokens, paged=paged),
-            _BF16 if paged and tokens == 1 else _NEVER,
+            _BF16 if paged and tokens == 1 else (),
         )
         for paged in (False, True)
         for tokens in (1, 512)
     },
-    "merge_attention": {"4-parts": (_merge, _BF16)},
+    "merge_attention": {"4-parts": _Variant("merge_attention", _merge, _BF16)},
     "rotary": {
-        "half": (partial(_rotary, interleaved=False), _BF16),
-        "interleaved": (partial(_rotary, interleaved=True), _NEVER),
+        "half": _Variant("rotary", partial(_rotary, interleaved=False), _BF16),
+        "interleaved": _Variant("rotary", partial(_rotary, interleaved=True)),
     },
     "softmax": {
-        "1024": (partial(_softmax, columns=1024), _BF16),
-        "8192": (partial(_softmax, columns=8192), _NEVER),
-        "65536": (partial(_softmax, columns=65536), _BF16),
-        "1024-log": (partial(_softmax, columns=1024, log=True), _NEVER),
-        "1024-masked-causal": (partial(_softmax, columns=1024, masked=True, causal=True), _NEVER),
+        "1024": _Variant("softmax", partial(_softmax, columns=1024), _BF16),
+        "8192": _Variant("softmax", partial(_softmax, columns=8192)),
+        "65536": _Variant("softmax", partial(_softmax, columns=65536), _BF16),
+        "1024-log": _Variant("log_softmax", partial(_softmax, columns=1024)),
+        "1024-masked-causal": _Variant("softmax", partial(_softmax, columns=1024, masked=True, causal=True)),
     },
     "norm": {
-        f"{'layer' if centered else 'rms'}-{columns}{'-residual' if residual else ''}": (
-            partial(_norm, columns=columns, centered=centered, residual=residual),
-            _BF16 if centered and (columns == 1024 or (columns == 32768 and residual)) else _NEVER,
+        f"{'layer' if centered else 'rms'}-{columns}{'-residual' if residual else ''}": _Variant(
+            "layer_norm" if centered else "rms_norm",
+            partial(_norm, columns=columns, bias=centered, residual=residual),
+            _BF16 if centered and (columns == 1024 or (columns == 32768 and residual)) else (),
         )
         for columns in (768, 1024, 4096, 32768)
         for centered in (True, False)
         for residual in (False, True)
     }
     | {
-        "layer-768-residual-dropout": (partial(_norm, columns=768, centered=True, residual=True, dropout_p=0.1), _NEVER)
+        "layer-768-residual-dropout": _Variant(
+            "layer_norm", partial(_norm, columns=768, bias=True, residual=True, dropout_p=0.1)
+        )
     },
-    "attention_weights": {"d64-causal": (_attention_weights, _NEVER)},
-    "embedding": {"1024": (_embedding, _BF16)},
+    "attention_weights": {"d64-causal": _Variant("attention_weights", _attention_weights)},
+    "embedding": {"1024": _Variant("transformer_embedding", _embedding, _BF16)},
     "feed_forward": {
-        f"{activation}{'-gated' if gated else ''}{'-dropout-residual' if dropout_p else ''}-{plan}": (
+        f"{activation}{'-gated' if gated else ''}{'-dropout-residual' if dropout_p else ''}-{plan}": _Variant(
+            "feed_forward",
             partial(_feed_forward, activation=activation, gated=gated, dropout_p=dropout_p),
-            _BF16 if activation == ("silu" if gated else "gelu") and bool(dropout_p) != gated else _NEVER,
+            _BF16 if activation == ("silu" if gated else "gelu") and bool(dropout_p) != gated else (),
         )
         for plan in get_args(Plan)
         for activation in ("relu", "gelu", "gelu_tanh", "silu", "squared_relu")
         for gated in (False, True)
         for dropout_p in (0.0, 0.1)
     },
-    "cross_entropy": {"32768": (partial(_cross_entropy, classes=32768), _NEVER)},
+    "cross_entropy": {"32768": _Variant("cross_entropy", partial(_cross_entropy, classes=32768))},
     "linear_cross_entropy": {
-        "32768": (partial(_linear_cross_entropy, classes=32768), _BF16),
+        "32768": _Variant("linear_cross_entropy", partial(_linear_cross_entropy, classes=32768), _BF16)
     },
 }
+_LISTED = {variant.operator for variants in _CASES.values() for variant in variants.values()}
+# Of any other operator: ordinary inputs.
+_CASES |= {name: {"ordinary": _Variant(name, lambda make: {})} for name in REGISTRY if name not in _LISTED}
 
 OPERATORS = tuple(_CASES)

@@ -39,7 +39,7 @@ def test_the_output_and_every_gradient_are_measured(operator: str, gradients: in
 
 
 def test_a_less_accurate_operator_breaks_it(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastformer, "softmax", lambda x: (x.bfloat16().softmax(-1)).to(x.dtype))
+    monkeypatch.setattr(fastformer, "softmax", lambda input: (input.bfloat16().softmax(-1)).to(input.dtype))
     problem = next(problem for problem in numerics.problems() if problem.operator == "softmax")
     errors = list(numerics.errors_of(problem, "float32", device.type, seed=0))
     assert {error.implementation for error in errors if error.kept is False} == {"triton", "torch"}
@@ -48,7 +48,7 @@ def test_a_less_accurate_operator_breaks_it(device: torch.device, monkeypatch: p
 
 
 def test_nan_breaks_it(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastformer, "softmax", lambda x: x * float("nan"))
+    monkeypatch.setattr(fastformer, "softmax", lambda input: input * float("nan"))
     problem = next(problem for problem in numerics.problems() if problem.operator == "softmax")
     ours = [e for e in numerics.errors_of(problem, "float32", device.type, seed=0) if e.implementation == "torch"]
     assert ours and all(error.units is None and error.kept is False for error in ours)

@@ -20,6 +20,7 @@ from fastformer.benchmarking.gpu.step import Launch, Record, Setting, Step
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.timing import in_a_line
 from fastformer.diagnostics.numerics import DTYPES, Error, Problem, errors_of, problems
+from fastformer.registry import OPERATORS, Make
 
 _UNIT = "roundings"
 # All others run on any machine, and would have to be collected first.
@@ -137,10 +138,13 @@ def _lines(arguments: list[str], root: Path, seconds: float) -> Iterator[str]:
 
 
 def _launch(problem: Problem, dtype: str) -> None:
-    tensors = [each.to("meta", DTYPES[dtype]).requires_grad_(problem.differentiable) for each in problem.make()]
-    output = problem.ours(*tensors)
-    if problem.differentiable:
-        torch.autograd.grad(output, tensors, torch.empty_like(output))
+    operator = OPERATORS[problem.operator]
+    call = operator.inputs(Make(DTYPES[dtype], torch.device("meta")), **problem.inputs)
+    leaves = operator.leaves(call.tensors)
+    output = operator.output(operator.ours, call._replace(tensors=leaves))
+    if output.requires_grad:
+        wanted = [each for each in leaves.values() if each.requires_grad]
+        torch.autograd.grad(output, wanted, torch.empty_like(output))
 
 
 def _launches() -> Iterator[Launch]:

@@ -1,0 +1,85 @@
+"""Attention of new tokens to a cache, contiguous or in pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastformer.registry.attention import fused_attention, plain_attention
+from fastformer.registry.make import Make
+from fastformer.registry.operator import Call, Operator
+
+
+def caches(
+    make: Make, batch: int, kv_heads: int, capacity: int, head_dim: int, page_size: int | None, value_scale: float = 1.0
+) -> dict[str, Tensor]:
+    """Key and value cache of so many tokens for each sequence; in pages with the block table, in random order."""
+    shape = (batch, kv_heads, capacity, head_dim)
+    if page_size is not None:
+        pages = batch * capacity // page_size
+        shape = (pages, page_size, kv_heads, head_dim)
+    found = {"key_cache": make.normal(*shape), "value_cache": make.normal(*shape, scale=value_scale)}
+    if page_size is not None:
+        order = torch.randperm(pages, dtype=torch.int32, generator=torch.Generator().manual_seed(0), device="cpu")
+        found["block_table"] = make.constant(order[: batch * (capacity // page_size)].view(batch, -1))
+    return found
+
+
+def _inputs(
+    make: Make,
+    lengths: Sequence[int] = (70, 33),
+    heads: int = 4,
+    kv_heads: int = 1,
+    queries: int = 2,
+    head_dim: int = 32,
+    *,
+    page_size: int | None = None,
+    scale: float = 1.0,
+    value_scale: float = 1.0,
+) -> Call:
+    """The last `queries` tokens of sequences of these lengths, in a cache that is as long as the longest."""
+    query = make.normal(len(lengths), heads, queries, head_dim, scale=scale)
+    cached = caches(make, len(lengths), kv_heads, max(lengths), head_dim, page_size, value_scale)
+    ends = make.constant(torch.tensor(lengths, dtype=torch.int32, device="cpu"))
+    return Call({"query": query, **cached, "lengths": ends}, {})
+
+
+def _gathered(cache: Tensor, block_table: Tensor | None) -> Tensor:
+    """(batch, kv_heads, capacity, head_dim)."""
+    return cache if block_table is None else cache[block_table].flatten(1, 2).transpose(1, 2)
+
+
+def _mask(query: Tensor, key: Tensor, lengths: Tensor) -> Tensor:
+    """Each query sees the keys up to its own; (batch, 1, queries, keys)."""
+    places = torch.arange(query.shape[2], device=query.device) - query.shape[2]
+    last = lengths[:, None] + places
+    return (torch.arange(key.shape[2], device=query.device) <= last[..., None])[:, None]
+
+
+def _plain(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    splits: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`splits` changes nothing but who computes what."""
+    key, value = _gathered(key_cache, block_table), _gathered(value_cache, block_table)
+    return plain_attention(query, key, value, _mask(query, key, lengths), softcap=softcap)
+
+
+def _fused(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, block_table: Tensor | None = None
+) -> Tensor:
+    key, value = _gathered(key_cache, block_table), _gathered(value_cache, block_table)
+    return fused_attention(query, key, value, _mask(query, key, lengths))
+
+
+DECODE_ATTENTION = Operator(
+    "decode_attention", _inputs, _plain, _fused, constants=frozenset({"query", "key_cache", "value_cache"})
+)
