@@ -22,7 +22,7 @@ def _inputs(
     """Outputs (parts, rows, head_dim) and log-sum-exps (parts, rows); `masked`: half of the parts have no key."""
     lses = make.normal(parts, rows, scale=scale, dtype=make.wide)
     if masked:
-        without_key = (torch.arange(parts)[:, None] + torch.arange(rows)) % 2 == 0
+        without_key = torch.arange(parts, device="cpu")[:, None] % 2 == torch.arange(rows, device="cpu") % 2
         lses = lses.masked_fill(make.constant(without_key), float("-inf"))
     return Call({"outputs": make.normal(parts, rows, head_dim, scale=output_scale), "lses": lses}, {})
 

@@ -29,7 +29,9 @@ def _inputs(
     }
     tensors["cos"], tensors["sin"] = make.rotary_table(first_position + tokens, rotary_dim or head_dim)
     if first_position:
-        tensors["position_ids"] = make.constant(torch.arange(first_position, first_position + tokens)[None])
+        tensors["position_ids"] = make.constant(
+            torch.arange(first_position, first_position + tokens, device="cpu")[None]
+        )
     return Call(tensors, {"interleaved": interleaved})
 
 
