@@ -13,6 +13,9 @@ from fastformer.console import printable
 if TYPE_CHECKING:
     import torch
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+"""The precisions of training, as Lightning names them."""
+
 
 class CommandParser(ArgumentParser):
     """argparse's, with each error on one line."""

@@ -243,3 +243,8 @@ def _with_finite_numbers(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _with_finite_numbers(each) for name, each in value.items()}
     return [_with_finite_numbers(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def in_a_line(cause: BaseException) -> str:
+    """The class of an exception and the beginning of its message."""
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import re
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -21,54 +21,22 @@ MemoryOf = Literal["run", "everything"]
 """What a run takes beyond what is there before it (weights, inputs); or that too."""
 
 
-def peak_mebibytes(
-    study: str, case: str, peer: str, memory: MemoryOf, device: torch.device, quick: bool = False
-) -> float:
-    """MiB that a case takes in the hands of a peer; on a CPU measured in a process of its own.
+def peak_mebibytes(run: Callable[[], Run], memory: MemoryOf, device: torch.device) -> float:
+    """MiB that a run takes, here; on a CPU nothing of the kind may have been done in this process before.
 
-    Raises:
-        RuntimeError: the process failed; the message has its error.
+    Args:
+        run: makes the run.
+        memory: what counts.
+        device: where the run works.
     """
-    if device.type == "cuda":  # its allocator counts exactly, whatever was there before
-        return measure_here(study, case, peer, memory, device, quick)
-    command = [
-        sys.executable,
-        "-m",
-        "fastformer.benchmarking.memory",
-        study,
-        case,
-        peer,
-        memory,
-        str(device),
-        "quick" if quick else "full",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{peer} failed in {study}, {case}: {done.stderr.strip()[-2000:]}")
-    return float(done.stdout.split()[-1])
-
-
-def measure_here(study: str, case: str, peer: str, memory: MemoryOf, device: torch.device, quick: bool) -> float:
-    """The same in this process, which on a CPU must not have done anything of the kind before."""
-    from fastformer.benchmarking.studies import load
-    from fastformer.benchmarking.study import Setting, TimedStudy
-
-    loaded = load(study)
-    if not isinstance(loaded, TimedStudy):
-        raise ValueError(f"study must have timed cases, got {study!r}")
-    # What is imported and compiled late is no memory of the work: on a CPU something small is done before.
-    if device.type != "cuda":
-        small = next(each for each in loaded.cases(Setting(device, quick=True)) if peer in each.peers)
-        small.peers[peer].prepare()()
-    found = next(each for each in loaded.cases(Setting(device, quick)) if each.name == case)
     at_start = _held(device)
-    run = found.peers[peer].prepare()
+    work = run()
     if device.type == "cuda":
-        run()
+        work()
     if memory == "run":
-        return peak_of(run, device) / 2**20
+        return peak_of(work, device) / 2**20
     _forget_peak(device)
-    run()
+    work()
     return (_most_held(device) - at_start) / 2**20
 
 
@@ -104,11 +72,3 @@ def _of_process(field: str) -> int:
     if not status.exists():
         raise RuntimeError(f"memory of a process is measured on Linux, not on {sys.platform}")
     return int(re.findall(rf"{field}:\s+(\d+) kB", status.read_text())[0]) * 1024
-
-
-def _main(study: str, case: str, peer: str, memory: MemoryOf, device: str, size: str) -> None:
-    print(measure_here(study, case, peer, memory, torch.device(device), size == "quick"))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])  # type: ignore[arg-type]

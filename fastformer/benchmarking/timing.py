@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils._pytree import tree_map_only
 
+from fastformer.console import in_a_line
+
 Run = Callable[[], object]
 """Does a case's work once; returns what the peers must agree on."""
 
@@ -76,11 +78,6 @@ def interleaved(
         for name in names[shift:] + names[:shift]:
             timed.seconds[name].append(seconds_of(runs[name], repeats[name], device))
     return timed
-
-
-def in_a_line(cause: Exception) -> str:
-    """Its class and the beginning of its message."""
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
 
 
 def seconds_of(run: Run, repeats: int, device: torch.device) -> float:

@@ -19,7 +19,7 @@ from fastformer.benchmarking.gpu.records import append, ends, entries, write_res
 from fastformer.benchmarking.gpu.runner import Known, Place, run_steps
 from fastformer.benchmarking.gpu.steps import STEPS, load, module_of
 from fastformer.benchmarking.gpu.table import long_table, short_table
-from fastformer.benchmarking.timing import in_a_line
+from fastformer.console import in_a_line
 
 _DESCRIPTION = """\
 Measure Fastformer beside its peers on the GPU of this machine, in a given time: steps in order of worth, each in a

@@ -260,7 +260,7 @@ def _work(options: Namespace) -> list[tuple[str, Work]]:
         return [(case.name, case.run) for case in cases(options.operators, options.dtypes, options.layouts)]
     if options.operators or options.dtypes or options.layouts:
         raise ValueError("--operators, --dtypes and --layouts choose cases; a --model says itself what it launches")
-    from fastformer.planning.choices import PRECISIONS
+    from fastformer.arguments import PRECISIONS
     from fastformer.planning.model_work import known_model, meta_model, model_work, two_blocks
 
     if options.precision not in PRECISIONS:

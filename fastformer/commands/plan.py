@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastformer.arguments import CommandParser
+from fastformer.arguments import PRECISIONS, CommandParser
 from fastformer.console import Table
-from fastformer.planning.choices import OPTIMIZERS, PRECISIONS, STRATEGIES
+from fastformer.planning.choices import OPTIMIZERS, STRATEGIES
 from fastformer.planning.gpus import GPUS
 from fastformer.planning.presets import MOST_TOKENS
 from fastformer.planning.quantities import duration, gibibytes, in_billions, with_prefix

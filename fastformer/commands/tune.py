@@ -13,8 +13,8 @@ import torch
 from fastformer.arguments import CommandParser
 from fastformer.backends import HAS_TRITON
 from fastformer.console import track
+from fastformer.tuning.measurement import event_timer
 from fastformer.tuning.results import store_plans, summary
-from fastformer.tuning.timer import event_timer
 
 if TYPE_CHECKING:
     from fastformer.tuning.measurement import Finding, Unmeasured

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
-
 STRATEGIES = ("ddp", "fsdp", "zero-1", "zero-2", "zero-3")
 """PyTorch's DDP and FSDP2, and DeepSpeed's ZeRO, as Lightning runs them."""
 

@@ -87,7 +87,7 @@ def model_cost(model: PreTrainedModel, precision: str, length: int, target_lengt
 
     Args:
         model: on meta, in the dtype of its weights.
-        precision: Lightning's, one of `choices.PRECISIONS`.
+        precision: Lightning's, one of `fastformer.arguments.PRECISIONS`.
         length: tokens of each example, an encoder-decoder's source; an image model has its own.
         target_length: tokens of an encoder-decoder's target; by default `length`.
     """

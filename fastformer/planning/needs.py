@@ -6,9 +6,10 @@ import copy
 import math
 from dataclasses import dataclass
 
+from fastformer.arguments import PRECISIONS
 from fastformer.models import FastformerConfig
 from fastformer.ops.linear_cross_entropy import GPU_MEMORY_BUDGET
-from fastformer.planning.choices import OPTIMIZERS, PRECISIONS, STRATEGIES
+from fastformer.planning.choices import OPTIMIZERS, STRATEGIES
 from fastformer.planning.gpus import GPUS_PER_NODE, Gpu
 from fastformer.planning.model_cost import ModelCost, forward_flops, model_cost
 from fastformer.planning.model_work import meta_model

@@ -28,11 +28,11 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import LightningArgumentParser
 
+from fastformer.arguments import PRECISIONS
 from fastformer.console import printable
 from fastformer.training.folder import RunFolder
 from fastformer.training.ranges import check_ranges
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 STRATEGIES = ("auto", "ddp", "fsdp2")
 
 # What resume and report rely on, set by `build_trainer`, and what has no meaning here.

@@ -12,7 +12,7 @@ import torch
 from fastformer_kernels.configurations import use_measured
 from fastformer_kernels.launch import architecture_of
 
-from fastformer.benchmarking.timing import in_a_line
+from fastformer.console import in_a_line
 from fastformer.tuning.compilation import Prepare
 from fastformer.tuning.measurement import Failures, Finding, Timer, Unmeasured, finding_of, winners
 from fastformer.tuning.problem import Problem

@@ -13,8 +13,12 @@ from fastformer_kernels.configurations import forced, shipped_defaults, use_meas
 from fastformer_kernels.launch import Architecture, architecture_of
 from torch import Tensor
 
+from fastformer.gpu_timing import timed
 from fastformer.tuning.candidates import candidates
 from fastformer.tuning.problem import Problem, Results, Tensors
+
+# Seconds of measuring a configuration.
+_SECONDS = 0.03
 
 Timer = Callable[[Sequence[Callable[[], object]]], float]
 """Seconds of a call, which is given for several sets of buffers."""
@@ -184,3 +188,8 @@ def results_of(problem: Problem, tensors: Tensors) -> list[Tensor]:
 def _copies(tensors: Tensors) -> Tensors:
     """Copies with the same strides."""
     return [tensor.clone() for tensor in tensors]
+
+
+def event_timer(device: torch.device) -> Timer:
+    """Times runs on a GPU by its events, for a short while each."""
+    return lambda runs: timed(runs, device, _SECONDS).median

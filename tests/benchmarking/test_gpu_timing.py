@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastformer.benchmarking.gpu.ceilings import copy_ceiling, matrix_ceiling
-from fastformer.benchmarking.gpu.timing import Prepare, Run, timed, timed_parts
+from fastformer.gpu_timing import Prepare, Run, timed, timed_parts
 
 CPU = torch.device("cpu")
 

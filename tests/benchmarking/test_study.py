@@ -9,7 +9,6 @@ import torch
 from processes import fastformer
 
 from fastformer.benchmarking.measurement import OURS
-from fastformer.benchmarking.memory import peak_mebibytes
 from fastformer.benchmarking.results import load_results
 from fastformer.benchmarking.studies import STUDIES, load
 from fastformer.benchmarking.study import Case, Peer, Setting, TimedStudy
@@ -80,9 +79,9 @@ def test_peak_memory_is_the_works() -> None:
     assert isinstance(quick, TimedStudy)
     (case,) = quick.cases(Setting(CPU, quick=True))
     logits = 512 * 1000 * 4 / 2**20
-    assert logits < peak_mebibytes(quick.name, case.name, "PyTorch", "run", CPU, quick=True) < 10 * logits
+    assert logits < quick._peak(case, "PyTorch", "run", Setting(CPU, quick=True)) < 10 * logits
     with pytest.raises(RuntimeError, match="nobody failed in linear-cross-entropy"):
-        peak_mebibytes(quick.name, case.name, "nobody", "run", CPU, quick=True)
+        quick._peak(case, "nobody", "run", Setting(CPU, quick=True))
 
 
 @pytest.mark.slow

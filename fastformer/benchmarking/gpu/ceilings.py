@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 
 import torch
 
-from fastformer.benchmarking.gpu.timing import Timing, timed
+from fastformer.gpu_timing import Timing, timed
 
 MATRIX, COPY = "TFLOP/s", "GB/s"
 """Units of the two ceilings."""

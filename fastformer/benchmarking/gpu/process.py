@@ -21,7 +21,7 @@ import torch
 
 from fastformer.benchmarking.gpu.records import append, append_record
 from fastformer.benchmarking.gpu.step import Setting, Step
-from fastformer.benchmarking.timing import in_a_line
+from fastformer.console import in_a_line
 
 RECORDS = "records.jsonl"
 

@@ -16,12 +16,13 @@ from torch import Tensor
 from fastformer.benchmarking.calls import TOLERANCES, Call, compiler, distance
 from fastformer.benchmarking.gpu.ceilings import COPY, MATRIX, copy_ceiling, matrix_ceiling
 from fastformer.benchmarking.gpu.step import Record, Setting
-from fastformer.benchmarking.gpu.timing import Timing, timed, timed_parts
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.memory import peak_of
 from fastformer.benchmarking.operations import Work
 from fastformer.benchmarking.study import Peer
-from fastformer.benchmarking.timing import Run, in_a_line, wait
+from fastformer.benchmarking.timing import Run, wait
+from fastformer.console import in_a_line
+from fastformer.gpu_timing import Timing, timed, timed_parts
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
 """What is timed of a training step: its forward, its backward, or both together."""

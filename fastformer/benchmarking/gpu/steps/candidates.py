@@ -18,11 +18,10 @@ from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.timing import seconds_of
 from fastformer.tuning.compilation import compiled_ahead, launch_candidates, launch_exact
 from fastformer.tuning.isolation import measure_apart
-from fastformer.tuning.measurement import Finding, Unmeasured, measure, winners
+from fastformer.tuning.measurement import Finding, Unmeasured, event_timer, measure, winners
 from fastformer.tuning.problem import GROUPS, TINY, Problem
 from fastformer.tuning.problems import problems
 from fastformer.tuning.results import store_plans
-from fastformer.tuning.timer import event_timer
 
 SHIPPED = "shipped configuration"
 # Problems whose candidates are compiled ahead of time: attention of the most keys. All would be too large a cache.

@@ -17,7 +17,8 @@ import fastformer
 from fastformer.benchmarking.calls import Call
 from fastformer.benchmarking.gpu.step import Launch, Record, Setting, Step
 from fastformer.benchmarking.measurement import OURS
-from fastformer.benchmarking.timing import Run, in_a_line
+from fastformer.benchmarking.timing import Run
+from fastformer.console import in_a_line
 
 # So few that the GPU's queue, of a thousand launches, is never full.
 _CALLS = 50

@@ -18,7 +18,7 @@ import fastformer
 from fastformer.benchmarking.gpu.findings import ERROR
 from fastformer.benchmarking.gpu.step import Launch, Record, Setting, Step
 from fastformer.benchmarking.measurement import OURS
-from fastformer.benchmarking.timing import in_a_line
+from fastformer.console import in_a_line
 from fastformer.diagnostics.numerics import DTYPES, Error, Problem, errors_of, problems
 from fastformer.registry import OPERATORS, Make
 

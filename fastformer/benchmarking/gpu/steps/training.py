@@ -16,7 +16,8 @@ from fastformer.benchmarking.gpu.ceilings import matrix_ceiling
 from fastformer.benchmarking.gpu.step import Launch, Record, Setting, Step
 from fastformer.benchmarking.gpu.subjects import Subject
 from fastformer.benchmarking.measurement import OURS
-from fastformer.benchmarking.timing import Run, in_a_line, wait
+from fastformer.benchmarking.timing import Run, wait
+from fastformer.console import in_a_line
 from fastformer.generation import Generator, SamplingParameters
 from fastformer.generation.cached_model import CachedModel
 from fastformer.integrations.acceleration import accelerate
