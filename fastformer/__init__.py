@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastformer.integrations.attention.registration import register as _register_with_transformers
+from fastformer.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fastformer.backends import backend
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
         t5_buckets,
         transformer_embedding,
     )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "accelerate",

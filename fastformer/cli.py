@@ -8,10 +8,10 @@ import signal
 import sys
 import time
 
-import fastformer
 from fastformer.console import plain_warnings, printable, show_any_character
 from fastformer.extras import missing_package, remedy
 from fastformer.stopping import STATUS, Stopped, stopping_at_signals
+from fastformer.version import __version__
 
 COMMANDS = {
     "pretrain": "train a Transformer from scratch: masked or causal language modelling, span corruption, denoising",
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Transformers on fused Triton kernels.",
         epilog="`fastformer COMMAND --help` shows a command's options, with examples.",
     )
-    parser.add_argument("--version", action="version", version=f"fastformer {fastformer.__version__}")
+    parser.add_argument("--version", action="version", version=f"fastformer {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error in what was given")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, help_line in COMMANDS.items():

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-import fastformer
 from fastformer.arguments import CommandParser, chosen_device
 from fastformer.backends import BACKENDS
 from fastformer.console import Table
@@ -21,6 +20,7 @@ from fastformer.files import OVERWRITE_HELP, atomic_file, check_out
 from fastformer.integrations.acceleration import Acceleration
 from fastformer.integrations.verification.checks import Check, verify
 from fastformer.integrations.verification.subject import Subject
+from fastformer.version import __version__
 
 _DESCRIPTION = """\
 Verify that a transformers model gives its own outputs, loss, gradients and generations on Fastformer: with attention
@@ -71,7 +71,7 @@ def main(arguments: list[str], begin: float) -> None:
             "device": options.device,
             "backend": options.backend,
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-            | {"fastformer": fastformer.__version__},
+            | {"fastformer": __version__},
             "acceleration": None if report is None else json.loads(report.to_json()),
             "passed": passed,
             "checks": [asdict(check) for check in checks],

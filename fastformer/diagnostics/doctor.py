@@ -14,6 +14,7 @@ import fastformer
 from fastformer.backends import HAS_TRITON, selected_backend, use_triton
 from fastformer.registry import OPERATORS, Call, Make, Operator
 from fastformer.registry.operator import Function
+from fastformer.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "lightning", "numpy")
 
@@ -61,7 +62,7 @@ def machine() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "fastformer": fastformer.__version__,
+        "fastformer": __version__,
         **{name: _version(name) for name in _PACKAGES},
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from fastformer.cuda_graphs import CudaRecorder, Recorder, StepGraphs, recorded_state, why_no_graph
 from fastformer.models import FastformerPreTrainedModel
-from fastformer.training.finetuning import Embedding
 from fastformer.training.module import TrainingModule
 
 Batch = dict[str, Any]
@@ -122,9 +121,7 @@ def why_no_recorded_steps(trainer: Trainer, module: Any) -> str | None:
         "--precision 16-mixed scales losses by what it finds in gradients": trainer.precision == "16-mixed",
         "differential privacy takes one example at a time": not module.automatic_optimization,
         "adversarial training has a backward within its forward": getattr(module, "adversary", None) is not None,
-        "the other sequences of a batch are what a sentence is told from, and padding would be too": isinstance(
-            module, Embedding
-        ),
+        "a sentence is told from all others of its batch, and padding would be one of them": not module.may_be_padded,
         "only Fastformer's own models take packed batches": not isinstance(wrapped, FastformerPreTrainedModel),
         "--activation_checkpointing keeps the state of random numbers on the host": any(
             getattr(each, "gradient_checkpointing", False) for each in model.modules()

@@ -235,6 +235,8 @@ class Embedding(FineTuning):
         symmetric: whether anchors are to be found too.
     """
 
+    may_be_padded = False  # a pair is found among all others of its batch
+
     def __init__(self, *arguments: Any, temperature: float = 0.05, symmetric: bool = True, **options: Any) -> None:
         super().__init__(*arguments, **options)
         if self.privacy is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed
@@ -29,6 +29,8 @@ class TrainingModule(LightningModule):
     """
 
     model: Any
+    may_be_padded: ClassVar[bool] = True
+    """Whether sequences may be added to a batch without any effect on the loss."""
     recorded: RecordedSteps | None = None
     """CUDA graphs that training steps are taken with."""
     watch: FiniteLosses | None = None

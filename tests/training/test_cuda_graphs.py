@@ -179,4 +179,4 @@ def test_where_there_are_none(
     theirs = [*command("classify", data, tmp_path / "finetune"), "--model", str(base["bert"])]
     refused(theirs, "only Fastformer's own models take packed batches")
     embed = [*command("embed", data, tmp_path / "embed"), *scratch()]
-    refused(embed, "the other sequences of a batch are what a sentence is told from")
+    refused(embed, "a sentence is told from all others of its batch")

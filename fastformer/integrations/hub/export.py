@@ -15,13 +15,13 @@ from pathlib import Path, PurePosixPath
 
 import fastformer_kernels
 
-import fastformer
 from fastformer.files import atomic_folder
 from fastformer.integrations.hub import layers as hub_layers
+from fastformer.version import __version__
 
 BACKENDS = ("cpu", "cuda", "rocm")
 _PACKAGES = {
-    "fastformer": Path(fastformer.__file__).parent,
+    "fastformer": Path(__file__).parents[2],
     "fastformer_kernels": Path(fastformer_kernels.__file__).parent,
 }
 _IMPORT = re.compile(r"^( *)from (fastformer(?:_kernels)?(?:\.\w+)*) import ", re.MULTILINE)
@@ -70,7 +70,7 @@ def package() -> Files:
             # What a package imports for its users' convenience is not needed by its modules.
             files.setdefault(parent / "__init__.py", "")
     files[PurePosixPath("__init__.py")] = (
-        f'"""Fastformer {fastformer.__version__}: fused Triton kernels for the Transformer, as layers."""\n\n'
+        f'"""Fastformer {__version__}: fused Triton kernels for the Transformer, as layers."""\n\n'
         'from . import layers\n\n__all__ = ["layers"]\n'
     )
     return files
@@ -146,7 +146,7 @@ def _readme(names: list[str]) -> str:
             "tags: [kernels]",
             "---",
             "",
-            f"# Fastformer {fastformer.__version__}",
+            f"# Fastformer {__version__}",
             "",
             *lines,
             "",

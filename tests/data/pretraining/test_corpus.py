@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fastformer.data.pretraining.corpus as corpus_module
 from fastformer.data.pretraining.corpus import default_corpus, load_corpus, split_sentences
-from fastformer.data.pretraining.python_documentation import prose_paragraphs
+from fastformer.data.pretraining.python_documentation import prose_paragraphs, python_docstrings
 from fastformer.data.pretraining.splitting import split_documents
 
 # --- Sentences --------------------------------------------------------------------------------------------------------
@@ -85,6 +85,17 @@ str.join(iterable, /)
         "the first one, which does nothing",
         "the second one, which does even less",
     ]
+
+
+def test_docstrings_know_their_module_and_name():
+    """Of modules in Python and in C: functions, classes, methods."""
+    found = {(each.module, each.name): each.text for each in python_docstrings()}
+    assert found["textwrap", "TextWrapper.fill"].startswith("fill(text : string)")
+    assert found["textwrap", ""].startswith("Text wrapping and filling")
+    assert found["math", ""].startswith("This module provides access to the mathematical functions")
+    assert found["math", "sqrt"] == "Return the square root of x."
+    assert found["itertools", "count"].startswith("Return a count object")
+    assert "iter" in found["itertools", "chain.from_iterable"]
 
 
 @pytest.fixture(scope="module")
