@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-import fastformer
 from fastformer.backends import HAS_TRITON, selected_backend, use_triton
 from fastformer.registry import OPERATORS, Call, Make, Operator
 from fastformer.registry.operator import Function
