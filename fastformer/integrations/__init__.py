@@ -10,7 +10,7 @@ __all__ = ["AccelerateCallback"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import transformers when what needs it is asked for."""
+    """Import transformers only when a name that needs it is used."""
     if name not in __all__:
         raise AttributeError(f"module 'fastformer.integrations' has no attribute {name!r}")
     module = importlib.import_module("fastformer.integrations.trainer")

@@ -12,10 +12,10 @@ from fastformer.integrations.acceleration import Acceleration, accelerate
 
 
 class AccelerateCallback(TrainerCallback):
-    """Accelerates the Trainer's model as soon as there is one, before it is wrapped for many devices or compiled.
+    """A callback that accelerates the Trainer's model as soon as it exists, before it is wrapped or compiled.
 
-    The model stays accelerated after training; `fastformer.restore(model)` undoes it. What is saved is what would be
-    saved without.
+    The model stays accelerated after training; `fastformer.restore(model)` undoes it. Saved files are the same as
+    without acceleration.
 
     Attributes:
         report: what was accelerated; None until there is a model.
@@ -33,7 +33,7 @@ class AccelerateCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Accelerate the model that `model_init` has made."""
+        """Accelerate the model that `model_init` made."""
         self._accelerate(kwargs.get("model"))
 
     def _accelerate(self, model: nn.Module | None) -> None:

@@ -1,4 +1,4 @@
-"""A model's layers, recognised by what they compute, on Fastformer's operators; and back."""
+"""Acceleration of a model's layers by Fastformer's operators, recognised by what they compute; and restoration."""
 
 from fastformer.integrations.acceleration.model import accelerate, restore
 from fastformer.integrations.acceleration.report import Acceleration, Decision

@@ -1,4 +1,4 @@
-"""``dropout(LayerNorm(word + position + token_type))``, BERT's input block, by its tables and what it computes."""
+"""BERT's input block, ``dropout(LayerNorm(word + position + token_type))``, recognised by its tables and results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastformer.ops.embedding import transformer_embedding
 from fastformer.ops.normalization import MAX_COLUMNS
 
 _IDS = ("input_ids", "token_type_ids", "position_ids")
-"""What transformers' models call the operator's arguments."""
+"""The names in transformers' models of the operator's arguments."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Embeddings(OperatorRecipe):
 
     Attributes:
         word, position, token_type, norm, dropout: the children.
-        skips_padding: default positions count the words that are no padding, from padding_idx + 1 (RoBERTa);
+        skips_padding: default positions count the words that are not padding, from padding_idx + 1 (RoBERTa);
             otherwise they are indices.
         arguments: the forward's arguments and their defaults.
     """
@@ -79,7 +79,7 @@ class Embeddings(OperatorRecipe):
         )
 
     def marked(self, module: nn.Module, *tensors: Tensor) -> Tensor:
-        """The same in PyTorch's functions, with dropout's mark where it drops elements."""
+        """Compute the same by PyTorch's functions, with dropout's mark where elements are dropped."""
         undropped = replace(self, dropout=None).run(module, *tensors)
         return undropped if self.dropout is None else mark(undropped)
 
@@ -101,7 +101,7 @@ def _is_default(value: Any, default: int | None) -> bool:
 
 
 def _table(embedding: Any) -> Tensor:
-    """The weight of a table of positions or token types; a padding row of it gets no gradient."""
+    """The weight of a table of positions or token types; its padding row, if any, gets no gradient."""
     weight, padding = embedding.weight, embedding.padding_idx
     if padding is None:
         return weight
@@ -110,7 +110,7 @@ def _table(embedding: Any) -> Tensor:
 
 
 def recognise(module: nn.Module) -> Embeddings | str | None:
-    """The recipe for `module`, the reason why an input block has none, or None for what is none."""
+    """Return the recipe for `module`, the reason why an input block has none, or None for any other module."""
     children: dict[str, Any] = dict(module.named_children())
     tables = [name for name, child in children.items() if isinstance(child, nn.Embedding)]
     norms = [name for name, child in children.items() if original_class(child) is nn.LayerNorm]
@@ -148,7 +148,7 @@ def _recipes(
 
 
 def _forward(recipe: Embeddings) -> Any:
-    """The module's own forward as a function of the three tensors."""
+    """Turn the module's own forward into a function of the three tensors."""
 
     def forward(module: nn.Module, *tensors: Any) -> Any:
         known = {name for name, _ in recipe.arguments}
@@ -159,7 +159,7 @@ def _forward(recipe: Embeddings) -> Any:
 
 
 def _inputs(module: nn.Module, recipe: Embeddings) -> list[tuple[Any, ...]]:
-    """Words with padding before and after, with all that may be given and with nothing of it."""
+    """Make words with padding before and after, with all optional inputs and with none of them."""
     known = {name for name, _ in recipe.arguments}
     tables = [getattr(module, name) for name in (recipe.word, recipe.position, recipe.token_type) if name is not None]
     generator = torch.Generator("cpu").manual_seed(2)

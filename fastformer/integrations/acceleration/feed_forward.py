@@ -1,4 +1,4 @@
-"""Feed-forward networks, classic and gated: two or three projections and an activation, whatever they are called."""
+"""Feed-forward networks, classic and gated: two or three projections and an activation, with any names."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from fastformer.ops.feed_forward import feed_forward
 
 @dataclass(frozen=True)
 class FeedForward(OperatorRecipe):
-    """``down(activation(up(x)))``, or gated ``down(activation(gate(x)) * up(x))``.
+    """A feed-forward: ``down(activation(up(x)))``, or gated ``down(activation(gate(x)) * up(x))``.
 
     Attributes:
         kind: the projections' class.
-        up, down, gate: the children that are the projections. A `gate` that is `up` too is one projection to both
-            halves: the gate's first, unless `gate_last`.
+        up, down, gate: the names of the children that are the projections. A `gate` that equals `up` is one projection
+            to both halves: the gate's half is first, unless `gate_last`.
         activation: as in `fastformer.feed_forward`.
-        hidden_dropout, dropout: the children that drop elements between the projections and after them.
+        hidden_dropout, dropout: the names of the children that drop elements between the projections and after them.
     """
 
     kind: type[nn.Module]
@@ -74,7 +74,7 @@ class FeedForward(OperatorRecipe):
         )
 
     def marked(self, module: nn.Module, input: Tensor) -> Tensor:
-        """The same in PyTorch's functions, with a dropout's mark where it drops elements."""
+        """Compute the same by PyTorch's functions, with a dropout's mark where elements are dropped."""
         (up, up_bias), (gate, gate_bias), (down, down_bias) = self._parameters(module)
         activate = ACTIVATIONS[self.activation]
         hidden = F.linear(input, up, up_bias)
@@ -84,7 +84,7 @@ class FeedForward(OperatorRecipe):
         return output if self.dropout is None else mark(output)
 
     def _parameters(self, module: nn.Module) -> tuple[Any, Any, Any]:
-        """Weight and bias of up, of the gate (None, None without one) and of down."""
+        """Weight and bias of up, of the gate (None and None without a gate) and of down."""
         up, down = (weight_and_bias(getattr(module, name)) for name in (self.up, self.down))
         if self.gate is None:
             return up, (None, None), down
@@ -96,7 +96,7 @@ class FeedForward(OperatorRecipe):
 
 
 def recognise(module: nn.Module) -> FeedForward | str | None:
-    """The recipe for `module`, the reason why a feed-forward network has none, or None for what is none."""
+    """Return the recipe for `module`, the reason why a feed-forward network has none, or None for any other module."""
     children = dict(module.named_children())
     projections = {name: child for name, child in children.items() if any(True for _ in child.parameters())}
     if _is_inside_more(module):
@@ -116,7 +116,7 @@ def recognise(module: nn.Module) -> FeedForward | str | None:
 
 
 def _is_inside_more(module: nn.Module) -> bool:
-    """Whether two projections, one there and one back, are `module`'s own beside other layers with parameters."""
+    """Whether `module` has two projections, to a size and back, together with other layers that have parameters."""
     others = [child for child in module.children() if projection_class(child) is None]
     shapes = [weight_and_bias(child)[0].shape for child in module.children() if child not in others]
     there_and_back = len(shapes) == 2 and shapes[0] == shapes[1][::-1] and shapes[0] != shapes[1]
@@ -124,7 +124,7 @@ def _is_inside_more(module: nn.Module) -> bool:
 
 
 def _roles(kind: type[nn.Module], shapes: dict[str, tuple[int, ...]]) -> Iterator[FeedForward]:
-    """Every part that the projections can play, by their shapes (out_features, in_features)."""
+    """Yield every assignment of roles to the projections that their shapes (out_features, in_features) allow."""
     for up, down in itertools.permutations(shapes, 2):
         intermediate, read = shapes[up][0], shapes[down][1]
         gates = [name for name in shapes if name not in (up, down)]
@@ -154,7 +154,7 @@ def _find(module: nn.Module, roles: list[FeedForward], shapes: dict[str, tuple[i
             continue
         for activation in ACTIVATIONS:
             recipe = replace(role, activation=activation)
-            # Large ones too: an activation may be bounded.
+            # Large inputs are tried too, since an activation may be bounded.
             inputs = [(input,), (3.0 * input[:1, :2],), (30.0 * input[1:],)]
             if close(outcome(module, recipe.run, input), expected) and same(module, forward, recipe.run, inputs):
                 return recipe
@@ -165,7 +165,7 @@ def _find(module: nn.Module, roles: list[FeedForward], shapes: dict[str, tuple[i
 def _with_dropouts(
     module: nn.Module, recipe: FeedForward, dropouts: list[str], shapes: dict[str, tuple[int, ...]]
 ) -> FeedForward | str:
-    """The recipe with each dropout at its place in training."""
+    """Add to the recipe each dropout at its place in training."""
     input = _input(shapes[recipe.up][1])
     places: list[tuple[str | None, str | None]] = [(None, None)]
     places += [place for name in dropouts for place in ((name, None), (None, name))]

@@ -1,4 +1,4 @@
-"""Cross-entropy: transformers' loss functions of language models, and PyTorch's class where a forward names it."""
+"""Cross-entropy: transformers' loss functions of language models, and forwards that name PyTorch's class."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fastformer.ops.cross_entropy import cross_entropy
 
 @dataclass(frozen=True)
 class LanguageModelLoss:
-    """A transformers loss function of a language model, on Fastformer's cross-entropy wherever kernels run.
+    """A transformers loss function of a language model, on Fastformer's cross-entropy where kernels run.
 
     Attributes:
-        own: the loss function that it stands for.
-        shifts: labels are those of the words at their place, so that each is the next position's to predict.
-        was_set: the model had been given `own`; otherwise it is that of its kind of model.
+        own: the loss function that it replaces.
+        shifts: whether labels are those of the tokens at their positions, so that the position before predicts each.
+        was_set: whether `own` had been set on the model; otherwise it comes from the model's type.
     """
 
     own: Callable[..., Tensor]
@@ -41,7 +41,7 @@ class LanguageModelLoss:
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As `own`: the mean over labels, or their sum over `num_items_in_batch` where batches are accumulated."""
+        """Like `own`: the mean over labels, or their sum over `num_items_in_batch` if batches are accumulated."""
         if not use_triton(logits):
             given = kwargs if shift_labels is None else {"shift_labels": shift_labels, **kwargs}
             return self.own(logits, labels, vocab_size, num_items_in_batch, ignore_index, **given)
@@ -56,7 +56,7 @@ class LanguageModelLoss:
         ignore_index: int = -100,
         shift_labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss, by the operator."""
+        """Compute the loss by the operator."""
         if not self.shifts:
             target = labels
         elif shift_labels is None:
@@ -70,7 +70,7 @@ class LanguageModelLoss:
             target.reshape(-1).to(logits.device),
             ignore_index=ignore_index,
             reduction="mean" if num_items_in_batch is None else "sum",
-            # The copy in float32 is nobody else's.
+            # Nothing else uses the float32 copy.
             inplace=wide is not rows,
         )
         if isinstance(num_items_in_batch, Tensor):
@@ -79,7 +79,7 @@ class LanguageModelLoss:
 
 
 def recognise_function(own: Callable[..., Tensor], was_set: bool) -> LanguageModelLoss | str:
-    """The loss that stands for `own`, or why there is none."""
+    """Return the loss that replaces `own`, or the reason why there is none."""
     for shifts in (True, False):
         loss = LanguageModelLoss(own, shifts, was_set)
         if _is_proven(loss):
@@ -112,7 +112,7 @@ def _is_proven(loss: LanguageModelLoss) -> bool:
 
 @dataclass(frozen=True)
 class LossModule(OperatorRecipe):
-    """A child that is PyTorch's `CrossEntropyLoss`."""
+    """A child module that is PyTorch's `CrossEntropyLoss`."""
 
     part = "loss"
 
@@ -138,7 +138,7 @@ class LossModule(OperatorRecipe):
 
 
 class _DispatchedLoss(CrossEntropyLoss):
-    """`torch.nn.CrossEntropyLoss`, on Fastformer's operator wherever kernels run."""
+    """`torch.nn.CrossEntropyLoss`, on Fastformer's operator where kernels run."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         if use_triton(input):
@@ -148,7 +148,7 @@ class _DispatchedLoss(CrossEntropyLoss):
 
 @dataclass(frozen=True)
 class NamedLoss(Recipe):
-    """A forward that makes its loss by ``CrossEntropyLoss(...)``: the name becomes that of Fastformer's twin."""
+    """A forward that makes its loss by ``CrossEntropyLoss(...)``: the name is bound to Fastformer's class instead."""
 
     name: str
 
@@ -162,7 +162,7 @@ class NamedLoss(Recipe):
 
 
 def recognise(module: nn.Module) -> LossModule | NamedLoss | None:
-    """The recipe for PyTorch's `CrossEntropyLoss`, or for a module whose forward names that class; None for others."""
+    """Return the recipe for PyTorch's `CrossEntropyLoss`, or for a module whose forward names it; None for others."""
     if type(module) is nn.CrossEntropyLoss:
         return LossModule()
     for name, value in global_names(type(module).forward).items():

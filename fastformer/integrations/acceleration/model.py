@@ -1,4 +1,4 @@
-"""A model on Fastformer's operators in place of its own layers, and back."""
+"""Acceleration of a model: its layers run on Fastformer's operators; and the way back."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from fastformer.integrations.acceleration.report import Acceleration, Decision
 from fastformer.integrations.acceleration.swapping import Accelerated, Recipe, can_swap_back, swap, swap_back
 
 ATTENTION = "fastformer"
-"""What transformers calls an attention implementation; Fastformer's."""
+"""The name of Fastformer's attention implementation in transformers."""
 _OWN_ATTENTION = "_fastformer_own_attention"
 
-# What a module may be taken for, and how it is recognised. A layer's own method is looked at without its attention.
+# What a module may be recognised as, and by which function. A layer's own method is checked without its attention.
 _RECOGNISERS: list[tuple[str, Callable[[nn.Module], Recipe | str | None]]] = [
     (norms.Norm.part, norms.recognise),
     (feed_forward.FeedForward.part, feed_forward.recognise),
@@ -41,14 +41,14 @@ _RECOGNISERS: list[tuple[str, Callable[[nn.Module], Recipe | str | None]]] = [
 def accelerate(model: nn.Module) -> Acceleration:
     """Run a model on Fastformer's operators: its norms, feed-forwards, rotary and input embeddings, loss and attention.
 
-    A layer is recognised by its structure and by what it computes: its own forward and the operator's call are run on
-    random parameters and inputs, and have to agree in outputs and gradients. What is not proven equal is left as it
-    is. Modules, parameters, buffers, hooks and the state_dict stay what and where they were, so that checkpoints,
-    optimisers and PEFT go on working; a projection that becomes LoRA's or is quantised later is called. Kernels run
-    where a backend runs them, on a GPU by default; elsewhere a layer's own forward does.
+    A layer is recognised by its structure and by what it computes. Its own forward and the operator's call are run on
+    random parameters and inputs, and have to agree in outputs and gradients. A layer that is not proven equal is not
+    changed. Modules, parameters, buffers, hooks and the state_dict stay the same objects in the same places, so that
+    checkpoints, optimisers and PEFT continue to work. A projection that LoRA or quantisation replaces later is called.
+    Kernels run where a backend runs them, by default on a GPU; elsewhere a layer's own forward runs.
 
-    While a layer is looked at, random parameters of its shapes in float32 take several times its memory on the CPU;
-    layers of one structure are looked at once.
+    While a layer is checked, random float32 parameters of its shapes take several times its memory on the CPU. Layers
+    of the same structure are checked only once.
 
     A model of Hugging Face's that accepts attention implementations gets "fastformer".
 
@@ -56,10 +56,10 @@ def accelerate(model: nn.Module) -> Acceleration:
         model: any `nn.Module`, in any dtype, on any device, trained or to be loaded. It is changed in place.
 
     Returns:
-        What was replaced, and what was left and why; printing it shows a table.
+        The parts that were replaced, and the others with the reason; printing it shows a table.
 
     Raises:
-        TypeError: `model` is no `nn.Module`.
+        TypeError: `model` is not an `nn.Module`.
 
     >>> report = fastformer.accelerate(model)
     >>> print(report)
@@ -73,10 +73,10 @@ def accelerate(model: nn.Module) -> Acceleration:
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `accelerate`: every module of `model` is again of its own class, with nothing left on it.
+    """Undo `accelerate`: every module of `model` has its own class again, and no change remains on it.
 
     Raises:
-        TypeError: `model` is no `nn.Module`.
+        TypeError: `model` is not an `nn.Module`.
         ValueError: a module's class was changed after it was accelerated.
     """
     _check(model)
@@ -100,7 +100,7 @@ def restore(model: nn.Module) -> None:
 
 
 def _accelerate_layers(model: nn.Module) -> list[Decision]:
-    """Swap the class of every module that is recognised, and the loss functions."""
+    """Swap the class of every recognised module, and the loss functions."""
     decisions: list[Decision] = []
     halves = rotary.tables_have_halves(model)
     known: dict[Any, Recipe | str | None] = {}
@@ -136,7 +136,7 @@ def _check(model: nn.Module) -> None:
 
 
 def _accelerate_loss_function(name: str, module: nn.Module) -> list[Decision]:
-    """The loss function that a transformers model keeps or has by its kind, if its forward uses one."""
+    """Accelerate the loss function that a transformers model has, set or by its type, if its forward uses one."""
     forward = innermost(type(module).forward)
     if (
         not hasattr(type(module), "loss_function")
@@ -155,7 +155,7 @@ def _accelerate_loss_function(name: str, module: nn.Module) -> list[Decision]:
 
 
 def _accelerate_attention(model: nn.Module) -> list[Decision]:
-    """Every transformers model in `model` that accepts an attention implementation gets Fastformer's."""
+    """Set Fastformer's attention in every transformers model in `model` that accepts an attention implementation."""
     models = {name: module for name, module in model.named_modules() if _is_pretrained(module)}
     configs = {id(module.config): (name, module) for name, module in reversed(models.items())}
     decisions = []
@@ -173,7 +173,7 @@ def _accelerate_attention(model: nn.Module) -> list[Decision]:
 
 
 def _set_attention(model: Any) -> str | None:
-    """Give the model, and none inside it with a configuration of its own, our attention; why it does not take it."""
+    """Set our attention in this model, not in inner ones with their own configurations; return why it is refused."""
     if not model._can_set_attn_implementation():
         return "its class does not support attention implementations"
     try:

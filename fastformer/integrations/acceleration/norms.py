@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, whatever their class is called: one or two vectors of parameters, an epsilon, no children."""
+"""LayerNorm and RMSNorm of any class: one or two vectors of parameters, an epsilon, no children."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Norm(OperatorRecipe):
     """Normalisation over the last dimension.
 
     Attributes:
-        centered: LayerNorm, which subtracts the mean; otherwise RMSNorm.
-        eps, weight, bias: the attributes that hold them.
-        offset: added to the weight: 1 where it is kept as the difference from 1 (Gemma).
-        keeps_dtype: the result is of the input's dtype, whatever the weight's.
+        centered: whether the mean is subtracted (LayerNorm); otherwise it is RMSNorm.
+        eps, weight, bias: the names of the attributes.
+        offset: the number added to the weight: 1 if the weight is stored as the difference from 1 (Gemma).
+        keeps_dtype: whether the result has the input's dtype, whatever the weight's dtype.
     """
 
     centered: bool
@@ -47,7 +47,7 @@ class Norm(OperatorRecipe):
             return False
         dtype = autocast_float32_dtype(input)
         if dtype != input.dtype:
-            # A GPU's autocast makes the operator's result, as PyTorch's function's, float32.
+            # Under a GPU's autocast the operator's result, like that of PyTorch's function, is float32.
             return original_class(module) is nn.LayerNorm or (
                 weight is not None and weight.dtype == dtype and not self.keeps_dtype
             )
@@ -65,7 +65,7 @@ class Norm(OperatorRecipe):
 
 
 def recognise(module: nn.Module) -> Norm | str | None:
-    """The recipe for `module`, the reason why a norm has none, or None for what is no norm."""
+    """Return the recipe for `module`, the reason why a norm has none, or None for any other module."""
     vectors = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 1]
     candidate = not any(module.children()) and not any(True for _ in module.buffers(recurse=False))
     candidate &= len(vectors) == sum(1 for _ in module.parameters()) <= 2
@@ -105,13 +105,13 @@ def _recipes(vectors: list[str], epsilons: list[str]) -> Iterator[Norm]:
 
 
 def _proven(module: nn.Module, recipe: Norm, size: int) -> Norm | None:
-    """The recipe, if the module computes that."""
+    """Return the recipe if the module computes it."""
     forward = type(module).forward
     eps = getattr(module, recipe.eps)
     small = (torch.finfo(torch.float32).eps if eps is None else eps) ** 0.5
     generator = torch.Generator("cpu").manual_seed(2)
     first, second = (torch.randn(shape, generator=generator) for shape in ((2, 3, size), (1, 4, size)))
-    # Of inputs as small as epsilon's root, epsilon decides; a mean tells LayerNorm from RMSNorm.
+    # For inputs as small as epsilon's root, epsilon matters; a mean distinguishes LayerNorm from RMSNorm.
     if not same(module, forward, recipe.run, [(first + 0.5,), (second * small,)]):
         return None
     keeps_dtype = outcome(module, forward, first.bfloat16()).dtype == torch.bfloat16

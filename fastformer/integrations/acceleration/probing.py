@@ -1,8 +1,8 @@
-"""Whether two functions of a module's parameters are one: both run on random parameters and inputs, and are compared.
+"""A test whether two functions of a module's parameters are equal: both run on random parameters and inputs.
 
-The parameters are random because a fresh model's are not: weights of one and biases of zero hide what is done with
-them. They take the module's own parameters' place for the call alone, in float32 on the CPU, so that a model on a
-GPU, in half precision or on the meta device is probed as any other, and not touched.
+The parameters are random because those of a new model are not: weights of one and biases of zero would hide how they
+are used. They replace the module's own parameters only during the call, in float32 on the CPU. So a model on a GPU, in
+half precision or on the meta device is probed like any other, and not changed.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from fastformer.backends import backend
 from fastformer.nn.plain import is_own
 
 _RELATIVE_TOLERANCE = 2e-5
-"""Of the largest element: rounding in float32 stays below a tenth, erf's and tanh's GELU differ by ten times it."""
+"""Tolerance relative to the largest element: float32 rounding is below a tenth of it, erf and tanh GELU differ more.
+
+The two forms of GELU differ by ten times this tolerance.
+"""
 
 _POOL = 1_048_583
-"""How many random numbers there are: a prime, so that no matrix has the same row twice."""
+"""The number of random numbers in the pool: a prime, so that no matrix has the same row twice."""
 
 Function = Callable[..., Any]
-"""Of a module and tensors."""
+"""A function of a module and tensors."""
 
 ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError, NotImplementedError)
-"""What a forward raises that does not take the tensors of a probe."""
+"""The errors of a forward that does not accept the tensors of a probe."""
 
 
 class _Call(nn.Module):
-    """A function of a module as a module, whose parameters can be substituted."""
+    """A function of a module, wrapped as a module whose parameters can be substituted."""
 
     def __init__(self, module: nn.Module, function: Function) -> None:
         super().__init__()
@@ -46,8 +49,10 @@ class _Call(nn.Module):
 
 @contextmanager
 def conditions() -> Iterator[None]:
-    """Within it everything runs in float32 on the CPU, with gradients and without autocast, whatever holds around it;
-    random generators are afterwards as they were."""
+    """Run everything within the block in float32 on the CPU, with gradients and without autocast.
+
+    Outer settings do not matter, and random generators are restored at the end.
+    """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, dtype)
@@ -63,12 +68,12 @@ def conditions() -> Iterator[None]:
 
 @contextmanager
 def probing(module: nn.Module, training: bool = False) -> Iterator[None]:
-    """Within it `module` is in evaluation, or training, mode."""
+    """Put `module` into evaluation (or training) mode within the block."""
     modes = [(child, child.training) for child in module.modules()]
     try:
         for child, _ in modes:
             child.training = training
-        # Not torch.manual_seed, which sets the generators of GPUs too.
+        # Not torch.manual_seed, which also sets the generators of GPUs.
         torch.default_generator.manual_seed(0)
         yield
     finally:
@@ -77,12 +82,12 @@ def probing(module: nn.Module, training: bool = False) -> Iterator[None]:
 
 
 def outcome(module: nn.Module, function: Function, *inputs: Any) -> Any:
-    """What `function(module, *inputs)` gives on the module's random parameters."""
+    """Return ``function(module, *inputs)`` with random parameters of the module."""
     return functional_call(_Call(module, function), _random_tensors(module), inputs)
 
 
 def _random_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """For each parameter a random one, its variance the inverse of a matrix's inputs; buffers are the module's own."""
+    """Make a random tensor for each parameter, with variance 1 / (a matrix's inputs); buffers are the module's own."""
     tensors = {}
     for index, (name, parameter) in enumerate(module.named_parameters(remove_duplicate=True)):
         scale = max(1, parameter.shape[-1]) ** -0.5 if parameter.dim() > 1 else 1.0
@@ -93,7 +98,7 @@ def _random_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _random(shape: torch.Size, index: int) -> Tensor:
-    """Normal numbers, from another place of a pool for each parameter: drawing millions anew each time takes long."""
+    """Take normal numbers from another place of a pool for each parameter: drawing millions each time takes long."""
     size = shape.numel()
     copies = -(-(size + index) // _POOL)
     return _pool().repeat(copies)[index : index + size].view(shape)
@@ -105,8 +110,7 @@ def _pool() -> Tensor:
 
 
 def same(module: nn.Module, first: Function, second: Function, inputs: Sequence[tuple[Any, ...]]) -> bool:
-    """Whether two functions of `module` agree on every tuple of `inputs`: outputs, and gradients of inputs and
-    parameters."""
+    """Whether two functions of `module` agree on all `inputs`: outputs, and gradients of inputs and parameters."""
     tensors = _random_tensors(module)
     for tensor in tensors.values():
         tensor.requires_grad_(tensor.is_floating_point())
@@ -133,19 +137,19 @@ def _with_gradients(call: _Call, tensors: dict[str, Tensor], inputs: tuple[Any, 
 
 
 def _leaf(value: Any) -> Any:
-    """A tensor of its own for each call, which gets a gradient if it can."""
+    """Make a separate copy of a tensor for each call, with a gradient if possible."""
     if not isinstance(value, Tensor):
         return value
     return value.detach().clone().requires_grad_(value.is_floating_point())
 
 
 def _pattern(like: Tensor) -> Tensor:
-    """A weight for each element, all different: a sum with them has a gradient that no symmetry can hide."""
+    """A different weight for each element: a sum with these weights has a gradient that no symmetry can hide."""
     return torch.arange(like.numel(), dtype=like.dtype).mul_(0.7).sin_().view(like.shape)
 
 
 def close(actual: Tensor | None, expected: Tensor | None) -> bool:
-    """Whether two tensors are equal to rounding; None is a gradient of zeros."""
+    """Whether two tensors are equal up to rounding; None stands for a gradient of zeros."""
     if actual is None or expected is None:
         present = expected if actual is None else actual
         return present is None or not present.any()
@@ -159,8 +163,10 @@ def close(actual: Tensor | None, expected: Tensor | None) -> bool:
 
 @contextmanager
 def marked(module: nn.Module) -> Iterator[None]:
-    """Within it each dropout in `module` multiplies its input by `mark` in place of dropping: where it stands can be
-    told from the result."""
+    """Let each dropout in `module` multiply its input by `mark` instead of dropping, within the block.
+
+    The result then shows where the dropout is.
+    """
     dropouts = [child for child in module.modules() if isinstance(child, nn.Dropout)]
     handles = [dropout.register_forward_hook(lambda _, inputs, __: mark(inputs[0])) for dropout in dropouts]
     try:
@@ -171,15 +177,15 @@ def marked(module: nn.Module) -> Iterator[None]:
 
 
 def mark(input: Tensor) -> Tensor:
-    """`input` with a dropout's mark: each element times another number."""
+    """Multiply each element of `input` by a different number, as a dropout's mark."""
     return input * (1.5 + 0.5 * _pattern(input))
 
 
 def structure_of(module: nn.Module, inside: bool = False) -> tuple[Any, ...]:
-    """What decides what `module` computes from its parameters' values: equal for a model's layers.
+    """A key of everything but parameter values that affects `module`'s computation: equal for a model's layers.
 
     Args:
-        inside: `module` is part of what is looked at, whose number of its layer is for the cache of attention alone.
+        inside: `module` is a part of the module under test. Its layer number is ignored: only the cache needs it.
     """
     own = [
         (name, _value(value))
@@ -193,7 +199,7 @@ def structure_of(module: nn.Module, inside: bool = False) -> tuple[Any, ...]:
 
 
 def _value(value: Any) -> Any:
-    """An attribute as far as it can be compared; which object it is, otherwise."""
+    """An attribute's value if it can be compared; otherwise the object's identity."""
     if isinstance(value, tuple | list):
         return tuple(map(_value, value))
     return value if isinstance(value, bool | int | float | str | torch.dtype | torch.device | None) else id(value)

@@ -1,7 +1,7 @@
-"""A method with global names bound to other objects: the same code, decorated as it was, and nothing else is changed.
+"""Copies of a method in which global names are bound to other objects; code and decorators stay the same.
 
-What a module calls by a global name (a function that rotates queries and keys, a loss's class) is no module of the
-model. The name could be bound anew in the module's file, but then for every model of the process.
+A function that a module calls by a global name (such as one that rotates queries and keys, or a loss's class) is not a
+module of the model. Changing the name in the module's file would affect every model of the process.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def innermost(method: Any) -> FunctionType | None:
-    """The function under a method's decorators, as far as they keep it in a closure; None if they do not."""
+    """Return the function under a method's decorators if they keep it in a closure; otherwise None."""
     while isinstance(method, FunctionType) and hasattr(method, "__wrapped__"):
         if not any(_holds(cell, method.__wrapped__) for cell in method.__closure__ or ()):
             return None
@@ -20,7 +20,7 @@ def innermost(method: Any) -> FunctionType | None:
 
 
 def global_names(method: Any) -> dict[str, Any]:
-    """The globals that the function under a method's decorators mentions."""
+    """Return the globals that the function under a method's decorators uses."""
     function = innermost(method)
     if function is None:
         return {}
@@ -29,12 +29,12 @@ def global_names(method: Any) -> dict[str, Any]:
 
 
 def rebind(method: Any, names: dict[str, Any]) -> Any:
-    """`method` with `names` bound anew in the function under its decorators, for which `innermost` finds one."""
+    """Copy `method`, with `names` bound to new objects in its innermost function, which `innermost` must find."""
     inner = getattr(method, "__wrapped__", None)
     closure = method.__closure__
     variables = method.__globals__
     if inner is None:
-        # torch.compile looks for the globals of a function with a __name__ among them in the module of that name.
+        # If a function's globals have a __name__, torch.compile looks for them in the module of that name.
         variables = {name: value for name, value in variables.items() if name != "__name__"} | names
     else:
         rebound = rebind(inner, names)

@@ -1,4 +1,4 @@
-"""What became of a model's modules."""
+"""A report on the acceleration of a model's modules."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of one part of a model.
+    """The result for one part of a model.
 
     Attributes:
-        module: its name in the model, "" for the model itself.
-        class_name: its class.
-        part: what it was taken for: RMSNorm, feed-forward, attention, ...
+        module: the part's name in the model, "" for the model itself.
+        class_name: the part's class.
+        part: the kind that it was recognised as: RMSNorm, feed-forward, attention, ...
         replaced: whether Fastformer now computes it.
-        detail: by what, or why not.
+        detail: what replaced it, or why it was not replaced.
     """
 
     module: str
@@ -28,7 +28,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What `fastformer.accelerate` replaced in a model, what it left, and why, as printing it shows."""
+    """The parts of a model that `fastformer.accelerate` replaced, and the others with the reason; it can be printed."""
 
     model: str
     decisions: list[Decision] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Acceleration:
         return [decision for decision in self.decisions if not decision.replaced]
 
     def to_json(self) -> str:
-        """As JSON: `model` and `decisions`, each with the attributes of `Decision`."""
+        """Return JSON: `model` and `decisions`, each with the attributes of `Decision`."""
         return json.dumps(asdict(self), indent=1)
 
     def __str__(self) -> str:
@@ -53,5 +53,5 @@ class Acceleration:
         return "\n".join([f"{self.model}: {len(self.replaced)} parts replaced, {len(self.left)} left", *lines])
 
     def _kinds(self) -> Counter[tuple[str, str, bool, str]]:
-        """How many decisions are alike but for the module's name, in the order of the model."""
+        """Count the decisions that differ only in the module's name, in the order of the model."""
         return Counter((made.part, made.class_name, made.replaced, made.detail) for made in self.decisions)

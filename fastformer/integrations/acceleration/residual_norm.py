@@ -1,4 +1,4 @@
-"""``LayerNorm(dropout(projection(x)) + residual)``: the end of both halves of BERT's layer, as a module of its own."""
+"""A module that computes ``LayerNorm(dropout(projection(x)) + residual)``: the end of both halves of BERT's layer."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fastformer.ops.normalization import MAX_COLUMNS, layer_norm
 
 @dataclass(frozen=True)
 class ResidualNorm(OperatorRecipe):
-    """Of two tensors: the projection's input and the residual.
+    """The recipe for such a module; its inputs are the projection's input and the residual.
 
     Attributes:
         kind: the projection's class.
-        projection, norm, dropout: the children.
+        projection, norm, dropout: the names of the children.
     """
 
     kind: type[nn.Module]
@@ -49,7 +49,7 @@ class ResidualNorm(OperatorRecipe):
         return self.holds_for(module, tensors[0])
 
     def holds_for(self, module: nn.Module, input: Tensor) -> bool:
-        """Whether the children are what they were, and of the input's dtype."""
+        """Whether the children are unchanged and have the input's dtype."""
         projection, norm = getattr(module, self.projection), getattr(module, self.norm)
         if not is_projection(projection, self.kind) or original_class(norm) is not nn.LayerNorm or not is_own(norm):
             return False
@@ -61,7 +61,7 @@ class ResidualNorm(OperatorRecipe):
         return self.finish(module, F.linear(input, weight), bias, residual)
 
     def finish(self, module: nn.Module, projected: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-        """What follows the product: bias, dropout, residual and norm, in one pass."""
+        """Compute all that follows the product: bias, dropout, residual and norm, in one pass."""
         norm = getattr(module, self.norm)
         return layer_norm(
             projected,
@@ -76,7 +76,7 @@ class ResidualNorm(OperatorRecipe):
         )
 
     def marked(self, module: nn.Module, input: Tensor, residual: Tensor) -> Tensor:
-        """The same in PyTorch's functions, with dropout's mark where it drops elements."""
+        """Compute the same by PyTorch's functions, with dropout's mark where elements are dropped."""
         norm = getattr(module, self.norm)
         output = F.linear(input, *weight_and_bias(getattr(module, self.projection)))
         output = output if self.dropout is None else mark(output)
@@ -84,7 +84,7 @@ class ResidualNorm(OperatorRecipe):
 
 
 def recognise(module: nn.Module) -> ResidualNorm | str | None:
-    """The recipe for `module`, the reason why such a module has none, or None for what is none."""
+    """Return the recipe for `module`, the reason why such a module has none, or None for any other module."""
     children = dict(module.named_children())
     with_parameters = [name for name, child in children.items() if any(True for _ in child.parameters())]
     norms = [name for name in with_parameters if original_class(children[name]) is nn.LayerNorm]

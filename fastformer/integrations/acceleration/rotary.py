@@ -1,7 +1,7 @@
 """Rotary position embedding in transformers' models: a function that an attention's forward calls by a global name.
 
-It is given tables of cosines and sines with an entry for every feature, each angle twice. The operator reads every
-angle once, so the model's modules that make the tables are looked at too: where the two are.
+The function gets tables of cosines and sines with an entry for every feature, so each angle appears twice. The operator
+needs each angle once, so the modules that make the tables are examined too, to find both places of an angle.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Rotation = Callable[..., tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Rotary(Recipe):
-    """An attention whose forward rotates queries and keys by a function of the global name `name`.
+    """An attention whose forward rotates queries and keys with a function of the global name `name`.
 
     Attributes:
-        halves: the tables have their angles in the first half and again in the second; otherwise each one twice in
-            a row.
-        interleaved: the pairs of features that turn are neighbours.
-        partial: features beyond the tables' stay as they are.
+        halves: whether the second half of a table repeats the first; otherwise each angle is followed by its
+            repetition.
+        interleaved: whether the two features of a rotated pair are neighbours.
+        partial: whether features beyond the tables' width are unchanged.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Rotary(Recipe):
         return fits and cos.shape == sin.shape and cos.shape[1] == q.shape[3 - unsqueeze_dim]
 
     def run(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-        """Rotated query and key, by the operator: each token has a row of the tables of its own."""
+        """Rotate query and key by the operator: each token has its own row of the tables."""
         if unsqueeze_dim == 2:
             q, k = self.run(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
             return q.transpose(1, 2), k.transpose(1, 2)
@@ -79,7 +79,7 @@ class Rotary(Recipe):
 
 
 def tables_have_halves(model: nn.Module) -> bool | str:
-    """Whether all tables of the model's rotary embeddings are in halves, or in pairs (False); why neither is known."""
+    """Whether all the model's rotary tables are in halves (True) or in pairs (False); otherwise the reason why not."""
     if any(buffer.is_meta for module in model.modules() for buffer in _frequencies(module)):
         return "the frequencies of its tables are on the meta device; load the model first"
     found = {layout for module in model.modules() for layout in _layouts(module)}
@@ -91,12 +91,12 @@ def tables_have_halves(model: nn.Module) -> bool | str:
 
 
 def _frequencies(module: nn.Module) -> list[Tensor]:
-    """The frequencies that a module keeps to make tables of."""
+    """The frequencies from which a module makes tables."""
     return [buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
 
 
 def _layouts(module: nn.Module) -> list[bool | None]:
-    """For each kind of tables that `module` makes: in halves, in pairs (False), neither (None)."""
+    """The layout of each kind of table that `module` makes: halves (True), pairs (False) or neither (None)."""
     frequencies = _frequencies(module)
     if not frequencies:
         return []
@@ -126,10 +126,10 @@ def _layout(tables: Any) -> bool | None:
 
 
 def recognise(module: nn.Module, halves: bool | str) -> Rotary | str | None:
-    """The recipe for an attention, the reason why one that rotates has none, or None for other modules.
+    """Return the recipe for an attention, the reason why one that rotates has none, or None for other modules.
 
     Args:
-        halves: `tables_have_halves` of the model.
+        halves: the result of `tables_have_halves` for the model.
     """
     functions = {
         name: value
@@ -156,14 +156,14 @@ def _parameters(value: Any) -> tuple[str, ...]:
     if inspect.isclass(value):
         return ()
     try:
-        # Functions that the `kernels` package may replace are modules.
+        # A function that the `kernels` package may replace is a module.
         return tuple(inspect.signature(value.forward if isinstance(value, nn.Module) else value).parameters)
     except (TypeError, ValueError):
         return ()
 
 
 def _agree(module: nn.Module, own: Rotation, recipe: Rotary, head_dim: int) -> bool:
-    """Whether the function and the operator rotate alike, forward and backward, in both layouts."""
+    """Whether the function and the operator rotate equally, forward and backward, in both layouts."""
     generator = torch.Generator("cpu").manual_seed(2)
     q, k = (torch.randn(2, heads, 5, head_dim, generator=generator) for heads in (4, 2))
     angles = torch.randn(2, 5, 8, generator=generator)

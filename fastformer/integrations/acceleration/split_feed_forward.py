@@ -1,7 +1,7 @@
-"""BERT's feed-forward network, which is split over two modules: a projection with its activation, and a residual norm.
+"""BERT's feed-forward network, split into two modules: a projection with its activation, and a residual norm.
 
-The layer that has both joins them in the method that transformers applies to chunks of a sequence, a function of one
-tensor. That method is replaced.
+The layer with both modules joins them in the method that transformers applies to chunks of a sequence, a function of
+one tensor. That method is replaced.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ METHOD = "feed_forward_chunk"
 
 @dataclass(frozen=True)
 class SplitFeedForward(OperatorRecipe):
-    """``LayerNorm(dropout(down(activation(up(x)))) + x)``.
+    """The recipe for ``LayerNorm(dropout(down(activation(up(x)))) + x)``.
 
     Attributes:
-        first: the child that projects and activates; `up`, its projection.
-        second: the child that is a `ResidualNorm`; `end`, its recipe.
+        first: the child that projects and activates; `up` is its projection.
+        second: the child that is a `ResidualNorm`; `end` is its recipe.
         activation: as in `fastformer.feed_forward`.
     """
 
@@ -64,7 +64,7 @@ class SplitFeedForward(OperatorRecipe):
 
 
 def recognise(module: nn.Module) -> SplitFeedForward | str | None:
-    """The recipe for a layer, the reason why its two modules have none, or None for what has no such method."""
+    """Return the recipe for a layer, the reason why its two modules have none, or None for any other module."""
     method: Callable[..., Any] | None = getattr(type(module), METHOD, None)
     if method is None:
         return None

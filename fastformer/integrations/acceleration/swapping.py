@@ -1,8 +1,8 @@
-"""An accelerated module keeps its identity, parameters, buffers and children: only its class changes.
+"""Acceleration by a change of class: a module keeps its identity, parameters, buffers and children.
 
-The new class derives from the module's own and differs in one method. It has the old one's name, so that what goes by
-names (FSDP's wrapping policies, `architectures` in a saved configuration) sees no difference, and nothing is left on
-the instance when the class is set back.
+The new class derives from the module's own and replaces one method. It keeps the old name, so that code that uses names
+(FSDP's wrapping policies, `architectures` in a saved configuration) sees no difference. When the class is set back,
+nothing remains on the instance.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from fastformer.backends import use_triton
 
 
 class Recipe(ABC):
-    """How modules of one structure are accelerated. Hashable and picklable: modules of one recipe share a class."""
+    """The way to accelerate modules of one structure. Hashable and picklable: modules of one recipe share a class."""
 
     part: ClassVar[str]
-    """What such a module is, in a report."""
+    """The name in a report of the kind of module."""
 
     @abstractmethod
     def methods(self, original: type[nn.Module]) -> dict[str, Callable[..., Any]]:
-        """What the accelerated class has in place of methods of `original`."""
+        """Return the methods of the accelerated class that replace those of `original`."""
 
     @abstractmethod
     def describe(self) -> str:
-        """What runs in its place, in a report."""
+        """Describe in a report what replaces the module."""
 
 
 @dataclass(frozen=True)
 class OperatorRecipe(Recipe):
-    """One method's computation as a Fastformer operator, wherever kernels run.
+    """A recipe that computes one method by a Fastformer operator where kernels run.
 
-    Elsewhere the module's own method runs: on a CPU the operators are PyTorch's own functions, and have the cost of a
-    registered operator's call besides.
+    Elsewhere the module's own method runs: on a CPU the operators are PyTorch's own functions plus the cost of calling
+    a registered operator.
     """
 
     method: ClassVar[str] = "forward"
@@ -60,31 +60,31 @@ class OperatorRecipe(Recipe):
         return {self.method: accelerated}
 
     def tensors(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, ...] | None:
-        """The operator's inputs among a call's arguments; None for a call that it does not serve."""
+        """Return the operator's inputs from a call's arguments; None for a call that the operator does not support."""
         given = (*args, *kwargs.values())
         return given if len(given) == 1 and isinstance(given[0], Tensor) else None
 
     @abstractmethod
     def holds(self, module: nn.Module, *tensors: Tensor) -> bool:
-        """Whether `module` still is what was recognised (a projection may have become LoRA's), for these inputs."""
+        """Whether `module` is still as it was recognised (LoRA may have replaced a projection), for these inputs."""
 
     @abstractmethod
     def run(self, module: nn.Module, *tensors: Tensor) -> Tensor:
-        """The module's result, by the operator."""
+        """Compute the module's result by the operator."""
 
 
 class Accelerated(nn.Module):
-    """What every accelerated module is an instance of, besides its own class."""
+    """The class that every accelerated module is an instance of, besides its own class."""
 
     fastformer_original: ClassVar[type[nn.Module]]
     fastformer_recipe: ClassVar[Recipe]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A class made at run time has no name to be found by: pickle and copy keep what it is made from."""
+        """Pickle and copy by what the class is made from, since a class made at run time cannot be found by name."""
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
         create, (_, *arguments), *state = reduced
         if create is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            raise TypeError(f"{type(self).__name__} is pickled in a way of its own; fastformer.restore(model) first")
+            raise TypeError(f"{type(self).__name__} has its own way of pickling; call fastformer.restore(model) first")
         return _new, (self.fastformer_original, self.fastformer_recipe, *arguments), *state
 
 
@@ -95,7 +95,7 @@ def _new(original: type[nn.Module], recipe: Recipe, *arguments: Any) -> nn.Modul
 
 @functools.cache
 def accelerated_class(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
-    """The class of `original`'s modules once they are accelerated by `recipe`."""
+    """Return the class of modules of class `original` that are accelerated by `recipe`."""
     return type(
         original.__name__,
         (Accelerated, original),
@@ -116,15 +116,15 @@ def swap(module: nn.Module, recipe: Recipe) -> None:
 
 
 def can_swap_back(module: Accelerated) -> bool:
-    """Whether the class of an accelerated module was not changed once more since."""
+    """Whether the class of an accelerated module has not been changed again since."""
     return "fastformer_original" in vars(type(module))
 
 
 def swap_back(module: Accelerated) -> None:
-    """Give an accelerated module its own class again."""
+    """Give an accelerated module its original class."""
     module.__class__ = module.fastformer_original  # type: ignore[assignment]
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of `module`, accelerated or not, before acceleration."""
+    """The class of `module` before acceleration; the module may be accelerated or not."""
     return module.fastformer_original if isinstance(module, Accelerated) else type(module)

@@ -1,4 +1,4 @@
-"""The attention function of ``attn_implementation="fastformer"``: fits a transformers model's call to our operator."""
+"""The attention function of ``attn_implementation="fastformer"``, from a transformers model's call to our operator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastformer.integrations.attention.paged_cache import updated_pages
 from fastformer.ops import attention, attention_weights
 from fastformer.ops.packing import packed_sequences
 
-# What models hand on to their attention function although it is for others: outputs, losses, caches and routers.
+# Arguments that models pass to their attention function although others use them: outputs, losses, caches, routers.
 NOT_FOR_ATTENTION = frozenset(
     {
         "cache",
@@ -31,7 +31,7 @@ NOT_FOR_ATTENTION = frozenset(
         "output_router_logits",
         "past_key_values",
         "position_embeddings",
-        "position_ids",  # the mask has them already
+        "position_ids",  # already used for the mask
         "read_index",
         "return_dict",
         "seq_idx",
@@ -72,29 +72,29 @@ def attention_forward(
     """Attention of one layer of a transformers model.
 
     Args:
-        module: the layer. Dropout is off unless it trains; its `is_causal` is the default of the argument.
+        module: the layer. Dropout is active only if it is in training; its `is_causal` is the argument's default.
         query: (batch, heads, queries, head_dim); key, value: (batch, kv_heads, keys, head_dim).
-        attention_mask: an `AttentionMask`, or 4-D: boolean, True = may attend, or floating, added to the scores. It
-            alone says who may attend to whom; `is_causal` and `sliding_window` count where there is none.
+        attention_mask: an `AttentionMask`, or 4-D: boolean, True = may attend, or floating, added to the scores. If it
+            is given, `is_causal` and `sliding_window` are ignored.
         scaling, softcap, dropout: as `fastformer.attention`'s scale, softcap and dropout_p.
-        sliding_window: how many keys up to its own position a query sees; without `is_causal` as many after it.
-        s_aux: (heads,), sinks. sinks: (batch, heads, queries, n), logits of each query that carry no value.
+        sliding_window: the number of keys up to its own position that a query sees; without `is_causal` as many after.
+        s_aux: (heads,), sinks. sinks: (batch, heads, queries, n), logits of each query that have no value.
         position_bias: broadcasts to (batch, heads, queries, keys), added to the scores, differentiable.
         indices: (batch, queries, n), the only keys that each query may see. block_indices: (batch, groups, queries, n),
-            the only blocks of keys that the queries of each group of heads may see; negative ones stand for nothing.
+            the only blocks of keys that the queries of each group of heads may see; negative entries are ignored.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: boundaries of the sequences in a packed batch.
         max_seqlen_q, max_seqlen_k: the last two in continuous batching before transformers 5.19.
         output_attentions: return the weights too, recomputed, before dropout and not differentiable.
-        deterministic: gradients must be the same every time.
+        deterministic: whether gradients must be the same in every run.
 
-    On a CPU, where no backend is asked for, the model's own SDPA takes over wherever our operator would leave out too
-    little to be faster; with dropout always, whose pattern is then PyTorch's.
+    On a CPU without a chosen backend, the model's own SDPA runs instead if our operator would skip too little work to
+    be faster. With dropout SDPA always runs there, and the pattern is then PyTorch's.
 
     Returns:
         The output, (batch, queries, heads, value_head_dim), and the weights, (batch, heads, queries, keys), or None.
 
     Raises:
-        TypeError: an argument that is not understood. ValueError: one that does not go with the others.
+        TypeError: an unknown argument. ValueError: an argument that cannot be combined with the others.
     """
     _check_understood(module, others)
     if deterministic and not torch.are_deterministic_algorithms_enabled():
@@ -103,7 +103,7 @@ def attention_forward(
         paged = {**others, "cu_seq_lens_k": cu_seq_lens_k}
         paged |= {"max_length_k": max_length_k} if max_seqlen_k is None else {"max_seqlen_k": max_seqlen_k}
         key, value, cu_seq_lens_k, max_length_k = updated_pages(module, key, value, paged)
-        # Those releases make a mask that does not know of the cache.
+        # Those releases make a mask that ignores the cache.
         max_length_q, attention_mask = max_length_q or max_seqlen_q, None
     batch = max(tensor.shape[0] for tensor in (query, key, value))
     query, key, value = (_of_batch(tensor, batch) for tensor in (query, key, value))
@@ -163,7 +163,7 @@ def _check_understood(module: torch.nn.Module, others: dict[str, Any]) -> None:
 
 
 def _of_batch(tensor: Tensor, batch: int) -> Tensor:
-    """A tensor that stands for every sequence, as learned queries do, repeated without a copy."""
+    """Repeat without a copy a tensor that serves every sequence, as learned queries do."""
     return tensor.expand(batch, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
 
 
@@ -174,7 +174,7 @@ def _structure(
     sliding_window: int | None,
     shape: tuple[int, int, int, int],
 ) -> MaskStructure | None:
-    """Who may attend to whom without a dense mask; None where only the mask's elements say it."""
+    """Return who may attend to whom, without a dense mask; None if only the mask's elements define it."""
     if mask is None:
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
         reach = None if sliding_window is None else sliding_window - 1
@@ -185,7 +185,7 @@ def _structure(
 def _of_sdpa(
     structure: MaskStructure | None, mask: Tensor | None, queries: int, keys: int
 ) -> tuple[Tensor | None, bool] | None:
-    """The mask and `is_causal` that SDPA takes; None where there is nothing that it can take."""
+    """Return the mask and `is_causal` for SDPA; None if SDPA cannot express the structure."""
     own = None if structure is None else attention_on_cpu.sdpa_mask(structure, queries, keys)
     return (_elements(mask), False) if own is None and mask is not None else own
 
@@ -193,7 +193,7 @@ def _of_sdpa(
 def _packed(
     structure: MaskStructure, cu_seqlens_q: Tensor, cu_seqlens_k: Any, max_length_q: int | None, max_length_k: Any
 ) -> MaskStructure:
-    """`structure` within the sequences that the boundaries say."""
+    """Limit `structure` to the sequences that the boundaries define."""
     if max_length_q is None:
         raise ValueError("cu_seq_lens_q needs max_length_q, the length of the longest sequence")
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
@@ -208,10 +208,10 @@ def _packed(
 
 
 def _same_sequence(cu_seqlens: Tensor, batch: int, queries: int, keys: int) -> Tensor:
-    """(batch, 1, queries, keys) boolean, True between tokens of one sequence of a packed batch."""
+    """Make a (batch, 1, queries, keys) boolean mask, True between tokens of one sequence of a packed batch."""
     if queries != keys:
         raise ValueError(
-            "cu_seq_lens_q of sequences with a cache does not go with attention_mask, output_attentions, "
+            "cu_seq_lens_q of sequences with a cache cannot be combined with attention_mask, output_attentions, "
             "position_bias, sinks, indices or block_indices, which are laid out by row"
         )
     sequence = packed_sequences(cu_seqlens, batch * queries).view(batch, queries)
@@ -219,33 +219,33 @@ def _same_sequence(cu_seqlens: Tensor, batch: int, queries: int, keys: int) -> T
 
 
 def _elements(mask: Tensor | None) -> Tensor | None:
-    """The elements of a 4-D mask: transformers' own 2-D masks of padding mean something else than broadcasting says."""
+    """Return the elements of a 4-D mask. 2-D masks are refused: transformers' padding masks would broadcast wrongly."""
     if mask is not None and mask.dim() != 4:
         raise ValueError(f"attention_mask must be (batch, heads, queries, keys); got shape {tuple(mask.shape)}")
     return mask.dense if isinstance(mask, AttentionMask) else mask
 
 
 def _chosen(indices: Tensor, size: int) -> Tensor:
-    """(..., size) boolean, True at `indices`, (..., n), of which negative ones stand for nothing."""
+    """Make a (..., size) boolean mask, True at `indices` (..., n); negative indices are ignored."""
     marks = torch.zeros(*indices.shape[:-1], size + 1, dtype=torch.bool, device=indices.device)
     return marks.scatter_(-1, indices.long().masked_fill(indices < 0, size), True)[..., :size]
 
 
 def _chosen_blocks(indices: Tensor, block_size: int, heads: int, keys: int) -> Tensor:
-    """(batch, heads, queries, keys) boolean, True in the blocks of keys at `indices`, (batch, groups, queries, n)."""
+    """Make a boolean (batch, heads, queries, keys) mask, True in blocks at `indices` (batch, groups, queries, n)."""
     blocks = _chosen(indices, -(-keys // block_size)).repeat_interleave(block_size, -1)[..., :keys]
     return blocks.repeat_interleave(heads // indices.shape[1], 1)
 
 
 def _both(mask: Tensor | None, allowed: Tensor) -> Tensor:
-    """What both masks allow, the first one boolean or additive."""
+    """Combine two masks, of which the first is boolean or additive."""
     if mask is None:
         return allowed
     return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, float("-inf"))
 
 
 def _weights_wanted(output_attentions: bool | None) -> bool:
-    """Whether someone reads the weights: the call says so, or the model collects what its layers return."""
+    """Whether the weights are needed: the call requests them, or the model collects its layers' outputs."""
     if output_attentions or torch.compiler.is_compiling():
         return bool(output_attentions)
     return any("attentions" in name for name in _active_collector.get() or ())
@@ -257,7 +257,7 @@ def _weights(query: Tensor, key: Tensor, lse: Tensor, arguments: dict[str, Any])
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """Recomputed weights, which a loss cannot be made of: better an error than a gradient that lacks a part."""
+    """A function whose backward raises an error: recomputed weights would give a loss an incomplete gradient."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, *inputs: Tensor) -> Tensor:

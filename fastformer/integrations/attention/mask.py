@@ -1,4 +1,4 @@
-"""The attention masks of transformers models, kept as lengths and structure in place of (queries, keys) elements."""
+"""The attention masks of transformers models, stored as lengths and structure instead of (queries, keys) elements."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class MaskStructure:
-    """What `fastformer.attention` needs to know in place of a dense mask.
+    """The arguments of `fastformer.attention` that replace a dense mask.
 
     Attributes:
         causal, window, chunk, alignment, key_lengths: as `fastformer.attention` takes them.
-        key_mask: (batch, 1, 1, keys) boolean, the keys that are not padding; None where lengths say it.
-        spans: first key of each row that is not padding and the first after it that is, where a CPU can read them and
-            nothing between them is padding.
+        key_mask: (batch, 1, 1, keys) boolean, the keys that are not padding; None if lengths define them.
+        spans: for each row, the first key that is not padding and the first padding key after it. Only if a CPU can
+            read them, and if there is no padding between them.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as `fastformer.attention` takes them, over the tokens of
-            all rows one after the other, where rows hold several sequences.
+            all rows one after the other, if rows hold several sequences.
     """
 
     causal: bool = False
@@ -47,12 +47,12 @@ class MaskStructure:
         return not self.causal and self.window == (None, None) and self.chunk is None
 
     def arguments(self) -> dict[str, Any]:
-        """What to call `fastformer.attention` with."""
+        """Return the arguments for a call of `fastformer.attention`."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "spans"}
         return {"mask": values.pop("key_mask"), **values}
 
     def elements(self, batch: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
-        """The dense mask that says the same, (batch, 1, queries, keys) boolean, True = may attend."""
+        """Make the equivalent dense mask, (batch, 1, queries, keys) boolean, True = may attend."""
         key = torch.arange(keys, device=device)
         lengths = torch.full((1,), keys, device=device) if self.key_lengths is None else self.key_lengths
         query = torch.arange(queries, device=device).expand(1, -1)
@@ -72,21 +72,21 @@ class MaskStructure:
             document = packed_sequences(self.cu_seqlens_q, batch * queries).view(batch, queries)
             allowed = allowed & (document[:, :, None] == document[:, None, :])
         allowed = allowed[:, None]
-        # The elements are the mask's own: a model may write to them.
+        # The mask must own its elements, since a model may write to them.
         return allowed.contiguous() if self.key_mask is None else allowed & self.key_mask
 
 
 class AttentionMask(torch.Tensor):
-    """A boolean (batch, 1, queries, keys) mask, True = may attend, whose elements are computed when someone asks.
+    """A boolean (batch, 1, queries, keys) mask, True = may attend, whose elements are computed when they are needed.
 
-    To a model it is a tensor: what slices, expands or combines it gets the elements that transformers itself would have
-    computed. They come of the structure alone, which shares no memory with the caller: a cache that has moved on, or
-    padding that is written to, changes nothing. To floating scores it adds 0 where one may attend and the lowest number
-    elsewhere, as the mask of the eager implementation does; arithmetic that would take True for the number 1 is a
+    For a model it is a tensor: operations that slice, expand or combine it get the elements that transformers itself
+    would have computed. The elements depend only on the structure, which shares no memory with the caller. So changes
+    to a cache or to a padding mask have no effect. To floating scores it adds 0 where a query may attend and the lowest
+    number elsewhere, like the mask of the eager implementation. Arithmetic that would use True as the number 1 raises a
     ValueError.
 
     Attributes:
-        structure: what says it all without the elements, or None.
+        structure: defines the whole mask without the elements; None if only the elements do.
         dense: the elements, computed once.
     """
 
@@ -105,7 +105,7 @@ class AttentionMask(torch.Tensor):
         elements: torch.Tensor | None = None,
         source: AttentionMask | None = None,
     ) -> AttentionMask:
-        """A mask of a structure, or of elements, which may be a view of those of `source`."""
+        """Make a mask of a structure, or of elements, which may be a view of the elements of `source`."""
         mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         mask.structure, mask._elements, mask._source = structure, elements, source
         return mask
@@ -119,7 +119,7 @@ class AttentionMask(torch.Tensor):
         return self._elements
 
     def additive(self, dtype: torch.dtype) -> torch.Tensor:
-        """The mask as numbers to add to scores of `dtype`."""
+        """Return the mask as numbers to add to scores of `dtype`."""
         return torch.zeros_like(self.dense, dtype=dtype).masked_fill_(~self.dense, torch.finfo(dtype).min)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -136,9 +136,9 @@ class AttentionMask(torch.Tensor):
             return func(*args, **kwargs)
         among_numbers = dtype is not None and not (operation in _CHOOSES or "scaled_dot_product" in str(operation))
         if among_numbers or (operation in _CALCULATES and any(type(argument) in (int, float) for argument in args)):
-            # A TypeError would be taken for "not implemented" by Python's operators.
+            # Python's operators would take a TypeError for "not implemented".
             raise ValueError(
-                f"{operation} takes an attention mask for the numbers 0 and 1, but it is boolean, True = may attend; "
+                f"{operation} would use an attention mask as numbers 0 and 1, but it is boolean, True = may attend; "
                 f'use attn_implementation="eager" with a model that calculates with it'
             )
         source = next(leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, AttentionMask))
@@ -152,7 +152,7 @@ class AttentionMask(torch.Tensor):
         return result
 
     def _forget_structure(self) -> None:
-        """The elements have been written to, here or through a view of them."""
+        """Drop the structure, since the elements have been written to, directly or through a view."""
         mask: AttentionMask | None = self
         while mask is not None:
             mask.structure = None
@@ -163,12 +163,12 @@ def _operations(names: str) -> set[Any]:
     return {getattr(aten, name) for name in names.split()}
 
 
-# Where a boolean mask meets numbers: it is added to them, or stored among them; it chooses among them; or it would have
-# to become one of them.
+# Operations of a boolean mask with numbers: the mask is added to them or stored among them, it selects among them, or
+# it would have to become a number itself.
 _ADDED = _operations("add add_ cat copy_ _to_copy")
 _CHOOSES = _operations("where masked_fill masked_fill_ masked_select index index_put index_put_ bitwise_and bitwise_or")
 _CALCULATES = _operations("add sub rsub mul div eq ne lt le gt ge")
-# What a mask is a mask again after.
+# Operations whose result is a mask again.
 _GIVES_MASKS = _operations(
     "slice select expand view _unsafe_view unsqueeze squeeze alias permute transpose clone detach index index_select "
     "cat repeat split split_with_sizes unbind _to_copy masked_fill bitwise_and bitwise_or bitwise_not logical_and "
@@ -177,14 +177,14 @@ _GIVES_MASKS = _operations(
 
 
 def _floating_dtype(args: Any, kwargs: Any) -> torch.dtype | None:
-    """The floating dtype that a mask is combined with or cast to, if any."""
+    """Return the floating dtype with which a mask is combined or to which it is cast, if any."""
     leaves = tree_flatten((args, kwargs))[0]
     dtypes = [leaf if isinstance(leaf, torch.dtype) else getattr(leaf, "dtype", torch.bool) for leaf in leaves]
     return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
 
 
 def _mask_of(tensor: torch.Tensor, source: AttentionMask) -> torch.Tensor:
-    """What came of `source`, of whose elements it may be a view."""
+    """Make a mask of the result of an operation on `source`, of whose elements it may be a view."""
     if tensor.dtype != torch.bool:
         return tensor
     return AttentionMask(tuple(tensor.shape), tensor.device, elements=tensor, source=source)
@@ -202,12 +202,12 @@ def attention_mask(
     device: torch.device | str = "cpu",
     **skips: Any,
 ) -> torch.Tensor:
-    """The mask function of ``attn_implementation="fastformer"``; arguments as of transformers' `sdpa_mask`.
+    """Make the mask for ``attn_implementation="fastformer"``; arguments are as of transformers' `sdpa_mask`.
 
-    Returns an `AttentionMask`, or its elements where a graph is being traced: reading lengths would break it. `skips`
-    are transformers' hints on when to leave out the mask, which a mask without elements does not need.
+    Returns an `AttentionMask`, or its elements while a graph is traced, which reading lengths would break. `skips` are
+    transformers' hints on when to omit the mask; a mask without elements does not need them.
     """
-    # A static cache is there to be compiled. Its mask of one query is one row, which structure would not make smaller.
+    # A static cache is there to be compiled. Its mask for one query is one row; a structure would not be smaller.
     compilable = isinstance(q_offset, torch.Tensor) and q_length == 1
     traced = compilable or is_tracing(attention_mask)
     structure = None
@@ -218,7 +218,7 @@ def attention_mask(
     shape = (batch_size, 1, q_length, kv_length)
     if structure is not None:
         return AttentionMask(shape, torch.device(device), structure)
-    # Now, not when someone asks: until then a static cache has added to `q_offset`, in place.
+    # Compute this now: a static cache later adds to `q_offset` in place.
     elements = masking_utils.sdpa_mask(
         batch_size,
         q_length,
@@ -246,14 +246,14 @@ def _structure(
     padding: torch.Tensor | None,
     device: torch.device | str,
 ) -> MaskStructure | None:
-    """What the mask function and the padding say, or None where only the elements do."""
+    """Return the structure of the mask function and the padding, or None if only the elements define it."""
     pattern = _pattern(mask_function)
     if pattern is None:
         return None
     left_padding, sequence_ids = pattern.left_padding, pattern.sequence_ids
     left, right = (None if extent is None or extent >= keys - 1 else extent for extent in pattern.structure.window)
     structure = replace(pattern.structure, window=(left, right))
-    # Our chunks count from the first key.
+    # The operator counts chunks from the first key.
     if structure.chunk is not None and (kv_offset % structure.chunk or left_padding is None or left_padding.any()):
         return None
     if sequence_ids is not None:
@@ -264,7 +264,7 @@ def _structure(
     if first == 0:
         structure = replace(structure, alignment="top_left")
     elif not (structure.ignores_positions or written == keys):
-        # A static cache, whose last keys are not written yet.
+        # A static cache whose last keys have not been written yet.
         if not (structure.causal and 0 < written < keys):
             return None
         lengths = torch.full((batch,), written, dtype=torch.int32, device=device)
@@ -279,7 +279,7 @@ def _structure(
 
 
 def _with_padding(structure: MaskStructure, valid: torch.Tensor, written: int) -> MaskStructure:
-    """`structure` with the keys that `valid`, (batch, keys) boolean, leaves; one synchronisation with the GPU."""
+    """Limit `structure` to the keys that `valid`, (batch, keys) boolean, allows; one synchronisation with the GPU."""
     lengths = valid.sum(-1, dtype=torch.int32)
     everything, at_end, of_written = torch.stack(
         [valid.all(), (valid[:, 1:] <= valid[:, :-1]).all(), (lengths == written).all()]
@@ -288,14 +288,14 @@ def _with_padding(structure: MaskStructure, valid: torch.Tensor, written: int) -
         return structure
     if valid.device.type == "cpu" and structure.key_lengths is None:
         structure = replace(structure, spans=_spans(valid, lengths))
-    # Lengths of the keys move the queries of a bottom-right alignment along.
+    # With bottom-right alignment, key lengths also move the queries.
     if at_end and (structure.ignores_positions or structure.alignment == "top_left" or of_written):
         return replace(structure, key_lengths=lengths)
     return replace(structure, key_mask=valid[:, None, None, :])
 
 
 def _spans(valid: torch.Tensor, lengths: torch.Tensor) -> tuple[tuple[int, int], ...] | None:
-    """Where each row of `valid`, (batch, keys) boolean, is True, if in one piece; `lengths` says how often."""
+    """The range where each row of `valid` (batch, keys) is True, if contiguous; `lengths` counts the True elements."""
     pieces = (valid[:, 1:] & ~valid[:, :-1]).sum(-1) + valid[:, 0]
     if (pieces > 1).any():
         return None
@@ -304,7 +304,7 @@ def _spans(valid: torch.Tensor, lengths: torch.Tensor) -> tuple[tuple[int, int],
 
 
 def _with_documents(structure: MaskStructure, sequence_ids: torch.Tensor) -> MaskStructure:
-    """`structure` within each run of equal ids of the rows of `sequence_ids`, (batch, sequence)."""
+    """Limit `structure` to each run of equal ids in the rows of `sequence_ids`, (batch, sequence)."""
     first = torch.ones_like(sequence_ids, dtype=torch.bool)
     first[:, 1:] = sequence_ids.diff() != 0
     starts = first.flatten().nonzero().flatten()
@@ -317,10 +317,10 @@ def _with_documents(structure: MaskStructure, sequence_ids: torch.Tensor) -> Mas
 
 @dataclass(frozen=True)
 class _Pattern:
-    """What a mask function made of transformers' own parts says.
+    """The meaning of a mask function made of transformers' own parts.
 
     Attributes:
-        structure: what it says about positions.
+        structure: the limits by position.
         left_padding: (batch,), the padding before the first chunk, if it has chunks.
         sequence_ids: (batch, sequence), equal for the tokens of one document, if rows are packed.
     """
@@ -331,7 +331,7 @@ class _Pattern:
 
 
 def _code(name: str, *arguments: Any, encloses: str) -> CodeType | None:
-    """The code of the mask functions that a factory of transformers returns; None if it is not as we know it."""
+    """Return the code of the mask functions that a factory of transformers makes; None if it is not the known one."""
     factory = getattr(masking_utils, name, None)
     code = None if factory is None else factory(*arguments).__code__
     return code if code is not None and encloses in code.co_freevars else None
@@ -342,12 +342,12 @@ _LEFT_WINDOW = _code("sliding_window_overlay", 1, encloses="sliding_window")
 _WINDOW = _code("sliding_window_bidirectional_overlay", 1, encloses="sliding_window")
 _CHUNK = _code("chunked_overlay", 1, None, encloses="chunk_size")
 _PACKED = _code("packed_sequence_mask_function", None, encloses="packed_sequence_mask")
-# Not in the oldest releases, where positions count within the row.
+# Missing in the oldest releases, where positions count within the row.
 _WITHIN = _code("remap_positions_for_packed_sequence", None, None, encloses="mask_function")
 
 
 def _pattern(mask_function: Callable) -> _Pattern | None:
-    """The pattern of a mask function, read from the closures of transformers' factories; None if it has other parts."""
+    """Read a mask function's pattern from the closures of transformers' factories; None if it has other parts."""
     structure, left_padding, sequence_ids, within = MaskStructure(), None, None, False
     for part in _parts(mask_function):
         code, enclosed = _read(part)
@@ -367,12 +367,12 @@ def _pattern(mask_function: Callable) -> _Pattern | None:
             within = True
         elif part is not masking_utils.bidirectional_mask_function:
             return None
-    # Between tokens of one document, and only there, the difference of positions is that of places in the row.
+    # Only between tokens of the same document does the difference of positions equal that of places in the row.
     return None if within and sequence_ids is None else _Pattern(structure, left_padding, sequence_ids)
 
 
 def _parts(mask_function: Callable) -> Iterator[Callable]:
-    """The functions that a mask function is the conjunction of."""
+    """Yield the functions whose conjunction is the mask function."""
     code, enclosed = _read(mask_function)
     if code is not None and code is _AND:
         for part in enclosed["mask_functions"]:
@@ -384,7 +384,7 @@ def _parts(mask_function: Callable) -> Iterator[Callable]:
 
 
 def _read(function: Callable) -> tuple[CodeType | None, dict[str, Any]]:
-    """A function's code and the variables that it encloses; None for other callables."""
+    """Return a function's code and the variables that it encloses; None for other callables."""
     if not isinstance(function, FunctionType):
         return None, {}
     code, cells = function.__code__, function.__closure__ or ()

@@ -1,4 +1,4 @@
-"""What attention of a transformers model runs on a CPU: our operator where it leaves work out, or the model's own SDPA.
+"""The choice of a CPU's attention for transformers models: our operator if it skips work, or the model's own SDPA.
 
 The choice is made for each call, by its tensors: a model may be accelerated before it moves to a GPU.
 """
@@ -15,22 +15,22 @@ from fastformer.backends import selected_backend
 from fastformer.integrations.attention.mask import MaskStructure
 from fastformer.ops.attention.flash import FLASH_ROWS
 
-# What our operator costs beyond SDPA, and for each row that it computes alone, in floating-point operations that a core
-# does in the time: measured, of about 60 GFLOP/s.
+# Costs of our operator compared with SDPA, for a call and for each row computed alone. The unit is floating-point
+# operations that a core does in this time: measured on a core of about 60 GFLOP/s.
 OPERATOR_COST = 2e7
 ROW_COST = 3e6
-# What a bias costs our operator beyond SDPA: a share of what all scores cost.
+# The extra cost of a bias in our operator compared with SDPA: a share of the cost of all scores.
 BIAS_COST = 0.25
-# Scores, for each core, from which on it costs SDPA more to keep them all for a bias's gradient than us to compute them
-# again.
+# The number of scores for each core from which on SDPA, which stores all scores for a bias's gradient, is slower than
+# our operator, which computes them again.
 LEARNED_SCORES = 1 << 22
 SDPA_KEYS = 512
-"""Keys that PyTorch's flash attention on a CPU takes at a time, masked or not."""
+"""The number of keys that PyTorch's flash attention on a CPU handles at a time, masked or not."""
 Span = tuple[int, int]
 
 
 def leaves_choice(query: Tensor) -> bool:
-    """Whether a call runs on a CPU and no backend was asked for."""
+    """Whether a call runs on a CPU and no backend was chosen."""
     return query.device.type == "cpu" and selected_backend() == "auto"
 
 
@@ -43,7 +43,7 @@ def operator_is_faster(
         query: (batch, heads, queries, head_dim). key: (batch, kv_heads, keys, head_dim).
         structure: who may attend to whom; None if only a dense mask says it.
         bias: (batch, heads, queries, keys) or broadcasting to it.
-        dropout_p: SDPA draws its random numbers faster.
+        dropout_p: with dropout SDPA is chosen, since it draws random numbers faster.
     """
     batch, heads, m, head_dim = query.shape
     n = key.shape[2]
@@ -68,7 +68,7 @@ def operator_is_faster(
 
 
 def _keys_computed(m: int, n: int, structure: MaskStructure) -> float:
-    """How many of n keys each of m queries is multiplied with on average, by blocks of queries."""
+    """The average number of n keys with which each of m queries is multiplied, by blocks of queries."""
     if m < 2 * FLASH_ROWS:
         return n
     left, right = structure.window
@@ -82,7 +82,7 @@ def _keys_computed(m: int, n: int, structure: MaskStructure) -> float:
 def _spans(
     structure: MaskStructure, batch: int, m: int, n: int, bias: Tensor | None
 ) -> tuple[Sequence[Span], Sequence[Span]]:
-    """The queries and the keys of each row that our operator computes."""
+    """The ranges of queries and of keys that our operator computes for each row."""
     whole = [(0, m)] * batch, [(0, n)] * batch
     if structure.spans is None:
         return whole
@@ -94,7 +94,8 @@ def _spans(
 def _can_pack(structure: MaskStructure, m: int, n: int, bias: Tensor | None) -> bool:
     """Whether rows can be computed as sequences without their padding.
 
-    With a mask that is causal from the first key on, queries and keys are the same tokens. A bias counts with padding.
+    With a mask that is causal from the first key on, queries and keys must be the same tokens. A bias prevents it,
+    since it is laid out with padding.
     """
     if structure.spans is None or structure.chunk is not None or bias is not None:
         return False
@@ -105,10 +106,10 @@ def _can_pack(structure: MaskStructure, m: int, n: int, bias: Tensor | None) -> 
 def without_padding(
     structure: MaskStructure | None, query: Tensor, key: Tensor, bias: Tensor | None
 ) -> MaskStructure | None:
-    """`structure` as boundaries of sequences over the tokens of all rows, where that leaves out padding.
+    """Turn `structure` into boundaries of sequences over the tokens of all rows, where that removes padding.
 
-    Each row is its tokens, and padding on either side, of which the keys belong to a sequence without queries, and the
-    queries, that give zeros, to one without keys.
+    Each row becomes up to five packed segments: its real tokens, and the padding before and after. The padding is split
+    so that padding keys meet no queries, and padding queries meet no keys (and give zeros).
     """
     batch, m, n = query.shape[0], query.shape[2], key.shape[2]
     if structure is None or not _can_pack(structure, m, n, bias):
@@ -133,7 +134,7 @@ def _boundaries(lengths: list[int]) -> Tensor:
 
 
 def sdpa_mask(structure: MaskStructure, m: int, n: int) -> tuple[Tensor | None, bool] | None:
-    """The mask, (batch, 1, 1, n), and `is_causal` by which SDPA does what `structure` says; None if they cannot."""
+    """Return the mask, (batch, 1, 1, n), and `is_causal` with which SDPA computes `structure`; None if it cannot."""
     last_query = m == 1 and structure.causal and (structure.alignment == "bottom_right" or n == 1)
     if structure.ignores_positions or (last_query and _unlimited(structure)):
         return _key_mask(structure, n), False

@@ -1,4 +1,4 @@
-"""The paged cache of `generate_batch`, in releases of transformers that leave its update to the attention function."""
+"""The paged cache of `generate_batch`, for releases of transformers whose attention function must update it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class PagedKeys(NamedTuple):
-    """What the new tokens of several requests attend to: what each has in the cache, and themselves.
+    """The keys that the new tokens of several requests attend to: each request's cached ones, and the new ones.
 
     Attributes:
         key, value: (1, kv_heads, keys, head_dim), one request after the other.
-        cu_seqlens: (requests + 1,), where each request's are.
-        longest: how many the longest request has.
+        cu_seqlens: (requests + 1,), the boundaries of the requests.
+        longest: the number of keys of the longest request.
     """
 
     key: Tensor
@@ -24,12 +24,12 @@ class PagedKeys(NamedTuple):
 
 
 def updated_pages(module: torch.nn.Module, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> PagedKeys:
-    """Put a layer's new keys and values, (1, kv_heads, new tokens, head_dim), into its paged cache.
+    """Write a layer's new keys and values, (1, kv_heads, new tokens, head_dim), into its paged cache.
 
     Args:
         module: the layer.
-        arguments: those that transformers passes to paged attention: `cache`, where to read and write in it, and the
-            boundaries and longest lengths of the keys, by type of layer where the model has several.
+        arguments: those that transformers passes to paged attention: `cache`, the places to read and write in it, and
+            the boundaries and longest lengths of the keys, by type of layer if the model has several.
 
     Raises:
         ValueError: there is no cache.
@@ -37,8 +37,8 @@ def updated_pages(module: torch.nn.Module, key: Tensor, value: Tensor, arguments
     cache = arguments.get("cache")
     if cache is None:
         raise ValueError(
-            "max_seqlen_q and max_seqlen_k are continuous batching's, which has a cache; the longest lengths of a "
-            "packed batch are max_length_q and max_length_k"
+            "max_seqlen_q and max_seqlen_k belong to continuous batching, which has a cache; a packed batch gives its "
+            "longest lengths as max_length_q and max_length_k"
         )
     layer = module.layer_idx
     if "max_seqlen_k" in arguments:  # before transformers 5.19

@@ -1,4 +1,4 @@
-"""Makes ``attn_implementation="fastformer"`` known to transformers, when and only when transformers is imported."""
+"""Registration of ``attn_implementation="fastformer"`` in transformers, only if and when transformers is imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAME = "fastformer"
 
 
 def register() -> None:
-    """Register now what transformers has imported already, and the rest right after it is imported."""
+    """Register in the modules of transformers that are already imported, and in others right after their import."""
     if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
     for name, register_with in _AFTER_IMPORT.items():
@@ -42,18 +42,18 @@ def _register_continuous_batching(continuous_api: ModuleType) -> None:
 def _warn_where_it_has_no_effect(
     original: Callable, self: Any, requested: str | None, *args: Any, **kwargs: Any
 ) -> Any:
-    """`from_pretrained` accepts any registered name for classes that never ask for an implementation."""
+    """Warn for classes with their own attention, for which `from_pretrained` accepts any registered name."""
     if requested == NAME and not self._can_set_attn_implementation():
         warnings.warn(
             f'{type(self).__name__} computes attention itself: attn_implementation="{NAME}" has no effect on it',
             stacklevel=2,
         )
-        requested = None  # the class's default: some look their attention up by a name of their own
+        requested = None  # the class's default: some classes look up their attention by their own name
     return original(self, requested, *args, **kwargs)
 
 
 def _reach_copied_configurations(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
-    """Transformers before 5.20 leaves out stacks that have a copy of their model's configuration, as T5's have."""
+    """Set the name in stacks with a copied configuration, such as T5's, which transformers before 5.20 leaves out."""
     original(self, *args, **kwargs)
     implementation = self.config._attn_implementation
     for stack in self.modules():
@@ -63,13 +63,13 @@ def _reach_copied_configurations(original: Callable, self: Any, *args: Any, **kw
 
 
 def _stay_if_ours(original: Callable, self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-    """`generate_batch` accepts a few names and any with "flash" in it, although it needs no more than boundaries."""
+    """Keep our attention in `generate_batch`, which accepts only a few names and those with "flash" in them."""
     if model.config._attn_implementation != NAME:
         original(self, model, *args, **kwargs)
 
 
 def _wrap(owner: type, name: str, wrapper: Callable) -> None:
-    """Have calls of a method go through `wrapper`, which gets the original one first."""
+    """Make calls of a method go through `wrapper`, whose first argument is the original method."""
     original = getattr(owner, name)
     if hasattr(original, "wrapped_by_fastformer"):
         return
@@ -89,7 +89,7 @@ _AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds transformers' modules as the other finders do, and runs our registration at the end of their import."""
+    """A finder that finds transformers' modules like other finders, and runs our registration after their import."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

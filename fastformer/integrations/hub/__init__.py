@@ -1,1 +1,1 @@
-"""Exports layers as a kernel that Hugging Face's `kernels` package loads."""
+"""Export of layers as a kernel that Hugging Face's `kernels` package loads."""

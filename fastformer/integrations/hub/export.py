@@ -1,8 +1,8 @@
-"""Exports Fastformer's layers as a kernel that Hugging Face's `kernels` loads.
+"""Export of Fastformer's layers as a kernel that Hugging Face's `kernels` package loads.
 
-A kernel is a folder ``build/torch-BACKEND`` for each backend, with `metadata.json` and a Python package. Ours is made
-of copies of `layers.py` and of the modules it imports, which import each other relatively and register their
-operators in a namespace of their own: a process may have Fastformer itself beside it, or two versions of the kernel.
+A kernel is a folder ``build/torch-BACKEND`` for each backend, with `metadata.json` and a Python package. Ours consists
+of copies of `layers.py` and of the modules that it imports. They import each other relatively and register their
+operators in a separate namespace: a process may also have Fastformer itself, or two versions of the kernel.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def export(folder: Path) -> None:
 
 
 def package() -> Files:
-    """The package's files by their path in it: the layers, and all that they import, rewritten to stand alone."""
+    """Return the package's files by their paths: the layers, and all that they import, rewritten to stand alone."""
     layers = PurePosixPath("layers.py")
     sources: Files = {layers: Path(hub_layers.__file__).read_text()}
     waiting = [layers]
@@ -67,7 +67,7 @@ def package() -> Files:
     files = {path: _standing_alone(text, path, version) for path, text in sources.items()}
     for path in list(files):
         for parent in path.parents:
-            # What a package imports for its users' convenience is not needed by its modules.
+            # The package's modules do not need the imports that an __init__ has for its users' convenience.
             files.setdefault(parent / "__init__.py", "")
     files[PurePosixPath("__init__.py")] = (
         f'"""Fastformer {__version__}: fused Triton kernels for the Transformer, as layers."""\n\n'
@@ -77,7 +77,7 @@ def package() -> Files:
 
 
 def _imported(source: str) -> set[str]:
-    """The modules of ours that a source imports, anywhere in it."""
+    """Return those of our modules that a source imports anywhere."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and not node.level and node.module and _is_ours(node.module):
@@ -93,7 +93,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _locate(name: str) -> tuple[PurePosixPath, Path]:
-    """Where a module of ours is in the kernel's package, and its file."""
+    """Return the place of one of our modules in the kernel's package, and its file."""
     top, *rest = name.split(".")
     file = _PACKAGES[top].joinpath(*rest)
     inside = PurePosixPath(*([] if top == "fastformer" else [top]), *rest)
@@ -103,7 +103,7 @@ def _locate(name: str) -> tuple[PurePosixPath, Path]:
 
 
 def _standing_alone(source: str, path: PurePosixPath, version: str) -> str:
-    """A source whose imports of ours are relative, and whose operators are in the kernel's namespace."""
+    """Rewrite a source: its imports of our modules become relative, its operators move to the kernel's namespace."""
     up = "." * len(path.parts)
 
     def relative(found: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
 """Layers of a kernel for Hugging Face's `kernels`: forwards without state, for modules that have the parameters.
 
-`fastformer hub export` copies this file and what it imports. Each class has a forward alone, with the signature of the
-modules that it serves, as `kernels.kernelize` asks.
+`fastformer hub export` copies this file and all that it imports. Each class has only a forward, with the signature of
+the modules that it serves, as `kernels.kernelize` requires.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class rotary_pos_emb(nn.Module):  # noqa: N801 (transformers' name for it)
             raise ValueError(f"unsqueeze_dim must be 1, (batch, heads, sequence, head_dim), or 2; got {unsqueeze_dim}")
         if unsqueeze_dim == 2:
             q, k = q.transpose(1, 2), k.transpose(1, 2)
-        # gpt-oss has each angle once.
+        # gpt-oss stores each angle once.
         pairs = q.shape[-1] // 2
         rows = torch.arange(cos.shape[0] * cos.shape[1], device=q.device).view(cos.shape[:2])
         cos, sin = (table[..., :pairs].float().reshape(-1, pairs) for table in (cos, sin))

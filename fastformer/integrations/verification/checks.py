@@ -1,9 +1,9 @@
-"""Checks that a transformers model on Fastformer's kernels computes what it does without them.
+"""Checks that a transformers model computes the same with Fastformer's kernels as without them.
 
-Each check runs the model twice: as it is, with eager attention, and with attention "fastformer", accelerated too. In
+Each check runs the model twice: unchanged, with eager attention, and with attention "fastformer", also accelerated. In
 float32 the two have to agree to 1e-5 of the largest element. In half precision both are compared with eager attention
-in float32 on the same rounded weights, and the error may be twice eager's own and one unit of rounding. Float64 would
-be no better a judge: transformers' softmaxes and norms compute in float32 whatever the model's dtype.
+in float32 on the same rounded weights. There the error may be twice eager's own plus one unit of rounding. Float64
+would not be a better reference: transformers' softmaxes and norms compute in float32 for any dtype of the model.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Check:
     Attributes:
         name: what was compared.
         status: "passed", "failed" or "not applicable".
-        error: the largest, relative to the largest element; `allowed`: how large it may be.
-        detail: where the error is, or why there is none.
+        error: the largest error, relative to the largest element; `allowed`: the largest allowed error.
+        detail: the place of the error, or why there is no error.
     """
 
     name: str
@@ -54,14 +54,14 @@ def verify(
 
     Args:
         subject: the model and its inputs.
-        accelerated: whether `fastformer.accelerate` is applied; otherwise attention alone is replaced.
-        backend_name: of Fastformer's operators.
+        accelerated: whether `fastformer.accelerate` is applied; otherwise only attention is replaced.
+        backend_name: the backend of Fastformer's operators.
 
     Returns:
-        What was accelerated, if anything, and the checks.
+        The report of the acceleration, if any, and the checks.
 
     Raises:
-        ValueError: the model itself does not run, or nothing of it is replaced, so that there is nothing to compare.
+        ValueError: the model itself does not run, or no part of it is replaced, so that there is nothing to compare.
     """
     candidate = copy.deepcopy(subject.model)
     report = accelerate(candidate) if accelerated else None
@@ -70,9 +70,9 @@ def verify(
         candidate.set_attn_implementation("fastformer")
     elif not accelerated:
         raise ValueError(
-            f"{type(candidate).__name__} takes no attention implementation: nothing of it would be replaced"
+            f"{type(candidate).__name__} takes no attention implementation: no part of it would be replaced"
         )
-    # Left to choose, a CPU runs a model's own SDPA on anything small.
+    # Without a chosen backend, a CPU runs a model's own SDPA on all small inputs.
     chooses = backend_name == "auto" and candidate.device.type == "cpu"
     pair = _Pair(subject, candidate, "torch" if chooses else backend_name)
     for check in track(_CHECKS, "verifying"):
@@ -84,17 +84,17 @@ def verify(
 
 @dataclass(frozen=True)
 class _Pair:
-    """The subject and its model on Fastformer."""
+    """The subject, and its model on Fastformer."""
 
     subject: Subject
     candidate: Any
     backend_name: str
 
     def compare(self, names: tuple[str, ...], measure: Measurement) -> list[Check]:
-        """One check for each of `names`, of the results whose names start with it, in float32."""
+        """Make one check for each of `names`, of the results whose names start with it, in float32."""
         try:
             expected = measure(self.subject.model)
-        except Exception as error:  # what the model itself does not do, ours need not
+        except Exception as error:  # if the model itself fails, ours need not work
             return [Check(name, "not applicable", detail=f"eager: {_reason(error)}") for name in names]
         try:
             with backend(self.backend_name):
@@ -104,7 +104,7 @@ class _Pair:
         return [_agreement(name, _part(actual, name), _part(expected, name)) for name in names]
 
     def compare_in(self, dtype: torch.dtype) -> list[Check]:
-        """Outputs and gradients of half precision, whose error is measured against float32."""
+        """Check outputs and gradients in half precision; the error is measured against float32."""
         kinds = ("outputs", "gradients")
         names = [f"{str(dtype).removeprefix('torch.')} {kind}" for kind in kinds]
         batch = self.subject.batch("right" if self.subject.reads_tokens else None)
@@ -137,7 +137,7 @@ def _part(results: Results, kind: str) -> Results:
 
 
 def _agreement(name: str, actual: Results, expected: Results) -> Check:
-    """Whether every tensor is equal to 1e-5 of the largest element of all."""
+    """Check whether every tensor is equal to 1e-5 of the largest element of all."""
     if not expected:
         return Check(name, "not applicable", detail="the model has none")
     if actual.keys() != expected.keys():
@@ -155,7 +155,7 @@ def _agreement(name: str, actual: Results, expected: Results) -> Check:
 
 
 def _relative_distance(actual: Results, exact: Results) -> float:
-    """The Euclidean distance of all elements together, relative to their length."""
+    """Return the Euclidean distance of all elements together, relative to their length."""
     distance = sum(float((actual[name].double() - tensor).square().sum()) for name, tensor in exact.items())
     return (distance / sum(float(tensor.square().sum()) for tensor in exact.values())) ** 0.5
 
@@ -165,7 +165,7 @@ def _converted(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _forward_and_backward(model: Any, batch: dict[str, Tensor], **options: Any) -> Results:
-    """Outputs, the loss if the model has one, and every parameter's gradient."""
+    """Return outputs, the loss if the model has one, and every parameter's gradient."""
     model.zero_grad()
     moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
     given = {name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in moved.items()}
@@ -190,7 +190,7 @@ def _forward_and_backward(model: Any, batch: dict[str, Tensor], **options: Any) 
 
 
 def _attended(tensor: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Without what the model makes of padding, which nobody may use."""
+    """Return the tensor without its values at padding, which must not be used."""
     mask = batch.get("attention_mask")
     return tensor if mask is None or mask.dim() != 2 or tensor.shape[:2] != mask.shape else tensor[mask.bool()]
 
@@ -216,7 +216,7 @@ def _named(name: str, results: Results) -> Results:
 
 
 def _packed(pair: _Pair) -> list[Check]:
-    """Documents in one row, told apart by position_ids that start anew."""
+    """Check documents in one row, separated by position_ids that start again."""
     subject, name = pair.subject, "packed"
     reason = _no_decoder(subject)
     if reason is not None:
@@ -229,7 +229,7 @@ def _packed(pair: _Pair) -> list[Check]:
 
 
 def _four_dimensional(pair: _Pair) -> list[Check]:
-    """A mask of numbers to add, (batch, 1, queries, keys), that is neither causal nor padding."""
+    """Check a mask of numbers to add, (batch, 1, queries, keys), that is neither causal nor padding."""
     subject, name = pair.subject, "4-D mask"
     if not subject.reads_tokens or subject.model.config.is_encoder_decoder:
         return [Check(name, "not applicable", detail="it takes a mask of another kind")]

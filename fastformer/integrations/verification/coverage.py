@@ -52,7 +52,7 @@ TASKS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one class: `verdict` is a key of VERDICTS, `reason` says why it is not the first."""
+    """The result for one class: `verdict` is a key of VERDICTS, `reason` explains any verdict but the first."""
 
     model: str
     verdict: str
@@ -70,7 +70,7 @@ VERDICTS = {
 
 
 def text_models() -> list[str]:
-    """The names of the classes that an Auto class for text knows."""
+    """Return the names of the classes that an Auto class for text lists."""
     names: set[str] = set()
     for task in TASKS:
         for classes in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values():
@@ -85,7 +85,7 @@ def examine(name: str) -> Outcome:
             model = small_model(getattr(transformers, name))
             inputs = _inputs(model)
             expected = _results(model, inputs)
-    except Exception as error:  # whatever a class makes of a configuration it was never given before
+    except Exception as error:  # a class may raise anything for a configuration it was never given before
         return Outcome(name, "not built", _in_a_line(error))
     with _time_limit():
         return _compare(name, model, inputs, expected)
@@ -99,7 +99,7 @@ def _compare(name: str, model: PreTrainedModel, inputs: dict[str, Any], expected
     generated = _generated_or_none(model, inputs)
     model.set_attn_implementation("fastformer")
     try:
-        # Left to choose, a CPU would run the model's own SDPA on anything so small.
+        # Without a chosen backend, a CPU would run the model's own SDPA on such small inputs.
         with backend("torch"), _counted_calls() as calls:
             actual = _results(model, inputs)
             if generated is not None:
@@ -116,11 +116,11 @@ def _compare(name: str, model: PreTrainedModel, inputs: dict[str, Any], expected
 
 
 def _inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """A batch with padding where the model does not look first: before the text if it generates, after it if not."""
+    """Make a batch with padding: before the text if the model generates, after it if not."""
     torch.manual_seed(1)
     parameters = inspect.signature(type(model).forward).parameters
     ids = torch.randint(FIRST_WORD, VOCABULARY - 6, (BATCH, TOKENS))
-    ids[:, TOKENS // 2] = END  # where some classifiers look
+    ids[:, TOKENS // 2] = END  # some classifiers read this token
     mask = torch.ones_like(ids)
     encodes = model.config.is_encoder_decoder or not model.can_generate()
     mask[1, slice(-3, None) if encodes else slice(3)] = 0
@@ -135,7 +135,7 @@ def _inputs(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _results(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The first floating output where there is no padding, and the gradient of every parameter."""
+    """Return the first floating output where there is no padding, and the gradient of every parameter."""
     model.zero_grad()
     torch.manual_seed(2)
     output = next(value for value in model(**inputs).to_tuple() if torch.is_tensor(value) and value.is_floating_point())
@@ -156,7 +156,7 @@ def _generate(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
 
 
 def _generated_or_none(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor | None:
-    """What eager attention generates; None if it does not, which some classes leave to others."""
+    """Return what eager attention generates; None if the class does not generate, which some leave to others."""
     if not model.can_generate():
         return None
     try:
@@ -166,7 +166,7 @@ def _generated_or_none(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor
 
 
 def _difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
-    """What differs most, if that is by more than 1e-5 of its largest element and of 1; empty for nothing."""
+    """Return the largest difference if it exceeds 1e-5 of its tensor's largest element and of 1; otherwise ""."""
     if actual.keys() != expected.keys():
         return f"only one of them has {', '.join(sorted(actual.keys() ^ expected.keys()))}"
     errors = {name: _error(actual[name], value) for name, value in expected.items()}
@@ -196,7 +196,7 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def _counted_calls() -> Iterator[list[str]]:
-    """A list that grows with every call of our attention."""
+    """Yield a list that grows with every call of our attention."""
     calls: list[str] = []
 
     def counted(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -212,7 +212,7 @@ def _counted_calls() -> Iterator[list[str]]:
 
 @contextmanager
 def _time_limit() -> Iterator[None]:
-    """TimeoutError after SECONDS, where the system has such a signal."""
+    """Raise TimeoutError after SECONDS, if the system has such a signal."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"took more than {SECONDS} s")
@@ -235,7 +235,7 @@ def _in_a_line(error: Exception) -> str:
 
 
 def markdown(outcomes: Iterable[Outcome]) -> str:
-    """The table: how many of each verdict, and for each model type the classes with the same outcome."""
+    """Make the table: the number of classes of each verdict, and for each model type those with the same outcome."""
     outcomes = list(outcomes)
     counts = Counter(outcome.verdict for outcome in outcomes)
     lines = [
@@ -264,7 +264,7 @@ def markdown(outcomes: Iterable[Outcome]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status is 1 if a class gives something else than eager attention."""
+    """Run the command line; the exit status is 1 if a class differs from eager attention."""
     parser = argparse.ArgumentParser(
         prog="python -m fastformer.integrations.verification.coverage", description=__doc__
     )

@@ -1,4 +1,4 @@
-"""A small, randomly initialised model of any transformers class, from the names in its configuration."""
+"""A small, randomly initialised model of any transformers class, made by the names in its configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VOCABULARY = 96
 PADDING, BEGIN, END, OTHER, FIRST_WORD = range(5)
 MOST_PARAMETERS = 20_000_000
 
-# What a configuration calls a size, and the size it gets if its own is larger. The first match counts.
+# Patterns of a configuration's names for sizes, and the largest value each size gets. The first match counts.
 _SIZES = [
     (r"vocab_size|_vocab$", VOCABULARY),
     (r"(key_value|kv|key|value)_heads$|num_query_groups", 2),
@@ -30,7 +30,7 @@ _SIZES = [
     (r"^(patch_size)$", 8),
     (r"state_size|d_state$", 8),
 ]
-# What sizes of the same meaning elsewhere cannot say: how some architectures fit together.
+# Settings that generic size rules cannot find: how the parts of some architectures fit together.
 _PARTICULAR: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]},
@@ -73,10 +73,12 @@ _SPECIAL_TOKENS = {"pad": PADDING, "bos": BEGIN, "eos": END, "decoder_start": BE
 
 
 def small_model(model_class: type[PreTrainedModel], seed: int = 0) -> PreTrainedModel:
-    """A model of this class with eager attention, in eval mode, its weights so large that attention is not uniform.
+    """Make a model of this class with eager attention, in evaluation mode.
+
+    Its weights are so large that attention is not uniform.
 
     Raises:
-        ValueError: its configuration stays large. Whatever the class itself raises for the small one.
+        ValueError: its configuration stays large. The class itself may raise other errors for the small one.
     """
     assert model_class.config_class is not None
     config = small_config(model_class.config_class)
@@ -95,7 +97,7 @@ def small_model(model_class: type[PreTrainedModel], seed: int = 0) -> PreTrained
 
 
 def small_config(config_class: type[PreTrainedConfig], **options: Any) -> PreTrainedConfig:
-    """The configuration with every size that is known by its name made small, in its parts too."""
+    """Make the configuration small: every size known by its name, in its parts too."""
     return config_class(**{**_small_options(config_class), **options})
 
 

@@ -1,4 +1,4 @@
-"""What `fastformer verify` verifies: a transformers model of a folder, the hub's cache or a class, and its input."""
+"""The model that `fastformer verify` verifies, from a folder, the hub's cache or a class, and its input."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from fastformer.models.loading import load_configuration, load_model
 
 TOKENS = 11
 _PADDED = (11, 6, 8)
-"""Tokens of each sequence of a padded batch."""
+"""The numbers of tokens of the sequences of a padded batch."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in evaluation mode, with eager attention, and what it was found as."""
+    """A model in evaluation mode with eager attention, and a description of its origin."""
 
     model: PreTrainedModel
     source: str
 
     @staticmethod
     def find(name: str, seed: int = 0) -> Subject:
-        """The model of a folder, of a name on the hub that is in the local cache, or a small random one of a class.
+        """Load the model of a folder or of a hub name in the local cache, or make a small random one of a class.
 
         Raises:
             ValueError: `name` is none of these, its class takes no eager attention, or its tokenizer is damaged.
@@ -44,8 +44,8 @@ class Subject:
             config = load_configuration(name, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{name!r} is no class of transformers' models, no folder with one and no model in the local cache of "
-                f"the hub: {error}"
+                f"{name!r} is not a class of transformers' models, a folder with a model, or a model in the hub's "
+                f"local cache: {error}"
             ) from error
         check_tokenizer(Path(name))
         architecture = (config.architectures or [""])[0]
@@ -60,10 +60,10 @@ class Subject:
         return self.model.main_input_name == "input_ids"
 
     def batch(self, padding: str | None = None) -> dict[str, Tensor]:
-        """Three inputs with labels where the model takes them; tokens may be padded "left" or "right".
+        """Make three inputs, with labels if the model takes them; tokens may be padded "left" or "right".
 
         Raises:
-            ValueError: the model reads something else than tokens, pixels or a spectrogram.
+            ValueError: the model reads something other than tokens, pixels or a spectrogram.
         """
         torch.manual_seed(1)
         model, config = self.model, self.model.config
@@ -82,14 +82,14 @@ class Subject:
             batch = {"input_features": torch.randn(3, config.num_mel_bins, 2 * config.max_source_positions)}
         else:
             raise ValueError(
-                f"{type(model).__name__} reads {model.main_input_name}, of which no input can be made here"
+                f"{type(model).__name__} reads {model.main_input_name}; no input of this kind can be made here"
             )
         if config.is_encoder_decoder:
             batch["decoder_input_ids"] = self.tokens(3, TOKENS - 3)
         return {**batch, **self._labels(batch)}
 
     def tokens(self, *shape: int) -> Tensor:
-        """Random words, none of them padding."""
+        """Draw random words, none of them padding."""
         ids = torch.randint(3, self.model.config.get_text_config().vocab_size, shape)
         return ids - (ids == self._padding).long()
 
@@ -99,7 +99,7 @@ class Subject:
         return 0 if padding is None else padding
 
     def _labels(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A label for all that the model gives logits of, if it takes labels: tokens that are attended, or inputs."""
+        """Make labels for all logits of attended tokens or of inputs, if the model takes labels."""
         if "labels" not in inspect.signature(self.model.forward).parameters:
             return {}
         given = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
@@ -115,7 +115,7 @@ class Subject:
         labels = torch.randint(min(3, logits[-1] - 1), logits[-1], logits[:-1])
         if "attention_mask" not in batch or labels.shape != batch["input_ids"].shape:
             return labels
-        # The token after padding is predicted from what has seen nothing.
+        # The token after padding is predicted from padding alone.
         attended = batch["attention_mask"].bool()
         after = torch.nn.functional.pad(~attended, (1, -1))
         return labels.masked_fill(~attended | after, -100)
@@ -130,7 +130,7 @@ def _small_random(model_class: Any, seed: int) -> PreTrainedModel:
             f"{error}"
         ) from error
     with torch.no_grad():
-        # Weights of ones and biases of zeros would hide what is done with them.
+        # Weights of ones and biases of zeros would hide how they are used.
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -346,7 +346,9 @@ def test_mask_of_padding_is_not_taken_for_scores() -> None:
 
 
 def test_lengths_of_continuous_batching_without_its_cache() -> None:
-    with pytest.raises(ValueError, match="max_seqlen_q and max_seqlen_k are continuous batching's, which has a cache"):
+    with pytest.raises(
+        ValueError, match="max_seqlen_q and max_seqlen_k belong to continuous batching, which has a cache"
+    ):
         attention_module.attention_forward(layer(), *tensors(), None, max_seqlen_q=5, max_seqlen_k=5)
 
 
@@ -438,7 +440,7 @@ def test_weights_of_a_packed_batch(documents: bool, compiled: bool) -> None:
 
 def test_boundaries_with_a_cache_are_not_laid_out_by_row() -> None:
     boundaries = {"cu_seq_lens_q": torch.tensor([0, 2, 10]), "cu_seq_lens_k": torch.tensor([0, 5, 14])}
-    with pytest.raises(ValueError, match=r"of sequences with a cache does not go with .* position_bias"):
+    with pytest.raises(ValueError, match=r"of sequences with a cache cannot be combined with .* position_bias"):
         attention_module.attention_forward(
             layer(), *tensors(5, 7), None, **boundaries, max_length_q=8, position_bias=torch.zeros(1, 4, 5, 7)
         )

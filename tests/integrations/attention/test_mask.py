@@ -240,7 +240,7 @@ def test_added_to_scores_it_is_additive(change: Any) -> None:
 )
 def test_arithmetic_that_would_take_it_for_numbers_is_refused(change: Any) -> None:
     mask, _ = causal()
-    with pytest.raises(ValueError, match="takes an attention mask for the numbers 0 and 1"):
+    with pytest.raises(ValueError, match="would use an attention mask as numbers 0 and 1"):
         change(mask)
 
 

@@ -115,7 +115,7 @@ def test_a_difference_is_found(change: Any, failed: set[str], monkeypatch: pytes
 
 def test_what_is_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "NoSuchModel"]) == 2
-    assert "'NoSuchModel' is no class of transformers' models, no folder" in capsys.readouterr().err
+    assert "'NoSuchModel' is not a class of transformers' models, a folder" in capsys.readouterr().err
 
 
 def test_a_model_that_does_not_run_is_not_called_equal(monkeypatch: pytest.MonkeyPatch) -> None:
