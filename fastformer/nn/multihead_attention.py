@@ -231,7 +231,7 @@ def _mask_and_bias(
 def _visible(
     mask: torch.Tensor | None, bias: torch.Tensor | None, causal: bool, weights: torch.Tensor
 ) -> torch.Tensor | None:
-    """Which keys each query sees, broadcasting to `weights`; None if it sees all."""
+    """The keys that each query sees, boolean, broadcasting to `weights`; None for all keys."""
     visible = visible_by(bias, mask)
     if not causal:
         return visible

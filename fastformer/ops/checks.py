@@ -74,7 +74,7 @@ def check_pages(block_table: torch.Tensor, used: Iterable[tuple[int, int]], page
         wrong = [page for page in row[first // page_size : -(-stop // page_size)] if not 0 <= page < pages]
         if wrong:
             raise ValueError(
-                f"block_table must name pages from 0 to {pages - 1}; got {wrong[0]} for sequence {sequence}, of which "
+                f"block_table must name pages from 0 to {pages - 1}; got {wrong[0]} for sequence {sequence}, whose "
                 f"keys {first} to {stop - 1} are used, in pages of {page_size}"
             )
 

@@ -487,7 +487,7 @@ def log_sum_exp(normalizer: Tensor) -> Tensor:
 def _targets(
     target: Tensor, classes: int, class_weight: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row: a valid column (rows, 1), whether it is the row's class, and the weight of that class."""
+    """Return a valid column (rows, 1) for each row, whether it is the row's class, and the weight of that class."""
     # A target that is not a class gets here only on a GPU without triton.
     known = (target != ignore_index) & (target >= 0) & (target < classes)
     column = target.masked_fill(~known, 0)

@@ -89,7 +89,7 @@ def dropped(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
 
 
 def _dropped_rows(rows: range, groups: int, seed: Tensor, dropout_p: float) -> Tensor:
-    """Which elements of these rows of a matrix are dropped, (rows, 4 * groups) boolean on the seed's device."""
+    """Return the elements of these rows that are dropped, (rows, 4 * groups) boolean on the seed's device."""
     if not seed.is_cpu:
         row = torch.arange(rows.start, rows.stop, device=seed.device)[:, None]
         counters = (torch.arange(groups, device=seed.device), row & _WORD, row >> 32, seed[1] & _WORD)
@@ -101,7 +101,7 @@ def _dropped_rows(rows: range, groups: int, seed: Tensor, dropout_p: float) -> T
 
 
 def words_below(dropout_p: float, seed: Tensor | int, counters: Counters) -> Tensor:
-    """Which of the four words of each counter are below dropout's threshold.
+    """Tell which of the four words of each counter are below dropout's threshold.
 
     Args:
         dropout_p: the probability of dropping an element.

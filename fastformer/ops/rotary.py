@@ -310,7 +310,7 @@ _rotary.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _InplaceRotary(torch.autograd.Function):
-    """In-place rotation with a derivative: PyTorch accepts registered derivatives only for functional operators."""
+    """A rotation in place with a derivative: PyTorch accepts registered derivatives only for functional operators."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, *table: Any) -> Tensor:

@@ -276,7 +276,7 @@ _softmax.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _InplaceSoftmax(torch.autograd.Function):
-    """In-place softmax with a derivative: PyTorch accepts registered derivatives only for functional operators."""
+    """A softmax in place with a derivative: PyTorch accepts registered derivatives only for functional operators."""
 
     @staticmethod
     def forward(

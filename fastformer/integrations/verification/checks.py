@@ -244,7 +244,7 @@ def _four_dimensional(pair: _Pair) -> list[Check]:
 
 def _no_decoder(subject: Subject) -> str | None:
     if not subject.reads_tokens or subject.model.config.is_encoder_decoder or not subject.model.can_generate():
-        return "it is no decoder of tokens"
+        return "it is not a decoder of tokens"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Which text models of the installed transformers run on ``attn_implementation="fastformer"``, found by running them.
+"""A test of which text models of the installed transformers run on ``attn_implementation="fastformer"``.
 
     python -m fastformer.integrations.verification.coverage --out docs/transformers_coverage.md
 
@@ -258,7 +258,7 @@ def markdown(outcomes: Iterable[Outcome]) -> str:
         model_type = getattr(transformers, outcome.model).config_class.model_type
         groups[model_type, outcome.verdict, outcome.reason].append(outcome.model)
     for (model_type, verdict, reason), names in sorted(groups.items()):
-        plain = reason.replace("[", "\\[")  # an error's brackets are no link
+        plain = reason.replace("[", "\\[")  # an error's brackets must not make a link
         lines.append(f"| {model_type} | {verdict} | {', '.join(sorted(names))} | {plain} |")
     return "\n".join(lines) + "\n"
 

@@ -164,7 +164,7 @@ ROBERTA = Architecture(
             _ROBERTA_MASKED_LM,
             prefix="roberta.",
             untied={"mlm_head.decoder.bias": "lm_head.decoder.bias"},
-            implied={"hidden_act": "gelu"},  # the head's, whatever the blocks' is
+            implied={"hidden_act": "gelu"},  # the head's activation; the blocks may have another
         ),
         Head(
             transformers.RobertaForSequenceClassification,

@@ -53,8 +53,8 @@ def read_tensors(folder: Path) -> Tensors:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise FileNotFoundError(
-            f"the weights in {folder} are pickled ({', '.join(pickles)}), and unpickling a file runs whatever code is "
-            "in it; where you trust it, load the model with transformers and save it again: that writes safetensors"
+            f"the weights in {folder} are pickled ({', '.join(pickles)}), and unpickling a file runs any code in "
+            "it; if you trust it, load the model with transformers and save it again: that writes safetensors"
         )
     raise FileNotFoundError(f"{folder} has neither {_FILE} nor {_INDEX}")
 

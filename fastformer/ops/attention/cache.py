@@ -66,7 +66,7 @@ def append_to_cache(
         TypeError, ValueError: the message names the argument, what was given and what is accepted. On a CPU, tokens
             beyond the cache's capacity or the tables' positions raise a ValueError. On a GPU, where reading the lengths
             would stall, they fail a device-side assertion. Nothing is written out of bounds.
-        RuntimeError: a gradient is asked for.
+        RuntimeError: a gradient is requested.
 
     >>> cache = torch.zeros(2, 1, 2, 16, 8)
     >>> key = torch.ones(1, 2, 3, 8)
@@ -161,7 +161,7 @@ def _check_written(
     value_cache: torch.Tensor,
     block_table: torch.Tensor | None,
 ) -> None:
-    """Check that the caches hold what is new, each element in a place of its own."""
+    """Check that the new keys and values fit the caches, and that no two elements of a cache share memory."""
     head_place = 1 if block_table is None else 2
     for new_name, new, name, cache in (
         ("key", key, "key_cache", key_cache),
@@ -174,7 +174,7 @@ def _check_written(
                 f"{shape[head_place]} and {shape[3]}"
             )
         if 0 in strides and any(size > 1 and stride == 0 for size, stride in zip(shape, strides, strict=True)):
-            raise ValueError(f"{name} is written to, so that its elements cannot share memory; it was expanded")
+            raise ValueError(f"{name} is written to, so its elements must not share memory; it was expanded")
 
 
 def _check_rotary(
@@ -247,7 +247,7 @@ def _check_values(
     block_table: torch.Tensor | None,
     cos: torch.Tensor | None,
 ) -> None:
-    """Raise ValueError unless the new tokens have a place; on a GPU looking would stall it, its kernel asserts that."""
+    """Raise ValueError on a CPU if new tokens have no place; on a GPU reading would stall, so its kernel asserts it."""
     capacity, tokens, starts = cache_shape(key_cache, block_table).capacity, key.shape[2], lengths.tolist()
     check_counts("lengths", starts, "the cache's capacity", capacity)
     counts = [tokens] * len(starts) if new_lengths is None else new_lengths.tolist()
@@ -274,7 +274,7 @@ def _append_torch(
     sin: torch.Tensor | None,
     interleaved: bool,
 ) -> None:
-    """Scatters the tokens: (batch, tokens, heads, head_dim), or where some are padding the rest, (new tokens, ...)."""
+    """Write the tokens, (batch, tokens, heads, head_dim), or only the real ones, (new tokens, ...), to their places."""
     batch, _, tokens, _ = key.shape
     token = torch.arange(tokens, device=key.device)
     sequence, position = torch.arange(batch, device=key.device)[:, None], lengths[:, None] + token
@@ -300,7 +300,7 @@ def _append_torch(
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """The first 2 * pairs elements of x rotated by cos and sin, which broadcast to (..., pairs)."""
+    """Rotate the first 2 * pairs elements of x by cos and sin, which broadcast to (..., pairs)."""
     pairs = cos.shape[-1]
     rotated = x.clone()
     first, second = (

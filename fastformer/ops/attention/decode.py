@@ -85,7 +85,7 @@ def decode_attention(
         TypeError, ValueError: the message names the argument, what was given and what is accepted. A length beyond the
             capacity raises a ValueError on a CPU. On a GPU, where reading it would stall, it fails a device-side
             assertion.
-        RuntimeError: a gradient is asked for.
+        RuntimeError: a gradient is requested.
 
     >>> query = torch.randn(2, 8, 1, 64); cache = torch.randn(2, 2, 4096, 64)
     >>> lengths = torch.tensor([1000, 17], dtype=torch.int32)
@@ -361,7 +361,7 @@ def _scale_and_mask(
 def _visible(
     queries: int, keys: slice, position: int, arguments: DecodeArguments, device: torch.device
 ) -> torch.Tensor | None:
-    """Which of the given keys each query sees, (queries, keys); None if each query sees all."""
+    """The keys that each query sees, (queries, keys) boolean; None if each query sees all of them."""
     left, right = arguments.left, arguments.right
     if queries == 1 or left == right == UNBOUNDED:
         return None

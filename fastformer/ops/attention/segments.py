@@ -102,7 +102,7 @@ class Segment(NamedTuple):
         return functools.reduce(torch.add, parts) if parts else None
 
     def allowed(self, device: torch.device) -> torch.Tensor | None:
-        """Which keys each query may attend to by mask and position; 4-D, or None if it may attend to all."""
+        """The keys that each query may attend to by mask and position; 4-D boolean, or None for all keys."""
         a, queries, keys = self.arguments, self.queries, self.keys
         conditions = [] if a.mask is None else [self.of_scores(a.mask)]
         nearest, farthest = keys.start - (queries.stop - 1 + self.offset), keys.stop - 1 - queries.start - self.offset
@@ -125,7 +125,7 @@ class Segment(NamedTuple):
         return functools.reduce(torch.logical_and, conditions) if conditions else None
 
     def visible(self, device: torch.device) -> torch.Tensor | None:
-        """Which keys each query sees by mask, position and bias; 4-D, or None if it sees all."""
+        """The keys that each query sees by mask, position and bias; 4-D boolean, or None for all keys."""
         return visible_by(self.bias(device), self.allowed(device))
 
     def _part(self, tensor: torch.Tensor, tokens: slice, within: slice) -> torch.Tensor:
@@ -193,7 +193,7 @@ def whole_as_segment(query: torch.Tensor, arguments: AttentionArguments) -> Segm
 
 
 def visible_by(bias: torch.Tensor | None, allowed: torch.Tensor | None) -> torch.Tensor | None:
-    """Which keys each query sees: a bias of -inf hides a key like a mask does, even where the score is NaN."""
+    """The keys that each query sees: a bias of -inf hides a key like a mask does, even where the score is NaN."""
     if bias is None:
         return allowed
     shown = bias != NEGATIVE_INFINITY

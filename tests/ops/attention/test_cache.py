@@ -289,5 +289,5 @@ def test_a_cache_whose_elements_share_memory_is_refused(name: str, expanded: tup
     shape = CACHE.shape
     shared = torch.zeros([1 if d in expanded else size for d, size in enumerate(shape)]).expand(shape)
     caches = {"key_cache": CACHE, "value_cache": CACHE, name: shared}
-    with pytest.raises(ValueError, match=f"{name} is written to, so that its elements cannot share memory"):
+    with pytest.raises(ValueError, match=f"{name} is written to, so its elements must not share memory"):
         append_to_cache(K, K, **caches, lengths=LENGTHS)
