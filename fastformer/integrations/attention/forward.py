@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.output_capturing import _active_collector
 
-from fastformer.integrations.attention import on_cpu as attention_on_cpu
-from fastformer.integrations.attention.mask import AttentionMask, MaskStructure
+from fastformer.integrations.attention import on_cpu
+from fastformer.integrations.attention.mask import AttentionMask, MaskStructure, elements_of
 from fastformer.integrations.attention.paged_cache import updated_pages
 from fastformer.ops import attention, attention_weights
 from fastformer.ops.packing import packed_sequences
@@ -107,44 +108,32 @@ def attention_forward(
         max_length_q, attention_mask = max_length_q or max_seqlen_q, None
     batch = max(tensor.shape[0] for tensor in (query, key, value))
     query, key, value = (_of_batch(tensor, batch) for tensor in (query, key, value))
-    structure = _structure(module, attention_mask, is_causal, sliding_window, (batch, 1, query.shape[2], key.shape[2]))
+    queries, keys = query.shape[2], key.shape[2]
+    structure = _structure(module, attention_mask, is_causal, sliding_window, (batch, 1, queries, keys))
     weights_wanted = _weights_wanted(output_attentions)
     dropout_p = dropout if module.training else 0.0
-    particular = weights_wanted or any(
+    if not weights_wanted and not any(
         given is not None for given in (softcap, s_aux, sinks, indices, block_indices, cu_seq_lens_q)
-    )
-    documents = structure is not None and structure.cu_seqlens_q is not None
-    if not (particular or documents) and attention_on_cpu.leaves_choice(query):
-        if attention_on_cpu.operator_is_faster(query, key, structure, position_bias, dropout_p):
-            structure = attention_on_cpu.without_padding(structure, query, key, position_bias)
-        elif (own := _of_sdpa(structure, attention_mask, query.shape[2], key.shape[2])) is not None:
-            mask, causal = own
+    ):
+        choice = on_cpu.choose(structure, attention_mask, query, key, position_bias, dropout_p)
+        if isinstance(choice, on_cpu.Sdpa):
+            mask, causal = choice
             return sdpa_attention_forward(
                 module, query, key, value, mask, dropout_p, scaling, is_causal=causal, position_bias=position_bias
             )
+        structure = choice
     by_row = weights_wanted or any(given is not None for given in (position_bias, indices, block_indices, sinks))
-    only: list[Tensor] = []
-    if structure is not None and structure.cu_seqlens_q is not None and by_row:
-        structure = None
-    elif cu_seq_lens_q is not None and (structure is None or structure.cu_seqlens_q is None):
-        if structure is None or structure.key_mask is not None or structure.key_lengths is not None or by_row:
-            only.append(_same_sequence(cu_seq_lens_q, batch, query.shape[2], key.shape[2]))
-        else:
-            structure = _packed(structure, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-    arguments = {"mask": _elements(attention_mask)} if structure is None else structure.arguments()
-    if indices is not None:
-        only.append(_chosen(indices, key.shape[2])[:, None])
-    if block_indices is not None:
-        indexer: Any = module.indexer
-        only.append(_chosen_blocks(block_indices, indexer.block_size, query.shape[1], key.shape[2]))
-    for allowed in only:
-        arguments["mask"] = _both(arguments["mask"], allowed)
+    boundaries = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    structure, allowed = _within_sequences(structure, boundaries, by_row, (batch, queries, keys))
+    arguments = {"mask": elements_of(attention_mask)} if structure is None else structure.arguments()
+    for selected in (allowed, *_selected(module, query, keys, indices, block_indices)):
+        arguments["mask"] = _both(arguments["mask"], selected)
     arguments |= {"scale": scaling, "softcap": softcap, "bias": position_bias}
-    packed = structure is not None and structure.cu_seqlens_q is not None
+    packed = structure is not None and structure.is_packed
     tensors = [tensor.transpose(1, 2).flatten(0, 1) if packed else tensor for tensor in (query, key, value)]
     output, lse = attention(*tensors, **arguments, sinks=s_aux, dropout_p=dropout_p, return_lse=True)
     if packed:
-        return output.unflatten(0, (batch, query.shape[2])), None
+        return output.unflatten(0, (batch, queries)), None
     output = output.transpose(1, 2)
     weights = _weights(query, key, lse, arguments) if weights_wanted else None
     if sinks is not None:
@@ -182,12 +171,35 @@ def _structure(
     return mask.structure if isinstance(mask, AttentionMask) and tuple(mask.shape) == shape else None
 
 
-def _of_sdpa(
-    structure: MaskStructure | None, mask: Tensor | None, queries: int, keys: int
-) -> tuple[Tensor | None, bool] | None:
-    """Return the mask and `is_causal` for SDPA; None if SDPA cannot express the structure."""
-    own = None if structure is None else attention_on_cpu.sdpa_mask(structure, queries, keys)
-    return (_elements(mask), False) if own is None and mask is not None else own
+def _within_sequences(
+    structure: MaskStructure | None, boundaries: tuple[Any, ...], by_row: bool, shape: tuple[int, int, int]
+) -> tuple[MaskStructure | None, Tensor | None]:
+    """Limit attention to the sequences of a packed batch: by the structure, or else by a mask to be combined with it.
+
+    Args:
+        structure: who may attend to whom, so far.
+        boundaries: cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k; the first is None in a batch of rows.
+        by_row: whether something else is laid out by row, which packed sequences are not.
+        shape: batch, queries, keys.
+    """
+    if structure is not None and structure.is_packed:
+        return (None if by_row else structure), None
+    if boundaries[0] is None:
+        return structure, None
+    if structure is None or structure.key_mask is not None or structure.key_lengths is not None or by_row:
+        return structure, _same_sequence(boundaries[0], *shape)
+    return _packed(structure, *boundaries), None
+
+
+def _selected(
+    module: torch.nn.Module, query: Tensor, keys: int, indices: Tensor | None, block_indices: Tensor | None
+) -> Iterator[Tensor]:
+    """Yield a boolean mask for each selection of keys that the call makes."""
+    if indices is not None:
+        yield _chosen(indices, keys)[:, None]
+    if block_indices is not None:
+        indexer: Any = module.indexer
+        yield _chosen_blocks(block_indices, indexer.block_size, query.shape[1], keys)
 
 
 def _packed(
@@ -218,13 +230,6 @@ def _same_sequence(cu_seqlens: Tensor, batch: int, queries: int, keys: int) -> T
     return (sequence[:, :, None] == sequence[:, None, :])[:, None]
 
 
-def _elements(mask: Tensor | None) -> Tensor | None:
-    """Return the elements of a 4-D mask. 2-D masks are refused: transformers' padding masks would broadcast wrongly."""
-    if mask is not None and mask.dim() != 4:
-        raise ValueError(f"attention_mask must be (batch, heads, queries, keys); got shape {tuple(mask.shape)}")
-    return mask.dense if isinstance(mask, AttentionMask) else mask
-
-
 def _chosen(indices: Tensor, size: int) -> Tensor:
     """Make a (..., size) boolean mask, True at `indices` (..., n); negative indices are ignored."""
     marks = torch.zeros(*indices.shape[:-1], size + 1, dtype=torch.bool, device=indices.device)
@@ -237,10 +242,10 @@ def _chosen_blocks(indices: Tensor, block_size: int, heads: int, keys: int) -> T
     return blocks.repeat_interleave(heads // indices.shape[1], 1)
 
 
-def _both(mask: Tensor | None, allowed: Tensor) -> Tensor:
-    """Combine two masks, of which the first is boolean or additive."""
-    if mask is None:
-        return allowed
+def _both(mask: Tensor | None, allowed: Tensor | None) -> Tensor | None:
+    """Combine two masks: the first is boolean or additive, the second is boolean."""
+    if mask is None or allowed is None:
+        return allowed if mask is None else mask
     return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, float("-inf"))
 
 

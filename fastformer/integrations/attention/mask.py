@@ -46,6 +46,11 @@ class MaskStructure:
     def ignores_positions(self) -> bool:
         return not self.causal and self.window == (None, None) and self.chunk is None
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether boundaries divide the tokens into sequences."""
+        return self.cu_seqlens_q is not None
+
     def arguments(self) -> dict[str, Any]:
         """Return the arguments for a call of `fastformer.attention`."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "spans"}
@@ -188,6 +193,13 @@ def _mask_of(tensor: torch.Tensor, source: AttentionMask) -> torch.Tensor:
     if tensor.dtype != torch.bool:
         return tensor
     return AttentionMask(tuple(tensor.shape), tensor.device, elements=tensor, source=source)
+
+
+def elements_of(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the elements of a 4-D mask. 2-D masks are refused: transformers' padding masks would broadcast wrongly."""
+    if mask is not None and mask.dim() != 4:
+        raise ValueError(f"attention_mask must be (batch, heads, queries, keys); got shape {tuple(mask.shape)}")
+    return mask.dense if isinstance(mask, AttentionMask) else mask
 
 
 def attention_mask(

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastformer.backends import selected_backend
-from fastformer.integrations.attention.mask import MaskStructure
+from fastformer.integrations.attention.mask import MaskStructure, elements_of
 from fastformer.ops.attention.flash import FLASH_ROWS
 
 # Costs of our operator compared with SDPA, for a call and for each row computed alone. The unit is floating-point
@@ -27,6 +28,38 @@ LEARNED_SCORES = 1 << 22
 SDPA_KEYS = 512
 """The number of keys that PyTorch's flash attention on a CPU handles at a time, masked or not."""
 Span = tuple[int, int]
+
+
+class Sdpa(NamedTuple):
+    """PyTorch's scaled_dot_product_attention, with this mask and `is_causal`."""
+
+    mask: Tensor | None
+    causal: bool
+
+
+def choose(
+    structure: MaskStructure | None,
+    mask: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> Sdpa | MaskStructure | None:
+    """Choose between SDPA and our operator; return SDPA's call, or the structure that our operator takes.
+
+    Args:
+        structure: who may attend to whom; None if only a dense mask says it.
+        mask: that mask.
+        query, key, bias, dropout_p: see `operator_is_faster`.
+    """
+    if not leaves_choice(query) or (structure is not None and structure.is_packed):
+        return structure
+    if operator_is_faster(query, key, structure, bias, dropout_p):
+        return without_padding(structure, query, key, bias)
+    own = None if structure is None else sdpa_call(structure, query.shape[2], key.shape[2])
+    if own is None and mask is not None:
+        own = Sdpa(elements_of(mask), False)
+    return structure if own is None else own
 
 
 def leaves_choice(query: Tensor) -> bool:
@@ -133,12 +166,12 @@ def _boundaries(lengths: list[int]) -> Tensor:
     return torch.tensor([*itertools.accumulate(lengths, initial=0)], dtype=torch.int32)
 
 
-def sdpa_mask(structure: MaskStructure, m: int, n: int) -> tuple[Tensor | None, bool] | None:
+def sdpa_call(structure: MaskStructure, m: int, n: int) -> Sdpa | None:
     """Return the mask, (batch, 1, 1, n), and `is_causal` with which SDPA computes `structure`; None if it cannot."""
     last_query = m == 1 and structure.causal and (structure.alignment == "bottom_right" or n == 1)
     if structure.ignores_positions or (last_query and _unlimited(structure)):
-        return _key_mask(structure, n), False
-    return (None, True) if _only_causal(structure, m, n) else None
+        return Sdpa(_key_mask(structure, n), False)
+    return Sdpa(None, True) if _only_causal(structure, m, n) else None
 
 
 def _only_causal(structure: MaskStructure, m: int, n: int) -> bool:
