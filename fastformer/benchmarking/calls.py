@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -72,8 +73,12 @@ class Call:
         return sum(each.nbytes for each in tree_leaves(list(self.inputs)) if isinstance(each, Tensor))
 
     def _backward(self, outputs: list[Tensor]) -> tuple[Tensor, ...]:
-        leaves = [each for each in self.inputs if isinstance(each, Tensor) and each.requires_grad]
-        return torch.autograd.grad(outputs, leaves, self.gradients)
+        return torch.autograd.grad(outputs, self._leaves, self.gradients)
+
+    @cached_property
+    def _leaves(self) -> list[Tensor]:
+        """Found once: to look for them takes time that is not the function's."""
+        return [each for each in tree_leaves(list(self.inputs)) if isinstance(each, Tensor) and each.requires_grad]
 
 
 def tensors(result: object) -> list[Tensor]:

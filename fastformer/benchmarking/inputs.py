@@ -7,30 +7,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastformer import registry
+
 
 @dataclass(frozen=True)
-class Make:
+class Make(registry.Make):
     """Makes tensors, the same ones each time it makes them in the same order; on the device meta nothing but shapes.
 
+    They are drawn on their device in their dtype: large ones take no more than themselves.
+
     Attributes:
-        dtype, device: of the tensors.
         random: where numbers come from; None on meta.
     """
 
-    dtype: torch.dtype
-    device: torch.device
     random: torch.Generator | None
 
-    def normal(self, *shape: int, grad: bool = True, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+    def normal(
+        self,
+        *shape: int,
+        grad: bool = True,
+        scale: float = 1.0,
+        shift: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         drawn = torch.randn(shape, generator=self.random, device=self.device, dtype=dtype or self.dtype)
-        return drawn.mul_(scale).requires_grad_(grad)
+        return drawn.mul_(scale).add_(shift).requires_grad_(grad)
 
-    def integers(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        """From 0 to high - 1."""
-        return torch.randint(high, shape, generator=self.random, device=self.device, dtype=dtype)
-
-    def constant(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device)
+    def integers(self, below: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.randint(below, shape, generator=self.random, device=self.device, dtype=dtype)
 
 
 def maker(dtype: torch.dtype, device: torch.device) -> Make:

@@ -1,6 +1,7 @@
 """Every operator's work in a size, as Fastformer, PyTorch and Liger-Kernel do it.
 
-Attention has a study of its own; here is what stands beside it.
+Inputs and PyTorch's way are those of the registry, unless a user of PyTorch would have a faster way. Attention has a
+study of its own; here is what stands beside it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastformer import ops
 from fastformer.benchmarking.calls import Call, Function, compiled, tensors
 from fastformer.benchmarking.inputs import Make, maker
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.study import Peer
+from fastformer.registry import OPERATORS
 
 PYTORCH, COMPILED, LIGER = "PyTorch eager", "torch.compile", "Liger-Kernel"
 
@@ -141,7 +143,8 @@ class Operation:
         """What one run must do."""
         if self.work is not None:
             return self.work
-        inputs, outputs = tensors(list(self._meta_inputs(sizes))), self._outputs(sizes)
+        leaves, outputs = tree_leaves(list(self._meta_inputs(sizes))), self._outputs(sizes)
+        inputs = [each for each in leaves if isinstance(each, Tensor)]
         forward = sum(each.nbytes for each in (*inputs, *outputs))
         # The inputs and the outputs' gradients are read, and the inputs' gradients written.
         backward = forward + sum(each.nbytes for each in inputs if each.requires_grad)
@@ -156,8 +159,8 @@ class Operation:
 
 
 def operations(sizes: Sizes) -> list[Operation]:
-    """Of every operator, in these sizes."""
-    return [
+    """Of every operator, in these sizes; of one that says nothing of them, in those of its ordinary inputs."""
+    known = [
         *_softmax(sizes),
         *_norms(sizes),
         *_positions(sizes),
@@ -167,117 +170,130 @@ def operations(sizes: Sizes) -> list[Operation]:
         *_decoding(sizes),
         *_attention_parts(sizes),
     ]
+    named = {word for operation in known for word in operation.name.replace(",", "").split()}
+    return [*known, *(_registered(name, name) for name in OPERATORS if name not in named | _OF_ATTENTION)]
+
+
+_OF_ATTENTION = {"attention", "scaled_dot_product_attention"}
+
+
+def _registered(
+    operator: str,
+    title: str,
+    inputs: Mapping[str, Any] | None = None,
+    eager: Function | None = None,
+    liger: Function | None = None,
+    others: Mapping[str, Function] | None = None,
+    random: bool = False,
+    work: Work | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Operation:
+    """An operator of the registry.
+
+    Args:
+        operator: its name.
+        title: the operation's name.
+        inputs: what its inputs are made with: sizes and features.
+        eager: PyTorch's way; None: the registry's formula. `eager`, `liger` and `others` take the operator's arguments.
+        liger, others, random, work: see `Operation`.
+        options: more arguments of the operator.
+    """
+    entry, given = OPERATORS[operator], inputs or {}
+    example = entry.inputs(maker(torch.float32, torch.device("meta")), **given)
+    arguments = example.options | dict(options or {})
+
+    def make_tensors(make: Make) -> Sequence[Any]:
+        with torch.no_grad():
+            made = entry.inputs(make, **given)
+        return [entry.leaves(made.tensors)]
+
+    def of_tensors(function: Function) -> Function:
+        return lambda tensors: function(**tensors, **arguments)
+
+    return Operation(
+        title,
+        make_tensors,
+        of_tensors(getattr(ops, operator)),
+        of_tensors(eager or entry.plain),
+        None if liger is None else of_tensors(liger),
+        backward=bool(entry.differentiable(example.tensors)),
+        random=random,
+        work=work,
+        others={name: of_tensors(function) for name, function in (others or {}).items()},
+    )
 
 
 def _softmax(sizes: Sizes) -> list[Operation]:
-    rows, keys = sizes.heads * sizes.sequence, sizes.sequence
-    scale = sizes.head_dim**-0.5
-
-    def scores(make: Make) -> Sequence[Any]:
-        return [make.normal(sizes.batch, sizes.heads, keys, keys)]
+    keys = sizes.sequence
+    rows, scale = sizes.batch * sizes.heads * sizes.sequence, sizes.head_dim**-0.5
 
     def masked(make: Make) -> Sequence[Any]:
         padding = torch.arange(keys) < keys - keys // 4
         later = torch.ones(keys, keys, dtype=torch.bool).triu(1)
-        return [*scores(make), make.constant(padding[None, None, None]), make.constant(later)]
+        scores = make.normal(sizes.batch, sizes.heads, keys, keys)
+        return [scores, make.constant(padding[None, None, None]), make.constant(later)]
 
     def eager_masked(scores: Tensor, padding: Tensor, later: Tensor) -> Tensor:
         return (scores * scale).masked_fill(~padding | later, float("-inf")).softmax(-1)
 
-    def liger(x: Tensor) -> Tensor:
+    def liger(input: Tensor) -> Tensor:
         from liger_kernel.transformers.functional import liger_softmax
 
-        return liger_softmax(x)
+        return liger_softmax(input)
 
-    shape = f"{sizes.batch * rows:,} x {keys:,}"
+    shape = f"{rows:,} x {keys:,}"
+    matrix = {"rows": rows, "columns": keys}
     return [
-        Operation(f"softmax, {shape}", scores, ops.softmax, partial(F.softmax, dim=-1), liger),
+        _registered("softmax", f"softmax, {shape}", matrix, liger=liger),
         Operation(
             f"softmax, scaled, causal, mask, {shape}",
             masked,
             lambda scores, padding, later: ops.softmax(scores, mask=padding, causal=True, scale=scale),
             eager_masked,
         ),
-        Operation(f"log_softmax, {shape}", scores, ops.log_softmax, partial(F.log_softmax, dim=-1)),
+        _registered("log_softmax", f"log_softmax, {shape}", matrix),
     ]
 
 
 def _norms(sizes: Sizes) -> list[Operation]:
-    hidden, eps = [sizes.hidden], 1e-5
-
-    def inputs(make: Make, rows: int = 1, bias: bool = True) -> Sequence[Any]:
-        x = [make.normal(sizes.tokens, sizes.hidden) for _ in range(rows)]
-        return [*x, *(make.normal(sizes.hidden) for _ in range(1 + bias))]
-
-    def eager_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        total = x + residual
-        return F.layer_norm(total, hidden, weight, bias, eps), total
-
-    def eager_dropout(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.layer_norm(residual + F.dropout(x, 0.1), hidden, weight, bias, eps)
-
-    def eager_rms_residual(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        total = x + residual
-        return F.rms_norm(total, hidden, weight, eps), total
-
-    def liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def liger(input: Tensor, normalized_shape: Sequence[int], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         from liger_kernel.transformers.functional import liger_layer_norm
 
-        return liger_layer_norm(x, weight, bias, eps)
+        return liger_layer_norm(input, weight, bias, eps)
 
-    def liger_rms(x: Tensor, weight: Tensor) -> Tensor:
+    def liger_rms(input: Tensor, normalized_shape: Sequence[int], weight: Tensor, eps: float) -> Tensor:
         from liger_kernel.transformers.functional import liger_rms_norm
 
-        return liger_rms_norm(x, weight, eps)
+        return liger_rms_norm(input, weight, eps)
 
-    def liger_rms_residual(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def liger_rms_residual(
+        input: Tensor, normalized_shape: Sequence[int], weight: Tensor, eps: float, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
         from liger_kernel.transformers.functional import liger_fused_add_rms_norm
 
-        return liger_fused_add_rms_norm(x, residual, weight, eps)
+        return liger_fused_add_rms_norm(input, residual, weight, eps)
 
     # Both ways four: two added, their sum and the norm of it; the sum, the gradients of it and of the norm, and the
     # gradient of what was added, which is one for both.
     rows = 4.0 * sizes.tokens * sizes.hidden * sizes.dtype.itemsize
     with_residual = Work("bytes", rows, rows)
     shape = f"{sizes.tokens:,} x {sizes.hidden:,}"
+    matrix = {"rows": sizes.tokens, "columns": sizes.hidden}
+    layer, rms = matrix | {"bias": True}, matrix
+    added = {"residual": True}
     return [
-        Operation(
-            f"layer_norm, {shape}",
-            inputs,
-            lambda x, weight, bias: ops.layer_norm(x, hidden, weight, bias, eps),
-            lambda x, weight, bias: F.layer_norm(x, hidden, weight, bias, eps),
-            liger,
-        ),
-        Operation(
-            f"layer_norm, residual, {shape}",
-            partial(inputs, rows=2),
-            lambda x, residual, weight, bias: ops.layer_norm(x, hidden, weight, bias, eps, residual=residual),
-            eager_residual,
-            work=with_residual,
-        ),
-        Operation(
+        _registered("layer_norm", f"layer_norm, {shape}", layer, liger=liger),
+        _registered("layer_norm", f"layer_norm, residual, {shape}", layer | added, work=with_residual),
+        _registered(
+            "layer_norm",
             f"layer_norm, dropout, residual, {shape}",
-            partial(inputs, rows=2),
-            lambda x, residual, weight, bias: ops.layer_norm(
-                x, hidden, weight, bias, eps, residual, dropout_p=0.1, return_sum=False
-            ),
-            eager_dropout,
+            layer | added | {"dropout_p": 0.1},
             random=True,
+            options={"return_sum": False},
         ),
-        Operation(
-            f"rms_norm, {shape}",
-            partial(inputs, bias=False),
-            lambda x, weight: ops.rms_norm(x, hidden, weight, eps),
-            lambda x, weight: F.rms_norm(x, hidden, weight, eps),
-            liger_rms,
-        ),
-        Operation(
-            f"rms_norm, residual, {shape}",
-            partial(inputs, rows=2, bias=False),
-            lambda x, residual, weight: ops.rms_norm(x, hidden, weight, eps, residual=residual),
-            eager_rms_residual,
-            liger_rms_residual,
-            work=with_residual,
+        _registered("rms_norm", f"rms_norm, {shape}", rms, liger=liger_rms),
+        _registered(
+            "rms_norm", f"rms_norm, residual, {shape}", rms | added, liger=liger_rms_residual, work=with_residual
         ),
     ]
 
@@ -359,118 +375,91 @@ def _positions(sizes: Sizes) -> list[Operation]:
 
 
 def _embedding(sizes: Sizes) -> Operation:
-    def inputs(make: Make) -> Sequence[Any]:
-        tables = [make.normal(rows, sizes.hidden, scale=0.02) for rows in (sizes.classes, sizes.sequence, 2)]
-        ids = [make.integers(high, sizes.batch, sizes.sequence) for high in (sizes.classes, 2)]
-        return [*ids, *tables, make.normal(sizes.hidden), make.normal(sizes.hidden)]
-
-    def ours(
-        ids: Tensor, types: Tensor, words: Tensor, places: Tensor, of_types: Tensor, weight: Tensor, bias: Tensor
-    ) -> Tensor:
-        return ops.transformer_embedding(
-            ids, words, places, of_types, weight, bias, token_type_ids=types, padding_idx=0
-        )
-
-    def eager(
-        ids: Tensor, types: Tensor, words: Tensor, places: Tensor, of_types: Tensor, weight: Tensor, bias: Tensor
-    ) -> Tensor:
-        position = torch.arange(sizes.sequence, device=ids.device)
-        total = F.embedding(ids, words, 0) + F.embedding(position, places) + F.embedding(types, of_types)
-        return F.layer_norm(total, [sizes.hidden], weight, bias, 1e-12)
-
     # A word's row is read and the result written; the backward reads both again and writes the words' gradient. The
     # other tables stay in the cache.
     rows, words = sizes.tokens * sizes.hidden, sizes.classes * sizes.hidden
-    return Operation(
+    tokens = {"batch": sizes.batch, "tokens": sizes.sequence, "hidden": sizes.hidden, "words": sizes.classes}
+    return _registered(
+        "transformer_embedding",
         f"transformer_embedding, {sizes.tokens:,} x {sizes.hidden:,}, {sizes.classes:,} words",
-        inputs,
-        ours,
-        eager,
+        {**tokens, "padding_idx": 0, "scale": 0.02},
         work=Work("bytes", 2.0 * rows * sizes.dtype.itemsize, float((2 * rows + words) * sizes.dtype.itemsize)),
     )
 
 
 def _feed_forward(sizes: Sizes) -> list[Operation]:
-    hidden, intermediate = sizes.hidden, sizes.intermediate
-
-    def inputs(make: Make) -> Sequence[Any]:
-        up, down = make.normal(intermediate, hidden, scale=0.02), make.normal(hidden, intermediate, scale=0.02)
-        return [make.normal(sizes.tokens, hidden), up, down, make.normal(intermediate), make.normal(hidden)]
-
-    def gated(make: Make) -> Sequence[Any]:
-        weights = [make.normal(intermediate, hidden, scale=0.02) for _ in range(2)]
-        return [make.normal(sizes.tokens, hidden), *weights, make.normal(hidden, intermediate, scale=0.02)]
-
-    def eager(x: Tensor, up: Tensor, down: Tensor, up_bias: Tensor, down_bias: Tensor) -> Tensor:
-        return F.linear(F.gelu(F.linear(x, up, up_bias)), down, down_bias)
-
-    def liger(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    def liger(input: Tensor, up_weight: Tensor, down_weight: Tensor, gate_weight: Tensor, activation: str) -> Tensor:
         from liger_kernel.transformers.functional import liger_swiglu
 
-        return F.linear(liger_swiglu(F.linear(x, gate), F.linear(x, up)), down)
+        hidden = liger_swiglu(F.linear(input, gate_weight), F.linear(input, up_weight))
+        return F.linear(hidden, down_weight)
 
-    shape = f"{sizes.tokens:,} x {hidden:,} to {intermediate:,}"
-    product = 2.0 * sizes.tokens * hidden * intermediate
+    shape = f"{sizes.tokens:,} x {sizes.hidden:,} to {sizes.intermediate:,}"
+    product = 2.0 * sizes.tokens * sizes.hidden * sizes.intermediate
+    widths = {"tokens": sizes.tokens, "features": sizes.hidden, "intermediate": sizes.intermediate}
     return [
-        Operation(f"feed_forward, gelu, {shape}", inputs, ops.feed_forward, eager, work=products(2 * product)),
-        Operation(
+        _registered(
+            "feed_forward", f"feed_forward, gelu, {shape}", {**widths, "biases": True}, work=products(2 * product)
+        ),
+        _registered(
+            "feed_forward",
             f"feed_forward, gated silu, {shape}",
-            gated,
-            lambda x, gate, up, down: ops.feed_forward(x, up, down, gate_weight=gate, activation="silu"),
-            lambda x, gate, up, down: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down),
-            liger,
+            {**widths, "gated": True, "activation": "silu"},
+            liger=liger,
             work=products(3 * product),
         ),
     ]
 
 
 def _losses(sizes: Sizes) -> list[Operation]:
-    def logits(make: Make) -> Sequence[Any]:
-        return [make.normal(sizes.tokens, sizes.classes), make.integers(sizes.classes, sizes.tokens)]
+    def eager_regularised(
+        input: Tensor, target: Tensor, label_smoothing: float, z_loss: float, softcap: float
+    ) -> Tensor:
+        capped = softcap * torch.tanh(input.float() / softcap)
+        loss = F.cross_entropy(capped, target, label_smoothing=label_smoothing)
+        return (loss + z_loss * capped.logsumexp(-1).square().mean()).to(input.dtype)
 
-    def features(make: Make) -> Sequence[Any]:
-        weight = make.normal(sizes.classes, sizes.hidden, scale=0.02)
-        return [make.normal(sizes.tokens, sizes.hidden), weight, make.integers(sizes.classes, sizes.tokens)]
-
-    def eager_regularised(logits: Tensor, target: Tensor) -> Tensor:
-        capped = 30.0 * torch.tanh(logits.float() / 30.0)
-        loss = F.cross_entropy(capped, target, label_smoothing=0.1)
-        return (loss + 1e-4 * capped.logsumexp(-1).square().mean()).to(logits.dtype)
-
-    def liger(logits: Tensor, target: Tensor) -> Tensor:
+    def liger(input: Tensor, target: Tensor) -> Tensor:
         from liger_kernel.transformers.functional import liger_cross_entropy
 
-        return liger_cross_entropy(logits, target)
+        return liger_cross_entropy(input, target)
 
-    def liger_regularised(logits: Tensor, target: Tensor) -> Tensor:
+    def liger_regularised(
+        input: Tensor, target: Tensor, label_smoothing: float, z_loss: float, softcap: float
+    ) -> Tensor:
         from liger_kernel.transformers.functional import liger_cross_entropy
 
-        return liger_cross_entropy(logits, target, label_smoothing=0.1, lse_square_scale=1e-4, softcap=30.0)
+        return liger_cross_entropy(
+            input, target, label_smoothing=label_smoothing, lse_square_scale=z_loss, softcap=softcap
+        )
 
-    def liger_linear(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    def liger_linear(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        return liger_fused_linear_cross_entropy(x, weight, target)
+        return liger_fused_linear_cross_entropy(input, weight, target)
 
-    def torch_linear(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    def torch_linear(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         # In PyTorch since 2.13; without options it would keep all logits.
-        return F.linear_cross_entropy(x, weight, target, options=torch.nn.LinearCrossEntropyOptions())
+        return F.linear_cross_entropy(input, weight, target, options=torch.nn.LinearCrossEntropyOptions())
 
     shape = f"{sizes.tokens:,} x {sizes.classes:,}"
+    logits = {"rows": sizes.tokens, "classes": sizes.classes}
     return [
-        Operation(f"cross_entropy, {shape}", logits, ops.cross_entropy, F.cross_entropy, liger),
-        Operation(
+        # In the dtype of the logits, which takes less memory than float32.
+        _registered("cross_entropy", f"cross_entropy, {shape}", logits, F.cross_entropy, liger),
+        _registered(
+            "cross_entropy",
             f"cross_entropy, label smoothing, z-loss, softcap, {shape}",
             logits,
-            partial(ops.cross_entropy, label_smoothing=0.1, z_loss=1e-4, softcap=30.0),
             eager_regularised,
             liger_regularised,
+            options={"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0},
         ),
-        Operation(
+        _registered(
+            "linear_cross_entropy",
             f"linear_cross_entropy, {shape}, {sizes.hidden:,} features",
-            features,
-            ops.linear_cross_entropy,
-            lambda x, weight, target: F.cross_entropy(F.linear(x, weight), target),
+            {**logits, "features": sizes.hidden},
+            lambda input, weight, target: F.cross_entropy(F.linear(input, weight), target),
             liger_linear,
             others={"PyTorch linear_cross_entropy": torch_linear},
             work=products(2.0 * sizes.tokens * sizes.classes * sizes.hidden),
@@ -480,8 +469,7 @@ def _losses(sizes: Sizes) -> list[Operation]:
 
 def _decoding(sizes: Sizes) -> list[Operation]:
     """One new token for each sequence of a batch, whose caches are filled to lengths of their own."""
-    batch, heads, head_dim, page = sizes.batch, sizes.heads, sizes.head_dim, sizes.page
-    kv_heads, pages = max(1, heads // 4), sizes.cached // page
+    batch, heads, head_dim, kv_heads = sizes.batch, sizes.heads, sizes.head_dim, max(1, sizes.heads // 4)
     lengths = torch.tensor([sizes.cached - place * sizes.cached // (2 * batch) for place in range(batch)])
 
     def new(make: Make) -> Sequence[Any]:
@@ -491,21 +479,14 @@ def _decoding(sizes: Sizes) -> list[Operation]:
     def contiguous(make: Make) -> Sequence[Any]:
         return [make.normal(batch, kv_heads, sizes.cached, head_dim, grad=False) for _ in range(2)]
 
-    def paged(make: Make) -> Sequence[Any]:
-        caches = [make.normal(batch * pages, page, kv_heads, head_dim, grad=False) for _ in range(2)]
-        order = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(0))
-        return [*caches, make.constant(order.view(batch, pages).int())]
-
-    def filled(make: Make) -> Tensor:
-        return make.constant(lengths.int())
-
-    def eager(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    def eager(
+        query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, block_table: Tensor | None = None
+    ) -> Tensor:
+        key, value = key_cache, value_cache
+        if block_table is not None:
+            key, value = (each[block_table].flatten(1, 2).transpose(1, 2) for each in (key, value))
         mask = torch.arange(key.shape[2], device=key.device) < lengths[:, None, None, None]
         return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
-
-    def eager_paged(query: Tensor, key: Tensor, value: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
-        key, value = (each[table].flatten(1, 2).transpose(1, 2) for each in (key, value))
-        return eager(query, key, value, lengths)
 
     def ours_append(new: Sequence[Tensor], caches: Sequence[Tensor], tables: Sequence[Tensor], last: Tensor) -> Any:
         query, key, value = new
@@ -527,23 +508,14 @@ def _decoding(sizes: Sizes) -> list[Operation]:
     read = 2.0 * int(lengths.sum()) * kv_heads * head_dim * sizes.dtype.itemsize
     written = 2.0 * batch * (heads + 2 * kv_heads) * head_dim * sizes.dtype.itemsize
     shape = f"{batch} x {heads} heads over {kv_heads}, to {sizes.cached:,} keys"
+    tokens = {"heads": heads, "kv_heads": kv_heads, "queries": 1, "head_dim": head_dim, "lengths": lengths.tolist()}
     return [
-        Operation(
-            f"decode_attention, {shape}",
-            lambda make: [new(make)[0], *contiguous(make), filled(make)],
-            lambda query, key, value, lengths: ops.decode_attention(query, key, value, lengths=lengths),
-            eager,
-            backward=False,
-            work=Work("bytes", read),
-        ),
-        Operation(
+        _registered("decode_attention", f"decode_attention, {shape}", tokens, eager, work=Work("bytes", read)),
+        _registered(
+            "decode_attention",
             f"decode_attention, paged, {shape}",
-            lambda make: [new(make)[0], *paged(make), filled(make)],
-            lambda query, key, value, table, lengths: ops.decode_attention(
-                query, key, value, lengths=lengths, block_table=table
-            ),
-            eager_paged,
-            backward=False,
+            {**tokens, "page_size": sizes.page},
+            eager,
             work=Work("bytes", read),
         ),
         Operation(
@@ -561,14 +533,6 @@ def _attention_parts(sizes: Sizes) -> list[Operation]:
     batch, heads, sequence, head_dim = sizes.batch, sizes.heads, sizes.sequence, sizes.head_dim
     parts, rows = 4, min(64, sizes.sequence)
     last = range(sequence - rows, sequence)
-
-    def split(make: Make) -> Sequence[Any]:
-        outputs = make.normal(parts, batch, heads, sequence, head_dim)
-        return [outputs, make.normal(parts, batch, heads, sequence, dtype=torch.float32)]
-
-    def eager_merge(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-        weights = lses.softmax(0)[..., None]
-        return (weights * outputs).sum(0).to(outputs.dtype), lses.logsumexp(0)
 
     def attended(make: Make) -> Sequence[Any]:
         query, key = (make.normal(batch, heads, sequence, head_dim, grad=False) for _ in range(2))
@@ -595,7 +559,11 @@ def _attention_parts(sizes: Sizes) -> list[Operation]:
 
     shape = f"{batch} x {heads} x {sequence:,} x {head_dim}"
     return [
-        Operation(f"merge_attention, {parts} parts, {shape}", split, ops.merge_attention, eager_merge),
+        _registered(
+            "merge_attention",
+            f"merge_attention, {parts} parts, {shape}",
+            {"parts": parts, "rows": batch * heads * sequence, "head_dim": head_dim},
+        ),
         Operation(
             f"attention_weights, {rows} rows of {shape}",
             attended,

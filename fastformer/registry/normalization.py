@@ -45,6 +45,7 @@ def _plain(
     residual: Tensor | None = None,
     *,
     dropout_p: float = 0.0,
+    return_sum: bool = True,
     centered: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """With a residual, the sum too. Dropout draws numbers of its own."""
@@ -54,7 +55,7 @@ def _plain(
         output = F.layer_norm(total, normalized_shape, weight, bias, eps)
     else:
         output = F.rms_norm(total, list(normalized_shape), weight, eps)
-    return output if residual is None else (output, total)
+    return (output, total) if residual is not None and return_sum else output
 
 
 LAYER_NORM = Operator("layer_norm", _inputs, _plain)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cpu
 def test_it_reports_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["machine"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(report["machine"]["torch"])  # which has not what build it is
     assert report["devices"][0]["name"] == "cpu"
     assert all(test["passed"] for test in report["tests"])
     tested = {(test["operator"], test["dtype"]) for test in report["tests"]}
