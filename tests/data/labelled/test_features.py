@@ -298,6 +298,20 @@ def test_an_answer_that_is_not_whole_in_a_window_is_not_in_it(word_piece, kind):
         assert ((window.start, window.end) != (0, 0)) == whole
 
 
+def test_answers_are_ranked_without_a_gap(word_piece):
+    asked = [Question("q", "Which?", "alpha beta gamma delta epsilon", None)]
+    (feature,) = question_features(asked, word_piece, 64, 16)
+    words = [place for place, offset in enumerate(feature.offsets) if offset and offset[1] > offset[0]]
+    scores = np.full(len(feature.input_ids), -100.0)
+    scores[words] = np.random.default_rng(0).permutation(len(words))
+    (found,) = best_answers(
+        asked, [feature], [scores], [scores], no_answer=False, max_answer_tokens=1, count=len(words)
+    )
+    best_first = sorted(words, key=lambda place: -scores[place])
+    texts = [asked[0].context[slice(*feature.offsets[place])] for place in best_first]
+    assert [answer.text for answer in found] == list(dict.fromkeys(texts))
+
+
 def test_long_answers_are_not_found(tokenizer):
     asked = [question("line 117")]
     features = question_features(asked, tokenizer, 64, 16)
