@@ -50,11 +50,11 @@ def options(corpus: Path) -> list[str]:
     return [
         "pretrain",
         *("--data", str(corpus), "--preset", "bert-tiny", "--accelerator", "cpu", "--devices", "1"),
-        *("--max_steps", "14", "--evaluate_every", "3", "--accumulate", "2", "--model.learning_rate", "0.01"),
-        *("--model.overrides.hidden_size", "32", "--model.overrides.intermediate_size", "64"),
-        *("--model.overrides.attention_probs_dropout_prob", "0.1"),
-        *("--corpus.cache_dir", str(corpus.parent / "cache"), "--corpus.vocab_size", "300"),
-        *("--corpus.max_length", "48", "--corpus.tokens_per_batch", "1024", "--corpus.heldout_fraction", "0.2"),
+        *("--max_steps", "14", "--evaluate_every", "3", "--accumulate", "2", "--optimizer.learning_rate", "0.01"),
+        *("--overrides.hidden_size", "32", "--overrides.intermediate_size", "64"),
+        *("--overrides.attention_probs_dropout_prob", "0.1"),
+        *("--cache_dir", str(corpus.parent / "cache"), "--vocab_size", "300"),
+        *("--max_length", "48", "--tokens_per_batch", "1024", "--corpus.heldout_fraction", "0.2"),
         *("--trainer.log_every_n_steps", "2"),
     ]
 
@@ -131,14 +131,14 @@ def test_pretrain_help_has_examples(capsys: pytest.CaptureFixture) -> None:
     assert exit.value.code == 0
     shown = capsys.readouterr().out
     assert "  fastformer pretrain --resume" in shown
-    assert "--model.learning_rate" in shown
-    assert "--corpus.tokens_per_batch" in shown
+    assert "--optimizer.learning_rate" in shown
+    assert "--tokens_per_batch" in shown
     assert "--trainer.gradient_clip_val" in shown
 
 
 def test_printed_config_is_accepted(capsys: pytest.CaptureFixture, options: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
-        cli.main([*options, "--model.schedule", "cosine", "--print_config"])
+        cli.main([*options, "--optimizer.schedule", "cosine", "--print_config"])
     (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
     with pytest.raises(SystemExit):
         cli.main(["pretrain", "--config", str(tmp_path / "run.yaml"), "--print_config"])
@@ -226,7 +226,7 @@ def test_fill_mask_pipeline_runs_on_the_saved_folder(run: Path) -> None:
         ["--precision", "bf16-mixed"],
         ["--corpus.next_sentence", "false", "--corpus.whole_word", "true"],
         ["--corpus.heldout_fraction", "0"],
-        ["--model.schedule", "cosine", "--model.warmup_steps", "2", "--trainer.max_epochs", "1"],
+        ["--optimizer.schedule", "cosine", "--optimizer.warmup_steps", "2", "--epochs", "1"],
     ],
 )
 def test_variants_run_to_their_end(
@@ -322,10 +322,10 @@ def test_output_with_a_run_is_refused_or_replaced(
     "bad",
     [
         ["--data", "absent.txt"],
-        ["--model.learning_rate", "0"],
-        ["--corpus.vocab_size", "10"],
-        ["--model.overrides.num_attention_heads", "3"],
-        ["--model.warmup_steps", "14"],
+        ["--optimizer.learning_rate", "0"],
+        ["--vocab_size", "10"],
+        ["--overrides.num_attention_heads", "3"],
+        ["--optimizer.warmup_steps", "14"],
         ["--devices", "none"],
     ],
 )
@@ -358,9 +358,9 @@ def test_nothing_to_resume(capsys: pytest.CaptureFixture, tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         (["--preset", "bert-huge"], "there is no preset 'bert-huge'; there are bert-tiny"),
-        (["--model.learning_rate", "0"], "--model.learning_rate must be above 0, and finite; got 0"),
-        (["--model.overrides.hidden_sise", "32"], "'hidden_sise'"),
-        (["--model.warmup_steps", "14"], "warmup_steps must be .* below the run's 14 steps; got 14"),
+        (["--optimizer.learning_rate", "0"], "--optimizer.learning_rate must be above 0, and finite; got 0"),
+        (["--overrides.hidden_sise", "32"], "'hidden_sise'"),
+        (["--optimizer.warmup_steps", "14"], "warmup_steps must be .* below the run's 14 steps; got 14"),
         (["--max_minutes", "-1"], "max_minutes must be above 0"),
         (["--corpus.mask_probability", "1.5"], "mask_probability must be above 0 and below 1"),
         (["--devices", "none"], "--devices must be auto"),

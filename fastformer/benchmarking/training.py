@@ -19,6 +19,7 @@ from transformers import BertConfig, PreTrainedModel, PrinterCallback, Trainer, 
 
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.timing import Run
+from fastformer.training.optimization import Optimization
 from fastformer.training.run import quieten
 
 HUGGING_FACE = "Hugging Face Trainer"
@@ -30,13 +31,8 @@ SMALL: Shape = {"num_hidden_layers": 4, "hidden_size": 512, "num_attention_heads
 TINY: Shape = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
 
 # Of our modules; `theirs` has the same.
-OPTIMIZER: dict[str, Any] = {
-    "learning_rate": 1e-4,
-    "weight_decay": 0.01,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "warmup_steps": 0,
-}
+_RATE = 1e-4
+OPTIMIZATION = Optimization(_RATE, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8, warmup_steps=0)
 
 Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
 
@@ -119,11 +115,11 @@ def theirs(
                 folder,
                 per_device_train_batch_size=batch_size,
                 max_steps=len(examples) // batch_size,
-                learning_rate=OPTIMIZER["learning_rate"],
-                weight_decay=OPTIMIZER["weight_decay"],
-                adam_epsilon=OPTIMIZER["eps"],
-                adam_beta1=OPTIMIZER["betas"][0],
-                adam_beta2=OPTIMIZER["betas"][1],
+                learning_rate=_RATE,
+                weight_decay=OPTIMIZATION.weight_decay,
+                adam_epsilon=OPTIMIZATION.eps,
+                adam_beta1=OPTIMIZATION.betas[0],
+                adam_beta2=OPTIMIZATION.betas[1],
                 train_sampling_strategy=sampling,
                 torch_compile=compiled,
                 use_cpu=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
@@ -11,13 +11,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fastformer.data.labelled.sets import DEFAULT_SETS, SETS
 from fastformer.extras import require
-from fastformer.models import PRESETS
 from fastformer.training.adversarial import Adversary
 from fastformer.training.finetuning_examples import sets_of
 from fastformer.training.finetuning_preparation import PRETRAINED
 from fastformer.training.finetuning_run import run_finetuning, run_folder
 from fastformer.training.lora import Lora
-from fastformer.training.optimization import Optimization
 from fastformer.training.options import add_trainer_arguments, classes_allowed, command_parser, parse
 from fastformer.training.privacy import Privacy
 from fastformer.training.run import quieten, resumable
@@ -83,28 +81,21 @@ def main(arguments: list[str], begin: float) -> None:
             raise ValueError(str(error)) from error
 
 
-class _Usual(NamedTuple):
-    """What options are unless given: with it a task's own set is learnt in minutes on two CPU cores."""
-
-    epochs: int = 3
-    vocab_size: int = 8192
-    tokens_per_batch: int = 4096
-
-
-_USUAL: dict[Task, _Usual] = {
-    "tag": _Usual(epochs=10, vocab_size=4096, tokens_per_batch=1024),
-    "qa": _Usual(epochs=2, vocab_size=4096, tokens_per_batch=2048),
-    "summarize": _Usual(epochs=12, vocab_size=2048, tokens_per_batch=2048),
-    "translate": _Usual(epochs=10, vocab_size=4096, tokens_per_batch=2048),
-    "embed": _Usual(epochs=10),
+# Of options that are not given, where a task's own set is learnt within minutes on two CPU cores by other values.
+_DEFAULTS: dict[Task, dict[str, Any]] = {
+    "tag": {"epochs": 10, "vocab_size": 4096, "tokens_per_batch": 1024},
+    "qa": {"epochs": 2, "vocab_size": 4096, "tokens_per_batch": 2048},
+    "summarize": {"epochs": 12, "vocab_size": 2048, "tokens_per_batch": 2048},
+    "translate": {"epochs": 10, "vocab_size": 4096, "tokens_per_batch": 2048},
+    "embed": {"epochs": 10},
 }
 
 
 def build_parser(task: Task) -> LightningArgumentParser:
     """The options of the command for a task."""
     description = _DESCRIPTION.format(task=task, tasks=", ".join(RECIPES))
-    parser = command_parser(f"finetune {task}", description, f"runs/{task}")
-    usual = _USUAL.get(task, _Usual())
+    defaults = {"output": f"runs/{task}", "epochs": 3, **_DEFAULTS.get(task, {})}
+    parser = command_parser(f"finetune {task}", description, defaults)
     add = parser.add_argument
     add("--task", choices=(task,), default=task, help="the task; to recognise a run by")
     add(
@@ -116,37 +107,18 @@ def build_parser(task: Task) -> LightningArgumentParser:
     )
     add("--model", type=str | None, metavar="DIR", help=_MODEL_HELP)
     add("--from_scratch", action="store_true", help=_SCRATCH_HELP)
-    add("--preset", type=str, default="bert-tiny", help=f"size of a model from scratch: {', '.join(PRESETS)}")
-    add("--overrides", type=dict[str, Any], default={}, help="fields of a model from scratch that differ from --preset")
-    add("--vocab_size", type=int, default=usual.vocab_size, help="of the tokenizer trained for a model from scratch")
     add("--max_train_examples", type=int | None, metavar="N", help=_EXAMPLES_HELP)
-    add("--epochs", type=int, default=usual.epochs, metavar="N", help="passes over the examples")
-    add("--max_steps", type=int, default=-1, metavar="N", help="optimizer steps, if fewer than --epochs has")
-    add(
-        "--tokens_per_batch",
-        type=int,
-        default=usual.tokens_per_batch,
-        help="the most tokens in a batch of one device",
-    )
-    add("--evaluate_every", type=int, default=100, metavar="N", help=_EVALUATE_HELP)
     add("--patience", type=int | None, metavar="N", help="stop after so many evaluations without a better one")
     add("--monitor", type=str, default="loss", help="the metric that --patience looks at")
     add("--class_weights", type=str | list[float] | None, help=_WEIGHTS_HELP)
     add("--lora", action="store_true", help="train small matrices beside the frozen weights, by PEFT; see --adapter")
     add("--adversarial", choices=("fgm", "pgd"), help="train on moved word embeddings too; see --adversary")
-    add("--privacy_epsilon", "--privacy-epsilon", type=float | None, help="train privately, by Opacus; see --privacy")
-    add("--activation_checkpointing", action="store_true", help="compute blocks twice to spare memory")
-    add("--seed", type=int, default=0, help="of new weights, the order of the data, dropout and noise")
-    add("--num_workers", type=int, default=0, help="processes that prepare batches")
-    add("--cache_dir", type=str | None, help="for data; default: $FASTFORMER_CACHE or ~/.cache/fastformer")
-    parser.add_class_arguments(TextOptions, "text", instantiate=False)
-    parser.add_argument("--optimizer.learning_rate", type=float | None, help=_RATE_HELP)
-    parser.add_class_arguments(Optimization, "optimizer", instantiate=False, skip={"learning_rate"})
+    add("--privacy_epsilon", type=float | None, help="train privately, by Opacus; see --privacy")
+    parser.add_class_arguments(TextOptions, "text", instantiate=False, skip={"max_length"})
     parser.add_class_arguments(Lora, "adapter", instantiate=False)
     parser.add_class_arguments(Adversary, "adversary", instantiate=False, skip={"method"})
     parser.add_class_arguments(Privacy, "privacy", instantiate=False, skip={"epsilon"})
     add_trainer_arguments(parser)
-    parser.link_arguments("epochs", "trainer.max_epochs")
     return parser
 
 
@@ -165,5 +137,3 @@ _SCRATCH_HELP = (
     "--model, train a tokenizer and take --preset"
 )
 _EXAMPLES_HELP = "train on no more examples than this, drawn at random with --seed"
-_EVALUATE_HELP = "measure on held-out examples, and save a checkpoint, each this many optimizer steps"
-_RATE_HELP = "the peak. Default: 0.0384 / hidden size, 5e-5 for bert-base; ten times that from scratch or with --lora"

@@ -89,16 +89,18 @@ def _of_run(run: RunFolder) -> tuple[Task, TextOptions]:
 def _texts(config: Path, options: dict[str, Any]) -> TextOptions:
     """The options in a file, each of which has the name and the type that it must have."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TextOptions, "text", instantiate=False)
-    if "trainer" not in options or not config.read_bytes().endswith(b"\n"):  # the last that a run writes
+    parser.add_argument("--max_length", type=int)
+    parser.add_class_arguments(TextOptions, "text", instantiate=False, skip={"max_length"})
+    last = options.get("trainer")  # of what a run writes
+    if "max_length" not in options or not isinstance(last, dict) or not config.read_bytes().endswith(b"\n"):
         raise ValueError(f"{config} is not whole: it must have all options of the run, as the run has written them")
     if not isinstance(options.get("text"), dict):
         raise ValueError(f"{config} must have text, the options of texts; got {options.get('text')!r}")
     try:
-        found = parser.parse_object({"text": options["text"]})
+        found = parser.parse_object({name: options[name] for name in ("max_length", "text")})
     except ArgumentError as error:
         raise ValueError(f"{config}: {error}") from error
-    return TextOptions(**found.text.as_dict())
+    return TextOptions(max_length=found.max_length, **found.text.as_dict())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,12 +8,11 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from fastformer.models import PRESETS
 from fastformer.training.folder import RunFolder
 from fastformer.training.loading.pretraining import PretrainingDataModule
 from fastformer.training.options import add_trainer_arguments, classes_allowed, command_parser, parse
-from fastformer.training.pretraining import MODULES, PretrainingModule
-from fastformer.training.pretraining_run import run_pretraining
+from fastformer.training.pretraining import MODULES
+from fastformer.training.pretraining_run import DATA_OPTIONS, run_pretraining
 from fastformer.training.run import quieten, resumable
 
 _DESCRIPTION = """\
@@ -24,14 +23,14 @@ examples:
   fastformer pretrain
   fastformer pretrain --objective clm             # a small GPT; span-corruption: a small T5; denoising: a small BART
   fastformer pretrain --data texts/ more.jsonl --preset bert-base --max_steps 100000 --precision bf16-mixed
-  fastformer pretrain --model.learning_rate 5e-4 --model.overrides.num_hidden_layers 6 --corpus.next_sentence false
+  fastformer pretrain --optimizer.learning_rate 5e-4 --overrides.num_hidden_layers 6 --corpus.next_sentence false
   fastformer pretrain --corpus.sentence_order true --corpus.whole_word true
   fastformer pretrain --preset bert-base --precision bf16-mixed --cuda_graphs    # small batches on one GPU
   fastformer pretrain --print_config > run.yaml && fastformer pretrain --config run.yaml
   fastformer pretrain --resume                    # continue the run in runs/pretrain exactly where it stopped
 
-many devices (the batch of an optimizer step is --corpus.tokens_per_batch times --accumulate times the devices):
-  fastformer pretrain --devices 8 --strategy ddp --accumulate 4 --corpus.tokens_per_batch 65536
+many devices (the batch of an optimizer step is --tokens_per_batch times --accumulate times the devices):
+  fastformer pretrain --devices 8 --strategy ddp --accumulate 4 --tokens_per_batch 65536
   fastformer pretrain --devices 8 --strategy fsdp2 --precision bf16-mixed --activation_checkpointing
   fastformer pretrain --devices 8 --strategy fsdp2 --tensor_parallel 2    # each batch on two devices
   torchrun --nproc_per_node 8 --max_restarts 3 --no_python fastformer pretrain --strategy fsdp2 --elastic
@@ -63,7 +62,7 @@ def main(arguments: list[str], begin: float) -> None:
     parser = build_parser()
     with classes_allowed(arguments):
         options = parse(parser, arguments)
-        if options.max_steps is None:
+        if options.max_steps is None and options.epochs == -1:
             options.max_steps = options.trainer.max_steps = MODULES[options.objective].default_steps
         folder = RunFolder(Path(options.output), "pretraining")
         try:
@@ -76,35 +75,21 @@ def main(arguments: list[str], begin: float) -> None:
 
 def build_parser() -> LightningArgumentParser:
     """The options of the command."""
-    parser = command_parser("pretrain", _DESCRIPTION, "runs/pretrain")
+    parser = command_parser("pretrain", _DESCRIPTION, {"output": "runs/pretrain", "evaluate_every": 200})
     add = parser.add_argument
-    add("--objective", choices=list(MODULES), default="mlm", help="what is learned: BERT's, GPT's, T5's or BART's task")
+    add("--objective", choices=list(MODULES), default="mlm", help=_OBJECTIVE_HELP)
     add("--data", type=str, nargs="+", default=[], metavar="PATH", help=_DATA_HELP)
-    add("--preset", type=str | None, default=None, help=_PRESET_HELP)
-    add("--max_steps", type=int | None, metavar="N", help=_STEPS_HELP)
-    add("--evaluate_every", type=int, default=_DEFAULT_INTERVAL, metavar="N", help=_EVALUATE_HELP)
-    add("--seed", type=int, default=0, help="of the weights, the masks, the order of the data and dropout")
-    add("--activation_checkpointing", action="store_true", help=_ACTIVATION_HELP)
     add("--tensor_parallel", type=int, default=1, metavar="N", help=_TENSOR_HELP)
-    # The modules of all objectives take the same arguments.
-    parser.add_class_arguments(PretrainingModule, "model", instantiate=False)
-    parser.add_class_arguments(PretrainingDataModule, "corpus")
+    elsewhere = {"data", "few_shapes", *DATA_OPTIONS}
+    parser.add_class_arguments(PretrainingDataModule, "corpus", instantiate=False, skip=elsewhere)
     add_trainer_arguments(parser)
-    parser.link_arguments("objective", "corpus.objective")
-    parser.link_arguments("seed", "corpus.seed")
-    parser.link_arguments("cuda_graphs", "corpus.few_shapes")
-    parser.link_arguments("preset", "model.preset")
-    parser.link_arguments("activation_checkpointing", "model.activation_checkpointing")
-    parser.link_arguments("data", "corpus.data", compute_fn=lambda paths: paths or None)
     return parser
 
 
-_DEFAULT_INTERVAL = 200
+_OBJECTIVE_HELP = "what is learned: BERT's, GPT's, T5's or BART's task; optimizer steps by default: {}".format(
+    ", ".join(f"{module.default_steps} for {name}" for name, module in MODULES.items())
+)
 _DATA_HELP = (
     "instead of the default corpus: text files, JSON lines, parquet, folders of these, folders of datasets.save_to_disk"
 )
-_STEPS_HELP = f"optimizer steps; {', '.join(f'{module.default_steps} for {name}' for name, module in MODULES.items())}"
-_PRESET_HELP = f"architecture and size of the model instead of a small one: {', '.join(PRESETS)}"
-_EVALUATE_HELP = "measure the loss on held-out text, and save a checkpoint, each this many optimizer steps"
 _TENSOR_HELP = "of --strategy fsdp2: so many devices compute each batch together, each some heads and columns"
-_ACTIVATION_HELP = "keep the input of each block alone and compute the rest again backwards: less memory, more time"

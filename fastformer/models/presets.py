@@ -9,6 +9,9 @@ from huggingface_hub.errors import StrictDataclassError
 
 from fastformer.models.configuration import FastformerConfig
 
+SMALLEST = "bert-tiny"
+"""The preset of a new model where none is named: it learns in minutes on two CPU cores."""
+
 
 @dataclass(frozen=True)
 class Preset:

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from fastformer.data.labelled.examples import Examples, Splits, place_of
 from fastformer.data.pretraining.tokenizer import load_tokenizer, text_fingerprint, train_tokenizer
 from fastformer.models import FastformerConfig
+from fastformer.models.presets import SMALLEST
 from fastformer.training.finetuning_examples import drawn_examples, load_examples
 from fastformer.training.prediction import position_limit, recipe_for, room
 from fastformer.training.starting_point import CLASSES, StartingPoint, Task, from_scratch, pretrained, untrained
@@ -34,7 +35,7 @@ class Prepared(NamedTuple):
 
 def prepare(task: Task, options: Namespace, arguments: Sequence[str]) -> Prepared:
     """Data and output layer. Lengths that were not given become the model's, if it has fewer positions."""
-    texts = TextOptions(**options.text.as_dict())
+    texts = _text_options(options)
     kind = RECIPES[task]
     examples = load_examples(task, options.data, texts, options.cache_dir)
     labels = kind.label_names(examples.train)
@@ -54,15 +55,16 @@ def prepare(task: Task, options: Namespace, arguments: Sequence[str]) -> Prepare
         longest = max(texts.max_length, texts.max_target_length)
         if kind.tokenizer_objective == "clm":
             longest += texts.max_target_length  # what is generated follows the prompt
-        start = from_scratch(options.preset, task, tokenizer, longest, labels, **options.overrides)
-        source = f"scratch, {options.preset}"
+        size = options.preset or SMALLEST
+        start = from_scratch(size, task, tokenizer, longest, labels, **options.overrides)
+        source = f"scratch, {size}"
     if options.activation_checkpointing:
         start.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     texts = _fitting("max_length", position_limit(start.model), options, arguments)
     recipe = recipe_for(task, start, texts, tokenizer)
     if isinstance(recipe, Rewrite):
         left = room(start.model, recipe.prompts(examples.test))
-        recipe = replace(recipe, options=_fitting("max_target_length", left, options, arguments))
+        recipe = replace(recipe, options=_fitting("text.max_target_length", left, options, arguments))
     train, validation = recipe.features(examples.train), recipe.features(examples.validation)
     _check_test(recipe, examples.test)
     return Prepared(examples, start, recipe, train, validation, source)
@@ -74,16 +76,18 @@ def _fitting(name: str, limit: int | None, options: Namespace, arguments: Sequen
     Raises:
         ValueError: it is, and was given.
     """
-    length = options.text[name]
+    length = options[name]
     if limit is not None and length > limit:
-        named = any(argument.partition("=")[0] == f"--text.{name}" for argument in arguments)
-        if named or length != getattr(TextOptions(), name):
-            raise ValueError(
-                f"--text.{name} must be at most {limit}, the positions that the model has for it; got {length}"
-            )
-        warnings.warn(f"--text.{name} is {limit}, not {length}: the model has no more positions", stacklevel=2)
-        options.text[name] = limit
-    return TextOptions(**options.text.as_dict())
+        named = any(argument.partition("=")[0] == f"--{name}" for argument in arguments)
+        if named or length != getattr(TextOptions(), name.rpartition(".")[2]):
+            raise ValueError(f"--{name} must be at most {limit}, the positions that the model has for it; got {length}")
+        warnings.warn(f"--{name} is {limit}, not {length}: the model has no more positions", stacklevel=2)
+        options[name] = limit
+    return _text_options(options)
+
+
+def _text_options(options: Namespace) -> TextOptions:
+    return TextOptions(max_length=options.max_length, **options.text.as_dict())
 
 
 def fingerprints(prepared: Prepared) -> dict[str, str]:

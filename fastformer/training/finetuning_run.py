@@ -182,11 +182,8 @@ def _module(prepared: Prepared, options: Namespace) -> FineTuning:
 
 
 def _optimization(options: Namespace, start: StartingPoint) -> Optimization:
-    given = options.optimizer.as_dict()
-    if given["learning_rate"] is None:
-        much = options.lora or start.new_layers is None
-        given["learning_rate"] = (0.384 if much else 0.0384) / start.model.config.hidden_size
-    return Optimization(**{**given, "betas": tuple(given["betas"])})
+    pretrained = start.new_layers is not None and not options.lora
+    return Optimization(**options.optimizer.as_dict()).for_width(start.model.config.hidden_size, pretrained)
 
 
 def _privacy_of(options: Namespace) -> Privacy | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,7 +26,9 @@ class Optimization:
     """AdamW and its schedule.
 
     Args:
-        learning_rate: the peak, reached at the end of the warm-up.
+        learning_rate: the peak, reached at the end of the warm-up. None: 0.384 / hidden size for new weights and for
+            adapters (3e-3 for bert-tiny, 5e-4 for bert-base), and a tenth of that for pretrained weights. It is inverse
+            in the width, as Adam wants it (Yang et al. 2022, https://arxiv.org/abs/2203.03466).
         weight_decay: AdamW's, on matrices alone: biases and the weights of norms are not decayed.
         betas: AdamW's decay rates of the first and the second moment.
         eps: AdamW's addend to the root of the second moment.
@@ -38,7 +40,7 @@ class Optimization:
         ValueError: an argument is out of range.
     """
 
-    learning_rate: float
+    learning_rate: float | None = None
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
@@ -48,8 +50,9 @@ class Optimization:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0; got {value}")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must be at least 0; got {self.weight_decay}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -61,16 +64,26 @@ class Optimization:
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be in (0, 1]; got {self.layer_decay}")
 
+    def for_width(self, hidden_size: int, pretrained: bool = False) -> Optimization:
+        """The same with a learning rate: its own, or that which suits a model of this width."""
+        if self.learning_rate is not None:
+            return self
+        return replace(self, learning_rate=(0.0384 if pretrained else 0.384) / hidden_size)
+
     def configure(self, module: LightningModule) -> OptimizerLRSchedulerConfig:
         """What `LightningModule.configure_optimizers` returns.
 
         Raises:
-            ValueError: the run has no last step, or the warm-up is as long as the run.
+            ValueError: there is no learning rate, the run has no last step, or the warm-up is as long as the run.
         """
+        if self.learning_rate is None:
+            raise ValueError("learning_rate must be a number to train with; `for_width` gives one that suits a model")
         trainer = module.trainer
         total_steps = trainer.estimated_stepping_batches
         if math.isinf(total_steps):
-            raise ValueError("the learning rate falls to zero at the last step: give max_steps or max_epochs")
+            raise ValueError(
+                "the learning rate falls to zero at the last step: give max_steps or max_epochs (--epochs)"
+            )
         warmup = int(self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total_steps)
         optimizer = adamw(
             module,

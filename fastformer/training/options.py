@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,7 +30,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from fastformer.arguments import PRECISIONS
 from fastformer.console import printable
+from fastformer.models import PRESETS
 from fastformer.training.folder import RunFolder
+from fastformer.training.optimization import Optimization
 from fastformer.training.ranges import check_ranges
 
 STRATEGIES = ("auto", "ddp", "fsdp2")
@@ -56,6 +58,19 @@ _TRAINER_ARGUMENTS_NOT_OFFERED = {
     "use_distributed_sampler",
 }
 
+_PRESET_HELP = f"architecture and size of a new model: {', '.join(PRESETS)}; default: one that learns in minutes"
+_OVERRIDES_HELP = "fields of a new model's configuration that differ, such as --overrides.num_hidden_layers 6"
+_VOCABULARY_HELP = "tokens that the tokenizer of a new model knows; it is trained on the data"
+_LENGTH_HELP = (
+    "tokens of the longest sequence, with special tokens; where there are targets, of the longest source. finetune "
+    "cuts longer ones (qa takes them in windows), and unless it is given takes no more than the model has positions for"
+)
+_BATCH_HELP = "the most tokens in a batch of one device, sources and targets together; at least its longest sequence"
+_STEPS_HELP = "optimizer steps, -1 for no such limit; default: what the objective needs, or as many as --epochs has"
+_EVALUATE_HELP = "measure on held-out data, and save a checkpoint, each this many optimizer steps"
+_ACTIVATION_HELP = "keep the input of each block alone and compute the rest again backwards: less memory, more time"
+_WORKERS_HELP = "processes that prepare batches; 0 prepares them in the training process"
+_CACHE_HELP = "for data, tokenizers and tokenized text; default: $FASTFORMER_CACHE or ~/.cache/fastformer"
 _GRAPHS_HELP = (
     "have the kernels of a batch's forward and backward launched together, as recorded: for models so small that a GPU "
     "waits for Python. On one GPU; batches are padded to few shapes"
@@ -105,10 +120,13 @@ class _Parser(LightningArgumentParser):
                 else f"a file names {named}, which is neither Lightning's nor Fastformer's. "
                 "Making an object of it runs its code: give --trust if you trust the file"
             )
+        elif found := _NOT_IN_GROUP.search(text):
+            text = _renamed(f"{found[1]}.{found[2]}", "--") or text
         print(f"{self.prog}: error: {printable(_shortened(text))}", file=sys.stderr)
         raise SystemExit(2)
 
 
+_NOT_IN_GROUP = re.compile(r"Group '([^']*)' does not accept option '([^']*)'")
 _TYPE_ERROR = re.compile(r'Parser key "([^"]*)": .*(?:Given value|Got value): (.*)$')
 _EXPECTED = re.compile(r"Expected a <class '(\w+)'>")
 _KINDS = {
@@ -135,13 +153,13 @@ class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """jsonargparse's help, with the lines of the description kept."""
 
 
-def command_parser(command: str, description: str, output: str) -> LightningArgumentParser:
+def command_parser(command: str, description: str, defaults: Mapping[str, Any]) -> LightningArgumentParser:
     """A parser with the options of every training command.
 
     Args:
         command: its words after ``fastformer``.
         description: shown with its lines kept.
-        output: default of ``--output``.
+        defaults: of ``--output``, and of those options whose default is the command's.
     """
     parser = _Parser(
         prog=f"fastformer {command}",
@@ -151,7 +169,7 @@ def command_parser(command: str, description: str, output: str) -> LightningArgu
     )
     add = parser.add_argument
     add("--config", action=ActionConfigFile, help="YAML file of options; what follows it on the command line wins")
-    add("--output", type=str, default=output, metavar="DIR", help="folder for all that the run writes")
+    add("--output", type=str, metavar="DIR", help="folder for all that the run writes")
     add("--resume", action="store_true", help="continue the run in --output, with its options where none are given")
     add("--elastic", action="store_true", help="continue the run in --output if there is one: for what restarts itself")
     add("--overwrite", action="store_true", help=_OVERWRITE_HELP)
@@ -165,11 +183,25 @@ def command_parser(command: str, description: str, output: str) -> LightningArgu
     add("--compile", action="store_true", help="the model by torch.compile: minutes at the start, faster steps")
     add("--cuda_graphs", action="store_true", help=_GRAPHS_HELP)
     add("--precision", choices=PRECISIONS, default="32-true", help="of weights and of the computation")
+    add("--activation_checkpointing", action="store_true", help=_ACTIVATION_HELP)
+    add("--preset", type=str | None, default=None, metavar="NAME", help=_PRESET_HELP)
+    add("--overrides", type=dict[str, Any], default={}, metavar="FIELDS", help=_OVERRIDES_HELP)
+    add("--vocab_size", type=int, default=8192, metavar="N", help=_VOCABULARY_HELP)
+    add("--max_length", type=int, default=128, metavar="N", help=_LENGTH_HELP)
+    add("--tokens_per_batch", type=int, default=4096, metavar="N", help=_BATCH_HELP)
+    add("--epochs", type=int, default=-1, metavar="N", help="passes over the data, -1 for no such limit")
+    add("--max_steps", type=int | None, default=None, metavar="N", help=_STEPS_HELP)
+    add("--evaluate_every", type=int, default=100, metavar="N", help=_EVALUATE_HELP)
+    add("--seed", type=int, default=0, help="of new weights, the order of the data, masks, dropout and noise")
+    add("--num_workers", type=int, default=0, metavar="N", help=_WORKERS_HELP)
+    add("--cache_dir", type=str | None, default=None, metavar="DIR", help=_CACHE_HELP)
+    parser.add_class_arguments(Optimization, "optimizer", instantiate=False)
+    parser.set_defaults(dict(defaults))
     return parser
 
 
 def add_trainer_arguments(parser: LightningArgumentParser) -> None:
-    """Lightning's own options, as ``--trainer.NAME``, those of `command_parser` and --evaluate_every linked to them."""
+    """Lightning's own options, as ``--trainer.NAME``, those of `command_parser` linked to them."""
     parser.add_class_arguments(
         Trainer, "trainer", fail_untyped=False, instantiate=False, skip=_TRAINER_ARGUMENTS_NOT_OFFERED
     )
@@ -177,6 +209,7 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
     for name in ("accelerator", "devices", "strategy", "precision"):
         parser.link_arguments(name, f"trainer.{name}")
     parser.link_arguments("max_steps", "trainer.max_steps", compute_fn=lambda steps: -1 if steps is None else steps)
+    parser.link_arguments("epochs", "trainer.max_epochs")
     parser.link_arguments("accumulate", "trainer.accumulate_grad_batches")
     parser.link_arguments(
         ("evaluate_every", "accumulate"),
@@ -225,6 +258,8 @@ def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     """
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, given, value = argument.partition("=")
+        if said := _renamed(name.removeprefix("--"), "--"):
+            raise ValueError(said)
         if name == "--config":
             read_options(Path(value if given else following))
     options = parser.parse_args(arguments)
@@ -267,8 +302,46 @@ def _kept_options(config: Path, arguments: Sequence[str], usual: str) -> str:
     return yaml.safe_dump(options, sort_keys=False)
 
 
+# Options that had other names: the former, and what each is now.
+_RENAMED = {
+    **{
+        f"model.{name}": f"optimizer.{name}"
+        for name in ("learning_rate", "weight_decay", "betas", "eps", "warmup_steps", "schedule")
+    },
+    "model.overrides": "overrides",
+    "corpus.vocab_size": "vocab_size",
+    "corpus.max_length": "max_length",
+    "corpus.tokens_per_batch": "tokens_per_batch",
+    "corpus.num_workers": "num_workers",
+    "corpus.cache_dir": "cache_dir",
+    "text.max_length": "max_length",
+    "trainer.max_epochs": "epochs",
+    "privacy-epsilon": "privacy_epsilon",
+}
+
+
+def _renamed(name: str, dashes: str = "") -> str | None:
+    """The error for an option, or a part of one, that is spelt as formerly; None for any other."""
+    for old, new in _RENAMED.items():
+        if name == old or name.startswith(f"{old}."):
+            return f"{dashes}{name} is now spelt {dashes}{new}{name.removeprefix(old)}"
+    return None
+
+
+def _names(options: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+    """Those of the options in a file, and of their parts, such as ``optimizer`` and ``optimizer.eps``."""
+    for name, value in options.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _names(value, f"{prefix}{name}.")
+
+
 def read_options(path: Path) -> dict[str, Any]:
-    """Raises ValueError, naming the file, for one that is no YAML of options."""
+    """The options in a file.
+
+    Raises:
+        ValueError: it is no YAML of options, or has one by a former name; the message names the file.
+    """
     try:
         text = path.read_text()
         root = yaml.compose(text, yaml.SafeLoader)
@@ -280,6 +353,9 @@ def read_options(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} must have options, each with its value; it has none")
+    for name in _names(options):
+        if said := _renamed(name):
+            raise ValueError(f"{path}: {said}")
     return options
 
 

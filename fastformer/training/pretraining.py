@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 import fastformer.models as models
 from fastformer.models import FastformerConfig, FastformerPreTrainedModel
+from fastformer.models.presets import SMALLEST
 from fastformer.models.presets import preset as preset_config
 from fastformer.training.loading.steps import label_counts
 from fastformer.training.module import TrainingModule
-from fastformer.training.optimization import Optimization, Schedule
+from fastformer.training.optimization import Optimization
 from fastformer.training.tensor_parallel import parallelize
 
-_SMALLEST = "bert-tiny"
 # What has the smallest model look at other tokens within minutes, rather than learn their frequencies alone: positions
 # that it need not learn, weights for its 128 features (BERT's 0.02 is for 768), and no dropout.
 _QUICK_TO_LEARN: dict[str, Any] = {
@@ -43,14 +43,7 @@ class PretrainingModule(TrainingModule):
         preset: architecture and size of the model, a name known to `fastformer.models.presets`. None: a small one of
             the kind that the objective is known by.
         overrides: fields of `FastformerConfig` that differ from the preset, such as ``{"num_hidden_layers": 2}``.
-        learning_rate: the peak, reached at the end of the warm-up. None: 0.384 / hidden_size, inverse in the width as
-            Adam wants it (Yang et al. 2022, https://arxiv.org/abs/2203.03466), which is 3e-3 for bert-tiny and 5e-4
-            for bert-base.
-        weight_decay: AdamW's, on matrices alone: biases and the weights of norms are not decayed.
-        betas: AdamW's decay rates of the first and the second moment.
-        eps: AdamW's addend to the root of the second moment.
-        warmup_steps: 1 or more: optimizer steps; below 1: share of all optimizer steps.
-        schedule: how the learning rate falls to zero at the last step.
+        optimization: the optimizer and its schedule; as a dict of its fields in the hyperparameters of a checkpoint.
         activation_checkpointing: keep the input of each block alone and compute the rest again in the backward pass.
     """
 
@@ -70,23 +63,17 @@ class PretrainingModule(TrainingModule):
         self,
         preset: str | None = None,
         overrides: dict[str, Any] | None = None,
-        learning_rate: float | None = None,
-        weight_decay: float = 0.01,
-        betas: tuple[float, float] = (0.9, 0.98),
-        eps: float = 1e-6,
-        warmup_steps: float = 0.1,
-        schedule: Schedule = "linear",
+        optimization: Optimization | dict[str, Any] | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        # Checked now, before any data is read; without a rate, the model's width will say it.
-        self._optimization = Optimization(
-            1.0 if learning_rate is None else learning_rate, weight_decay, betas, eps, warmup_steps, schedule
-        )
+        if not isinstance(optimization, Optimization):
+            optimization = Optimization(**(optimization or {}))
+        self.optimization = optimization
+        optimization = asdict(optimization)  # plain values, for a checkpoint that is read without classes
         self.save_hyperparameters()
         self.preset = preset
         self.overrides = overrides or {}
-        self.learning_rate = learning_rate
         self.activation_checkpointing = activation_checkpointing
         self.model: FastformerPreTrainedModel | None = None
 
@@ -108,7 +95,7 @@ class PretrainingModule(TrainingModule):
                 f"overrides: vocab_size must be at least the tokenizer's {len(data.tokenizer):,}; got "
                 f"{settings['vocab_size']}"
             )
-        config = preset_config(_SMALLEST if self.preset is None else self.preset, **settings)
+        config = preset_config(SMALLEST if self.preset is None else self.preset, **settings)
         self.model = getattr(models, self._architecture())(config)
         self._check_continued()
         if self.activation_checkpointing:
@@ -179,8 +166,7 @@ class PretrainingModule(TrainingModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         assert self.model is not None
-        rate = self.learning_rate or 0.384 / self.model.config.hidden_size
-        return replace(self._optimization, learning_rate=rate).configure(self)
+        return self.optimization.for_width(self.model.config.hidden_size).configure(self)
 
     def _loss_parts(self, output: Any) -> list[torch.Tensor]:
         """The means that `losses` names, in nats, of a batch's labels."""

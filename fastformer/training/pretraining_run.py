@@ -24,8 +24,10 @@ from fastformer.training.cuda_graphs import RecordSteps
 from fastformer.training.finite import FiniteLosses
 from fastformer.training.folder import RunFolder
 from fastformer.training.interruption import StopOnSignal
+from fastformer.training.loading.pretraining import PretrainingDataModule
 from fastformer.training.memory import PeakMemory
-from fastformer.training.pretraining import MODULES
+from fastformer.training.optimization import Optimization
+from fastformer.training.pretraining import MODULES, PretrainingModule
 from fastformer.training.pretraining_report import Rows, console_table, write_report
 from fastformer.training.run import (
     SaveOptions,
@@ -36,25 +38,28 @@ from fastformer.training.run import (
 from fastformer.training.samples import sample
 from fastformer.training.sharding import FullyShardedStrategy
 
+DATA_OPTIONS = ("objective", "vocab_size", "max_length", "tokens_per_batch", "num_workers", "seed", "cache_dir")
+"""Options of the command that `PretrainingDataModule` takes by the same name, besides those in ``--corpus``."""
+
 
 def run_pretraining(
     parser: LightningArgumentParser, options: Namespace, folder: RunFolder, stop: StopOnSignal, begin: float
 ) -> None:
-    checkpoint, checked = None, MODULES[options.objective](**options.model.as_dict())
+    checkpoint, checked = None, _module(options)
     if options.resume:
         checkpoint = latest_checkpoint(folder.checkpoints, checked.weights_for, folder.run)
-    objects = parser.instantiate(options)
+    trainer_arguments = parser.instantiate(options).trainer
     if options.tensor_parallel != 1:
         if options.strategy != "fsdp2":
             raise ValueError(f"--tensor_parallel is for --strategy fsdp2; got --strategy {options.strategy}")
-        objects.trainer.strategy = FullyShardedStrategy(options.tensor_parallel)
-    module, data = MODULES[options.objective](**objects.model.as_dict()), objects.corpus
+        trainer_arguments.strategy = FullyShardedStrategy(options.tensor_parallel)
+    module, data = _module(options), _data(options)
     module.continued = checked.continued
     throughput, curve = Throughput(), LossCurve(folder.curve, module.losses[0], module.loss_label)
     finite = FiniteLosses(folder.checkpoints, options.skip_nonfinite)
     stop.saves = StepCheckpoint(folder.checkpoints, every=options.evaluate_every)
     trainer = build_trainer(
-        objects.trainer,
+        trainer_arguments,
         folder,
         [
             SaveOptions(folder, parser, options),
@@ -78,6 +83,22 @@ def run_pretraining(
     if trainer.is_global_zero:
         metrics = summary(trainer, module, throughput, curve, finite, folder, time.monotonic() - begin)
         _report(options.objective, {**metrics, "sample": sample(options.objective, folder.model)._asdict()}, folder)
+
+
+def _module(options: Namespace) -> PretrainingModule:
+    return MODULES[options.objective](
+        options.preset,
+        options.overrides,
+        Optimization(**options.optimizer.as_dict()),
+        options.activation_checkpointing,
+    )
+
+
+def _data(options: Namespace) -> PretrainingDataModule:
+    shared = {name: options[name] for name in DATA_OPTIONS}
+    return PretrainingDataModule(
+        options.data or None, few_shapes=options.cuda_graphs, **shared, **options.corpus.as_dict()
+    )
 
 
 def _report(objective: str, metrics: dict[str, Any], folder: RunFolder) -> None:

@@ -27,10 +27,10 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (folder / "text.txt").write_text("\n\n".join(documents))
     return [
         *("pretrain", "--data", str(folder / "text.txt"), "--accelerator", "cpu", "--devices", "1"),
-        *("--evaluate_every", "2", "--model.learning_rate", "0.01", "--trainer.log_every_n_steps", "1"),
-        *("--model.overrides.hidden_size", "16", "--model.overrides.intermediate_size", "32"),
-        *("--corpus.vocab_size", "400", "--corpus.max_length", "64", "--corpus.tokens_per_batch", "256"),
-        *("--corpus.cache_dir", str(folder / "cache")),
+        *("--evaluate_every", "2", "--optimizer.learning_rate", "0.01", "--trainer.log_every_n_steps", "1"),
+        *("--overrides.hidden_size", "16", "--overrides.intermediate_size", "32"),
+        *("--vocab_size", "400", "--max_length", "64", "--tokens_per_batch", "256"),
+        *("--cache_dir", str(folder / "cache")),
     ]
 
 

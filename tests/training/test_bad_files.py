@@ -64,7 +64,7 @@ def commands() -> dict[str, Command]:
     output, cached = ["--output", "{folder}/run"], ["--cache_dir", "{folder}/cache"]
     found = {
         "pretrain": Command(
-            (["pretrain", "--data"], [*output, "--accelerator", "cpu", "--corpus.cache_dir", "{folder}/cache"]),
+            (["pretrain", "--data"], [*output, "--accelerator", "cpu", "--cache_dir", "{folder}/cache"]),
             {"text": "Some words. And more."},
             ("text",),
         ),
@@ -222,7 +222,9 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 def finished_run(folder: Path, task: str) -> None:
     """As far as `predict` looks before it reads the data."""
     (folder / task / "model").mkdir(parents=True)
-    (folder / task / "config.yaml").write_text(yaml.safe_dump({"task": task, "text": {}, "trainer": {}}))
+    (folder / task / "config.yaml").write_text(
+        yaml.safe_dump({"task": task, "max_length": 128, "text": {}, "trainer": {}})
+    )
 
 
 def refusal(command: Command, path: Path, folder: Path, capsys: pytest.CaptureFixture) -> str:

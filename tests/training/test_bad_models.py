@@ -37,7 +37,9 @@ def save(folder: Path, task: Task) -> None:
     shape = TINY | {"num_hidden_layers": 2}
     from_scratch("bert-tiny", task, tokenizer, 64, labels, **shape).model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    (folder / "config.yaml").write_text(yaml.safe_dump({"task": "classify", "text": {}, "trainer": {}}))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"task": "classify", "max_length": 128, "text": {}, "trainer": {}})
+    )
     (folder / "data.jsonl").write_text('{"text": "some"}\n')
 
 

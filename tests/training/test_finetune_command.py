@@ -320,7 +320,7 @@ def test_numbers_are_learnt_by_regression(model: str, base: dict[str, Path], tmp
 
 def test_private_run_says_what_it_spent(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
-    options = ["--privacy-epsilon", "8", "--privacy.batch_size", "16"]
+    options = ["--privacy_epsilon", "8", "--privacy.batch_size", "16"]
     assert cli.main([*command("classify", data, output), *scratch(), *options]) == 0
     privacy = metrics(output)["privacy"]
     assert 7.9 < privacy["epsilon"] <= 8
@@ -481,17 +481,17 @@ def test_a_model_of_few_positions(
     output = tmp_path / "run"
     given = ["finetune", task, "--data", str(tmp_path), "--model", str(short[kind]), "--output", str(output)]
     given += ["--max_steps", "1", "--tokens_per_batch", "512", "--accelerator", "cpu", "--text.stride", "4"]
-    assert cli.main([*given, "--text.max_length", "41"]) == 2
+    assert cli.main([*given, "--max_length", "41"]) == 2
     said = capsys.readouterr().err
-    assert "error: --text.max_length must be at most 40, the positions that the model has for it; got 41" in said
-    assert cli.main([*given, "--text.max_length", "128"]) == 2
+    assert "error: --max_length must be at most 40, the positions that the model has for it; got 41" in said
+    assert cli.main([*given, "--max_length", "128"]) == 2
     if task in ("summarize", "translate", "generate"):
         assert cli.main([*given, "--text.max_target_length", "41"]) == 2
         assert "error: --text.max_target_length must be at most" in capsys.readouterr().err
     assert not output.exists()
     with pytest.warns(UserWarning, match=r"--text\.max_length is 40, not 128: the model has no more positions"):
         assert cli.main(given) == 0
-    assert yaml.safe_load((output / "config.yaml").read_text())["text"]["max_length"] == 40
+    assert yaml.safe_load((output / "config.yaml").read_text())["max_length"] == 40
     out = tmp_path / "predictions.jsonl"
     assert cli.main(["predict", str(output), "--data", str(tmp_path / "test.jsonl"), "--out", str(out)]) == 0
 

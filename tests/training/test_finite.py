@@ -101,8 +101,7 @@ def test_a_last_step_that_ruins_the_model_is_an_error(
 ) -> None:
     """Its weights are finite, and what they make of the held-out examples is not."""
     output = tmp_path / "run"
-    rate = "--optimizer.learning_rate" if options[0] == "finetune" else "--model.learning_rate"
-    ruins = [rate, "1e30"] if step == 1 else spoils("weights", step)
+    ruins = ["--optimizer.learning_rate", "1e30"] if step == 1 else spoils("weights", step)
     assert cli.main([*options, "--max_steps", str(step), "--output", str(output), *ruins]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"the held-out loss after step {step} is nan, at a learning rate of " in line

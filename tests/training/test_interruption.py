@@ -120,7 +120,7 @@ def test_processes_that_prepare_batches_survive_the_signal(
     tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Ctrl-C is sent to all processes of a terminal."""
-    workers = ["--corpus.num_workers", "2", "--max_steps", "400", "--evaluate_every", "400", "--accumulate", "4"]
+    workers = ["--num_workers", "2", "--max_steps", "400", "--evaluate_every", "400", "--accumulate", "4"]
     (process,) = start([*tiny_run, *workers, "--output", str(tmp_path / "run")], group=True)
     wait_for(tmp_path / "run/config.yaml")
     time.sleep(1.0)

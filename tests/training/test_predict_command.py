@@ -11,7 +11,12 @@ import yaml
 
 from fastformer import cli
 
-OPTIONS = {"task": "classify", "text": {"max_length": 128, "beams": 1}, "trainer": {"detect_anomaly": False}}
+OPTIONS = {
+    "task": "classify",
+    "max_length": 128,
+    "text": {"stride": 32, "beams": 1},
+    "trainer": {"detect_anomaly": False},
+}
 EXAMPLES = '{"text": "some"}\n'
 
 
@@ -83,6 +88,8 @@ DAMAGED = {
     "no YAML": "a: [\n",
     "no text": WHOLE.replace("text:", "texts:"),
     "misspelt": WHOLE.replace("max_length", "max_lenght"),
+    "misspelt within": WHOLE.replace("stride", "strid"),
+    "of a former run": yaml.safe_dump({**OPTIONS, "text": {"max_length": 128}}, sort_keys=False),
     "another type": WHOLE.replace("128", "x128"),
     "text is a word": yaml.safe_dump({**OPTIONS, "text": "a"}, sort_keys=False),
     "task is a list": yaml.safe_dump({**OPTIONS, "task": ["a"]}, sort_keys=False),

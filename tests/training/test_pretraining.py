@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 
 from fastformer.training.callbacks import StepSeed
 from fastformer.training.loading.pretraining import PretrainingDataModule
+from fastformer.training.optimization import Optimization
 from fastformer.training.pretraining import MaskedLanguageModeling, _masked_metrics
 
 pytestmark = pytest.mark.quick
@@ -52,7 +53,7 @@ def trainer(**arguments: object) -> Trainer:
 )
 def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MaskedLanguageModeling(**arguments)
+        MaskedLanguageModeling(optimization=Optimization(**arguments))
 
 
 def test_model_fits_the_data_and_overrides_win(data: PretrainingDataModule) -> None:
@@ -64,12 +65,12 @@ def test_model_fits_the_data_and_overrides_win(data: PretrainingDataModule) -> N
 
 
 def test_checkpoint_loads_without_data_or_trainer(data: PretrainingDataModule, tmp_path: Path) -> None:
-    module = MaskedLanguageModeling("bert-tiny", overrides=TINY, learning_rate=0.002)
+    module = MaskedLanguageModeling("bert-tiny", overrides=TINY, optimization=Optimization(0.002, betas=(0.5, 0.75)))
     fitted = trainer()
     fitted.fit(module, datamodule=data)
     fitted.save_checkpoint(tmp_path / "module.ckpt")
     loaded = MaskedLanguageModeling.load_from_checkpoint(tmp_path / "module.ckpt", weights_only=True)
-    assert loaded.learning_rate == 0.002
+    assert loaded.optimization == module.optimization
     assert loaded.model.config.max_position_embeddings == 40
     assert loaded.state_dict().keys() == module.state_dict().keys()
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in loaded.state_dict().items())
@@ -77,7 +78,7 @@ def test_checkpoint_loads_without_data_or_trainer(data: PretrainingDataModule, t
 
 @pytest.mark.parametrize(("given", "steps"), [(0.5, 10), (5, 5), (0, 0)])
 def test_warmup_is_a_share_or_a_number_of_steps(given: float, steps: int, data: PretrainingDataModule) -> None:
-    module = MaskedLanguageModeling("bert-tiny", overrides=TINY, learning_rate=1.0, warmup_steps=given)
+    module = MaskedLanguageModeling("bert-tiny", overrides=TINY, optimization=Optimization(1.0, warmup_steps=given))
     fitted = trainer(max_steps=20, limit_train_batches=0, limit_val_batches=0)
     fitted.fit(module, datamodule=data)
     module.trainer = fitted
@@ -193,7 +194,8 @@ def test_the_learning_rate_of_every_step_of_a_run(schedule: str, data: Pretraini
 
     def run(steps: int, checkpoint: Path | None = None) -> list[float]:
         rates = Rates()
-        module = MaskedLanguageModeling(overrides=TINY, learning_rate=0.3, warmup_steps=2, schedule=schedule)
+        optimization = Optimization(0.3, warmup_steps=2, schedule=schedule)
+        module = MaskedLanguageModeling(overrides=TINY, optimization=optimization)
         fitted = trainer(max_steps=8, accumulate_grad_batches=2, callbacks=[rates, StopAt(steps)])
         fitted.fit(module, datamodule=data, ckpt_path=checkpoint)
         fitted.save_checkpoint(tmp_path / "last.ckpt")

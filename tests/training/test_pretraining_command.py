@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from fastformer import cli
 from fastformer.training.loading.pretraining import PretrainingDataModule
+from fastformer.training.pretraining import MaskedLanguageModeling
 
 AUTO_CLASSES = {
     "clm": AutoModelForCausalLM,
@@ -55,7 +56,7 @@ def test_learns_and_says_how_much(output: Path) -> None:
 @pytest.mark.slow
 def test_compiled_run_has_the_same_losses(tiny_run: list[str], tmp_path: Path) -> None:
     # A compiled model would draw other dropout.
-    tiny_run = [*tiny_run, "--model.overrides.hidden_dropout_prob", "0"]
+    tiny_run = [*tiny_run, "--overrides.hidden_dropout_prob", "0"]
     for options in ([], ["--compile"]):
         output = tmp_path / f"output{len(options)}"
         assert cli.main([*tiny_run, "--objective", "clm", "--max_steps", "3", *options, "--output", str(output)]) == 0
@@ -73,7 +74,7 @@ def test_saved_model_has_the_loss_that_was_reported(objective: str, output: Path
         vocab_size=400,
         max_length=64,
         tokens_per_batch=256,
-        cache_dir=given["--corpus.cache_dir"],
+        cache_dir=given["--cache_dir"],
     )
     data.setup()
     model = AUTO_CLASSES[objective].from_pretrained(output / "model").eval()
@@ -122,7 +123,18 @@ def test_elastic_starts_a_run_and_goes_on_with_it(tiny_run: list[str], tmp_path:
     assert len(list(tmp_path.glob("output/logs/csv/*"))) == 2
 
 
-@pytest.mark.parametrize("change", ["more words", "fewer words", "--model.overrides.intermediate_size=48"])
+def test_epochs_take_as_many_steps_as_they_have(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the few that the objective trains for where nothing is said."""
+    monkeypatch.setattr(MaskedLanguageModeling, "default_steps", 2)
+    for options, enough in (([], False), (["--epochs", "1"], True)):
+        output = tmp_path / f"output{len(options)}"
+        assert cli.main([*tiny_run, *options, "--evaluate_every", "100", "--output", str(output)]) == 0
+        assert (metrics(output)["steps"] > 2) == enough
+
+
+@pytest.mark.parametrize("change", ["more words", "fewer words", "--overrides.intermediate_size=48"])
 def test_what_does_not_fit_the_checkpoint_is_not_resumed(
     change: str, tmp_path: Path, capsys: pytest.CaptureFixture, tiny_run: list[str]
 ) -> None:

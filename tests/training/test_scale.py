@@ -43,8 +43,8 @@ def options(tiny_run: list[str], data: Path, base: dict[str, Path]) -> Options:
 
     def of(name: str) -> list[str]:
         if name == "pretrain":
-            sensitive = ("--model.eps", "1", "--model.learning_rate", "1")
-            return [*tiny_run, "--max_steps", str(STEPS), "--model.overrides.hidden_dropout_prob", "0", *sensitive]
+            sensitive = ("--optimizer.eps", "1", "--optimizer.learning_rate", "1")
+            return [*tiny_run, "--max_steps", str(STEPS), "--overrides.hidden_dropout_prob", "0", *sensitive]
         task, origin, more = FINE_TUNING[name]
         model = scratch("--overrides.hidden_dropout_prob=0") if origin == "scratch" else ["--model", str(base[origin])]
         often = ("--max_steps", str(STEPS), "--evaluate_every", "2", "--trainer.log_every_n_steps", "1")
@@ -114,9 +114,9 @@ def test_two_processes_have_the_loss_curve_of_one(
 
 @pytest.mark.parametrize("objective", ["mlm", "clm", "span-corruption", "denoising"])
 def test_tensor_parallel_processes_have_the_loss_curve_of_one(objective: str, options: Options, tmp_path: Path) -> None:
-    started = [*options("pretrain"), "--objective", objective, "--model.overrides.num_attention_heads", "4"]
+    started = [*options("pretrain"), "--objective", objective, "--overrides.num_attention_heads", "4"]
     if objective == "clm":
-        started += ["--model.overrides.num_key_value_heads", "2", "--model.overrides.position_embedding", "alibi"]
+        started += ["--overrides.num_key_value_heads", "2", "--overrides.position_embedding", "alibi"]
     finish(start([*started, *ONE, "--output", str(tmp_path / "one")]))
     ranks, more = 2, TENSOR_PARALLEL
     if objective == "denoising":

@@ -237,7 +237,7 @@ def test_a_models_own_code_is_neither_run_nor_asked_about(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", _NeverAsked())
     monkeypatch.setattr("builtins.input", lambda *arguments: pytest.fail("asked on standard input"))
-    (tmp_path / "config.yaml").write_text("task: classify\ntext: {}\n")
+    (tmp_path / "config.yaml").write_text("task: classify\nmax_length: 128\ntext: {}\n")
     places = {"run": str(tmp_path), "data": str(data / "classify/test.jsonl")}
     arguments = [argument.format(coded, **places) for argument in COMMANDS[name]]
     line = fails(capsys, name, *arguments)

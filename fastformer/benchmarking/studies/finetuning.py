@@ -16,7 +16,7 @@ from fastformer.benchmarking.timing import Run
 from fastformer.benchmarking.training import (
     BASE,
     HUGGING_FACE,
-    OPTIMIZER,
+    OPTIMIZATION,
     SMALL,
     TINY,
     VOCABULARY,
@@ -34,7 +34,6 @@ from fastformer.data.pretraining.tokenizer import train_tokenizer
 from fastformer.models.conversion import from_hugging_face
 from fastformer.training.finetuning import Classification
 from fastformer.training.loading.finetuning import FineTuningData
-from fastformer.training.optimization import Optimization
 
 SORTED = f"{HUGGING_FACE}, sorted by length"
 BATCH = 32
@@ -133,7 +132,7 @@ def case(name: str, work: Work) -> Case:
 
 def our_steps(work: Work) -> Run:
     model = from_hugging_face(work.model()).train()
-    module = Classification(model, Optimization(**OPTIMIZER))
+    module = Classification(model, OPTIMIZATION)
     return ours(module, Batches(work.batches()), work.steps)
 
 

@@ -16,7 +16,7 @@ from fastformer.benchmarking.timing import Run
 from fastformer.benchmarking.training import (
     BASE,
     HUGGING_FACE,
-    OPTIMIZER,
+    OPTIMIZATION,
     SMALL,
     TINY,
     VOCABULARY,
@@ -141,7 +141,7 @@ def case(name: str, work: Work) -> Case:
 
 def our_steps(work: Work, compiled: bool = False) -> Run:
     """With `compiled`, torch.compile's."""
-    module = MaskedLanguageModeling(**OPTIMIZER)
+    module = MaskedLanguageModeling(optimization=OPTIMIZATION)
     module.model = from_hugging_face(work.model()).train()
     if compiled:
         module.model.compile(dynamic=True)

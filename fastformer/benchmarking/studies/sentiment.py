@@ -26,14 +26,14 @@ SCRATCH, MINILM = "from scratch", "MiniLM"
 FETCH = "data fetch vader-sentiment"
 EXPORT = "data export vader-sentiment --out runs/sentiment/train.jsonl"
 PRETRAIN = (
-    "pretrain --data runs/sentiment/train.jsonl --corpus.next_sentence false --corpus.vocab_size 4096 "
-    "--corpus.max_length 64 --corpus.mask_probability 0.25 --corpus.tokens_per_batch 2048 --model.overrides "
+    "pretrain --data runs/sentiment/train.jsonl --corpus.next_sentence false --vocab_size 4096 "
+    "--max_length 64 --corpus.mask_probability 0.25 --tokens_per_batch 2048 --overrides "
     """'{"position_embedding": "learned", "initializer_range": 0.08, "classifier_dropout": 0.1, "pooling": "mean"}' """
     "--output runs/sentiment/pretrain"
 )
 FINETUNE = (
     "finetune classify --data vader-sentiment --model runs/sentiment/pretrain/model --max_train_examples 2000 "
-    "--epochs 5 --text.max_length 64 --tokens_per_batch 1024 --optimizer.learning_rate 1e-3 --evaluate_every 50 "
+    "--epochs 5 --max_length 64 --tokens_per_batch 1024 --optimizer.learning_rate 1e-3 --evaluate_every 50 "
     "--patience 4 --monitor accuracy"
 )
 FINETUNE_PRETRAINED = f"{FINETUNE} --output runs/sentiment/pretrained"
@@ -51,7 +51,7 @@ def measurements(setting: Setting) -> Iterator[Measurement]:
         if setting.quick:  # on a set that needs no download
             run(EXPORT.replace("vader-sentiment", "python-classes"), folder)
             run(f"{PRETRAIN} --max_steps 2", folder)
-            yield from _accuracies(64, "--data python-classes --text.max_length 8 --max_steps 2", folder, setting)
+            yield from _accuracies(64, "--data python-classes --max_length 8 --max_steps 2", folder, setting)
             return
         for command in (FETCH, EXPORT, PRETRAIN):
             run(command, folder)
