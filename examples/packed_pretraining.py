@@ -14,6 +14,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer, seed_everything
 
 from fastformer.training.loading.pretraining import PretrainingDataModule
+from fastformer.training.optimization import Optimization
 from fastformer.training.pretraining import CausalLanguageModeling
 
 SUBJECTS, VERBS = ["the cat", "a small dog", "my neighbour", "the old captain"], ["sees", "likes", "follows", "paints"]
@@ -35,7 +36,7 @@ def main() -> tuple[float, float, list[int]]:
         write_text(Path(folder, "text.txt"))
         sizes = {"vocab_size": 300, "max_length": 64, "tokens_per_batch": 512}
         data = PretrainingDataModule([f"{folder}/text.txt"], "clm", cache_dir=f"{folder}/cache", **sizes)
-        module = CausalLanguageModeling(overrides={"num_hidden_layers": 1}, learning_rate=1e-2)
+        module = CausalLanguageModeling(overrides={"num_hidden_layers": 1}, optimization=Optimization(1e-2))
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = Trainer(accelerator="cpu", max_steps=40, num_sanity_val_steps=0, **quiet)
         before = trainer.validate(module, data, verbose=False)[0]["val/loss"]

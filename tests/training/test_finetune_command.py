@@ -489,7 +489,7 @@ def test_a_model_of_few_positions(
         assert cli.main([*given, "--text.max_target_length", "41"]) == 2
         assert "error: --text.max_target_length must be at most" in capsys.readouterr().err
     assert not output.exists()
-    with pytest.warns(UserWarning, match=r"--text\.max_length is 40, not 128: the model has no more positions"):
+    with pytest.warns(UserWarning, match=r"--max_length is 40, not 128: the model has no more positions"):
         assert cli.main(given) == 0
     assert yaml.safe_load((output / "config.yaml").read_text())["max_length"] == 40
     out = tmp_path / "predictions.jsonl"
