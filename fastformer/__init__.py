@@ -73,11 +73,11 @@ _HOMES = {
     "debug": "fastformer.debugging",
     "restore": "fastformer.integrations.acceleration",
 }
-"""Where the names are that are not operators."""
+"""The modules of the public names that are not operators."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is: `fastformer --help` needs no torch."""
+    """Import a public name at its first use, so that `fastformer --help` does not import torch."""
     if name not in __all__:
         raise AttributeError(f"module 'fastformer' has no attribute {name!r}")
     module = importlib.import_module(_HOMES.get(name, "fastformer.ops"))

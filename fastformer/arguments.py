@@ -1,4 +1,4 @@
-"""What commands take: whole numbers, devices, and errors of one line about anything else."""
+"""Arguments of the commands: whole numbers, text and devices, with an error of one line for anything invalid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 
 
 class CommandParser(ArgumentParser):
-    """argparse's, with each error on one line."""
+    """argparse's parser, with each error on one line."""
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
@@ -26,7 +26,7 @@ class CommandParser(ArgumentParser):
 
 
 def whole_number(least: int, most: int = 2**32 - 1) -> Callable[[str], int]:
-    """The type of an argument that is a whole number within these bounds."""
+    """The argparse type of a whole number from `least` to `most`."""
 
     def parse(text: str) -> int:
         with suppress(ValueError):
@@ -38,18 +38,18 @@ def whole_number(least: int, most: int = 2**32 - 1) -> Callable[[str], int]:
 
 
 def check_text(text: str, option: str) -> None:
-    """Raises ValueError, beginning with `option`, for text of the command line that is not UTF-8."""
+    """Raise ValueError if `text`, from the command line, is not UTF-8. The message begins with `option`."""
     try:
         text.encode()
-    except UnicodeEncodeError:  # Python hands on the bytes that it could not read as half surrogate pairs
+    except UnicodeEncodeError:  # Python passes on bytes that it could not decode as lone surrogates
         raise ValueError(f"{option} is not UTF-8: {text!a:.60}") from None
 
 
 def chosen_device(given: str | None) -> torch.device:
-    """The device of ``--device``, or else the GPU if there is one, or else the CPU.
+    """The device that ``--device`` names. By default the GPU, or the CPU if there is no GPU.
 
     Raises:
-        ValueError: it is none, or is not here.
+        ValueError: `given` is not a device, or this machine does not have it.
     """
     import torch
 
@@ -62,6 +62,6 @@ def chosen_device(given: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"--device must be cpu, cuda or another that is here; got {given!r:.60}: {reason:.120}"
+            f"--device must be cpu, cuda or another device of this machine; got {given!r:.60}: {reason:.120}"
         ) from error
     return device

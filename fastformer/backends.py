@@ -1,9 +1,9 @@
-"""Which implementation an operator runs: the Triton kernels or PyTorch.
+"""The choice of an operator's implementation: the Triton kernels or PyTorch.
 
-``auto`` (default) runs the kernels for tensors on a GPU and PyTorch elsewhere; ``triton`` forces the kernels (with
-``TRITON_INTERPRET=1`` in the environment they also run on CPU tensors); ``torch`` forces PyTorch. The default is read
-from ``FASTFORMER_BACKEND`` once, at import. A ``with fastformer.backend(...)`` block is for its own thread or task,
-and for what autograd computes for it in threads of its own.
+``auto`` (default) runs the kernels for tensors on a GPU and PyTorch elsewhere. ``triton`` forces the kernels; with
+``TRITON_INTERPRET=1`` in the environment they also run on CPU tensors. ``torch`` forces PyTorch. The default is read
+from ``FASTFORMER_BACKEND`` once, at import. A ``with fastformer.backend(...)`` block holds for its own thread or task,
+and for the gradients that autograd's threads compute for it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def _checked(name: str, source: str) -> str:
 
 _default = _checked(os.environ.get("FASTFORMER_BACKEND", "auto"), "FASTFORMER_BACKEND")
 _chosen: ContextVar[str | None] = ContextVar("fastformer.backend", default=None)
-# Of the block that was entered or left last, None where none is open. It is what torch.compile sees, which guards on
-# globals and knows no context variable; and most processes have no block, and ask for nothing more.
+# The backend after the last `with` block was entered or left; None if no block is open. torch.compile reads this
+# global, because it can guard on globals but not on context variables. Without any block, nothing else is looked up.
 _latest: str | None = None
 _open = 0
 _lock = threading.Lock()
-# PyTorch hands what lies here on to the threads in which autograd works for a thread.
+# PyTorch copies the object stored under this key to the autograd threads that work for a thread.
 _FOR_AUTOGRAD = "fastformer.backend"
 Choice = tuple[str | None, int]
 """A backend, and the thread that chose it."""
@@ -52,7 +52,7 @@ def selected_backend() -> str:
 
 
 def _of_autograd() -> str | None:
-    """The choice of the thread for which this one, autograd's own, computes gradients."""
+    """The backend chosen by the thread for which this autograd thread computes gradients; None in other threads."""
     if torch._C._current_graph_task_id() == -1 or not torch._C._is_key_in_tls(_FOR_AUTOGRAD):
         return None
     name, thread = torch._C._get_obj_in_tls(_FOR_AUTOGRAD)
@@ -63,13 +63,13 @@ def _of_autograd() -> str | None:
 def backend(name: str) -> Iterator[None]:
     """Select the backend of every Fastformer operator within a ``with`` block.
 
-    It is a context variable: other threads and tasks keep theirs, and new threads begin with the process's default.
+    The choice is a context variable: other threads and tasks keep theirs, and new threads start with the default.
 
     Args:
         name: ``auto``, ``triton`` or ``torch``.
 
     Raises:
-        ValueError: ``name`` is none of these.
+        ValueError: ``name`` is another.
 
     >>> with fastformer.backend("torch"):
     ...     y = fastformer.softmax(x)
@@ -97,7 +97,7 @@ def _choice(name: str | None, thread: int) -> Choice:
 
 
 def _hand_to_autograd(choice: Choice) -> None:
-    # torch 2.11 gives away a reference that it has not taken; one too many keeps what is cached anyway.
+    # torch 2.11 releases a reference that it has not taken. The extra one only keeps alive what is cached anyway.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(choice))
     torch._C._stash_obj_in_tls(_FOR_AUTOGRAD, choice)
 
@@ -110,11 +110,11 @@ def use_triton(tensor: torch.Tensor) -> bool:
     if selected == "torch":
         return False
     if not HAS_TRITON:
-        raise RuntimeError("backend 'triton' was asked for, but triton is not installed; pip install triton")
-    # A tensor on meta gets here only while its kernels are compiled for a GPU that is not there.
+        raise RuntimeError("backend 'triton' was selected, but triton is not installed; pip install triton")
+    # Meta tensors come here only while kernels are compiled ahead of time for a GPU that is not in this machine.
     if not tensor.is_cuda and not tensor.is_meta and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
-            f"backend 'triton' was asked for with a tensor on {tensor.device}: Triton kernels run on a GPU, or on "
+            f"backend 'triton' was selected for a tensor on {tensor.device}: Triton kernels run on a GPU, or on "
             "a CPU in Triton's interpreter when TRITON_INTERPRET=1 is set before Python starts"
         )
     return True

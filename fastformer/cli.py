@@ -1,4 +1,4 @@
-"""The ``fastformer`` command. What a subcommand needs is imported once the subcommand is known."""
+"""The ``fastformer`` command. A subcommand's modules are imported only when that subcommand is run."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from fastformer.version import __version__
 COMMANDS = {
     "pretrain": "train a Transformer from scratch: masked or causal language modelling, span corruption, denoising",
     "generate": "continue prompts: batched, streamed, sampled, with a draft model",
-    "convert": "a checkpoint from Hugging Face's format, or TensorFlow's of BERT, into Fastformer's, and back",
-    "models": "list the presets: parameters, memory, operations, context, and what each suits",
-    "plan": "what training a model needs and takes: memory of each GPU, operations, tokens per second, days",
-    "evaluate": "metrics of predictions in a file of JSON lines",
+    "convert": "convert a checkpoint from Hugging Face's format, or BERT's TensorFlow one, to Fastformer's, and back",
+    "models": "list the presets: parameters, memory, operations, context, and what each is suited for",
+    "plan": "compute what training a model takes: memory of each GPU, operations, tokens per second, days",
+    "evaluate": "compute the metrics of predictions in a file of JSON lines",
     "data": "list, show and fetch labelled sets for fine-tuning",
-    "explain": "draw what a model attends to in a text, and what each token adds to its answer",
+    "explain": "draw what a model attends to in a text, and how much each token contributes to its answer",
     "finetune": "fine-tune a model: classify, tag, qa, summarize, translate, generate or embed",
-    "predict": "the predictions of a fine-tuned model, as JSON lines",
-    "bench": "measure speed, memory and learning beside the peers, with tables and pictures",
-    "tune": "measure on this GPU which kernels the operators should use, and keep it",
-    "verify": "compare a Hugging Face model on Fastformer with itself: outputs, gradients, generation",
+    "predict": "write the predictions of a fine-tuned model as JSON lines",
+    "bench": "measure speed, memory and learning compared with the peers, with tables and pictures",
+    "tune": "measure which kernel configurations are fastest on this GPU, and store them for later runs",
+    "verify": "compare a Hugging Face model with and without Fastformer: outputs, gradients, generation",
     "hub": "export layers as a kernel that Hugging Face's `kernels` package loads",
-    "kernels": "compile the GPU kernels ahead of time and report what they became; needs no GPU",
-    "numerics": "the error of every operator against float64, beside PyTorch's own",
-    "doctor": "what this machine has, which backend each operator uses on it, and a self-test",
+    "kernels": "compile the GPU kernels ahead of time and report on the compiled code; needs no GPU",
+    "numerics": "measure the error of every operator against float64, compared with PyTorch's own",
+    "doctor": "show this machine's hardware and libraries and each operator's backend, and run a self-test",
 }
-"""Each command with its line of help; `main(arguments, begin)` of `fastformer/commands/NAME.py` runs it."""
+"""Each command with its line of help. `main(arguments, begin)` in `fastformer/commands/NAME.py` runs the command."""
 
 
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status.
+    """Run the command line and return the exit status.
 
-    It is 0, or 2 after an error in what the user gave or has installed, or by the signal that ended the command
-    (`fastformer.stopping.STATUS`).
+    The status is 0 on success and 2 after an error in what the user gave or has installed. A command that a signal
+    ended returns that signal's status (`fastformer.stopping.STATUS`).
     """
     begin = time.monotonic()
     show_any_character()
@@ -55,16 +55,16 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _end(known.command, f"error: {' '.join(str(error).split())}", 2)
     except (MemoryError, RuntimeError) as error:
-        if known.debug or not _is_want_of_memory(error):
+        if known.debug or not _is_out_of_memory(error):
             raise
-        return _end(known.command, f"error: there is too little memory: {' '.join(str(error).split())[:200]}", 2)
+        return _end(known.command, f"error: not enough memory: {' '.join(str(error).split())[:200]}", 2)
     except KeyboardInterrupt:
         return _end(known.command, str(Stopped(signal.SIGINT)), STATUS["SIGINT"])
     except Stopped as stopped:
         return _end(known.command, str(stopped), stopped.status)
     except ModuleNotFoundError as error:
         package = missing_package(error)
-        if error.name is None and not known.debug:  # said by a library, of what an option needs
+        if error.name is None and not known.debug:  # a library's own message about a package that an option needs
             return _end(known.command, f"error: {' '.join(str(error).split())}", 2)
         if package is None or known.debug:
             raise
@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _is_want_of_memory(error: Exception) -> bool:
-    """Whether it is Python's, or PyTorch's of a CPU or a GPU."""
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, or PyTorch on a CPU or a GPU, ran out of memory."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error)
 
 
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`fastformer COMMAND --help` shows a command's options, with examples.",
     )
     parser.add_argument("--version", action="version", version=f"fastformer {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error in what was given")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error in the input")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, help_line in COMMANDS.items():
         commands.add_parser(name, help=help_line, add_help=False)

@@ -1,4 +1,4 @@
-"""What commands show: tables as plain text, one line of progress on standard error, and foreign text made harmless."""
+"""The output of commands: tables as plain text, a progress line on standard error, and escaping of untrusted text."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ Item = TypeVar("Item")
 Line = TypeVar("Line", bound="StatusLine")
 
 _ASCII = {"±": "+/-", "…": "...", "·": "*", "≤": "<=", "≥": ">=", "→": "->"}
-"""What is shown of our own signs where a terminal knows ASCII alone."""
+"""Replacements for the non-ASCII characters in our own output, for terminals that show ASCII only."""
 
 _GAP = "  "
 _NARROWEST = 8
-# Lines of title and note.
+# The longest line of a title or a note, in characters.
 _LONGEST = 100
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under headings. `print(table)` breaks cells into lines where a terminal is too narrow for them.
+    """Rows of cells under headings. `print(table)` wraps long cells if the terminal is too narrow.
 
     Args:
-        headings: of the columns; if all are empty, none are shown.
-        rows: as many cells each as there are headings.
-        align: "l" or "r" for each column: its cells are set left or right.
-        title: the text above.
-        note: the text below.
+        headings: one for each column. If all are empty, the heading line is left out.
+        rows: lists of cells, one cell for each heading.
+        align: one letter for each column: "l" aligns its cells left, "r" right.
+        title: the text above the table.
+        note: the text below the table.
     """
 
     headings: Sequence[str]
@@ -52,9 +52,9 @@ class Table:
         return self.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
 
     def text(self, limit: int | None = None) -> str:
-        """The table in lines of at most `limit` characters, if it has no more columns than fit; None: of any length.
+        """The table as text, with control characters escaped.
 
-        What would act on a terminal is escaped.
+        Lines have at most `limit` characters, unless there are too many columns to fit. None: any length.
         """
         return self._escaped()._text(limit)
 
@@ -72,7 +72,7 @@ class Table:
         return "\n".join([*lines, *textwrap.wrap(self.note, longest)])
 
     def _widths(self, limit: int | None) -> list[int]:
-        """Of the columns: of their longest cells, and where that is too much the widest columns lose some."""
+        """The width of each column: that of its longest cell. If the sum is over `limit`, the widest columns shrink."""
         widths = [max(map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
         room = sum(widths) if limit is None else limit - len(_GAP) * (len(widths) - 1)
         while sum(widths) > room and max(widths) > _NARROWEST:
@@ -95,7 +95,7 @@ def _set(text: str, width: int, side: str) -> str:
 
 
 class StatusLine:
-    """A line on standard error that is written anew until it is cleared. Nothing is shown where that is no terminal."""
+    """A line on standard error that is rewritten in place until it is cleared. Nothing is shown outside a terminal."""
 
     def __init__(self) -> None:
         self.live = sys.stderr.isatty()
@@ -108,13 +108,13 @@ class StatusLine:
         self.clear()
 
     def show(self, text: str) -> None:
-        """Show `text` if the last was shown a moment ago."""
+        """Show `text`, at most once every 0.1 seconds."""
         if self.live and time.monotonic() - self._written >= 0.1:
             self._written = time.monotonic()
             self._write(printable(text)[: shutil.get_terminal_size().columns - 1])
 
     def clear(self) -> None:
-        """Before anything else is printed, and at the end."""
+        """Erase the line. Call this before anything else is printed, and at the end."""
         if self.live and self._written:
             self._written = 0.0
             self._write("")
@@ -125,12 +125,12 @@ class StatusLine:
 
 
 class Progress(StatusLine):
-    """How far some work is.
+    """A status line that shows the progress of some work.
 
     Args:
         description: what is being done.
-        total: how much there is to do, if that is known.
-        unit: of what is counted.
+        total: the amount of work, if it is known.
+        unit: the unit of `total`, such as "tokens".
     """
 
     def __init__(self, description: str, total: int | None = None, unit: str = "") -> None:
@@ -140,7 +140,7 @@ class Progress(StatusLine):
         self.advance(0)
 
     def advance(self, amount: int = 1) -> None:
-        """Say that so much more is done."""
+        """Add `amount` to the work that is done, and show it."""
         self._done += amount
         passed = time.monotonic() - self._begin
         of = "" if self._total is None else f"/{self._total:,}"
@@ -149,10 +149,10 @@ class Progress(StatusLine):
 
 
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """The items, with their progress shown.
+    """Yield the items and show the progress.
 
     Args:
-        total: their number, if they have no length.
+        total: the number of items, for an iterable without a length.
     """
     count = len(items) if total is None and isinstance(items, Sequence) else total
     with Progress(description, count) as progress:
@@ -168,35 +168,36 @@ def clock(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with what would act on a terminal, or be none of its characters, as escapes such as ``\\x1b``.
+    """`text` with every character that a terminal would obey, or cannot show, replaced by an escape such as ``\\x1b``.
 
-    These are control characters but line ends and tabs, what turns the direction of writing, and lone surrogates.
+    Escaped are control characters (except line ends and tabs), marks that change the direction of writing, and lone
+    surrogates.
     """
     return "".join(_escape(sign) if unicodedata.category(sign) in ("Cc", "Cf", "Cs") else sign for sign in text)
 
 
 def printable_line(text: str) -> str:
-    """As `printable`, of what is one line: a path may hold line ends."""
+    """`printable` with line ends escaped too: the result is one line, even for a path that contains line ends."""
     return printable(text).replace("\n", "\\n")
 
 
 def _escape(sign: str) -> str:
-    # Joiners, of words of many scripts and of emoji, do nothing but join.
+    # Zero-width joiners (U+200C, U+200D) are needed in many scripts and in emoji, and are harmless.
     return sign if sign in "\n\t\u200c\u200d" else sign.encode("unicode_escape").decode()
 
 
 def say(text: str) -> None:
-    """Print a line now, harmless, where work goes on whether anybody reads it or not."""
+    """Print an escaped line at once. If nobody reads the output any more (`| head`), the work still goes on."""
     try:
         print(printable(text), flush=True)
-    except BrokenPipeError:  # as of `| head`: what follows goes nowhere, what is still buffered too
+    except BrokenPipeError:  # buffered and later output goes to the null device
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
 
 
 def show_any_character() -> None:
-    """Have standard output and standard error take every text: what their encoding has not is spelled out."""
+    """Let standard output and standard error accept any text: characters outside their encoding are spelled out."""
     codecs.register_error("fastformer", _spelled)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -213,7 +214,7 @@ def _spelled(error: UnicodeError) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Warnings as one line each, without the place in the code that gave them."""
+    """Show each warning on one line, without the file and line of the code that raised it, within the block."""
     before = warnings.formatwarning
     warnings.formatwarning = _one_line
     try:
@@ -230,7 +231,7 @@ def _one_line(
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON, with null for numbers that are not finite, which JSON does not have, and half characters as escapes."""
+    """`value` as JSON text. Numbers that are not finite become null, and lone surrogates become escapes."""
     content = _with_finite_numbers(value)
     text = json.dumps(content, indent=indent, ensure_ascii=False)
     whole = text.encode(errors="replace").decode() == text

@@ -1,4 +1,4 @@
-"""CUDA graphs: the kernels of a step, recorded once and launched again together, with no Python in between."""
+"""CUDA graphs: the kernels of a step are recorded once and then launched together, with no Python in between."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ Result = TypeVar("Result")
 
 
 class Recorder(Protocol):
-    """Makes graphs of steps, which take nothing and give tensors."""
+    """Records graphs of steps. A step is a function without arguments that returns tensors."""
 
     def warm_up(self, step: Callable[[], Result]) -> Result:
-        """Take a step as it is."""
+        """Run a step without recording it."""
 
     def record(self, step: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
-        """Take a step down without running it; gives what runs it, and the result that each run writes anew."""
+        """Record a step without running it. Returns a function that runs it, and the result that each run replaces."""
 
 
 class StepGraphs:
-    """Steps that are taken again and again: each the first time as it is, from the second time on as a graph.
+    """Runs repeated steps: each step runs as it is the first time, and as a recorded graph from the second time on.
 
-    What a step reads and writes lies in tensors that stay where they are, nothing of it on the host. The first time
-    compiles kernels and sets libraries up, which is impossible while a graph is recorded; and what never comes again
-    is never recorded. All graphs share their memory: a step's result holds until the next step.
+    A step must read and write only tensors on the device, whose addresses do not change. The first run compiles kernels
+    and sets up libraries, which is impossible while a graph is recorded. A step that is run only once is never
+    recorded. All graphs share their memory: a step's result is valid until the next step.
 
     Args:
-        recorder: makes the graphs.
+        recorder: records the graphs.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -40,7 +40,7 @@ class StepGraphs:
         self._graphs: dict[Hashable, tuple[Callable[[], None], Any]] = {}
 
     def run(self, key: Hashable, step: Callable[[], Result]) -> Result:
-        """Take a step; `key` is different for steps that launch other kernels."""
+        """Run a step. Steps that launch different kernels must have different keys."""
         if key not in self._seen:
             self._seen.add(key)
             return self._recorder.warm_up(step)
@@ -52,7 +52,7 @@ class StepGraphs:
 
 
 class CudaRecorder:
-    """Records steps as `torch.cuda.CUDAGraph`s of one device, which share a pool of memory.
+    """Records steps of one device as `torch.cuda.CUDAGraph`s that share a memory pool.
 
     >>> recorder = CudaRecorder(torch.device("cuda"))
     >>> y = recorder.warm_up(lambda: x * 2)
@@ -62,11 +62,11 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        # PyTorch's own stream for this would be of the device that was first recorded on.
+        # PyTorch's default stream for recording belongs to the first device that was recorded on.
         self._stream = torch.cuda.Stream(device)
 
     def warm_up(self, step: Callable[[], Result]) -> Result:
-        """On the stream of the recordings: a backward goes back to the streams of what it finds from before."""
+        """Run a step on the stream of the recordings, because a backward runs on the streams of its earlier forward."""
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -75,9 +75,9 @@ class CudaRecorder:
         return result
 
     def record(self, step: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
-        """Other threads, such as those that load data, may do as they like meanwhile."""
+        """Record a step. Other threads, such as data loaders, may use the GPU meanwhile."""
         graph = torch.cuda.CUDAGraph()
-        # Weights that autocast has cast and kept are gone when it ends, and the graph would still read them.
+        # Autocast frees its cached copies of weights when it ends, but the graph would still read them.
         torch.clear_autocast_cache()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = step()
@@ -86,7 +86,7 @@ class CudaRecorder:
 
 
 def why_no_graph(model: nn.Module, device: torch.device) -> str | None:
-    """Why steps of `model` cannot be recorded, to follow "since"; None if they can."""
+    """The reason why steps of `model` cannot be recorded, as a clause that follows "since"; None if they can."""
     if device.type != "cuda":
         return f"the model is on {device}"
     elsewhere = {str(tensor.device) for tensor in _tensors(model)} - {str(device)}
@@ -96,12 +96,12 @@ def why_no_graph(model: nn.Module, device: torch.device) -> str | None:
         return "PyTorch's implementations (backend 'torch', or no triton) read lengths on the host"
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
-            return f"the model's {name or 'forward'} has hooks, which would run no more"
+            return f"the model's {name or 'forward'} has hooks, which a graph would not run"
     return None
 
 
 def recorded_state(models: Iterable[nn.Module]) -> Hashable:
-    """What a recorded step of these models cannot follow: where weights are, and modes that choose kernels."""
+    """The state that a recording of these models depends on: addresses of weights, and modes that choose kernels."""
     places = tuple(tensor.data_ptr() for model in models for tensor in _tensors(model))
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
     precision = torch.get_float32_matmul_precision()

@@ -1,4 +1,4 @@
-"""Checks on a GPU, where an operator cannot look at lengths, ids and positions without waiting for them."""
+"""Optional checks on a GPU, where an operator cannot read lengths, ids and positions without waiting for the GPU."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ _enabled = os.environ.get("FASTFORMER_DEBUG", "0") not in ("", "0")
 
 
 def debug(enabled: bool = True) -> None:
-    """Check on a GPU, too, what operators are told by tensors: lengths, boundaries, pages, ids, positions and classes.
+    """Turn on checks of the numbers in tensors on a GPU: lengths, boundaries, pages, ids, positions and classes.
 
-    On a CPU they always look, and raise an error. A GPU would have to be waited for; without this, its kernels touch
-    nothing outside the tensors that they were given, and what is wrong becomes NaN or is left out. With it the GPU
-    stops at the first wrong number with a message that names the argument, some operators later and without a
-    synchronisation. ``FASTFORMER_DEBUG=1`` in the environment does the same from the start.
+    On a CPU operators always check them and raise an error. On a GPU the check would have to wait for the GPU, so it is
+    off by default: kernels never read or write outside their tensors, and a wrong number gives NaN or is ignored.
+    With `debug` on, the GPU stops at the first wrong number with a message that names the argument. The error appears
+    some operators later, because nothing waits for the GPU. ``FASTFORMER_DEBUG=1`` in the environment turns the checks
+    on from the start.
 
     >>> fastformer.debug()
     """
@@ -29,5 +30,5 @@ def debugging() -> bool:
 
 
 def assert_on_device(holds: torch.Tensor, message: str) -> None:
-    """Let the device stop with `message` unless all of `holds` is true, without waiting for it."""
+    """Stop the device with `message` unless all of `holds` is true. The host does not wait for the result."""
     torch._assert_async(holds.all(), message)

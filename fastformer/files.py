@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writing, and the folder for what can be made again."""
+"""Files that are complete or absent: atomic writing of files and folders, checksums, and the cache folder."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from fastformer.lines import json_object
 
 
 def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
-    """The folder for data that can be made again.
+    """The folder for data that can be built again.
 
     Args:
-        folder: used as given; None means ``$FASTFORMER_CACHE`` or, without it, ``~/.cache/fastformer``.
+        folder: used as given. None means ``$FASTFORMER_CACHE`` or, if that is not set, ``~/.cache/fastformer``.
     """
     return Path(folder or os.environ.get("FASTFORMER_CACHE") or "~/.cache/fastformer").expanduser()
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file to write into, which takes the place of `path` only once it is whole and on the disk.
+    """Open a binary file for writing that replaces `path` only when it is complete and on the disk.
 
     Raises:
-        OSError: the file could not be written (a full disk, no permission), naming `path`; nothing of it remains.
+        OSError: the file could not be written (a full disk, no permission). The message names `path`, and no part of
+            the file remains.
     """
     temporary = _temporary_name(path)
     with _naming_errors(path):
@@ -44,7 +45,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
-OVERWRITE_HELP = "replace what is there already; never what is to be read"
+OVERWRITE_HELP = "replace files that exist already; input files are never replaced"
 
 
 def check_out(
@@ -53,40 +54,40 @@ def check_out(
     inputs: Mapping[str, Sequence[Path]] | None = None,
     option: str = "--out",
 ) -> None:
-    """Refuse what is there already, unless it is to be overwritten, and what is to be read even then.
+    """Refuse output files that exist already. With `overwrite`, refuse only folders and inputs of the command.
 
     Args:
-        files: that the option stands for.
+        files: the files that the command is to write.
         overwrite: whether ``--overwrite`` is given.
-        inputs: the files and folders that are to be read, by option.
-        option: that names what is written.
+        inputs: the files and folders that the command reads, by the option that names them.
+        option: the option that names the output.
 
     Raises:
-        ValueError: see above; links are followed.
+        ValueError: a file is refused. Links are followed.
     """
     for file in filter(os.path.lexists, files):
         for given, paths in (inputs or {}).items():
             if any(_is_or_holds(path, file) for path in paths):
-                raise ValueError(f"{option} {file} is what is to be read, by {given}; give another {option}")
+                raise ValueError(f"{option} {file} is part of the input, {given}; give another {option}")
         if file.is_dir():
             raise ValueError(f"{option} {file} is a folder; give the name of a file")
         if not overwrite:
-            raise ValueError(f"{option} {file} is there already: replace it with --overwrite, or give another {option}")
+            raise ValueError(f"{option} {file} already exists: replace it with --overwrite, or give another {option}")
 
 
 def _is_or_holds(path: Path, file: Path) -> bool:
-    same = path.exists() and file.exists() and path.samefile(file)  # under two names too
+    same = path.exists() and file.exists() and path.samefile(file)  # also if it has two names
     return same or file.resolve().is_relative_to(path.resolve())
 
 
 def write_checked(path: Path, body: bytes) -> None:
-    """An atomic file whose first line is the SHA-256 of the rest."""
+    """Write a file atomically. Its first line is the SHA-256 of the rest."""
     with atomic_file(path) as file:
         file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
 def read_checked(path: Path) -> bytes:
-    """What `write_checked` wrote. Raises ValueError if it has changed."""
+    """Return the body that `write_checked` wrote. Raises ValueError if the file has changed."""
     checksum, _, body = path.read_bytes().partition(b"\n")
     if hashlib.sha256(body).hexdigest().encode() != checksum:
         raise ValueError("its checksum does not match")
@@ -97,14 +98,13 @@ _CHECKSUMS = "checksums.json"
 
 
 def write_checksums(folder: Path) -> None:
-    """A file in `folder` with the SHA-256 of each file there."""
+    """Write a file into `folder` that lists the SHA-256 of each file there."""
     sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
     write_checked(folder / _CHECKSUMS, json.dumps(sums).encode())
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError for a folder whose files have changed since `write_checksums`; one without checksums is taken
-    as it is."""
+    """Raise ValueError if the folder's files have changed since `write_checksums`. Without checksums, accept it."""
     if not (folder / _CHECKSUMS).exists():
         return
     for name, expected in json_object(read_checked(folder / _CHECKSUMS).decode(), _CHECKSUMS).items():
@@ -113,7 +113,7 @@ def check_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it."""
+    """Remove a file, a link, or a folder with everything in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -122,15 +122,16 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `path` only once it is whole and on the disk.
+    """Create an empty folder to fill, which is moved to `path` only when it is complete and on the disk.
 
     Args:
-        path: of the folder.
-        replace: what is there already; a link is replaced itself. Otherwise it stays, as where another process
-            completes the same folder first.
+        path: the folder's final place.
+        replace: replace what `path` is already; a link is itself replaced, not its target. Otherwise an existing folder
+            stays, for example if another process completes the same folder first.
 
     Raises:
-        OSError: the folder could not be written (a full disk, no permission), naming `path`; nothing of it remains.
+        OSError: the folder could not be written (a full disk, no permission). The message names `path`, and no part of
+            the folder remains.
     """
     temporary = _temporary_name(path)
     with _naming_errors(path):
@@ -165,7 +166,7 @@ def _rename_new(source: Path, target: Path) -> None:
 
 
 def _rename_over(source: Path, target: Path) -> None:
-    """(A folder cannot be renamed to one that has files.)"""
+    """Move `target` away, then rename `source` to it: a folder cannot be renamed to one that contains files."""
     old = _temporary_name(target)
     with contextlib.suppress(FileNotFoundError):
         target.rename(old)
@@ -181,7 +182,7 @@ def _rename_over(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _naming_errors(path: Path) -> Iterator[None]:
-    """Errors of writing ("No space left on device") do not say to which file; these do."""
+    """Add the file's name to errors of writing that do not name it, such as "No space left on device"."""
     try:
         yield
     except OSError as error:

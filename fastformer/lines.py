@@ -1,4 +1,4 @@
-"""Text files line by line, and the JSON in them: read as they are, or refused with file, line and reason."""
+"""Reading of text files line by line and of the JSON in them. Errors name the file, the line and the reason."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a de
 
 
 def check_is_file(path: Path) -> None:
-    """Data is read more than once, and to its end: a pipe or a device has not both.
+    """Refuse a path that is not a file. Data is read to its end more than once, which pipes and devices do not allow.
 
-    What the shell has opened is accepted, `/dev/stdin` and `<(...)`: it ends, and its name has no suffix of data.
+    `/dev/stdin` and `<(...)`, which the shell has opened, are accepted: they end.
 
     Raises:
-        FileNotFoundError, ValueError: `path` is not a file.
+        FileNotFoundError: `path` does not exist.
+        ValueError: `path` is not a file.
     """
     try:
         mode = path.stat().st_mode
@@ -28,16 +29,21 @@ def check_is_file(path: Path) -> None:
     opened = path == Path("/dev/stdin") or path.parent in _OPEN
     if not stat.S_ISREG(mode) and not opened:
         kind = _KINDS.get(stat.S_IFMT(mode), "a folder")
-        raise ValueError(f"{path} is {kind}; accepted is a file")
+        raise ValueError(f"{path} is {kind}; it must be a file")
 
 
 def decoded_lines(path: Path, start: int = 0) -> Iterator[tuple[str, int]]:
-    """Each line of a UTF-8 file from a byte on, without its end, and the byte after it.
+    """Yield each line of a UTF-8 file without its line end, and the position of the byte after it.
 
-    Lines end at line feeds alone: U+2028 and its like may stand unescaped inside a JSON string.
+    Only a line feed ends a line: U+2028 and similar characters may be part of a JSON string without an escape.
+
+    Args:
+        path: the file.
+        start: the byte at which reading begins.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it is not UTF-8, naming the line.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not UTF-8. The message names the byte and the line.
     """
     check_is_file(path)
     with open(path, "rb") as file:
@@ -52,19 +58,19 @@ def decoded_lines(path: Path, start: int = 0) -> Iterator[tuple[str, int]]:
                 text = line.decode()
             except UnicodeDecodeError as error:
                 place = f"byte {end - len(line) + error.start}, line {lines_before(path, start) + number}"
-                raise ValueError(f"{path}: not UTF-8 at {place}: {error.reason}; accepted is UTF-8 alone") from error
+                raise ValueError(f"{path}: not UTF-8 at {place}: {error.reason}; only UTF-8 is accepted") from error
             yield text.removesuffix("\n").removesuffix("\r"), end
             begin = end
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Each line of a UTF-8 file and its number, from 1 on. Raises as `decoded_lines` does."""
+    """Yield the number of each line of a UTF-8 file, from 1, and the line. Raises the errors of `decoded_lines`."""
     for number, (line, _) in enumerate(decoded_lines(path), start=1):
         yield number, line
 
 
 def lines_before(path: Path, position: int) -> int:
-    """How many lines end before a byte."""
+    """The number of lines that end before the byte at `position`."""
     count = 0
     with open(path, "rb") as file:
         while position > 0 and (block := file.read(min(position, 1 << 20))):
@@ -74,7 +80,7 @@ def lines_before(path: Path, position: int) -> int:
 
 
 def json_object(line: str, where: str) -> dict[str, Any]:
-    """The object that a line of JSON is. Raises ValueError, beginning with `where`, if it is none."""
+    """Parse a line that is a JSON object. Raises ValueError, beginning with `where`, if it is not one."""
     record = json_value(line, where)
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, found a {type(record).__name__}")
@@ -82,25 +88,25 @@ def json_object(line: str, where: str) -> dict[str, Any]:
 
 
 def json_file(path: Path) -> Any:
-    """What a file of JSON says. Raises as `decoded_lines` and `json_value` do."""
+    """Parse a JSON file. Raises the errors of `decoded_lines` and `json_value`."""
     return json_value("\n".join(line for _, line in numbered_lines(path)), str(path), whole_file=True)
 
 
 def json_value(text: str, where: str, whole_file: bool = False) -> Any:
-    """What a JSON text says.
+    """Parse a JSON text.
 
     Args:
         text: JSON.
-        where: it is, to begin errors with.
-        whole_file: whether `where` is a file, so that the line is still to be named.
+        where: the place of the text; errors begin with it.
+        whole_file: whether `where` is a file. If so, errors name the line too.
 
     Raises:
-        ValueError: it is not JSON, or has what no text, number or object is made of: half a surrogate pair, a number of
-            thousands of digits, lists within lists without end, a name twice in an object.
+        ValueError: `text` is not JSON, or contains half of a surrogate pair, a number of thousands of digits, lists
+            that are nested too deeply, or the same name twice in an object.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object)
-        if "\\ud" in text or "\\uD" in text:  # no surrogate gets through UTF-8 but as an escape
+        if "\\ud" in text or "\\uD" in text:  # a surrogate can only come from an escape
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         place = f"{where}, line {error.lineno}" if whole_file else where
@@ -109,7 +115,7 @@ def json_value(text: str, where: str, whole_file: bool = False) -> Any:
         half = error.object[error.start]
         raise ValueError(f"{where}: not valid Unicode: {half!a} is half of a surrogate pair") from error
     except RecursionError:
-        raise ValueError(f"{where}: lists or objects within each other, deeper than can be read") from None
+        raise ValueError(f"{where}: lists or objects are nested too deeply to be read") from None
     except ValueError as error:
         raise ValueError(f"{where}: not accepted: {error}") from error
     return value
@@ -119,5 +125,5 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)!r} is there twice in an object")
+        raise ValueError(f"{max(names, key=names.count)!r} occurs twice in an object")
     return found

@@ -1,4 +1,4 @@
-"""How a signal ends a command: its exit status, and what is said."""
+"""The end of a command by a signal: its exit status and its message."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from contextlib import contextmanager
 from types import FrameType
 
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143}
-"""Exit statuses by signal. SIGUSR1 is how a batch system announces the SIGTERM that follows."""
+"""Exit statuses by signal. A batch system sends SIGUSR1 to announce the SIGTERM that follows."""
 
 
 class Stopped(BaseException):
-    """A command ends because a signal asked for it.
+    """Raised when a signal ends a command.
 
     Args:
-        number: of the signal.
+        number: the signal's number.
 
     Attributes:
-        note: what to say besides, such as how to go on.
+        note: text that is added to the message, for example how to resume.
     """
 
     def __init__(self, number: int) -> None:
@@ -39,11 +39,11 @@ class Stopped(BaseException):
 
 @contextmanager
 def stopping_at_signals() -> Iterator[None]:
-    """Within it SIGTERM and SIGUSR1 raise `Stopped`, as SIGINT raises KeyboardInterrupt, where they would kill.
+    """Let SIGTERM and SIGUSR1 raise `Stopped` within the block, as SIGINT raises KeyboardInterrupt, instead of killing.
 
-    What is raised while an extension module is imported may come out as an error of its own, and in a destructor not at
-    all: that is `Stopped` too, in the end.
-    Processes that are forked within it are killed as ever.
+    An exception raised while an extension module is imported may turn into another error, and one raised in a
+    destructor is lost. The block raises `Stopped` at its end in both cases.
+    Signals still kill processes that are forked within the block.
     """
     process = os.getpid()
     came: list[int] = []
@@ -60,7 +60,7 @@ def stopping_at_signals() -> Iterator[None]:
     known = [getattr(signal, name) for name in STATUS if hasattr(signal, name)]
     usual = (signal.SIG_DFL, signal.default_int_handler)
     before = {number: handler for number in known if (handler := signal.getsignal(number)) in usual}
-    if threading.current_thread() is not threading.main_thread():  # no other may
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         before = {}
     for number in before:
         signal.signal(number, stop)

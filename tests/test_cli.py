@@ -401,7 +401,7 @@ def test_too_little_memory_is_one_line(
     monkeypatch.setattr("fastformer.commands.models.main", fail)
     assert cli.main(["models"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "there is too little memory" in line and "8 TB" in line
+    assert "not enough memory" in line and "8 TB" in line
     with pytest.raises(type(error)):
         cli.main(["--debug", "models"])
     other = RuntimeError("a fault of ours")

@@ -53,7 +53,7 @@ def test_the_table_of_coverage(tmp_path: Path, capsys: pytest.CaptureFixture[str
     file.write_text("precious")
     with pytest.raises(SystemExit, match="2"):
         coverage.main(["--out", str(file), "--classes", "BertModel"])
-    assert f"--out {file} is there already: replace it with --overwrite" in capsys.readouterr().err
+    assert f"--out {file} already exists: replace it with --overwrite" in capsys.readouterr().err
     assert file.read_text() == "precious"
 
 

@@ -72,7 +72,7 @@ def test_backend_comes_from_the_environment() -> None:
     )
     assert python(code, FASTFORMER_BACKEND="torch") == "ran"
     asked = python(code, FASTFORMER_BACKEND="triton", TRITON_INTERPRET="0")
-    assert asked.startswith("backend 'triton' was asked for with a tensor on cpu")
+    assert asked.startswith("backend 'triton' was selected for a tensor on cpu")
 
 
 def test_wheel_holds_both_packages_and_works(tmp_path: Path) -> None:

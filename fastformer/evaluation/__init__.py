@@ -1,6 +1,6 @@
-"""Metrics per task, from predictions and references alone. Knows no model.
+"""Metrics of each task, computed from predictions and references alone, without any model.
 
-Names are imported when first used, so that importing this package imports no library of metrics.
+Names are imported when first used, so that importing this package does not import the libraries of metrics.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a task's metrics have to be compared with: predictions that counting or copying makes, without any training.
+"""Baselines to compare a task's metrics with: predictions made by counting or copying, without any training.
 
-They are of the kind that a model predicts, so that the same metrics judge both. What is counted is counted in the
-training examples alone.
+They have the same form as a model's predictions, so the same metrics judge both. Counts come from the training examples
+alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MOST_WORDS = 4096
 
 
 def commonest(values: Iterable[Value]) -> Value:
-    """The value there is most of: a majority class, the most frequent translation. Of several the first."""
+    """The most frequent value, such as the majority class; the first one if several are equally frequent."""
     counts = Counter(values)
     if not counts:
         raise ValueError("values are empty: there is no commonest one")
@@ -34,7 +34,7 @@ def commonest(values: Iterable[Value]) -> Value:
 def commonest_tags(
     words: Sequence[Sequence[str]], tags: Sequence[Sequence[str]], new: Sequence[Sequence[str]]
 ) -> list[list[str]]:
-    """Of each word of the `new` sentences the tag that it most often has; "O" for a word that is in none of `words`."""
+    """Tag each word of the `new` sentences with its most frequent tag in `words`; "O" if it does not occur there."""
     counts: dict[str, Counter[str]] = {}
     for sentence, of_sentence in zip(words, tags, strict=True):
         for word, tag in zip(sentence, of_sentence, strict=True):
@@ -44,19 +44,19 @@ def commonest_tags(
 
 
 def sentence_asked_about(question: str, context: str) -> str:
-    """The sentence of the context that has most words of the question; of several the first."""
+    """The sentence of the context that shares most words with the question; the first one if several are equal."""
     asked = _words(question)
     sentences = [sentence for line in context.splitlines() for sentence in split_sentences(line)]
     return max(sentences, key=lambda sentence: len(asked & _words(sentence)), default="")
 
 
 def first_sentence(text: str) -> str:
-    """How a text begins: a summary of what leads with the main thing."""
+    """The first sentence of a text: a simple summary of a text that begins with its main point."""
     return next(iter(split_sentences(text)), "")
 
 
 def typical_text(texts: Sequence[str]) -> str:
-    """The text that, as a bag of words, is nearest to the mean of all: what to say where nothing is known."""
+    """The text that is nearest, as a bag of words, to the mean of all texts: a prediction that ignores the input."""
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.preprocessing import normalize
 
@@ -67,7 +67,7 @@ def typical_text(texts: Sequence[str]) -> str:
 
 
 def word_vectors(known: Sequence[str], texts: Sequence[str]) -> NDArray[np.float64]:
-    """(texts, words) tf-idf of the commonest 4,096 words of the `known` texts."""
+    """The tf-idf vectors of `texts`, (texts, words), for the 4,096 most frequent words of the `known` texts."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     if not any(map(_words, known)):
@@ -77,8 +77,10 @@ def word_vectors(known: Sequence[str], texts: Sequence[str]) -> NDArray[np.float
 
 
 def unigram_perplexity(known: Iterable[int], tokens: Sequence[int], vocab_size: int) -> float:
-    """Of tokens, each by itself, by how often it is among the `known` ones, where each of the vocabulary counts one
-    more (Laplace's rule)."""
+    """Perplexity of `tokens` when each is predicted by its frequency among the `known` tokens alone.
+
+    Every token of the vocabulary counts once more than it occurs (Laplace's rule).
+    """
     counts = np.ones(vocab_size)
     np.add.at(counts, np.fromiter(known, np.int64), 1)
     return corpus_perplexity([float(np.log(counts / counts.sum())[list(tokens)].sum())], [len(tokens)])

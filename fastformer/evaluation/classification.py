@@ -13,16 +13,17 @@ from fastformer.evaluation.checks import check_as_many
 from fastformer.files import atomic_file
 
 _WITH_ZEROS = 40
-"""Classes up to which a confusion matrix shows zeros too."""
+"""The largest number of classes for which a confusion matrix shows zeros too."""
 _LARGEST = 8000
-"""Pixels of a picture's side."""
+"""The most pixels of a picture's side."""
 
 
 def classification_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Metrics of predicted classes, all from 0 to 1, MCC from -1.
+    """Metrics of predicted classes. All are from 0 to 1, except MCC, which is from -1 to 1.
 
-    Precision, recall and F1 are means over the classes of the references and predictions, each class alike (macro); a
-    class that was never predicted has precision 0. "baseline" is the accuracy of always the commonest class.
+    Precision, recall and F1 are means over all classes of the references and predictions, with equal weights (macro).
+    A class that was never predicted has precision 0. "baseline" is the accuracy of always predicting the most frequent
+    class.
     """
     from sklearn.metrics import accuracy_score, matthews_corrcoef, precision_recall_fscore_support
 
@@ -42,7 +43,7 @@ def classification_metrics(predictions: Sequence[str], references: Sequence[str]
 
 
 def class_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Precision, recall, F1 and number of references of each class."""
+    """Precision, recall, F1 and the number of references of each class."""
     from sklearn.metrics import precision_recall_fscore_support
 
     check_as_many(predictions, references)
@@ -58,7 +59,7 @@ def class_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict
 def regression_metrics(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
     """Pearson's and Spearman's correlation (GLUE's STS-B) and the mean squared error.
 
-    The correlations are 0 where all predictions, or all references, are the same.
+    The correlations are 0 if all predictions, or all references, are equal.
     """
     from scipy.stats import pearsonr, spearmanr
 
@@ -73,7 +74,7 @@ def regression_metrics(predictions: Sequence[float], references: Sequence[float]
 
 
 def draw_confusion(predictions: Sequence[str], references: Sequence[str], path: Path) -> None:
-    """Writes a PNG of how many of each class (rows) were predicted as which (columns); shades are shares of the row."""
+    """Draw a confusion matrix as PNG: rows are reference classes, columns predicted ones, shades the share of a row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from sklearn.metrics import confusion_matrix

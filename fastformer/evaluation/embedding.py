@@ -1,4 +1,4 @@
-"""How well embeddings find the text that belongs to another."""
+"""Retrieval metrics of embeddings: whether a text's embedding finds the text that belongs to it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ def retrieval_metrics(anchors: ArrayLike, positives: ArrayLike) -> dict[str, flo
     """Recall at 1 and 10 and the mean reciprocal rank when each anchor looks for its positive among all positives.
 
     Args:
-        anchors, positives: (N, D) embeddings, row by row of one pair; compared by cosine. A tie counts against it.
+        anchors, positives: (N, D) embeddings, compared by cosine; row i of both is one pair. If another positive is
+            equally near, the pair's own one is ranked behind it.
 
     Returns:
-        All from 0 to 1; chance at 1 is 1 / N.
+        Metrics from 0 to 1. Recall at 1 is 1 / N by chance.
     """
     a, p = (np.asarray(rows, dtype=np.float64) for rows in (anchors, positives))
     if a.ndim != 2 or a.shape != p.shape or not len(a):
-        raise ValueError(f"anchors and positives must both be (N, D), got {a.shape} and {p.shape}")
+        raise ValueError(f"anchors and positives must both be (N, D); got {a.shape} and {p.shape}")
     a, p = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in (a, p))
     similarity = a @ p.T
     own = np.diagonal(similarity)[:, None]

@@ -14,15 +14,15 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def answer_metrics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Exact match and F1 in per cent: means over the questions of the best over the accepted answers.
+    """Exact match and F1 in per cent: each question's score with its best accepted answer, averaged over questions.
 
     Args:
-        predictions: "" for "no answer".
-        references: all accepted answers of each question; none where it has no answer.
+        predictions: the predicted answers; "" for "no answer".
+        references: all accepted answers of each question; an empty list if the question has no answer.
 
     Returns:
-        "exact_match" and "f1"; where some questions have no answer, also those of the questions with one
-        ("has_answer_") and the share of the others that were told ("no_answer_accuracy").
+        "exact_match" and "f1". If some questions have no answer, also both metrics of the questions with an answer
+        ("has_answer_...") and the share of the others that were predicted to have none ("no_answer_accuracy").
     """
     check_as_many(predictions, references)
     accepted = [list(answers) or [""] for answers in references]
@@ -42,12 +42,12 @@ def answer_metrics(predictions: Sequence[str], references: Sequence[Sequence[str
 
 
 def normalized_answer(text: str) -> str:
-    """Lower case, without punctuation, articles and double spaces."""
+    """`text` in lower case, without punctuation, articles and repeated spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """F1 of the words that two answers share, from 0 to 1; where one is empty, 1 if both are."""
+    """F1 of the words that two answers share, from 0 to 1. If one is empty, F1 is 1 if both are, else 0."""
     predicted, expected = (normalized_answer(text).split() for text in (prediction, reference))
     if not predicted or not expected:
         return float(predicted == expected)

@@ -10,7 +10,7 @@ _KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def summary_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Mean F1 of ROUGE-1, -2, -L and -Lsum (sentences are lines), with stemming, from 0 to 100."""
+    """Mean F1 of ROUGE-1, -2, -L and -Lsum (a line is a sentence), with stemming, from 0 to 100."""
     from rouge_score.rouge_scorer import RougeScorer
 
     check_as_many(predictions, references)

@@ -8,10 +8,10 @@ from fastformer.evaluation.checks import check_as_many
 
 
 def tagging_metrics(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Metrics of predicted tags (B-X, I-X, O), micro-averaged over entities; 0 where there is no entity at all.
+    """Metrics of predicted tags (B-X, I-X, O), micro-averaged over entities; 0 if there is no entity at all.
 
     Raises:
-        ValueError: a prediction has not as many tags as its reference.
+        ValueError: the number of tags of a prediction differs from that of its reference.
     """
     from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 

@@ -15,8 +15,8 @@ def translation_metrics(
     Post, "A Call for Clarity in Reporting BLEU Scores" (2018); Popović, "chrF" (2015).
 
     Args:
-        language: of the references: Chinese (``zh``) and Japanese (``ja``) and Korean (``ko``), which have no spaces
-            between words or long ones, are judged by characters, all others by sacrebleu's words ("13a").
+        language: the language of the references. Chinese (``zh``), Japanese (``ja``) and Korean (``ko``) have no spaces
+            between words, or long words, and are compared by characters; all others by sacrebleu's words ("13a").
     """
     import sacrebleu
 

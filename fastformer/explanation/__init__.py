@@ -1,1 +1,1 @@
-"""Explains a model's answer: attention maps and the attributions of tokens."""
+"""Explain a model's answer with attention maps and the attributions of tokens."""

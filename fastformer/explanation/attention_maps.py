@@ -1,4 +1,4 @@
-"""Where a model attends: the weights of chosen blocks and heads from the fused path, as arrays and as a picture."""
+"""Attention weights of chosen blocks and heads, computed on the fused path, as arrays and as a picture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastformer.models import FastformerModel
 from fastformer.models.context import AttentionRecord
 
 ATTENTIONS = ("encoder", "decoder", "cross")
-"""Whose attention: the encoder's, the decoder's, or the decoder's to the encoder's output."""
+"""The kinds of attention: of the encoder, of the decoder, and of the decoder to the encoder's output."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class AttentionMaps:
     """Attention weights of one text.
 
     Attributes:
-        queries, keys: the tokens that attend, and those attended to.
-        layers, heads: which blocks and heads.
+        queries: the tokens that attend.
+        keys: the tokens that are attended to.
+        layers, heads: the numbers of the blocks and heads.
         weights: (layers, heads, queries, keys) float32.
     """
 
@@ -47,20 +48,21 @@ def attention_maps(
     attention: str | None = None,
     target_text: str | None = None,
 ) -> AttentionMaps:
-    """Run a model of text on one text, and keep the attention weights of the chosen blocks and heads.
+    """Run a text model on one text, and return the attention weights of the chosen blocks and heads.
 
-    The weights are recomputed from the log-sum-exp of the fused attention; those of other blocks and heads never are.
+    The weights are recomputed from the log-sum-exp of the fused attention, for the chosen blocks and heads only.
 
     Args:
-        model: one of Fastformer's, in evaluation mode, with any head or none.
-        tokenizer: the model's.
-        text: an encoder-decoder's source.
-        layers, heads: by number from 0; None for all.
-        attention: one of `ATTENTIONS`; None for the only one, or an encoder-decoder's encoder.
-        target_text: what an encoder-decoder's decoder is given, for its own attention and that to the encoder.
+        model: one of Fastformer's models, in evaluation mode, with any head or none.
+        tokenizer: the model's tokenizer.
+        text: the text; for an encoder-decoder, the source.
+        layers, heads: numbers of blocks and heads, from 0; None for all.
+        attention: one of `ATTENTIONS`. None stands for a model's only one, or for an encoder-decoder's encoder.
+        target_text: the text that an encoder-decoder's decoder reads. The decoder's attention and its attention to the
+            encoder need it.
 
     Raises:
-        ValueError, IndexError: naming the argument.
+        ValueError, IndexError: an argument is not accepted; the message names it.
 
     >>> maps = attention_maps(model, tokenizer, "The cat sat.", layers=[0], heads=[0, 3])
     >>> maps.weights.shape
@@ -103,16 +105,16 @@ def attention_maps(
 
 
 def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, torch.Tensor]:
-    """`text` as the model's input ids, with its token types where the model has any, both (1, tokens)."""
+    """`text` as the model's input ids and, if the model has them, token types, both (1, tokens)."""
     encoded = tokenizer(text, return_tensors="pt").to(model.device)
     if encoded["input_ids"].shape[1] == 0:
-        raise ValueError(f"text must have a token; got {text!r}")
+        raise ValueError(f"text must have at least one token; got {text!r}")
     names = ["input_ids", *(["token_type_ids"] if model.config.type_vocab_size else [])]
     return {name: encoded[name] for name in names if name in encoded}
 
 
 def token_names(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
-    """The tokens of `ids`, (tokens,), as the vocabulary has them."""
+    """The tokens of `ids`, (tokens,), as the vocabulary spells them."""
     return [str(tokenizer.convert_ids_to_tokens(each)) for each in ids.tolist()]
 
 
@@ -142,7 +144,7 @@ def draw_attention(maps: AttentionMaps, path: Path) -> None:
 
 @contextmanager
 def _recorded(stack: FastformerModel, layers: Sequence[int], heads: Sequence[int] | None) -> Iterator[AttentionRecord]:
-    """Within the block, the weights of these blocks and heads are kept."""
+    """Record the attention weights of these blocks and heads within the `with` block."""
     record = AttentionRecord(heads)
 
     def give(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -158,7 +160,7 @@ def _recorded(stack: FastformerModel, layers: Sequence[int], heads: Sequence[int
 
 
 def _decoder_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
-    """What the decoder reads when it is to write `text`: the start token, and all but the last of the text's."""
+    """The decoder's input when its target is `text`: the start token, and all tokens of the text but the last."""
     ids = tokenizer(text_target=text, return_tensors="pt")["input_ids"].to(torch.int64).to(model.device)
     start = model.config.decoder_start_token_id
     if start is None:

@@ -1,4 +1,4 @@
-"""Which tokens a prediction rests on: integrated gradients (Sundararajan et al. 2017), by captum."""
+"""The contribution of each token to a prediction: integrated gradients (Sundararajan et al. 2017), by captum."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ from fastformer.models import (
 from fastformer.nn import TransformerEmbedding
 
 STEPS_AT_ONCE = 16
-"""Steps of the integral that are one batch."""
+"""The number of steps of the integral that are computed as one batch."""
 
 
 @dataclass(frozen=True)
 class Attributions:
-    """What each token adds to a logit.
+    """The contribution of each token to a logit.
 
     Attributes:
-        tokens: of the text.
-        scores: of each, the integrated gradients of its word embedding added up.
-        target: the number of the class, or of the predicted token; `label`: its name.
-        output, baseline: the logit, and that of the text without its tokens; `scores` add up to the difference.
-        error: by how much they do not, since the integral is a sum of few steps.
+        tokens: the tokens of the text.
+        scores: for each token, the sum of the integrated gradients of its word embedding.
+        target: the number of the class, or the id of the predicted token.
+        label: the name of the target.
+        output: the logit.
+        baseline: the logit of the text without its tokens. The scores add up to the difference of both logits.
+        error: the difference between that and the sum of the scores: the integral is a sum of few steps.
     """
 
     tokens: list[str]
@@ -53,21 +55,21 @@ def token_attributions(
     target: int | None = None,
     steps: int = 50,
 ) -> Attributions:
-    """Attribute a logit to the tokens of `text`: a class's, the masked token's, or the next token's.
+    """Attribute a logit to the tokens of `text`: that of a class, of the masked token, or of the next token.
 
-    The path of integration starts where every token but the special ones is padding, or zeros for a tokenizer that has
-    no padding.
+    The path of integration starts at a text with padding in place of every token that is not special, or with zeros if
+    the tokenizer has no padding token.
 
     Args:
         model: a FastformerForSequenceClassification, FastformerForMaskedLM, FastformerForPreTraining or
             FastformerForCausalLM, in evaluation mode.
-        tokenizer: the model's.
-        text: for a masked language model with one mask token.
-        target: whose logit, a class or a token's id; None for the likeliest.
-        steps: of the integral.
+        tokenizer: the model's tokenizer.
+        text: the text; for a masked language model, with exactly one mask token.
+        target: the class, or the token's id, whose logit is explained; None for the most likely one.
+        steps: the number of steps of the integral.
 
     Raises:
-        ValueError, IndexError: naming the argument.
+        ValueError, IndexError: an argument is not accepted; the message names it.
         ModuleNotFoundError: captum is not installed.
     """
     require("captum")
@@ -127,7 +129,7 @@ def draw_attributions(attributions: Attributions, path: Path) -> None:
     tokens, scores = attributions.tokens, attributions.scores
     figure = Figure(figsize=(6, min(600.0, 1.2 + 0.2 * len(tokens))), dpi=100, layout="constrained")
     axis = figure.subplots()
-    # Okabe and Ito's palette, distinguishable without red-green vision.
+    # Okabe and Ito's palette, which colour-blind readers can distinguish.
     axis.barh(range(len(tokens)), scores, color=["#0072B2" if score >= 0 else "#D55E00" for score in scores])
     axis.set_yticks(range(len(tokens)), tokens, fontsize=8, parse_math=False)
     axis.set_ylim(len(tokens) - 0.4, -0.6)
@@ -141,7 +143,7 @@ def draw_attributions(attributions: Attributions, path: Path) -> None:
 def _logits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor
 ) -> Callable[..., torch.Tensor]:
-    """What takes the logits in question, (batch, classes), out of the model's output for `ids`."""
+    """A function that takes the logits to explain, (batch, classes), out of the model's output for `ids`."""
     if isinstance(model, FastformerForSequenceClassification):
         return lambda output: output.logits
     if isinstance(model, FastformerForCausalLM):
@@ -161,7 +163,7 @@ def _logits(
 def _baseline(
     words: Callable[[torch.Tensor], torch.Tensor], tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor
 ) -> torch.Tensor:
-    """Word embeddings of a text that says nothing, its special tokens in place."""
+    """Word embeddings of an empty text: only the special tokens stay; the others become padding, or zeros."""
     special = torch.tensor([token in tokenizer.all_special_ids for token in ids[0].tolist()], device=ids.device)
     if tokenizer.pad_token_id is not None:
         return words(ids.where(special, tokenizer.pad_token_id))

@@ -1,1 +1,1 @@
-"""Computes what a model and its training need: parameters, operations, memory, time. Nothing is measured."""
+"""Compute the parameters, operations, memory and time of a model and its training. Nothing is measured."""

@@ -1,4 +1,4 @@
-"""What a training run can be planned with, named as Lightning names it."""
+"""The precisions, strategies and optimisers that a training run can be planned with, under Lightning's names."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ STRATEGIES = ("ddp", "fsdp", "zero-1", "zero-2", "zero-3")
 """PyTorch's DDP and FSDP2, and DeepSpeed's ZeRO, as Lightning runs them."""
 
 OPTIMIZERS = {"adamw": 2, "sgd": 1}
-"""Optimisers, and the numbers that each keeps for a parameter: two moments; momentum."""
+"""Optimisers, and how many numbers each keeps for a parameter: AdamW two moments, SGD its momentum."""

@@ -1,4 +1,4 @@
-"""GPUs that training is planned on. Every number has its source; peaks are the vendors' dense ones."""
+"""GPUs that training is planned for. Every number has its source; peaks are the vendors' figures without sparsity."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ GPUS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as a training run sees it.
+    """The figures of a GPU that a training run depends on.
 
     Attributes:
-        name, source: the product, and the document its numbers are from.
-        memory: bytes.
-        flops: peak operations per second, by the bits of the operands: 16 (float16 and bfloat16, accumulated in
+        name: the product.
+        source: the document that its numbers are from.
+        memory: the size of its memory in bytes.
+        flops: peak operations per second by the bits of the operands: 16 (float16 and bfloat16, accumulated in
             float32) and 32 (float32 without TF32).
-        bandwidth: of memory, bytes per second.
-        link: to the other GPUs of its node, bytes per second in each direction; NVLink, Infinity Fabric or PCIe.
+        bandwidth: memory bandwidth in bytes per second.
+        link: bandwidth to the other GPUs of its node (NVLink, Infinity Fabric or PCIe), in bytes per second and
+            direction.
     """
 
     name: str
@@ -32,7 +34,7 @@ class Gpu:
 
 
 def _gpu(device: Device, memory_gib: float, link: float, **changes: object) -> Gpu:
-    """A GPU whose peaks the kernel report knows; multiply-adds of float32 are two operations a lane and clock."""
+    """A GPU with the peaks of the kernel report. A float32 multiply-add counts as two operations per lane and clock."""
     vector = 2 * device.lanes["float"] * device.multiprocessors * device.clock
     known = {
         "name": device.name,
@@ -45,8 +47,9 @@ def _gpu(device: Device, memory_gib: float, link: float, **changes: object) -> G
     return Gpu(**{**known, **changes})  # type: ignore[arg-type]
 
 
-# Links in each direction: NVLink 3, 4 and 5 have 600, 900 and 1,800 GB/s in both (NVIDIA A100, H100, Blackwell
-# datasheets), MI300X seven links of 128 GB/s (AMD's datasheet), PCIe 4 and 5 with 16 lanes 64 and 128 GB/s.
+# Links are given for one direction. Both directions together: NVLink 3, 4 and 5 have 600, 900 and 1,800 GB/s (NVIDIA
+# A100, H100, Blackwell datasheets), MI300X seven links of 128 GB/s (AMD's datasheet), and PCIe 4 and 5 with 16 lanes
+# 64 and 128 GB/s.
 GPUS = {
     "a100": _gpu(DEVICES["sm_80"], 80, 300e9),
     "h100": _gpu(DEVICES["sm_90"], 80, 450e9),

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, operations and memory of its training step, counted by running it on meta tensors."""
+"""The cost of a model: parameters, operations and memory of a training step, counted by running it on meta tensors."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from fastformer.models.block import Block
 from fastformer.planning.model_work import Batch, arguments, autocast
 
 MASKED_SHARE = 0.15
-"""Of tokens, that a masked-LM head predicts (Devlin et al. 2019)."""
+"""The share of tokens that a masked-LM head predicts (Devlin et al. 2019)."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of an example's forward; a backward takes twice as many.
+    """The floating-point operations of one example's forward. A backward takes twice as many.
 
     Attributes:
-        tokens: of the example, an encoder-decoder's source and target together.
-        products: with weights. Embeddings are looked up, and take none.
-        attention: in the two products of the (query, key) pairs that may attend.
+        tokens: tokens of the example; for an encoder-decoder, source and target together.
+        products: operations of matrix products with weights. Embeddings are looked up and take none.
+        attention: operations of the two matrix products of attention, over the (query, key) pairs that may attend.
     """
 
     tokens: int
@@ -47,19 +47,23 @@ class Flops:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a model holds, and what a training step costs for each example.
+    """The size of a model, and the cost of a training step for each example.
 
     Attributes:
-        parameters: of the whole model, what is tied once; `blocks_parameters`: of its blocks, in both stacks
-            together; `block_parameters`: of the largest of them.
-        flops: of an example's forward.
-        sublayer_tokens: of an example, that go through a sublayer (attention, cross-attention, feed-forward), added
-            up over all of them.
-        saved: bytes that an example keeps for the backward; `saved_by_blocks`: by all blocks together;
-            `saved_by_block`: by the one that keeps most.
-        block_inputs: bytes of the inputs of all blocks, for an example: what is kept when each block is recomputed.
-        casts: bytes kept for the backward whatever the number of examples: weights in the computation's precision, the
-            gradient of the vocabulary's projection; `casts_by_blocks` and `casts_by_block`: as above.
+        parameters: parameters of the whole model; tied ones count once.
+        blocks_parameters: parameters of all blocks, of both stacks together.
+        block_parameters: parameters of the largest block.
+        flops: operations of an example's forward.
+        sublayer_tokens: the sum, over all sublayers (attention, cross-attention, feed-forward), of an example's tokens
+            that go through the sublayer.
+        saved: bytes that an example keeps for the backward.
+        saved_by_blocks: the part of `saved` that all blocks keep together.
+        saved_by_block: the part of `saved` that is kept by the block that keeps most.
+        block_inputs: bytes of the inputs of all blocks for an example: they are kept when each block is recomputed.
+        casts: bytes kept for the backward that do not depend on the number of examples: weights in the computation's
+            precision, and the gradient of the vocabulary projection.
+        casts_by_blocks: the part of `casts` that all blocks keep together.
+        casts_by_block: the part of `casts` that is kept by the block that keeps most.
     """
 
     parameters: int
@@ -77,18 +81,18 @@ class ModelCost:
 
 
 def forward_flops(model: PreTrainedModel, length: int, target_length: int | None = None) -> Flops:
-    """The operations of one example's forward, counted by running `model` on meta; lengths as in `model_cost`."""
+    """Count the operations of one example's forward by running `model` on meta. For the lengths see `model_cost`."""
     with torch.no_grad():
         return _count(model, "32-true", 1, length, target_length).flops
 
 
 def model_cost(model: PreTrainedModel, precision: str, length: int, target_length: int | None = None) -> ModelCost:
-    """Count a training step of `model`, on meta, from two runs that differ in the number of examples.
+    """Count a training step of `model` on meta, by two runs with different numbers of examples.
 
     Args:
-        model: on meta, in the dtype of its weights.
-        precision: Lightning's, one of `fastformer.arguments.PRECISIONS`.
-        length: tokens of each example, an encoder-decoder's source; an image model has its own.
+        model: a model on meta, in the dtype of its weights.
+        precision: Lightning's precision, one of `fastformer.arguments.PRECISIONS`.
+        length: tokens of each example; for an encoder-decoder, of its source. An image model ignores it.
         target_length: tokens of an encoder-decoder's target; by default `length`.
     """
     model.train()
@@ -114,7 +118,7 @@ def model_cost(model: PreTrainedModel, precision: str, length: int, target_lengt
 
 @dataclass
 class _Counts:
-    """What a run of some examples cost; `saved` is by block, None for what is outside of all."""
+    """The counts of one run. `saved` has the bytes by block number; None stands for everything outside the blocks."""
 
     flops: Flops = field(init=False)
     tokens: int = 0
@@ -139,7 +143,7 @@ def _count(model: PreTrainedModel, precision: str, examples: int, length: int, t
 
 @contextmanager
 def _counting_blocks(model: PreTrainedModel, counts: _Counts) -> Iterator[None]:
-    """Count what goes into the model's blocks, and what autograd keeps: each storage once, parameters not at all."""
+    """Count the inputs of the model's blocks and what autograd keeps. Each storage counts once, parameters do not."""
     own = [*model.parameters(), *model.buffers()]
     known = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in own}
     current: int | None = None
@@ -184,7 +188,7 @@ def _size(module: torch.nn.Module) -> int:
 
 
 def _raw(formula: Callable[..., int]) -> Callable[..., int]:
-    """Let `FlopCounterMode` hand a formula the tensors, not their shapes."""
+    """Make `FlopCounterMode` pass tensors, instead of their shapes, to `formula`."""
     formula._get_raw = True  # type: ignore[attr-defined]
     return formula
 
@@ -211,7 +215,7 @@ def _feed_forward_flops(
 
 @_raw
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any, out_val: Any) -> int:
-    """Of packed sequences of one length."""
+    """Count an attention call with packed sequences that all have the same length."""
     call = AttentionArguments(*arguments)
     sequences = call.batch(query)
     pairs = attended_pairs(query.shape[0] // sequences, key.shape[0] // sequences, call.left, call.right)
@@ -219,7 +223,7 @@ def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 def attended_pairs(queries: int, keys: int, left: int, right: int) -> int:
-    """How many (query, key) pairs attend, of a query that sees so many keys before and after its own position.
+    """The number of (query, key) pairs that attend when a query sees `left` keys before its position and `right` after.
 
     `left` and `right` may be UNBOUNDED. Positions count from the start of both sequences.
     """

@@ -1,4 +1,4 @@
-"""What a whole model launches: its training and evaluation steps on meta tensors, with no weights and no data."""
+"""The kernel launches of a whole model: its training and evaluation steps on meta tensors, without weights or data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def known_model(name: str) -> tuple[FastformerConfig, str]:
     """The configuration of a preset, or of a folder in Hugging Face's format, and the name of its model's class.
 
     Raises:
-        ValueError: it is neither, or the folder's model is not one of Fastformer's.
+        ValueError: `name` is neither, or the folder's model is not one of Fastformer's.
     """
     if name in fastformer.models.PRESETS:
         return fastformer.models.preset(name), fastformer.models.PRESETS[name].model
@@ -42,23 +42,23 @@ def known_model(name: str) -> tuple[FastformerConfig, str]:
     config = load_configuration(name)
     kind = (config.architectures or ["FastformerModel"])[0]
     if kind not in fastformer.models.__all__:
-        raise ValueError(f"the model in {name} is a {kind}, which is none of Fastformer's")
+        raise ValueError(f"the model in {name} is a {kind}, which is not one of Fastformer's models")
     return config, kind
 
 
 def meta_model(config: FastformerConfig, kind: str, precision: str) -> PreTrainedModel:
-    """The model of class `kind` on meta, in the dtype that its weights have at `precision`."""
+    """Build a model of class `kind` on meta, in the dtype that its weights have at `precision`."""
     with torch.device("meta"):
         model = getattr(fastformer.models, kind)(config)
-    # Rotary tables are made on the CPU, and move.
+    # Rotary tables are built on the CPU and must be moved.
     return model.to("meta", _DTYPES.get(precision, torch.float32))
 
 
 def two_blocks(config: FastformerConfig) -> FastformerConfig:
-    """`config` with two blocks at most in each stack: one block of each kind launches all kernels of a model."""
+    """`config` with at most two blocks in each stack: one block of each kind launches every kernel of the model."""
     fewer = copy.deepcopy(config)
     if config.layer_types is not None:
-        # Of every kind one, where there are two.
+        # One block of each kind, if there are two kinds.
         kinds = [*dict.fromkeys(config.layer_types), *config.layer_types]
         fewer.layer_types = kinds[: min(2, len(config.layer_types))]
         fewer.num_hidden_layers = len(fewer.layer_types)
@@ -75,11 +75,13 @@ class Batch:
     """The sizes of a packed batch.
 
     Attributes:
-        sequences: their number; of an image model, images.
-        tokens, max_seqlen: of all sequences together, and of the longest; an encoder-decoder's sources.
-        target_tokens, target_max_seqlen: likewise, of an encoder-decoder's targets.
-        labelled: tokens that a masked-LM head predicts.
-        token_types: whether they are given.
+        sequences: the number of sequences; for an image model, of images.
+        tokens: tokens of all sequences together; for an encoder-decoder, of its sources.
+        max_seqlen: tokens of the longest sequence; for an encoder-decoder, of its sources.
+        target_tokens: tokens of all targets of an encoder-decoder together.
+        target_max_seqlen: tokens of the longest target.
+        labelled: the number of tokens that a masked-LM head predicts.
+        token_types: whether token types are given.
     """
 
     sequences: int
@@ -92,25 +94,25 @@ class Batch:
 
 
 def model_work(model: PreTrainedModel, precision: str) -> list[Callable[[], object]]:
-    """Training and evaluation steps of `model` that together launch what a batch of several sequences does.
+    """Training and evaluation steps of `model` that together launch every kernel of a batch of several sequences.
 
-    Triton specialises a kernel on whether a size, or a number of tiles, is one or a multiple of 16, and short rows
-    share a tile; so the longest sequence and the number of labelled tokens run through the powers of two, each also
-    less by three, and tokens, their tiles and sequences number one, a multiple of 16 or neither. Batches are packed; a
-    dense batch launches the same kernels, since it is packed on the way in.
+    Triton compiles a different kernel when a size, or a number of tiles, is one or a multiple of 16, and short rows
+    share a tile. So the longest sequence and the number of labelled tokens take every power of two, and every power of
+    two minus three. The numbers of tokens, of their tiles and of sequences are one, a multiple of 16 or neither.
+    Batches are packed. A dense batch launches the same kernels, since it is packed at the model's input.
     """
     config = model.config
     batches = _image_batches() if config.image_size else _batches(config.max_position_embeddings)
     if config.is_encoder_decoder:
-        # Targets of every kind beside sources of every kind.
+        # Combine targets of every kind with sources of every kind.
         batches = [
             _with_target(each, batches[(i + by) % len(batches)]) for by in (1, 2) for i, each in enumerate(batches)
         ]
     return [partial(_step, model, precision, training, batch) for batch in batches for training in (True, False)]
 
 
-# Tokens that are a multiple of 16 and that are not, in tiles of up to 256 that number neither one nor a multiple of 16;
-# then the same for one tile, which short rows share, and for multiples of 16.
+# Numbers of tokens that are and are not a multiple of 16. In tiles of up to 256 tokens, the first two make a number of
+# tiles that is neither one nor a multiple of 16. The others make one tile, which short rows share, or a multiple of 16.
 _TOKENS = (4144, 4139)
 _OTHER_TOKENS = (16, 13, 32, 29, 48, 43, 4096, 4091)
 
@@ -128,7 +130,7 @@ def _batches(longest: int) -> list[Batch]:
 
 
 def _image_batches() -> list[Batch]:
-    """An image's tokens are of one number, so that the batch alone decides about tokens and tiles."""
+    """Batches of images. Each image has the same number of tokens, so only the number of images varies."""
     return [Batch(images, 0, 0, 0, 0, 0) for images in (*range(1, 33), 48, 64, 128, 256)]
 
 
@@ -137,7 +139,7 @@ def _with_target(batch: Batch, target: Batch) -> Batch:
 
 
 def _sizes(most: int) -> list[int]:
-    """The powers of two from 4 to `most`, and each less by three."""
+    """The powers of two from 4 to `most`, and each of them minus three."""
     return [(1 << exponent) - less for exponent in range(2, most.bit_length()) for less in (0, 3)]
 
 
@@ -152,7 +154,7 @@ def _step(model: PreTrainedModel, precision: str, training: bool, batch: Batch) 
 
 
 def arguments(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """What `model` is called with for `batch`, labels included, on meta."""
+    """The arguments of a call of `model` for `batch`, with labels, on meta."""
 
     def integers(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -184,13 +186,13 @@ def arguments(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
 
 
 def autocast(precision: str) -> AbstractContextManager[None]:
-    """What a GPU's autocast does at `precision`, for tensors on meta; nothing where there is none."""
+    """A context that does for meta tensors what a GPU's autocast does at `precision`; an empty one without autocast."""
     return _gpu_autocast(_AUTOCAST[precision]) if precision in _AUTOCAST else nullcontext()
 
 
 @contextmanager
 def _gpu_autocast(dtype: torch.dtype) -> Iterator[None]:
-    """A GPU's autocast for tensors on meta, which PyTorch's own does not reach."""
+    """Apply a GPU's autocast to meta tensors, which PyTorch's own autocast ignores."""
     enabled, previous = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", dtype)
@@ -203,8 +205,10 @@ def _gpu_autocast(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _ProductsInAutocastDtype(TorchFunctionMode):
-    """Projections, GPT-2's and of patches too: the operations of a Transformer that autocast narrows and Fastformer
-    leaves to PyTorch."""
+    """Casts the inputs of projections, GPT-2's and patch embeddings included, to the autocast dtype.
+
+    They are the only operations of a Transformer that autocast narrows and that Fastformer leaves to PyTorch.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a training run needs and takes: memory of each device, operations, time. Computed, not measured."""
+"""The needs of a training run: memory of each device, operations, time. They are computed, not measured."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ _DEEPSPEED_BUCKET = 200_000_000
 
 @dataclass(frozen=True)
 class Setup:
-    """How a model is trained.
+    """The settings of a training run.
 
     Attributes:
-        gpu, devices: which, and how many.
+        gpu: the GPU of each device.
+        devices: the number of devices.
         strategy: one of `STRATEGIES`, over the devices / tensor_parallel copies of the model.
         tensor_parallel: devices that share each block's projections and the vocabulary (Shoeybi et al. 2019).
         precision: Lightning's: 32-true, bf16-mixed, 16-mixed or bf16-true.
-        length: tokens of each example; of an encoder-decoder's source. Images have their own.
+        length: tokens of each example; for an encoder-decoder, of its source. Image models ignore it.
         target_length: tokens of an encoder-decoder's target.
         batch_size: examples of a device at a time; None for as many as fit.
-        global_tokens: of an optimiser step; None for one batch of every device.
+        global_tokens: tokens of an optimiser step; None for one batch on every device.
         checkpointing: whether every block is computed again in the backward (Chen et al. 2016).
         optimizer: one of `OPTIMIZERS`.
-        mfu: model FLOPs utilisation (Chowdhery et al. 2022, appendix B): the share of the GPUs' peak that goes into the
-            forward and the backward, without what is computed again.
-        usable: share of the GPU's memory that is the run's: the rest is the driver's, the libraries' workspaces, and
-            what the allocator cannot use.
-        network: bytes per second in each direction between nodes, for each GPU.
+        mfu: model FLOPs utilisation (Chowdhery et al. 2022, appendix B): the share of the GPUs' peak that the forward
+            and the backward use. Recomputation does not count.
+        usable: the share of the GPU's memory that the run can use. The rest is for the driver, the libraries'
+            workspaces, and memory that the allocator cannot use.
+        network: bandwidth between nodes, in bytes per second and direction, for each GPU.
     """
 
     gpu: Gpu
@@ -73,23 +74,23 @@ class Setup:
 
     @property
     def copies(self) -> int:
-        """Of the model, each on its own part of a batch."""
+        """The number of copies of the model. Each works on its own part of a batch."""
         return self.devices // self.tensor_parallel
 
     @property
     def computation_bytes(self) -> int:
-        """Of a number in a product."""
+        """Bytes of a number in a matrix product."""
         return 4 if self.precision == "32-true" else 2
 
     @property
     def weight_bytes(self) -> int:
-        """Of a parameter and of its gradient. DeepSpeed's are in the computation's precision."""
+        """Bytes of a parameter, and of its gradient. DeepSpeed keeps both in the computation's precision."""
         narrow = self.precision == "bf16-true" or self.strategy.startswith("zero")
         return self.computation_bytes if narrow else 4
 
     @property
     def optimizer_bytes(self) -> int:
-        """Of a parameter's optimiser states, with DeepSpeed's float32 copy of it."""
+        """Bytes of a parameter's optimiser states, including DeepSpeed's float32 copy of the parameter."""
         if self.strategy.startswith("zero"):
             return 4 * OPTIMIZERS[self.optimizer] + (4 if self.weight_bytes == 2 else 0)
         return self.weight_bytes * OPTIMIZERS[self.optimizer]
@@ -97,14 +98,14 @@ class Setup:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of each device.
+    """The memory of each device, in bytes.
 
     Attributes:
-        weights, gradients, optimizer: a parameter's share of them, as ZeRO divides them (Rajbhandari et al. 2020,
+        weights, gradients, optimizer: the device's share of each, as ZeRO divides them (Rajbhandari et al. 2020,
             figure 1).
-        buffers: weights in the computation's precision, DDP's and DeepSpeed's buckets, the blocks that FSDP and ZeRO-3
-            have gathered.
-        activations: what the batch keeps for the backward, and its largest temporaries.
+        buffers: weights in the computation's precision, the buckets of DDP and DeepSpeed, and the blocks that FSDP and
+            ZeRO-3 have gathered.
+        activations: tensors that the batch keeps for the backward, and its largest temporaries.
     """
 
     weights: float
@@ -120,16 +121,21 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs and takes.
+    """The needs of a training run.
 
     Attributes:
-        parameters: of the model.
-        memory, available: of each device, in bytes.
-        batch_size, accumulation, tokens: examples of a device at a time, batches of an optimiser step, tokens of it.
-        flops_per_token: forward and backward. `flops`: of an optimiser step.
-        attention_share: of those, what attention's scores and values take.
-        tokens_per_second, seconds: of all devices; of an optimiser step.
-        communication: seconds of an optimiser step that its devices would exchange data for, were nothing overlapped.
+        parameters: parameters of the model.
+        memory: memory that each device needs.
+        available: bytes of memory that each device has for the run.
+        batch_size: examples of a device at a time.
+        accumulation: batches of each device in an optimiser step.
+        tokens: tokens of an optimiser step.
+        flops_per_token: operations of a token's forward and backward.
+        flops: operations of an optimiser step.
+        attention_share: the share of the operations that attention's scores and values take.
+        tokens_per_second: tokens per second of all devices together.
+        seconds: seconds of an optimiser step.
+        communication: seconds in an optimiser step that the devices exchange data, if nothing overlaps.
     """
 
     parameters: int
@@ -153,21 +159,22 @@ class Plan:
 def plan(config: FastformerConfig, kind: str, setup: Setup) -> Plan:
     """Plan the training of a model.
 
-    Parameters, operations and what the backward keeps are counted on the model itself, on tensors without memory; see
-    `model_cost`. For a block of BERT or GPT in mixed precision the latter comes to 28 hidden_size + 4 heads + 16 bytes
-    a token: 2 hidden_size each for the inputs of attention and feed-forward network, 6 for queries, keys and values, 2
-    for attention's output, 8 for the pre-activations of a feed-forward network four times as wide, 4 for the sum under
-    each of the two norms; 4 for each head's log-sum-exp, 16 for the norms' statistics. Korthikanti et al. (2022,
-    equation 1) have 34 hidden_size + 5 heads * sequence: here there are no attention matrices and no dropout masks.
-    With checkpointing, 4 hidden_size a block remain, and all of one block.
+    Parameters, operations and the memory kept for the backward are counted on the model itself, on tensors without
+    data; see `model_cost`. A block of BERT or GPT in mixed precision keeps 28 hidden_size + 4 heads + 16 bytes for each
+    token. These are, in units of hidden_size: 2 each for the inputs of attention and of the feed-forward network, 6 for
+    queries, keys and values, 2 for attention's output, 8 for the pre-activations of a feed-forward network four times
+    as wide, and 4 for the sum that each of the two norms reads. In bytes: 4 for each head's log-sum-exp, and 16 for
+    the statistics of the norms. Korthikanti et al. (2022, equation 1) have 34 hidden_size + 5 heads * sequence: here
+    there are no attention matrices and no dropout masks. With checkpointing, each block keeps 4 hidden_size, and one
+    block at a time keeps everything.
 
     Args:
-        config: of the model.
-        kind: the name of its class.
-        setup: how it is trained.
+        config: the model's configuration.
+        kind: the name of the model's class.
+        setup: the settings of the run.
 
     Raises:
-        ValueError: the model cannot be divided so, or does not know such lengths.
+        ValueError: the model cannot be divided among `tensor_parallel` devices, or is made for shorter sequences.
     """
     if not config.image_size and config.position_limit is not None:
         longest = max(setup.length, setup.target_length or 0)
@@ -208,7 +215,7 @@ def plan(config: FastformerConfig, kind: str, setup: Setup) -> Plan:
 
 
 def _memory(cost: ModelCost, setup: Setup, batch_size: int) -> Memory:
-    """Of a device that has the model of `cost`."""
+    """The memory of a device that holds the model of `cost`."""
     copies, width = setup.copies, setup.computation_bytes
     sharded = {"ddp": 0, "zero-1": 1, "zero-2": 2, "zero-3": 3, "fsdp": 3}[setup.strategy]
     weights = cost.parameters * setup.weight_bytes / (copies if sharded >= 3 else 1)
@@ -222,13 +229,14 @@ def _memory(cost: ModelCost, setup: Setup, batch_size: int) -> Memory:
     if copies > 1:
         outside = cost.parameters - cost.blocks_parameters
         if sharded >= 3:
-            # Two blocks and what is outside of them are gathered; of one and of the latter the gradients are whole.
+            # Gathered are two blocks and everything outside the blocks. Gradients are whole for one block and for
+            # everything outside the blocks.
             buffers = cost.casts - cost.casts_by_blocks + width * (3 * cost.block_parameters + 2 * outside)
         elif sharded:
             buffers += 2 * width * min(cost.parameters, _DEEPSPEED_BUCKET)
         else:
             buffers += gradients
-    # While a block goes backward, the gradients of what it kept come and go.
+    # During a block's backward, the gradients of the tensors it kept exist for a while.
     activations = batch_size * (kept + cost.saved_by_block) + GPU_MEMORY_BUDGET
     return Memory(weights, gradients, optimizer, buffers, activations)
 
@@ -236,10 +244,10 @@ def _memory(cost: ModelCost, setup: Setup, batch_size: int) -> Memory:
 def _communication(
     config: FastformerConfig, cost: ModelCost, setup: Setup, batch_size: int, accumulation: int
 ) -> float:
-    """Seconds of an optimiser step that a device's data are under way, by the volumes of ring algorithms.
+    """Seconds in an optimiser step that a device exchanges data, by the volumes of ring algorithms.
 
-    DDP and ZeRO-1 and -2 add gradients up and hand out sums or new weights; FSDP and ZeRO-3 gather weights twice and
-    divide gradients. Tensor-parallel devices add up each sublayer's output, and its input's gradient.
+    DDP and ZeRO-1 and -2 add up gradients, and distribute the sums or the new weights. FSDP and ZeRO-3 gather weights
+    twice and scatter gradients. Tensor-parallel devices add up each sublayer's output and its input's gradient.
     """
     copies, parts, width = setup.copies, setup.tensor_parallel, setup.computation_bytes
     gathers = setup.strategy in ("fsdp", "zero-3")
@@ -252,7 +260,7 @@ def _communication(
 
 
 def _bandwidth(setup: Setup, devices: int) -> float:
-    """Of a device that exchanges data with so many, bytes per second."""
+    """Bytes per second that each of `devices` devices can exchange with the others."""
     return setup.gpu.link if devices <= GPUS_PER_NODE else setup.network
 
 
@@ -263,14 +271,17 @@ def _cost(config: FastformerConfig, kind: str, setup: Setup) -> ModelCost:
 
 
 def _part(config: FastformerConfig, parts: int) -> FastformerConfig:
-    """The configuration of what one of `parts` tensor-parallel devices holds: heads, features and words divided."""
+    """The configuration of the part of a model on one of `parts` tensor-parallel devices.
+
+    Heads, features and words are divided among the devices.
+    """
     for name in ("num_attention_heads", "intermediate_size"):
         if getattr(config, name) % parts:
             raise ValueError(f"tensor_parallel must divide {name}, {getattr(config, name)}; got {parts}")
     part = copy.deepcopy(config)
     part.head_dim = config.size_per_head
     part.num_attention_heads = config.num_attention_heads // parts
-    # Fewer heads than devices are repeated.
+    # If there are fewer key/value heads than devices, they are repeated.
     part.num_key_value_heads = math.gcd(max(1, config.kv_heads // parts), part.num_attention_heads)
     part.intermediate_size = config.intermediate_size // parts
     part.vocab_size = math.ceil(config.vocab_size / parts)
@@ -283,10 +294,10 @@ class Run:
     """A whole training run.
 
     Attributes:
-        tokens, steps: of the run.
-        flops: of all steps.
-        seconds, gpu_hours: at the stated utilisation.
-        price: of the GPUs' hours; None if none was stated.
+        tokens, steps: the tokens and optimiser steps of the run.
+        flops: the operations of all steps.
+        seconds, gpu_hours: the time at the given utilisation.
+        price: the price of all GPU hours; None if no price was given.
     """
 
     tokens: int
@@ -298,7 +309,7 @@ class Run:
 
 
 def whole_run(found: Plan, setup: Setup, tokens: int, price: float | None) -> Run:
-    """The run of `tokens` tokens on `setup`; `price` is that of a GPU's hour."""
+    """Compute a run of `tokens` tokens with `setup`. `price` is the price of one GPU for an hour."""
     seconds = tokens / found.tokens_per_second
     gpu_hours = seconds * setup.devices / 3600
     return Run(

@@ -1,11 +1,11 @@
-"""Counts what each preset holds and costs: parameters, memory, operations."""
+"""Count the parameters, memory and operations of each preset."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 MOST_TOKENS = 2048
-"""Examples are as long as a model's context, and this long where that is longer."""
+"""Examples are as long as a model's context, but at most this long."""
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,13 @@ class Listing:
 
     Attributes:
         preset, model, source, suits: see `fastformer.models.presets.Preset`.
-        parameters: what is tied once.
-        float32_bytes, bfloat16_bytes: of the weights.
-        training_bytes: of weights, gradients and AdamW's moments in float32, 16 a parameter.
-        context: the longest sequence that it was made for.
-        length: tokens of the example whose operations were counted; of an encoder-decoder's source and of its target.
-        forward_flops_per_token, training_flops_per_token: operations, the latter with the backward.
+        parameters: the number of parameters; tied ones count once.
+        float32_bytes, bfloat16_bytes: bytes of the weights.
+        training_bytes: bytes of weights, gradients and AdamW's moments in float32: 16 for each parameter.
+        context: the longest sequence that the model was made for.
+        length: tokens of the example whose operations were counted; for an encoder-decoder, of source and target each.
+        forward_flops_per_token: operations of a token's forward.
+        training_flops_per_token: operations of a token's forward and backward.
     """
 
     preset: str
@@ -37,7 +38,7 @@ class Listing:
 
 
 def listing(name: str) -> Listing:
-    """The numbers of a preset."""
+    """Count the numbers of a preset."""
     from fastformer.models import PRESETS
     from fastformer.planning.model_cost import forward_flops
     from fastformer.planning.model_work import known_model, meta_model

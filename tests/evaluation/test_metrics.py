@@ -137,7 +137,7 @@ def test_rouge():
 def test_perplexity():
     assert corpus_perplexity([-math.log(8), -math.log(2)], [3, 1]) == pytest.approx(2)
     assert corpus_perplexity([-1e6], [1]) == math.inf
-    with pytest.raises(ValueError, match="at least one in all, got 0"):
+    with pytest.raises(ValueError, match="at least one; got a sum of 0"):
         corpus_perplexity([0.0], [0])
 
 
@@ -149,7 +149,7 @@ def test_retrieval():
     assert metrics["recall_at_1"] == 0.5
     assert metrics["mean_reciprocal_rank"] == pytest.approx((1 + 1 + 1 / 4 + 1 / 4) / 4)
     assert retrieval_metrics(np.ones((4, 2)), np.ones((4, 2)))["recall_at_1"] == 0  # ties count against
-    with pytest.raises(ValueError, match=r"must both be \(N, D\), got \(4, 4\) and \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"must both be \(N, D\); got \(4, 4\) and \(3, 4\)"):
         retrieval_metrics(anchors, anchors[:3])
 
 

@@ -210,7 +210,7 @@ def test_command(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pyt
     assert imread(out / "attributions.png").std() > 0.05
     drawn = (out / "attention.png").read_bytes()
     assert main(arguments) == 2
-    assert "attention.png is there already: replace it with --overwrite" in capsys.readouterr().err
+    assert "attention.png already exists: replace it with --overwrite" in capsys.readouterr().err
     assert (out / "attention.png").read_bytes() == drawn
     arguments += ["--overwrite"]
     for wrong, message in (

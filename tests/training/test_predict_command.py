@@ -56,12 +56,10 @@ def test_its_input_is_never_replaced(run: Path, tmp_path: Path, capsys: pytest.C
     for out in outs:
         for options in ([], ["--overwrite"]):
             for given in ("data.jsonl", "given.jsonl"):
-                assert f"--out {out} is what is to be read, by --data" in refusal(
-                    run, out, capsys, *options, data=given
-                )
+                assert f"--out {out} is part of the input, --data" in refusal(run, out, capsys, *options, data=given)
     assert data.read_text() == EXAMPLES
     for out in (run / "config.yaml", run / "model" / "config.json"):
-        assert f"--out {out} is what is to be read, by DIR" in refusal(run, out, capsys, "--overwrite")
+        assert f"--out {out} is part of the input, DIR" in refusal(run, out, capsys, "--overwrite")
 
 
 def test_the_file_beside_its_input_is_never_replaced(
@@ -76,7 +74,7 @@ def test_the_file_beside_its_input_is_never_replaced(
 def test_what_is_there_is_never_replaced_unasked(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     error = refusal(run, tmp_path / "thesis.tex", capsys)
-    assert "thesis.tex is there already: replace it with --overwrite" in error
+    assert "thesis.tex already exists: replace it with --overwrite" in error
     assert (tmp_path / "thesis.tex").read_text() == "precious"
     assert "is a folder" in refusal(run, run, capsys, "--overwrite")
 

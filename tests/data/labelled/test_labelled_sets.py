@@ -371,7 +371,7 @@ def test_a_split_is_written_to_train_on(cache, tmp_path, capsys):
     assert readers.read_classification(path) == expected
     path.write_text("precious")
     assert cli.main(["data", "export", *arguments]) == 2
-    assert "is there already: replace it with --overwrite" in capsys.readouterr().err
+    assert "already exists: replace it with --overwrite" in capsys.readouterr().err
     assert path.read_text() == "precious"
     assert cli.main(["data", "export", *arguments, "--overwrite"]) == 0
     assert readers.read_classification(path) == expected

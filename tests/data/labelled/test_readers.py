@@ -415,7 +415,7 @@ def translations(path):
         ),
         (read_classification, "a.csv", "text,label,text\na,b,c", "line 1: 'text' names two columns"),
         (read_classification, "a.csv", 'text,label\na,b\n"c,d\ne,f\n', "line 3: not CSV"),
-        (read_classification, "a.jsonl", '{"text": "a", "text": "b"}', "line 1: .*'text' is there twice"),
+        (read_classification, "a.jsonl", '{"text": "a", "text": "b"}', "line 1: .*'text' occurs twice"),
         (read_tagging, "a.jsonl", '{"tokens": ["a", ""], "tags": ["O", "O"]}', "words must be a list of non-empty"),
         (read_tagging, "a.conll", "EU\tB-ORG\t\nrejects\t\n", "line 2: found 1 columns, expected 2"),
         *(

@@ -54,7 +54,7 @@ def test_attention_alone(tmp_path: Path) -> None:
 def test_a_file_is_never_replaced_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     assert main(["verify", "BertModel", "--out", str(tmp_path / "thesis.tex")]) == 2
-    assert "is there already: replace it with --overwrite" in capsys.readouterr().err
+    assert "already exists: replace it with --overwrite" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
