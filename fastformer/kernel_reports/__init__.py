@@ -1,1 +1,1 @@
-"""Reports what the kernels become on a GPU, without one: compiled ahead of time, read and compared."""
+"""Report on the compiled kernels without a GPU: compile them ahead of time, read the binaries, compare figures."""

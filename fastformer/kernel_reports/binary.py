@@ -1,4 +1,4 @@
-"""What is in a compiled kernel: its resources, its instructions by the pipe that executes them, and its inner loop.
+"""The contents of a compiled kernel: its resources, its instructions by the pipe that executes them, its inner loop.
 
 A cubin is read with the disassemblers that come with triton (cuobjdump, nvdisasm), an hsaco through the assembly that
 it was made from. Names of instructions: CUDA Binary Utilities, "Instruction Set Reference"; AMD CDNA3 instruction set
@@ -21,12 +21,12 @@ from fastformer.kernel_reports.stand_in import LaunchedKernel
 PIPES = ("tensor", "float", "integer", "special", "shared", "global", "scalar", "control")
 """tensor: matrix products. float: float32 and float16 arithmetic. integer: integers, logic, comparison, moves.
 special: transcendentals and conversions. shared: shared memory, shuffles, tensor memory, spills (through L1). global:
-global memory. scalar: what is computed once for a warp. control: branches, barriers, waits."""
+global memory. scalar: computations that are done once for a warp. control: branches, barriers, waits."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: its name with all suffixes and, for a branch, where it goes."""
+    """An instruction: its name with all suffixes and, for a branch, the label of its target."""
 
     name: str
     target: str | None
@@ -34,11 +34,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one CTA takes, and what did not fit into registers.
+    """The registers of a thread, and its spills.
 
     Attributes:
-        registers: of one thread, accumulators included.
-        spill_bytes: written to local memory for want of registers, by each thread.
+        registers: registers of one thread, accumulators included.
+        spill_bytes: bytes that each thread writes to local memory because registers are full.
     """
 
     registers: int
@@ -47,12 +47,13 @@ class Resources:
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel's instructions and the part of them that it spends its time in.
+    """A kernel's instructions, and the loop that it spends its time in.
 
     Attributes:
-        loop: the innermost loop with the most matrix products, else with the most traffic; of several, the shortest,
-            which is the one without border tests. The whole kernel where it has no loop.
-        has_loop: whether there is one.
+        instructions: all instructions of the kernel.
+        loop: the innermost loop with the most matrix products, or else with the most memory traffic. If several are
+            equal, the shortest one, which has no border tests. The whole kernel if it has no loop.
+        has_loop: whether the kernel has a loop.
     """
 
     instructions: list[Instruction]
@@ -61,7 +62,7 @@ class Code:
 
 
 def read_kernel(kernel: LaunchedKernel) -> tuple[Resources, Code]:
-    """Resources and code of a compiled kernel."""
+    """Read the resources and the code of a compiled kernel."""
     if kernel.metadata.target.backend == "hip":
         assembly = kernel.text("amdgcn")
         return _amd_resources(assembly), _code(assembly, _AMD_LINE, _AMD_LABEL)
@@ -90,7 +91,7 @@ def _amd_resources(assembly: str) -> Resources:
     def count(name: str) -> int:
         return int(_search(rf"\.{name}:\s+(\d+)", assembly))
 
-    # Scalar registers that spill go to lanes of vector registers, not to memory.
+    # Scalar registers spill to lanes of vector registers, not to memory.
     return Resources(count("vgpr_count"), 4 * count("vgpr_spill_count"))
 
 
@@ -113,7 +114,7 @@ def _code(text: str, line: re.Pattern[str], label: re.Pattern[str]) -> Code:
     loops = [
         (labels[instruction.target], end)
         for end, instruction in enumerate(instructions)
-        # A branch to itself is the padding behind a kernel's end.
+        # A branch to itself is padding after the kernel's end.
         if instruction.target in labels and labels[instruction.target] < end
     ]
     innermost = [
@@ -132,7 +133,7 @@ def _weight(loop: list[Instruction]) -> tuple[int, int, int]:
 
 
 def pipe_of(name: str) -> str:
-    """The one of `PIPES` that executes an instruction."""
+    """The pipe, one of `PIPES`, that executes the instruction."""
     return _amd_pipe(name) if name.islower() else _nvidia_pipe(name.split(".")[0])
 
 
@@ -185,17 +186,17 @@ def _amd_pipe(name: str) -> str:
     if name.startswith("s_"):
         return "scalar"
     if re.match(r"v_(exp|log|rcp|rsq|sqrt|sin|cos|mul_lo_u32|mul_hi_u32)", name):
-        return "special"  # integer products run at the same quarter of the rate
+        return "special"  # integer products run at a quarter of the rate, as these do
     return "float" if re.search(r"_(f16|f32|bf16)", name) and "cmp" not in name else "integer"
 
 
 def bytes_of(name: str) -> int:
-    """Bytes that one thread moves with a memory instruction; 0 for a bulk copy, whose size is no part of its name."""
+    """Bytes that a thread moves with a memory instruction; 0 for a bulk copy, whose name does not contain its size."""
     if name.startswith(("UTMA", "UBLKCP", "LDC", "CCTL")):
         return 0
     if not name.islower():
         parts = name.split(".")
-        if parts[0] in ("LDSM", "STSM"):  # 8x8 matrices of 16-bit elements: 4 bytes of each for every thread
+        if parts[0] in ("LDSM", "STSM"):  # 8x8 matrices of 16-bit elements: each thread has 4 bytes of each matrix
             return 4 * int(parts[-1]) if parts[-1].isdigit() else 4
         widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1, "256": 32}
         return next((widths[part] for part in parts[1:] if part in widths), 4)
@@ -210,12 +211,13 @@ def tensor_flops(name: str, blackwell_flops: float) -> tuple[float, str]:
 
     Args:
         name: an instruction of the tensor pipe.
-        blackwell_flops: what to take for sm_100's UTC*MMA, whose shape is in a descriptor; it is issued once per CTA.
+        blackwell_flops: the operations of sm_100's UTC*MMA, whose name does not contain its shape. It is issued once
+            per CTA.
     """
     kind = "tf32" if "TF32" in name or "xf32" in name else "16"
     if name.startswith("UTC"):
         return blackwell_flops, kind
-    if match := re.search(r"\.(\d+)x(\d+)x(\d+)", name):  # wgmma: by the four warps of a group
+    if match := re.search(r"\.(\d+)x(\d+)x(\d+)", name):  # wgmma: the four warps of a group share it
         return 2.0 * prod(map(int, match.groups())) / 4, kind
     if match := re.match(r"v_s?mfma\w*?_(\d+)x(\d+)x(\d+)(?:_(\d+)b)?_?(\w+)", name):
         rows, columns, depth, blocks, operand = match.groups()
@@ -228,7 +230,7 @@ def tensor_flops(name: str, blackwell_flops: float) -> tuple[float, str]:
 
 
 def blackwell_flops(kernel: LaunchedKernel, code: Code) -> float:
-    """Mean operations of a tcgen05 matrix product of this kernel: those of its IR over the instructions they became."""
+    """Mean operations of a tcgen05 matrix product: all operations in the kernel's IR divided by its instructions."""
     instructions = sum(i.name.startswith("UTC") and pipe_of(i.name) == "tensor" for i in code.instructions)
     if not instructions:
         return 0.0
@@ -239,7 +241,7 @@ def blackwell_flops(kernel: LaunchedKernel, code: Code) -> float:
 
 
 def bulk_bytes(kernel: LaunchedKernel, code: Code) -> float:
-    """Mean bytes of a bulk (TMA) copy of this kernel: those of its IR over the instructions they became."""
+    """Mean bytes of a bulk (TMA) copy: all bulk-copied bytes in the kernel's IR divided by its instructions."""
     instructions = sum(i.name.startswith("UTMA") and i.name.split(".")[0] in _BULK for i in code.instructions)
     if not instructions:
         return 0.0
@@ -251,7 +253,7 @@ def bulk_bytes(kernel: LaunchedKernel, code: Code) -> float:
 
 
 def highlights(code: Code) -> dict[str, int]:
-    """How often the instructions that tell a good kernel occur: matrix products, copies by kind and width, spills."""
+    """Count the instructions that show a kernel's quality: matrix products, copies by kind and width, spills."""
     counts: Counter[str] = Counter()
     for instruction in code.instructions:
         if key := _highlight(instruction.name):

@@ -1,18 +1,19 @@
-"""A simple model of how fast a kernel's inner loop can run: a bracket, not a prediction.
+"""A simple model of how fast a kernel's inner loop can run: it gives a lower and an upper bound, not a prediction.
 
-Each iteration of the loop needs so many clocks of each resource of a multiprocessor: matrix products over the tensor
-peak, instructions over the lanes of their pipe, bytes over the bandwidth of memory and of shared memory, instructions
-over the schedulers. If all resources overlapped perfectly, the loop would take the largest of these; with no overlap,
-their sum. The true speed lies between if the model's assumptions hold:
+Each iteration of the loop needs clocks of each resource of a multiprocessor. The clocks are: operations of matrix
+products divided by the tensor peak, instructions divided by the lanes of their pipe, bytes divided by the bandwidth of
+memory and of shared memory, and all instructions divided by the schedulers. With perfect overlap of all resources, the
+loop takes the largest of these; with no overlap, their sum. The true speed lies between the two if the model's
+assumptions hold:
 
-- the loop is what takes the time, and enough CTAs are resident: no latency, no tail, no launch, no prologue;
-- clocks are boost clocks, every access is free of bank conflicts and coalesced;
-- in a loop with matrix products bytes come from L2 at 64 bytes per clock and multiprocessor, elsewhere from memory at
-  its peak; a bulk (TMA) copy counts as the kernel's mean one;
-- every warp of the CTA executes the loop, which a warp-specialised kernel's do not: there it is the loop of the warps
-  that multiply, and what the other warps do meanwhile is left out.
+- The loop takes all the time, and enough CTAs are resident: there is no latency, tail, launch or prologue.
+- Clocks are boost clocks. Every access is coalesced and free of bank conflicts.
+- In a loop with matrix products, bytes come from L2 at 64 bytes per clock and multiprocessor. In other loops they come
+  from memory at its peak. A bulk (TMA) copy counts as the mean of the kernel's bulk copies.
+- Every warp of the CTA executes the loop. In a warp-specialised kernel only the warps that multiply do: there the loop
+  is theirs, and the work of the other warps is left out.
 
-What it is good for: which resource bounds a kernel, and how much of the peak a perfect schedule could reach.
+The model shows which resource bounds a kernel, and how much of the peak a perfect schedule could reach.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ L2_BYTES_PER_CLOCK = 64  # of one multiprocessor; NVIDIA A100 whitepaper, "A100 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The bracket of one iteration of a CTA's loop.
+    """The bounds of one iteration of a CTA's loop.
 
     Attributes:
-        clocks: by resource.
-        roof: the resource whose peak is the yardstick: tensor if there are matrix products, else float or memory.
-        low, high: the fraction of that peak with no and with perfect overlap.
+        clocks: clocks by resource.
+        roof: the resource whose peak is the reference: tensor if there are matrix products, else float or memory.
+        low: the fraction of that peak without overlap.
+        high: the fraction of that peak with perfect overlap.
         limited_by: the resource that takes the most clocks.
-        flops, bytes: of the loop.
+        flops, bytes: the operations and the bytes of one iteration.
     """
 
     clocks: dict[str, float]
@@ -47,10 +49,14 @@ class Bounds:
 
 
 def bounds_of(loop: list[Instruction], warps: int, device: Device, blackwell: float, bulk: float) -> Bounds:
-    """The bracket for a loop that all `warps` of a CTA execute.
+    """The bounds of a loop that all warps of a CTA execute.
 
     Args:
-        blackwell, bulk: operations of a UTC*MMA and bytes of a bulk copy, which their instructions do not tell.
+        loop: the loop's instructions.
+        warps: the number of warps of a CTA.
+        device: the GPU.
+        blackwell: operations of a UTC*MMA instruction, whose name does not contain its shape.
+        bulk: bytes of a bulk copy, whose name does not contain its size.
     """
     threads = warps * device.warp_size
     clocks = dict.fromkeys(("tensor", "float", "integer", "special", "shared", "memory"), 0.0)
@@ -63,7 +69,7 @@ def bounds_of(loop: list[Instruction], warps: int, device: Device, blackwell: fl
             flops += products
             clocks["tensor"] += products / _per_clock(device, device.tensor_flops[kind])
         elif pipe in device.lanes:
-            # An integer multiply-add takes the float pipe for twice as long.
+            # An integer multiply-add occupies the float pipe twice as long.
             clocks[pipe] += threads * (2 if name.startswith("IMAD") else 1) / device.lanes[pipe]
             if pipe == "float" and not name.startswith("IMAD"):
                 flops += threads * (2 if "FMA" in name.upper() else 1) * (2 if "2" in name or "pk" in name else 1)
@@ -71,7 +77,7 @@ def bounds_of(loop: list[Instruction], warps: int, device: Device, blackwell: fl
             clocks["shared"] += threads * bytes_of(name) / device.shared_bandwidth
         elif pipe == "global":
             moved += bulk if name.startswith("UTMA") else threads * bytes_of(name)
-    # Only then is it known whether the loop multiplies matrices.
+    # Only now is it known whether the loop multiplies matrices.
     rate = L2_BYTES_PER_CLOCK if clocks["tensor"] else _per_clock(device, device.bandwidth)
     clocks["memory"] = moved / rate
     if device.warp_size == 64:  # one vector unit does both

@@ -1,9 +1,9 @@
-"""Ahead-of-time compilation: the kernels that some work will launch on a GPU, compiled into a Triton cache without one.
+"""Ahead-of-time compilation of the kernels that some work will launch on a GPU, without a GPU, into a Triton cache.
 
 1. The work runs on meta tensors under a stand-in for each architecture. Triton's own launch path specialises every
    launch (divisible by 16, equal to one, 64-bit, aligned, smaller than 2 GiB) and is stopped before it compiles.
-2. What it asked for, each distinct specialisation once, is compiled by parallel processes.
-3. The work runs again on the finished cache; a launch that compiles anything now is an error.
+2. Parallel processes compile each distinct specialisation once.
+3. The work runs again on the finished cache. A launch that still compiles anything is an error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastformer.kernel_reports.launchers import compile_launcher
 from fastformer.kernel_reports.meta_operators import kernels_of_meta_operators
 from fastformer.kernel_reports.stand_in import stand_in
 
-# Of a block, on every architecture; the first is sm_100's alone.
+# Limits of a CTA on every architecture. Only sm_100 has tensor memory.
 _TENSOR_MEMORY_COLUMNS = 512
 _MOST_THREADS = 1024
 
@@ -40,14 +40,14 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Specialization:
-    """One kernel as one launch configuration and one kind of arguments need it.
+    """A kernel for one launch configuration and one kind of arguments.
 
     Attributes:
         architecture: a name in `ARCHITECTURES`.
-        module, kernel: where the Triton function is.
-        data: Triton's own serialisation of signature, constants, attributes and options, as JSON. That forgets the
-            classes of named tuples, which kernels take for arguments; hence
-        arguments: signature, constants and attributes, pickled.
+        module, kernel: the module and the name of the Triton function.
+        data: Triton's own serialisation of signature, constants, attributes and options, as JSON.
+        arguments: signature, constants and attributes, pickled. JSON loses the classes of named tuples, which kernels
+            have as arguments.
     """
 
     architecture: str
@@ -59,7 +59,7 @@ class Specialization:
 
 @dataclass(frozen=True)
 class Failure:
-    """A specialisation that cannot run: it does not compile, or needs more than its architecture has."""
+    """A specialisation that cannot run: it does not compile, or it needs more resources than its architecture has."""
 
     specialization: Specialization
     reason: str
@@ -72,18 +72,18 @@ def compile_ahead(
     processes: int | None = None,
     track: Callable[[Iterable[None], int], Iterable[None]] = lambda steps, total: steps,
 ) -> tuple[list[Specialization], list[Failure]]:
-    """Compile what `work` launches on `architectures` into the Triton cache `cache`.
+    """Compile the kernels that `work` launches on `architectures` into the Triton cache `cache`.
 
     Args:
-        work: what launches the kernels; each is run in this process, for each architecture.
+        work: functions that launch the kernels. Each is run in this process, once for each architecture.
         architectures: names in `ARCHITECTURES`.
-        cache: a folder in the layout of TRITON_CACHE_DIR; made if it is not there, else added to. Triton remembers the
-            absolute paths of its files: use the cache where it was made, or `relocate` it.
-        processes: how many compile at once; by default one for each CPU.
-        track: shows progress; given an iterable of as many steps as the number it is given.
+        cache: a folder in the layout of TRITON_CACHE_DIR. It is created if it does not exist, or else added to. Triton
+            stores the absolute paths of its files: use the cache at the same path, or `relocate` it.
+        processes: the number of processes that compile in parallel; by default one for each CPU.
+        track: shows progress. It is called with an iterable of steps and their number, and yields the steps.
 
     Returns:
-        Every specialisation, and those that failed.
+        All specialisations, and those that failed.
     """
     specializations = list(dict.fromkeys(s for name in architectures for s in specializations_of(work, name)))
     failures: list[Failure] = []
@@ -95,7 +95,7 @@ def compile_ahead(
 
 
 def specializations_of(work: Sequence[Work], architecture: str) -> list[Specialization]:
-    """Each distinct specialisation that `work` asks for on `architecture`; nothing is compiled."""
+    """The distinct specialisations that `work` requests on `architecture`. Nothing is compiled."""
     found: dict[Specialization, None] = {}
 
     def keep(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
@@ -123,10 +123,10 @@ def triton_cache(folder: Path) -> Iterator[None]:
 
 
 def compiled_by(work: Sequence[Work], architectures: Sequence[str], cache: Path) -> list[str]:
-    """Names of the kernels that a GPU of each architecture would still have to compile for `work`, given `cache`.
+    """The names of the kernels that `work` still has to compile on a GPU of each architecture with the cache `cache`.
 
-    Every launch goes through Triton's own launch path, up to the driver. Must run where the kernels have not been
-    launched before: Triton keeps those in memory.
+    Every launch goes through Triton's own launch path, up to the driver. Run this in a process that has not launched
+    the kernels before, because Triton keeps launched kernels in memory.
     """
     missed: list[str] = []
 
@@ -144,7 +144,7 @@ def compiled_by(work: Sequence[Work], architectures: Sequence[str], cache: Path)
 
 
 def relocate(cache: Path, new_home: Path) -> None:
-    """Prepare `cache` to be used at the absolute path `new_home`, on this machine or another one."""
+    """Prepare `cache` for use at the absolute path `new_home`, on this machine or another one."""
     for group in cache.glob("*/__grp__*.json"):
         paths = json.loads(group.read_text())["child_paths"]
         moved = {name: str(new_home / group.parent.name / Path(path).name) for name, path in paths.items()}
@@ -152,7 +152,7 @@ def relocate(cache: Path, new_home: Path) -> None:
 
 
 def reduce_to_launches(cache: Path) -> None:
-    """Delete from `cache` what a launch does not need: sources and intermediate representations."""
+    """Delete the files of `cache` that no launch needs: sources and intermediate representations."""
     for group in cache.glob("*/__grp__*.json"):
         paths = json.loads(group.read_text())["child_paths"]
         kept = {name: path for name, path in paths.items() if Path(name).suffix in (".json", ".cubin", ".hsaco")}
@@ -163,24 +163,25 @@ def reduce_to_launches(cache: Path) -> None:
 
 @contextlib.contextmanager
 def compiler(cache: Path, processes: int) -> Iterator[Callable[[Specialization], Future[str | None]]]:
-    """Processes that compile into `cache` what they are handed: a call promises why it cannot run, None if it can.
+    """Yield a function that compiles a specialisation into `cache` in one of `processes` processes.
 
-    What has not been begun when the block is left is given up. LLVM ends its process where it does not know on: that is
-    the reason then, and another process takes the place of that one.
+    It returns a future of the reason why the kernel cannot run, or of None if it can. Compilations that have not begun
+    at the end of the block are cancelled. LLVM ends its process on an error that it cannot handle: this is reported as
+    the reason, and a new process replaces the old one.
     """
     mine = threading.local()
     started: list[ProcessPoolExecutor] = []
 
     def compile_by_my_process(specialization: Specialization) -> str | None:
         if not hasattr(mine, "process"):
-            # Not forked: LLVM's and torch's threads do not survive that.
+            # Spawned, not forked: the threads of LLVM and torch do not survive a fork.
             mine.process = ProcessPoolExecutor(1, get_context("spawn"), _use_cache, (str(cache),))
             started.append(mine.process)
         try:
             return mine.process.submit(_compile, specialization).result()
         except BrokenProcessPool:
             del mine.process
-            return "the compiler ended its process; its last output says why"
+            return "the compiler ended its process; see its last output for the reason"
 
     with ThreadPoolExecutor(processes) as threads:
         try:
@@ -204,7 +205,7 @@ def _use_cache(cache: str) -> None:
 
 
 def _compile(specialization: Specialization) -> str | None:
-    """Compile one specialisation into the cache; returns why it cannot run, if it cannot."""
+    """Compile one specialisation into the cache. Returns the reason if the kernel cannot run, else None."""
     with stand_in(specialization.architecture):
         try:
             kernel = _specialize(_find(specialization), specialization)
@@ -215,7 +216,10 @@ def _compile(specialization: Specialization) -> str | None:
 
 
 def _what_it_lacks(metadata: Any, architecture: Architecture) -> str | None:
-    """What a kernel needs more of than there is, and Triton would refuse to launch it for; registers ptxas heeds."""
+    """The resource that a kernel needs too much of, for which Triton would refuse to launch it; None if there is none.
+
+    Registers are not checked, because ptxas keeps to their limit.
+    """
     needed = {
         "bytes of shared memory": (metadata.shared, architecture.shared_memory),
         "columns of tensor memory": (getattr(metadata, "tmem_size", None) or 0, _TENSOR_MEMORY_COLUMNS),
@@ -232,7 +236,7 @@ def _what_it_lacks(metadata: Any, architecture: Architecture) -> str | None:
 
 
 def _specialize(function: JITFunction, specialization: Specialization) -> Any:
-    """What `JITFunction.preload` does with JSON, from pickled arguments; returns the compiled kernel."""
+    """Compile a kernel as `JITFunction.preload` does, but from pickled arguments instead of JSON."""
     device = triton.runtime.driver.active.get_current_device()
     backend = function.device_caches[device][3]
     known = json.loads(specialization.data)

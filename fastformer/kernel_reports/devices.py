@@ -1,6 +1,6 @@
-"""What each architecture's best-known GPU can do, as the report's model needs it. Every number has its source.
+"""The peaks and limits of each architecture's best-known GPU, for the report's model. Every number has its source.
 
-Peaks are the vendors' dense ones at boost clock, with float32 accumulation; what a real card sustains is lower.
+Peaks are the vendors' figures without sparsity, at boost clock, with float32 accumulation. A real card sustains less.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ class Device:
     """A GPU's peaks and the limits that decide how many CTAs share a multiprocessor.
 
     Attributes:
-        name, source: the product, and the document its numbers are from.
-        multiprocessors: SMs, or compute units (of one die, as the software sees it).
-        clock: boost, hertz.
-        bandwidth: of memory, bytes per second.
-        tensor_flops: by operand: "16" (float16 and bfloat16), "tf32", "float32" where tensor cores multiply it.
-        registers: 32-bit registers of a multiprocessor; `register_unit`: what a warp's are allocated in.
-        shared_memory: bytes of a multiprocessor; `shared_reserved`: the system's share of each CTA.
-        threads, ctas: most resident on a multiprocessor.
-        lanes: threads whose instruction of a kind a multiprocessor completes per clock.
+        name: the product.
+        source: the document that its numbers are from.
+        multiprocessors: the number of SMs, or of compute units (of one die, if software sees each die as a GPU).
+        clock: boost clock in hertz.
+        bandwidth: memory bandwidth in bytes per second.
+        tensor_flops: peak operations per second by operand: "16" (float16 and bfloat16), "tf32", and "float32" if
+            tensor cores multiply it.
+        shared_memory: bytes of shared memory of a multiprocessor.
+        threads, ctas: the most threads and CTAs that are resident on a multiprocessor.
+        lanes: the number of threads whose instruction of a kind a multiprocessor completes per clock.
+        registers: 32-bit registers of a multiprocessor.
+        register_unit: the unit in which registers are allocated to a warp.
+        shared_reserved: bytes of shared memory that the system reserves in each CTA.
+        warp_size: threads of a warp.
     """
 
     name: str
@@ -41,7 +46,7 @@ class Device:
     shared_reserved: int = 1024
     warp_size: int = 32
     shared_bandwidth: int = 128  # bytes per clock and multiprocessor
-    schedulers: int = 4  # instructions of warps issued per clock and multiprocessor
+    schedulers: int = 4  # warp instructions issued per clock and multiprocessor
 
 
 # Source: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions", results per clock and
@@ -179,11 +184,14 @@ DEVICES = {
 
 
 def resident_ctas(device: Device, warps: int, registers: int, shared: int, tensor_columns: int) -> tuple[int, str]:
-    """How many CTAs a multiprocessor holds at once, and which limit that is.
+    """The number of CTAs that a multiprocessor holds at once, and the name of the limit that decides it.
 
     Args:
-        warps, registers, shared, tensor_columns: of one CTA, registers per thread, shared memory in bytes, tensor
-            memory in columns (of 512).
+        device: the GPU.
+        warps: warps of a CTA.
+        registers: registers of a thread.
+        shared: bytes of shared memory of a CTA.
+        tensor_columns: columns of tensor memory (of 512) of a CTA.
     """
     unit = device.register_unit
     registers_of_warp = -(-max(registers, 1) * device.warp_size // unit) * unit

@@ -1,4 +1,4 @@
-"""The regression gate: what may not get worse in the compiled kernels, compared with figures kept in the repository."""
+"""The regression gate: compare the compiled kernels with figures kept in the repository; some must not get worse."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from fastformer.kernel_reports.report import Figures
 
 MOST_MORE_INSTRUCTIONS = 0.03
-# From the least to the most capable; falling from one to a lower one is a regression.
+# Instructions from the least to the most capable. Falling to a lower step is a regression.
 _PRODUCTS = (("HMMA", "v_mfma", "IMMA"), ("HGMMA",), ("UTCHMMA", "UTCQMMA"))
 _COPIES = (("LDGSTS",), ("UTMALDG", "UBLKCP"))
 
 
 def regressions(recorded: Iterable[Figures], current: Iterable[Figures]) -> list[str]:
-    """A line for everything that got worse, and for every kernel that is new or gone; empty if all is well."""
+    """A line for each figure that got worse, and for each kernel that is new or gone. Empty if all is well."""
     before, after = ({entry.key: entry for entry in figures} for figures in (recorded, current))
     lines = []
     for key in {**before, **after}:
@@ -29,9 +29,9 @@ def regressions(recorded: Iterable[Figures], current: Iterable[Figures]) -> list
 
 
 def unwanted_spills(figures: Iterable[Figures]) -> list[str]:
-    """A line for each kernel of 16-bit attention with head_dim 64 or 128 that spills on sm_90, whatever is recorded."""
+    """A line for each 16-bit attention kernel of head_dim 64 or 128 that spills on sm_90, even if that is recorded."""
     return [
-        f"{' '.join(entry.key)}: spills {entry.spill_bytes} bytes a thread"
+        f"{' '.join(entry.key)}: spills {entry.spill_bytes} bytes per thread"
         for entry in figures
         if entry.architecture == "sm_90"
         and re.match(r"attention/d(64|128)\b.*/b?float16/", entry.work)
@@ -42,9 +42,9 @@ def unwanted_spills(figures: Iterable[Figures]) -> list[str]:
 def _worse(before: Figures, after: Figures) -> list[str]:
     changes = []
     if after.spill_bytes > before.spill_bytes:
-        changes.append(f"spills {before.spill_bytes} -> {after.spill_bytes} bytes a thread")
+        changes.append(f"spills {before.spill_bytes} -> {after.spill_bytes} bytes per thread")
     if after.shared_memory > after.shared_limit:
-        changes.append(f"needs {after.shared_memory} bytes of shared memory of {after.shared_limit}")
+        changes.append(f"needs {after.shared_memory} bytes of shared memory; the limit is {after.shared_limit}")
     if after.instructions > before.instructions * (1 + MOST_MORE_INSTRUCTIONS):
         growth = after.instructions / before.instructions - 1
         changes.append(
@@ -54,12 +54,12 @@ def _worse(before: Figures, after: Figures) -> list[str]:
     for what, ladder in (("matrix products", _PRODUCTS), ("copies", _COPIES)):
         had, has = _rung(before, ladder), _rung(after, ladder)
         if has < had:
-            changes.append(f"lost its {what} by {' or '.join(ladder[had - 1])}")
+            changes.append(f"no longer has {what} by {' or '.join(ladder[had - 1])}")
     return changes
 
 
 def _rung(figures: Figures, ladder: Sequence[tuple[str, ...]]) -> int:
-    """How far up the ladder the kernel's instructions reach; 0 for not at all."""
+    """The highest step of the ladder that the kernel's instructions reach, from 1; 0 if they reach none."""
     highest = 0
     for step, names in enumerate(ladder, 1):
         if any(instruction.startswith(names) for instruction in figures.highlights):

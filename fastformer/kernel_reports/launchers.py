@@ -1,7 +1,7 @@
-"""Triton's launchers, compiled ahead of time as its kernels are.
+"""Ahead-of-time compilation of Triton's launchers.
 
-Where triton has `make_launcher` (3.6 does, 3.9 does not), each signature of a kernel has a launcher of its own, an
-extension module that a C compiler makes when the kernel is first launched.
+If triton has `make_launcher` (3.6 does, 3.9 does not), each signature of a kernel has its own launcher: an extension
+module that a C compiler builds when the kernel is first launched.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def compile_launcher(kernel: Any) -> None:
 
 @contextlib.contextmanager
 def _driver_library(compiler: str) -> Iterator[None]:
-    """Within the block there is an empty library that an extension module links to in place of NVIDIA's driver's."""
+    """Provide an empty library within the block. Extension modules link to it in place of NVIDIA's driver library."""
     name = "libcuda.so.1"
     with tempfile.TemporaryDirectory() as folder, triton.knobs.nvidia.scope():
         subprocess.run(
@@ -51,7 +51,7 @@ def _forget_library() -> None:
 
 
 class _NotLoaded:
-    """In place of an extension module: it has whatever it is asked for."""
+    """A replacement for an extension module: every attribute is None."""
 
     def __getattr__(self, name: str) -> None:
         return None
@@ -59,7 +59,7 @@ class _NotLoaded:
 
 @contextlib.contextmanager
 def _nothing_loaded() -> Iterator[None]:
-    """Extension modules are made but not loaded, for which they would need the driver."""
+    """Build extension modules within the block but do not load them, because loading needs the driver."""
     previous, build._load_module_from_path = build._load_module_from_path, lambda name, path: _NotLoaded()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Fastformer's operators on tensors of device ``meta``: their kernels are launched, not their shape functions alone."""
+"""Make Fastformer's operators launch their kernels for tensors on ``meta``, instead of running shape functions only."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 @contextmanager
 def kernels_of_meta_operators() -> Iterator[None]:
-    """Within the block, an operator given tensors on ``meta`` launches its Triton kernels, forward and backward.
+    """Let operators with tensors on ``meta`` launch their Triton kernels within the block, forward and backward.
 
-    Only a stand-in for a GPU can take such a launch. All else, PyTorch's own operators included, works on shapes as
-    ever, so that a whole model runs without memory or arithmetic, and launches exactly the kernels it would on a GPU.
+    Only a stand-in for a GPU can accept such a launch. Everything else, PyTorch's own operators included, computes only
+    shapes as usual. So a whole model runs without memory or arithmetic, and launches the same kernels as on a GPU.
 
     >>> with stand_in("sm_90") as kernels, kernels_of_meta_operators():
     ...     fastformer.softmax(torch.empty(8, 1024, device="meta", requires_grad=True)).sum().backward()
@@ -31,11 +31,11 @@ def kernels_of_meta_operators() -> Iterator[None]:
 
 
 class _Implementations(TorchDispatchMode):
-    """Runs a Fastformer operator's implementation where PyTorch would choose the one for meta, which has no effect."""
+    """Runs the real implementation of Fastformer's operators, where PyTorch would choose the one for meta."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "fastformer":
             return func(*args, **(kwargs or {}))
-        # The implementation serves every device; only meta has one of its own. It may call further operators.
+        # One implementation serves every device except meta. It may call further operators.
         with self:
             return func.redispatch(_CPU, *args, **(kwargs or {}))

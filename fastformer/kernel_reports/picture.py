@@ -1,4 +1,4 @@
-"""The report's picture: a roofline and the inner loops' instruction mix, a row for each architecture."""
+"""The report's picture: for each architecture, a row with a roofline and the instruction mix of the inner loops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastformer.kernel_reports.report import Figures
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# Okabe and Ito's palette, distinguishable without red-green vision.
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
 _COLORS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#BBBBBB")
 
 
@@ -80,6 +80,6 @@ def _mix(axis: plt.Axes, architecture: str, group: Sequence[Figures]) -> None:
     for row, entry in enumerate(group):
         spill = f"  spills {entry.spill_bytes} B" if entry.spill_bytes else ""
         axis.text(101, row, f"{sum(entry.loop.values()):,}{spill}", va="center", fontsize=7)
-    axis.set(xlim=(0, 118), xlabel="% of the inner loop's instructions; at the right their number")
+    axis.set(xlim=(0, 118), xlabel="% of the inner loop's instructions; their number is at the right")
     axis.set_title(f"{architecture}: instructions of the inner loop by pipe", fontsize=9)
     axis.legend(ncols=len(PIPES), fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.03), frameon=False)

@@ -1,4 +1,4 @@
-"""What kernels became on each architecture: figures read from the compiled code, as data, table and picture."""
+"""The report on compiled kernels of each architecture: figures read from the compiled code, as data and as a table."""
 
 from __future__ import annotations
 
@@ -24,18 +24,22 @@ from fastformer.kernel_reports.stand_in import LaunchedKernel, stand_in
 
 @dataclass(frozen=True)
 class Figures:
-    """One kernel as one piece of work launches it on one architecture.
+    """The figures of a kernel that a piece of work launches on an architecture.
 
     Attributes:
-        work, kernel, architecture: what is reported.
+        work, kernel, architecture: the names of the work, the kernel and the architecture.
         configuration: block sizes, warps and stages of the launch.
-        registers: of a thread. spill_bytes: written by a thread for want of registers.
-        shared_memory, shared_limit: bytes of a CTA, and the most it could have.
-        ctas: resident on a multiprocessor; `ctas_limit`: what keeps them from being more.
-        instructions: of the whole kernel. highlights: counts of matrix products, copies by width in bits, spills.
-        loop: instructions of the inner loop by pipe (`binary.PIPES`); the whole kernel's if it has no loop.
-        roof, peak_low, peak_high, limited_by, flops, bytes: see `bounds.Bounds`; of one iteration of the loop.
-        flops_low, flops_high: what the device would reach, per second, at that bracket.
+        registers: registers of a thread.
+        spill_bytes: bytes that a thread writes to local memory because registers are full.
+        shared_memory: bytes of shared memory of a CTA.
+        shared_limit: the most shared memory that a CTA can have.
+        ctas: CTAs that are resident on a multiprocessor.
+        ctas_limit: the name of the limit that decides `ctas`.
+        instructions: the number of instructions of the whole kernel.
+        highlights: counts of matrix products, copies by width in bits, and spills.
+        loop: instructions of the inner loop by pipe (`binary.PIPES`); those of the whole kernel if it has no loop.
+        roof, peak_low, peak_high, limited_by, flops, bytes: see `bounds.Bounds`; for one iteration of the loop.
+        flops_low, flops_high: the operations per second of the whole device at these bounds.
     """
 
     work: str
@@ -68,7 +72,10 @@ class Figures:
 def figures_of(
     work: Sequence[tuple[str, Work]], architectures: Sequence[str], cache: Path, processes: int
 ) -> Iterator[Figures]:
-    """Figures of every kernel that each named piece of work launches, in order; `cache` should hold them compiled."""
+    """Yield the figures of every kernel that each named piece of work launches, in order.
+
+    `cache` should already contain the compiled kernels.
+    """
     for architecture in architectures:
         with triton_cache(cache), ThreadPoolExecutor(processes) as pool:
             launched = list(_launched(work, architecture))
@@ -76,7 +83,7 @@ def figures_of(
 
 
 def _launched(work: Sequence[tuple[str, Work]], architecture: str) -> Iterator[tuple[str, str, LaunchedKernel]]:
-    """Work, name and kernel of each distinct launch; a second binary of one name in one piece of work is numbered."""
+    """Yield work, name and kernel of each distinct launch. Further binaries of the same name in a work get a number."""
     with stand_in(architecture) as kernels, kernels_of_meta_operators():
         for name, run in work:
             kernels.clear()
@@ -128,7 +135,7 @@ def _figures(architecture: str, launch: tuple[str, str, LaunchedKernel]) -> Figu
 
 
 def as_json(figures: Iterable[Figures]) -> dict[str, Any]:
-    """The report as JSON's types; figures of another triton version are not comparable."""
+    """The report as JSON types, with the version of triton: figures of different versions are not comparable."""
     return {"triton": triton.__version__, "kernels": [asdict(entry) for entry in figures]}
 
 
@@ -137,7 +144,7 @@ def from_json(report: dict[str, Any]) -> list[Figures]:
 
 
 def as_table(figures: Sequence[Figures]) -> Table:
-    """One row for each kernel; its column "peak" is the model's bracket of `bounds`."""
+    """A table with a row for each kernel. The column "peak" has the lower and the upper bound of `bounds`."""
     headings = ("arch", "work", "kernel", "configuration", "regs", "spill", "shared KiB", "CTAs/SM", "instr", "in loop")
     contents = ("notable instructions", "mix of the loop %", "peak %, bound")
     return Table(
@@ -169,7 +176,7 @@ def _row(entry: Figures) -> tuple[str, ...]:
 
 
 _NOTE = (
-    "spill: bytes a thread stores for want of registers. peak: from no overlap to perfect overlap of all pipes in the "
-    "inner loop, by a model without latency, bank conflicts or cache misses (fastformer.kernel_reports.bounds); it "
-    "brackets, it does not predict."
+    "spill: bytes that each thread stores to memory because registers are full. peak: bounds without overlap and with "
+    "perfect overlap of all pipes in the inner loop, by a model without latency, bank conflicts or cache misses "
+    "(fastformer.kernel_reports.bounds); they are not predictions."
 )

@@ -1,11 +1,12 @@
-"""A stand-in for a GPU: every launcher runs as it would there, up to the launch, and what it compiled is kept.
+"""A stand-in for a GPU: every launcher runs as on a GPU, up to the launch itself, and the compiled kernels are kept.
 
 >>> with stand_in("sm_90") as kernels:
 ...     softmax_forward(torch.empty(8, 1024, device="meta"), dim=-1)
 >>> [kernel.name for kernel in kernels]
 ['_softmax_forward_kernel']
 
-Tensors may be on the device ``meta``: they take no memory, and count as aligned. Not in Triton's interpreter.
+Tensors may be on the device ``meta``: they take no memory and count as aligned. A stand-in does not work in Triton's
+interpreter.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from triton.runtime.cache import get_cache_manager
 
 @dataclass(frozen=True)
 class LaunchedKernel:
-    """A kernel as it was compiled for a launch.
+    """A kernel that was compiled for a launch.
 
     Attributes:
-        name: of the Triton function.
+        name: the name of the Triton function.
         binary: the cubin or hsaco.
-        metadata: Triton's: target, num_warps, num_stages, shared (bytes per CTA), hash, ...
+        metadata: Triton's metadata: target, num_warps, num_stages, shared (bytes per CTA), hash, ...
         constants: the Triton function's compile-time arguments by name.
-        grid: the programs of the launch in each dimension.
+        grid: the number of programs of the launch in each dimension.
     """
 
     name: str
@@ -41,15 +42,15 @@ class LaunchedKernel:
     grid: tuple[int, int, int]
 
     def text(self, stage: str) -> str:
-        """The kernel at a stage of the compiler: ttir, ttgir, llir; ptx or amdgcn.
+        """The kernel's text after a stage of the compiler: ttir, ttgir, llir; ptx or amdgcn.
 
         Raises:
-            ValueError: the cache has the binary alone, as those of `fastformer kernels compile`.
+            ValueError: the cache has only the binary, as the caches of `fastformer kernels compile` have.
         """
         files = get_cache_manager(self.metadata.hash).get_group(f"{self.name}.json") or {}
         if f"{self.name}.{stage}" not in files:
             raise ValueError(
-                f"the cache has no {stage} of {self.name}; `kernels compile` keeps none: use another --cache"
+                f"the cache has no {stage} of {self.name}, because `kernels compile` keeps none; use another --cache"
             )
         return Path(files[f"{self.name}.{stage}"]).read_text()
 
@@ -62,16 +63,16 @@ def stand_in(architecture: str) -> Iterator[list[LaunchedKernel]]:
         architecture: a name in `ARCHITECTURES`.
 
     Returns:
-        The kernels launched so far, in order; one that was launched twice stands there twice.
+        The kernels launched so far, in order, with repetitions.
 
     Raises:
-        ValueError: no such architecture. triton.OutOfResources: a kernel needs more shared or tensor memory than the
-            architecture has.
+        ValueError: there is no such architecture.
+        triton.OutOfResources: a kernel needs more shared or tensor memory than the architecture has.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}; got {architecture!r}")
     if triton.knobs.runtime.interpret:
-        raise RuntimeError("kernels are compiled outside Triton's interpreter only; unset TRITON_INTERPRET")
+        raise RuntimeError("Triton's interpreter cannot compile kernels; unset TRITON_INTERPRET")
     launched: list[LaunchedKernel] = []
     config = triton.runtime.driver
     previous = config._active
@@ -92,7 +93,7 @@ def gpu_target(architecture: str) -> GPUTarget:
 
 
 class _StandInDriver:
-    """What Triton's launch path asks of a driver, answered for a GPU that is not there."""
+    """A driver that answers Triton's launch path in place of a GPU."""
 
     def __init__(self, architecture: Architecture, launched: list[LaunchedKernel]) -> None:
         self.architecture = architecture
@@ -100,7 +101,7 @@ class _StandInDriver:
         self.utils = self
 
     def get_current_device(self) -> str:
-        """Triton keeps the kernels it has compiled by device: here by architecture."""
+        """The key under which Triton keeps compiled kernels: usually the device, here the architecture."""
         return self.architecture.name
 
     def get_current_stream(self, device: str) -> int:
@@ -113,7 +114,7 @@ class _StandInDriver:
         return {"max_shared_mem": self.architecture.shared_memory}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: str) -> tuple[int, Any, int, int, int]:
-        """Module, function, registers, spills, threads per CTA; the function comes back at the launch."""
+        """Return module, function, registers, spills and threads per CTA. The launcher is later given the function."""
         return 1, (name, binary), 0, 0, 1024
 
     def unload_module(self, module: int) -> None:
@@ -123,7 +124,7 @@ class _StandInDriver:
         constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
 
         def launch(grid_0: int, grid_1: int, grid_2: int, stream: int, function: Any, *arguments: Any) -> None:
-            # A kernel keeps its launcher for longer than this driver is active.
+            # A kernel keeps its launcher longer than this driver is active.
             driver = triton.runtime.driver.active
             name, binary = function
             driver.launched.append(LaunchedKernel(name, binary, metadata, constants, (grid_0, grid_1, grid_2)))

@@ -1,1 +1,1 @@
-"""Measuring on the user's GPU what the shipped defaults can only model."""
+"""Measure on the user's GPU which launch configurations are fastest. The shipped defaults come from a model."""

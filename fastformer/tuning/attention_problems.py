@@ -1,4 +1,4 @@
-"""Calls of attention and of decoding whose launch configurations are looked for."""
+"""Calls of attention and of decoding whose launch configurations are tuned."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _NOTHING_LEARNED = Learned(bias=False, relative=False, alibi_slopes=False, head_
 def attention_problems(
     dtype: torch.dtype, sizes: Sizes, lengths: Iterable[int], operations: Iterable[str]
 ) -> Iterator[Problem]:
-    """Attention of so many keys, full and causal."""
+    """Yield full and causal attention for each number of keys in `lengths`."""
     for length, head_dim, causal, operation in product(lengths, sizes.head_dims, (True, False), operations):
         yield _attention_problem(operation, dtype, sizes, length, head_dim, causal)
 
 
 def decode_problems(dtype: torch.dtype, sizes: Sizes) -> Iterator[Problem]:
-    """Attention of one new token of each sequence."""
+    """Yield attention of one new token of each sequence to a cache."""
     for batch, keys in sizes.caches:
         yield _decode_problem(dtype, sizes, batch, keys)
 
@@ -39,7 +39,7 @@ def _attention_problem(
     shape = (max(1, sizes.tokens // length), length, max(1, sizes.width // head_dim), head_dim)
 
     def heads(device: torch.device) -> Tensor:
-        # As a projection gives them: heads of a token side by side.
+        # The layout of a projection's result: the heads of a token are next to each other.
         return torch.randn(shape, device=device).to(dtype).transpose(1, 2)
 
     def of_forward(device: torch.device) -> Tensors:

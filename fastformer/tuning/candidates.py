@@ -1,4 +1,4 @@
-"""Which launch configurations are measured beside the shipped one of an operation."""
+"""The launch configurations of an operation that are measured and compared with the shipped one."""
 
 from __future__ import annotations
 
@@ -31,10 +31,13 @@ _ROWS = (
 
 
 def candidates(operation: str, default: Any, architecture: Architecture, head_dim: int, element_size: int) -> list[Any]:
-    """Other configurations than `default` of an operation.
+    """Configurations of `operation` other than `default`.
 
     Args:
-        head_dim: of attention; without meaning for other operations.
+        operation: the operation, such as "attention_forward".
+        default: the shipped configuration.
+        architecture: the GPU's architecture.
+        head_dim: the size of attention's heads; other operations ignore it.
         element_size: bytes of an element of the tensors.
     """
     if operation in _ATTENTION:

@@ -1,4 +1,4 @@
-"""Compiling the candidates of problems by parallel processes, while others are measured."""
+"""Compile the candidates of the next problems in parallel processes, while other problems are measured."""
 
 from __future__ import annotations
 
@@ -20,23 +20,26 @@ from fastformer.tuning.problem import Problem
 
 Launch = Callable[[], object]
 
-# Problems whose compilation is asked for before their turn.
+# The number of problems, including the current one, whose compilation is requested in advance.
 _AHEAD = 12
 
 
 Prepare = Callable[[int], Failures]
-"""Waits until the kernels of the problem of that number are compiled; returns which configurations cannot be."""
+"""Waits until the kernels of the problem with that number are compiled. Returns the configurations that failed."""
 
 
 @contextlib.contextmanager
 def compiled_ahead(problems: Sequence[Problem], architecture: str, processes: int) -> Iterator[Prepare]:
-    """Compiles these problems' kernels into Triton's cache, in this order, ahead of those that are asked for."""
+    """Compile the kernels of these problems into Triton's cache, in this order, before they are needed."""
     with compiler(Path(triton.knobs.cache.dir), processes) as submit:
         yield _Ahead(problems, architecture, submit).failures
 
 
 def launches(problem: Problem, architecture: str) -> dict[Any, Launch]:
-    """The call on meta tensors, by configuration, the default first; to be run under a stand-in for `architecture`."""
+    """The problem's call on meta tensors for each configuration, the default first.
+
+    Run the calls under a stand-in for `architecture`.
+    """
     tensors: list[torch.Tensor] = []
     defaults: list[Any] = []
 
@@ -44,14 +47,14 @@ def launches(problem: Problem, architecture: str) -> dict[Any, Launch]:
         tensors.extend(problem.tensors(torch.device("meta")))
         defaults.append(class_and_default(problem, tensors)[1])
 
-    # Its launches are stopped before they compile anything.
+    # The launches are stopped before anything is compiled.
     specializations_of([ask], architecture)
     configurations = (*defaults, *others(problem, defaults[0], ARCHITECTURES[architecture]))
     return {configuration: partial(_launch, problem, configuration, tensors) for configuration in configurations}
 
 
 def launch_candidates(problem: Problem) -> None:
-    """The call on meta tensors with each configuration, the default first; to be run under a stand-in."""
+    """Make the problem's call on meta tensors with each configuration, the default first. Run it under a stand-in."""
     tensors = problem.tensors(torch.device("meta"))
     _, default = class_and_default(problem, tensors)
     for configuration in others(problem, default, architecture_of(tensors[0])):
@@ -59,7 +62,7 @@ def launch_candidates(problem: Problem) -> None:
 
 
 def launch_exact(problem: Problem) -> None:
-    """The call on meta tensors in float32, with which results are compared; to be run under a stand-in."""
+    """Make the float32 call that results are compared with, on meta tensors. Run it under a stand-in."""
     problem.call(*widened(problem.tensors(torch.device("meta"))))
 
 
@@ -81,7 +84,7 @@ class _Ahead:
         self._asked: list[dict[Any, list[Future[str | None]]]] = []
 
     def failures(self, number: int) -> Failures:
-        """Why configurations of problem `number` cannot be launched; waits until all are compiled."""
+        """Wait until problem `number` is compiled. Returns the configurations that cannot be launched, with reasons."""
         for problem in self._problems[len(self._asked) : number + _AHEAD]:
             self._ask(problem)
         for future in self._exact[number]:
@@ -94,7 +97,7 @@ class _Ahead:
         try:
             choices = launches(problem, self._architecture)
         except Exception:
-            # Even the shipped configuration is refused: who measures it will find the reason.
+            # Even the shipped configuration is refused: its measurement will report the reason.
             choices = {}
         self._asked.append({choice: self._compile(launch) for choice, launch in choices.items()})
 

@@ -1,4 +1,4 @@
-"""Calls of the parts of a feed-forward block whose plans and launch configurations are looked for."""
+"""Calls of the parts of a feed-forward block whose plans and launch configurations are tuned."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastformer.tuning.problem import Call, Make, Problem, Results, Sizes, Tensors
 
-# Columns of the result for each unit of depth: the hidden layer is by convention four times as wide as the block.
+# The width of the hidden layer divided by the width of the block: four by convention.
 _WIDENING = 4
 _ACTIVATION = "gelu"
 _KERNELS: dict[Operation, str] = {
@@ -27,7 +27,7 @@ _KERNELS: dict[Operation, str] = {
 
 
 def feed_forward_problems(dtype: torch.dtype, sizes: Sizes) -> Iterator[Problem]:
-    """Each part of the block: the fused kernel's configuration, then whether it beats a library's product."""
+    """Yield two problems for each part of the block: the fused kernel's configuration, then the fused kernel or not."""
     for (tokens, depth), operation in product(sizes.products, SAVED_PASSES):
         problem = _problem(operation, dtype, tokens, depth)
         yield _of_fused_kernel(problem, _KERNELS[operation])
@@ -35,7 +35,7 @@ def feed_forward_problems(dtype: torch.dtype, sizes: Sizes) -> Iterator[Problem]
 
 
 def _problem(operation: Operation, dtype: torch.dtype, tokens: int, depth: int) -> Problem:
-    """A part of the block on random tensors, with what a training step asks of it."""
+    """A part of the block on random tensors, called as a training step calls it."""
     gated = operation.startswith("gated")
 
     def matrix(rows: int, columns: int, device: torch.device) -> Tensor:
@@ -74,7 +74,7 @@ def _problem(operation: Operation, dtype: torch.dtype, tokens: int, depth: int) 
 
 
 def _of_fused_kernel(problem: Problem, kernel: str) -> Problem:
-    """The same call by the fused kernel, whose own configuration is looked for."""
+    """The same call with the fused kernel, whose launch configuration is tuned."""
 
     def call(*tensors: Tensor) -> Results:
         with forced_plan("fused"):

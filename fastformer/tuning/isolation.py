@@ -1,4 +1,4 @@
-"""Measuring in a process of its own: a configuration that hangs or kills it is passed over, nothing else is lost."""
+"""Measure in a separate process: a configuration that hangs or kills it is skipped, and all other findings are kept."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from fastformer.tuning.problem import Problem
 
 MakeProblems = Callable[[], list[Problem]]
 MakeTimer = Callable[[torch.device], Timer]
-"""Both are pickled: functions of a module, or partial ones."""
+"""`MakeProblems` and `MakeTimer` are pickled: use functions of a module, or `partial` of them."""
 
-# Seconds until a configuration counts as hanging; the default's include the exact results and the process's start.
+# Seconds until a configuration counts as hanging. The second number is for the default configuration: its time includes
+# the start of the process and the computation of the exact results.
 _LONGEST, _LONGEST_DEFAULT = 30.0, 150.0
 _PATIENCE = 10.0
 
@@ -33,13 +34,13 @@ def measure_apart(
     prepare: Prepare,
     longest: float = _LONGEST,
 ) -> Iterator[Finding | Unmeasured]:
-    """As `measure`, in another process, which is replaced when it hangs or dies.
+    """Do the work of `measure` in another process, which is replaced when it hangs or dies.
 
     Args:
-        make_problems: gives what to measure.
-        device: where.
-        make_timer: gives the timer.
-        prepare: is called before each problem, with its number.
+        make_problems: returns the problems to measure.
+        device: the device to measure on.
+        make_timer: returns the timer.
+        prepare: called before each problem, with its number.
         longest: seconds until a configuration counts as hanging.
     """
     found: dict[str, dict[str, int]] = {}
@@ -63,20 +64,20 @@ class _Measurer:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
         self._process.start()
-        # Its end is then seen as the end of the connection.
+        # With this end closed here, the process's death is seen as the end of the connection.
         theirs.close()
 
     def close(self) -> None:
         """End the process."""
         self._process.kill()
-        # One that waits for a broken GPU may not end at all; another takes its place all the same.
+        # A process that waits for a broken GPU may never end. It is replaced anyway.
         self._process.join(_PATIENCE)
         self._connection.close()
 
     def measure(
         self, number: int, problem: Problem, failures: dict[Any, str], found: dict[str, dict[str, int]]
     ) -> Finding | Unmeasured:
-        """The finding of problem `number`; one process after the other until none hangs or dies."""
+        """Measure problem `number`, with a new process after each that hangs or dies, until one succeeds."""
         while True:
             trying, outcome = self._try(number, failures, found)
             if isinstance(outcome, tuple):
@@ -90,7 +91,7 @@ class _Measurer:
     def _try(
         self, number: int, failures: Failures, found: dict[str, dict[str, int]]
     ) -> tuple[Any, tuple[Any, ...] | str]:
-        """The configuration that was tried last, and what was found, or why nothing was."""
+        """Measure once. Returns the configuration tried last, and the finding or the reason why there is none."""
         trying: Any = None
         try:
             self._connection.send((number, failures, found))

@@ -1,4 +1,4 @@
-"""Which launch configuration of a call is the fastest of those that compute the same."""
+"""Find the fastest launch configuration of a call among those with correct results."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from fastformer.tuning.problem import Problem, Results, Tensors
 _SECONDS = 0.03
 
 Timer = Callable[[Sequence[Callable[[], object]]], float]
-"""Seconds of a call, which is given for several sets of buffers."""
+"""Returns the seconds of a call. The call is given once for each of several sets of buffers."""
 Failures = Mapping[Any, str]
-"""Why configurations cannot be launched."""
+"""The configurations that cannot be launched, with reasons."""
 
-# A candidate that is not faster by more may owe it to chance.
+# A smaller gain may be chance.
 LEAST_GAIN = 0.02
-# By element size: float32 results are the exact ones for 16-bit types. In float32 itself nothing is more exact than the
-# shipped configuration, from which sums in another order differ by some roundings.
+# Allowed roundings by element size. 16-bit results are compared with exact float32 ones. For float32, nothing is more
+# exact than the shipped configuration, and sums in another order differ from it by some roundings.
 _ROUNDINGS = {2: 1, 4: 64}
-# Sets of buffers together are larger than any cache.
+# All sets of buffers together should be larger than any cache.
 _BUFFER_BYTES = 256 << 20
 _MOST_BUFFERS = 4
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of a problem.
+    """The measured configurations of a problem.
 
     Attributes:
         problem: the call.
-        key: of the class of shapes it stands for.
+        key: the key of the class of shapes that the call stands for.
         default: the shipped configuration.
-        seconds: that each configuration takes, the default's first.
-        failures: why other configurations have no time: what the compiler said, or a result that is too far off.
+        seconds: seconds of the call by configuration, the default first.
+        failures: the configurations without a time, with reasons: the compiler's message, or a wrong result.
     """
 
     problem: Problem
@@ -55,19 +55,19 @@ class Finding:
 
     @property
     def winner(self) -> Any:
-        """The fastest configuration; the default where none is faster by `LEAST_GAIN`."""
+        """The fastest configuration; the default if no other is faster by more than `LEAST_GAIN`."""
         best = min(self.seconds, key=self.seconds.__getitem__)
         return best if self.seconds[best] < (1 - LEAST_GAIN) * self.seconds[self.default] else self.default
 
     @property
     def gain(self) -> float:
-        """How many times as fast as the default the winner is."""
+        """The speed of the winner divided by the speed of the default."""
         return self.seconds[self.default] / self.seconds[self.winner]
 
 
 @dataclass(frozen=True)
 class Unmeasured:
-    """A problem whose shipped configuration could not be measured, and why."""
+    """A problem whose shipped configuration could not be measured, and the reason."""
 
     problem: Problem
     reason: str
@@ -76,16 +76,15 @@ class Unmeasured:
 def measure(
     problems: Iterable[Problem], device: torch.device, timer: Timer, most: int | None = None
 ) -> Iterator[Finding]:
-    """The findings of each problem, one by one.
+    """Measure the problems one by one and yield a finding for each.
 
-    What was found earlier is launched by the problems that follow. While this goes on nothing else that was measured
-    is used.
+    Later problems use the winners of earlier ones. Configurations measured before this call are not used meanwhile.
 
     Args:
-        problems: what to measure.
-        device: where.
-        timer: seconds of a call; on a GPU of the work it launches.
-        most: configurations beside the default, at most; None for all.
+        problems: the calls to measure.
+        device: the device to measure on.
+        timer: returns the seconds of a call; on a GPU, of the work that it launches.
+        most: the most configurations to measure in addition to the default; None for all.
     """
     found: dict[str, dict[str, int]] = {}
     for problem in problems:
@@ -96,17 +95,17 @@ def measure(
 
 
 def winners(findings: Iterable[Finding | Unmeasured]) -> dict[str, dict[str, int]]:
-    """What is stored: the fields of the fastest configurations by class of shapes."""
+    """The data to store: the fields of the fastest configuration by class of shapes."""
     return {finding.key: asdict(finding.winner) for finding in findings if isinstance(finding, Finding)}
 
 
 def others(problem: Problem, default: Any, architecture: Architecture) -> list[Any]:
-    """The configurations that are measured beside the default."""
+    """The configurations that are measured in addition to the default."""
     return candidates(problem.operation, default, architecture, problem.head_dim, problem.dtype.itemsize)
 
 
 def class_and_default(problem: Problem, tensors: Tensors) -> tuple[str, Any]:
-    """The key of the class that the call belongs to, and its shipped configuration, found by making the call."""
+    """The key of the call's class of shapes, and its shipped configuration. Both are found by making the call."""
     with shipped_defaults() as asked:
         problem.call(*tensors)
     return next((key, default) for key, default in asked.items() if key.split()[0] == problem.operation)
@@ -120,12 +119,12 @@ def finding_of(
     most: int | None = None,
     trying: Callable[[Any], None] = lambda configuration: None,
 ) -> Finding:
-    """The finding of one problem.
+    """Measure one problem.
 
     Args:
-        problem, device, timer, most: as of `measure`.
+        problem, device, timer, most: see `measure`.
         known: failures that are known beforehand.
-        trying: told of each configuration before it is launched; of the default as None.
+        trying: called with each configuration before it is launched, and with None for the default.
     """
     trying(None)
     failures = dict(known)
@@ -151,7 +150,8 @@ def finding_of(
                     seconds[configuration] = _seconds(problem, buffers, timer)
         except Exception as error:
             failures[configuration] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            # After an illegal access nothing works on the GPU any more: that is no fault of the next configuration.
+            # After an illegal access nothing works on the GPU any more. Raise here, before the next configuration is
+            # blamed for it.
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
     return Finding(problem, key, default, seconds, failures)
@@ -162,25 +162,25 @@ def _seconds(problem: Problem, buffers: Sequence[Tensors], timer: Timer) -> floa
 
 
 def widened(tensors: Tensors) -> Tensors:
-    """The arguments in float32, from which results come that are exact beside those of 16-bit types."""
+    """The arguments in float32. Their results count as exact compared with those of 16-bit types."""
     return [tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors]
 
 
 def too_far(
     results: Sequence[Tensor], shipped: Sequence[Tensor], exact: Sequence[Tensor], roundings: int
 ) -> str | None:
-    """What is wrong with results: an error of more than twice that of the shipped configuration and some roundings."""
+    """The reason why results are wrong: the error is above twice the shipped configuration's plus some roundings."""
     for number, (result, default, reference) in enumerate(zip(results, shipped, exact, strict=True)):
         unit = torch.finfo(result.dtype).eps * reference.abs().max().item()
         allowed = 2 * (default.float() - reference).abs().max().item() + roundings * unit
         error = (result.float() - reference).abs().max().item()
         if not error <= allowed:
-            return f"result {number} is off by {error:.3g}, allowed is {allowed:.3g}"
+            return f"result {number} is off by {error:.3g}; at most {allowed:.3g} is allowed"
     return None
 
 
 def results_of(problem: Problem, tensors: Tensors) -> list[Tensor]:
-    """What is compared."""
+    """Make the call and return the results to compare: all floating-point tensors that are not empty."""
     results: Results = problem.call(*tensors)
     return [result for result in results if result is not None and result.is_floating_point() and result.numel()]
 

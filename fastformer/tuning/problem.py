@@ -1,4 +1,4 @@
-"""A call whose launch configuration is looked for, and how large such calls are."""
+"""A call whose launch configuration is tuned, and the sizes of such calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Results = tuple[Tensor | None, ...]
 Make = Callable[[torch.device], Tensors]
 """Makes random arguments on a device."""
 Call = Callable[..., Results]
-"""Computes results from them, which may take an argument's place."""
+"""Computes results from the arguments. It may write a result over an argument."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,13 @@ class Problem:
     """A call that stands for a class of shapes.
 
     Attributes:
-        group: what the user calls it.
-        operation: whose configuration is looked for.
-        case: the call in words.
-        dtype: of all tensors that have no dtype of their own.
-        tensors, call: what it is done with, and the call itself.
-        head_dim: of attention; 0 for other operations.
+        group: the user's name for the operation.
+        operation: the operation whose configuration is tuned.
+        case: a description of the call.
+        dtype: the dtype of all tensors without a fixed dtype.
+        tensors: makes the arguments of the call.
+        call: the call itself.
+        head_dim: the size of attention's heads; 0 for other operations.
     """
 
     group: Group
@@ -45,15 +46,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the calls are: each class of shapes has a call of about its upper end, an open class one beyond.
+    """The sizes of the calls. Each class of shapes has a call near its upper end; a class without one, a larger call.
 
     Attributes:
-        tokens, width: of the activations between layers.
-        lengths, head_dims: of attention.
-        columns: of rows that are normalised.
-        classes: of cross-entropy.
-        caches: of decoding: sequences, and keys of each.
-        products: of feed-forward blocks: tokens and depth.
+        tokens, width: the shape of the activations between layers.
+        lengths, head_dims: sequence lengths and head sizes of attention.
+        columns: lengths of the rows that are normalised.
+        classes: numbers of classes of cross-entropy.
+        caches: caches of decoding, each as (sequences, keys of each sequence).
+        products: feed-forward blocks, each as (tokens, depth).
     """
 
     tokens: int
@@ -67,7 +68,7 @@ class Sizes:
 
     @property
     def elements(self) -> int:
-        """Of the activations."""
+        """The number of elements of the activations."""
         return self.tokens * self.width
 
 
@@ -81,7 +82,7 @@ FULL = Sizes(
     caches=((8, 16384), (1, 32768), (64, 4096)),
     products=tuple(product((4 * TOKEN_CLASSES[-1], *reversed(TOKEN_CLASSES)), (*DEPTH_CLASSES, 2 * DEPTH_CLASSES[-1]))),
 )
-# For the interpreter.
+# Sizes for Triton's interpreter.
 TINY = Sizes(
     tokens=32,
     width=32,

@@ -1,4 +1,4 @@
-"""The calls whose launch configurations are looked for, the most valuable first."""
+"""The calls whose launch configurations are tuned, the most valuable first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastformer.tuning.row_problems import cross_entropy_problems, norm_problems
 
 
 def problems(dtypes: Iterable[torch.dtype], groups: Iterable[Group], sizes: Sizes = FULL) -> list[Problem]:
-    """A call for every class of shapes of these groups of operations."""
+    """One call for each class of shapes of these groups of operations."""
     wanted = set(groups)
     both = ("attention_forward", "attention_backward")
     return [

@@ -1,4 +1,4 @@
-"""Keeps the launch configurations that were measured, and shows them."""
+"""Store and show the launch configurations that were measured."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from fastformer.tuning.measurement import Finding, Unmeasured
 
 
-_NOT_LAUNCHED = "not launched: what does not compile, needs more than the GPU has, hangs, or computes something else."
+_NOT_LAUNCHED = (
+    "not launched: configurations that do not compile, need more than the GPU has, hang, or give wrong results."
+)
 
 
 def store_plans(path: Path, architecture: str, measured: dict[str, dict[str, int]]) -> None:
-    """Add configurations measured on `architecture` with this triton to the file, atomically; those of other triton go.
+    """Add configurations measured on `architecture` with this version of triton to the file, atomically.
 
-    A damaged file, or one of another format, is reported on standard error and replaced.
+    The architecture's configurations that another version of triton measured are removed. A damaged file, or one of
+    another format, is reported on standard error and replaced.
 
     Raises:
         OSError: the file cannot be written.
@@ -33,7 +36,7 @@ def store_plans(path: Path, architecture: str, measured: dict[str, dict[str, int
     try:
         architectures = read_plans(path)
     except ValueError as error:
-        print(f"fastformer tune: {error}; it is replaced", file=sys.stderr)
+        print(f"fastformer tune: {error}; the file is replaced", file=sys.stderr)
         architectures = {}
     before = architectures.get(architecture, {"triton": None, "configurations": {}})
     kept = before["configurations"] if before["triton"] == triton.__version__ else {}
@@ -43,7 +46,7 @@ def store_plans(path: Path, architecture: str, measured: dict[str, dict[str, int
 
 
 def summary(findings: Sequence[Finding | Unmeasured]) -> Table:
-    """A row for each operation; what could not be measured is in the note."""
+    """A table with a row for each operation. The note lists the problems that could not be measured."""
     from fastformer.tuning.measurement import Unmeasured
 
     by_operation: dict[str, list[Finding]] = {}

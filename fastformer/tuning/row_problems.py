@@ -1,4 +1,4 @@
-"""Calls of norms, softmax and cross-entropy whose launch configurations are looked for."""
+"""Calls of norms, softmax and cross-entropy whose launch configurations are tuned."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastformer.tuning.problem import Call, Problem, Results, Sizes, Tensors
 
 
 def norm_problems(dtype: torch.dtype, sizes: Sizes, operation: str) -> Iterator[Problem]:
-    """LayerNorm and RMSNorm, forward with a residual, or backward."""
+    """Yield LayerNorm and RMSNorm, either forward with a residual, or backward."""
     make = _norm_forward_problem if operation == "norm_forward" else _norm_backward_problem
     for columns, centered in product(sizes.columns, (True, False)):
         yield make(dtype, sizes.elements // columns, columns, centered)
@@ -80,7 +80,7 @@ def _case(operation: str, rows: int, columns: int, centered: bool) -> str:
 
 
 def softmax_problems(dtype: torch.dtype, sizes: Sizes) -> Iterator[Problem]:
-    """Softmax along rows, forward and backward."""
+    """Yield softmax along rows, forward and backward."""
     for columns, forward in product(sizes.columns, (True, False)):
         yield _softmax_problem(dtype, sizes.elements // columns, columns, forward)
 
@@ -106,7 +106,7 @@ def _softmax_problem(dtype: torch.dtype, rows: int, columns: int, is_forward: bo
 
 
 def cross_entropy_problems(dtype: torch.dtype, sizes: Sizes) -> Iterator[Problem]:
-    """Cross-entropy, forward, backward, and both at once in the logits' place."""
+    """Yield cross-entropy forward, backward, and both at once, which writes the gradient over the logits."""
     for classes, way in product(sizes.classes, ("at once", "forward", "backward")):
         yield _cross_entropy_problem(dtype, max(1, 8 * sizes.elements // classes), classes, way)
 

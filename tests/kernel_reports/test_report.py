@@ -181,10 +181,10 @@ FIGURES = Figures(
         ({"instructions": 1030, "registers": 255}, []),
         ({"highlights": {"UTCHMMA": 8, "UTMALDG": 4}}, []),
         ({"instructions": 1031}, ["instructions 1000 -> 1031 (+3.1%, at most +3%)"]),
-        ({"spill_bytes": 4}, ["spills 0 -> 4 bytes a thread"]),
-        ({"shared_memory": 232449}, ["needs 232449 bytes of shared memory of 232448"]),
-        ({"highlights": {"HMMA": 64, "UTMALDG": 4}}, ["lost its matrix products by HGMMA"]),
-        ({"highlights": {"HGMMA": 32, "LDGSTS.128": 4}}, ["lost its copies by UTMALDG or UBLKCP"]),
+        ({"spill_bytes": 4}, ["spills 0 -> 4 bytes per thread"]),
+        ({"shared_memory": 232449}, ["needs 232449 bytes of shared memory; the limit is 232448"]),
+        ({"highlights": {"HMMA": 64, "UTMALDG": 4}}, ["no longer has matrix products by HGMMA"]),
+        ({"highlights": {"HGMMA": 32, "LDGSTS.128": 4}}, ["no longer has copies by UTMALDG or UBLKCP"]),
         ({"kernel": "_other"}, ["recorded, but no longer launched", "launched, but not recorded"]),
     ],
 )
@@ -208,7 +208,7 @@ def test_the_gate_names_what_got_worse(change: dict, expected: list[str]) -> Non
 )
 def test_attention_may_not_spill_on_hopper(architecture: str, work: str, spill_bytes: int, unwanted: bool) -> None:
     lines = unwanted_spills([replace(FIGURES, architecture=architecture, work=work, spill_bytes=spill_bytes)])
-    assert lines == ([f"{architecture} {work} _forward_kernel: spills 4 bytes a thread"] if unwanted else [])
+    assert lines == ([f"{architecture} {work} _forward_kernel: spills 4 bytes per thread"] if unwanted else [])
 
 
 def test_a_triton_without_recorded_figures_is_told_how_to_record_them(tmp_path: Path) -> None:
