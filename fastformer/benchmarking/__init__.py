@@ -1,4 +1,4 @@
-"""Speed, memory and learning beside the peers, measured in one run: the command ``fastformer bench``.
+"""The command ``fastformer bench``: speed, memory and learning, compared with the peers in the same run.
 
-A study (`fastformer.benchmarking.studies`) has cases; in each case Fastformer and its peers do the same work in turns.
+A study (`fastformer.benchmarking.studies`) has cases. In each case Fastformer and its peers do the same work in turns.
 """

@@ -1,4 +1,4 @@
-"""One attention, as Fastformer and each of its peers is asked for it."""
+"""One attention problem, and the call of Fastformer and of each peer that solves it."""
 
 from __future__ import annotations
 
@@ -19,25 +19,30 @@ from fastformer.benchmarking.study import Peer
 from fastformer.ops import alibi_slopes, attention, scaled_dot_product_attention
 
 MAX_DISTANCE = 128
-"""Of relative biases; beyond it they are the same."""
+"""The largest distance with its own relative bias; all larger distances share one."""
 
 FLEX = "FlexAttention"
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Self-attention of random tokens, and what a Transformer adds to it.
+    """Self-attention of random tokens, with the options that Transformers use.
 
     Attributes:
-        batch, heads, sequence, head_dim: of the query; `kv_heads`: of key and value, None: as many.
-        causal: no key after the query's own position. window: and none further before it than this.
-        alibi: a penalty of the distance. bias: (heads, sequence, sequence), added, with a gradient.
-        relative_bias: (heads, distances), added by the keys' distance from the query, with a gradient.
-        sinks: a logit of each head, with a gradient, that takes part in the softmax and has no value.
-        softcap: of the scores. dropout_p: of the weights.
-        lengths: of the sequences without their padding, the longest `sequence`; None: all full.
-        packed: whoever can takes the sequences without padding.
-        dtype, device, backward: of all tensors; whether gradients are computed.
+        batch, heads, sequence, head_dim: the shape of the query.
+        dtype, device: the dtype and the device of all tensors.
+        backward: whether gradients are computed.
+        kv_heads: heads of key and value; None for the same number as the query has.
+        causal: whether keys after the query's own position are masked.
+        window: the most positions before its own that a query attends to. Keys after its own are masked too.
+        alibi: whether scores have a penalty that grows with the distance.
+        bias: whether a bias (heads, sequence, sequence) with a gradient is added to the scores.
+        relative_bias: whether a bias (heads, distances) with a gradient is added, by the distance of key and query.
+        sinks: whether each head has a logit with a gradient that takes part in the softmax and has no value.
+        softcap: the softcap of the scores.
+        dropout_p: the dropout of the weights.
+        lengths: lengths of the sequences without padding; the longest is `sequence`. None if nothing is padding.
+        packed: whether peers that can take packed sequences get them without padding.
     """
 
     batch: int
@@ -61,10 +66,10 @@ class Attention:
 
     @property
     def flop(self) -> float:
-        """Of the two products of the forward, five with the backward's, over the pairs that may attend.
+        """Operations of the matrix products over the pairs that may attend: two in the forward, five in the backward.
 
-        Half of them are causal; the recomputation of the weights counts once: 2.5 forwards for a backward, as in the
-        FlashAttention papers.
+        Half of all pairs may attend if attention is causal. The five products of the backward include one recomputation
+        of the scores. So a backward counts as 2.5 forwards, as in the FlashAttention papers.
         """
         lengths = self.lengths or (self.sequence,) * self.batch
         if self.window is None:
@@ -75,26 +80,27 @@ class Attention:
 
     @property
     def learned(self) -> bool:
-        """Whether it has parameters."""
+        """Whether the attention has learned parameters."""
         return self.bias or self.relative_bias or self.sinks
 
     @property
     def group(self) -> int:
-        """Query heads of each key/value head."""
+        """The number of query heads for each key/value head."""
         return self.heads // (self.kv_heads or self.heads)
 
     @property
     def real(self) -> Tensor:
-        """(batch, sequence) boolean: what is not padding."""
+        """A (batch, sequence) boolean mask of the tokens that are not padding."""
         lengths = torch.tensor(self.lengths or (self.sequence,) * self.batch, device=self.device)
         return torch.arange(self.sequence, device=self.device) < lengths[:, None]
 
 
 def peers(call: Attention, flex: bool) -> dict[str, Peer]:
-    """Everybody who can compute `call`, and where.
+    """All peers that can compute `call`, by name.
 
     Args:
-        flex: whether FlexAttention takes part, which takes seconds to compile.
+        call: the attention to compute.
+        flex: whether to include FlexAttention, which takes seconds to compile.
     """
     found = {
         OURS: Peer(partial(_call, call, _fastformer)),
@@ -113,10 +119,10 @@ def peers(call: Attention, flex: bool) -> dict[str, Peer]:
 
 
 def compiled_peers(call: Attention) -> dict[str, Peer]:
-    """Those that take seconds to compile."""
+    """The peers that take seconds to compile."""
     found = {}
     if not call.dropout_p and not call.sinks:
-        # Its backward has no implementation for a CPU.
+        # FlexAttention's backward has no implementation for a CPU.
         devices = ("cuda",) if call.backward else ()
         found[FLEX] = Peer(partial(_call, call, _flex), devices=devices, compiled=True)
     found["torch.compile"] = Peer(partial(_call, call, _compiled_eager, False), compiled=True)
@@ -124,12 +130,12 @@ def compiled_peers(call: Attention) -> dict[str, Peer]:
 
 
 def twin(call: Attention) -> Peer:
-    """Our `scaled_dot_product_attention`, for a call that asks for nothing but `causal`."""
+    """Our `scaled_dot_product_attention`, for a call with no option except `causal`."""
     return Peer(partial(_call, call, _twin))
 
 
 def comparable(call: Attention) -> Callable[[Tensor], Tensor]:
-    """Picks what must be equal of a result's tensor: the real tokens, packed, where some are padding."""
+    """A function that selects the comparable part of a result: if some tokens are padding, the other ones, packed."""
     real = call.real
 
     def select(tensor: Tensor) -> Tensor:
@@ -142,16 +148,18 @@ def comparable(call: Attention) -> Callable[[Tensor], Tensor]:
 
 
 def of_first_heads(call: Attention, results: Sequence[Tensor]) -> list[Tensor]:
-    """Of the output and the gradients that a peer found: what belongs to the query heads of the first key/value head,
-    and to tokens that are not padding."""
+    """Select the part of a peer's output and gradients that belongs to the query heads of the first key/value head.
+
+    Padding tokens are left out.
+    """
     select = comparable(call)
-    heads = [call.group, call.group, 1, 1]  # of the output and the gradients of query, key and value
+    heads = [call.group, call.group, 1, 1]  # heads of the output, and of the gradients of query, key and value
     tokens = [select(each)[..., :number, :] for each, number in zip(results, heads, strict=False)]
     return [*tokens, *(each[: call.group] for each in results[len(heads) :])]
 
 
 def exact_first_heads(call: Attention) -> list[Tensor]:
-    """What `of_first_heads` must give of right results: the formula's own, in float32."""
+    """Compute in float32, by the formula, what `of_first_heads` selects from correct results."""
     asked = _call(replace(call, packed=False), _nothing)
     heads = [call.group, 1, 1]
     tokens = [each[:, :, :number] for each, number in zip(asked.inputs, heads, strict=False)]
@@ -169,7 +177,7 @@ def exact_first_heads(call: Attention) -> list[Tensor]:
 
 
 def _sdpa_peers(call: Attention) -> dict[str, Peer]:
-    """Each of `scaled_dot_product_attention`'s backends; what one refuses on a GPU, the results say."""
+    """The backends of `scaled_dot_product_attention`. A backend that refuses a call on a GPU is reported as failed."""
     learned_or_random = bool(call.dropout_p) or call.learned
     devices: dict[str, tuple[SDPBackend, tuple[str, ...]]] = {
         "SDPA math": (SDPBackend.MATH, ()),
@@ -188,12 +196,15 @@ def _sdpa_peers(call: Attention) -> dict[str, Peer]:
 
 
 def _call(call: Attention, make_function: Callable[[Attention], Function], packs: bool = True) -> Call:
-    """The call of a function of query, key and value, (batch, sequence, heads, head_dim) or packed (tokens, ...), and
-    of bias, relative bias and sinks, each None where there is none.
+    """The call of a function of query, key, value, bias, relative bias and sinks.
+
+    Query, key and value are (batch, sequence, heads, head_dim), or packed (tokens, heads, head_dim). The other three
+    are None if `call` has none.
 
     Args:
-        make_function: makes it, with the masks that a training run would make once.
-        packs: whether it takes packed sequences packed.
+        call: the attention to compute.
+        make_function: makes the function, with the masks that a training run would make once.
+        packs: whether the function accepts packed sequences.
     """
     make = maker(call.dtype, call.device)
     tokens = _real_tokens(call)
@@ -202,7 +213,7 @@ def _call(call: Attention, make_function: Callable[[Attention], Function], packs
         dense = make.normal(call.batch, call.sequence, heads, call.head_dim, grad=False)
         if tokens is None:
             return dense
-        # Nothing of the padding reaches what is compared, and no gradient comes from it.
+        # Padding is zero: it does not influence the compared results, and no gradient comes from it.
         return dense.flatten(0, 1)[tokens] if call.packed and packs else dense * call.real[:, :, None, None]
 
     kv_heads = call.kv_heads or call.heads
@@ -221,7 +232,7 @@ def _call(call: Attention, make_function: Callable[[Attention], Function], packs
 
 
 def _real_tokens(call: Attention) -> Tensor | None:
-    """Where those that are not padding are, among all of a batch; None: everywhere."""
+    """The positions, in the flattened batch, of the tokens that are not padding; None if there is no padding."""
     if call.lengths is None:
         return None
     places = [place * call.sequence + torch.arange(length) for place, length in enumerate(call.lengths)]
@@ -229,7 +240,7 @@ def _real_tokens(call: Attention) -> Tensor | None:
 
 
 def _nothing(call: Attention) -> Function:
-    """For a call that is asked for its inputs alone."""
+    """A function that computes nothing, for a call of which only the inputs are used."""
     return lambda *inputs: None
 
 
@@ -240,7 +251,7 @@ def _cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
 def _fastformer(call: Attention) -> Function:
     options: dict[str, Any] = {
         "causal": call.causal,
-        "alignment": "top_left",  # a query's position is its own, whatever is padding
+        "alignment": "top_left",  # padding does not change a query's position
         "window": None if call.window is None else (call.window, None),
         "alibi_slopes": alibi_slopes(call.heads).to(call.device) if call.alibi else None,
         "softcap": call.softcap,
@@ -281,13 +292,13 @@ def _twin(call: Attention) -> Function:
 
 
 def _distances(call: Attention) -> Tensor:
-    """(sequence, sequence): how far after the key the query is."""
+    """The (sequence, sequence) distances from key to query, positive if the query comes after the key."""
     place = torch.arange(call.sequence, device=call.device)
     return place[:, None] - place
 
 
 def _mask(call: Attention) -> Tensor | None:
-    """Boolean, who may attend to whom, broadcastable to (batch, heads, sequence, sequence); None: all to all."""
+    """A boolean mask of the pairs that may attend, broadcastable to (batch, heads, sequence, sequence); None: all."""
     mask = None
     if call.causal:
         mask = _distances(call) >= 0
@@ -301,7 +312,7 @@ def _mask(call: Attention) -> Tensor | None:
 
 
 def _added(call: Attention) -> Tensor | None:
-    """What the mask and ALiBi add to the scores, (batch or 1, heads or 1, sequence, sequence)."""
+    """The sum that mask and ALiBi add to the scores, (batch or 1, heads or 1, sequence, sequence)."""
     mask = _mask(call)
     if not call.alibi:
         zero = torch.zeros((), dtype=call.dtype, device=call.device)
@@ -312,17 +323,17 @@ def _added(call: Attention) -> Tensor | None:
 
 
 def _places(call: Attention) -> Tensor:
-    """(sequence, sequence): where in a table of relative biases that of a query and a key is."""
+    """The (sequence, sequence) indices of each pair of query and key in a table of relative biases."""
     return (-_distances(call)).clamp(-MAX_DISTANCE, MAX_DISTANCE) + MAX_DISTANCE
 
 
 def _relative(places: Tensor, relative_bias: Tensor) -> Tensor:
-    """The bias that a table of relative biases comes to, (heads, sequence, sequence), as T5 makes it."""
+    """The bias (heads, sequence, sequence) that a table of relative biases gives, computed as in T5."""
     return F.embedding(places, relative_bias.t()).permute(2, 0, 1).contiguous()
 
 
 def _eager(call: Attention) -> Function:
-    """The formula, operation by operation, as models without a fused attention have it."""
+    """The formula, operation by operation, as models without a fused attention compute it."""
     return _formula(call, _added(call))
 
 
@@ -331,10 +342,11 @@ def _compiled_eager(call: Attention) -> Function:
 
 
 def _formula(call: Attention, added: Tensor | None) -> Function:
-    """Of any number of heads.
+    """The formula of attention, for any number of heads.
 
     Args:
-        added: to the scores.
+        call: the attention to compute.
+        added: a tensor that is added to the scores.
     """
     places = _places(call) if call.relative_bias else None
 
@@ -389,7 +401,7 @@ def _sdpa(backend: SDPBackend, call: Attention) -> Function:
 
 
 def _sdpa_one_by_one(call: Attention) -> Function:
-    """Packed sequences, each in a call of its own."""
+    """Attention of packed sequences with one call for each sequence."""
     lengths = list(call.lengths or ())
 
     def function(query: Tensor, key: Tensor, value: Tensor, *_: None) -> Tensor:
@@ -401,7 +413,7 @@ def _sdpa_one_by_one(call: Attention) -> Function:
 
 
 def _varlen(call: Attention) -> Function:
-    """PyTorch's own for packed sequences, by its build of FlashAttention-2."""
+    """PyTorch's attention for packed sequences, by its build of FlashAttention-2."""
     from torch.nn.attention.varlen import varlen_attn
 
     lengths = call.lengths or (call.sequence,) * call.batch
@@ -489,7 +501,7 @@ def _xformers(call: Attention) -> Function:
     groups = call.group
     mask = attn_bias.LowerTriangularMask() if call.causal else None
     if call.window is not None:
-        # Its window counts the query's own position too.
+        # The window of xFormers counts the query's own position too.
         mask = attn_bias.LowerTriangularFromBottomRightMask().make_local_attention(call.window + 1)
     if packed:
         mask = attn_bias.BlockDiagonalMask.from_seqlens(list(call.lengths or ()))

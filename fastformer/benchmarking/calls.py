@@ -1,4 +1,4 @@
-"""Calls of functions that studies time, forward or forward and backward, and whether those who make them agree."""
+"""Calls of functions that studies time, with or without backward, and the check that the peers' results agree."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.timing import Run
 
 Function = Callable[..., Any]
-"""Of tensors, or of whatever it is called with, to a tensor or a sequence of tensors and None."""
+"""A function of tensors and other arguments that returns a tensor, or a sequence of tensors and None."""
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""The most that `distance` may be of two right results: what float32's order of sums and the rounding of 16-bit
-intermediates come to."""
+"""The largest `distance` of two correct results: they may sum in different orders and round 16-bit intermediates."""
 
-# Sizes that one function is compiled for in a run of all studies; beyond its limit torch.compile gives up silently.
+# The number of sizes that a function may be compiled for in a run. Beyond its limit torch.compile silently gives up.
 _RECOMPILATIONS = 1000
 _compiler = "inductor"
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a function, and of its backward where its outputs' gradients are given. It is a run: see `__call__`.
+    """A call of a function, and of its backward if `gradients` are given. It can be used as a `Run`: see `__call__`.
 
     Attributes:
-        function: what is called.
-        inputs: with what; those that require a gradient get one.
-        gradients: of the floating outputs; None: there is no backward.
+        function: the function to call.
+        inputs: its arguments. Those that require a gradient get one.
+        gradients: the gradients of the floating-point outputs; None for no backward.
     """
 
     function: Function
@@ -42,25 +41,25 @@ class Call:
     gradients: Sequence[Tensor] | None = None
 
     def __call__(self) -> list[Tensor]:
-        """Outputs, and with a backward the gradients."""
+        """Make the call. Returns the outputs and, with a backward, the gradients."""
         if self.gradients is None:
             return self.forward()
         outputs = self.forward()
         return [*(each.detach() for each in outputs), *self._backward(outputs)]
 
     def forward(self) -> list[Tensor]:
-        """Outputs; with a backward the floating ones, and what it needs is kept."""
+        """Make the forward. Returns the outputs; with a backward, only floating-point ones, and their graph is kept."""
         with torch.set_grad_enabled(self.gradients is not None):
             outputs = tensors(self.function(*self.inputs))
         return outputs if self.gradients is None else [each for each in outputs if each.is_floating_point()]
 
     def backward(self) -> Run:
-        """Does the forward, and returns the run of the backward alone, which can be done once."""
+        """Make the forward, and return a run of the backward alone, which can be used once."""
         outputs = self.forward()
         return lambda: self._backward(outputs)
 
     def elsewhere(self) -> Call:
-        """The same call of copies of its tensors."""
+        """The same call with copies of its tensors."""
 
         def copy(tensor: Tensor) -> Tensor:
             return tensor.detach().clone().requires_grad_(tensor.requires_grad)
@@ -69,7 +68,7 @@ class Call:
 
     @property
     def nbytes(self) -> int:
-        """Of the inputs' tensors."""
+        """Bytes of the input tensors."""
         return sum(each.nbytes for each in tree_leaves(list(self.inputs)) if isinstance(each, Tensor))
 
     def _backward(self, outputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -82,13 +81,13 @@ class Call:
 
 
 def tensors(result: object) -> list[Tensor]:
-    """Those of a function's result."""
+    """The tensors of a function's result."""
     several: Iterable[object] = result if isinstance(result, (tuple, list)) else (result,)
     return [each for each in several if isinstance(each, Tensor)]
 
 
 def compiled(function: Function) -> Function:
-    """`function` as torch.compile makes it for each of the very sizes that it is called with."""
+    """`function` by torch.compile, compiled separately for each size that it is called with."""
     torch._dynamo.config.recompile_limit = _RECOMPILATIONS
     return torch.compile(function, dynamic=False, backend=_compiler)
 
@@ -105,7 +104,7 @@ def compiler(name: str) -> Iterator[None]:
 
 
 def distance(found: Tensor, exact: Tensor) -> float:
-    """Norm of their difference beside the norm of `exact`; NaN where one of them has a NaN."""
+    """The norm of the difference divided by the norm of `exact`; NaN if a tensor has a NaN."""
     exact = exact.double()
     return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
@@ -113,10 +112,11 @@ def distance(found: Tensor, exact: Tensor) -> float:
 def same(
     dtype: torch.dtype, select: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> Callable[[dict[str, object]], None]:
-    """A check that all results, lists of tensors, are ours but for the rounding of `dtype`.
+    """A check that all results, lists of tensors, are equal to ours except for the rounding of `dtype`.
 
     Args:
-        select: picks of each tensor what is comparable.
+        dtype: the dtype that the results were computed in.
+        select: selects the comparable part of each tensor.
     """
 
     def agree(results: dict[str, object]) -> None:
@@ -124,6 +124,6 @@ def same(
             for place, pair in enumerate(zip(results[OURS], theirs, strict=True)):  # type: ignore[call-overload]
                 mine, other = (torch.nan_to_num(select(each).double()) for each in pair)
                 error = distance(other, mine)
-                assert error <= TOLERANCES[dtype], f"{name}, tensor {place}: {error:.2g} beside {OURS}'s"
+                assert error <= TOLERANCES[dtype], f"{name}, tensor {place}: differs from {OURS}'s by {error:.2g}"
 
     return agree

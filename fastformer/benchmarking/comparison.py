@@ -1,4 +1,4 @@
-"""What became slower, larger or worse since an earlier run."""
+"""Comparison with an earlier run: find what became slower, larger or worse."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from fastformer.benchmarking.measurement import OURS, Measurement, ratio
 from fastformer.benchmarking.results import Results
 
-# A median of a few rounds on a shared machine moves by some per cent from run to run.
+# A median of a few rounds on a shared machine varies by some per cent from run to run.
 TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Change:
-    """How a metric of ours has changed, as it is and beside a peer of the same run.
+    """The change of one of our metrics between two runs, by itself or compared with a peer of the same run.
 
     Attributes:
-        study, case, metric: which.
-        peer: beside whom; None: the bare value, which another machine changes too.
-        old, new: values, or ratios to the peer's.
-        regression: worse by more than `TOLERANCE`, and beyond the spread of the old rounds.
+        study, case, metric: the study, the case and the metric.
+        peer: the peer that both values are compared with. None for the value itself, which also depends on the machine.
+        old, new: the values, or their ratios to the peer's.
+        regression: whether it is worse by more than `TOLERANCE`. For values, also beyond the spread of the old rounds.
     """
 
     study: str
@@ -33,10 +33,10 @@ class Change:
 
 
 def changes(old: Results, new: Results) -> Iterator[Change]:
-    """Of everything of ours that both have measured, alone and beside peers that are measured too.
+    """Yield the changes of all our metrics that both runs have measured: of the values, and of their ratios to peers.
 
     Raises:
-        ValueError: one had the quick sizes, the other the full ones.
+        ValueError: one run had the quick sizes, the other the full ones.
     """
     if old.quick != new.quick:
         raise ValueError("one of the runs to compare was --quick, the other was not")

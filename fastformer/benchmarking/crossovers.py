@@ -1,4 +1,4 @@
-"""Where along a curve one peer overtakes another."""
+"""Crossovers: the places along a curve at which one peer overtakes another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fastformer.benchmarking.measurement import OURS, Measurement, Metric
 
 EQUAL = 0.03
-"""By which share two medians may differ and be equal: lines that lie on each other do not cross."""
+"""The relative difference below which two medians count as equal: lines that overlap do not cross."""
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,12 @@ class Comparison:
     """Two peers along a curve.
 
     Attributes:
-        curve, axis, metric: which.
-        peers: the two.
-        low, high: the ends of what both have.
-        first_winner: who is better at the low end; None if they are equal all along.
-        at: where the other one becomes better, and so on in turns; interpolated between the points of the curve, both
-            its axis and the ratio on logarithmic scales.
+        curve, axis, metric: the curve, its axis and the metric.
+        peers: the two peers.
+        low, high: the ends of the range in which both have values.
+        first_winner: the peer that is better at the low end; None if they are equal everywhere.
+        at: the places at which the better peer changes, in order. They are interpolated between the points of the
+            curve, with logarithmic scales for both the axis and the ratio.
         modelled: whether both are computed, not measured.
     """
 
@@ -37,19 +37,19 @@ class Comparison:
     modelled: bool
 
     def other(self, peer: str | None) -> str:
-        """The one of the two that `peer` is not."""
+        """The peer of the two that is not `peer`."""
         return self.peers[1] if peer == self.peers[0] else self.peers[0]
 
     @property
     def last_winner(self) -> str | None:
-        """Who is better at the high end."""
+        """The peer that is better at the high end."""
         return self.other(self.first_winner) if len(self.at) % 2 else self.first_winner
 
 
 def comparisons(measurements: Sequence[Measurement]) -> list[Comparison]:
-    """Each curve's lines beside ours, or beside its first where ours is none of them.
+    """Compare each line of a curve with ours, or with the first line if there is none of ours.
 
-    What is measured is compared with what is measured, what is modelled with what is modelled.
+    Measured lines are compared with measured ones, modelled lines with modelled ones.
     """
     lines: dict[tuple[str, Metric, bool], dict[str, dict[float, Measurement]]] = {}
     for each in measurements:
@@ -64,12 +64,12 @@ def comparisons(measurements: Sequence[Measurement]) -> list[Comparison]:
 
 
 def _comparison(ours: dict[float, Measurement], theirs: dict[float, Measurement]) -> Comparison | None:
-    # Ratios have no logarithm where one of the two is zero.
+    # A ratio has no logarithm if one of the two values is zero.
     places = sorted(at for at in ours.keys() & theirs.keys() if ours[at].median > 0 < theirs[at].median)
     if len(places) < 2:
         return None
     mine, other = ours[places[0]], theirs[places[0]]
-    # Above 0 where ours is better.
+    # Leads are above 0 where ours is better.
     better = 1 if mine.metric.higher_is_better else -1
     leads = [better * math.log(ours[at].median / theirs[at].median) for at in places]
     clear = [lead for lead in leads if abs(lead) > math.log1p(EQUAL)]
@@ -88,13 +88,13 @@ def _comparison(ours: dict[float, Measurement], theirs: dict[float, Measurement]
 
 
 def _crossings(places: Sequence[float], leads: Sequence[float]) -> Iterator[float]:
-    """Where the lead passes from one to the other, between points that are clearly ahead on either side."""
+    """Yield the places at which the lead changes, between two points at which different peers are clearly ahead."""
     since: int | None = None
     for index, lead in enumerate(leads):
         if abs(lead) <= math.log1p(EQUAL):
             continue
         if since is not None and leads[since] * lead < 0:
-            # Of the points between the two, the first that is not on the old side.
+            # The first point between the two that is not on the old side.
             after = next(i for i in range(since + 1, index + 1) if leads[i] * lead >= 0)
             share = leads[after - 1] / (leads[after - 1] - leads[after])
             yield math.exp(math.log(places[after - 1]) + share * math.log(places[after] / places[after - 1]))

@@ -1,4 +1,4 @@
-"""A training step divided among processes by DDP, and what its parts take: a share alone, the exchange of gradients."""
+"""Times of a training step divided among processes by DDP, and of its parts: a share alone, the gradient exchange."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fastformer.benchmarking.training_steps import Shape, counted, training_step
 
 @dataclass(frozen=True)
 class DataParallelSteps:
-    """Seconds of a step, or of a part of it, one for each round, by the number of processes.
+    """Seconds of a step or of a part of it, one value for each round, by the number n of processes.
 
     Attributes:
-        share: of one process alone, with the tokens that each of so many would have.
-        processes: of so many, 2 or more.
-        threads: of one process with as many threads, on a CPU.
-        exchange: of the sum of as many numbers as there are gradients, over so many processes.
+        share: one process alone, with 1/n of the tokens.
+        processes: n processes, 2 or more, together.
+        threads: one process with n threads, on a CPU.
+        exchange: the sum of all gradients over n processes.
     """
 
     share: dict[int, list[float]]
@@ -34,7 +34,7 @@ class DataParallelSteps:
 
 
 def data_parallel_steps(shape: Shape, most: int, device: torch.device, rounds: int) -> DataParallelSteps:
-    """Measure a step of `shape` by 1, 2, 4, ... processes up to `most`, which take turns."""
+    """Measure a step of `shape` by 1, 2, 4, ... processes up to `most`, in turns."""
     found = in_processes(_measure, 1 << (most.bit_length() - 1), device, shape, rounds)
     return DataParallelSteps(
         **{part: {int(count): seconds for count, seconds in counts.items()} for part, counts in found.items()}
@@ -43,7 +43,7 @@ def data_parallel_steps(shape: Shape, most: int, device: torch.device, rounds: i
 
 @dataclass(frozen=True)
 class _Turn:
-    """What this process does, if anything, while `count` processes do a part of a step together."""
+    """A part of a step that `count` processes do together. `run` is None if this process does not take part."""
 
     part: str
     count: int
@@ -52,7 +52,7 @@ class _Turn:
 
 
 def _measure(device: torch.device, shape: Shape, rounds: int) -> dict[str, dict[int, list[float]]]:
-    """In each of the processes; those that have no part in a turn wait."""
+    """Measure all turns in this process. A process that takes no part in a turn waits for the others."""
     turns = _turns(device, shape)
     found = DataParallelSteps({}, {}, {}, {})
     for number in range(rounds + 1):
@@ -60,7 +60,7 @@ def _measure(device: torch.device, shape: Shape, rounds: int) -> dict[str, dict[
             torch.distributed.barrier()
             seconds = seconds_of(partial(_take, turn), 1, device)
             values = getattr(found, turn.part).setdefault(turn.count, [])
-            if number:  # the first warms up
+            if number:  # the first round warms up
                 values.append(seconds)
     return asdict(found)
 

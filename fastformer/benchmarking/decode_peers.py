@@ -1,4 +1,4 @@
-"""Attention of one new token to a full cache, as Fastformer and each of its peers is asked for it."""
+"""Attention of one new token to a full cache, and the call of Fastformer and of each peer that computes it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from fastformer.ops import decode_attention
 
 @dataclass(frozen=True)
 class Decode:
-    """A new token of each sequence of a batch.
+    """Attention of one new token in each sequence of a batch.
 
     Attributes:
-        batch, heads, head_dim: of the query; `kv_heads`: of the cache.
-        keys: of each sequence, all of them used.
-        dtype, device: of all tensors.
-        page: tokens of a page, where the cache is paged; its pages lie in no order.
+        batch, heads, head_dim: the shape of the query.
+        kv_heads: heads of the cache.
+        keys: the number of keys of each sequence; all are used.
+        dtype, device: the dtype and the device of all tensors.
+        page: tokens of a page; None if the cache is not paged. Pages are in random order.
     """
 
     batch: int
@@ -41,12 +42,12 @@ class Decode:
 
     @property
     def nbytes(self) -> int:
-        """Of keys and values, each of which is read once."""
+        """Bytes of all keys and values, each read once."""
         return 2 * self.batch * self.kv_heads * self.keys * self.head_dim * self.dtype.itemsize
 
 
 def peers(call: Decode) -> dict[str, Peer]:
-    """Everybody who can compute `call`, and where. PyTorch's must gather a paged cache's pages first."""
+    """All peers that can compute `call`, by name. PyTorch's functions must first gather the pages of a paged cache."""
     gathered = "" if call.page is None else ", pages gathered"
     backends = {
         "SDPA cuDNN": (SDPBackend.CUDNN_ATTENTION, ("cuda",)),
@@ -63,12 +64,12 @@ def peers(call: Decode) -> dict[str, Peer]:
 
 
 def of_some(call: Decode, results: list[Tensor]) -> list[Tensor]:
-    """Of the output: the heads of the first key/value head, in the first and in the last sequence."""
+    """Select the output of the query heads of the first key/value head, in the first and in the last sequence."""
     return [results[0][_ends(call), : call.heads // call.kv_heads]]
 
 
 def exact_of_some(call: Decode) -> list[Tensor]:
-    """What `of_some` must give of a right result, in float32."""
+    """Compute in float32 what `of_some` selects from a correct result."""
     query, *caches, table = _call(call, _fastformer).inputs
     ends, group = _ends(call), call.heads // call.kv_heads
     key, value = (_dense(cache, None if table is None else table[ends], ends)[:, 0].float() for cache in caches)
@@ -81,7 +82,7 @@ def _ends(call: Decode) -> Tensor:
 
 
 def _dense(cache: Tensor, table: Tensor | None, sequences: Tensor) -> Tensor:
-    """(sequences, kv_heads, keys, head_dim) of a cache."""
+    """The cache of `sequences` as (sequences, kv_heads, keys, head_dim)."""
     return cache[sequences] if table is None else _gathered(cache, table)
 
 
@@ -90,7 +91,7 @@ def _gathered(cache: Tensor, table: Tensor) -> Tensor:
 
 
 def _call(call: Decode, make_function: Any) -> Call:
-    """The call of a function of query, key cache, value cache, and the table of pages or None."""
+    """The call of a function of query, key cache, value cache, and the table of pages (None without pages)."""
     make = maker(call.dtype, call.device)
     query = make.normal(call.batch, call.heads, 1, call.head_dim, grad=False)
     if call.page is None:
@@ -116,7 +117,7 @@ def _fastformer(call: Decode) -> Function:
 
 
 def _sdpa(backend: SDPBackend, call: Decode) -> Function:
-    """With the query heads of a key/value head as its queries: a new token sees all keys."""
+    """SDPA with all query heads of a key/value head as its queries. This is valid because a new token sees all keys."""
 
     def function(query: Tensor, key: Tensor, value: Tensor, table: Tensor | None) -> Tensor:
         if table is not None:

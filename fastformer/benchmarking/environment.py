@@ -18,16 +18,16 @@ from fastformer.diagnostics.doctor import machine
 
 @dataclass(frozen=True)
 class Environment:
-    """What decides figures beside the code.
+    """Everything except the code that influences the figures.
 
     Attributes:
-        device: its product's name.
-        gpu: whether it is one.
-        memory_gib: of the device.
+        device: the product's name.
+        gpu: whether the device is a GPU.
+        memory_gib: memory of the device in GiB.
         machine: versions and settings, as ``fastformer doctor`` shows them.
-        commit: of the sources, with "+" if they were changed since; None outside a checkout.
-        began: UTC, ISO 8601.
-        load: processes that wanted the CPU when it began, on average of a minute; None where nobody counts.
+        commit: the commit of the sources, with "+" if they have changed since; None outside a checkout.
+        began: the time of the start, UTC, ISO 8601.
+        load: the load average of the last minute at the start; None if the system has none.
     """
 
     device: str
@@ -39,14 +39,14 @@ class Environment:
     load: float | None
 
     def rows(self) -> list[tuple[str, str]]:
-        """For a table: name and value of what is known."""
+        """The names and values of all known fields, as rows of a table."""
         known = asdict(self)
         known |= known.pop("machine")
         return [(name, str(value)) for name, value in known.items() if value not in (None, {}, "")]
 
 
 def environment(device: torch.device) -> Environment:
-    """Of this process and `device`."""
+    """The environment of this process, with `device`."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return Environment(
         device=_product(device),

@@ -1,6 +1,6 @@
-"""How long the first training step of a layer takes in this process, compilation included.
+"""Time the first training step of a layer in this process, compilation included.
 
-Run as a module, in a process of its own: ``python -m fastformer.benchmarking.first_call fastformer cuda``.
+Run it as a module in a new process: ``python -m fastformer.benchmarking.first_call fastformer cuda``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PEERS = ("fastformer", "torch.nn", "torch.compile(torch.nn)")
 
 
 def step(peer: str, device: torch.device) -> Any:
-    """A training step of one encoder layer, not run yet; on the device meta nothing but its launches."""
+    """Prepare a training step of one encoder layer without running it. On the device meta it only launches kernels."""
     import fastformer.nn
 
     width = 64 if device.type == "cpu" else 1024
@@ -39,7 +39,7 @@ def main(peer: str, device_name: str) -> None:
     device = torch.device(device_name)
     run = step(peer, device)
     if device.type == "cuda":
-        # The device's own start, and its matrix library's, is everybody's.
+        # The start of the device and of its matrix library is the same for every peer: it is not timed.
         square = torch.randn(64, 64, device=device)
         (square @ square).sum().item()
     begin = time.perf_counter()

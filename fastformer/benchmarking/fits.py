@@ -1,4 +1,4 @@
-"""Costs as sums of terms: coefficients fitted to what was measured, and the costs of sizes that were not."""
+"""Costs as sums of terms: coefficients are fitted to measured sizes, and predict the costs of other sizes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from scipy.optimize import nnls
 
 Terms = Mapping[str, float]
-"""How much of each thing that costs something there is: operations, bytes."""
+"""Amounts by name of everything that costs something, such as operations and bytes."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A cost for each unit of every term, none below zero."""
+    """The cost of one unit of each term, zero or more."""
 
     coefficients: Mapping[str, float]
 
@@ -24,24 +24,24 @@ class Fit:
 
 
 def fit(points: Sequence[Terms], costs: Sequence[float]) -> Fit:
-    """Non-negative least squares of the relative errors (Lawson and Hanson 1974): small sizes count as large ones do.
+    """Fit by non-negative least squares of the relative errors (Lawson and Hanson 1974): all sizes count equally.
 
     Args:
-        points: the terms of what was measured, the same in each.
-        costs: of each point, above 0.
+        points: the terms of each measured size. All have the same names.
+        costs: the cost of each point, above 0.
 
     Raises:
-        ValueError: there are no points, they differ in their terms, or a cost is not above 0.
+        ValueError: there are no points, their terms have different names, or a cost is not above 0.
     """
     if not points or len(points) != len(costs):
-        raise ValueError(f"points must be as many as costs, 1 or more; got {len(points)} and {len(costs)}")
+        raise ValueError(f"there must be one cost for each point, 1 or more; got {len(points)} and {len(costs)}")
     names = list(points[0])
     if any(set(each) != set(names) for each in points):
         raise ValueError(f"points must all have the terms {', '.join(names)}")
     if min(costs) <= 0:
         raise ValueError(f"costs must be above 0; got {min(costs)}")
     relative = np.array([[each[name] for name in names] for each in points], dtype=float) / np.asarray(costs)[:, None]
-    # Columns of one size, since a step has 10^12 operations and 10^7 parameters.
+    # Scale the columns to the same size: a step has 10^12 operations and 10^7 parameters.
     scale = relative.max(0)
     scale[scale == 0] = 1
     coefficients, _ = nnls(relative / scale, np.ones(len(points)))

@@ -1,4 +1,4 @@
-"""What a call costs the host: in a loop with nothing around it, on one thread, the best of many turns."""
+"""Host time of a call: measured in an otherwise empty loop on one thread; the best of many turns counts."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from torch.autograd.variable import Variable
 from fastformer.benchmarking.calls import Call, Function
 from fastformer.benchmarking.timing import threads, wait
 
-# A GPU's queue holds about a thousand launches; a call of ours has a few.
+# The most calls of a turn: a GPU's queue holds about a thousand launches, and a call of ours has a few.
 _MOST_CALLS, _SECONDS_OF_A_TURN = 100, 0.005
 
 
-# What `torch.autograd.grad` and `backward` come to; their own 10 to 20 µs fall on a step once, not on every operator.
+# The function behind `torch.autograd.grad` and `backward`. Their own 10 to 20 µs are spent once in a step, not once
+# for each operator.
 _run_backward = Variable._execution_engine.run_backward
 
 
 @dataclass(frozen=True)
 class HostCall:
-    """A function and what it is called with, made once.
+    """A function and its arguments, which are made once.
 
     Attributes:
-        function, inputs: with a star, as a caller would write it out.
-        gradients: of its outputs; None: there is no backward.
-        kept: grows with every call, and is emptied before each turn.
+        function, inputs: the function, which is called as `function(*inputs)`.
+        gradients: the gradients of its outputs; None for no backward.
+        kept: a list that grows with every call. It is emptied before each turn.
     """
 
     function: Function
@@ -41,11 +42,11 @@ class HostCall:
 
     @classmethod
     def of(cls, call: Call, kept: list[Any] | None = None) -> HostCall:
-        """The same as `call`, which looks at what it gets and gives back."""
+        """`call` without its overhead: a `Call` inspects its arguments and results."""
         return cls(call.function, tuple(call.inputs), call.gradients, kept)
 
     def timer(self) -> timeit.Timer:
-        """Times a loop of it: the processor's time of all threads, as a GPU's backward has one of its own."""
+        """A timer of a loop of calls. It counts CPU time of all threads: on a GPU the backward has its own thread."""
         names = {
             "call": self.function,
             "inputs": self.inputs,
@@ -62,19 +63,19 @@ class HostCall:
             # One output, or a tuple of them.
             outputs = f"({statement},)" if len(self.gradients) == 1 else statement
             statement = f"backward({outputs}, gradients, False, False, leaves, accumulate_grad=False)"
-        # timeit would leave out what a call's garbage costs.
+        # timeit turns garbage collection off, but its time belongs to a call.
         return timeit.Timer(statement, "kept.clear(); gc.enable()", time.process_time, names)
 
 
 def best_microseconds(calls: Mapping[str, HostCall], rounds: int, device: torch.device) -> dict[str, float]:
-    """Of one of each of the calls, which take turns: what else the machine does only ever adds to it.
+    """The shortest time of each call in µs. Calls take turns; the shortest is taken since other work only adds time.
 
-    Calls without a backward run without gradients, as those of an evaluation.
+    Calls without a backward run without gradients, as in an evaluation.
     """
     timers = {name: call.timer() for name, call in calls.items()}
     backward = any(call.gradients is not None for call in calls.values())
     with threads(1), torch.set_grad_enabled(backward):
-        # The first ones compile, and fill caches.
+        # The first calls compile and fill caches.
         for timer in timers.values():
             timer.timeit(2)
         repeats = {name: _calls_of_a_turn(timer, device) for name, timer in timers.items()}

@@ -1,4 +1,4 @@
-"""Random tensors for those who are compared: the same ones for each of them."""
+"""Random tensors for the peers of a comparison: each peer gets the same ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastformer import registry
 
 @dataclass(frozen=True)
 class Make(registry.Make):
-    """Makes tensors, the same ones each time it makes them in the same order; on the device meta nothing but shapes.
+    """Makes tensors that are the same whenever they are made in the same order. On the device meta they have no data.
 
-    They are drawn on their device in their dtype: large ones take no more than themselves.
+    Tensors are drawn on their device in their dtype, so that large ones need no other memory.
 
     Attributes:
-        random: where numbers come from; None on meta.
+        random: the source of random numbers; None on meta.
     """
 
     random: torch.Generator | None
@@ -38,6 +38,6 @@ class Make(registry.Make):
 
 
 def maker(dtype: torch.dtype, device: torch.device) -> Make:
-    """What makes tensors from the beginning of the same random numbers."""
+    """A new `Make`, which always starts with the same random numbers."""
     random = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
     return Make(dtype, device, random)

@@ -1,4 +1,4 @@
-"""The calls whose price before any work is done is asked for: every operator, as it is called most often."""
+"""The calls whose overhead is measured: every operator, in its most frequent form."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ FORWARD, BOTH = "forward", "with backward"
 
 
 def cases(sizes: Sizes, only: str) -> Iterator[tuple[str, Operation, bool]]:
-    """Name, operation, and whether the backward is part of it.
+    """Yield the name, the operation, and whether the backward is included.
 
     Args:
-        only: those alone that have this in their names.
+        sizes: the sizes of the calls.
+        only: text that the name must contain.
     """
     for operation in (*_attention(sizes), *operations(sizes)):
-        # Sizes are not what this is about.
+        # The name without sizes, which do not matter here.
         form = ", ".join(
             part for part in operation.name.split(", ") if not (part[0].isdigit() or part.startswith("to "))
         )

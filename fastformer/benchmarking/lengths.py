@@ -1,9 +1,9 @@
-"""Lengths of sequences as text has them: anything up to the longest, where equal ones would be the exception."""
+"""Lengths of sequences like those of real text: different values up to the longest."""
 
 from __future__ import annotations
 
 
 def natural_lengths(batch: int, longest: int) -> tuple[int, ...]:
-    """`batch` lengths spread evenly up to `longest`, the last of them, in no order and of no round size."""
+    """`batch` unsorted lengths that are spread evenly up to `longest`. `longest` is last; the others are not round."""
     spread = [max(1, int(longest * (place + 0.63) / batch)) for place in range(batch - 1)]
     return (*spread[1::2], *spread[::2], longest)

@@ -1,4 +1,4 @@
-"""What a benchmark finds: values of a metric, one for each round, for whoever did a case's work."""
+"""Measurements of a benchmark: values of a metric, one for each round, of each peer that did a case's work."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ OURS = "fastformer"
 
 @dataclass(frozen=True)
 class Metric:
-    """Something measured.
+    """A quantity that is measured.
 
     Attributes:
-        name: as in "time".
-        unit: of its values.
-        higher_is_better: whether more of it is a win.
+        name: the name, such as "time".
+        unit: the unit of the values.
+        higher_is_better: whether a higher value is better.
     """
 
     name: str
@@ -34,14 +34,14 @@ class Measurement:
     """One metric of one peer in one case.
 
     Attributes:
-        study, case: what was done.
-        peer: who did it; `OURS` is Fastformer.
-        metric: what was measured.
-        values: one for each round, in rounds that the peers took in turns; none where there is no `peer`.
-        work: what one run does, by unit: tokens, FLOP, bytes.
-        curve, at: cases of one curve differ in `at`, the place on the x axis that `axis` names.
-        missing: why there are no values.
-        modelled: whether they were computed rather than measured.
+        study, case: the work that was done.
+        peer: the peer that did it; `OURS` is Fastformer.
+        metric: the metric that was measured.
+        values: one value for each round. In each round the peers take turns. Empty if the peer could not take part.
+        work: the amount of work of one run, by unit: tokens, FLOP, bytes.
+        curve, axis, at: the curve that the case is a point of, the name of its x axis, and the place on that axis.
+        missing: the reason why there are no values.
+        modelled: whether the values were computed rather than measured.
     """
 
     study: str
@@ -58,7 +58,7 @@ class Measurement:
 
     @property
     def median(self) -> float:
-        """The middle one of the values."""
+        """The median of the values."""
         return statistics.median(self.values)
 
     @property
@@ -68,10 +68,10 @@ class Measurement:
 
 
 def ratio(ours: Measurement, peer: Measurement) -> float:
-    """How many times the peer's time ours fits into (2 is twice as fast); for other metrics ours as a part of theirs.
+    """The median ratio of all rounds: for time, peer / ours (2 is twice as fast); for other metrics, ours / peer.
 
-    The median over the rounds of each round's ratio: what else the machine did in a round fell on both. Of nothing,
-    whatever there is is infinitely much.
+    Ratios are taken within a round, because other work on the machine slows down both peers. If only the peer's value
+    is 0, the ratio is infinite.
     """
     rounds = list(zip(ours.values, peer.values, strict=False))
     if ours.metric == TIME:
@@ -80,7 +80,7 @@ def ratio(ours: Measurement, peer: Measurement) -> float:
 
 
 def _part(mine: float, theirs: float) -> float:
-    """`mine` as a part of `theirs`, of which there may be none: of spilled bytes, for one."""
+    """`mine` divided by `theirs`. If `theirs` is 0 (spilled bytes, for example): 1 if both are 0, else infinity."""
     if theirs == 0:
         return 1.0 if mine == 0 else math.inf
     return mine / theirs
@@ -88,13 +88,13 @@ def _part(mine: float, theirs: float) -> float:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a study is to show: a ratio (see `ratio`) beside a peer, in the cases whose name begins with `case`.
+    """A goal of a study: a bound on the ratio to a peer (see `ratio`), in all cases whose name begins with `case`.
 
     Attributes:
-        case: one beginning, or several.
-        peer: whose ratio; without a peer, our own median is meant.
-        metric: of what.
-        at_least, at_most: bounds of it; one of them is given.
+        case: the beginning of the names of cases, or several.
+        peer: the peer to compare with; None if the bound is for our own median.
+        metric: the metric.
+        at_least, at_most: the bounds; exactly one of them is given.
     """
 
     case: str | tuple[str, ...]
@@ -113,19 +113,19 @@ class Goal:
 
     @property
     def bound(self) -> str:
-        """In words."""
+        """The bound in words, such as "at least 2 x"."""
         bound = f"at least {self.at_least:g}" if self.at_least is not None else f"at most {self.at_most:g}"
         return f"{bound} {self.unit}"
 
     @property
     def unit(self) -> str:
-        """Of what is bounded."""
+        """The unit of the bound: that of the metric, or "x" for a ratio."""
         return self.metric.unit if self.peer is None else "x"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal, the study and the case it was looked for in, and what was found (None where the peer is missing)."""
+    """A goal, and the value that was found in a case of a study (None if the peer is missing)."""
 
     goal: Goal
     study: str
@@ -134,15 +134,15 @@ class Verdict:
 
     @property
     def met(self) -> bool | None:
-        """None where nothing could be compared."""
+        """Whether the goal is met; None if nothing could be compared."""
         return None if self.found is None else self.goal.met(self.found)
 
 
 def verdicts(goals: Sequence[Goal], measurements: Sequence[Measurement]) -> list[Verdict]:
-    """Each goal with what was found, in every case it is for.
+    """Judge each goal in each of its cases.
 
     Raises:
-        ValueError: a goal is for no case that was measured.
+        ValueError: no measured case belongs to a goal.
     """
     by_key = {(each.case, each.peer, each.metric): each for each in measurements}
     judged = []
@@ -164,7 +164,7 @@ def verdicts(goals: Sequence[Goal], measurements: Sequence[Measurement]) -> list
 
 
 def worst(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Of each goal of each study the verdict on the case that is furthest from it, or nothing was found in."""
+    """For each goal of each study, the verdict of its worst case. A case without a measurement counts as worst."""
     kept: dict[tuple[str, Goal], Verdict] = {}
     for each in verdicts:
         key = each.study, each.goal
@@ -174,7 +174,7 @@ def worst(verdicts: Sequence[Verdict]) -> list[Verdict]:
 
 
 def _distance(verdict: Verdict) -> float:
-    """How far beyond its bound what was found is."""
+    """The distance of the value beyond the bound: negative if the goal is missed, minus infinity without a value."""
     if verdict.found is None:
         return -math.inf
     goal = verdict.goal

@@ -1,7 +1,7 @@
 """Peak memory of a peer's run.
 
-On a GPU the most that tensors held, by PyTorch's allocator. On a CPU the growth of the resident set (Linux) of a fresh
-process that does nothing else.
+On a GPU it is the most that tensors held, as counted by PyTorch's allocator. On a CPU it is the growth of the resident
+set (Linux) of a new process that does nothing else.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import torch
 from fastformer.benchmarking.timing import Run
 
 MemoryOf = Literal["run", "everything"]
-"""What a run takes beyond what is there before it (weights, inputs); or that too."""
+"""The memory to measure: what a run adds to the memory in use before it (weights, inputs), or everything."""
 
 
 def peak_mebibytes(run: Callable[[], Run], memory: MemoryOf, device: torch.device) -> float:
-    """MiB that a run takes, here; on a CPU nothing of the kind may have been done in this process before.
+    """Peak MiB of a run in this process. On a CPU the process must not have done similar work before.
 
     Args:
         run: makes the run.
-        memory: what counts.
-        device: where the run works.
+        memory: the memory that counts.
+        device: the device that does the work.
     """
     at_start = _held(device)
     work = run()
@@ -41,7 +41,7 @@ def peak_mebibytes(run: Callable[[], Run], memory: MemoryOf, device: torch.devic
 
 
 def peak_of(run: Run, device: torch.device) -> int:
-    """Bytes that a run takes beyond what is there before it; on a CPU what the process does."""
+    """Bytes that a run adds at its peak to the memory in use before it: of tensors (GPU) or of the process (CPU)."""
     before = _held(device)
     _forget_peak(device)
     run()
@@ -49,13 +49,13 @@ def peak_of(run: Run, device: torch.device) -> int:
 
 
 def _held(device: torch.device) -> int:
-    """Bytes at present."""
+    """Bytes in use now."""
     gc.collect()
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _of_process("VmRSS")
 
 
 def _most_held(device: torch.device) -> int:
-    """Bytes since the last `_forget_peak`."""
+    """The most bytes in use since the last `_forget_peak`."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _of_process("VmHWM")
 
 
@@ -67,8 +67,8 @@ def _forget_peak(device: torch.device) -> None:
 
 
 def _of_process(field: str) -> int:
-    """Bytes that Linux counts for this process."""
+    """Bytes in a field of this process's status in Linux."""
     status = Path("/proc/self/status")
     if not status.exists():
-        raise RuntimeError(f"memory of a process is measured on Linux, not on {sys.platform}")
+        raise RuntimeError(f"memory of a process can be measured only on Linux, not on {sys.platform}")
     return int(re.findall(rf"{field}:\s+(\d+) kB", status.read_text())[0]) * 1024

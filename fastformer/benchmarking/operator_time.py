@@ -1,4 +1,4 @@
-"""How much of a program's time Fastformer's operators take, their part of the backward included."""
+"""Measure the part of a program's CPU time that Fastformer's operators take, their backward included."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ Node = Any  # torch.autograd.graph.Node
 
 
 class OperatorTime:
-    """Within a ``with`` block, measures every call of a function of `fastformer.ops` from elsewhere in Fastformer, and
-    every step of the backward that such a call left behind. To be used on one thread.
+    """Measures, within a ``with`` block, the time of Fastformer's operators. Use it on one thread.
+
+    Measured are all calls of functions of `fastformer.ops` from other parts of Fastformer, and all steps of the
+    backward that belong to such a call.
 
     Attributes:
-        microseconds: of the processor, since the block began or the last `clear`.
+        microseconds: CPU time since the block began, or since the last `clear`.
     """
 
     def __init__(self) -> None:
@@ -32,7 +34,7 @@ class OperatorTime:
         self._replaced: list[tuple[ModuleType, str, FunctionType]] = []
 
     def clear(self) -> None:
-        """Begin to count anew."""
+        """Set the count to zero."""
         self.microseconds = 0.0
 
     def __enter__(self) -> OperatorTime:
@@ -73,7 +75,7 @@ class OperatorTime:
 
 
 def _uses() -> Iterator[tuple[ModuleType, str, FunctionType]]:
-    """Where another module of Fastformer has a function of the operators by a name of its own."""
+    """Yield each name by which another module of Fastformer has imported a function of the operators."""
     for place, module in list(sys.modules.items()):
         if place.startswith("fastformer.") and not place.startswith((_OPERATORS, "fastformer.benchmarking")):
             for name, value in list(vars(module).items()):
@@ -82,12 +84,12 @@ def _uses() -> Iterator[tuple[ModuleType, str, FunctionType]]:
 
 
 def _nodes(result: object, first: int) -> set[Node]:
-    """Of the backward's graph behind `result`, the nodes made since number `first`: those of the call that made it."""
+    """The nodes of the backward graph of `result` with numbers from `first` on: those of the call that returned it."""
     found: set[Node] = set()
     waiting = [leaf.grad_fn for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     while waiting:
         node = waiting.pop()
-        # The node that adds to a leaf's gradient has the highest of all numbers, and is nobody's.
+        # The node that adds to a leaf's gradient has the highest number of all and belongs to no call.
         if node is None or node in found or node.name().endswith("AccumulateGrad") or node._sequence_nr() < first:
             continue
         found.add(node)

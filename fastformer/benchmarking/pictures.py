@@ -1,4 +1,4 @@
-"""The pictures of a study: curves where cases differ in a size, otherwise bars of the ratios."""
+"""The pictures of a study: curves for cases that differ in a size, bars of ratios for all others."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fastformer.files import atomic_file
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# Okabe and Ito's palette, distinguishable without red-green vision.
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
 _WIN, _LOSS = "#0072B2", "#D55E00"
 _COLORS = (_WIN, "#E69F00", "#009E73", _LOSS, "#CC79A7", "#56B4E9", "#F0E442", "#555555")
-# Panels in a row.
+# The most panels in a row.
 _COLUMNS = 4
-# Beyond this a ratio is drawn as a bar to the edge.
+# The largest ratio with a bar of its own length; longer bars end here.
 _WIDEST = 32.0
 
 
 def draw(measurements: Sequence[Measurement], goals: Sequence[Goal], title: str, path: Path) -> list[Path]:
-    """Draw a study: curves to `path`, a PNG, and ratios to it, or to a PNG beside it where there are curves too.
+    """Draw a study as PNG: its curves to `path`, and its ratios to `path` or, if there are curves, to a second file.
 
     Returns:
-        What was drawn; nothing where there is nothing to compare.
+        The files that were written; none if there is nothing to compare.
     """
     measured = [each for each in measurements if each.values]
     curved = [each for each in measured if each.at is not None]
@@ -51,12 +51,12 @@ def draw(measurements: Sequence[Measurement], goals: Sequence[Goal], title: str,
 
 
 def _curves(measured: Sequence[Measurement]) -> plt.Figure:
-    """A panel for each metric and curve; the peers' lines with their ranges."""
+    """Draw a panel for each metric and curve, with the peers' lines and their ranges."""
     metrics = list(dict.fromkeys(each.metric for each in measured))
     panels = sorted(
         dict.fromkeys((each.metric, each.curve) for each in measured), key=lambda panel: metrics.index(panel[0])
     )
-    # Each metric begins a row.
+    # Each metric begins a new row.
     rows: list[list[tuple[Metric, str | None]]] = []
     for panel in panels:
         if not rows or len(rows[-1]) == _COLUMNS or rows[-1][0][0] != panel[0]:
@@ -74,7 +74,7 @@ def _curves(measured: Sequence[Measurement]) -> plt.Figure:
 
 
 def _panel(axis: plt.Axes, points: Sequence[Measurement]) -> None:
-    """One metric along one curve, with the places where the lines cross, and a grey ground beyond what was measured."""
+    """Draw a metric along a curve, with marks where lines cross and a grey background beyond the measured range."""
     points = sorted(points, key=lambda each: (each.peer != OURS, each.at))
     for peer, color in zip(dict.fromkeys(each.peer for each in points), itertools.cycle(_COLORS), strict=False):
         _line(axis, [each for each in points if each.peer == peer], peer, color)
@@ -95,7 +95,7 @@ def _panel(axis: plt.Axes, points: Sequence[Measurement]) -> None:
 
 
 def _line(axis: plt.Axes, line: Sequence[Measurement], peer: str, color: str) -> None:
-    """Dashed where it is modelled."""
+    """Draw a peer's line with its range; a modelled line is dashed."""
     at = [each.at or 0.0 for each in line]
     style = {"linestyle": "--"} if line[0].modelled else {"marker": "o", "markersize": 4}
     axis.plot(at, [each.median for each in line], color=color, label=peer, **style)
@@ -104,9 +104,9 @@ def _line(axis: plt.Axes, line: Sequence[Measurement], peer: str, color: str) ->
 
 
 def _bars(measured: Sequence[Measurement], goals: Sequence[Goal]) -> plt.Figure | None:
-    """A panel for each metric, with a group for each case and in it a bar for each peer: ours beside it, 1 is equal.
+    """Draw a panel for each metric, with a group for each case and a bar for each peer: the `ratio`, where 1 is equal.
 
-    On a logarithmic axis, so that twice and half are as far from equal.
+    The axis is logarithmic, so that 2 and 0.5 are equally far from 1.
     """
     ours = {(each.case, each.metric): each for each in measured if each.peer == OURS}
     compared = [each for each in measured if each.peer != OURS and (each.case, each.metric) in ours]
@@ -114,7 +114,7 @@ def _bars(measured: Sequence[Measurement], goals: Sequence[Goal]) -> plt.Figure 
     if not metrics:
         return None
     groups = [[each for each in compared if each.metric == metric] for metric in metrics]
-    # A bar's height of room between cases.
+    # Between cases there is space for one bar.
     tallest = max(len(group) + len({each.case for each in group}) for group in groups)
     size = (8 * len(metrics), 1.4 + 0.2 * tallest)
     figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False, layout="constrained")
@@ -137,7 +137,7 @@ def _bars(measured: Sequence[Measurement], goals: Sequence[Goal]) -> plt.Figure 
 
 
 def _bar(axis: plt.Axes, place: int, value: float, peer: Measurement, goals: Sequence[Goal]) -> None:
-    """From 1 to the ratio, with its number and the peer's name on the side that is free."""
+    """Draw a bar from 1 to the ratio, with the number and the peer's name at its right."""
     metric = peer.metric
     good = value >= 1 if metric == TIME or metric.higher_is_better else value <= 1
     end = min(max(value, 1 / _WIDEST), _WIDEST)
@@ -150,7 +150,7 @@ def _bar(axis: plt.Axes, place: int, value: float, peer: Measurement, goals: Seq
 
 
 def _about_one(axis: plt.Axes) -> None:
-    """Limits as far from 1 on both sides as the names at the bars need, ticks at powers of two."""
+    """Set limits that leave space for the names at the bars, and ticks at powers of two."""
     low, high = axis.get_xlim()
     low, high = min(low, 0.5) / 1.1, max(high, 2.0) * 4
     ticks = [2.0**power for power in range(-6, 6) if low <= 2.0**power <= high]

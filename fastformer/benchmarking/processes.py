@@ -1,4 +1,4 @@
-"""A function run by several processes at once, that can talk to each other by `torch.distributed`."""
+"""Run a function in several processes at once, which can communicate by `torch.distributed`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ import torch.multiprocessing
 
 
 def most_processes(device: torch.device) -> int:
-    """How many can have a GPU, or a core, of their own."""
+    """The number of processes that can each have their own GPU, or their own CPU core."""
     if device.type == "cuda":
         return torch.cuda.device_count()
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_processes(work: Callable[..., Any], processes: int, device: torch.device, *arguments: Any) -> Any:
-    """What ``work(device, *arguments)`` returns in the first of `processes`, each with a GPU or one thread of its own.
+    """Call ``work(device, *arguments)`` in `processes` processes, and return the result of the first one.
+
+    Each process has its own GPU or, on a CPU, one thread.
 
     Args:
-        work: a function of a module, that every process calls; what it returns goes through JSON.
-        processes: how many.
-        device: of which type their devices are.
+        work: a function of a module. Its result is passed on as JSON.
+        processes: the number of processes.
+        device: a device of the type to use.
+        arguments: further arguments of `work`.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: one of them failed.
+        torch.multiprocessing.ProcessRaisedException: a process failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(

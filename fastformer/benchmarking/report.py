@@ -1,4 +1,4 @@
-"""The report of a run: Markdown with a picture for each study, beside the results in JSON."""
+"""The report of a run: Markdown with a picture for each study, next to the results in JSON."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ RESULTS, _REPORT = "results.json", "report.md"
 
 
 def report_files(folder: Path, studies: Iterable[str]) -> list[Path]:
-    """What a run of these studies may leave in a folder."""
+    """The files that a run of these studies may write into a folder."""
     pictures = [f"{name}{kind}.png" for name in studies for kind in ("", "-ratios")]
     return [folder / name for name in (RESULTS, _REPORT, *pictures)]
 
 
 def judged(results: Results) -> list[Verdict]:
-    """Every goal of the studies in `results`: they are for a CPU, at full size."""
+    """The verdicts on all goals of the studies in `results`. Goals are only for full sizes on a CPU."""
     if results.quick or results.environment.gpu:
         return []
     return [
@@ -34,14 +34,12 @@ def judged(results: Results) -> list[Verdict]:
 
 
 def write_report(results: Results, folder: Path, changes: Sequence[Change] = ()) -> None:
-    """Write ``report.md`` and a PNG for each study that compares something, into `folder`."""
+    """Write ``report.md``, and a PNG for each study that compares something, into `folder`."""
     from fastformer.benchmarking.pictures import draw
 
     sections = ["# Benchmarks"]
     if results.quick:
-        sections.append(
-            "**Small sizes and few rounds, to see that everything works: these are no figures to publish.**"
-        )
+        sections.append("**Small sizes and few rounds, to check that everything works: do not publish these figures.**")
     sections.append(environment_rows(results.environment.rows()).markdown())
     if goals := judged(results):
         sections += ["## Goals", verdict_rows(goals).markdown()]

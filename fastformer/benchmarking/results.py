@@ -15,13 +15,13 @@ from fastformer.lines import json_file
 
 @dataclass
 class Results:
-    """What was measured on a machine.
+    """The measurements of a run on a machine.
 
     Attributes:
-        environment: of the whole run.
-        quick: whether sizes were small: then the figures say nothing.
-        studies: each finished study's measurements.
-        seconds: what each study took.
+        environment: the environment of the whole run.
+        quick: whether sizes were small. If so, the figures mean nothing.
+        studies: the measurements of each finished study.
+        seconds: the duration of each study.
     """
 
     environment: Environment
@@ -30,7 +30,7 @@ class Results:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write them to `path`, whole or not at all: one line for each measurement."""
+        """Write the results to `path` atomically, one line for each measurement."""
         head = {"environment": asdict(self.environment), "quick": self.quick, "seconds": self.seconds}
         studies = [f"{json.dumps(name)}: {_lines(each)}" for name, each in self.studies.items()]
         text = json.dumps(head, indent=1).removesuffix("\n}") + ',\n "studies": {\n' + ",\n".join(studies) + "\n }\n}\n"
@@ -39,10 +39,10 @@ class Results:
 
 
 def load_results(path: Path) -> Results:
-    """What `Results.save` wrote.
+    """Load the results that `Results.save` wrote.
 
     Raises:
-        ValueError: the file has something else.
+        ValueError: the file contains something else.
     """
     try:
         found = json_file(path)
@@ -57,19 +57,19 @@ def load_results(path: Path) -> Results:
 
 
 def _lines(measurements: list[Measurement]) -> str:
-    """A list in JSON with one line for each measurement."""
+    """A JSON list with one line for each measurement."""
     return "[\n" + ",\n".join(map(_line, measurements)) + "\n]"
 
 
 def _line(measurement: Measurement) -> str:
-    """The measurement as one line of JSON, without its study, under whose name it is written."""
+    """The measurement as one line of JSON, without the name of its study, which is the key of its list."""
     found = {**_given(measurement), "metric": _given(measurement.metric)}
     del found["study"]
     return json.dumps(found)
 
 
 def _given(instance: Measurement | Metric) -> dict[str, Any]:
-    """The fields of a dataclass whose value is not their default."""
+    """The fields of a dataclass whose values differ from their defaults."""
     found = {}
     for each in fields(instance):
         value = getattr(instance, each.name)

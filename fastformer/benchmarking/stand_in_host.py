@@ -1,7 +1,7 @@
-"""What a call costs the host on its way to a GPU that is not there: until Triton's launcher has a kernel's arguments.
+"""Measure the host time of a call up to its launches without a GPU: until Triton's launcher has the arguments.
 
-Run as a module, in a process of its own: ``python -m fastformer.benchmarking.stand_in_host``. In it the operators treat
-tensors on meta as those on a GPU, so that nothing stands between the call and the launch that would not stand there.
+Run it as a module in a new process: ``python -m fastformer.benchmarking.stand_in_host``. In this process the operators
+treat tensors on meta like those on a GPU, so the way from the call to the launch is the same as on a GPU.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _SERVE_META = ("Meta", "CompositeExplicitAutograd", "CompositeExplicitAutogradNo
 
 
 class HostTime(NamedTuple):
-    """What a case costs the host, in µs.
+    """The host time of a case, in µs.
 
     Attributes:
-        case: its name.
-        ours: of our calls up to the last launch, and back.
-        bare: of as many launches of a kernel that takes nothing.
-        launches: how many.
-        whole: of a step with PyTorch's part; None: the case is a call.
+        case: the name of the case.
+        ours: the time of our calls, up to the last launch and back.
+        bare: the time of the same number of launches of a kernel without arguments.
+        launches: the number of launches.
+        whole: the time of a whole step with PyTorch's part; None if the case is a call.
     """
 
     case: str
@@ -48,9 +48,9 @@ def _nothing():
 
 @contextmanager
 def _cpp_on_meta() -> Iterator[None]:
-    """Within the block PyTorch's own operators on meta are in Python only where nothing else serves meta.
+    """Let PyTorch's own operators on meta run in C++ within the block, if there is a C++ version that serves meta.
 
-    On a GPU they are in C++. `torch.empty_like` of a tensor on meta takes 1 µs rather than 24.
+    On a GPU they run in C++ too. `torch.empty_like` of a tensor on meta then takes 1 µs rather than 24.
     """
     python = _meta_registrations._meta_lib_dont_use_me_use_register_meta
     names = [key.split("/")[1] for key in python._op_impls]
@@ -66,7 +66,7 @@ def _cpp_on_meta() -> Iterator[None]:
 
 
 def operators(rounds: int, quick: bool, only: str) -> Iterator[HostTime]:
-    """Of every operator that launches kernels."""
+    """Yield the host time of each operator that launches kernels."""
     from fastformer.benchmarking.host_time import HostCall, best_microseconds
     from fastformer.benchmarking.launch_cases import cases
     from fastformer.benchmarking.operations import Sizes
@@ -85,7 +85,7 @@ def operators(rounds: int, quick: bool, only: str) -> Iterator[HostTime]:
 
 
 def training_step(rounds: int) -> HostTime:
-    """The best of `rounds` steps."""
+    """Measure a training step: the shortest of `rounds` steps."""
     from fastformer.benchmarking.operator_time import OperatorTime
 
     step = _bert_step()
@@ -106,7 +106,7 @@ def training_step(rounds: int) -> HostTime:
 
 
 def _bert_step() -> Callable[[], None]:
-    """In bfloat16, with dropout, every seventh of the tokens predicted; without the optimizer."""
+    """A step of BERT-base in bfloat16 with dropout, without the optimizer. One in seven tokens is predicted."""
     from fastformer.planning.model_work import Batch, arguments, known_model, meta_model
 
     config, kind = known_model("bert-base")
@@ -123,7 +123,7 @@ def _bert_step() -> Callable[[], None]:
 
 @contextmanager
 def _launches() -> Iterator[list[Any]]:
-    """Within the block calls with tensors on meta reach the stand-in's launcher; the list has what did."""
+    """Let calls with tensors on meta reach the stand-in's launcher within the block. Yields the list of launches."""
     from fastformer.backends import backend
     from fastformer.kernel_reports.stand_in import stand_in
 
@@ -139,7 +139,7 @@ def _count(call: Any, backward: bool, launched: list[Any]) -> int:
 
 
 def _bare(launches: int) -> Callable[[], None]:
-    """As many launches of a kernel that takes nothing."""
+    """A function that launches a kernel without arguments `launches` times."""
     turns = (None,) * launches
 
     def launch() -> None:

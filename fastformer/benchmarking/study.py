@@ -21,12 +21,12 @@ _COMPILERS = ("g++", "clang++", "c++", "cl")
 
 @dataclass(frozen=True)
 class Setting:
-    """How a study is to be run.
+    """The settings of a run of a study.
 
     Attributes:
-        device: where the work is done.
-        quick: small sizes and few rounds, to see that everything works: no figures to publish.
-        rounds: how often each peer has its turn; None: as the study has it.
+        device: the device that does the work.
+        quick: whether to use small sizes and few rounds, which only check that everything works.
+        rounds: the number of turns of each peer; None for the study's own number.
     """
 
     device: torch.device
@@ -36,13 +36,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Peer:
-    """Someone who can do a case's work.
+    """An implementation that can do a case's work.
 
     Attributes:
-        prepare: makes the data and the model, and returns what is timed; its result is compared between peers.
-        packages: that it needs, by their import names.
-        devices: where it runs, by PyTorch's names of their types; () is everywhere.
-        compiled: whether it is torch.compile's, which on a CPU needs a C++ compiler.
+        prepare: makes the data and the model, and returns the run that is timed. The runs' results are compared.
+        packages: import names of the packages that the peer needs.
+        devices: PyTorch's names of the device types that it runs on; () for all.
+        compiled: whether it uses torch.compile, which needs a C++ compiler on a CPU.
     """
 
     prepare: Callable[[], Run]
@@ -51,7 +51,7 @@ class Peer:
     compiled: bool = False
 
     def missing(self, device: torch.device) -> str | None:
-        """Why it cannot take part; None if it can."""
+        """The reason why the peer cannot take part; None if it can."""
         absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
         if absent:
             return f"{', '.join(absent)} is not installed"
@@ -67,12 +67,12 @@ class Case:
     """A piece of work that peers do in turns.
 
     Attributes:
-        name: unique in its study.
-        peers: by name; `OURS` is Fastformer.
-        work: what one run does, by unit: {"tokens": 4096}.
-        agree: takes the results of all peers' first runs by name; AssertionError if they did not do the same.
+        name: the name, unique in its study.
+        peers: the peers by name; `OURS` is Fastformer.
+        work: the amount of work of one run, by unit: {"tokens": 4096}.
+        agree: checks the results of all peers' first runs, by name. Raises AssertionError if they differ.
         curve, axis, at: see `Measurement`.
-        memory: whether it is measured here too, in a study that measures memory; each peer takes a process.
+        memory: whether memory is measured in this case, if the study measures memory. Each peer needs a new process.
     """
 
     name: str
@@ -87,13 +87,13 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Study(ABC):
-    """A question, and how it is answered.
+    """A question that measurements answer.
 
     Attributes:
-        name: for the command line.
-        title: a line.
-        goals: what it is to show on a CPU, at full size.
-        note: what a reader of the tables must know.
+        name: the name on the command line.
+        title: a title of one line.
+        goals: the goals on a CPU, at full size.
+        note: explanations that a reader of the tables needs.
     """
 
     name: str
@@ -103,12 +103,12 @@ class Study(ABC):
 
     @abstractmethod
     def measure(self, setting: Setting) -> Iterator[Measurement]:
-        """Yields what is found, as it is found."""
+        """Measure, and yield each measurement as soon as it is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredStudy(Study):
-    """A study with a way of its own to measure."""
+    """A study that measures with its own function."""
 
     measurements: Callable[[Setting], Iterator[Measurement]]
 
@@ -118,14 +118,15 @@ class MeasuredStudy(Study):
 
 @dataclass(frozen=True, kw_only=True)
 class TimedStudy(Study):
-    """A study whose cases peers do in turns.
+    """A study in which peers do the work of each case in turns.
 
     Attributes:
-        cases: in a setting; made anew in a fresh process for each measurement of memory.
-        rounds: turns of each peer, unless the setting has another number.
+        cases: makes the cases for a setting. Each measurement of memory on a CPU makes them again in a new process.
+        rounds: the number of turns of each peer, unless the setting has another number.
         shortest_turn: see `interleaved`.
-        memory: what counts as a peer's memory; None measures none.
-        conclusions: what is measured otherwise, or computed from what was measured: a fitted model's predictions.
+        memory: what counts as a peer's memory; None if memory is not measured.
+        conclusions: yields further measurements: measured in another way, or computed from the measured ones, such as
+            the predictions of a fitted model.
     """
 
     cases: Callable[[Setting], Iterable[Case]]
@@ -158,9 +159,9 @@ class TimedStudy(Study):
         for name in case.peers:
             yield self._measurement(case, name, TIME, timed.seconds.get(name, []), absent.get(name))
         if self.memory is not None and case.memory:
-            if setting.device.type == "cpu":  # there a compiler's memory cannot be told from its program's
+            if setting.device.type == "cpu":  # a compiler's memory cannot be told from its program's there
                 absent |= {
-                    name: "told from its compiler's on a GPU only" for name, peer in case.peers.items() if peer.compiled
+                    name: "on a CPU it includes the compiler's" for name, peer in case.peers.items() if peer.compiled
                 }
             for name in case.peers:
                 values = [] if name in absent else [self._peak(case, name, self.memory, setting)]

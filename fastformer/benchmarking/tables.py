@@ -12,26 +12,26 @@ from fastformer.benchmarking.crossovers import Comparison
 from fastformer.benchmarking.measurement import OURS, TIME, Measurement, Metric, Verdict, ratio
 from fastformer.planning.gpus import GPUS
 
-# What a second of a unit of work is called, and how many of the unit that is.
+# The unit of a rate by unit of work, and its size.
 _RATES = {"FLOP": ("TFLOP/s", 1e12), "bytes": ("GB/s", 1e9)}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A table: headings, and as many texts in each row."""
+    """A table: headings, and rows with a text for each heading."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """As GitHub reads it, numbers at the right."""
+        """The table in GitHub's Markdown, with numbers aligned right."""
         rule = ["---" if place < 2 else "---:" for place in range(len(self.headings))]
         lines = [self.headings, rule, *self.rows]
         return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def study_tables(measurements: Sequence[Measurement], device: str) -> list[Rows]:
-    """The `study_rows` of cases that were measured alike, a table for each such kind."""
+    """The tables of a study: one for each set of metrics, with the cases that have these metrics."""
     metrics: dict[str, dict[Metric, None]] = {}
     for each in measurements:
         metrics.setdefault(each.case, {})[each.metric] = None
@@ -40,11 +40,11 @@ def study_tables(measurements: Sequence[Measurement], device: str) -> list[Rows]
 
 
 def study_rows(measurements: Sequence[Measurement], device: str) -> Rows:
-    """A row for each case and peer: every metric's median and range, what it is in work per second, and the ratio.
+    """A table with a row for each case and peer: median and range of each metric, work per second, and the ratio.
 
     Args:
-        measurements: of one study.
-        device: the product's name, for the fraction of its peak where that is known.
+        measurements: the measurements of one study.
+        device: the product's name. If its peak is known, rates are also given as a fraction of it.
     """
     by_key = {(each.case, each.peer, each.metric): each for each in measurements}
     metrics = list(dict.fromkeys(each.metric for each in measurements))
@@ -74,7 +74,7 @@ def study_rows(measurements: Sequence[Measurement], device: str) -> Rows:
 
 
 def _missing_everywhere(measurements: Sequence[Measurement]) -> dict[str, str]:
-    """Peers that several cases asked for and none found, for one and the same reason: they are named once."""
+    """Peers that are missing from all of their several cases for the same reason, with the reason: it is shown once."""
     found: dict[str, set[str | None]] = {}
     cases: dict[str, set[str]] = {}
     for each in measurements:
@@ -119,8 +119,8 @@ def _rate(measurement: Measurement, unit: str, device: str) -> str:
 
 
 def _peak(unit: str, device: str) -> float | None:
-    """The device's most per second, where it is one that training is planned on; FLOP in half precision."""
-    if "pcie" in device.lower():  # slower than the product of the same name that is known
+    """The device's peak per second, if it is in `GPUS`, else None. FLOP are in half precision."""
+    if "pcie" in device.lower():  # slower than the product of the same name in `GPUS`
         return None
     for gpu in GPUS.values():
         if gpu.name.split(" SXM")[0].lower() in device.lower():
@@ -129,7 +129,7 @@ def _peak(unit: str, device: str) -> float | None:
 
 
 def crossover_rows(comparisons: Sequence[Comparison]) -> Rows:
-    """Who is better where along each curve."""
+    """A table of the better peer along each curve."""
     return Rows(
         ("curve", "metric", "better", "along"),
         [
@@ -154,7 +154,7 @@ def _winners(comparison: Comparison) -> str:
 
 
 def verdict_rows(verdicts: Sequence[Verdict]) -> Rows:
-    """The goals, what was found, and whether that is enough."""
+    """A table of the goals, the values found, and whether they are met."""
     answers = {True: "met", False: "missed", None: "not measured"}
     return Rows(
         ("study", "case", "compared with", "metric", "goal", "found", ""),
@@ -174,7 +174,7 @@ def verdict_rows(verdicts: Sequence[Verdict]) -> Rows:
 
 
 def change_rows(changes: Sequence[Change]) -> Rows:
-    """What changed since another run, regressions first."""
+    """A table of the changes since another run, regressions first."""
     ordered = sorted(changes, key=lambda change: not change.regression)
     return Rows(
         ("study", "case", "metric", "compared with", "then", "now", ""),
@@ -194,12 +194,12 @@ def change_rows(changes: Sequence[Change]) -> Rows:
 
 
 def environment_rows(rows: Sequence[tuple[str, str]]) -> Rows:
-    """The machine and its versions."""
+    """A table of the machine and its versions."""
     return Rows(("environment", ""), rows)
 
 
 def number(value: float) -> str:
-    """With three significant digits, and no exponent between a nanosecond and a billion."""
+    """Format a number with three significant digits. There is no exponent between a nanosecond and a billion."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))

@@ -1,4 +1,4 @@
-"""Timing of several peers in turns, so that what else the machine does meanwhile falls on all of them."""
+"""Time several peers in turns, so that other work on the machine slows all of them down equally."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch.utils._pytree import tree_map_only
 from fastformer.console import in_a_line
 
 Run = Callable[[], object]
-"""Does a case's work once; returns what the peers must agree on."""
+"""Does a case's work once. Returns the result that all peers must agree on."""
 
 SHORTEST_TURN = 0.05
-"""A turn repeats a short run for so many seconds, far above the clock's grain and a thread's wake-up."""
+"""Seconds for which a turn repeats a short run: far more than the clock's resolution and a thread's wake-up time."""
 
 
 @dataclass
 class Timed:
-    """Seconds of a run, one for each round, of every peer; and why a peer that failed did."""
+    """The seconds of each peer's run, one value for each round, and the reasons of peers that failed."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -37,14 +37,14 @@ def interleaved(
     may_fail: Callable[[str], bool] = lambda name: False,
     shortest_turn: float = SHORTEST_TURN,
 ) -> Timed:
-    """Time each of the runs in each round, in an order that starts with another one every round.
+    """Time each of the runs in each round. Each round starts with another peer.
 
     Args:
-        prepare: makes each run, by the peers' names. Its first run, untimed, warms it up.
-        rounds: turns of each.
-        device: whose work is waited for.
-        agree: given the results of the untimed runs.
-        may_fail: whether a peer's exception is a finding; otherwise it is raised.
+        prepare: makes each peer's run, by the peers' names. The first execution, untimed, warms up.
+        rounds: the number of turns of each peer.
+        device: the device whose work is waited for.
+        agree: checks the results of the untimed executions.
+        may_fail: whether a peer's exception is recorded as its failure; otherwise it is raised.
         shortest_turn: seconds for which a turn repeats a short run.
 
     Raises:
@@ -57,7 +57,7 @@ def interleaved(
     for name, make in prepare.items():
         try:
             runs[name] = run = make()
-            # Kept, since a peer may write the next run's result to the same place.
+            # Copied, since a peer may write the next result to the same memory.
             results[name] = tree_map_only(torch.Tensor, torch.clone, run()) if agree else run()
             warm = seconds_of(run, 1, device)
         except Exception as cause:
@@ -81,7 +81,7 @@ def interleaved(
 
 
 def seconds_of(run: Run, repeats: int, device: torch.device) -> float:
-    """Of one of `repeats` runs in a row."""
+    """The mean seconds of `repeats` runs in a row."""
     gc.collect()
     wait(device)
     begin = time.perf_counter()
@@ -93,7 +93,7 @@ def seconds_of(run: Run, repeats: int, device: torch.device) -> float:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Have PyTorch compute on so many threads within a ``with`` block."""
+    """Let PyTorch compute with `number` threads within a ``with`` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -103,6 +103,6 @@ def threads(number: int) -> Iterator[None]:
 
 
 def wait(device: torch.device) -> None:
-    """Until `device` has done what was asked of it."""
+    """Wait until `device` has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

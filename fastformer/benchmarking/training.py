@@ -1,7 +1,7 @@
-"""Optimizer steps on equal batches, ours under Lightning's Trainer and theirs under Hugging Face's.
+"""Optimizer steps on equal batches: ours under Lightning's Trainer, theirs under Hugging Face's.
 
-Both start from the same weights with the same optimizer: AdamW with fused steps, decay on matrices alone, a rate that
-falls in a line, gradients clipped at norm 1. Each side's own trainer, loader and collation count.
+Both start from the same weights with the same optimizer: AdamW with fused steps, decay of matrices only, a learning
+rate that falls linearly, gradients clipped at norm 1. The time of each side's own trainer, loader and collation counts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BASE: Shape = {}
 SMALL: Shape = {"num_hidden_layers": 4, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048}
 TINY: Shape = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
 
-# Of our modules; `theirs` has the same.
+# The optimizer of our modules; `theirs` uses the same.
 _RATE = 1e-4
 OPTIMIZATION = Optimization(_RATE, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8, warmup_steps=0)
 
@@ -38,9 +38,9 @@ Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
 
 
 def median_batches(lengths: NDArray[np.int64], size: int, number: int) -> list[NDArray[np.int64]]:
-    """Indices of `number` batches of `size` sequences in random order: those whose share of padding is the middle one.
+    """Indices of `number` random batches of `size` sequences: those with a share of padding around the median.
 
-    Padded to its longest sequence, one batch is no like another; a few steps shall stand for an epoch.
+    Batches that are padded to their longest sequence differ much. A few steps should represent an epoch.
     """
     order = np.random.default_rng(0).permutation(len(lengths))
     batches = order[: len(order) // size * size].reshape(-1, size)
@@ -50,12 +50,12 @@ def median_batches(lengths: NDArray[np.int64], size: int, number: int) -> list[N
 
 
 def bert(shape: Shape, dropout: float) -> BertConfig:
-    """With this dropout of hidden states and attention weights."""
+    """A configuration of BERT with this dropout of hidden states and attention weights."""
     return BertConfig(vocab_size=VOCABULARY, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **shape)
 
 
 def ours(module: LightningModule, data: LightningDataModule, steps: int) -> Run:
-    """So many steps at each run, which returns the mean loss."""
+    """A run of `steps` steps of our module. It returns the mean loss."""
     quieten()
 
     def run() -> float:
@@ -98,13 +98,13 @@ def theirs(
     sampling: str = "sequential",
     compiled: bool = False,
 ) -> Run:
-    """One epoch of the examples at each run, which returns the mean loss.
+    """A run of one epoch of the examples under Hugging Face's Trainer. It returns the mean loss.
 
     Args:
-        model: trained, in training mode.
-        examples: in the order in which they are to be batched.
+        model: the model to train, in training mode.
+        examples: the examples, in the order of the batches.
         collate: makes a padded batch.
-        batch_size: examples of each.
+        batch_size: examples of each batch.
         sampling: `TrainingArguments.train_sampling_strategy`.
         compiled: `TrainingArguments.torch_compile`.
     """
@@ -137,16 +137,16 @@ def theirs(
 
 
 def padded(sequences: Sequence[torch.Tensor], padding: int) -> torch.Tensor:
-    """(batch, longest)."""
+    """The sequences as a tensor (batch, longest), filled up with `padding`."""
     return torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=padding)
 
 
 def attention_mask(sequences: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(batch, longest) int64: 1 for a token, 0 for padding."""
+    """A mask (batch, longest) int64: 1 for a token, 0 for padding."""
     return padded([torch.ones_like(sequence) for sequence in sequences], 0)
 
 
 def assert_equal_losses(runs: dict[str, Run]) -> None:
-    """That training without dropout gives equal losses; `runs` are ours and theirs."""
+    """Check that training without dropout gives equal losses. `runs` are ours and theirs."""
     losses = {name: run() for name, run in runs.items()}
     torch.testing.assert_close(losses[OURS], losses[HUGGING_FACE], rtol=1e-5, atol=0)

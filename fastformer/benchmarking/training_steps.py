@@ -1,4 +1,4 @@
-"""Training steps of BERT-like and GPT-like models of any size: run, and counted."""
+"""Training steps of BERT-like and GPT-like models of any size, and the counts of their cost."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ class Shape:
     """A model and its batch.
 
     Attributes:
-        kind: BERT's masked-LM pretraining, or GPT-2's.
-        layers, hidden: of the model; heads have 64 features.
-        tokens, length: of a step, in sequences of one length.
-        vocabulary: words.
+        kind: BERT's masked-LM pretraining, or GPT-2's pretraining.
+        layers, hidden: the number of layers and the hidden size. Heads have 64 features.
+        tokens: tokens of a step.
+        length: tokens of each sequence; all have the same length.
+        vocabulary: the size of the vocabulary.
     """
 
     kind: Kind
@@ -73,11 +74,13 @@ def training_step(
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     recomputation: bool = False,
 ) -> Run:
-    """A step on random tokens, packed: forward, backward, AdamW; it returns the loss.
+    """A run of a step on packed random tokens: forward, backward, AdamW. It returns the loss.
 
     Args:
-        wrap: what makes the model one of several processes'.
-        recomputation: of each block, in the backward.
+        shape: the model and its batch.
+        device: the device of the model.
+        wrap: wraps the model, for example for training by several processes.
+        recomputation: whether each block is computed again in the backward.
     """
     torch.manual_seed(0)
     model = getattr(fastformer.models, shape.class_name)(shape.config).to(device).train()
@@ -108,7 +111,7 @@ def training_step(
 
 
 def _step_without_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Let the optimizer have its moments, which a training's first step alone begins without."""
+    """Make a step that creates the optimizer's moments: only the first step of a training starts without them."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -117,5 +120,5 @@ def _step_without_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) 
 
 @lru_cache
 def counted(shape: Shape) -> ModelCost:
-    """What `shape` costs for each of its sequences, counted without running it."""
+    """The cost of each sequence of `shape`, counted without running the model."""
     return model_cost(meta_model(shape.config, shape.class_name, "32-true"), "32-true", shape.length)

@@ -27,7 +27,7 @@ def test_files(finished) -> None:
     results = load_results(finished / "results.json")
     assert results.quick and list(results.studies) == [STUDY]
     report = (finished / "report.md").read_text()
-    assert "no figures to publish" in report and f"({STUDY}.png)" in report and "PyTorch" in report
+    assert "do not publish these figures" in report and f"({STUDY}.png)" in report and "PyTorch" in report
     assert (finished / f"{STUDY}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -68,7 +68,9 @@ def test_the_file_beside_its_input_is_never_replaced(
     (run / "config.yaml").write_text(yaml.safe_dump({**OPTIONS, "task": "summarize"}, sort_keys=False))
     for suffix in ("source", "target"):
         (tmp_path / f"test.{suffix}").write_text("some\n")
-    assert "part of the input, --data" in refusal(run, tmp_path / "test.target", capsys, "--overwrite", data="test.source")
+    assert "part of the input, --data" in refusal(
+        run, tmp_path / "test.target", capsys, "--overwrite", data="test.source"
+    )
 
 
 def test_what_is_there_is_never_replaced_unasked(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The studies of ``fastformer bench``, a file each. What a study needs is imported once it is asked for."""
+"""The studies of ``fastformer bench``, one file for each. A study is imported only when it is loaded."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ STUDIES = {
     "sentiment": "fastformer.benchmarking.studies.sentiment",
     "tasks": "fastformer.benchmarking.studies.tasks",
 }
-"""Each study's name and its module, which has it as `STUDY`."""
+"""The module of each study by the study's name. The module defines the study as `STUDY`."""
 
 
 def load(name: str) -> Study:
-    """The study of that name.
+    """Load a study by its name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such study.
     """
     if name not in STUDIES:
-        raise ValueError(f"study must be one of {', '.join(STUDIES)}, got {name!r}")
+        raise ValueError(f"study must be one of {', '.join(STUDIES)}; got {name!r}")
     return importlib.import_module(STUDIES[name]).STUDY

@@ -1,4 +1,4 @@
-"""Hugging Face models accelerated by Fastformer beside the same models as they were: training steps and forwards."""
+"""Training steps and forwards of Hugging Face models after `accelerate`, compared with the unchanged models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastformer.integrations.acceleration.model import accelerate
 AS_IT_WAS = "the model as it was"
 BATCH, VOCABULARY, HEAD_DIM = 8, 8192, 64
 SHORTEST = 0.1
-"""Tokens of a padded batch's shortest row, as a share of the longest's."""
+"""The length of a padded batch's shortest row, as a share of the longest row."""
 
 
 def bert(hidden: int) -> PreTrainedModel:
@@ -104,7 +104,7 @@ def case(name: str, hidden: int, length: int, padding: str, trains: bool, device
 
 
 def batch(length: int, padding: str, device: torch.device) -> dict[str, Tensor]:
-    """Rows of tokens that are their own labels; padded ones of lengths from the shortest to `length`."""
+    """A batch of tokens that are also the labels. With padding, lengths range from the shortest to `length`."""
     torch.manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (BATCH, length))
     if padding == "no":
@@ -135,14 +135,15 @@ def equal_losses(losses: dict[str, object]) -> None:
 
 STUDY = TimedStudy(
     name="accelerated",
-    title="Hugging Face models after `fastformer.accelerate`, beside the same models before it",
+    title="Hugging Face models after `fastformer.accelerate`, compared with the same models before it",
     cases=cases,
     rounds=11,
-    shortest_turn=0.5,  # differences of a hundredth are asked for
+    shortest_turn=0.5,  # the goals are about differences of one per cent
     goals=(
         Goal("", AS_IT_WAS, at_least=0.98),
         Goal("left padding, 256 tokens", AS_IT_WAS, at_least=1.0),
         Goal("right padding, 256 tokens", AS_IT_WAS, at_least=1.0),
     ),
-    note=f"Batches of {BATCH} rows; padded ones of lengths spread evenly from {SHORTEST:.0%} of the longest to it.",
+    note=f"Batches have {BATCH} rows. In padded batches, lengths are spread evenly from {SHORTEST:.0%} to 100% of the "
+    "longest.",
 )

@@ -1,4 +1,4 @@
-"""Attention beside its peers, forward and with the backward: over lengths, and with each feature."""
+"""Attention compared with its peers, forward and with the backward: for several lengths, and with each feature."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cases(setting: Setting) -> Iterator[Case]:
 
 
 def _lengths(setting: Setting) -> Iterator[Case]:
-    """The same number of tokens and of features, in fewer and longer sequences."""
+    """Yield cases with the same number of tokens and features, in fewer and longer sequences."""
     gpu = setting.device.type == "cuda"
     width, tokens, head_dims = (2048, 16384, (64, 128)) if gpu else (512, 2048, (64,))
     sequences: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384) if gpu else (128, 512, 2048)
@@ -36,7 +36,7 @@ def _lengths(setting: Setting) -> Iterator[Case]:
         curve = f"{'causal, ' if causal else ''}head_dim {head_dim}, {name}"
         shape = (tokens // sequence, width // head_dim, sequence, head_dim)
         call = Attention(*shape, _dtype(setting), setting.device, backward, causal=causal)
-        # A compilation for each length takes longer than everything else on a CPU.
+        # On a CPU, compiling for each length would take longer than everything else.
         flex = gpu or (not setting.quick and sequence == sequences[-1])
         title = f"attention, {curve}, {call.batch} x {sequence:,}"
         case = _case(title, call, peers(call, flex))
@@ -44,7 +44,7 @@ def _lengths(setting: Setting) -> Iterator[Case]:
 
 
 def _features(setting: Setting) -> Iterator[Case]:
-    """One shape, with whatever a Transformer adds to attention."""
+    """Yield cases of one shape, each with an option that Transformers use."""
     gpu = setting.device.type == "cuda"
     batch, heads, sequence, head_dim = (4, 16, 4096, 128) if gpu else (4, 8, 512, 64)
     if setting.quick:
@@ -78,7 +78,7 @@ def _dtype(setting: Setting) -> torch.dtype:
 
 
 def _case(title: str, call: Attention, peers: dict[str, Peer]) -> Case:
-    # Dropout's patterns are everybody's own.
+    # Each peer has its own dropout pattern.
     agree = None if call.dropout_p else same(call.dtype, comparable(call))
     return Case(title, peers, {"FLOP": call.flop}, agree, memory=call.device.type == "cuda")
 
@@ -89,8 +89,8 @@ STUDY = TimedStudy(
     cases=cases,
     memory="run",
     note=(
-        "FLOP are those of the pairs that may attend: half where causal, without padding, and 3.5 times the forward's "
-        "with the backward. Peers that know no packed sequences get them padded, with a mask. Memory is what the call "
-        "takes beside its inputs."
+        "FLOP are counted for the pairs that may attend: half of all if causal, and none for padding. With the "
+        "backward they are 3.5 times the forward's. Peers without packed sequences get padded ones with a mask. Memory "
+        "is what the call adds to its inputs."
     ),
 )

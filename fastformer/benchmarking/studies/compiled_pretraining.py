@@ -1,4 +1,4 @@
-"""BERT's pretraining step with torch.compile, ours and Hugging Face's, beside ours without."""
+"""BERT's pretraining step, ours and Hugging Face's, each with and without torch.compile."""
 
 from __future__ import annotations
 
@@ -36,5 +36,6 @@ STUDY = TimedStudy(
     title="BERT's pretraining step with torch.compile",
     cases=cases,
     rounds=3,
-    note="As the study pretraining. Compiling, which needs a C++ compiler and takes minutes, is not in the times.",
+    note="The setup is that of the study pretraining. Times leave out compilation, which needs a C++ compiler and "
+    "takes minutes.",
 )

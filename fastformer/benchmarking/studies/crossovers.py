@@ -1,4 +1,4 @@
-"""Where one way of computing overtakes another: by length, padding, vocabulary, depth and size of the model."""
+"""Crossovers of two ways of computing, by length, padding, vocabulary, depth and size of the model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _by_length(setting: Setting) -> Iterator[Case]:
-    """A fixed number of tokens in sequences of one length, without padding."""
+    """Yield cases with a fixed number of tokens, in sequences of equal length without padding."""
     tokens, lengths = (512, (32,)) if setting.quick else (4096, (32, 64, 128, 512, 1024, 2048))
     for length in lengths:
         at = partial(_case, axis="tokens of a sequence", at=length, work={"tokens": tokens})
@@ -72,7 +72,7 @@ def _case(
 
 
 def _heads(device: torch.device, tokens: int, length: int) -> Tensor:
-    """Queries, keys and values of (sequences, length, heads, head_dim)."""
+    """Queries, keys and values, each (sequences, length, heads, head_dim)."""
     torch.manual_seed(0)
     return torch.randn(3, tokens // length, length, _HEADS, _HEAD_DIM, device=device, requires_grad=True)
 
@@ -111,7 +111,7 @@ def _feed_forward(device: torch.device, tokens: int) -> Run:
 
 
 def _forward_and_backward(forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Run:
-    """The mean square of what `forward` computes, and its gradients."""
+    """A run that computes the mean square of the result of `forward`, and its gradients."""
 
     def run() -> float:
         for leaf in leaves:
@@ -136,10 +136,10 @@ def _equal_losses(losses: dict[str, object]) -> None:
 
 
 def _by_padding(setting: Setting) -> Iterator[Case]:
-    """A padded batch of one size with fewer and fewer tokens in it: packed, and as it is."""
+    """Yield cases of a padded batch of fixed size with fewer and fewer tokens in it, packed and padded."""
     sequences, longest, factors = (4, 64, (2,)) if setting.quick else (16, 256, (1, 1.1, 1.25, 1.5, 2, 4))
     for factor in factors:
-        # Of numbers u spread evenly over (0, 1) the powers u^(factor - 1) have the mean 1 / factor.
+        # If u is spread evenly over (0, 1), the powers u^(factor - 1) have the mean 1 / factor.
         spread = [(place + 0.5) / sequences for place in range(sequences)]
         lengths = [max(1, round(longest * share ** (factor - 1))) for share in spread]
         at = partial(
@@ -156,7 +156,7 @@ def _by_padding(setting: Setting) -> Iterator[Case]:
 
 
 def _real(lengths: Sequence[int], longest: int, device: torch.device) -> Tensor:
-    """Which places of the padded batch have a token."""
+    """A boolean mask of the places of the padded batch that have a token."""
     return torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
@@ -259,7 +259,7 @@ def _with_recomputation(setting: Setting) -> Iterator[Case]:
         yield _case("a training step", peers, "layers", number, work, _equal_losses, memory=not setting.quick)
 
 
-# --- Of GPUs, by their data sheets ------------------------------------------------------------------------------------
+# --- GPUs, by their data sheets ---------------------------------------------------------------------------------------
 
 _MEMORY = Metric("memory of a GPU", "GiB")
 _PASSES = Metric("beyond what both do", "passes over the result")
@@ -269,14 +269,17 @@ _DEPTHS = (256, 512, 1024, 2048, 4096, 8192)
 
 
 def modelled(setting: Setting, _: Sequence[Measurement]) -> Iterator[Measurement]:
-    """What is decided by rules and plans for GPUs."""
+    """Yield the crossovers on GPUs, computed by rules and plans."""
     yield from _strategies(_SIZES[:1] if setting.quick else _SIZES)
     for architecture in ("sm_80", "sm_90", "sm_100", "gfx942"):
         yield from _feed_forward_plans(architecture)
 
 
 def _strategies(names: Sequence[str]) -> Iterator[Measurement]:
-    """DDP and FSDP2 on a node of H100s, by the planner; one example of 2,048 tokens for each GPU at a time."""
+    """Yield memory and communication of DDP and FSDP2 on a node of H100s, by the planner.
+
+    Each GPU has one example of 2,048 tokens at a time.
+    """
     gpu = GPUS["h100"]
     for name in names:
         for peer, strategy in (("DDP", "ddp"), ("FSDP2", "fsdp")):
@@ -290,7 +293,7 @@ def _strategies(names: Sequence[str]) -> Iterator[Measurement]:
 
 
 def _feed_forward_plans(architecture: str) -> Iterator[Measurement]:
-    """The rule of `fastformer_kernels.plans`: by depth a fused product loses what it saves in passes."""
+    """Yield the rule of `fastformer_kernels.plans`: with depth, a fused product loses what it saves in passes."""
     passes = SAVED_PASSES[_OUTPUT]
     deepest = max(
         depth
@@ -316,10 +319,10 @@ STUDY = TimedStudy(
     memory="everything",
     conclusions=modelled,
     note="""\
-Forward and backward, float32. Attention has 4 heads of 64 and, by length, 4,096 tokens; padded batches are 16 sequences
-of up to 256 tokens; losses are of 1,024 tokens of 256 features. Lines that are dashed, and rows that say so, are
-modelled, for GPUs: the memory of one GPU of eight, and the exchange of data without overlap, by `fastformer plan`; the
-output projection of a feed-forward network by the rule of `fastformer_kernels.plans` that holds until
-`fastformer tune` has measured.
+Forward and backward, float32. Attention has 4 heads of 64 features and, in the curves by length, 4,096 tokens. Padded
+batches have 16 sequences of up to 256 tokens. Losses have 1,024 tokens of 256 features. Dashed lines, and rows marked
+"modelled", are computed for GPUs. `fastformer plan` gives the memory of one GPU of eight, and the exchange of data
+without overlap. The rule of `fastformer_kernels.plans`, which holds until `fastformer tune` has measured, gives the
+output projection of a feed-forward network.
 """,
 )

@@ -1,4 +1,4 @@
-"""Fine-tuning a classifier beside Hugging Face's Trainer with dynamic padding, in random order and sorted by length."""
+"""Fine-tuning of a classifier, compared with Hugging Face's Trainer with dynamic padding, unsorted and sorted."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from fastformer.training.loading.finetuning import FineTuningData
 
 SORTED = f"{HUGGING_FACE}, sorted by length"
 BATCH = 32
-# Of `fastformer finetune`.
+# The default of `fastformer finetune`.
 MAX_LENGTH = 128
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a run does.
+    """The work of a run.
 
     Attributes:
         shape: fields of `BertConfig` that differ from bert-base's.
-        steps: batches of 32 texts.
-        dropout: of hidden states and attention weights.
+        steps: the number of batches of 32 texts.
+        dropout: the dropout of hidden states and attention weights.
     """
 
     shape: Shape
@@ -56,7 +56,7 @@ class Work:
     dropout: float = 0.1
 
     def model(self) -> BertForSequenceClassification:
-        """With random weights, always the same."""
+        """Build the model with random weights, always the same."""
         torch.manual_seed(0)
         config = bert({**self.shape, "num_labels": len(texts().labels)}, self.dropout)
         return BertForSequenceClassification(config).train()
@@ -86,7 +86,7 @@ def texts() -> Texts:
 
 
 class Batches(FineTuningData):
-    """The given batches, rather than ones of so many tokens."""
+    """A data module with the given batches, rather than batches of a number of tokens."""
 
     def __init__(self, batches: list[list[Feature]]) -> None:
         features = [feature for batch in batches for feature in batch]
@@ -152,9 +152,9 @@ STUDY = TimedStudy(
     rounds=3,
     goals=(Goal("4 layers", HUGGING_FACE, at_least=1.7), Goal("bert-base", HUGGING_FACE, at_least=1.7)),
     note=(
-        f"Texts of the default set for classification, at most {MAX_LENGTH} tokens of each, {BATCH} in a batch, in "
-        "float32 with dropout 0.1. Tokens are real ones, without padding; peers pad each batch to its longest text. "
-        "Each side runs in its own trainer, Lightning's and Hugging Face's, whose losses without dropout are equal. "
-        "Sorting by length makes other batches of the same texts."
+        f"Texts of the default set for classification, with at most {MAX_LENGTH} tokens each and {BATCH} texts in a "
+        "batch, in float32 with dropout 0.1. Tokens are counted without padding; peers pad each batch to its longest "
+        "text. Each side runs in its own trainer, Lightning's and Hugging Face's; their losses without dropout are "
+        "equal. Sorting by length makes different batches of the same texts."
     ),
 )

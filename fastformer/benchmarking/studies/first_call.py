@@ -1,5 +1,7 @@
-"""The first training step of a layer in a new process, with kernels compiled ahead of time and without; and how long
-compiling ahead takes."""
+"""The first training step of a layer in a new process, with and without kernels compiled ahead of time.
+
+The time of compiling ahead is measured too.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def measurements(setting: Setting) -> Iterator[Measurement]:
 
 
 def _architectures(setting: Setting) -> tuple[str, ...]:
-    """The GPU's own; without one, some that are compiled for all the same."""
+    """The architecture of the GPU; without a GPU, some architectures to compile for."""
     if setting.device.type == "cuda":
         from fastformer_kernels.launch import architecture_of
 
@@ -42,7 +44,7 @@ def _architectures(setting: Setting) -> tuple[str, ...]:
 
 
 def _compile_ahead(architecture: str, cache: Path) -> float:
-    """Seconds."""
+    """Compile a layer's kernels ahead of time. Returns the seconds."""
     from fastformer.kernel_reports.compilation import compile_ahead
 
     begin = time.perf_counter()
@@ -65,7 +67,8 @@ def _first_steps(setting: Setting, ahead: Path | None, folder: Path) -> Iterator
         for place, peer in enumerate((*caches, *PEERS[1:])):
             if peer == PEERS[2] and setting.quick:
                 continue
-            # Every process but the one with our cache begins with empty ones; a compiler's path bears no spaces.
+            # Every process except the one with our cache starts with empty caches. The path has no spaces, which
+            # compilers do not accept.
             cache = caches.get(peer) or folder / f"{number}-{place}"
             found.setdefault(peer, []).append(_seconds(peer.split(",")[0], setting.device, cache))
     measured = partial(Measurement, "first-call", case)
@@ -88,5 +91,5 @@ STUDY = MeasuredStudy(
     name="first-call",
     title="the first step of a new process, compilation included",
     measurements=measurements,
-    note="Imports, and the start of the device and of its matrix library, are not counted.",
+    note="Times leave out imports, and the start of the device and of its matrix library.",
 )

@@ -1,4 +1,4 @@
-"""Greedy generation beside Hugging Face's `generate`, on a model of GPT-2 small's shape with random weights."""
+"""Greedy generation compared with Hugging Face's `generate`, by a model of GPT-2 small's shape with random weights."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def ours(model: Callable[[], GPT2LMHeadModel], lengths: Sequence[int], new: int)
 
 
 def theirs(model: Callable[[], GPT2LMHeadModel], lengths: Sequence[int], new: int, kind: str) -> Run:
-    """Prompts padded on the left."""
+    """Hugging Face's generation, with prompts padded on the left."""
     found = model()
     width = max(lengths)
     prompts = prompts_of(found, lengths)
@@ -81,5 +81,5 @@ STUDY = TimedStudy(
         for case, bound in (("8 prompts", 1.5), ("1 prompt", 1.0))
         for kind in CACHES
     ),
-    note="Random weights; all generate the same tokens. Hugging Face's prompts are padded on the left.",
+    note="Weights are random; all peers generate the same tokens. Hugging Face's prompts are padded on the left.",
 )

@@ -1,4 +1,4 @@
-"""What our kernels compile to, on any machine: registers, spills, shared memory, and a model's fraction of peak."""
+"""Figures of our compiled kernels, on any machine: registers, spills, shared memory, and a modelled share of peak."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESIDENT = Metric("CTAs", "a multiprocessor", higher_is_better=True)
 PEAK = Metric("modelled fraction of peak", "%", higher_is_better=True)
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-# Of the workload that the regression gate knows too: an operator, and which of its variants.
+# Operators and their variants, of the workload that the regression gate uses too.
 CASES = (
     ("attention", "d128-causal"),
     ("attention", "d128-causal-deterministic"),
@@ -27,9 +27,9 @@ CASES = (
     ("rotary", "half"),
 )
 
-# Bytes that a thread of public Triton kernels spills, by the kernel of ours that does the same: bfloat16, head_dim 128,
-# causal, each with the launch configuration that it ships with, compiled by triton 3.9.0. Their registers are no
-# figure to compare: the worst of them were capped at 32.
+# Bytes that a thread of public Triton kernels spills, by the kernel of ours that does the same work: bfloat16, head_dim
+# 128, causal, each with its shipped launch configuration, compiled by triton 3.9.0. Registers cannot be compared: the
+# worst of these kernels were limited to 32.
 _RIVALS: dict[tuple[str, str], dict[str, int]] = {
     ("sm_80", "attention d128-causal: attention_forward"): {
         "Triton tutorial": 0,
@@ -43,14 +43,14 @@ _RIVALS: dict[tuple[str, str], dict[str, int]] = {
         "FlagGems": 0,
         "flash-linear-attention": 0,
     },
-    # All gradients at once.
+    # These kernels compute all gradients at once.
     ("sm_80", "attention d128-causal: key_value_gradient"): {"Triton tutorial": 3637, "FlagGems": 4204},
     ("sm_90", "attention d128-causal: key_value_gradient"): {
         "Triton tutorial": 447,
         "flash-attn's Triton kernel": 146,
         "FlagGems": 493,
     },
-    # The query's in a kernel of its own.
+    # These kernels compute the query's gradient in a separate kernel.
     ("sm_80", "attention d128-causal-deterministic: key_value_gradient"): {"flash-linear-attention": 10},
     ("sm_90", "attention d128-causal-deterministic: key_value_gradient"): {"flash-linear-attention": 43},
     ("sm_80", "attention d128-causal-deterministic: query_gradient"): {"flash-linear-attention": 0},
@@ -59,7 +59,7 @@ _RIVALS: dict[tuple[str, str], dict[str, int]] = {
 
 
 def measurements(setting: Setting) -> Iterator[Measurement]:
-    # Here, not above: the compiler is needed by nobody who only lists the studies.
+    # Imported here, because listing the studies does not need the compiler.
     from fastformer.kernel_reports.compilation import compile_ahead
     from fastformer.kernel_reports.report import figures_of
     from fastformer.kernel_reports.workload import cases
@@ -97,11 +97,11 @@ def measurements(setting: Setting) -> Iterator[Measurement]:
 
 STUDY = MeasuredStudy(
     name="kernels",
-    title="what the kernels compile to",
+    title="figures of the compiled kernels",
     measurements=measurements,
     note=(
-        "Read from the compiled code, in bfloat16. The fraction of peak is that of no overlap between the pipes of the "
-        "inner loop, by a model without latency and cache misses (fastformer kernels report has both ends of its "
-        "bracket). Other kernels: recorded with triton 3.9.0 at the launch configurations that they ship with."
+        "Read from the compiled code, in bfloat16. The fraction of peak is for no overlap between the pipes of the "
+        "inner loop, by a model without latency and cache misses (`fastformer kernels report` has the upper bound "
+        "too). Other kernels were recorded with triton 3.9.0 at their shipped launch configurations."
     ),
 )

@@ -1,7 +1,7 @@
-"""What a call costs before any work is done: the host's time of each operator on so few tokens that they do not count,
-beside PyTorch's own functions, and of its way to the launch of its kernels, beside Triton's bare launches.
+"""The overhead of a call: the host's time of each operator, on too few tokens for the work itself to matter.
 
-On a GPU it is what small models and single tokens wait for.
+The time of whole calls is compared with PyTorch's own functions, and the time up to the launch of the kernels with
+Triton's bare launches. On a GPU this is what small models and single tokens wait for.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ def measurements(setting: Setting) -> Iterator[Measurement]:
 
 
 def beside_pytorch(device: torch.device, rounds: int, only: str = "") -> Iterator[Measurement]:
-    """Calls of 16 tokens, by us and by PyTorch.
+    """Measure calls with 16 tokens, ours and PyTorch's.
 
     Args:
-        only: those alone that have this in their names.
+        device: the device of the tensors.
+        rounds: turns of each call.
+        only: text that the name of a call must contain.
     """
     gpu = device.type == "cuda"
     sizes = Sizes(1, 16, 64, 2, 128, 64, 32, torch.bfloat16 if gpu else torch.float32)
@@ -54,7 +56,7 @@ def beside_pytorch(device: torch.device, rounds: int, only: str = "") -> Iterato
 
 
 def to_the_launches(rounds: int, quick: bool = False, only: str = "") -> Iterator[Measurement]:
-    """Calls and a training step for a GPU that is not there, in a process of its own; arguments as above."""
+    """Measure calls and a training step up to the launches, without a GPU, in a new process. Arguments are as above."""
     for found in _on_a_stand_in(rounds, quick, only):
         for metric, value in _metrics(found).items():
             yield Measurement("launch", f"{found.case}, {ARCHITECTURE}", OURS, metric, [value])
@@ -70,7 +72,7 @@ def _metrics(found: HostTime) -> dict[Metric, float]:
 
 def _on_a_stand_in(rounds: int, quick: bool, only: str) -> list[HostTime]:
     command = [sys.executable, "-m", "fastformer.benchmarking.stand_in_host", f"--rounds={rounds}", f"--only={only}"]
-    # The kernels are compiled, which Triton's interpreter does not do.
+    # Triton's interpreter would not compile the kernels.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([*command, *["--quick"] * quick], env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -79,7 +81,7 @@ def _on_a_stand_in(rounds: int, quick: bool, only: str) -> list[HostTime]:
 
 
 class _Most(NamedTuple):
-    """The most of PyTorch's host time, and the most µs above the bare launches, each forward and with the backward."""
+    """Upper bounds, forward and with the backward: ratios to PyTorch's host time, and µs above the bare launches."""
 
     forms: tuple[str, ...]
     ratios: tuple[float, ...]
@@ -97,7 +99,7 @@ _MOST = (
 
 def _goals() -> Iterator[Goal]:
     for most in _MOST:
-        # Those without a backward have a bound for the forward alone.
+        # Operators without a backward have only a bound for the forward.
         for suffix, ratio, above in zip((FORWARD, BOTH), most.ratios, most.above, strict=False):
             forms = tuple(f"{form}: {suffix}" for form in most.forms)
             yield Goal(forms, PYTORCH, HOST_TIME, at_most=ratio)
@@ -107,12 +109,13 @@ def _goals() -> Iterator[Goal]:
 
 STUDY = MeasuredStudy(
     name="launch",
-    title="what a call costs before any work is done",
+    title="the overhead of a call, before any work is done",
     measurements=measurements,
     goals=tuple(_goals()),
-    note="The best of many turns on one thread. Beside PyTorch: its own function, called directly, or the formula, on "
-    "16 tokens of 64 features. Up to the launches: calls for a GPU that is not there (sm_90), 8 x 128 tokens of 768 "
-    "features in bfloat16, until Triton's launcher has the kernels' arguments, beside as many launches of a kernel "
-    "without any; what the CUDA driver and its allocator take is not in it. The training step: what calls of our "
-    "operators and their part of the backward take, beside the bare launches and the whole step without the optimizer.",
+    note="The shortest time of many turns on one thread. Host time: compared with PyTorch's own function, called "
+    "directly, or else with the formula, on 16 tokens of 64 features. Up to the launches: calls for a GPU of sm_90, "
+    "without the GPU, on 8 x 128 tokens of 768 features in bfloat16, until Triton's launcher has the kernels' "
+    "arguments. They are compared with the same number of launches of a kernel without arguments. The CUDA driver and "
+    "its allocator are not included. Training step: the time of all calls of our operators and their part of the "
+    "backward, compared with the bare launches and with the whole step without the optimizer.",
 )

@@ -1,4 +1,4 @@
-"""Linear cross-entropy beside PyTorch's `cross_entropy(linear(...))`, forward and backward: time and peak memory."""
+"""Time and peak memory of linear cross-entropy, forward and backward, compared with `cross_entropy(linear(...))`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def step(loss: Loss, tokens: int, classes: int, features: int, device: torch.device) -> Run:
-    """One forward and backward on inputs that are the same for each."""
+    """A run of one forward and backward. All peers get the same inputs."""
     torch.manual_seed(0)
     input = torch.randn(tokens, features, device=device, requires_grad=True)
     weight = torch.nn.Parameter(torch.randn(classes, features, device=device) * 0.02)
@@ -52,5 +52,5 @@ STUDY = TimedStudy(
     cases=cases,
     memory="run",
     goals=(Goal("", "PyTorch", at_least=1.0), Goal("", "PyTorch", PEAK_MEMORY, at_most=0.25)),
-    note="Memory is what a step takes beside its inputs.",
+    note="Memory is what a step adds to its inputs.",
 )

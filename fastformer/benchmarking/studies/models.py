@@ -1,4 +1,4 @@
-"""Our models beside Hugging Face's with the same weights: inference, and the loss with its gradients."""
+"""Our models compared with Hugging Face's with the same weights: inference, and the loss with its gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _IGNORED = -100
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model and its batch: `published` takes the configuration's own shape."""
+    """The size of a model and of its batch. If `published`, the model has the shape of the configuration's defaults."""
 
     published: bool
     hidden: int
@@ -42,10 +42,10 @@ class Subject:
 
     Attributes:
         name: its name in transformers.
-        reads: "masked", "causal", "pairs" of a source and a target, or "images".
-        fields: what its configuration calls hidden size, intermediate size, layers and heads, each with all its names.
-        options: of its configuration.
-        published: of a published shape, where the configuration's own is too large.
+        reads: the kind of data: "masked", "causal", "pairs" of a source and a target, or "images".
+        fields: the configuration's names of hidden size, intermediate size, layers and heads. Each may have several.
+        options: further options of the configuration.
+        published: options of a published shape, if the configuration's default shape is too large.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Subject:
     published: dict[str, Any] = field(default_factory=dict)
 
     def build(self, size: Size, attention: str) -> PreTrainedModel:
-        """Random weights, the same ones each time, in evaluation: without dropout results can be compared."""
+        """Build the model with the same random weights each time. Without dropout (evaluation), results can agree."""
         model_class = getattr(transformers, self.name)
         options = {**self.options, "use_cache": False}
         if size.published:
@@ -71,7 +71,7 @@ class Subject:
         return model_class._from_config(config, attn_implementation=attention).eval()
 
     def batch(self, config: Any, size: Size) -> dict[str, Tensor]:
-        """Padded sequences of natural lengths, or images, with labels."""
+        """A batch of padded sequences of natural lengths, or of images, with labels."""
         random = torch.Generator().manual_seed(0)
         if self.reads == "images":
             pixels = torch.randn(size.batch, 3, config.image_size, config.image_size, generator=random)
@@ -174,7 +174,7 @@ def _case(name: str, subject: Subject, size: Size, training: bool, compile_it: b
 
 
 def _decoded(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With the decoder's input, which some models make of the labels and others want to be given."""
+    """The batch with the decoder's input. Some models derive it from the labels, others need it as an argument."""
     if not model.config.is_encoder_decoder:
         return batch
     return {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])}
@@ -200,7 +200,7 @@ def _all(tensor: Tensor) -> Tensor:
 
 
 def _real(lengths: tuple[int, ...], longest: int, tensor: Tensor) -> Tensor:
-    """What is not padding, of a tensor that may have some."""
+    """The part of a tensor that is not padding. A tensor of another shape has no padding."""
     if tensor.shape[:2] != (len(lengths), longest):
         return tensor
     places = torch.arange(longest, device=tensor.device)
@@ -209,11 +209,11 @@ def _real(lengths: tuple[int, ...], longest: int, tensor: Tensor) -> Tensor:
 
 STUDY = TimedStudy(
     name="models",
-    title="models beside Hugging Face's, with the same weights",
+    title="models compared with Hugging Face's, with the same weights",
     cases=cases,
     memory="everything",
     note=(
-        "Batches of natural lengths, padded; tokens are those that are not padding. Models are in evaluation, so that "
-        "losses can be compared. Memory is that of weights, gradients and whatever a run takes."
+        "Sequences have natural lengths and are padded; tokens are counted without padding. Models are in evaluation "
+        "mode, so that losses can be compared. Memory includes weights, gradients and everything that a run takes."
     ),
 )

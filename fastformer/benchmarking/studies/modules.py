@@ -1,4 +1,4 @@
-"""Our twins of torch.nn's modules beside torch.nn: a training step and inference, with padding and without."""
+"""Our twins of torch.nn's modules compared with torch.nn: training steps and inference, with and without padding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TORCH, COMPILED = "torch.nn", "torch.compile(torch.nn)"
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the modules and of their batch; `device` and `dtype` of both."""
+    """The shape of the modules and of their batch. `device` and `dtype` are those of both."""
 
     features: int
     heads: int
@@ -33,23 +33,23 @@ class Shape:
     dtype: torch.dtype
 
     def real(self, padded: bool) -> Tensor:
-        """(batch, sequence) boolean: what is not padding."""
+        """A (batch, sequence) boolean mask of the tokens that are not padding."""
         lengths = natural_lengths(self.batch, self.sequence) if padded else (self.sequence,) * self.batch
         return torch.arange(self.sequence, device=self.device) < torch.tensor(lengths, device=self.device)[:, None]
 
 
 Apply = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
-"""Calls a module with (batch, sequence, features) and what of that is padding, if there is any."""
+"""Calls a module with (batch, sequence, features) and a mask of the padding, or None without padding."""
 
 
 @dataclass(frozen=True)
 class Twin:
-    """A module that both have.
+    """A module that both libraries have.
 
     Attributes:
-        build: makes it of `torch.nn` or of `fastformer.nn`.
-        call: calls it.
-        takes_padding: whether padding means anything to it.
+        build: builds the module from `torch.nn` or from `fastformer.nn`.
+        call: calls the module.
+        takes_padding: whether the module treats padding in a special way.
     """
 
     build: Callable[[Any, Shape], nn.Module]
@@ -97,7 +97,7 @@ def _call_transformer(module: nn.Module, x: Tensor, padding: Tensor | None) -> T
 
 
 def _floating(padding: Tensor | None, x: Tensor) -> Tensor | None:
-    """As PyTorch wants it beside a floating mask."""
+    """The padding as a floating-point mask: PyTorch requires it if the other mask is one."""
     return None if padding is None else torch.zeros_like(padding, dtype=x.dtype).masked_fill(padding, float("-inf"))
 
 
@@ -132,7 +132,7 @@ def cases(setting: Setting) -> Iterator[Case]:
                 title = f"{name}, {'training step' if training else 'inference'}{', padding' if padded else ''}"
                 run = partial(_run, twin, shape, padded, training)
                 peers = {OURS: Peer(partial(run, fastformer.nn)), TORCH: Peer(partial(run, nn))}
-                # Compiling takes longer than all else on a CPU.
+                # On a CPU, compiling takes longer than everything else.
                 if gpu or (name == "TransformerEncoderLayer" and not padded and not setting.quick):
                     peers[COMPILED] = Peer(partial(run, nn, compile_it=True), compiled=True)
                 tokens = float(shape.real(padded).sum())
@@ -142,7 +142,7 @@ def cases(setting: Setting) -> Iterator[Case]:
 
 def _run(twin: Twin, shape: Shape, padded: bool, training: bool, library: Any, compile_it: bool = False) -> Run:
     torch.manual_seed(0)
-    # Initial weights are PyTorch's in both: the twins have its names of parameters.
+    # Both start with PyTorch's initial weights: the twins have the same parameter names.
     initial = twin.build(nn, shape).state_dict()
     module = twin.build(library, shape).to(shape.device, shape.dtype).train(training)
     module.load_state_dict(initial)
@@ -158,13 +158,13 @@ def _run(twin: Twin, shape: Shape, padded: bool, training: bool, library: Any, c
 
     if not training:
         return Call(function, [x])
-    # Nothing comes back from the padding.
+    # Gradients of the padding are zero.
     gradient = gradient.to(shape.device, shape.dtype) * real[:, :, None]
     return Call(function, [x.requires_grad_(), *parameters], [gradient])
 
 
 def _real(real: Tensor, tensor: Tensor) -> Tensor:
-    """What is not padding of a tensor that may have some; PyTorch makes it zero, we leave it undefined."""
+    """The part of a tensor that is not padding. PyTorch's padding is zero, ours is undefined."""
     return tensor[real] if tensor.shape[:2] == real.shape else tensor
 
 
@@ -173,5 +173,5 @@ STUDY = TimedStudy(
     title="twins of torch.nn's modules, in training and inference",
     cases=cases,
     memory="run",
-    note="Tokens are those that are not padding. Dropout is 0, so that gradients can be compared.",
+    note="Tokens are counted without padding. Dropout is 0, so that gradients can be compared.",
 )

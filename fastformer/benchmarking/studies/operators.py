@@ -1,4 +1,4 @@
-"""Every operator but attention beside PyTorch, torch.compile and Liger-Kernel, with its backward where it has one."""
+"""Every operator except attention, with its backward, compared with PyTorch, torch.compile and Liger-Kernel."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fastformer.benchmarking.calls import same
 from fastformer.benchmarking.operations import Sizes, operations
 from fastformer.benchmarking.study import Case, Setting, TimedStudy
 
-# Compiling takes seconds on a CPU: there, what fuses best.
+# On a CPU, where compiling takes seconds, only the operators that torch.compile fuses best are compiled.
 _COMPILED = ("softmax, scaled", "layer_norm, dropout", "rms_norm, residual", "rotary, ", "cross_entropy, label")
 
 
 def sizes(setting: Setting) -> Sizes:
-    """Of a training step: of a small model on a CPU, of a layer of a 7B model on a GPU."""
+    """The sizes of a training step: of a small model on a CPU, of a layer of a 7B model on a GPU."""
     if setting.device.type == "cuda" and not setting.quick:
         return Sizes(8, 2048, 4096, 32, 11008, 32000, 8192, torch.bfloat16)
     if setting.quick:
@@ -39,11 +39,11 @@ def cases(setting: Setting) -> Iterator[Case]:
 
 STUDY = TimedStudy(
     name="operators",
-    title="operators, with their backward where they have one",
+    title="operators, with their backward if they have one",
     cases=cases,
     memory="run",
     note=(
-        "Bytes are those that must move at least: inputs read and results written once, in the forward and in the "
-        "backward."
+        "Bytes are the least that must be moved: inputs are read and results are written once, in the forward and in "
+        "the backward."
     ),
 )

@@ -1,4 +1,4 @@
-"""BERT's pretraining step beside Hugging Face's Trainer with dynamic padding: tokens per second and peak memory."""
+"""Speed and peak memory of BERT's pretraining step, compared with Hugging Face's Trainer with dynamic padding."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from fastformer.training.pretraining import MaskedLanguageModeling
 
 @dataclass(frozen=True)
 class Work:
-    """What a run does.
+    """The work of a run.
 
     Attributes:
         shape: fields of `BertConfig` that differ from bert-base's.
-        pairs: of each batch.
-        steps: batches.
-        dropout: of hidden states and attention weights.
-        max_length: tokens of the longest pair.
+        pairs: sentence pairs of each batch.
+        steps: the number of batches.
+        dropout: the dropout of hidden states and attention weights.
+        max_length: the most tokens of a pair.
     """
 
     shape: Shape
@@ -55,7 +55,7 @@ class Work:
     max_length: int = 512
 
     def model(self) -> BertForPreTraining:
-        """With random weights, always the same."""
+        """Build the model with random weights, always the same."""
         torch.manual_seed(0)
         return BertForPreTraining(bert(self.shape, self.dropout)).train()
 
@@ -64,9 +64,9 @@ class Work:
 
 
 class SentencePairs(PretrainingDataModule):
-    """Batches of so many sentence pairs of the default corpus, rather than of so many tokens.
+    """Batches with a fixed number of sentence pairs of the default corpus, rather than of tokens.
 
-    Pairs are drawn and masked as ever; see `median_batches` for which of the epoch's batches these are.
+    Pairs are drawn and masked as usual. `median_batches` chooses the batches of the epoch.
     """
 
     def __init__(self, pairs: int, batches: int, max_length: int) -> None:
@@ -86,7 +86,7 @@ class SentencePairs(PretrainingDataModule):
         return repeat(1, len(self.recipes))
 
     def one_by_one(self) -> list[dict[str, torch.Tensor]]:
-        """Each pair of each batch, masked alike."""
+        """All pairs of all batches, with the same masks."""
         assert self._train is not None and self._predicting is not None
         dataset = PackedDataset(self._train.corpus, self._predicting.batch, self.seed)
         return [pair for recipe in self.recipes for pair in _unpacked(dataset[recipe])]
@@ -140,7 +140,7 @@ def case(name: str, work: Work) -> Case:
 
 
 def our_steps(work: Work, compiled: bool = False) -> Run:
-    """With `compiled`, torch.compile's."""
+    """A run of our steps, by torch.compile if `compiled`."""
     module = MaskedLanguageModeling(optimization=OPTIMIZATION)
     module.model = from_hugging_face(work.model()).train()
     if compiled:
@@ -165,10 +165,10 @@ STUDY = TimedStudy(
         Goal("bert-base", HUGGING_FACE, PEAK_MEMORY, at_most=0.5),
     ),
     note=(
-        "Sentence pairs of the default corpus as BERT draws them, up to 512 tokens long, in float32 with dropout 0.1. "
-        f"The embedding has {VOCABULARY:,} rows, of which the corpus's tokenizer uses fewer. Tokens are real ones, "
-        "without padding; peers pad each batch to its longest pair. Each side runs in its own trainer, Lightning's and "
-        "Hugging Face's, whose losses without dropout are equal. Memory is the growth of the resident set, weights, "
-        "gradients and optimizer and all."
+        "Sentence pairs of the default corpus, drawn as for BERT, up to 512 tokens long, in float32 with dropout 0.1. "
+        f"The embedding has {VOCABULARY:,} rows; the corpus's tokenizer uses fewer. Tokens are counted without "
+        "padding; peers pad each batch to its longest pair. Each side runs in its own trainer, Lightning's and Hugging "
+        "Face's; their losses without dropout are equal. Memory is the growth of the resident set, with weights, "
+        "gradients and the optimizer's state."
     ),
 )

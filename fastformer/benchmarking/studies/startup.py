@@ -1,4 +1,4 @@
-"""What importing the package and asking the command for help take, each in a fresh process."""
+"""The times of importing the package and of the command's help, each in a new process."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def measure(setting: Setting) -> Iterator[Measurement]:
 
 
 def _imports(rounds: int) -> Iterator[Measurement]:
-    """In turns with PyTorch alone."""
+    """Time each import, in turns with an import of PyTorch alone."""
     programs = {"PyTorch": "import torch", **IMPORTS}
     seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for program in programs.values():  # what is read from the disk for the first time
+    for program in programs.values():  # untimed: reads the files from the disk
         _python("-c", program)
     for _ in range(rounds):
         for name, program in programs.items():
@@ -54,7 +54,7 @@ def _alone(name: str, arguments: Sequence[str], rounds: int) -> Measurement:
 
 
 def _python(*arguments: str) -> float:
-    """Seconds of a process, from its start to its end."""
+    """Run Python with `arguments`, and return the seconds from the start of the process to its end."""
     begin = time.perf_counter()
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - begin
@@ -69,5 +69,5 @@ STUDY = MeasuredStudy(
         Goal("import every operator", None, ABOVE, at_most=0.3),
         Goal(HELP, None, at_most=1.0),
     ),
-    note="Wall-clock time of fresh processes, files in the page cache. A subcommand's help is measured once.",
+    note="Wall-clock time of new processes, with files in the page cache. A subcommand's help is measured once.",
 )

@@ -1,4 +1,4 @@
-"""What fine-tuning learns by default beside predictions that need no training, on test examples."""
+"""The metrics of fine-tuning with default options on test examples, compared with predictions without training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMMANDS = {
     "generate": "fastformer finetune generate",
     "embed": "fastformer finetune embed",
 }
-"""As docs/training.md shows them."""
+"""The commands as docs/training.md shows them."""
 
 _METRICS = {
     "qa": {"exact_match": "exact match", "f1": "F1"},
@@ -40,7 +40,7 @@ _TINY = (
 
 
 def measurements(setting: Setting) -> Iterator[Measurement]:
-    """Each command in a process and a folder of its own, and what its metrics.json says of test examples."""
+    """Run each command in a new process and folder, and yield the metrics of test examples from its metrics.json."""
     for task, command in list(COMMANDS.items())[: 1 if setting.quick else None]:
         begin = time.monotonic()
         found = _metrics(command, task, setting)
@@ -72,12 +72,12 @@ def _beats(task: str, metric: str, *peers: str) -> list[Goal]:
 
 STUDY = MeasuredStudy(
     name="tasks",
-    title="what fine-tuning learns by default, beside predictions that need no training",
+    title="fine-tuning with default options, compared with predictions that need no training",
     measurements=measurements,
     goals=(
         *_beats("qa", "F1", "the sentence with most words of the question"),
         *_beats("summarize", "ROUGE-L", "the most typical summary"),
         *_beats("translate", "BLEU", "the source as it is", "the commonest translation"),
     ),
-    note="Of test examples. Time is the whole command's, with data, training, evaluation and report.",
+    note="Metrics are for test examples. Time is that of the whole command: data, training, evaluation and report.",
 )

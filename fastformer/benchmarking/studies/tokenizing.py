@@ -1,4 +1,4 @@
-"""Tokenizing and packing on one core: speed beside the `tokenizers` library, and memory as the text grows."""
+"""Tokenizing and packing on one core: speed compared with the library `tokenizers`, and memory as the text grows."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ LENGTH, TOKENS_PER_BATCH = 512, 16384
 
 @cache
 def code(characters: int) -> list[str]:
-    """Source files of an installed library."""
+    """Source files of an installed library, as many as have `characters` characters, or all."""
     paths = sorted(Path(transformers.__file__).parent.rglob("*.py"))
     return _first(characters, (path.read_text(encoding="utf-8") for path in paths))
 
 
 @cache
 def prose(characters: int) -> list[str]:
-    """Python's documentation."""
+    """Python's documentation, as many texts as have `characters` characters, or all."""
     return _first(characters, ("\n\n".join(paragraphs) for paragraphs in python_documentation()))
 
 
 def _first(characters: int, texts: Iterator[str]) -> list[str]:
-    """As many texts as have so many characters, or all."""
+    """The first texts that together have at least `characters` characters, or all texts."""
     chosen: list[str] = []
     while characters > 0 and (text := next(texts, None)) is not None:
         chosen.append(text)
@@ -60,7 +60,7 @@ def _first(characters: int, texts: Iterator[str]) -> list[str]:
 
 @cache
 def tokenizer(texts: Callable[[int], list[str]], characters: int):
-    """Trained on the beginning of the text, as long as that may be."""
+    """A tokenizer trained on the first quarter of the text."""
     return train_tokenizer(texts(characters // 4), 16384 if characters > MEGABYTE else 1000, "clm")
 
 
@@ -106,7 +106,7 @@ def equal_tokens(results: dict[str, object]) -> None:
 
 
 def stored_and_packed(times: int, size: int) -> Run:
-    """From text files to a store on the disk, and once through all its tokens in packed batches."""
+    """A run that builds a store on the disk from text files, and reads all its tokens once in packed batches."""
     trained = tokenizer(code, size)
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name, "text.txt")
@@ -133,7 +133,7 @@ def _batches(ids: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizingStudy(TimedStudy):
-    """Times as speeds too, and the memory of two sizes of text side by side; on one core."""
+    """A study on one core that also gives times as speeds, and compares the memory of two sizes of text."""
 
     def measure(self, setting: Setting) -> Iterator[Measurement]:
         before = os.environ.get("TOKENIZERS_PARALLELISM")
@@ -152,7 +152,7 @@ class TokenizingStudy(TimedStudy):
 
     def _memory(self, setting: Setting) -> Iterator[Measurement]:
         large = next(case for case in self.cases(setting) if case.name == LARGE)
-        missing = None if Path("/proc/self/status").exists() else "what measures it runs on Linux only"
+        missing = None if Path("/proc/self/status").exists() else "memory can be measured only on Linux"
         for peer, times in ((OURS, 8), ("the small text", 1)):
             values = []
             if missing is None:
@@ -163,11 +163,11 @@ class TokenizingStudy(TimedStudy):
 
 
 def peak_mebibytes(run: Run) -> float:
-    """MiB that a run takes at most, looked up every hundredth of a second.
+    """The most MiB of anonymous memory that a run takes, read every 0.01 seconds.
 
-    Of anonymous memory: pages of the files that a store maps are the operating system's to take back.
+    Pages of the files that a store maps do not count: the operating system can take them back.
     """
-    stored_and_packed(1, 10_000)()  # what is imported late
+    stored_and_packed(1, 10_000)()  # triggers lazy imports
     gc.collect()
     before = most = _anonymous_bytes()
     with ThreadPoolExecutor(1) as executor:
@@ -195,8 +195,8 @@ STUDY = TokenizingStudy(
         Goal(LARGE, None, SPEED, at_least=5.0),
         Goal(LARGE, "the small text", PEAK_MEMORY, at_most=1.25),
     ),
-    note="The small text is source code of 4 MB, the tokenizer trained on a quarter of it. Memory is what storing and "
-    "packing take beside the tokenizer.",
+    note="The small text is 4 MB of source code. The tokenizer is trained on a quarter of it. Memory is what storing "
+    "and packing add to the memory of the tokenizer.",
 )
 
 
