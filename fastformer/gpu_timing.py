@@ -1,4 +1,4 @@
-"""Time of work on a GPU, by events on its stream: what the host does meanwhile is not in it."""
+"""Time of work on a GPU, measured by events on its stream: the host's time is not included."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 
 Run = Callable[[], object]
 Prepare = Callable[[], Run]
-"""Does what is not timed, and returns what is: a forward, and its backward."""
+"""Does the part that is not timed, and returns the part that is timed: for example a forward, and its backward."""
 
 _CYCLES_PER_SECOND = 2e9
-# Of the time that the host took to ask for a run: the next time it may take longer.
+# A factor on the time that the host needed to launch a run: it may take longer the next time.
 _RESERVE = 1.5
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one run: the median of `repeats`, and the 20th and 80th percentile."""
+    """Seconds of one run: the median, the 20th and the 80th percentile of `repeats` runs."""
 
     median: float
     low: float
@@ -29,23 +29,25 @@ class Timing:
 
 
 def timed(runs: Sequence[Run], device: torch.device, seconds: float = 0.1, most: int = 200) -> Timing:
-    """Time of the same work on several sets of buffers, taken in turns so that none is still in the cache.
+    """Time the same work on several sets of buffers, in turns, so that none is still in the cache.
 
     Args:
         runs: the work, once for each set of buffers.
-        device: where it is done.
-        seconds: how long to measure.
-        most: repeats at the most; there are at least three.
+        device: the device that does the work.
+        seconds: the duration of the measurement.
+        most: the most repeats; there are at least three.
     """
     return timed_parts([_ready(run) for run in runs], device, seconds, most)
 
 
 def timed_parts(prepared: Sequence[Prepare], device: torch.device, seconds: float = 0.1, most: int = 200) -> Timing:
-    """As `timed`, of runs that each need something done before them, which is not in their time.
+    """Time runs as `timed` does, if each run needs a preparation that is not timed.
 
     Args:
-        prepared: for each set of buffers; all are called, and then their runs, which find the cache used by the others.
-        device, seconds, most: as of `timed`; `seconds` leaves out what is done before the runs.
+        prepared: the preparations, one for each set of buffers. All of them are done before their runs, so that each
+            run finds a cache that the others have used.
+        device, most: see `timed`.
+        seconds: the duration of the measurement without the preparations.
     """
     for prepare in prepared:
         prepare()()
@@ -63,12 +65,12 @@ def _ready(run: Run) -> Prepare:
 def _seconds_of(
     prepared: Sequence[Prepare], device: torch.device, repeats: int, asking: float
 ) -> tuple[list[float], float]:
-    """Seconds of each run, and of the host to ask for one with what is before it; `asking` says how long that takes."""
+    """The seconds of each run, and the host's seconds to launch one with its preparation; `asking` estimates these."""
     if device.type != "cuda":
         return [_host_seconds_of(run) for run in _in_turns(prepared, repeats)], 0.0
     with torch.cuda.device(device):
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-        # The GPU waits until the host has asked for everything: else a short run's time would be the host's.
+        # The GPU waits until the host has launched everything. Otherwise a short run's time would be the host's.
         torch.cuda._sleep(round(_CYCLES_PER_SECOND * asking * repeats))
         first = time.perf_counter()
         for run, (begin, end) in zip(_in_turns(prepared, repeats), events, strict=True):
@@ -83,7 +85,7 @@ def _seconds_of(
 def _in_turns(prepared: Sequence[Prepare], repeats: int) -> Iterator[Run]:
     for begin in range(0, repeats, len(prepared)):
         runs = [prepare() for prepare in prepared[: repeats - begin]]
-        while runs:  # what a run has kept for itself goes with it
+        while runs:  # memory that a run holds is freed after it
             yield runs.pop(0)
 
 

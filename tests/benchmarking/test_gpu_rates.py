@@ -83,7 +83,7 @@ def test_what_has_no_exact_result_is_not_taken_for_wrong(tmp_path: Path) -> None
     ours = {OURS: DOUBLE.peers[OURS]}
     records: list[Record] = []
     with pytest.raises(
-        RuntimeError, match="of Fastformer 1 figures are missing, the first: double, error: no exact result"
+        RuntimeError, match="1 figures of Fastformer are missing, the first: double, error: no exact result"
     ):
         records.extend(rates([replace(DOUBLE, peers=ours, exact=fails)], setting(tmp_path)))
     found = by_place(records)
@@ -129,7 +129,7 @@ def test_a_dry_run_fails_in_the_end_where_we_do(tmp_path: Path) -> None:
     fails = replace(DOUBLE, name="triple", peers={OURS: DOUBLE.peers["fails"]})
     found = []
     with pytest.raises(
-        RuntimeError, match="of Fastformer 2 figures are missing, the first: triple, forward: RuntimeError: shape"
+        RuntimeError, match="2 figures of Fastformer are missing, the first: triple, forward: RuntimeError: shape"
     ):
         for record in rates([fails, DOUBLE], setting(tmp_path)):
             found.append(record)

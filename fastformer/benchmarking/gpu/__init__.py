@@ -1,1 +1,1 @@
-"""The benchmark for a few minutes on a GPU: steps in order of worth, each in a process of its own."""
+"""The benchmark for a few minutes on a GPU: steps in order of importance, each in a separate process."""

@@ -1,4 +1,4 @@
-"""What a device can do at most, measured there: a large matrix product and a large copy."""
+"""The ceilings of a device, measured on it: the speed of a large matrix product and of a large copy."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import torch
 from fastformer.gpu_timing import Timing, timed
 
 MATRIX, COPY = "TFLOP/s", "GB/s"
-"""Units of the two ceilings."""
+"""The units of the two ceilings."""
 
 _SECONDS = 0.15
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The most work per second that was found.
+    """The most work per second that was measured.
 
     Attributes:
-        value: in `unit`, `MATRIX` or `COPY`.
-        timing: of the run that found it.
+        value: the value in `unit`.
+        unit: `MATRIX` or `COPY`.
+        timing: the time of the run.
     """
 
     value: float
@@ -30,21 +31,21 @@ class Ceiling:
 
 
 def matrix_ceiling(device: torch.device, dry: bool = False) -> Ceiling:
-    """TFLOP/s of a square bfloat16 product of random numbers: zeros would draw less power and run faster.
+    """Measure TFLOP/s of a square bfloat16 product of random numbers: zeros would draw less power and run faster.
 
     Args:
-        device: where it is done.
-        dry: a tiny one.
+        device: the device to measure.
+        dry: whether the product is tiny.
     """
     return _matrix_ceiling(device, 64 if dry else 8192)
 
 
 def copy_ceiling(device: torch.device, dry: bool = False) -> Ceiling:
-    """GB/s of a copy, what is read and what is written together.
+    """Measure GB/s of a copy. Bytes read and bytes written both count.
 
     Args:
-        device: where it is done.
-        dry: a tiny one.
+        device: the device to measure.
+        dry: whether the copy is tiny.
     """
     return _copy_ceiling(device, 2**12 if dry else 2**30)
 

@@ -1,4 +1,4 @@
-"""What the records of a step come to: Fastformer's figure of each case beside its peers'."""
+"""Findings from the records of a step: Fastformer's figure of each case, compared with its peers'."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from fastformer.benchmarking.gpu.records import Entry
 from fastformer.benchmarking.measurement import OURS
 
 ERROR = "error"
-"""The metric of how far a result is from the exact one."""
+"""The metric of the distance of a result from the exact one."""
 
 CEILING = "ceiling"
-"""The metric of what the step `environment` found to be the most, in TFLOP/s and GB/s."""
+"""The metric of the ceilings that the step `environment` measures, in TFLOP/s and GB/s."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A metric of a case.
+    """The values of a metric in a case.
 
     Attributes:
-        case, metric, unit: as in the records.
-        values: of everybody who has one.
+        case, metric, unit: the fields of the records.
+        values: the values by peer, for all that have one.
     """
 
     case: str
@@ -40,13 +40,13 @@ class Finding:
 
     @property
     def best_peer(self) -> str | None:
-        """The best of the others."""
+        """The name of the best peer other than Fastformer."""
         best = max if more_is_better(self.unit) else min
         return best(self.peers, key=self.values.__getitem__, default=None)
 
     @property
     def ratio(self) -> float | None:
-        """How many times as good as the best peer Fastformer is; None where one of them has no figure."""
+        """The ratio of Fastformer to the best peer, above 1 if Fastformer is better; None if a figure is missing."""
         if self.ours is None or self.best_peer is None:
             return None
         ours, theirs = self.ours, self.values[self.best_peer]
@@ -55,12 +55,12 @@ class Finding:
 
 
 def more_is_better(unit: str) -> bool:
-    """Of a figure in this unit."""
+    """Whether a higher figure in this unit is better."""
     return "/s" in unit or unit == "%"
 
 
 def findings_of(records: Iterable[Entry]) -> list[Finding]:
-    """In the order in which they were found."""
+    """The findings from these records, in order."""
     values: dict[tuple[str, str, str], dict[str, float]] = {}
     for record in records:
         if record["value"] is not None:
@@ -69,7 +69,7 @@ def findings_of(records: Iterable[Entry]) -> list[Finding]:
 
 
 def worst_error(findings: Sequence[Finding]) -> Finding | None:
-    """The error that is largest beside the peers', else the largest."""
+    """The error that is largest compared with the peers' errors. Without any to compare with, the largest error."""
     errors = [each for each in findings if each.metric == ERROR and each.ours is not None]
     compared = [each for each in errors if each.ratio is not None]
     if compared:
@@ -78,7 +78,7 @@ def worst_error(findings: Sequence[Finding]) -> Finding | None:
 
 
 def mean_ratio(findings: Sequence[Finding]) -> tuple[float, float, float, int] | None:
-    """Geometric mean, least, most and number of the ratios to the best peer, errors left out."""
+    """Geometric mean, minimum, maximum and number of the ratios to the best peer, without errors."""
     ratios = [each.ratio for each in findings if each.metric != ERROR and each.ratio]
     if not ratios:
         return None
@@ -86,5 +86,5 @@ def mean_ratio(findings: Sequence[Finding]) -> tuple[float, float, float, int] |
 
 
 def ceilings(records: Iterable[Entry]) -> dict[str, float]:
-    """By unit, of the records of the step `environment`."""
+    """The ceilings by unit, from the records of the step `environment`."""
     return {record["unit"]: record["value"] for record in records if record["metric"] == CEILING and record["value"]}

@@ -1,6 +1,6 @@
-"""One call of each main operator, forward and backward, for tools that watch a process from outside.
+"""One call of each main operator, forward and backward, for tools that observe a process from outside.
 
-Run as a module: ``python -m fastformer.benchmarking.gpu.main_kernels cuda small``; or ``large``.
+Run it as a module: ``python -m fastformer.benchmarking.gpu.main_kernels cuda small``, or ``large``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIZES = ("small", "large")
 
 
 def calls(device: torch.device, size: str) -> Iterator[Callable[[], object]]:
-    """Small ones end in the middle of a tile; large ones fill a GPU."""
+    """The calls. Small sizes end in the middle of a tile; large sizes fill a GPU."""
     heads, tokens, head_dim = (2, 70, 16) if size == "small" else (32, 4096, 128)
     width = heads * head_dim
     dtype = torch.bfloat16
@@ -58,7 +58,7 @@ def _decode(device: torch.device, heads: int, tokens: int, head_dim: int) -> Non
 
 
 def main(device: str, size: str) -> None:
-    """Make all calls; each is waited for, so that an error is that of its own kernel."""
+    """Make all calls. Wait for each, so that an error belongs to the kernel of that call."""
     for call in calls(torch.device(device), size):
         call()
         wait(torch.device(device))

@@ -19,13 +19,13 @@ def operator_cases(
     phases: tuple[str, ...] = (FORWARD, BACKWARD),
     memory: bool = False,
 ) -> Iterator[Case]:
-    """Of the operators in `sizes` whose names begin with one of `names`.
+    """Yield the cases of the operators whose names begin with one of `names`.
 
     Args:
-        names: beginnings of them.
-        sizes: what there is to do.
-        device: where.
-        compiled: whether torch.compile of the eager function takes part.
+        names: beginnings of operators' names.
+        sizes: the sizes of the operators.
+        device: the device that does the work.
+        compiled: whether the eager function with torch.compile is a peer.
         phases, memory: see `Case`.
     """
     for operation in operations(sizes):

@@ -1,7 +1,8 @@
-"""The process of one step. It gets ready, waits for its turn, and writes what the step finds the moment it is found.
+"""The process of one step. It prepares itself, waits for its turn, and writes each finding as soon as it is there.
 
-Run as a module: ``python -m fastformer.benchmarking.gpu.process MODULE OUT DEVICE [dry]``. Its turn is a line on stdin,
-the seconds that it may take. It ends itself when stdin ends: nothing is left on the GPU by a runner that was killed.
+Run it as a module: ``python -m fastformer.benchmarking.gpu.process MODULE OUT DEVICE [dry]``. A line on stdin with the
+seconds that it may take starts its turn. The process ends when stdin ends, so that a killed runner leaves nothing on
+the GPU.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ RECORDS = "records.jsonl"
 
 
 def main(module: str, out: Path, device: str, dry: bool) -> None:
-    """Run the step; exit status 1 after an error, which is the step's last entry."""
+    """Run the step. After an error, write it as the step's last entry and exit with status 1."""
     step: Step = importlib.import_module(module).STEP
     turn = sys.stdin.readline()
     if not turn:
         return
     deadline = time.monotonic() + float(turn)
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
-    # Where it crashed, or was when its time was up, goes to the log.
+    # The place of a crash, or of the end by the time limit, goes to the log.
     faulthandler.enable()
     faulthandler.register(signal.SIGTERM, chain=True)
     path = out / RECORDS
@@ -54,7 +55,7 @@ def _end_with_the_runner() -> None:
 
 
 def _note_compilations(path: Path, step: str) -> None:
-    """Write down each of Fastformer's kernels that was in no cache."""
+    """Record each of Fastformer's kernels that was not in the cache."""
     from fastformer.backends import HAS_TRITON
 
     if not HAS_TRITON:

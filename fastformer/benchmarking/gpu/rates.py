@@ -1,4 +1,4 @@
-"""How fast Fastformer and its peers do the same work on a GPU, beside what the device can do and what is exact."""
+"""Rates and errors of Fastformer and its peers for the same work on a GPU, compared with ceilings and exact results."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from fastformer.console import in_a_line
 from fastformer.gpu_timing import Timing, timed, timed_parts
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
-"""What is timed of a training step: its forward, its backward, or both together."""
+"""The timed part of a training step: its forward, its backward, or both together."""
 
 ERROR, PEAK_MEMORY = "error", "peak memory"
 NO_TIME = "no time left"
 
 _SECONDS, _MOST_REPEATS = 0.05, 20
-# What a peer takes at most, and one that is compiled first.
+# The most seconds that a peer takes, and that a peer takes that is compiled first.
 _SECONDS_OF_A_PEER, _SECONDS_TO_COMPILE = 3.0, 10.0
-# Sets of buffers are so many times as large as the level-2 cache together.
+# The size of all sets of buffers together, in sizes of the level-2 cache; and the most sets.
 _TIMES_THE_CACHE, _MOST_SETS = 3, 16
 
 Found = TypeVar("Found")
@@ -42,16 +42,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Case:
-    """A piece of work, and who does it.
+    """A piece of work, and the peers that do it.
 
     Attributes:
-        name: unique in its step.
-        peers: by name, in order of worth. What they prepare is a `Call`.
-        work: the least that it takes.
-        exact: finds what the outputs, and after them the gradients, should be; None: everybody's are random.
-        select: picks what of a peer's outputs and gradients that is.
-        phases: what is timed. Where somebody computes gradients in the forward, the two are timed together.
-        memory: whether the peak of what it takes beside its inputs is measured too.
+        name: the name, unique in its step.
+        peers: the peers by name, in order of importance. They prepare a `Call`.
+        work: the least work that the case takes.
+        exact: computes the exact outputs, followed by the exact gradients; None if results are random.
+        select: selects the part of a peer's outputs and gradients to compare with the exact ones.
+        phases: the phases to time. If a peer computes gradients in the forward, both are timed together.
+        memory: whether peak memory, without the inputs, is measured too.
     """
 
     name: str
@@ -63,20 +63,20 @@ class Case:
     memory: bool = False
 
     def amount(self, phase: str) -> float:
-        """Of the work."""
+        """The amount of work of a phase."""
         return {FORWARD: self.work.forward, BACKWARD: self.work.backward, BOTH: self.work.total}[phase]
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why something could not be done."""
+    """The reason why something could not be done."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Time of a phase on so many sets of buffers, and the largest distance of its results from the exact ones."""
+    """The time of a phase on `sets` sets of buffers, and the largest distance of its results from the exact ones."""
 
     timing: Timing
     sets: int
@@ -85,12 +85,12 @@ class _Measured:
 
 
 def rates(cases: Sequence[Case], setting: Setting) -> Iterator[Record]:
-    """Rates, errors and peak memory of everybody in all cases, while there is time.
+    """Yield rates, errors and peak memory of all peers in all cases, while there is time.
 
-    Those that are compiled first, which takes seconds each, come after all others.
+    Peers that must be compiled, which takes seconds each, come last.
 
     Raises:
-        RuntimeError: at the end of a dry run that Fastformer has no figure of something.
+        RuntimeError: in a dry run, at its end, if a figure of Fastformer is missing.
     """
     failures = []
     with compiler("aot_eager") if setting.dry else nullcontext():
@@ -99,16 +99,16 @@ def rates(cases: Sequence[Case], setting: Setting) -> Iterator[Record]:
                 peers = {name: peer for name, peer in case.peers.items() if peer.compiled == compiled}
                 for record in _of_case(case, peers, setting):
                     yield record
-                    # Raises what was the device's own fault: nothing in this process survives that.
+                    # Raises errors of the device, after which nothing in this process works any more.
                     wait(setting.device)
                     if record.peer == OURS and record.value is None:
                         failures.append(f"{record.case}, {record.metric}: {record.missing}")
     if setting.dry and failures:
-        raise RuntimeError(f"of Fastformer {len(failures)} figures are missing, the first: {failures[0]}")
+        raise RuntimeError(f"{len(failures)} figures of Fastformer are missing, the first: {failures[0]}")
 
 
 def launches(cases: Sequence[Case]) -> Iterator[Run]:
-    """Fastformer's calls in `cases` on the device meta, as `rates` makes them: a forward and its backward."""
+    """Yield Fastformer's calls in `cases` on the device meta, as `rates` makes them: a forward and its backward."""
     for case in cases:
         yield partial(_launch, case.peers[OURS])
 
@@ -167,7 +167,7 @@ def _measured(case: Case, exact: list[Tensor] | _Failure | None, phase: str, set
 
 
 def _largest(errors: Sequence[float]) -> float:
-    """NaN, which is no larger than anything, is taken for larger than everything."""
+    """The largest error. NaN counts as larger than every number."""
     return max(errors, key=lambda error: (isnan(error), error))
 
 
@@ -180,7 +180,7 @@ def _time(calls: Sequence[Call], phase: str, setting: Setting) -> Timing:
 
 
 def _sets(call: Call, device: torch.device) -> int:
-    """Of buffers, so many that the first is no longer in the cache when its turn comes again."""
+    """The number of sets of buffers: enough that the first is no longer in the cache when it is used again."""
     if device.type != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -215,7 +215,7 @@ def _caught(do: Callable[[], Found], device: torch.device) -> Found | _Failure:
 
 
 def _refusals(failure: _Failure, warned: Sequence[str]) -> list[str]:
-    """What PyTorch's attention warned of when the only backend that it might use could not do it."""
+    """The reasons that PyTorch's attention gave in warnings if the only allowed backend could not compute the call."""
     if "No available kernel" not in failure.reason:
         return []
     first_lines = [each.split("(Triggered")[0].strip() for each in warned]
@@ -243,7 +243,7 @@ def _record(case: Case, name: str, phase: str, found: _Measured | _Failure, sett
 def _error_records(
     case: Case, name: str, errors: Sequence[float], exact: list[Tensor] | _Failure | None
 ) -> Iterator[Record]:
-    """The largest of `errors`; none where there was nothing to compare."""
+    """Yield a record of the largest of `errors`, or of the missing exact result; none if nothing was to compare."""
     if errors:
         yield Record(case.name, name, ERROR, _largest(errors), "of the norm")
     elif isinstance(exact, _Failure):

@@ -1,4 +1,4 @@
-"""What a run has found, on disk: a line of JSON for each entry, there the moment it is known."""
+"""The findings of a run on disk: one line of JSON for each entry, written as soon as it is known."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from typing import Any
 from fastformer.benchmarking.gpu.step import Record
 
 Entry = dict[str, Any]
-"""A line: `time`, and
+"""A line. It has `time`, and one of these:
 
-- `run`: with what the run was started; the first line, and one for each time that it was resumed;
-- `step` and the fields of a `Record`;
-- `step` and `compiled`: a kernel that was not in the cache;
-- `step` and `error`: what it raised, in a line;
-- `step`, `end` (ok, failed, timed out, stopped), `error`, `seconds`, `modules` (that a C compiler made): how it ended.
+- `run`: the arguments of the run. It is the first line, and there is another one for each time the run was resumed.
+- `step` and the fields of a `Record`.
+- `step` and `compiled`: a kernel that was not in the cache.
+- `step` and `error`: the step's exception, on one line.
+- `step`, `end` (ok, failed, timed out, stopped), `error`, `seconds` and `modules` (built by a C compiler): its end.
 """
 
 
 def append(path: Path, **entry: Any) -> None:
-    """Add a line, through to the disk."""
+    """Add a line, and wait until it is on the disk."""
     line = json.dumps({"time": round(time.time(), 3), **entry}, default=str) + "\n"
     with open(path, "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":  # half a line, of a process that was killed while it wrote
+            if file.read() != b"\n":  # an incomplete line, of a process that was killed while it wrote
                 line = "\n" + line
         file.write(line.encode())
         file.flush()
@@ -38,7 +38,7 @@ def append(path: Path, **entry: Any) -> None:
 
 
 def append_record(path: Path, step: str, record: Record) -> None:
-    """Add what a step has found. A figure that is not finite is none, and said to be so."""
+    """Add a record of a step. A value that is not finite is stored as missing, with the value as the reason."""
     fields = asdict(record)
     if record.value is not None and not math.isfinite(record.value):
         fields |= {"value": None, "missing": record.missing or str(record.value)}
@@ -46,7 +46,7 @@ def append_record(path: Path, step: str, record: Record) -> None:
 
 
 def entries(path: Path) -> list[Entry]:
-    """All of them, without the half line of a process that was killed while it wrote."""
+    """All entries, without incomplete lines of processes that were killed while they wrote."""
     found: list[Entry] = []
     if not path.exists():
         return found
@@ -59,7 +59,7 @@ def entries(path: Path) -> list[Entry]:
 
 
 def records_of(found: Sequence[Entry], step: str) -> list[Entry]:
-    """The records of a step; where it was run again, the last that was found of each."""
+    """The records of a step. If the step was run again, the latest record of each case, peer and metric."""
     latest = {
         (entry["case"], entry["peer"], entry["metric"]): entry
         for entry in found
@@ -69,17 +69,17 @@ def records_of(found: Sequence[Entry], step: str) -> list[Entry]:
 
 
 def ends(found: Sequence[Entry]) -> dict[str, Entry]:
-    """How each step ended at last."""
+    """The last end of each step, by name."""
     return {entry["step"]: entry for entry in found if "end" in entry}
 
 
 def compiled(found: Sequence[Entry]) -> Iterator[tuple[str, str]]:
-    """Step and kernel of everything that was compiled during the run."""
+    """The step and the name of each kernel that was compiled during the run."""
     return ((entry["step"], entry["compiled"]) for entry in found if "compiled" in entry)
 
 
 def write_results(path: Path, found: Sequence[Entry]) -> None:
-    """One JSON file with everything: how the run was started, and of each step its end and its records."""
+    """Write everything into one JSON file: the arguments of the runs, and the end and the records of each step."""
     steps = list(dict.fromkeys(entry["step"] for entry in found if "step" in entry))
     results = {
         "runs": [entry["run"] for entry in found if "run" in entry],

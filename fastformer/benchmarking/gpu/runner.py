@@ -1,4 +1,4 @@
-"""Runs the steps one after the other, each in a process of its own, within a time that is never exceeded."""
+"""Run the steps one after the other, each in a separate process, within a time that is never exceeded."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fastformer.benchmarking.gpu.records import append, entries
 from fastformer.benchmarking.gpu.step import Step
 
 LOG = "log.txt"
-# Seconds between a step's own deadline and its end by request, and between that and its end by force.
+# Seconds between a step's own deadline and SIGTERM, and between SIGTERM and SIGKILL.
 _GRACE = 3.0
 _PATIENCE = 1.0
 
 
 @dataclass(frozen=True)
 class Known:
-    """A step and the module that has it."""
+    """A step and the name of its module."""
 
     module: str
     step: Step
@@ -33,13 +33,13 @@ class Known:
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how steps are run.
+    """The settings of all steps.
 
     Attributes:
-        out: folder of the records, the log, and whatever steps leave.
-        device: on which their work is done.
-        dry: tiny sizes.
-        variables: environment variables of their processes, beside this one's own.
+        out: the folder of the records, of the log, and of other files of the steps.
+        device: the device that does the work.
+        dry: whether sizes are tiny.
+        variables: environment variables of the steps' processes, in addition to those of this process.
     """
 
     out: Path
@@ -57,16 +57,18 @@ class Place:
 
 
 def run_steps(steps: Sequence[Known], place: Place, end: float, say: Callable[[str], None]) -> None:
-    """Run `steps`. What they find is in the records.
+    """Run `steps`, which write their findings into the records.
 
     Args:
-        end: `time.monotonic()` at which the last of them has ended.
-        say: given the name of each that has ended.
+        steps: the steps, in order.
+        place: the settings of all steps.
+        end: the `time.monotonic()` at which the last step must have ended.
+        say: called with the name of each step that has ended.
     """
     waiting: list[subprocess.Popen[bytes]] = []
     try:
         for number, known in enumerate(steps):
-            # The next one imports what it needs while this one works.
+            # The next step's process does its imports while this one works.
             waiting += [_process(each, place) for each in steps[number:][len(waiting) : 2]]
             seconds = share(end - time.monotonic(), [each.step for each in steps[number:]])
             with _ended(waiting.pop(0)) as process:
@@ -78,12 +80,12 @@ def run_steps(steps: Sequence[Known], place: Place, end: float, say: Callable[[s
 
 
 def share(left: float, steps: Sequence[Step]) -> float:
-    """Seconds for the first of `steps` of those that are left for all. What it does not take, the others have."""
+    """The seconds for the first of `steps`, if all have `left` seconds. Time that it leaves goes to the others."""
     return max(0.0, left) * steps[0].seconds / sum(step.seconds for step in steps)
 
 
 def _process(known: Known, place: Place) -> subprocess.Popen[bytes]:
-    """The process of a step, which waits for its turn. It leads a group, so that it ends with its own processes."""
+    """Start the process of a step, which waits for its turn. It leads a group, so its own processes end with it."""
     arguments = [known.module, str(place.out), place.device, *(["dry"] if place.dry else [])]
     with open(place.log, "ab") as log:
         return subprocess.Popen(
@@ -97,7 +99,7 @@ def _process(known: Known, place: Place) -> subprocess.Popen[bytes]:
 
 
 def _turn(process: subprocess.Popen[bytes], name: str, seconds: float, place: Place) -> None:
-    """Let a step work for so long, and write down how it ended."""
+    """Let a step work for at most `seconds`, and record its end."""
     began, compiled, seen = time.monotonic(), _modules(place), len(entries(place.records))
     with open(place.log, "a") as log:
         log.write(f"=== {name}, {seconds:.0f} s\n")
@@ -115,13 +117,13 @@ def _turn(process: subprocess.Popen[bytes], name: str, seconds: float, place: Pl
 
 def _start(process: subprocess.Popen[bytes], seconds: float) -> None:
     assert process.stdin
-    with contextlib.suppress(BrokenPipeError):  # it has ended before its turn
+    with contextlib.suppress(BrokenPipeError):  # the process has ended before its turn
         process.stdin.write(f"{seconds}\n".encode())
         process.stdin.flush()
 
 
 def _cause(status: int, name: str, seen: int, place: Place) -> str:
-    """Why a step failed: what it wrote down itself, else the signal or status and the last it printed."""
+    """The reason why a step failed: its own entry, or else the signal or exit status and the last printed line."""
     for entry in entries(place.records)[seen:]:
         if entry.get("step") == name and "case" not in entry and entry.get("error"):
             return str(entry["error"])
@@ -135,14 +137,14 @@ def _last_line(path: Path) -> str:
 
 
 def _modules(place: Place) -> int:
-    """How many of Triton's own extension modules, launchers among them, a C compiler has made in the cache."""
+    """The number of Triton's extension modules in the cache, such as launchers, which a C compiler builds."""
     cache = place.variables.get("TRITON_CACHE_DIR")
     return sum(1 for _ in Path(cache).glob("*/*.so")) if cache else 0
 
 
 @contextmanager
 def _ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that has ended, and all that it started with it, when the block is left."""
+    """Yield a process, and end it with all processes that it started at the end of the block."""
     try:
         yield process
     finally:
@@ -153,7 +155,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     for request in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, request)
-        # One that waits for a broken GPU may not be ended at all; the others go on.
+        # A process that waits for a broken GPU may never end. The other steps still run.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_PATIENCE)
     if process.stdin:

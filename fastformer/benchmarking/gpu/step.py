@@ -1,4 +1,4 @@
-"""What a step of the GPU benchmark is, and what it finds."""
+"""A step of the GPU benchmark, its settings, and its records."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 import torch
 
 Launch = Callable[[], object]
-"""A call of Fastformer on tensors of device ``meta``."""
+"""A call of Fastformer with tensors on the device ``meta``."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a step is to be run.
+    """The settings of a run of a step.
 
     Attributes:
-        device: where the work is done.
-        dry: tiny sizes on a CPU, to see that every line runs; its figures mean nothing. Kernels run in Triton's
-            interpreter, on CPU tensors; a step that takes too long so uses ``fastformer.backend("torch")``.
-        out: folder for files beside the records: pictures, logs, tables.
-        deadline: `time.monotonic()` at which the step's process is ended.
+        device: the device that does the work.
+        dry: whether to use tiny sizes on a CPU, which only check that every line runs. Kernels run in Triton's
+            interpreter, on CPU tensors. If that takes too long, a step uses ``fastformer.backend("torch")``.
+        out: the folder for files other than the records: pictures, logs, tables.
+        deadline: the `time.monotonic()` at which the step's process is ended.
     """
 
     device: torch.device
@@ -33,23 +33,24 @@ class Setting:
 
     @property
     def left(self) -> float:
-        """Seconds until the deadline. A step does its most valuable work first and stops in time by itself."""
+        """Seconds until the deadline. A step does its most valuable work first, and stops by itself in time."""
         return self.deadline - time.monotonic()
 
 
 @dataclass(frozen=True)
 class Record:
-    """One finding, written to disk the moment a step yields it.
+    """A finding, written to disk as soon as a step yields it.
 
     Attributes:
-        case: what was done, unique in its step together with `peer` and `metric`.
-        peer: who did it: "fastformer", "SDPA cuDNN", ...
-        metric: what was measured: "forward", "error", "tokens per second", ...
-        value: the figure; None where there is none, and `missing` says why.
-        unit: of the value: "TFLOP/s", "us", ... More is better of what is per second ("GB/s") or a share ("%"), less of
-            all else. The table adds what share of the measured ceiling TFLOP/s and GB/s are.
-        missing: why there is no value: not installed, refused, an error's first line.
-        details: whatever else belongs to it and can be written as JSON: spread, repeats, launch configuration.
+        case: the work. Together with `peer` and `metric` it is unique in its step.
+        peer: the peer that did it: "fastformer", "SDPA cuDNN", ...
+        metric: the metric: "forward", "error", "tokens per second", ...
+        value: the figure; None if there is none, for the reason in `missing`.
+        unit: the unit of the value: "TFLOP/s", "us", ... A higher value is better for units per second ("GB/s") and for
+            shares ("%"); a lower value is better for all others. The table shows TFLOP/s and GB/s also as shares of the
+            measured ceiling.
+        missing: the reason why there is no value: not installed, refused, an error's first line.
+        details: more data that can be written as JSON: spread, repeats, launch configuration.
     """
 
     case: str
@@ -63,17 +64,17 @@ class Record:
 
 @dataclass(frozen=True)
 class Step:
-    """A part of the GPU benchmark, run in a process of its own.
+    """A part of the GPU benchmark that runs in a separate process.
 
     Attributes:
-        name: for the command line.
-        title: a line that says what it measures.
-        seconds: how long it may take of nine minutes; scaled to the minutes that were given.
-        run: does the work and yields what it finds, as it is found.
-        launches: the same calls of Fastformer as `run` makes at full size, backwards included, on tensors of device
-            ``meta``: same shapes, dtypes, strides and launch configurations, one callable for each call. They tell
-            `fastformer kernels compile --bench-gpu STEP` what to compile beforehand. Peers are left out; None where the
-            step calls no kernel.
+        name: the name on the command line.
+        title: a line that says what the step measures.
+        seconds: the most seconds that it may take of nine minutes in total. Scaled to the minutes that are given.
+        run: does the work, and yields each record as soon as it is there.
+        launches: yields one function for each call of Fastformer that `run` makes at full size, backward included, with
+            tensors on the device ``meta`` of the same shapes, dtypes and strides, and with the same launch
+            configurations. They tell `fastformer kernels compile --bench-gpu STEP` which kernels to compile. Peers are
+            left out. None if the step calls no kernel.
     """
 
     name: str

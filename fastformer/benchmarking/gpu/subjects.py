@@ -1,4 +1,4 @@
-"""Published models to be trained on random tokens: ours, and Hugging Face's of the same shape."""
+"""Models of published shapes that are trained on random tokens: ours, and Hugging Face's of the same shape."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ _MASKED_SHARE = 0.15
 
 @dataclass(frozen=True)
 class Subject:
-    """Training of a published shape on random tokens, in sequences of one length that are all full.
+    """Training of a published shape on random tokens, in sequences of equal length without padding.
 
     Attributes:
-        name: of the model.
-        tokens, length: of a step, and of each of its sequences.
-        dry: a tiny model.
+        name: the name of the model.
+        tokens: tokens of a step.
+        length: tokens of each sequence.
+        dry: whether the model is tiny.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Subject:
 
     @property
     def masked(self) -> bool:
-        """Whether a share of the tokens is predicted, from both sides; else each, from those before."""
+        """Whether the model predicts a share of the tokens from both sides, rather than each from those before it."""
         return self.name == "bert-base"
 
     @cached_property
@@ -44,19 +45,19 @@ class Subject:
 
     @property
     def predicted(self) -> int:
-        """Tokens of a sequence that the head is needed for."""
+        """The number of tokens in a sequence that the head predicts."""
         return round(_MASKED_SHARE * self.length) if self.masked else self.length
 
     @property
     def flop_per_token(self) -> float:
-        """6 N + 12 L d T: N parameters multiply each token, those of the head only where it predicts."""
+        """Operations per token: 6 N + 12 L d T. The head's parameters in N count only for the tokens it predicts."""
         width, layers = self.config.hidden_size, self.config.num_hidden_layers
         blocks = layers * (4 * width**2 + 2 * width * self.config.intermediate_size)
         head = self.config.vocab_size * width + (width**2 if self.masked else 0)
         return 6 * (blocks + head * self.predicted / self.length) + 12 * layers * width * self.length
 
     def hugging_face(self, attention: str, device: torch.device) -> PreTrainedModel:
-        """With the dropout of ours: of hidden states, not of attention weights."""
+        """Hugging Face's model, with the same dropout as ours: of hidden states, not of attention weights."""
         config = self.config
         sizes: dict[str, Any] = {"vocab_size": config.vocab_size, "attn_implementation": attention}
         torch.manual_seed(0)
@@ -96,7 +97,7 @@ class Subject:
             return getattr(fastformer.models, kind)(self.config)
 
     def padded(self, device: torch.device) -> dict[str, Any]:
-        """The batch as Hugging Face's models take it."""
+        """The batch in the form of Hugging Face's models."""
         ids = torch.randint(5, self.config.vocab_size, (self.tokens // self.length, self.length), device=device)
         labels = ids
         if self.masked:
@@ -105,7 +106,7 @@ class Subject:
         return {"input_ids": ids, "labels": labels}
 
     def packed(self, device: torch.device) -> dict[str, Any]:
-        """The batch as ours take it."""
+        """The batch in the form of our models."""
         ids = torch.randint(5, self.config.vocab_size, (self.tokens,), device=device)
         boundaries = torch.arange(0, self.tokens + 1, self.length, dtype=torch.int32, device=device)
         batch = {"input_ids": ids, "labels": ids, "cu_seqlens": boundaries, "max_seqlen": self.length}

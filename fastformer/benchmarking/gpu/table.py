@@ -1,4 +1,4 @@
-"""The tables at the end of a run: a short one to be printed, and one with everything."""
+"""The tables at the end of a run: a short one to print, and one with everything."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fastformer.benchmarking.tables import number
 
 MOST_LINES = 78
 WIDTH = 110
-_HEADINGS = ("case", "metric", "fastformer", "of most", "ratio", "best peer")
+_HEADINGS = ("case", "metric", "fastformer", "of peak", "ratio", "best peer")
 _WIDTHS = (36, 20, 16, 7, 6, 20)
-# Lines of one step that say what went wrong.
+# The most lines of a step that say what went wrong.
 _MOST_TROUBLES = 4
 
 Row = tuple[str, ...]
@@ -23,7 +23,7 @@ Row = tuple[str, ...]
 
 @dataclass(frozen=True)
 class _Part:
-    """What the tables say of a step."""
+    """The part of the tables about one step."""
 
     heading: str
     short: list[Row]
@@ -32,10 +32,9 @@ class _Part:
 
 
 def short_table(found: Sequence[Entry]) -> str:
-    """At most `MOST_LINES` lines of `WIDTH` columns: of each step its end, its first figures, and what failed.
+    """The end of each step, its first figures, and what failed, in at most `MOST_LINES` lines of `WIDTH` characters.
 
-    A ratio above 1 means that Fastformer is better than the best peer. "Of most" is the share of the ceiling that was
-    measured.
+    A ratio above 1 means that Fastformer is better than the best peer. "Of peak" is the share of the measured ceiling.
     """
     parts = _parts(found)
     troubles = [_first(part.troubles, _MOST_TROUBLES) for part in parts]
@@ -47,7 +46,7 @@ def short_table(found: Sequence[Entry]) -> str:
 
 
 def long_table(found: Sequence[Entry]) -> str:
-    """Everything, in Markdown."""
+    """The table with everything, in Markdown."""
     lines = ["# GPU benchmark"]
     for part in _parts(found):
         lines += ["", f"## {part.heading}", *(f"- {line}" for line in part.troubles)]
@@ -58,7 +57,7 @@ def long_table(found: Sequence[Entry]) -> str:
 
 
 def rooms_for(wanted: Sequence[int], room: int) -> list[int]:
-    """`room` lines for those that want so many each, shared out one by one."""
+    """Distribute `room` lines one by one among parts that want `wanted` lines each. Returns the lines of each part."""
     given = [0] * len(wanted)
     while room > 0 and given != list(wanted):
         for place, wish in enumerate(wanted):
@@ -98,7 +97,7 @@ def _heading(name: str, end: Entry, findings: Sequence[Finding], records: int) -
 
 
 def _cells(finding: Finding, most: dict[str, float]) -> Row:
-    """All but the last."""
+    """All cells of a row except the last."""
     measured = finding.ours if finding.ours is not None else finding.values[finding.best_peer or ""]
     return (
         finding.case,
@@ -110,13 +109,13 @@ def _cells(finding: Finding, most: dict[str, float]) -> Row:
 
 
 def _peers(finding: Finding, names: Sequence[str]) -> str:
-    """Their figures; with the unit, if it is not beside Fastformer's."""
+    """The peers' figures, with the unit if there is no figure of Fastformer that shows it."""
     unit = f" {finding.unit}" if finding.ours is None else ""
     return ", ".join(f"{number(finding.values[name])}{unit} {name}" for name in names)
 
 
 def _troubles(end: Entry, records: Sequence[Entry]) -> list[str]:
-    """Why the step ended, and each reason for which Fastformer has no figure, with the first of its cases."""
+    """The step's error, each reason for missing figures of Fastformer with its first case, and the missing peers."""
     cases: dict[str, list[str]] = {}
     peers: Counter[str] = Counter()
     for record in records:

@@ -1,4 +1,4 @@
-"""The steps of the GPU benchmark, a module each, that has it as `STEP`."""
+"""The steps of the GPU benchmark, one module for each. The module defines the step as `STEP`."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ STEPS = (
     "training",
     "sanitizer",
 )
-"""Their names, in order of worth."""
+"""The names of the steps, in order of importance."""
 
 
 def module_of(name: str) -> str:
-    """The module of a step.
+    """The name of a step's module.
 
     Raises:
         ValueError: there is no such step.
     """
     if name not in STEPS:
-        raise ValueError(f"step must be one of {', '.join(STEPS)}, got {name!r}")
+        raise ValueError(f"step must be one of {', '.join(STEPS)}; got {name!r}")
     return f"{__name__}.{name}"
 
 
 def load(name: str) -> Step:
-    """The step of that name.
+    """Load a step by its name.
 
     Raises:
         ValueError: there is no such step.

@@ -1,4 +1,4 @@
-"""Attention beside its peers: over lengths, and with each of the things that Transformers add to it."""
+"""Attention compared with its peers: for several lengths, and with each option that Transformers use."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from fastformer.benchmarking.study import Peer
 
 WIDTH, TOKENS = 2048, 16384
 
-# Slow by design, or another one's default under a name of its own: minutes are short.
+# Peers that are slow by design, or the same as another peer. There is no time for them.
 _LEFT_OUT = {"PyTorch eager", "SDPA math", "SDPA, one sequence at a time"}
 _FIRST = (OURS, "SDPA cuDNN", "SDPA flash", "PyTorch varlen_attn", "flash-attn", "SDPA memory-efficient", "xFormers")
-# In cuDNN's resolution of a sixteenth.
+# A multiple of 1/16, which is cuDNN's resolution.
 _DROPOUT = 0.125
 
 
 def cases(device: torch.device, dry: bool) -> list[Case]:
-    """In order of worth."""
+    """The cases, in order of importance."""
     return [*_lengths(device, dry), *_features(device, dry)]
 
 
 def _lengths(device: torch.device, dry: bool) -> Iterator[Case]:
-    """The same number of tokens and of features, in fewer and longer sequences."""
+    """Yield cases with the same number of tokens and features, in fewer and longer sequences."""
     width, tokens = (32, 32) if dry else (WIDTH, TOKENS)
     head_dims, sequences = ((16,), (16, 32)) if dry else ((128, 64), (4096, 16384, 1024, 8192, 2048))
     for causal, head_dim, sequence in product((True, False), head_dims, sequences):
@@ -53,7 +53,7 @@ def _lengths(device: torch.device, dry: bool) -> Iterator[Case]:
 
 
 def _features(device: torch.device, dry: bool) -> Iterator[Case]:
-    """One shape, with whatever a Transformer adds to attention."""
+    """Yield cases of one shape, each with an option that Transformers use."""
     batch, heads, sequence, head_dim = (2, 4, 32, 16) if dry else (4, 16, 4096, 128)
     lengths, window = natural_lengths(batch, sequence), 8 if dry else 512
     features: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -90,14 +90,14 @@ def _case(title: str, call: Attention, compiled: tuple[str, ...]) -> Case:
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Rates of everybody in all cases; in a dry run without the interpreter, which would take minutes."""
+    """Yield the rates of all peers in all cases. A dry run does not use the interpreter, which would take minutes."""
     with backend("torch") if setting.dry else nullcontext():
         yield from rates(cases(setting.device, setting.dry), setting)
 
 
 STEP = Step(
     name="attention",
-    title="attention beside its peers, forward and backward: lengths, features",
+    title="attention compared with its peers, forward and backward: lengths, features",
     seconds=110,
     run=run,
     launches=lambda: launches(cases(torch.device("meta"), dry=False)),

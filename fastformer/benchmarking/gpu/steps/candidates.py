@@ -1,4 +1,4 @@
-"""Launch configurations of each kernel beside the shipped one: the fastest, and tables of them ready to be used."""
+"""Launch configurations of each kernel compared with the shipped one: the fastest, and tables ready for use."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from fastformer.tuning.problems import problems
 from fastformer.tuning.results import store_plans
 
 SHIPPED = "shipped configuration"
-# Problems whose candidates are compiled ahead of time: attention of the most keys. All would be too large a cache.
+# The number of problems whose candidates are compiled ahead of time: attention with the most keys. With all of them the
+# cache would be too large.
 _BEFOREHAND = 8
-# Seconds that have to be left for another problem.
+# The least seconds left for which another problem is begun.
 _RESERVE = 10.0
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """The fastest configuration of every problem, in the order of their worth, and the shipped one."""
+    """Yield the times of the fastest and of the shipped configuration of each problem, in order of importance."""
     architecture = architecture_of(torch.empty(0, device=setting.device)).name
     found: list[Finding | Unmeasured] = []
     for finding in _dry_findings(setting) if setting.dry else _findings(setting, architecture):
@@ -52,7 +53,7 @@ def _problems() -> list[Problem]:
 
 
 def _dry_findings(setting: Setting) -> Iterator[Finding]:
-    """Of one problem of each operation, with one configuration beside the shipped one."""
+    """Measure one problem of each operation, with one configuration in addition to the shipped one."""
     by_operation: dict[str, Problem] = {}
     for problem in problems([torch.bfloat16], GROUPS, TINY):
         by_operation.setdefault(problem.operation, problem)
@@ -62,7 +63,7 @@ def _dry_findings(setting: Setting) -> Iterator[Finding]:
 
 
 def _records(finding: Finding | Unmeasured) -> Iterator[Record]:
-    """The times of the fastest configuration and of the shipped one."""
+    """Yield the times of the fastest configuration and of the shipped one."""
     if isinstance(finding, Unmeasured):
         yield Record(finding.problem.case, OURS, "time", None, "us", missing=finding.reason)
         return
@@ -78,9 +79,9 @@ def _records(finding: Finding | Unmeasured) -> Iterator[Record]:
 
 
 def _write_tables(found: Sequence[Finding | Unmeasured], architecture: str, out: Path) -> None:
-    """A plans.json for FASTFORMER_CACHE, and the winners as the launch data is written."""
+    """Write a plans.json for FASTFORMER_CACHE, and the winners in the format of the launch data."""
     store_plans(out / "plans.json", architecture, winners(found))
-    lines = [f"# {architecture}, triton {triton.__version__}: what beats the shipped configurations"]
+    lines = [f"# {architecture}, triton {triton.__version__}: configurations that are faster than the shipped ones"]
     for finding in found:
         if isinstance(finding, Finding) and finding.winner != finding.default:
             lines += [
@@ -92,7 +93,7 @@ def _write_tables(found: Sequence[Finding | Unmeasured], architecture: str, out:
 
 
 def as_source(configuration: Any) -> str:
-    """A configuration as it is written in the launch data: fields with a default only where they differ from it."""
+    """A configuration in the format of the launch data: fields that are equal to their default are left out."""
     arguments = []
     for field in fields(configuration):
         value = getattr(configuration, field.name)
@@ -104,7 +105,7 @@ def as_source(configuration: Any) -> str:
 
 
 def launches() -> Iterator[Callable[[], object]]:
-    """Of the first problems. The others are compiled by this step's own processes, while these are measured."""
+    """Yield the launches of the first problems. While these are measured, this step's processes compile the others."""
     for problem in _problems()[:_BEFOREHAND]:
         yield partial(launch_candidates, problem)
         yield partial(launch_exact, problem)
@@ -112,7 +113,7 @@ def launches() -> Iterator[Callable[[], object]]:
 
 STEP = Step(
     name="candidates",
-    title="a dozen launch configurations of each kernel beside the shipped one: the fastest",
+    title="a dozen launch configurations of each kernel, compared with the shipped one",
     seconds=110,
     run=run,
     launches=launches,

@@ -1,4 +1,4 @@
-"""Attention of new tokens to a cache beside its peers: how fast keys and values are read."""
+"""Attention of new tokens to a cache compared with its peers: the speed at which keys and values are read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 16
 
 
 def cases(device: torch.device, dry: bool) -> list[Case]:
-    """In order of worth."""
+    """The cases, in order of importance."""
     batches, lengths = ((1, 2), (32,)) if dry else ((8, 1, 64), (4096, 32768))
     return [
         _case(batch, keys, page, device, dry)
@@ -41,13 +41,13 @@ def _case(batch: int, keys: int, page: int | None, device: torch.device, dry: bo
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Rates of everybody in all cases."""
+    """Yield the rates of all peers in all cases."""
     return rates(cases(setting.device, setting.dry), setting)
 
 
 STEP = Step(
     name="decode",
-    title="attention of a new token to a cache beside its peers: GB/s of keys and values",
+    title="attention of a new token to a cache, compared with its peers: GB/s of keys and values",
     seconds=30,
     run=run,
     launches=lambda: launches(cases(torch.device("meta"), dry=False)),

@@ -1,4 +1,4 @@
-"""The machine: device, clocks, versions, and the two ceilings that everything else is measured against."""
+"""The machine: device, clocks, versions, and the two ceilings that all other figures are compared with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastformer.benchmarking.gpu.ceilings import Ceiling, copy_ceiling, matrix_c
 from fastformer.benchmarking.gpu.findings import CEILING
 from fastformer.benchmarking.gpu.step import Record, Setting, Step
 
-# What nvidia-smi is asked for; nothing is set.
+# The values that nvidia-smi reads, and their units. Nothing is set.
 _STATE = {
     "clocks.sm": "MHz",
     "clocks.mem": "MHz",

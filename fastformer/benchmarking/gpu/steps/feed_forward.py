@@ -1,4 +1,4 @@
-"""Feed-forward blocks, by both plans, and linear cross-entropy beside their peers: TFLOP/s and memory."""
+"""Feed-forward blocks by both plans, and linear cross-entropy, compared with their peers: TFLOP/s and memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastformer.benchmarking.operations import Sizes
 
 
 def blocks(device: torch.device, dry: bool) -> list[Case]:
-    """Feed-forward of a 7B model's layer, and of BERT's and GPT-2's."""
+    """Feed-forward blocks of a layer of a 7B model, and of a layer of BERT and GPT-2."""
     sizes = (
         [Sizes(1, 32, 32, 2, 64, 48, 32, torch.float32)]
         if dry
@@ -31,7 +31,7 @@ def blocks(device: torch.device, dry: bool) -> list[Case]:
 
 
 def losses(device: torch.device, dry: bool) -> list[Case]:
-    """Linear cross-entropy of Llama 3's and of GPT-2's vocabulary. Its gradients are computed with the loss."""
+    """Linear cross-entropy with the vocabularies of Llama 3 and GPT-2. Gradients are computed with the loss."""
     sizes = (
         [Sizes(1, 32, 32, 2, 64, 48, 32, torch.float32)]
         if dry
@@ -48,12 +48,12 @@ def losses(device: torch.device, dry: bool) -> list[Case]:
 
 
 def by_plan(cases: list[Case], plan: Plan) -> list[Case]:
-    """The same for Fastformer alone, which is to follow `plan`."""
+    """The same cases for Fastformer alone, with `plan`."""
     return [replace(case, name=f"plan {plan}, {case.name}", peers={OURS: case.peers[OURS]}) for case in cases]
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Rates of everybody in all cases; of ours by each plan too."""
+    """Yield the rates of all peers in all cases, and ours by each plan too."""
     of_blocks = blocks(setting.device, setting.dry)
     for plan in get_args(Plan):
         with forced_plan(plan):
@@ -62,7 +62,7 @@ def run(setting: Setting) -> Iterator[Record]:
 
 
 def all_launches() -> Iterator[Callable[[], object]]:
-    """Of the same calls."""
+    """Yield the launches of the same calls as `run` makes."""
     meta = torch.device("meta")
     of_blocks = blocks(meta, dry=False)
     for plan in get_args(Plan):
@@ -78,7 +78,7 @@ def _following(plan: Plan, call: Callable[[], object]) -> None:
 
 STEP = Step(
     name="feed_forward",
-    title="feed-forward by both plans, and linear cross-entropy, beside their peers: TFLOP/s, memory",
+    title="feed-forward by both plans, and linear cross-entropy, compared with peers: TFLOP/s, memory",
     seconds=50,
     run=run,
     launches=all_launches,

@@ -1,4 +1,4 @@
-"""The first training step of a layer in a fresh process, with kernels compiled beforehand and without any."""
+"""The first training step of a layer in a new process, with and without kernels compiled beforehand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CASE = "encoder layer, forward and backward"
 
 
 def _run(setting: Setting) -> Iterator[Record]:
-    """Of the cache that the benchmark was given, of a peer who needs none, and of those who compile all."""
+    """Time the first step with the benchmark's cache, of a peer that needs no cache, and of peers that compile all."""
     ahead = os.environ.get("TRITON_CACHE_DIR")
     if ahead is None:
         yield Record(_CASE, OURS, "compiled beforehand", None, "s", "no --cache was given")
@@ -58,4 +58,4 @@ def _launches() -> Iterator[Launch]:
     yield step("fastformer", torch.device("meta"))
 
 
-STEP = Step("first_call", "a fresh process's first step, with and without compiled kernels", 35, _run, _launches)
+STEP = Step("first_call", "the first step of a new process, with and without compiled kernels", 35, _run, _launches)

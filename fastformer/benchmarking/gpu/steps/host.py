@@ -1,4 +1,4 @@
-"""How long the host takes to ask for a call, whatever the GPU then does: tiny tensors, nothing waited for."""
+"""The time that the host needs to launch a call, with tiny tensors and without waiting for the GPU."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.timing import Run
 from fastformer.console import in_a_line
 
-# So few that the GPU's queue, of a thousand launches, is never full.
+# Few enough that the GPU's queue of a thousand launches is never full.
 _CALLS = 50
 
 
 @dataclass(frozen=True)
 class _Case:
-    """An operator, by us and by PyTorch, and what it is called with."""
+    """An operator of ours, PyTorch's version of it, and a function that makes their arguments."""
 
     name: str
     ours: Callable[..., Any]
@@ -87,7 +87,7 @@ def _run(setting: Setting) -> Iterator[Record]:
 
 
 def _seconds(run: Run, setting: Setting) -> float:
-    """The median of a few rounds: how long the host was busy with one call."""
+    """The seconds that the host is busy with one call: the median of a few rounds."""
     calls, rounds = (1, 1) if setting.dry else (_CALLS, 9)
     run()
     taken = []
@@ -110,4 +110,4 @@ def _launch(case: _Case) -> None:
         run()
 
 
-STEP = Step("host", "time of the host for a call, beside PyTorch's", 15, _run, _launches)
+STEP = Step("host", "time of the host for a call, compared with PyTorch's", 15, _run, _launches)

@@ -1,4 +1,4 @@
-"""Kernels that go over rows beside their peers: how fast bytes move that must."""
+"""Kernels that work on rows, compared with their peers: the rate at which they move the bytes that must be moved."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fastformer.benchmarking.gpu.rates import BOTH, FORWARD, Case, launches, rat
 from fastformer.benchmarking.gpu.step import Record, Setting, Step
 from fastformer.benchmarking.operations import Sizes
 
-# Beginnings of operations' names: with a digit after it, an operator alone.
+# Beginnings of operations' names. With a digit at the end, it is the operator without options.
 _OF_TOKENS = ("layer_norm, 1", "layer_norm, residual", "rms_norm", "rotary, ")
 _EMBEDDING = "transformer_embedding, "  # has a kernel up to 4,096 features
 
 
 def cases(device: torch.device, dry: bool) -> list[Case]:
-    """In order of worth."""
+    """The cases, in order of importance."""
     if dry:
         size = Sizes(1, 16, 32, 2, 64, 48, 16, torch.float32)
         return [*_of_tokens(size, device, True), *_softmax(size, device, True), *_losses(size, device, True)]
@@ -34,13 +34,13 @@ def cases(device: torch.device, dry: bool) -> list[Case]:
 
 
 def _tokens(hidden: int) -> Sizes:
-    """16k tokens, of BERT or of a model with heads of 128 features."""
+    """The sizes of 16k tokens of BERT, or of a larger model with heads of 128 features."""
     heads = hidden // (64 if hidden < 1024 else 128)
     return Sizes(8, 2048, hidden, heads, 4 * hidden, 30522, 2048, torch.bfloat16)
 
 
 def _scores(heads: int, keys: int) -> Sizes:
-    """Of `heads` heads, square."""
+    """The sizes of square scores with `heads` heads."""
     return Sizes(1, keys, 64 * heads, heads, 64, 64, keys, torch.bfloat16)
 
 
@@ -57,19 +57,19 @@ def _softmax(sizes: Sizes, device: torch.device, compiled: bool) -> Iterator[Cas
 
 
 def _losses(sizes: Sizes, device: torch.device, compiled: bool) -> Iterator[Case]:
-    """Liger-Kernel computes the gradients in the forward."""
+    """Yield cases of cross-entropy. Liger-Kernel computes gradients in the forward, so there is no backward alone."""
     name = f"cross_entropy, {sizes.tokens:,}"
     return operator_cases((name,), sizes, device, compiled, phases=(FORWARD, BOTH))
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Rates of everybody in all cases."""
+    """Yield the rates of all peers in all cases."""
     return rates(cases(setting.device, setting.dry), setting)
 
 
 STEP = Step(
     name="rows",
-    title="softmax, norms, rotary, losses and embeddings beside their peers: GB/s",
+    title="softmax, norms, rotary, losses and embeddings, compared with their peers: GB/s",
     seconds=50,
     run=run,
     launches=lambda: launches(cases(torch.device("meta"), dry=False)),

@@ -1,4 +1,4 @@
-"""What NVIDIA's tools say of the main kernels: errors of memory, races, and the profiler's figures."""
+"""Results of NVIDIA's tools for the main kernels: memory errors, races, and the profiler's figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastformer.benchmarking.measurement import OURS
 
 _CHECKS = ("memcheck", "racecheck")
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
-# Of the profiler's sections, what is recorded.
+# The figures of the profiler that are recorded.
 _FIGURES = (
     "Duration",
     "Compute (SM) Throughput",
@@ -32,7 +32,7 @@ _PROFILE = [
     "--clock-control=none",
     "--csv",
     "--page=details",
-    "--kernel-name=regex:^_",  # Triton's functions; those of libraries have other names
+    "--kernel-name=regex:^_",  # only Triton's kernels: kernels of libraries have other names
     *(f"--section={name}" for name in ("SpeedOfLight", "LaunchStats", "Occupancy")),
 ]
 
@@ -47,7 +47,7 @@ def _run(setting: Setting) -> Iterator[Record]:
 
 
 def _checked(check: str, setting: Setting) -> Record:
-    """How many errors the checker finds; it sees the allocations themselves, since PyTorch keeps none."""
+    """The number of errors that the checker finds. PyTorch's cache is off, so that it sees each allocation."""
     if shutil.which("compute-sanitizer") is None:
         return Record(check, OURS, "errors", None, "errors", "compute-sanitizer is not on the PATH")
     done = _watched(["compute-sanitizer", f"--tool={check}"], setting, "small", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -69,7 +69,7 @@ def _profiled(setting: Setting) -> Iterator[Record]:
 
 
 def profile_records(lines: Sequence[str]) -> Iterator[Record]:
-    """The figures in what the profiler prints, of each kernel's last launch; its table begins with its headings."""
+    """Yield the figures of each kernel's last launch from the profiler's output, whose table begins with headings."""
     start = next((number for number, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     table = csv.DictReader(line for line in lines[start:] if line.startswith('"'))
     latest = {(row["Kernel Name"], row["Metric Name"]): row for row in table if row["Metric Name"] in _FIGURES}
@@ -77,12 +77,12 @@ def profile_records(lines: Sequence[str]) -> Iterator[Record]:
         text, unit = row["Metric Value"], row["Metric Unit"]
         try:
             yield Record(kernel, OURS, metric, float(text.replace(",", "")), unit)
-        except ValueError:  # what the profiler could not count
+        except ValueError:  # the profiler could not count it
             yield Record(kernel, OURS, metric, None, unit, text)
 
 
 def _watched(tool: list[str], setting: Setting, size: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """The main kernels, run below `tool`; what is printed goes to this process's own output too."""
+    """Run the main kernels under `tool`. The output is also printed by this process."""
     command = [sys.executable, "-m", "fastformer.benchmarking.gpu.main_kernels", setting.device.type, size]
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Every operator once, forward and backward, against float64 beside PyTorch; then the tests that need a GPU."""
+"""Errors of every operator, forward and backward, against float64, compared with PyTorch; then the tests for GPUs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from fastformer.diagnostics.numerics import DTYPES, Error, Problem, errors_of, p
 from fastformer.registry import OPERATORS, Make
 
 _UNIT = "roundings"
-# All others run on any machine, and would have to be collected first.
+# The folders with tests for GPUs. Other tests run on any machine, and collecting them would take time.
 _FOLDERS = ("tests/gpu", "tests/executed")
-# pytest says so of each test, with and without processes; its name may have spaces.
+# pytest's line for a test, with and without several processes. The test's name may have spaces.
 _OUTCOME = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR) (tests/.+)$|^(tests/.+?) (PASSED|FAILED|ERROR)\b")
 _REASON = re.compile(r"^(?:FAILED|ERROR) (tests/.+?) - (.+)")
 _COLLECTED = re.compile(r"\[(\d+) items\]|(\d+)(?:/\d+)? tests collected")
-# Seconds for pytest to say why tests failed, once it is told to stop.
+# Seconds that pytest has to report why tests failed, once it is told to stop.
 _TO_REPORT = 15.0
 
 
@@ -48,7 +48,7 @@ def _cases(dry: bool) -> Iterator[tuple[Problem, str]]:
 
 
 def _compared(problem: Problem, dtype: str, setting: Setting) -> Iterator[Record]:
-    """The largest error of our kernels and of PyTorch, and whether the rule holds."""
+    """Yield the largest errors of our kernels and of PyTorch, and a record if the rule of errors is broken."""
     case = f"{problem.operator}, {problem.regime}, {dtype}"
     try:
         errors = list(errors_of(problem, dtype, setting.device.type, seed=0))
@@ -100,7 +100,7 @@ def _tests(setting: Setting) -> Iterator[Record]:
 
 
 def outcome_of(line: str) -> tuple[str, str] | None:
-    """The test that a line of pytest's is about, and its outcome."""
+    """The test and its outcome, from a line of pytest's output; None if the line is not about a test."""
     found = _OUTCOME.search(line)
     if found is None:
         return None
@@ -109,15 +109,15 @@ def outcome_of(line: str) -> tuple[str, str] | None:
 
 
 def _lines(arguments: list[str], root: Path, seconds: float) -> Iterator[str]:
-    """Of what pytest prints within so many seconds; they go to this process's own output too.
+    """Yield and print the lines that pytest prints within `seconds` seconds.
 
-    It is told to stop before, so that it says why tests failed.
+    pytest is told to stop some seconds before, so that it can report why tests failed.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", *arguments],
         cwd=root,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        stdout=subprocess.PIPE,  # and not its processes' errors, which would keep the pipe open when it has ended
+        stdout=subprocess.PIPE,  # without stderr: its processes would keep the pipe open after its end
         text=True,
     )
     assert process.stdout

@@ -1,4 +1,4 @@
-"""Training steps and decoding of whole models, beside Hugging Face's: tokens per second, utilisation, memory."""
+"""Training steps and decoding of whole models, compared with Hugging Face's: tokens/s, utilisation, memory."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ ACCELERATED = "accelerated"
 SDPA, COMPILED = "Hugging Face, SDPA", "Hugging Face, SDPA, torch.compile"
 
 _META = torch.device("meta")
-_NOMINAL = 989.0  # TFLOP/s of an H100 or H200 SXM in bfloat16, as the maker says
-_TOKENS = 32768  # of a step
+_NOMINAL = 989.0  # TFLOP/s of an H100 or H200 SXM in bfloat16, by the vendor
+_TOKENS = 32768  # tokens of a step
 _WARM_UP, _STEPS = 3, 8
-# What a peer takes at most, with building its model; and one that is compiled first.
+# The most seconds that a peer takes, with building its model, and that a peer takes that is compiled first.
 _SECONDS_OF_A_PEER, _SECONDS_TO_COMPILE = 12.0, 45.0
 _SLOTS, _PROMPT, _NEW = 8, 128, 128
 
@@ -65,7 +65,7 @@ def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 def _training(case: Subject, peer: str, device: torch.device) -> Run:
-    """Steps of forward, backward and AdamW in bfloat16 with float32 weights."""
+    """A run of one step: forward, backward and AdamW in bfloat16 with float32 weights."""
     model, batch = _model_and_batch(case, peer, device)
     optimizer = adamw(model, learning_rate=1e-4, weight_decay=0.01, betas=(0.9, 0.98), eps=1e-6)
 
@@ -90,7 +90,7 @@ def _run(setting: Setting) -> Iterator[Record]:
 
 
 def _trained(case: Subject, peer: str, setting: Setting) -> Iterator[Record]:
-    """Our model and our drop-in layers are two cases, with the same peers."""
+    """Yield the records of a peer. Our model and our drop-in layers are two cases with the same peers."""
     own = f"{case.name}, T {case.length}"
     places = {OURS: [(own, OURS)], ACCELERATED: [(f"{own}, drop-in", OURS)]}.get(
         peer, [(own, peer), (f"{own}, drop-in", peer)]
@@ -100,7 +100,7 @@ def _trained(case: Subject, peer: str, setting: Setting) -> Iterator[Record]:
 
 
 def _figures(case: Subject, peer: str, setting: Setting) -> Iterator[tuple[str, float | None, str, str | None]]:
-    """Metric, value, unit, and why there is no value."""
+    """Yield metric, value, unit, and the reason if there is no value."""
     needed = 0.0 if setting.dry else _SECONDS_TO_COMPILE if peer == COMPILED else _SECONDS_OF_A_PEER
     if setting.left < needed:
         yield "training", None, "tokens/s", "no time left"
@@ -124,7 +124,7 @@ def _figures(case: Subject, peer: str, setting: Setting) -> Iterator[tuple[str, 
 
 
 def _seconds(run: Run, setting: Setting) -> float:
-    """Of one of several in a row, with what the host takes: a GPU that waits for it is slower in training, too."""
+    """The mean seconds of several runs in a row. The host's time counts: in training, too, the GPU may wait for it."""
     warm_up, steps = (1, 1) if setting.dry else (_WARM_UP, _STEPS)
     for _ in range(warm_up):
         run()
@@ -175,7 +175,7 @@ def _decoded(setting: Setting) -> Iterator[Record]:
 
 
 def _decoded_compiled(setting: Setting) -> Iterator[Record]:
-    """What transformers does by default where there is a GPU."""
+    """Measure decoding as transformers does it by default on a GPU: with torch.compile."""
     if not setting.dry:
         make = partial(_their_decoding, cache_implementation="static")
         yield from _decoding("generate, static cache, torch.compile", make, setting, _SECONDS_TO_COMPILE)
@@ -220,7 +220,7 @@ def _launch_training(case: Subject, peer: str) -> None:
 
 
 def _launch_decoding() -> None:
-    """All prompts at once, then a token of each."""
+    """Launch all prompts at once, then one token for each."""
     case = _decoding_case(dry=False)
     model = meta_model(case.config, "FastformerForCausalLM", "bf16-true").eval()
     assert isinstance(model, fastformer.models.FastformerForCausalLM)
