@@ -164,7 +164,7 @@ def verdicts(goals: Sequence[Goal], measurements: Sequence[Measurement]) -> list
 
 
 def worst(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """For each goal of each study, the verdict of its worst case. A case without a measurement counts as worst."""
+    """The verdict of the worst case for each goal of each study. A case without a measurement counts as worst."""
     kept: dict[tuple[str, Goal], Verdict] = {}
     for each in verdicts:
         key = each.study, each.goal

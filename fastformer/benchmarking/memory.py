@@ -25,7 +25,7 @@ def peak_mebibytes(run: Callable[[], Run], memory: MemoryOf, device: torch.devic
     """Peak MiB of a run in this process. On a CPU the process must not have done similar work before.
 
     Args:
-        run: makes the run.
+        run: prepares the run.
         memory: the memory that counts.
         device: the device that does the work.
     """

@@ -168,12 +168,12 @@ class TimedStudy(Study):
                 yield self._measurement(case, name, PEAK_MEMORY, values, absent.get(name))
 
     def _peak(self, case: Case, peer: str, memory: MemoryOf, setting: Setting) -> float:
-        """MiB that a peer takes; on a CPU measured in a process of its own.
+        """Peak MiB of a peer's run of a case. On a CPU it is measured in a new process.
 
         Raises:
-            RuntimeError: the process failed; the message has its error.
+            RuntimeError: the process failed. The message has its error.
         """
-        if setting.device.type == "cuda":  # its allocator counts exactly, whatever was there before
+        if setting.device.type == "cuda":  # the allocator counts exactly, so no new process is needed
             return peak_mebibytes(case.peers[peer].prepare, memory, setting.device)
         what = (self.name, case.name, peer, memory, str(setting.device), "quick" if setting.quick else "full")
         command = [sys.executable, "-m", "fastformer.benchmarking.memory_process", *what]

@@ -1,4 +1,4 @@
-"""The precisions, strategies and optimisers that a training run can be planned with, under Lightning's names."""
+"""The strategies and optimisers that a training run can be planned with, under Lightning's names."""
 
 from __future__ import annotations
 
