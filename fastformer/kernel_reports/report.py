@@ -110,7 +110,7 @@ def _figures(architecture: str, launch: tuple[str, str, LaunchedKernel]) -> Figu
         kernel=name,
         architecture=architecture,
         configuration={
-            **{name: value for name, value in kernel.constants.items() if name.startswith("BLOCK")},
+            **{name: value for name, value in _constants(kernel).items() if name.startswith("BLOCK")},
             "num_warps": metadata.num_warps,
             "num_stages": metadata.num_stages,
         },
@@ -132,6 +132,11 @@ def _figures(architecture: str, launch: tuple[str, str, LaunchedKernel]) -> Figu
         flops_low=at_peak * bounds.low,
         flops_high=at_peak * bounds.high,
     )
+
+
+def _constants(kernel: LaunchedKernel) -> dict[str, Any]:
+    """The kernel's constants by their own names, whatever tuple they are in."""
+    return {name.rpartition(".")[2]: value for name, value in kernel.constants.items()}
 
 
 def as_json(figures: Iterable[Figures]) -> dict[str, Any]:

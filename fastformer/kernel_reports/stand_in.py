@@ -31,7 +31,7 @@ class LaunchedKernel:
         name: the name of the Triton function.
         binary: the cubin or hsaco.
         metadata: Triton's metadata: target, num_warps, num_stages, shared (bytes per CTA), hash, ...
-        constants: the Triton function's compile-time arguments by name.
+        constants: the Triton function's compile-time arguments by name; one within a named tuple is `tuple.field`.
         grid: the number of programs of the launch in each dimension.
     """
 
@@ -121,7 +121,7 @@ class _StandInDriver:
         pass
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
+        constants = {_name(source, path): getattr(value, "value", value) for path, value in source.constants.items()}
 
         def launch(grid_0: int, grid_1: int, grid_2: int, stream: int, function: Any, *arguments: Any) -> None:
             # A kernel keeps its launcher longer than this driver is active.
@@ -130,3 +130,10 @@ class _StandInDriver:
             driver.launched.append(LaunchedKernel(name, binary, metadata, constants, (grid_0, grid_1, grid_2)))
 
         return launch
+
+
+def _name(source: Any, path: tuple[int, ...]) -> str:
+    """The name of a constant: that of its argument and, within a named tuple, of its field."""
+    place, *within = path
+    argument = source.fn.arg_names[place]
+    return ".".join([argument, *(source.signature[argument]._fields[field] for field in within)])

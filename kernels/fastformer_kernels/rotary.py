@@ -12,10 +12,14 @@ a program turns some heads of one token.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from fastformer_kernels.attention.kernel_arguments import operand
+from fastformer_kernels.constants import constants
 from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of
 from fastformer_kernels.precision import round_to
@@ -25,203 +29,153 @@ TILE_ELEMENTS = 2048
 ELEMENTS_PER_THREAD = 16
 
 
+class Places(NamedTuple):
+    """What says at which position a token is; without any of the tensors, at its own index.
+
+    Attributes:
+        position_ids: the positions themselves, (batch or 1, sequence) or packed (total_tokens,), integer, contiguous.
+        stride_batch: from one sequence's `position_ids` to the next one's.
+        offsets: (batch,) integer, added to the positions of each sequence.
+        cu_seqlens: (sequences + 1,) integer, the first token of each packed sequence and the total at the end.
+        sequences: how many packed sequences there are.
+    """
+
+    position_ids: torch.Tensor | None
+    stride_batch: int
+    offsets: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    sequences: int
+
+
+class Rotation(NamedTuple):
+    """The constants of a launch.
+
+    Attributes:
+        SEARCH_STEPS: halvings that find a packed token's sequence.
+        PAIRS: of a head that are turned.
+        INTERLEAVED: whether a pair's features are neighbours.
+        INVERSE: whether to turn back.
+        COPY_REST: whether to copy the features that are not turned.
+        BLOCK_HEADS, BLOCK_PAIRS, BLOCK_REST: of a tile: heads, pairs of each, and features that are copied.
+    """
+
+    SEARCH_STEPS: int
+    PAIRS: int
+    INTERLEAVED: bool
+    INVERSE: bool
+    COPY_REST: bool
+    BLOCK_HEADS: int
+    BLOCK_PAIRS: int
+    BLOCK_REST: int
+
+
 @triton.jit
-def _position(
-    batch,
-    token,
-    position_ids_pointer,
-    position_ids_stride_batch,
-    offsets_pointer,
-    cu_seqlens_pointer,
-    sequences,
-    SEARCH_STEPS: tl.constexpr,
-):
+def _position(batch, token, places, SEARCH_STEPS: tl.constexpr):
     """The position of token `token` of dense sequence `batch`, or of packed token `token`."""
     position = token
-    if position_ids_pointer is not None:
-        position = tl.load(position_ids_pointer + batch * position_ids_stride_batch + token).to(tl.int64)
+    if places.position_ids is not None:
+        position = tl.load(places.position_ids + batch * places.stride_batch + token).to(tl.int64)
     else:
         sequence = batch
-        if cu_seqlens_pointer is not None:
+        if places.cu_seqlens is not None:
             # The last sequence that starts at or before the token: [low, high) always holds it.
             low = token * 0
-            high = low + sequences
+            high = low + places.sequences
             for _ in tl.static_range(SEARCH_STEPS):
                 middle = (low + high) // 2
-                started = tl.load(cu_seqlens_pointer + middle).to(tl.int64) <= token
+                started = tl.load(places.cu_seqlens + middle).to(tl.int64) <= token
                 low = tl.where(started, middle, low)
                 high = tl.where(started, high, middle)
             sequence = low
-            position = token - tl.load(cu_seqlens_pointer + sequence).to(tl.int64)
-        if offsets_pointer is not None:
-            position += tl.load(offsets_pointer + sequence).to(tl.int64)
+            position = token - tl.load(places.cu_seqlens + sequence).to(tl.int64)
+        if places.offsets is not None:
+            position += tl.load(places.offsets + sequence).to(tl.int64)
     return position
 
 
 @triton.jit
-def _rotate(
-    input_token,
-    output_token,
-    first_head,
-    heads,
-    head_dim,
-    cosine_row,
-    sine_row,
-    known,
-    input_stride_head,
-    input_stride_dim,
-    output_stride_head,
-    output_stride_dim,
-    PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    INVERSE: tl.constexpr,
-    COPY_REST: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-):
-    """Turn heads [first_head, first_head + BLOCK_HEADS) of one token."""
-    dtype: tl.constexpr = output_token.dtype.element_ty
-    head = (first_head + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[:, None]
+def _rotate(source, target, batch, token, first_head, heads, head_dim, cosine_row, sine_row, known, rotation):
+    """Write heads [first_head, first_head + BLOCK_HEADS) of one token of `source`, turned, to `target`.
+
+    `known` says whether the token's position is in the table, of which `cosine_row` and `sine_row` are its rows.
+    """
+    dtype: tl.constexpr = target.pointer.dtype.element_ty
+    head = (first_head + tl.arange(0, rotation.BLOCK_HEADS)).to(tl.int64)[:, None]
     head_valid = head < heads
-    x_head = input_token + head * input_stride_head
-    y_head = output_token + head * output_stride_head
-    pair = tl.arange(0, BLOCK_PAIRS)[None, :]
-    pair_valid = pair < PAIRS
+    x_head = source.pointer + batch * source.stride_b + token * source.stride_row + head * source.stride_h
+    y_head = target.pointer + batch * target.stride_b + token * target.stride_row + head * target.stride_h
+    pair = tl.arange(0, rotation.BLOCK_PAIRS)[None, :]
+    pair_valid = pair < rotation.PAIRS
     cosine = tl.load(cosine_row + pair, mask=pair_valid, other=0.0)
     sine = tl.load(sine_row + pair, mask=pair_valid, other=0.0)
     # A position outside the table has no angle: its token becomes NaN, for an error cannot be raised here.
     cosine = tl.where(known, cosine, float("nan"))
-    if INVERSE:
+    if rotation.INVERSE:
         sine = -sine
-    if INTERLEAVED:
-        dim = tl.arange(0, 2 * BLOCK_PAIRS).to(tl.int64)[None, :]
-        valid = head_valid & (dim < 2 * PAIRS)
-        x = tl.load(x_head + dim * input_stride_dim, mask=valid, other=0.0).to(tl.float32)
-        a, b = tl.split(tl.reshape(x, (BLOCK_HEADS, BLOCK_PAIRS, 2)))
+    if rotation.INTERLEAVED:
+        dim = tl.arange(0, 2 * rotation.BLOCK_PAIRS).to(tl.int64)[None, :]
+        valid = head_valid & (dim < 2 * rotation.PAIRS)
+        x = tl.load(x_head + dim * source.stride_dim, mask=valid, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, (rotation.BLOCK_HEADS, rotation.BLOCK_PAIRS, 2)))
         y = tl.join(a * cosine - b * sine, b * cosine + a * sine)
-        y = tl.reshape(y, (BLOCK_HEADS, 2 * BLOCK_PAIRS))
-        tl.store(y_head + dim * output_stride_dim, round_to(y, dtype), mask=valid)
+        y = tl.reshape(y, (rotation.BLOCK_HEADS, 2 * rotation.BLOCK_PAIRS))
+        tl.store(y_head + dim * target.stride_dim, round_to(y, dtype), mask=valid)
     else:
         low = pair.to(tl.int64)
-        high = low + PAIRS
+        high = low + rotation.PAIRS
         valid = head_valid & pair_valid
-        a = tl.load(x_head + low * input_stride_dim, mask=valid, other=0.0).to(tl.float32)
-        b = tl.load(x_head + high * input_stride_dim, mask=valid, other=0.0).to(tl.float32)
-        tl.store(y_head + low * output_stride_dim, round_to(a * cosine - b * sine, dtype), mask=valid)
-        tl.store(y_head + high * output_stride_dim, round_to(b * cosine + a * sine, dtype), mask=valid)
-    if COPY_REST:
-        dim = (2 * PAIRS + tl.arange(0, BLOCK_REST)).to(tl.int64)[None, :]
+        a = tl.load(x_head + low * source.stride_dim, mask=valid, other=0.0).to(tl.float32)
+        b = tl.load(x_head + high * source.stride_dim, mask=valid, other=0.0).to(tl.float32)
+        tl.store(y_head + low * target.stride_dim, round_to(a * cosine - b * sine, dtype), mask=valid)
+        tl.store(y_head + high * target.stride_dim, round_to(b * cosine + a * sine, dtype), mask=valid)
+    if rotation.COPY_REST:
+        dim = (2 * rotation.PAIRS + tl.arange(0, rotation.BLOCK_REST)).to(tl.int64)[None, :]
         valid = head_valid & (dim < head_dim)
-        x = tl.load(x_head + dim * input_stride_dim, mask=valid, other=0.0)
-        tl.store(y_head + dim * output_stride_dim, x, mask=valid)
+        x = tl.load(x_head + dim * source.stride_dim, mask=valid, other=0.0)
+        tl.store(y_head + dim * target.stride_dim, x, mask=valid)
 
 
 @triton.jit
 def _rotary_kernel(
-    query_pointer,
-    key_pointer,
-    query_output_pointer,
-    key_output_pointer,
+    query,
+    key,
+    query_output,
+    key_output,
     cosine_pointer,
     sine_pointer,
-    position_ids_pointer,
-    offsets_pointer,
-    cu_seqlens_pointer,
+    places,
     tokens,
     query_heads,
     key_heads,
     head_dim,
     positions,
-    sequences,
-    position_ids_stride_batch,
-    query_stride_batch,
-    query_stride_head,
-    query_stride_token,
-    query_stride_dim,
-    key_stride_batch,
-    key_stride_head,
-    key_stride_token,
-    key_stride_dim,
-    query_output_stride_batch,
-    query_output_stride_head,
-    query_output_stride_token,
-    query_output_stride_dim,
-    key_output_stride_batch,
-    key_output_stride_head,
-    key_output_stride_token,
-    key_output_stride_dim,
-    SEARCH_STEPS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    INVERSE: tl.constexpr,
-    COPY_REST: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
+    rotation,
 ):
+    """a' = a c - b s, b' = b c + a s for every pair (a, b) of some heads of one token; queries come first, then keys.
+
+    Args:
+        query, key, query_output, key_output: an `Operand` each; without a key the pointers of the last two are None.
+        cosine_pointer, sine_pointer: (positions, PAIRS) float32, contiguous: c and s.
+        places: a `Places`.
+        tokens: of a sequence, or packed tokens of all.
+        query_heads, key_heads, head_dim: of the tensors.
+        rotation: a `Rotation`.
+    """
     batch = tl.program_id(0).to(tl.int64) // tokens
     token = tl.program_id(0).to(tl.int64) % tokens
-    position = _position(
-        batch,
-        token,
-        position_ids_pointer,
-        position_ids_stride_batch,
-        offsets_pointer,
-        cu_seqlens_pointer,
-        sequences,
-        SEARCH_STEPS,
-    )
+    position = _position(batch, token, places, rotation.SEARCH_STEPS)
     known = (position >= 0) & (position < positions)
-    table_row = tl.where(known, position, 0) * PAIRS
+    table_row = tl.where(known, position, 0) * rotation.PAIRS
     cosine_row = cosine_pointer + table_row
     sine_row = sine_pointer + table_row
-    query_groups = tl.cdiv(query_heads, BLOCK_HEADS)
+    query_groups = tl.cdiv(query_heads, rotation.BLOCK_HEADS)
     group = tl.program_id(1)
     if group < query_groups:
-        _rotate(
-            query_pointer + batch * query_stride_batch + token * query_stride_token,
-            query_output_pointer + batch * query_output_stride_batch + token * query_output_stride_token,
-            group * BLOCK_HEADS,
-            query_heads,
-            head_dim,
-            cosine_row,
-            sine_row,
-            known,
-            query_stride_head,
-            query_stride_dim,
-            query_output_stride_head,
-            query_output_stride_dim,
-            PAIRS,
-            INTERLEAVED,
-            INVERSE,
-            COPY_REST,
-            BLOCK_HEADS,
-            BLOCK_PAIRS,
-            BLOCK_REST,
-        )
-    elif key_pointer is not None:
-        _rotate(
-            key_pointer + batch * key_stride_batch + token * key_stride_token,
-            key_output_pointer + batch * key_output_stride_batch + token * key_output_stride_token,
-            (group - query_groups) * BLOCK_HEADS,
-            key_heads,
-            head_dim,
-            cosine_row,
-            sine_row,
-            known,
-            key_stride_head,
-            key_stride_dim,
-            key_output_stride_head,
-            key_output_stride_dim,
-            PAIRS,
-            INTERLEAVED,
-            INVERSE,
-            COPY_REST,
-            BLOCK_HEADS,
-            BLOCK_PAIRS,
-            BLOCK_REST,
-        )
+        head = group * rotation.BLOCK_HEADS
+        _rotate(query, query_output, batch, token, head, query_heads, head_dim, cosine_row, sine_row, known, rotation)
+    elif key.pointer is not None:
+        head = (group - query_groups) * rotation.BLOCK_HEADS
+        _rotate(key, key_output, batch, token, head, key_heads, head_dim, cosine_row, sine_row, known, rotation)
 
 
 @kept_launch
@@ -260,48 +214,37 @@ def rotate(
     groups = triton.cdiv(query_heads, block_heads) + triton.cdiv(key_heads, block_heads)
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     threads = block_heads * 2 * block_pairs // ELEMENTS_PER_THREAD
+    one_row = position_ids is None or position_ids.dim() == 1 or position_ids.shape[0] == 1
     return Launch(
         _rotary_kernel,
         (batch * tokens, groups),
-        (
-            query,
-            key,
-            query_output,
-            key_output,
-            cos,
-            sin,
-            position_ids,
-            offsets,
-            cu_seqlens,
-            tokens,
-            query_heads,
-            key_heads,
-            head_dim,
-            cos.shape[0],
-            sequences,
-            0 if position_ids is None or position_ids.dim() == 1 or position_ids.shape[0] == 1 else tokens,
-            *_strides(query),
-            *_strides(key),
-            *_strides(query_output),
-            *_strides(key_output),
-        ),
+        (),
         {
-            "SEARCH_STEPS": sequences.bit_length(),
-            "PAIRS": pairs,
-            "INTERLEAVED": interleaved,
-            "INVERSE": inverse,
-            "COPY_REST": not inplace and head_dim > 2 * pairs,
-            "BLOCK_HEADS": block_heads,
-            "BLOCK_PAIRS": block_pairs,
-            "BLOCK_REST": triton.next_power_of_2(max(1, head_dim - 2 * pairs)),
+            "query": operand(query),
+            "key": operand(key),
+            "query_output": operand(query_output),
+            "key_output": operand(key_output),
+            "cosine_pointer": cos,
+            "sine_pointer": sin,
+            "places": Places(position_ids, 0 if one_row else tokens, offsets, cu_seqlens, sequences),
+            "tokens": tokens,
+            "query_heads": query_heads,
+            "key_heads": key_heads,
+            "head_dim": head_dim,
+            "positions": cos.shape[0],
+            "rotation": constants(
+                Rotation(
+                    SEARCH_STEPS=sequences.bit_length(),
+                    PAIRS=pairs,
+                    INTERLEAVED=interleaved,
+                    INVERSE=inverse,
+                    COPY_REST=not inplace and head_dim > 2 * pairs,
+                    BLOCK_HEADS=block_heads,
+                    BLOCK_PAIRS=block_pairs,
+                    BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * pairs)),
+                )
+            ),
             "num_warps": max(1, threads // architecture_of(query).warp_size),
             **COMPILER_OPTIONS,
         },
     )
-
-
-def _strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    """Of batch, head, token and feature."""
-    if tensor is None:
-        return 0, 0, 0, 0
-    return tensor.stride() if tensor.dim() == 4 else (0, tensor.stride(1), tensor.stride(0), tensor.stride(2))

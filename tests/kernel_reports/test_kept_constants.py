@@ -33,8 +33,9 @@ with stand_in("sm_90") as kernels, kernels_of_meta_operators():
             kernels.clear()
             for _ in range(2):
                 function(torch.empty(1, 1, 64, 64, device="meta", requires_grad=True))
-            constants = [kernel.constants.get("INPUT_PRECISION") for kernel in kernels]
-            found.setdefault(function.__name__, []).append([constant for constant in constants if constant])
+            constants = [constant for kernel in kernels for constant in kernel.constants.items()]
+            precisions = [value for name, value in constants if name.split(".")[-1] == "INPUT_PRECISION"]
+            found.setdefault(function.__name__, []).append(precisions)
 print(json.dumps(found))
 """
 
