@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from fastformer_kernels.constants import LOG2_E
+
 HALF_LOG2_E = tl.constexpr(0.7213475204444817)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)

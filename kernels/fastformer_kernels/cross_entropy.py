@@ -18,7 +18,7 @@ they are read in 128 bits wherever the rows are aligned.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,13 +26,20 @@ import triton.language as tl
 
 from fastformer_kernels.attention.tiles import tanh
 from fastformer_kernels.configurations import chosen
+from fastformer_kernels.constants import LN_2, LOG2_E
 from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import COMPILER_OPTIONS
 from fastformer_kernels.precision import round_to
-from fastformer_kernels.rows import RowConfiguration, addressable, alignment, row_class, row_layout, row_offset
+from fastformer_kernels.rows import (
+    RowConfiguration,
+    RowTensor,
+    addressable,
+    alignment,
+    row_class,
+    row_layout,
+    row_offset,
+)
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 _CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=8, most_threads=256)
 # With smoothing or a softcap more is live for each element: a whole tile spills on sm_90 and later.
 _LIVE_CONFIGURATION = RowConfiguration(tile_elements=2048, thread_elements=8, most_threads=256)
@@ -47,13 +54,32 @@ class CrossEntropyOptions(NamedTuple):
         ignore_index: rows with this target have loss and gradient zero.
         label_smoothing: the share s of the loss that all classes take alike.
         z_loss: the factor a of lse^2.
-        softcap: the bound k of the capped logits; 0 leaves them as they are.
+        softcap: the bound k of the capped logits; 0, for a kernel None, leaves them as they are.
     """
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
     z_loss: float = 0.0
-    softcap: float = 0.0
+    softcap: float | None = 0.0
+
+
+class _RowTerms(NamedTuple):
+    """What the gradient of a row's logits is made of, (rows, 1) each.
+
+    Attributes:
+        target: the target class.
+        counts: whether the row is not ignored.
+        maximum, log_sum: lse as two numbers: of z, and the logarithm of the sum of exp(z - maximum).
+        of_exponential, of_target, of_class: multiply exp(z - maximum), [c = t] and w_c.
+    """
+
+    target: Any
+    counts: Any
+    maximum: Any
+    log_sum: Any
+    of_exponential: Any
+    of_target: Any
+    of_class: Any
 
 
 @triton.jit
@@ -85,19 +111,13 @@ def _load_class_weight(class_weight_pointer, column, valid):
 def _finish_tile(
     logits_row,
     gradient_row,
+    logits_stride,
+    gradient_stride,
     class_weight_pointer,
     column,
     valid,
-    target,
-    counts,
-    maximum,
-    log_sum,
-    of_exponential,
-    of_target,
-    of_class,
+    terms,
     smooth_sum,
-    logits_stride,
-    gradient_stride,
     softcap,
     SMOOTHS: tl.constexpr,
 ):
@@ -105,57 +125,58 @@ def _finish_tile(
     z = _load_logits(logits_row, column, logits_stride, valid, softcap)
     if SMOOTHS:
         class_weight = _load_class_weight(class_weight_pointer, column, valid)
-        smooth_sum += tl.where(valid, class_weight * (maximum - z + log_sum), 0.0)
+        smooth_sum += tl.where(valid, class_weight * (terms.maximum - z + terms.log_sum), 0.0)
     if gradient_row is not None:
-        gradient = tl.exp2((z - maximum) * LOG2_E) * of_exponential - tl.where(column == target, of_target, 0.0)
+        at_target = tl.where(column == terms.target, terms.of_target, 0.0)
+        gradient = tl.exp2((z - terms.maximum) * LOG2_E) * terms.of_exponential - at_target
         if SMOOTHS:
-            gradient -= class_weight * of_class
+            gradient -= class_weight * terms.of_class
         if softcap is not None:
             capped = z / softcap
             gradient *= 1.0 - capped * capped
-        gradient = round_to(tl.where(counts, gradient, 0.0), gradient_row.dtype.element_ty)
+        gradient = round_to(tl.where(terms.counts, gradient, 0.0), gradient_row.dtype.element_ty)
         tl.store(gradient_row + column * gradient_stride, gradient, mask=valid)
     return smooth_sum
 
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits_pointer,
-    gradient_pointer,
+    logits,
+    gradient,
     target_pointer,
     class_weight_pointer,
     class_weight_sum_pointer,
     grad_loss_pointer,
+    grad_loss_stride,
     loss_pointer,
     normalizer_pointer,
     rows,
-    classes,
-    ignore_index,
-    label_smoothing,
-    z_loss,
-    softcap,
     size_1,
     size_2,
-    logits_stride_0,
-    logits_stride_1,
-    logits_stride_2,
-    logits_stride_class,
-    gradient_stride_0,
-    gradient_stride_1,
-    gradient_stride_2,
-    gradient_stride_class,
-    grad_loss_stride,
+    classes,
+    loss_options,
     SMOOTHS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Loss and normalizer where there is a loss to store, else that is read; the gradient where it is to be stored."""
+    """Loss and normalizer where there is a loss to store, else that is read; the gradient where it is to be stored.
+
+    The formulas are at the head of this file.
+
+    Args:
+        logits, gradient: a `RowTensor` each; without a pointer there is no gradient.
+        target_pointer, loss_pointer: (rows,), int64 and float32.
+        class_weight_pointer, class_weight_sum_pointer: w, (classes,) float32, and its sum, which smoothing needs.
+        grad_loss_pointer, grad_loss_stride: (rows,) float32, the gradient of each row's loss.
+        normalizer_pointer: (2, rows) float32, the maximum m of z and the sum of exp(z - m).
+        rows, size_1, size_2, classes: of the logits' `RowLayout`.
+        loss_options: a `CrossEntropyOptions`, whose softcap is None for none.
+        SMOOTHS: whether there is label smoothing.
+    """
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     row_valid = row < rows
-    logits_row = logits_pointer + row_offset(
-        row, size_1, size_2, logits_stride_0, logits_stride_1, logits_stride_2, ALIGNMENT
-    )
+    logits_row = logits.pointer + row_offset(row, size_1, size_2, logits, ALIGNMENT)
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
     whole = classes // BLOCK_COLUMNS * BLOCK_COLUMNS
     tail = whole + column
@@ -164,10 +185,10 @@ def _cross_entropy_kernel(
         lane_maximum = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)
         lane_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for start in range(0, whole, BLOCK_COLUMNS):
-            z = _load_logits(logits_row, start + column, logits_stride_class, row_valid, softcap)
+            z = _load_logits(logits_row, start + column, logits.stride_column, row_valid, loss_options.softcap)
             lane_maximum, lane_sum = _accumulate(z, lane_maximum, lane_sum)
         if whole < classes:
-            z = _load_logits(logits_row, tail, logits_stride_class, tail_valid, softcap)
+            z = _load_logits(logits_row, tail, logits.stride_column, tail_valid, loss_options.softcap)
             lane_maximum, lane_sum = _accumulate(z, lane_maximum, lane_sum)
         maximum = tl.max(lane_maximum, axis=1)[:, None]
         exponential_sum = tl.sum(lane_sum * tl.exp2((lane_maximum - maximum) * LOG2_E), axis=1)[:, None]
@@ -179,28 +200,26 @@ def _cross_entropy_kernel(
     log_sum = tl.log2(exponential_sum) * LN_2
     lse = maximum + log_sum
 
-    target = tl.load(target_pointer + row, mask=row_valid, other=ignore_index)
-    counts = target != ignore_index
+    target = tl.load(target_pointer + row, mask=row_valid, other=loss_options.ignore_index)
+    counts = target != loss_options.ignore_index
     known = counts & (target >= 0) & (target < classes)
     target_weight = _load_class_weight(class_weight_pointer, target, known)
-    of_target = target_weight * (1.0 - label_smoothing)
-    of_class = label_smoothing / classes
+    of_target = target_weight * (1.0 - loss_options.label_smoothing)
+    of_class = loss_options.label_smoothing / classes
     if class_weight_sum_pointer is not None:
         smooth_weight = of_class * tl.load(class_weight_sum_pointer)
     else:
-        smooth_weight = label_smoothing
-    of_probability = of_target + smooth_weight + 2.0 * z_loss * target_weight * lse
+        smooth_weight = loss_options.label_smoothing
+    of_probability = of_target + smooth_weight + 2.0 * loss_options.z_loss * target_weight * lse
     loss = tl.zeros((BLOCK_ROWS, 1), tl.float32)
     if loss_pointer is not None:
-        at_target = _load_logits(logits_row, target, logits_stride_class, known, softcap)
-        loss = of_target * (maximum - at_target + log_sum) + z_loss * target_weight * lse * lse
+        at_target = _load_logits(logits_row, target, logits.stride_column, known, loss_options.softcap)
+        loss = of_target * (maximum - at_target + log_sum) + loss_options.z_loss * target_weight * lse * lse
 
-    if SMOOTHS or gradient_pointer is not None:
-        gradient_row = gradient_pointer
-        if gradient_pointer is not None:
-            gradient_row = gradient_pointer + row_offset(
-                row, size_1, size_2, gradient_stride_0, gradient_stride_1, gradient_stride_2, ALIGNMENT
-            )
+    if SMOOTHS or gradient.pointer is not None:
+        gradient_row = gradient.pointer
+        if gradient.pointer is not None:
+            gradient_row = gradient.pointer + row_offset(row, size_1, size_2, gradient, ALIGNMENT)
             grad_loss = tl.load(grad_loss_pointer + row * grad_loss_stride, mask=row_valid, other=0.0)
             # A target that is no class makes its row's gradient NaN.
             grad_loss = tl.where(known, grad_loss, float("nan"))
@@ -210,47 +229,18 @@ def _cross_entropy_kernel(
         else:
             of_exponential = of_probability
             gradient_of_class = tl.zeros((BLOCK_ROWS, 1), tl.float32)
+        terms = _RowTerms(target, counts, maximum, log_sum, of_exponential, of_target, gradient_of_class)
         smooth_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for start in range(0, whole, BLOCK_COLUMNS):
             smooth_sum = _finish_tile(
-                logits_row,
-                gradient_row,
-                class_weight_pointer,
-                start + column,
-                row_valid,
-                target,
-                counts,
-                maximum,
-                log_sum,
-                of_exponential,
-                of_target,
-                gradient_of_class,
-                smooth_sum,
-                logits_stride_class,
-                gradient_stride_class,
-                softcap,
-                SMOOTHS,
-            )
+                logits_row, gradient_row, logits.stride_column, gradient.stride_column, class_weight_pointer,
+                start + column, row_valid, terms, smooth_sum, loss_options.softcap, SMOOTHS,
+            )  # fmt: skip
         if whole < classes:
             smooth_sum = _finish_tile(
-                logits_row,
-                gradient_row,
-                class_weight_pointer,
-                tail,
-                tail_valid,
-                target,
-                counts,
-                maximum,
-                log_sum,
-                of_exponential,
-                of_target,
-                gradient_of_class,
-                smooth_sum,
-                logits_stride_class,
-                gradient_stride_class,
-                softcap,
-                SMOOTHS,
-            )
+                logits_row, gradient_row, logits.stride_column, gradient.stride_column, class_weight_pointer,
+                tail, tail_valid, terms, smooth_sum, loss_options.softcap, SMOOTHS,
+            )  # fmt: skip
         if SMOOTHS:
             loss += of_class * tl.sum(smooth_sum, axis=1)[:, None]
     if loss_pointer is not None:
@@ -360,27 +350,22 @@ def _launch_rows(
     return Launch(
         _cross_entropy_kernel,
         (triton.cdiv(layout.rows, block_rows),),
-        (
-            logits,
-            gradient,
-            target,
-            class_weight,
-            weight_sum,
-            grad_loss,
-            loss,
-            normalizer,
-            layout.rows,
-            layout.columns,
-            options.ignore_index,
-            options.label_smoothing,
-            options.z_loss,
-            options.softcap or None,
-            *layout.sizes[1:],
-            *layout.strides[0],
-            *layout.strides[1],
-            1 if grad_loss is None else grad_loss.stride(0),
-        ),
+        (),
         {
+            "logits": RowTensor(logits, *layout.strides[0]),
+            "gradient": RowTensor(gradient, *layout.strides[1]),
+            "target_pointer": target,
+            "class_weight_pointer": class_weight,
+            "class_weight_sum_pointer": weight_sum,
+            "grad_loss_pointer": grad_loss,
+            "grad_loss_stride": 1 if grad_loss is None else grad_loss.stride(0),
+            "loss_pointer": loss,
+            "normalizer_pointer": normalizer,
+            "rows": layout.rows,
+            "size_1": layout.sizes[1],
+            "size_2": layout.sizes[2],
+            "classes": layout.columns,
+            "loss_options": options._replace(softcap=options.softcap or None),
             "SMOOTHS": smooths,
             "ALIGNMENT": alignment(*(stride for strides in layout.strides for stride in strides[:-1])),
             "BLOCK_ROWS": block_rows,

@@ -10,6 +10,7 @@ deterministic and each row is written once.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,7 +21,7 @@ from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, multiprocessors_of
 from fastformer_kernels.normalization import scale_and_shift
 from fastformer_kernels.precision import round_to
-from fastformer_kernels.rows import aligned, alignment
+from fastformer_kernels.rows import Matrix, aligned, alignment
 
 MAX_COLUMNS = 4096
 TILE_ELEMENTS = 4096
@@ -34,6 +35,29 @@ TOKENS_PER_SPLIT = 64
 MOST_SPLITS = 64
 
 
+class Lookups(NamedTuple):
+    """What a token's embeddings are read from.
+
+    Attributes:
+        word_ids, position_ids, token_type_ids: (tokens,), int64 or int32; without ids of positions the index in the
+            sequence is taken, without those of types row 0.
+        word, position, token_type: tables, (rows, columns); all but the first may be missing.
+        words, positions, token_types: rows of each.
+        sequence_length: tokens of a sequence.
+    """
+
+    word_ids: torch.Tensor
+    position_ids: torch.Tensor | None
+    token_type_ids: torch.Tensor | None
+    word: torch.Tensor
+    position: torch.Tensor | None
+    token_type: torch.Tensor | None
+    words: int
+    positions: int
+    token_types: int
+    sequence_length: int
+
+
 @triton.jit
 def _load_row(table_pointer, id, rows, column, columns, valid):
     """Rows `id` of a table in float32; NaN for one that it does not have, since an error cannot be raised here."""
@@ -43,86 +67,58 @@ def _load_row(table_pointer, id, rows, column, columns, valid):
 
 
 @triton.jit
-def _load_sum(
-    word_ids_pointer,
-    position_ids_pointer,
-    token_type_ids_pointer,
-    word_pointer,
-    position_pointer,
-    token_type_pointer,
-    words,
-    positions,
-    token_types,
-    sequence_length,
-    row,
-    row_valid,
-    column,
-    columns,
-):
+def _load_sum(lookups, row, row_valid, column, columns):
+    """The sum of the embeddings of the tokens `row` in float32, from `Lookups`; zero beyond the rows and columns."""
     valid = row_valid & (column < columns)
-    word = tl.load(word_ids_pointer + row, mask=row_valid, other=0).to(tl.int64)
-    x = _load_row(word_pointer, word, words, column, columns, valid)
-    if position_pointer is not None:
-        position = row % sequence_length
-        if position_ids_pointer is not None:
-            position = tl.load(position_ids_pointer + row, mask=row_valid, other=0).to(tl.int64)
-        x += _load_row(position_pointer, position, positions, column, columns, valid)
-    if token_type_pointer is not None:
+    word = tl.load(lookups.word_ids + row, mask=row_valid, other=0).to(tl.int64)
+    x = _load_row(lookups.word, word, lookups.words, column, columns, valid)
+    if lookups.position is not None:
+        position = row % lookups.sequence_length
+        if lookups.position_ids is not None:
+            position = tl.load(lookups.position_ids + row, mask=row_valid, other=0).to(tl.int64)
+        x += _load_row(lookups.position, position, lookups.positions, column, columns, valid)
+    if lookups.token_type is not None:
         token_type = row * 0
-        if token_type_ids_pointer is not None:
-            token_type = tl.load(token_type_ids_pointer + row, mask=row_valid, other=0).to(tl.int64)
-        x += _load_row(token_type_pointer, token_type, token_types, column, columns, valid)
+        if lookups.token_type_ids is not None:
+            token_type = tl.load(lookups.token_type_ids + row, mask=row_valid, other=0).to(tl.int64)
+        x += _load_row(lookups.token_type, token_type, lookups.token_types, column, columns, valid)
     return tl.where(valid, x, 0.0)
 
 
 @triton.jit
 def _forward_kernel(
-    word_ids_pointer,
-    position_ids_pointer,
-    token_type_ids_pointer,
-    word_pointer,
-    position_pointer,
-    token_type_pointer,
+    lookups,
     weight_pointer,
     bias_pointer,
-    seed_pointer,
+    dropout,
     output_pointer,
     mean_pointer,
     rstd_pointer,
-    words,
-    positions,
-    token_types,
-    sequence_length,
     rows,
     columns,
     eps,
-    threshold,
-    dropout_scale,
     ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
+    """y = dropout(LayerNorm(x)) of the sum x of each token's embeddings, for BLOCK_ROWS tokens.
+
+    Args:
+        lookups: a `Lookups`.
+        weight_pointer, bias_pointer: LayerNorm's, (columns,), or None.
+        dropout: a `Dropout`.
+        output_pointer: (rows, columns), y, written.
+        mean_pointer, rstd_pointer: (rows,) float32, written.
+        rows, columns, eps: tokens, the tables' columns, and what is added to the variance.
+        ALIGNMENT: divides the columns.
+        BLOCK_ROWS, BLOCK_COLUMNS: of a tile, which holds whole rows.
+    """
     columns = aligned(columns, ALIGNMENT)
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     row_valid = row < rows
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
     valid = row_valid & (column < columns)
-    x = _load_sum(
-        word_ids_pointer,
-        position_ids_pointer,
-        token_type_ids_pointer,
-        word_pointer,
-        position_pointer,
-        token_type_pointer,
-        words,
-        positions,
-        token_types,
-        sequence_length,
-        row,
-        row_valid,
-        column,
-        columns,
-    )
+    x = _load_sum(lookups, row, row_valid, column, columns)
     # In two parts, as in LayerNorm: one float32 cannot hold a mean far from zero to the deviations' precision.
     shift = tl.sum(x, axis=1)[:, None] / columns
     x = tl.where(valid, x - shift, 0.0)
@@ -130,9 +126,9 @@ def _forward_kernel(
     x = tl.where(valid, x - remainder, 0.0)
     rstd = tl.rsqrt(tl.sum(x * x, axis=1)[:, None] / columns + eps)
     y = scale_and_shift(x * rstd, weight_pointer, bias_pointer, column, columns)
-    if seed_pointer is not None:
-        keep = dropout_keep(seed_pointer, row, 0, threshold, BLOCK_ROWS, BLOCK_COLUMNS)
-        y = tl.where(keep, y * dropout_scale, 0.0)
+    if dropout.seed is not None:
+        keep = dropout_keep(dropout, row, 0, BLOCK_ROWS, BLOCK_COLUMNS)
+        y = tl.where(keep, y * dropout.scale, 0.0)
     tl.store(output_pointer + row * columns + column, round_to(y, output_pointer.dtype.element_ty), mask=valid)
     tl.store(mean_pointer + row, shift + remainder, mask=row_valid)
     tl.store(rstd_pointer + row, rstd, mask=row_valid)
@@ -140,35 +136,30 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_output_pointer,
-    word_ids_pointer,
-    position_ids_pointer,
-    token_type_ids_pointer,
-    word_pointer,
-    position_pointer,
-    token_type_pointer,
+    grad_output,
+    lookups,
     weight_pointer,
-    seed_pointer,
+    dropout,
     mean_pointer,
     rstd_pointer,
     grad_sum_pointer,
     weight_sums_pointer,
     bias_sums_pointer,
-    words,
-    positions,
-    token_types,
-    sequence_length,
     rows,
     columns,
-    threshold,
-    dropout_scale,
-    grad_output_stride_row,
-    grad_output_stride_column,
     ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Gradient of the sum of embeddings, and this program's sums for the gradients of LayerNorm's parameters."""
+    """Gradient of the sum of embeddings, and this program's sums for the gradients of LayerNorm's parameters.
+
+    Args:
+        grad_output: a `Matrix`, dy.
+        grad_sum_pointer: (rows, columns), dx, written.
+        weight_sums_pointer, bias_sums_pointer: (programs, columns) float32, written; None where not wanted.
+
+    The other arguments are those of `_forward_kernel`.
+    """
     columns = aligned(columns, ALIGNMENT)
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
     program = tl.program_id(0).to(tl.int64)
@@ -178,27 +169,12 @@ def _backward_kernel(
         row = (start + tl.arange(0, BLOCK_ROWS).to(tl.int64))[:, None]
         row_valid = row < rows
         valid = row_valid & (column < columns)
-        dy_row = grad_output_pointer + aligned(row * grad_output_stride_row, ALIGNMENT)
-        dy = tl.load(dy_row + column * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
-        if seed_pointer is not None:
-            keep = dropout_keep(seed_pointer, row, 0, threshold, BLOCK_ROWS, BLOCK_COLUMNS)
-            dy = tl.where(keep, dy * dropout_scale, 0.0)
-        x = _load_sum(
-            word_ids_pointer,
-            position_ids_pointer,
-            token_type_ids_pointer,
-            word_pointer,
-            position_pointer,
-            token_type_pointer,
-            words,
-            positions,
-            token_types,
-            sequence_length,
-            row,
-            row_valid,
-            column,
-            columns,
-        )
+        dy_row = grad_output.pointer + aligned(row * grad_output.stride_row, ALIGNMENT)
+        dy = tl.load(dy_row + column * grad_output.stride_column, mask=valid, other=0.0).to(tl.float32)
+        if dropout.seed is not None:
+            keep = dropout_keep(dropout, row, 0, BLOCK_ROWS, BLOCK_COLUMNS)
+            dy = tl.where(keep, dy * dropout.scale, 0.0)
+        x = _load_sum(lookups, row, row_valid, column, columns)
         mean = tl.load(mean_pointer + row, mask=row_valid, other=0.0)
         rstd = tl.load(rstd_pointer + row, mask=row_valid, other=0.0)
         normalised = tl.where(valid, (x - mean) * rstd, 0.0)
@@ -230,7 +206,16 @@ def _table_gradient_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """One row of a table, or one of several parts of it: the sum of its tokens' gradients."""
+    """One row of a table's gradient, or one of several parts of it: the sum of its tokens' gradients.
+
+    Args:
+        grad_sum_pointer: (tokens, columns), dx.
+        order_pointer, starts_pointer: (tokens,) and (rows + 1,) int64, those of `table_gradient`.
+        grad_table_pointer: (parts, rows, columns), written.
+        columns, padding_idx: of the table, and its row whose gradient stays zero.
+        ALIGNMENT: divides the columns.
+        BLOCK_TOKENS, BLOCK_COLUMNS: of a tile.
+    """
     columns = aligned(columns, ALIGNMENT)
     table_row = tl.program_id(0).to(tl.int64)
     column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)[None, :]
@@ -312,31 +297,30 @@ def _launch_forward(
     eps: float,
 ) -> Launch:
     """`results` are output, mean and rstd."""
+    output, mean, rstd = results
     rows, columns = word_ids.numel(), word.shape[1]
+    lookups = _lookups(word_ids, position_ids, token_type_ids, word, position, token_type)
     blocks = _blocks(rows, columns)
     return Launch(
         _forward_kernel,
         (triton.cdiv(rows, blocks["BLOCK_ROWS"]),),
-        (
-            word_ids,
-            position_ids,
-            token_type_ids,
-            word,
-            position,
-            token_type,
-            weight,
-            bias,
-            seed,
-            *results,
-            *_table_rows(word, position, token_type),
-            word_ids.shape[-1],
-            rows,
-            columns,
-            eps,
-            threshold,
-            scale,
-        ),
-        {"ALIGNMENT": alignment(columns), **blocks, "num_warps": _warps(blocks, word), **COMPILER_OPTIONS},
+        (),
+        {
+            "lookups": lookups,
+            "weight_pointer": weight,
+            "bias_pointer": bias,
+            "dropout": Dropout(seed, threshold, scale),
+            "output_pointer": output,
+            "mean_pointer": mean,
+            "rstd_pointer": rstd,
+            "rows": rows,
+            "columns": columns,
+            "eps": eps,
+            "ALIGNMENT": alignment(columns),
+            **blocks,
+            "num_warps": _warps(blocks, word),
+            **COMPILER_OPTIONS,
+        },
     )
 
 
@@ -415,30 +399,19 @@ def _launch_backward(
     return Launch(
         _backward_kernel,
         (_programs(rows, columns, word),),
-        (
-            grad_output,
-            word_ids,
-            position_ids,
-            token_type_ids,
-            word,
-            position,
-            token_type,
-            weight,
-            seed,
-            mean,
-            rstd,
-            grad_sum,
-            weight_sums,
-            bias_sums,
-            *_table_rows(word, position, token_type),
-            word_ids.shape[-1],
-            rows,
-            columns,
-            threshold,
-            scale,
-            *grad_output.stride(),
-        ),
+        (),
         {
+            "grad_output": Matrix(grad_output, *grad_output.stride()),
+            "lookups": _lookups(word_ids, position_ids, token_type_ids, word, position, token_type),
+            "weight_pointer": weight,
+            "dropout": Dropout(seed, threshold, scale),
+            "mean_pointer": mean,
+            "rstd_pointer": rstd,
+            "grad_sum_pointer": grad_sum,
+            "weight_sums_pointer": weight_sums,
+            "bias_sums_pointer": bias_sums,
+            "rows": rows,
+            "columns": columns,
             "ALIGNMENT": alignment(columns, grad_output.stride(0)),
             **blocks,
             "num_warps": _warps(blocks, word),
@@ -481,8 +454,14 @@ def _launch_table_gradient(
     return Launch(
         _table_gradient_kernel,
         (rows, triton.cdiv(columns, block_columns), splits),
-        (grad_sum, order, starts, parts, columns, padding_idx),
+        (),
         {
+            "grad_sum_pointer": grad_sum,
+            "order_pointer": order,
+            "starts_pointer": starts,
+            "grad_table_pointer": parts,
+            "columns": columns,
+            "padding_idx": padding_idx,
             "ALIGNMENT": alignment(columns),
             "BLOCK_TOKENS": TABLE_BLOCK_TOKENS,
             "BLOCK_COLUMNS": block_columns,
@@ -492,8 +471,17 @@ def _launch_table_gradient(
     )
 
 
-def _table_rows(*tables: torch.Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if table is None else table.shape[0] for table in tables)
+def _lookups(
+    word_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    word: torch.Tensor,
+    position: torch.Tensor | None,
+    token_type: torch.Tensor | None,
+) -> Lookups:
+    """Ids and tables with their sizes."""
+    rows = (0 if table is None else table.shape[0] for table in (word, position, token_type))
+    return Lookups(word_ids, position_ids, token_type_ids, word, position, token_type, *rows, word_ids.shape[-1])
 
 
 def _programs(rows: int, columns: int, tensor: torch.Tensor) -> int:

@@ -9,7 +9,7 @@ tiles of both operands are reread from the L2 cache.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,6 +17,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastformer_kernels.configurations import others_than
+from fastformer_kernels.constants import constants
 from fastformer_kernels.launch import COMPILER_OPTIONS, multiprocessors_of
 from fastformer_kernels.precision import dot
 
@@ -26,15 +27,49 @@ GROUP_ROWS = 8
 POINTERS, TRANSPOSED_POINTERS, DESCRIPTOR, TRANSPOSED_DESCRIPTOR = (tl.constexpr(access) for access in range(4))
 
 
+class OperandStrides(NamedTuple):
+    """Strides of a product's operands, seen as (outer, depth); 0 for an operand that is not there."""
+
+    left: int
+    left_depth: int
+    right: int
+    right_depth: int
+    second_right: int
+    second_right_depth: int
+
+
+class Product(NamedTuple):
+    """The constants of a kernel with a product.
+
+    Attributes:
+        INPUT_PRECISION: of the product.
+        LEFT_ACCESS, RIGHT_ACCESS: how an operand is read: POINTERS, DESCRIPTOR, ...
+        EVEN_DEPTH: whether the depth is a multiple of the tile's.
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH: of a tile.
+        GROUP_ROWS: rows of tiles that are visited together.
+        PARTS: of a tile's columns, which the epilogue does one after the other.
+    """
+
+    INPUT_PRECISION: str
+    LEFT_ACCESS: int
+    RIGHT_ACCESS: int
+    EVEN_DEPTH: bool
+    BLOCK_ROWS: int
+    BLOCK_COLUMNS: int
+    BLOCK_DEPTH: int
+    GROUP_ROWS: int
+    PARTS: int
+
+
 @triton.jit
-def tile_origin(tile, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, GROUP_ROWS: tl.constexpr):
+def tile_origin(tile, rows, columns, product):
     """First row and first column of the tile that is visited as number `tile`."""
-    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
-    group_tiles = GROUP_ROWS * tl.cdiv(columns, BLOCK_COLUMNS)
-    first_row_tile = tile // group_tiles * GROUP_ROWS
-    group_rows = tl.minimum(row_tiles - first_row_tile, GROUP_ROWS)
+    row_tiles = tl.cdiv(rows, product.BLOCK_ROWS)
+    group_tiles = product.GROUP_ROWS * tl.cdiv(columns, product.BLOCK_COLUMNS)
+    first_row_tile = tile // group_tiles * product.GROUP_ROWS
+    group_rows = tl.minimum(row_tiles - first_row_tile, product.GROUP_ROWS)
     row_tile = first_row_tile + tile % group_tiles % group_rows
-    return row_tile * BLOCK_ROWS, tile % group_tiles // group_rows * BLOCK_COLUMNS
+    return row_tile * product.BLOCK_ROWS, tile % group_tiles // group_rows * product.BLOCK_COLUMNS
 
 
 @triton.jit
@@ -77,51 +112,40 @@ def _load_operand(
 
 
 @triton.jit
-def tile_products(
-    left,
-    right,
-    second_right,
-    first_row,
-    first_column,
-    rows,
-    columns,
-    depth_size,
-    left_stride,
-    left_stride_depth,
-    right_stride,
-    right_stride_depth,
-    second_right_stride,
-    second_right_stride_depth,
-    LEFT_ACCESS: tl.constexpr,
-    RIGHT_ACCESS: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-):
-    """A tile of left @ right^T and of left @ second_right^T (without that operand the first again), in float32."""
-    product = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    second_product = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for depth in range(0, depth_size, BLOCK_DEPTH):
+def tile_products(left, right, second_right, strides, first_row, first_column, rows, columns, depth_size, product):
+    """A tile of left @ right^T and of left @ second_right^T (without that operand the first again), in float32.
+
+    Args:
+        left, right, second_right: as `operands` returns them; the last may be None.
+        strides: an `OperandStrides`.
+        product: a `Product`.
+    """
+    LEFT: tl.constexpr = product.LEFT_ACCESS
+    RIGHT: tl.constexpr = product.RIGHT_ACCESS
+    EVEN: tl.constexpr = product.EVEN_DEPTH
+    ROWS: tl.constexpr = product.BLOCK_ROWS
+    COLUMNS: tl.constexpr = product.BLOCK_COLUMNS
+    DEPTH: tl.constexpr = product.BLOCK_DEPTH
+    result = tl.zeros((ROWS, COLUMNS), tl.float32)
+    second_result = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for depth in range(0, depth_size, DEPTH):
         x = _load_operand(
-            left, first_row, depth, rows, depth_size, left_stride, left_stride_depth,
-            LEFT_ACCESS, EVEN_DEPTH, BLOCK_ROWS, BLOCK_DEPTH,
-        )  # fmt: skip
+            left, first_row, depth, rows, depth_size, strides.left, strides.left_depth, LEFT, EVEN, ROWS, DEPTH
+        )
         y = _load_operand(
-            right, first_column, depth, columns, depth_size, right_stride, right_stride_depth,
-            RIGHT_ACCESS, EVEN_DEPTH, BLOCK_COLUMNS, BLOCK_DEPTH,
+            right, first_column, depth, columns, depth_size, strides.right, strides.right_depth,
+            RIGHT, EVEN, COLUMNS, DEPTH,
         )  # fmt: skip
-        product = dot(x, y.T, product, INPUT_PRECISION)
+        result = dot(x, y.T, result, product.INPUT_PRECISION)
         if second_right is not None:
             z = _load_operand(
-                second_right, first_column, depth, columns, depth_size, second_right_stride, second_right_stride_depth,
-                RIGHT_ACCESS, EVEN_DEPTH, BLOCK_COLUMNS, BLOCK_DEPTH,
+                second_right, first_column, depth, columns, depth_size, strides.second_right,
+                strides.second_right_depth, RIGHT, EVEN, COLUMNS, DEPTH,
             )  # fmt: skip
-            second_product = dot(x, z.T, second_product, INPUT_PRECISION)
+            second_result = dot(x, z.T, second_result, product.INPUT_PRECISION)
     if second_right is None:
-        second_product = product
-    return product, second_product
+        second_result = result
+    return result, second_result
 
 
 @triton.jit
@@ -157,19 +181,26 @@ class Configuration:
     descriptors: bool = False
     parts: int = 1
 
-    def options(self, depth_size: int) -> dict[str, Any]:
-        """The keyword arguments of a launch."""
-        return {
-            "EVEN_DEPTH": depth_size % self.depth == 0,
-            "BLOCK_ROWS": self.rows,
-            "BLOCK_COLUMNS": self.columns,
-            "BLOCK_DEPTH": self.depth,
-            "GROUP_ROWS": GROUP_ROWS,
-            "PARTS": self.parts,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-            **COMPILER_OPTIONS,
-        }
+    def constants(self, depth_size: int, precision: str, left_access: int, right_access: int) -> Product:
+        """What a kernel of this configuration is compiled for."""
+        return constants(
+            Product(
+                INPUT_PRECISION=precision,
+                LEFT_ACCESS=left_access,
+                RIGHT_ACCESS=right_access,
+                EVEN_DEPTH=depth_size % self.depth == 0,
+                BLOCK_ROWS=self.rows,
+                BLOCK_COLUMNS=self.columns,
+                BLOCK_DEPTH=self.depth,
+                GROUP_ROWS=GROUP_ROWS,
+                PARTS=self.parts,
+            )
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's options of a launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages, **COMPILER_OPTIONS}
 
     def grid(self, rows: int, columns: int, tensor: torch.Tensor) -> tuple[int]:
         """A program for every tile, or as many as the GPU runs at once."""

@@ -27,7 +27,7 @@ from fastformer_kernels.dropout import Dropout, dropout_arguments, dropout_keep
 from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import COMPILER_OPTIONS, multiprocessors_of
 from fastformer_kernels.precision import round_to
-from fastformer_kernels.rows import RowConfiguration, aligned, alignment, row_class
+from fastformer_kernels.rows import Matrix, RowConfiguration, aligned, alignment, row_class
 
 FORWARD_ONE_PASS_COLUMNS = 16384
 BACKWARD_ONE_PASS_BYTES = 16384
@@ -42,13 +42,11 @@ _BACKWARD_CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=8
 @triton.jit
 def _load_sum(
     input_row,
-    input_stride,
+    input,
     input_bias_pointer,
     residual_row,
-    residual_stride,
-    seed_pointer,
-    threshold,
-    dropout_scale,
+    residual,
+    dropout,
     row,
     row_valid,
     start,
@@ -60,20 +58,21 @@ def _load_sum(
     """What is normalised, in float32 and rounded to `dtype`, from column `start` on; zero beyond the rows' end."""
     column = start + tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
     valid = row_valid & (column < columns)
-    x = tl.load(input_row + column * input_stride, mask=valid, other=0.0).to(tl.float32)
+    x = tl.load(input_row + column * input.stride_column, mask=valid, other=0.0).to(tl.float32)
     if input_bias_pointer is not None:
         x += tl.load(input_bias_pointer + column, mask=column < columns, other=0.0).to(tl.float32)
-    if seed_pointer is not None:
-        keep = dropout_keep(seed_pointer, row, start, threshold, BLOCK_ROWS, BLOCK_COLUMNS)
-        x = tl.where(keep, x * dropout_scale, 0.0)
+    if dropout.seed is not None:
+        keep = dropout_keep(dropout, row, start, BLOCK_ROWS, BLOCK_COLUMNS)
+        x = tl.where(keep, x * dropout.scale, 0.0)
     if residual_row is not None:
-        x += tl.load(residual_row + column * residual_stride, mask=valid, other=0.0).to(tl.float32)
+        x += tl.load(residual_row + column * residual.stride_column, mask=valid, other=0.0).to(tl.float32)
     x = round_to(x, dtype).to(tl.float32)
     return tl.where(valid, x, 0.0)
 
 
 @triton.jit
 def scale_and_shift(normalised, weight_pointer, bias_pointer, column, columns):
+    """`normalised` * weight + bias at the columns `column`, of each what there is."""
     y = normalised
     if weight_pointer is not None:
         y *= tl.load(weight_pointer + column, mask=column < columns, other=0.0).to(tl.float32)
@@ -84,10 +83,10 @@ def scale_and_shift(normalised, weight_pointer, bias_pointer, column, columns):
 
 @triton.jit
 def _forward_kernel(
-    input_pointer,
+    input,
     input_bias_pointer,
-    residual_pointer,
-    seed_pointer,
+    residual,
+    dropout,
     weight_pointer,
     bias_pointer,
     output_pointer,
@@ -96,25 +95,32 @@ def _forward_kernel(
     rows,
     columns,
     eps,
-    threshold,
-    dropout_scale,
-    input_stride_row,
-    input_stride_column,
-    residual_stride_row,
-    residual_stride_column,
     CENTERED: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     ONE_PASS: tl.constexpr,
 ):
+    """y = (x - mean x) rstd * w + b of x = residual + dropout(input + input_bias), of BLOCK_ROWS rows.
+
+    Args:
+        input, residual: a `Matrix` each; without a residual its pointer is None.
+        input_bias_pointer, weight_pointer, bias_pointer: (columns,), or None.
+        dropout: a `Dropout`.
+        output_pointer, total_pointer: (rows, columns), y and x; that of x may be None.
+        statistics_pointer: (1 or 2, rows) float32, rstd and, if CENTERED, mean.
+        rows, columns, eps: sizes, and what is added to the variance.
+        CENTERED: LayerNorm where true, RMSNorm, which has no mean, where false.
+        ALIGNMENT: divides the columns and the row strides.
+        BLOCK_ROWS, BLOCK_COLUMNS: of a tile; ONE_PASS: whether it holds whole rows.
+    """
     columns = aligned(columns, ALIGNMENT)
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     row_valid = row < rows
-    x_row = input_pointer + aligned(row * input_stride_row, ALIGNMENT)
-    residual_row = residual_pointer
-    if residual_pointer is not None:
-        residual_row = residual_pointer + aligned(row * residual_stride_row, ALIGNMENT)
+    x_row = input.pointer + aligned(row * input.stride_row, ALIGNMENT)
+    residual_row = residual.pointer
+    if residual.pointer is not None:
+        residual_row = residual.pointer + aligned(row * residual.stride_row, ALIGNMENT)
     target = row * columns
     dtype: tl.constexpr = output_pointer.dtype.element_ty
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
@@ -122,22 +128,9 @@ def _forward_kernel(
     if ONE_PASS:
         valid = row_valid & (column < columns)
         x = _load_sum(
-            x_row,
-            input_stride_column,
-            input_bias_pointer,
-            residual_row,
-            residual_stride_column,
-            seed_pointer,
-            threshold,
-            dropout_scale,
-            row,
-            row_valid,
-            0,
-            columns,
-            dtype,
-            BLOCK_ROWS,
-            BLOCK_COLUMNS,
-        )
+            x_row, input, input_bias_pointer, residual_row, residual, dropout, row, row_valid, 0, columns, dtype,
+            BLOCK_ROWS, BLOCK_COLUMNS,
+        )  # fmt: skip
         if total_pointer is not None:
             tl.store(total_pointer + target + column, round_to(x, dtype), mask=valid)
         if CENTERED:
@@ -156,22 +149,9 @@ def _forward_kernel(
         for start in range(0, columns, BLOCK_COLUMNS):
             valid = row_valid & (start + column < columns)
             x = _load_sum(
-                x_row,
-                input_stride_column,
-                input_bias_pointer,
-                residual_row,
-                residual_stride_column,
-                seed_pointer,
-                threshold,
-                dropout_scale,
-                row,
-                row_valid,
-                start,
-                columns,
-                dtype,
-                BLOCK_ROWS,
-                BLOCK_COLUMNS,
-            )
+                x_row, input, input_bias_pointer, residual_row, residual, dropout, row, row_valid, start, columns,
+                dtype, BLOCK_ROWS, BLOCK_COLUMNS,
+            )  # fmt: skip
             if total_pointer is not None:
                 tl.store(total_pointer + target + start + column, round_to(x, dtype), mask=valid)
             if CENTERED:
@@ -190,22 +170,9 @@ def _forward_kernel(
         for start in range(0, columns, BLOCK_COLUMNS):
             valid = row_valid & (start + column < columns)
             x = _load_sum(
-                x_row,
-                input_stride_column,
-                input_bias_pointer,
-                residual_row,
-                residual_stride_column,
-                seed_pointer,
-                threshold,
-                dropout_scale,
-                row,
-                row_valid,
-                start,
-                columns,
-                dtype,
-                BLOCK_ROWS,
-                BLOCK_COLUMNS,
-            )
+                x_row, input, input_bias_pointer, residual_row, residual, dropout, row, row_valid, start, columns,
+                dtype, BLOCK_ROWS, BLOCK_COLUMNS,
+            )  # fmt: skip
             normalised = ((x - shift) - mean) * rstd
             y = scale_and_shift(normalised, weight_pointer, bias_pointer, start + column, columns)
             tl.store(output_pointer + target + start + column, round_to(y, dtype), mask=valid)
@@ -220,9 +187,7 @@ def _store_gradients(
     dx,
     grad_input_pointer,
     grad_residual_pointer,
-    seed_pointer,
-    threshold,
-    dropout_scale,
+    dropout,
     row,
     start,
     target,
@@ -236,34 +201,26 @@ def _store_gradients(
     """
     if grad_residual_pointer is not None:
         tl.store(grad_residual_pointer + target, round_to(dx, grad_residual_pointer.dtype.element_ty), mask=valid)
-    if seed_pointer is not None:
-        keep = dropout_keep(seed_pointer, row, start, threshold, BLOCK_ROWS, BLOCK_COLUMNS)
-        dx = tl.where(keep, dx * dropout_scale, 0.0)
+    if dropout.seed is not None:
+        keep = dropout_keep(dropout, row, start, BLOCK_ROWS, BLOCK_COLUMNS)
+        dx = tl.where(keep, dx * dropout.scale, 0.0)
     tl.store(grad_input_pointer + target, round_to(dx, grad_input_pointer.dtype.element_ty), mask=valid)
     return dx
 
 
 @triton.jit
 def _backward_kernel(
-    grad_output_pointer,
-    grad_sum_pointer,
-    x_pointer,
+    grad_output,
+    grad_sum,
+    x,
     weight_pointer,
     statistics_pointer,
-    seed_pointer,
+    dropout,
     grad_input_pointer,
     grad_residual_pointer,
     sums_pointer,
     rows,
     columns,
-    threshold,
-    dropout_scale,
-    grad_output_stride_row,
-    grad_output_stride_column,
-    grad_sum_stride_row,
-    grad_sum_stride_column,
-    x_stride_row,
-    x_stride_column,
     CENTERED: tl.constexpr,
     WEIGHT_SUMS: tl.constexpr,
     BIAS_SUMS: tl.constexpr,
@@ -273,9 +230,15 @@ def _backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Rows held in registers: dx, and this program's sums for the gradients of weight and biases.
+    """dx = rstd (g - n mean(g n) - mean(g)) of rows held in registers, and this program's sums for dw and the biases.
 
-    The sums are (those wanted, programs, columns).
+    Args:
+        grad_output, grad_sum, x: a `Matrix` each: dy, the gradient that reaches x itself (its pointer may be None), x.
+        weight_pointer, statistics_pointer, dropout, rows, columns: as `_forward_kernel` has them.
+        grad_input_pointer, grad_residual_pointer: (rows, columns), written; that of the residual may be None.
+        sums_pointer: (those wanted, programs, columns) float32, written.
+        WEIGHT_SUMS, BIAS_SUMS, INPUT_BIAS_SUMS: which sums are wanted.
+        STAGES: tiles that are loaded ahead; None for none.
     """
     columns = aligned(columns, ALIGNMENT)
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
@@ -288,14 +251,15 @@ def _backward_kernel(
         row = (start + tl.arange(0, BLOCK_ROWS).to(tl.int64))[:, None]
         row_valid = row < rows
         valid = row_valid & column_valid
-        dy_row = grad_output_pointer + aligned(row * grad_output_stride_row, ALIGNMENT)
-        dy = tl.load(dy_row + column * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
-        x_row = x_pointer + aligned(row * x_stride_row, ALIGNMENT)
-        x = tl.load(x_row + column * x_stride_column, mask=valid, other=0.0).to(tl.float32)
+        dy_row = grad_output.pointer + aligned(row * grad_output.stride_row, ALIGNMENT)
+        dy = tl.load(dy_row + column * grad_output.stride_column, mask=valid, other=0.0).to(tl.float32)
+        x_row = x.pointer + aligned(row * x.stride_row, ALIGNMENT)
+        normalised = tl.load(x_row + column * x.stride_column, mask=valid, other=0.0).to(tl.float32)
         rstd = tl.load(statistics_pointer + row, mask=row_valid, other=0.0)
         if CENTERED:
-            x = tl.where(valid, x - tl.load(statistics_pointer + rows + row, mask=row_valid, other=0.0), 0.0)
-        normalised = x * rstd
+            mean = tl.load(statistics_pointer + rows + row, mask=row_valid, other=0.0)
+            normalised = tl.where(valid, normalised - mean, 0.0)
+        normalised *= rstd
         if WEIGHT_SUMS:
             weight_sum += dy * normalised
         if BIAS_SUMS:
@@ -305,16 +269,14 @@ def _backward_kernel(
         if CENTERED:
             dx -= tl.sum(g, axis=1)[:, None] / columns
         dx *= rstd
-        if grad_sum_pointer is not None:
-            sum_row = grad_sum_pointer + aligned(row * grad_sum_stride_row, ALIGNMENT)
-            dx += tl.load(sum_row + column * grad_sum_stride_column, mask=valid, other=0.0).to(tl.float32)
+        if grad_sum.pointer is not None:
+            sum_row = grad_sum.pointer + aligned(row * grad_sum.stride_row, ALIGNMENT)
+            dx += tl.load(sum_row + column * grad_sum.stride_column, mask=valid, other=0.0).to(tl.float32)
         dx = _store_gradients(
             dx,
             grad_input_pointer,
             grad_residual_pointer,
-            seed_pointer,
-            threshold,
-            dropout_scale,
+            dropout,
             row,
             0,
             row * columns + column,
@@ -336,35 +298,27 @@ def _backward_kernel(
 
 @triton.jit
 def _backward_long_row_kernel(
-    grad_output_pointer,
-    grad_sum_pointer,
-    x_pointer,
+    grad_output,
+    grad_sum,
+    x,
     weight_pointer,
     statistics_pointer,
-    seed_pointer,
+    dropout,
     grad_input_pointer,
     grad_residual_pointer,
     columns,
-    threshold,
-    dropout_scale,
-    grad_output_stride_row,
-    grad_output_stride_column,
-    grad_sum_stride_row,
-    grad_sum_stride_column,
-    x_stride_row,
-    x_stride_column,
     CENTERED: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """dx of one row that does not fit in registers, read twice."""
+    """dx of one row that does not fit in registers, read twice. The arguments are those of `_backward_kernel`."""
     columns = aligned(columns, ALIGNMENT)
     row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
-    dy_row = grad_output_pointer + aligned(row * grad_output_stride_row, ALIGNMENT)
-    x_row = x_pointer + aligned(row * x_stride_row, ALIGNMENT)
-    sum_row = grad_sum_pointer
-    if grad_sum_pointer is not None:
-        sum_row = grad_sum_pointer + aligned(row * grad_sum_stride_row, ALIGNMENT)
+    dy_row = grad_output.pointer + aligned(row * grad_output.stride_row, ALIGNMENT)
+    x_row = x.pointer + aligned(row * x.stride_row, ALIGNMENT)
+    sum_row = grad_sum.pointer
+    if grad_sum.pointer is not None:
+        sum_row = grad_sum.pointer + aligned(row * grad_sum.stride_row, ALIGNMENT)
     rstd = tl.load(statistics_pointer + row)
     mean = tl.zeros((1, 1), tl.float32)
     if CENTERED:
@@ -375,10 +329,10 @@ def _backward_long_row_kernel(
     for start in range(0, columns, BLOCK_COLUMNS):
         at = start + column
         valid = at < columns
-        dy = tl.load(dy_row + at * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
-        x = tl.load(x_row + at * x_stride_column, mask=valid, other=0.0).to(tl.float32)
+        dy = tl.load(dy_row + at * grad_output.stride_column, mask=valid, other=0.0).to(tl.float32)
+        x_tile = tl.load(x_row + at * x.stride_column, mask=valid, other=0.0).to(tl.float32)
         g = scale_and_shift(dy, weight_pointer, None, at, columns)
-        products += g * ((x - mean) * rstd)
+        products += g * ((x_tile - mean) * rstd)
         sums += g
     mean_product = tl.sum(products, axis=1)[:, None] / columns
     mean_g = tl.zeros((1, 1), tl.float32)
@@ -387,19 +341,17 @@ def _backward_long_row_kernel(
     for start in range(0, columns, BLOCK_COLUMNS):
         at = start + column
         valid = at < columns
-        dy = tl.load(dy_row + at * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
-        x = tl.load(x_row + at * x_stride_column, mask=valid, other=0.0).to(tl.float32)
+        dy = tl.load(dy_row + at * grad_output.stride_column, mask=valid, other=0.0).to(tl.float32)
+        x_tile = tl.load(x_row + at * x.stride_column, mask=valid, other=0.0).to(tl.float32)
         g = scale_and_shift(dy, weight_pointer, None, at, columns)
-        dx = rstd * (g - (x - mean) * rstd * mean_product - mean_g)
-        if grad_sum_pointer is not None:
-            dx += tl.load(sum_row + at * grad_sum_stride_column, mask=valid, other=0.0).to(tl.float32)
+        dx = rstd * (g - (x_tile - mean) * rstd * mean_product - mean_g)
+        if grad_sum.pointer is not None:
+            dx += tl.load(sum_row + at * grad_sum.stride_column, mask=valid, other=0.0).to(tl.float32)
         _store_gradients(
             dx,
             grad_input_pointer,
             grad_residual_pointer,
-            seed_pointer,
-            threshold,
-            dropout_scale,
+            dropout,
             row,
             start,
             row * columns + at,
@@ -411,23 +363,22 @@ def _backward_long_row_kernel(
 
 @triton.jit
 def _parameter_sums_kernel(
-    grad_output_pointer,
-    x_pointer,
+    grad_output,
+    x,
     statistics_pointer,
     sums_pointer,
     rows,
     columns,
-    grad_output_stride_row,
-    grad_output_stride_column,
-    x_stride_row,
-    x_stride_column,
     CENTERED: tl.constexpr,
     WEIGHT_SUMS: tl.constexpr,
     BIAS_SUMS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Sums for dw and db, as `_backward_kernel`'s, of one tile of columns, over every num_programs(1)-th row."""
+    """Sums for dw and db, as `_backward_kernel`'s, of one tile of columns, over every num_programs(1)-th row.
+
+    The arguments are those of `_backward_kernel`.
+    """
     columns = aligned(columns, ALIGNMENT)
     column = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     valid = column < columns
@@ -435,14 +386,14 @@ def _parameter_sums_kernel(
     weight_sum = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     bias_sum = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     for row in range(program, rows, tl.num_programs(1)):
-        dy_row = grad_output_pointer + aligned(row * grad_output_stride_row, ALIGNMENT)
-        dy = tl.load(dy_row + column * grad_output_stride_column, mask=valid, other=0.0).to(tl.float32)
+        dy_row = grad_output.pointer + aligned(row * grad_output.stride_row, ALIGNMENT)
+        dy = tl.load(dy_row + column * grad_output.stride_column, mask=valid, other=0.0).to(tl.float32)
         if WEIGHT_SUMS:
-            x_row = x_pointer + aligned(row * x_stride_row, ALIGNMENT)
-            x = tl.load(x_row + column * x_stride_column, mask=valid, other=0.0).to(tl.float32)
+            x_row = x.pointer + aligned(row * x.stride_row, ALIGNMENT)
+            deviation = tl.load(x_row + column * x.stride_column, mask=valid, other=0.0).to(tl.float32)
             if CENTERED:
-                x -= tl.load(statistics_pointer + rows + row)
-            weight_sum += dy * (x * tl.load(statistics_pointer + row))
+                deviation -= tl.load(statistics_pointer + rows + row)
+            weight_sum += dy * (deviation * tl.load(statistics_pointer + row))
         bias_sum += dy
     if WEIGHT_SUMS:
         tl.store(sums_pointer + program * columns + column, weight_sum, mask=valid)
@@ -516,31 +467,26 @@ def _launch_forward(
     configuration = _configuration("norm_forward", _FORWARD_CONFIGURATION, input, centered)
     block_columns = _one_pass_block(columns) if one_pass else configuration.tile_elements
     block_rows = _block_rows(block_columns, rows, configuration)
-    strides, residual_strides = _row_strides(input), _row_strides(residual)
+    input_matrix, residual_matrix = _matrix(input), _matrix(residual)
     return Launch(
         _forward_kernel,
         (triton.cdiv(rows, block_rows),),
-        (
-            input,
-            input_bias,
-            residual,
-            seed,
-            weight,
-            bias,
-            output,
-            total[0] if total else None,
-            statistics,
-            rows,
-            columns,
-            eps,
-            threshold,
-            dropout_scale,
-            *strides,
-            *residual_strides,
-        ),
+        (),
         {
+            "input": input_matrix,
+            "input_bias_pointer": input_bias,
+            "residual": residual_matrix,
+            "dropout": Dropout(seed, threshold, dropout_scale),
+            "weight_pointer": weight,
+            "bias_pointer": bias,
+            "output_pointer": output,
+            "total_pointer": total[0] if total else None,
+            "statistics_pointer": statistics,
+            "rows": rows,
+            "columns": columns,
+            "eps": eps,
             "CENTERED": centered,
-            "ALIGNMENT": alignment(columns, strides[0], residual_strides[0]),
+            "ALIGNMENT": alignment(columns, input_matrix.stride_row, residual_matrix.stride_row),
             "BLOCK_ROWS": block_rows,
             "BLOCK_COLUMNS": block_columns,
             "ONE_PASS": one_pass,
@@ -643,31 +589,35 @@ def _launch_backward(
     grad_input, *others = written
     grad_residual = None if residual_dtype is None else others.pop(0)
     sums = others[0] if others else None
-    grad_output_strides, x_strides = _row_strides(grad_output), _row_strides(x)
-    strides = (*grad_output_strides, *_row_strides(grad_sum), *x_strides)
-    tensors = (grad_output, grad_sum, x, weight, statistics, seed, grad_input, grad_residual)
-    sums_options = {"WEIGHT_SUMS": sums_weight, "BIAS_SUMS": sums_bias}
+    matrices = {"grad_output": _matrix(grad_output), "grad_sum": _matrix(grad_sum), "x": _matrix(x)}
+    of_row = matrices | {
+        "weight_pointer": weight,
+        "statistics_pointer": statistics,
+        "dropout": Dropout(seed, threshold, dropout_scale),
+        "grad_input_pointer": grad_input,
+        "grad_residual_pointer": grad_residual,
+        "columns": columns,
+    }
+    of_sums = {"sums_pointer": sums, "rows": rows, "WEIGHT_SUMS": sums_weight, "BIAS_SUMS": sums_bias}
     options: dict[str, Any] = {
         "CENTERED": centered,
-        "ALIGNMENT": alignment(columns, *strides[::2]),
+        "ALIGNMENT": alignment(columns, *(matrix.stride_row for matrix in matrices.values())),
         "BLOCK_COLUMNS": tiles.columns,
         "num_warps": tiles.configuration.warps(tiles.rows * tiles.columns, x),
         **COMPILER_OPTIONS,
     }
     if tiles.one_pass:
-        options |= sums_options | {
+        options |= {
             "INPUT_BIAS_SUMS": sums_input_bias,
             "STAGES": tiles.configuration.stages or None,
             "BLOCK_ROWS": tiles.rows,
         }
-        arguments = (*tensors, sums, rows, columns, threshold, dropout_scale, *strides)
-        return [Launch(_backward_kernel, (tiles.programs,), arguments, options)]
-    arguments = (*tensors, columns, threshold, dropout_scale, *strides)
-    launches = [Launch(_backward_long_row_kernel, (rows,), arguments, options)]
+        return [Launch(_backward_kernel, (tiles.programs,), (), of_row | of_sums | options)]
+    launches = [Launch(_backward_long_row_kernel, (rows,), (), of_row | options)]
     if sums is not None:
+        read = {name: of_row[name] for name in ("grad_output", "x", "statistics_pointer", "columns")}
         grid = (triton.cdiv(columns, tiles.columns), tiles.programs)
-        arguments = (grad_output, x, statistics, sums, rows, columns, *grad_output_strides, *x_strides)
-        launches.append(Launch(_parameter_sums_kernel, grid, arguments, options | sums_options))
+        launches.append(Launch(_parameter_sums_kernel, grid, (), read | of_sums | options))
     return launches
 
 
@@ -696,9 +646,9 @@ def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _row_strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    """From one row to the next and within a row."""
-    return (0, 0) if tensor is None else tensor.view(-1, tensor.shape[-1]).stride()
+def _matrix(tensor: torch.Tensor | None) -> Matrix:
+    """Its rows."""
+    return Matrix(tensor, *((0, 0) if tensor is None else tensor.view(-1, tensor.shape[-1]).stride()))
 
 
 def _one_pass_block(columns: int) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,8 +16,35 @@ from fastformer_kernels.configurations import others_than, size_class
 from fastformer_kernels.launch import architecture_of
 
 ROW_DIMENSIONS = 3
+
+
+class RowTensor(NamedTuple):
+    """A tensor as a kernel sees rows of it that a `RowLayout` describes: where it lies and its strides."""
+
+    pointer: torch.Tensor | None
+    stride_0: int
+    stride_1: int
+    stride_2: int
+    stride_column: int
+
+
+class Matrix(NamedTuple):
+    """A (rows, columns) matrix as a kernel sees it."""
+
+    pointer: torch.Tensor | None
+    stride_row: int
+    stride_column: int
+
+
 # Upper ends of the classes of rows whose launches are measured.
 COLUMN_CLASSES = (256, 512, 1024, 2048, 4096, 8192, 16384, 65536)
+
+
+class Vector(NamedTuple):
+    """A vector as a kernel sees it."""
+
+    pointer: torch.Tensor | None
+    stride: int
 
 
 @dataclass(frozen=True)
@@ -153,10 +180,11 @@ def aligned(number, ALIGNMENT: tl.constexpr):
 
 
 @triton.jit
-def row_offset(row, size_1, size_2, stride_0, stride_1, stride_2, ALIGNMENT: tl.constexpr):
-    """Offset in elements, 64-bit, of the first element of each row in `row`; a multiple of ALIGNMENT."""
+def row_offset(row, size_1, size_2, tensor, ALIGNMENT: tl.constexpr):
+    """Offset in elements, 64-bit, of the first element of each row in `row` of a `RowTensor`; a multiple of
+    ALIGNMENT."""
     outer = row // size_2
     inner = (row % size_2).to(tl.int64)
     middle = (outer % size_1).to(tl.int64)
     outermost = (outer // size_1).to(tl.int64)
-    return aligned(outermost * stride_0 + middle * stride_1 + inner * stride_2, ALIGNMENT)
+    return aligned(outermost * tensor.stride_0 + middle * tensor.stride_1 + inner * tensor.stride_2, ALIGNMENT)

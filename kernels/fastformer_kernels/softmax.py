@@ -16,17 +16,34 @@ import triton
 import triton.language as tl
 
 from fastformer_kernels.configurations import chosen
+from fastformer_kernels.constants import LN_2, LOG2_E
 from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import COMPILER_OPTIONS
 from fastformer_kernels.precision import round_to
-from fastformer_kernels.rows import RowConfiguration, RowLayout, addressable, aligned, row_class, row_layout, row_offset
+from fastformer_kernels.rows import (
+    RowConfiguration,
+    RowLayout,
+    RowTensor,
+    addressable,
+    aligned,
+    row_class,
+    row_layout,
+    row_offset,
+)
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 ONE_PASS_COLUMNS = 16384
 _CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=16)
 # Rows side by side where neighbouring rows, not columns, are neighbours in memory: a whole sector of 32 bytes and more.
 STRIDED_BLOCK_ROWS = 32
+
+
+@triton.jit
+def _rows_of(tensor, row, size_1, size_2, ALIGNMENT: tl.constexpr):
+    """Pointers, (rows, 1), to the rows `row` of a `RowTensor`; None without one."""
+    pointer = tensor.pointer
+    if tensor.pointer is not None:
+        pointer = tensor.pointer + row_offset(row, size_1, size_2, tensor, ALIGNMENT)[:, None]
+    return pointer
 
 
 @triton.jit
@@ -70,9 +87,9 @@ def _normalised(scores, maximum, total, LOG: tl.constexpr):
 
 @triton.jit
 def _softmax_forward_kernel(
-    input_pointer,
-    mask_pointer,
-    output_pointer,
+    input,
+    mask,
+    output,
     rows,
     size_1,
     size_2,
@@ -80,18 +97,6 @@ def _softmax_forward_kernel(
     queries,
     causal_offset,
     scale,
-    input_stride_0,
-    input_stride_1,
-    input_stride_2,
-    input_stride_column,
-    output_stride_0,
-    output_stride_1,
-    output_stride_2,
-    output_stride_column,
-    mask_stride_0,
-    mask_stride_1,
-    mask_stride_2,
-    mask_stride_column,
     CAUSAL: tl.constexpr,
     LOG: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -99,40 +104,39 @@ def _softmax_forward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     ONE_PASS: tl.constexpr,
 ):
+    """y_i = exp(s_i - max s) / sum_j exp(s_j - max s) of s = scale x + mask, or its logarithm, of BLOCK_ROWS rows.
+
+    Args:
+        input, mask, output: x, the mask (its pointer None without one) and y, a `RowTensor` each.
+        rows, size_1, size_2, columns: of the tensors' `RowLayout`: all rows, the inner row dimensions, a row's length.
+        queries, causal_offset: with CAUSAL, row r sees the columns up to r % queries + causal_offset.
+        LOG: whether to write the logarithm.
+        ALIGNMENT: that of the `RowLayout`.
+        BLOCK_ROWS, BLOCK_COLUMNS: of a tile; ONE_PASS: whether it holds whole rows.
+    """
     columns = aligned(columns, ALIGNMENT)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_valid = (row < rows)[:, None]
-    x_row = (
-        input_pointer
-        + row_offset(row, size_1, size_2, input_stride_0, input_stride_1, input_stride_2, ALIGNMENT)[:, None]
-    )
-    y_row = (
-        output_pointer
-        + row_offset(row, size_1, size_2, output_stride_0, output_stride_1, output_stride_2, ALIGNMENT)[:, None]
-    )
-    mask_row = mask_pointer
-    if mask_pointer is not None:
-        mask_row = (
-            mask_pointer
-            + row_offset(row, size_1, size_2, mask_stride_0, mask_stride_1, mask_stride_2, ALIGNMENT)[:, None]
-        )
+    x_row = _rows_of(input, row, size_1, size_2, ALIGNMENT)
+    y_row = _rows_of(output, row, size_1, size_2, ALIGNMENT)
+    mask_row = _rows_of(mask, row, size_1, size_2, ALIGNMENT)
     limit = (row % queries + causal_offset)[:, None]
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
     if ONE_PASS:
         scores = _load_scores(
-            x_row, input_stride_column, mask_row, mask_stride_column, limit, row_valid, column, columns, scale, CAUSAL
+            x_row, input.stride_column, mask_row, mask.stride_column, limit, row_valid, column, columns, scale, CAUSAL
         )
         maximum = tl.max(scores, axis=1)[:, None]
         total = tl.sum(tl.exp2((scores - _finite(maximum)) * LOG2_E), axis=1)[:, None]
-        y = round_to(_normalised(scores, maximum, total, LOG), output_pointer.dtype.element_ty)
-        tl.store(y_row + column * output_stride_column, y, mask=row_valid & (column < columns))
+        y = round_to(_normalised(scores, maximum, total, LOG), output.pointer.dtype.element_ty)
+        tl.store(y_row + column * output.stride_column, y, mask=row_valid & (column < columns))
     else:
         maximum = tl.full((BLOCK_ROWS, 1), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_ROWS, 1), tl.float32)
         for start in range(0, columns, BLOCK_COLUMNS):
             at = start + column
             scores = _load_scores(
-                x_row, input_stride_column, mask_row, mask_stride_column, limit, row_valid, at, columns, scale, CAUSAL
+                x_row, input.stride_column, mask_row, mask.stride_column, limit, row_valid, at, columns, scale, CAUSAL
             )
             previous = maximum
             maximum = tl.maximum(maximum, tl.max(scores, axis=1)[:, None])
@@ -141,10 +145,10 @@ def _softmax_forward_kernel(
         for start in range(0, columns, BLOCK_COLUMNS):
             at = start + column
             scores = _load_scores(
-                x_row, input_stride_column, mask_row, mask_stride_column, limit, row_valid, at, columns, scale, CAUSAL
+                x_row, input.stride_column, mask_row, mask.stride_column, limit, row_valid, at, columns, scale, CAUSAL
             )
-            y = round_to(_normalised(scores, maximum, total, LOG), output_pointer.dtype.element_ty)
-            tl.store(y_row + at * output_stride_column, y, mask=row_valid & (at < columns))
+            y = round_to(_normalised(scores, maximum, total, LOG), output.pointer.dtype.element_ty)
+            tl.store(y_row + at * output.stride_column, y, mask=row_valid & (at < columns))
 
 
 @triton.jit
@@ -172,68 +176,54 @@ def _grad_scores(y, dy, dot, LOG: tl.constexpr):
 
 @triton.jit
 def _softmax_backward_kernel(
-    grad_output_pointer,
-    output_pointer,
-    grad_input_pointer,
+    grad_output,
+    output,
+    grad_input,
     rows,
     size_1,
     size_2,
     columns,
     scale,
-    grad_output_stride_0,
-    grad_output_stride_1,
-    grad_output_stride_2,
-    grad_output_stride_column,
-    output_stride_0,
-    output_stride_1,
-    output_stride_2,
-    output_stride_column,
-    grad_input_stride_0,
-    grad_input_stride_1,
-    grad_input_stride_2,
-    grad_input_stride_column,
     LOG: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     ONE_PASS: tl.constexpr,
 ):
+    """dx = scale y (dy - sum_j y_j dy_j), or of the logarithm scale (dy - exp(y) sum_j dy_j), of BLOCK_ROWS rows.
+
+    Args:
+        grad_output, output, grad_input: dy, y and dx, a `RowTensor` each.
+
+    The other arguments are those of `_softmax_forward_kernel`.
+    """
     columns = aligned(columns, ALIGNMENT)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_valid = (row < rows)[:, None]
-    dy_offset = row_offset(
-        row, size_1, size_2, grad_output_stride_0, grad_output_stride_1, grad_output_stride_2, ALIGNMENT
-    )
-    dy_row = grad_output_pointer + dy_offset[:, None]
-    y_row = (
-        output_pointer
-        + row_offset(row, size_1, size_2, output_stride_0, output_stride_1, output_stride_2, ALIGNMENT)[:, None]
-    )
-    dx_offset = row_offset(
-        row, size_1, size_2, grad_input_stride_0, grad_input_stride_1, grad_input_stride_2, ALIGNMENT
-    )
-    dx_row = grad_input_pointer + dx_offset[:, None]
+    dy_row = _rows_of(grad_output, row, size_1, size_2, ALIGNMENT)
+    y_row = _rows_of(output, row, size_1, size_2, ALIGNMENT)
+    dx_row = _rows_of(grad_input, row, size_1, size_2, ALIGNMENT)
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
     if ONE_PASS:
         valid = row_valid & (column < columns)
-        y, dy = _load_gradient(dy_row, grad_output_stride_column, y_row, output_stride_column, valid, column, LOG)
+        y, dy = _load_gradient(dy_row, grad_output.stride_column, y_row, output.stride_column, valid, column, LOG)
         dot = tl.sum(_dot_term(y, dy, LOG), axis=1)[:, None]
-        dx = round_to(scale * _grad_scores(y, dy, dot, LOG), grad_input_pointer.dtype.element_ty)
-        tl.store(dx_row + column * grad_input_stride_column, dx, mask=valid)
+        dx = round_to(scale * _grad_scores(y, dy, dot, LOG), grad_input.pointer.dtype.element_ty)
+        tl.store(dx_row + column * grad_input.stride_column, dx, mask=valid)
     else:
         terms = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for start in range(0, columns, BLOCK_COLUMNS):
             at = start + column
             valid = row_valid & (at < columns)
-            y, dy = _load_gradient(dy_row, grad_output_stride_column, y_row, output_stride_column, valid, at, LOG)
+            y, dy = _load_gradient(dy_row, grad_output.stride_column, y_row, output.stride_column, valid, at, LOG)
             terms += _dot_term(y, dy, LOG)
         dot = tl.sum(terms, axis=1)[:, None]
         for start in range(0, columns, BLOCK_COLUMNS):
             at = start + column
             valid = row_valid & (at < columns)
-            y, dy = _load_gradient(dy_row, grad_output_stride_column, y_row, output_stride_column, valid, at, LOG)
-            dx = round_to(scale * _grad_scores(y, dy, dot, LOG), grad_input_pointer.dtype.element_ty)
-            tl.store(dx_row + at * grad_input_stride_column, dx, mask=valid)
+            y, dy = _load_gradient(dy_row, grad_output.stride_column, y_row, output.stride_column, valid, at, LOG)
+            dx = round_to(scale * _grad_scores(y, dy, dot, LOG), grad_input.pointer.dtype.element_ty)
+            tl.store(dx_row + at * grad_input.stride_column, dx, mask=valid)
 
 
 def softmax_forward(
@@ -278,21 +268,18 @@ def _launch_forward(
     return Launch(
         _softmax_forward_kernel,
         (triton.cdiv(layout.rows, blocks["BLOCK_ROWS"]),),
-        (
-            x,
-            mask,
-            y,
-            layout.rows,
-            *layout.sizes[1:],
-            layout.columns,
-            queries,
-            causal_offset or 0,
-            scale,
-            *layout.strides[0],
-            *layout.strides[1],
-            *((0, 0, 0, 0) if mask is None else layout.strides[2]),
-        ),
+        (),
         {
+            "input": RowTensor(x, *layout.strides[0]),
+            "mask": RowTensor(mask, *((0, 0, 0, 0) if mask is None else layout.strides[2])),
+            "output": RowTensor(y, *layout.strides[1]),
+            "rows": layout.rows,
+            "size_1": layout.sizes[1],
+            "size_2": layout.sizes[2],
+            "columns": layout.columns,
+            "queries": queries,
+            "causal_offset": causal_offset or 0,
+            "scale": scale,
             "CAUSAL": causal_offset is not None,
             "LOG": log,
             "ALIGNMENT": layout.alignment,
@@ -328,19 +315,21 @@ def _launch_backward(dy: torch.Tensor, y: torch.Tensor, dx: torch.Tensor, dim: i
     return Launch(
         _softmax_backward_kernel,
         (triton.cdiv(layout.rows, blocks["BLOCK_ROWS"]),),
-        (
-            dy,
-            y,
-            dx,
-            layout.rows,
-            *layout.sizes[1:],
-            layout.columns,
-            scale,
-            *layout.strides[0],
-            *layout.strides[1],
-            *layout.strides[2],
-        ),
-        {"LOG": log, "ALIGNMENT": layout.alignment, **blocks, **COMPILER_OPTIONS},
+        (),
+        {
+            "grad_output": RowTensor(dy, *layout.strides[0]),
+            "output": RowTensor(y, *layout.strides[1]),
+            "grad_input": RowTensor(dx, *layout.strides[2]),
+            "rows": layout.rows,
+            "size_1": layout.sizes[1],
+            "size_2": layout.sizes[2],
+            "columns": layout.columns,
+            "scale": scale,
+            "LOG": log,
+            "ALIGNMENT": layout.alignment,
+            **blocks,
+            **COMPILER_OPTIONS,
+        },
     )
 
 

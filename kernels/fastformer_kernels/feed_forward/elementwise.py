@@ -22,6 +22,7 @@ from fastformer_kernels.dropout import Dropout, drop, dropout_arguments
 from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import COMPILER_OPTIONS
 from fastformer_kernels.precision import round_to
+from fastformer_kernels.rows import Matrix, Vector
 
 TILE_ELEMENTS = 2048
 TILE_COLUMNS = 512
@@ -48,13 +49,15 @@ def _load(pointer, offsets, valid):
 
 @triton.jit
 def _store(pointer, offsets, x, valid):
+    """Store `x` in the dtype of what `pointer` points to."""
     tl.store(pointer + offsets, round_to(x, pointer.dtype.element_ty), mask=valid)
 
 
 @triton.jit
-def _strided(row, first_column, stride_row, stride_column, BLOCK_COLUMNS: tl.constexpr):
+def _strided(row, first_column, matrix, BLOCK_COLUMNS: tl.constexpr):
+    """Offsets of the elements of a tile in a `Matrix`."""
     column = (first_column + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)
-    return row.to(tl.int64)[:, None] * stride_row + column[None, :] * stride_column
+    return row.to(tl.int64)[:, None] * matrix.stride_row + column[None, :] * matrix.stride_column
 
 
 @triton.jit
@@ -62,18 +65,17 @@ def _activation_forward_kernel(
     up_pointer,
     gate_pointer,
     hidden_pointer,
-    seed_pointer,
-    threshold,
-    scale,
+    dropout,
     tokens,
     columns,
     ACTIVATION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
+    """hidden = drop(act(up)), or drop(act(gate) * up) with a gate; all are (tokens, columns), contiguous."""
     row, first_column, offsets, valid = _tile(tokens, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     hidden = hidden_of(_load(up_pointer, offsets, valid), _load(gate_pointer, offsets, valid), ACTIVATION)
-    hidden = drop(hidden, seed_pointer, threshold, scale, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
+    hidden = drop(hidden, dropout, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
     _store(hidden_pointer, offsets, hidden, valid)
 
 
@@ -85,27 +87,26 @@ def _activation_backward_kernel(
     grad_up_pointer,
     grad_gate_pointer,
     hidden_pointer,
-    seed_pointer,
-    threshold,
-    scale,
+    dropout,
     tokens,
     columns,
     ACTIVATION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
+    """d up, d gate and hidden (each None where not wanted) from d hidden; all are (tokens, columns), contiguous."""
     row, first_column, offsets, valid = _tile(tokens, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     grad_hidden = _load(grad_hidden_pointer, offsets, valid)
     up = _load(up_pointer, offsets, valid)
     gate = _load(gate_pointer, offsets, valid)
-    grad_hidden = drop(grad_hidden, seed_pointer, threshold, scale, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
+    grad_hidden = drop(grad_hidden, dropout, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
     grad_up, grad_gate = gradients_of(grad_hidden, up, gate, ACTIVATION)
     _store(grad_up_pointer, offsets, grad_up, valid)
     if grad_gate_pointer is not None:
         _store(grad_gate_pointer, offsets, grad_gate, valid)
     if hidden_pointer is not None:
         hidden = hidden_of(up, gate, ACTIVATION)
-        hidden = drop(hidden, seed_pointer, threshold, scale, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
+        hidden = drop(hidden, dropout, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
         _store(hidden_pointer, offsets, hidden, valid)
 
 
@@ -113,48 +114,40 @@ def _activation_backward_kernel(
 def _bias_dropout_residual_kernel(
     product_pointer,
     output_pointer,
-    bias_pointer,
-    residual_pointer,
-    seed_pointer,
-    threshold,
-    scale,
+    bias,
+    residual,
+    dropout,
     tokens,
     columns,
-    bias_stride,
-    residual_stride_row,
-    residual_stride_column,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
+    """output = drop(product + bias) + residual.
+
+    Args:
+        product_pointer, output_pointer: (tokens, columns), contiguous; they may be the same.
+        bias, residual: a `Vector` and a `Matrix`, whose pointers may be None.
+        dropout: a `Dropout`.
+    """
     row, first_column, offsets, valid = _tile(tokens, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     output = _load(product_pointer, offsets, valid)
-    if bias_pointer is not None:
+    if bias.pointer is not None:
         column = first_column + tl.arange(0, BLOCK_COLUMNS)
-        output += _load(bias_pointer, column.to(tl.int64) * bias_stride, column < columns)[None, :]
-    output = drop(output, seed_pointer, threshold, scale, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
-    if residual_pointer is not None:
-        places = _strided(row, first_column, residual_stride_row, residual_stride_column, BLOCK_COLUMNS)
-        output += _load(residual_pointer, places, valid)
+        output += _load(bias.pointer, column.to(tl.int64) * bias.stride, column < columns)[None, :]
+    output = drop(output, dropout, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
+    if residual.pointer is not None:
+        output += _load(residual.pointer, _strided(row, first_column, residual, BLOCK_COLUMNS), valid)
     _store(output_pointer, offsets, output, valid)
 
 
 @triton.jit
 def _dropout_kernel(
-    input_pointer,
-    output_pointer,
-    seed_pointer,
-    threshold,
-    scale,
-    tokens,
-    columns,
-    input_stride_row,
-    input_stride_column,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    input, output_pointer, dropout, tokens, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):
+    """output (tokens, columns), contiguous, = drop(input), a `Matrix`."""
     row, first_column, offsets, valid = _tile(tokens, columns, BLOCK_ROWS, BLOCK_COLUMNS)
-    x = _load(input_pointer, _strided(row, first_column, input_stride_row, input_stride_column, BLOCK_COLUMNS), valid)
-    x = drop(x, seed_pointer, threshold, scale, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
+    x = _load(input.pointer, _strided(row, first_column, input, BLOCK_COLUMNS), valid)
+    x = drop(x, dropout, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
     _store(output_pointer, offsets, x, valid)
 
 
@@ -175,8 +168,15 @@ def _launch_activation_forward(
     scale: float,
     activation: str,
 ) -> Launch:
-    arguments = (up, gate, hidden, seed, threshold, scale, *up.shape)
-    return Launch(_activation_forward_kernel, _grid(up), arguments, {"ACTIVATION": activation, **_options(up)})
+    arguments = {
+        "up_pointer": up,
+        "gate_pointer": gate,
+        "hidden_pointer": hidden,
+        "dropout": Dropout(seed, threshold, scale),
+        "ACTIVATION": activation,
+        **_options(up),
+    }
+    return Launch(_activation_forward_kernel, _grid(up), (), arguments)
 
 
 def activation_backward(
@@ -206,8 +206,18 @@ def _launch_activation_backward(
     scale: float,
     activation: str,
 ) -> Launch:
-    arguments = (grad_hidden, up, gate, grad_hidden, grad_gate, hidden, seed, threshold, scale, *up.shape)
-    return Launch(_activation_backward_kernel, _grid(up), arguments, {"ACTIVATION": activation, **_options(up)})
+    arguments = {
+        "grad_hidden_pointer": grad_hidden,
+        "up_pointer": up,
+        "gate_pointer": gate,
+        "grad_up_pointer": grad_hidden,
+        "grad_gate_pointer": grad_gate,
+        "hidden_pointer": hidden,
+        "dropout": Dropout(seed, threshold, scale),
+        "ACTIVATION": activation,
+        **_options(up),
+    }
+    return Launch(_activation_backward_kernel, _grid(up), (), arguments)
 
 
 def bias_dropout_residual(
@@ -230,23 +240,15 @@ def _launch_bias_dropout_residual(
     threshold: int,
     scale: float,
 ) -> Launch:
-    return Launch(
-        _bias_dropout_residual_kernel,
-        _grid(output),
-        (
-            product,
-            output,
-            bias,
-            residual,
-            seed,
-            threshold,
-            scale,
-            *output.shape,
-            0 if bias is None else bias.stride(0),
-            *((0, 0) if residual is None else residual.stride()),
-        ),
-        _options(output),
-    )
+    arguments = {
+        "product_pointer": product,
+        "output_pointer": output,
+        "bias": Vector(bias, 0 if bias is None else bias.stride(0)),
+        "residual": Matrix(residual, *((0, 0) if residual is None else residual.stride())),
+        "dropout": Dropout(seed, threshold, scale),
+        **_options(output),
+    }
+    return Launch(_bias_dropout_residual_kernel, _grid(output), (), arguments)
 
 
 def apply_dropout(input: torch.Tensor, dropout: Dropout, dtype: torch.dtype) -> torch.Tensor:
@@ -260,8 +262,13 @@ def apply_dropout(input: torch.Tensor, dropout: Dropout, dtype: torch.dtype) -> 
 def _launch_dropout(
     input: torch.Tensor, output: torch.Tensor, seed: torch.Tensor, threshold: int, scale: float
 ) -> Launch:
-    arguments = (input, output, seed, threshold, scale, *output.shape, *input.stride())
-    return Launch(_dropout_kernel, _grid(output), arguments, _options(output))
+    arguments = {
+        "input": Matrix(input, *input.stride()),
+        "output_pointer": output,
+        "dropout": Dropout(seed, threshold, scale),
+        **_options(output),
+    }
+    return Launch(_dropout_kernel, _grid(output), (), arguments)
 
 
 def _grid(matrix: torch.Tensor) -> tuple[int, int]:
@@ -271,8 +278,11 @@ def _grid(matrix: torch.Tensor) -> tuple[int, int]:
 
 
 def _options(matrix: torch.Tensor) -> dict[str, Any]:
+    """The sizes of `matrix` and of a tile of it, and the compiler's options."""
+    tokens, columns = matrix.shape
     block_rows, block_columns = _tile_size(matrix)
-    return {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns, "num_warps": 4, **COMPILER_OPTIONS}
+    tile = {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}
+    return {"tokens": tokens, "columns": columns, **tile, "num_warps": 4, **COMPILER_OPTIONS}
 
 
 def _tile_size(matrix: torch.Tensor) -> tuple[int, int]:

@@ -32,6 +32,7 @@ from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import architecture_of
 from fastformer_kernels.matmul import (
     Configuration,
+    OperandStrides,
     column_part,
     element_offsets,
     operands,
@@ -40,13 +41,15 @@ from fastformer_kernels.matmul import (
 )
 from fastformer_kernels.plans import product_precision, shape_class
 from fastformer_kernels.precision import input_precision, round_to
+from fastformer_kernels.rows import Matrix, Vector
 
 
 @triton.jit
-def _add_bias(x, bias_pointer, bias_stride, column, columns):
-    if bias_pointer is not None:
-        bias = tl.load(bias_pointer + column.to(tl.int64) * bias_stride, mask=column < columns, other=0.0)
-        x += bias.to(tl.float32)[None, :]
+def _add_bias(x, bias, column, columns):
+    """A tile `x` plus a `Vector` at the columns `column`, if there is one."""
+    if bias.pointer is not None:
+        at_columns = tl.load(bias.pointer + column.to(tl.int64) * bias.stride, mask=column < columns, other=0.0)
+        x += at_columns.to(tl.float32)[None, :]
     return x
 
 
@@ -54,69 +57,57 @@ def _add_bias(x, bias_pointer, bias_stride, column, columns):
 def _hidden_forward_kernel(
     input,
     up_weight,
-    up_bias_pointer,
     gate_weight,
-    gate_bias_pointer,
+    strides,
+    up_bias,
+    gate_bias,
     hidden_pointer,
     up_pointer,
     gate_pointer,
-    seed_pointer,
-    threshold,
-    scale,
+    dropout,
     tokens,
     intermediate_size,
     in_features,
-    input_stride,
-    input_stride_depth,
-    up_weight_stride,
-    up_weight_stride_depth,
-    up_bias_stride,
-    gate_weight_stride,
-    gate_weight_stride_depth,
-    gate_bias_stride,
+    product,
     ACTIVATION: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    INPUT_ACCESS: tl.constexpr,
-    WEIGHT_ACCESS: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
+    """hidden = drop(act(x U^T + b)), or drop(act(x G^T + c) * (x U^T + b)) when gated.
+
+    Args:
+        input, up_weight, gate_weight: x, U and G (None where not gated), as `operands` returns them.
+        strides: their `OperandStrides`.
+        up_bias, gate_bias: b and c, a `Vector` each, whose pointer may be None.
+        hidden_pointer, up_pointer, gate_pointer: (tokens, intermediate_size), contiguous, written: the hidden layer
+            and, where they are not None, the pre-activations.
+        dropout: a `Dropout`.
+        product: a `Product`.
+    """
     dtype: tl.constexpr = hidden_pointer.dtype.element_ty
-    PART_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PARTS
-    tiles = tl.cdiv(tokens, BLOCK_ROWS) * tl.cdiv(intermediate_size, BLOCK_COLUMNS)
+    PART_COLUMNS: tl.constexpr = product.BLOCK_COLUMNS // product.PARTS
+    tiles = tl.cdiv(tokens, product.BLOCK_ROWS) * tl.cdiv(intermediate_size, product.BLOCK_COLUMNS)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        first_row, first_column = tile_origin(tile, tokens, intermediate_size, BLOCK_ROWS, BLOCK_COLUMNS, GROUP_ROWS)
+        first_row, first_column = tile_origin(tile, tokens, intermediate_size, product)
         up_tile, gate_tile = tile_products(
-            input, up_weight, gate_weight, first_row, first_column, tokens, intermediate_size, in_features,
-            input_stride, input_stride_depth, up_weight_stride, up_weight_stride_depth, gate_weight_stride,
-            gate_weight_stride_depth, INPUT_ACCESS, WEIGHT_ACCESS, INPUT_PRECISION, EVEN_DEPTH, BLOCK_ROWS,
-            BLOCK_COLUMNS, BLOCK_DEPTH,
+            input, up_weight, gate_weight, strides, first_row, first_column, tokens, intermediate_size, in_features,
+            product,
         )  # fmt: skip
-        row = first_row + tl.arange(0, BLOCK_ROWS)
-        for part in tl.static_range(PARTS):
+        row = first_row + tl.arange(0, product.BLOCK_ROWS)
+        for part in tl.static_range(product.PARTS):
             part_column = first_column + part * PART_COLUMNS
             column = part_column + tl.arange(0, PART_COLUMNS)
             valid = (row < tokens)[:, None] & (column < intermediate_size)[None, :]
             offsets = element_offsets(row, column, intermediate_size, 1)
-            up = _add_bias(
-                column_part(up_tile, part, PARTS), up_bias_pointer, up_bias_stride, column, intermediate_size
-            )
+            up = _add_bias(column_part(up_tile, part, product.PARTS), up_bias, column, intermediate_size)
             if up_pointer is not None:
                 tl.store(up_pointer + offsets, round_to(up, dtype), mask=valid)
             if gate_weight is None:
                 hidden = hidden_of(up, None, ACTIVATION)
             else:
-                gate = _add_bias(
-                    column_part(gate_tile, part, PARTS), gate_bias_pointer, gate_bias_stride, column, intermediate_size
-                )
+                gate = _add_bias(column_part(gate_tile, part, product.PARTS), gate_bias, column, intermediate_size)
                 if gate_pointer is not None:
                     tl.store(gate_pointer + offsets, round_to(gate, dtype), mask=valid)
                 hidden = hidden_of(up, gate, ACTIVATION)
-            hidden = drop(hidden, seed_pointer, threshold, scale, row, part_column, BLOCK_ROWS, PART_COLUMNS)
+            hidden = drop(hidden, dropout, row, part_column, product.BLOCK_ROWS, PART_COLUMNS)
             tl.store(hidden_pointer + offsets, round_to(hidden, dtype), mask=valid)
 
 
@@ -124,50 +115,43 @@ def _hidden_forward_kernel(
 def _output_kernel(
     hidden,
     down_weight,
-    bias_pointer,
-    residual_pointer,
+    strides,
+    bias,
+    residual,
     output_pointer,
-    seed_pointer,
-    threshold,
-    scale,
+    dropout,
     tokens,
     out_features,
     intermediate_size,
-    hidden_stride,
-    hidden_stride_depth,
-    weight_stride,
-    weight_stride_depth,
-    bias_stride,
-    residual_stride_row,
-    residual_stride_column,
-    INPUT_PRECISION: tl.constexpr,
-    INPUT_ACCESS: tl.constexpr,
-    WEIGHT_ACCESS: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
+    product,
 ):
-    PART_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PARTS
-    tiles = tl.cdiv(tokens, BLOCK_ROWS) * tl.cdiv(out_features, BLOCK_COLUMNS)
+    """output = drop(hidden D^T + d) + residual.
+
+    Args:
+        hidden, down_weight: hidden and D, as `operands` returns them.
+        strides: their `OperandStrides`.
+        bias, residual: d, a `Vector`, and a `Matrix`; their pointers may be None.
+        output_pointer: (tokens, out_features), contiguous, written.
+        dropout: a `Dropout`.
+        product: a `Product`.
+    """
+    PART_COLUMNS: tl.constexpr = product.BLOCK_COLUMNS // product.PARTS
+    tiles = tl.cdiv(tokens, product.BLOCK_ROWS) * tl.cdiv(out_features, product.BLOCK_COLUMNS)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        first_row, first_column = tile_origin(tile, tokens, out_features, BLOCK_ROWS, BLOCK_COLUMNS, GROUP_ROWS)
-        product, _ = tile_products(
-            hidden, down_weight, None, first_row, first_column, tokens, out_features, intermediate_size,
-            hidden_stride, hidden_stride_depth, weight_stride, weight_stride_depth, 0, 0, INPUT_ACCESS, WEIGHT_ACCESS,
-            INPUT_PRECISION, EVEN_DEPTH, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
+        first_row, first_column = tile_origin(tile, tokens, out_features, product)
+        result, _ = tile_products(
+            hidden, down_weight, None, strides, first_row, first_column, tokens, out_features, intermediate_size,
+            product,
         )  # fmt: skip
-        row = first_row + tl.arange(0, BLOCK_ROWS)
-        for part in tl.static_range(PARTS):
+        row = first_row + tl.arange(0, product.BLOCK_ROWS)
+        for part in tl.static_range(product.PARTS):
             part_column = first_column + part * PART_COLUMNS
             column = part_column + tl.arange(0, PART_COLUMNS)
             valid = (row < tokens)[:, None] & (column < out_features)[None, :]
-            output = _add_bias(column_part(product, part, PARTS), bias_pointer, bias_stride, column, out_features)
-            output = drop(output, seed_pointer, threshold, scale, row, part_column, BLOCK_ROWS, PART_COLUMNS)
-            if residual_pointer is not None:
-                places = residual_pointer + element_offsets(row, column, residual_stride_row, residual_stride_column)
+            output = _add_bias(column_part(result, part, product.PARTS), bias, column, out_features)
+            output = drop(output, dropout, row, part_column, product.BLOCK_ROWS, PART_COLUMNS)
+            if residual.pointer is not None:
+                places = residual.pointer + element_offsets(row, column, residual.stride_row, residual.stride_column)
                 output += tl.load(places, mask=valid, other=0.0).to(tl.float32)
             places = output_pointer + element_offsets(row, column, out_features, 1)
             tl.store(places, round_to(output, output_pointer.dtype.element_ty), mask=valid)
@@ -177,50 +161,48 @@ def _output_kernel(
 def _hidden_backward_kernel(
     grad_output,
     down_weight,
+    strides,
     up_pointer,
     gate_pointer,
     grad_up_pointer,
     grad_gate_pointer,
     hidden_pointer,
-    seed_pointer,
-    threshold,
-    scale,
+    dropout,
     tokens,
     intermediate_size,
     out_features,
-    grad_output_stride,
-    grad_output_stride_depth,
-    weight_stride,
-    weight_stride_depth,
+    product,
     ACTIVATION: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    INPUT_ACCESS: tl.constexpr,
-    WEIGHT_ACCESS: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
+    """d up, d gate and hidden again, from d hidden = d output D and the pre-activations.
+
+    Args:
+        grad_output, down_weight: d output and D^T, as `operands` returns them.
+        strides: their `OperandStrides`.
+        up_pointer, gate_pointer: (tokens, intermediate_size), contiguous, the pre-activations; that of a gate may be
+            None.
+        grad_up_pointer, grad_gate_pointer, hidden_pointer: like them, written; the last two may be None.
+        dropout: a `Dropout`.
+        product: a `Product`.
+    """
     dtype: tl.constexpr = grad_up_pointer.dtype.element_ty
-    PART_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PARTS
-    tiles = tl.cdiv(tokens, BLOCK_ROWS) * tl.cdiv(intermediate_size, BLOCK_COLUMNS)
+    BLOCK_ROWS: tl.constexpr = product.BLOCK_ROWS
+    PART_COLUMNS: tl.constexpr = product.BLOCK_COLUMNS // product.PARTS
+    tiles = tl.cdiv(tokens, BLOCK_ROWS) * tl.cdiv(intermediate_size, product.BLOCK_COLUMNS)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        first_row, first_column = tile_origin(tile, tokens, intermediate_size, BLOCK_ROWS, BLOCK_COLUMNS, GROUP_ROWS)
-        product, _ = tile_products(
-            grad_output, down_weight, None, first_row, first_column, tokens, intermediate_size, out_features,
-            grad_output_stride, grad_output_stride_depth, weight_stride, weight_stride_depth, 0, 0, INPUT_ACCESS,
-            WEIGHT_ACCESS, INPUT_PRECISION, EVEN_DEPTH, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
+        first_row, first_column = tile_origin(tile, tokens, intermediate_size, product)
+        result, _ = tile_products(
+            grad_output, down_weight, None, strides, first_row, first_column, tokens, intermediate_size, out_features,
+            product,
         )  # fmt: skip
         row = first_row + tl.arange(0, BLOCK_ROWS)
-        for part in tl.static_range(PARTS):
+        for part in tl.static_range(product.PARTS):
             part_column = first_column + part * PART_COLUMNS
             column = part_column + tl.arange(0, PART_COLUMNS)
             valid = (row < tokens)[:, None] & (column < intermediate_size)[None, :]
             offsets = element_offsets(row, column, intermediate_size, 1)
-            grad_hidden = column_part(product, part, PARTS)
-            grad_hidden = drop(grad_hidden, seed_pointer, threshold, scale, row, part_column, BLOCK_ROWS, PART_COLUMNS)
+            grad_hidden = column_part(result, part, product.PARTS)
+            grad_hidden = drop(grad_hidden, dropout, row, part_column, BLOCK_ROWS, PART_COLUMNS)
             up = tl.load(up_pointer + offsets, mask=valid, other=0.0).to(tl.float32)
             if gate_pointer is None:
                 hidden = hidden_of(up, None, ACTIVATION)
@@ -232,7 +214,7 @@ def _hidden_backward_kernel(
                 tl.store(grad_gate_pointer + offsets, round_to(grad_gate, dtype), mask=valid)
             tl.store(grad_up_pointer + offsets, round_to(grad_up, dtype), mask=valid)
             if hidden_pointer is not None:
-                hidden = drop(hidden, seed_pointer, threshold, scale, row, part_column, BLOCK_ROWS, PART_COLUMNS)
+                hidden = drop(hidden, dropout, row, part_column, BLOCK_ROWS, PART_COLUMNS)
                 tl.store(hidden_pointer + offsets, round_to(hidden, dtype), mask=valid)
 
 
@@ -343,33 +325,24 @@ def _launch_hidden_forward(
     return Launch(
         _hidden_forward_kernel,
         configuration.grid(tokens, intermediate_size, input),
-        (
-            x,
-            w,
-            up_bias,
-            v,
-            gate_bias,
-            hidden,
-            up,
-            gate,
-            seed,
-            threshold,
-            scale,
-            tokens,
-            intermediate_size,
-            in_features,
-            *input.stride(),
-            *up_weight.stride(),
-            _stride(up_bias),
-            *((0, 0) if gate_weight is None else gate_weight.stride()),
-            _stride(gate_bias),
-        ),
+        (),
         {
+            "input": x,
+            "up_weight": w,
+            "gate_weight": v,
+            "strides": _strides(input, up_weight, gate_weight),
+            "up_bias": _vector(up_bias),
+            "gate_bias": _vector(gate_bias),
+            "hidden_pointer": hidden,
+            "up_pointer": up,
+            "gate_pointer": gate,
+            "dropout": Dropout(seed, threshold, scale),
+            "tokens": tokens,
+            "intermediate_size": intermediate_size,
+            "in_features": in_features,
+            "product": configuration.constants(in_features, precision, input_access, weight_access),
             "ACTIVATION": activation,
-            "INPUT_PRECISION": precision,
-            "INPUT_ACCESS": input_access,
-            "WEIGHT_ACCESS": weight_access,
-            **configuration.options(in_features),
+            **configuration.options,
         },
     )
 
@@ -415,28 +388,20 @@ def _launch_output(
     return Launch(
         _output_kernel,
         configuration.grid(tokens, out_features, hidden),
-        (
-            h,
-            w,
-            down_bias,
-            residual,
-            output,
-            seed,
-            threshold,
-            scale,
-            tokens,
-            out_features,
-            intermediate_size,
-            *hidden.stride(),
-            *down_weight.stride(),
-            _stride(down_bias),
-            *((0, 0) if residual is None else residual.stride()),
-        ),
+        (),
         {
-            "INPUT_PRECISION": precision,
-            "INPUT_ACCESS": input_access,
-            "WEIGHT_ACCESS": weight_access,
-            **configuration.options(intermediate_size),
+            "hidden": h,
+            "down_weight": w,
+            "strides": _strides(hidden, down_weight),
+            "bias": _vector(down_bias),
+            "residual": Matrix(residual, *((0, 0) if residual is None else residual.stride())),
+            "output_pointer": output,
+            "dropout": Dropout(seed, threshold, scale),
+            "tokens": tokens,
+            "out_features": out_features,
+            "intermediate_size": intermediate_size,
+            "product": configuration.constants(intermediate_size, precision, input_access, weight_access),
+            **configuration.options,
         },
     )
 
@@ -502,29 +467,23 @@ def _launch_hidden_backward(
     return Launch(
         _hidden_backward_kernel,
         configuration.grid(tokens, intermediate_size, up),
-        (
-            dy,
-            w,
-            up,
-            gate,
-            grad_up,
-            grad_gate,
-            hidden,
-            seed,
-            threshold,
-            scale,
-            tokens,
-            intermediate_size,
-            out_features,
-            *grad_output.stride(),
-            *weight.stride(),
-        ),
+        (),
         {
+            "grad_output": dy,
+            "down_weight": w,
+            "strides": _strides(grad_output, weight),
+            "up_pointer": up,
+            "gate_pointer": gate,
+            "grad_up_pointer": grad_up,
+            "grad_gate_pointer": grad_gate,
+            "hidden_pointer": hidden,
+            "dropout": Dropout(seed, threshold, scale),
+            "tokens": tokens,
+            "intermediate_size": intermediate_size,
+            "out_features": out_features,
+            "product": configuration.constants(out_features, precision, input_access, weight_access),
             "ACTIVATION": activation,
-            "INPUT_PRECISION": precision,
-            "INPUT_ACCESS": input_access,
-            "WEIGHT_ACCESS": weight_access,
-            **configuration.options(out_features),
+            **configuration.options,
         },
     )
 
@@ -539,5 +498,9 @@ def _configuration(tensor: torch.Tensor, kernel: str, depth: int) -> Configurati
     return chosen(f"fused_{kernel}", tensor, default, shape)
 
 
-def _stride(bias: torch.Tensor | None) -> int:
-    return 0 if bias is None else bias.stride(0)
+def _strides(left: torch.Tensor, right: torch.Tensor, second_right: torch.Tensor | None = None) -> OperandStrides:
+    return OperandStrides(*left.stride(), *right.stride(), *((0, 0) if second_right is None else second_right.stride()))
+
+
+def _vector(bias: torch.Tensor | None) -> Vector:
+    return Vector(bias, 0 if bias is None else bias.stride(0))
