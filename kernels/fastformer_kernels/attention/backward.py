@@ -27,34 +27,37 @@ from fastformer_kernels.attention.arguments import (
 )
 from fastformer_kernels.attention.kernel_arguments import (
     Sizes,
+    Statistics,
     addend,
     features,
-    lengths,
+    layout,
     operand,
     relative,
     rows,
     sizes,
+    statistics,
 )
 from fastformer_kernels.attention.launch import (
     AttentionConfiguration,
     backward_configuration,
+    constants_of_call,
     deterministic_configuration,
-    has_borders,
+    heads_in_cache,
     launch_size,
     loops_of,
-    options_of_call,
-    section_of,
+    needs_tests,
     specializes_warps,
     uses_descriptors,
 )
 from fastformer_kernels.attention.tiles import (
-    LOG2_E,
-    NO_BORDERS,
     ONE_LOOP,
+    TWO_LOOPS,
+    UNTESTED,
+    HeadFeatures,
+    Span,
+    at_head,
     bias_and_mask,
     bias_at_head,
-    border_start,
-    border_tiles,
     dropout_keep,
     key_bounds,
     key_ranges,
@@ -71,8 +74,11 @@ from fastformer_kernels.attention.tiles import (
     slope_of,
     store_rows,
     tanh,
-    tile_of_work,
+    tile_and_row,
+    tile_start,
+    tiles_in,
 )
+from fastformer_kernels.constants import LOG2_E
 from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import COMPILER_OPTIONS
 from fastformer_kernels.precision import dot, input_precision, round_to
@@ -98,14 +104,39 @@ class ScoreGradients(NamedTuple):
     head_scales: torch.Tensor | None
 
 
+class _Sources(NamedTuple):
+    """What a head's tiles are loaded from, or added to: pointers, or tensor descriptors."""
+
+    q: Any
+    do: Any
+    dq: Any
+
+
+class _Place(NamedTuple):
+    """Which queries meet which keys.
+
+    Attributes:
+        batch, head: of the queries.
+        dropout_row: the number of (batch, head), for the random words.
+        lse_pointer, delta_pointer: to the head's `Statistics`.
+        first_key: of the tile.
+    """
+
+    batch: Any
+    head: Any
+    dropout_row: Any
+    lse_pointer: Any
+    delta_pointer: Any
+    first_key: Any
+
+
 @triton.jit(do_not_specialize=["tiles", "heads", "queries"])
 def _row_statistics_kernel(
     o,
     do,
     lse,
     dlse,
-    exponent,
-    delta,
+    statistics,
     tiles,
     heads,
     queries,
@@ -113,80 +144,60 @@ def _row_statistics_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """What every tile of a row needs: its log-sum-exp in units of log2, +inf for a row without keys, which makes its
-    weights zero, and delta = rowsum(dO * O) - dLSE. Packed tokens count as one sequence."""
+    """The `Statistics` that every tile of a row needs: delta = rowsum(dO * O) - dLSE, and the LSE in units of log2.
+
+    Args:
+        o, do: an `Operand` each: the output and its gradient. Packed tokens count as one sequence.
+        lse, dlse: a `Rows` each: the log-sum-exp and its gradient, whose pointer may be None.
+        statistics: a `Statistics`, written.
+        tiles, heads, queries: tiles of a head, and the sizes of o.
+    """
     program = tl.program_id(0)
     first = program % tiles * BLOCK_M
     head = (program // tiles % heads).to(tl.int64)
     batch = (program // tiles // heads).to(tl.int64)
-    o_pointer = o.pointer + batch * o.stride_b + head * o.stride_h
-    do_pointer = do.pointer + batch * do.stride_b + head * do.stride_h
-    o_tile = load_rows(o_pointer, first, queries, o.stride_row, o.stride_dim, value_dim, BLOCK_M, BLOCK_V, True, False)
-    do_tile = load_rows(
-        do_pointer, first, queries, do.stride_row, do.stride_dim, value_dim, BLOCK_M, BLOCK_V, True, False
-    )
+    o_tile = load_rows(at_head(o, batch, head, 0), first, queries, o, value_dim, BLOCK_M, BLOCK_V, True, False)
+    do_tile = load_rows(at_head(do, batch, head, 0), first, queries, do, value_dim, BLOCK_M, BLOCK_V, True, False)
     sums = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), axis=1)
     row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+    valid = row < queries
     if dlse.pointer is not None:
         at = batch * dlse.stride_b + head * dlse.stride_h + row * dlse.stride_row
-        sums -= tl.load(dlse.pointer + at, mask=row < queries, other=0.0)
+        sums -= tl.load(dlse.pointer + at, mask=valid, other=0.0)
     at = batch * lse.stride_b + head * lse.stride_h + row
-    row_lse = tl.load(lse.pointer + at, mask=row < queries, other=0.0)
-    tl.store(
-        exponent.pointer + at, tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E), mask=row < queries
-    )
-    tl.store(delta.pointer + at, sums, mask=row < queries)
+    row_lse = tl.load(lse.pointer + at, mask=valid, other=0.0)
+    lse_log2 = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
+    tl.store(statistics.lse_log2 + at, lse_log2, mask=valid)
+    tl.store(statistics.delta + at, sums, mask=valid)
 
 
 @triton.jit
 def _weights_and_gradient(
-    raw_scores,
+    products,
     dweights,
-    exponent,
+    lse_log2,
     delta,
     query,
     key,
-    queries,
-    keys,
-    offset,
-    prefix,
-    scale,
-    slope,
-    mask_pointer,
-    bias_pointer,
-    relative_pointer,
+    span,
+    head_features,
     keep,
     features,
-    BORDER: tl.constexpr,
-    PREFIX: tl.constexpr,
     FOLD_SCALE: tl.constexpr,
+    TESTED: tl.constexpr,
 ):
-    """From raw products Q K^T and dO V^T of one tile, in either orientation, and what dropout keeps: the weights as
-    they met V, the gradient of the scores before the softcap (to be scaled), and after it (the bias's)."""
+    """From products Q K^T and dO V^T of one tile, in either orientation, and what dropout keeps: the weights as they
+    met V, the gradient of the scores before the softcap (to be scaled), and after it (the bias's)."""
+    scale = head_features.scale
     multiplier = scale * LOG2_E if FOLD_SCALE else 1.0
-    scores = raw_scores
+    scores = products
     if features.softcap is not None:
-        capped = tanh(raw_scores * (scale / features.softcap))
+        capped = tanh(products * (scale / features.softcap))
         scores = capped * (features.softcap * LOG2_E)
     elif not FOLD_SCALE:
-        scores = raw_scores * (scale * LOG2_E)
-    scores = bias_and_mask(
-        scores,
-        query,
-        key,
-        queries,
-        keys,
-        offset,
-        prefix,
-        slope,
-        mask_pointer,
-        bias_pointer,
-        relative_pointer,
-        features,
-        PREFIX,
-        BORDER,
-    )
-    weights = tl.exp2(scores * multiplier - exponent)
+        scores = products * (scale * LOG2_E)
+    scores = bias_and_mask(scores, query, key, span, head_features, features, TESTED)
+    weights = tl.exp2(scores * multiplier - lse_log2)
     dropped = weights
     if features.seed is not None:
         dropped = tl.where(keep, weights * features.kept_scale, 0.0)
@@ -199,14 +210,15 @@ def _weights_and_gradient(
 
 
 @triton.jit
-def _load_row_statistics(exponent_pointer, delta_pointer, query, queries, CHECK: tl.constexpr):
-    """What `_row_statistics_kernel` stored of some rows; with CHECK, weights of zero for those beyond the end."""
+def _load_statistics(lse_pointer, delta_pointer, query, queries, CHECK: tl.constexpr):
+    """LSE and delta of the rows `query` of a head, of whose `Statistics` these are the pointers; with CHECK, weights
+    of zero for those beyond the end."""
     if CHECK:
         valid = query < queries
-        exponent = tl.load(exponent_pointer + query, mask=valid, other=float("inf"))
-        return exponent, tl.load(delta_pointer + query, mask=valid, other=0.0)
+        lse_log2 = tl.load(lse_pointer + query, mask=valid, other=float("inf"))
+        return lse_log2, tl.load(delta_pointer + query, mask=valid, other=0.0)
     else:
-        return tl.load(exponent_pointer + query), tl.load(delta_pointer + query)
+        return tl.load(lse_pointer + query), tl.load(delta_pointer + query)
 
 
 @triton.jit
@@ -219,16 +231,14 @@ def _loaded_once(x):
 @triton.jit
 def _add_score_gradients(
     gradients,
-    raw_scores,
+    products,
     dscores,
     dbias,
     dslope,
     dscale,
     query,
     key,
-    queries,
-    keys,
-    offset,
+    span,
     batch,
     head,
     QUERY_AXIS: tl.constexpr,
@@ -239,26 +249,26 @@ def _add_score_gradients(
         pointer = bias_at_head(gradients, batch, head)
         at_query = query.to(tl.int64) * gradients.bias_stride_m
         at_key = key.to(tl.int64) * gradients.bias_stride_n
-        valid = (query < queries) & (key < keys)
+        valid = (query < span.queries) & (key < span.keys)
         # A stride of zero means that the bias broadcasts: sum first what shares an element.
         if gradients.bias_stride_m == 0 and gradients.bias_stride_n == 0:
             total = tl.sum(tl.sum(dbias, axis=1), axis=0)
             tl.atomic_add(pointer, total, sem="relaxed")
         elif gradients.bias_stride_m == 0:
             sums = tl.sum(dbias, axis=QUERY_AXIS, keep_dims=True)
-            tl.atomic_add(pointer + at_key, sums, mask=key < keys, sem="relaxed")
+            tl.atomic_add(pointer + at_key, sums, mask=key < span.keys, sem="relaxed")
         elif gradients.bias_stride_n == 0:
             sums = tl.sum(dbias, axis=1 - QUERY_AXIS, keep_dims=True)
-            tl.atomic_add(pointer + at_query, sums, mask=query < queries, sem="relaxed")
+            tl.atomic_add(pointer + at_query, sums, mask=query < span.queries, sem="relaxed")
         else:
             tl.atomic_add(pointer + at_query + at_key, dbias, mask=valid, sem="relaxed")
     if gradients.relative is not None:
-        _add_relative_gradient(gradients, dbias, query, key, offset, head, QUERY_AXIS)
+        _add_relative_gradient(gradients, dbias, query, key, span.offset, head, QUERY_AXIS)
     if gradients.slopes is not None:
-        distance = tl.abs(key - query - offset).to(tl.float32)
+        distance = tl.abs(key - query - span.offset).to(tl.float32)
         dslope -= tl.sum(dbias * distance, axis=1)
     if gradients.head_scales is not None:
-        dscale += tl.sum(dscores * raw_scores, axis=1)
+        dscale += tl.sum(dscores * products, axis=1)
     return dslope, dscale
 
 
@@ -300,376 +310,200 @@ def _key_value_gradient_kernel(
     k,
     v,
     do,
-    exponent,
-    delta,
+    statistics,
     dq,
     dk,
     dv,
     gradients,
-    works,
+    all_tiles,
     tiles,
-    section,
+    heads_in_cache,
     heads,
     queries,
     keys,
     query_tokens,
     key_tokens,
-    group,
-    lengths,
+    layout,
     features,
-    head_dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    BOTTOM_RIGHT: tl.constexpr,
-    FOLD_SCALE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BORDERS: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    constants,
 ):
-    """dK and dV; with a pointer in `dq`, also what `_query_gradient_kernel` computes otherwise."""
-    sizes = Sizes(works, tiles, section, heads, queries, keys, query_tokens, key_tokens)
-    if PERSISTENT:
-        for work in range(tl.program_id(0), sizes.works, tl.num_programs(0)):
+    """dV = P^T dO and dK = scale dS^T Q; with a pointer in `dq`, also what `_query_gradient_kernel` computes otherwise.
+
+    Args:
+        q, k, v, do: an `Operand` each.
+        statistics: the `Statistics` of the queries.
+        dq, dk, dv: an `Operand` each; dk and dv are written, dq, float32, is added to atomically.
+        gradients: a `ScoreGradients`.
+        all_tiles, tiles, heads_in_cache, heads, queries, keys, query_tokens, key_tokens: a `Sizes`, its numbers by
+            themselves, since Triton specialises every number within a tuple.
+        layout, features, constants: a `Layout`, a `Features`, a `Constants`.
+    """
+    sizes = Sizes(all_tiles, tiles, heads_in_cache, heads, queries, keys, query_tokens, key_tokens)
+    if constants.PERSISTENT:
+        for number in range(tl.program_id(0), all_tiles, tl.num_programs(0)):
             _key_value_gradient_tile(
-                q,
-                k,
-                v,
-                do,
-                exponent,
-                delta,
-                dq,
-                dk,
-                dv,
-                gradients,
-                work,
-                sizes,
-                group,
-                lengths,
-                features,
-                head_dim,
-                value_dim,
-                BOTTOM_RIGHT,
-                FOLD_SCALE,
-                INPUT_PRECISION,
-                BORDERS,
-                DESCRIPTORS,
-                WARP_SPECIALIZE,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_V,
+                q, k, v, do, statistics, dq, dk, dv, gradients, number, sizes, layout, features, constants
             )
     else:
-        work = tl.program_id(0)
+        number = tl.program_id(0)
         _key_value_gradient_tile(
-            q,
-            k,
-            v,
-            do,
-            exponent,
-            delta,
-            dq,
-            dk,
-            dv,
-            gradients,
-            work,
-            sizes,
-            group,
-            lengths,
-            features,
-            head_dim,
-            value_dim,
-            BOTTOM_RIGHT,
-            FOLD_SCALE,
-            INPUT_PRECISION,
-            BORDERS,
-            DESCRIPTORS,
-            WARP_SPECIALIZE,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_V,
+            q, k, v, do, statistics, dq, dk, dv, gradients, number, sizes, layout, features, constants
         )
 
 
 @triton.jit
 def _key_value_gradient_tile(
-    q,
-    k,
-    v,
-    do,
-    exponent,
-    delta,
-    dq,
-    dk,
-    dv,
-    gradients,
-    work,
-    sizes,
-    group,
-    lengths,
-    features,
-    head_dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    BOTTOM_RIGHT: tl.constexpr,
-    FOLD_SCALE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BORDERS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    q, k, v, do, statistics, dq, dk, dv, gradients, number, sizes, layout, features, constants
 ):
-    """One tile of keys and all the queries that meet it."""
-    PREFIX: tl.constexpr = lengths.prefix_lengths is not None
+    """Tile `number` of keys and all the queries that meet it."""
+    DESCRIPTORS: tl.constexpr = constants.DESCRIPTORS
+    WARP_SPECIALIZE: tl.constexpr = constants.WARP_SPECIALIZE
+    head_dim: tl.constexpr = constants.head_dim
+    value_dim: tl.constexpr = constants.value_dim
+    BLOCK_M: tl.constexpr = constants.BLOCK_M
+    BLOCK_N: tl.constexpr = constants.BLOCK_N
+    BLOCK_D: tl.constexpr = constants.BLOCK_D
+    BLOCK_V: tl.constexpr = constants.BLOCK_V
     # Under causality the first keys meet the most queries.
-    tile, row = tile_of_work(work, sizes.tiles, sizes.works // sizes.tiles, sizes.section)
-    kv_head = (row % (sizes.heads // group)).to(tl.int64)
-    batch = (row // (sizes.heads // group)).to(tl.int64)
+    tile, row = tile_and_row(number, sizes)
+    kv_head = (row % (sizes.heads // layout.group)).to(tl.int64)
+    batch = (row // (sizes.heads // layout.group)).to(tl.int64)
     first = tile * BLOCK_N
-    k_start, keys, stored_keys = key_bounds(batch, lengths, sizes.keys, sizes.key_tokens)
-    q_start, queries = query_bounds(batch, lengths, sizes.queries, sizes.query_tokens)
-    prefix = prefix_length(batch, lengths)
-    offset = keys - queries if BOTTOM_RIGHT else 0
-    k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
-    v_pointer = v.pointer + batch * v.stride_b + kv_head * v.stride_h + k_start * v.stride_row
+    k_start, keys, stored_keys = key_bounds(batch, layout, sizes.keys, sizes.key_tokens)
+    q_start, queries = query_bounds(batch, layout, sizes.queries, sizes.query_tokens)
+    span = Span(queries, keys, keys - queries if constants.BOTTOM_RIGHT else 0, prefix_length(batch, layout))
+    k_pointer = at_head(k, batch, kv_head, k_start)
+    v_pointer = at_head(v, batch, kv_head, k_start)
     # Specialised warps can take from outside their loop only what a descriptor loaded.
-    k_source = rows_of(k_pointer, keys, k.stride_row, head_dim, BLOCK_N, BLOCK_D, WARP_SPECIALIZE)
-    v_source = rows_of(v_pointer, keys, v.stride_row, value_dim, BLOCK_N, BLOCK_V, WARP_SPECIALIZE)
+    k_source = rows_of(k_pointer, keys, k, head_dim, BLOCK_N, BLOCK_D, WARP_SPECIALIZE)
+    v_source = rows_of(v_pointer, keys, v, value_dim, BLOCK_N, BLOCK_V, WARP_SPECIALIZE)
     # An empty sequence's descriptor has one row, which is not there: start after it.
     k_first = tl.where(first < keys, first, tl.maximum(first, 1)) if WARP_SPECIALIZE else first
-    key_tile = load_rows(
-        k_source, k_first, keys, k.stride_row, k.stride_dim, head_dim, BLOCK_N, BLOCK_D, True, WARP_SPECIALIZE
-    )
-    value_tile = load_rows(
-        v_source, k_first, keys, v.stride_row, v.stride_dim, value_dim, BLOCK_N, BLOCK_V, True, WARP_SPECIALIZE
-    )
+    key_tile = load_rows(k_source, k_first, keys, k, head_dim, BLOCK_N, BLOCK_D, True, WARP_SPECIALIZE)
+    value_tile = load_rows(v_source, k_first, keys, v, value_dim, BLOCK_N, BLOCK_V, True, WARP_SPECIALIZE)
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    low, whole_low, whole_high, high = query_ranges(
-        first, queries, keys, offset, prefix, features, PREFIX, BLOCK_M, BLOCK_N
-    )
-    if first >= keys:
-        low, whole_low, whole_high, high = queries, queries, queries, queries
-    for member in range(group):
-        head = kv_head * group + member
-        q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
-        do_pointer = do.pointer + batch * do.stride_b + head * do.stride_h + q_start * do.stride_row
-        statistics = batch * exponent.stride_b + head * exponent.stride_h + q_start
-        q_source = rows_of(q_pointer, queries, q.stride_row, head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
-        do_source = rows_of(do_pointer, queries, do.stride_row, value_dim, BLOCK_M, BLOCK_V, DESCRIPTORS)
+    ranges = query_ranges(first, span, features, constants)
+    for member in range(layout.group):
+        head = kv_head * layout.group + member
+        first_row = batch * statistics.stride_b + head * statistics.stride_h + q_start
+        dropout_row = batch * sizes.heads + head
+        place = _Place(batch, head, dropout_row, statistics.lse_log2 + first_row, statistics.delta + first_row, first)
+        q_source = rows_of(at_head(q, batch, head, q_start), queries, q, head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
+        do_source = rows_of(at_head(do, batch, head, q_start), queries, do, value_dim, BLOCK_M, BLOCK_V, DESCRIPTORS)
         dq_source = dq.pointer
         if dq.pointer is not None:
-            dq_pointer = dq.pointer + batch * dq.stride_b + head * dq.stride_h + q_start * dq.stride_row
-            dq_source = rows_of(dq_pointer, queries, dq.stride_row, head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
-        dk_tile, dv_tile = _meet_queries(
-            dk_tile,
-            dv_tile,
-            key_tile,
-            value_tile,
-            q_source,
-            do_source,
-            dq_source,
-            q,
-            do,
-            dq,
-            exponent.pointer + statistics,
-            delta.pointer + statistics,
-            gradients,
-            batch,
-            head,
-            sizes.heads,
-            tile,
-            sizes.tiles,
-            low,
-            whole_low,
-            whole_high,
-            high,
-            queries,
-            keys,
-            offset,
-            prefix,
-            features,
-            head_dim,
-            value_dim,
-            PREFIX,
-            FOLD_SCALE,
-            INPUT_PRECISION,
-            BORDERS,
-            DESCRIPTORS,
-            WARP_SPECIALIZE,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_V,
+            dq_pointer = at_head(dq, batch, head, q_start)
+            dq_source = rows_of(dq_pointer, queries, dq, head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
+        head_features = HeadFeatures(
+            scale_of(features, head),
+            slope_of(features, batch, head),
+            mask_at_head(features, batch, head),
+            bias_at_head(features, batch, head),
+            relative_at_head(features, head),
         )
+        sources = _Sources(q_source, do_source, dq_source)
+        dslope = tl.zeros((BLOCK_N,), tl.float32)
+        dscale = tl.zeros((BLOCK_N,), tl.float32)
+        for tested in tl.static_range(1 if constants.LOOPS == ONE_LOOP else 0, 1 if constants.LOOPS == UNTESTED else 2):
+            dk_tile, dv_tile, dslope, dscale = _add_queries(
+                dk_tile, dv_tile, dslope, dscale, key_tile, value_tile, sources, q, do, dq, gradients, place,
+                ranges, span, head_features, features, constants, tested == 1,
+            )  # fmt: skip
+        _store_program_sums(gradients, dslope, dscale, batch, head, sizes.heads, tile, sizes.tiles)
     # With a scale per head, the queries' products were scaled head by head.
     dk_scale = features.scale if features.head_scales is None else 1.0
-    dk_pointer = dk.pointer + batch * dk.stride_b + kv_head * dk.stride_h + k_start * dk.stride_row
-    dv_pointer = dv.pointer + batch * dv.stride_b + kv_head * dv.stride_h + k_start * dv.stride_row
-    dk_tile = round_to(dk_tile * dk_scale, dk.pointer.dtype.element_ty)
-    dv_tile = round_to(dv_tile, dv.pointer.dtype.element_ty)
-    store_rows(dk_pointer, dk_tile, first, stored_keys, dk.stride_row, dk.stride_dim, head_dim, BLOCK_N, BLOCK_D)
-    store_rows(dv_pointer, dv_tile, first, stored_keys, dv.stride_row, dv.stride_dim, value_dim, BLOCK_N, BLOCK_V)
+    dk_pointer = at_head(dk, batch, kv_head, k_start)
+    dv_pointer = at_head(dv, batch, kv_head, k_start)
+    store_rows(dk_pointer, dk_tile * dk_scale, first, stored_keys, dk, head_dim, BLOCK_N, BLOCK_D)
+    store_rows(dv_pointer, dv_tile, first, stored_keys, dv, value_dim, BLOCK_N, BLOCK_V)
 
 
 @triton.jit
-def _meet_queries(
+def _add_queries(
     dk_tile,
     dv_tile,
+    dslope,
+    dscale,
     key_tile,
     value_tile,
-    q_source,
-    do_source,
-    dq_source,
+    sources,
     q,
     do,
     dq,
-    exponent_pointer,
-    delta_pointer,
     gradients,
-    batch,
-    head,
-    heads,
-    tile,
-    tiles,
-    low,
-    whole_low,
-    whole_high,
-    high,
-    queries,
-    keys,
-    offset,
-    prefix,
+    place,
+    ranges,
+    span,
+    head_features,
     features,
-    head_dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    PREFIX: tl.constexpr,
-    FOLD_SCALE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BORDERS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    constants,
+    TESTED: tl.constexpr,
 ):
-    """Take one head's queries into dK and dV of a tile of keys, whole tiles first, then those that need a test."""
-    scale = scale_of(features, head)
-    slope = slope_of(features, batch, head)
-    mask_pointer = mask_at_head(features, batch, head)
-    bias_pointer = bias_at_head(features, batch, head)
-    relative_pointer = relative_at_head(features, head)
-    key = (tile * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    dslope = tl.zeros((BLOCK_N,), tl.float32)
-    dscale = tl.zeros((BLOCK_N,), tl.float32)
-    if BORDERS == ONE_LOOP:
-        whole_low, whole_high = high, high
-    for part in tl.static_range(1 if BORDERS == ONE_LOOP else 0, 1 if BORDERS == NO_BORDERS else 2):
-        if part == 1:
-            count = border_tiles(low, whole_low, whole_high, high, BLOCK_M)
-        else:
-            count = (whole_high - whole_low) // BLOCK_M
-        for index in tl.range(0, count, warp_specialize=WARP_SPECIALIZE):
-            if part == 1:
-                start = border_start(index, low, whole_low, whole_high, BLOCK_M)
+    """Add to dK and dV of a tile of keys what one head's queries give: the tiles that need a test, or the others."""
+    DESCRIPTORS: tl.constexpr = constants.DESCRIPTORS
+    INPUT_PRECISION: tl.constexpr = constants.INPUT_PRECISION
+    head_dim: tl.constexpr = constants.head_dim
+    value_dim: tl.constexpr = constants.value_dim
+    BLOCK_M: tl.constexpr = constants.BLOCK_M
+    BLOCK_N: tl.constexpr = constants.BLOCK_N
+    BLOCK_D: tl.constexpr = constants.BLOCK_D
+    BLOCK_V: tl.constexpr = constants.BLOCK_V
+    key = (place.first_key + tl.arange(0, BLOCK_N))[:, None]
+    for index in tl.range(0, tiles_in(ranges, TESTED, BLOCK_M), warp_specialize=constants.WARP_SPECIALIZE):
+        start = tile_start(index, ranges, TESTED, BLOCK_M)
+        query = start + tl.arange(0, BLOCK_M)
+        lse_log2, delta = _load_statistics(place.lse_pointer, place.delta_pointer, query, span.queries, TESTED)
+        if not constants.WARP_SPECIALIZE:  # the compiler cannot divide a scan among warps
+            lse_log2 = _loaded_once(lse_log2)
+            delta = _loaded_once(delta)
+        q_tile = load_rows(sources.q, start, span.queries, q, head_dim, BLOCK_M, BLOCK_D, TESTED, DESCRIPTORS)
+        do_tile = load_rows(sources.do, start, span.queries, do, value_dim, BLOCK_M, BLOCK_V, TESTED, DESCRIPTORS)
+        zeros = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        products = dot(key_tile, tl.trans(q_tile), zeros, INPUT_PRECISION)
+        keep = None
+        if features.seed is not None:
+            keep = tl.trans(dropout_keep(features, place.dropout_row, start, place.first_key, BLOCK_M, BLOCK_N))
+        weights, dscores, dbias = _weights_and_gradient(
+            products,
+            dot(value_tile, tl.trans(do_tile), zeros, INPUT_PRECISION),
+            lse_log2[None, :],
+            delta[None, :],
+            query[None, :],
+            key,
+            span,
+            head_features,
+            keep,
+            features,
+            constants.FOLD_SCALE,
+            TESTED,
+        )
+        dv_tile = dot(round_to(weights, do_tile.dtype), do_tile, dv_tile, INPUT_PRECISION)
+        dslope, dscale = _add_score_gradients(
+            gradients, products, dscores, dbias, dslope, dscale, query[None, :], key, span, place.batch, place.head, 1
+        )
+        if features.head_scales is not None:
+            dscores *= head_features.scale
+        dscores = round_to(dscores, q_tile.dtype)
+        dk_tile = dot(dscores, q_tile, dk_tile, INPUT_PRECISION)
+        if dq.pointer is not None:
+            if DESCRIPTORS and BLOCK_M < 64:
+                # wgmma needs 64 rows, which head_dim has: dQ^T = K^T dS.
+                zeros = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
+                dq_tile = tl.trans(dot(tl.trans(key_tile), dscores, zeros, INPUT_PRECISION))
             else:
-                start = whole_low + index * BLOCK_M
-            query = start + tl.arange(0, BLOCK_M)
-            row_exponent, row_delta = _load_row_statistics(exponent_pointer, delta_pointer, query, queries, part == 1)
-            if not WARP_SPECIALIZE:  # the compiler cannot divide a scan among warps
-                row_exponent = _loaded_once(row_exponent)
-                row_delta = _loaded_once(row_delta)
-            q_tile = load_rows(
-                q_source, start, queries, q.stride_row, q.stride_dim, head_dim, BLOCK_M, BLOCK_D, part == 1, DESCRIPTORS
-            )
-            do_tile = load_rows(
-                do_source,
-                start,
-                queries,
-                do.stride_row,
-                do.stride_dim,
-                value_dim,
-                BLOCK_M,
-                BLOCK_V,
-                part == 1,
-                DESCRIPTORS,
-            )
-            nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            raw_scores = dot(key_tile, tl.trans(q_tile), nothing, INPUT_PRECISION)
-            keep = None
-            if features.seed is not None:
-                keep = tl.trans(dropout_keep(features, batch * heads + head, start, tile * BLOCK_N, BLOCK_M, BLOCK_N))
-            weights, dscores, dbias = _weights_and_gradient(
-                raw_scores,
-                dot(value_tile, tl.trans(do_tile), nothing, INPUT_PRECISION),
-                row_exponent[None, :],
-                row_delta[None, :],
-                query[None, :],
-                key,
-                queries,
-                keys,
-                offset,
-                prefix,
-                scale,
-                slope,
-                mask_pointer,
-                bias_pointer,
-                relative_pointer,
-                keep,
-                features,
-                part == 1,
-                PREFIX,
-                FOLD_SCALE,
-            )
-            dv_tile = dot(round_to(weights, do_tile.dtype), do_tile, dv_tile, INPUT_PRECISION)
-            dslope, dscale = _add_score_gradients(
-                gradients,
-                raw_scores,
-                dscores,
-                dbias,
-                dslope,
-                dscale,
-                query[None, :],
-                key,
-                queries,
-                keys,
-                offset,
-                batch,
-                head,
-                1,
-            )
-            if features.head_scales is not None:
-                dscores *= scale
-            dscores = round_to(dscores, q_tile.dtype)
-            dk_tile = dot(dscores, q_tile, dk_tile, INPUT_PRECISION)
-            if dq.pointer is not None:
-                if DESCRIPTORS and BLOCK_M < 64:
-                    # wgmma needs 64 rows, which head_dim has: dQ^T = K^T dS.
-                    nothing = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
-                    dq_tile = tl.trans(dot(tl.trans(key_tile), dscores, nothing, INPUT_PRECISION))
-                else:
-                    nothing = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-                    dq_tile = dot(tl.trans(dscores), key_tile, nothing, INPUT_PRECISION)
-                if DESCRIPTORS:
-                    dq_source.atomic_add([start, 0], dq_tile)
-                else:
-                    tl.atomic_add(
-                        row_pointers(dq_source, start, dq.stride_row, dq.stride_dim, BLOCK_M, BLOCK_D),
-                        dq_tile,
-                        mask=row_mask(start, queries, head_dim, BLOCK_M, BLOCK_D),
-                        sem="relaxed",
-                    )
-    _store_program_sums(gradients, dslope, dscale, batch, head, heads, tile, tiles)
-    return dk_tile, dv_tile
+                zeros = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+                dq_tile = dot(tl.trans(dscores), key_tile, zeros, INPUT_PRECISION)
+            if DESCRIPTORS:
+                sources.dq.atomic_add([start, 0], dq_tile)
+            else:
+                tl.atomic_add(
+                    row_pointers(sources.dq, start, dq, BLOCK_M, BLOCK_D),
+                    dq_tile,
+                    mask=row_mask(start, span.queries, head_dim, BLOCK_M, BLOCK_D),
+                    sem="relaxed",
+                )
+    return dk_tile, dv_tile, dslope, dscale
 
 
 @triton.jit(do_not_specialize=Sizes._fields)
@@ -678,241 +512,124 @@ def _query_gradient_kernel(
     k,
     v,
     do,
-    exponent,
-    delta,
+    statistics,
     dq,
     gradients,
-    works,
+    all_tiles,
     tiles,
-    section,
+    heads_in_cache,
     heads,
     queries,
     keys,
     query_tokens,
     key_tokens,
-    group,
-    lengths,
+    layout,
     features,
-    head_dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    BOTTOM_RIGHT: tl.constexpr,
-    FOLD_SCALE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BORDERS: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    constants,
 ):
-    """dQ in registers, without additions in memory; also the scores' gradients."""
-    sizes = Sizes(works, tiles, section, heads, queries, keys, query_tokens, key_tokens)
-    if PERSISTENT:
-        for work in range(tl.program_id(0), sizes.works, tl.num_programs(0)):
-            _query_gradient_tile(
-                q,
-                k,
-                v,
-                do,
-                exponent,
-                delta,
-                dq,
-                gradients,
-                work,
-                sizes,
-                group,
-                lengths,
-                features,
-                head_dim,
-                value_dim,
-                BOTTOM_RIGHT,
-                FOLD_SCALE,
-                INPUT_PRECISION,
-                BORDERS,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_V,
-            )
+    """dQ = scale dS K in registers, without additions in memory; also the scores' gradients.
+
+    The arguments are those of `_key_value_gradient_kernel`; dq is written.
+    """
+    sizes = Sizes(all_tiles, tiles, heads_in_cache, heads, queries, keys, query_tokens, key_tokens)
+    if constants.PERSISTENT:
+        for number in range(tl.program_id(0), all_tiles, tl.num_programs(0)):
+            _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, layout, features, constants)
     else:
-        work = tl.program_id(0)
-        _query_gradient_tile(
-            q,
-            k,
-            v,
-            do,
-            exponent,
-            delta,
-            dq,
-            gradients,
-            work,
-            sizes,
-            group,
-            lengths,
-            features,
-            head_dim,
-            value_dim,
-            BOTTOM_RIGHT,
-            FOLD_SCALE,
-            INPUT_PRECISION,
-            BORDERS,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_V,
-        )
+        number = tl.program_id(0)
+        _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, layout, features, constants)
 
 
 @triton.jit
-def _query_gradient_tile(
-    q,
-    k,
-    v,
-    do,
-    exponent,
-    delta,
-    dq,
-    gradients,
-    work,
-    sizes,
-    group,
-    lengths,
-    features,
-    head_dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    BOTTOM_RIGHT: tl.constexpr,
-    FOLD_SCALE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BORDERS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """One tile of queries and all the keys that it meets."""
+def _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, layout, features, constants):
+    """Tile `number` of queries and all the keys that it meets."""
     heads = sizes.heads
-    PREFIX: tl.constexpr = lengths.prefix_lengths is not None
-    rank, row = tile_of_work(work, sizes.tiles, sizes.works // sizes.tiles, sizes.section)
+    head_dim: tl.constexpr = constants.head_dim
+    value_dim: tl.constexpr = constants.value_dim
+    BLOCK_M: tl.constexpr = constants.BLOCK_M
+    BLOCK_N: tl.constexpr = constants.BLOCK_N
+    BLOCK_D: tl.constexpr = constants.BLOCK_D
+    BLOCK_V: tl.constexpr = constants.BLOCK_V
+    rank, row = tile_and_row(number, sizes)
     head = (row % heads).to(tl.int64)
     batch = (row // heads).to(tl.int64)
     # Under causality the last queries meet the most keys.
     tile = sizes.tiles - 1 - rank
     first = tile * BLOCK_M
-    q_start, queries = query_bounds(batch, lengths, sizes.queries, sizes.query_tokens)
-    k_start, keys, _stored_keys = key_bounds(batch, lengths, sizes.keys, sizes.key_tokens)
-    prefix = prefix_length(batch, lengths)
-    offset = keys - queries if BOTTOM_RIGHT else 0
-    kv_head = head // group
-    q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
-    k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
-    v_pointer = v.pointer + batch * v.stride_b + kv_head * v.stride_h + k_start * v.stride_row
-    do_pointer = do.pointer + batch * do.stride_b + head * do.stride_h + q_start * do.stride_row
-    statistics = batch * exponent.stride_b + head * exponent.stride_h + q_start
+    q_start, queries = query_bounds(batch, layout, sizes.queries, sizes.query_tokens)
+    k_start, keys, _stored_keys = key_bounds(batch, layout, sizes.keys, sizes.key_tokens)
+    span = Span(queries, keys, keys - queries if constants.BOTTOM_RIGHT else 0, prefix_length(batch, layout))
+    kv_head = head // layout.group
+    q_pointer = at_head(q, batch, head, q_start)
+    k_pointer = at_head(k, batch, kv_head, k_start)
+    v_pointer = at_head(v, batch, kv_head, k_start)
+    do_pointer = at_head(do, batch, head, q_start)
+    first_row = batch * statistics.stride_b + head * statistics.stride_h + q_start
     query = first + tl.arange(0, BLOCK_M)
-    row_exponent, row_delta = _load_row_statistics(
-        exponent.pointer + statistics, delta.pointer + statistics, query, queries, True
+    lse_pointer, delta_pointer = statistics.lse_log2 + first_row, statistics.delta + first_row
+    lse_log2, delta = _load_statistics(lse_pointer, delta_pointer, query, queries, True)
+    q_tile = load_rows(q_pointer, first, queries, q, head_dim, BLOCK_M, BLOCK_D, True, False)
+    do_tile = load_rows(do_pointer, first, queries, do, value_dim, BLOCK_M, BLOCK_V, True, False)
+    head_features = HeadFeatures(
+        scale_of(features, head),
+        slope_of(features, batch, head),
+        mask_at_head(features, batch, head),
+        bias_at_head(features, batch, head),
+        relative_at_head(features, head),
     )
-    q_tile = load_rows(q_pointer, first, queries, q.stride_row, q.stride_dim, head_dim, BLOCK_M, BLOCK_D, True, False)
-    do_tile = load_rows(
-        do_pointer, first, queries, do.stride_row, do.stride_dim, value_dim, BLOCK_M, BLOCK_V, True, False
-    )
-    scale = scale_of(features, head)
-    slope = slope_of(features, batch, head)
-    mask_pointer = mask_at_head(features, batch, head)
-    bias_pointer = bias_at_head(features, batch, head)
-    relative_pointer = relative_at_head(features, head)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dslope = tl.zeros((BLOCK_M,), tl.float32)
     dscale = tl.zeros((BLOCK_M,), tl.float32)
-    low, whole_low, whole_high, high = key_ranges(
-        first, queries, keys, offset, prefix, features, PREFIX, BLOCK_M, BLOCK_N
-    )
-    # A packed sequence may have fewer tiles than the longest one: nothing is loaded then, and nothing stored.
-    if first >= queries:
-        low, whole_low, whole_high, high = 0, 0, 0, 0
-    for part in tl.static_range(2 if BORDERS else 1):
-        if part == 1:
-            count = border_tiles(low, whole_low, whole_high, high, BLOCK_N)
-        else:
-            count = (whole_high - whole_low) // BLOCK_N
-        for index in range(count):
-            if part == 1:
-                start = border_start(index, low, whole_low, whole_high, BLOCK_N)
-            else:
-                start = whole_low + index * BLOCK_N
+    ranges = key_ranges(first, span, features, constants)
+    for tested in tl.static_range(1 if constants.LOOPS == UNTESTED else 2):
+        for index in range(tiles_in(ranges, tested == 1, BLOCK_N)):
+            start = tile_start(index, ranges, tested == 1, BLOCK_N)
             key = (start + tl.arange(0, BLOCK_N))[None, :]
-            key_tile = load_rows(
-                k_pointer, start, keys, k.stride_row, k.stride_dim, head_dim, BLOCK_N, BLOCK_D, part == 1, False
-            )
-            value_tile = load_rows(
-                v_pointer, start, keys, v.stride_row, v.stride_dim, value_dim, BLOCK_N, BLOCK_V, part == 1, False
-            )
-            nothing = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            raw_scores = dot(q_tile, tl.trans(key_tile), nothing, INPUT_PRECISION)
+            key_tile = load_rows(k_pointer, start, keys, k, head_dim, BLOCK_N, BLOCK_D, tested == 1, False)
+            value_tile = load_rows(v_pointer, start, keys, v, value_dim, BLOCK_N, BLOCK_V, tested == 1, False)
+            zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            products = dot(q_tile, tl.trans(key_tile), zeros, constants.INPUT_PRECISION)
             keep = None
             if features.seed is not None:
                 keep = dropout_keep(features, batch * heads + head, first, start, BLOCK_M, BLOCK_N)
             _, dscores, dbias = _weights_and_gradient(
-                raw_scores,
-                dot(do_tile, tl.trans(value_tile), nothing, INPUT_PRECISION),
-                row_exponent[:, None],
-                row_delta[:, None],
+                products,
+                dot(do_tile, tl.trans(value_tile), zeros, constants.INPUT_PRECISION),
+                lse_log2[:, None],
+                delta[:, None],
                 query[:, None],
                 key,
-                queries,
-                keys,
-                offset,
-                prefix,
-                scale,
-                slope,
-                mask_pointer,
-                bias_pointer,
-                relative_pointer,
+                span,
+                head_features,
                 keep,
                 features,
-                part == 1,
-                PREFIX,
-                FOLD_SCALE,
+                constants.FOLD_SCALE,
+                tested == 1,
             )
             dslope, dscale = _add_score_gradients(
-                gradients,
-                raw_scores,
-                dscores,
-                dbias,
-                dslope,
-                dscale,
-                query[:, None],
-                key,
-                queries,
-                keys,
-                offset,
-                batch,
-                head,
-                0,
+                gradients, products, dscores, dbias, dslope, dscale, query[:, None], key, span, batch, head, 0
             )
-            dq_tile = dot(round_to(dscores, key_tile.dtype), key_tile, dq_tile, INPUT_PRECISION)
+            dq_tile = dot(round_to(dscores, key_tile.dtype), key_tile, dq_tile, constants.INPUT_PRECISION)
     _store_program_sums(gradients, dslope, dscale, batch, head, heads, tile, sizes.tiles)
-    dq_pointer = dq.pointer + batch * dq.stride_b + head * dq.stride_h + q_start * dq.stride_row
-    dq_tile = round_to(dq_tile * scale, dq.pointer.dtype.element_ty)
-    store_rows(dq_pointer, dq_tile, first, queries, dq.stride_row, dq.stride_dim, head_dim, BLOCK_M, BLOCK_D)
+    dq_pointer = at_head(dq, batch, head, q_start)
+    store_rows(dq_pointer, dq_tile * head_features.scale, first, queries, dq, head_dim, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["tiles", "heads", "queries"])
 def _scale_and_round_kernel(
     total, dq, tiles, heads, queries, scale, head_dim: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """dQ from the float32 sums of its parts; packed tokens count as one sequence."""
+    """dQ = scale times the float32 sums of its parts, `total`; an `Operand` each. Packed tokens count as one sequence.
+
+    tiles, heads and queries are tiles of a head and the sizes of dq.
+    """
     program = tl.program_id(0)
     first = program % tiles * BLOCK_M
     head = (program // tiles % heads).to(tl.int64)
     batch = (program // tiles // heads).to(tl.int64)
-    source = total.pointer + batch * total.stride_b + head * total.stride_h
-    target = dq.pointer + batch * dq.stride_b + head * dq.stride_h
-    tile = load_rows(
-        source, first, queries, total.stride_row, total.stride_dim, head_dim, BLOCK_M, BLOCK_D, True, False
-    )
-    tile = round_to(tile * scale, dq.pointer.dtype.element_ty)
-    store_rows(target, tile, first, queries, dq.stride_row, dq.stride_dim, head_dim, BLOCK_M, BLOCK_D)
+    source = at_head(total, batch, head, 0)
+    tile = load_rows(source, first, queries, total, head_dim, BLOCK_M, BLOCK_D, True, False)
+    store_rows(at_head(dq, batch, head, 0), tile * scale, first, queries, dq, head_dim, BLOCK_M, BLOCK_D)
 
 
 def attention_backward(
@@ -930,7 +647,7 @@ def attention_backward(
     deterministic = torch.are_deterministic_algorithms_enabled()
     configuration = _key_configuration(query, value, arguments, deterministic)
     two_kernels = deterministic or configuration.two_kernels
-    exponent, delta = torch.empty_like(lse), torch.empty_like(lse)
+    lse_log2, delta = torch.empty_like(lse), torch.empty_like(lse)
     grad_query, grad_key, grad_value = empty_gradient(query), empty_gradient(key), empty_gradient(value)
     sums = _NO_SUMS
     if True in needed:
@@ -938,7 +655,7 @@ def attention_backward(
         if two_kernels:
             length, block = arguments.max_seqlen_q, deterministic_configuration(query, value, arguments).block_m
         sums = _score_sums(query, arguments, needed, deterministic, triton.cdiv(length, block))
-    made = [exponent, delta, grad_query, grad_key, grad_value]
+    made = [lse_log2, delta, grad_query, grad_key, grad_value]
     if not two_kernels:
         made.append(torch.zeros_like(grad_query, dtype=torch.float32))
     inputs = (query, key, value, grad_output, output, lse, grad_lse)
@@ -1036,26 +753,24 @@ def _launch_backward(
     grad_lse: torch.Tensor | None,
     made: tuple[torch.Tensor, ...],
     deterministic: bool,
-    precision: str,  # which the kernels' options look up: a call with another one is of another kind
+    precision: str,  # which the kernels' constants look up: a call with another one is of another kind
     *fields: Any,
 ) -> list[Launch]:
-    exponent, delta, grad_query, grad_key, grad_value, *totals = made
+    lse_log2, delta, grad_query, grad_key, grad_value, *totals = made
     sums = _ScoreSums(*fields[: len(_NO_SUMS)])
     arguments = AttentionArguments.of_launch(fields[len(_NO_SUMS) :])
     launches: list[Launch | None] = []
     if query.numel():
-        launches.append(_row_statistics(output, grad_output, lse, grad_lse, exponent, delta))
-    inputs, statistics, key_grads = (query, key, value), (grad_output, exponent, delta), (grad_key, grad_value)
+        launches.append(_row_statistics(output, grad_output, lse, grad_lse, lse_log2, delta))
+    inputs, key_grads = (query, key, value, grad_output, statistics(lse_log2, delta)), (grad_key, grad_value)
     configuration = _key_configuration(query, value, arguments, deterministic)
     if totals:
         scale = 1.0 if arguments.head_scales is not None else arguments.scale
-        launches.append(
-            _key_value_gradient(*inputs, *statistics, totals[0], *key_grads, sums, arguments, configuration)
-        )
+        launches.append(_key_value_gradient(*inputs, totals[0], *key_grads, sums, arguments, configuration))
         launches.append(_scale_and_round(totals[0], grad_query, scale))
     else:
-        launches.append(_query_gradient(*inputs, *statistics, grad_query, sums, arguments))
-        launches.append(_key_value_gradient(*inputs, *statistics, None, *key_grads, _NO_SUMS, arguments, configuration))
+        launches.append(_query_gradient(*inputs, grad_query, sums, arguments))
+        launches.append(_key_value_gradient(*inputs, None, *key_grads, _NO_SUMS, arguments, configuration))
     return [launch for launch in launches if launch is not None]
 
 
@@ -1064,8 +779,7 @@ def _key_value_gradient(
     key: torch.Tensor,
     value: torch.Tensor,
     grad_output: torch.Tensor,
-    exponent: torch.Tensor,
-    delta: torch.Tensor,
+    of_rows: Statistics,
     total: torch.Tensor | None,
     grad_key: torch.Tensor,
     grad_value: torch.Tensor,
@@ -1074,42 +788,49 @@ def _key_value_gradient(
     configuration: AttentionConfiguration,
 ) -> Launch | None:
     tiles = triton.cdiv(arguments.max_seqlen_k, configuration.block_n)
-    works = tiles * key.shape[1] * arguments.batch(query)
-    if works == 0 or key.numel() == 0:
+    all_tiles = tiles * key.shape[1] * arguments.batch(query)
+    if all_tiles == 0 or key.numel() == 0:
         return None
     descriptors = configuration.descriptors and uses_descriptors(
         query, grad_output, *([] if total is None else [total])
     )
-    borders = loops_of(
+    loops = loops_of(
         configuration,
-        has_borders(arguments, arguments.max_seqlen_q, configuration.block_m)
-        or has_borders(arguments, arguments.max_seqlen_k, configuration.block_n),
+        needs_tests(arguments, arguments.max_seqlen_q, configuration.block_m)
+        or needs_tests(arguments, arguments.max_seqlen_k, configuration.block_n),
     )
-    programs = launch_size(works, query, arguments, configuration)
+    programs = launch_size(all_tiles, query, arguments, configuration)
+    together = heads_in_cache(query, grad_output, arguments)
     return Launch(
         _key_value_gradient_kernel,
         (programs,),
-        (
-            *(operand(tensor) for tensor in (query, key, value, grad_output)),
-            rows(exponent),
-            rows(delta),
-            operand(total),
-            operand(grad_key),
-            operand(grad_value),
-            sums.as_argument(),
-            *sizes(query, key, arguments, works=works, tiles=tiles, section=section_of(query, grad_output, arguments)),
-            query.shape[1] // key.shape[1],
-            lengths(arguments),
-            features(arguments),
-        ),
+        (),
         {
-            "BORDERS": borders,
-            "PERSISTENT": programs < works,
-            "DESCRIPTORS": descriptors,
-            "WARP_SPECIALIZE": descriptors
-            and specializes_warps(configuration, borders)
-            and uses_descriptors(key, value),
-            **options_of_call(query, value, arguments, configuration),
+            "q": operand(query),
+            "k": operand(key),
+            "v": operand(value),
+            "do": operand(grad_output),
+            "statistics": of_rows,
+            "dq": operand(total),
+            "dk": operand(grad_key),
+            "dv": operand(grad_value),
+            "gradients": sums.as_argument(),
+            **sizes(query, key, arguments, all_tiles=all_tiles, tiles=tiles, heads_in_cache=together)._asdict(),
+            "layout": layout(query, key, arguments),
+            "features": features(arguments),
+            "constants": constants_of_call(
+                query,
+                value,
+                arguments,
+                configuration,
+                loops=loops,
+                persistent=programs < all_tiles,
+                descriptors=descriptors,
+                warp_specialize=descriptors
+                and specializes_warps(configuration, loops)
+                and uses_descriptors(key, value),
+            ),
+            **configuration.options,
         },
         descriptors,
     )
@@ -1120,36 +841,43 @@ def _query_gradient(
     key: torch.Tensor,
     value: torch.Tensor,
     grad_output: torch.Tensor,
-    exponent: torch.Tensor,
-    delta: torch.Tensor,
+    of_rows: Statistics,
     grad_query: torch.Tensor,
     sums: _ScoreSums,
     arguments: AttentionArguments,
 ) -> Launch | None:
     configuration = deterministic_configuration(query, value, arguments)
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
-    works = tiles * query.shape[1] * arguments.batch(query)
-    if works == 0 or query.numel() == 0:
+    all_tiles = tiles * query.shape[1] * arguments.batch(query)
+    if all_tiles == 0 or query.numel() == 0:
         return None
-    programs = launch_size(works, query, arguments, configuration)
+    programs = launch_size(all_tiles, query, arguments, configuration)
+    together = heads_in_cache(key, value, arguments)
+    tested = needs_tests(arguments, arguments.max_seqlen_k, configuration.block_n)
     return Launch(
         _query_gradient_kernel,
         (programs,),
-        (
-            *(operand(tensor) for tensor in (query, key, value, grad_output)),
-            rows(exponent),
-            rows(delta),
-            operand(grad_query),
-            sums.as_argument(),
-            *sizes(query, key, arguments, works=works, tiles=tiles, section=section_of(key, value, arguments)),
-            query.shape[1] // key.shape[1],
-            lengths(arguments),
-            features(arguments),
-        ),
+        (),
         {
-            "BORDERS": has_borders(arguments, arguments.max_seqlen_k, configuration.block_n),
-            "PERSISTENT": programs < works,
-            **options_of_call(query, value, arguments, configuration),
+            "q": operand(query),
+            "k": operand(key),
+            "v": operand(value),
+            "do": operand(grad_output),
+            "statistics": of_rows,
+            "dq": operand(grad_query),
+            "gradients": sums.as_argument(),
+            **sizes(query, key, arguments, all_tiles=all_tiles, tiles=tiles, heads_in_cache=together)._asdict(),
+            "layout": layout(query, key, arguments),
+            "features": features(arguments),
+            "constants": constants_of_call(
+                query,
+                value,
+                arguments,
+                configuration,
+                loops=TWO_LOOPS.value if tested else UNTESTED.value,
+                persistent=programs < all_tiles,
+            ),
+            **configuration.options,
         },
     )
 
@@ -1159,7 +887,7 @@ def _row_statistics(
     grad_output: torch.Tensor,
     lse: torch.Tensor,
     grad_lse: torch.Tensor | None,
-    exponent: torch.Tensor,
+    lse_log2: torch.Tensor,
     delta: torch.Tensor,
 ) -> Launch:
     block_v, block_m = _row_blocks(output)
@@ -1168,18 +896,21 @@ def _row_statistics(
     return Launch(
         _row_statistics_kernel,
         (tiles * heads * batch,),
-        (
-            operand(output),
-            operand(grad_output),
-            rows(lse),
-            rows(grad_lse),
-            rows(exponent),
-            rows(delta),
-            tiles,
-            heads,
-            length,
-        ),
-        {"value_dim": output.shape[-1], "BLOCK_M": block_m, "BLOCK_V": block_v, **COMPILER_OPTIONS},
+        (),
+        {
+            "o": operand(output),
+            "do": operand(grad_output),
+            "lse": rows(lse),
+            "dlse": rows(grad_lse),
+            "statistics": statistics(lse_log2, delta),
+            "tiles": tiles,
+            "heads": heads,
+            "queries": length,
+            "value_dim": output.shape[-1],
+            "BLOCK_M": block_m,
+            "BLOCK_V": block_v,
+            **COMPILER_OPTIONS,
+        },
     )
 
 
@@ -1194,8 +925,19 @@ def _scale_and_round(total: torch.Tensor, grad_query: torch.Tensor, scale: float
     return Launch(
         _scale_and_round_kernel,
         (tiles * heads * batch,),
-        (operand(total), operand(grad_query), tiles, heads, length, scale),
-        {"head_dim": head_dim, "BLOCK_M": block_m, "BLOCK_D": block_d, **COMPILER_OPTIONS},
+        (),
+        {
+            "total": operand(total),
+            "dq": operand(grad_query),
+            "tiles": tiles,
+            "heads": heads,
+            "queries": length,
+            "scale": scale,
+            "head_dim": head_dim,
+            "BLOCK_M": block_m,
+            "BLOCK_D": block_d,
+            **COMPILER_OPTIONS,
+        },
     )
 
 

@@ -8,17 +8,55 @@ also where it goes in the cache.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from fastformer_kernels.attention.decode_arguments import cache_shape, cache_strides
+from fastformer_kernels.attention.decode_arguments import cache_shape
+from fastformer_kernels.attention.kernel_arguments import cache_operand, operand, page_table
+from fastformer_kernels.attention.tiles import at_head
+from fastformer_kernels.constants import constants
 from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import COMPILER_OPTIONS
 from fastformer_kernels.precision import round_to
 
 TILE_ELEMENTS = 2048
 ELEMENTS_PER_WARP = 512
+
+
+class Angles(NamedTuple):
+    """The rotary tables: cosines and sines, (positions, pairs) float32; None for no rotation."""
+
+    cos: torch.Tensor | None
+    cos_stride_position: int
+    cos_stride_pair: int
+    sin: torch.Tensor | None
+    sin_stride_position: int
+    sin_stride_pair: int
+
+
+class AppendConstants(NamedTuple):
+    """What the kernel is compiled for.
+
+    Attributes:
+        PAGE_SIZE: tokens of a page; 1 without pages.
+        head_dim, value_dim, rotary_dim: elements of a key, of a value, and of those of a key that are rotated.
+        INTERLEAVED: whether a pair's elements are neighbours.
+        BLOCK_TOKENS: tokens of a program.
+        BLOCK_D, BLOCK_V, BLOCK_PAIRS: powers of two that hold head_dim, value_dim and the pairs.
+    """
+
+    PAGE_SIZE: int
+    head_dim: int
+    value_dim: int
+    rotary_dim: int
+    INTERLEAVED: bool
+    BLOCK_TOKENS: int
+    BLOCK_D: int
+    BLOCK_V: int
+    BLOCK_PAIRS: int
 
 
 @triton.jit
@@ -38,9 +76,8 @@ def _rotate(
     present,
     placed,
     cos_row,
-    cos_stride,
     sin_row,
-    sin_stride,
+    angles,
     rotary_dim: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
@@ -48,8 +85,8 @@ def _rotate(
     """Rotate the first rotary_dim elements of each row; one that has no place in the tables is copied."""
     pair = tl.arange(0, BLOCK_PAIRS).to(tl.int64)[None, :]
     valid = present & (pair < rotary_dim // 2)
-    cos = tl.load(cos_row + pair * cos_stride, mask=valid & placed, other=1.0)
-    sin = tl.load(sin_row + pair * sin_stride, mask=valid & placed, other=0.0)
+    cos = tl.load(cos_row + pair * angles.cos_stride_pair, mask=valid & placed, other=1.0)
+    sin = tl.load(sin_row + pair * angles.sin_stride_pair, mask=valid & placed, other=0.0)
     dtype = target.dtype.element_ty
     if INTERLEAVED:
         # Read and written whole, since every other element alone would take an access each.
@@ -69,47 +106,16 @@ def _rotate(
 
 @triton.jit
 def _append_kernel(
-    key_pointer,
-    value_pointer,
-    query_pointer,
-    k_cache_pointer,
-    v_cache_pointer,
-    rotated_pointer,
+    key,
+    value,
+    query,
+    key_cache,
+    value_cache,
+    rotated,
     lengths_pointer,
     new_lengths_pointer,
-    table_pointer,
-    cos_pointer,
-    sin_pointer,
-    key_stride_b,
-    key_stride_h,
-    key_stride_n,
-    key_stride_d,
-    value_stride_b,
-    value_stride_h,
-    value_stride_n,
-    value_stride_d,
-    query_stride_b,
-    query_stride_h,
-    query_stride_n,
-    query_stride_d,
-    k_cache_stride_page,
-    k_cache_stride_h,
-    k_cache_stride_n,
-    k_cache_stride_d,
-    v_cache_stride_page,
-    v_cache_stride_h,
-    v_cache_stride_n,
-    v_cache_stride_d,
-    rotated_stride_b,
-    rotated_stride_h,
-    rotated_stride_n,
-    rotated_stride_d,
-    table_stride_b,
-    table_stride_page,
-    cos_stride_position,
-    cos_stride_pair,
-    sin_stride_position,
-    sin_stride_pair,
+    table,
+    angles,
     token_tiles,
     slots,
     tokens,
@@ -117,19 +123,30 @@ def _append_kernel(
     capacity,
     pages,
     positions,
-    PAGE_SIZE: tl.constexpr,
-    head_dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    rotary_dim: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
+    constants,
 ):
-    """A program has some tokens of one slot: the first kv_heads slots are key/value heads, the others query heads."""
+    """Put new keys, rotated, and values into their caches, and rotate the queries.
+
+    A program has some tokens of one slot: the first kv_heads slots are key/value heads, the others query heads.
+
+    Args:
+        key, value, query: an `Operand` each; without queries the pointer is None.
+        key_cache, value_cache: an `Operand` each, of which the first dimension is pages; written.
+        rotated: an `Operand` like `query`, written.
+        lengths_pointer, new_lengths_pointer: (batch,) int32, tokens in the cache and new ones; the latter may be None.
+        table: a `PageTable`.
+        angles: an `Angles`.
+        token_tiles, slots: tiles of a slot's tokens, and slots of a sequence.
+        tokens, kv_heads, capacity, pages, positions: sizes of the new keys, the caches and the rotary tables.
+        constants: an `AppendConstants`.
+    """
+    rotary_dim: tl.constexpr = constants.rotary_dim
+    head_dim: tl.constexpr = constants.head_dim
+    INTERLEAVED: tl.constexpr = constants.INTERLEAVED
+    BLOCK_D: tl.constexpr = constants.BLOCK_D
+    BLOCK_PAIRS: tl.constexpr = constants.BLOCK_PAIRS
     program = tl.program_id(0)
-    token = (program % token_tiles * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS))[:, None]
+    token = (program % token_tiles * constants.BLOCK_TOKENS + tl.arange(0, constants.BLOCK_TOKENS))[:, None]
     slot = (program // token_tiles % slots).to(tl.int64)
     batch = (program // token_tiles // slots).to(tl.int64)
     length = tl.load(lengths_pointer + batch)
@@ -141,67 +158,46 @@ def _append_kernel(
     # One assertion: each is a call of its own in the compiled kernel.
     placed = (length >= 0) & (length + new_tokens <= capacity)
     tl.device_assert(placed, "lengths and the new tokens must lie within the cache's capacity")
-    cos_row = cos_pointer
-    sin_row = sin_pointer
+    cos_row = angles.cos
+    sin_row = angles.sin
     if rotary_dim:
         tl.device_assert(length + new_tokens <= positions, "a position is beyond the rotary table")
-        cos_row = cos_pointer + position * cos_stride_position
-        sin_row = sin_pointer + position * sin_stride_position
+        cos_row = angles.cos + position * angles.cos_stride_position
+        sin_row = angles.sin + position * angles.sin_stride_position
     if slot < kv_heads:
-        key = key_pointer + batch * key_stride_b + slot * key_stride_h + token.to(tl.int64) * key_stride_n
-        value = value_pointer + batch * value_stride_b + slot * value_stride_h + token.to(tl.int64) * value_stride_n
+        key_row = at_head(key, batch, slot, token.to(tl.int64))
+        value_row = at_head(value, batch, slot, token.to(tl.int64))
         page = batch
-        if table_pointer is not None:
-            entry = table_pointer + batch * table_stride_b + position // PAGE_SIZE * table_stride_page
+        if table.pointer is not None:
+            entry = table.pointer + batch * table.stride_b + position // constants.PAGE_SIZE * table.stride_page
             page = tl.load(entry, mask=new, other=0)
             # Negative ones are beyond all others.
             new = new & (page.to(tl.uint32) < pages)
             page = page.to(tl.int64)
-            position = position % PAGE_SIZE
-        k_row = k_cache_pointer + page * k_cache_stride_page + slot * k_cache_stride_h + position * k_cache_stride_n
-        v_row = v_cache_pointer + page * v_cache_stride_page + slot * v_cache_stride_h + position * v_cache_stride_n
+            position = position % constants.PAGE_SIZE
+        k_row = at_head(key_cache, page, slot, position)
+        v_row = at_head(value_cache, page, slot, position)
         if rotary_dim:
             _rotate(
-                key,
-                key_stride_d,
-                k_row,
-                k_cache_stride_d,
-                new,
-                new,
-                cos_row,
-                cos_stride_pair,
-                sin_row,
-                sin_stride_pair,
-                rotary_dim,
-                INTERLEAVED,
-                BLOCK_PAIRS,
-            )
+                key_row, key.stride_dim, k_row, key_cache.stride_dim, new, new, cos_row, sin_row, angles,
+                rotary_dim, INTERLEAVED, BLOCK_PAIRS,
+            )  # fmt: skip
         if rotary_dim != head_dim:
-            _copy(key, key_stride_d, k_row, k_cache_stride_d, new, rotary_dim, head_dim, BLOCK_D)
-        _copy(value, value_stride_d, v_row, v_cache_stride_d, new, 0, value_dim, BLOCK_V)
-    elif query_pointer is not None:
+            _copy(key_row, key.stride_dim, k_row, key_cache.stride_dim, new, rotary_dim, head_dim, BLOCK_D)
+        _copy(
+            value_row, value.stride_dim, v_row, value_cache.stride_dim, new, 0, constants.value_dim, constants.BLOCK_V
+        )
+    elif query.pointer is not None:
         head = slot - kv_heads
         stored = token < tokens
-        query = query_pointer + batch * query_stride_b + head * query_stride_h + token.to(tl.int64) * query_stride_n
-        rotated = rotated_pointer + batch * rotated_stride_b + head * rotated_stride_h
-        rotated += token.to(tl.int64) * rotated_stride_n
+        query_row = at_head(query, batch, head, token.to(tl.int64))
+        rotated_row = at_head(rotated, batch, head, token.to(tl.int64))
         _rotate(
-            query,
-            query_stride_d,
-            rotated,
-            rotated_stride_d,
-            stored,
-            new,
-            cos_row,
-            cos_stride_pair,
-            sin_row,
-            sin_stride_pair,
-            rotary_dim,
-            INTERLEAVED,
-            BLOCK_PAIRS,
-        )
+            query_row, query.stride_dim, rotated_row, rotated.stride_dim, stored, new, cos_row, sin_row, angles,
+            rotary_dim, INTERLEAVED, BLOCK_PAIRS,
+        )  # fmt: skip
         if rotary_dim != head_dim:
-            _copy(query, query_stride_d, rotated, rotated_stride_d, stored, rotary_dim, head_dim, BLOCK_D)
+            _copy(query_row, query.stride_dim, rotated_row, rotated.stride_dim, stored, rotary_dim, head_dim, BLOCK_D)
 
 
 @kept_launch
@@ -242,49 +238,43 @@ def append(
     block_tokens = max(1, min(TILE_ELEMENTS // max(block_d, block_v), triton.next_power_of_2(tokens)))
     token_tiles = triton.cdiv(tokens, block_tokens)
     pairs = 0 if cos is None else cos.shape[1]
-    rotated_query = rotated[0] if rotated else None
     return Launch(
         _append_kernel,
         (batch * slots * token_tiles,),
-        (
-            key,
-            value,
-            query,
-            key_cache,
-            value_cache,
-            rotated_query,
-            lengths,
-            new_lengths,
-            block_table,
-            cos,
-            sin,
-            *key.stride(),
-            *value.stride(),
-            *((0,) * 4 if query is None else query.stride()),
-            *cache_strides(key_cache, block_table),
-            *cache_strides(value_cache, block_table),
-            *((0,) * 4 if rotated_query is None else rotated_query.stride()),
-            *((0, 0) if block_table is None else block_table.stride()),
-            *((0, 0) if cos is None else cos.stride()),
-            *((0, 0) if sin is None else sin.stride()),
-            token_tiles,
-            slots,
-            tokens,
-            kv_heads,
-            cache.capacity,
-            key_cache.shape[0],
-            0 if cos is None else cos.shape[0],
-        ),
+        (),
         {
-            "PAGE_SIZE": cache.page_size if block_table is not None else 1,
-            "head_dim": head_dim,
-            "value_dim": value_dim,
-            "rotary_dim": 2 * pairs,
-            "INTERLEAVED": interleaved,
-            "BLOCK_TOKENS": block_tokens,
-            "BLOCK_D": block_d,
-            "BLOCK_V": block_v,
-            "BLOCK_PAIRS": triton.next_power_of_2(max(1, pairs)),
+            "key": operand(key),
+            "value": operand(value),
+            "query": operand(query),
+            "key_cache": cache_operand(key_cache, block_table),
+            "value_cache": cache_operand(value_cache, block_table),
+            "rotated": operand(rotated[0] if rotated else None),
+            "lengths_pointer": lengths,
+            "new_lengths_pointer": new_lengths,
+            "table": page_table(block_table),
+            "angles": Angles(
+                cos, *((0, 0) if cos is None else cos.stride()), sin, *((0, 0) if sin is None else sin.stride())
+            ),
+            "token_tiles": token_tiles,
+            "slots": slots,
+            "tokens": tokens,
+            "kv_heads": kv_heads,
+            "capacity": cache.capacity,
+            "pages": key_cache.shape[0],
+            "positions": 0 if cos is None else cos.shape[0],
+            "constants": constants(
+                AppendConstants(
+                    PAGE_SIZE=cache.page_size if block_table is not None else 1,
+                    head_dim=head_dim,
+                    value_dim=value_dim,
+                    rotary_dim=2 * pairs,
+                    INTERLEAVED=interleaved,
+                    BLOCK_TOKENS=block_tokens,
+                    BLOCK_D=block_d,
+                    BLOCK_V=block_v,
+                    BLOCK_PAIRS=triton.next_power_of_2(max(1, pairs)),
+                )
+            ),
             "num_warps": max(1, block_tokens * block_d // ELEMENTS_PER_WARP),
             # Keeps device_assert: a token without a place must fail, not overwrite another sequence's.
             "debug": True,

@@ -13,6 +13,7 @@ pipeline of loads, which costs more than the tests.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,12 +24,13 @@ from fastformer_kernels.attention.decode_arguments import (
     CacheShape,
     DecodeArguments,
     cache_shape,
-    cache_strides,
     empty_decode_results,
 )
+from fastformer_kernels.attention.kernel_arguments import cache_operand, operand, page_table
 from fastformer_kernels.attention.merge import merge_launch
-from fastformer_kernels.attention.tiles import LN_2, LOG2_E, tanh
+from fastformer_kernels.attention.tiles import tanh
 from fastformer_kernels.configurations import chosen, size_class
+from fastformer_kernels.constants import LN_2, LOG2_E, constants
 from fastformer_kernels.kept_launches import Launch, kept_choice, kept_launch
 from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, multiprocessors_of
 from fastformer_kernels.precision import dot, input_precision, round_to
@@ -119,33 +121,61 @@ MOST_SPLITS = 128
 ROW_CLASSES = (64, 512)
 
 
+class DecodeFeatures(NamedTuple):
+    """What turns products of queries and keys into weights.
+
+    Attributes:
+        slopes, slopes_stride_b: those of ALiBi, (1 or batch, heads) float32, or None.
+        sinks: (heads,) float32, or None.
+        left, right: how far before and after its own position a query may attend, where the constants say so.
+    """
+
+    scale: float
+    softcap: float
+    left: int
+    right: int
+    slopes: torch.Tensor | None
+    slopes_stride_b: int
+    sinks: torch.Tensor | None
+
+
+class DecodeConstants(NamedTuple):
+    """What the kernel is compiled for.
+
+    Attributes:
+        PAGE_SIZE: keys of a page; 1 without pages.
+        GROUP: query heads that share a key/value head.
+        head_dim, value_dim: of keys and of values.
+        LEFT_BOUNDED, RIGHT_BOUNDED, SOFTCAP: which of the features there are.
+        INPUT_PRECISION: of products.
+        BLOCK_M, BLOCK_N: rows and keys of a tile.
+        BLOCK_D, BLOCK_V: powers of two that hold head_dim and value_dim.
+    """
+
+    PAGE_SIZE: int
+    GROUP: int
+    head_dim: int
+    value_dim: int
+    LEFT_BOUNDED: bool
+    RIGHT_BOUNDED: bool
+    SOFTCAP: bool
+    INPUT_PRECISION: str
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    BLOCK_V: int
+
+
 @triton.jit
 def _decode_kernel(
-    q_pointer,
-    k_pointer,
-    v_pointer,
-    o_pointer,
+    q,
+    k,
+    v,
+    output_pointer,
     lse_pointer,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    q_stride_d,
-    k_stride_page,
-    k_stride_h,
-    k_stride_n,
-    k_stride_d,
-    v_stride_page,
-    v_stride_h,
-    v_stride_n,
-    v_stride_d,
     lengths_pointer,
     query_lengths_pointer,
-    table_pointer,
-    table_stride_b,
-    table_stride_page,
-    slopes_pointer,
-    slopes_stride_b,
-    sinks_pointer,
+    table,
     row_tiles,
     splits,
     kv_heads,
@@ -153,24 +183,35 @@ def _decode_kernel(
     total_rows,
     capacity,
     pages,
-    scale,
-    softcap,
-    left,
-    right,
-    PAGE_SIZE: tl.constexpr,
-    GROUP: tl.constexpr,
-    head_dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    LEFT_BOUNDED: tl.constexpr,
-    RIGHT_BOUNDED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    features,
+    constants,
 ):
-    """Rows are (query, query head of the group), the head running fastest, so that a tile spans few positions."""
+    """O = softmax(S) V, S = softcap(scale Q K^T) - slope |distance|, masked, and the log-sum-exp, of one split's keys.
+
+    Rows are (query, query head of the group), the head running fastest, so that a tile spans few positions.
+
+    Args:
+        q, k, v: an `Operand` each; the first dimension of the caches k and v is pages.
+        output_pointer, lse_pointer: (splits, total_rows, value_dim) and (splits, total_rows), contiguous, written.
+        lengths_pointer, query_lengths_pointer: (batch,) int32, keys and queries of each sequence; the latter may be
+            None.
+        table: a `PageTable`.
+        row_tiles, splits: tiles of a key/value head's rows, and programs that share its keys.
+        kv_heads, queries, capacity, pages: sizes of queries and caches.
+        total_rows: of all sequences and heads.
+        features, constants: a `DecodeFeatures`, a `DecodeConstants`.
+    """
+    PAGE_SIZE: tl.constexpr = constants.PAGE_SIZE
+    GROUP: tl.constexpr = constants.GROUP
+    head_dim: tl.constexpr = constants.head_dim
+    value_dim: tl.constexpr = constants.value_dim
+    LEFT_BOUNDED: tl.constexpr = constants.LEFT_BOUNDED
+    RIGHT_BOUNDED: tl.constexpr = constants.RIGHT_BOUNDED
+    INPUT_PRECISION: tl.constexpr = constants.INPUT_PRECISION
+    BLOCK_M: tl.constexpr = constants.BLOCK_M
+    BLOCK_N: tl.constexpr = constants.BLOCK_N
+    BLOCK_D: tl.constexpr = constants.BLOCK_D
+    BLOCK_V: tl.constexpr = constants.BLOCK_V
     program = tl.program_id(0)
     row_tile = program % row_tiles
     split = program // row_tiles % splits
@@ -191,10 +232,10 @@ def _decode_kernel(
     low = length * 0
     high = length
     if LEFT_BOUNDED:
-        low = tl.maximum(row_tile * BLOCK_M // GROUP + offset - left, 0)
+        low = tl.maximum(row_tile * BLOCK_M // GROUP + offset - features.left, 0)
     if RIGHT_BOUNDED:
         last_query = tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)
-        high = tl.minimum(length, last_query + offset + right + 1)
+        high = tl.minimum(length, last_query + offset + features.right + 1)
     first_tile = low // BLOCK_N
     share = tl.cdiv(tl.cdiv(tl.maximum(high, low), BLOCK_N) - first_tile, splits)
     begin = (first_tile + split * share) * BLOCK_N
@@ -202,20 +243,20 @@ def _decode_kernel(
 
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_V)
-    q_row = q_pointer + batch * q_stride_b + head * q_stride_h + query.to(tl.int64) * q_stride_m
-    q_tile = q_row[:, None] + dim.to(tl.int64)[None, :] * q_stride_d
-    q = tl.load(q_tile, mask=row_valid[:, None] & (dim < head_dim)[None, :], other=0.0)
-    k_column = k_pointer + kv_head * k_stride_h + dim.to(tl.int64)[None, :] * k_stride_d
-    v_column = v_pointer + kv_head * v_stride_h + dim_v.to(tl.int64)[None, :] * v_stride_d
-    if slopes_pointer is not None:
-        slope = tl.load(slopes_pointer + batch * slopes_stride_b + head, mask=row_valid, other=0.0) * LOG2_E
+    q_row = q.pointer + batch * q.stride_b + head * q.stride_h + query.to(tl.int64) * q.stride_row
+    q_tile = q_row[:, None] + dim.to(tl.int64)[None, :] * q.stride_dim
+    q_rows = tl.load(q_tile, mask=row_valid[:, None] & (dim < head_dim)[None, :], other=0.0)
+    k_column = k.pointer + kv_head * k.stride_h + dim.to(tl.int64)[None, :] * k.stride_dim
+    v_column = v.pointer + kv_head * v.stride_h + dim_v.to(tl.int64)[None, :] * v.stride_dim
+    if features.slopes is not None:
+        slope = tl.load(features.slopes + batch * features.slopes_stride_b + head, mask=row_valid, other=0.0) * LOG2_E
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    if sinks_pointer is not None:
+    if features.sinks is not None:
         # One of the splits counts it.
-        sink = tl.load(sinks_pointer + head, mask=row_valid, other=float("-inf"))
+        sink = tl.load(features.sinks + head, mask=row_valid, other=float("-inf"))
         sink = tl.where(split == 0, sink, float("-inf"))
         maximum = sink * LOG2_E
         total = tl.where(sink == float("-inf"), 0.0, 1.0)
@@ -224,35 +265,35 @@ def _decode_kernel(
         # A page that no query sees may be gone: neither it nor its entry in the table is read. One that is not in the
         # cache, negative ones among them, becomes the last, so that nothing outside is read.
         present = (key >= low) & (key < end)
-        if table_pointer is None:
+        if table.pointer is None:
             page = batch
             slot = key.to(tl.int64)
         elif PAGE_SIZE % BLOCK_N == 0:
-            entry = table_pointer + batch * table_stride_b + tl.cast(start // PAGE_SIZE, tl.int64) * table_stride_page
+            entry = table.pointer + batch * table.stride_b + tl.cast(start // PAGE_SIZE, tl.int64) * table.stride_page
             page = tl.minimum(tl.load(entry).to(tl.uint32), pages - 1).to(tl.int64)
             slot = (start % PAGE_SIZE + tl.arange(0, BLOCK_N)).to(tl.int64)
         else:
-            entry = table_pointer + batch * table_stride_b + (key // PAGE_SIZE).to(tl.int64) * table_stride_page
+            entry = table.pointer + batch * table.stride_b + (key // PAGE_SIZE).to(tl.int64) * table.stride_page
             page = tl.load(entry, mask=present, other=0)
             page = tl.minimum(page.to(tl.uint32), pages - 1).to(tl.int64)
             slot = (key % PAGE_SIZE).to(tl.int64)
-        k_row = page * k_stride_page + slot * k_stride_n
-        v_row = page * v_stride_page + slot * v_stride_n
-        k = tl.load(k_column + k_row[:, None], mask=present[:, None] & (dim < head_dim)[None, :], other=0.0)
-        nothing = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        scores = dot(q, tl.trans(k), nothing, INPUT_PRECISION)
-        if SOFTCAP:
-            scores = tanh(scores * (scale / softcap)) * (softcap * LOG2_E)
+        k_row = page * k.stride_b + slot * k.stride_row
+        v_row = page * v.stride_b + slot * v.stride_row
+        k_tile = tl.load(k_column + k_row[:, None], mask=present[:, None] & (dim < head_dim)[None, :], other=0.0)
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        scores = dot(q_rows, tl.trans(k_tile), zeros, INPUT_PRECISION)
+        if constants.SOFTCAP:
+            scores = tanh(scores * (features.scale / features.softcap)) * (features.softcap * LOG2_E)
         else:
-            scores *= scale * LOG2_E
+            scores *= features.scale * LOG2_E
         distance = key[None, :] - (query + offset)[:, None]
-        if slopes_pointer is not None:
+        if features.slopes is not None:
             scores -= slope[:, None] * tl.abs(distance).to(tl.float32)
         allowed = present[None, :]
         if LEFT_BOUNDED:
-            allowed = allowed & (distance >= -left)
+            allowed = allowed & (distance >= -features.left)
         if RIGHT_BOUNDED:
-            allowed = allowed & (distance <= right)
+            allowed = allowed & (distance <= features.right)
         if query_lengths_pointer is not None:
             allowed = allowed & row_valid[:, None]
         scores = tl.where(allowed, scores, float("-inf"))
@@ -261,16 +302,16 @@ def _decode_kernel(
         weights = tl.exp2(scores - shift[:, None])
         rescale = tl.exp2(maximum - shift)
         total = total * rescale + tl.sum(weights, axis=1)
-        v = tl.load(v_column + v_row[:, None], mask=present[:, None] & (dim_v < value_dim)[None, :], other=0.0)
-        accumulator = dot(round_to(weights, v.dtype), v, accumulator * rescale[:, None], INPUT_PRECISION)
+        v_tile = tl.load(v_column + v_row[:, None], mask=present[:, None] & (dim_v < value_dim)[None, :], other=0.0)
+        accumulator = dot(round_to(weights, v_tile.dtype), v_tile, accumulator * rescale[:, None], INPUT_PRECISION)
         maximum = new_maximum
 
     empty = total == 0.0
     output = accumulator / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("-inf"), maximum * LN_2 + tl.log(tl.where(empty, 1.0, total)))
     tl.store(lse_pointer + target, lse, mask=row_stored)
-    o_tile = o_pointer + target[:, None] * value_dim + dim_v[None, :]
-    output = round_to(output, o_pointer.dtype.element_ty)
+    o_tile = output_pointer + target[:, None] * value_dim + dim_v[None, :]
+    output = round_to(output, output_pointer.dtype.element_ty)
     tl.store(o_tile, output, mask=row_stored[:, None] & (dim_v < value_dim)[None, :])
 
 
@@ -361,46 +402,48 @@ def _launch(
     attend = Launch(
         _decode_kernel,
         (_programs(query, cache, configuration) * splits,),
-        (
-            query,
-            key_cache,
-            value_cache,
-            *partial,
-            *query.stride(),
-            *cache_strides(key_cache, table),
-            *cache_strides(value_cache, table),
-            lengths,
-            query_lengths,
-            table,
-            *((0, 0) if table is None else table.stride()),
-            slopes,
-            0 if slopes is None or slopes.shape[0] == 1 else slopes.stride(0),
-            sinks,
-            triton.cdiv(group * queries, block_m),
-            splits,
-            cache.kv_heads,
-            queries,
-            batch * queries * heads,
-            cache.capacity,
-            key_cache.shape[0],
-            scale,
-            softcap,
-            left,
-            right,
-        ),
+        (),
         {
-            "PAGE_SIZE": 1 if table is None else cache.page_size,
-            "GROUP": group,
-            "head_dim": head_dim,
-            "value_dim": value_dim,
-            "LEFT_BOUNDED": left != UNBOUNDED,
-            "RIGHT_BOUNDED": right != UNBOUNDED,
-            "SOFTCAP": softcap != 0.0,
-            "INPUT_PRECISION": precision,
-            "BLOCK_M": block_m,
-            "BLOCK_N": configuration.block_n,
-            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-            "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
+            "q": operand(query),
+            "k": cache_operand(key_cache, table),
+            "v": cache_operand(value_cache, table),
+            "output_pointer": partial[0],
+            "lse_pointer": partial[1],
+            "lengths_pointer": lengths,
+            "query_lengths_pointer": query_lengths,
+            "table": page_table(table),
+            "row_tiles": triton.cdiv(group * queries, block_m),
+            "splits": splits,
+            "kv_heads": cache.kv_heads,
+            "queries": queries,
+            "total_rows": batch * queries * heads,
+            "capacity": cache.capacity,
+            "pages": key_cache.shape[0],
+            "features": DecodeFeatures(
+                scale,
+                softcap,
+                left,
+                right,
+                slopes,
+                slopes_stride_b=0 if slopes is None or slopes.shape[0] == 1 else slopes.stride(0),
+                sinks=sinks,
+            ),
+            "constants": constants(
+                DecodeConstants(
+                    PAGE_SIZE=1 if table is None else cache.page_size,
+                    GROUP=group,
+                    head_dim=head_dim,
+                    value_dim=value_dim,
+                    LEFT_BOUNDED=left != UNBOUNDED,
+                    RIGHT_BOUNDED=right != UNBOUNDED,
+                    SOFTCAP=softcap != 0.0,
+                    INPUT_PRECISION=precision,
+                    BLOCK_M=block_m,
+                    BLOCK_N=configuration.block_n,
+                    BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+                    BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
+                )
+            ),
             "num_warps": configuration.num_warps,
             # The compiler divides the stages among a load and the loads that wait for it: here pages, then keys.
             "num_stages": configuration.num_stages if table is None else 2 * configuration.num_stages - 1,

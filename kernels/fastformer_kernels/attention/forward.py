@@ -14,26 +14,25 @@ import triton
 import triton.language as tl
 
 from fastformer_kernels.attention.arguments import AttentionArguments, empty_lse, empty_output
-from fastformer_kernels.attention.kernel_arguments import Sizes, features, lengths, operand, rows, sizes
+from fastformer_kernels.attention.kernel_arguments import Sizes, features, layout, operand, rows, sizes
 from fastformer_kernels.attention.launch import (
+    constants_of_call,
     forward_configuration,
-    has_borders,
+    heads_in_cache,
     launch_size,
     loops_of,
-    options_of_call,
-    section_of,
+    needs_tests,
     specializes_warps,
     uses_descriptors,
 )
 from fastformer_kernels.attention.tiles import (
-    LN_2,
-    LOG2_E,
-    NO_BORDERS,
     ONE_LOOP,
+    UNTESTED,
+    HeadFeatures,
+    Span,
+    at_head,
     bias_and_mask,
     bias_at_head,
-    border_start,
-    border_tiles,
     dropout_keep,
     key_bounds,
     key_ranges,
@@ -44,11 +43,14 @@ from fastformer_kernels.attention.tiles import (
     relative_at_head,
     rows_of,
     scale_of,
+    scores_of,
     slope_of,
     store_rows,
-    tanh,
-    tile_of_work,
+    tile_and_row,
+    tile_start,
+    tiles_in,
 )
+from fastformer_kernels.constants import LN_2, LOG2_E
 from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.precision import dot, input_precision, round_to
 
@@ -58,92 +60,69 @@ def _attend(
     accumulator,
     maximum,
     total,
-    q,
+    q_tile,
     k_source,
     v_source,
     k,
     v,
-    low,
-    whole_low,
-    whole_high,
-    high,
     first,
-    queries,
-    keys,
-    offset,
-    prefix,
-    scale,
-    slope,
-    mask_pointer,
-    bias_pointer,
-    relative_pointer,
+    ranges,
+    span,
+    head_features,
     dropout_row,
     features,
-    head_dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    BORDER: tl.constexpr,
-    PREFIX: tl.constexpr,
-    FOLD_SCALE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    constants,
+    TESTED: tl.constexpr,
 ):
-    """Take the border tiles, or the whole ones, into the online softmax."""
-    multiplier = scale * LOG2_E if FOLD_SCALE else 1.0
-    query = first + tl.arange(0, q.shape[0])
-    if BORDER:
-        count = border_tiles(low, whole_low, whole_high, high, BLOCK_N)
-    else:
-        count = (whole_high - whole_low) // BLOCK_N
-    for index in tl.range(0, count, warp_specialize=WARP_SPECIALIZE):
-        if BORDER:
-            start = border_start(index, low, whole_low, whole_high, BLOCK_N)
-        else:
-            start = whole_low + index * BLOCK_N
+    """Take the tiles of keys that need a test, or those that need none, into the online softmax."""
+    multiplier = head_features.scale * LOG2_E if constants.FOLD_SCALE else 1.0
+    query = first + tl.arange(0, constants.BLOCK_M)
+    for index in tl.range(0, tiles_in(ranges, TESTED, constants.BLOCK_N), warp_specialize=constants.WARP_SPECIALIZE):
+        start = tile_start(index, ranges, TESTED, constants.BLOCK_N)
         key_tile = load_rows(
-            k_source, start, keys, k.stride_row, k.stride_dim, head_dim, BLOCK_N, BLOCK_D, BORDER, DESCRIPTORS
+            k_source,
+            start,
+            span.keys,
+            k,
+            constants.head_dim,
+            constants.BLOCK_N,
+            constants.BLOCK_D,
+            TESTED,
+            constants.DESCRIPTORS,
         )
-        scores = dot(q, tl.trans(key_tile), tl.zeros((q.shape[0], BLOCK_N), tl.float32), INPUT_PRECISION)
-        if features.softcap is not None:
-            scores = tanh(scores * (scale / features.softcap)) * (features.softcap * LOG2_E)
-        elif not FOLD_SCALE:
-            scores *= scale * LOG2_E
-        key = (start + tl.arange(0, BLOCK_N))[None, :]
-        scores = bias_and_mask(
-            scores,
-            query[:, None],
-            key,
-            queries,
-            keys,
-            offset,
-            prefix,
-            slope,
-            mask_pointer,
-            bias_pointer,
-            relative_pointer,
-            features,
-            PREFIX,
-            BORDER,
-        )
+        zeros = tl.zeros((constants.BLOCK_M, constants.BLOCK_N), tl.float32)
+        products = dot(q_tile, tl.trans(key_tile), zeros, constants.INPUT_PRECISION)
+        scores = scores_of(products, head_features.scale, features, constants.FOLD_SCALE)
+        key = (start + tl.arange(0, constants.BLOCK_N))[None, :]
+        scores = bias_and_mask(scores, query[:, None], key, span, head_features, features, TESTED)
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * multiplier)
         shift = new_maximum
-        if BORDER or mask_pointer is not None or bias_pointer is not None or relative_pointer is not None:
+        if (
+            TESTED
+            or head_features.mask is not None
+            or head_features.bias is not None
+            or head_features.relative is not None
+        ):
             shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         weights = tl.exp2(scores * multiplier - shift[:, None])
         rescale = tl.exp2(maximum - shift)
         total = total * rescale + tl.sum(weights, axis=1)
         if features.seed is not None:
-            keep = dropout_keep(features, dropout_row, first, start, q.shape[0], BLOCK_N)
+            keep = dropout_keep(features, dropout_row, first, start, constants.BLOCK_M, constants.BLOCK_N)
             weights = tl.where(keep, weights, 0.0)
         value_tile = load_rows(
-            v_source, start, keys, v.stride_row, v.stride_dim, value_dim, BLOCK_N, BLOCK_V, BORDER, DESCRIPTORS
+            v_source,
+            start,
+            span.keys,
+            v,
+            constants.value_dim,
+            constants.BLOCK_N,
+            constants.BLOCK_V,
+            TESTED,
+            constants.DESCRIPTORS,
         )
-        accumulator = dot(
-            round_to(weights, value_tile.dtype), value_tile, accumulator * rescale[:, None], INPUT_PRECISION
-        )
+        weights = round_to(weights, value_tile.dtype)
+        accumulator = dot(weights, value_tile, accumulator * rescale[:, None], constants.INPUT_PRECISION)
         maximum = new_maximum
     return accumulator, maximum, total
 
@@ -156,142 +135,69 @@ def _attention_forward_kernel(
     o,
     lse,
     sinks_pointer,
-    works,
+    all_tiles,
     tiles,
-    section,
+    heads_in_cache,
     heads,
     queries,
     keys,
     query_tokens,
     key_tokens,
-    group,
-    lengths,
+    layout,
     features,
-    head_dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    BOTTOM_RIGHT: tl.constexpr,
-    FOLD_SCALE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BORDERS: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    constants,
 ):
-    sizes = Sizes(works, tiles, section, heads, queries, keys, query_tokens, key_tokens)
-    if PERSISTENT:
-        for work in range(tl.program_id(0), sizes.works, tl.num_programs(0)):
-            _forward_tile(
-                q,
-                k,
-                v,
-                o,
-                lse,
-                sinks_pointer,
-                work,
-                sizes,
-                group,
-                lengths,
-                features,
-                head_dim,
-                value_dim,
-                BOTTOM_RIGHT,
-                FOLD_SCALE,
-                INPUT_PRECISION,
-                BORDERS,
-                DESCRIPTORS,
-                WARP_SPECIALIZE,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_V,
-            )
+    """O = softmax(S) V with S = softcap(scale Q K^T) + bias, masked, and the log-sum-exp of its rows.
+
+    Args:
+        q, k, v, o: an `Operand` each; o is written.
+        lse: a `Rows`, written.
+        sinks_pointer: (heads,) float32; one more logit of each head, which meets no value; or None.
+        all_tiles, tiles, heads_in_cache, heads, queries, keys, query_tokens, key_tokens: a `Sizes`, its numbers by
+            themselves, since Triton specialises every number within a tuple.
+        layout, features, constants: a `Layout`, a `Features`, a `Constants`.
+    """
+    sizes = Sizes(all_tiles, tiles, heads_in_cache, heads, queries, keys, query_tokens, key_tokens)
+    if constants.PERSISTENT:
+        for number in range(tl.program_id(0), all_tiles, tl.num_programs(0)):
+            _forward_tile(q, k, v, o, lse, sinks_pointer, number, sizes, layout, features, constants)
     else:
-        work = tl.program_id(0)
-        _forward_tile(
-            q,
-            k,
-            v,
-            o,
-            lse,
-            sinks_pointer,
-            work,
-            sizes,
-            group,
-            lengths,
-            features,
-            head_dim,
-            value_dim,
-            BOTTOM_RIGHT,
-            FOLD_SCALE,
-            INPUT_PRECISION,
-            BORDERS,
-            DESCRIPTORS,
-            WARP_SPECIALIZE,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_V,
-        )
+        _forward_tile(q, k, v, o, lse, sinks_pointer, tl.program_id(0), sizes, layout, features, constants)
 
 
 @triton.jit
-def _forward_tile(
-    q,
-    k,
-    v,
-    o,
-    lse,
-    sinks_pointer,
-    work,
-    sizes,
-    group,
-    lengths,
-    features,
-    head_dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    BOTTOM_RIGHT: tl.constexpr,
-    FOLD_SCALE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BORDERS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Output and log-sum-exp of a tile of queries of one head of one sequence."""
-    PREFIX: tl.constexpr = lengths.prefix_lengths is not None
-    rank, row = tile_of_work(work, sizes.tiles, sizes.works // sizes.tiles, sizes.section)
+def _forward_tile(q, k, v, o, lse, sinks_pointer, number, sizes, layout, features, constants):
+    """Output and log-sum-exp of tile `number`: some queries of one head of one sequence."""
+    DESCRIPTORS: tl.constexpr = constants.DESCRIPTORS
+    BLOCK_M: tl.constexpr = constants.BLOCK_M
+    BLOCK_N: tl.constexpr = constants.BLOCK_N
+    BLOCK_D: tl.constexpr = constants.BLOCK_D
+    BLOCK_V: tl.constexpr = constants.BLOCK_V
+    rank, row = tile_and_row(number, sizes)
     head = (row % sizes.heads).to(tl.int64)
     batch = (row // sizes.heads).to(tl.int64)
     # Under causality the last queries meet the most keys.
     first = (sizes.tiles - 1 - rank) * BLOCK_M
-    q_start, queries = query_bounds(batch, lengths, sizes.queries, sizes.query_tokens)
-    k_start, keys, _ = key_bounds(batch, lengths, sizes.keys, sizes.key_tokens)
-    prefix = prefix_length(batch, lengths)
-    offset = keys - queries if BOTTOM_RIGHT else 0
-    kv_head = head // group
-    k_pointer = k.pointer + batch * k.stride_b + kv_head * k.stride_h + k_start * k.stride_row
-    v_pointer = v.pointer + batch * v.stride_b + kv_head * v.stride_h + k_start * v.stride_row
-    k_source = rows_of(k_pointer, keys, k.stride_row, head_dim, BLOCK_N, BLOCK_D, DESCRIPTORS)
-    v_source = rows_of(v_pointer, keys, v.stride_row, value_dim, BLOCK_N, BLOCK_V, DESCRIPTORS)
-    q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
-    q_source = rows_of(q_pointer, queries, q.stride_row, head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    q_start, queries = query_bounds(batch, layout, sizes.queries, sizes.query_tokens)
+    k_start, keys, _ = key_bounds(batch, layout, sizes.keys, sizes.key_tokens)
+    span = Span(queries, keys, keys - queries if constants.BOTTOM_RIGHT else 0, prefix_length(batch, layout))
+    kv_head = head // layout.group
+    k_pointer = at_head(k, batch, kv_head, k_start)
+    v_pointer = at_head(v, batch, kv_head, k_start)
+    k_source = rows_of(k_pointer, keys, k, constants.head_dim, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v_source = rows_of(v_pointer, keys, v, constants.value_dim, BLOCK_N, BLOCK_V, DESCRIPTORS)
+    q_pointer = at_head(q, batch, head, q_start)
+    q_source = rows_of(q_pointer, queries, q, constants.head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
     # An empty sequence's descriptor has one row, which is not there: start after it.
     q_first = tl.where(first < queries, first, tl.maximum(first, 1))
-    q_tile = load_rows(
-        q_source, q_first, queries, q.stride_row, q.stride_dim, head_dim, BLOCK_M, BLOCK_D, True, DESCRIPTORS
+    q_tile = load_rows(q_source, q_first, queries, q, constants.head_dim, BLOCK_M, BLOCK_D, True, DESCRIPTORS)
+    head_features = HeadFeatures(
+        scale_of(features, head),
+        slope_of(features, batch, head),
+        mask_at_head(features, batch, head),
+        bias_at_head(features, batch, head),
+        relative_at_head(features, head),
     )
-    scale = scale_of(features, head)
-    slope = slope_of(features, batch, head)
-    mask_pointer = mask_at_head(features, batch, head)
-    bias_pointer = bias_at_head(features, batch, head)
-    relative_pointer = relative_at_head(features, head)
     query = first + tl.arange(0, BLOCK_M)
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
@@ -300,60 +206,20 @@ def _forward_tile(
     if sinks_pointer is not None:
         maximum = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_pointer + head) * LOG2_E
         total = tl.where(maximum == float("-inf"), 0.0, 1.0)
-    low, whole_low, whole_high, high = key_ranges(
-        first, queries, keys, offset, prefix, features, PREFIX, BLOCK_M, BLOCK_N
-    )
-    # A packed sequence may have fewer tiles than the longest one: nothing is loaded then, and nothing stored.
-    if first >= queries:
-        low, whole_low, whole_high, high = 0, 0, 0, 0
-    if BORDERS == ONE_LOOP:
-        whole_low, whole_high = high, high
-    for part in tl.static_range(1 if BORDERS == ONE_LOOP else 0, 1 if BORDERS == NO_BORDERS else 2):
+    ranges = key_ranges(first, span, features, constants)
+    dropout_row = batch * sizes.heads + head
+    for tested in tl.static_range(1 if constants.LOOPS == ONE_LOOP else 0, 1 if constants.LOOPS == UNTESTED else 2):
         accumulator, maximum, total = _attend(
-            accumulator,
-            maximum,
-            total,
-            q_tile,
-            k_source,
-            v_source,
-            k,
-            v,
-            low,
-            whole_low,
-            whole_high,
-            high,
-            first,
-            queries,
-            keys,
-            offset,
-            prefix,
-            scale,
-            slope,
-            mask_pointer,
-            bias_pointer,
-            relative_pointer,
-            batch * sizes.heads + head,
-            features,
-            head_dim,
-            value_dim,
-            part == 1,
-            PREFIX,
-            FOLD_SCALE,
-            INPUT_PRECISION,
-            DESCRIPTORS,
-            WARP_SPECIALIZE,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_V,
-        )
+            accumulator, maximum, total, q_tile, k_source, v_source, k, v, first, ranges, span, head_features,
+            dropout_row, features, constants, tested == 1,
+        )  # fmt: skip
     empty = total == 0.0
     output = accumulator * (features.kept_scale / tl.where(empty, 1.0, total))[:, None]
     row_lse = tl.where(empty, float("-inf"), maximum * LN_2 + tl.log(tl.where(empty, 1.0, total)))
     lse_pointer = lse.pointer + batch * lse.stride_b + head * lse.stride_h + q_start
     tl.store(lse_pointer + query, row_lse, mask=query < queries)
-    o_pointer = o.pointer + batch * o.stride_b + head * o.stride_h + q_start * o.stride_row
-    output = round_to(output, o.pointer.dtype.element_ty)
-    store_rows(o_pointer, output, first, queries, o.stride_row, o.stride_dim, value_dim, BLOCK_M, BLOCK_V)
+    o_pointer = at_head(o, batch, head, q_start)
+    store_rows(o_pointer, output, first, queries, o, constants.value_dim, BLOCK_M, BLOCK_V)
 
 
 def attention_forward(
@@ -373,39 +239,44 @@ def _launch_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     made: tuple[torch.Tensor, torch.Tensor],
-    precision: str,  # which the kernel's options look up: a call with another one is of another kind
+    precision: str,  # which the kernel's constants look up: a call with another one is of another kind
     *fields: Any,
 ) -> Launch | None:
     (output, lse), arguments = made, AttentionArguments.of_launch(fields)
     configuration = forward_configuration(query, key, value, arguments)
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
-    works = tiles * query.shape[1] * arguments.batch(query)
-    if works == 0:
+    all_tiles = tiles * query.shape[1] * arguments.batch(query)
+    if all_tiles == 0:
         return None
     descriptors = configuration.descriptors and uses_descriptors(query, key, value)
-    borders = loops_of(configuration, has_borders(arguments, arguments.max_seqlen_k, configuration.block_n))
-    programs = launch_size(works, query, arguments, configuration)
+    loops = loops_of(configuration, needs_tests(arguments, arguments.max_seqlen_k, configuration.block_n))
+    programs = launch_size(all_tiles, query, arguments, configuration)
+    together = heads_in_cache(key, value, arguments)
     return Launch(
         _attention_forward_kernel,
         (programs,),
-        (
-            operand(query),
-            operand(key),
-            operand(value),
-            operand(output),
-            rows(lse),
-            arguments.sinks,
-            *sizes(query, key, arguments, works=works, tiles=tiles, section=section_of(key, value, arguments)),
-            query.shape[1] // key.shape[1],
-            lengths(arguments),
-            features(arguments),
-        ),
+        (),
         {
-            "BORDERS": borders,
-            "PERSISTENT": programs < works,
-            "DESCRIPTORS": descriptors,
-            "WARP_SPECIALIZE": descriptors and specializes_warps(configuration, borders),
-            **options_of_call(query, value, arguments, configuration),
+            "q": operand(query),
+            "k": operand(key),
+            "v": operand(value),
+            "o": operand(output),
+            "lse": rows(lse),
+            "sinks_pointer": arguments.sinks,
+            **sizes(query, key, arguments, all_tiles=all_tiles, tiles=tiles, heads_in_cache=together)._asdict(),
+            "layout": layout(query, key, arguments),
+            "features": features(arguments),
+            "constants": constants_of_call(
+                query,
+                value,
+                arguments,
+                configuration,
+                loops=loops,
+                persistent=programs < all_tiles,
+                descriptors=descriptors,
+                warp_specialize=descriptors and specializes_warps(configuration, loops),
+            ),
+            **configuration.options,
         },
         descriptors,
     )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
+from fastformer_kernels.attention.decode_arguments import cache_strides
 
 
 class Operand(NamedTuple):
@@ -20,6 +21,14 @@ class Operand(NamedTuple):
     stride_h: int
     stride_row: int
     stride_dim: int
+
+
+class PageTable(NamedTuple):
+    """The pages of each sequence in order, (batch, max_pages) int32; a contiguous cache has none."""
+
+    pointer: torch.Tensor | None
+    stride_b: int
+    stride_page: int
 
 
 class Rows(NamedTuple):
@@ -48,9 +57,29 @@ class Relative(NamedTuple):
     max_distance: int
 
 
-class Lengths(NamedTuple):
-    """What says how long each sequence is."""
+class Statistics(NamedTuple):
+    """What the backward needs of each row, laid out as a `Rows`, float32 each.
 
+    Attributes:
+        lse_log2: its log-sum-exp in units of log2, +inf for a row without keys, which makes its weights zero.
+        delta: rowsum(dO * O) - dLSE.
+    """
+
+    lse_log2: torch.Tensor
+    delta: torch.Tensor
+    stride_b: int
+    stride_h: int
+
+
+class Layout(NamedTuple):
+    """Which heads belong together, and how long each sequence is.
+
+    Attributes:
+        group: query heads that share a key/value head.
+        key_lengths, cu_seqlens_q, cu_seqlens_k, prefix_lengths: those of `AttentionArguments`.
+    """
+
+    group: int
     key_lengths: torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None
     cu_seqlens_k: torch.Tensor | None
@@ -98,22 +127,53 @@ class Sizes(NamedTuple):
     """What a launch has to do. Kernels are not specialised on these numbers, which change from batch to batch.
 
     Attributes:
-        works: tiles of all heads of all sequences.
-        tiles: of the longest sequence.
-        section: see `tile_of_work`.
+        all_tiles: tiles of all heads of all sequences.
+        tiles: of a head of the longest sequence.
+        heads_in_cache: see `tile_and_row`.
         heads: query heads.
         queries, keys: of the longest sequence.
         query_tokens, key_tokens: of all packed sequences together.
     """
 
-    works: int
+    all_tiles: int
     tiles: int
-    section: int
+    heads_in_cache: int
     heads: int
     queries: int
     keys: int
     query_tokens: int
     key_tokens: int
+
+
+class Constants(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes:
+        head_dim, value_dim: of queries and keys, and of values.
+        BLOCK_M, BLOCK_N: queries and keys of a tile.
+        BLOCK_D, BLOCK_V: powers of two that hold head_dim and value_dim.
+        BOTTOM_RIGHT: whether a query's position counts from the sequence's end, not from its start.
+        FOLD_SCALE: whether exp2's multiply-add takes the scale; see `folds_scale`.
+        INPUT_PRECISION: of products.
+        LOOPS: how a kernel walks over its tiles: UNTESTED, TWO_LOOPS or ONE_LOOP of `tiles`.
+        PERSISTENT: whether a program takes one tile after another.
+        DESCRIPTORS: whether tiles are loaded by tensor descriptors (the bulk copy engine).
+        WARP_SPECIALIZE: whether copies and products go to warps of their own.
+    """
+
+    head_dim: int
+    value_dim: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    BLOCK_V: int
+    BOTTOM_RIGHT: bool
+    FOLD_SCALE: bool
+    INPUT_PRECISION: str
+    LOOPS: int
+    PERSISTENT: bool
+    DESCRIPTORS: bool
+    WARP_SPECIALIZE: bool
 
 
 def operand(tensor: torch.Tensor | None) -> Operand:
@@ -123,6 +183,16 @@ def operand(tensor: torch.Tensor | None) -> Operand:
     if tensor.dim() == 3:
         return Operand(tensor, 0, tensor.stride(1), tensor.stride(0), tensor.stride(2))
     return Operand(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3))
+
+
+def cache_operand(cache: torch.Tensor, block_table: torch.Tensor | None) -> Operand:
+    """A cache, whose first dimension is its pages: a contiguous one has a page for each sequence."""
+    return Operand(cache, *cache_strides(cache, block_table))
+
+
+def page_table(block_table: torch.Tensor | None) -> PageTable:
+    """Where the pages of each sequence are."""
+    return PageTable(block_table, *((0, 0) if block_table is None else block_table.stride()))
 
 
 def rows(tensor: torch.Tensor | None) -> Rows:
@@ -150,18 +220,30 @@ def sizes(
     key: torch.Tensor,
     arguments: AttentionArguments,
     *,
-    works: int,
+    all_tiles: int,
     tiles: int,
-    section: int,
+    heads_in_cache: int,
 ) -> Sizes:
     """The sizes of a launch."""
     longest = (arguments.max_seqlen_q, arguments.max_seqlen_k)
-    return Sizes(works, tiles, section, query.shape[1], *longest, query.shape[0], key.shape[0])
+    return Sizes(all_tiles, tiles, heads_in_cache, query.shape[1], *longest, query.shape[0], key.shape[0])
 
 
-def lengths(arguments: AttentionArguments) -> Lengths:
-    """What says how long each sequence is."""
-    return Lengths(arguments.key_lengths, arguments.cu_seqlens_q, arguments.cu_seqlens_k, arguments.prefix_lengths)
+def layout(query: torch.Tensor, key: torch.Tensor, arguments: AttentionArguments) -> Layout:
+    """Which heads belong together, and how long each sequence is."""
+    return Layout(
+        query.shape[1] // key.shape[1],
+        arguments.key_lengths,
+        arguments.cu_seqlens_q,
+        arguments.cu_seqlens_k,
+        arguments.prefix_lengths,
+    )
+
+
+def statistics(lse_log2: torch.Tensor, delta: torch.Tensor) -> Statistics:
+    """What the backward needs of each row; both are laid out alike, rows next to each other."""
+    _, stride_b, stride_h, _ = rows(lse_log2)
+    return Statistics(lse_log2, delta, stride_b, stride_h)
 
 
 def features(arguments: AttentionArguments) -> Features:

@@ -10,9 +10,10 @@ import torch
 import triton
 
 from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
-from fastformer_kernels.attention.kernel_arguments import folds_scale
-from fastformer_kernels.attention.tiles import NO_BORDERS, ONE_LOOP, TWO_LOOPS
+from fastformer_kernels.attention.kernel_arguments import Constants, folds_scale
+from fastformer_kernels.attention.tiles import ONE_LOOP, TWO_LOOPS, UNTESTED
 from fastformer_kernels.configurations import chosen, size_class
+from fastformer_kernels.constants import constants
 from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of, for_triton, multiprocessors_of
 from fastformer_kernels.precision import input_precision
 
@@ -45,17 +46,10 @@ class AttentionConfiguration:
     one_loop: bool = False
     two_kernels: bool = False
 
-    def options(self, query: torch.Tensor, value: torch.Tensor) -> dict[str, object]:
-        """The keyword arguments of a launch; a tile of a product has at least 16 rows and columns."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_D": _block_of(query.shape[-1]),
-            "BLOCK_V": _block_of(value.shape[-1]),
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            **COMPILER_OPTIONS,
-        }
+    @property
+    def options(self) -> dict[str, object]:
+        """The compiler's options of a launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **COMPILER_OPTIONS}
 
 
 # Upper ends of the classes of calls whose launches are measured, and what every measured tile size divides.
@@ -65,6 +59,7 @@ LARGEST_BLOCK = 128
 
 
 def _block_of(head_dim: int) -> int:
+    """A tile of a product has at least 16 rows and columns."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
@@ -302,7 +297,7 @@ def deterministic_configuration(
 def _shape_class(query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments) -> tuple[str, ...]:
     """The class of a call, within which one configuration is measured to be the best."""
     borders = any(
-        has_borders(arguments, length, LARGEST_BLOCK) for length in (arguments.max_seqlen_q, arguments.max_seqlen_k)
+        needs_tests(arguments, length, LARGEST_BLOCK) for length in (arguments.max_seqlen_q, arguments.max_seqlen_k)
     )
     return _class_words(
         query.element_size(),
@@ -340,7 +335,7 @@ def _default_forward(
         and arguments.seed is None
         and not arguments.loads_scores
         and uses_descriptors(query, key, value)
-        and not has_borders(arguments, arguments.max_seqlen_k, whole.block_n)
+        and not needs_tests(arguments, arguments.max_seqlen_k, whole.block_n)
     ):
         return whole
     return _choose(_FORWARD, kind) or _INTERPRETER
@@ -401,21 +396,38 @@ def _choose(tables: dict[str, Table], kind: Kind) -> AttentionConfiguration | No
     return next((choice for largest, choice in by_head_dim.items() if head_dim <= largest), None)
 
 
-def options_of_call(
-    query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments, configuration: AttentionConfiguration
-) -> dict[str, object]:
-    """The options that the forward and both kernels of the backward have in common."""
-    return {
-        "head_dim": query.shape[-1],
-        "value_dim": value.shape[-1],
-        "BOTTOM_RIGHT": arguments.bottom_right,
-        "FOLD_SCALE": folds_scale(arguments),
-        "INPUT_PRECISION": input_precision(query.dtype),
-        **configuration.options(query, value),
-    }
+def constants_of_call(
+    query: torch.Tensor,
+    value: torch.Tensor,
+    arguments: AttentionArguments,
+    configuration: AttentionConfiguration,
+    *,
+    loops: int = TWO_LOOPS.value,
+    persistent: bool = False,
+    descriptors: bool = False,
+    warp_specialize: bool = False,
+) -> Constants:
+    """What a kernel is compiled for."""
+    return constants(
+        Constants(
+            head_dim=query.shape[-1],
+            value_dim=value.shape[-1],
+            BLOCK_M=configuration.block_m,
+            BLOCK_N=configuration.block_n,
+            BLOCK_D=_block_of(query.shape[-1]),
+            BLOCK_V=_block_of(value.shape[-1]),
+            BOTTOM_RIGHT=arguments.bottom_right,
+            FOLD_SCALE=folds_scale(arguments),
+            INPUT_PRECISION=input_precision(query.dtype),
+            LOOPS=loops,
+            PERSISTENT=persistent,
+            DESCRIPTORS=descriptors,
+            WARP_SPECIALIZE=warp_specialize,
+        )
+    )
 
 
-def has_borders(arguments: AttentionArguments, length: int, block: int) -> bool:
+def needs_tests(arguments: AttentionArguments, length: int, block: int) -> bool:
     """Whether some tile of `block` of `length` rows may need a test."""
     return (
         arguments.left != UNBOUNDED
@@ -427,29 +439,29 @@ def has_borders(arguments: AttentionArguments, length: int, block: int) -> bool:
     )
 
 
-def loops_of(configuration: AttentionConfiguration, borders: bool) -> int:
-    """How a kernel walks over its tiles, some of which may need a test: its argument BORDERS."""
-    if not borders:
-        return NO_BORDERS.value
+def loops_of(configuration: AttentionConfiguration, tested: bool) -> int:
+    """How a kernel walks over its tiles, some of which may need a test: its constant LOOPS."""
+    if not tested:
+        return UNTESTED.value
     return ONE_LOOP.value if configuration.one_loop else TWO_LOOPS.value
 
 
-def specializes_warps(configuration: AttentionConfiguration, borders: int) -> bool:
-    """Whether copies and products go to warps of their own, in a kernel with this argument BORDERS."""
-    return configuration.warp_specialize and borders != TWO_LOOPS.value
+def specializes_warps(configuration: AttentionConfiguration, loops: int) -> bool:
+    """Whether copies and products go to warps of their own, in a kernel with this constant LOOPS."""
+    return configuration.warp_specialize and loops != TWO_LOOPS.value
 
 
 def launch_size(
-    works: int, query: torch.Tensor, arguments: AttentionArguments, configuration: AttentionConfiguration
+    tiles: int, query: torch.Tensor, arguments: AttentionArguments, configuration: AttentionConfiguration
 ) -> int:
     """Programs of a launch: as many as the device holds, each taking one tile after another, where causality makes
     tiles of different lengths; else one for each tile."""
     if arguments.right == UNBOUNDED or configuration.resident == 0:
-        return works
-    return min(works, multiprocessors_of(query) * configuration.resident)
+        return tiles
+    return min(tiles, multiprocessors_of(query) * configuration.resident)
 
 
-def section_of(first: torch.Tensor, second: torch.Tensor, arguments: AttentionArguments) -> int:
+def heads_in_cache(first: torch.Tensor, second: torch.Tensor, arguments: AttentionArguments) -> int:
     """How many heads' matrices, those that every tile of the head walks over, fill half of the L2 cache."""
     length = max(arguments.max_seqlen_q, arguments.max_seqlen_k, 1)
     bytes_per_head = length * (first.shape[-1] + second.shape[-1]) * first.element_size()

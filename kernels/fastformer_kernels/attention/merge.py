@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastformer_kernels.attention.tiles import LOG2_E
+from fastformer_kernels.constants import LOG2_E
 from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import COMPILER_OPTIONS
 from fastformer_kernels.precision import round_to
@@ -38,6 +38,13 @@ def _merge_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """O = sum_i exp(lse_i - lse) O_i and lse = log sum_i exp(lse_i), of BLOCK_ROWS rows; a row without keys is zero.
+
+    Args:
+        outputs_pointer, lses_pointer: (parts, rows, head_dim) and (parts, rows) float32, O_i and lse_i.
+        output_pointer, lse_pointer: (rows, head_dim) and (rows,) float32, contiguous, written.
+        BLOCK_PARTS, BLOCK_ROWS, BLOCK_D: of a tile; BLOCK_D holds head_dim.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     dim = tl.arange(0, BLOCK_D).to(tl.int64)
     row_valid = row < rows
@@ -83,8 +90,19 @@ def merge_launch(outputs: torch.Tensor, lses: torch.Tensor, output: torch.Tensor
     return Launch(
         _merge_kernel,
         (triton.cdiv(rows, block_rows),),
-        (outputs, lses, output, lse, parts, rows, *outputs.stride(), *lses.stride()),
+        (),
         {
+            "outputs_pointer": outputs,
+            "lses_pointer": lses,
+            "output_pointer": output,
+            "lse_pointer": lse,
+            "parts": parts,
+            "rows": rows,
+            "outputs_stride_part": outputs.stride(0),
+            "outputs_stride_row": outputs.stride(1),
+            "outputs_stride_dim": outputs.stride(2),
+            "lses_stride_part": lses.stride(0),
+            "lses_stride_row": lses.stride(1),
             "head_dim": head_dim,
             "BLOCK_PARTS": block_parts,
             "BLOCK_ROWS": block_rows,

@@ -7,52 +7,101 @@ this code.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from fastformer_kernels.constants import LOG2_E
+from fastformer_kernels.precision import round_to
+
 # No tile needs a test; those that do have a loop of their own; or all tiles are tested in one loop.
-NO_BORDERS, TWO_LOOPS, ONE_LOOP = (tl.constexpr(number) for number in range(3))
+UNTESTED, TWO_LOOPS, ONE_LOOP = (tl.constexpr(number) for number in range(3))
+
+
+class Span(NamedTuple):
+    """The positions of one sequence.
+
+    Attributes:
+        queries, keys: how many it has.
+        offset: the position of its first query; its first key has position 0.
+        prefix: how many keys everyone may attend to whatever the limit to the right; None without such a limit.
+    """
+
+    queries: Any
+    keys: Any
+    offset: Any
+    prefix: Any
+
+
+class Ranges(NamedTuple):
+    """What a tile meets of the other side: [low, whole_low) and [whole_high, high) in tiles that need a test,
+    [whole_low, whole_high) in tiles that need none. All but `high` are multiples of the tile's size."""
+
+    low: Any
+    whole_low: Any
+    whole_high: Any
+    high: Any
+
+
+class HeadFeatures(NamedTuple):
+    """What turns one head's products into scores, None for what the call does not have.
+
+    It is made where it is used: a function of Triton 3.6 returns no tuple with a None in it.
+
+    Attributes:
+        scale: multiplies the products.
+        slope: of ALiBi.
+        mask, bias: pointers to those of this head.
+        relative: the pointer to the head's bias for distance 0.
+    """
+
+    scale: Any
+    slope: Any
+    mask: Any
+    bias: Any
+    relative: Any
 
 
 # --- Which tile a program works on ------------------------------------------------------------------------------------
 
 
 @triton.jit
-def tile_of_work(work, tiles, heads, section):
-    """Rank of the tile and its (batch, head).
+def tile_and_row(number, sizes):
+    """Rank of the tile that is taken as number `number`, and its (batch, head).
 
-    Heads are taken in sections whose keys and values fit the L2 cache together; within a section every head's tile of
-    rank 0 comes first, then those of rank 1: the longest first, if ranks are by length.
+    As many heads as the L2 cache holds the keys and values of, `heads_in_cache`, are taken together; among them every
+    head's tile of rank 0 comes first, then those of rank 1: the longest first, if ranks are by length.
     """
-    first = work // (tiles * section) * section
-    size = tl.minimum(section, heads - first)
-    index = work - first * tiles
-    return index // size, first + index % size
+    tiles = sizes.tiles
+    all_heads = sizes.all_tiles // tiles
+    first_head = number // (tiles * sizes.heads_in_cache) * sizes.heads_in_cache
+    heads = tl.minimum(sizes.heads_in_cache, all_heads - first_head)
+    index = number - first_head * tiles
+    return index // heads, first_head + index % heads
 
 
 # --- Where a sequence lies --------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def query_bounds(batch, lengths, queries, query_tokens):
+def query_bounds(batch, layout, queries, query_tokens):
     """First token (0 unless packed) and length of the queries of sequence `batch`."""
     start = batch * 0
-    if lengths.cu_seqlens_q is not None:
-        start, queries = _packed_bounds(lengths.cu_seqlens_q + batch, query_tokens)
+    if layout.cu_seqlens_q is not None:
+        start, queries = _packed_bounds(layout.cu_seqlens_q + batch, query_tokens)
     return start, queries
 
 
 @triton.jit
-def key_bounds(batch, lengths, keys, key_tokens):
+def key_bounds(batch, layout, keys, key_tokens):
     """First token (0 unless packed), length and stored length of the keys of sequence `batch`."""
     start = batch * 0
-    if lengths.cu_seqlens_k is not None:
-        start, keys = _packed_bounds(lengths.cu_seqlens_k + batch, key_tokens)
+    if layout.cu_seqlens_k is not None:
+        start, keys = _packed_bounds(layout.cu_seqlens_k + batch, key_tokens)
     stored = keys
-    if lengths.key_lengths is not None:
-        keys = tl.maximum(tl.minimum(tl.load(lengths.key_lengths + batch), keys), 0)
+    if layout.key_lengths is not None:
+        keys = tl.maximum(tl.minimum(tl.load(layout.key_lengths + batch), keys), 0)
     return start, keys, stored
 
 
@@ -65,11 +114,11 @@ def _packed_bounds(boundary_pointer, tokens):
 
 
 @triton.jit
-def prefix_length(batch, lengths):
-    """How many keys everyone may attend to whatever the limit to the right."""
-    prefix = 0
-    if lengths.prefix_lengths is not None:
-        prefix = tl.load(lengths.prefix_lengths + batch)
+def prefix_length(batch, layout):
+    """How many keys everyone may attend to whatever the limit to the right, or None."""
+    prefix = layout.prefix_lengths
+    if layout.prefix_lengths is not None:
+        prefix = tl.load(layout.prefix_lengths + batch)
     return prefix
 
 
@@ -83,23 +132,20 @@ def _chunk_start(position, chunk):
 
 
 @triton.jit
-def key_ranges(
-    first, queries, keys, offset, prefix, features, PREFIX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """The keys that the queries from `first` meet: [low, whole_low) and [whole_high, high) in tiles that need a test,
-    [whole_low, whole_high) in tiles that need none. All but `high` are multiples of BLOCK_N."""
-    first_position = first + offset
-    last_position = tl.minimum(first + BLOCK_M, queries) - 1 + offset
+def key_ranges(first, span, features, constants):
+    """The keys that the queries from `first` meet; none where there is no query."""
+    first_position = first + span.offset
+    last_position = tl.minimum(first + constants.BLOCK_M, span.queries) - 1 + span.offset
     low = first * 0
     whole_low = low
-    high = keys
-    whole_high = keys
+    high = span.keys
+    whole_high = span.keys
     if features.right is not None:
         high = tl.minimum(high, last_position + features.right + 1)
         whole_high = tl.minimum(whole_high, first_position + features.right + 1)
-        if PREFIX:
-            high = tl.maximum(high, tl.minimum(prefix, keys))
-            whole_high = tl.maximum(whole_high, tl.minimum(prefix, keys))
+        if span.prefix is not None:
+            high = tl.maximum(high, tl.minimum(span.prefix, span.keys))
+            whole_high = tl.maximum(whole_high, tl.minimum(span.prefix, span.keys))
     if features.left is not None:
         low = tl.maximum(low, first_position - features.left)
         whole_low = tl.maximum(whole_low, last_position - features.left)
@@ -108,37 +154,46 @@ def key_ranges(
         whole_low = tl.maximum(whole_low, _chunk_start(last_position, features.chunk))
         high = tl.minimum(high, _chunk_start(last_position, features.chunk) + features.chunk)
         whole_high = tl.minimum(whole_high, _chunk_start(first_position, features.chunk) + features.chunk)
-    return _in_tiles(low, whole_low, whole_high, high, BLOCK_N)
+    low, whole_low, whole_high, high = _in_tiles(low, whole_low, whole_high, high, constants.BLOCK_N)
+    # A packed sequence may have fewer tiles than the longest one: nothing is loaded then, and nothing stored.
+    if first >= span.queries:
+        low, whole_low, whole_high, high = 0, 0, 0, 0
+    if constants.LOOPS == ONE_LOOP:
+        whole_low, whole_high = high, high
+    return Ranges(low, whole_low, whole_high, high)
 
 
 @triton.jit
-def query_ranges(
-    first, queries, keys, offset, prefix, features, PREFIX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """The queries that meet the keys from `first`, split as in `key_ranges`."""
-    last = tl.minimum(first + BLOCK_N, keys) - 1
+def query_ranges(first, span, features, constants):
+    """The queries that meet the keys from `first`; none where there is no key."""
+    last = tl.minimum(first + constants.BLOCK_N, span.keys) - 1
     low = first * 0
     whole_low = low
-    high = queries
-    whole_high = queries
+    high = span.queries
+    whole_high = span.queries
     if features.right is not None:
-        low = tl.maximum(low, first - offset - features.right)
-        whole_low = tl.maximum(whole_low, last - offset - features.right)
-        if PREFIX:
-            low = tl.where(first < prefix, 0, low)
-            whole_low = tl.where(last < prefix, 0, whole_low)
+        low = tl.maximum(low, first - span.offset - features.right)
+        whole_low = tl.maximum(whole_low, last - span.offset - features.right)
+        if span.prefix is not None:
+            low = tl.where(first < span.prefix, 0, low)
+            whole_low = tl.where(last < span.prefix, 0, whole_low)
     if features.left is not None:
-        high = tl.minimum(high, last - offset + features.left + 1)
-        whole_high = tl.minimum(whole_high, first - offset + features.left + 1)
+        high = tl.minimum(high, last - span.offset + features.left + 1)
+        whole_high = tl.minimum(whole_high, first - span.offset + features.left + 1)
     if features.chunk is not None:
-        low = tl.maximum(low, _chunk_start(first, features.chunk) - offset)
-        whole_low = tl.maximum(whole_low, _chunk_start(last, features.chunk) - offset)
-        high = tl.minimum(high, _chunk_start(last, features.chunk) + features.chunk - offset)
-        whole_high = tl.minimum(whole_high, _chunk_start(first, features.chunk) + features.chunk - offset)
-    if last < first + BLOCK_N - 1:
+        low = tl.maximum(low, _chunk_start(first, features.chunk) - span.offset)
+        whole_low = tl.maximum(whole_low, _chunk_start(last, features.chunk) - span.offset)
+        high = tl.minimum(high, _chunk_start(last, features.chunk) + features.chunk - span.offset)
+        whole_high = tl.minimum(whole_high, _chunk_start(first, features.chunk) + features.chunk - span.offset)
+    if last < first + constants.BLOCK_N - 1:
         # Rows beyond the last key must be masked, in every tile.
         whole_low = high
-    return _in_tiles(low, whole_low, whole_high, high, BLOCK_M)
+    low, whole_low, whole_high, high = _in_tiles(low, whole_low, whole_high, high, constants.BLOCK_M)
+    if first >= span.keys:
+        low, whole_low, whole_high, high = span.queries, span.queries, span.queries, span.queries
+    if constants.LOOPS == ONE_LOOP:
+        whole_low, whole_high = high, high
+    return Ranges(low, whole_low, whole_high, high)
 
 
 @triton.jit
@@ -153,26 +208,39 @@ def _in_tiles(low, whole_low, whole_high, high, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def border_tiles(low, whole_low, whole_high, high, BLOCK: tl.constexpr):
-    """How many tiles need a test."""
-    return tl.cdiv(whole_low - low + tl.maximum(high - whole_high, 0), BLOCK)
+def tiles_in(ranges, TESTED: tl.constexpr, BLOCK: tl.constexpr):
+    """How many tiles need a test, or need none."""
+    if TESTED:
+        return tl.cdiv(ranges.whole_low - ranges.low + tl.maximum(ranges.high - ranges.whole_high, 0), BLOCK)
+    else:
+        return (ranges.whole_high - ranges.whole_low) // BLOCK
 
 
 @triton.jit
-def border_start(index, low, whole_low, whole_high, BLOCK: tl.constexpr):
-    """Where the border tile `index` starts: those before the whole tiles first, then those after."""
-    start = low + index * BLOCK
-    return tl.where(start < whole_low, start, start - whole_low + whole_high)
+def tile_start(index, ranges, TESTED: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the tile `index` starts of those that need a test, which come before and after the whole ones, or of
+    those that need none."""
+    if TESTED:
+        start = ranges.low + index * BLOCK
+        return tl.where(start < ranges.whole_low, start, start - ranges.whole_low + ranges.whole_high)
+    else:
+        return ranges.whole_low + index * BLOCK
 
 
 # --- Rows of a (length, head_dim) matrix ------------------------------------------------------------------------------
 
 
 @triton.jit
+def at_head(operand, batch, head, start):
+    """The pointer to row `start` of an `Operand`'s matrix at (batch, head)."""
+    return operand.pointer + batch * operand.stride_b + head * operand.stride_h + start * operand.stride_row
+
+
+@triton.jit
 def rows_of(
     pointer,
     length,
-    stride_row,
+    operand,
     head_dim: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -181,7 +249,7 @@ def rows_of(
     """What `load_rows` takes a matrix from: a tensor descriptor (for the bulk copy engine), or its pointer."""
     if DESCRIPTOR:
         shape = [tl.maximum(length, 1), head_dim]
-        return tl.make_tensor_descriptor(pointer, shape, [tl.cast(stride_row, tl.int64), 1], [BLOCK, BLOCK_D])
+        return tl.make_tensor_descriptor(pointer, shape, [tl.cast(operand.stride_row, tl.int64), 1], [BLOCK, BLOCK_D])
     else:
         return pointer
 
@@ -191,22 +259,21 @@ def load_rows(
     source,
     start,
     length,
-    stride_row,
-    stride_dim,
+    operand,
     head_dim: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHECK: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):
-    """Rows [start, start + BLOCK) of a matrix; with CHECK or a descriptor, zeros beyond its end."""
+    """Rows [start, start + BLOCK) of a matrix of `operand`; with CHECK or a descriptor, zeros beyond its end."""
     if DESCRIPTOR:
         return source.load([start, 0])
     else:
         row = tl.arange(0, BLOCK)
         dim = tl.arange(0, BLOCK_D)
-        pointers = source + tl.cast(start, tl.int64) * stride_row
-        pointers += row.to(tl.int64)[:, None] * stride_row + dim.to(tl.int64)[None, :] * stride_dim
+        pointers = source + tl.cast(start, tl.int64) * operand.stride_row
+        pointers += row.to(tl.int64)[:, None] * operand.stride_row + dim.to(tl.int64)[None, :] * operand.stride_dim
         if CHECK:
             return tl.load(pointers, mask=(row < length - start)[:, None] & (dim < head_dim)[None, :], other=0.0)
         elif head_dim != BLOCK_D:
@@ -216,11 +283,11 @@ def load_rows(
 
 
 @triton.jit
-def row_pointers(pointer, start, stride_row, stride_dim, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers to rows [start, start + BLOCK) of a matrix, with 64-bit offsets."""
+def row_pointers(pointer, start, operand, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers to rows [start, start + BLOCK) of a matrix of `operand`, with 64-bit offsets."""
     row = start + tl.arange(0, BLOCK)
     dim = tl.arange(0, BLOCK_D)
-    return pointer + row.to(tl.int64)[:, None] * stride_row + dim.to(tl.int64)[None, :] * stride_dim
+    return pointer + row.to(tl.int64)[:, None] * operand.stride_row + dim.to(tl.int64)[None, :] * operand.stride_dim
 
 
 @triton.jit
@@ -231,18 +298,11 @@ def row_mask(start, length, head_dim: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D
 
 @triton.jit
 def store_rows(
-    pointer,
-    tile,
-    start,
-    length,
-    stride_row,
-    stride_dim,
-    head_dim: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    pointer, tile, start, length, operand, head_dim: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Store rows [start, start + BLOCK) of a matrix, up to its end."""
-    pointers = row_pointers(pointer, start, stride_row, stride_dim, BLOCK, BLOCK_D)
+    """Store rows [start, start + BLOCK) of a matrix of `operand`, in its dtype, up to the matrix's end."""
+    tile = round_to(tile, operand.pointer.dtype.element_ty)
+    pointers = row_pointers(pointer, start, operand, BLOCK, BLOCK_D)
     tl.store(pointers, tile, mask=row_mask(start, length, head_dim, BLOCK, BLOCK_D))
 
 
@@ -255,6 +315,24 @@ def tanh(x):
     square = x * x
     series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
     return tl.where(square < 0.01, series, 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0))
+
+
+@triton.jit
+def scale_of(features, head):
+    """What multiplies this head's products of queries and keys."""
+    scale = features.scale
+    if features.head_scales is not None:
+        scale = scale * tl.load(features.head_scales + head)
+    return scale
+
+
+@triton.jit
+def slope_of(features, batch, head):
+    """The ALiBi slope of (batch, head), or None."""
+    slope = features.slopes
+    if features.slopes is not None:
+        slope = tl.load(features.slopes + batch * features.slopes_stride_b + head)
+    return slope
 
 
 @triton.jit
@@ -276,15 +354,6 @@ def bias_at_head(features, batch, head):
 
 
 @triton.jit
-def slope_of(features, batch, head):
-    """The ALiBi slope of (batch, head), or None."""
-    slope = None
-    if features.slopes is not None:
-        slope = tl.load(features.slopes + batch * features.slopes_stride_b + head)
-    return slope
-
-
-@triton.jit
 def relative_at_head(features, head):
     """The pointer of a head's bias for distance 0, or of its gradient, or None."""
     pointer = features.relative
@@ -294,56 +363,49 @@ def relative_at_head(features, head):
 
 
 @triton.jit
-def scale_of(features, head):
-    """What multiplies this head's products of queries and keys."""
-    scale = features.scale
-    if features.head_scales is not None:
-        scale = scale * tl.load(features.head_scales + head)
-    return scale
+def scores_of(products, scale, features, FOLD_SCALE: tl.constexpr):
+    """Scores in units of log2 from products of queries and keys: softcap(scale products), before anything is added.
+
+    With FOLD_SCALE they are left as they are, since exp2 takes the scale.
+    """
+    if features.softcap is not None:
+        return tanh(products * (scale / features.softcap)) * (features.softcap * LOG2_E)
+    elif FOLD_SCALE:
+        return products
+    else:
+        return products * (scale * LOG2_E)
 
 
 @triton.jit
-def bias_and_mask(
-    scores,
-    query,
-    key,
-    queries,
-    keys,
-    offset,
-    prefix,
-    slope,
-    mask_pointer,
-    bias_pointer,
-    relative_pointer,
-    features,
-    PREFIX: tl.constexpr,
-    BORDER: tl.constexpr,
-):
-    """Add every bias to a tile of scores, and set what may not be attended to to -inf."""
-    distance = key - query - offset
-    inside = (query < queries) & (key < keys)
-    if slope is not None:
-        scores -= slope * LOG2_E * tl.abs(distance).to(tl.float32)
-    if relative_pointer is not None:
+def bias_and_mask(scores, query, key, span, head_features, features, TESTED: tl.constexpr):
+    """Add every bias to a tile of scores, and set what may not be attended to to -inf.
+
+    TESTED says whether limits by position may exclude something in this tile.
+    """
+    distance = key - query - span.offset
+    inside = (query < span.queries) & (key < span.keys)
+    if head_features.slope is not None:
+        scores -= head_features.slope * LOG2_E * tl.abs(distance).to(tl.float32)
+    if head_features.relative is not None:
         at = tl.minimum(tl.maximum(distance, -features.max_distance), features.max_distance)
-        scores += tl.load(relative_pointer + at).to(tl.float32) * LOG2_E
-    if bias_pointer is not None:
+        scores += tl.load(head_features.relative + at).to(tl.float32) * LOG2_E
+    if head_features.bias is not None:
         at = query.to(tl.int64) * features.bias_stride_m + key.to(tl.int64) * features.bias_stride_n
-        scores += tl.load(bias_pointer + at, mask=inside, other=0.0).to(tl.float32) * LOG2_E
-    if mask_pointer is not None:
+        scores += tl.load(head_features.bias + at, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+    if head_features.mask is not None:
         at = query.to(tl.int64) * features.mask_stride_m + key.to(tl.int64) * features.mask_stride_n
-        scores = tl.where(tl.load(mask_pointer + at, mask=inside, other=0) != 0, scores, float("-inf"))
-    if BORDER:
+        scores = tl.where(tl.load(head_features.mask + at, mask=inside, other=0) != 0, scores, float("-inf"))
+    if TESTED:
         allowed = inside
         if features.right is not None:
-            if PREFIX:
-                allowed = allowed & ((distance <= features.right) | (key < prefix))
+            if span.prefix is not None:
+                allowed = allowed & ((distance <= features.right) | (key < span.prefix))
             else:
                 allowed = allowed & (distance <= features.right)
         if features.left is not None:
             allowed = allowed & (distance >= -features.left)
         if features.chunk is not None:
-            start = _chunk_start(query + offset, features.chunk)
+            start = _chunk_start(query + span.offset, features.chunk)
             allowed = allowed & (key >= start) & (key < start + features.chunk)
         scores = tl.where(allowed, scores, float("-inf"))
     return scores

@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 
 from fastformer_kernels.attention.arguments import AttentionArguments
-from fastformer_kernels.attention.kernel_arguments import addend, features, lengths, operand, rows
-from fastformer_kernels.attention.launch import weights_configuration
+from fastformer_kernels.attention.kernel_arguments import addend, features, layout, operand, rows
+from fastformer_kernels.attention.launch import constants_of_call, weights_configuration
 from fastformer_kernels.attention.tiles import (
-    LOG2_E,
+    HeadFeatures,
+    Span,
+    at_head,
     bias_and_mask,
     bias_at_head,
     key_bounds,
@@ -22,9 +24,10 @@ from fastformer_kernels.attention.tiles import (
     query_bounds,
     relative_at_head,
     scale_of,
+    scores_of,
     slope_of,
-    tanh,
 )
+from fastformer_kernels.constants import LOG2_E
 from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.precision import dot, input_precision, round_to
 
@@ -45,17 +48,25 @@ def _attention_weights_kernel(
     keys,
     query_tokens,
     key_tokens,
-    group,
-    lengths,
+    layout,
     features,
-    head_dim: tl.constexpr,
-    BOTTOM_RIGHT: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    constants,
 ):
+    """P = exp(S - lse) of a tile of chosen rows and all keys, of one of the chosen heads of one sequence.
+
+    Args:
+        q, k: an `Operand` each.
+        lse: a `Rows`, the log-sum-exp.
+        weights: an `Addend`, (batch, head_count, row_count, keys), written.
+        heads_pointer, rows_pointer: (head_count,) and (row_count,) int32, the chosen ones; None for all.
+        row_tiles, key_tiles: tiles of a head's chosen rows and of its keys.
+        queries, keys, query_tokens, key_tokens: those of `Sizes`.
+        layout, features, constants: a `Layout`, a `Features`, a `Constants`.
+    """
+    BLOCK_M: tl.constexpr = constants.BLOCK_M
+    BLOCK_N: tl.constexpr = constants.BLOCK_N
+    BLOCK_D: tl.constexpr = constants.BLOCK_D
+    head_dim: tl.constexpr = constants.head_dim
     program = tl.program_id(0)
     start = program % key_tiles * BLOCK_N
     row_tile = program // key_tiles % row_tiles
@@ -64,11 +75,10 @@ def _attention_weights_kernel(
     head = place.to(tl.int64)
     if heads_pointer is not None:
         head = tl.load(heads_pointer + place).to(tl.int64)
-    PREFIX: tl.constexpr = lengths.prefix_lengths is not None
-    q_start, queries = query_bounds(batch, lengths, queries, query_tokens)
+    q_start, queries = query_bounds(batch, layout, queries, query_tokens)
     width = keys
-    k_start, keys, _stored_keys = key_bounds(batch, lengths, keys, key_tokens)
-    offset = keys - queries if BOTTOM_RIGHT else 0
+    k_start, keys, _stored_keys = key_bounds(batch, layout, keys, key_tokens)
+    span = Span(queries, keys, keys - queries if constants.BOTTOM_RIGHT else 0, prefix_length(batch, layout))
 
     index = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     query = index
@@ -76,35 +86,24 @@ def _attention_weights_kernel(
         query = tl.load(rows_pointer + index, mask=index < row_count, other=0)
     query = tl.where(index < row_count, query, queries)
     dim = tl.arange(0, BLOCK_D)
-    q_pointer = q.pointer + batch * q.stride_b + head * q.stride_h + q_start * q.stride_row
+    q_pointer = at_head(q, batch, head, q_start)
     q_pointers = q_pointer + query.to(tl.int64)[:, None] * q.stride_row + dim.to(tl.int64)[None, :] * q.stride_dim
     q_tile = tl.load(q_pointers, mask=(query < queries)[:, None] & (dim < head_dim)[None, :], other=0.0)
-    k_pointer = k.pointer + batch * k.stride_b + (head // group) * k.stride_h + k_start * k.stride_row
-    k_tile = load_rows(k_pointer, start, keys, k.stride_row, k.stride_dim, head_dim, BLOCK_N, BLOCK_D, True, False)
+    k_pointer = at_head(k, batch, head // layout.group, k_start)
+    k_tile = load_rows(k_pointer, start, keys, k, head_dim, BLOCK_N, BLOCK_D, True, False)
 
-    scores = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION)
-    scale = scale_of(features, head)
-    if features.softcap is not None:
-        scores = tanh(scores * (scale / features.softcap)) * (features.softcap * LOG2_E)
-    else:
-        scores *= scale * LOG2_E
-    key = start + tl.arange(0, BLOCK_N)
-    scores = bias_and_mask(
-        scores,
-        query[:, None],
-        key[None, :],
-        queries,
-        keys,
-        offset,
-        prefix_length(batch, lengths),
+    zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    products = dot(q_tile, tl.trans(k_tile), zeros, constants.INPUT_PRECISION)
+    head_features = HeadFeatures(
+        scale_of(features, head),
         slope_of(features, batch, head),
         mask_at_head(features, batch, head),
         bias_at_head(features, batch, head),
         relative_at_head(features, head),
-        features,
-        PREFIX,
-        True,
     )
+    scores = scores_of(products, head_features.scale, features, False)
+    key = start + tl.arange(0, BLOCK_N)
+    scores = bias_and_mask(scores, query[:, None], key[None, :], span, head_features, features, True)
     lse_pointer = lse.pointer + batch * lse.stride_b + head * lse.stride_h + (q_start + query) * lse.stride_row
     row_lse = tl.load(lse_pointer, mask=query < queries, other=float("inf"))
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
@@ -146,7 +145,7 @@ def _launch_weights(
     heads: torch.Tensor | None,
     query_rows: torch.Tensor | None,
     made: tuple[torch.Tensor],
-    precision: str,
+    precision: str,  # which the kernel's constants look up: a call with another one is of another kind
     *fields: Any,
 ) -> Launch:
     (weights,), arguments = made, AttentionArguments.of_launch(fields)
@@ -157,29 +156,25 @@ def _launch_weights(
     return Launch(
         _attention_weights_kernel,
         (key_tiles * row_tiles * head_count * batch,),
-        (
-            operand(query),
-            operand(key),
-            rows(lse),
-            addend(weights),
-            heads,
-            query_rows,
-            head_count,
-            row_count,
-            row_tiles,
-            key_tiles,
-            arguments.max_seqlen_q,
-            arguments.max_seqlen_k,
-            query.shape[0],
-            key.shape[0],
-            query.shape[1] // key.shape[1],
-            lengths(arguments),
-            features(arguments),
-        ),
+        (),
         {
-            "head_dim": query.shape[-1],
-            "BOTTOM_RIGHT": arguments.bottom_right,
-            "INPUT_PRECISION": precision,
-            **configuration.options(query, query),
+            "q": operand(query),
+            "k": operand(key),
+            "lse": rows(lse),
+            "weights": addend(weights),
+            "heads_pointer": heads,
+            "rows_pointer": query_rows,
+            "head_count": head_count,
+            "row_count": row_count,
+            "row_tiles": row_tiles,
+            "key_tiles": key_tiles,
+            "queries": arguments.max_seqlen_q,
+            "keys": arguments.max_seqlen_k,
+            "query_tokens": query.shape[0],
+            "key_tokens": key.shape[0],
+            "layout": layout(query, key, arguments),
+            "features": features(arguments),
+            "constants": constants_of_call(query, query, arguments, configuration),
+            **configuration.options,
         },
     )
