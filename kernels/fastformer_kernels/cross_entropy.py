@@ -350,7 +350,6 @@ def _launch_rows(
     return Launch(
         _cross_entropy_kernel,
         (triton.cdiv(layout.rows, block_rows),),
-        (),
         {
             "logits": RowTensor(logits, *layout.strides[0]),
             "gradient": RowTensor(gradient, *layout.strides[1]),

@@ -304,7 +304,6 @@ def _launch_forward(
     return Launch(
         _forward_kernel,
         (triton.cdiv(rows, blocks["BLOCK_ROWS"]),),
-        (),
         {
             "lookups": lookups,
             "weight_pointer": weight,
@@ -399,7 +398,6 @@ def _launch_backward(
     return Launch(
         _backward_kernel,
         (_programs(rows, columns, word),),
-        (),
         {
             "grad_output": Matrix(grad_output, *grad_output.stride()),
             "lookups": _lookups(word_ids, position_ids, token_type_ids, word, position, token_type),
@@ -454,7 +452,6 @@ def _launch_table_gradient(
     return Launch(
         _table_gradient_kernel,
         (rows, triton.cdiv(columns, block_columns), splits),
-        (),
         {
             "grad_sum_pointer": grad_sum,
             "order_pointer": order,
@@ -480,8 +477,19 @@ def _lookups(
     token_type: torch.Tensor | None,
 ) -> Lookups:
     """Ids and tables with their sizes."""
-    rows = (0 if table is None else table.shape[0] for table in (word, position, token_type))
-    return Lookups(word_ids, position_ids, token_type_ids, word, position, token_type, *rows, word_ids.shape[-1])
+    words, positions, token_types = (0 if table is None else len(table) for table in (word, position, token_type))
+    return Lookups(
+        word_ids,
+        position_ids,
+        token_type_ids,
+        word,
+        position,
+        token_type,
+        words,
+        positions,
+        token_types,
+        sequence_length=word_ids.shape[-1],
+    )
 
 
 def _programs(rows: int, columns: int, tensor: torch.Tensor) -> int:

@@ -7,7 +7,8 @@ sixty arguments, take ten times as long as the launch. So a launcher says what t
 >>> @kept_launch
 ... def _launch_copy(source: torch.Tensor, made: tuple[torch.Tensor]) -> Launch:
 ...     (target,), size = made, source.numel()
-...     return Launch(_copy_kernel, (triton.cdiv(size, 1024),), (source, target, size), {"BLOCK": 1024})
+...     arguments = {"source": source, "target": target, "size": size, "BLOCK": 1024}
+...     return Launch(_copy_kernel, (triton.cdiv(size, 1024),), arguments)
 >>> _launch_copy(x, (torch.empty_like(x),))
 """
 
@@ -40,16 +41,14 @@ class Launch(NamedTuple):
     Attributes:
         kernel: the Triton function.
         grid: programs in each dimension.
-        arguments: of the kernel, in its order; tensors among them, within a tuple among them or described by a
-            descriptor among them are the launcher's.
-        options: the kernel's constants and the compiler's options by name.
+        arguments: of the kernel, its constants among them, and the compiler's options, by name; tensors among them,
+            within a tuple among them or described by a descriptor among them are the launcher's.
         descriptors: whether the kernel makes tensor descriptors.
     """
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
+    arguments: dict[str, Any]
     descriptors: bool = False
 
 
@@ -146,13 +145,11 @@ class _Kept:
     """A compiled kernel with all that it is launched with but its pointers."""
 
     def __init__(self, compiled: Any, launch: Launch, tensors: list[torch.Tensor]) -> None:
-        names = launch.kernel.arg_names
-        by_name = {**launch.options, **dict(zip(names, launch.arguments, strict=False))}
         numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
         self.compiled = compiled
         self.grid = (*launch.grid, 1, 1)[:3]
         self.descriptors = launch.descriptors
-        self.arguments: list[Any] = [by_name[name] for name in names]
+        self.arguments: list[Any] = [launch.arguments[name] for name in launch.kernel.arg_names]
         # Where pointers go, and whose: among the arguments, and first or later within the tuples among them.
         self.pointers: list[tuple[int, int]] = []
         self.leading: list[tuple[int, int, tuple[Any, ...]]] = []
@@ -255,5 +252,5 @@ def _launch(launcher: Launcher, arguments: tuple[Any, ...]) -> list[tuple[Launch
         for launch in launches:
             if launch.descriptors:
                 provide_scratch_memory()
-            launched.append((launch, launch.kernel[launch.grid](*launch.arguments, **launch.options)))
+            launched.append((launch, launch.kernel[launch.grid](**launch.arguments)))
     return launched

@@ -471,7 +471,6 @@ def _launch_forward(
     return Launch(
         _forward_kernel,
         (triton.cdiv(rows, block_rows),),
-        (),
         {
             "input": input_matrix,
             "input_bias_pointer": input_bias,
@@ -612,12 +611,12 @@ def _launch_backward(
             "STAGES": tiles.configuration.stages or None,
             "BLOCK_ROWS": tiles.rows,
         }
-        return [Launch(_backward_kernel, (tiles.programs,), (), of_row | of_sums | options)]
-    launches = [Launch(_backward_long_row_kernel, (rows,), (), of_row | options)]
+        return [Launch(_backward_kernel, (tiles.programs,), of_row | of_sums | options)]
+    launches = [Launch(_backward_long_row_kernel, (rows,), of_row | options)]
     if sums is not None:
         read = {name: of_row[name] for name in ("grad_output", "x", "statistics_pointer", "columns")}
         grid = (triton.cdiv(columns, tiles.columns), tiles.programs)
-        launches.append(Launch(_parameter_sums_kernel, grid, (), read | of_sums | options))
+        launches.append(Launch(_parameter_sums_kernel, grid, read | of_sums | options))
     return launches
 
 

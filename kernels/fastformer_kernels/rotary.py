@@ -218,7 +218,6 @@ def rotate(
     return Launch(
         _rotary_kernel,
         (batch * tokens, groups),
-        (),
         {
             "query": operand(query),
             "key": operand(key),

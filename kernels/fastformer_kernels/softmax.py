@@ -268,7 +268,6 @@ def _launch_forward(
     return Launch(
         _softmax_forward_kernel,
         (triton.cdiv(layout.rows, blocks["BLOCK_ROWS"]),),
-        (),
         {
             "input": RowTensor(x, *layout.strides[0]),
             "mask": RowTensor(mask, *((0, 0, 0, 0) if mask is None else layout.strides[2])),
@@ -315,7 +314,6 @@ def _launch_backward(dy: torch.Tensor, y: torch.Tensor, dx: torch.Tensor, dim: i
     return Launch(
         _softmax_backward_kernel,
         (triton.cdiv(layout.rows, blocks["BLOCK_ROWS"]),),
-        (),
         {
             "grad_output": RowTensor(dy, *layout.strides[0]),
             "output": RowTensor(y, *layout.strides[1]),

@@ -74,7 +74,9 @@ def launcher(kernel: Kernel, asked: list[Any]) -> Any:
         asked.append(size)
         if size is None:
             return None
-        return Launch(kernel, (size,), (first, (second, 7), size), {"BLOCK": 16, "num_warps": 4})
+        return Launch(
+            kernel, (size,), {"first": first, "group": (second, 7), "size": size, "BLOCK": 16, "num_warps": 4}
+        )
 
     return launch
 
@@ -113,7 +115,7 @@ def test_a_descriptor_follows_its_tensor(kernel: Kernel, monkeypatch: pytest.Mon
     @kept_launch
     def launch(matrix: torch.Tensor) -> Launch:
         described = TensorDescriptor(matrix, [4, 16], [16, 1], [2, 8])
-        return Launch(kernel, (1,), (described, (), 3), {"BLOCK": 16})
+        return Launch(kernel, (1,), {"first": described, "group": (), "size": 3, "BLOCK": 16})
 
     launch(on_meta(16, 4).T)
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 64)
@@ -210,7 +212,7 @@ def test_a_launch_is_on_the_device_that_holds_its_tensor(
 
     @kept_launch
     def launch(first: torch.Tensor) -> list[Launch]:
-        return [Launch(devices, (1,), (first,), {}, descriptors=True)] * 2
+        return [Launch(devices, (1,), {"pointer": first}, descriptors=True)] * 2
 
     for _ in range(3):
         launch(on_meta(4))
@@ -233,7 +235,7 @@ def test_other_configurations_are_asked_for(kernel: Kernel) -> None:
 def test_a_tensor_of_the_launchers_own_is_refused(kernel: Kernel) -> None:
     @kept_launch
     def launch(first: torch.Tensor) -> Launch:
-        return Launch(kernel, (1,), (first, (first.clone(), 7), 1), {"BLOCK": 16})
+        return Launch(kernel, (1,), {"first": first, "group": (first.clone(), 7), "size": 1, "BLOCK": 16})
 
     with pytest.raises(ValueError, match="not given to its launcher"):
         launch(on_meta(4))
@@ -246,7 +248,7 @@ def test_tensors_made_for_a_launch_are_not_looked_at(kernel: Kernel, monkeypatch
     def launch(first: torch.Tensor, made: tuple[torch.Tensor]) -> Launch:
         nonlocal asked
         asked += 1
-        return Launch(kernel, (1,), (first, (made[0], 7), 1), {"BLOCK": 16})
+        return Launch(kernel, (1,), {"first": first, "group": (made[0], 7), "size": 1, "BLOCK": 16})
 
     target = on_meta(4)
     launch(target, (target,))

@@ -94,14 +94,14 @@ def test_every_launch_is_inside_the_guard_of_its_first_tensor(monkeypatch: pytes
 
     class Kernel:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *arguments, **options: launched.append((arguments, list(current)))
+            return lambda **arguments: launched.append((arguments, list(current)))
 
     launched: list[Any] = []
     monkeypatch.setattr(kept_launches, "device_guard", guard)
     first, second = torch.zeros(1), torch.ones(1)
-    launches = [kept_launches.Launch(Kernel(), (1,), (tensor,), {}) for tensor in (second, first)]
+    launches = [kept_launches.Launch(Kernel(), (1,), {"pointer": tensor}) for tensor in (second, first)]
     kept_launches.kept_launch(lambda *tensors: launches)(first, second)
-    assert launched == [((second,), [first]), ((first,), [first])]
+    assert launched == [({"pointer": second}, [first]), ({"pointer": first}, [first])]
     assert not current
 
 

@@ -804,7 +804,6 @@ def _key_value_gradient(
     return Launch(
         _key_value_gradient_kernel,
         (programs,),
-        (),
         {
             "q": operand(query),
             "k": operand(key),
@@ -857,7 +856,6 @@ def _query_gradient(
     return Launch(
         _query_gradient_kernel,
         (programs,),
-        (),
         {
             "q": operand(query),
             "k": operand(key),
@@ -896,7 +894,6 @@ def _row_statistics(
     return Launch(
         _row_statistics_kernel,
         (tiles * heads * batch,),
-        (),
         {
             "o": operand(output),
             "do": operand(grad_output),
@@ -925,7 +922,6 @@ def _scale_and_round(total: torch.Tensor, grad_query: torch.Tensor, scale: float
     return Launch(
         _scale_and_round_kernel,
         (tiles * heads * batch,),
-        (),
         {
             "total": operand(total),
             "dq": operand(grad_query),

@@ -21,20 +21,10 @@ from fastformer_kernels.constants import constants
 from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import COMPILER_OPTIONS
 from fastformer_kernels.precision import round_to
+from fastformer_kernels.rows import Matrix
 
 TILE_ELEMENTS = 2048
 ELEMENTS_PER_WARP = 512
-
-
-class Angles(NamedTuple):
-    """The rotary tables: cosines and sines, (positions, pairs) float32; None for no rotation."""
-
-    cos: torch.Tensor | None
-    cos_stride_position: int
-    cos_stride_pair: int
-    sin: torch.Tensor | None
-    sin_stride_position: int
-    sin_stride_pair: int
 
 
 class AppendConstants(NamedTuple):
@@ -77,7 +67,8 @@ def _rotate(
     placed,
     cos_row,
     sin_row,
-    angles,
+    cos,
+    sin,
     rotary_dim: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
@@ -85,8 +76,8 @@ def _rotate(
     """Rotate the first rotary_dim elements of each row; one that has no place in the tables is copied."""
     pair = tl.arange(0, BLOCK_PAIRS).to(tl.int64)[None, :]
     valid = present & (pair < rotary_dim // 2)
-    cos = tl.load(cos_row + pair * angles.cos_stride_pair, mask=valid & placed, other=1.0)
-    sin = tl.load(sin_row + pair * angles.sin_stride_pair, mask=valid & placed, other=0.0)
+    cosine = tl.load(cos_row + pair * cos.stride_column, mask=valid & placed, other=1.0)
+    sine = tl.load(sin_row + pair * sin.stride_column, mask=valid & placed, other=0.0)
     dtype = target.dtype.element_ty
     if INTERLEAVED:
         # Read and written whole, since every other element alone would take an access each.
@@ -94,14 +85,14 @@ def _rotate(
         dim_valid = present & (dim < rotary_dim)
         x = tl.load(source + dim * source_stride, mask=dim_valid, other=0.0).to(tl.float32)
         a, b = tl.split(tl.reshape(x, (x.shape[0], BLOCK_PAIRS, 2)))
-        rotated = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), x.shape)
+        rotated = tl.reshape(tl.join(a * cosine - b * sine, b * cosine + a * sine), x.shape)
         tl.store(target + dim * target_stride, round_to(rotated, dtype), mask=dim_valid)
     else:
         b_at = pair + rotary_dim // 2
         a = tl.load(source + pair * source_stride, mask=valid, other=0.0).to(tl.float32)
         b = tl.load(source + b_at * source_stride, mask=valid, other=0.0).to(tl.float32)
-        tl.store(target + pair * target_stride, round_to(a * cos - b * sin, dtype), mask=valid)
-        tl.store(target + b_at * target_stride, round_to(b * cos + a * sin, dtype), mask=valid)
+        tl.store(target + pair * target_stride, round_to(a * cosine - b * sine, dtype), mask=valid)
+        tl.store(target + b_at * target_stride, round_to(b * cosine + a * sine, dtype), mask=valid)
 
 
 @triton.jit
@@ -115,7 +106,8 @@ def _append_kernel(
     lengths_pointer,
     new_lengths_pointer,
     table,
-    angles,
+    cos,
+    sin,
     token_tiles,
     slots,
     tokens,
@@ -135,7 +127,8 @@ def _append_kernel(
         rotated: an `Operand` like `query`, written.
         lengths_pointer, new_lengths_pointer: (batch,) int32, tokens in the cache and new ones; the latter may be None.
         table: a `PageTable`.
-        angles: an `Angles`.
+        cos, sin: the rotary tables, (positions, pairs) float32, a `Matrix` each; without rotation their pointers are
+            None.
         token_tiles, slots: tiles of a slot's tokens, and slots of a sequence.
         tokens, kv_heads, capacity, pages, positions: sizes of the new keys, the caches and the rotary tables.
         constants: an `AppendConstants`.
@@ -158,12 +151,12 @@ def _append_kernel(
     # One assertion: each is a call of its own in the compiled kernel.
     placed = (length >= 0) & (length + new_tokens <= capacity)
     tl.device_assert(placed, "lengths and the new tokens must lie within the cache's capacity")
-    cos_row = angles.cos
-    sin_row = angles.sin
+    cos_row = cos.pointer
+    sin_row = sin.pointer
     if rotary_dim:
         tl.device_assert(length + new_tokens <= positions, "a position is beyond the rotary table")
-        cos_row = angles.cos + position * angles.cos_stride_position
-        sin_row = angles.sin + position * angles.sin_stride_position
+        cos_row = cos.pointer + position * cos.stride_row
+        sin_row = sin.pointer + position * sin.stride_row
     if slot < kv_heads:
         key_row = at_head(key, batch, slot, token.to(tl.int64))
         value_row = at_head(value, batch, slot, token.to(tl.int64))
@@ -179,7 +172,7 @@ def _append_kernel(
         v_row = at_head(value_cache, page, slot, position)
         if rotary_dim:
             _rotate(
-                key_row, key.stride_dim, k_row, key_cache.stride_dim, new, new, cos_row, sin_row, angles,
+                key_row, key.stride_dim, k_row, key_cache.stride_dim, new, new, cos_row, sin_row, cos, sin,
                 rotary_dim, INTERLEAVED, BLOCK_PAIRS,
             )  # fmt: skip
         if rotary_dim != head_dim:
@@ -193,7 +186,7 @@ def _append_kernel(
         query_row = at_head(query, batch, head, token.to(tl.int64))
         rotated_row = at_head(rotated, batch, head, token.to(tl.int64))
         _rotate(
-            query_row, query.stride_dim, rotated_row, rotated.stride_dim, stored, new, cos_row, sin_row, angles,
+            query_row, query.stride_dim, rotated_row, rotated.stride_dim, stored, new, cos_row, sin_row, cos, sin,
             rotary_dim, INTERLEAVED, BLOCK_PAIRS,
         )  # fmt: skip
         if rotary_dim != head_dim:
@@ -241,7 +234,6 @@ def append(
     return Launch(
         _append_kernel,
         (batch * slots * token_tiles,),
-        (),
         {
             "key": operand(key),
             "value": operand(value),
@@ -252,9 +244,8 @@ def append(
             "lengths_pointer": lengths,
             "new_lengths_pointer": new_lengths,
             "table": page_table(block_table),
-            "angles": Angles(
-                cos, *((0, 0) if cos is None else cos.stride()), sin, *((0, 0) if sin is None else sin.stride())
-            ),
+            "cos": Matrix(cos, *((0, 0) if cos is None else cos.stride())),
+            "sin": Matrix(sin, *((0, 0) if sin is None else sin.stride())),
             "token_tiles": token_tiles,
             "slots": slots,
             "tokens": tokens,

@@ -402,7 +402,6 @@ def _launch(
     attend = Launch(
         _decode_kernel,
         (_programs(query, cache, configuration) * splits,),
-        (),
         {
             "q": operand(query),
             "k": cache_operand(key_cache, table),

@@ -255,7 +255,6 @@ def _launch_forward(
     return Launch(
         _attention_forward_kernel,
         (programs,),
-        (),
         {
             "q": operand(query),
             "k": operand(key),

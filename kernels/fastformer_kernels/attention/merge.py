@@ -90,7 +90,6 @@ def merge_launch(outputs: torch.Tensor, lses: torch.Tensor, output: torch.Tensor
     return Launch(
         _merge_kernel,
         (triton.cdiv(rows, block_rows),),
-        (),
         {
             "outputs_pointer": outputs,
             "lses_pointer": lses,

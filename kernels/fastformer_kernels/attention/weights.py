@@ -156,7 +156,6 @@ def _launch_weights(
     return Launch(
         _attention_weights_kernel,
         (key_tiles * row_tiles * head_count * batch,),
-        (),
         {
             "q": operand(query),
             "k": operand(key),

@@ -176,7 +176,7 @@ def _launch_activation_forward(
         "ACTIVATION": activation,
         **_options(up),
     }
-    return Launch(_activation_forward_kernel, _grid(up), (), arguments)
+    return Launch(_activation_forward_kernel, _grid(up), arguments)
 
 
 def activation_backward(
@@ -217,7 +217,7 @@ def _launch_activation_backward(
         "ACTIVATION": activation,
         **_options(up),
     }
-    return Launch(_activation_backward_kernel, _grid(up), (), arguments)
+    return Launch(_activation_backward_kernel, _grid(up), arguments)
 
 
 def bias_dropout_residual(
@@ -248,7 +248,7 @@ def _launch_bias_dropout_residual(
         "dropout": Dropout(seed, threshold, scale),
         **_options(output),
     }
-    return Launch(_bias_dropout_residual_kernel, _grid(output), (), arguments)
+    return Launch(_bias_dropout_residual_kernel, _grid(output), arguments)
 
 
 def apply_dropout(input: torch.Tensor, dropout: Dropout, dtype: torch.dtype) -> torch.Tensor:
@@ -268,7 +268,7 @@ def _launch_dropout(
         "dropout": Dropout(seed, threshold, scale),
         **_options(output),
     }
-    return Launch(_dropout_kernel, _grid(output), (), arguments)
+    return Launch(_dropout_kernel, _grid(output), arguments)
 
 
 def _grid(matrix: torch.Tensor) -> tuple[int, int]:

@@ -325,7 +325,6 @@ def _launch_hidden_forward(
     return Launch(
         _hidden_forward_kernel,
         configuration.grid(tokens, intermediate_size, input),
-        (),
         {
             "input": x,
             "up_weight": w,
@@ -388,7 +387,6 @@ def _launch_output(
     return Launch(
         _output_kernel,
         configuration.grid(tokens, out_features, hidden),
-        (),
         {
             "hidden": h,
             "down_weight": w,
@@ -467,7 +465,6 @@ def _launch_hidden_backward(
     return Launch(
         _hidden_backward_kernel,
         configuration.grid(tokens, intermediate_size, up),
-        (),
         {
             "grad_output": dy,
             "down_weight": w,
