@@ -210,6 +210,23 @@ def test_pages_taken_together_or_in_chunks(chunk: int, monkeypatch: pytest.Monke
         torch.testing.assert_close(decode_attention(q, pages, pages, block_table=table, **options), expected)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize(("key_step", "value_step"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_caches_with_any_stride_within_a_token(key_step: int, value_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's flash attention, which reads neighbouring elements, gets only caches that have them."""
+    module = importlib.import_module("fastformer.ops.attention.decode")
+    flash, called = module._decode_flash, []
+    monkeypatch.setattr(module, "_decode_flash", lambda *arguments: called.append(1) or flash(*arguments))
+    torch.manual_seed(0)
+    q, keys, values = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
+    k, v = keys[..., : 8 * key_step : key_step], values[..., : 8 * value_step : value_step]
+    lengths = int32([40, 17])
+    actual = decode_attention(q, k, v, lengths=lengths)
+    assert bool(called) == (key_step == value_step == 1)
+    expected = reference.attention(*(each.double() for each in (q, k, v)), key_lengths=lengths)[0]
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_capacity_costs_nothing(backend: str) -> None:
     q = torch.randn(2, 2, 1, 8)
     endless = torch.randn(1, 1, 1, 8).expand(2, 2, 2**33, 8)

@@ -1,0 +1,49 @@
+"""Each backend runs its own code: `triton` launches kernels, forward and backward, and `torch` launches none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from devices import need_kernels
+from triton.runtime.interpreter import GridExecutor
+
+import fastformer
+from fastformer.registry import OPERATORS, Make
+
+CPU = torch.device("cpu")
+# The first has its gradients from the forward, the second has only products of small factors.
+NO_KERNEL_BACKWARD = {"linear_cross_entropy", "merge_attention"}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that the interpreter has run."""
+    names: list[str] = []
+    run = GridExecutor.__call__
+
+    def record(executor: GridExecutor, *arguments: object, **options: object) -> object:
+        names.append(executor.fn.__name__)
+        return run(executor, *arguments, **options)
+
+    monkeypatch.setattr(GridExecutor, "__call__", record)
+    return names
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("backend_name", ["triton", "torch"])
+def test_kernels_are_launched_by_one_backend_alone(name: str, backend_name: str, launched: list[str]) -> None:
+    need_kernels()
+    operator = OPERATORS[name]
+    torch.manual_seed(0)
+    call = operator.inputs(Make(torch.float32, CPU))
+    leaves = operator.leaves(call.tensors)
+    with fastformer.backend(backend_name):
+        output = operator.output(operator.ours, call._replace(tensors=leaves))
+        forward = len(launched)
+        if output.requires_grad:
+            output.sum().backward()
+    backward = len(launched) - forward
+    assert bool(forward) == (backend_name == "triton")
+    has_kernel = output.requires_grad and name not in NO_KERNEL_BACKWARD
+    assert bool(backward) == (backend_name == "triton" and has_kernel)
