@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fastformer.ops.attention.dropout import dropout_keep
 from fastformer.ops.dropout import apply_dropout_, dropout_threshold, philox, words_below
 
 pytestmark = pytest.mark.cpu
@@ -75,3 +76,12 @@ def test_a_forked_process_draws_too() -> None:
         child.join()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("first", [1, 4, 5, 7, 8, 18])
+@pytest.mark.parametrize("count", [1, 3, 4, 6])
+def test_any_part_of_the_keys_has_its_own_words(first: int, count: int) -> None:
+    rows, queries, keys = (torch.arange(size) for size in (2, 3, 32))
+    whole = dropout_keep(SEED, 7, 0.5, rows, queries, keys)
+    part = dropout_keep(SEED, 7, 0.5, rows, queries, keys[first : first + count])
+    assert torch.equal(part, whole[..., first : first + count])

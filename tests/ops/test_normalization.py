@@ -14,6 +14,7 @@ from accuracy import assert_as_accurate
 from fastformer_kernels.configurations import forced
 from fastformer_kernels.rows import RowConfiguration
 from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastformer.backends import backend as use_backend
 from fastformer.ops import normalization
@@ -212,6 +213,25 @@ def test_only_the_sum_is_used(backend: str) -> None:
     _, total = layer_norm(x, (8,), residual=r)
     for gradient in torch.autograd.grad(total.sum(), (x, r)):
         torch.testing.assert_close(gradient, torch.ones(3, 8))
+
+
+def test_a_sum_that_nobody_asks_for_is_not_kept(backend: str) -> None:
+    """It would cost a write of all rows: it is kept where a backward may need it, and nowhere else."""
+    kept = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            result = function(*arguments, **(options or {}))
+            if "fastformer.norm." in str(function):
+                kept.append(result[1].numel() > 0)
+            return result
+
+    x, bias, weight = torch.randn(3, 8), torch.randn(8), torch.ones(8)
+    with Calls():
+        for requires_grad, grad_enabled in ((False, True), (True, False), (True, True)):
+            with torch.set_grad_enabled(grad_enabled):
+                layer_norm(x, (8,), weight.clone().requires_grad_(requires_grad), input_bias=bias)
+    assert kept == [False, False, True]
 
 
 def test_float32_parameters_with_bfloat16_input(backend: str) -> None:

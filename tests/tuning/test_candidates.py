@@ -2,6 +2,7 @@
 
 import pytest
 from fastformer_kernels.matmul import Configuration, product_candidates
+from fastformer_kernels.rows import RowConfiguration, row_candidates
 
 pytestmark = [pytest.mark.cpu, pytest.mark.quick]
 
@@ -15,3 +16,13 @@ def test_products_fill_the_shared_memory_and_need_no_more() -> None:
         needed = choice.stages * (choice.rows + choice.columns) * choice.depth * 2
         assert choice in product_candidates(shipped, 2, needed)
         assert choice not in product_candidates(shipped, 2, needed - 1)
+
+
+def test_rows_are_loaded_ahead_to_two_depths_by_few_programs() -> None:
+    shipped = RowConfiguration(4096, 16, programs=8, stages=0)
+    every = row_candidates(shipped)
+    assert len(set(every)) == len(every) and shipped not in every
+    ahead = {(choice.programs, choice.stages) for choice in every if choice.stages}
+    assert {stages for _, stages in ahead} == {2, 3}
+    assert len(ahead) == 2 * len({programs for programs, _ in ahead})
+    assert all(programs.bit_count() == 1 for programs, _ in ahead)
