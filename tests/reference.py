@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange, repeat
 
 
 def softmax(
@@ -128,7 +129,7 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences of one length."""
     queries, keys, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    key, value = (repeat(x, "batch kv_heads ... -> batch (kv_heads group) ...", group=group) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (
         query
@@ -236,10 +237,10 @@ def rotary(input: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torc
     """`input` (..., tokens, head_dim) as pairs, each turned by its angle; `angles` (..., tokens, pairs) float64."""
     pairs = angles.shape[-1]
     turning, rest = input[..., : 2 * pairs].double(), input[..., 2 * pairs :].double()
-    pairwise = turning.unflatten(-1, (pairs, 2)) if interleaved else turning.unflatten(-1, (2, pairs)).mT
-    x, y, cos, sin = *pairwise.unbind(-1), angles.cos(), angles.sin()
-    turned = torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
-    turned = turned.flatten(-2) if interleaved else turned.mT.flatten(-2)
+    features = "(pairs two)" if interleaved else "(two pairs)"
+    x, y = rearrange(turning, f"... {features} -> two ... pairs", two=2)
+    cos, sin = angles.cos(), angles.sin()
+    turned = rearrange([x * cos - y * sin, x * sin + y * cos], f"two ... pairs -> ... {features}")
     return torch.cat([turned, rest], -1)
 
 

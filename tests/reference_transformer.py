@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from fastformer.models import FastformerConfig
@@ -88,10 +89,13 @@ class ReferenceTransformer:
         config, size = self.config, self.config.size_per_head
         scale = 1.0 / math.sqrt(size) if config.attention_scale is None else config.attention_scale
         window = config.layer_types and config.layer_types[layer] == "sliding_attention" and not cross
+        query, key, value = (
+            rearrange(x, "tokens (heads dim) -> heads tokens dim", dim=size) for x in (query, key, value)
+        )
         outputs = []
         for head in range(config.num_attention_heads):
             shared = head // (config.num_attention_heads // config.kv_heads)
-            q, k, v = (x.unflatten(1, (-1, size))[:, i] for x, i in ((query, head), (key, shared), (value, shared)))
+            q, k, v = query[head], key[shared], value[shared]
             name = f"layers.{layer}.attention"
             if config.qk_norm and not cross:
                 q, k = self.norm(f"{name}.query_norm", q), self.norm(f"{name}.key_norm", k)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.nn import _reduction
 
@@ -363,7 +364,7 @@ def _as_rows(logits: Tensor) -> Tensor:
     """View (N, classes, ...) as (rows, classes); copy only where no view exists."""
     if logits.dim() == 2:
         return logits
-    return logits.movedim(1, -1).reshape(-1, logits.shape[1])
+    return rearrange(logits, "n classes ... -> (n ...) classes")
 
 
 def forward_torch(

@@ -10,6 +10,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
+from einops import rearrange
 from fastformer_kernels.plans import forced_plan
 
 import fastformer
@@ -392,14 +393,14 @@ def test_rotary(interleaved: bool) -> None:
     torch.manual_seed(0)
     angles = torch.rand(21, 6, dtype=torch.float64) * 6
     cos, sin = angles.cos().float(), angles.sin().float()
+    features = "(pairs two)" if interleaved else "(two pairs)"
 
     def exact(*tensors: torch.Tensor) -> Any:
         rotated = []
         for x in tensors:
-            pairs = x[..., :12].unflatten(-1, (6, 2) if interleaved else (2, 6))
-            a, b = pairs.unbind(-1 if interleaved else -2)
+            a, b = rearrange(x[..., :12], f"... {features} -> two ... pairs", two=2)
             c, s = cos.to(x.dtype), sin.to(x.dtype)
-            turned = torch.stack([a * c - b * s, b * c + a * s], -1 if interleaved else -2).flatten(-2)
+            turned = rearrange([a * c - b * s, b * c + a * s], f"two ... pairs -> ... {features}")
             rotated.append(torch.cat([turned, x[..., 12:]], -1))
         return tuple(rotated)
 

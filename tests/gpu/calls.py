@@ -13,6 +13,7 @@ from typing import Any
 import reference
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from fastformer_kernels.plans import Plan, forced_plan
 from gpu.judging import SEED, Call, Function
 from gpu.making import Maker
@@ -101,11 +102,11 @@ def _norm_of_a_sum(make: Maker, columns: int) -> Call:
 def _turned(cos: Tensor, sin: Tensor, interleaved: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Pairs turned in the dtype of the tensors."""
     turned, pairs = [], cos.shape[-1]
+    features = "(pairs two)" if interleaved else "(two pairs)"
     for x in tensors:
-        axis = -1 if interleaved else -2
-        a, b = x[..., : 2 * pairs].unflatten(-1, (pairs, 2) if interleaved else (2, pairs)).unbind(axis)
+        a, b = rearrange(x[..., : 2 * pairs], f"... {features} -> two ... pairs", two=2)
         c, s = cos.to(x.dtype), sin.to(x.dtype)
-        rotated = torch.stack([a * c - b * s, b * c + a * s], axis).flatten(-2)
+        rotated = rearrange([a * c - b * s, b * c + a * s], f"two ... pairs -> ... {features}")
         turned.append(torch.cat([rotated, x[..., 2 * pairs :]], -1))
     return tuple(turned)
 
@@ -290,10 +291,9 @@ def _weights(make: Maker) -> Call:
 
 def paged(caches: list[Tensor], page_size: int, order: Tensor) -> list[Tensor]:
     """Contiguous caches (batch, kv_heads, capacity, head_dim) in pages, each at its place in `order`."""
-    kv_heads, head_dim = caches[0].shape[1], caches[0].shape[3]
     moved = []
     for cache in caches:
-        in_order = cache.transpose(1, 2).reshape(-1, page_size, kv_heads, head_dim)
+        in_order = rearrange(cache, "batch heads (pages slot) dim -> (batch pages) slot heads dim", slot=page_size)
         scattered = torch.empty_like(in_order)
         scattered[order.flatten()] = in_order
         moved.append(scattered)
@@ -353,7 +353,8 @@ def _append(make: Maker, tokens: int, page_size: int | None) -> Call:
         options = {"lengths": lengths, "block_table": table, "query": query, "cos": cos, "sin": sin}
         rotated = ops.append_to_cache(key, value, *written, **options)
         if page_size is not None:
-            written = [cache[order].flatten(1, 2).transpose(1, 2) for cache in written]
+            contiguous = "batch pages slot heads dim -> batch heads (pages slot) dim"
+            written = [rearrange(cache[order], contiguous) for cache in written]
         return rotated, *written
 
     def exact(query: Tensor, key: Tensor, value: Tensor, *caches: Tensor) -> Any:

@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 import pytest
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_transformer import ReferenceTransformer
@@ -292,12 +293,8 @@ def test_an_image_is_patches_behind_a_token_of_its_own() -> None:
     reference = ReferenceTransformer(config, model.state_dict(), "model.", causal=False)
     reference.embed = lambda words, types: words
     for image_pixels, logits in zip(pixels, model(pixels).logits, strict=True):
-        patches = [
-            image_pixels[:, row : row + 4, column : column + 4].flatten().double() @ weight.T
-            + embeddings.projection.bias.detach()
-            for row in (0, 4)
-            for column in (0, 4)
-        ]
+        tiles = rearrange(image_pixels.double(), "c (rows y) (columns x) -> (rows columns) (c y x)", y=4, x=4)
+        patches = tiles @ weight.T + embeddings.projection.bias.detach()
         tokens = torch.stack([embeddings.image.detach().double(), *patches]) + embeddings.position.weight.detach()
         pooled = reference(tokens, 2)[0]
         projection = model.classifier.projection

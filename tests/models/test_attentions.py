@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from einops import rearrange
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from fastformer.models import (
@@ -127,11 +128,14 @@ def test_encoder_decoder(packed: bool) -> None:
     torch.testing.assert_close(rows, torch.ones(3, 4, 7))
     assert output.decoder_attentions[0].triu(1).count_nonzero() == 0
     # The same from the definition: scores of the block's own projections, each source alone.
-    heads = block.query(seen["hidden"]).view(3, 7, 4, 6).transpose(1, 2)
+    heads = rearrange(
+        block.query(seen["hidden"]), "(batch tokens) (heads dim) -> batch heads tokens dim", batch=3, heads=4
+    )
     encoded = output.encoder_last_hidden_state if packed else output.encoder_last_hidden_state[real]
     start = 0
     for index, count in enumerate(real.sum(1).tolist()):
-        keys = block.key_value(encoded[start : start + count])[:, :24].view(count, 4, 6).transpose(0, 1)
+        keys = block.key_value(encoded[start : start + count])[:, :24]
+        keys = rearrange(keys, "tokens (heads dim) -> heads tokens dim", heads=4)
         expected = (heads[index] @ keys.mT / 6**0.5).softmax(-1)
         columns = slice(0, count) if packed else real[index]
         torch.testing.assert_close(output.cross_attentions[1][index][:, :, columns], expected, rtol=0, atol=2e-6)

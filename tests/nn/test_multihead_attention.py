@@ -8,12 +8,15 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from einops import rearrange
 from hypothesis import given, settings
 from twins import causal_mask, draw_mask, outputs_and_gradients, share_parameters
 
 from fastformer.nn import MultiheadAttention
 
 EMBED, HEADS = 12, 3
+SPLIT_HEADS = "batch tokens (heads dim) -> batch heads tokens dim"
+MERGE_HEADS = "batch heads tokens dim -> batch tokens (heads dim)"
 
 
 def twins(heads: int = HEADS, **options) -> tuple[torch.nn.MultiheadAttention, MultiheadAttention]:
@@ -94,8 +97,8 @@ def test_rows_with_nothing_to_attend_to_are_zero_and_all_others_pytorchs(data: s
     # Where PyTorch's weights are NaN, each value's contribution is nothing.
     expected_weights = weights.nan_to_num(0.0)
     value = torch.nn.functional.linear(k, ours.in_proj_weight[-EMBED:], ours.in_proj_bias[-EMBED:])
-    attended = expected_weights @ value.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-    expected = ours.out_proj(attended.transpose(1, 2).flatten(2))
+    attended = expected_weights @ rearrange(value, SPLIT_HEADS, heads=HEADS)
+    expected = ours.out_proj(rearrange(attended, MERGE_HEADS))
     output, weights = ours(q, k, k, need_weights=need_weights, **call)
     torch.testing.assert_close(output, expected)
     if need_weights:
@@ -192,8 +195,8 @@ def test_weights_returned_with_dropout_are_those_the_output_was_made_with() -> N
     output, weights = module(x, x, x, average_attn_weights=False)
     assert 0.2 < (weights == 0).float().mean() < 0.8
     value = torch.nn.functional.linear(x, module.in_proj_weight[-EMBED:], module.in_proj_bias[-EMBED:])
-    attended = weights @ value.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-    torch.testing.assert_close(output, module.out_proj(attended.transpose(1, 2).flatten(2)))
+    attended = weights @ rearrange(value, SPLIT_HEADS, heads=HEADS)
+    torch.testing.assert_close(output, module.out_proj(rearrange(attended, MERGE_HEADS)))
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from fastformer import ops
@@ -63,7 +64,8 @@ def _appended(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor
 def _decoded(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, **more: Any) -> Tensor:
     if "block_table" in more:
         pages = [cache[more["block_table"]] for cache in (key_cache, value_cache)]
-        key_cache, value_cache = (each.reshape(len(query), -1, *each.shape[3:]).transpose(1, 2) for each in pages)
+        contiguous = "batch pages slots heads dim -> batch heads (pages slots) dim"
+        key_cache, value_cache = (rearrange(each, contiguous) for each in pages)
     return reference.attention(query, key_cache, value_cache, key_lengths=lengths, causal=True)[0]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce, repeat
 from fastformer_kernels.attention.arguments import Learned
 
 from fastformer.ops.attention.dropout import dropout_keep
@@ -272,9 +272,10 @@ def largest_score(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Ten
 def float_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """Widen a key or value to float32 (float64 stays) and repeat its heads to match the query heads."""
     group = heads // tensor.shape[1]
-    return widened(tensor) if group == 1 else widened(tensor).repeat_interleave(group, 1)
+    wide = widened(tensor)
+    return wide if group == 1 else repeat(wide, "batch kv_heads ... -> batch (kv_heads group) ...", group=group)
 
 
 def _sum_groups(grad: torch.Tensor, group: int) -> torch.Tensor:
     """Add up the gradients of the query heads that share a key/value head."""
-    return grad if group == 1 else grad.unflatten(1, (-1, group)).sum(2)
+    return grad if group == 1 else reduce(grad, "batch (kv_heads group) ... -> batch kv_heads ...", "sum", group=group)

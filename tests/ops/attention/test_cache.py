@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from einops import rearrange
 from hypothesis import given, settings
 
 import fastformer
@@ -149,7 +150,8 @@ def empty_caches(
         written = slice(length // page_size, -(-(length + count) // page_size))
         table[sequence, written] = pages[sequence, written].to(torch.int32)
     caches = [key.new_full((pages.numel(), page_size, kv_heads, t.shape[-1]), 7.0) for t in (key, value)]
-    return caches, {"block_table": table}, lambda cache: cache[pages].flatten(1, 2)[:, :capacity].transpose(1, 2)
+    contiguous = "batch pages slots heads dim -> batch heads (pages slots) dim"
+    return caches, {"block_table": table}, lambda cache: rearrange(cache[pages], contiguous)[:, :, :capacity]
 
 
 @pytest.mark.quick
