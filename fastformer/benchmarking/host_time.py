@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.variable import Variable
+from torch.utils._pytree import tree_leaves
 
 from fastformer.benchmarking.calls import Call, Function
 from fastformer.benchmarking.timing import threads, wait
@@ -55,10 +56,12 @@ class HostCall:
         }
         statement = "call(*inputs)"
         if self.gradients is not None:
+            parts = tree_leaves(list(self.inputs))
+            leaves = [each for each in parts if isinstance(each, Tensor) and each.requires_grad]
             names |= {
                 "backward": _run_backward,
                 "gradients": tuple(self.gradients),
-                "leaves": tuple(each for each in self.inputs if isinstance(each, Tensor) and each.requires_grad),
+                "leaves": tuple(leaves),
             }
             # One output, or a tuple of them.
             outputs = f"({statement},)" if len(self.gradients) == 1 else statement

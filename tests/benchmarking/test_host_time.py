@@ -27,6 +27,14 @@ def test_best_of_turns_is_the_calls_own_time() -> None:
     assert found["short"] == pytest.approx(500, rel=0.25)
 
 
+def test_gradients_of_arguments_in_a_dict_are_computed_and_not_accumulated() -> None:
+    log = []
+    x = torch.ones(3, requires_grad=True)
+    x.register_hook(lambda gradient: log.append("backward"))
+    HostCall(lambda given: given["x"] * 2.0, ({"x": x},), (torch.ones(3),)).timer().timeit(2)
+    assert log == ["backward"] * 2 and x.grad is None
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_backward_is_part_of_the_call_where_there_are_gradients(backward: bool) -> None:
     log = []

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastformer.benchmarking.calls import TOLERANCES, Call, compiler, distance
 from fastformer.benchmarking.gpu.ceilings import COPY, MATRIX, copy_ceiling, matrix_ceiling
@@ -188,7 +189,8 @@ def _sets(call: Call, device: torch.device) -> int:
 
 
 def _dtype(call: Call) -> torch.dtype:
-    return next(each.dtype for each in call.inputs if isinstance(each, Tensor) and each.is_floating_point())
+    leaves = tree_leaves(list(call.inputs))
+    return next(each.dtype for each in leaves if isinstance(each, Tensor) and each.is_floating_point())
 
 
 def _attempt(do: Callable[[], Found], device: torch.device) -> Found | _Failure:
