@@ -50,9 +50,12 @@ def _plain(
     interleaved: bool = False,
 ) -> Tensor | None:
     """Writes to the caches; returns the query, where there is one, turned but for tokens beyond the new lengths."""
-    tokens = torch.arange(key.shape[2], device=key.device).expand(len(key), -1)
-    new = tokens >= 0 if new_lengths is None else tokens < new_lengths[:, None]
-    sequence, token = new.nonzero(as_tuple=True)
+    batch, tokens = key.shape[0], key.shape[2]
+    sequence = torch.arange(batch, device=key.device).repeat_interleave(tokens)
+    token = torch.arange(tokens, device=key.device).repeat(batch)
+    if new_lengths is not None:
+        new = token < new_lengths[sequence]
+        sequence, token = sequence[new], token[new]
     position = lengths[sequence] + token
 
     def turn(x: Tensor) -> Tensor:

@@ -38,4 +38,6 @@ def _plain(query: Tensor, key: Tensor, lse: Tensor, *, causal: bool, rows: Seque
     return weights[:, :, list(rows)].to(query.dtype)
 
 
-ATTENTION_WEIGHTS = Operator("attention_weights", _inputs, _plain, constants=frozenset({"query", "key", "lse"}))
+ATTENTION_WEIGHTS = Operator(
+    "attention_weights", _inputs, _plain, constants=frozenset({"query", "key", "lse", "bias", "alibi_slopes"})
+)

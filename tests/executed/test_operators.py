@@ -26,6 +26,7 @@ from fastformer.ops.linear_cross_entropy import linear_cross_entropy
 from fastformer.ops.normalization import layer_norm, rms_norm
 from fastformer.ops.rotary import rotary
 from fastformer.ops.softmax import log_softmax, softmax
+from fastformer.registry import OPERATORS, Call, Make
 
 DEVICE = "cuda"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -48,24 +49,59 @@ def results(function: Function, tensors: list[torch.Tensor], dtype: torch.dtype,
 def agree(
     operator: Function, exact: Function, pytorch: Function, tensors: list[torch.Tensor], dtype: torch.dtype
 ) -> None:
-    """The operator's results and gradients obey the rule of accuracy.
+    """The operator's results and gradients obey the rule of accuracy."""
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    with fastformer.backend("triton"):
+        actual = results(operator, tensors, dtype, seed=1)
+    wanted = results(exact, tensors, torch.float64, seed=1)
+    longest = max(max(tensor.shape, default=1) for tensor in tensors)
+    assert_accurate(actual, results(pytorch, tensors, dtype, seed=1), wanted, dtype, longest)
+
+
+def assert_accurate(
+    actual: list[torch.Tensor],
+    pytorch: list[torch.Tensor],
+    wanted: list[torch.Tensor],
+    dtype: torch.dtype,
+    longest: int,
+) -> None:
+    """The rule of accuracy, for results of a call in `dtype` whose longest dimension is `longest`.
 
     Of float32 results the unit of rounding is that of a sum over a row, added in another order than PyTorch's, of
     exponentials of numbers as large as the results (the log-sum-exp among them): their rounding is the terms' relative
     error. In 16 bits the rounding of the results hides both.
     """
-    tensors = [tensor.to(dtype) for tensor in tensors]
-    terms = max(max(tensor.shape, default=1) for tensor in tensors) if dtype == torch.float32 else 1
-    with fastformer.backend("triton"):
-        actual = results(operator, tensors, dtype, seed=1)
-    wanted = results(exact, tensors, torch.float64, seed=1)
     largest = max(e[torch.isfinite(e)].abs().max().item() for e in wanted if torch.isfinite(e).any())
-    roundings = (1.0 + largest) * terms**0.5 if dtype == torch.float32 else 1.0
-    for number, (a, p, e) in enumerate(zip(actual, results(pytorch, tensors, dtype, seed=1), wanted, strict=True)):
+    roundings = (1.0 + largest) * longest**0.5 if dtype == torch.float32 else 1.0
+    for number, (a, p, e) in enumerate(zip(actual, pytorch, wanted, strict=True)):
         finite = torch.isfinite(e)
         assert torch.equal(torch.isfinite(a), finite), f"result {number}: infinities differ"
         magnitude = max(1.0, e[finite].abs().max().item() if finite.any() else 0.0)
         assert_as_accurate(f"result {number}", a[finite], p[finite].to(a.dtype), e[finite], scale=magnitude * roundings)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_ordinary_inputs(name: str, dtype: torch.dtype) -> None:
+    """Every operator of the registry; what follows is their features."""
+    operator = OPERATORS[name]
+    torch.manual_seed(0)
+    call = operator.inputs(Make(dtype, torch.device(DEVICE)))
+    names = operator.differentiable(call.tensors)
+
+    def run(function: Function, call: Call) -> list[torch.Tensor]:
+        leaves = operator.leaves(call.tensors)
+        outputs = operator.run(function, call._replace(tensors=leaves))
+        torch.manual_seed(1)
+        weights = [torch.randn(output.shape, device=output.device) for output in outputs]
+        loss = sum((output * weight.to(output)).sum() for output, weight in zip(outputs, weights, strict=True))
+        grads = torch.autograd.grad(loss, [leaves[each] for each in names]) if names else ()
+        return [*(output.detach() for output in outputs), *grads]
+
+    with fastformer.backend("triton"):
+        actual = run(operator.ours, call)
+    longest = max(max(tensor.shape, default=1) for tensor in call.tensors.values())
+    assert_accurate(actual, run(operator.plain, call), run(operator.plain, call.double()), dtype, longest)
 
 
 def randn(*shape: int) -> torch.Tensor:
