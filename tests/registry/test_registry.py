@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from einops import rearrange
+from processes import python
 from torch import Tensor
 
 from fastformer import ops
@@ -40,6 +41,38 @@ def test_numerics_and_the_workload_have_every_operator() -> None:
     assert {variant.operator for variants in workload._CASES.values() for variant in variants.values()} == set(
         OPERATORS
     )
+
+
+# An operator that is in the registry alone, before those who use the registry are imported.
+NEW = """
+import fastformer, torch
+from fastformer import ops, registry
+
+fastformer.new = ops.new = lambda input: input.softmax(-1)
+known = registry.OPERATORS["softmax"]
+registry.OPERATORS["new"] = registry.Operator("new", known.inputs, known.plain)
+
+from fastformer.benchmarking.operations import Sizes, operations
+from fastformer.diagnostics import doctor, numerics
+from fastformer.kernel_reports import workload
+from fuzz.test_every_operator import OPERATORS
+
+assert [problem.regime for problem in numerics.problems() if problem.operator == "new"] == ["ordinary"]
+assert doctor.run_test("new", doctor.devices()[0], torch.float32).passed
+(case,) = workload.cases(operators=["new"], dtypes=["bfloat16"], layouts=["aligned"])
+case.run()
+sizes = Sizes(2, 8, 16, 2, 32, 10, 16, torch.float32)
+(operation,) = (each for each in operations(sizes) if each.name == "new")
+assert len(operation.run(operation.ours, sizes, torch.device("cpu"))()) == 2
+assert "new" in OPERATORS and OPERATORS["new"].calls().example().tensors
+"""
+
+
+@pytest.mark.slow
+def test_a_new_operator_is_with_all_of_them() -> None:
+    """It needs a line in none of them."""
+    done = python("-W", "ignore", "-c", NEW)
+    assert done.returncode == 0, done.stderr
 
 
 def _appended(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, **more: Any) -> Any:
