@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +15,12 @@ import pytest
 import torch
 import torch.cuda._utils
 import triton
+from devices import need_kernels
 from fastformer_kernels import kept_launches, launch
+from fastformer_kernels.attention import launch as launch_of_attention
+from torch import Tensor
 
+import fastformer
 from fastformer.kernel_reports.devices import DEVICES
 
 pytestmark = pytest.mark.cpu
@@ -197,3 +201,36 @@ def test_limits_agree_with_what_the_cost_model_knows_of_the_devices(name: str) -
     assert device.multiprocessors <= architecture.multiprocessors <= 1.2 * device.multiprocessors
     reserved = 0 if name.startswith("gfx") else device.shared_reserved
     assert architecture.shared_memory == device.shared_memory - reserved
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"causal": True}, "borders"),
+        ({"window": (3, 3)}, "borders"),
+        ({}, "whole"),
+        ({"dropout_p": 0.1}, "dropped"),
+        ({}, "undropped"),
+        ({"bias": torch.zeros(256, 256)}, "loaded"),
+        ({"softcap": 5.0}, "computed"),
+        ({}, "folded"),
+    ],
+    ids=str,
+)
+def test_attention_s_class_says_what_decides_its_speed(
+    options: dict[str, Any], word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A configuration that was measured for one class of calls is not taken for another."""
+    need_kernels()
+    classes: list[tuple[str, ...]] = []
+
+    def choose(operation: str, query: Tensor, default: Any, words: Callable[[], tuple[str, ...]]) -> Any:
+        classes.append(words())
+        return default
+
+    monkeypatch.setattr(launch_of_attention, "chosen", choose)
+    q = torch.randn(1, 1, 256, 16, requires_grad=True)
+    with fastformer.backend("triton"):
+        fastformer.attention(q, q, q, **options).sum().backward()
+    assert len(classes) >= 2  # forward and backward
+    assert all(word in words for words in classes)

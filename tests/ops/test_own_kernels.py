@@ -23,6 +23,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def record(executor: GridExecutor, *arguments: object, **options: object) -> object:
         names.append(executor.fn.__name__)
+        # The interpreter takes any number; a GPU, 1,024 threads.
+        assert options.get("num_warps", 4) in (1, 2, 4, 8, 16, 32)
         return run(executor, *arguments, **options)
 
     monkeypatch.setattr(GridExecutor, "__call__", record)
