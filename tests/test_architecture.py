@@ -24,6 +24,7 @@ TOOLS = {
     "files",
     "gpu_timing",
     "lines",
+    "markdown",
     "stopping",
     "version",
 }

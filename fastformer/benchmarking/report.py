@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from fastformer import markdown
 from fastformer.benchmarking.comparison import Change
 from fastformer.benchmarking.crossovers import comparisons
 from fastformer.benchmarking.measurement import Verdict, verdicts
 from fastformer.benchmarking.results import Results
 from fastformer.benchmarking.studies import load
 from fastformer.benchmarking.tables import change_rows, crossover_rows, environment_rows, study_tables, verdict_rows
-from fastformer.files import atomic_file
 
 RESULTS, _REPORT = "results.json", "report.md"
 
@@ -37,7 +37,7 @@ def write_report(results: Results, folder: Path, changes: Sequence[Change] = ())
     """Write ``report.md``, and a PNG for each study that compares something, into `folder`."""
     from fastformer.benchmarking.pictures import draw
 
-    sections = ["# Benchmarks"]
+    sections = []
     if results.quick:
         sections.append("**Small sizes and few rounds, to check that everything works: do not publish these figures.**")
     sections.append(environment_rows(results.environment.rows()).markdown())
@@ -52,7 +52,6 @@ def write_report(results: Results, folder: Path, changes: Sequence[Change] = ())
         if compared := comparisons(measurements):
             sections.append(crossover_rows(compared).markdown())
         for picture in draw(measurements, study.goals, study.title, folder / f"{name}.png"):
-            sections.append(f"![{study.title}]({picture.name})")
+            sections.append(markdown.picture(study.title, picture))
         sections.append(f"Took {results.seconds[name]:,.0f} s.")
-    with atomic_file(folder / _REPORT) as file:
-        file.write(("\n\n".join(sections) + "\n").encode())
+    markdown.write_report(folder / _REPORT, "Benchmarks", sections)

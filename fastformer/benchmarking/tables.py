@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastformer import markdown
 from fastformer.benchmarking.comparison import Change
 from fastformer.benchmarking.crossovers import Comparison
 from fastformer.benchmarking.measurement import OURS, TIME, Measurement, Metric, Verdict, ratio
@@ -25,9 +26,8 @@ class Rows:
 
     def markdown(self) -> str:
         """The table in GitHub's Markdown, with numbers aligned right."""
-        rule = ["---" if place < 2 else "---:" for place in range(len(self.headings))]
-        lines = [self.headings, rule, *self.rows]
-        return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+        headings, *rows = ([cell.replace("|", r"\|") for cell in line] for line in (self.headings, *self.rows))
+        return markdown.table(headings, "ll".ljust(len(headings), "r"), rows)
 
 
 def study_tables(measurements: Sequence[Measurement], device: str) -> list[Rows]:

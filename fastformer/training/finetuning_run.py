@@ -30,6 +30,7 @@ from fastformer.training.checkpoints import ValidationCheckpoint, latest_checkpo
 from fastformer.training.cuda_graphs import RecordSteps
 from fastformer.training.finetuning import Classification, FineTuning
 from fastformer.training.finetuning_preparation import Prepared, fingerprints, prepare
+from fastformer.training.finetuning_report import FineTuningReport
 from fastformer.training.finite import FiniteLosses
 from fastformer.training.folder import RunFolder
 from fastformer.training.interruption import StopOnSignal
@@ -39,7 +40,6 @@ from fastformer.training.memory import PeakMemory
 from fastformer.training.optimization import Optimization
 from fastformer.training.prediction import Predictor
 from fastformer.training.privacy import Privacy
-from fastformer.training.report import FineTuningReport
 from fastformer.training.run import (
     SaveOptions,
     build_trainer,

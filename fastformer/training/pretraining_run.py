@@ -9,7 +9,6 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fastformer.console import printable
-from fastformer.training import markdown
 from fastformer.training.callbacks import (
     CompileModel,
     LossCurve,
@@ -28,7 +27,7 @@ from fastformer.training.loading.pretraining import PretrainingDataModule
 from fastformer.training.memory import PeakMemory
 from fastformer.training.optimization import Optimization
 from fastformer.training.pretraining import MODULES, PretrainingModule
-from fastformer.training.pretraining_report import Rows, console_table, write_report
+from fastformer.training.pretraining_report import PretrainingReport
 from fastformer.training.run import (
     SaveOptions,
     build_trainer,
@@ -104,42 +103,9 @@ def _data(options: Namespace) -> PretrainingDataModule:
 def _report(objective: str, metrics: dict[str, Any], folder: RunFolder) -> None:
     """Into metrics.json, report.md and the terminal."""
     folder.write_metrics(metrics)
-    start, end, said = metrics["start"], metrics["end"], metrics["sample"]
-    rows = [] if end is None else _rows(start, end)
-    caption = "" if end is None else _caption(end)
-    facts = {
-        "steps": f"{metrics['steps']:,}",
-        "parameters": f"{metrics['parameters']:,}",
-        "tokens": f"{metrics['tokens']:,}, at {metrics['tokens_per_second']:,.0f} tokens/s",
-        "device": f"{metrics['devices']} x {metrics['device']}, {metrics['precision']}",
-        "peak memory": f"{(metrics['peak_memory'] or float('nan')) / 1e9:.2f} GB",
-        "model": f"{markdown.code(metrics['model'])}, in Hugging Face's format",
-    }
-    sample_text = f"{markdown.block(said['given'])}\n\nbecomes\n\n{markdown.block(said['answer'])}"
-    write_report(
-        folder.report, f"Pretraining: {objective}", caption, rows, facts, {"What it says": sample_text}, folder.curve
-    )
-    if rows:
-        print(console_table(caption, rows))
+    report = PretrainingReport(objective, metrics)
+    report.write(folder.report, folder.curve)
+    if (table := report.table()) is not None:
+        print(table)
     print(summary_text(metrics))
-    print(printable(f"{said['given']}  ->  {said['answer']}"))
-
-
-def _caption(end: dict[str, float]) -> str:
-    if "masked_tokens" in end:
-        return f"{end['masked_tokens']:,.0f} masked tokens and {end['sentence_pairs']:,.0f} pairs of held-out text"
-    return f"{end['tokens']:,.0f} predicted tokens of held-out text"
-
-
-def _rows(start: dict[str, float], end: dict[str, float]) -> Rows:
-    name, label = ("mlm_loss", "masked-LM loss (nats)") if "mlm_loss" in end else ("loss", "loss (nats)")
-    rows = [
-        (label, f"{start[name]:.3f}", f"{end[name]:.3f}"),
-        ("  change", "", f"{end[name] - start[name]:+.3f}"),
-        ("perplexity", f"{start['perplexity']:,.1f}", f"{end['perplexity']:,.1f}"),
-    ]
-    if "nsp_accuracy" in end:
-        before, after = (f"{at['nsp_accuracy']:.1%} ± {at['nsp_standard_error']:.1%}" for at in (start, end))
-        rows.append(("next-sentence accuracy ± standard error", before, after))
-        rows.append(("  chance: always the commoner answer", f"{start['nsp_chance']:.1%}", f"{end['nsp_chance']:.1%}"))
-    return rows
+    print(printable("{given}  ->  {answer}".format(**metrics["sample"])))

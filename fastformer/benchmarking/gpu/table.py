@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastformer import markdown
 from fastformer.benchmarking.gpu.findings import ERROR, Finding, ceilings, findings_of, mean_ratio, worst_error
 from fastformer.benchmarking.gpu.records import Entry, compiled, ends, records_of
 from fastformer.benchmarking.measurement import OURS
@@ -52,7 +53,7 @@ def long_table(found: Sequence[Entry]) -> str:
         lines += ["", f"## {part.heading}", *(f"- {line}" for line in part.troubles)]
         if part.long:
             headings = (*_HEADINGS[:-1], "peers")
-            lines += ["", *(f"| {' | '.join(row)} |" for row in (headings, ("---",) * len(headings), *part.long))]
+            lines += ["", markdown.table(headings, "l" * len(headings), part.long)]
     return "\n".join(lines) + "\n"
 
 

@@ -33,6 +33,7 @@ from fastformer.console import track
 from fastformer.files import OVERWRITE_HELP, atomic_file, check_out
 from fastformer.integrations.attention.forward import attention_forward
 from fastformer.integrations.verification.small_models import END, FIRST_WORD, VOCABULARY, small_model
+from fastformer.markdown import table
 
 EQUAL = 1e-5
 SECONDS = 60
@@ -238,29 +239,28 @@ def markdown(outcomes: Iterable[Outcome]) -> str:
     """Make the table: the number of classes of each verdict, and for each model type those with the same outcome."""
     outcomes = list(outcomes)
     counts = Counter(outcome.verdict for outcome in outcomes)
-    lines = [
-        "# Text models of transformers on Fastformer's attention",
-        "",
+    introduction = [
         f"Every text model class of transformers {transformers.__version__}, built small with random weights and",
         "compared with its own eager attention in float32: equal to 1e-5 of the largest element, or with an error",
         "against float64 of at most twice that of transformers' eager or SDPA attention. Made by",
         "`python -m fastformer.integrations.verification.coverage --out docs/transformers_coverage.md`.",
-        "",
-        "| outcome | classes | what it means |",
-        "|---|---|---|",
-        *(f"| {verdict} | {counts[verdict]} | {meaning} |" for verdict, meaning in VERDICTS.items()),
-        "",
-        "| model type | outcome | classes | reason |",
-        "|---|---|---|---|",
     ]
+    meanings = [(verdict, str(counts[verdict]), meaning) for verdict, meaning in VERDICTS.items()]
     groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for outcome in outcomes:
         model_type = getattr(transformers, outcome.model).config_class.model_type
         groups[model_type, outcome.verdict, outcome.reason].append(outcome.model)
-    for (model_type, verdict, reason), names in sorted(groups.items()):
-        plain = reason.replace("[", "\\[")  # an error's brackets must not make a link
-        lines.append(f"| {model_type} | {verdict} | {', '.join(sorted(names))} | {plain} |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        (model_type, verdict, ", ".join(sorted(names)), reason.replace("[", "\\["))  # in an error, it begins no link
+        for (model_type, verdict, reason), names in sorted(groups.items())
+    ]
+    parts = [
+        "# Text models of transformers on Fastformer's attention",
+        "\n".join(introduction),
+        table(("outcome", "classes", "what it means"), "lll", meanings),
+        table(("model type", "outcome", "classes", "reason"), "llll", rows),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -286,12 +286,12 @@ def main(arguments: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         outcomes = [examine(name) for name in track(names, "classes")]
-    table = markdown(outcomes)
+    text = markdown(outcomes)
     if options.out is None:
-        print(table)
+        print(text)
     else:
         with atomic_file(options.out) as file:
-            file.write(table.encode())
+            file.write(text.encode())
     return int(any(outcome.verdict == "different" for outcome in outcomes))
 
 

@@ -1,12 +1,17 @@
-"""Foreign text in Markdown: shown as it is written, and never acting as Markdown, HTML or a terminal's code."""
+"""Reports in Markdown, and foreign text in them.
+
+Foreign text is shown as it is written, and never acts as Markdown, HTML or a terminal's code.
+"""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from fastformer.console import printable
+from fastformer.files import atomic_file
 
 _SIGNS = re.compile(r"([\\`*_\[\]|#~$])")
 
@@ -39,8 +44,30 @@ def table(headings: Sequence[str], align: str, rows: Sequence[Sequence[str]]) ->
         align: "l" or "r" for each column.
         rows: as many cells each.
     """
-    rules = [{"l": "---", "r": "--:"}[side] for side in align]
+    rules = [{"l": "---", "r": "---:"}[side] for side in align]
     return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rules, *rows))
+
+
+def facts(values: Mapping[str, str]) -> str:
+    """A list of names, each with its value, which is Markdown already."""
+    return "\n".join(f"- {name}: {value}" for name, value in values.items())
+
+
+def picture(description: str, file: Path) -> str:
+    """A picture that is in the folder of the report."""
+    return f"![{description}]({file.name})"
+
+
+def write_report(path: Path, title: str, parts: Sequence[str]) -> None:
+    """Write a report, whole or not at all.
+
+    Args:
+        path: of the file.
+        title: its heading.
+        parts: tables, facts, pictures, headings, blocks and paragraphs, each with an empty line before it.
+    """
+    with atomic_file(path) as file:
+        file.write(("\n\n".join([f"# {title}", *parts]) + "\n").encode())
 
 
 def _longer_than_any(shown: str, least: int) -> str:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastformer import markdown
 from fastformer.console import Table
-from fastformer.files import atomic_file
-from fastformer.training import markdown
 from fastformer.training.tasks import Recipe
 
 _SHOWN = 8
@@ -58,12 +57,11 @@ class FineTuningReport:
 
     def write(self, path: Path, curve: Path, confusion: Path) -> None:
         """Write the report to `path`, beside `curve`, and for classes the confusion matrix to `confusion`, a PNG."""
-        pictures = [f"![losses in training and on held-out examples]({curve.name})"]
+        pictures = [markdown.picture("losses in training and on held-out examples", curve)]
         if self.metrics["test"] and self.recipe.draw_confusion(self.lines, confusion):
-            pictures.append(f"![confusion matrix of the test examples]({confusion.name})")
+            pictures.append(markdown.picture("confusion matrix of the test examples", confusion))
         shown = zip(self.examples[:_SHOWN], self.lines, strict=False)
-        sections = [
-            f"# Fine-tuning: {self.metrics['task']}",
+        parts = [
             self._facts(),
             "## Metrics",
             _table(("metric", *self.headings()), self.rows()),
@@ -81,8 +79,7 @@ class FineTuningReport:
                 ],
             ),
         ]
-        with atomic_file(path) as file:
-            file.write(("\n\n".join(sections) + "\n").encode())
+        markdown.write_report(path, f"Fine-tuning: {self.metrics['task']}", parts)
 
     def _facts(self) -> str:
         metrics = self.metrics
@@ -99,7 +96,7 @@ class FineTuningReport:
         }
         if "privacy" in metrics:
             facts["privacy"] = "epsilon {epsilon:.3f} at delta {delta:.1e}".format(**metrics["privacy"])
-        return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
+        return markdown.facts(facts)
 
 
 def _number(value: float | None) -> str:

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from fastformer.training import markdown
+from fastformer import markdown
 
 HOSTILE = [
     "<script>alert(1)</script>",
