@@ -72,7 +72,7 @@ class PretrainingReport:
         ]
         if "nsp_accuracy" in end:
             before, after = (f"{at['nsp_accuracy']:.1%} ± {at['nsp_standard_error']:.1%}" for at in (start, end))
-            chances = (f"{at['nsp_chance']:.1%}" for at in (start, end))
             rows.append(("next-sentence accuracy ± standard error", before, after))
-            rows.append(("  chance: always the commoner answer", *chances))
+            before, after = (f"{at['nsp_chance']:.1%}" for at in (start, end))
+            rows.append(("  chance: always the commoner answer", before, after))
         return rows
