@@ -17,6 +17,7 @@ GELU_CUBIC_SLOPE = tl.constexpr(3 * 0.044715)
 
 @triton.jit
 def _sigmoid(x):
+    """1 / (1 + exp(-x))."""
     return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
 
 

@@ -101,6 +101,7 @@ def _accumulate(z, maximum, total):
 
 @triton.jit
 def _load_class_weight(class_weight_pointer, column, valid):
+    """Weights of the classes `column`, 1 where there are none; 0 where not valid."""
     if class_weight_pointer is None:
         return tl.where(valid, 1.0, 0.0)
     else:

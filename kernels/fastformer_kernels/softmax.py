@@ -76,6 +76,7 @@ def _finite(maximum):
 
 @triton.jit
 def _normalised(scores, maximum, total, LOG: tl.constexpr):
+    """Probabilities of `scores`, or their logarithms, from their row's maximum and sum of exp(score - maximum)."""
     shifted = scores - _finite(maximum)
     total = tl.where(total == 0.0, 1.0, total)
     if LOG:
@@ -166,11 +167,13 @@ def _load_gradient(dy_row, dy_stride, y_row, y_stride, valid, column, LOG: tl.co
 
 @triton.jit
 def _dot_term(y, dy, LOG: tl.constexpr):
+    """What is summed over a row for its gradient."""
     return dy if LOG else y * dy
 
 
 @triton.jit
 def _grad_scores(y, dy, dot, LOG: tl.constexpr):
+    """The gradient of scores, from probabilities, their gradient and the row's sum of `_dot_term`."""
     return dy - y * dot if LOG else y * (dy - dot)
 
 
