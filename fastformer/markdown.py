@@ -1,6 +1,6 @@
-"""Reports in Markdown, and foreign text in them.
+"""Write reports in Markdown, also with foreign text.
 
-Foreign text is shown as it is written, and never acts as Markdown, HTML or a terminal's code.
+Foreign text is shown literally, and never acts as Markdown, HTML or a terminal's control code.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _SIGNS = re.compile(r"([\\`*_\[\]|#~$])")
 
 
 def text(foreign: str) -> str:
-    """Within a line or a cell of a table."""
+    """Escape text for a line or a cell of a table."""
     return _SIGNS.sub(r"\\\1", html.escape(" ".join(printable(foreign).split()), quote=False))
 
 
 def code(foreign: str) -> str:
-    """Within a line, as code."""
+    """Show text as code inside a line."""
     shown = " ".join(printable(foreign).split())
     fence = _longer_than_any(shown, 1)
     edge = " " if "`" in shown else ""
@@ -30,19 +30,19 @@ def code(foreign: str) -> str:
 
 
 def block(foreign: str) -> str:
-    """A block of lines of its own."""
+    """Show text as a separate block of lines."""
     shown = printable(foreign)
     fence = _longer_than_any(shown, 3)
     return f"{fence}text\n{shown}\n{fence}"
 
 
 def table(headings: Sequence[str], align: str, rows: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are Markdown already.
+    """Return a table of cells that are Markdown already.
 
     Args:
-        headings: of the columns.
+        headings: headings of the columns.
         align: "l" or "r" for each column.
-        rows: as many cells each.
+        rows: rows with one cell for each column.
     """
     rules = [{"l": "---", "r": "---:"}[side] for side in align]
     return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rules, *rows))
@@ -71,5 +71,5 @@ def write_report(path: Path, title: str, parts: Sequence[str]) -> None:
 
 
 def _longer_than_any(shown: str, least: int) -> str:
-    """Backticks, more than there are in a row."""
+    """Return a fence: more backticks than the text has in a row, and at least `least`."""
     return "`" * max(least, 1 + max(map(len, re.findall("`+", shown)), default=0))

@@ -1,4 +1,4 @@
-"""Adversarial training: the loss also where the word embeddings have been moved in the direction that hurts most."""
+"""Adversarial training: a second loss, with the word embeddings moved in the direction that increases the loss most."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastformer.ops.packing import packed_sequences
 
 
 class Losses(NamedTuple):
-    """Of the same batch, as it is and moved."""
+    """The losses of a batch with its own embeddings and with moved embeddings."""
 
     clean: torch.Tensor
     adversarial: torch.Tensor
@@ -21,7 +21,7 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Adversary:
-    """Moves each sequence's word embeddings, taken as one vector x, by r to where the loss L is larger.
+    """Move each sequence's word embeddings, taken as one vector x, by r so that the loss L grows.
 
     fgm: r = epsilon · g / ‖g‖₂ with g = ∇ₓL (Miyato et al., "Adversarial Training Methods for Semi-Supervised Text
     Classification", 2017). pgd: `steps` times r ← Π(r + step_size · g / ‖g‖₂) with g = ∇ᵣL(x + r) and Π the projection
@@ -29,10 +29,10 @@ class Adversary:
 
     Args:
         method: fgm or pgd.
-        epsilon: the longest r.
-        step_size: of each of pgd's steps.
-        steps: of pgd.
-        weight: of the adversarial loss, which is added to the plain one.
+        epsilon: the largest norm of r.
+        step_size: length of each step of pgd.
+        steps: number of steps of pgd.
+        weight: factor of the adversarial loss, which is added to the plain loss.
 
     Raises:
         ValueError: an argument is out of range.
@@ -56,13 +56,13 @@ class Adversary:
     def losses(
         self, embedding: nn.Module, loss: Callable[[], torch.Tensor], cu_seqlens: Sequence[torch.Tensor]
     ) -> Losses:
-        """The loss of a batch as it is and moved; train on ``clean + weight * adversarial``.
+        """Return the loss of a batch with its own and with moved embeddings; train on ``clean + weight * adversarial``.
 
         Args:
-            embedding: the model's table of words, which each call of `loss` calls.
-            loss: of the batch.
-            cu_seqlens: where the sequences are in each packed output of `embedding`, in the order of its calls; not
-                needed for dense ones, (batch, sequence, hidden_size).
+            embedding: the model's word embedding, which each call of `loss` calls.
+            loss: computes the loss of the batch.
+            cu_seqlens: the offsets of the sequences in each packed output of `embedding`, in the order of its calls;
+                not needed for dense outputs, (batch, sequence, hidden_size).
         """
         clean, points = _at(embedding, loss, None)
         gradients = torch.autograd.grad(clean, points, retain_graph=True)
@@ -85,12 +85,12 @@ class Adversary:
 def _at(
     embedding: nn.Module, loss: Callable[[], torch.Tensor], moves: list[torch.Tensor] | None
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The loss with the embeddings moved, and the moved embeddings."""
+    """Return the loss with moved embeddings, and the moved embeddings."""
     points: list[torch.Tensor] = []
 
     def move(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
         point = output if moves is None else output + moves[len(points)]
-        if not point.requires_grad:  # the table is frozen
+        if not point.requires_grad:  # the embedding is frozen
             point = point.detach().requires_grad_()
         points.append(point)
         return point
@@ -103,12 +103,12 @@ def _at(
 
 
 def _scaled_to_one(gradient: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """Each sequence's part divided by its norm; zero where it is zero."""
+    """Divide each sequence's gradient by its norm; a zero gradient stays zero."""
     return gradient / _norms(gradient, cu_seqlens).clamp(min=torch.finfo(gradient.dtype).tiny)
 
 
 def _norms(vectors: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """The L2 norm of each sequence's vectors together, in a shape to divide them by."""
+    """Return the L2 norm of each sequence's vectors together, in a shape that broadcasts over `vectors`."""
     if cu_seqlens is None:
         return vectors.flatten(1).norm(dim=1).view(-1, *[1] * (vectors.dim() - 1))
     sequence = packed_sequences(cu_seqlens, len(vectors))

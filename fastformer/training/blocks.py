@@ -6,9 +6,9 @@ from torch import nn
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The members of the outermost `nn.ModuleList`s by name, in the order in which they were registered.
+    """Return the members of the outermost `nn.ModuleList`s by name, in the order of their registration.
 
-    This is where every Transformer has its layers; an encoder's come before its decoder's.
+    Every Transformer has its layers there; an encoder's layers come before its decoder's.
     """
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]

@@ -1,4 +1,7 @@
-"""What goes with any training run: its randomness, its speed, its progress, its curve, its end and its result."""
+"""Lightning callbacks that all runs share.
+
+Seeding, torch.compile, time limit, throughput, loss curve, progress line, saving the model and early stopping.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,10 @@ from fastformer.training.sharding import load_weights
 
 
 class StepSeed(Callback):
-    """Seeds Python's, NumPy's and PyTorch's generators before each training batch, from (seed, rank, batch number).
+    """Seed Python's, NumPy's and PyTorch's generators before each training batch, from (seed, rank, batch number).
 
-    What a step draws (dropout) then depends on nothing that was drawn before, so a resumed run repeats an uninterrupted
-    one exactly, wherever validation, logging or checkpoints fell. The batch number is in Lightning's checkpoints.
+    The random numbers of a step (dropout) then do not depend on earlier ones, so a resumed run repeats an uninterrupted
+    run exactly, whenever validation, logging or checkpoints happened. Lightning's checkpoints hold the batch number.
     """
 
     def __init__(self, seed: int) -> None:
@@ -44,20 +47,20 @@ class StepSeed(Callback):
 
 
 class CompileModel(Callback):
-    """Has torch.compile make the model's forward and backward, for sequences of any length, when a run starts."""
+    """Compile the model's forward and backward with torch.compile, for any sequence lengths, when a run starts."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.model.compile(dynamic=True)  # type: ignore[union-attr]
 
 
 class StopAtLimit(Callback):
-    """Ends training after the last optimizer step, or after the step in which the time runs out.
+    """End training after the last optimizer step, or after the step in which the time limit is reached.
 
-    Lightning then validates, and `StepCheckpoint` saves, at that very step. Time counts from the start of training,
-    anew in a resumed run.
+    Lightning then validates, and `StepCheckpoint` saves, at exactly that step. Time counts from the start of training,
+    and starts again in a resumed run.
 
     Args:
-        max_minutes: None for no limit of time.
+        max_minutes: time limit in minutes; None for no limit.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
@@ -88,20 +91,20 @@ class StopAtLimit(Callback):
 
 
 class Throughput(Callback):
-    """Counts real tokens, without padding, and the time training takes, validation left out, over all resumes.
+    """Count real tokens (no padding) and the time of training (without validation), over all resumes.
 
-    Logs ``train/tokens_per_second``, over all devices, of the batches since it was last logged.
+    Logs ``train/tokens_per_second`` of all devices together, over the batches since the last log.
     """
 
     def __init__(self) -> None:
         self.tokens = 0
         self.seconds = 0.0
-        self._own_tokens: int | torch.Tensor = 0  # of this rank, not in `tokens` yet; padding is counted on the device
-        self._clock: float | None = None  # when the time was last added; None while it is not counted
+        self._own_tokens: int | torch.Tensor = 0  # of this rank, not yet in `tokens`
+        self._clock: float | None = None  # time of the last update; None while time is not counted
 
     @property
     def tokens_per_second(self) -> float:
-        """Mean over the whole run."""
+        """Mean tokens per second over the whole run."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,7 +148,7 @@ class Throughput(Callback):
         self.seconds = state_dict["seconds"]
 
     def _tick(self) -> None:
-        """Bring `tokens` and `seconds` up to date; on every rank or none."""
+        """Update `tokens` and `seconds`; all ranks must call this together."""
         if self._clock is not None:
             own = torch.as_tensor(self._own_tokens, device=self._trainer.strategy.root_device)
             of_all = int(self._trainer.strategy.reduce(own, reduce_op="sum"))  # waits for the device
@@ -157,16 +160,16 @@ class Throughput(Callback):
 
 
 class LossCurve(Callback):
-    """Keeps the losses of a run, over all its resumes, and draws them into a PNG file after each validation.
+    """Keep the losses of a run, over all its resumes, and draw them into a PNG file after each validation.
 
     Args:
         path: the PNG file.
         loss: the loss to draw, logged as ``train/LOSS`` and ``val/LOSS``.
-        label: of the axis, with the unit.
+        label: label of the axis, with the unit.
 
     Attributes:
         training: (optimizer step, its loss) at every logged step.
-        validation: the metrics logged as ``val/...``, with ``step``; the first of them measured before the first step.
+        validation: the metrics logged as ``val/...``, with ``step``; the first entry is from before the first step.
     """
 
     def __init__(self, path: Path, loss: str = "loss", label: str = "loss (nats)") -> None:
@@ -198,7 +201,7 @@ class LossCurve(Callback):
             self.draw()
 
     def draw(self) -> None:
-        """Write the PNG file, whole or not at all."""
+        """Write the PNG file; on an error, no partial file is left."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
@@ -223,10 +226,10 @@ class LossCurve(Callback):
 
 
 class TrainingProgress(ProgressBar):
-    """One line over all optimizer steps, with losses, tokens/s and the time left; in a log file, one now and then.
+    """One progress line over all optimizer steps, with losses, tokens/s and the time left.
 
     Args:
-        seconds_between_lines: where the output is no terminal.
+        seconds_between_lines: time between lines if the output is not a terminal, such as a log file.
     """
 
     def __init__(self, seconds_between_lines: float = 15.0) -> None:
@@ -275,15 +278,15 @@ class TrainingProgress(ProgressBar):
 
 
 class SavePretrained(Callback):
-    """At the end of training saves model and tokenizer in Hugging Face format: a whole folder or none.
+    """Save model and tokenizer in Hugging Face format at the end of training: a complete folder or none.
 
-    ``import fastformer.models`` and then ``transformers.pipeline(..., folder)`` use it. Adapters of PEFT are merged
+    After ``import fastformer.models``, ``transformers.pipeline(..., folder)`` can use it. PEFT's adapters are merged
     into the weights.
 
     Args:
-        folder: replaced, if there is one; where it is a link, the link is.
-        adapter_alone: of a PEFT model, save the adapter in PEFT's format, without the weights it adapts.
-        claim: told the names of the files before they are in the folder.
+        folder: an existing folder is replaced; if it is a link, the link itself is replaced.
+        adapter_alone: save only the adapter of a PEFT model, in PEFT's format, without the base weights.
+        claim: is called with the names of the files before they are in the folder.
 
     Raises:
         ValueError: a weight is not finite.
@@ -301,7 +304,7 @@ class SavePretrained(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         model: Any = pl_module.model
         if stage == "fit" and hasattr(model, "peft_config") and not self.adapter_alone:
-            self._adapted = without_memory(model)  # while it is whole: a sharded one cannot be merged
+            self._adapted = without_memory(model)  # before sharding: a sharded model cannot be merged
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer, pl_module)
@@ -311,7 +314,7 @@ class SavePretrained(Callback):
             self._save(trainer, pl_module)
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        state = trainer.strategy.lightning_module_state_dict()  # a collective operation where the model is sharded
+        state = trainer.strategy.lightning_module_state_dict()  # a collective operation if the model is sharded
         self._saved = True
         if not trainer.is_global_zero:
             return
@@ -333,26 +336,26 @@ class SavePretrained(Callback):
             tokenizer.model_max_length = min(longest, getattr(tokenizer, "model_max_length", longest))
         with atomic_folder(self.folder, replace=True) as folder:
             model.save_pretrained(folder, state_dict=state)
-            model.config.save_pretrained(folder)  # beside an adapter too: it names the labels
+            model.config.save_pretrained(folder)  # for an adapter too: it names the labels
             tokenizer.save_pretrained(folder)
             if self.claim is not None:
                 self.claim([path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()])
 
 
 class EarlyStopping(Callback):
-    """Stops when validations have ceased to get better, and puts the weights of the best one back.
+    """Stop when the monitored metric no longer improves, and restore the weights of the best validation.
 
-    (Lightning's own neither keeps weights nor stays stopped when the stopped run is resumed.) The best weights are in a
-    file of their own. What was measured after the checkpoint that a run resumes from is measured again, and the file
-    written again where it is better. What is no finite number is worse than any; where the file is damaged, the best is
-    looked for anew from there on.
+    (Lightning's own callback keeps no weights, and a stopped run that is resumed does not stay stopped.) The best
+    weights are kept in a separate file. A resumed run repeats the validations after its checkpoint, and writes the file
+    again if they are better. A value that is not finite is worse than any number. If the file is damaged, the search
+    for the best starts again from there.
 
     Args:
-        path: of the file, for the trainable weights alone.
+        path: file for the best trainable weights.
         monitor: the metric, logged as ``val/MONITOR``.
-        mode: whether the best is its min or its max.
-        patience: validations without a better one after which training stops.
-        run: says which run this is, where that is known: the file of another one is as good as damaged.
+        mode: whether the smallest ("min") or the largest ("max") value is best.
+        patience: number of validations without improvement after which training stops.
+        run: returns the id of this run, None if unknown; a file of another run counts as damaged.
     """
 
     def __init__(
@@ -378,14 +381,14 @@ class EarlyStopping(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.best is not None:
             self._check_file()
-        trainer.should_stop = self.waited >= self.patience  # it had been stopped, and is resumed
+        trainer.should_stop = self.waited >= self.patience  # a run that had stopped was resumed
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         metrics = validation_metrics(trainer)
         if self.monitor not in metrics:
-            raise ValueError(f"there is no metric {self.monitor!r} to stop by; there are {', '.join(metrics)}")
+            raise ValueError(f"there is no metric {self.monitor!r} to monitor; there are {', '.join(metrics)}")
         found = metrics[self.monitor]
         if math.isfinite(found) and (self.best is None or self.sign * found < self.sign * self.best):
             self.best, self.step, self.waited = found, trainer.global_step, 0
@@ -402,13 +405,13 @@ class EarlyStopping(Callback):
             save_checked({"run": self.run(), "weights": {name: state[name] for name in trained}}, self.path)
 
     def _check_file(self) -> None:
-        """Forget the best where its weights are lost."""
+        """Forget the best value if its weights are lost."""
         try:
             check_checkpoint(self.path)
             if (run := self.run()) is not None and self._content("meta").get("run") != run:
-                raise ValueError(f"{self.path} is another run's")
+                raise ValueError(f"{self.path} belongs to another run")
         except (ValueError, OSError) as error:
-            warnings.warn(f"the best weights so far are lost, and looked for anew: {error}", stacklevel=2)
+            warnings.warn(f"the best weights so far are lost, and looked for again: {error}", stacklevel=2)
             self.best, self.waited = None, 0
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -425,7 +428,7 @@ class EarlyStopping(Callback):
         self._restored = True
         trainer.strategy.barrier()
         content = self._content(pl_module.device)
-        load_weights(pl_module, content.get("weights", content))  # of older runs it has the weights alone
+        load_weights(pl_module, content.get("weights", content))  # a file of an older run has only the weights
 
     def _content(self, device: torch.device | str) -> dict[str, Any]:
         content: dict[str, Any] = torch.load(self.path, map_location=device, weights_only=True)
@@ -439,7 +442,7 @@ class EarlyStopping(Callback):
 
 
 def without_memory(model: nn.Module) -> nn.Module:
-    """A copy of a model, with parameters on the meta device; nothing of their size is allocated."""
+    """Return a copy of a model with its parameters on the meta device, which takes no memory for them."""
     memo = {
         id(parameter): nn.Parameter(parameter.to("meta"), parameter.requires_grad) for parameter in model.parameters()
     }
@@ -447,13 +450,13 @@ def without_memory(model: nn.Module) -> nn.Module:
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
-    """What the last validation logged as ``val/...``."""
+    """Return the metrics that the last validation logged as ``val/...``."""
     metrics = trainer.callback_metrics
     return {name.removeprefix("val/"): metrics[name].item() for name in metrics if name.startswith("val/")}
 
 
 def validation_text(metrics: dict[str, float]) -> str:
-    """One line of English for `validation_metrics`."""
+    """Return one line of English for `validation_metrics`."""
     parts = []
     if "mlm_loss" in metrics:
         parts.append(f"masked-LM loss {metrics['mlm_loss']:.3f} nats")
@@ -472,9 +475,9 @@ def _is_logged(trainer: Trainer) -> bool:
 
 
 def _tokens(batch: Any) -> int | torch.Tensor:
-    """Real tokens of a batch, packed or dense, sources and targets, or of a list of batches.
+    """Count the real tokens of a batch (packed or dense, sources and targets) or of a list of batches.
 
-    A tensor on the batch's device where there is padding: reading it would wait for a GPU.
+    The result is a tensor on the batch's device if there is padding, because reading it would wait for the GPU.
     """
     if isinstance(batch, (list, tuple)):
         return sum(map(_tokens, batch))

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and are found and checked before a run resumes from them."""
+"""Checkpoints: written completely or not at all, found and checked before a run resumes from them."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks
 
 _CHECKSUM = b"sha256:"
 _COMMENT = len(_CHECKSUM) + 64
-# The end of a zip archive, of which the last two bytes are the length of the comment that follows.
+# The end record of a zip archive; its last two bytes are the length of the comment that follows.
 _END = struct.Struct("<4s4H2LH")
 _END_SIGNATURE = b"PK\5\6"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written to a temporary name, forced to the disk and then renamed.
+    """Reads and writes Lightning's checkpoint files: written under a temporary name, synced to disk, then renamed.
 
-    Reading checks the whole file first and unpickles tensors and plain values alone: a checkpoint runs no code.
+    Reading first checks the whole file, and unpickles only tensors and plain values, so a checkpoint cannot run code.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Raises OSError, naming the file, where it cannot be written; then nothing of it remains."""
+        """Write a checkpoint; raise OSError with the file's name if that fails, leaving no partial file."""
         if storage_options is not None:
             raise TypeError(f"storage_options is not supported; got {storage_options!r}")
         save_checked(checkpoint, Path(path))
@@ -52,7 +52,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, location: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Raises FileNotFoundError, or ValueError where the file is cut short or damaged."""
+        """Read a checkpoint; raise FileNotFoundError, or ValueError if the file is truncated or damaged."""
         check_checkpoint(Path(path))
         try:
             return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
@@ -61,18 +61,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def save_checked(content: Any, path: Path) -> None:
-    """What `torch.save` writes, with its SHA-256 as the comment of the zip archive; whole or not at all.
+    """Write what `torch.save` writes, with its SHA-256 as the comment of the zip archive; never a partial file.
 
-    (The archive's own checksums are of its parts alone: not of their names, and places.)
+    (The archive's own checksums cover only its parts, not their names and places.)
 
     Raises:
-        OSError: it cannot be written; the error names the file.
+        OSError: the file cannot be written; the error names it.
     """
     _set_folder_aside(path)
     with atomic_file(path) as file:
         summing = _Summing(file)
         try:
-            torch.save(content, summing)  # type: ignore[arg-type]  # it writes, and does nothing else
+            torch.save(content, summing)  # type: ignore[arg-type]  # torch.save only calls write
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # a full disk, under an error of torch.save's own
                 raise error.__context__ from error
@@ -82,7 +82,7 @@ def save_checked(content: Any, path: Path) -> None:
 
 
 class _Summing:
-    """Writes into a file, and sums up what."""
+    """A file to write into that also computes the SHA-256 of what is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -97,11 +97,11 @@ class _Summing:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Read all of a checkpoint, and compare its checksum; of one from before there was any, those of its parts.
+    """Read all of a checkpoint and compare its checksum; for an older one without it, the checksums of its parts.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is cut short or damaged.
+        ValueError: the file is truncated or damaged.
     """
     if path.is_dir():
         raise ValueError(f"the checkpoint {path} is damaged: it is a folder")
@@ -112,16 +112,16 @@ def check_checkpoint(path: Path) -> None:
         signed = len(end) == _END.size + _COMMENT and end.startswith(_END_SIGNATURE)
         if signed and end[_END.size :].startswith(_CHECKSUM):
             if end[_END.size + len(_CHECKSUM) :].decode(errors="replace") != _sum_of(file, size - _COMMENT - 2):
-                _check_parts(path)  # which says more, if it can
+                _check_parts(path)  # its error says more, if it finds the damaged part
                 raise ValueError(f"the checkpoint {path} is damaged: its checksum does not match")
         elif end[-_END.size :].startswith(_END_SIGNATURE) and end.endswith(b"\0\0"):
             _check_parts(path)
         else:
-            raise ValueError(f"the checkpoint {path} is cut short or damaged: it has no end")
+            raise ValueError(f"the checkpoint {path} is truncated or damaged: its end is missing")
 
 
 def _sum_of(file: IO[bytes], size: int) -> str:
-    """The SHA-256 of so much of a file, and of an empty comment's length."""
+    """Return the SHA-256 of the first `size` bytes of a file, followed by the length of an empty comment."""
     digest = hashlib.sha256()
     file.seek(0)
     while size and (block := file.read(min(size, 1 << 20))):
@@ -135,32 +135,32 @@ def _check_parts(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    # What a damaged directory raises is of many kinds: a part may seem to be compressed, encrypted, or elsewhere.
+    # A damaged directory raises many kinds of errors: a part may seem to be compressed, encrypted, or elsewhere.
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, RuntimeError, OSError) as error:
-        raise ValueError(f"the checkpoint {path} is cut short or damaged: {error}") from error
+        raise ValueError(f"the checkpoint {path} is truncated or damaged: {error}") from error
     if damaged is not None:
         raise ValueError(f"the checkpoint {path} is damaged: the checksum of its part {damaged} does not match")
 
 
 def _set_folder_aside(path: Path) -> None:
-    """A folder where a file belongs gets another name."""
+    """Rename a folder that is in the place of the file."""
     if path.is_dir():
         free = next(name for number in count(1) if not (name := path.with_name(f"{path.name}.{number}")).exists())
         path.rename(free)
-        warnings.warn(f"{path} was a folder: it is {free.name} now", stacklevel=2)
+        warnings.warn(f"{path} was a folder, which is now named {free.name}", stacklevel=2)
 
 
 def latest_checkpoint(folder: Path, weights_for: WeightsFor | None = None, run: str | None = None) -> Path | None:
-    """The newest whole checkpoint in `folder`, None where none was written yet; warns of each one passed over.
+    """Return the newest good checkpoint in `folder`, None if none was written yet; warn of each one that is skipped.
 
     Args:
-        folder: of the checkpoints.
-        weights_for: names and shapes of the weights that one must have, from its content; it may raise ValueError. None
-            leaves the content unchecked.
-        run: that it must be of, where that is known.
+        folder: the folder of the checkpoints.
+        weights_for: returns the names and shapes of the weights that a checkpoint must have, given its content; it may
+            raise ValueError. None leaves the content unchecked.
+        run: id of the run that the checkpoint must belong to; None if unknown.
 
     Raises:
-        ValueError: there are checkpoints, and all are damaged, or not this run's.
+        ValueError: there are checkpoints, but all are damaged or belong to other runs.
     """
     checkpoints = _newest_first(folder)
     for path in checkpoints:
@@ -170,26 +170,26 @@ def latest_checkpoint(folder: Path, weights_for: WeightsFor | None = None, run: 
                 _check_content(path, weights_for, run)
             return path
         except (ValueError, OSError) as error:
-            warnings.warn(f"{error}; trying the one before it", stacklevel=2)
+            warnings.warn(f"{error}; the one before it is tried", stacklevel=2)
     if checkpoints:
         names = ", ".join(path.name for path in checkpoints)
-        raise ValueError(f"no checkpoint in {folder} is whole and this run's: {names}")
+        raise ValueError(f"no checkpoint in {folder} is undamaged and from this run: {names}")
     return None
 
 
 def _check_content(path: Path, weights_for: WeightsFor, run: str | None) -> None:
-    """Raises ValueError for one that is whole, but not this run's, by what it says, by its step or its weights."""
+    """Raise ValueError if an undamaged checkpoint is not from this run, by its run id, its step or its weights."""
     try:
         content = torch.load(path, map_location="meta", weights_only=True)
     except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"the checkpoint {path} cannot be read: {error}") from error
     missing = [part for part in _PARTS if not isinstance(content, dict) or part not in content]
     if missing:
-        raise ValueError(f"the checkpoint {path} is not one of a run: it has no {', '.join(missing)}")
+        raise ValueError(f"the checkpoint {path} is not from a training run: it has no {', '.join(missing)}")
     if run is not None and content.get("run") != run:
-        raise ValueError(f"the checkpoint {path} is not this run's: it is another run's")
+        raise ValueError(f"the checkpoint {path} is not this run's: it belongs to another run")
     if content["global_step"] != _step(path):
-        raise ValueError(f"the checkpoint {path} is not this run's: it is of step {content['global_step']}")
+        raise ValueError(f"the checkpoint {path} is not this run's: its content is from step {content['global_step']}")
     try:
         expected = {name: weight.shape for name, weight in weights_for(content).items()}
     except (ValueError, KeyError, TypeError) as error:
@@ -197,7 +197,7 @@ def _check_content(path: Path, weights_for: WeightsFor, run: str | None) -> None
     try:
         found = {name: weight.shape for name, weight in content["state_dict"].items()}
     except AttributeError as error:
-        raise ValueError(f"the checkpoint {path} is not this run's: its weights are no tensors") from error
+        raise ValueError(f"the checkpoint {path} is not this run's: its weights are not tensors") from error
     other = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
     if other:
         more = f" and {len(other) - 1:,} more" if other[1:] else ""
@@ -205,14 +205,14 @@ def _check_content(path: Path, weights_for: WeightsFor, run: str | None) -> None
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest file in `folder`, whole or not; None where there is none."""
+    """Return the newest checkpoint file in `folder`, damaged or not; None if there is none."""
     return next((path for path in _newest_first(folder) if path.is_file()), None)
 
 
 class StepCheckpoint(Checkpoint):
-    """Saves ``step-N.ckpt`` after every `every` optimizer steps and after the last one; the newest `keep` stay.
+    """Save ``step-N.ckpt`` after every `every` optimizer steps and after the last one, and keep the newest `keep`.
 
-    Never between the optimizer steps: the gradients accumulated so far are in no checkpoint.
+    It never saves inside an optimizer step, because a checkpoint does not hold accumulated gradients.
     """
 
     def __init__(self, folder: Path, every: int, keep: int = 2) -> None:
@@ -233,21 +233,21 @@ class StepCheckpoint(Checkpoint):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Save one of the step at hand."""
+        """Save a checkpoint of the current step, and remove the oldest ones."""
         step = trainer.global_step
         trainer.save_checkpoint(checkpoint_of(self.folder, step))
         if trainer.is_global_zero:
-            # Those of later steps are damaged ones, which a resumed run has passed over.
+            # Checkpoints of later steps are damaged: the resumed run has skipped them.
             past = [path for path in _newest_first(self.folder) if path.is_file() and _step(path) <= step]
             for path in past[self.keep :]:
                 path.unlink()
 
 
 class ValidationCheckpoint(StepCheckpoint):
-    """Saves after every validation, so that what was decided by it (to stop early) is in the checkpoint.
+    """Save after every validation, so that decisions made by it (early stopping) are in the checkpoint.
 
-    After one between optimizer steps, as there is where a run was resumed with another ``accumulate``, it saves after
-    the next step.
+    A validation may fall inside an optimizer step if a run was resumed with another ``accumulate``: then it saves after
+    that step.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -273,7 +273,7 @@ class ValidationCheckpoint(StepCheckpoint):
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
-    """The file of the checkpoint that is made after this optimizer step."""
+    """Return the path of the checkpoint of this optimizer step."""
     return folder / f"step-{step:07d}.ckpt"
 
 

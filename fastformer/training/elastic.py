@@ -1,4 +1,4 @@
-"""Resuming on another number of devices, or with another strategy: what a checkpoint must say for that."""
+"""Adapt checkpoints so that a run can resume on another number of devices, or with another strategy."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 
 
 def convert_progress(checkpoint: dict[str, Any], data: str, world_size: int) -> None:
-    """Make the progress in a checkpoint that of `world_size` devices which have trained on as many batches together.
+    """Convert the progress in a checkpoint to `world_size` devices that have trained on equally many batches together.
 
-    Lightning counts batches per device. The batches of all devices are one sequence, of which optimizer steps take
-    equal shares if ``accumulate`` changes with the number of devices: the run goes on as it would have. Where the
-    batches so far cannot be shared out equally, the checkpoint is left as it is; the order of the batches is the same
-    then too, but a step may begin at another one.
+    Lightning counts batches per device, but the batches of all devices form one sequence. If ``accumulate`` changes
+    inversely with the number of devices, optimizer steps take the same parts of that sequence, and the run continues as
+    without a change. If the batches so far cannot be divided equally among the devices, the checkpoint is not changed.
+    The order of the batches is still the same then, but a step may begin at another batch.
 
     Args:
         checkpoint: written by a `TrainingModule`, changed in place.
-        data: the name of the `ResumableDataModule`'s class, under which the checkpoint has its state.
-        world_size: devices of the run that resumes.
+        data: the class name of the `ResumableDataModule`, the key of its state in the checkpoint.
+        world_size: number of devices of the resumed run.
     """
     before = checkpoint["world_size"]
     state = checkpoint.get(data)
@@ -36,13 +36,14 @@ def convert_progress(checkpoint: dict[str, Any], data: str, world_size: int) -> 
 
 
 def number_by_module(state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    """Number the parameters in an optimizer's state in the module's order, rather than in that of its groups.
+    """Number the parameters in an optimizer's state in the module's order instead of the order of its groups.
 
-    PyTorch reads any numbers; Lightning's `ModelParallelStrategy` reads these.
+    PyTorch accepts any numbering; Lightning's `ModelParallelStrategy` needs this one.
 
     Args:
         state: the optimizer's state_dict, changed in place.
-        optimizer, module: whose parameters they are.
+        optimizer: the optimizer of the parameters.
+        module: the module that has the parameters.
     """
     places = {parameter: place for place, parameter in enumerate(module.parameters())}
     numbers = [places[parameter] for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,4 +1,4 @@
-"""Fine-tuning as LightningModules: one for each kind of output layer, on what they share."""
+"""Fine-tuning as LightningModules: one for each kind of output layer, with a common base class."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from fastformer.training.privacy import Privacy, accumulate_example, noised_grad
 
 Batch = Mapping[str, Any]
 Judge = Callable[[list[Any]], dict[str, float]]
-"""From what `FineTuning.outputs` gave for all held-out sequences, in order, to metrics by name."""
+"""Computes metrics by name from the results of `FineTuning.outputs` for all held-out sequences, in order."""
 
 
 class FineTuning(TrainingModule):
-    """Training of a model on a task: its own loss, and what the task's kind makes of its outputs.
+    """Training of a model on a task: the model's loss, and the outputs that the task's metrics need.
 
-    Batches are what the model's forward takes, packed or dense, with labels; those to train on also have the
-    ``label_counts`` of `with_label_counts` by `targets`. Logged with each optimizer step: ``train/loss``,
-    ``train/adversarial_loss``, ``train/learning_rate`` (the largest); on held-out examples ``val/loss``, over all
-    targets with equal weight, and the metrics of `judge` as ``val/...``.
+    Batches hold the arguments of the model's forward, packed or dense, with labels. Training batches also have
+    ``label_counts``, made by `with_label_counts` from `targets`. Logged with each optimizer step: ``train/loss``,
+    ``train/adversarial_loss``, ``train/learning_rate`` (the largest). Logged on held-out examples: ``val/loss``, over
+    all targets with equal weight, and the metrics of `judge` as ``val/...``.
 
     Args:
-        model: ours or one of Hugging Face's, or either with PEFT's adapters.
+        model: Fastformer's or Hugging Face's model, with PEFT's adapters or without.
         optimization: the optimizer and its schedule.
         adversary: for adversarial training.
         privacy: for differential privacy; batches are then lists of batches of one example (`PoissonBatches`).
-        examples: to train on, in number; for `privacy`.
+        examples: number of training examples; needed for `privacy`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class FineTuning(TrainingModule):
         super().__init__()
         if privacy is not None:
             if adversary is not None:
-                raise ValueError("adversarial training and differential privacy do not go together; choose one")
+                raise ValueError("adversarial training and differential privacy cannot be combined; choose one")
             if examples is None:
                 raise ValueError("examples must be given with privacy: the number of examples to train on")
         self.model = model
@@ -62,19 +62,19 @@ class FineTuning(TrainingModule):
         self.judge: Judge | None = None
         self.noise_multiplier: float | None = None
 
-    # --- What differs between tasks -----------------------------------------------------------------------------------
+    # --- Differences between tasks ------------------------------------------------------------------------------------
 
     def run(self, batch: Batch) -> tuple[torch.Tensor, Any]:
-        """The mean loss of a batch, and the model's output."""
+        """Return the mean loss of a batch, and the model's output."""
         output = self.model(**batch)
         return output.loss, output
 
     def targets(self, batch: Batch) -> float:
-        """How many targets the mean loss of a batch is of, or the sum of their weights."""
+        """Return the number of targets in the mean loss of a batch, or the sum of their weights."""
         return int((batch["labels"] != IGNORE_INDEX).sum())
 
     def outputs(self, batch: Batch, output: Any) -> list[Any]:
-        """For each sequence of a batch what predictions are made of; none where validation is of the loss alone."""
+        """Return for each sequence of a batch the values that predictions need; empty if only the loss is validated."""
         return []
 
     # --- Training -----------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ class FineTuning(TrainingModule):
         optimizer.step()
         schedule: Any = self.lr_schedulers()
         schedule.step()
-        # This is not private: it is for whoever has the data.
+        # The logged loss is not private: it is for the owner of the data.
         self.log("train/loss", torch.stack(losses).mean() if losses else torch.tensor(math.nan), batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -131,8 +131,8 @@ class FineTuning(TrainingModule):
     # --- Validation and prediction ------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._loss_sum = torch.zeros(2, dtype=torch.float64, device=self.device)  # and targets
-        self._outputs: list[list[Any]] = []  # of each batch
+        self._loss_sum = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, targets
+        self._outputs: list[list[Any]] = []  # one list per batch
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss, output = self.run(batch)
@@ -151,7 +151,7 @@ class FineTuning(TrainingModule):
         self.log_dict({f"val/{name}": value for name, value in metrics.items()}, sync_dist=True)
 
     def _outputs_of_all_ranks(self) -> list[Any]:
-        """In the order of the examples: ranks take batches in turn."""
+        """Return the outputs of all ranks in the order of the examples: ranks take batches in turn."""
         ranks: list[Any] = [self._outputs]
         if self.trainer.world_size > 1:
             ranks = [None] * self.trainer.world_size
@@ -163,10 +163,12 @@ class FineTuning(TrainingModule):
 
 
 class Classification(FineTuning):
-    """Of whole sequences, or the regression of one number. `outputs`: of each sequence (labels,) logits, float32.
+    """Classification of whole sequences, or regression of one number.
+
+    `outputs` returns for each sequence (labels,) logits, float32.
 
     Args:
-        class_weights: of each class in the loss, which is then ``Σ w[y] · loss / Σ w[y]``; None for equal weights.
+        class_weights: the weight of each class in the loss ``Σ w[y] · loss / Σ w[y]``; None for equal weights.
     """
 
     _weights_of_loss: torch.Tensor | None
@@ -180,7 +182,7 @@ class Classification(FineTuning):
                 f"{class_weights}"
             )
         self.class_weights = None if class_weights is None else torch.tensor(class_weights)
-        self.register_buffer("_weights_of_loss", self.class_weights, persistent=False)  # where the model is
+        self.register_buffer("_weights_of_loss", self.class_weights, persistent=False)  # moves with the model
 
     def run(self, batch: Batch) -> tuple[torch.Tensor, Any]:
         if self.class_weights is None:
@@ -200,14 +202,14 @@ class Classification(FineTuning):
 
 
 class Tagging(Classification):
-    """Of each token. `outputs`: of each sequence (tokens, labels) logits, float32."""
+    """Classification of each token. `outputs` returns for each sequence (tokens, labels) logits, float32."""
 
     def outputs(self, batch: Batch, output: Any) -> list[Any]:
         return sequences(batch, output.logits.float().cpu().numpy())
 
 
 class QuestionAnswering(FineTuning):
-    """The start and the end of an answer. `outputs`: of each sequence (tokens, 2) logits of both, float32."""
+    """Finding the start and the end of an answer. `outputs` returns for each sequence (tokens, 2) logits, float32."""
 
     def targets(self, batch: Batch) -> float:
         return int((batch["start_positions"] != IGNORE_INDEX).sum())
@@ -218,21 +220,22 @@ class QuestionAnswering(FineTuning):
 
 
 class Generation(FineTuning):
-    """Text from text: sequence to sequence, or a decoder alone. Validation is of the loss, on given targets."""
+    """Generating text from text, by an encoder-decoder or a decoder. Validation measures only the loss on targets."""
 
 
 class Embedding(FineTuning):
     """Contrastive learning of sentence embeddings: InfoNCE with in-batch negatives.
 
-    The loss of a pair is the cross-entropy of finding its positive among all positives and negatives of the batch by
-    cosine similarity / temperature (van den Oord et al. 2018; Gao et al., "SimCSE", 2021), and, `symmetric`, its anchor
-    among all anchors. A model without ``embeddings`` in its output is pooled over its real tokens and normalised.
+    The loss of a pair is the cross-entropy of finding its positive among all positives and negatives of the batch, by
+    cosine similarity / temperature (van den Oord et al. 2018; Gao et al., "SimCSE", 2021). If `symmetric`, the loss of
+    finding its anchor among all anchors is averaged in. If the model's output has no ``embeddings``, its hidden states
+    are averaged over real tokens and normalised.
 
-    `outputs`: of each pair (2, hidden_size) float32, its anchor's and its positive's vector.
+    `outputs` returns for each pair the vectors of its anchor and its positive, (2, hidden_size) float32.
 
     Args:
-        temperature: see above.
-        symmetric: whether anchors are to be found too.
+        temperature: divides the cosine similarities.
+        symmetric: also find the anchor of each positive.
     """
 
     may_be_padded = False  # a pair is found among all others of its batch
@@ -241,13 +244,13 @@ class Embedding(FineTuning):
         super().__init__(*arguments, **options)
         if self.privacy is not None:
             raise ValueError(
-                "in-batch negatives tie examples to each other, so there is no gradient of one for privacy"
+                "privacy needs the gradient of each example, but with in-batch negatives a loss depends on all examples"
             )
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0; got {temperature}")
         self.temperature = temperature
         self.symmetric = symmetric
-        # A pooler has no part in a mean over tokens: it gets no gradients, for which several devices would wait.
+        # A mean over tokens does not use the pooler, and several devices would wait for its gradients.
         for name, parameter in self.model.named_parameters():
             if "pooler" in name.split("."):
                 parameter.requires_grad_(False)
@@ -262,7 +265,7 @@ class Embedding(FineTuning):
         return loss, (anchors, positives)
 
     def embed(self, inputs: Batch) -> torch.Tensor:
-        """(sequences, hidden_size) float32, of length 1."""
+        """Return (sequences, hidden_size) float32 vectors of norm 1."""
         output = self.model(**inputs)
         if (vectors := getattr(output, "embeddings", None)) is None:
             mask = inputs["attention_mask"].unsqueeze(-1)
@@ -285,7 +288,7 @@ def _are_weights(values: Sequence[Any]) -> bool:
 
 
 def sequences(batch: Batch, values: np.ndarray) -> list[np.ndarray]:
-    """What there is of each token, packed or dense, sequence by sequence, without padding."""
+    """Divide the values of all tokens, packed or dense, into sequences without padding."""
     if "cu_seqlens" in batch:
         return [values[start:end] for start, end in pairwise(batch["cu_seqlens"].tolist())]
     mask = batch["attention_mask"].bool().cpu().numpy()
@@ -293,6 +296,6 @@ def sequences(batch: Batch, values: np.ndarray) -> list[np.ndarray]:
 
 
 def _boundaries(batch: Batch) -> list[torch.Tensor]:
-    """Of each packed side of a batch, in the order in which a model embeds them."""
+    """Return the offsets of each packed side of a batch, in the order in which a model embeds the sides."""
     sides = [batch[name] for name in ("anchor", "positive", "negative") if name in batch] or [batch]
     return [side[name] for side in sides for name in ("cu_seqlens", "decoder_cu_seqlens") if name in side]

@@ -1,4 +1,4 @@
-"""Finds the examples of a task: those of a set, or of files, divided into training, validation and test."""
+"""Find the examples of a task, in a set or in files, divided into training, validation and test."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ def sets_of(task: Task) -> list[str]:
 
 
 def load_examples(task: Task, data: str, options: TextOptions, cache_dir: str | None = None) -> Splits[Any]:
-    """The examples of a set or of files; without validation or test files a tenth of the training examples each.
+    """Return the examples of a set or of files.
+
+    A tenth of the training examples becomes the validation split if there is no validation file, and likewise for test.
 
     Args:
-        task: that they are for.
+        task: the task.
         data: name of a set, a file, or a folder with files for each split.
-        options: of its texts.
-        cache_dir: where sets are.
+        options: the text options.
+        cache_dir: the folder of fetched sets.
 
     Raises:
         FileNotFoundError: there is no such set or path.
@@ -69,7 +71,7 @@ def _joined(parts: Sequence[Any]) -> Examples[Any]:
 
 
 def drawn_examples(examples: Examples[Any], count: int, seed: int) -> Examples[Any]:
-    """At most `count` examples, without repetition."""
+    """Draw at most `count` examples, without repetition."""
     if count < 1:
         raise ValueError(f"--max_train_examples must be at least 1; got {count}")
     return examples.part(random.Random(seed).sample(range(len(examples)), min(count, len(examples))))

@@ -1,4 +1,4 @@
-"""Prepares a fine-tuning run: its examples, what it starts from, and the features that it is trained on."""
+"""Prepare a fine-tuning run: its examples, its starting point, and its features."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastformer.training.starting_point import CLASSES, StartingPoint, Task, fro
 from fastformer.training.tasks import RECIPES, Recipe, Rewrite, TextOptions
 
 PRETRAINED = Path("runs/pretrain/model")
-"""What fine-tuning starts from where nothing else is said, if it is there and fits the task."""
+"""The default starting point of fine-tuning, if the folder exists and fits the task."""
 
 
 class Prepared(NamedTuple):
@@ -30,11 +30,14 @@ class Prepared(NamedTuple):
     recipe: Recipe
     train: list[Any]  # features
     validation: list[Any]
-    source: str  # what was started from, in words
+    source: str  # the starting point, in words
 
 
 def prepare(task: Task, options: Namespace, arguments: Sequence[str]) -> Prepared:
-    """Data and output layer. Lengths that were not given become the model's, if it has fewer positions."""
+    """Load the data, and build the model with its output layer.
+
+    Lengths that were not given are reduced to the positions of the model, with a warning.
+    """
     texts = _text_options(options)
     kind = RECIPES[task]
     examples = load_examples(task, options.data, texts, options.cache_dir)
@@ -43,7 +46,7 @@ def prepare(task: Task, options: Namespace, arguments: Sequence[str]) -> Prepare
         drawn = drawn_examples(cast(Examples[Any], examples.train), options.max_train_examples, options.seed)
         examples = examples._replace(train=drawn)
     if task == "classify" and labels is None:
-        labels = ["value"]  # one output is a regression's
+        labels = ["value"]  # regression has one output
     model_folder = _model_folder(task, options)
     if model_folder is not None:
         start = (untrained if options.from_scratch else pretrained)(model_folder, task, labels)
@@ -54,7 +57,7 @@ def prepare(task: Task, options: Namespace, arguments: Sequence[str]) -> Prepare
         tokenizer = train_tokenizer(corpus, options.vocab_size, kind.tokenizer_objective)
         longest = max(texts.max_length, texts.max_target_length)
         if kind.tokenizer_objective == "clm":
-            longest += texts.max_target_length  # what is generated follows the prompt
+            longest += texts.max_target_length  # generated text follows the prompt
         size = options.preset or SMALLEST
         start = from_scratch(size, task, tokenizer, longest, labels, **options.overrides)
         source = f"scratch, {size}"
@@ -71,16 +74,16 @@ def prepare(task: Task, options: Namespace, arguments: Sequence[str]) -> Prepare
 
 
 def _fitting(name: str, limit: int | None, options: Namespace, arguments: Sequence[str]) -> TextOptions:
-    """The options of texts, of which the one of this name is no longer than the model has positions for.
+    """Return the text options after reducing the length `name` to the model's limit.
 
     Raises:
-        ValueError: it is, and was given.
+        ValueError: the length was given, and is above the limit.
     """
     length = options[name]
     if limit is not None and length > limit:
         named = any(argument.partition("=")[0] == f"--{name}" for argument in arguments)
         if named or length != getattr(TextOptions(), name.rpartition(".")[2]):
-            raise ValueError(f"--{name} must be at most {limit}, the positions that the model has for it; got {length}")
+            raise ValueError(f"--{name} must be at most {limit}, the number of positions of the model; got {length}")
         warnings.warn(f"--{name} is {limit}, not {length}: the model has no more positions", stacklevel=2)
         options[name] = limit
     return _text_options(options)
@@ -91,7 +94,10 @@ def _text_options(options: Namespace) -> TextOptions:
 
 
 def fingerprints(prepared: Prepared) -> dict[str, str]:
-    """Of the examples, the names of their classes or tags, and the tokenizer: a run goes on with the same alone."""
+    """Return the fingerprints of the examples, of the names of classes or tags, and of the tokenizer.
+
+    A run can only be continued with the same ones.
+    """
     recipe = prepared.recipe
     parts: dict[str, Iterable[Any]] = {f"{part} examples": found for part, found in prepared.examples._asdict().items()}
     parts["label names"] = recipe.labels or ()
@@ -101,21 +107,21 @@ def fingerprints(prepared: Prepared) -> dict[str, str]:
 
 
 def _check_test(recipe: Recipe, test: Sequence[Any]) -> None:
-    """What would be found after training is found before it."""
+    """Refuse test examples before training that would fail after it."""
     recipe.check(test)
     known = [bool(recipe.reference(example)) for example in test]
     if not any(known):
-        warnings.warn("no test example says what is right: all are predicted, and nothing is measured", stacklevel=2)
+        warnings.warn("no test example has a known answer: all are predicted, and nothing is measured", stacklevel=2)
     elif not all(known):
         without, told = known.index(False), known.index(True)
         raise ValueError(
-            f"{place_of(test, without)}: this test example does not say what is right, where {place_of(test, told)} "
-            "does; give it for all or for none"
+            f"{place_of(test, without)}: this test example has no known answer, but {place_of(test, told)} has; give "
+            "answers for all or for none"
         )
 
 
 def _model_folder(task: Task, options: Namespace) -> Path | None:
-    """What is given, or the folder of a pretraining run whose stack the task can use."""
+    """Return the given folder, or that of a pretraining run if the task can use its stack; None if there is neither."""
     if options.model is not None:
         if options.overrides:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What a fine-tuning run leaves to read: Markdown with its metrics, pictures and some predictions."""
+"""The report of a fine-tuning run: Markdown with its metrics, pictures and some predictions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _LONGEST = 160
 
 
 class FineTuningReport:
-    """A run's report.
+    """The report of a run.
 
     Args:
-        metrics: what metrics.json holds.
-        recipe: of the task.
-        examples: to test on.
-        lines: predictions for them, with references.
+        metrics: the content of metrics.json.
+        recipe: the recipe of the task.
+        examples: the test examples.
+        lines: predictions for the test examples, with references.
     """
 
     def __init__(
@@ -37,26 +37,32 @@ class FineTuningReport:
         self.lines = lines
 
     def headings(self) -> list[str]:
-        """Of the columns of metrics."""
+        """Return the headings of the metric columns."""
         return ["before", "after", "test", *(f"test: {name}" for name in self.metrics["baselines"])]
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Each metric before and after training on the validation examples, and on the test examples; there also
-        that of each trivial baseline."""
+        """Return a row for each metric.
+
+        Its values are those before and after training on the validation examples, then those on the test examples, of
+        the model and of each trivial baseline.
+        """
         parts = [self.metrics[part] or {} for part in ("start", "end")]
         parts += [self.metrics["test"], *self.metrics["baselines"].values()]
         names = [name for name in dict.fromkeys(name for part in parts for name in part) if name != "step"]
         return [(name, *(_number(part.get(name)) for part in parts)) for name in names]
 
     def table(self) -> Table:
-        """For a terminal."""
+        """Return the metrics as a table for a terminal."""
         counts = self.metrics["examples"]
         title = f"{self.metrics['task']}: {counts['validation']:,} validation, {counts['test']:,} test examples"
         headings = self.headings()
         return Table(("metric", *headings), self.rows(), f"l{'r' * len(headings)}", title)
 
     def write(self, path: Path, curve: Path, confusion: Path) -> None:
-        """Write the report to `path`, beside `curve`, and for classes the confusion matrix to `confusion`, a PNG."""
+        """Write the report to `path`, and for classes the confusion matrix to `confusion`, a PNG file.
+
+        Both are in the folder of `curve`, the picture of the losses.
+        """
         pictures = [markdown.picture("losses in training and on held-out examples", curve)]
         if self.metrics["test"] and self.recipe.draw_confusion(self.lines, confusion):
             pictures.append(markdown.picture("confusion matrix of the test examples", confusion))
@@ -85,7 +91,7 @@ class FineTuningReport:
         metrics = self.metrics
         facts = {
             "started from": markdown.text(metrics["started_from"]),
-            "parameters": f"{metrics['parameters']:,}, of which {metrics['trained_parameters']:,} trained",
+            "parameters": f"{metrics['parameters']:,}, of which {metrics['trained_parameters']:,} are trained",
             "attention": metrics["attention"],
             "examples": ", ".join(f"{count:,} {part}" for part, count in metrics["examples"].items()),
             "steps": f"{metrics['steps']:,}",

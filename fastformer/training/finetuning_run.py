@@ -1,4 +1,4 @@
-"""Runs fine-tuning: from checked options to a trained model, its predictions and its report."""
+"""Run fine-tuning: from checked options to a trained model, its predictions and its report."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _BEST, _PREDICTIONS, _REPORT, _CONFUSION = "best.pt", "predictions.jsonl", "repo
 
 
 def run_folder(path: Path) -> RunFolder:
-    """Where a fine-tuning run keeps what."""
+    """Return the output folder of a fine-tuning run."""
     return RunFolder(path, "fine-tuning", (_BEST, _PREDICTIONS, _REPORT, _CONFUSION))
 
 
@@ -84,7 +84,7 @@ def run_finetuning(
         stopping = [EarlyStopping(folder.path / _BEST, options.monitor, mode, options.patience, lambda: folder.run)]  # type: ignore[arg-type]
     trainer_arguments = parser.instantiate(options).trainer
     if options.privacy_epsilon is not None:
-        trainer_arguments.gradient_clip_val = None  # clipping is the mechanism's, of each example's gradient
+        trainer_arguments.gradient_clip_val = None  # the privacy mechanism clips each example's gradient itself
     trainer = build_trainer(
         trainer_arguments,
         folder,
@@ -123,16 +123,16 @@ def run_finetuning(
 
 
 def _check_trainer(trainer: Trainer, options: Namespace) -> None:
-    """Refuse what would not be what it says."""
+    """Refuse combinations of options that would not give the promised privacy."""
     if options.privacy_epsilon is None:
         return
     if trainer.world_size > 1 or isinstance(trainer.strategy, ModelParallelStrategy):
         raise ValueError(
-            "--privacy_epsilon is for one device with whole weights, where the gradient of each example is clipped; "
-            f"got --devices {options.devices} --strategy {options.strategy}"
+            "--privacy_epsilon is for one device with unsharded weights, because the gradient of each example is "
+            f"clipped; got --devices {options.devices} --strategy {options.strategy}"
         )
     if trainer.precision == "16-mixed":
-        raise ValueError("--privacy_epsilon is not for --precision 16-mixed, whose scaler clips anew")
+        raise ValueError("--privacy_epsilon is not for --precision 16-mixed, whose scaler would clip a second time")
 
 
 def _data(prepared: Prepared, module: FineTuning, options: Namespace) -> FineTuningData:
@@ -193,7 +193,7 @@ def _privacy_of(options: Namespace) -> Privacy | None:
 
 
 def _privacy(module: FineTuning) -> dict[str, Any]:
-    """What was spent, for the report."""
+    """Return the privacy spent, for the report."""
     if module.privacy is None or module.noise_multiplier is None:
         return {}
     assert module.examples is not None
@@ -208,7 +208,7 @@ def _privacy(module: FineTuning) -> dict[str, Any]:
 
 
 class _Judge:
-    """The metrics of held-out examples, from a module's outputs."""
+    """Computes the metrics of held-out examples from a module's outputs."""
 
     def __init__(self, recipe: Recipe, examples: Sequence[Any], features: Sequence[Any]) -> None:
         self.recipe = recipe
@@ -223,13 +223,13 @@ class _Judge:
 def _evaluate(
     task: Task, options: Namespace, folder: RunFolder, prepared: Prepared, trainer: Trainer, metrics: dict[str, Any]
 ) -> None:
-    """On the test examples, with the model as it was saved."""
+    """Evaluate the saved model on the test examples; write and print the results."""
     texts = prepared.recipe.options
     predictor = Predictor.load(folder.model, task, texts, trainer.strategy.root_device, options.tokens_per_batch)
     test = prepared.examples.test
     lines = predictor.recipe.lines(predictor(test), test)
     write_predictions(folder.path / _PREDICTIONS, lines)
-    known = all(map(predictor.recipe.reference, test))  # GLUE's test examples, for one, are not
+    known = all(map(predictor.recipe.reference, test))  # GLUE's test examples, for example, have no answers
     metrics["test"] = predictor.recipe.metrics(lines) if known else {}
     metrics["baselines"] = predictor.recipe.baselines(prepared.examples.train, test) if known else {}
     folder.write_metrics(metrics)
@@ -241,7 +241,7 @@ def _evaluate(
 
 
 def write_predictions(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """As JSON lines, whole or not at all."""
+    """Write predictions as JSON lines; no partial file is left on an error."""
     with atomic_file(path) as file:
         for line in lines:
             file.write(json_text(line).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Losses and weights that are no numbers: noticed at the first step that has one, and never in a checkpoint."""
+"""Detect losses and weights that are infinite or NaN at the first such step, and keep them out of checkpoints."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from fastformer.models.finite import first_not_finite
 from fastformer.training.checkpoints import checkpoint_of, newest_checkpoint
 
 _MOST_SKIPPED = 20
-"""Steps in a row; then it is not the batches. Half as many at the end of a run say the same."""
+"""Most skipped steps in a row; with more, the batches are not the cause. At the end of a run, half as many."""
 _HELD_OUT = ("val/loss", "val/mlm_loss")
-_OR_SKIP = ", or --skip_nonfinite to leave such steps out"
+_OR_SKIP = ", or --skip_nonfinite to skip such steps"
 
 
 class NotFiniteError(ValueError):
-    """Training has met a loss or a weight that is infinite or no number."""
+    """A loss or a weight of training is infinite or NaN."""
 
 
 class FiniteLosses(Callback):
-    """Ends training at the first optimizer step whose loss is infinite or no number, before the weights are touched.
+    """End training at the first optimizer step whose loss is infinite or NaN, before the weights change.
 
-    On an accelerator, which would have to be waited for at each step, that is noticed when the next step is logged,
-    validated or saved; the error says of which step it was. Checkpoints have finite weights alone. A held-out loss that
-    is not finite ends training as well, and the checkpoint of that step goes: the step has ruined the model.
+    On an accelerator, a check at each step would wait for the device: there the loss is checked when a step is logged,
+    validated or saved, and the error names the step. Checkpoints only have finite weights. A held-out loss that is not
+    finite ends training as well, and the checkpoint of that step is removed, because the step has ruined the model.
 
     Args:
-        checkpoints: the run's, for the error.
-        skip: leave such steps out instead, and those with such gradients. Waits for the accelerator at each step. A run
-            of which most steps, or many at its end, were left out has failed all the same.
+        checkpoints: the run's folder of checkpoints, for the error message.
+        skip: skip such steps instead, and steps with such gradients. Waits for the accelerator at each step. A run
+            still fails if most steps, or many at its end, were skipped.
     """
 
     def __init__(self, checkpoints: Path, skip: bool = False) -> None:
@@ -43,22 +43,22 @@ class FiniteLosses(Callback):
         self.skip = skip
         self.skipped = 0
         self._in_a_row = 0
-        self._rate: float | None = None  # of the last step
-        self._first: torch.Tensor | None = None  # step, rate and loss of the first, on an accelerator
+        self._rate: float | None = None  # learning rate of the last step
+        self._first: torch.Tensor | None = None  # on an accelerator: step, rate, loss of the first bad step
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.watch = self  # type: ignore[assignment]
 
     def see(self, module: Any, loss: torch.Tensor, rate: float) -> None:
-        """Look at the loss of the optimizer step that is about to be taken.
+        """Check the loss of the optimizer step that comes next.
 
         Args:
             module: the `TrainingModule`.
-            loss: over all processes.
+            loss: the loss over all processes.
             rate: the learning rate.
 
         Raises:
-            NotFiniteError: it is not, and is not to be skipped.
+            NotFiniteError: the loss is not finite, and such steps are not skipped.
         """
         step = module.trainer.global_step + 1
         self._rate = rate
@@ -75,7 +75,7 @@ class FiniteLosses(Callback):
     def _skip_unless_finite(self, module: Any, loss: torch.Tensor, rate: float, step: int) -> None:
         parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
         bad = not math.isfinite(loss.item())
-        if not bad and module.trainer.precision != "16-mixed":  # whose scaler skips by gradients itself
+        if not bad and module.trainer.precision != "16-mixed":  # its scaler skips such gradients itself
             bad = first_not_finite({str(n): _local(each.grad) for n, each in enumerate(parameters)}) is not None
         if not module.trainer.strategy.reduce_boolean_decision(bad, all=False):
             self._in_a_row = 0
@@ -83,11 +83,11 @@ class FiniteLosses(Callback):
         self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row > _MOST_SKIPPED:
-            raise NotFiniteError(f"{_said(step, rate, loss.item())}, as in {_MOST_SKIPPED} steps before it")
+            raise NotFiniteError(f"{_said(step, rate, loss.item())}, as in the {_MOST_SKIPPED} steps before it")
         for parameter in parameters:
             parameter.grad = None
         if module.trainer.is_global_zero:
-            say(f"{_said(step, rate, loss.item())}: the step is left out")
+            say(f"{_said(step, rate, loss.item())}: the step is skipped")
 
     def _error(self, step: int, rate: float, loss: float) -> NotFiniteError:
         return NotFiniteError(f"{_said(step, rate, loss)}; training ends, and {self._kept()}{_OR_SKIP}")
@@ -100,14 +100,14 @@ class FiniteLosses(Callback):
     def _check_skipped(self, steps: int) -> None:
         if 2 * self.skipped > steps or 2 * self._in_a_row > _MOST_SKIPPED:
             raise NotFiniteError(
-                f"{self.skipped:,} of {steps:,} steps were left out, {self._in_a_row:,} of them at the end: the model "
+                f"{self.skipped:,} of {steps:,} steps were skipped, {self._in_a_row:,} of them at the end: the model "
                 f"is not saved, and {self._kept()}"
             )
 
-    # --- Where an accelerator may be waited for -----------------------------------------------------------------------
+    # --- Checks that may wait for the accelerator ---------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raises NotFiniteError where a step has been seen whose loss was not."""
+        """Raise NotFiniteError if the loss of an earlier step was not finite."""
         if self._first is not None:
             step, rate, loss = self._first.tolist()
             if not math.isfinite(loss):
@@ -134,14 +134,14 @@ class FiniteLosses(Callback):
                 f"are not saved, and {self._kept()}{_OR_SKIP}"
             )
 
-    # --- What came of it ----------------------------------------------------------------------------------------------
+    # --- Checks after validation and training -------------------------------------------------------------------------
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = (trainer.callback_metrics[name].item() for name in _HELD_OUT if name in trainer.callback_metrics)
         loss = next((loss for loss in found if not math.isfinite(loss)), None)
         if loss is None:
             return
-        self._check_weights(trainer, pl_module)  # which would say more
+        self._check_weights(trainer, pl_module)  # its error says more
         step = trainer.global_step
         if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
             checkpoint_of(self.checkpoints, step).unlink(missing_ok=True)
@@ -166,12 +166,12 @@ class FiniteLosses(Callback):
 
 
 def first_not_finite_of(module: torch.nn.Module) -> str | None:
-    """The name of the first parameter of which this process has elements that are infinite or no numbers."""
+    """Return the name of the first parameter with infinite or NaN elements in this process; None if all are finite."""
     return first_not_finite({name: _local(parameter.detach()) for name, parameter in module.named_parameters()})
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises NotFiniteError for tensors of weights that are not, naming the first."""
+    """Raise NotFiniteError, naming the first tensor of weights that is not finite."""
     name = first_not_finite(tensors)
     if name is not None:
         raise NotFiniteError(f"the weights {name} are not finite: they are not saved")

@@ -1,4 +1,4 @@
-"""The output folder of a training command: which files are a run's, which process writes them, and what may go."""
+"""The output folder of a training command: which files belong to the run, who writes them, what may be removed."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _CHECKPOINTS = tuple(f"checkpoints/step-{'[0-9]' * digits}.ckpt" for digits in (
 class RunFolder:
     """The output folder of a training command.
 
-    What it writes is in its manifest, by names and patterns: only that is ever removed. While a run writes, it holds a
-    lock.
+    Its manifest lists the files a run writes, by names and patterns; only these files are ever removed. A run holds a
+    lock while it writes.
 
     Attributes:
         path: the folder.
-        kind: of run, for errors.
-        others: names of files that this command writes besides those of every run.
+        kind: the kind of run, for error messages.
+        others: names of files that this command writes in addition to those of every run.
     """
 
     path: Path
@@ -48,12 +48,12 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """Every option of the run."""
+        """The file with every option of the run."""
         return self.path / "config.yaml"
 
     @property
     def metrics(self) -> Path:
-        """What is printed at the end."""
+        """The file with the metrics printed at the end."""
         return self.path / "metrics.json"
 
     @property
@@ -63,82 +63,82 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """The newest, to resume from."""
+        """The folder of the newest checkpoints, to resume from."""
         return self.path / "checkpoints"
 
     @property
     def logs(self) -> Path:
-        """CSV and TensorBoard."""
+        """The folder of the CSV and TensorBoard logs."""
         return self.path / "logs"
 
     @property
     def report(self) -> Path:
-        """The metrics, to read."""
+        """The report for people."""
         return self.path / "report.md"
 
     @property
     def model(self) -> Path:
-        """Hugging Face format."""
+        """The folder of the model in Hugging Face format."""
         return self.path / "model"
 
     @property
     def manifest(self) -> Path:
-        """Names and patterns of what the run writes, and the process that writes it."""
+        """The file with the names and patterns of what the run writes, and the process that writes it."""
         return self.path / "manifest.json"
 
     @property
     def lock(self) -> Path:
-        """Held by the process that writes."""
+        """The lock file, held by the writing process."""
         return self.path / ".lock"
 
     @property
     def run(self) -> str | None:
-        """What the run and its checkpoints are known by; None of one from before there was any, or not begun."""
+        """The id of the run and its checkpoints; None for an old run without one, or before the run begins."""
         with suppress(ValueError):
             return self._read_manifest().get("run")
         return None
 
     @property
     def data(self) -> dict[str, str] | None:
-        """The fingerprints of what the run learns from, by part; None of one from before there were any."""
+        """The fingerprints of the run's data, by part; None for an old run without them."""
         with suppress(ValueError):
             return self._read_manifest().get("data")
         return None
 
     def check_data(self, data: Mapping[str, str]) -> None:
-        """Raises ValueError where the run has learnt from other data than this."""
+        """Raise ValueError if the run was trained on other data than this."""
         before = self.data
         if isinstance(before, dict) and before != data:
             other = ", ".join(name for name in data if before.get(name) != data[name])
             raise ValueError(
-                f"the run in {self.path} cannot be continued with other data: {other} are not what they were; resume "
-                "with the same, or start anew"
+                f"the run in {self.path} cannot be continued with other data: {other} have changed; resume with the "
+                "same data, or start a new run"
             )
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        """As JSON, whole or not at all; null for what is no finite number."""
+        """Write the metrics as JSON; a number that is not finite becomes null. No partial file is left on an error."""
         with atomic_file(self.metrics) as file:
             file.write(json_text(metrics, indent=2).encode() + b"\n")
 
-    # --- Whose it is --------------------------------------------------------------------------------------------------
+    # --- Ownership ----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def opened(
         self, resume: bool, overwrite: bool, inputs: Mapping[str, Sequence[Path]] | None = None
     ) -> Iterator[None]:
-        """Hold the folder for this run. Nothing of a run that is replaced is removed before `begin`.
+        """Hold the folder for this run. The files of a run to be replaced are not removed before `begin`.
 
-        A run that failed before its first step has left logs at most; they are no reason to refuse.
+        A run that failed before its first step has left logs at most; such a folder is accepted.
 
         Args:
-            resume: continue the run that is there.
-            overwrite: replace it.
-            inputs: what the new run reads, by option; no run that holds any of it is replaced.
+            resume: continue the run in the folder.
+            overwrite: replace the run in the folder.
+            inputs: the paths the new run reads, by option; a run that contains one of them is not replaced.
 
         Raises:
-            ValueError: the folder holds something else than this run, or another process writes into it.
+            ValueError: the folder holds something other than this run, or another process writes into it.
         """
-        if getattr(rank_zero_only, "rank", 0) != 0:  # the first process has the lock for all
+        if getattr(rank_zero_only, "rank", 0) != 0:  # the first process holds the lock for all
             yield
             return
         if self.path.exists() and not self.path.is_dir():
@@ -157,7 +157,7 @@ class RunFolder:
                     self._forget(new)
 
     def begin(self, data: Mapping[str, str] | None = None) -> None:
-        """Remove what the run that is replaced has left, and make the new one and its `data` known."""
+        """Remove the files of the replaced run, and record the new run and the fingerprints of its `data`."""
         for path in self._replaced:
             remove(path)
             for parent in path.relative_to(self.path).parents[:-1]:
@@ -168,13 +168,13 @@ class RunFolder:
         self._write_manifest(files, uuid.uuid4().hex, data)
 
     def claim_model(self, files: Iterable[str]) -> None:
-        """Note that files of these names are the run's, in `model`."""
+        """Record that the files of these names in `model` belong to the run."""
         self._write_manifest([*self._listed(), *(f"{self.model.name}/{name}" for name in files)], self.run, self.data)
 
-    # --- What is there ------------------------------------------------------------------------------------------------
+    # --- Existing content ---------------------------------------------------------------------------------------------
 
     def _check_before_locking(self) -> None:
-        """A folder that is none of ours gets no lock either."""
+        """Refuse a folder with other content before anything, even a lock, is written into it."""
         if not self.path.exists():
             return
         if self.manifest.is_file():
@@ -183,36 +183,37 @@ class RunFolder:
         names = sorted(path.name for path in self.path.iterdir() if path != self.lock and not _is_empty_folder(path))
         if self.config.name in names:
             raise ValueError(
-                f"--output {self.path} holds {self._state()} run without a {self.manifest.name}, which would say what "
-                "may be replaced: continue it with --resume, remove it yourself, or give another folder"
+                f"--output {self.path} holds {self._state()} run without a {self.manifest.name}, which would list the "
+                "files to replace: continue it with --resume, remove it yourself, or give another folder"
             )
         if names:
             raise ValueError(
-                f"--output {self.path} holds what is no {self.kind} run: {_some(names)}; give another folder"
+                f"--output {self.path} holds files that belong to no {self.kind} run: {_some(names)}; give another "
+                "folder"
             )
 
     def _check_kind(self) -> None:
-        """What a run of another kind has left but for logs is not replaced."""
+        """Refuse a folder with files, other than logs, of another kind of run."""
         kind = self._read_manifest().get("kind")
         if kind != self.kind and not all(self._in(self.logs, name) for name in self._files()):
             raise ValueError(
-                f"--output {self.path} holds a run of another kind, {kind}: no {self.kind} run replaces it, with "
-                "--overwrite or without; remove it yourself, or give another folder"
+                f"--output {self.path} holds a run of another kind, {kind}: a {self.kind} run never replaces it, not "
+                "even with --overwrite; remove it yourself, or give another folder"
             )
 
     def _check_inputs(self, inputs: Mapping[str, Sequence[Path]]) -> None:
-        """What is read may be in the folder under its name, or by a link."""
+        """Refuse to remove inputs of the run, which may be in the folder by name or through a link."""
         for option, paths in inputs.items():
             for path in paths:
                 links = [each for each in path.rglob("*") if each.is_symlink()] if path.is_dir() else []
                 if any(self._holds(each) for each in (path, *links)):
                     raise ValueError(
-                        f"{option} {path} is in --output {self.path}, whose run --overwrite would remove; give another "
-                        "--output"
+                        f"{option} {path} is in --output {self.path}, and --overwrite would remove the run there; give "
+                        "another --output"
                     )
 
     def _holds(self, path: Path) -> bool:
-        """By its name, or by what it is a link to."""
+        """Whether a path is in the folder, by its name or after following links."""
         named = Path(os.path.abspath(path))
         return any(
             each.is_relative_to(root)
@@ -223,12 +224,12 @@ class RunFolder:
         patterns, found = self._patterns(), list(self._files())
         listed = self._listed(damaged=resume) or [*patterns, *(name for name in found if self._in(self.model, name))]
         foreign = [name for name in found if not _matches(name, listed)]
-        if resume:  # what else there is may stay, but `model` will be replaced
+        if resume:  # other files may stay, but the run will replace `model`
             foreign = [name for name in foreign if self._in(self.model, name)]
         if foreign:
             raise ValueError(
-                f"--output {self.path} holds what is no {self.kind} run: {_some(foreign)}; move it, or give another "
-                "folder"
+                f"--output {self.path} holds files that belong to no {self.kind} run: {_some(foreign)}; move them, or "
+                "give another folder"
             )
         if not (resume or overwrite or all(self._in(self.logs, name) for name in found)):
             raise ValueError(
@@ -248,19 +249,19 @@ class RunFolder:
         return name.startswith(f"{folder.name}/")
 
     def _patterns(self) -> list[str]:
-        """Of all that the run may write, but for the files of `model`, which are claimed once they are known."""
+        """Return the patterns of all files the run may write, except those of `model`, which `claim_model` adds."""
         files = [path.name for path in (self.config, self.metrics, self.curve, self.report)]
         files += [*self.others, *_CHECKPOINTS, *_LOGS]
         return [*files, *map(_temporary, files), *(f"{_temporary(self.model.name)}{inside}" for inside in ("", "/*"))]
 
     def _remove_temporaries(self) -> None:
-        """What killed processes have left half written."""
+        """Remove the partial files of killed processes."""
         for path in [*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")]:
             if _matches(path.relative_to(self.path).as_posix(), self._patterns()):
                 remove(path)
 
     def _files(self) -> Iterator[str]:
-        """Names of all files and links, from the folder on."""
+        """Yield the names of all files and links, relative to the folder."""
         for path in _files_in(self.path):
             if path not in (self.manifest, self.lock):
                 yield path.relative_to(self.path).as_posix()
@@ -268,13 +269,17 @@ class RunFolder:
     # --- Manifest and lock --------------------------------------------------------------------------------------------
 
     def _listed(self, damaged: bool = False) -> list[str]:
-        """Names and patterns in the manifest; none where there is none, or one that may be damaged and is."""
+        """Return the names and patterns in the manifest; none if there is no manifest.
+
+        Args:
+            damaged: warn of a damaged manifest and return none, instead of raising ValueError.
+        """
         try:
             found = self._read_manifest()
         except ValueError as error:
             if not damaged:
                 raise
-            warnings.warn(f"{error}; it is written anew", stacklevel=2)
+            warnings.warn(f"{error}; it is written again", stacklevel=2)
             return []
         return [str(name) for name in found.get("files", [])]
 
@@ -286,7 +291,7 @@ class RunFolder:
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.manifest} cannot be read: {error}") from error
         if not (isinstance(found, dict) and isinstance(found.get("files"), list)):
-            raise ValueError(f"{self.manifest} is no manifest of a run: it must have the names of its files")
+            raise ValueError(f"{self.manifest} is not the manifest of a run: it must list the names of the run's files")
         return found
 
     def _write_manifest(self, files: Sequence[str], run: str | None, data: Mapping[str, str] | None) -> None:
@@ -301,7 +306,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.lock)
         try:
-            # Of a killed process, those that prepared its batches hold the lock until they notice.
+            # The loader processes of a killed run hold the lock until they notice.
             lock.acquire(timeout=30 if self._writer_is_dead() else 0)
         except Timeout as error:
             raise ValueError(f"--output {self.path} is in use: {self._writer()} writes into it") from error
@@ -318,7 +323,7 @@ class RunFolder:
                     os.kill(int(process["pid"]), 0)
                 except ProcessLookupError:
                     return True
-                except OSError:  # of another user
+                except OSError:  # the process belongs to another user
                     return False
         return False
 
@@ -333,24 +338,24 @@ class RunFolder:
         self.lock.unlink(missing_ok=True)
         if new:
             for folder, _, _ in os.walk(self.path, topdown=False):
-                with suppress(OSError):  # something else has put a file there; what ended the run is to be seen
+                with suppress(OSError):  # another process has put a file there
                     os.rmdir(folder)
 
 
 def _files_in(path: Path) -> Iterator[Path]:
-    """All files and links, at any depth."""
+    """Yield all files and links, at any depth."""
     for folder, folders, files in os.walk(path):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         yield from (Path(folder, name) for name in [*links, *files])
 
 
 def _is_empty_folder(path: Path) -> bool:
-    """Whether it is one that holds nothing but such folders, as a run that failed early may leave."""
+    """Whether the path is a folder without files or links at any depth, as a run that failed early may leave."""
     return path.is_dir() and not path.is_symlink() and next(_files_in(path), None) is None
 
 
 def _temporary(name: str) -> str:
-    """The pattern of what `atomic_file` writes before it is `name`."""
+    """Return the pattern of the temporary file that `atomic_file` renames to `name`."""
     folder, slash, last = name.rpartition("/")
     return f"{folder}{slash}.{last}.{'[0-9a-f]' * 16}.tmp"
 

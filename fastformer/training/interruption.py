@@ -1,4 +1,4 @@
-"""Signals that end a training run: with a checkpoint, and in such a way that it can be resumed."""
+"""End a training run on a signal, with a checkpoint, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from lightning.pytorch.callbacks import Checkpoint
 from fastformer.stopping import STATUS, Stopped
 
 _AGREE_EVERY = 10
-"""Optimizer steps between which many processes ask each other whether one was told to stop: asking takes time."""
+"""Optimizer steps between two checks, by all processes together, for a stop request: a check takes time."""
 
 
 class Saves(Protocol):
-    """What writes a run's checkpoints."""
+    """A callback that writes a run's checkpoints."""
 
     def save(self, trainer: Trainer) -> None:
-        """Write one now, after an optimizer step."""
+        """Write a checkpoint now, after an optimizer step."""
 
 
 class StopOnSignal(Checkpoint):
-    """Ends a command at SIGINT, SIGTERM or SIGUSR1, by `Stopped`.
+    """Ends a command on SIGINT, SIGTERM or SIGUSR1 by raising `Stopped`.
 
-    During training that happens after the optimizer step at hand, or after the validation that is due or going on,
-    with a checkpoint; at a second signal, and where nothing is being trained, at once. Processes that train together
-    stop together.
+    During training, this happens with a checkpoint after the current optimizer step, or after the validation that is
+    due or running. On a second signal, and outside training, it happens at once. Processes that train together stop
+    together.
 
-    A context manager: signals are caught within it. Where what is raised is lost, as in a destructor, or comes out as
-    another error, the run still ends by it: after the next optimizer step, or at the end of the context. (As a callback
-    it is one of Lightning's Checkpoint callbacks, which come last.)
+    It is a context manager that catches signals inside it. If the raised error is lost, as in a destructor, or replaced
+    by another error, the run still ends: after the next optimizer step, or at the end of the context. (It derives from
+    Lightning's Checkpoint because those callbacks run last.)
 
     Attributes:
-        saves: what to save with.
+        saves: the callback that saves checkpoints.
     """
 
     saves: Saves
@@ -60,12 +60,12 @@ class StopOnSignal(Checkpoint):
             raise Stopped(self._requested) from error
 
     def _listen(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # no other may
+        if threading.current_thread() is threading.main_thread():  # other threads may not
             for name in self._before:
                 signal.signal(getattr(signal, name), self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # forked, to prepare batches
+        if os.getpid() != self._process:  # a forked loader process
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif self._training and self._requested is None:
@@ -77,7 +77,7 @@ class StopOnSignal(Checkpoint):
     # --- In training --------------------------------------------------------------------------------------------------
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listen()  # Lightning has put handlers of its own
+        self._listen()  # Lightning has installed its own handlers
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen()
@@ -101,7 +101,7 @@ class StopOnSignal(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._training = False
-        if self._requested is not None:  # all that there is to save is saved
+        if self._requested is not None:  # everything is saved already
             raise Stopped(self._requested)
 
     def _stop_if_requested(self, trainer: Trainer) -> None:
@@ -115,7 +115,7 @@ class StopOnSignal(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._training = False
         if self._requested is not None and "DataLoader worker" in str(exception):
-            raise Stopped(self._requested) from exception  # they had the signal too, and it was their end
+            raise Stopped(self._requested) from exception  # the loader processes got the signal too, and ended
 
 
 def _is_validated(trainer: Trainer) -> bool:

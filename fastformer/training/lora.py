@@ -1,4 +1,4 @@
-"""LoRA by PEFT: small matrices beside a model's frozen ones."""
+"""LoRA by PEFT: small trainable matrices added to a model's frozen ones."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ class Lora:
     """Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021): W x + alpha / rank · B A x.
 
     Args:
-        rank: of the product B A.
-        alpha: None for twice the rank.
-        dropout: of x, in training.
-        targets: names of the layers to adapt, whole or their last parts; None for every linear layer in the blocks.
-        merge: add the products to the weights in the end, so that a whole model is saved; False: save the adapter
-            alone, in PEFT's format.
+        rank: rank of the product B A.
+        alpha: factor of the product, before division by the rank; None for twice the rank.
+        dropout: dropout of x in training.
+        targets: names of the layers to adapt, full names or their last parts; None for every linear layer in the
+            blocks.
+        merge: add the products to the weights at the end, and save a complete model; False: save only the adapter, in
+            PEFT's format.
 
     Raises:
         ValueError: an argument is out of range.
@@ -48,7 +49,7 @@ class Lora:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
 
     def adapt(self, model: PreTrainedModel, new_layers: Collection[str]) -> Any:
-        """The PEFT model; only its adapters and `new_layers`, which are not pretrained, are trained.
+        """Return the PEFT model. Only its adapters and `new_layers`, which are not pretrained, are trained.
 
         Raises:
             ValueError: there is nothing to adapt.
@@ -69,10 +70,10 @@ class Lora:
 
 
 def adapter_config(folder: str | Path) -> Any:
-    """The PEFT configuration of the adapter in a folder.
+    """Return the PEFT configuration of the adapter in a folder.
 
     Raises:
-        ValueError: it is damaged, or does not name the model that it is for.
+        ValueError: the configuration is damaged, or does not name its base model.
     """
     from peft import PeftConfig
 
@@ -80,20 +81,20 @@ def adapter_config(folder: str | Path) -> Any:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
-        raise ValueError(f"{file} is no configuration of an adapter: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{file} is not the configuration of an adapter: {type(error).__name__}: {error}") from error
     if not isinstance(config.base_model_name_or_path, str):
         raise ValueError(
-            f"{file} must name the model that is adapted; base_model_name_or_path is {config.base_model_name_or_path!r}"
+            f"{file} must name the base model; base_model_name_or_path is {config.base_model_name_or_path!r}"
         )
     return config
 
 
 def with_adapter(model: PreTrainedModel, config: Any, folder: str | Path) -> Any:
-    """The model with the adapter in a folder merged into its weights.
+    """Return the model with the adapter in a folder merged into its weights.
 
     Raises:
-        ValueError: the file of the adapter is missing or damaged, or does not hold the weights that its configuration
-            asks for; the error names them.
+        ValueError: the file of the adapter is missing or damaged, or does not hold exactly the weights that its
+            configuration requires; the error names them.
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -109,19 +110,19 @@ def with_adapter(model: PreTrainedModel, config: Any, folder: str | Path) -> Any
     expected = get_peft_model_state_dict(adapted)
     for what, names in (("lacks", expected.keys() - found.keys()), ("has too many:", found.keys() - expected.keys())):
         if names:
-            raise ValueError(f"{file} {what} {some_names(sorted(names))}, by its adapter_config.json")
+            raise ValueError(f"{file} {what} {some_names(sorted(names))}, according to its adapter_config.json")
     for name, weight in expected.items():
         if found[name].shape != weight.shape:
             raise ValueError(
-                f"{file}: {name} has the shape {tuple(found[name].shape)}, and {tuple(weight.shape)} by its "
-                "adapter_config.json"
+                f"{file}: {name} has the shape {tuple(found[name].shape)}, but must have {tuple(weight.shape)} "
+                "according to its adapter_config.json"
             )
     set_peft_model_state_dict(adapted, found)
     return adapted.merge_and_unload()
 
 
 def linear_layers_in_blocks(model: nn.Module) -> list[str]:
-    """Full names of the linear layers inside a model's blocks."""
+    """Return the full names of the linear layers inside a model's blocks."""
     prefixes = tuple(f"{name}." for name in blocks(model))
     return [
         name

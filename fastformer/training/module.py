@@ -1,4 +1,4 @@
-"""What pretraining and fine-tuning share as LightningModules: an optimizer step's loss, sharding, checkpoints."""
+"""The base class of pretraining and fine-tuning modules: loss of an optimizer step, sharding, checkpoints."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ if TYPE_CHECKING:
 
 
 class TrainingModule(LightningModule):
-    """Training of a model on any number of devices, with the loss curve of one.
+    """Training of a model on any number of devices, with the same loss curve as on one device.
 
-    The loss of an optimizer step is the mean over all its targets, each with equal weight, whatever batches of whatever
-    device they are in: batches are those of `with_label_counts`. Logged with each optimizer step: what
-    `step_metrics` gives, as ``train/...``, and the largest ``train/learning_rate``.
+    The loss of an optimizer step is the mean over all its targets with equal weight, in whatever batch or on whatever
+    device they are. For this, batches come from `with_label_counts`. Logged with each optimizer step: the results of
+    `step_metrics`, as ``train/...``, and the largest learning rate, ``train/learning_rate``.
     """
 
     model: Any
     may_be_padded: ClassVar[bool] = True
     """Whether sequences may be added to a batch without any effect on the loss."""
     recorded: RecordedSteps | None = None
-    """CUDA graphs that training steps are taken with."""
+    """The CUDA graphs of training steps, if they are used."""
     watch: FiniteLosses | None = None
-    """Looks at the loss of each optimizer step before it is taken."""
+    """The callback that checks the loss of each optimizer step before the step."""
     _step_sums: torch.Tensor | None = None
 
     # --- The model ----------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Shard the model, where the strategy does that."""
+        """Shard the model if the strategy requires it."""
         if self.is_sharded and not isinstance(self.model, FSDPModule):
             assert self.device_mesh is not None
             shard(self.model, self.device_mesh)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether no rank has all weights."""
+        """Whether the weights are sharded over the ranks."""
         return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["world_size"] = data_rank(self.trainer)[1]
-        if not self.is_sharded:  # sharded ones are numbered so already
+        if not self.is_sharded:  # sharded states have this numbering already
             for state, optimizer in zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True):
                 number_by_module(state, optimizer, self)
 
@@ -64,23 +64,24 @@ class TrainingModule(LightningModule):
     # --- The loss of an optimizer step --------------------------------------------------------------------------------
 
     def step_metrics(self, losses: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What to log of the losses of an optimizer step."""
+        """Return the metrics to log, given the losses of an optimizer step."""
         raise NotImplementedError
 
     def batch_losses(self, batch: dict[str, Any]) -> Sequence[torch.Tensor]:
-        """The parts of a batch's loss, each the mean over some of its targets."""
+        """Return the parts of a batch's loss, each the mean over some of its targets."""
         raise NotImplementedError
 
     def total(self, losses: torch.Tensor) -> torch.Tensor:
-        """What is to be minimised, of the parts of a loss, (n,)."""
+        """Return the loss to minimise, given its parts, (n,)."""
         return losses.sum()
 
     def step_of(self, batch: dict[str, Any], label_counts: torch.Tensor) -> torch.Tensor:
-        """What Lightning is to minimise, of a batch whose parts of the loss are means of so many targets.
+        """Return the value that Lightning minimises for a batch.
 
         Args:
-            batch: without its ``label_counts``.
-            label_counts: (2, n), of each part's targets in the batch and in all this rank's of the step.
+            batch: the batch without its ``label_counts``.
+            label_counts: (2, n), the number of targets of each part of the loss, in the batch and in all batches of
+                this rank in the step.
         """
         batch.pop("real_tokens", None)
         own, of_step = label_counts.float()
@@ -95,20 +96,21 @@ class TrainingModule(LightningModule):
     def objective(
         self, batch: dict[str, Any], own: torch.Tensor, of_step: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a batch contributes to what its optimizer step minimises, and (n,) the sums of its parts' losses.
+        """Return a batch's contribution to the loss of its optimizer step, and (n,) the sums of its parts' losses.
 
         Args:
-            batch: what the model takes.
-            own, of_step: (n,), each part's targets in the batch, and in all batches of the step.
+            batch: the model's inputs.
+            own: (n,) number of targets of each part in the batch.
+            of_step: (n,) number of targets of each part in all batches of the step.
         """
         losses = torch.stack(list(self.batch_losses(batch)))
         sums = own * torch.where(own > 0, losses, 0.0)  # the mean over no targets is NaN
-        # Lightning divides by the number of batches, and data parallelism by that of the ranks.
+        # Lightning divides by the number of batches, and data parallelism by the number of ranks.
         shares = _over(sums, of_step) * self.trainer.accumulate_grad_batches * data_rank(self.trainer)[1]
         return self.total(shares), sums.detach()
 
     def backward(self, loss: torch.Tensor, *arguments: Any, **options: Any) -> None:
-        """Lightning's hook: recorded gradients are there already."""
+        """Run Lightning's backward hook; with recorded steps the gradients exist already."""
         if self.recorded is None:
             super().backward(loss, *arguments, **options)
         else:
@@ -116,7 +118,7 @@ class TrainingModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         rate = max(group["lr"] for group in optimizer.param_groups)
-        # A tensor: of a number Lightning would make one on the GPU, and wait for it.
+        # A tensor, because Lightning would copy a Python number to the GPU and wait for it.
         self.log("train/learning_rate", torch.tensor(rate), batch_size=1)
         if self._step_sums is not None:
             means = _over(self.over_ranks(self._step_sums), self._step_counts)
@@ -128,11 +130,11 @@ class TrainingModule(LightningModule):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        # Lightning would keep the gradients during the next forward, beside all that it holds for its backward.
+        # Lightning would keep the gradients in memory during the next forward.
         optimizer.zero_grad()
 
     def over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """The sums over all ranks of `data_rank`. (Lightning's own would wait for the GPU.)"""
+        """Return the sums over all ranks of `data_rank`. (Lightning's own reduction would wait for the GPU.)"""
         if data_rank(self.trainer)[1] > 1:
             values = values.clone()
             mesh = self.device_mesh
@@ -141,5 +143,5 @@ class TrainingModule(LightningModule):
 
 
 def _over(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """The means of so many; zero of none."""
+    """Divide sums by counts; the result is zero where the count is zero."""
     return sums / torch.where(counts > 0, counts, 1.0)

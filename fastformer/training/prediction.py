@@ -1,4 +1,4 @@
-"""Predictions of a fine-tuned model, from its folder alone."""
+"""Predict with a fine-tuned model, given only its folder."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from fastformer.training.starting_point import StartingPoint, Task, pretrained
 from fastformer.training.tasks import RECIPES, Converse, Recipe, Rewrite, TextOptions
 
 _SLOTS = 256
-"""Texts that are written at once."""
+"""Number of texts generated at the same time."""
 _POSITION_TABLES = ("position_embeddings", "position_embedding", "wpe", "embed_positions")
-"""What learned positions are called in Hugging Face's models."""
+"""Names of the learned position embeddings in Hugging Face's models."""
 
 
 class Predictor:
-    """A fine-tuned model and what its task makes of its outputs.
+    """A fine-tuned model, and the recipe that turns its outputs into predictions.
 
     >>> predictor = Predictor.load("runs/classify/model", "classify")  # doctest: +SKIP
     >>> predictor([ClassifiedText("An engine that starts.", None, None)])  # doctest: +SKIP
     [{'prediction': 'positive', 'probabilities': {'negative': 0.2, 'positive': 0.8}}]
 
     Args:
-        model: of the task.
-        recipe: of the task.
+        model: a model of the task.
+        recipe: the recipe of the task.
         tokens_per_batch: the most tokens in a batch.
     """
 
@@ -47,7 +47,7 @@ class Predictor:
         self.model = model.eval()
         self.recipe = recipe
         self.tokens_per_batch = tokens_per_batch
-        # Its optimizer is never made.
+        # The optimizer is never made.
         self._module = recipe.module(model, Optimization(1.0))
 
     @classmethod
@@ -59,10 +59,10 @@ class Predictor:
         device: torch.device | str = "cpu",
         tokens_per_batch: int = 4096,
     ) -> Predictor:
-        """The model in a folder, or the one that the adapter in it is for.
+        """Load the model in a folder; for an adapter, its base model with the adapter merged.
 
         Raises:
-            ValueError: the model has not been fine-tuned for the task, or weights are missing, too many or not finite.
+            ValueError: the model is not fine-tuned for the task, or weights are missing, unexpected or not finite.
         """
         if (Path(folder) / "adapter_config.json").is_file():
             start = _adapted(folder, task)
@@ -80,7 +80,7 @@ class Predictor:
         return cls(start.model.to(device), recipe, tokens_per_batch)  # type: ignore[arg-type]
 
     def __call__(self, examples: Sequence[Any]) -> list[dict[str, Any]]:
-        """The predictions for examples of the task, with labels or without, in order."""
+        """Return the predictions for examples of the task, with labels or without, in order."""
         with torch.inference_mode():
             if isinstance(self.recipe, Rewrite):
                 written = list(self._generated(self.recipe.prompts(examples)))
@@ -101,14 +101,14 @@ class Predictor:
         return self.recipe.predictions(outputs, examples, features)
 
     def _likelihood(self, example: Any) -> dict[str, Any]:
-        """Of the answers that the example has, and how many tokens they are; nothing where it has none."""
+        """Return the log-likelihood of the example's answers and their number of tokens; empty if it has no answer."""
         if not self.recipe.reference(example):
             return {}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is cut: it was said before training
+            warnings.simplefilter("ignore")  # about cut texts: the warning came before training
             try:
                 (feature,) = self.recipe.features([example])
-            except ValueError:  # the answer does not begin within the longest sequence
+            except ValueError:  # the answer begins after the longest sequence
                 return {}
         batch = self._moved(self.recipe.collate([feature]))
         tokens = int(self._module.targets(batch))
@@ -120,13 +120,13 @@ class Predictor:
         return batch.to(self.model.device) if isinstance(batch, torch.Tensor) else batch
 
     def _generated(self, prompts: Sequence[list[int]]) -> Iterable[list[int]]:
-        """What the model writes for each prompt, without the prompt."""
+        """Generate the text for each prompt, without the prompt."""
         options, end = self.recipe.options, self.recipe.tokenizer.eos_token_id
         left = room(self.model, prompts)
         if left is not None and options.max_target_length > left:
             raise ValueError(
-                f"text.max_target_length must be at most {left}, what the positions of the model leave after "
-                f"the longest prompt; got {options.max_target_length}"
+                f"text.max_target_length must be at most {left}, the positions of the model that remain after the "
+                f"longest prompt; got {options.max_target_length}"
             )
         if options.beams > 1 or not isinstance(self.model, LanguageModel):
             return self._generated_in_batches(prompts)
@@ -136,7 +136,7 @@ class Predictor:
         return (generation.tokens for generation in written)
 
     def _generated_in_batches(self, prompts: Sequence[list[int]]) -> Iterator[list[int]]:
-        """By Hugging Face's generate, which knows beams and every model."""
+        """Generate with Hugging Face's generate, which supports beam search and every model."""
         options, tokenizer = self.recipe.options, self.recipe.tokenizer
         decoder_alone = not self.model.config.is_encoder_decoder
         for batch in track([*in_order(prompts, lambda rows: rows, len, self.tokens_per_batch)], "generating"):
@@ -153,11 +153,11 @@ class Predictor:
 
 
 def position_limit(model: Any, decoder: bool = False) -> int | None:
-    """The longest sequence that a model of ours or of Hugging Face's has positions for; None where there is no end.
+    """Return the longest sequence that Fastformer's or Hugging Face's model has positions for; None for no limit.
 
     Args:
-        model: of the task.
-        decoder: of an encoder and a decoder, the latter.
+        model: the model.
+        decoder: for an encoder-decoder, return the limit of the decoder instead of the encoder.
     """
     if isinstance(model.config, FastformerConfig):
         return model.config.position_limit
@@ -172,36 +172,36 @@ def position_limit(model: Any, decoder: bool = False) -> int | None:
 
 
 def _unused_rows(table: torch.nn.Embedding) -> int:
-    """Those before the first position's, for padding, or for nothing."""
+    """Return the number of rows before the first position: for padding, or unused."""
     return getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
 
 
 def room(model: Any, prompts: Sequence[list[int]]) -> int | None:
-    """How many tokens have positions after any of the prompts; None where there is no end.
+    """Return the number of positions left after the longest prompt; None for no limit.
 
     Raises:
-        ValueError: a prompt, or what follows it, would have none.
+        ValueError: a prompt, or the text after it, would have no position.
     """
     limit, longest = position_limit(model), max(map(len, prompts), default=0)
     if limit is None:
         return None
     if model.config.is_encoder_decoder:
         if longest > limit:
-            raise ValueError(f"a text has {longest} tokens, more than the {limit} positions of the model")
+            raise ValueError(f"a text has {longest} tokens, but the model has only {limit} positions")
         return position_limit(model, decoder=True)
     if longest >= limit:
-        raise ValueError(f"a prompt has {longest} tokens, which leaves none of the model's {limit} positions to write")
+        raise ValueError(f"a prompt has {longest} tokens, so none of the model's {limit} positions is left to write")
     return limit - longest
 
 
 def recipe_for(task: Task, start: StartingPoint, options: TextOptions, tokenizer: PreTrainedTokenizerFast) -> Recipe:
-    """The recipe of a task for a model, whose configuration names the labels."""
+    """Return the recipe of a task for a model, whose configuration names the labels."""
     config: Any = start.model.config
     known: int | None = getattr(start.model.get_input_embeddings(), "num_embeddings", None)
     if known is not None and len(tokenizer) > known:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer):,} tokens, but the model in {config.name_or_path or 'memory'} knows "
-            f"{known:,}: they do not belong together"
+            f"the tokenizer has {len(tokenizer):,} tokens, but the model in {config.name_or_path or 'memory'} has "
+            f"embeddings for {known:,}: they do not belong together"
         )
     labels = None
     if task == "tag" or (task == "classify" and config.num_labels > 1):
@@ -210,7 +210,7 @@ def recipe_for(task: Task, start: StartingPoint, options: TextOptions, tokenizer
 
 
 def _adapted(folder: str | Path, task: Task) -> StartingPoint:
-    """The base model with the adapter merged; the configuration beside the adapter names the labels."""
+    """Load the base model and merge the adapter; the configuration in the adapter's folder names the labels."""
     require("peft")
     config = load_configuration(folder)
     labels = list(config.id2label.values()) if task in ("classify", "tag") else None
@@ -218,7 +218,7 @@ def _adapted(folder: str | Path, task: Task) -> StartingPoint:
     try:
         start = pretrained(adapter.base_model_name_or_path, task, labels)
     except OSError as error:
-        raise ValueError(f"{folder} adapts a model that is not there: {error}") from error
+        raise ValueError(f"the base model of the adapter in {folder} is not there: {error}") from error
     return start._replace(model=with_adapter(start.model, adapter, folder))
 
 

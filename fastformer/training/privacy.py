@@ -1,4 +1,4 @@
-"""Differential privacy: DP-SGD with Opacus's mechanism and accountant, and the batches that its theory is about."""
+"""Differential privacy: DP-SGD with Opacus's mechanism and accountant, and the batches that its theory requires."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class Privacy:
     """(epsilon, delta)-differential privacy of the training examples.
 
     Abadi et al., "Deep Learning with Differential Privacy" (2016): each example's gradient is clipped to norm
-    `max_grad_norm`, the clipped ones are added, Gaussian noise of standard deviation noise_multiplier · max_grad_norm
-    is added, and the sum divided by the expected batch size. Each example is in a batch with the same probability,
-    independently of all others.
+    `max_grad_norm`, and the clipped gradients are added up. Gaussian noise of standard deviation noise_multiplier ·
+    max_grad_norm is added, and the sum is divided by the expected batch size. Each example is in a batch with the same
+    probability, independently of all others.
 
-    Gradients per example come from one backward pass for each: this holds for any model, fused operators and packed
-    batches too, and takes memory for one. Whoever knows the seed knows the noise: keep it to yourself.
+    Each example has its own backward pass. This works for any model, with fused operators and packed batches too, and
+    needs memory for one example's gradient. Anyone who knows the seed knows the noise, so keep the seed secret.
 
     Args:
         epsilon: the budget of the whole run.
-        delta: None for one tenth of one over the number of examples.
-        max_grad_norm: of one example.
-        batch_size: examples in a batch on average.
+        delta: None for 0.1 / number of examples.
+        max_grad_norm: largest norm of one example's gradient.
+        batch_size: mean number of examples in a batch.
 
     Raises:
         ValueError: an argument is out of range.
@@ -52,12 +52,12 @@ class Privacy:
             raise ValueError(f"batch_size must be 1 or more; got {self.batch_size}")
 
     def mechanism(self, optimizer: torch.optim.Optimizer, examples: int, steps: int) -> DPOptimizer:
-        """Clips, adds up and noises the gradients of `optimizer`'s parameters so that the run keeps to the budget.
+        """Return the mechanism that clips, sums and adds noise to gradients, so that the run keeps its budget.
 
         Args:
-            optimizer: whose step is taken afterwards.
-            examples: to train on.
-            steps: of the whole run.
+            optimizer: the optimizer of the parameters; its step follows the mechanism.
+            examples: number of training examples.
+            steps: number of steps of the whole run.
         """
         from opacus.optimizers import DPOptimizer
 
@@ -69,7 +69,7 @@ class Privacy:
         )
 
     def noise_multiplier(self, examples: int, steps: int) -> float:
-        """The least that reaches the budget after so many steps, to 0.01 of epsilon."""
+        """Return the smallest noise multiplier that keeps the budget for `steps` steps, to 0.01 of epsilon."""
         from opacus.accountants.utils import get_noise_multiplier
 
         with _quiet_about_orders():
@@ -82,7 +82,7 @@ class Privacy:
             )
 
     def spent(self, noise_multiplier: float, examples: int, steps: int) -> float:
-        """The epsilon of a run of so many steps."""
+        """Return the epsilon spent after `steps` steps."""
         from opacus.accountants import RDPAccountant
 
         accountant = RDPAccountant()
@@ -91,16 +91,16 @@ class Privacy:
             return accountant.get_epsilon(delta=self.delta_for(examples))
 
     def delta_for(self, examples: int) -> float:
-        """`delta`, or its default."""
+        """Return `delta`, or its default."""
         return 0.1 / examples if self.delta is None else self.delta
 
     def sample_rate(self, examples: int) -> float:
-        """The probability with which each example is in a batch."""
+        """Return the probability of each example to be in a batch."""
         return min(1.0, self.batch_size / examples)
 
 
 def accumulate_example(mechanism: DPOptimizer) -> None:
-    """Clip the gradient of one example, which a backward pass has left, and add it to the batch's."""
+    """Clip the gradient of one example, from the last backward pass, and add it to the batch's sum."""
     for parameter in mechanism.params:
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.grad_sample = gradient.unsqueeze(0)
@@ -109,7 +109,7 @@ def accumulate_example(mechanism: DPOptimizer) -> None:
 
 
 def noised_gradients(mechanism: DPOptimizer) -> None:
-    """Make the noised mean of the batch's clipped gradients the gradients; of an empty batch, noise alone."""
+    """Set the gradients to the mean of the batch's clipped gradients plus noise; for an empty batch, to noise alone."""
     for parameter in mechanism.params:
         if parameter.summed_grad is None:
             parameter.summed_grad = torch.zeros_like(parameter)
@@ -121,14 +121,14 @@ def noised_gradients(mechanism: DPOptimizer) -> None:
 
 
 class PoissonBatches:
-    """Batches for `Privacy`, each a list of batches of one example, a function of the seed and the step alone.
+    """Batches for `Privacy`, each a list of batches of one example; they depend only on the seed and the step.
 
     Args:
-        examples: to train on.
-        collate: makes a batch of some.
-        sample_rate: the probability of each to be in a batch.
-        seed: of the draws.
-        steps_done: the steps trained on so far, in all and in this epoch, asked for when an epoch begins.
+        examples: the training examples.
+        collate: makes a batch of examples.
+        sample_rate: the probability of each example to be in a batch.
+        seed: determines the draws.
+        steps_done: returns the number of finished steps, in all and in this epoch; called when an epoch begins.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class PoissonBatches:
             yield [self.collate([self.examples[index]]) for index in np.flatnonzero(draws < self.sample_rate).tolist()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: tells Lightning that an epoch goes on where it was left."""
+        """Return an empty state, which tells Lightning that an epoch can resume in the middle."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -163,7 +163,7 @@ class PoissonBatches:
 
 
 class _quiet_about_orders(warnings.catch_warnings):  # noqa: N801
-    """Without the accountant's hint that other orders might give a slightly tighter bound."""
+    """A context without the accountant's hint that other orders might give a slightly tighter bound."""
 
     def __enter__(self) -> Any:
         entered = super().__enter__()

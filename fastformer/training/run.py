@@ -178,9 +178,9 @@ def summary(
 
 
 def summary_text(summary: dict[str, Any]) -> str:
-    """Two lines of English for `summary`."""
+    """Return two lines of English for `summary`."""
     minutes, seconds = divmod(round(summary["wall_seconds"]), 60)
-    skipped = f", {summary['skipped_steps']:,} of them left out" if "skipped_steps" in summary else ""
+    skipped = f", {summary['skipped_steps']:,} of them skipped" if "skipped_steps" in summary else ""
     text = (
         f"{summary['steps']:,} steps{skipped}, {summary['tokens'] / 1e6:.2f} M tokens at "
         f"{summary['tokens_per_second']:,.0f} tokens/s on {summary['devices']} x {summary['device']}; "

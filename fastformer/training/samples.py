@@ -1,4 +1,4 @@
-"""What a pretrained model says, for the report."""
+"""Samples of a pretrained model's output, for the report."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _NEW_TOKENS = 24
 
 
 class Sample(NamedTuple):
-    """A text given to a model, and what it made of it."""
+    """A text given to a model, and the model's answer."""
 
     given: str
     answer: str
 
 
 def sample(objective: str, model: Path) -> Sample:
-    """What the model in this folder, pretrained for this objective, makes of a text of the default corpus's kind."""
+    """Return a text like those of the default corpus, and the answer of the pretrained model in a folder."""
     return _SAMPLES[objective](str(model))
 
 
 def _filled_mask(folder: str) -> Sample:
-    """The likeliest words for a mask, with their probabilities."""
+    """Return a text with a mask, and the most probable words for it with their probabilities."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     text = f"This method returns a {tokenizer.mask_token} object."
     found = pipeline("fill-mask", folder, tokenizer=tokenizer)(text)
@@ -54,7 +54,7 @@ def _restored(text: str) -> Callable[[str], Sample]:
 
 
 def _generate(model: Any, inputs: BatchEncoding) -> torch.Tensor:
-    """The likeliest tokens, one after the other, up to the longest sequence that the model was trained on."""
+    """Generate the most probable tokens, one after another, up to the longest sequence the model was trained on."""
     generated = 0 if model.config.stack == "encoder_decoder" else inputs["input_ids"].shape[1]
     room = model.config.max_position_embeddings - max(generated, 1)
     return model.generate(**inputs, max_new_tokens=min(_NEW_TOKENS, room), do_sample=False)[0]

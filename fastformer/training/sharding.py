@@ -22,14 +22,14 @@ from fastformer.training.blocks import blocks
 class FullyShardedStrategy(ModelParallelStrategy):
     """Lightning's `ModelParallelStrategy` with parameters, gradients and optimizer state sharded over all devices.
 
-    The module's `configure_model` calls `shard`. Checkpoints are single files, assembled on the first rank and the same
-    as those of one device: a run resumes with any strategy on any number of devices.
+    The module's `configure_model` calls `shard`. Checkpoints are single files, assembled on the first rank and equal to
+    those of one device, so a run can resume with any strategy on any number of devices.
 
     Args:
-        tensor_parallel: so many neighbouring devices compute each batch together; see `tensor_parallel`.
+        tensor_parallel: number of neighbouring devices that compute each batch together; see `tensor_parallel`.
 
     Raises:
-        ValueError: the number of devices is no multiple of that.
+        ValueError: the number of devices is not a multiple of `tensor_parallel`.
     """
 
     def __init__(self, tensor_parallel: int = 1) -> None:
@@ -50,27 +50,27 @@ StrategyRegistry.register(
     "fsdp2",
     FullyShardedStrategy,
     description="fully sharded data parallelism, FSDP2",
-    override=True,  # where a notebook loads this module again
+    override=True,  # a notebook may load this module again
 )
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard a model in place: each of its blocks by itself, what is left as one more.
+    """Shard a model in place: each of its blocks as one unit, and the rest of the model as another.
 
     Args:
-        model: ours or one of Hugging Face's, with PEFT's adapters or without; the same weights on every rank.
+        model: Fastformer's or Hugging Face's, with PEFT's adapters or without; the same weights on every rank.
         mesh: Lightning's, with the dimensions data_parallel and tensor_parallel; weights are sharded over all its
             devices.
 
     Raises:
-        ValueError: the model has no blocks, or some that share weights.
+        ValueError: the model has no blocks, or blocks that share weights.
     """
     units = blocks(model)
     if not units:
-        raise ValueError(f"--strategy fsdp2 shards blocks, an nn.ModuleList; {type(model).__name__} has none")
+        raise ValueError(f"--strategy fsdp2 shards the blocks in an nn.ModuleList; {type(model).__name__} has none")
     if shared := _shared_weights(model, units):
         raise ValueError(
-            f"--strategy fsdp2 shards block by block; in {type(model).__name__} some share weights with others: "
+            f"--strategy fsdp2 shards block by block, but blocks of {type(model).__name__} share weights with others: "
             f"{', '.join(shared[:3])}; use --strategy ddp"
         )
     all_devices = init_device_mesh(mesh.device_type, (mesh.size(),))
@@ -80,7 +80,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Load some of a module's weights, each whole on every rank, whether the module is sharded or not."""
+    """Load some of a module's weights, given complete on every rank, into a sharded or an unsharded module."""
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(module, dict(weights), options=options)
@@ -89,7 +89,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None
 
 
 def _shared_weights(model: nn.Module, units: Collection[str]) -> list[str]:
-    """Names of the parameters of blocks that are also another block's, or outside."""
+    """Return the names of block parameters that another block, or the rest of the model, has too."""
     owners: dict[nn.Parameter, str | None] = {}
     shared = []
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""What fine-tuning starts from: a folder with our model or a Hugging Face one, or none; with the task's head."""
+"""The starting point of fine-tuning: a model from a folder, or with random weights, with the task's head."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Task = Literal["classify", "tag", "qa", "summarize", "translate", "generate", "e
 
 
 class Classes(NamedTuple):
-    """The classes that a task's model is an instance of: ours, and Hugging Face's Auto class."""
+    """The model classes of a task: Fastformer's, and Hugging Face's Auto class."""
 
     ours: type[FastformerPreTrainedModel]
     auto: Any
@@ -53,8 +53,8 @@ CLASSES: dict[str, Classes] = {
     "embed": Classes(FastformerForEmbedding, AutoModel),
 }
 
-# From scratch: BERT for labels and embeddings; blocks as they are built today where text is to be written, or an answer
-# found by what stands beside it, which learned positions are slow to tell.
+# From scratch: BERT for labels and embeddings. Modern blocks for generating text, and for finding answers, which depend
+# on neighbouring words: learned positions need many steps to show what is next to what.
 _TODAY: dict[str, Any] = {
     "norm": "rms",
     "norm_placement": "pre",
@@ -73,9 +73,9 @@ class StartingPoint(NamedTuple):
     """A model with the task's head.
 
     Attributes:
-        model: ours, or one of Hugging Face's.
-        new_layers: names of the modules whose weights are not pretrained; None where nothing is.
-        attention: what computes the attention.
+        model: Fastformer's or Hugging Face's model.
+        new_layers: names of the modules whose weights are not pretrained; None if no weights are pretrained.
+        attention: name of the attention implementation.
     """
 
     model: PreTrainedModel
@@ -89,19 +89,19 @@ class StartingPoint(NamedTuple):
 
 
 def pretrained(folder: str | Path, task: Task, labels: Sequence[str] | None = None) -> StartingPoint:
-    """The model in a folder of Hugging Face's format.
+    """Load the model in a folder of Hugging Face's format.
 
-    One of another architecture than ours runs as it is, with our attention where its implementation takes another and
-    ours is registered with transformers, and with its own where not.
+    A model of another architecture runs as it is. It uses Fastformer's attention if its attention can be replaced and
+    ours is registered with transformers, and otherwise its own.
 
     Args:
-        folder: with config.json and weights.
+        folder: has config.json and weights.
         task: decides the head.
-        labels: of the classes, for classify and tag; a single one for regression. None leaves them as they are.
+        labels: names of the classes, for classify and tag; a single one for regression. None keeps the model's.
 
     Raises:
         OSError: there is no model in the folder.
-        ValueError: the model cannot have the task's head, or weights beside the head's are missing.
+        ValueError: the model cannot have the task's head, or weights outside the head are missing.
     """
     ours = isinstance(_configuration(folder), FastformerConfig)
     options: dict[str, Any] = {"trust_remote_code": False, **_label_fields(labels)}
@@ -121,13 +121,13 @@ def _foreign(folder: str | Path, task: Task, options: dict[str, Any]) -> tuple[P
     auto = CLASSES[task].auto
     try:
         return *load_model(auto, folder, **options, attn_implementation="fastformer"), "fastformer"
-    except (ValueError, ImportError):  # not registered, or a model whose attention is not to be replaced
+    except (ValueError, ImportError):  # not registered, or this model's attention cannot be replaced
         model, new = load_model(auto, folder, **options)
         return model, new, model.config._attn_implementation
 
 
 def untrained(folder: str | Path, task: Task, labels: Sequence[str] | None = None) -> StartingPoint:
-    """The architecture in a folder of Hugging Face's format with new weights: what pretraining is to be measured by.
+    """Return the architecture in a folder of Hugging Face's format with new weights, to measure what pretraining gives.
 
     Arguments and errors are those of `pretrained`.
     """
@@ -152,12 +152,12 @@ def _configuration(folder: str | Path, **fields: Any) -> PreTrainedConfig:
         return load_configuration(folder, **fields)
     except ValueError as error:
         if "custom code" in str(error):
-            raise ValueError(f"the model in {folder} brings code of its own, which is never run") from error
+            raise ValueError(f"the model in {folder} needs its own code, which is never run") from error
         raise
 
 
 def _add_match_type(model: FastformerPreTrainedModel) -> None:
-    """Words of the context that the question has get a token type of their own, which begins as the context's."""
+    """Add the token type `MATCH_TYPE`; its embedding starts as a copy of the context's."""
     embeddings: Any = model.base_model.embeddings
     types = embeddings.token_type.weight.detach()
     embeddings.token_type = torch.nn.Embedding.from_pretrained(torch.cat([types, types[-1:]]), freeze=False)
@@ -176,17 +176,19 @@ def from_scratch(
     labels: Sequence[str] | None = None,
     **overrides: Any,
 ) -> StartingPoint:
-    """Our model with random weights: an encoder, for generate a decoder, for summarize and translate both.
+    """Return Fastformer's model with random weights.
 
-    Encoders are BERT's kind, for qa one with rotary positions; decoders are of today's kind.
+    It is a decoder for generate, an encoder-decoder for summarize and translate, and an encoder for the other tasks.
+    Encoders are like BERT, except that the encoder for qa is modern, as decoders are: pre-norm, RMS norm, rotary
+    positions.
 
     Args:
         size: a name known to `fastformer.models.presets`.
         task: decides stack and head.
-        tokenizer: its vocabulary and special tokens.
+        tokenizer: provides the vocabulary and the special tokens.
         max_length: tokens of the longest sequence.
-        labels: of the classes, for classify and tag.
-        overrides: fields of `FastformerConfig` that differ.
+        labels: names of the classes, for classify and tag.
+        overrides: fields of `FastformerConfig` to change.
     """
     own = CLASSES[task].ours
     stack = own._stacks[0]
@@ -206,8 +208,8 @@ def from_scratch(
     known = {name: value for name, value in fields.items() if name not in ("id2label", "label2id")}
     config = preset(size, **{**known, **overrides})
     if stack != "encoder" and "initializer_range" not in overrides:
-        # BERT's 0.02 is for its width: in a narrow model attention would begin as a mean, and what writes would long
-        # not look at what it has read.
+        # BERT's 0.02 is for its width. In a narrow model, attention would begin as a mean, and a decoder would take
+        # long to learn to look at its source.
         config.initializer_range = config.hidden_size**-0.5
     if labels is not None:
         config.id2label, config.label2id = fields["id2label"], fields["label2id"]

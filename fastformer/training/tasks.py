@@ -1,4 +1,4 @@
-"""Each fine-tuning task's own parts: its data, its module, and what its outputs mean as predictions."""
+"""The recipe of each fine-tuning task: its data, its module, and the meaning of its outputs."""
 
 from __future__ import annotations
 
@@ -60,17 +60,18 @@ from fastformer.training.finetuning import (
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How texts become tokens, and tokens texts.
+    """Options for turning texts into tokens, and tokens into texts.
 
     Args:
-        max_length: tokens of the longest sequence, of sources for summarize and translate; longer ones are cut, but for
-            qa taken in windows. Unless given, no more than the model has positions for.
-        max_target_length: tokens of the longest target, and of what is generated; unless given, as max_length.
+        max_length: tokens of the longest sequence (for summarize and translate, of the longest source). Longer texts
+            are cut, or for qa divided into windows. Unless given, it is reduced to the positions of the model.
+        max_target_length: tokens of the longest target, and of generated text. Unless given, it is reduced to the
+            positions of the model.
         stride: tokens that two windows of a context share (qa).
-        prefix: before each source (T5's "summarize: ").
-        languages: of translations, from and to, as files in WMT's layout name them.
+        prefix: text put before each source (T5's "summarize: ").
+        languages: source and target language of translations, named as files in WMT's layout name them.
         no_answer: whether some questions have no answer in their context (SQuAD 2.0).
-        beams: of beam search; 1 for greedy decoding.
+        beams: number of beams in beam search; 1 for greedy decoding.
 
     Raises:
         ValueError: the prefix is not UTF-8.
@@ -90,14 +91,14 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class Recipe(ABC):
-    """What a task does in each of the four steps.
+    """The parts of a fine-tuning run that depend on the task: reading, tokenizing, predicting and measuring.
 
     Args:
-        options: of its texts.
-        tokenizer: the model's.
-        config: the model's.
-        form: of the model's batches.
-        labels: the names of the classes or tags; None for tasks without, and for regression.
+        options: the text options.
+        tokenizer: the model's tokenizer.
+        config: the model's configuration.
+        form: the form of the model's batches.
+        labels: the names of the classes or tags; None for tasks without labels, and for regression.
     """
 
     options: TextOptions
@@ -112,99 +113,99 @@ class Recipe(ABC):
     @staticmethod
     @abstractmethod
     def read(path: Path, options: TextOptions, targets: bool = False) -> Examples[Any]:
-        """The examples of a file; with `targets`, what is to be predicted must be there."""
+        """Read the examples of a file; with `targets`, each must have its label, answer or target."""
 
     @staticmethod
     def names(example: Any) -> Collection[str]:
-        """The classes or tags of an example."""
+        """Return the classes or tags of an example."""
         return ()
 
     @staticmethod
     @abstractmethod
     def given(example: Any) -> Hashable:
-        """What is given in an example; those with the same are never on two sides of a split."""
+        """Return the input of an example; examples with the same input are never in different splits."""
 
     @staticmethod
     def label_names(examples: Sequence[Any]) -> list[str] | None:
-        """Of the examples to train on."""
+        """Return the names of the classes or tags of training examples; None if the task has none."""
         return None
 
     @staticmethod
     def to_predict(examples: Examples[Any], labels: Sequence[str] | None) -> Examples[Any]:
-        """Examples without what only stands for a label that is not told, where `labels` are those of training."""
+        """Remove labels that only mark a hidden label from test examples; `labels` are those of training."""
         return examples
 
     def check(self, examples: Sequence[Any]) -> None:
-        """Raises ValueError where examples cannot be predicted and judged."""
+        """Raise ValueError if examples cannot be predicted and measured."""
         self.features(examples)
 
     @staticmethod
     @abstractmethod
     def texts(example: Any) -> list[str]:
-        """All texts of an example, to train a tokenizer on."""
+        """Return all texts of an example, to train a tokenizer on."""
 
     @abstractmethod
     def features(self, examples: Sequence[Any]) -> list[Any]:
-        """The tokens of examples."""
+        """Turn examples into features: tokens and labels."""
 
     def collate(self, features: Sequence[Any]) -> Batch:
-        """A batch, as the model takes it."""
+        """Return a batch in the form that the model accepts."""
         return self._for_model(collate(features, self.form, self.tokenizer.pad_token_id))
 
     def length(self, feature: Any) -> int:
-        """Tokens of a feature."""
+        """Return the number of tokens of a feature."""
         return len(feature.input_ids)
 
     @abstractmethod
     def predictions(
         self, outputs: Sequence[Any], examples: Sequence[Any], features: Sequence[Any]
     ) -> list[dict[str, Any]]:
-        """What is predicted of each example, for a line of JSON."""
+        """Return the prediction for each example, as the content of a line of JSON."""
 
     @abstractmethod
     def reference(self, example: Any) -> dict[str, Any]:
-        """What is to be predicted, as `fastformer evaluate` wants it beside a prediction; empty where it is unknown."""
+        """Return the right prediction in the fields that `fastformer evaluate` expects; empty if it is unknown."""
 
     @abstractmethod
     def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """How good predictions are, by name, from predictions and references together."""
+        """Return the metrics by name, from lines that have a prediction and its reference."""
 
     @abstractmethod
     def baselines(self, known: Sequence[Any], examples: Sequence[Any]) -> dict[str, dict[str, float]]:
-        """The metrics, for examples with known answers, of predictions that need no training, by what they are.
+        """Return the metrics of each trivial baseline, by the baseline's name.
 
         Args:
-            known: examples that were trained on, to count in.
-            examples: to predict.
+            known: training examples, to count in.
+            examples: examples to predict, with known answers.
         """
 
     def lines(self, predictions: Sequence[dict[str, Any]], examples: Sequence[Any]) -> list[dict[str, Any]]:
-        """Predictions with what is known of the right ones, as they are written to a file."""
+        """Return the predictions with their references, as they are written to a file."""
         return [
             {**prediction, **self.reference(example)} for prediction, example in zip(predictions, examples, strict=True)
         ]
 
     def _judged(self, predictions: Sequence[Any], examples: Sequence[Any]) -> dict[str, float]:
-        """The metrics of predictions that are no model's."""
+        """Return the metrics of a baseline's predictions."""
         return self.metrics(self.lines([{"prediction": prediction} for prediction in predictions], examples))
 
     def draw_confusion(self, lines: Sequence[dict[str, Any]], path: Path) -> bool:
-        """Draw which class is taken for which into a PNG file; False where there are no classes."""
+        """Draw the confusion matrix into a PNG file; return False if there are no classes."""
         return False
 
     def shown(self, example: Any) -> str:
-        """What is given, for a report."""
+        """Return the input of an example, for a report."""
         return self.texts(example)[0]
 
     def _for_model(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Without what the model has no use for: segments where it knows none."""
+        """Remove inputs that the model does not use: token types, if it has none."""
         if self.form == "packed" and not self.config.type_vocab_size:
             batch.pop("token_type_ids", None)
         return batch
 
 
 class Classify(Recipe):
-    """Texts or pairs of texts, and their class, or a number."""
+    """The recipe for texts or pairs of texts with a class, or a number."""
 
     module = Classification
 
@@ -271,7 +272,7 @@ class Classify(Recipe):
 
 
 class Tag(Recipe):
-    """Words and their tags."""
+    """The recipe for words with tags."""
 
     module = Tagging
 
@@ -321,7 +322,7 @@ class Tag(Recipe):
 
 
 class AnswerQuestions(Recipe):
-    """Questions whose answers are spans of a context."""
+    """The recipe for questions whose answers are spans of a context."""
 
     module = QuestionAnswering
 
@@ -365,7 +366,7 @@ class AnswerQuestions(Recipe):
 
 
 class Rewrite(Recipe):
-    """Sources and targets."""
+    """The recipe for sources and targets, such as summaries."""
 
     module = Generation
     tokenizer_objective: ClassVar[Objective] = "span-corruption"
@@ -400,7 +401,7 @@ class Rewrite(Recipe):
         self.prompts(examples)
 
     def prompts(self, examples: Sequence[Any]) -> list[list[int]]:
-        """The tokens from which each example's text is generated."""
+        """Return the tokens from which each example's text is generated."""
         sources = [example._replace(target=None) for example in examples]
         return [feature.source for feature in self.features(sources)]
 
@@ -425,7 +426,7 @@ class Rewrite(Recipe):
 
 
 class Translate(Rewrite):
-    """Sentences and their translations."""
+    """The recipe for sentences and their translations."""
 
     @staticmethod
     def read(path: Path, options: TextOptions, targets: bool = False) -> Examples[Any]:
@@ -444,7 +445,7 @@ class Translate(Rewrite):
 
 
 class Converse(Rewrite):
-    """Conversations, of which what the assistant says is learnt, and its last answer predicted."""
+    """The recipe for conversations: it learns the assistant's messages, and predicts the last one."""
 
     tokenizer_objective = "clm"
 
@@ -487,7 +488,7 @@ class Converse(Rewrite):
         return {"reference": last.content} if last.role == "assistant" else {}
 
     def metrics(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """ROUGE of what is written; the perplexity of the answers that begin within the longest sequence."""
+        """Return ROUGE of the generated text, and the perplexity of answers that begin within the longest sequence."""
         known = [line for line in lines if "log_likelihood" in line]
         perplexity = corpus_perplexity(*_columns(known, "log_likelihood", "tokens"))
         return {"perplexity": perplexity, **super().metrics(lines)}
@@ -504,15 +505,15 @@ class Converse(Rewrite):
         }
 
     def _answer_tokens(self, examples: Sequence[Any]) -> Iterator[int]:
-        """What is to be learnt of conversations, one after another."""
+        """Yield the labelled tokens of conversations, one conversation after another."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is cut: it was said before training
+            warnings.simplefilter("ignore")  # about cut texts: the warning came before training
             features = self.features(examples)
         return (label for feature in features for label in feature.labels if label != IGNORE_INDEX)
 
 
 class Embed(Recipe):
-    """Texts that are alike."""
+    """The recipe for pairs of texts that mean about the same."""
 
     module = Embedding
 
@@ -572,19 +573,19 @@ RECIPES: dict[str, type[Recipe]] = {
 
 
 def balanced_class_weights(recipe: Recipe, features: Sequence[Any]) -> list[float]:
-    """Of each class n / (classes · n of the class), so that every class weighs the same in the sum.
+    """Return for each class n / (classes · n of the class), so that every class has the same total weight.
 
     Raises:
-        ValueError: the task has no classes, or one of them no target.
+        ValueError: the task has no classes, or a class has no target.
     """
     if recipe.labels is None:
-        raise ValueError("class weights are for classes; there are none")
+        raise ValueError("--class_weights is for classes, but this task has none")
     counts: Counter[int] = Counter()
     for feature in features:
         of_one = feature.labels if isinstance(feature.labels, list) else [feature.labels]
         counts.update(label for label in of_one if label >= 0)
     if missing := [name for label, name in enumerate(recipe.labels) if not counts[label]]:
-        raise ValueError(f"--class_weights balanced: no example to train on has {', '.join(missing)}")
+        raise ValueError(f"--class_weights balanced: no training example has {', '.join(missing)}")
     return [counts.total() / (len(recipe.labels) * counts[label]) for label in range(len(recipe.labels))]
 
 
@@ -593,6 +594,6 @@ def _columns(lines: Sequence[dict[str, Any]], *names: str) -> list[list[Any]]:
 
 
 def _before_the_answer(example: Any) -> Any:
-    """A conversation up to the last thing that the assistant says."""
+    """Return a conversation without its last message, if that is the assistant's."""
     messages = example.messages
     return example._replace(messages=messages[:-1] if messages[-1].role == "assistant" else messages)

@@ -1,11 +1,12 @@
 """Tensor parallelism: ``--strategy fsdp2 --tensor_parallel N``.
 
 Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism" (2019): N
-devices compute a batch together, each its share of the heads and of the feed-forward network's columns, and add up what
-comes out of either, forwards, and what goes into it, backwards.
+devices compute a batch together. Each computes its share of the heads and of the feed-forward network's columns. In the
+forward pass the devices add up the outputs of attention and feed-forward network, in the backward pass the gradients of
+their inputs.
 
-Weights are stored as FSDP2 has them, a shard of each on every device, and are gathered block by block; of what is
-gathered a device uses its rows or columns. The optimizer, the clipping of gradients and checkpoints know nothing of it.
+Weights are stored as FSDP2 stores them, with a shard of each on every device, and are gathered block by block. Of a
+gathered weight a device uses its rows or columns. Optimizer, gradient clipping and checkpoints need no changes.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from fastformer.nn import FeedForward
 
 
 def parallelize(model: FastformerPreTrainedModel, mesh: DeviceMesh) -> None:
-    """Have the ranks of a one-dimensional mesh compute a model's blocks together, in place.
+    """Change a model in place so that the ranks of a one-dimensional mesh compute its blocks together.
 
-    Gradients of what a rank has its share of are zero elsewhere, and multiplied by the number of ranks: as with all
-    other gradients, the mean over the ranks is right.
+    The gradient of a divided weight is zero outside a rank's share, and multiplied by the number of ranks inside. As
+    for all other gradients, the mean over the ranks is then right.
 
     Raises:
-        ValueError: heads or columns cannot be shared out equally, or each rank would have to draw dropout of its own.
+        ValueError: heads or columns cannot be divided equally, or each rank would need a different dropout.
     """
     config, size = model.config, mesh.size()
     shared_out = {
@@ -45,7 +46,7 @@ def parallelize(model: FastformerPreTrainedModel, mesh: DeviceMesh) -> None:
             raise ValueError(f"--tensor_parallel {size} must divide {name}={number}")
     refused = ("attention_probs_dropout_prob", "activation_dropout", "qk_norm")
     if given := [f"{name}={getattr(config, name)}" for name in refused if getattr(config, name)]:
-        raise ValueError(f"--tensor_parallel does not go with {', '.join(given)}")
+        raise ValueError(f"--tensor_parallel cannot be combined with {', '.join(given)}")
     for module in list(model.modules()):
         if isinstance(module, SelfAttention):
             _share_rows(module.qkv, mesh, [heads * module.head_dim for heads in module.heads])
@@ -61,12 +62,12 @@ def parallelize(model: FastformerPreTrainedModel, mesh: DeviceMesh) -> None:
                 if linear is not None:
                     _share_rows(linear, mesh)
             _share_columns(module.down, mesh)
-        elif isinstance(module, (RelativeBias, AlibiSlopes)):  # of each head
+        elif isinstance(module, (RelativeBias, AlibiSlopes)):  # their outputs have one part per head
             module.register_forward_hook(lambda module, arguments, output: _share(output, mesh))
 
 
 class RowsOfRank(nn.Linear):
-    """A linear layer of which each rank computes its share of every part of the outputs."""
+    """A linear layer in which each rank computes its share of every part of the outputs."""
 
     mesh: DeviceMesh
     parts: Sequence[int]
@@ -81,7 +82,7 @@ class RowsOfRank(nn.Linear):
 
 
 class ColumnsOfRank(nn.Linear):
-    """A linear layer of which each rank has its share of the inputs; outputs are added up."""
+    """A linear layer in which each rank has its share of the inputs; the outputs of all ranks are added up."""
 
     mesh: DeviceMesh
 
@@ -103,7 +104,7 @@ def _share_columns(linear: nn.Linear, mesh: DeviceMesh) -> None:
 
 
 def _share(whole: torch.Tensor, mesh: DeviceMesh, dim: int = 0) -> torch.Tensor:
-    """This rank's; its gradient is that of the mean over ranks."""
+    """Return this rank's share of a tensor; its gradient is scaled so that the mean over the ranks is right."""
     share = whole.chunk(mesh.size(), dim)[mesh.get_local_rank()]
     if share.requires_grad:
         share.register_hook(lambda gradient: gradient * mesh.size())
@@ -117,7 +118,7 @@ def _summed(values: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
 
 
 class _SumForwards(torch.autograd.Function):
-    """The sum over ranks; each has the same gradient."""
+    """The sum over the ranks; the gradient passes unchanged to each rank."""
 
     @staticmethod
     def forward(context: Any, values: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
@@ -129,7 +130,7 @@ class _SumForwards(torch.autograd.Function):
 
 
 class _SumBackwards(torch.autograd.Function):
-    """What every rank has; its gradient is the sum of all ranks'."""
+    """The identity; its gradient is the sum of the gradients of all ranks."""
 
     @staticmethod
     def forward(context: Any, values: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:

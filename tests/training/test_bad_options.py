@@ -181,7 +181,7 @@ def test_processes_that_prepare_batches(
 ) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     line = fails(capsys, *options, "--output", str(tmp_path / "run"), "--num_workers", number)
-    assert f"num_workers must be from 0 to 8 on this machine, of 2 processors; got {number}" in line
+    assert f"num_workers must be from 0 to 8 on this machine with 2 processors; got {number}" in line
     check_workers(8)
 
 
@@ -199,7 +199,7 @@ def test_more_tokens_than_the_model_knows(
     train_tokenizer(texts, 300).save_pretrained(tmp_path / "model")
     line = fails(capsys, *command("classify", data, tmp_path / "run"), "--model", str(tmp_path / "model"))
     assert "the tokenizer has " in line
-    assert f"{tmp_path / 'model'} knows 280" in line
+    assert f"{tmp_path / 'model'} has embeddings for 280" in line
 
 
 # --- Files of options -------------------------------------------------------------------------------------------------

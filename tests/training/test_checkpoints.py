@@ -47,7 +47,7 @@ def test_cut_short_anywhere_is_detected(checkpoint: Path, share: float) -> None:
     whole = checkpoint.read_bytes()
     cut = checkpoint.parent / "cut"
     cut.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ValueError, match=r"the checkpoint .*cut is cut short or damaged"):
+    with pytest.raises(ValueError, match=r"the checkpoint .*cut is truncated or damaged"):
         AtomicCheckpointIO().load_checkpoint(cut)
     cut.unlink()
 
@@ -69,7 +69,7 @@ def test_any_changed_bit_is_detected(checkpoint: Path, place: float, bit: int) -
     content[int(place * len(content))] ^= 1 << bit
     changed = checkpoint.parent / "changed"
     changed.write_bytes(content)
-    with pytest.raises(ValueError, match=r"the checkpoint .*changed is (cut short or )?damaged"):
+    with pytest.raises(ValueError, match=r"the checkpoint .*changed is (truncated or )?damaged"):
         AtomicCheckpointIO().load_checkpoint(changed)
     changed.unlink()
 
@@ -150,7 +150,7 @@ def test_latest_passes_over_damaged_ones_with_a_warning(checkpoint: Path, tmp_pa
     (tmp_path / ".step-0002000.ckpt.0123.tmp").write_bytes(whole[:100])
     assert latest_checkpoint(tmp_path) == newer
     newer.write_bytes(whole[:-1])
-    with pytest.warns(UserWarning, match=r"step-0001000\.ckpt is cut short or damaged"):
+    with pytest.warns(UserWarning, match=r"step-0001000\.ckpt is truncated or damaged"):
         assert latest_checkpoint(tmp_path) == older
     older.write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"step-0001000\.ckpt, step-0000900\.ckpt"):
@@ -171,7 +171,7 @@ def test_the_one_before_is_taken_whatever_the_damage(damage: str, checkpoint: Pa
         newest.mkdir()
         if damage == "full folder":
             (newest / "thesis.tex").write_text("precious")
-    with pytest.warns(UserWarning, match=r"step-0000009\.ckpt.* trying the one before it") as warned:
+    with pytest.warns(UserWarning, match=r"step-0000009\.ckpt.* the one before it is tried") as warned:
         assert latest_checkpoint(tmp_path) == tmp_path / "step-0000007.ckpt"
     assert len(warned) == 1
     # When training comes there again it saves, and takes nothing away but what it has written.
@@ -230,11 +230,11 @@ def test_one_that_is_whole_but_not_the_runs_is_passed_over(kind: str, tmp_path: 
     else:
         torch.save({} if kind == "empty" else [1], newest)
     expected = {"weight": torch.ones(3)}
-    with pytest.warns(UserWarning, match=r"step-0000009\.ckpt is not .*; trying the one before it") as warned:
+    with pytest.warns(UserWarning, match=r"step-0000009\.ckpt is not .*; the one before it is tried") as warned:
         assert latest_checkpoint(tmp_path, lambda content: expected) == older
     assert len(warned) == 1
     older.unlink()
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"whole and this run's: step-0000009\.ckpt"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"undamaged and from this run: step-0000009\.ckpt"):
         latest_checkpoint(tmp_path, lambda content: expected)
 
 
@@ -244,7 +244,9 @@ def test_one_of_another_run_is_passed_over(tmp_path: Path) -> None:
     of_run(older, run="this")
     for other in ("other", None):
         of_run(newest, step=9, run=other)
-        with pytest.warns(UserWarning, match=r"step-0000009\.ckpt is not this run's: it is another run's") as warned:
+        with pytest.warns(
+            UserWarning, match=r"step-0000009\.ckpt is not this run's: it belongs to another run"
+        ) as warned:
             assert latest_checkpoint(tmp_path, lambda content: weights, "this") == older
         assert len(warned) == 1
         assert latest_checkpoint(tmp_path, lambda content: weights) == newest  # of a run that has no name
@@ -264,7 +266,7 @@ def test_a_command_goes_on_from_its_own(
     copy(other / "checkpoints/step-0000008.ckpt", one / "checkpoints")
     if name == "classify":
         copy(other / "best.pt", one)
-    with pytest.warns(UserWarning, match=r"is another run's") as warned:
+    with pytest.warns(UserWarning, match=r"belongs to another run") as warned:
         assert cli.main([*resume, "--resume", "--output", str(one), "--max_steps", "6"]) == 0
     assert sum("another run's" in str(warning.message) for warning in warned) == (2 if name == "classify" else 1)
     assert '"steps": 6' in (one / "metrics.json").read_text()

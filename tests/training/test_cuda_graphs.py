@@ -166,17 +166,17 @@ def test_where_there_are_none(
         capsys.readouterr()
         assert cli.main([*arguments, "--cuda_graphs"]) == 2
         error = capsys.readouterr().err
-        assert f"--cuda_graphs is impossible here, since {message}" in error
+        assert f"--cuda_graphs is impossible here, because {message}" in error
 
     pretrain = [*tiny_run, "--output", str(tmp_path / "pretrain")]
     finetune = [*command("classify", data, tmp_path / "finetune"), "--model", str(base["ours"])]
     refused(pretrain, "the model is on cpu")
-    refused([*pretrain, "--strategy", "ddp"], "they are for one device, and a strategy for several was chosen")
+    refused([*pretrain, "--strategy", "ddp"], "graphs are for one device, but the strategy is for several")
     refused([*pretrain, "--activation_checkpointing"], "--activation_checkpointing keeps the state of random numbers")
-    refused([*pretrain, "--compile"], "--compile has other graphs")
-    refused([*finetune, "--adversarial", "fgm"], "adversarial training has a backward within its forward")
+    refused([*pretrain, "--compile"], "--compile makes its own graphs")
+    refused([*finetune, "--adversarial", "fgm"], "adversarial training has a backward inside its forward")
     refused([*finetune, "--privacy_epsilon", "8"], "differential privacy takes one example at a time")
     theirs = [*command("classify", data, tmp_path / "finetune"), "--model", str(base["bert"])]
     refused(theirs, "only Fastformer's own models take packed batches")
     embed = [*command("embed", data, tmp_path / "embed"), *scratch()]
-    refused(embed, "a sentence is told from all others of its batch")
+    refused(embed, "embeddings are compared with all sequences of a batch")

@@ -167,5 +167,5 @@ def test_a_metric_that_is_not_there_is_named(tmp_path: Path) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with pytest.raises(ValueError, match="no metric 'accuracy' to stop by; there are loss"):
+    with pytest.raises(ValueError, match="no metric 'accuracy' to monitor; there are loss"):
         trainer.fit(module, loader, loader)

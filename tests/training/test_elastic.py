@@ -72,8 +72,8 @@ def test_an_optimizer_numbered_by_its_module_reads_its_state_again() -> None:
         ({"num_attention_heads": 3, "hidden_size": 12}, "--tensor_parallel 2 must divide num_attention_heads=3"),
         ({"num_key_value_heads": 1}, "must divide num_key_value_heads=1"),
         ({"intermediate_size": 5}, "must divide intermediate_size=5"),
-        ({"activation_dropout": 0.1}, "does not go with activation_dropout=0.1"),
-        ({"qk_norm": True}, "does not go with qk_norm=True"),
+        ({"activation_dropout": 0.1}, "cannot be combined with activation_dropout=0.1"),
+        ({"qk_norm": True}, "cannot be combined with qk_norm=True"),
     ],
 )
 def test_what_tensor_parallel_devices_cannot_share_is_refused(options: dict[str, Any], message: str) -> None:
@@ -91,12 +91,12 @@ def test_what_tensor_parallel_devices_cannot_share_is_refused(options: dict[str,
 
 def test_what_has_no_blocks_of_its_own_weights_is_not_sharded() -> None:
     mesh = SimpleNamespace()
-    with pytest.raises(ValueError, match=r"shards blocks, an nn\.ModuleList; Linear has none"):
+    with pytest.raises(ValueError, match=r"shards the blocks in an nn\.ModuleList; Linear has none"):
         shard(nn.Linear(1, 1), mesh)
     model = nn.Module()
     model.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
     model.layers[1].weight = model.layers[0].weight
-    with pytest.raises(ValueError, match=r"some share weights with others: layers\.1\.weight; use --strategy ddp"):
+    with pytest.raises(ValueError, match=r"share weights with others: layers\.1\.weight; use --strategy ddp"):
         shard(model, mesh)
 
 

@@ -342,7 +342,7 @@ def test_private_run_says_what_it_spent(data: Path, tmp_path: Path) -> None:
         (["finetune", "classify", "--lora"], "--lora adapts a pretrained model"),
         (["finetune", "qa", "--class_weights", "balanced"], "--class_weights are for classify and tag"),
         (["finetune", "classify", "--class_weights", "[1.0]"], "class_weights must be 2 numbers"),
-        (["finetune", "classify", "--privacy_epsilon", "1", "--adversarial", "fgm"], "do not go together"),
+        (["finetune", "classify", "--privacy_epsilon", "1", "--adversarial", "fgm"], "cannot be combined"),
         (["finetune", "embed", "--privacy_epsilon", "1"], "in-batch negatives"),
         (["finetune", "classify", "--privacy_epsilon", "1", "--accumulate", "2"], "accumulate"),
         (["finetune", "classify", "--privacy_epsilon", "1", "--devices", "2"], "is for one device .* got --devices 2"),
@@ -483,7 +483,7 @@ def test_a_model_of_few_positions(
     given += ["--max_steps", "1", "--tokens_per_batch", "512", "--accelerator", "cpu", "--text.stride", "4"]
     assert cli.main([*given, "--max_length", "41"]) == 2
     said = capsys.readouterr().err
-    assert "error: --max_length must be at most 40, the positions that the model has for it; got 41" in said
+    assert "error: --max_length must be at most 40, the number of positions of the model; got 41" in said
     assert cli.main([*given, "--max_length", "128"]) == 2
     if task in ("summarize", "translate", "generate"):
         assert cli.main([*given, "--text.max_target_length", "41"]) == 2

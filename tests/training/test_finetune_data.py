@@ -45,8 +45,8 @@ OTHER_TAG = {"tokens": ["a", "b"], "tags": ["O", "B-OTHER"]}
     [
         ("classify", "test", [LABELLED, UNKNOWN], "line 2: label 'neither' is not among .* accepted are the classes"),
         ("classify", "validation", [LABELLED, UNKNOWN], "line 2: label 'neither' is not among"),
-        ("classify", "test", [LABELLED, {"text": "A bird.", "label": -1}], "line 2: this test example does not say"),
-        ("classify", "test", [LABELLED, UNLABELLED], "line 2: this test example does not say what is right, where .*1"),
+        ("classify", "test", [LABELLED, {"text": "A bird.", "label": -1}], "line 2: this test example has no"),
+        ("classify", "test", [LABELLED, UNLABELLED], "line 2: this test example has no known answer, but .*1"),
         ("classify", "test", [{"text": "A bird.", "score": 0.5}], "line 1: label 0.5 is not among"),
         ("classify", "test", [LABELLED, {**LABELLED, "text_pair": "A."}], "line 2: a second text, where .*line 1 has"),
         ("classify", "validation", [LABELLED, UNLABELLED], "line 2: no label or score; found text; accepted are"),
@@ -96,7 +96,7 @@ def test_hidden_labels_are_predicted(tmp_path: Path) -> None:
     """-1 stands for them in GLUE's test examples from the library `datasets`."""
     hidden = [{**row, "label": -1} for row in rows("classify", 5, 2)]
     write(tmp_path / "classify", train=rows("classify", 40), validation=rows("classify", 8, 1), test=hidden)
-    with pytest.warns(UserWarning, match="no test example says what is right"):
+    with pytest.warns(UserWarning, match="no test example has a known answer"):
         assert cli.main([*command("classify", tmp_path, tmp_path / "run"), *scratch("--max_steps=1")]) == 0
     assert json.loads((tmp_path / "run/metrics.json").read_text())["test"] == {}
     predictions = [json.loads(line) for line in (tmp_path / "run/predictions.jsonl").read_text().splitlines()]
@@ -115,7 +115,7 @@ def test_classes_are_those_of_all_examples(tmp_path: Path, capsys: pytest.Captur
     classes = json.loads((tmp_path / "run/model/config.json").read_text())["id2label"]
     assert list(classes.values()) == [str(number) for number in range(12)]
     assert cli.main([*command("classify", tmp_path, tmp_path / "other"), *few, "--class_weights", "balanced"]) == 2
-    assert "--class_weights balanced: no example to train on has" in capsys.readouterr().err
+    assert "--class_weights balanced: no training example has" in capsys.readouterr().err
 
 
 SYSTEM_REFUSED = (

@@ -303,9 +303,9 @@ def test_private_training_takes_noised_steps_within_the_budget() -> None:
 
 def test_what_does_not_go_together_is_refused() -> None:
     model = FastformerForEmbedding(config(pooling="mean"))
-    with pytest.raises(ValueError, match="adversarial training and differential privacy do not go together"):
+    with pytest.raises(ValueError, match="adversarial training and differential privacy cannot be combined"):
         Classification(model, OPTIMIZATION, Adversary(), Privacy(1.0), 10)
-    with pytest.raises(ValueError, match="no gradient of one for privacy"):
+    with pytest.raises(ValueError, match="privacy needs the gradient of each example"):
         Embedding(model, OPTIMIZATION, privacy=Privacy(1.0), examples=10)
     with pytest.raises(ValueError, match="examples must be given with privacy"):
         Classification(model, OPTIMIZATION, privacy=Privacy(1.0))

@@ -67,7 +67,7 @@ def test_such_steps_are_left_out_where_that_is_asked_for(
     shown = capsys.readouterr().out
     assert "the loss of step 3 is " in shown
     assert "at a learning rate of 0.00" in shown
-    assert "9 steps, 2 of them left out" in shown
+    assert "9 steps, 2 of them skipped" in shown
     found = json.loads((output / "metrics.json").read_text())
     assert (found["steps"], found["skipped_steps"]) == (9, 2)
     loss = "mlm_loss" if options[0] == "pretrain" else "loss"
@@ -123,7 +123,7 @@ def test_a_run_that_left_most_or_its_last_steps_out_has_failed(
     run = [*options, "--max_steps", str(steps), *(["--epochs", "60"] if options[0] == "finetune" else [])]
     assert cli.main([*run, "--output", str(output), "--skip_nonfinite", *spoils("nan", *left_out)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"{number} of {steps} steps were left out, {0 if steps == 9 else number} of them at the end" in line
+    assert f"{number} of {steps} steps were skipped, {0 if steps == 9 else number} of them at the end" in line
     assert not (output / "model").exists()
     resume = [*options[: 2 if options[0] == "finetune" else 1], "--resume", "--output", str(output)]
     assert cli.main([*resume, "--trainer.callbacks", "null"]) == 2

@@ -279,7 +279,7 @@ def test_what_is_read_from_beside_the_run_is_in_nobodys_way(finished: RunFolder,
 def test_a_run_with_a_damaged_manifest_is_resumed(content: str, finished: RunFolder, tmp_path: Path) -> None:
     finished.manifest.write_text(content)
     with (
-        pytest.warns(UserWarning, match=r"manifest\.json .*; it is written anew"),
+        pytest.warns(UserWarning, match=r"manifest\.json .*; it is written again"),
         folder(tmp_path).opened(resume=True, overwrite=False),
     ):
         pass

@@ -150,9 +150,9 @@ def test_a_damaged_file_of_an_adapter_is_named(content: bytes | None, adapter: P
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"base_model_name_or_path": None}, r"adapter_config\.json must name the model"),
-        ({"base_model_name_or_path": "absent"}, "adapts a model that is not there: no model in absent"),
-        ({"peft_type": "SORCERY"}, r"adapter_config\.json is no configuration of an adapter"),
+        ({"base_model_name_or_path": None}, r"adapter_config\.json must name the base model"),
+        ({"base_model_name_or_path": "absent"}, "the base model of the adapter in .* is not there: no model in absent"),
+        ({"peft_type": "SORCERY"}, r"adapter_config\.json is not the configuration of an adapter"),
         ({"r": 3}, "has the shape"),
         ({"r": 0}, "does not fit"),
         ({"target_modules": ["nothing"]}, "does not fit"),
@@ -164,5 +164,5 @@ def test_a_configuration_of_another_adapter_is_refused(fields: dict[str, Any], m
     with pytest.raises(ValueError, match=rf"{adapter}.*{message}"):
         Predictor.load(adapter, "classify")
     file.write_text("{")
-    with pytest.raises(ValueError, match=rf"{file} is no configuration"):
+    with pytest.raises(ValueError, match=rf"{file} is not the configuration"):
         Predictor.load(adapter, "classify")

@@ -1,1 +1,1 @@
-"""Lightning data modules: batches of `data`, for each rank, resumable in the middle of an epoch."""
+"""Lightning data modules: they give each rank its batches of `data`, and resume in the middle of an epoch."""

@@ -1,4 +1,4 @@
-"""Features to batches by their length, in training (resumable in the middle of an epoch) and in prediction."""
+"""Group features into batches by length, for training (resumable in the middle of an epoch) and for prediction."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from fastformer.training.privacy import PoissonBatches, Privacy
 
 Collate = Callable[[list[Any]], Any]
 Targets = Callable[[Any], float]
-"""How many targets the loss of a batch is the mean of."""
+"""Returns the number of targets in the mean loss of a batch."""
 
 
 def in_order(
     features: Sequence[Any], collate: Collate, length: Callable[[Any], int], tokens_per_batch: int
 ) -> Iterator[Any]:
-    """Batches of `features` in their order."""
+    """Yield batches of `features` in their order."""
     for batch in TokenBudgetSampler(_lengths(features, length), tokens_per_batch, seed=0, shuffle=False):
         yield collate([features[index] for index in batch.tolist()])
 
 
 class FineTuningData(ResumableDataModule):
-    """Batches of features, for training in an order drawn from (seed, epoch), for validation in their own.
+    """Batches of features: for training in an order drawn from (seed, epoch), for validation in the given order.
 
     Args:
-        tokenizer: to be saved beside the model.
+        tokenizer: is saved together with the model.
         train, validation: features.
-        collate: makes a batch of some.
-        length: tokens of one.
-        targets: of a batch; a step's loss is the mean over those of all its batches, which are told of them.
+        collate: makes a batch of features.
+        length: returns the number of tokens of a feature.
+        targets: returns the number of targets of a batch; a step's loss is the mean over the targets of its batches.
         tokens_per_batch: the most tokens in a batch of one device.
-        seed: of the order.
+        seed: determines the order.
         num_workers: processes that prepare batches; 0 prepares them in the training process.
-        privacy: draws training batches as it wants them.
-        collate_train: makes a batch to train on; None for `collate`.
+        privacy: draws training batches for differential privacy.
+        collate_train: makes a training batch; None for `collate`.
 
     Raises:
-        ValueError: there is nothing to train on or to validate with, or a feature is longer than a batch.
+        ValueError: there is no training or no validation feature, or a feature is longer than a batch.
     """
 
     def __init__(
@@ -64,9 +64,7 @@ class FineTuningData(ResumableDataModule):
         super().__init__()
         check_workers(num_workers)
         if not train or not validation:
-            raise ValueError(
-                f"there must be examples to train on and to validate with; got {len(train)} and {len(validation)}"
-            )
+            raise ValueError(f"there must be training and validation examples; got {len(train)} and {len(validation)}")
         self.tokenizer = tokenizer
         self.train = train
         self.validation = validation
@@ -80,18 +78,18 @@ class FineTuningData(ResumableDataModule):
         self.collate_train = collate_train or collate
 
     def train_dataloader(self) -> Any:
-        """This process's batches of the epoch, from where the trainer stands."""
+        """Return this process's batches of the epoch, from the trainer's position on."""
         if self.privacy is not None:
             rate = self.privacy.sample_rate(len(self.train))
             return PoissonBatches(self.train, self.collate_train, rate, self.seed, self.batches_done)
         return _TrainingBatches(self, self.train, self.collate_train)
 
     def batches_of_pass(self, lengths: np.ndarray, number: int) -> TokenBudgetSampler | Sequence[np.ndarray]:
-        """Which examples are in each batch of all ranks in one pass over those of these lengths."""
+        """Return the examples of each batch of all ranks in one pass over examples of these lengths."""
         return TokenBudgetSampler(lengths, self.tokens_per_batch, seed=self.seed, epoch=number)
 
     def val_dataloader(self) -> Any:
-        """This process's batches of the held-out examples, the same every time."""
+        """Return this process's batches of the held-out examples, the same every time."""
         return _Batches(self, self.validation, self.collate)
 
 
@@ -111,7 +109,7 @@ class _Batches:
         yield from self.data.load(_Features(self.features), self.indices(), self.collate)
 
     def indices(self) -> Iterable[np.ndarray]:
-        """Of the features of each batch."""
+        """Return the indices of the features of each batch."""
         return self._sampler()
 
     def _sampler(self) -> TokenBudgetSampler:
@@ -127,11 +125,11 @@ class _Batches:
 
 
 class _TrainingBatches(_Batches):
-    """The batches of an epoch that are still to be trained on, of an endless stream: one pass after another.
+    """The remaining batches of an epoch, from an endless stream of passes over the features.
 
-    An epoch has as many batches as the first pass, or the few more that make its optimizer steps whole. Passes run on
-    into the next epoch, so that nothing is left out. Having a state, even an empty one, says to Lightning that an epoch
-    goes on where it was left: the position is in Lightning's own progress.
+    An epoch has as many batches as the first pass, plus a few if needed for whole optimizer steps. Passes continue into
+    the next epoch, so that nothing is left out. Having a state, even an empty one, tells Lightning that an epoch can
+    resume in the middle; the position is in Lightning's own progress.
     """
 
     def __len__(self) -> int:
@@ -146,7 +144,7 @@ class _TrainingBatches(_Batches):
         return islice(shares, len(self) - self.data.batches_done()[1])
 
     def _stream(self, start: int) -> Iterator[np.ndarray]:
-        """The batches of all ranks from one on."""
+        """Yield the batches of all ranks from number `start` on."""
         for number in count():
             batches = self._batches_of_pass(number)
             yield from islice(batches, min(start, len(batches)), None)
@@ -166,7 +164,7 @@ class _TrainingBatches(_Batches):
 
 
 class _Features(torch.utils.data.Dataset[Any]):
-    """Gives as many features at once as a batch has."""
+    """A dataset that returns all features of a batch at once."""
 
     def __init__(self, features: Sequence[Any]) -> None:
         self.features = features

@@ -33,54 +33,55 @@ from fastformer.training.loading.steps import with_label_counts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Of 16 million characters each: one pass over a larger text is drawn from 256 million at a time.
+# A block has 16 million characters: a pass over a larger text draws batches from 256 million characters at a time.
 _BLOCKS_PER_PASS = 16
 
 
 class PretrainingDataModule(ResumableDataModule):
-    """Packed batches for an objective of pretraining, by default BERT's.
+    """Packed batches for a pretraining objective, by default BERT's.
 
-    Whole documents are held out for validation; the tokenizer is trained on the others. Segments and masks are drawn
-    anew in every pass over the training text and are fixed for validation. All is a function of the text and the
-    arguments: a run resumed from a checkpoint, also in the middle of an epoch, gets the very batches that it would have
-    got without the interruption. (Gradients that were accumulated but not yet applied are not in a checkpoint: save
-    after an optimizer step, as Lightning's `ModelCheckpoint` does.) The batches of all devices together are one
-    sequence, the same for any number of them: a run may be resumed on more devices or on fewer.
+    Whole documents are held out for validation; the tokenizer is trained on the others. Every pass over the training
+    text draws new segments and masks; for validation they are fixed. Batches depend only on the text and the arguments.
+    A run resumed from a checkpoint, also in the middle of an epoch, gets the same batches as an uninterrupted run. (A
+    checkpoint does not hold accumulated gradients: save after an optimizer step, as Lightning's `ModelCheckpoint`
+    does.) The batches of all devices together form one sequence, which does not depend on the number of devices, so a
+    run may be resumed on more or fewer devices.
 
-    The text is tokenized once, into a store on the disk. Of a large one, batches are drawn from 256 million characters
-    at a time, parts of 16 million in random order, so that memory does not grow with it.
+    The text is tokenized once, into a store on the disk. From a large text, batches are drawn from 256 million
+    characters at a time, in parts of 16 million in random order, so that memory does not grow with the text.
 
-    An epoch has as many batches as the first pass over the text, or the few more that make its optimizer steps whole.
-    Where pairs are drawn anew, later passes have a few more or fewer. They run on into the next epoch, so that nothing
-    is left out.
+    An epoch has as many batches as the first pass over the text, plus a few if needed for whole optimizer steps. If
+    pairs are drawn again in each pass, later passes have a few batches more or fewer. Passes continue into the next
+    epoch, so that nothing is left out.
 
     Args:
         data: Text files (.txt, a blank line between documents), JSON lines (.jsonl) and parquet with a "text" field,
             folders of these, and folders of datasets.save_to_disk. Default: the English prose of Python's own
             documentation on this machine.
-        objective: mlm (BERT: masked tokens, and pairs of segments), clm (GPT: the next token), span-corruption (T5: the
-            spans left out) or denoising (BART: the text from one with spans masked and sentences in another order).
+        objective: The model predicts, for mlm (BERT), masked tokens and whether pairs of segments belong together; for
+            clm (GPT), the next token; for span-corruption (T5), spans left out of the text; for denoising (BART), a
+            text from a copy with masked spans and with sentences in another order.
         vocab_size: Size of the tokenizer's vocabulary, trained on the text and kept in the cache.
-        max_length: Tokens in the longest sequence, with special tokens; of span-corruption and denoising, in the
+        max_length: Tokens in the longest sequence, with special tokens; for span-corruption and denoising, in the
             longest source.
         tokens_per_batch: The most tokens in a batch of one device, sources and targets together; at least max_length,
             or twice that for span-corruption and denoising.
         next_sentence: For mlm: pairs of segments with a label that says whether they belong together. False: single
             segments.
         sentence_order: For mlm: the label says instead whether the two segments were swapped (ALBERT).
-        whole_word: For mlm: mask whole words rather than tokens.
-        mask_probability: Share of the tokens to predict, of mlm, or to leave out. Default: 0.3 for denoising, else
-            0.15.
+        whole_word: For mlm: mask whole words instead of tokens.
+        mask_probability: Share of the tokens to predict (mlm), to leave out (span-corruption) or to mask (denoising).
+            Default: 0.3 for denoising, else 0.15.
         permute_sentences: For denoising: put the sentences in random order.
         heldout_fraction: Share of the documents held out for validation; 0 for no validation.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
-        seed: Of the order, the segments and the masks.
+        seed: Seed of the order, the segments and the masks.
         cache_dir: Folder for the default corpus, tokenizers and tokenized texts. Default: $FASTFORMER_CACHE or
             ~/.cache/fastformer.
-        few_shapes: Pad training batches to few shapes (`fastformer.data.shapes`), as CUDA graphs want them.
+        few_shapes: Pad training batches to few shapes (`fastformer.data.shapes`), for CUDA graphs.
 
     Attributes:
-        tokenizer: the trained tokenizer, once `setup` has run.
+        tokenizer: the trained tokenizer, available after `setup`.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -149,11 +150,11 @@ class PretrainingDataModule(ResumableDataModule):
     # --- Preparation --------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Reads the text, trains the tokenizer and tokenizes, unless all that is in the cache. Runs once per node."""
+        """Read the text, train the tokenizer and tokenize, unless the cache has the results. Runs once per node."""
         self._prepare(verify=True)
 
     def setup(self, stage: str | None = None) -> None:
-        """Takes everything from the cache. Runs in every process."""
+        """Load everything from the cache. Runs in every process."""
         if self._train is None:
             self._prepare(verify=False)
 
@@ -196,7 +197,7 @@ class PretrainingDataModule(ResumableDataModule):
         )
 
     def _examples(self, store: TokenStore, blocks: Iterable[int], number: int) -> Examples:
-        """The examples of some blocks of a store, in the pass of this number."""
+        """Return the examples of some blocks of a store, for the pass of this number."""
         assert self._predicting is not None
         parts = [self._predicting.examples(store, block, seed=self.seed, epoch=number) for block in blocks]
         examples = np.concatenate(parts)
@@ -206,7 +207,7 @@ class PretrainingDataModule(ResumableDataModule):
     # --- Batches ------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> Iterable[Any]:
-        """This process's batches of one epoch, beginning where the trainer stands, with their `label_counts`."""
+        """Return this process's batches of one epoch from the trainer's position on, with their `label_counts`."""
         train, predicting = _prepared(self._train, self._predicting)
         rank, world_size = self.rank()
         passes = -(-train.num_blocks // _BLOCKS_PER_PASS)
@@ -237,7 +238,7 @@ class PretrainingDataModule(ResumableDataModule):
         return _ResumableLoader(self, dataset, self._rest_of_epoch, length)
 
     def val_dataloader(self) -> Iterable[Any]:
-        """This process's batches of the held-out documents, the same every time; none without held-out documents."""
+        """Return this process's batches of the held-out documents, the same every time; none if there are none."""
         if self._heldout is None:
             return []
         heldout, predicting = _prepared(self._heldout, self._predicting)
@@ -256,10 +257,10 @@ class PretrainingDataModule(ResumableDataModule):
         return _Loader(self, dataset, lambda: recipes, len(recipes))
 
     def _rest_of_epoch(self) -> Iterator[BatchRecipe]:
-        """The recipes from the first batch not trained on to the end of the epoch.
+        """Return the recipes from the first batch that is not trained on yet to the end of the epoch.
 
-        Asked for when the first batch is fetched: by then Lightning has brought its progress into order, wherever the
-        checkpoint was written (after a batch, after the last one, after validation, after the epoch).
+        This is called when the first batch is fetched. By then Lightning's progress is correct, whenever the checkpoint
+        was written (after a batch, after the last batch, after validation, after the epoch).
         """
         assert self._stream is not None
         of_this_epoch = self.batches_done()[1]
@@ -271,7 +272,7 @@ class PretrainingDataModule(ResumableDataModule):
     # --- Resuming -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What the batches are a function of, and what it would take time to find again.
+        """Return the settings that determine the batches, and the sizes of passes, which are slow to compute again.
 
         The position is in Lightning's own progress, which counts batches trained on, not batches prepared.
         """
@@ -311,7 +312,7 @@ class PretrainingDataModule(ResumableDataModule):
         if differences:
             raise ValueError(
                 "the checkpoint is from the middle of an epoch, which cannot be continued with other data settings "
-                f"({'; '.join(differences)}); resume with the same, or start anew from its weights"
+                f"({'; '.join(differences)}); resume with the same settings, or start a new run from its weights"
             )
 
 
@@ -355,9 +356,9 @@ class _Loader:
 
 
 class _ResumableLoader(_Loader):
-    """Declares to Lightning, by having a state, that the batches go on in the middle of an epoch.
+    """A loader that can resume in the middle of an epoch; having a state tells this to Lightning.
 
-    The state is empty: the position is in Lightning's progress, the rest in the data module.
+    The state is empty: the position is in Lightning's progress, and the rest is in the data module.
     """
 
     def __iter__(self) -> Iterator[Any]:

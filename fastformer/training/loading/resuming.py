@@ -1,4 +1,4 @@
-"""Where a run is in its batches, on whatever numbers of ranks it has trained so far."""
+"""The position of a run in its batches, also after changes of the number of ranks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class ResumableDataModule(LightningDataModule):
-    """A data module whose training batches go on where the trainer stands, also in the middle of an epoch.
+    """A data module whose training batches continue at the trainer's position, also in the middle of an epoch.
 
-    The batches of all ranks together are one sequence, the same for any number of ranks, of which rank r of n takes
-    every n-th from the r-th on; ranks are those of `data_rank`. How many batches a rank has been trained on is in
-    Lightning's progress; from which of them on there were how many ranks is in the data module's own state.
+    The batches of all ranks together form one sequence, which does not depend on the number of ranks. Rank r of n takes
+    every n-th batch from number r on; `data_rank` defines the ranks. Lightning's progress counts the batches a rank has
+    been trained on. The history of (first batch, number of ranks) is kept in this module's state.
     """
 
     num_workers: int
@@ -25,17 +25,17 @@ class ResumableDataModule(LightningDataModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self._ranks: list[tuple[int, int]] = []  # from how many batches of each rank on there were how many ranks
+        self._ranks: list[tuple[int, int]] = []  # (first batch of a rank, number of ranks from there on)
 
     def rank(self) -> tuple[int, int]:
-        """That of `data_rank`."""
+        """Return this process's `data_rank`, or (0, 1) without a trainer."""
         return (0, 1) if self.trainer is None else data_rank(self.trainer)
 
     def batches_done(self) -> tuple[int, int]:
-        """The number of batches this rank has been trained on, in all and in this epoch.
+        """Return the number of batches this rank has been trained on, in all and in this epoch.
 
-        Lightning's count of epochs is of no use here: resumed from a checkpoint written at the end of one, with
-        `max_steps` set, it counts that one twice.
+        Lightning's count of epochs cannot be used: with `max_steps`, a run resumed from a checkpoint at the end of an
+        epoch counts that epoch twice.
         """
         if self.trainer is None:
             return 0, 0
@@ -43,9 +43,9 @@ class ResumableDataModule(LightningDataModule):
         return progress.total.completed, progress.current.completed
 
     def batches_of_all_ranks(self) -> int:
-        """The number of batches that all ranks together have been trained on.
+        """Return the number of batches that all ranks together have been trained on.
 
-        Notes from where on there are as many ranks as now.
+        If the number of ranks has changed, this is added to the history.
         """
         of_this_rank, world_size = self.batches_done()[0], self.rank()[1]
         if not self._ranks:
@@ -58,19 +58,19 @@ class ResumableDataModule(LightningDataModule):
         )
 
     def epoch(self, batches: int) -> int:
-        """How many batches of this rank an epoch has, that is to have so many: its optimizer steps are whole ones.
+        """Return `batches`, the batches of this rank in an epoch, rounded up to whole optimizer steps.
 
-        Where the last one would not be, the epoch runs on into the batches of the next, so that steps and epochs are
-        the same for any number of ranks, and whatever counts batches never stops in the middle of a step.
+        The last step takes its missing batches from the next epoch. Steps and epochs are then the same for any number
+        of ranks, and nothing that counts batches stops in the middle of a step.
         """
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         return -(-batches // accumulate) * accumulate
 
     def step_sizes(self, epoch: int) -> Iterator[int]:
-        """Of how many batches each optimizer step from here on takes its gradients.
+        """Yield the number of batches in each remaining optimizer step of the epoch.
 
         Args:
-            epoch: this rank's batches in an epoch; where the trainer limits them, the last step has the rest.
+            epoch: this rank's batches in an epoch; if the trainer limits them, the last step may be smaller.
         """
         size, end = 1, epoch
         if self.trainer is not None:
@@ -82,9 +82,9 @@ class ResumableDataModule(LightningDataModule):
             begin += step
 
     def load(self, dataset: Dataset[Any], batches: Iterable[Any], collate: Callable[[Any], Any]) -> DataLoader[Any]:
-        """PyTorch's loader: of each of `batches` what `dataset` has of it, put together by `collate`.
+        """Return PyTorch's loader, which reads each of `batches` from `dataset` and applies `collate`.
 
-        In pinned memory where it goes to a GPU, which is then not waited for.
+        Batches for a GPU are in pinned memory, so that copying them does not block.
         """
         return DataLoader(
             dataset,
@@ -93,7 +93,7 @@ class ResumableDataModule(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             worker_init_fn=_leave_signals if self.num_workers else None,
-            generator=torch.Generator(),  # leaves the global one alone, on which a resumed run's dropout depends
+            generator=torch.Generator(),  # keeps the global generator unchanged: a resumed run's dropout depends on it
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class ResumableDataModule(LightningDataModule):
 
 
 def data_rank(trainer: Trainer) -> tuple[int, int]:
-    """Which share of the batches this process trains on, and how many shares there are.
+    """Return the rank of this process among those that share the batches, and their number.
 
     Processes that compute the same batches together, by tensor parallelism, have the same rank here.
     """
@@ -113,17 +113,17 @@ def data_rank(trainer: Trainer) -> tuple[int, int]:
 
 
 def check_workers(num_workers: int) -> None:
-    """Raises ValueError for more processes to prepare batches than this machine starts in reasonable time."""
+    """Raise ValueError if this machine could not start so many loader processes in reasonable time."""
     processors = os.cpu_count() or 1
     most = max(8, 4 * processors)
     if not 0 <= num_workers <= most:
         raise ValueError(
-            f"num_workers must be from 0 to {most} on this machine, of {processors} processors; got {num_workers}"
+            f"num_workers must be from 0 to {most} on this machine with {processors} processors; got {num_workers}"
         )
 
 
 def _leave_signals(worker: int) -> None:
-    """A signal to all processes is for the one that trains: it still needs the batches of its step."""
+    """Ignore signals in a loader process: the training process handles them, and still needs its step's batches."""
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What a batch must know of its optimizer step for the loss of the step to be the mean over all its labels."""
+"""Tell each batch the label counts of its optimizer step, so that the step's loss is the mean over all its labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastformer.data.packing import IGNORE_INDEX
 
 
 def label_counts(batch: dict[str, Any]) -> torch.Tensor:
-    """(2,) int64 on the labels' device: the labelled tokens of a packed batch, and its labelled pairs of segments."""
+    """Count the labelled tokens and the labelled pairs of segments of a packed batch: (2,) int64, on its device."""
     labels = batch["labels"]
     pairs = batch.get("next_sentence_label", labels[:0])
     return torch.stack([(labels != IGNORE_INDEX).sum(), (pairs != IGNORE_INDEX).sum()])
@@ -23,15 +23,15 @@ def with_label_counts(
     step_sizes: Iterable[int],
     count: Callable[[dict[str, Any]], torch.Tensor] = label_counts,
 ) -> Iterator[dict[str, Any]]:
-    """The batches, each with ``label_counts``: (2, n), its own `count` and the sum of those of its step.
+    """Yield the batches, each with ``label_counts``: (2, n), the `count` of the batch and the sum over its step.
 
-    Micro-batches have unequal numbers of labels, so that the mean of their means is not the mean over the labels of the
-    step; each must be weighted by its share, which takes looking ahead to the end of the step.
+    Micro-batches have different numbers of labels, so the mean of their means is not the mean over the step's labels.
+    Each batch must be weighted by its share, so this function reads ahead to the end of the step.
 
     Args:
-        batches: of one process.
+        batches: the batches of one process.
         step_sizes: the number of batches of each optimizer step.
-        count: (n,), the labels of a batch for each part of the loss.
+        count: returns (n,), the number of labels of a batch for each part of the loss.
     """
     coming = iter(batches)
     for size in step_sizes:

@@ -125,7 +125,7 @@ def test_validation_and_prediction_keep_the_order() -> None:
 def test_too_long_features_and_empty_data_are_refused() -> None:
     with pytest.raises(ValueError, match="tokens_per_batch=5 is less than the longest sequence, 7"):
         list(in_order(FEATURES, rows, len, 5))
-    with pytest.raises(ValueError, match="examples to train on and to validate with; got 50 and 0"):
+    with pytest.raises(ValueError, match="training and validation examples; got 50 and 0"):
         FineTuningData(SimpleNamespace(), FEATURES, [], rows, len, targets)
 
 
