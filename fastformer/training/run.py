@@ -1,4 +1,4 @@
-"""What the training commands share: the trainer, how a run keeps its options, how it ends, its summary."""
+"""Parts that the training commands share: saving the options, ending a run, the trainer, the summary."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ _UNIMPORTANT_WARNINGS = (
     ".*does not have many workers.*",
     ".*smaller than the logging interval.*",
     ".*LeafSpec.*deprecated.*",
-    "Total length of `list` across ranks is zero.*",  # nothing held out, as was asked
+    "Total length of `list` across ranks is zero.*",  # the user wants nothing held out
 )
 
 
 class SaveOptions(Callback):
-    """Writes the options when training starts: from then on there is a run to resume, and one that it replaces is gone.
+    """Write the options when training starts: from then on the run can be resumed, and a replaced run is removed.
 
-    Its checkpoints say that they are of this run.
+    Every checkpoint gets the id of the run.
 
     Args:
-        folder: of the run.
-        parser: of the options.
-        options: of the run.
-        data: fingerprints of what it learns from, by part.
+        folder: the folder of the run.
+        parser: the parser of the options.
+        options: the options of the run.
+        data: fingerprints of the run's data, by part.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SaveOptions(Callback):
                 file.write(self.text.encode())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.is_global_zero:  # which alone writes it
+        if trainer.is_global_zero:  # it alone writes the checkpoint
             checkpoint["run"] = self.folder.run
 
 
@@ -81,13 +81,15 @@ class SaveOptions(Callback):
 def resumable(
     command: str, folder: RunFolder, options: Namespace, inputs: Mapping[str, Sequence[Path]]
 ) -> Iterator[StopOnSignal]:
-    """Within it the run holds its folder, and a signal ends it with the command that resumes it.
+    """Return a context in which the run holds its folder, and in which a signal ends it.
+
+    The message after a signal has the command that resumes the run.
 
     Args:
-        command: its words after ``fastformer``.
-        folder: of the run.
-        options: of the run.
-        inputs: the files and folders that it reads, by option.
+        command: the words of the command after ``fastformer``.
+        folder: the folder of the run.
+        options: the options of the run.
+        inputs: the files and folders that the run reads, by option.
     """
     try:
         with StopOnSignal() as stop, folder.opened(options.resume, options.overwrite, inputs):
@@ -98,7 +100,7 @@ def resumable(
             stopped.note = ": nothing was saved yet"
         else:
             again = f"fastformer {command} --resume --output {shlex.quote(str(folder.path))}"
-            stopped.note = f"; {newest.name} is saved. Go on with: {again}{' --trust' * options.trust}"
+            stopped.note = f"; {newest.name} is saved. Continue with: {again}{' --trust' * options.trust}"
         raise
 
 
@@ -106,7 +108,7 @@ def resumable(
 
 
 def build_trainer(arguments: Namespace, folder: RunFolder, callbacks: Sequence[Callback]) -> Trainer:
-    """Lightning's trainer, with atomic checkpoints, CSV and TensorBoard logs.
+    """Return Lightning's trainer, with atomic checkpoints, CSV logs and TensorBoard logs.
 
     Raises:
         ValueError: Lightning refuses an argument.
@@ -124,20 +126,20 @@ def build_trainer(arguments: Namespace, folder: RunFolder, callbacks: Sequence[C
             default_root_dir=folder.path,
             check_val_every_n_epoch=None,
             enable_model_summary=False,
-            num_sanity_val_steps=-1,  # all of the held-out text: the loss before the first step
+            num_sanity_val_steps=-1,  # validate on all held-out text before the first step
         )
     except TypeError as error:
         raise ValueError(str(error)) from error
 
 
 def _cluster_environment() -> list[ClusterEnvironment]:
-    """Who has started the processes, where it is not Lightning."""
-    if TorchElasticEnvironment.detect():  # within a job of SLURM too
+    """Return the environment that started the processes; an empty list if Lightning starts them."""
+    if TorchElasticEnvironment.detect():  # also inside a SLURM job
         return [TorchElasticEnvironment()]
     try:
-        if SLURMEnvironment.detect():  # Lightning's own checkpoint for requeueing may fall between two optimizer steps
+        if SLURMEnvironment.detect():  # Lightning's own checkpoint for requeueing may fall inside an optimizer step
             return [SLURMEnvironment(auto_requeue=False)]
-    except RuntimeError as error:  # variables of SLURM that do not fit together
+    except RuntimeError as error:  # inconsistent SLURM variables
         raise ValueError(str(error)) from error
     return []
 
@@ -157,7 +159,7 @@ def summary(
     folder: RunFolder,
     wall: float,
 ) -> dict[str, Any]:
-    """What every run reports of itself; `wall` is in seconds."""
+    """Return the facts that every run reports; `wall` is in seconds."""
     return {
         "start": curve.validation[0] if curve.validation else None,
         "end": curve.validation[-1] if curve.validation else None,

@@ -49,7 +49,7 @@ def options(request: pytest.FixtureRequest, tiny_run: list[str], data: Path) -> 
 
 def resumed(message: str) -> list[str]:
     """The arguments of the command that a line names."""
-    return message.split("Go on with: fastformer ")[1].split()
+    return message.split("Continue with: fastformer ")[1].split()
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ def test_a_signal_ends_a_run_that_resumes_to_identical_weights(
     capsys.readouterr()
     assert cli.main([*options, "--output", str(stopped), *sends(number, "on_train_batch_start", 5)]) == STATUS[number]
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"stopped by {signal.Signals(number).name}; step-0000006.ckpt is saved. Go on with: fastformer " in line
+    assert f"stopped by {signal.Signals(number).name}; step-0000006.ckpt is saved. Continue with: fastformer " in line
     assert not (stopped / "model").exists()
     again = [*resumed(line)[: 2 if options[0] == "finetune" else 1], "--resume", "--output", str(stopped)]
     assert line.endswith(f"--resume --output {str(stopped) if number != signal.SIGINT else repr(str(stopped))}")
@@ -203,7 +203,7 @@ def test_a_signal_in_a_destructor_before_training_ends_it_with_a_checkpoint(
     monkeypatch.setattr(StopOnSignal, "setup", lambda *_, **__: _Sends(signal.SIGTERM) and None, raising=False)
     assert cli.main([*options, "--output", str(tmp_path / "run")]) == 143
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "stopped by SIGTERM; step-0000001.ckpt is saved. Go on with: fastformer " in line
+    assert "stopped by SIGTERM; step-0000001.ckpt is saved. Continue with: fastformer " in line
 
 
 def test_a_signal_that_comes_out_as_another_error_is_still_one() -> None:
