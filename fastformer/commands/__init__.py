@@ -1,1 +1,1 @@
-"""The `fastformer` commands: `fastformer X` is `main` of `commands/X.py`, which reads options, calls, and shows."""
+"""The `fastformer` commands: `fastformer X` runs `main` of `commands/X.py`, which reads options and shows results."""

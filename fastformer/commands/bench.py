@@ -1,4 +1,4 @@
-"""``fastformer bench``: the studies, or after the word ``gpu`` the benchmark for a few minutes on a GPU."""
+"""The command ``fastformer bench``: the studies, or with ``gpu`` the benchmark for a few minutes on a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 
 
 def main(arguments: list[str], begin: float) -> None:
-    """Run whichever it is. The GPU's imports none of the studies' packages."""
+    """Run the studies or the GPU benchmark. The GPU benchmark does not import the packages that studies need."""
     if arguments[:1] == ["gpu"]:
         importlib.import_module("fastformer.commands.bench_gpu").main(arguments[1:], begin)
     else:

@@ -1,4 +1,4 @@
-"""The command ``fastformer bench gpu``: everything worth knowing of a GPU, in the few minutes that one has it."""
+"""The command ``fastformer bench gpu``: the most important measurements on a GPU, in a few minutes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from fastformer.benchmarking.gpu.table import long_table, short_table
 from fastformer.console import in_a_line
 
 _DESCRIPTION = """\
-Measure Fastformer beside its peers on the GPU of this machine, in a given time: steps in order of worth, each in a
-process of its own. What a step finds is on disk the moment it is found; a step that crashes or hangs loses nothing of
-the others. Leaves records.jsonl, results.json, table.md and log.txt in a folder, and prints a short table.
+Compare Fastformer with its peers on the GPU of this machine, in a given time. Steps run in order of importance, each in
+a separate process. Every measurement is written to disk at once, so a step that crashes or hangs loses nothing of the
+others. Writes records.jsonl, results.json, table.md and log.txt into a folder, and prints a short table.
 """
 _EPILOG = """\
-Time that a step leaves is shared out to those that follow. The command ends within --minutes in any case.
-Exit status 1 if a step failed or was not finished in its time.
+Time that a step does not use goes to the steps after it. The command always ends within --minutes.
+Exit status 1 if a step failed or did not finish in its time.
 
 examples:
   fastformer bench gpu --minutes 9 --out runs/gpu --cache cache
@@ -39,7 +39,7 @@ examples:
 The kernels are compiled beforehand, on any machine with the same triton:
   fastformer kernels compile --arch sm_90 --bench-gpu all --out cache
 """
-# Seconds for what comes after the last step.
+# Seconds for writing the results after the last step.
 _RESERVE = 4.0
 
 
@@ -47,11 +47,11 @@ def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer bench gpu``.
 
     Args:
-        arguments: those of the command line after ``gpu``.
+        arguments: the command line after ``gpu``.
         begin: `time.monotonic()` when the command started.
 
     Raises:
-        ValueError, OSError: in what the user gave.
+        ValueError, OSError: the user's input is wrong.
     """
     options = _parser().parse_args(arguments)
     known, broken = _imported(options.steps)
@@ -62,7 +62,7 @@ def main(arguments: list[str], begin: float) -> None:
             print(f"{name:<14}    0 s  cannot run: {error}")
         return
     if not options.dry_run and not torch.cuda.is_available():
-        raise ValueError("no GPU is visible to PyTorch; --dry-run walks through the steps on a CPU")
+        raise ValueError("PyTorch sees no GPU; --dry-run runs the steps on a CPU")
     place = Place(options.out, "cpu" if options.dry_run else "cuda", options.dry_run, _variables(options))
     known = _left(known, place, options)
     for name, error in broken.items():
@@ -80,7 +80,7 @@ def main(arguments: list[str], begin: float) -> None:
 
 
 def _imported(names: list[str]) -> tuple[list[Known], dict[str, str]]:
-    """The steps, and the errors of those that cannot be imported."""
+    """Import the steps; return them, and the errors of those that cannot be imported."""
     known, broken = [], {}
     for name in names:
         try:
@@ -91,10 +91,10 @@ def _imported(names: list[str]) -> tuple[list[Known], dict[str, str]]:
 
 
 def _variables(options: argparse.Namespace) -> dict[str, str]:
-    """Environment variables of the steps."""
+    """Return the environment variables of the steps."""
     if options.dry_run:
         if options.cache:
-            raise ValueError("--cache is of no use to a --dry-run, whose kernels are interpreted")
+            raise ValueError("--cache has no use with --dry-run, which interprets the kernels")
         return {"TRITON_INTERPRET": "1", "FASTFORMER_BACKEND": "triton"}
     if options.cache is None:
         return {}
@@ -102,31 +102,31 @@ def _variables(options: argparse.Namespace) -> dict[str, str]:
 
     cache = options.cache.absolute()
     if not any(cache.glob("*/__grp__*.json")):
-        raise ValueError(f"--cache must be a folder that `fastformer kernels compile` has made, got {options.cache}")
+        raise ValueError(f"--cache must be a folder made by `fastformer kernels compile`, got {options.cache}")
     relocate(cache, cache)
     return {"TRITON_CACHE_DIR": str(cache)}
 
 
 def _left(known: list[Known], place: Place, options: argparse.Namespace) -> list[Known]:
-    """The steps that are still to be run; the start of this run is written down."""
+    """Return the steps that still have to run, and record the start of this run."""
     place.out.mkdir(parents=True, exist_ok=True)
     if place.records.exists():
         if not options.resume:
-            raise ValueError(f"--out must be a new folder, or continued with --resume; {place.records} is there")
+            raise ValueError(f"--out must be a new folder, or give --resume to continue; {place.records} exists")
         found = entries(place.records)
         if any(entry["run"]["dry"] != place.dry for entry in found if "run" in entry):
-            raise ValueError(f"--dry-run must be as in the run to resume, {place.records}")
+            raise ValueError(f"--dry-run must be the same as in the run to resume, {place.records}")
         done = [name for name, entry in ends(found).items() if entry["end"] == "ok"]
         known = [each for each in known if each.step.name not in done]
     elif others := sorted(os.listdir(place.out)):
-        raise ValueError(f"--out must be a new folder; {place.out} holds {', '.join(others[:3])}, of something else")
+        raise ValueError(f"--out must be a new folder; {place.out} holds other files: {', '.join(others[:3])}")
     run = {"minutes": options.minutes, "steps": [each.step.name for each in known], "dry": place.dry}
     append(place.records, run={**run, "cache": place.variables.get("TRITON_CACHE_DIR")})
     return known
 
 
 def _process_began(known: float) -> float:
-    """`time.monotonic()` when this process began, imports and all; `known` where the system does not tell."""
+    """Return `time.monotonic()` at the start of this process, before imports; `known` if the system does not tell."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -137,7 +137,7 @@ def _process_began(known: float) -> float:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM interrupts as SIGINT does, so that what was found is put together."""
+    """Return a context in which SIGTERM interrupts as SIGINT does, so that the results so far are written."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -171,18 +171,20 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--minutes", type=_positive, default=9.0, help="for everything (default: %(default)g)")
+    parser.add_argument("--minutes", type=_positive, default=9.0, help="total time (default: %(default)g)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder (default: %(default)s)")
-    parser.add_argument("--steps", type=_steps, default=list(STEPS), metavar="NAME,...", help=f"of {', '.join(STEPS)}")
-    parser.add_argument("--list", action="store_true", help="say what each step measures, and stop")
-    parser.add_argument("--resume", action="store_true", help="keep what --out has of steps that finished")
-    parser.add_argument("--cache", type=Path, help="kernels compiled beforehand; a step that compiles more says so")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU; the figures mean nothing")
+    parser.add_argument(
+        "--steps", type=_steps, default=list(STEPS), metavar="NAME,...", help=f"some of {', '.join(STEPS)}"
+    )
+    parser.add_argument("--list", action="store_true", help="show what each step measures, and stop")
+    parser.add_argument("--resume", action="store_true", help="keep the results of finished steps in --out")
+    parser.add_argument("--cache", type=Path, help="precompiled kernels; a step that compiles others reports it")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU; the figures have no meaning")
     return parser
 
 
 def _steps(text: str) -> list[str]:
-    """In the order in which they are run."""
+    """Parse the value of ``--steps``; return the steps in the order in which they run."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise argparse.ArgumentTypeError(f"must name one of {', '.join(STEPS)}; got {text!r}")

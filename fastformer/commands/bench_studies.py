@@ -1,4 +1,4 @@
-"""The command ``fastformer bench``: everything measured beside its peers, in one run."""
+"""The command ``fastformer bench``: compare everything with its peers, in one run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fastformer.console import Table
 from fastformer.files import OVERWRITE_HELP, check_out
 
 _DESCRIPTION = """\
-Measure Fastformer beside its peers: they do the same work in turns, in one run, and must come to the same result.
-Peers that are not installed are named. Leaves results.json, report.md and a picture for each study in a folder.
+Compare Fastformer with its peers: they do the same work in turns, in one run, and must get the same result. Peers that
+are not installed are named. Writes results.json, report.md and a picture for each study into a folder.
 """
 _EPILOG = """\
-Ratios are medians over the rounds. fastformer's speed of 2 x means that the peer took twice the time.
-Exit status 1 if a goal is missed (on a CPU, at full size), or --compare finds a regression.
+Ratios are medians over the rounds. A speed of 2 x means that the peer took twice the time of fastformer.
+Exit status 1 if a goal is missed (on a CPU, at full size), or if --compare finds a regression.
 
 examples:
   fastformer bench                                      all studies
@@ -42,11 +42,11 @@ def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer bench``.
 
     Args:
-        arguments: those of the command line after ``bench``.
+        arguments: the command line after ``bench``.
         begin: `time.monotonic()` when the command started.
 
     Raises:
-        ValueError, OSError: in what the user gave.
+        ValueError, OSError: the user's input is wrong.
     """
     options = _parser().parse_args(arguments)
     if options.list:
@@ -55,7 +55,7 @@ def main(arguments: list[str], begin: float) -> None:
         return
     unknown = [name for name in options.studies if name not in STUDIES]
     if unknown:
-        raise ValueError(f"studies must be of {', '.join(STUDIES)}, got {', '.join(unknown)}")
+        raise ValueError(f"studies must be among {', '.join(STUDIES)}; got {', '.join(unknown)}")
     if not (options.resume and (options.out / RESULTS).exists()):
         check_out(report_files(options.out, options.studies or STUDIES), options.overwrite)
     old = load_results(options.compare) if options.compare else None
@@ -74,14 +74,14 @@ def main(arguments: list[str], begin: float) -> None:
 
 
 def _run(options: argparse.Namespace) -> Results:
-    """Measure, and save after each study."""
+    """Run the studies, and save the results after each."""
     device = chosen_device(options.device)
     path = options.out / RESULTS
     results = Results(environment(device), options.quick)
     if options.resume and path.exists():
         results = load_results(path)
         if results.quick != options.quick:
-            raise ValueError(f"--quick must be as in the run to resume, {path}")
+            raise ValueError(f"--quick must be the same as in the run to resume, {path}")
     for name in options.studies or STUDIES:
         if name in results.studies:
             print(f"{name}: finished before")
@@ -104,7 +104,7 @@ def _run(options: argparse.Namespace) -> Results:
 
 
 def _say(measurement: Measurement) -> None:
-    """Progress, on stderr, since a study may take minutes."""
+    """Print progress to stderr, because a study may take minutes."""
     value = number(measurement.median) if measurement.values else f"not measured: {measurement.missing}"
     what = f"{measurement.metric.name} {value} {measurement.metric.unit if measurement.values else ''}"
     print(f"  {measurement.case}: {measurement.peer}: {what}", file=sys.stderr, flush=True)
@@ -122,15 +122,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)} (default: all)")
-    parser.add_argument("--list", action="store_true", help="say what each study measures, and stop")
-    parser.add_argument("--quick", action="store_true", help="small sizes and two rounds; no figures to publish")
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"some of {', '.join(STUDIES)} (default: all)")
+    parser.add_argument("--list", action="store_true", help="show what each study measures, and stop")
+    parser.add_argument("--quick", action="store_true", help="small sizes and two rounds; not for publication")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
-    parser.add_argument("--rounds", type=_positive, help="turns of each peer (default: each study's own)")
+    parser.add_argument("--rounds", type=_positive, help="number of turns of each peer (default: each study's own)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
-    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="results of an earlier run: show regressions")
-    parser.add_argument("--resume", action="store_true", help="keep the studies that --out has results of")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="earlier results: show regressions")
+    parser.add_argument("--resume", action="store_true", help="keep the finished studies in --out")
     return parser
 
 

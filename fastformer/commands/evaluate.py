@@ -1,4 +1,4 @@
-"""The command ``fastformer evaluate``: metrics of predictions in a file of JSON lines."""
+"""The command ``fastformer evaluate``: compute the metrics of predictions in a file of JSON lines."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _BOTH = ("prediction", "reference")
 _METRICS, _CONFUSION = "metrics.json", "confusion.png"
 
 _EPILOG = """\
-what each line of PREDICTIONS.jsonl needs, beside anything else:
+fields that each line of PREDICTIONS.jsonl needs; other fields are ignored:
   classify              prediction, reference: names of classes, or numbers for regression
-  tag                   prediction, reference: lists of tags, as many as words
+  tag                   prediction, reference: lists of tags, one for each word
   qa                    prediction: text, "" for no answer; references: list of texts, empty for no answer
   summarize, translate  prediction, reference: texts
-  generate              log_likelihood: of the answer, in nats; tokens: how many it has; and for ROUGE, if there are
-                        any, prediction and reference: texts
-  embed                 embedding, positive: vectors of the two texts, lists of as many numbers
+  generate              log_likelihood: of the answer, in nats; tokens: number of tokens of the answer; optionally, for
+                        ROUGE, prediction and reference: texts
+  embed                 embedding, positive: vectors of the two texts, lists of equally many numbers
 
 examples:
   fastformer evaluate runs/classify/predictions.jsonl --task classify --output runs/classify/evaluation
@@ -46,11 +46,11 @@ def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer evaluate``.
 
     Args:
-        arguments: those of the command line after ``evaluate``.
+        arguments: the command line after ``evaluate``.
         begin: `time.monotonic()` when the command started.
 
     Raises:
-        ValueError, OSError: in what the user gave.
+        ValueError, OSError: the user's input is wrong.
     """
     options = _parser().parse_args(arguments)
     if options.language is not None and options.task != "translate":
@@ -75,21 +75,21 @@ def main(arguments: list[str], begin: float) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="fastformer evaluate",
-        description="Metrics of predictions beside their references.",
+        description="Compute the metrics of predictions compared with their references.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("predictions", metavar="PREDICTIONS.jsonl", help="what `fastformer predict` writes")
+    parser.add_argument("predictions", metavar="PREDICTIONS.jsonl", help="the file that `fastformer predict` writes")
     parser.add_argument("--task", choices=tuple(_TASKS), required=True)
-    parser.add_argument("--language", help="of translations: zh, ja and ko are judged by characters")
-    parser.add_argument("--output", metavar="DIR", help="write metrics.json here, and of classes confusion.png")
+    parser.add_argument("--language", help="target language of translations: zh, ja and ko are compared by characters")
+    parser.add_argument("--output", metavar="DIR", help="write metrics.json here, and for classes confusion.png")
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 
 def _field(row: Row, name: str, kind: type | tuple[type, ...], what: str) -> Any:
-    """A field of a row, of the kind that the task needs; a number is finite."""
+    """Return a field of a row after checking its type, and that a number is finite."""
     value = row.values.get(name)
     if not isinstance(value, kind) or isinstance(value, bool) or not _is_finite(value):
         found = f"found {value!r:.60}" if name in row.values else f"found fields {', '.join(row.values)}"
@@ -100,12 +100,12 @@ def _field(row: Row, name: str, kind: type | tuple[type, ...], what: str) -> Any
 def _is_finite(value: Any) -> bool:
     try:
         return not isinstance(value, (int, float)) or math.isfinite(value)
-    except OverflowError:  # a whole number that no float can be
+    except OverflowError:  # a whole number too large for a float
         return False
 
 
 def _list(row: Row, name: str, what: str) -> list[str]:
-    """A field that is a list of texts."""
+    """Return a field that is a list of texts."""
     values: list[str] = _field(row, name, list, what)
     for value in values:
         if not isinstance(value, str):
@@ -122,7 +122,7 @@ def _classify(rows: list[Row], options: argparse.Namespace) -> Metrics:
     score = next((row for row in rows for name in _BOTH if isinstance(row.values.get(name), float)), None)
     numeric = score is not None
     kind: tuple[type, ...] = (int, float) if numeric else (str, int)
-    what = "the name of a class" if score is None else f"a number, for there are scores, as in {score.where}"
+    what = "the name of a class" if score is None else f"a number, because other lines have scores, as {score.where}"
     predictions, references = ([_field(row, n, kind, what) for row in rows] for n in _BOTH)
     if numeric:
         return regression_metrics(predictions, references)
@@ -141,8 +141,8 @@ def _tag(rows: list[Row], options: argparse.Namespace) -> Metrics:
             raise ValueError(f"{row.where}: a tag is empty; accepted are B-X, I-X and O")
         if len(predicted) != len(expected):
             raise ValueError(
-                f"{row.where}: found {len(predicted)} tags as prediction and {len(expected)} as reference; each word "
-                "has one of each"
+                f"{row.where}: found {len(predicted)} tags as prediction and {len(expected)} as reference; there must "
+                "be one of each for each word"
             )
     return tagging_metrics(predictions, references)
 
@@ -173,7 +173,7 @@ def _embed(rows: list[Row], options: argparse.Namespace) -> Metrics:
         for name, vector in zip(("embedding", "positive"), vectors, strict=True):
             if len(vector) != size:
                 raise ValueError(
-                    f"{row.where}: {name} must have {size} numbers, as the first has; it has {len(vector)}"
+                    f"{row.where}: {name} must have {size} numbers, like the first line's; it has {len(vector)}"
                 )
     return retrieval_metrics(anchors, positives)
 
@@ -182,7 +182,7 @@ def _vector(row: Row, name: str) -> list[float]:
     vector = _field(row, name, list, "a list of numbers")
     kinds = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in vector)
     if not vector or not kinds or not all(map(_is_finite, vector)):
-        raise ValueError(f"{row.where}: {name} must be a list of numbers, all finite; found {vector!r:.60}")
+        raise ValueError(f"{row.where}: {name} must be a list of finite numbers; found {vector!r:.60}")
     return vector
 
 

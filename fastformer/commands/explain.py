@@ -1,4 +1,4 @@
-"""The command ``fastformer explain``: attention maps and token attributions of a text, as pictures and as JSON."""
+"""The command ``fastformer explain``: attention maps and token attributions of a text, as pictures and JSON."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from fastformer.models.loading import load_whole_model
 from fastformer.planning.model_work import known_model
 
 _DESCRIPTION = """\
-Show what a model does with a text. Attention maps: which tokens the chosen heads of the chosen layers attend to, from
-the fused attention. Token attributions: what each token adds to the logit of a class, of a masked or of the next token
-(integrated gradients; needs captum, the extra "interpret").
+Show how a model uses a text. Attention maps show which tokens the chosen heads of the chosen layers attend to, from the
+fused attention. Token attributions show how much each token adds to the logit of a class, of a masked token or of the
+next token (integrated gradients; needs captum, the extra "interpret").
 
 examples:
   fastformer explain runs/pretrain/model --text "This returns a [MASK]." --layers 0,1 --heads 0 --out explained
@@ -40,17 +40,17 @@ def main(arguments: list[str], begin: float) -> None:
         prog="fastformer explain", description=_DESCRIPTION, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, metavar="DIR", help="a model and its tokenizer in Hugging Face's format")
-    parser.add_argument("--text", required=True, help="what the model is given")
+    parser.add_argument("--text", required=True, help="the model's input")
     parser.add_argument("--layers", type=numbers, metavar="N,...", help="draw these, from 0 (default: all)")
     parser.add_argument("--heads", type=numbers, metavar="N,...", help="draw these, from 0 (default: all)")
-    parser.add_argument("--attention", choices=ATTENTIONS, help="of an encoder-decoder (default: encoder)")
-    parser.add_argument("--target_text", help="what an encoder-decoder's decoder is given")
+    parser.add_argument("--attention", choices=ATTENTIONS, help="attention of an encoder-decoder (default: encoder)")
+    parser.add_argument("--target_text", help="the input of an encoder-decoder's decoder")
     parser.add_argument("--attributions", action="store_true", help="also attribute a logit to the tokens")
     parser.add_argument(
-        "--target", type=int, metavar="N", help="class or token id of the logit (default: the likeliest)"
+        "--target", type=int, metavar="N", help="class or token id of the logit (default: the most probable)"
     )
     parser.add_argument(
-        "--steps", type=whole_number(1, 2**20), default=50, help="of the attributions' integral (default: 50)"
+        "--steps", type=whole_number(1, 2**20), default=50, help="steps of the attributions' integral (default: 50)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and JSON")
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
@@ -63,7 +63,7 @@ def main(arguments: list[str], begin: float) -> None:
     if not options.model.is_dir():
         raise ValueError(f"DIR must be a model's folder; got {options.model}")
     if options.target is not None and not options.attributions:
-        raise ValueError("--target goes with --attributions")
+        raise ValueError("--target needs --attributions")
     written = ["attention", *(["attributions"] if options.attributions else [])]
     check_out(
         [options.out / f"{name}.{kind}" for name in written for kind in ("png", "json")],
@@ -94,7 +94,7 @@ def main(arguments: list[str], begin: float) -> None:
     if found is not None:
         draw_attributions(found, options.out / "attributions.png")
         _write_json(asdict(found), options.out / "attributions.json")
-        print(f"{found.label}: logit {found.output:.3f}, with nothing said {found.baseline:.3f}")
+        print(f"{found.label}: logit {found.output:.3f}, without the text {found.baseline:.3f}")
         for token, score in zip(found.tokens, found.scores, strict=True):
             print(f"{score:+9.3f}  {token}")
     files = ", ".join(f"{name}.png, {name}.json" for name in written)
@@ -102,7 +102,7 @@ def main(arguments: list[str], begin: float) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """An option's value such as 0,3. argparse's errors name the function."""
+    """Parse an option's value such as 0,3. argparse's errors show the name of this function."""
     return [int(each) for each in text.split(",")]
 
 

@@ -1,4 +1,4 @@
-"""The command ``fastformer generate``: continuations of prompts, as text or as JSON lines."""
+"""The command ``fastformer generate``: continue prompts, as text or as JSON lines."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Continue prompts with a causal language model, or answer them with a sequence-to-sequence model. Prompts run together,
-each as long as it is: one that is finished makes room for the next. DIR is a model with its tokenizer in Fastformer's
-format; `fastformer convert` makes one of GPT-2's, Llama's, T5's and others. Without --temperature the likeliest token
-is taken each time.
+each at its own length: a finished prompt makes room for the next. DIR is a model with its tokenizer in Fastformer's
+format; `fastformer convert` makes one from GPT-2, Llama, T5 and others. Without --temperature, the most probable token
+is always taken.
 
 examples:
   fastformer generate gpt2 --prompt "The capital of France is" --max_new_tokens 20
@@ -36,7 +36,7 @@ examples:
   fastformer generate llama --prompts many.jsonl --slots 64 --page_size 16 --pages 4096 --device cuda --dtype bfloat16
   fastformer generate llama --prompt "Chapter 1" --no-cuda_graphs
 
-Each line of --prompts is an object with the prompt and, if wanted, sampling options of its own:
+Each line of --prompts is an object with the prompt and, optionally, sampling options for this prompt:
   {"prompt": "Translate to German: house", "temperature": 0.7, "seed": 3, "stop": ["."]}
 """
 
@@ -48,7 +48,7 @@ def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer generate`` with the arguments that follow.
 
     Raises:
-        ValueError, OSError: in what the user gave.
+        ValueError, OSError: the user's input is wrong.
     """
     options = _parser().parse_args(arguments)
     from transformers.utils import logging as transformers_logging
@@ -59,7 +59,7 @@ def main(arguments: list[str], begin: float) -> None:
     given = {name: value for name in _OPTIONS if (value := getattr(options, name, None)) is not None}
     prompts, parameters = _prompts(options, SamplingParameters(**given))
     if options.stream and len(prompts) > 1 and not options.json:
-        raise ValueError(f"--stream of {len(prompts)} prompts would mix their texts; add --json")
+        raise ValueError(f"--stream with {len(prompts)} prompts would mix their texts; add --json")
     generator = Generator(
         _model(options.model, options),
         load_tokenizer(options.model),
@@ -97,41 +97,39 @@ def _parser() -> ArgumentParser:
         "--max_new_tokens",
         type=whole_number(1),
         metavar="N",
-        help=f"tokens at most (default: {default.max_new_tokens})",
+        help=f"the most new tokens (default: {default.max_new_tokens})",
     )
-    sampling("--temperature", type=float, metavar="T", help="divides the logits; 0 takes the likeliest (default: 0)")
-    sampling("--top_k", type=whole_number(1), metavar="K", help="draw among the K likeliest tokens")
-    sampling("--top_p", type=float, metavar="P", help="draw among the likeliest tokens that make up P together")
-    sampling("--min_p", type=float, metavar="P", help="draw among tokens with P times the likeliest one's probability")
-    sampling("--repetition_penalty", type=float, metavar="X", help="divides logits of tokens seen before (default: 1)")
+    sampling("--temperature", type=float, metavar="T", help="divides the logits; 0: the most probable (default: 0)")
+    sampling("--top_k", type=whole_number(1), metavar="K", help="draw from the K most probable tokens")
+    sampling("--top_p", type=float, metavar="P", help="draw from the most probable tokens that reach P together")
+    sampling("--min_p", type=float, metavar="P", help="draw from tokens of at least P times the highest probability")
+    sampling("--repetition_penalty", type=float, metavar="X", help="divides logits of earlier tokens (default: 1)")
     sampling(
         "--seed",
         type=whole_number(0, 2**63 - 1),
         metavar="N",
-        help="of each prompt's draws (default: another each time)",
+        help="seed of each prompt's draws (default: random)",
     )
-    sampling("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+    sampling("--stop", action="append", metavar="TEXT", help="stop before this text; may be given several times")
     sampling("--logprobs", action="store_true", default=None, help="with --json: the log-probability of each token")
     running = parser.add_argument_group("running").add_argument
     running(
         "--slots", type=whole_number(1, 2**16), default=8, metavar="N", help="sequences at once (default: %(default)s)"
     )
-    running(
-        "--page_size", type=whole_number(1, 2**20), metavar="N", help="keep keys and values in pages of so many tokens"
-    )
-    running("--pages", type=whole_number(1), metavar="N", help="their number (default: as many as can be needed)")
-    running("--draft", type=Path, metavar="DIR", help="a small model that drafts tokens for the other to check")
+    running("--page_size", type=whole_number(1, 2**20), metavar="N", help="keep keys and values in pages of N tokens")
+    running("--pages", type=whole_number(1), metavar="N", help="number of pages (default: enough for any case)")
+    running("--draft", type=Path, metavar="DIR", help="a small model that drafts tokens for the model to check")
     running(
         "--draft_tokens",
         type=whole_number(1, 2**16),
         default=4,
         metavar="N",
-        help="how many each time (default: %(default)s)",
+        help="number of tokens to draft at a time (default: %(default)s)",
     )
     running(
         "--cuda_graphs",
         action=BooleanOptionalAction,
-        help="launch the kernels of a step together, or never (default: on a GPU, where nothing is in the way)",
+        help="launch the kernels of a step together, or never (default: on a GPU, if possible)",
     )
     running("--device", help="cpu or cuda (default: the GPU if there is one)")
     running("--dtype", choices=_DTYPES, help="of weights and cache (default: as saved)")
@@ -139,9 +137,9 @@ def _parser() -> ArgumentParser:
 
 
 def _prompts(options: Namespace, common: SamplingParameters) -> tuple[list[str], list[SamplingParameters]]:
-    """The prompts of the command line, then those of the file, and how each is continued."""
+    """Return the prompts of the command line, then those of the file, and the sampling parameters of each."""
     if common.logprobs and not options.json:
-        raise ValueError("--logprobs is for --json")
+        raise ValueError("--logprobs needs --json")
     prompts, parameters = list(options.prompt), [common] * len(options.prompt)
     for number, prompt in enumerate(prompts, start=1):
         check_text(prompt, f"--prompt {number}")
@@ -186,18 +184,17 @@ def _model(folder: Path, options: Namespace) -> LanguageModel:
     config = load_configuration(folder)
     if not isinstance(config, FastformerConfig):
         raise ValueError(
-            f"{folder} holds a {config.model_type} model of Hugging Face's; make one of Fastformer's with "
-            "`fastformer convert`"
+            f"{folder} holds a {config.model_type} model in Hugging Face's format; convert it with `fastformer convert`"
         )
     if config.stack == "encoder":
-        raise ValueError(f"{folder} holds an encoder, which generates nothing")
+        raise ValueError(f"{folder} holds an encoder, which cannot generate text")
     kind = FastformerForSeq2SeqLM if config.is_encoder_decoder else FastformerForCausalLM
     model = load_whole_model(kind, folder, dtype=options.dtype or "auto")
     return model.to(chosen_device(options.device)).eval()
 
 
 def _collected(pieces: Iterable[Piece], prompts: int) -> list[Generation]:
-    """All there is, with the progress shown meanwhile."""
+    """Collect the pieces into one generation for each prompt, and show the progress."""
     generations = [Generation(text="") for _ in range(prompts)]
     tokens = finished = 0
     with StatusLine() as line:
@@ -233,7 +230,7 @@ def _without_nothing(values: dict[str, Any]) -> dict[str, Any]:
 def _summary(statistics: Statistics, prompts: int, seconds: float) -> str:
     summary = (
         f"{prompts} {'prompt' if prompts == 1 else 'prompts'}, {statistics.prompt_tokens:,} tokens; "
-        f"{statistics.new_tokens:,} new ones in {seconds:.1f} s, {statistics.new_tokens / seconds:,.0f} tokens/s"
+        f"{statistics.new_tokens:,} new tokens in {seconds:.1f} s, {statistics.new_tokens / seconds:,.0f} tokens/s"
     )
     if statistics.drafted:
         summary += f"; {statistics.accepted / statistics.drafted:.0%} of the drafted tokens were accepted"

@@ -1,4 +1,4 @@
-"""The command ``fastformer hub export``: our layers as a kernel that Hugging Face's `kernels` package loads."""
+"""The command ``fastformer hub export``: write Fastformer's layers for Hugging Face's `kernels` package."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from fastformer.arguments import CommandParser
 from fastformer.integrations.hub.export import export
 
 _DESCRIPTION = """\
-Write a folder that Hugging Face's `kernels` package loads: Fastformer's RMSNorm, LayerNorm, feed-forwards and rotary
-embedding as layers, with the Triton kernels and operators they need. Nothing of Fastformer has to be installed there.
+Write a folder that Hugging Face's `kernels` package can load: Fastformer's RMSNorm, LayerNorm, feed-forwards and rotary
+embedding as layers, with the Triton kernels and operators they need. Fastformer need not be installed to use it.
 
 examples:
   fastformer hub export runs/kernel
@@ -31,5 +31,5 @@ def main(arguments: list[str], begin: float) -> None:
     command = commands.add_parser(
         "export", help="write the folder", description=_DESCRIPTION, formatter_class=RawDescriptionHelpFormatter
     )
-    command.add_argument("folder", metavar="DIR", type=Path, help="to write; it must not exist")
+    command.add_argument("folder", metavar="DIR", type=Path, help="the folder to write; it must not exist")
     export(parser.parse_args(arguments).folder)

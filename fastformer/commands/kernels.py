@@ -1,4 +1,4 @@
-"""The command ``fastformer kernels``: compile kernels ahead of time and report what they became, with no GPU."""
+"""The command ``fastformer kernels``: compile kernels ahead of time and report the result, without a GPU."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from fastformer.kernel_reports.workload import DTYPES, LAYOUTS, OPERATORS, cases
 from fastformer.lines import json_file
 
 _COMPILE = """\
-Compile kernels ahead of time, for GPUs that need not be there, into a Triton cache. A machine with such a GPU and the
-same version of triton and fastformer then launches them without compiling: set TRITON_CACHE_DIR to the cache there.
+Compile kernels ahead of time into a Triton cache, for GPUs that this machine need not have. A machine with such a GPU
+and the same versions of triton and fastformer launches them without compiling: set TRITON_CACHE_DIR to the cache there.
 
 examples:
   fastformer kernels compile --arch sm_90 --model bert-base --precision bf16-mixed --out /opt/fastformer-cache
@@ -40,12 +40,12 @@ examples:
   fastformer kernels compile --arch sm_90 --operators softmax,norm --dtypes bfloat16 --out cache
   fastformer kernels compile --arch sm_90 --bench-gpu all --out cache
 
-Without --model and --bench-gpu: every case of every operator, a thousand kernels for each architecture.
+Without --model and --bench-gpu, every case of every operator is compiled: a thousand kernels for each architecture.
 """
 
 _REPORT = """\
-Report what kernels become on each architecture: registers, spills, shared memory, residency, instructions, and a
-model's bracket of the fraction of peak. Kernels are compiled first, unless --cache has them.
+Report for each kernel and architecture: registers, spills, shared memory, residency, instructions, and an estimate of
+the fraction of peak (a lower and an upper bound). Kernels are compiled first, unless --cache has them.
 
 examples:
   fastformer kernels report --arch sm_90 --operators attention --dtypes bfloat16 --layouts aligned
@@ -53,10 +53,10 @@ examples:
 """
 
 _CHECK = """\
-The regression gate: compile the guarded cases, and compare with the figures kept in the repository for this version of
-triton. A new spill, too much shared memory, a lost wgmma, tcgen05, TMA or asynchronous copy, or over 3% more
-instructions is an error, and so is a kernel that is not in the figures. On sm_90, 16-bit attention with head_dim 64 or
-128 may not spill at all.
+Check for regressions: compile the guarded cases, and compare them with the figures recorded in the repository for this
+version of triton. It is an error if a kernel has a new spill, too much shared memory, over 3% more instructions, lacks
+a wgmma, tcgen05, TMA or asynchronous copy that it had, or is not in the figures. On sm_90, 16-bit attention with
+head_dim 64 or 128 may not spill at all.
 
 examples:
   fastformer kernels check --figures tests/kernel_reports/kernel_figures
@@ -83,10 +83,13 @@ def _parser() -> ArgumentParser:
     )
     _add_work(compile)
     compile.add_argument(
-        "--bench-gpu", type=_names, metavar="STEP,...", help="what these steps of `fastformer bench gpu` launch, or all"
+        "--bench-gpu",
+        type=_names,
+        metavar="STEP,...",
+        help="of these steps of `fastformer bench gpu`, or all",
     )
     compile.add_argument("--out", type=Path, default=Path("fastformer-cache"), help="the cache (default: %(default)s)")
-    compile.add_argument("--home", type=Path, help="the absolute path where the cache will be used, if not --out")
+    compile.add_argument("--home", type=Path, help="the absolute path at which the cache will be used (default: --out)")
     compile.set_defaults(run=_compile)
 
     report = commands.add_parser(
@@ -99,7 +102,7 @@ def _parser() -> ArgumentParser:
     report.add_argument("--json", type=Path, help="write the figures here")
     report.add_argument("--picture", type=Path, help="draw a roofline and the instruction mix here, as PNG, PDF or SVG")
     report.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
-    report.add_argument("--cache", type=Path, help="where compiled kernels are kept from one report to the next")
+    report.add_argument("--cache", type=Path, help="folder that keeps compiled kernels for the next report")
     report.set_defaults(run=_report)
 
     check = commands.add_parser(
@@ -109,7 +112,7 @@ def _parser() -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     check.add_argument("--figures", type=Path, required=True, help="the folder of recorded figures")
-    check.add_argument("--update", action="store_true", help="record the figures as they are now, for this triton")
+    check.add_argument("--update", action="store_true", help="record the present figures for this version of triton")
     _add_arch(check, ",".join(GUARDED_ARCHITECTURES))
     check.set_defaults(run=_check)
     return parser
@@ -122,21 +125,21 @@ def _add_arch(parser: ArgumentParser, default: str | None = None) -> None:
         required=default is None,
         default=default,
         metavar="NAME,...",
-        help=f"of {', '.join(ARCHITECTURES)}{f' (default: {default})' if default else ''}",
+        help=f"some of {', '.join(ARCHITECTURES)}{f' (default: {default})' if default else ''}",
     )
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="compile this many kernels at once")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="number of kernels to compile at a time")
 
 
 def _add_work(parser: ArgumentParser) -> None:
     _add_arch(parser)
-    parser.add_argument("--model", help="what this model launches: a folder in Hugging Face's format, or a preset")
+    parser.add_argument("--model", help="the kernels of this model: a folder in Hugging Face's format, or a preset")
     parser.add_argument("--precision", default="bf16-mixed", help="of the model: 32-true, bf16-mixed (default), ...")
     parser.add_argument("--operators", type=_names, metavar="NAME,...", help=f"only these of {', '.join(OPERATORS)}")
     parser.add_argument("--dtypes", type=_names, metavar="NAME,...", help=f"only these of {', '.join(DTYPES)}")
     parser.add_argument("--layouts", type=_names, metavar="NAME,...", help=f"only these of {', '.join(LAYOUTS)}")
 
 
-_MARK = ".fastformer-kernels"  # in a cache that may be reduced to what a launch needs
+_MARK = ".fastformer-kernels"  # marks a cache made by this command, which it may reduce
 
 
 def _names(text: str) -> list[str]:
@@ -155,7 +158,7 @@ def _compile(options: Namespace) -> None:
             relocate(options.out, options.home)
         print(f"{_explained(failures)}\n{options.out} has the other {kernels - len(failures)}")
         raise SystemExit(1)
-    # The proof: the same launches, as a GPU machine makes them, find everything there.
+    # Check the cache: the same launches, as on a GPU machine, must find every kernel in it.
     missed = compiled_by(work, options.arch, options.out)
     if missed:
         print(f"the cache lacks {', '.join(f'{name} ({n})' for name, n in Counter(missed).items())}")
@@ -170,11 +173,11 @@ def _compile(options: Namespace) -> None:
 
 
 def _claim(cache: Path) -> None:
-    """Make a folder for kernels; in one of anything else, Triton's own cache too, something would be lost."""
+    """Make a folder for kernels; refuse any other folder, even Triton's own cache, so that nothing is lost."""
     if cache.is_dir() and any(cache.iterdir()) and not (cache / _MARK).exists():
         names = ", ".join(sorted(path.name for path in cache.iterdir())[:3])
         raise ValueError(
-            f"--out {cache} is no cache that `fastformer kernels compile` has made: it holds {names}; give a new folder"
+            f"--out {cache} was not made by `fastformer kernels compile`: it holds {names}; give a new folder"
         )
     cache.mkdir(parents=True, exist_ok=True)
     (cache / _MARK).touch()
@@ -201,8 +204,8 @@ def _check(options: Namespace) -> None:
     command = f"fastformer kernels check --figures {options.figures} --update"
     if not path.exists() and not options.update:
         raise ValueError(
-            f"there is no {path}; other compilers give other code. To record what triton {triton.__version__} makes of "
-            f"the kernels: {command}"
+            f"there is no {path}; every compiler version gives other figures. To record those of triton "
+            f"{triton.__version__}: {command}"
         )
     figures = _figures([(case.name, case.run) for case in cases(guarded=True)], options, None)
     recorded = from_json(json_file(path)) if path.exists() else []
@@ -214,17 +217,17 @@ def _check(options: Namespace) -> None:
     worse = regressions([entry for entry in recorded if entry.architecture in options.arch], figures)
     if worse:
         print("\n".join(["compiled kernels got worse, or are not in the figures:", *worse]))
-        print(f"if that is wanted: {command}")
+        print(f"if this is intended: {command}")
     unwanted = unwanted_spills(figures)
     if unwanted:
-        print("\n".join(["attention spills where it may not:", *unwanted]))
+        print("\n".join(["attention kernels spill that may not:", *unwanted]))
     if worse or unwanted:
         raise SystemExit(1)
     print(f"{len(figures)} kernels are no worse than recorded in {path}")
 
 
 def _updated(recorded: Sequence[Figures], figures: Sequence[Figures], architectures: Sequence[str]) -> list[Figures]:
-    """`figures`, those of `architectures`, and what is recorded of the others; one architecture after the other."""
+    """Return `figures` of `architectures` and the recorded figures of all others, sorted by architecture."""
     kept = [entry for entry in recorded if entry.architecture not in architectures]
     return sorted([*kept, *figures], key=lambda entry: list(ARCHITECTURES).index(entry.architecture))
 
@@ -240,7 +243,7 @@ def _figures(work: Sequence[tuple[str, Work]], options: Namespace, cache: Path |
 
 
 def _ahead(work: Sequence[Work], options: Namespace, cache: Path) -> tuple[int, list[Failure]]:
-    """Compile `work` into `cache`; returns the number of kernels, and those that failed."""
+    """Compile `work` into `cache`; return the number of kernels, and the failures."""
     unknown = sorted(set(options.arch) - set(ARCHITECTURES))
     if unknown:
         raise ValueError(f"--arch must be among {', '.join(ARCHITECTURES)}; got {', '.join(unknown)}")
@@ -255,11 +258,11 @@ def _write_json(figures: Sequence[Figures], path: Path) -> None:
 
 
 def _work(options: Namespace) -> list[tuple[str, Work]]:
-    """The work that the options name."""
+    """Return the work that the options select."""
     if options.model is None:
         return [(case.name, case.run) for case in cases(options.operators, options.dtypes, options.layouts)]
     if options.operators or options.dtypes or options.layouts:
-        raise ValueError("--operators, --dtypes and --layouts choose cases; a --model says itself what it launches")
+        raise ValueError("--operators, --dtypes and --layouts select cases; they cannot be combined with --model")
     from fastformer.arguments import PRECISIONS
     from fastformer.planning.model_work import known_model, meta_model, model_work, two_blocks
 
@@ -271,9 +274,9 @@ def _work(options: Namespace) -> list[tuple[str, Work]]:
 
 
 def _benchmark_work(options: Namespace) -> list[Work]:
-    """What steps of the GPU benchmark launch."""
+    """Return the launches of steps of the GPU benchmark."""
     if options.model or options.operators or options.dtypes or options.layouts:
-        raise ValueError("--bench-gpu says itself what is launched; no --model, --operators, --dtypes or --layouts")
+        raise ValueError("--bench-gpu cannot be combined with --model, --operators, --dtypes or --layouts")
     from fastformer.benchmarking.gpu.steps import STEPS, load
 
     steps = [load(name) for name in (STEPS if options.bench_gpu == ["all"] else options.bench_gpu)]

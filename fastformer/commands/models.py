@@ -1,4 +1,4 @@
-"""The command ``fastformer models``: the published shapes, and what each holds, costs and suits."""
+"""The command ``fastformer models``: list the presets with their size, memory, operations and suitable tasks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastformer.planning.presets import MOST_TOKENS, Listing, listing
 from fastformer.planning.quantities import gibibytes, in_billions, with_prefix
 
 _DESCRIPTION = """\
-List the presets: parameters, memory, operations for each token, context, and what each suits. All are counted on the
-models themselves, on tensors without memory.
+List the presets: parameters, memory, operations per token, context, and suitable tasks. All are counted on the models
+themselves, on tensors without memory.
 
 examples:
   fastformer models
@@ -67,7 +67,8 @@ def _table(listings: list[Listing]) -> Table:
 
 
 _NOTE = (
-    "float32, bfloat16: the weights. training state: weights, gradients and AdamW's moments in float32, 16 bytes a "
-    "parameter; `fastformer plan` adds activations. forward, training: operations a token, in examples of the whole "
-    f"context or {MOST_TOKENS:,} tokens; an encoder-decoder's tokens pass one of its two stacks. Sources: --json."
+    "float32, bfloat16: the weights. training state: weights, gradients and AdamW's moments in float32, 16 bytes per "
+    "parameter; `fastformer plan` adds activations. forward, training: operations per token, for examples of the whole "
+    f"context, at most {MOST_TOKENS:,} tokens; in an encoder-decoder a token passes one of the two stacks. Sources: "
+    "--json."
 )

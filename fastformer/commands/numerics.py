@@ -1,4 +1,4 @@
-"""The command ``fastformer numerics``: the error of every operator against float64, compared with PyTorch's own."""
+"""The command ``fastformer numerics``: measure every operator's error against float64, compared with PyTorch's."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fastformer.extras import require
 from fastformer.files import OVERWRITE_HELP, atomic_file, check_out
 
 _DESCRIPTION = """\
-Measure the error of every operator and its gradients against float64 on this machine, over regimes that strain it:
-large logits, long rows, tiny scales, masks, lengths. Beside it stand PyTorch's plain computation in the same dtype and,
-for attention, scaled_dot_product_attention. The Triton backend is measured on a GPU, or with TRITON_INTERPRET=1.
+Measure the error of every operator and its gradients against float64 on this machine, with difficult inputs: large
+logits, long rows, tiny scales, masks, lengths. It is compared with PyTorch's plain computation in the same dtype and,
+for attention, with scaled_dot_product_attention. The Triton backend is measured on a GPU, or with TRITON_INTERPRET=1.
 
 examples:
   fastformer numerics
@@ -34,9 +34,9 @@ def main(arguments: list[str], begin: float) -> None:
     parser.add_argument("--operators", help=f"only these of {', '.join(names)}")
     parser.add_argument("--dtypes", help=f"only these of {', '.join(DTYPES)}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the random tensors")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random tensors")
     parser.add_argument("--json", type=Path, help="write the errors here")
-    parser.add_argument("--picture", type=Path, help="draw them here")
+    parser.add_argument("--picture", type=Path, help="draw the errors here")
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     options = parser.parse_args(arguments)
     for option, path in (("--json", options.json), ("--picture", options.picture)):

@@ -1,4 +1,4 @@
-"""The command ``fastformer plan``: what training a model needs and takes, before anything is bought or run."""
+"""The command ``fastformer plan``: compute the memory, time and cost of training a model before running it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from fastformer.planning.needs import Plan, Run, Setup
 
 _DESCRIPTION = """\
-State what training a model needs and takes: memory of each device, operations, tokens per second, days. Parameters,
-operations and activations are counted on the model itself, on tensors without memory; time follows from the GPUs' peak
-and the utilisation that you state. Nothing is measured. Exit status 1 if it does not fit.
+Compute what training a model needs: memory of each device, operations, tokens per second, days. Parameters, operations
+and activations are counted on the model itself, on tensors without memory; time is computed from the GPUs' peak and the
+utilisation that you give. Nothing is measured. Exit status 1 if the model does not fit.
 
 examples:
   fastformer plan --preset bert-base --gpu a100:8 --tokens 137e9
@@ -30,9 +30,9 @@ examples:
       --global_tokens 3.2e6 --tokens 300e9 --price 2.5
   fastformer plan --model runs/pretrain/model --gpu rtx-4090 --batch_size 32 --json
 
-strategies: ddp keeps weights, gradients and optimiser on every device; zero-1, -2 and -3 (DeepSpeed) divide the
-optimiser's states, also the gradients, also the weights; fsdp (PyTorch's FSDP2) divides all three. --tensor_parallel
-divides every block and the vocabulary over so many devices, beside ddp or fsdp.
+strategies: ddp keeps weights, gradients and optimiser states on every device. DeepSpeed's zero-1 divides the optimiser
+states over the devices, zero-2 also the gradients, zero-3 also the weights; fsdp (PyTorch's FSDP2) divides all three.
+--tensor_parallel N divides every block and the vocabulary over N devices, in addition to ddp or fsdp.
 """
 
 
@@ -64,38 +64,44 @@ def _parser() -> ArgumentParser:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--preset", help="a published shape; `fastformer models` lists them")
     which.add_argument("--model", type=folder, metavar="DIR", help="a model's folder in Hugging Face's format")
-    add("--gpu", required=True, metavar="NAME[:N]", help=f"{', '.join(GPUS)}, and how many (default: 1)")
+    add("--gpu", required=True, metavar="NAME[:N]", help=f"{', '.join(GPUS)}, and their number (default: 1)")
     add("--strategy", choices=STRATEGIES, default="ddp", help="default: %(default)s")
     add("--tensor_parallel", type=int, default=1, metavar="N", help="devices that share every block (default: 1)")
     add("--precision", choices=PRECISIONS, default="bf16-mixed", help="default: %(default)s")
     add("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="default: %(default)s")
-    add("--checkpointing", action="store_true", help="compute every block again in the backward")
+    add("--checkpointing", action="store_true", help="compute every block again in the backward pass")
     add(
         "--length",
         type=whole_number,
         metavar="N",
-        help=f"tokens of an example (default: the context, up to {MOST_TOKENS})",
+        help=f"tokens in an example (default: the context, at most {MOST_TOKENS})",
     )
-    add("--target_length", type=whole_number, metavar="N", help="of an encoder-decoder's target (default: --length)")
-    add("--batch_size", type=whole_number, metavar="N", help="examples of a device at a time (default: as many as fit)")
-    add("--global_tokens", type=whole_number, metavar="N", help="at least so many tokens make an optimiser step")
-    add("--tokens", type=whole_number, metavar="N", help="of the whole run: its steps, days, GPU hours")
+    add("--target_length", type=whole_number, metavar="N", help="tokens in the decoder's target (default: --length)")
+    add("--batch_size", type=whole_number, metavar="N", help="examples per device at a time (default: as many as fit)")
+    add("--global_tokens", type=whole_number, metavar="N", help="the least number of tokens in an optimiser step")
+    add("--tokens", type=whole_number, metavar="N", help="tokens of the whole run: shows its steps, days and GPU hours")
     add(
         "--mfu",
         type=float,
         default=0.4,
-        help="model FLOPs utilisation: the share of the GPUs' peak that the forward "
-        "and the backward take, recomputation not counted; well-tuned large runs report 0.35 to 0.5 (default: 0.4)",
+        help="model FLOPs utilisation: the share of the GPUs' peak that forward and backward reach, without "
+        "recomputation; well-tuned large runs report 0.35 to 0.5 (default: 0.4)",
     )
-    add("--usable", type=float, default=0.92, help="share of a GPU's memory that is the run's (default: 0.92)")
-    add("--network", type=float, default=50.0, metavar="GB/s", help="between nodes of 8, for each GPU (default: 50)")
-    add("--price", type=float, metavar="X", help="of a GPU's hour, in any currency; needs --tokens")
+    add("--usable", type=float, default=0.92, help="share of a GPU's memory that the run may use (default: 0.92)")
+    add(
+        "--network",
+        type=float,
+        default=50.0,
+        metavar="GB/s",
+        help="between nodes of 8, for each GPU (default: 50)",
+    )
+    add("--price", type=float, metavar="X", help="price of a GPU hour, in any currency; needs --tokens")
     add("--json", action="store_true", help="print JSON")
     return parser
 
 
 def whole_number(text: str) -> int:
-    """An option's value, in figures or as 3.2e6. argparse's errors name the function."""
+    """Parse an option's value, written in digits or as 3.2e6. argparse's errors show the name of this function."""
     number = float(text)
     if not number.is_integer():
         raise ValueError(text)
@@ -103,7 +109,7 @@ def whole_number(text: str) -> int:
 
 
 def folder(text: str) -> str:
-    """An option's value, a folder that is there."""
+    """Return an option's value, which must be an existing folder."""
     if not Path(text).is_dir():
         raise ValueError(text)
     return text
@@ -116,11 +122,11 @@ def _setup(options: Namespace, config: FastformerConfig) -> Setup:
     if name not in GPUS:
         raise ValueError(f"--gpu must be one of {', '.join(GPUS)}; got {name!r}")
     if number and not number.isdecimal():
-        raise ValueError(f"--gpu takes a number behind the colon, such as {name}:8; got {number!r}")
+        raise ValueError(f"--gpu takes a number after the colon, such as {name}:8; got {number!r}")
     if options.target_length is not None and config.stack != "encoder_decoder":
         raise ValueError("--target_length is for encoder-decoders")
     if options.price is not None and options.tokens is None:
-        raise ValueError("--price needs --tokens: what the run takes")
+        raise ValueError("--price needs --tokens, the length of the run")
     if options.length is not None and config.image_size:
         raise ValueError("--length is for text: the configuration says how many tokens an image has")
     return Setup(
@@ -142,7 +148,7 @@ def _setup(options: Namespace, config: FastformerConfig) -> Setup:
 
 
 def _what_fits(config: FastformerConfig, kind: str, setup: Setup) -> str | None:
-    """The first of some changes of the setup with which the run would fit, as options."""
+    """Return the first of several changes with which the run would fit, as options; None if none helps."""
     from fastformer.planning.needs import plan
 
     smallest = {"batch_size": 1, "checkpointing": True}
@@ -189,11 +195,11 @@ def _memory_table(found: Plan) -> Table:
 def _time_table(setup: Setup, found: Plan, run: Run | None) -> Table:
     accumulation = f" x {found.accumulation} batches" if found.accumulation > 1 else ""
     rows = {
-        "examples a step": f"{found.batch_size} x {setup.copies} copies{accumulation}",
-        "tokens a step": f"{found.tokens:,}",
-        "operations a token": with_prefix(found.flops_per_token, "FLOP"),
-        "  of them attention": f"{found.attention_share:.1%}",
-        "operations a step": with_prefix(found.flops, "FLOP"),
+        "examples per step": f"{found.batch_size} x {setup.copies} copies{accumulation}",
+        "tokens per step": f"{found.tokens:,}",
+        "operations per token": with_prefix(found.flops_per_token, "FLOP"),
+        "  share of attention": f"{found.attention_share:.1%}",
+        "operations per step": with_prefix(found.flops, "FLOP"),
         "tokens per second": f"{found.tokens_per_second:,.0f}",
         "time of a step": duration(found.seconds),
         "  communication, not overlapped": duration(found.communication),
@@ -213,6 +219,6 @@ def _time_table(setup: Setup, found: Plan, run: Run | None) -> Table:
 
 
 _NOTE = (
-    "Computed, not measured. Operations are the model's: forward and backward, nothing that is computed again. If "
-    "communication is not well below the time of a step, the stated utilisation is out of reach."
+    "Computed, not measured. Operations are the model's forward and backward, without recomputation. If communication "
+    "takes nearly as long as a step, the given utilisation cannot be reached."
 )

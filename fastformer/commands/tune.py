@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Measure on this machine's GPU, for every class of shapes, which of a dozen launch configurations of a kernel is the
-fastest, and for the parts of a feed-forward block whether one fused kernel beats a library's matrix product followed by
-one pass. Until then shipped defaults decide. A configuration wins only if it computes what the default does. Compiling
-takes most of the time: some minutes on 16 cores. What is found is kept for this GPU's architecture and this version of
-triton in FASTFORMER_CACHE/plans.json (by default ~/.cache/fastformer/plans.json), and used from then on.
+fastest. For the parts of a feed-forward block, also measure whether one fused kernel is faster than a library's matrix
+product followed by one pass. Without this, shipped defaults are used. A configuration wins only if its results agree
+with the default's. Compiling takes most of the time: some minutes on 16 cores. The winners are kept for this GPU's
+architecture and this version of triton in FASTFORMER_CACHE/plans.json (default: ~/.cache/fastformer/plans.json), and
+are used from then on.
 
 examples:
   fastformer tune
-  fastformer tune --operations attention norm    # these alone; what is known of others is kept
+  fastformer tune --operations attention norm    # only these; earlier results of others are kept
   fastformer tune --dtypes bfloat16 float32      # also float32, exact (or tf32 with --tf32)
   CUDA_VISIBLE_DEVICES=1 fastformer tune         # another GPU of this machine
   FASTFORMER_CACHE=/shared/cache fastformer tune # one file for several machines
@@ -39,16 +40,16 @@ _OPERATIONS = ("attention", "decode", "norm", "cross_entropy", "feed_forward", "
 
 
 def main(arguments: list[str], begin: float) -> None:
-    """Run the command.
+    """Run ``fastformer tune``.
 
     Raises:
-        ValueError: no GPU, or no triton.
+        ValueError: there is no GPU, or triton is not installed.
     """
     options = _parser().parse_args(arguments)
     if not HAS_TRITON:
         raise ValueError("tune measures Triton kernels, but triton is not installed; pip install triton")
     if not torch.cuda.is_available():
-        raise ValueError("tune measures kernels on a GPU, and PyTorch sees none; without one there is nothing to tune")
+        raise ValueError("tune measures kernels on a GPU, but PyTorch sees none; there is nothing to tune")
     from fastformer_kernels.configurations import forget_plans_read, plans_path
     from fastformer_kernels.launch import architecture_of
 
@@ -87,12 +88,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="fastformer tune", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--operations", nargs="+", choices=_OPERATIONS, default=_OPERATIONS, help="what to measure (default: all)"
+        "--operations", nargs="+", choices=_OPERATIONS, default=_OPERATIONS, help="operations to measure (default: all)"
     )
     parser.add_argument(
-        "--dtypes", nargs="+", choices=_DTYPES, default=["bfloat16"], help="in which dtypes; 16-bit ones share plans"
+        "--dtypes", nargs="+", choices=_DTYPES, default=["bfloat16"], help="dtypes to measure; 16-bit ones share plans"
     )
     parser.add_argument(
-        "--tf32", action="store_true", help="allow tf32 in products of float32, as PyTorch's switch does"
+        "--tf32", action="store_true", help="allow tf32 in float32 matrix products, as PyTorch's setting does"
     )
     return parser

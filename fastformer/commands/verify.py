@@ -1,4 +1,4 @@
-"""The command ``fastformer verify``: whether a transformers model on our kernels is still the model it was."""
+"""The command ``fastformer verify``: check that a transformers model gives the same results on Fastformer."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from fastformer.integrations.verification.subject import Subject
 from fastformer.version import __version__
 
 _DESCRIPTION = """\
-Verify that a transformers model gives its own outputs, loss, gradients and generations on Fastformer: with attention
-"fastformer" and with its layers accelerated, against itself with eager attention. Exit status 1 if a check fails.
+Check that a transformers model on Fastformer gives the same outputs, loss, gradients and generated text as before. The
+model with attention "fastformer", and with accelerated layers, is compared with itself with eager attention. Exit
+status 1 if a check fails.
 
-MODEL is a folder, a model's name on the hub that is in the local cache, or the name of a class of transformers, of
-which a small model with random weights is made.
+MODEL is a folder, the hub name of a model in the local cache, or the name of a class of transformers. For a class, a
+small model with random weights is made.
 
 examples:
   fastformer verify BertForMaskedLM
@@ -46,11 +47,11 @@ def main(arguments: list[str], begin: float) -> None:
         "--accelerate",
         action=BooleanOptionalAction,
         default=True,
-        help="accelerate the layers too, not attention alone",
+        help="accelerate the layers too, not only attention",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of the operators; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random weights; default: %(default)s")
     parser.add_argument("--out", type=Path, help="write the report as JSON to this file")
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     options = parser.parse_args(arguments)
@@ -84,7 +85,7 @@ def main(arguments: list[str], begin: float) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Transformers' remarks about configurations are about ones that were made small on purpose."""
+    """Silence transformers' warnings about configurations, which are small on purpose here."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -100,7 +101,7 @@ def _show(name: str, subject: Subject, report: Acceleration | None, checks: list
     class_name = type(subject.model).__name__
     shown = class_name if name == class_name else f"{name}, {class_name}"
     rows = [(check.name, *map(_number, (check.error, check.allowed)), check.status, check.detail) for check in checks]
-    title = f"{shown} ({subject.source}) against its eager attention"
+    title = f"{shown} ({subject.source}) compared with its eager attention"
     print(Table(("check", "error", "allowed", "", ""), rows, "lrrll", title))
 
 

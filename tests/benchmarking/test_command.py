@@ -50,7 +50,7 @@ def test_compare_fails_on_a_regression(finished, tmp_path, capsys: pytest.Captur
 
 
 def test_errors(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"studies must be of .*linear-cross-entropy.*, got speed"):
+    with pytest.raises(ValueError, match=r"studies must be among .*linear-cross-entropy.*; got speed"):
         bench("speed", "--out", tmp_path)
     (tmp_path / "old.json").write_text("{}")
     with pytest.raises(ValueError, match="has no results"):

@@ -173,7 +173,7 @@ def test_what_a_run_leaves_and_a_resumed_one_adds(known, tmp_path: Path, capsys:
     assert results["steps"]["good"]["records"][0]["value"] == 1.0
     assert results["steps"]["raises"]["end"] == "failed"
     assert results["runs"][0]["dry"] is True
-    with pytest.raises(ValueError, match="--out must be a new folder, or continued with --resume"):
+    with pytest.raises(ValueError, match="--out must be a new folder, or give --resume to continue"):
         bench("--out", tmp_path / "out")
     with pytest.raises(SystemExit):
         bench("--out", tmp_path / "out", "--resume", "--minutes", 1)
@@ -186,7 +186,7 @@ def test_a_run_is_resumed_as_it_was_started(known, tmp_path: Path) -> None:
     known("good")
     (tmp_path / "out").mkdir()
     append(tmp_path / "out/records.jsonl", run={"dry": False})
-    with pytest.raises(ValueError, match="--dry-run must be as in the run to resume"):
+    with pytest.raises(ValueError, match="--dry-run must be the same as in the run to resume"):
         bench("--out", tmp_path / "out", "--resume")
 
 
@@ -278,10 +278,10 @@ def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixtur
 def test_a_cache_must_be_one(known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known("good")
     arguments = ["--cache", str(tmp_path), "--out", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match="--cache is of no use to a --dry-run"):
+    with pytest.raises(ValueError, match="--cache has no use with --dry-run"):
         command.main([*arguments, "--dry-run"], 0.0)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    with pytest.raises(ValueError, match="--cache must be a folder that `fastformer kernels compile` has made"):
+    with pytest.raises(ValueError, match="--cache must be a folder made by `fastformer kernels compile`"):
         command.main(arguments, 0.0)
 
 
@@ -291,5 +291,5 @@ def test_without_a_gpu(
     known("good")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["bench", "gpu", "--out", str(tmp_path / "out")]) == 2
-    assert "no GPU is visible to PyTorch; --dry-run walks through the steps on a CPU" in capsys.readouterr().err
+    assert "PyTorch sees no GPU; --dry-run runs the steps on a CPU" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

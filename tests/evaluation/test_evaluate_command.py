@@ -78,12 +78,12 @@ def test_regression(tmp_path, capsys):
         (
             "classify",
             [SCORED, {"prediction": "a", "reference": 1}],
-            "line 2: prediction must be a number, for there are scores, as in",
+            "line 2: prediction must be a number, because other lines have scores, as",
         ),
         (
             "classify",
             [{"prediction": 1, "reference": "1"}, SCORED],
-            "line 1: reference must be a number, for there are scores",
+            "line 1: reference must be a number, because other lines have scores",
         ),
         ("tag", [{"prediction": "O", "reference": ["O"]}], "line 1: prediction must be a list of tags; found 'O'"),
         ("qa", [{"prediction": None, "references": []}], 'prediction must be a text, "" for no answer; found None'),

@@ -215,7 +215,7 @@ def test_command(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pyt
     arguments += ["--overwrite"]
     for wrong, message in (
         (["--layers", "7"], "layers must be from 0 to 2; got 7"),
-        (["--target", "3"], "--target goes with --attributions"),
+        (["--target", "3"], "--target needs --attributions"),
         (["--attention", "cross"], "attention must be one of encoder"),
     ):
         assert main([*arguments, *wrong]) == 2

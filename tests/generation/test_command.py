@@ -59,7 +59,7 @@ def test_text(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
         options = ("--max_new_tokens", 6)
         status, out, err = run(capsys, folders / stack, "--prompt", "the cat", *options)
         assert (status, out) == (0, f"{expected[0].text}\n")
-        assert "1 prompt" in err and "6 new ones" in err
+        assert "1 prompt" in err and "6 new tokens" in err
         assert run(capsys, folders / stack, "--prompt", "the cat", *options, "--stream")[1] == out
         _, out, _ = run(capsys, folders / stack, "--prompt", "the cat", "--prompt", "a", *options)
         assert out == f"--- the cat\n{expected[0].text}\n--- a\n{expected[1].text}\n"
@@ -100,10 +100,10 @@ def test_draft(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["decoder"], None, "there is no prompt; give --prompt or --prompts"),
         (["nowhere", "--prompt", "a"], None, "there is no folder"),
-        (["encoder", "--prompt", "a"], None, "holds an encoder, which generates nothing"),
-        (["bert", "--prompt", "a"], None, "holds a bert model of Hugging Face's; make one of Fastformer's with"),
+        (["encoder", "--prompt", "a"], None, "holds an encoder, which cannot generate text"),
+        (["bert", "--prompt", "a"], None, "holds a bert model in Hugging Face's format; convert it with"),
         (["decoder", "--prompt", "a", "--prompt", "b", "--stream"], None, "would mix their texts; add --json"),
-        (["decoder", "--prompt", "a", "--logprobs"], None, "--logprobs is for --json"),
+        (["decoder", "--prompt", "a", "--logprobs"], None, "--logprobs needs --json"),
         (["decoder", "--prompt", "a", "--top_k", "3"], None, "top_k has no effect at temperature 0"),
         (["decoder", "--prompt", "a", "--max_new_tokens", "600"], None, "more together than the model's"),
         (["decoder", "--prompt", "a", "--device", "cpu", "--cuda_graphs"], None, "since the model is on cpu; got True"),

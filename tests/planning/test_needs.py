@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_told_with_what_would(capsys: pytest.CaptureFixture
     [
         (["--preset", "bert-huge", "--gpu", "h100"], "the model must be a folder with a config.json or a preset"),
         (["--preset", "bert-base", "--gpu", "h1000"], "--gpu must be one of a100, h100"),
-        (["--preset", "bert-base", "--gpu", "h100:many"], "--gpu takes a number behind the colon"),
+        (["--preset", "bert-base", "--gpu", "h100:many"], "--gpu takes a number after the colon"),
         (["--preset", "bert-base", "--gpu", "h100", "--price", "2"], "--price needs --tokens"),
         (["--preset", "bert-base", "--gpu", "h100", "--target_length", "9"], "--target_length is for encoder-decoders"),
         (["--preset", "vit-b-16", "--gpu", "h100", "--length", "9"], "--length is for text"),

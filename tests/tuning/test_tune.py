@@ -157,7 +157,7 @@ def test_defaults_follow_depth_and_precision() -> None:
 @pytest.mark.cpu
 def test_command_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tune"]) == 2
-    assert "tune measures kernels on a GPU, and PyTorch sees none" in capsys.readouterr().err
+    assert "tune measures kernels on a GPU, but PyTorch sees none" in capsys.readouterr().err
 
 
 def test_operations_are_those_that_have_problems() -> None:
