@@ -218,7 +218,7 @@ def _adapted(folder: str | Path, task: Task) -> StartingPoint:
     try:
         start = pretrained(adapter.base_model_name_or_path, task, labels)
     except OSError as error:
-        raise ValueError(f"the base model of the adapter in {folder} is not there: {error}") from error
+        raise ValueError(f"{folder}: the base model of the adapter is not there: {error}") from error
     return start._replace(model=with_adapter(start.model, adapter, folder))
 
 

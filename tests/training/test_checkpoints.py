@@ -268,5 +268,5 @@ def test_a_command_goes_on_from_its_own(
         copy(other / "best.pt", one)
     with pytest.warns(UserWarning, match=r"belongs to another run") as warned:
         assert cli.main([*resume, "--resume", "--output", str(one), "--max_steps", "6"]) == 0
-    assert sum("another run's" in str(warning.message) for warning in warned) == (2 if name == "classify" else 1)
+    assert sum("another run" in str(warning.message) for warning in warned) == (2 if name == "classify" else 1)
     assert '"steps": 6' in (one / "metrics.json").read_text()

@@ -48,10 +48,20 @@ OTHER_TAG = {"tokens": ["a", "b"], "tags": ["O", "B-OTHER"]}
         ("classify", "test", [LABELLED, {"text": "A bird.", "label": -1}], "line 2: this test example has no"),
         ("classify", "test", [LABELLED, UNLABELLED], "line 2: this test example has no known answer, but .*1"),
         ("classify", "test", [{"text": "A bird.", "score": 0.5}], "line 1: label 0.5 is not among"),
-        ("classify", "test", [LABELLED, {**LABELLED, "text_pair": "A."}], "line 2: a second text, where .*line 1 has"),
+        (
+            "classify",
+            "test",
+            [LABELLED, {**LABELLED, "text_pair": "A."}],
+            "line 2: found a second text, but .*line 1",
+        ),
         ("classify", "validation", [LABELLED, UNLABELLED], "line 2: no label or score; found text; accepted are"),
         ("classify", "train", [LABELLED, UNLABELLED], "line 2: no label or score; found text; accepted are"),
-        ("classify", "train", [LABELLED, {"text": "A bird.", "score": 1}], "line 2: a score, 1.0, where .*line 1 has"),
+        (
+            "classify",
+            "train",
+            [LABELLED, {"text": "A bird.", "score": 1}],
+            "line 2: found a score, 1.0, but .*line 1",
+        ),
         ("tag", "validation", [OTHER_TAG], "line 1: tags B-OTHER are not among"),
         ("tag", "test", [OTHER_TAG], "line 1: tags B-OTHER are not among"),
         ("qa", "test", [LONG], "line 1: question '1' has .* leaves no room"),
@@ -144,4 +154,4 @@ def test_conversations(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture
         assert f"{split}.jsonl, line 2: the tokenizer's chat template does not accept it: no system role" in error
     out = ["--out", str(tmp_path / "out.jsonl")]
     assert cli.main(["predict", str(run), "--data", str(tmp_path / "test/generate/test.jsonl"), *out]) == 2
-    assert "test.jsonl, line 2: not accepted" in capsys.readouterr().err
+    assert "test.jsonl, line 2: the tokenizer's chat template does not accept it" in capsys.readouterr().err

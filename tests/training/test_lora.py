@@ -151,7 +151,7 @@ def test_a_damaged_file_of_an_adapter_is_named(content: bytes | None, adapter: P
     ("fields", "message"),
     [
         ({"base_model_name_or_path": None}, r"adapter_config\.json must name the base model"),
-        ({"base_model_name_or_path": "absent"}, "the base model of the adapter in .* is not there: no model in absent"),
+        ({"base_model_name_or_path": "absent"}, "the base model of the adapter is not there: no model in absent"),
         ({"peft_type": "SORCERY"}, r"adapter_config\.json is not the configuration of an adapter"),
         ({"r": 3}, "has the shape"),
         ({"r": 0}, "does not fit"),

@@ -341,7 +341,7 @@ def test_other_data_settings_are_fine_after_an_epoch(make, tmp_path):
         ({"tokens_per_batch": 63}, "tokens_per_batch=63 must be at least max_length=64"),
         ({"seed": -1}, "seed must be in"),
         ({"seed": 2**64}, "seed must be in"),
-        ({"num_workers": -1}, "num_workers must be from 0 to [0-9]+ on this machine, .*; got -1"),
+        ({"num_workers": -1}, "num_workers must be from 0 to [0-9]+ on this machine .*; got -1"),
         ({"max_length": 4}, "max_length must be at least 5 for pairs, got 4"),
         ({"max_length": 2, "next_sentence": False}, "max_length must be at least 3, got 2"),
         ({"vocab_size": 100}, "vocab_size must be at least 261"),
