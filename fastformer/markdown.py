@@ -49,20 +49,20 @@ def table(headings: Sequence[str], align: str, rows: Sequence[Sequence[str]]) ->
 
 
 def facts(values: Mapping[str, str]) -> str:
-    """A list of names, each with its value, which is Markdown already."""
+    """Return a list of names, each with its value, which is Markdown already."""
     return "\n".join(f"- {name}: {value}" for name, value in values.items())
 
 
 def picture(description: str, file: Path) -> str:
-    """A picture that is in the folder of the report."""
+    """Return a picture, whose file is in the folder of the report."""
     return f"![{description}]({file.name})"
 
 
 def write_report(path: Path, title: str, parts: Sequence[str]) -> None:
-    """Write a report, whole or not at all.
+    """Write a report; no partial file is left on an error.
 
     Args:
-        path: of the file.
+        path: the file.
         title: its heading.
         parts: tables, facts, pictures, headings, blocks and paragraphs, each with an empty line before it.
     """

@@ -1,4 +1,4 @@
-"""The command ``fastformer finetune TASK``: data, output layer, training and evaluation, and a report of it."""
+"""The command ``fastformer finetune TASK``: load data, train a model for a task, evaluate it, and write a report."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from fastformer.training.tasks import RECIPES, TextOptions
 
 _DESCRIPTION = """\
 Fine-tune a model on a task: {tasks}.
-Without any option: on data that needs no download, from runs/pretrain/model if it is there and fits, otherwise from
-scratch by --preset; in minutes on two CPU cores, into runs/{task}.
+Without options, it trains on data that needs no download, from runs/pretrain/model if it is there and fits the task,
+otherwise from scratch by --preset; in minutes on two CPU cores, into runs/{task}.
 
 examples:
   fastformer finetune {task}
@@ -36,14 +36,15 @@ examples:
   fastformer finetune {task} --precision bf16-mixed --cuda_graphs                                   # on one GPU
   fastformer finetune {task} --resume              # continue the run in runs/{task} exactly where it stopped
 
-what --output holds:
+files in --output:
   config.yaml     every option of the run          model/              Hugging Face format, or PEFT's adapter
   checkpoints/    the two newest, for --resume     loss.png            loss in training and on held-out examples
-  logs/           CSV and TensorBoard              metrics.json        what is printed at the end
-  report.md       all of this to read              predictions.jsonl   for the test examples
-  manifest.json   what of all this is the run's
-Only what the manifest lists is ever replaced, and one process at a time writes. Ctrl-C, SIGTERM and SIGUSR1 save a
-checkpoint after the step at hand, and say how to go on. A run resumes with the same examples and tokenizer alone.
+  logs/           CSV and TensorBoard              metrics.json        the metrics printed at the end
+  report.md       metrics, pictures, examples      predictions.jsonl   for the test examples
+  manifest.json   the list of the run's files
+Only files in the manifest are ever replaced, and only one process at a time writes. Ctrl-C, SIGTERM and SIGUSR1 save a
+checkpoint after the current step, and print the command that continues the run. A run can only be resumed with the same
+examples and tokenizer.
 """
 
 
@@ -51,11 +52,11 @@ def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer finetune``.
 
     Args:
-        arguments: those of the command line after ``finetune``.
+        arguments: the command line after ``finetune``.
         begin: `time.monotonic()` when the command started.
 
     Raises:
-        ValueError, OSError: in what the user gave.
+        ValueError, OSError: the user's input is wrong.
     """
     tasks = ", ".join(RECIPES)
     if arguments[:1] in (["--help"], ["-h"]):
@@ -81,7 +82,7 @@ def main(arguments: list[str], begin: float) -> None:
             raise ValueError(str(error)) from error
 
 
-# Of options that are not given, where a task's own set is learnt within minutes on two CPU cores by other values.
+# Per-task defaults, chosen to learn the task's built-in set within minutes on two CPU cores.
 _DEFAULTS: dict[Task, dict[str, Any]] = {
     "tag": {"epochs": 10, "vocab_size": 4096, "tokens_per_batch": 1024},
     "qa": {"epochs": 2, "vocab_size": 4096, "tokens_per_batch": 2048},
@@ -92,12 +93,12 @@ _DEFAULTS: dict[Task, dict[str, Any]] = {
 
 
 def build_parser(task: Task) -> LightningArgumentParser:
-    """The options of the command for a task."""
+    """Return the parser of the command's options for a task."""
     description = _DESCRIPTION.format(task=task, tasks=", ".join(RECIPES))
     defaults = {"output": f"runs/{task}", "epochs": 3, **_DEFAULTS.get(task, {})}
     parser = command_parser(f"finetune {task}", description, defaults)
     add = parser.add_argument
-    add("--task", choices=(task,), default=task, help="the task; to recognise a run by")
+    add("--task", choices=(task,), default=task, help="the task, kept with the options of the run")
     add(
         "--data",
         type=str,
@@ -108,12 +109,12 @@ def build_parser(task: Task) -> LightningArgumentParser:
     add("--model", type=str | None, metavar="DIR", help=_MODEL_HELP)
     add("--from_scratch", action="store_true", help=_SCRATCH_HELP)
     add("--max_train_examples", type=int | None, metavar="N", help=_EXAMPLES_HELP)
-    add("--patience", type=int | None, metavar="N", help="stop after so many evaluations without a better one")
-    add("--monitor", type=str, default="loss", help="the metric that --patience looks at")
+    add("--patience", type=int | None, metavar="N", help="stop after N evaluations without improvement")
+    add("--monitor", type=str, default="loss", help="the metric that --patience compares")
     add("--class_weights", type=str | list[float] | None, help=_WEIGHTS_HELP)
-    add("--lora", action="store_true", help="train small matrices beside the frozen weights, by PEFT; see --adapter")
-    add("--adversarial", choices=("fgm", "pgd"), help="train on moved word embeddings too; see --adversary")
-    add("--privacy_epsilon", type=float | None, help="train privately, by Opacus; see --privacy")
+    add("--lora", action="store_true", help="train added small matrices, by PEFT, with frozen weights; see --adapter")
+    add("--adversarial", choices=("fgm", "pgd"), help="train also on moved word embeddings; see --adversary")
+    add("--privacy_epsilon", type=float | None, help="train with differential privacy, by Opacus; see --privacy")
     parser.add_class_arguments(TextOptions, "text", instantiate=False, skip={"max_length"})
     parser.add_class_arguments(Lora, "adapter", instantiate=False)
     parser.add_class_arguments(Adversary, "adversary", instantiate=False, skip={"method"})
@@ -123,17 +124,17 @@ def build_parser(task: Task) -> LightningArgumentParser:
 
 
 _DATA_HELP = (
-    "a set ({}), a folder with train, validation and test files in the layouts of GLUE, SQuAD, CoNLL, XSum or WMT, "
-    "tables or JSON lines, or one such file, of which a tenth each is held out for validation and for the test; all "
+    "a set ({}); or a folder with train, validation and test files in the layouts of GLUE, SQuAD, CoNLL, XSum or WMT, "
+    "tables or JSON lines; or one such file, of which one tenth is held out for validation and one for testing; all "
     "questions about a context stay together"
 )
 _MODEL_HELP = (
-    f"what to start from: a folder of a Hugging Face model, ours or any other. Default: {PRETRAINED} if it fits the "
+    f"the model to start from: a folder in Hugging Face's format. Default: {PRETRAINED} if it is there and fits the "
     "task, else none"
 )
-_WEIGHTS_HELP = "balanced, or a number for each class: in order of value where they are numbers, else of letters"
+_WEIGHTS_HELP = "balanced, or a number for each class: by value if the classes are numbers, else in alphabetical order"
 _SCRATCH_HELP = (
-    "of --model, take the tokenizer and the architecture, with new weights: what its pretraining is worth; without "
-    "--model, train a tokenizer and take --preset"
+    "use only the tokenizer and the architecture of --model, with new weights, to see what its pretraining gives; "
+    "without --model, train a tokenizer and use --preset"
 )
-_EXAMPLES_HELP = "train on no more examples than this, drawn at random with --seed"
+_EXAMPLES_HELP = "train on at most N examples, drawn at random with --seed"

@@ -1,4 +1,4 @@
-"""The command ``fastformer predict``: what a fine-tuned model makes of examples, as JSON lines."""
+"""The command ``fastformer predict``: predict with a fine-tuned model, and write JSON lines."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from fastformer.training.starting_point import Task
 from fastformer.training.tasks import RECIPES, TextOptions
 
 _DESCRIPTION = """\
-The predictions of a model that `fastformer finetune` has trained, one JSON object a line, in the order of the examples.
-Examples have the same layouts as for fine-tuning; what is to be predicted may be left out.
+Predict with a model that `fastformer finetune` has trained: one JSON object per line, in the order of the examples.
+Examples have the same layouts as for fine-tuning; the field to be predicted may be left out.
 
 examples:
   fastformer predict runs/classify --data reviews.jsonl --out predictions.jsonl
@@ -35,11 +35,11 @@ def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer predict``.
 
     Args:
-        arguments: those of the command line after ``predict``.
+        arguments: the command line after ``predict``.
         begin: `time.monotonic()` when the command started.
 
     Raises:
-        ValueError, OSError: in what the user gave.
+        ValueError, OSError: the user's input is wrong.
     """
     quieten()
     options = _parser().parse_args(arguments)
@@ -50,7 +50,7 @@ def main(arguments: list[str], begin: float) -> None:
     check_out([Path(options.out)], options.overwrite, inputs)
     if options.beams is not None:
         texts = replace(texts, beams=options.beams)
-    examples = RECIPES[task].read(Path(options.data), texts)  # before the model: it may be refused
+    examples = RECIPES[task].read(Path(options.data), texts)  # before the model, because they may be refused
     predictor = Predictor.load(
         run.model,
         task,
@@ -64,22 +64,22 @@ def main(arguments: list[str], begin: float) -> None:
 
 
 def _files_of(data: Path, texts: TextOptions) -> list[Path]:
-    """That are read, with those that may be beside them: ``NAME.target``, or one for each language."""
+    """Return the file to read and its possible companions: ``NAME.target``, or one for each language."""
     return [data, *(data.with_name(f"{data.stem}.{suffix}") for suffix in ("target", *texts.languages))]
 
 
 def _of_run(run: RunFolder) -> tuple[Task, TextOptions]:
-    """The task of a run, and its options of texts.
+    """Return the task of a run, and its text options.
 
     Raises:
-        FileNotFoundError, ValueError: it is no finished fine-tuning run, or its options are not whole.
+        FileNotFoundError, ValueError: the folder is not a finished fine-tuning run, or its options are incomplete.
     """
     if not run.config.is_file():
-        raise FileNotFoundError(f"{run.path} is no fine-tuning run: it has no {run.config.name}")
+        raise FileNotFoundError(f"{run.path} is not a fine-tuning run: it has no {run.config.name}")
     options = read_options(run.config)
     task = options.get("task")
-    if task not in list(RECIPES):  # which may be unhashable
-        raise ValueError(f"{run.path} is no fine-tuning run: {run.config} names no task")
+    if task not in list(RECIPES):  # a list, because the task may be unhashable
+        raise ValueError(f"{run.path} is not a fine-tuning run: {run.config} names no task")
     texts = _texts(run.config, options)
     if not run.model.is_dir():
         raise FileNotFoundError(f"{run.path} has no {run.model.name}: the run is not finished")
@@ -87,13 +87,13 @@ def _of_run(run: RunFolder) -> tuple[Task, TextOptions]:
 
 
 def _texts(config: Path, options: dict[str, Any]) -> TextOptions:
-    """The options in a file, each of which has the name and the type that it must have."""
+    """Return the text options in a file after checking their names and types."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--max_length", type=int)
     parser.add_class_arguments(TextOptions, "text", instantiate=False, skip={"max_length"})
     last = options.get("trainer")  # of what a run writes
     if "max_length" not in options or not isinstance(last, dict) or not config.read_bytes().endswith(b"\n"):
-        raise ValueError(f"{config} is not whole: it must have all options of the run, as the run has written them")
+        raise ValueError(f"{config} is incomplete: it must have all options of the run, as the run wrote them")
     if not isinstance(options.get("text"), dict):
         raise ValueError(f"{config} must have text, the options of texts; got {options.get('text')!r}")
     try:
@@ -109,10 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", metavar="DIR", help="the output folder of a fine-tuning run")
     parser.add_argument("--data", required=True, metavar="FILE", help="examples")
-    parser.add_argument("--out", required=True, metavar="FILE", help="for the predictions; written whole or not at all")
+    parser.add_argument("--out", required=True, metavar="FILE", help="file for the predictions; never left incomplete")
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     parser.add_argument(
-        "--beams", type=whole_number(1, 2**16), metavar="N", help="of beam search, where text is generated"
+        "--beams", type=whole_number(1, 2**16), metavar="N", help="number of beams, if text is generated"
     )
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
     parser.add_argument(

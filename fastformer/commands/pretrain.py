@@ -1,4 +1,4 @@
-"""The command ``fastformer pretrain``: from its arguments to a trained model and an honest report."""
+"""The command ``fastformer pretrain``: train a model from its arguments, and write a report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastformer.training.pretraining_run import DATA_OPTIONS, run_pretraining
 from fastformer.training.run import quieten, resumable
 
 _DESCRIPTION = """\
-Pretrain a Transformer. Without any option: a small BERT with rotary positions, by masked language modelling and
+Pretrain a Transformer. Without options, it trains a small BERT with rotary positions, by masked language modelling and
 next-sentence prediction, on the English of Python's own documentation, in minutes on two CPU cores, into runs/pretrain.
 
 examples:
@@ -35,16 +35,16 @@ many devices (the batch of an optimizer step is --tokens_per_batch times --accum
   fastformer pretrain --devices 8 --strategy fsdp2 --tensor_parallel 2    # each batch on two devices
   torchrun --nproc_per_node 8 --max_restarts 3 --no_python fastformer pretrain --strategy fsdp2 --elastic
   srun fastformer pretrain --devices 8 --trainer.num_nodes 4 --strategy fsdp2 --elastic     # sbatch --requeue
-A run resumes with another strategy and on another number of devices. Its batches then are the same, in the same order;
-change --accumulate with the devices, and its optimizer steps are too.
+A run can resume with another strategy and on another number of devices. Its batches are the same, in the same order;
+if --accumulate changes inversely with the devices, its optimizer steps are the same too.
 
-what --output holds:
+files in --output:
   config.yaml     every option of the run                  model/         Hugging Face format, for transformers
   checkpoints/    the two newest, for --resume             loss.png       loss in training and on held-out text
-  logs/           CSV and TensorBoard                      metrics.json   what is printed at the end
-  report.md       the same, to read                        manifest.json  what of all this is the run's
-Only what the manifest lists is ever replaced, and one process at a time writes. Ctrl-C, SIGTERM and SIGUSR1 save a
-checkpoint after the step at hand, and say how to go on.
+  logs/           CSV and TensorBoard                      metrics.json   the metrics printed at the end
+  report.md       the metrics as a report                  manifest.json  the list of the run's files
+Only files in the manifest are ever replaced, and only one process at a time writes. Ctrl-C, SIGTERM and SIGUSR1 save a
+checkpoint after the current step, and print the command that continues the run.
 """
 
 
@@ -52,11 +52,11 @@ def main(arguments: list[str], begin: float) -> None:
     """Run ``fastformer pretrain``.
 
     Args:
-        arguments: those of the command line after ``pretrain``.
+        arguments: the command line after ``pretrain``.
         begin: `time.monotonic()` when the command started.
 
     Raises:
-        ValueError, OSError: in what the user gave.
+        ValueError, OSError: the user's input is wrong.
     """
     quieten()
     parser = build_parser()
@@ -74,7 +74,7 @@ def main(arguments: list[str], begin: float) -> None:
 
 
 def build_parser() -> LightningArgumentParser:
-    """The options of the command."""
+    """Return the parser of the command's options."""
     parser = command_parser("pretrain", _DESCRIPTION, {"output": "runs/pretrain", "evaluate_every": 200})
     add = parser.add_argument
     add("--objective", choices=list(MODULES), default="mlm", help=_OBJECTIVE_HELP)
@@ -86,10 +86,10 @@ def build_parser() -> LightningArgumentParser:
     return parser
 
 
-_OBJECTIVE_HELP = "what is learned: BERT's, GPT's, T5's or BART's task; optimizer steps by default: {}".format(
+_OBJECTIVE_HELP = "the objective of BERT, GPT, T5 or BART; default number of optimizer steps: {}".format(
     ", ".join(f"{module.default_steps} for {name}" for name, module in MODULES.items())
 )
 _DATA_HELP = (
     "instead of the default corpus: text files, JSON lines, parquet, folders of these, folders of datasets.save_to_disk"
 )
-_TENSOR_HELP = "of --strategy fsdp2: so many devices compute each batch together, each some heads and columns"
+_TENSOR_HELP = "with --strategy fsdp2: N devices compute each batch together, each some heads and columns"

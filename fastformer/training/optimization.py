@@ -1,4 +1,4 @@
-"""What every objective optimises with: AdamW without decay on biases and norms, rates by layer, a warm-up."""
+"""The optimizer of all objectives: AdamW without decay on biases and norms, learning rates by layer, a warm-up."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Optimization:
 
     Args:
         learning_rate: the peak, reached at the end of the warm-up. None: 0.384 / hidden size for new weights and for
-            adapters (3e-3 for bert-tiny, 5e-4 for bert-base), and a tenth of that for pretrained weights. It is inverse
-            in the width, as Adam wants it (Yang et al. 2022, https://arxiv.org/abs/2203.03466).
-        weight_decay: AdamW's, on matrices alone: biases and the weights of norms are not decayed.
+            adapters (3e-3 for bert-tiny, 5e-4 for bert-base), and a tenth of that for pretrained weights. Adam needs a
+            rate proportional to 1 / width (Yang et al. 2022, https://arxiv.org/abs/2203.03466).
+        weight_decay: AdamW's weight decay, for matrices only: biases and the weights of norms are not decayed.
         betas: AdamW's decay rates of the first and the second moment.
         eps: AdamW's addend to the root of the second moment.
         warmup_steps: 1 or more: optimizer steps; below 1: share of all optimizer steps.
-        schedule: how the learning rate falls to zero at the last step.
+        schedule: the form of the decay of the learning rate, which reaches zero at the last step.
         layer_decay: factor on the learning rate for each block further from the output; 1 for one rate.
 
     Raises:
@@ -65,13 +65,13 @@ class Optimization:
             raise ValueError(f"layer_decay must be in (0, 1]; got {self.layer_decay}")
 
     def for_width(self, hidden_size: int, pretrained: bool = False) -> Optimization:
-        """The same with a learning rate: its own, or that which suits a model of this width."""
+        """Return these settings with a learning rate: the given one, or one that suits a model of this width."""
         if self.learning_rate is not None:
             return self
         return replace(self, learning_rate=(0.0384 if pretrained else 0.384) / hidden_size)
 
     def configure(self, module: LightningModule) -> OptimizerLRSchedulerConfig:
-        """What `LightningModule.configure_optimizers` returns.
+        """Return the optimizer and its schedule, for `LightningModule.configure_optimizers`.
 
         Raises:
             ValueError: there is no learning rate, the run has no last step, or the warm-up is as long as the run.
@@ -95,7 +95,7 @@ class Optimization:
             layer_decay=self.layer_decay,
         )
         if trainer.precision == "bf16-mixed":
-            # Lightning does not clip gradients that a fused step is still to unscale; bfloat16 has no scaler.
+            # Lightning refuses to clip gradients that a fused step would unscale later; bfloat16 has no scaler.
             optimizer._step_supports_amp_scaling = False
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, warmup_and_decay(warmup, int(total_steps), self.schedule)
@@ -112,16 +112,16 @@ def adamw(
     allow_fused: bool = True,
     layer_decay: float = 1.0,
 ) -> torch.optim.AdamW:
-    """AdamW over the parameters of `module` that require gradients, fused where the device has it.
+    """Return AdamW over the parameters of `module` that require gradients, fused if the device supports it.
 
     Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
 
     Args:
-        weight_decay: applied to matrices alone; vectors (biases and the weights of norms) are not decayed.
-        allow_fused: False for float16 with a gradient scaler, whose unscaling a fused step does by itself, after
-            the gradients have been clipped.
-        layer_decay: the learning rate of a parameter is ``learning_rate * layer_decay ** distance``, its distance from
-            the output being that of `distances_from_output`.
+        weight_decay: applied to matrices only; vectors (biases and the weights of norms) are not decayed.
+        allow_fused: False for float16 with a gradient scaler: a fused step would unscale the gradients itself, after
+            they have been clipped.
+        layer_decay: the learning rate of a parameter is ``learning_rate * layer_decay ** distance``, with the distance
+            of `distances_from_output`.
     """
     distances = distances_from_output(module)
     members: dict[tuple[int, bool], list[nn.Parameter]] = {}
@@ -142,11 +142,11 @@ def adamw(
 
 
 def distances_from_output(module: nn.Module) -> dict[str, int]:
-    """How many blocks there are between each parameter and the output, for layer-wise learning rates.
+    """Return the distance of each parameter from the output in blocks, for layer-wise learning rates.
 
     Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification" (2018), section 3.2. The last of
-    `blocks` has distance 1. What is registered before the first block (embeddings) is one further than that block, and
-    what follows a block (a norm, a pooler, a head) is one nearer than it.
+    `blocks` has distance 1. Parameters registered before the first block (embeddings) are one further than that block;
+    parameters after a block (a norm, a pooler, a head) are one nearer than it.
     """
     prefixes = [f"{name}." for name in blocks(module)]
     distances: dict[str, int] = {}
@@ -160,9 +160,9 @@ def distances_from_output(module: nn.Module) -> dict[str, int]:
 
 
 def warmup_and_decay(warmup_steps: int, total_steps: int, schedule: Schedule) -> Callable[[int], float]:
-    """The factor on the peak learning rate at each optimizer step, counted from 0.
+    """Return a function that gives the factor on the peak learning rate at each optimizer step, counted from 0.
 
-    It rises linearly to 1 over `warmup_steps` and falls to 0 at `total_steps`, in a line or along half a cosine.
+    It rises linearly to 1 over `warmup_steps`, and falls to 0 at `total_steps`, linearly or along half a cosine.
 
     Raises:
         ValueError: the warm-up is as long as the run, or longer.

@@ -1,4 +1,4 @@
-"""The options that ``fastformer pretrain`` and ``fastformer finetune`` share, and how both read them."""
+"""The options that ``fastformer pretrain`` and ``fastformer finetune`` share, and the code that reads them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from fastformer.training.ranges import check_ranges
 
 STRATEGIES = ("auto", "ddp", "fsdp2")
 
-# What resume and report rely on, set by `build_trainer`, and what has no meaning here.
+# Set by `build_trainer` because resuming and reports rely on them, or without meaning here.
 _TRAINER_ARGUMENTS_NOT_OFFERED = {
     "barebones",
     "check_val_every_n_epoch",
@@ -59,24 +59,24 @@ _TRAINER_ARGUMENTS_NOT_OFFERED = {
 }
 
 _PRESET_HELP = f"architecture and size of a new model: {', '.join(PRESETS)}; default: one that learns in minutes"
-_OVERRIDES_HELP = "fields of a new model's configuration that differ, such as --overrides.num_hidden_layers 6"
-_VOCABULARY_HELP = "tokens that the tokenizer of a new model knows; it is trained on the data"
+_OVERRIDES_HELP = "fields of a new model's configuration to change, such as --overrides.num_hidden_layers 6"
+_VOCABULARY_HELP = "size of the vocabulary of a new model's tokenizer, which is trained on the data"
 _LENGTH_HELP = (
-    "tokens of the longest sequence, with special tokens; where there are targets, of the longest source. finetune "
-    "cuts longer ones (qa takes them in windows), and unless it is given takes no more than the model has positions for"
+    "tokens of the longest sequence, with special tokens; if there are targets, of the longest source. finetune cuts "
+    "longer texts (qa divides them into windows); unless given, it is reduced to the positions of the model"
 )
 _BATCH_HELP = "the most tokens in a batch of one device, sources and targets together; at least its longest sequence"
-_STEPS_HELP = "optimizer steps, -1 for no such limit; default: what the objective needs, or as many as --epochs has"
-_EVALUATE_HELP = "measure on held-out data, and save a checkpoint, each this many optimizer steps"
-_ACTIVATION_HELP = "keep the input of each block alone and compute the rest again backwards: less memory, more time"
+_STEPS_HELP = "optimizer steps, -1 for no limit; default: enough for the objective, or as many as --epochs has"
+_EVALUATE_HELP = "evaluate on held-out data and save a checkpoint after every N optimizer steps"
+_ACTIVATION_HELP = "keep only each block's input, and compute the rest again in the backward: less memory, more time"
 _WORKERS_HELP = "processes that prepare batches; 0 prepares them in the training process"
 _CACHE_HELP = "for data, tokenizers and tokenized text; default: $FASTFORMER_CACHE or ~/.cache/fastformer"
 _GRAPHS_HELP = (
-    "have the kernels of a batch's forward and backward launched together, as recorded: for models so small that a GPU "
+    "record the kernels of a batch's forward and backward, and launch them together: for models so small that a GPU "
     "waits for Python. On one GPU; batches are padded to few shapes"
 )
 
-# Lightning's callbacks that write no file and call nothing they are given: what a file may name without --trust.
+# Lightning's callbacks that write no file and call none of their arguments: a file may name them without --trust.
 _HARMLESS: tuple[type[Callback], ...] = (
     Callback,
     DeviceStatsMonitor,
@@ -88,23 +88,23 @@ _HARMLESS: tuple[type[Callback], ...] = (
     RichProgressBar,
     TQDMProgressBar,
 )
-_WRITERS = re.compile(r"(lightning|pytorch_lightning|fastformer)\.")  # any of theirs, if not among the harmless
+_WRITERS = re.compile(r"(lightning|pytorch_lightning|fastformer)\.")  # their classes may write files, unless harmless
 _TRUST_HELP = (
-    "let --config, and the options of a run that is resumed, name any class to make an object of, which runs its code; "
-    f"otherwise only those of Lightning's that write no file: {', '.join(kind.__name__ for kind in _HARMLESS[1:])}"
+    "let --config, and the options of a resumed run, name any class; making an object of it runs its code. Otherwise "
+    f"only Lightning's classes that write no file are accepted: {', '.join(kind.__name__ for kind in _HARMLESS[1:])}"
 )
 _OVERWRITE_HELP = (
-    "replace the run in --output, once everything else is checked; never one of another kind, or one that holds what "
-    "is to be read"
+    "replace the run in --output, after everything else is checked; never a run of another kind, or one that contains "
+    "files to be read"
 )
-_SKIP_HELP = "leave out steps whose loss or gradient is infinite or no number, rather than end training with an error"
+_SKIP_HELP = "skip steps whose loss or gradient is infinite or NaN, instead of ending training with an error"
 _DEVICES = re.compile(r"auto|-1|[1-9]\d*|\d+,|\d+(,\d+)+")
 _MOST_ALIASED = 10_000
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
 
 
 class _Parser(LightningArgumentParser):
-    """Lightning's, with each error on one line."""
+    """Lightning's parser, with each error on one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # within the options of a class
@@ -114,8 +114,8 @@ class _Parser(LightningArgumentParser):
             found = re.search(r"Importing '([^']*)'", text)
             named = found[1] if found else "a class"
             text = (
-                f"{named} may write files that are not the run's, or call what it is given: give --trust if you trust "
-                "what names it"
+                f"{named} may write files outside the run, or call its arguments: give --trust if you trust the file "
+                "or option that names it"
                 if _WRITERS.match(named)
                 else f"a file names {named}, which is neither Lightning's nor Fastformer's. "
                 "Making an object of it runs its code: give --trust if you trust the file"
@@ -140,7 +140,7 @@ _KINDS = {
 
 
 def _shortened(text: str) -> str:
-    """An error of jsonargparse's about a value of another type, without all that was tried."""
+    """Shorten jsonargparse's error about a value of a wrong type: leave out its list of attempts."""
     found, expected = _TYPE_ERROR.search(text), [*dict.fromkeys(_EXPECTED.findall(text))]
     if found is None or not expected or not set(expected) <= _KINDS.keys():
         return text
@@ -150,16 +150,16 @@ def _shortened(text: str) -> str:
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """jsonargparse's help, with the lines of the description kept."""
+    """jsonargparse's help formatter, which keeps the lines of the description."""
 
 
 def command_parser(command: str, description: str, defaults: Mapping[str, Any]) -> LightningArgumentParser:
-    """A parser with the options of every training command.
+    """Return a parser with the options of every training command.
 
     Args:
-        command: its words after ``fastformer``.
-        description: shown with its lines kept.
-        defaults: of ``--output``, and of those options whose default is the command's.
+        command: the words of the command after ``fastformer``.
+        description: the description; its lines are kept.
+        defaults: defaults that differ between commands, among them that of ``--output``.
     """
     parser = _Parser(
         prog=f"fastformer {command}",
@@ -168,31 +168,31 @@ def command_parser(command: str, description: str, defaults: Mapping[str, Any]) 
         formatter_class=_HelpFormatter,
     )
     add = parser.add_argument
-    add("--config", action=ActionConfigFile, help="YAML file of options; what follows it on the command line wins")
-    add("--output", type=str, metavar="DIR", help="folder for all that the run writes")
-    add("--resume", action="store_true", help="continue the run in --output, with its options where none are given")
-    add("--elastic", action="store_true", help="continue the run in --output if there is one: for what restarts itself")
+    add("--config", action=ActionConfigFile, help="YAML file of options; later options on the command line win")
+    add("--output", type=str, metavar="DIR", help="folder for all files of the run")
+    add("--resume", action="store_true", help="continue the run in --output, with its options unless others are given")
+    add("--elastic", action="store_true", help="continue the run in --output if there is one: for jobs that restart")
     add("--overwrite", action="store_true", help=_OVERWRITE_HELP)
     add("--trust", action="store_true", help=_TRUST_HELP)
-    add("--max_minutes", type=float | None, metavar="M", help="stop training after this time, whatever else is said")
-    add("--accumulate", type=int, default=1, metavar="N", help="batches whose gradients make one optimizer step")
+    add("--max_minutes", type=float | None, metavar="M", help="stop training after M minutes at the latest")
+    add("--accumulate", type=int, default=1, metavar="N", help="number of batches in one optimizer step")
     add("--skip_nonfinite", action="store_true", help=_SKIP_HELP)
     add("--accelerator", type=str, default="auto", help="cpu, gpu, ... or auto")
-    add("--devices", type=str, default="auto", help="their number, or a list such as 0,2")
-    add("--strategy", choices=STRATEGIES, default="auto", help="of several devices; auto is ddp")
-    add("--compile", action="store_true", help="the model by torch.compile: minutes at the start, faster steps")
+    add("--devices", type=str, default="auto", help="number of devices, or a list such as 0,2")
+    add("--strategy", choices=STRATEGIES, default="auto", help="for several devices; auto is ddp")
+    add("--compile", action="store_true", help="compile the model with torch.compile: slow start, faster steps")
     add("--cuda_graphs", action="store_true", help=_GRAPHS_HELP)
-    add("--precision", choices=PRECISIONS, default="32-true", help="of weights and of the computation")
+    add("--precision", choices=PRECISIONS, default="32-true", help="precision of weights and computation")
     add("--activation_checkpointing", action="store_true", help=_ACTIVATION_HELP)
     add("--preset", type=str | None, default=None, metavar="NAME", help=_PRESET_HELP)
     add("--overrides", type=dict[str, Any], default={}, metavar="FIELDS", help=_OVERRIDES_HELP)
     add("--vocab_size", type=int, default=8192, metavar="N", help=_VOCABULARY_HELP)
     add("--max_length", type=int, default=128, metavar="N", help=_LENGTH_HELP)
     add("--tokens_per_batch", type=int, default=4096, metavar="N", help=_BATCH_HELP)
-    add("--epochs", type=int, default=-1, metavar="N", help="passes over the data, -1 for no such limit")
+    add("--epochs", type=int, default=-1, metavar="N", help="passes over the data, -1 for no limit")
     add("--max_steps", type=int | None, default=None, metavar="N", help=_STEPS_HELP)
     add("--evaluate_every", type=int, default=100, metavar="N", help=_EVALUATE_HELP)
-    add("--seed", type=int, default=0, help="of new weights, the order of the data, masks, dropout and noise")
+    add("--seed", type=int, default=0, help="seed of new weights, data order, masks, dropout and noise")
     add("--num_workers", type=int, default=0, metavar="N", help=_WORKERS_HELP)
     add("--cache_dir", type=str | None, default=None, metavar="DIR", help=_CACHE_HELP)
     parser.add_class_arguments(Optimization, "optimizer", instantiate=False)
@@ -201,7 +201,7 @@ def command_parser(command: str, description: str, defaults: Mapping[str, Any]) 
 
 
 def add_trainer_arguments(parser: LightningArgumentParser) -> None:
-    """Lightning's own options, as ``--trainer.NAME``, those of `command_parser` linked to them."""
+    """Add Lightning's own options as ``--trainer.NAME``, and link those of `command_parser` to them."""
     parser.add_class_arguments(
         Trainer, "trainer", fail_untyped=False, instantiate=False, skip=_TRAINER_ARGUMENTS_NOT_OFFERED
     )
@@ -220,9 +220,9 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
 
 @contextmanager
 def classes_allowed(arguments: Sequence[str]) -> Iterator[None]:
-    """Within it, options may name Lightning's harmless callbacks, and the user's own that the command line names.
+    """Return a context in which options may name Lightning's harmless callbacks, and classes from the command line.
 
-    With ``--trust`` among the arguments, any.
+    With ``--trust`` among the arguments, options may name any class.
     """
     if "--trust" in arguments:
         yield
@@ -230,7 +230,7 @@ def classes_allowed(arguments: Sequence[str]) -> Iterator[None]:
     before = dict(parsing_settings)
     named = [path for text in _trainer_options(arguments).values() for path in _IMPORT_PATH.findall(text)]
     own = [path for path in named if not _WRITERS.match(path)]
-    harmless = [f"{kind.__module__}.{kind.__name__}" for kind in _HARMLESS]  # by whatever name they are imported
+    harmless = [f"{kind.__module__}.{kind.__name__}" for kind in _HARMLESS]  # under any name of their import
     shorter = [f"lightning.pytorch.callbacks.{kind.__name__}" for kind in _HARMLESS]
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*harmless, *shorter, *own])
     try:
@@ -240,7 +240,7 @@ def classes_allowed(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def _trainer_options(arguments: Sequence[str]) -> dict[str, str]:
-    """Those of the command line that are ``--trainer.NAME``, with their values."""
+    """Return the options ``--trainer.NAME`` of the command line, with their values."""
     options: dict[str, str] = {}
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, given, value = argument.partition("=")
@@ -250,11 +250,11 @@ def _trainer_options(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
-    """The options; of a run that is resumed its own, where none are given.
+    """Parse the options; a resumed run uses its own options unless others are given.
 
     Raises:
         FileNotFoundError: there is no run to resume.
-        ValueError: what it has kept of its options is not whole.
+        ValueError: an option is wrong, or the file with the run's options is incomplete.
     """
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, given, value = argument.partition("=")
@@ -272,37 +272,35 @@ def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
         options = parser.parse_args(["--config", _kept_options(config, arguments, parser.dump(options)), *arguments])
         options.resume = True
     if options.trust and "--trust" not in arguments:
-        raise ValueError("trust is not for files to claim: give --trust on the command line")
+        raise ValueError("a file may not set trust: give --trust on the command line")
     if not _DEVICES.fullmatch(options.devices):
-        raise ValueError(
-            f"--devices must be auto, their number, -1 for all, or a list such as 0,2; got {options.devices}"
-        )
+        raise ValueError(f"--devices must be auto, a number, -1 for all, or a list such as 0,2; got {options.devices}")
     check_ranges(options)
     return options
 
 
 def _kept_options(config: Path, arguments: Sequence[str], usual: str) -> str:
-    """The options of a run as YAML, without those of the trainer that the command line replaces.
+    """Return the options of a run as YAML, without the trainer's options that the command line replaces.
 
     Args:
-        config: where the run has kept them.
+        config: the run's file of options.
         arguments: the command line.
-        usual: YAML of all options that there are.
+        usual: YAML of all existing options.
 
     Raises:
-        ValueError: they are not whole.
+        ValueError: the file is incomplete.
     """
     options = read_options(config)
     trainer = options.get("trainer")
     *_, last = yaml.safe_load(usual)["trainer"]
     if not isinstance(trainer, dict) or last not in trainer or not config.read_bytes().endswith(b"\n"):
-        raise ValueError(f"{config} is not whole: it must have all options of the run, as the run has written them")
+        raise ValueError(f"{config} is incomplete: it must have all options of the run, as the run wrote them")
     for name in _trainer_options(arguments):
         trainer.pop(name.split(".")[1], None)
     return yaml.safe_dump(options, sort_keys=False)
 
 
-# Options that had other names: the former, and what each is now.
+# The former names of options, and their present names.
 _RENAMED = {
     **{
         f"model.{name}": f"optimizer.{name}"
@@ -321,7 +319,7 @@ _RENAMED = {
 
 
 def _renamed(name: str, dashes: str = "") -> str | None:
-    """The error for an option, or a part of one, that is spelt as formerly; None for any other."""
+    """Return the error for an option, or a part of one, with a former name; None for any other."""
     for old, new in _RENAMED.items():
         if name == old or name.startswith(f"{old}."):
             return f"{dashes}{name} is now spelt {dashes}{new}{name.removeprefix(old)}"
@@ -329,7 +327,7 @@ def _renamed(name: str, dashes: str = "") -> str | None:
 
 
 def _names(options: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
-    """Those of the options in a file, and of their parts, such as ``optimizer`` and ``optimizer.eps``."""
+    """Yield the names of the options in a file, and of their parts, such as ``optimizer`` and ``optimizer.eps``."""
     for name, value in options.items():
         yield f"{prefix}{name}"
         if isinstance(value, dict):
@@ -337,10 +335,10 @@ def _names(options: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """The options in a file.
+    """Read the options in a file.
 
     Raises:
-        ValueError: it is no YAML of options, or has one by a former name; the message names the file.
+        ValueError: the file is not YAML with options, or has an option with a former name; the error names the file.
     """
     try:
         text = path.read_text()
@@ -352,7 +350,7 @@ def read_options(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
-        raise ValueError(f"{path} must have options, each with its value; it has none")
+        raise ValueError(f"{path} must hold options, each with its value; it holds none")
     for name in _names(options):
         if said := _renamed(name):
             raise ValueError(f"{path}: {said}")
@@ -360,11 +358,11 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def _written_out(node: yaml.Node, sizes: dict[int, float]) -> float:
-    """How many nodes one is with each alias written out; infinite where it is in itself.
+    """Count the nodes of a YAML node with each alias written out; infinite if the node contains itself.
 
     Args:
-        node: of YAML.
-        sizes: of those that are known, by their identity.
+        node: the node.
+        sizes: the known counts, by the node's identity.
     """
     if id(node) not in sizes:
         sizes[id(node)] = math.inf

@@ -21,8 +21,8 @@ from fastformer.training.module import TrainingModule
 from fastformer.training.optimization import Optimization
 from fastformer.training.tensor_parallel import parallelize
 
-# What has the smallest model look at other tokens within minutes, rather than learn their frequencies alone: positions
-# that it need not learn, weights for its 128 features (BERT's 0.02 is for 768), and no dropout.
+# Settings with which the smallest model learns within minutes to use other tokens, and not only token frequencies:
+# positions that need no learning, initial weights for its 128 features (BERT's 0.02 is for 768), and no dropout.
 _QUICK_TO_LEARN: dict[str, Any] = {
     "position_embedding": "rotary",
     "initializer_range": 128**-0.5,
@@ -31,33 +31,33 @@ _QUICK_TO_LEARN: dict[str, Any] = {
 
 
 class PretrainingModule(TrainingModule):
-    """What the objectives share: the model, its optimizer, checkpoints and measurements.
+    """The base class of the objectives: the model, its optimizer, checkpoints and measurements.
 
-    The model is built once the data module's tokenizer is known. Batches are packed (no padding), those of
+    The model is built when the data module's tokenizer is known. Batches are packed (no padding) and come from
     `PretrainingDataModule`. The targets of an optimizer step's loss are all its labelled tokens.
 
-    Logged with each optimizer step: ``train/loss`` (nats), ``train/learning_rate``; on held-out text: ``val/loss``
-    (over all labelled tokens), ``val/perplexity`` (its exponential) and ``val/tokens``, how many there are.
+    Logged with each optimizer step: ``train/loss`` (nats), ``train/learning_rate``. Logged on held-out text:
+    ``val/loss`` (over all labelled tokens), ``val/perplexity`` (its exponential) and ``val/tokens``, their number.
 
     Args:
-        preset: architecture and size of the model, a name known to `fastformer.models.presets`. None: a small one of
-            the kind that the objective is known by.
+        preset: architecture and size of the model, a name known to `fastformer.models.presets`. None: a small model of
+            the objective's usual architecture.
         overrides: fields of `FastformerConfig` that differ from the preset, such as ``{"num_hidden_layers": 2}``.
-        optimization: the optimizer and its schedule; as a dict of its fields in the hyperparameters of a checkpoint.
-        activation_checkpointing: keep the input of each block alone and compute the rest again in the backward pass.
+        optimization: the optimizer and its schedule; a dict of its fields if it comes from a checkpoint.
+        activation_checkpointing: keep only the input of each block, and compute the rest again in the backward pass.
     """
 
     architecture: ClassVar[str]
     """The class of the model."""
     default_settings: ClassVar[dict[str, Any]] = {}
-    """Where no preset is given: what makes the smallest one a model for this objective."""
+    """Settings that make the smallest preset a model for this objective; used if no preset is given."""
     losses: tuple[str, ...] = ("loss",)
-    """Names of the parts of the loss: of tokens, and of pairs of segments where there are any."""
+    """Names of the parts of the loss: of tokens, and of pairs of segments if there are any."""
     loss_label: ClassVar[str] = "loss (nats per token)"
     default_steps: ClassVar[int] = 1000
     """Optimizer steps that take minutes on two CPU cores, with the default corpus and model."""
     continued: dict[str, torch.Size] | None = None
-    """Names and shapes of the weights of the checkpoint that training goes on from, which the model must have."""
+    """Names and shapes of the weights in the checkpoint to continue from; the model must have the same."""
 
     def __init__(
         self,
@@ -105,7 +105,10 @@ class PretrainingModule(TrainingModule):
         super().configure_model()
 
     def _check_continued(self) -> None:
-        """Here text and options are known, and nothing has been loaded: into a sharded model that would go first."""
+        """Refuse a checkpoint that does not fit the model.
+
+        Text and options are known here, and no weights are loaded yet: a sharded model would load them before checking.
+        """
         own = {name: weight.shape for name, weight in self.state_dict().items()}
         before = own if self.continued is None else self.continued
         for name in sorted({*own, *before}):
@@ -113,7 +116,7 @@ class PretrainingModule(TrainingModule):
                 there, here = (" x ".join(map(str, each.get(name, ()))) or "none" for each in (before, own))
                 raise ValueError(
                     f"the checkpoint cannot be continued with other data or another model: its {name} is {there}, this "
-                    f"run's {here}; resume with the same text and options, or start anew"
+                    f"run's {here}; resume with the same text and options, or start a new run"
                 )
 
     def _architecture(self) -> str:
@@ -135,19 +138,19 @@ class PretrainingModule(TrainingModule):
             self.model = getattr(models, _saved_architecture(checkpoint))(config)
 
     def weights_for(self, checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Those that a whole checkpoint of this objective has, by the model that it says it is of; without memory.
+        """Return the weights that a checkpoint of this objective must have, according to its model; without memory.
 
         Raises:
-            ValueError: it is of another objective.
+            ValueError: the checkpoint is of another objective.
         """
         architecture = _saved_architecture(checkpoint)
         if architecture not in (self._architecture(), "FastformerForMaskedLM" if len(self.losses) == 2 else None):
-            raise ValueError(f"it is of a {architecture}")
+            raise ValueError(f"its model is a {architecture}")
         with torch.device("meta"):
             self.on_load_checkpoint(checkpoint)
         weights = self.state_dict()
         self.continued = {name: weight.shape for name, weight in weights.items()}
-        self.model = None  # the next may be of another size
+        self.model = None  # the next checkpoint may have another size
         return weights
 
     # --- Training -----------------------------------------------------------------------------------------------------
@@ -169,13 +172,13 @@ class PretrainingModule(TrainingModule):
         return self.optimization.for_width(self.model.config.hidden_size).configure(self)
 
     def _loss_parts(self, output: Any) -> list[torch.Tensor]:
-        """The means that `losses` names, in nats, of a batch's labels."""
+        """Return the parts of the loss that `losses` names: means over a batch's labels, in nats."""
         return [output.loss]
 
     # --- Validation ---------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        # Sum of the loss, labelled tokens; on the device, so that no batch waits for it.
+        # Sum of the loss, and labelled tokens; on the device, so that no batch waits for them.
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -187,7 +190,7 @@ class PretrainingModule(TrainingModule):
         self._measure(batch, output)
 
     def _measure(self, batch: dict[str, Any], output: Any) -> None:
-        """Add to `_sums` what is measured besides the loss."""
+        """Add the other measurements to `_sums`."""
 
     def on_validation_epoch_end(self) -> None:
         metrics = self._validation_metrics(*self.over_ranks(self._sums).tolist())
@@ -199,16 +202,16 @@ class PretrainingModule(TrainingModule):
 
 
 class MaskedLanguageModeling(PretrainingModule):
-    """BERT's pretraining: masked language modelling, with next-sentence prediction where the batches have pairs.
+    """BERT's pretraining: masked language modelling, with next-sentence prediction if the batches have pairs.
 
     Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding" (2019).
 
-    The loss of an optimizer step is the mean over all its masked tokens plus the mean over all its pairs, whose labels
-    say whether they belong together or, with the data's sentence_order, in which order they come.
+    The loss of an optimizer step is the mean over all its masked tokens plus the mean over all its pairs. The label of
+    a pair says whether its segments belong together or, with the data's sentence_order, whether they were swapped.
 
-    Logged besides: ``train/mlm_loss``, ``train/nsp_loss``; on held-out text ``val/mlm_loss`` and ``val/masked_tokens``
-    for loss and tokens, ``val/nsp_accuracy`` with its binomial standard error ``val/nsp_standard_error`` and what
-    always giving the commoner answer would reach, ``val/nsp_chance``, and ``val/sentence_pairs``.
+    Also logged: ``train/mlm_loss``, ``train/nsp_loss``; on held-out text ``val/mlm_loss`` and ``val/masked_tokens``
+    instead of loss and tokens, ``val/nsp_accuracy`` with its binomial standard error ``val/nsp_standard_error``,
+    ``val/nsp_chance`` (the accuracy of always giving the more frequent answer) and ``val/sentence_pairs``.
     """
 
     default_settings: ClassVar = _QUICK_TO_LEARN
@@ -227,7 +230,7 @@ class MaskedLanguageModeling(PretrainingModule):
         return [output.mlm_loss, output.nsp_loss] if len(self.losses) == 2 else [output.loss]
 
     def on_validation_epoch_start(self) -> None:
-        # Sum of the MLM loss, masked tokens; pairs, those judged rightly, those whose second segment is random.
+        # Sum of the MLM loss, masked tokens; pairs, right predictions, pairs with a random second segment.
         self._sums = torch.zeros(5, dtype=torch.float64, device=self.device)
 
     def _measure(self, batch: dict[str, Any], output: Any) -> None:
@@ -241,7 +244,7 @@ class MaskedLanguageModeling(PretrainingModule):
 
 
 class CausalLanguageModeling(PretrainingModule):
-    """GPT's pretraining: every token from those before it in its document.
+    """GPT's pretraining: predict every token from the tokens before it in its document.
 
     Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
     """
@@ -260,10 +263,10 @@ class CausalLanguageModeling(PretrainingModule):
 
 
 class SpanCorruptionModeling(PretrainingModule):
-    """T5's pretraining: the spans that sentinels stand for.
+    """T5's pretraining: predict the spans that were replaced by sentinels.
 
     Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (2020). Without a
-    preset the model is T5 1.1's kind (gated, relative positions), but its output projection is the word embedding.
+    preset, the model is like T5 1.1 (gated, relative positions), but its output projection is the word embedding.
     """
 
     architecture = "FastformerForSeq2SeqLM"
@@ -287,7 +290,7 @@ class SpanCorruptionModeling(PretrainingModule):
 
 
 class DenoisingModeling(PretrainingModule):
-    """BART's pretraining: a text from one in which spans are masked and the sentences are in another order.
+    """BART's pretraining: predict a text from a copy with masked spans and with sentences in another order.
 
     Lewis et al., "BART: Denoising Sequence-to-Sequence Pre-training for Natural Language Generation, Translation, and
     Comprehension" (2020).
@@ -312,11 +315,11 @@ MODULES: dict[str, type[PretrainingModule]] = {
     "span-corruption": SpanCorruptionModeling,
     "denoising": DenoisingModeling,
 }
-"""Of each objective that `PretrainingDataModule` knows."""
+"""The module of each objective of `PretrainingDataModule`."""
 
 
 def _token_metrics(name: str, loss_sum: float, tokens: float) -> dict[str, float]:
-    """The mean loss under this name, and the perplexity; nothing where there are no tokens."""
+    """Return the mean loss under this name, and the perplexity; nothing if there are no tokens."""
     if not tokens:
         return {}
     return {name: loss_sum / tokens, "perplexity": float(np.exp(loss_sum / tokens))}
@@ -325,7 +328,7 @@ def _token_metrics(name: str, loss_sum: float, tokens: float) -> dict[str, float
 def _masked_metrics(
     loss_sum: float, masked_tokens: float, pairs: float, correct: float, random: float
 ) -> dict[str, float]:
-    """Metrics from sums over the held-out text; those with nothing to count are left out."""
+    """Return metrics from sums over the held-out text; metrics with nothing to count are left out."""
     metrics = {"masked_tokens": masked_tokens, "sentence_pairs": pairs}
     metrics |= _token_metrics("mlm_loss", loss_sum, masked_tokens)
     if pairs:
@@ -339,5 +342,5 @@ def _masked_metrics(
 
 
 def _saved_architecture(checkpoint: dict[str, Any]) -> str:
-    """The class of a checkpoint's model; FSDP puts a prefix before the class of one that it has sharded."""
+    """Return the class name of a checkpoint's model, without the prefix that FSDP adds to a sharded model's class."""
     return str(checkpoint["architecture"]).removeprefix("FSDP")

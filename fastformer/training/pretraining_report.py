@@ -1,4 +1,4 @@
-"""What a pretraining run leaves to read: Markdown with its losses, their picture and a sample of the model."""
+"""The report of a pretraining run: Markdown with its losses, their picture and a sample of the model's output."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _HEADINGS = ("on held-out text", "before", "after")
 
 
 class PretrainingReport:
-    """A run's report.
+    """The report of a run.
 
     Args:
-        objective: what was learned.
-        metrics: what metrics.json holds.
+        objective: the objective of the run.
+        metrics: the content of metrics.json.
     """
 
     def __init__(self, objective: str, metrics: dict[str, Any]) -> None:
@@ -24,7 +24,7 @@ class PretrainingReport:
         self.metrics = metrics
 
     def table(self) -> Table | None:
-        """The losses before and after for a terminal; None if no text was held out."""
+        """Return the losses before and after training as a table for a terminal; None if no text was held out."""
         return Table(_HEADINGS, self._rows(), "lrr", self._caption()) if self.metrics["end"] else None
 
     def write(self, path: Path, curve: Path) -> None:

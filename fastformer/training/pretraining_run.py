@@ -1,4 +1,4 @@
-"""Runs pretraining: from checked options to a trained model and its report."""
+"""Run pretraining: from checked options to a trained model and its report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from fastformer.training.samples import sample
 from fastformer.training.sharding import FullyShardedStrategy
 
 DATA_OPTIONS = ("objective", "vocab_size", "max_length", "tokens_per_batch", "num_workers", "seed", "cache_dir")
-"""Options of the command that `PretrainingDataModule` takes by the same name, besides those in ``--corpus``."""
+"""Options of the command that are arguments of `PretrainingDataModule` too, in addition to those in ``--corpus``."""
 
 
 def run_pretraining(
@@ -101,7 +101,7 @@ def _data(options: Namespace) -> PretrainingDataModule:
 
 
 def _report(objective: str, metrics: dict[str, Any], folder: RunFolder) -> None:
-    """Into metrics.json, report.md and the terminal."""
+    """Write the metrics to metrics.json, report.md and the terminal."""
     folder.write_metrics(metrics)
     report = PretrainingReport(objective, metrics)
     report.write(folder.report, folder.curve)

@@ -1,4 +1,4 @@
-"""What the numeric options of the training commands may be: said before anything is read or written."""
+"""The accepted values of the training commands' numeric options, checked before anything is read or written."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class _Range(NamedTuple):
     accepts: Callable[[float], bool]
 
 
-_TABLE = 2**22  # of a vocabulary, or of positions: there is a vector for each
+_TABLE = 2**22  # largest vocabulary or number of positions: each has a vector
 _SIZE = _Range(f"from 1 to {_TABLE:,}", lambda value: 1 <= value <= _TABLE)
 _COUNT = _Range("at least 1", lambda value: value >= 1)
 _COUNT_OR_NONE = _Range("at least 0", lambda value: value >= 0)
 _NOT_NEGATIVE = _Range("at least 0, and finite", lambda value: 0 <= value < math.inf)
-_LIMIT = _Range("at least 1, or -1 for no such limit", lambda value: value >= 1 or value == -1)
+_LIMIT = _Range("at least 1, or -1 for no limit", lambda value: value >= 1 or value == -1)
 _POSITIVE = _Range("above 0, and finite", lambda value: 0 < value < math.inf)
 _BELOW_ONE = _Range("at least 0 and below 1", lambda value: 0 <= value < 1)
 _BETWEEN = _Range("above 0 and below 1", lambda value: 0 < value < 1)
@@ -83,7 +83,7 @@ _RANGES: dict[str, _Range] = {
 
 
 def check_ranges(options: Namespace) -> None:
-    """Raises ValueError for the first number that means nothing, by the option's name."""
+    """Raise ValueError for the first number that is not accepted, with the option's name."""
     for name, allowed in _RANGES.items():
         given = options.get(name)
         for value in given if isinstance(given, (list, tuple)) else [given]:

@@ -52,7 +52,7 @@ def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:
         ("--max_minutes=nan", "max_minutes"),
         ("--output=/dev/null/run", "/dev/null/run"),
         ("--config=absent.yaml", "absent.yaml"),
-        ("--devices=0", "--devices must be auto, their number, -1 for all, or a list such as 0,2; got 0"),
+        ("--devices=0", "--devices must be auto, a number, -1 for all, or a list such as 0,2; got 0"),
         ("--devices=1.5", "--devices must be"),
         ("--devices=nan", "--devices must be"),
         ("--trainer.max_steps=-5", "max_steps"),
