@@ -279,7 +279,7 @@ def test_killed_run_resumes_to_identical_weights(
     else:
         checkpoint = output / "checkpoints" / truncated
         os.truncate(checkpoint, checkpoint.stat().st_size // 2)
-        with pytest.warns(UserWarning, match=f"{truncated} is cut short"):
+        with pytest.warns(UserWarning, match=f"{truncated} is truncated"):
             assert cli.main(resume) == 0
     assert_same_run(output, run)
     assert not list(output.rglob("*.tmp"))
