@@ -346,7 +346,7 @@ def test_private_run_says_what_it_spent(data: Path, tmp_path: Path) -> None:
         (["finetune", "embed", "--privacy_epsilon", "1"], "in-batch negatives"),
         (["finetune", "classify", "--privacy_epsilon", "1", "--accumulate", "2"], "accumulate"),
         (["finetune", "classify", "--privacy_epsilon", "1", "--devices", "2"], "is for one device .* got --devices 2"),
-        (["finetune", "classify", "--privacy_epsilon", "1", "--strategy", "fsdp2"], "unsharded weights.* --strategy fsdp2"),
+        (["finetune", "classify", "--privacy_epsilon", "1", "--strategy", "fsdp2"], "unsharded .* --strategy fsdp2"),
         (["finetune", "tag", "--patience", "0"], "--patience must be at least 1; got 0"),
         (["predict", "absent", "--data", "x", "--out", "y"], "absent is not a fine-tuning run"),
     ],
