@@ -11,9 +11,9 @@ pytestmark = pytest.mark.cpu
 
 # Products that fit, since the number of programs does: they number tiles of work, not elements.
 COUNTS = {
-    "tiles * section": "tiles of a section's heads, at most all programs",
-    "first * section": "a quotient times its divisor, at most the program's number",
-    "first * tiles": "tiles of the heads before a section, at most the program's number",
+    "tiles * heads_in_cache": "tiles of the heads that are taken together, at most all programs",
+    "first_head * heads_in_cache": "a quotient times its divisor, at most the program's number",
+    "first_head * tiles": "tiles of the heads before these, at most the program's number",
     "split * share": "tiles of keys before a split, at most the tiles of a sequence",
 }
 

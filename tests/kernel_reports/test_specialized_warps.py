@@ -13,7 +13,7 @@ import json, sys
 import torch, triton
 from fastformer.kernel_reports.meta_operators import kernels_of_meta_operators
 from fastformer.kernel_reports.stand_in import stand_in
-from fastformer.ops.attention import attention
+from fastformer.ops import attention
 from fastformer_kernels.attention.launch import AttentionConfiguration
 from fastformer_kernels.configurations import forced
 
