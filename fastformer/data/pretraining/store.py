@@ -372,6 +372,7 @@ def _chunks(
     place of all stores.
     """
     texts: dict[Path, list[str]] = {path: [] for path in keep}
+    characters = dict.fromkeys(keep, 0)
     begin = min(places.values())
     for number in range(begin.source, len(sources)):
         for text, position in sources[number].read(begin.position if number == begin.source else 0):
@@ -380,9 +381,10 @@ def _chunks(
                 if place_after <= places[path] or not keep[path](text):
                     continue
                 texts[path].append(text)
-                if sum(map(len, texts[path])) >= block_characters:
+                characters[path] += len(text)
+                if characters[path] >= block_characters:
                     yield path, texts[path], place_after
-                    texts[path] = []
+                    texts[path], characters[path] = [], 0
     for path, rest in texts.items():
         if rest:
             yield path, rest, _Place(len(sources), 0)
