@@ -255,7 +255,7 @@ def test_what_is_no_source():
 
 
 def test_many_short_documents_take_no_longer_each(tmp_path):
-    """Reading 100,000 documents is a fraction of a second, where work for each that grows with a block takes minutes."""
+    """100,000 of them take under a second; they would take minutes if each cost as much as its block is long."""
     texts = ["a b"] * 100_000
     begin = time.process_time()
     chunks = list(_chunks([texts_source(texts, "texts")], {tmp_path: _Place(0, 0)}, {tmp_path: bool}, 1 << 24))
