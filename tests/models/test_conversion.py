@@ -260,7 +260,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"share_encoder_decoder_embeddings": False},
         "share_encoder_decoder_embeddings must be True; got False",
     ),
-    ("ViTModel", {"image_size": [12, 8]}, r"image_size must be a square's; got \[12, 8\]"),
+    ("ViTModel", {"image_size": [12, 8]}, r"image_size must be square; got \[12, 8\]"),
     ("ViTModel", {"pooler_output_size": 16}, "pooler_output_size must be 32; got 16"),
     ("ViTModel", {"pooler_act": "gelu"}, "pooler_act must be one of .*; got 'gelu'"),
 ]
