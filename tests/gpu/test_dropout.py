@@ -60,7 +60,7 @@ def _embedded(make: Maker, device: torch.device) -> Tensor:
 def test_the_mask_of_a_cpu(
     dropped: Callable[[Maker, torch.device], Tensor], make: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("attention", "normalization", "feed_forward", "embedding"):
+    for module in ("attention.attention", "normalization", "feed_forward", "embedding"):
         found = importlib.import_module(f"fastformer.ops.{module}")  # not the function of that name
         monkeypatch.setattr(found, "draw_seed", lambda device: STATE.to(device))
     actual = dropped(make, make.device)

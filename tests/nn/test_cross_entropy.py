@@ -114,7 +114,7 @@ def test_what_is_left_to_pytorch() -> None:
 
 @pytest.mark.skipif(HAS_PYTORCHS_OWN, reason=f"torch {torch.__version__} has torch.nn.LinearCrossEntropyLoss")
 def test_what_is_left_to_a_pytorch_without_it_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match="out_features is left to torch"):
+    with pytest.raises(NotImplementedError, match="out_features needs torch"):
         LinearCrossEntropyLoss(4, 5, out_features=(2,))
-    with pytest.raises(NotImplementedError, match="class probabilities is left to torch"):
+    with pytest.raises(NotImplementedError, match="class probabilities needs torch"):
         LinearCrossEntropyLoss(4, 5)(torch.randn(3, 4), torch.rand(3, 5))

@@ -355,7 +355,7 @@ def test_list_and_show(cache, capsys):
     assert first["context"][answer["start"] :].startswith(answer["text"])
     for arguments, message in (
         (["show", "nothing"], "there is no set 'nothing'; there are python-classes"),
-        (["fetch", "python-tags"], "python-tags is already here"),
+        (["fetch", "python-tags"], "python-tags needs no fetching"),
         (["show", "python-tags", "--count", "0"], "--count must be at least 1"),
     ):
         assert cli.main(["data", *arguments, "--cache_dir", cache]) == 2
