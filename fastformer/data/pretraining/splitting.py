@@ -43,11 +43,6 @@ class Split(NamedTuple):
         return document_key(text) >= max(self.heldout_below, self.sample_from)
 
 
-def find_split(texts: Iterable[str], heldout_fraction: float) -> Split:
-    """Read documents once and return their split; see `find_split_and_sample`."""
-    return find_split_and_sample(texts, heldout_fraction)[0]
-
-
 def find_split_and_sample(texts: Iterable[str], heldout_fraction: float) -> tuple[Split, list[str]]:
     """Read the documents once; return the split, and the sample to train a tokenizer on.
 
@@ -76,6 +71,7 @@ class _Sample:
         self._limit = limit
         self._characters_kept = 0
         self._characters = 0
+        self._most_kept = 1.25 * limit
 
     @property
     def lowest_key(self) -> int:
@@ -86,20 +82,22 @@ class _Sample:
         self._characters += len(text)
         self.kept.append((key, text))
         self._characters_kept += len(text)
-        if self._characters_kept > 1.25 * self._limit:
+        if self._characters_kept > self._most_kept:
             lowest = self.lowest_key
             self.kept = [(key, text) for key, text in self.kept if key >= lowest]
             self._characters_kept = sum(len(text) for _, text in self.kept)
+            # One very long document must not have all others looked at again for each that follows.
+            self._most_kept = max(self._most_kept, 1.25 * self._characters_kept)
 
 
 def split_documents(documents: Sequence[Document], heldout_fraction: float) -> tuple[list[Document], list[Document]]:
-    """Split documents into training and held-out documents, both in their given order; see `find_split`.
+    """Split documents into training and held-out documents, both in their given order; see `find_split_and_sample`.
 
     Args:
         documents: at least two distinct documents, unless `heldout_fraction` is 0.
         heldout_fraction: held-out share of the distinct documents, in [0, 1); 0 holds nothing out.
     """
-    split = find_split(("\n".join(document) for document in documents), heldout_fraction)
+    split, _ = find_split_and_sample(("\n".join(document) for document in documents), heldout_fraction)
     sides: tuple[list[Document], list[Document]] = ([], [])
     for document in documents:
         sides[split.is_heldout("\n".join(document))].append(document)
