@@ -32,7 +32,7 @@ from dataclasses import replace
 from functools import partial
 import torch
 from fastformer_kernels.attention import decode
-from inspection import every_configuration
+from kernel_reports import every_configuration
 
 table = decode._BY_ARCHITECTURE["sm_86"][2]
 table[64], table[512] = replace(table[64], num_stages=12), table[64]
