@@ -39,7 +39,7 @@ FLOORS = [
     {"fastformer"},  # what `import fastformer` gives
     {"registry", "training"},
     {"kernel_reports", "diagnostics"},
-    {"tuning", "planning"},
+    {"planning"},
     {"benchmarking"},
     {"commands"},
     {"cli"},
@@ -54,7 +54,6 @@ KNOW_KERNELS = {
     "kernel_reports",
     "ops",
     "planning",
-    "tuning",
 }
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -13,12 +13,12 @@ import torch
 from fastformer.arguments import CommandParser
 from fastformer.backends import HAS_TRITON
 from fastformer.console import track
-from fastformer.tuning.measurement import event_timer
-from fastformer.tuning.results import store_plans, summary
+from fastformer.kernel_reports.tuning.measurement import event_timer
+from fastformer.kernel_reports.tuning.results import store_plans, summary
 
 if TYPE_CHECKING:
-    from fastformer.tuning.measurement import Finding, Unmeasured
-    from fastformer.tuning.problem import Group, Problem
+    from fastformer.kernel_reports.tuning.measurement import Finding, Unmeasured
+    from fastformer.kernel_reports.tuning.problem import Group, Problem
 
 _DESCRIPTION = """\
 Measure on this machine's GPU, for every class of shapes, which of a dozen launch configurations of a kernel is the
@@ -53,9 +53,9 @@ def main(arguments: list[str], begin: float) -> None:
     from fastformer_kernels.configurations import forget_plans_read, plans_path
     from fastformer_kernels.launch import architecture_of
 
-    from fastformer.tuning.compilation import compiled_ahead
-    from fastformer.tuning.isolation import measure_apart
-    from fastformer.tuning.measurement import winners
+    from fastformer.kernel_reports.tuning.compilation import compiled_ahead
+    from fastformer.kernel_reports.tuning.isolation import measure_apart
+    from fastformer.kernel_reports.tuning.measurement import winners
 
     device = torch.device("cuda", torch.cuda.current_device())
     architecture = architecture_of(torch.empty(0, device=device)).name
@@ -76,7 +76,7 @@ def main(arguments: list[str], begin: float) -> None:
 
 
 def _problems(dtypes: Sequence[str], operations: Sequence[Group], tf32: bool) -> list[Problem]:
-    from fastformer.tuning.problems import problems
+    from fastformer.kernel_reports.tuning.problems import problems
 
     if tf32:
         torch.backends.cuda.matmul.fp32_precision = "tf32"

@@ -1,1 +1,1 @@
-"""Report on the compiled kernels without a GPU: compile them ahead of time, read the binaries, compare figures."""
+"""Report on the compiled kernels without a GPU: compile ahead of time, read the binaries, compare; tune with one."""

@@ -35,12 +35,16 @@ RELATED: list[tuple[str, list[str]]] = [
             "ops/test_launch.py",
             "ops/test_kept_launches.py",
             "metamorphic",
-            "tuning",
+            "kernel_reports/tuning",
         ],
     ),
     (
         "kernels/fastformer_kernels/feed_forward",
-        ["ops/test_feed_forward.py", "fuzz/test_every_operator.py::test_any_call[feed_forward]", "tuning"],
+        [
+            "ops/test_feed_forward.py",
+            "fuzz/test_every_operator.py::test_any_call[feed_forward]",
+            "kernel_reports/tuning",
+        ],
     ),
     (
         "kernels/fastformer_kernels/normalization.py",
@@ -76,7 +80,7 @@ RELATED: list[tuple[str, list[str]]] = [
             "ops/test_kept_launches.py",
             "ops/test_feed_forward.py",
             "fuzz",
-            "tuning",
+            "kernel_reports/tuning",
         ],
     ),
     (

@@ -16,12 +16,12 @@ from fastformer_kernels.launch import architecture_of
 from fastformer.benchmarking.gpu.step import Record, Setting, Step
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.timing import seconds_of
-from fastformer.tuning.compilation import compiled_ahead, launch_candidates, launch_exact
-from fastformer.tuning.isolation import measure_apart
-from fastformer.tuning.measurement import Finding, Unmeasured, event_timer, measure, winners
-from fastformer.tuning.problem import GROUPS, TINY, Problem
-from fastformer.tuning.problems import problems
-from fastformer.tuning.results import store_plans
+from fastformer.kernel_reports.tuning.compilation import compiled_ahead, launch_candidates, launch_exact
+from fastformer.kernel_reports.tuning.isolation import measure_apart
+from fastformer.kernel_reports.tuning.measurement import Finding, Unmeasured, event_timer, measure, winners
+from fastformer.kernel_reports.tuning.problem import GROUPS, TINY, Problem
+from fastformer.kernel_reports.tuning.problems import problems
+from fastformer.kernel_reports.tuning.results import store_plans
 
 SHIPPED = "shipped configuration"
 # The number of problems whose candidates are compiled ahead of time: attention with the most keys. With all of them the

@@ -14,11 +14,11 @@ from fastformer_kernels.rows import RowConfiguration
 from torch import Tensor
 
 from fastformer.benchmarking.gpu.steps.candidates import as_source
-from fastformer.tuning import measurement
-from fastformer.tuning.measurement import Finding, Unmeasured, finding_of, measure, winners
-from fastformer.tuning.problem import FULL, GROUPS, TINY, Problem, Results
-from fastformer.tuning.problems import problems
-from fastformer.tuning.results import summary
+from fastformer.kernel_reports.tuning import measurement
+from fastformer.kernel_reports.tuning.measurement import Finding, Unmeasured, finding_of, measure, winners
+from fastformer.kernel_reports.tuning.problem import FULL, GROUPS, TINY, Problem, Results
+from fastformer.kernel_reports.tuning.problems import problems
+from fastformer.kernel_reports.tuning.results import summary
 
 CPU = torch.device("cpu")
 SHIPPED, FASTER, SLOWER, WRONG, BROKEN = (RowConfiguration(size, 8) for size in (1, 2, 3, 4, 5))

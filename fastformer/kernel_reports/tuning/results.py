@@ -13,7 +13,7 @@ from fastformer.console import Table
 from fastformer.files import atomic_file
 
 if TYPE_CHECKING:
-    from fastformer.tuning.measurement import Finding, Unmeasured
+    from fastformer.kernel_reports.tuning.measurement import Finding, Unmeasured
 
 
 _NOT_LAUNCHED = (
@@ -47,7 +47,7 @@ def store_plans(path: Path, architecture: str, measured: dict[str, dict[str, int
 
 def summary(findings: Sequence[Finding | Unmeasured]) -> Table:
     """A table with a row for each operation. The note lists the problems that could not be measured."""
-    from fastformer.tuning.measurement import Unmeasured
+    from fastformer.kernel_reports.tuning.measurement import Unmeasured
 
     by_operation: dict[str, list[Finding]] = {}
     lost = []

@@ -12,7 +12,7 @@ from fastformer_kernels.feed_forward import hidden_backward, hidden_forward, out
 from fastformer_kernels.plans import SAVED_PASSES, Operation, forced_plan
 from torch import Tensor
 
-from fastformer.tuning.problem import Call, Make, Problem, Results, Sizes, Tensors
+from fastformer.kernel_reports.tuning.problem import Call, Make, Problem, Results, Sizes, Tensors
 
 # The width of the hidden layer divided by the width of the block: four by convention.
 _WIDENING = 4

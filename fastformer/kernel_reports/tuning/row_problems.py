@@ -16,7 +16,7 @@ from fastformer_kernels.normalization import norm_backward, norm_forward
 from fastformer_kernels.softmax import softmax_backward, softmax_forward
 from torch import Tensor
 
-from fastformer.tuning.problem import Call, Problem, Results, Sizes, Tensors
+from fastformer.kernel_reports.tuning.problem import Call, Problem, Results, Sizes, Tensors
 
 
 def norm_problems(dtype: torch.dtype, sizes: Sizes, operation: str) -> Iterator[Problem]:

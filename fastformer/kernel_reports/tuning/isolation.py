@@ -13,9 +13,9 @@ from fastformer_kernels.configurations import use_measured
 from fastformer_kernels.launch import architecture_of
 
 from fastformer.console import in_a_line
-from fastformer.tuning.compilation import Prepare
-from fastformer.tuning.measurement import Failures, Finding, Timer, Unmeasured, finding_of, winners
-from fastformer.tuning.problem import Problem
+from fastformer.kernel_reports.tuning.compilation import Prepare
+from fastformer.kernel_reports.tuning.measurement import Failures, Finding, Timer, Unmeasured, finding_of, winners
+from fastformer.kernel_reports.tuning.problem import Problem
 
 MakeProblems = Callable[[], list[Problem]]
 MakeTimer = Callable[[torch.device], Timer]

@@ -14,9 +14,9 @@ import json
 import torch
 from dataclasses import replace
 from fastformer.kernel_reports.compilation import compiled_by
-from fastformer.tuning import compilation
-from fastformer.tuning.problem import FULL
-from fastformer.tuning.row_problems import softmax_problems
+from fastformer.kernel_reports.tuning import compilation
+from fastformer.kernel_reports.tuning.problem import FULL
+from fastformer.kernel_reports.tuning.row_problems import softmax_problems
 from pathlib import Path
 import triton
 

@@ -13,7 +13,7 @@ from fastformer_kernels.attention.decode_arguments import DecodeArguments
 from fastformer_kernels.attention.forward import attention_forward
 from torch import Tensor
 
-from fastformer.tuning.problem import Call, Make, Problem, Results, Sizes, Tensors
+from fastformer.kernel_reports.tuning.problem import Call, Make, Problem, Results, Sizes, Tensors
 
 _NOTHING_LEARNED = Learned(bias=False, relative=False, alibi_slopes=False, head_scales=False, sinks=False)
 

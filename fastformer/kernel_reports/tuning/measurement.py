@@ -14,8 +14,8 @@ from fastformer_kernels.launch import Architecture, architecture_of
 from torch import Tensor
 
 from fastformer.gpu_timing import timed
-from fastformer.tuning.candidates import candidates
-from fastformer.tuning.problem import Problem, Results, Tensors
+from fastformer.kernel_reports.tuning.candidates import candidates
+from fastformer.kernel_reports.tuning.problem import Problem, Results, Tensors
 
 # Seconds of measuring a configuration.
 _SECONDS = 0.03

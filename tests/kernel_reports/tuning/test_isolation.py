@@ -13,9 +13,9 @@ from fastformer_kernels.configurations import chosen
 from fastformer_kernels.rows import RowConfiguration, row_candidates
 from torch import Tensor
 
-from fastformer.tuning.isolation import measure_apart
-from fastformer.tuning.measurement import Finding, Timer, Unmeasured
-from fastformer.tuning.problem import Problem, Results
+from fastformer.kernel_reports.tuning.isolation import measure_apart
+from fastformer.kernel_reports.tuning.measurement import Finding, Timer, Unmeasured
+from fastformer.kernel_reports.tuning.problem import Problem, Results
 
 pytestmark = pytest.mark.cpu
 

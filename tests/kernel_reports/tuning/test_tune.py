@@ -24,8 +24,8 @@ from fastformer_kernels.rows import RowConfiguration
 
 from fastformer import cli
 from fastformer.commands.tune import _OPERATIONS
-from fastformer.tuning.problem import GROUPS
-from fastformer.tuning.results import store_plans
+from fastformer.kernel_reports.tuning.problem import GROUPS
+from fastformer.kernel_reports.tuning.results import store_plans
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from fastformer_kernels.configurations import forced
 from fastformer_kernels.launch import ARCHITECTURES, architecture_of
 
 from fastformer.kernel_reports.compilation import Specialization, compiler, specializations_of
-from fastformer.tuning.measurement import Failures, class_and_default, others, widened
-from fastformer.tuning.problem import Problem
+from fastformer.kernel_reports.tuning.measurement import Failures, class_and_default, others, widened
+from fastformer.kernel_reports.tuning.problem import Problem
 
 Launch = Callable[[], object]
 

@@ -7,10 +7,10 @@ from itertools import chain
 
 import torch
 
-from fastformer.tuning.attention_problems import attention_problems, decode_problems
-from fastformer.tuning.feed_forward_problems import feed_forward_problems
-from fastformer.tuning.problem import FULL, Group, Problem, Sizes
-from fastformer.tuning.row_problems import cross_entropy_problems, norm_problems, softmax_problems
+from fastformer.kernel_reports.tuning.attention_problems import attention_problems, decode_problems
+from fastformer.kernel_reports.tuning.feed_forward_problems import feed_forward_problems
+from fastformer.kernel_reports.tuning.problem import FULL, Group, Problem, Sizes
+from fastformer.kernel_reports.tuning.row_problems import cross_entropy_problems, norm_problems, softmax_problems
 
 
 def problems(dtypes: Iterable[torch.dtype], groups: Iterable[Group], sizes: Sizes = FULL) -> list[Problem]:
