@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import io
 import json
+import pydoc
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ FOREIGN: dict[str, dict[str, Any]] = {
     "an argument": {"callbacks": [lightnings("ModelCheckpoint", dirpath=EVIL)]},
     "an argument of any kind": {"callbacks": [lightnings("Callback", anything=EVIL)]},
     "a process": {"callbacks": [{"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "{}"]}}]},
-    "a module of ours": {"callbacks": [{"class_path": "fastformer.benchmarking.processes.subprocess.Popen"}]},
+    "a module of ours": {"callbacks": [{"class_path": "fastformer.benchmarking.environment.subprocess.Popen"}]},
 }
 
 
@@ -63,6 +65,13 @@ def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     return line
 
 
+def test_what_is_named_of_ours_exists() -> None:
+    # A name that is not there is refused for that reason, and the tests below would show nothing.
+    names = re.findall(r"fastformer\.[\w.]+", json.dumps([FOREIGN, WRITERS]))
+    assert len(names) == 3
+    assert all(pydoc.locate(name) for name in names)
+
+
 @pytest.mark.parametrize("kind", FOREIGN)
 @pytest.mark.parametrize("command", ["pretrain", "finetune classify"])
 def test_a_file_of_options_runs_no_code(
@@ -85,7 +94,9 @@ WRITERS: dict[str, dict[str, Any]] = {
         ]
     },
     "ours, elsewhere": {
-        "callbacks": [{"class_path": "fastformer.training.run.SavePretrained", "init_args": {"folder": "{}"}}]
+        "callbacks": [
+            {"class_path": "fastformer.training.pretraining_run.SavePretrained", "init_args": {"folder": "{}"}},
+        ]
     },
     "a checkpoint": {"callbacks": [lightnings("ModelCheckpoint", dirpath="{}")]},
     "by its place": {"callbacks": ["lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint"]},
