@@ -7,7 +7,6 @@ import sys
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +14,11 @@ from fastformer.arguments import CommandParser, check_text, chosen_device, whole
 from fastformer.console import StatusLine
 from fastformer.data.pretraining.tokenizer import load_tokenizer
 from fastformer.generation.parameters import SamplingParameters
-from fastformer.generation.requests import Generation, Piece
-from fastformer.lines import json_object, numbered_lines
+from fastformer.generation.prompts import SAMPLING_OPTIONS, read_prompts
+from fastformer.generation.requests import Generation, Piece, collected
 
 if TYPE_CHECKING:
     from fastformer.generation.batch import Statistics
-    from fastformer.generation.cached_model import LanguageModel
 
 _DESCRIPTION = """\
 Continue prompts with a causal language model, or answer them with a sequence-to-sequence model. Prompts run together,
@@ -41,7 +39,6 @@ Each line of --prompts is an object with the prompt and, optionally, sampling op
 """
 
 _DTYPES = ("float32", "float16", "bfloat16")
-_OPTIONS = [field.name for field in fields(SamplingParameters)]
 
 
 def main(arguments: list[str], begin: float) -> None:
@@ -54,19 +51,20 @@ def main(arguments: list[str], begin: float) -> None:
     from transformers.utils import logging as transformers_logging
 
     from fastformer.generation.generator import Generator
+    from fastformer.generation.loading import load_language_model
 
     transformers_logging.disable_progress_bar()
-    given = {name: value for name in _OPTIONS if (value := getattr(options, name, None)) is not None}
-    prompts, parameters = _prompts(options, SamplingParameters(**given))
+    prompts, parameters = _prompts(options)
     if options.stream and len(prompts) > 1 and not options.json:
         raise ValueError(f"--stream with {len(prompts)} prompts would mix their texts; add --json")
+    device, dtype = chosen_device(options.device), options.dtype or "auto"
     generator = Generator(
-        _model(options.model, options),
+        load_language_model(options.model, device, dtype),
         load_tokenizer(options.model),
         slots=options.slots,
         page_size=options.page_size,
         pages=options.pages,
-        draft=None if options.draft is None else _model(options.draft, options),
+        draft=None if options.draft is None else load_language_model(options.draft, device, dtype),
         draft_tokens=options.draft_tokens,
         cuda_graphs=options.cuda_graphs,
     )
@@ -75,7 +73,7 @@ def main(arguments: list[str], begin: float) -> None:
     if options.stream:
         _stream(pieces, options.json)
     else:
-        generations = _collected(pieces, len(prompts))
+        generations = collected(_with_progress(pieces, len(prompts)), len(prompts))
         for prompt, generation in zip(prompts, generations, strict=True):
             _show(prompt, generation, options.json, alone=len(prompts) == 1)
     print(_summary(generator.statistics, len(prompts), time.monotonic() - start), file=sys.stderr)
@@ -136,74 +134,34 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _prompts(options: Namespace, common: SamplingParameters) -> tuple[list[str], list[SamplingParameters]]:
+def _prompts(options: Namespace) -> tuple[list[str], list[SamplingParameters]]:
     """Return the prompts of the command line, then those of the file, and the sampling parameters of each."""
+    given = {name: value for name in SAMPLING_OPTIONS if (value := getattr(options, name, None)) is not None}
+    common = SamplingParameters(**given)
     if common.logprobs and not options.json:
         raise ValueError("--logprobs needs --json")
-    prompts, parameters = list(options.prompt), [common] * len(options.prompt)
-    for number, prompt in enumerate(prompts, start=1):
+    for number, prompt in enumerate(options.prompt, start=1):
         check_text(prompt, f"--prompt {number}")
     for text in options.stop or ():
         check_text(text, "--stop")
+    found = [(prompt, common) for prompt in options.prompt]
     if options.prompts is not None:
-        for number, line in numbered_lines(options.prompts):
-            if line.strip():
-                place = f"{options.prompts}, line {number}"
-                prompt, own = _line(place, line)
-                prompts.append(prompt)
-                parameters.append(_own_parameters(place, common, own))
-    if not prompts:
+        found += read_prompts(options.prompts, common)
+    if not found:
         where = "" if options.prompts is None else f" in {options.prompts}"
         raise ValueError(f"there is no prompt{where}; give --prompt or --prompts")
-    return prompts, parameters
+    return [prompt for prompt, _ in found], [parameters for _, parameters in found]
 
 
-def _line(place: str, line: str) -> tuple[str, dict[str, Any]]:
-    content = json_object(line, place)
-    if not isinstance(content.get("prompt"), str):
-        raise ValueError(f'{place} must be an object with a string "prompt"; found {", ".join(content) or "nothing"}')
-    unknown = sorted(content.keys() - {"prompt", *_OPTIONS})
-    if unknown:
-        raise ValueError(f"{place} has {', '.join(unknown)}; accepted are prompt, {', '.join(_OPTIONS)}")
-    return content.pop("prompt"), content
-
-
-def _own_parameters(place: str, common: SamplingParameters, own: dict[str, Any]) -> SamplingParameters:
-    try:
-        return replace(common, **own)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{place}: {error}") from error
-
-
-def _model(folder: Path, options: Namespace) -> LanguageModel:
-    from fastformer.models import FastformerConfig, FastformerForCausalLM, FastformerForSeq2SeqLM
-    from fastformer.models.loading import load_configuration, load_whole_model
-
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    config = load_configuration(folder)
-    if not isinstance(config, FastformerConfig):
-        raise ValueError(
-            f"{folder} holds a {config.model_type} model in Hugging Face's format; convert it with `fastformer convert`"
-        )
-    if config.stack == "encoder":
-        raise ValueError(f"{folder} holds an encoder, which cannot generate text")
-    kind = FastformerForSeq2SeqLM if config.is_encoder_decoder else FastformerForCausalLM
-    model = load_whole_model(kind, folder, dtype=options.dtype or "auto")
-    return model.to(chosen_device(options.device)).eval()
-
-
-def _collected(pieces: Iterable[Piece], prompts: int) -> list[Generation]:
-    """Collect the pieces into one generation for each prompt, and show the progress."""
-    generations = [Generation(text="") for _ in range(prompts)]
+def _with_progress(pieces: Iterable[Piece], prompts: int) -> Iterator[Piece]:
+    """Yield the pieces, and show how many tokens and finished prompts there are."""
     tokens = finished = 0
     with StatusLine() as line:
         for piece in pieces:
-            generations[piece.request].add(piece)
+            yield piece
             tokens += len(piece.tokens)
             finished += piece.finish_reason is not None
             line.show(f"{tokens:,} tokens; {finished:,} of {prompts:,} finished")
-    return generations
 
 
 def _stream(pieces: Iterator[Piece], as_json: bool) -> None:

@@ -14,7 +14,7 @@ from fastformer.generation.batch import ContinuousBatch, Statistics
 from fastformer.generation.cached_model import LanguageModel
 from fastformer.generation.packed_linear import can_pack, refresh_packed_weights, with_packed_weights
 from fastformer.generation.parameters import SamplingParameters
-from fastformer.generation.requests import Generation, Piece, Request
+from fastformer.generation.requests import Generation, Piece, Request, collected
 from fastformer.generation.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -134,10 +134,7 @@ class Generator:
             TypeError, ValueError: a prompt cannot be used. The error is raised before anything is generated. The prompt
                 is empty, or with its new tokens it exceeds the model's positions, `capacity` or all pages.
         """
-        generations = [Generation(text=None if self.tokenizer is None else "") for _ in prompts]
-        for piece in self.stream(prompts, parameters):
-            generations[piece.request].add(piece)
-        return generations
+        return collected(self.stream(prompts, parameters), len(prompts), text=self.tokenizer is not None)
 
     def stream(
         self, prompts: Sequence[Prompt], parameters: SamplingParameters | Sequence[SamplingParameters] = GREEDY

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -78,6 +78,14 @@ class Generation:
             self.text += piece.text
         if piece.logprobs is not None:
             self.logprobs = (self.logprobs or []) + piece.logprobs
+
+
+def collected(pieces: Iterable[Piece], prompts: int, text: bool = True) -> list[Generation]:
+    """Put the pieces of `prompts` prompts together, each prompt's in order; without text if there is no tokenizer."""
+    generations = [Generation(text="" if text else None) for _ in range(prompts)]
+    for piece in pieces:
+        generations[piece.request].add(piece)
+    return generations
 
 
 @dataclass
