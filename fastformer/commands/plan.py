@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastformer.arguments import PRECISIONS, CommandParser
-from fastformer.console import Table
 from fastformer.planning.choices import OPTIMIZERS, STRATEGIES
 from fastformer.planning.gpus import GPUS
 from fastformer.planning.presets import MOST_TOKENS
-from fastformer.planning.quantities import duration, gibibytes, in_billions, with_prefix
 
 if TYPE_CHECKING:
     from fastformer.models import FastformerConfig
-    from fastformer.planning.needs import Plan, Run, Setup
+    from fastformer.planning.needs import Setup
 
 _DESCRIPTION = """\
 Compute what training a model needs: memory of each device, operations, tokens per second, days. Parameters, operations
@@ -41,19 +38,23 @@ def main(arguments: list[str], begin: float) -> None:
     options = _parser().parse_args(arguments)
     from fastformer.planning.model_work import known_model
     from fastformer.planning.needs import plan, whole_run
+    from fastformer.planning.remedies import what_fits
+    from fastformer.planning.report import PlanReport
 
     name = options.preset or options.model
     config, kind = known_model(name)
     setup = _setup(options, config)
     found = plan(config, kind, setup)
     run = None if options.tokens is None else whole_run(found, setup, options.tokens, options.price)
-    changes = None if found.fits else _what_fits(config, kind, setup)
-    if options.json:
-        print(json.dumps(_as_json(name, setup, found, run, changes), indent=1))
-    else:
-        _show(name, setup, found, run, changes)
+    changes = None if found.fits else what_fits(config, kind, setup)
+    report = PlanReport(name, setup, found, run, None if changes is None else _as_options(changes))
+    print(json.dumps(report.as_json(), indent=1) if options.json else report.as_text())
     if not found.fits:
         raise SystemExit(1)
+
+
+def _as_options(changes: dict[str, Any]) -> str:
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
 
 
 def _parser() -> ArgumentParser:
@@ -145,80 +146,3 @@ def _setup(options: Namespace, config: FastformerConfig) -> Setup:
         usable=options.usable,
         network=options.network * 1e9,
     )
-
-
-def _what_fits(config: FastformerConfig, kind: str, setup: Setup) -> str | None:
-    """Return the first of several changes with which the run would fit, as options; None if none helps."""
-    from fastformer.planning.needs import plan
-
-    smallest = {"batch_size": 1, "checkpointing": True}
-    candidates: list[dict[str, Any]] = [{"checkpointing": True}, {"batch_size": 1}, smallest]
-    if setup.devices > 1:
-        candidates += [{"strategy": "fsdp"}, {"strategy": "fsdp", **smallest}]
-    for changes in candidates:
-        if plan(config, kind, replace(setup, **changes)).fits:
-            changed = {name: value for name, value in changes.items() if getattr(setup, name) != value}
-            return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changed.items())
-    return None
-
-
-def _as_json(name: str, setup: Setup, found: Plan, run: Run | None, changes: str | None) -> dict[str, Any]:
-    return {
-        "model": name,
-        "setup": asdict(setup),
-        "plan": {**asdict(found), "memory_total": found.memory.total, "fits": found.fits},
-        "run": None if run is None else asdict(run),
-        "fits_with": changes,
-    }
-
-
-def _show(name: str, setup: Setup, found: Plan, run: Run | None, changes: str | None) -> None:
-    parts = f", {setup.tensor_parallel}-way tensor-parallel" if setup.tensor_parallel > 1 else ""
-    checkpointing = ", checkpointing" if setup.checkpointing else ""
-    print(
-        f"{name}, {in_billions(found.parameters)} parameters, on {setup.devices} x {setup.gpu.name} "
-        f"({setup.gpu.source})\n{setup.strategy}{parts}, {setup.precision}, {setup.optimizer}{checkpointing}\n"
-    )
-    print(_memory_table(found), end="\n\n")
-    print(_time_table(setup, found, run))
-    if changes:
-        print(f"it fits with {changes}")
-
-
-def _memory_table(found: Plan) -> Table:
-    rows = [(part, gibibytes(size)) for part, size in asdict(found.memory).items()]
-    rows += [("total", gibibytes(found.memory.total)), ("usable", gibibytes(found.available))]
-    rows.append(("", "fits" if found.fits else "does not fit"))
-    return Table(("", ""), rows, "lr", title="memory of each device")
-
-
-def _time_table(setup: Setup, found: Plan, run: Run | None) -> Table:
-    accumulation = f" x {found.accumulation} batches" if found.accumulation > 1 else ""
-    rows = {
-        "examples per step": f"{found.batch_size} x {setup.copies} copies{accumulation}",
-        "tokens per step": f"{found.tokens:,}",
-        "operations per token": with_prefix(found.flops_per_token, "FLOP"),
-        "  share of attention": f"{found.attention_share:.1%}",
-        "operations per step": with_prefix(found.flops, "FLOP"),
-        "tokens per second": f"{found.tokens_per_second:,.0f}",
-        "time of a step": duration(found.seconds),
-        "  communication, not overlapped": duration(found.communication),
-    }
-    if run is not None:
-        rows |= {
-            "tokens": in_billions(run.tokens),
-            "steps": f"{run.steps:,}",
-            "operations": f"{run.flops:.3g} FLOP",
-            "time": duration(run.seconds),
-            "GPU hours": f"{run.gpu_hours:,.0f}",
-        }
-        if run.price is not None:
-            rows["price"] = f"{run.price:,.0f}"
-    title = f"operations and time, at {setup.mfu:.0%} of the peak"
-    return Table(("", ""), list(rows.items()), "lr", title=title, note=_NOTE)
-
-
-_NOTE = (
-    "Computed, not measured. Operations are the model's forward and backward, without recomputation. If communication "
-    "takes nearly as long as a step, the given utilisation cannot be reached."
-)
