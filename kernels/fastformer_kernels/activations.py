@@ -17,19 +17,19 @@ GELU_CUBIC_SLOPE = tl.constexpr(3 * 0.044715)
 
 @triton.jit
 def _sigmoid(x):
-    """1 / (1 + exp(-x))."""
+    """Compute 1 / (1 + exp(-x))."""
     return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
 
 
 @triton.jit
 def _gelu_tanh_gate(x):
-    """(1 + tanh(u)) / 2 = sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): one exponential, no NaN."""
+    """Compute (1 + tanh(u)) / 2 = sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): one exponential, no NaN."""
     return _sigmoid(x * (1.0 + x * x * GELU_CUBIC) * TWO_SQRT_2_OVER_PI)
 
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """The activation of float32 `x`. NaN gives NaN (the comparisons of ReLU are written for that)."""
+    """The activation of float32 `x`. NaN gives NaN: ReLU compares with <=, which is false for NaN."""
     if ACTIVATION == "relu":
         return tl.where(x <= 0.0, 0.0, x)
     elif ACTIVATION == "gelu":
@@ -48,7 +48,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_derivative(x, ACTIVATION: tl.constexpr):
-    """The derivative of the activation at float32 `x`; PyTorch's choice, 0, at the kink of ReLU."""
+    """The derivative of the activation at float32 `x`. For ReLU at zero it is 0, as in PyTorch."""
     if ACTIVATION == "relu":
         return tl.where(x <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "gelu":
@@ -78,7 +78,7 @@ def hidden_of(up, gate, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def gradients_of(grad_hidden, up, gate, ACTIVATION: tl.constexpr):
-    """The gradients of up and gate (without a gate the first again), for that of the hidden layer."""
+    """The gradients of up and gate from that of the hidden layer. Without a gate, the gradient of up twice."""
     if gate is None:
         grad_up = grad_hidden * activation_derivative(up, ACTIVATION)
         return grad_up, grad_up

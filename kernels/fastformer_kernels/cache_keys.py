@@ -1,8 +1,8 @@
 """Names of kernels in Triton's cache that do not depend on what a process launched before.
 
-A name is made of a kernel, the functions it calls and the constants of modules that these read. Triton 3.6 looks at a
-function's constants before it has found them, unless another kernel that calls it came first: a cache that was made
-ahead of time, in another order, then lacks the kernel. Later versions find them first, and so does this.
+A name is computed from a kernel, the functions it calls and the module constants that these read. Triton 3.6 uses a
+function's constants before it has searched for them, unless another kernel that calls the function was compiled before.
+A cache that was filled in another order then lacks the kernel. Later versions search first, and so does this module.
 """
 
 from __future__ import annotations
@@ -20,5 +20,5 @@ def _find_constants_first(finder: DependenciesFinder, function: Any) -> None:
 
 
 def make_independent_of_order() -> None:
-    """For all kernels of this process."""
+    """Compute the names of all kernels of this process in this way."""
     DependenciesFinder._update_hash = _find_constants_first

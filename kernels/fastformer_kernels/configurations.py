@@ -1,7 +1,7 @@
-"""Which launch configuration an operation has: a forced one, else one measured on this GPU, else the shipped default.
+"""The launch configuration of an operation: a forced one, else one measured on this GPU, else the shipped default.
 
-A configuration is a frozen dataclass of whole numbers and switches. `fastformer tune` measures them, class of shapes by
-class, and stores them for an architecture and a version of triton.
+A configuration is a frozen dataclass of whole numbers and switches. `fastformer tune` measures configurations for each
+class of shapes, and stores them for an architecture and a version of triton.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ T = TypeVar("T")
 Stored = dict[str, int]
 """A configuration's fields as they are stored."""
 
-# What each block forces, the newest last. Threads leave their blocks in any order.
+# The configurations that each `with` block forces, the newest block last. Threads leave their blocks in any order.
 _blocks: tuple[Mapping[str, Any], ...] = ()
 _changing_blocks = Lock()
-# What they say together. Replaced, never changed: autograd's threads read it too.
+# All blocks together. Replaced, never changed in place: autograd's threads read it too.
 _forced: Mapping[str, Any] = {}
-# By architecture, as `read_plans` returns them; None until somebody asks.
+# Measured configurations by architecture, as `read_plans` returns them; None until they are first needed.
 _measurements: dict[str, dict] | None = None
-# What was asked for, where somebody wants to know.
+# The defaults that launches asked for, recorded within `shipped_defaults`.
 _asked: dict[str, Any] | None = None
 
 
@@ -44,9 +44,9 @@ def chosen(operation: str, tensor: torch.Tensor, default: T, shape: Callable[[],
     """The configuration of `operation` for a class of shapes.
 
     Args:
-        tensor: on the device that will run it.
-        default: where none is forced and none was measured.
-        shape: says which class of shapes; asked only where something was measured.
+        tensor: any tensor on the device that will run the operation.
+        default: the result where none is forced and none was measured.
+        shape: returns the class of shapes; called only where something was measured.
     """
     if operation in _forced:
         return _forced[operation]
@@ -65,7 +65,7 @@ def class_key(operation: str, shape: tuple[str, ...]) -> str:
 
 
 def size_class(size: int, ends: tuple[int, ...]) -> str:
-    """The class of a size, where `ends` are the largest sizes of all classes but the last."""
+    """The class of a size. `ends` are the largest sizes of all classes except the last."""
     index = bisect_left(ends, size)
     return f"<={ends[index]}" if index < len(ends) else f">{ends[-1]}"
 
@@ -77,7 +77,7 @@ def others_than(default: T, found: Iterable[T]) -> list[T]:
 
 @contextmanager
 def forced(configurations: Mapping[str, Any]) -> Iterator[None]:
-    """Launch these operations with these configurations within the block, whatever the shapes, in every thread."""
+    """Launch these operations with these configurations within the `with` block, for all shapes and in every thread."""
     block = dict(configurations)
     _change_blocks(lambda blocks: (*blocks, block))
     try:
@@ -96,10 +96,10 @@ def _change_blocks(change: Callable[[tuple[Mapping[str, Any], ...]], tuple[Mappi
 
 @contextmanager
 def shipped_defaults() -> Iterator[dict[str, Any]]:
-    """Launch with the shipped defaults within the block, whatever was measured.
+    """Launch with the shipped defaults within the `with` block, even where something was measured.
 
     Returns:
-        What the launches asked for: default configurations by the keys of their classes, filled as they are asked for.
+        The default configurations that the launches asked for, by the keys of their classes. Each launch adds its own.
     """
     global _asked
     previous, _asked = _asked, {}
@@ -112,15 +112,15 @@ def shipped_defaults() -> Iterator[dict[str, Any]]:
 
 
 def plans_path() -> Path:
-    """Where measured configurations are kept: plans.json in FASTFORMER_CACHE, by default ~/.cache/fastformer."""
+    """The file of measured configurations: plans.json in FASTFORMER_CACHE, by default ~/.cache/fastformer."""
     return Path(os.environ.get("FASTFORMER_CACHE") or "~/.cache/fastformer").expanduser() / "plans.json"
 
 
 @lru_cache
 def measured_configurations(architecture: str) -> Mapping[str, Stored]:
-    """What was measured on `architecture` with this triton, by class; empty where there is nothing to trust.
+    """The configurations measured on `architecture` with this version of triton, by class; empty where there are none.
 
-    Configurations of another triton are reported by a warning and not used.
+    Configurations measured with another version of triton are not used, and a warning says so.
     """
     measured = _stored().get(architecture)
     if measured is None:
@@ -137,7 +137,7 @@ def measured_configurations(architecture: str) -> Mapping[str, Stored]:
 
 @lru_cache
 def _measured(architecture: str, operation: str, shape: tuple[str, ...], kind: Any) -> Any:
-    """The measured configuration of a class, made a `kind`; None where there is none."""
+    """The measured configuration of a class, as an instance of `kind`; None where there is none."""
     key = class_key(operation, shape)
     stored = measured_configurations(architecture).get(key)
     if stored is None:
@@ -163,7 +163,7 @@ def _stored() -> dict[str, dict]:
 
 
 def use_measured(architecture: str, configurations: Mapping[str, Stored]) -> None:
-    """From now on in this process, take these for what was measured, whatever the file says."""
+    """Use these as the measured configurations in this process from now on, instead of those of the file."""
     global _measurements
     forget_plans_read()
     _measurements = {architecture: {"triton": triton.__version__, "configurations": configurations}}
@@ -171,12 +171,13 @@ def use_measured(architecture: str, configurations: Mapping[str, Stored]) -> Non
 
 
 def read_plans(path: Path) -> dict[str, dict]:
-    """By architecture: {"triton": its version, "configurations": {class of shapes: fields of a configuration}}.
+    """Read a file of plans; empty where there is no file.
 
-    Empty where there is no file.
+    Returns:
+        By architecture: {"triton": its version, "configurations": {class of shapes: fields of a configuration}}.
 
     Raises:
-        ValueError: the file is no file of plans.
+        ValueError: the file is not a valid file of plans.
     """
     if not path.exists():
         return {}
@@ -206,7 +207,7 @@ def _is_configuration(fields: object) -> bool:
 
 
 def forget_plans_read() -> None:
-    """Read the file again at the next question, since it has changed."""
+    """Read the file again when a plan is next needed. Call this after the file has changed."""
     global _measurements
     _measurements = None
     measured_configurations.cache_clear()

@@ -1,4 +1,4 @@
-"""Numbers that kernels share, and how a kernel is given several constants as one argument."""
+"""Numbers that kernels share, and a way to give a kernel several constants as one argument."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ Bundle = TypeVar("Bundle", bound=Any)
 
 
 def constants(bundle: Bundle) -> Bundle:
-    """`bundle`, a named tuple, as an argument of a kernel: each of its fields is a constant when that is compiled."""
+    """`bundle`, a named tuple, as an argument of a kernel: each field is a constant when the kernel is compiled."""
     return bundle._make(tl.constexpr(value) for value in bundle)

@@ -1,4 +1,4 @@
-"""Cross-entropy of rows of logits and its gradient, which may take the logits' place.
+"""Cross-entropy of rows of logits, and its gradient, which may overwrite the logits.
 
 With classes c, target t, class weights w, label smoothing s (Szegedy et al., 2016, https://arxiv.org/abs/1512.00567),
 z-loss a (Chowdhery et al., 2022, https://arxiv.org/abs/2204.02311, section 5) and, for a softcap k (Gemma Team, 2024,
@@ -8,12 +8,13 @@ https://arxiv.org/abs/2408.00118, section 2), z = k tanh(logit / k):
     loss = (1 - s) w_t (lse - z_t) + s / C sum_c w_c (lse - z_c) + a w_t lse^2
     d loss / d z_c = exp(z_c - lse) ((1 - s) w_t + s / C sum_c w_c + 2 a w_t lse) - [c = t] (1 - s) w_t - s / C w_c
 
-and d z / d logit = 1 - (z / k)^2. lse is kept as two numbers, the maximum m of z and the sum of exp(z_c - m), and the
-probability computed as exp(z_c - m) / sum: rounded to one number, lse would give it a relative error of |lse| units.
+and d z / d logit = 1 - (z / k)^2. lse is kept as two numbers, the maximum m of z and the sum of exp(z_c - m). A
+probability is computed as exp(z_c - m) / sum. If lse were rounded to one number, the probability would have a relative
+error of |lse| units in the last place.
 
-A row is read once for these, online (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867), and once for the
-gradient; a tile holds several rows where they are short. Whole tiles are loaded without a test of the column, so that
-they are read in 128 bits wherever the rows are aligned.
+A row is read once for these two numbers, online (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867), and
+once for the gradient. A tile holds several rows where they are short. Whole tiles are loaded without a test of the
+column, so that aligned rows are read in 128 bits.
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ from fastformer_kernels.rows import (
 )
 
 _CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=8, most_threads=256)
-# With smoothing or a softcap more is live for each element: a whole tile spills on sm_90 and later.
+# With smoothing or a softcap, each element needs more registers: a whole tile spills on sm_90 and later.
 _LIVE_CONFIGURATION = RowConfiguration(tile_elements=2048, thread_elements=8, most_threads=256)
-# A tile's columns where neighbouring rows, not neighbouring classes, are next to each other in memory.
+# Columns of a tile where neighbouring rows, not neighbouring classes, are next to each other in memory.
 TRANSPOSED_COLUMNS = 64
 
 
 class CrossEntropyOptions(NamedTuple):
-    """What the loss of a row is made of.
+    """The options of the loss of a row.
 
     Attributes:
-        ignore_index: rows with this target have loss and gradient zero.
-        label_smoothing: the share s of the loss that all classes take alike.
+        ignore_index: a row with this target has loss and gradient zero.
+        label_smoothing: the part s of the loss that is spread over all classes.
         z_loss: the factor a of lse^2.
-        softcap: the bound k of the capped logits; 0, for a kernel None, leaves them as they are.
+        softcap: the bound k of the capped logits. 0 means no cap; a kernel takes None instead of 0.
     """
 
     ignore_index: int = -100
@@ -64,13 +65,13 @@ class CrossEntropyOptions(NamedTuple):
 
 
 class _RowTerms(NamedTuple):
-    """What the gradient of a row's logits is made of, (rows, 1) each.
+    """The terms of the gradient of a row's logits, (rows, 1) each.
 
     Attributes:
         target: the target class.
         counts: whether the row is not ignored.
-        maximum, log_sum: lse as two numbers: of z, and the logarithm of the sum of exp(z - maximum).
-        of_exponential, of_target, of_class: multiply exp(z - maximum), [c = t] and w_c.
+        maximum, log_sum: the two parts of lse: the maximum of z, and the logarithm of the sum of exp(z - maximum).
+        of_exponential, of_target, of_class: the factors of exp(z - maximum), [c = t] and w_c.
     """
 
     target: Any
@@ -93,7 +94,7 @@ def _load_logits(logits_row, column, stride, valid, softcap):
 
 @triton.jit
 def _accumulate(z, maximum, total):
-    """Each lane's maximum and sum of exp(z - maximum) with one more logit."""
+    """Update each lane's maximum and sum of exp(z - maximum) with one more logit."""
     new_maximum = tl.maximum(maximum, z)
     shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     return new_maximum, total * tl.exp2((maximum - shift) * LOG2_E) + tl.exp2((z - shift) * LOG2_E)
@@ -101,7 +102,7 @@ def _accumulate(z, maximum, total):
 
 @triton.jit
 def _load_class_weight(class_weight_pointer, column, valid):
-    """Weights of the classes `column`, 1 where there are none; 0 where not valid."""
+    """Weights of the classes `column`; 0 where not valid. Without class weights they are 1."""
     if class_weight_pointer is None:
         return tl.where(valid, 1.0, 0.0)
     else:
@@ -122,7 +123,7 @@ def _finish_tile(
     softcap,
     SMOOTHS: tl.constexpr,
 ):
-    """Store the gradient of a tile; returns the lanes' sums of w_c (lse - z_c) with this tile's."""
+    """Store the gradient of a tile, and add its w_c (lse - z_c) to the lanes' sums, which are returned."""
     z = _load_logits(logits_row, column, logits_stride, valid, softcap)
     if SMOOTHS:
         class_weight = _load_class_weight(class_weight_pointer, column, valid)
@@ -161,18 +162,18 @@ def _cross_entropy_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Loss and normalizer where there is a loss to store, else that is read; the gradient where it is to be stored.
+    """Compute the loss and the gradient of BLOCK_ROWS rows, each if it has a pointer.
 
-    The formulas are at the head of this file.
+    With a loss, the normalizer is written too; without one it is read. The formulas are at the head of this file.
 
     Args:
-        logits, gradient: a `RowTensor` each; without a pointer there is no gradient.
+        logits, gradient: a `RowTensor` each. The pointer of gradient may be None; its memory may be that of logits.
         target_pointer, loss_pointer: (rows,), int64 and float32.
         class_weight_pointer, class_weight_sum_pointer: w, (classes,) float32, and its sum, which smoothing needs.
         grad_loss_pointer, grad_loss_stride: (rows,) float32, the gradient of each row's loss.
         normalizer_pointer: (2, rows) float32, the maximum m of z and the sum of exp(z - m).
-        rows, size_1, size_2, classes: of the logits' `RowLayout`.
-        loss_options: a `CrossEntropyOptions`, whose softcap is None for none.
+        rows, size_1, size_2, classes: from the logits' `RowLayout`.
+        loss_options: a `CrossEntropyOptions`, whose softcap is None for no cap.
         SMOOTHS: whether there is label smoothing.
     """
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
@@ -222,7 +223,7 @@ def _cross_entropy_kernel(
         if gradient.pointer is not None:
             gradient_row = gradient.pointer + row_offset(row, size_1, size_2, gradient, ALIGNMENT)
             grad_loss = tl.load(grad_loss_pointer + row * grad_loss_stride, mask=row_valid, other=0.0)
-            # A target that is no class makes its row's gradient NaN.
+            # A target that is not a class makes its row's gradient NaN.
             grad_loss = tl.where(known, grad_loss, float("nan"))
             of_exponential = of_probability * grad_loss / exponential_sum
             of_target *= grad_loss
@@ -252,12 +253,12 @@ def _cross_entropy_kernel(
 def cross_entropy_forward(
     logits: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None, options: CrossEntropyOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss (rows,) and normalizer (2, rows) of each row: its maximum m and the sum of exp(z - m); float32.
+    """Loss (rows,) and normalizer (2, rows), float32. The normalizer is the maximum m and the sum of exp(z - m).
 
     Args:
         logits: (N, classes, ...), any strides.
         target: int64, contiguous, one for each row of `logits` in the order of its other dimensions. A target that is
-            no class gives NaN.
+            not a class gives NaN.
         class_weight: (classes,) float32 contiguous.
     """
     loss = torch.empty(target.numel(), dtype=torch.float32, device=logits.device)
@@ -278,8 +279,8 @@ def cross_entropy_backward(
     """Write the gradient of `logits` to `gradient`, which may be `logits`.
 
     Args:
-        grad_loss: (rows,) float32, the gradient of each row's loss; a stride of 0 gives all rows the same.
-        normalizer: as `cross_entropy_forward` returned it.
+        grad_loss: (rows,) float32, the gradient of each row's loss; with a stride of 0 all rows have the same.
+        normalizer: the one that `cross_entropy_forward` returned.
     """
     _launch(logits, gradient, target, class_weight, grad_loss, None, normalizer, options)
 
@@ -291,7 +292,7 @@ def cross_entropy_in_place(
     grad_loss: torch.Tensor,
     options: CrossEntropyOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `cross_entropy_forward`, and in the same launch the gradient, for `grad_loss`, in the logits' place."""
+    """Return the results of `cross_entropy_forward`, and overwrite `logits` with their gradient in the same launch."""
     loss = torch.empty(target.numel(), dtype=torch.float32, device=logits.device)
     normalizer = loss.new_empty(2, target.numel())
     _launch(logits, logits, target, class_weight, grad_loss, loss, normalizer, options)
@@ -309,7 +310,7 @@ def _launch(
     options: CrossEntropyOptions,
 ) -> None:
     logits_rows, gradient_rows = addressable(1, logits, gradient)
-    # Smoothing spreads a target over the classes by their weights.
+    # Smoothing spreads a target over the classes in proportion to their weights.
     weight_sum = class_weight.sum() if class_weight is not None and options.label_smoothing > 0.0 else None
     _launch_rows(logits_rows, gradient_rows, target, class_weight, weight_sum, grad_loss, loss, normalizer, options)
     if gradient is not None and gradient_rows is not gradient:

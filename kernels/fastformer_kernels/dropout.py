@@ -1,7 +1,7 @@
 """Dropout of a matrix's elements, as a pure function of (seed, offset, row, column).
 
 Philox-4x32-10 (Salmon et al., SC 2011) with the counter (column // 4, row, row's upper word, offset): its four words
-serve four neighbouring columns, so that every tile size and the backward draw the same ones.
+serve four neighbouring columns, so that every tile size and the backward draw the same words.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import triton.language as tl
 
 
 class Dropout(NamedTuple):
-    """Which elements to drop.
+    """The elements to drop, as a random generator's state and a threshold.
 
     Attributes:
-        seed: (2,) int64 on the tensors' device, seed and offset; None, for a kernel, drops nothing.
-        threshold: the 32-bit word below which an element is dropped.
-        scale: of those kept.
+        seed: (2,) int64 on the tensors' device, seed and offset. A kernel may be given None: it then drops nothing.
+        threshold: an element is dropped if its random 32-bit word is below this.
+        scale: multiplies the elements that are kept.
     """
 
     seed: torch.Tensor | None
@@ -28,16 +28,15 @@ class Dropout(NamedTuple):
 
 
 def dropout_arguments(dropout: Dropout | None) -> tuple[torch.Tensor | None, int, float]:
-    """The fields of what a kernel takes, as a kept launch wants them: by themselves."""
+    """The fields of `dropout` one by one, as a kept launch takes them. Without dropout they drop nothing."""
     return (None, 0, 1.0) if dropout is None else dropout
 
 
 @triton.jit
 def dropout_keep(dropout, row, start, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Which elements dropout keeps, (BLOCK_ROWS, BLOCK_COLUMNS) boolean.
+    """True for the elements that dropout keeps, (BLOCK_ROWS, BLOCK_COLUMNS).
 
-    `row` is (BLOCK_ROWS, 1) int64, the columns begin at `start`, a multiple of 4 as BLOCK_COLUMNS is; a word below
-    the threshold drops its element.
+    `row` is (BLOCK_ROWS, 1) int64. The columns begin at `start`; `start` and BLOCK_COLUMNS are multiples of 4.
     """
     counter = (start // 4 + tl.arange(0, BLOCK_COLUMNS // 4)).to(tl.uint32)[None, :]
     zero = (row * 0).to(tl.uint32) + counter * 0
@@ -55,7 +54,7 @@ def dropout_keep(dropout, row, start, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: t
 
 @triton.jit
 def drop(x, dropout, row, start, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """A tile `x` of rows `row` (BLOCK_ROWS,), columns from `start`, after dropout if there is a seed."""
+    """Apply dropout, if there is a seed, to a tile `x` of the rows `row` (BLOCK_ROWS,) and the columns from `start`."""
     if dropout.seed is None:
         return x
     else:

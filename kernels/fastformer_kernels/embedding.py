@@ -1,10 +1,10 @@
-"""A Transformer's input: the sum of word, position and token type embeddings, LayerNorm and dropout, and its gradients.
+"""A Transformer's input: LayerNorm and dropout of the sum of word, position and token type embeddings; and gradients.
 
     x = word[id] + position[p] + token_type[t],  y = dropout(LayerNorm(x))
 
-as in BERT (Devlin et al., 2019, section 3). The sum is never stored: the backward gathers it again. A table's gradient
-is gathered too: its rows' tokens, sorted, say which rows of dx to add, so that no addition is atomic, every result is
-deterministic and each row is written once.
+as in BERT (Devlin et al., 2019, section 3). The sum is never stored: the backward computes it again. A table's
+gradient is gathered: the tokens, sorted by their row of the table, tell which rows of dx to add. So no addition is
+atomic, every result is deterministic and each row is written once.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from fastformer_kernels.rows import Matrix, aligned, alignment
 MAX_COLUMNS = 4096
 TILE_ELEMENTS = 4096
 ELEMENTS_PER_THREAD = 8
-# Of the backward: enough to keep the memory busy, few enough that their partial sums stay small.
+# For the backward: enough programs to keep the memory busy, but so few that their partial sums stay small.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 TABLE_BLOCK_TOKENS = 8
 TABLE_BLOCK_COLUMNS = 256
-# Tokens of one row of a table that one program adds up; rows with more are divided among at most so many programs.
+# Tokens of one table row that one program adds up. Rows with more are split among at most MOST_SPLITS programs.
 TOKENS_PER_SPLIT = 64
 MOST_SPLITS = 64
 
 
 class Lookups(NamedTuple):
-    """What a token's embeddings are read from.
+    """The ids and tables from which a token's embeddings are read.
 
     Attributes:
-        word_ids, position_ids, token_type_ids: (tokens,), int64 or int32; without ids of positions the index in the
-            sequence is taken, without those of types row 0.
-        word, position, token_type: tables, (rows, columns); all but the first may be missing.
-        words, positions, token_types: rows of each.
-        sequence_length: tokens of a sequence.
+        word_ids, position_ids, token_type_ids: (tokens,), int64 or int32. Without position_ids a token's position is
+            its index in the sequence; without token_type_ids its type is row 0.
+        word, position, token_type: tables, (rows, columns); all but word may be None.
+        words, positions, token_types: number of rows of each table.
+        sequence_length: number of tokens of a sequence.
     """
 
     word_ids: torch.Tensor
@@ -60,7 +60,7 @@ class Lookups(NamedTuple):
 
 @triton.jit
 def _load_row(table_pointer, id, rows, column, columns, valid):
-    """Rows `id` of a table in float32; NaN for one that it does not have, since an error cannot be raised here."""
+    """The rows `id` of a table in float32; NaN for a row outside the table, since no error can be raised here."""
     known = (id >= 0) & (id < rows)
     x = tl.load(table_pointer + tl.where(known, id, 0) * columns + column, mask=valid, other=0.0).to(tl.float32)
     return tl.where(known, x, float("nan"))
@@ -68,7 +68,7 @@ def _load_row(table_pointer, id, rows, column, columns, valid):
 
 @triton.jit
 def _load_sum(lookups, row, row_valid, column, columns):
-    """The sum of the embeddings of the tokens `row` in float32, from `Lookups`; zero beyond the rows and columns."""
+    """The sum of the embeddings of the tokens `row` in float32, from a `Lookups`; zero outside the rows and columns."""
     valid = row_valid & (column < columns)
     word = tl.load(lookups.word_ids + row, mask=row_valid, other=0).to(tl.int64)
     x = _load_row(lookups.word, word, lookups.words, column, columns, valid)
@@ -101,17 +101,17 @@ def _forward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """y = dropout(LayerNorm(x)) of the sum x of each token's embeddings, for BLOCK_ROWS tokens.
+    """Compute y = dropout(LayerNorm(x)), where x is the sum of a token's embeddings, for BLOCK_ROWS tokens.
 
     Args:
         lookups: a `Lookups`.
-        weight_pointer, bias_pointer: LayerNorm's, (columns,), or None.
+        weight_pointer, bias_pointer: those of LayerNorm, (columns,), or None.
         dropout: a `Dropout`.
         output_pointer: (rows, columns), y, written.
         mean_pointer, rstd_pointer: (rows,) float32, written.
-        rows, columns, eps: tokens, the tables' columns, and what is added to the variance.
-        ALIGNMENT: divides the columns.
-        BLOCK_ROWS, BLOCK_COLUMNS: of a tile, which holds whole rows.
+        rows, columns, eps: number of tokens, the tables' columns, and the number added to the variance.
+        ALIGNMENT: a number that divides the columns.
+        BLOCK_ROWS, BLOCK_COLUMNS: the size of a tile, which holds whole rows.
     """
     columns = aligned(columns, ALIGNMENT)
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
@@ -119,7 +119,7 @@ def _forward_kernel(
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
     valid = row_valid & (column < columns)
     x = _load_sum(lookups, row, row_valid, column, columns)
-    # In two parts, as in LayerNorm: one float32 cannot hold a mean far from zero to the deviations' precision.
+    # The mean is subtracted in two parts, as in `normalization`: one float32 is not precise enough far from zero.
     shift = tl.sum(x, axis=1)[:, None] / columns
     x = tl.where(valid, x - shift, 0.0)
     remainder = tl.sum(x, axis=1)[:, None] / columns
@@ -151,12 +151,12 @@ def _backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Gradient of the sum of embeddings, and this program's sums for the gradients of LayerNorm's parameters.
+    """Compute the gradient of the sum of embeddings, and this program's sums for LayerNorm's weight and bias.
 
     Args:
         grad_output: a `Matrix`, dy.
         grad_sum_pointer: (rows, columns), dx, written.
-        weight_sums_pointer, bias_sums_pointer: (programs, columns) float32, written; None where not wanted.
+        weight_sums_pointer, bias_sums_pointer: (programs, columns) float32, written; None if not wanted.
 
     The other arguments are those of `_forward_kernel`.
     """
@@ -206,15 +206,15 @@ def _table_gradient_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """One row of a table's gradient, or one of several parts of it: the sum of its tokens' gradients.
+    """Compute one row of a table's gradient, or one part of it: the sum of the gradients of the row's tokens.
 
     Args:
         grad_sum_pointer: (tokens, columns), dx.
-        order_pointer, starts_pointer: (tokens,) and (rows + 1,) int64, those of `table_gradient`.
+        order_pointer, starts_pointer: (tokens,) and (rows + 1,) int64, as in `table_gradient`.
         grad_table_pointer: (parts, rows, columns), written.
-        columns, padding_idx: of the table, and its row whose gradient stays zero.
-        ALIGNMENT: divides the columns.
-        BLOCK_TOKENS, BLOCK_COLUMNS: of a tile.
+        columns, padding_idx: the table's columns, and its row whose gradient stays zero.
+        ALIGNMENT: a number that divides the columns.
+        BLOCK_TOKENS, BLOCK_COLUMNS: the size of a tile.
     """
     columns = aligned(columns, ALIGNMENT)
     table_row = tl.program_id(0).to(tl.int64)
@@ -248,13 +248,13 @@ def embedding_forward(
     eps: float,
     dropout: Dropout | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Embed tokens.
+    """Sum each token's embeddings, and apply LayerNorm and dropout.
 
     Args:
-        word_ids, position_ids, token_type_ids: of one shape, int64 or int32, contiguous; a table of positions without
-            ids is read at the index along the last dimension, one of types at row 0.
-        word, position, token_type: tables, each (rows, columns), contiguous and of one floating dtype.
-        weight, bias: LayerNorm's, (columns,), contiguous, any floating dtype.
+        word_ids, position_ids, token_type_ids: all of the same shape, int64 or int32, contiguous. Without position_ids
+            a position is the index along the last dimension; without token_type_ids every type is row 0.
+        word, position, token_type: tables, each (rows, columns), contiguous, all of the same floating dtype.
+        weight, bias: those of LayerNorm, (columns,), contiguous, any floating dtype.
 
     Returns:
         The output, (*word_ids.shape, columns) in the tables' dtype; the rows' mean and rstd, (*word_ids.shape, 1)
@@ -296,7 +296,7 @@ def _launch_forward(
     scale: float,
     eps: float,
 ) -> Launch:
-    """`results` are output, mean and rstd."""
+    """Describe the launch. `results` are output, mean and rstd."""
     output, mean, rstd = results
     rows, columns = word_ids.numel(), word.shape[1]
     lookups = _lookups(word_ids, position_ids, token_type_ids, word, position, token_type)
@@ -339,11 +339,10 @@ def embedding_backward(
     weight_needs_grad: bool,
     bias_needs_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the sum of embeddings, in the tables' dtype, and of LayerNorm's weight and bias, float32, where
-    needed.
+    """Gradients of the sum of embeddings, in the tables' dtype, and of LayerNorm's weight and bias.
 
-    `grad_output` is (*word_ids.shape, columns), any strides; the other arguments are those and the results of
-    `embedding_forward`.
+    Those of weight and bias are float32, and None if not needed. `grad_output` is (*word_ids.shape, columns), any
+    strides. The other arguments are the arguments and the results of `embedding_forward`.
     """
     rows, columns = word_ids.numel(), word.shape[1]
     grad_sum = word.new_empty(grad_output.shape)
@@ -392,7 +391,7 @@ def _launch_backward(
     threshold: int,
     scale: float,
 ) -> Launch:
-    """`grad_output` is (tokens, columns)."""
+    """Describe the launch. `grad_output` is (tokens, columns)."""
     rows, columns = grad_output.shape
     blocks = _blocks(rows, columns)
     return Launch(
@@ -419,10 +418,10 @@ def _launch_backward(
 
 
 def table_gradient(grad_sum: torch.Tensor, order: torch.Tensor, starts: torch.Tensor, padding_idx: int) -> torch.Tensor:
-    """Gradient of a table, (rows, columns) in `grad_sum`'s dtype.
+    """The gradient of a table, (rows, columns) in `grad_sum`'s dtype.
 
     Args:
-        grad_sum: (..., columns), contiguous.
+        grad_sum: (..., columns), contiguous, the gradient of the sum of embeddings.
         order: (tokens,) int64, the tokens sorted by their row of the table.
         starts: (rows + 1,) int64, where each row's tokens begin in `order`.
         padding_idx: a row whose gradient stays zero; -1 for none.
@@ -476,7 +475,7 @@ def _lookups(
     position: torch.Tensor | None,
     token_type: torch.Tensor | None,
 ) -> Lookups:
-    """Ids and tables with their sizes."""
+    """Ids and tables with their sizes, as kernels take them."""
     words, positions, token_types = (0 if table is None else len(table) for table in (word, position, token_type))
     return Lookups(
         word_ids,
@@ -493,14 +492,14 @@ def _lookups(
 
 
 def _programs(rows: int, columns: int, tensor: torch.Tensor) -> int:
-    """Of the backward, each with partial sums of its own."""
+    """The number of programs of the backward. Each has its own partial sums."""
     tiles = -(-rows // _blocks(rows, columns)["BLOCK_ROWS"])
     return min(tiles, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors_of(tensor))
 
 
 @lru_cache
 def _blocks(rows: int, columns: int) -> dict[str, int]:
-    """Tiles of whole rows, several where they are short; dropout draws its random words for four columns at a time."""
+    """The size of a tile, which holds whole rows. It has at least four columns: dropout draws random words for four."""
     block_columns = max(4, triton.next_power_of_2(columns))
     block_rows = max(1, min(TILE_ELEMENTS // block_columns, triton.next_power_of_2(rows)))
     return {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}

@@ -1,8 +1,8 @@
-"""Launches that are kept: what a kernel is launched with is worked out once for each kind of call.
+"""Keep launches: the arguments of a kernel are computed once for each kind of call.
 
-Between two calls that differ in nothing but where their tensors lie, a launch differs in its pointers alone. Choosing a
-configuration, computing strides and sizes, and Triton's own search for the compiled kernel, which handles each of some
-sixty arguments, take ten times as long as the launch. So a launcher says what to launch, and is asked once:
+If two calls differ only in the addresses of their tensors, their launches differ only in pointers. Choosing a
+configuration, computing strides and sizes, and Triton's own search for the compiled kernel, which handles each of about
+sixty arguments, take ten times as long as the launch. Therefore a launcher returns a launch, and is called once:
 
 >>> @kept_launch
 ... def _launch_copy(source: torch.Tensor, made: tuple[torch.Tensor]) -> Launch:
@@ -23,12 +23,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastformer_kernels.launch import device_guard, provide_scratch_memory
 
-# Kinds of calls that are kept at a time; a process with more begins anew.
+# The number of kinds of calls that are kept at a time. A process that needs more forgets all and starts again.
 _MOST_KINDS = 4096
-# Triton compiles for pointers that are multiples of this many bytes, or are not.
+# Triton compiles one kernel for pointers that are multiples of this many bytes, and another for those that are not.
 _ALIGNMENT = 16
 
-# Replaced by another dictionary, never emptied: what a thread is about to keep may not hold afterwards.
+# Replaced by another dictionary, never emptied: a thread may be about to add an entry that is no longer valid.
 _kept: dict[tuple[Any, ...], list[_Kept]] = {}
 _choices: dict[tuple[Any, ...], Any] = {}
 
@@ -36,13 +36,13 @@ Choice = TypeVar("Choice")
 
 
 class Launch(NamedTuple):
-    """What to launch.
+    """One launch of a kernel.
 
     Attributes:
         kernel: the Triton function.
-        grid: programs in each dimension.
-        arguments: of the kernel, its constants among them, and the compiler's options, by name; tensors among them,
-            within a tuple among them or described by a descriptor among them are the launcher's.
+        grid: number of programs in each dimension.
+        arguments: by name, the kernel's arguments with its constants, and the compiler's options. Every tensor in them
+            (directly, in a tuple, or as the base of a descriptor) must be one that the launcher was given.
         descriptors: whether the kernel makes tensor descriptors.
     """
 
@@ -56,22 +56,23 @@ Launcher = Callable[..., Launch | list[Launch] | None]
 
 
 def kept_launch(launcher: Launcher) -> Callable[..., None]:
-    """Launch what `launcher` says, and without asking it again for a call of the same kind.
+    """Launch what `launcher` returns, without calling it again for a call of the same kind.
 
     Two calls are of the same kind if their tensors have the same dtypes, shapes, strides and alignment to 16 bytes, lie
     on the same device, and their other arguments are equal. Nothing else about a tensor may decide what is launched.
 
     Args:
-        launcher: takes by position a tensor, and after it tensors, None, hashable values, and tuples of tensors that
-            were allocated for this launch: their dtypes, shapes and strides follow from the other arguments, and are
-            not looked at. Returns a launch, several in their order, or None where there is nothing to launch.
+        launcher: takes positional arguments: first a tensor, then tensors, None, hashable values, and tuples of
+            tensors. A tuple holds tensors that were allocated for this launch: their dtypes, shapes and strides must
+            follow from the other arguments, since they are not compared. Returns a launch, a list of launches in
+            their order, or None where there is nothing to launch.
     """
 
     def launch(*arguments: Any) -> None:
         first: torch.Tensor = arguments[0]
         device = first.get_device()
         if device < 0 and not first.is_meta:
-            # On a CPU, a tool that executes kernels is asked each time.
+            # On a CPU a tool executes the kernels: its launches are not kept.
             _launch(launcher, arguments)
             return
         driver = triton.runtime.driver.active
@@ -106,11 +107,11 @@ def kept_launch(launcher: Launcher) -> Callable[..., None]:
 
 
 def kept_choice(choose: Callable[..., Choice]) -> Callable[..., Choice]:
-    """Ask `choose` once for each kind of call, for as long as launches are kept.
+    """Call `choose` once for each kind of call, and keep its result as long as launches are kept.
 
     Args:
-        choose: takes by position a tensor, and after it tensors, None and hashable values; of tensors only the device,
-            the dtype and the shape may matter.
+        choose: takes positional arguments: first a tensor, then tensors, None and hashable values. Its result may
+            depend only on the device, the dtype and the shape of a tensor.
     """
 
     def choice(*arguments: Any) -> Choice:
@@ -136,13 +137,13 @@ def kept_choice(choose: Callable[..., Choice]) -> Callable[..., Choice]:
 
 
 def forget_launches() -> None:
-    """Ask every launcher again from now on, since other configurations hold."""
+    """Forget every kept launch. Call this when configurations change."""
     global _kept, _choices
     _kept, _choices = {}, {}
 
 
 class _Kept:
-    """A compiled kernel with all that it is launched with but its pointers."""
+    """A compiled kernel with all the arguments of its launch except the pointers."""
 
     def __init__(self, compiled: Any, launch: Launch, tensors: list[torch.Tensor]) -> None:
         numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
@@ -150,7 +151,8 @@ class _Kept:
         self.grid = (*launch.grid, 1, 1)[:3]
         self.descriptors = launch.descriptors
         self.arguments: list[Any] = [launch.arguments[name] for name in launch.kernel.arg_names]
-        # Where pointers go, and whose: among the arguments, and first or later within the tuples among them.
+        # Where each pointer goes, and the number of its tensor: in an argument, first in a tuple, anywhere in a tuple,
+        # or in a descriptor.
         self.pointers: list[tuple[int, int]] = []
         self.leading: list[tuple[int, int, tuple[Any, ...]]] = []
         self.groups: list[tuple[int, list[Any], list[tuple[int, int]]]] = []
@@ -181,7 +183,7 @@ class _Kept:
         for place, number in self.pointers:
             arguments[place] = pointers[number]
         for place, number, rest in self.leading:
-            # Half the time that unpacking takes.
+            # This takes half the time of unpacking.
             arguments[place] = (pointers[number],) + rest  # noqa: RUF005
         for place, group, within in self.groups:
             parts = group.copy()
@@ -196,21 +198,21 @@ class _Kept:
             metadata = compiled.launch_metadata(self.grid, stream, *arguments)
         else:
             enter = leave = None
-        # What Triton's own `run` does once it has found the compiled kernel.
+        # The same as Triton's own `run` does after it has found the compiled kernel.
         compiled.run(
             *self.grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments
         )
 
 
 class _Pointer(int):
-    """What Triton's launchers want of a described tensor: to be a pointer, or to have one."""
+    """An address that passes for a described tensor: Triton's launchers take an int, or call `data_ptr`."""
 
     def data_ptr(self) -> int:
         return self
 
 
 def _descriptor(pointer: int, fields: dict[str, Any]) -> TensorDescriptor:
-    """A descriptor with these fields of what lies at `pointer`: its class would check them all again."""
+    """A descriptor with these fields for the memory at `pointer`, without the checks of the class's constructor."""
     descriptor = object.__new__(TensorDescriptor)
     vars(descriptor).update(fields, base=_Pointer(pointer))
     return descriptor
@@ -226,14 +228,15 @@ def _keep(launcher: Launcher, arguments: tuple[Any, ...], key: tuple[Any, ...]) 
     kept = _kept
     tensors: list[torch.Tensor] = []
     launched = _launch(launcher, _separate(arguments, tensors))
-    # A hook of Triton's may stop a launch.
+    # A hook of Triton may stop a launch.
     if all(compiled is not None for _, compiled in launched):
         kept[key] = [_Kept(compiled, launch, tensors) for launch, compiled in launched]
 
 
 def _separate(values: tuple[Any, ...], tensors: list[torch.Tensor]) -> tuple[Any, ...]:
-    """`values` with a tensor of its own in each place, which joins `tensors`: another call of a kind may have two where
-    this one has the same tensor twice."""
+    """`values` with a separate tensor object in each place, each appended to `tensors`.
+
+    Where this call has the same tensor twice, another call of its kind may have two tensors."""
     separate: list[Any] = []
     for value in values:
         if _is_tensor(value):
@@ -245,7 +248,7 @@ def _separate(values: tuple[Any, ...], tensors: list[torch.Tensor]) -> tuple[Any
 
 
 def _launch(launcher: Launcher, arguments: tuple[Any, ...]) -> list[tuple[Launch, Any]]:
-    """Ask the launcher and launch through Triton; returns what was launched, each with the compiled kernel."""
+    """Call the launcher and launch through Triton. Returns each launch with its compiled kernel."""
     asked = launcher(*arguments)
     launches = [] if asked is None else asked if isinstance(asked, list) else [asked]
     launched = []

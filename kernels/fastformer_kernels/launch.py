@@ -1,7 +1,7 @@
-"""How kernels are launched: the architectures, their limits, and the helpers every launcher shares.
+"""The architectures of GPUs, their limits, and the helpers that every launcher shares.
 
-Launch configurations are data, chosen by rule from the architecture, the head or hidden size and the element size;
-nothing is timed at run time, so the first call of a kernel costs one compilation and no search.
+Launch configurations are data. A rule chooses them from the architecture, the head or hidden size and the element size.
+Nothing is timed at run time, so the first call of a kernel costs one compilation and no search.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a kernel needs to know of a GPU.
+    """The limits of a GPU that decide how kernels are launched.
 
     Attributes:
-        name: the compiler's name: sm_90, gfx942.
+        name: the compiler's name, such as sm_90 or gfx942.
         shared_memory: bytes of shared memory one CTA may use.
-        multiprocessors: of its largest device (compute units on AMD).
-        l2: bytes of level-2 cache (of one die on AMD).
+        multiprocessors: number of them on the largest device (compute units on AMD).
+        l2: bytes of the level-2 cache (on AMD, of one die).
         warp_size: threads in a warp.
     """
 
@@ -62,27 +62,27 @@ ARCHITECTURES = {
         Architecture("gfx950", 160 * 1024, 256, 4 << 20, warp_size=64),
     )
 }
-# A CPU tensor reaches a launcher in the interpreter only; any configuration does, the smallest limits are the safest.
+# A launcher gets CPU tensors only in the interpreter. Any configuration works; the smallest limits are the safest.
 INTERPRETER = Architecture("interpreter", 99 * 1024, 2, 1 << 20)
 
 
-# For every launch: fused multiply-adds are faster and round once. Triton 3.10 stops forming them unasked.
+# For every launch: fused multiply-adds are faster and round once. Triton 3.10 forms them only on request.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
 
 def for_triton(choices: dict[tuple[int, int], T]) -> T:
-    """What suits the installed Triton: the choice for the newest version, (major, minor), that is no newer than it."""
+    """The choice for the installed Triton: that of the newest version (major, minor) which is not newer than it."""
     major, minor = triton.__version__.split(".")[:2]
     return choices[max(version for version in choices if version <= (int(major), int(minor)))]
 
 
-# What `architecture_of` answers while kernels are compiled for a GPU that is not there.
+# The result of `architecture_of` while kernels are compiled for a GPU that this machine lacks.
 _target: Architecture | None = None
 
 
 @contextmanager
 def target_architecture(name: str) -> Iterator[None]:
-    """Choose launch configurations for the architecture `name`, whatever holds the tensors."""
+    """Choose launch configurations for the architecture `name`, on any device."""
     global _target
     previous, _target = _target, ARCHITECTURES[name]
     try:
@@ -92,7 +92,7 @@ def target_architecture(name: str) -> Iterator[None]:
 
 
 def architecture_of(tensor: torch.Tensor) -> Architecture:
-    """The architecture of the device that holds `tensor`; an unknown one is taken for its nearest older relative."""
+    """The architecture of the device that holds `tensor`; for an unknown one, the nearest older known one."""
     if _target is not None:
         return _target
     gpu = _gpu_of(tensor)
@@ -100,7 +100,7 @@ def architecture_of(tensor: torch.Tensor) -> Architecture:
 
 
 def multiprocessors_of(tensor: torch.Tensor) -> int:
-    """How many multiprocessors (AMD: compute units) the device that holds `tensor` has."""
+    """The number of multiprocessors (AMD: compute units) of the device that holds `tensor`."""
     gpu = _gpu_of(tensor)
     if _target is not None or gpu is None:
         return architecture_of(tensor).multiprocessors
@@ -108,11 +108,11 @@ def multiprocessors_of(tensor: torch.Tensor) -> int:
 
 
 def _gpu_of(tensor: torch.Tensor) -> int | None:
-    """The number of the GPU that holds `tensor`; None without one: a tool may execute kernels on a CPU."""
+    """The index of the GPU that holds `tensor`. None without a GPU: a tool may execute kernels on a CPU."""
     return tensor.device.index if tensor.is_cuda and _has_gpu() else None
 
 
-# Asked for at each launch, and the same for as long as a process lives.
+# Needed at each launch, and constant for the life of a process.
 _has_gpu = cache(torch.cuda.is_available)
 _properties = cache(torch.cuda.get_device_properties)
 
@@ -131,15 +131,15 @@ def _architecture_of_gpu(index: int) -> Architecture:
             f"device {index} ({properties.name}) has compute capability {properties.major}.{properties.minor}; "
             "Fastformer's kernels need 8.0 (Ampere) or later. Use fastformer.backend('torch')"
         )
-    # A minor revision shares its family's limits: 8.7 is not 8.6 but is safe with its shared memory.
+    # An unknown minor revision gets the limits of the nearest older one: 8.7 is safe with the shared memory of 8.6.
     return ARCHITECTURES[f"sm_{max(older)}"]
 
 
 def provide_scratch_memory() -> None:
-    """Let kernels that make tensor descriptors have memory for them, from PyTorch's allocator on the current device.
+    """Give kernels memory for the tensor descriptors that they make, from PyTorch's allocator on the current device.
 
-    Triton keeps the allocator for each thread and context (autograd has threads of its own), hence the call before each
-    launch. It launches on PyTorch's current stream, in whose order the memory is freed.
+    Triton keeps one allocator per thread and context, and autograd has its own threads: call this before each launch.
+    Triton launches on PyTorch's current stream, and the memory is freed in the order of that stream.
     """
     triton.set_allocator(_allocate)
 

@@ -1,9 +1,10 @@
-"""What the kernels with a matrix product share: the order of tiles, the product of a tile, and how both are launched.
+"""The common part of kernels with a matrix product: the order of tiles, the product of a tile, and the launch.
 
-A product's operands are seen as matrices (outer, depth): the outer dimension of one becomes the result's rows, that of
-the other its columns, and the depth is summed over, in float32 and in a fixed order. The kernels are persistent: as
-many programs as the GPU runs at once walk all tiles, GROUP_ROWS rows of tiles at a time column by column, so that the
-tiles of both operands are reread from the L2 cache.
+A product's operands are seen as matrices (outer, depth). The outer dimension of one becomes the result's rows, that of
+the other its columns. The sum runs over the depth, in float32 and in a fixed order. The kernels are persistent: the
+number of programs is what the GPU runs at once, and each takes one tile after another. Tiles are visited in groups of
+GROUP_ROWS rows of tiles, within a group column by column, so that tiles of both operands are read again from the L2
+cache.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from fastformer_kernels.launch import COMPILER_OPTIONS, multiprocessors_of
 from fastformer_kernels.precision import dot
 
 GROUP_ROWS = 8
-# How an operand is read: by pointers, or by the copy engine of sm_90 and later; from memory where neighbours are along
-# the depth, or (transposed) along the outer dimension.
+# The way to read an operand: by pointers, or by the copy engine of sm_90 and later. Neighbours in memory lie along the
+# depth, or (transposed) along the outer dimension.
 POINTERS, TRANSPOSED_POINTERS, DESCRIPTOR, TRANSPOSED_DESCRIPTOR = (tl.constexpr(access) for access in range(4))
 
 
 class OperandStrides(NamedTuple):
-    """Strides of a product's operands, seen as (outer, depth); 0 for an operand that is not there."""
+    """Strides of a product's operands, seen as (outer, depth); 0 for an operand that is absent."""
 
     left: int
     left_depth: int
@@ -42,12 +43,12 @@ class Product(NamedTuple):
     """The constants of a kernel with a product.
 
     Attributes:
-        INPUT_PRECISION: of the product.
-        LEFT_ACCESS, RIGHT_ACCESS: how an operand is read: POINTERS, DESCRIPTOR, ...
-        EVEN_DEPTH: whether the depth is a multiple of the tile's.
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH: of a tile.
+        INPUT_PRECISION: the precision of the product.
+        LEFT_ACCESS, RIGHT_ACCESS: the way to read each operand: POINTERS, DESCRIPTOR, ...
+        EVEN_DEPTH: whether the depth is a multiple of BLOCK_DEPTH.
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH: the size of a tile.
         GROUP_ROWS: rows of tiles that are visited together.
-        PARTS: of a tile's columns, which the epilogue does one after the other.
+        PARTS: the epilogue handles a tile's columns in this many parts, one after the other.
     """
 
     INPUT_PRECISION: str
@@ -63,7 +64,7 @@ class Product(NamedTuple):
 
 @triton.jit
 def tile_origin(tile, rows, columns, product):
-    """First row and first column of the tile that is visited as number `tile`."""
+    """First row and first column of tile number `tile`, in the order of visits."""
     row_tiles = tl.cdiv(rows, product.BLOCK_ROWS)
     group_tiles = product.GROUP_ROWS * tl.cdiv(columns, product.BLOCK_COLUMNS)
     first_row_tile = tile // group_tiles * product.GROUP_ROWS
@@ -113,7 +114,7 @@ def _load_operand(
 
 @triton.jit
 def tile_products(left, right, second_right, strides, first_row, first_column, rows, columns, depth_size, product):
-    """A tile of left @ right^T and of left @ second_right^T (without that operand the first again), in float32.
+    """A tile of left @ right^T and of left @ second_right^T, in float32. Without second_right, the first product twice.
 
     Args:
         left, right, second_right: as `operands` returns them; the last may be None.
@@ -150,7 +151,7 @@ def tile_products(left, right, second_right, strides, first_row, first_column, r
 
 @triton.jit
 def column_part(x, PART: tl.constexpr, PARTS: tl.constexpr):
-    """Number PART of PARTS (a power of two) equal parts of a tile's columns."""
+    """The part number PART when a tile's columns are cut into PARTS (a power of two) equal parts."""
     if PARTS == 1:
         return x
     else:
@@ -163,14 +164,14 @@ def column_part(x, PART: tl.constexpr, PARTS: tl.constexpr):
 
 @dataclass(frozen=True)
 class Configuration:
-    """How a product is tiled and launched.
+    """The tile sizes and the launch configuration of a product.
 
     Attributes:
-        rows, columns, depth: of a tile.
-        warps, stages: the compiler's knobs.
+        rows, columns, depth: the size of a tile.
+        warps, stages: the compiler's options.
         descriptors: read operands by the copy engine where their strides allow it.
-        parts: of a tile's columns, which the epilogue does one after the other: an epilogue of a whole tile at once
-            spills as soon as it does more than add a bias.
+        parts: the epilogue handles a tile's columns in this many parts, one after the other. An epilogue of a whole
+            tile at once spills as soon as it does more than add a bias.
     """
 
     rows: int
@@ -182,7 +183,7 @@ class Configuration:
     parts: int = 1
 
     def constants(self, depth_size: int, precision: str, left_access: int, right_access: int) -> Product:
-        """What a kernel of this configuration is compiled for."""
+        """The constants of a kernel with this configuration."""
         return constants(
             Product(
                 INPUT_PRECISION=precision,
@@ -199,15 +200,15 @@ class Configuration:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The compiler's options of a launch."""
+        """The compiler's options for a launch."""
         return {"num_warps": self.warps, "num_stages": self.stages, **COMPILER_OPTIONS}
 
     def grid(self, rows: int, columns: int, tensor: torch.Tensor) -> tuple[int]:
-        """A program for every tile, or as many as the GPU runs at once."""
+        """The grid: one program for every tile, or as many as the GPU runs at once if that is fewer."""
         return (min(triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns), multiprocessors_of(tensor)),)
 
 
-# Tiles to measure beside a shipped one: what its rows, columns, depth and warps are multiplied by, and stages added.
+# Tiles to compare with a shipped one: factors for its rows, columns, depth and warps, and the stages to add.
 _OTHER_TILES = (
     (1, 1, 1, 1, 1),
     (1, 1, 1, 1, -1),
@@ -225,7 +226,7 @@ _OTHER_TILES = (
 
 
 def product_candidates(default: Configuration, element_size: int, shared_memory: int) -> list[Configuration]:
-    """Configurations to measure beside the shipped one, within a CTA's bytes of shared memory."""
+    """Configurations to compare with the shipped one, within the shared memory (bytes) of one CTA."""
     found = [replace(default, descriptors=False)]
     for rows, columns, depth, warps, stages in _OTHER_TILES:
         tile = replace(
@@ -236,7 +237,7 @@ def product_candidates(default: Configuration, element_size: int, shared_memory:
             warps=max(1, round(default.warps * warps)),
             stages=max(1, default.stages + stages),
         )
-        # As wide a part in the epilogue as before.
+        # Parts of the epilogue keep their width.
         parts = max(1, default.parts * tile.columns // default.columns)
         if tile.stages * (tile.rows + tile.columns) * tile.depth * element_size <= shared_memory:
             found.append(replace(tile, parts=parts))
@@ -246,9 +247,9 @@ def product_candidates(default: Configuration, element_size: int, shared_memory:
 def operands(
     block: int, matrices: tuple[torch.Tensor | None, ...], configuration: Configuration
 ) -> tuple[list[Any], int]:
-    """Matrices (outer, depth) of like memory as a kernel takes them, and how it reads them all.
+    """Return the matrices (outer, depth) as a kernel takes them, and the one way in which it reads them all.
 
-    The copy engine wants rows that start at multiples of 16 bytes, have no gaps within and do not overlap.
+    The copy engine needs rows that start at multiples of 16 bytes, are contiguous and do not overlap.
     """
     for access in (DESCRIPTOR, TRANSPOSED_DESCRIPTOR) if configuration.descriptors else ():
         views = [
@@ -258,7 +259,7 @@ def operands(
             tile = [block, configuration.depth]
             if access == TRANSPOSED_DESCRIPTOR:
                 tile.reverse()
-            # Of the matrix itself, not of a view, so that a launcher was given what it describes.
+            # The base is the matrix itself, not a view: a kept launch accepts only tensors that its launcher was given.
             return [
                 None if view is None else TensorDescriptor(matrix, view.shape, view.stride(), tile)
                 for matrix, view in zip(matrices, views, strict=True)

@@ -1,17 +1,18 @@
-"""LayerNorm and RMSNorm of rows, after bias, dropout and residual addition, and their gradients.
+"""LayerNorm and RMSNorm of rows after bias, dropout and residual addition, and the gradients.
 
     x = residual + dropout(input + input_bias)
 
 LayerNorm (Ba et al., 2016, https://arxiv.org/abs/1607.06450): y = (x - mean x) rstd * w + b with
-rstd = 1 / sqrt(var x + eps); RMSNorm (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467) leaves the mean out:
+rstd = 1 / sqrt(var x + eps); RMSNorm (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467) has no mean:
 y = x rstd * w with rstd = 1 / sqrt(mean x^2 + eps). With n = (x - mean) rstd and g = dy * w:
 
     dx = rstd (g - n mean(g n) - mean(g)),  dw = sum over rows of dy * n,  db = sum over rows of dy
 
-where RMSNorm has no mean(g). A row that fits is read once and kept in registers, and its backward sums dw and db beside
-dx: each program over the rows it visits, then all programs' sums in a fixed order, so that the result is deterministic.
-A longer row is read twice, its variance merged tile by tile (Chan, Golub and LeVeque, 1979). The mean is subtracted in
-two parts, since one float32 cannot hold a mean far from zero to the precision of the deviations from it.
+For RMSNorm the term mean(g) is absent. A row that fits in registers is read once and kept there, and its backward
+computes dw and db together with dx: each program sums over the rows it visits, then the programs' sums are added in a
+fixed order, so that the result is deterministic. A longer row is read twice, and its variance is merged tile by tile
+(Chan, Golub and LeVeque, 1979). The mean is subtracted in two parts: one float32 cannot hold a mean far from zero as
+precisely as the deviations from it need.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ FORWARD_ONE_PASS_COLUMNS = 16384
 BACKWARD_ONE_PASS_BYTES = 16384
 BACKWARD_THREE_SUMS_COLUMNS = 4096
 _FORWARD_CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=16)
-# The backward holds a row, its gradient and up to three running sums at once: half as much to a thread, and at most 512
-# threads, to leave each 128 registers. Enough programs to keep the memory busy, few enough that their partial sums of
-# dw and db stay small beside dx.
+# The backward holds a row, its gradient and up to three running sums at once. So each thread has half as many elements,
+# and there are at most 512 threads, which leaves 128 registers for each. There are enough programs to keep the memory
+# busy, but so few that their partial sums of dw and db are small compared with dx.
 _BACKWARD_CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=8, most_threads=512, programs=4)
 
 
@@ -55,7 +56,7 @@ def _load_sum(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """What is normalised, in float32 and rounded to `dtype`, from column `start` on; zero beyond the rows' end."""
+    """The tile of x from column `start` on, in float32 but rounded to `dtype`; zero beyond the end of the rows."""
     column = start + tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
     valid = row_valid & (column < columns)
     x = tl.load(input_row + column * input.stride_column, mask=valid, other=0.0).to(tl.float32)
@@ -72,7 +73,7 @@ def _load_sum(
 
 @triton.jit
 def scale_and_shift(normalised, weight_pointer, bias_pointer, column, columns):
-    """`normalised` * weight + bias at the columns `column`, of each what there is."""
+    """`normalised` * weight + bias at the columns `column`; a weight or a bias that is None is left out."""
     y = normalised
     if weight_pointer is not None:
         y *= tl.load(weight_pointer + column, mask=column < columns, other=0.0).to(tl.float32)
@@ -101,18 +102,19 @@ def _forward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     ONE_PASS: tl.constexpr,
 ):
-    """y = (x - mean x) rstd * w + b of x = residual + dropout(input + input_bias), of BLOCK_ROWS rows.
+    """Compute y = (x - mean x) rstd * w + b with x = residual + dropout(input + input_bias), for BLOCK_ROWS rows.
 
     Args:
-        input, residual: a `Matrix` each; without a residual its pointer is None.
+        input, residual: a `Matrix` each; the pointer of an absent residual is None.
         input_bias_pointer, weight_pointer, bias_pointer: (columns,), or None.
         dropout: a `Dropout`.
-        output_pointer, total_pointer: (rows, columns), y and x; that of x may be None.
-        statistics_pointer: (1 or 2, rows) float32, rstd and, if CENTERED, mean.
+        output_pointer, total_pointer: (rows, columns), y and x, written; total_pointer may be None.
+        statistics_pointer: (1 or 2, rows) float32, rstd and, if CENTERED, mean; written.
         rows, columns, eps: sizes, and what is added to the variance.
-        CENTERED: LayerNorm where true, RMSNorm, which has no mean, where false.
-        ALIGNMENT: divides the columns and the row strides.
-        BLOCK_ROWS, BLOCK_COLUMNS: of a tile; ONE_PASS: whether it holds whole rows.
+        CENTERED: true for LayerNorm, false for RMSNorm, which has no mean.
+        ALIGNMENT: a number that divides the columns and the row strides.
+        BLOCK_ROWS, BLOCK_COLUMNS: the size of a tile.
+        ONE_PASS: whether a tile holds whole rows.
     """
     columns = aligned(columns, ALIGNMENT)
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
@@ -144,7 +146,7 @@ def _forward_kernel(
         tl.store(output_pointer + target + column, round_to(y, dtype), mask=valid)
     else:
         squares = tl.zeros((BLOCK_ROWS, 1), tl.float32)
-        # The first tile's mean; `mean` is what the whole row's mean is beyond it until the end.
+        # `shift` is the first tile's mean. Until the end, `mean` is the difference of the whole row's mean from it.
         shift = tl.zeros((BLOCK_ROWS, 1), tl.float32)
         for start in range(0, columns, BLOCK_COLUMNS):
             valid = row_valid & (start + column < columns)
@@ -195,9 +197,9 @@ def _store_gradients(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Store dx as the residual's gradient, if that has one of its own, and what dropout leaves of it as the input's.
+    """Store dx as the residual's gradient, if that is wanted, and dx after dropout as the input's gradient.
 
-    Returns the latter.
+    Returns dx after dropout.
     """
     if grad_residual_pointer is not None:
         tl.store(grad_residual_pointer + target, round_to(dx, grad_residual_pointer.dtype.element_ty), mask=valid)
@@ -230,15 +232,16 @@ def _backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """dx = rstd (g - n mean(g n) - mean(g)) of rows held in registers, and this program's sums for dw and the biases.
+    """Compute dx = rstd (g - n mean(g n) - mean(g)) for rows held in registers, and this program's parameter sums.
 
     Args:
-        grad_output, grad_sum, x: a `Matrix` each: dy, the gradient that reaches x itself (its pointer may be None), x.
-        weight_pointer, statistics_pointer, dropout, rows, columns: as `_forward_kernel` has them.
-        grad_input_pointer, grad_residual_pointer: (rows, columns), written; that of the residual may be None.
-        sums_pointer: (those wanted, programs, columns) float32, written.
+        grad_output, grad_sum, x: a `Matrix` each: dy, the gradient of x where x is returned too, and x. The pointer
+            of grad_sum may be None.
+        weight_pointer, statistics_pointer, dropout, rows, columns: those of `_forward_kernel`.
+        grad_input_pointer, grad_residual_pointer: (rows, columns), written; grad_residual_pointer may be None.
+        sums_pointer: (number of wanted sums, programs, columns) float32, written.
         WEIGHT_SUMS, BIAS_SUMS, INPUT_BIAS_SUMS: which sums are wanted.
-        STAGES: tiles that are loaded ahead; None for none.
+        STAGES: number of tiles that are loaded ahead; None for none.
     """
     columns = aligned(columns, ALIGNMENT)
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
@@ -311,7 +314,7 @@ def _backward_long_row_kernel(
     ALIGNMENT: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """dx of one row that does not fit in registers, read twice. The arguments are those of `_backward_kernel`."""
+    """Compute dx of one row that does not fit in registers and is read twice; arguments as in `_backward_kernel`."""
     columns = aligned(columns, ALIGNMENT)
     row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
     dy_row = grad_output.pointer + aligned(row * grad_output.stride_row, ALIGNMENT)
@@ -375,7 +378,7 @@ def _parameter_sums_kernel(
     ALIGNMENT: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Sums for dw and db, as `_backward_kernel`'s, of one tile of columns, over every num_programs(1)-th row.
+    """Compute the sums for dw and db of `_backward_kernel`, for one tile of columns over every num_programs(1)-th row.
 
     The arguments are those of `_backward_kernel`.
     """
@@ -418,14 +421,15 @@ def norm_forward(
     """Normalise the rows of x = `residual` + dropout(`input` + `input_bias`).
 
     Args:
-        input, residual: (..., columns), contiguous, or (rows, columns) of any strides; of any floating dtypes.
+        input, residual: (..., columns), contiguous, or (rows, columns) with any strides; any floating dtypes.
         input_bias, weight, bias: (columns,), any floating dtypes.
-        centered: LayerNorm where true, RMSNorm where false.
-        dtype: of the output and x, as wide as input's and residual's or wider.
-        keep_sum: return x.
+        centered: true for LayerNorm, false for RMSNorm.
+        dtype: the dtype of the output and x, at least as wide as input's and residual's.
+        keep_sum: whether to return x.
 
     Returns:
-        The output and x, both contiguous; the rows' rstd and, if `centered`, mean: (1 or 2, rows) float32.
+        The output and x (None unless `keep_sum`), both contiguous; the rows' rstd and, if `centered`, mean: (1 or 2,
+        rows) float32.
     """
     output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
     total = torch.empty_like(output) if keep_sum else None
@@ -460,7 +464,7 @@ def _launch_forward(
     eps: float,
     centered: bool,
 ) -> Launch:
-    """`written` are the output, of `dtype`, the statistics and, where it is kept, x."""
+    """Describe the launch. `written` holds the output, of `dtype`, the statistics and, if it is kept, x."""
     output, statistics, *total = written
     rows, columns = statistics.shape[1], input.shape[-1]
     one_pass = columns <= FORWARD_ONE_PASS_COLUMNS
@@ -496,10 +500,11 @@ def _launch_forward(
 
 
 class NormGradients(NamedTuple):
-    """What `norm_backward` returns; None for what was not asked for.
+    """The gradients that `norm_backward` returns; None for those that were not asked for.
 
     Attributes:
-        parameters: of those asked for of weight, bias and input_bias, in this order, (number, columns) float32.
+        parameters: (number, columns) float32, one row for each gradient asked for, in the order weight, bias,
+            input_bias.
     """
 
     input: torch.Tensor
@@ -526,14 +531,14 @@ def norm_backward(
 
     Args:
         grad_output, grad_sum: gradients of the output and of x, each like `x`.
-        x: what was normalised, (..., columns), contiguous, or (rows, columns) of any strides.
-        statistics: as `norm_forward` returned them.
-        input_dtype: of the input's gradient, which is contiguous.
-        residual_dtype: of the residual's gradient, contiguous; None if it is not wanted.
+        x: the sum that was normalised, (..., columns), contiguous, or (rows, columns) with any strides.
+        statistics: those that `norm_forward` returned.
+        input_dtype: the dtype of the input's gradient, which is contiguous.
+        residual_dtype: the dtype of the residual's gradient, which is contiguous; None if it is not wanted.
     """
     columns = x.shape[-1]
     tiles = _backward_tiles(x, grad_output, centered)
-    # Of the widest rows' registers a third running sum would spill some.
+    # For the widest rows, a third running sum would spill registers.
     sums_input_bias = input_bias_needs_grad and tiles.one_pass and columns <= BACKWARD_THREE_SUMS_COLUMNS
     wanted = weight_needs_grad + bias_needs_grad + sums_input_bias
     grad_input = torch.empty_like(x, dtype=input_dtype, memory_format=torch.contiguous_format)
@@ -582,7 +587,7 @@ def _launch_backward(
     sums_bias: bool,
     sums_input_bias: bool,
 ) -> list[Launch]:
-    """`written` are the gradients of input and residual, of these dtypes, and the sums, each if it is wanted."""
+    """Describe the launches. `written` holds the gradient of input and, if wanted, that of residual and the sums."""
     tiles = _backward_tiles(x, grad_output, centered)
     rows, columns = statistics.shape[1], x.shape[-1]
     grad_input, *others = written
@@ -621,7 +626,7 @@ def _launch_backward(
 
 
 class _BackwardTiles(NamedTuple):
-    """How the backward divides the rows, and for how many programs."""
+    """The tile size of the backward, and its number of programs."""
 
     one_pass: bool
     rows: int
@@ -646,28 +651,28 @@ def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _matrix(tensor: torch.Tensor | None) -> Matrix:
-    """Its rows."""
+    """The rows of `tensor`, all dimensions but the last merged, as a `Matrix`."""
     return Matrix(tensor, *((0, 0) if tensor is None else tensor.view(-1, tensor.shape[-1]).stride()))
 
 
 def _one_pass_block(columns: int) -> int:
-    """Columns of a tile that holds whole rows; dropout draws its random words for four at a time."""
+    """Columns of a tile that holds whole rows; at least four, since dropout draws random words for four at a time."""
     return max(4, _power_of_2(columns))
 
 
 def _block_rows(block_columns: int, rows: int, configuration: RowConfiguration) -> int:
-    """Whole rows in a tile: several where they are short, never two, for which ptxas spills on sm_80."""
+    """The number of whole rows in a tile: more than one if they are short. Never two: ptxas would spill on sm_80."""
     most = configuration.tile_elements // block_columns
     return min(most, _power_of_2(rows)) if most > 2 else 1
 
 
 def _power_of_2(number: int) -> int:
-    """The least that is `number` or more: Triton's own takes two microseconds, and the backward asks at every call."""
+    """The least power of 2 that is >= `number`. Triton's own function costs each backward two microseconds."""
     return 1 << (number - 1).bit_length()
 
 
 def _configuration(operation: str, default: RowConfiguration, tensor: torch.Tensor, centered: bool) -> RowConfiguration:
-    """The configuration of `operation` on the rows of `tensor`."""
+    """The configuration of `operation` for the rows of `tensor`."""
 
     def shape() -> tuple[str, ...]:
         return "layer" if centered else "rms", *row_class(tensor.shape[-1], tensor.element_size())

@@ -1,8 +1,8 @@
-"""Which plan a part of the feed-forward block follows: one fused kernel, or a library's product and a pass over it.
+"""The choice of a plan for each part of the feed-forward block: one fused kernel, or a library's product and one pass.
 
-The fused kernel saves passes over the result; the library's product is faster than Triton's, and the more so the deeper
-it is. What `fastformer tune` measured on the user's GPU decides, class of shapes by class; where nothing was measured,
-a rule with one number per architecture.
+The fused kernel saves passes over the result. The library's product is faster than Triton's, and its advantage grows
+with the depth of the product. The measurements of `fastformer tune` on the user's GPU decide, for each class of shapes.
+Where nothing was measured, a rule with one number per architecture decides.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ SAVED_PASSES: dict[Operation, int] = {
     "hidden_backward": 2,
     "gated_hidden_backward": 2,
 }
-# The deepest 16-bit product for which one pass saved outweighs the library's faster product. Modelled, not measured:
+# The deepest 16-bit product for which one pass saved outweighs the library's faster product. Estimated, not measured:
 # peak 16-bit throughput over memory bandwidth, times the share of the library's speed that Triton's product lacks.
-# Exact float32 and tf32 products are the library's always.
+# Exact float32 and tf32 products are always the library's.
 _DEPTH_PER_PASS = {
     "sm_80": 2048,
     "sm_86": 2048,
@@ -48,14 +48,14 @@ _DEPTH_PER_PASS = {
 # Fewer rows leave most of a GPU without a tile.
 _FEWEST_TOKENS = 256
 
-# Upper ends of the classes of shapes that are measured; there is one more class beyond each last end.
+# Upper bounds of the classes of shapes that are measured. One more class lies above each last bound.
 TOKEN_CLASSES = (256, 2048)
 DEPTH_CLASSES = (512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
 class FeedForwardPlan:
-    """Whether a part of the block is one fused kernel; else a library's product and one pass."""
+    """The plan of one part of the block: one fused kernel if `fused`, else a library's product and one pass."""
 
     fused: bool
 
@@ -64,15 +64,15 @@ _PLANS: dict[Plan, FeedForwardPlan] = {"fused": FeedForwardPlan(True), "library"
 
 
 def is_fused(operation: Operation, input: torch.Tensor, depth: int) -> bool:
-    """Whether `operation` on `input` (tokens, ...), a product over `depth`, runs as one kernel."""
+    """True if `operation` on `input` (tokens, ...), a product over `depth`, runs as one kernel."""
     tokens, precision = input.shape[0], product_precision(input.dtype)
     default = _PLANS[default_plan(architecture_of(input).name, operation, precision, tokens, depth)]
     return chosen(operation, input, default, lambda: shape_class(precision, tokens, depth)).fused
 
 
 def default_plan(architecture: str, operation: Operation, precision: str, tokens: int, depth: int) -> Plan:
-    """The plan where nothing was measured."""
-    # The interpreter proves kernels; it has no speed.
+    """The plan to follow where nothing was measured."""
+    # The interpreter only checks kernels: speed does not matter there.
     if architecture == "interpreter":
         return "fused"
     deepest = _DEPTH_PER_PASS[architecture] * SAVED_PASSES[operation]
@@ -80,7 +80,7 @@ def default_plan(architecture: str, operation: Operation, precision: str, tokens
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """How products of `dtype` are computed, as far as it decides a plan: 16-bit, tf32 or ieee."""
+    """The precision of products of `dtype`, as the choice of a plan distinguishes it: 16-bit, tf32 or ieee."""
     return "16-bit" if dtype.itemsize == 2 else input_precision(dtype)
 
 
@@ -91,5 +91,5 @@ def shape_class(precision: str, tokens: int, depth: int) -> tuple[str, ...]:
 
 
 def forced_plan(plan: Plan) -> AbstractContextManager[None]:
-    """Follow `plan` everywhere within the block."""
+    """Follow `plan` for every operation within the `with` block."""
     return forced(dict.fromkeys(SAVED_PASSES, _PLANS[plan]))

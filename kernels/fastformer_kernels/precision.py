@@ -1,9 +1,9 @@
 """The two operations whose precision decides a kernel's accuracy: the matrix product and rounding to a storage dtype.
 
-On a GPU both are Triton's own. Triton's interpreter keeps a bfloat16 as its bit pattern in a uint16: its `tl.dot`
+On a GPU both are Triton's own. Triton's interpreter keeps a bfloat16 as its bit pattern in a uint16. Its `tl.dot`
 multiplies bit patterns as integers, and its conversion from float32 drops the low bits instead of rounding to nearest.
-There, and only there, the helpers compute the same values another way: a float32 holds every product of two bfloat16
-exactly, so a product of widened operands is what a GPU's tensor core computes; and the rounding is done on the bits.
+Only in the interpreter, the helpers compute the same values another way. A float32 holds every product of two bfloat16
+exactly, so the product of widened operands equals what a GPU's tensor core computes. The rounding is done on the bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def dot(a, b, accumulator, INPUT_PRECISION: tl.constexpr):
-    """accumulator + a @ b, accumulated in `accumulator`'s dtype (float32)."""
+    """Compute accumulator + a @ b, accumulated in `accumulator`'s dtype (float32)."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -26,7 +26,7 @@ def dot(a, b, accumulator, INPUT_PRECISION: tl.constexpr):
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """float32 `x` in `dtype`, rounded to nearest, ties to even."""
+    """Round float32 `x` to `dtype`: to nearest, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         nearest_even = bits + 0x7FFF + ((bits >> 16) & 1)
@@ -36,5 +36,5 @@ def round_to(x, dtype: tl.constexpr):
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies `dtype`: "tf32" where PyTorch's own switch allows it, else exactly ("ieee")."""
+    """The precision of `tl.dot` for `dtype`: "tf32" where PyTorch's own switch allows it, else exact ("ieee")."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,13 +1,13 @@
-"""Rotary position embedding of queries and keys: pairs of features turned by an angle that grows with the position.
+"""Rotary position embedding of queries and keys: it rotates pairs of features by an angle that grows with the position.
 
 Su et al., 2021 (https://arxiv.org/abs/2104.09864), equation 34. For the pair (a, b) number i of a token at position p,
 with c = cos[p, i] and s = sin[p, i]:
 
     a' = a c - b s,  b' = b c + a s
 
-Interleaved, the pairs are features (2 i, 2 i + 1), as in the paper; in halves, features (i, i + rotary_dim / 2), as in
-Llama. Features from rotary_dim on stay. The gradient is the same kernel with -s. One launch serves queries and keys:
-a program turns some heads of one token.
+Interleaved pairs are the features (2 i, 2 i + 1), as in the paper. In halves, pairs are (i, i + rotary_dim / 2), as in
+Llama. Features from rotary_dim on do not change. The gradient is the same kernel with -s. One launch serves queries
+and keys: a program rotates some heads of one token.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of
 from fastformer_kernels.precision import round_to
 
-# Elements of one program's tile and of one of its threads: a load of 16 bytes for each half of a pair.
+# Elements of a program's tile, and of each thread: one load of 16 bytes for each half of the pairs.
 TILE_ELEMENTS = 2048
 ELEMENTS_PER_THREAD = 16
 
 
 class Places(NamedTuple):
-    """What says at which position a token is; without any of the tensors, at its own index.
+    """The source of each token's position. Without any of the tensors it is the token's own index.
 
     Attributes:
         position_ids: the positions themselves, (batch or 1, sequence) or packed (total_tokens,), integer, contiguous.
-        stride_batch: from one sequence's `position_ids` to the next one's.
+        stride_batch: the stride from one sequence's `position_ids` to those of the next; 0 if all share one row.
         offsets: (batch,) integer, added to the positions of each sequence.
         cu_seqlens: (sequences + 1,) integer, the first token of each packed sequence and the total at the end.
-        sequences: how many packed sequences there are.
+        sequences: the number of packed sequences.
     """
 
     position_ids: torch.Tensor | None
@@ -51,12 +51,12 @@ class Rotation(NamedTuple):
     """The constants of a launch.
 
     Attributes:
-        SEARCH_STEPS: halvings that find a packed token's sequence.
-        PAIRS: of a head that are turned.
+        SEARCH_STEPS: steps of the binary search for a packed token's sequence.
+        PAIRS: number of pairs of a head that are rotated.
         INTERLEAVED: whether a pair's features are neighbours.
-        INVERSE: whether to turn back.
-        COPY_REST: whether to copy the features that are not turned.
-        BLOCK_HEADS, BLOCK_PAIRS, BLOCK_REST: of a tile: heads, pairs of each, and features that are copied.
+        INVERSE: whether to rotate backwards.
+        COPY_REST: whether to copy the features that are not rotated.
+        BLOCK_HEADS, BLOCK_PAIRS, BLOCK_REST: the heads of a tile, and for each its pairs and the features to copy.
     """
 
     SEARCH_STEPS: int
@@ -78,7 +78,7 @@ def _position(batch, token, places, SEARCH_STEPS: tl.constexpr):
     else:
         sequence = batch
         if places.cu_seqlens is not None:
-            # The last sequence that starts at or before the token: [low, high) always holds it.
+            # Find the last sequence that starts at or before the token: [low, high) always contains it.
             low = token * 0
             high = low + places.sequences
             for _ in tl.static_range(SEARCH_STEPS):
@@ -95,9 +95,9 @@ def _position(batch, token, places, SEARCH_STEPS: tl.constexpr):
 
 @triton.jit
 def _rotate(source, target, batch, token, first_head, heads, head_dim, cosine_row, sine_row, known, rotation):
-    """Write heads [first_head, first_head + BLOCK_HEADS) of one token of `source`, turned, to `target`.
+    """Rotate heads [first_head, first_head + BLOCK_HEADS) of one token of `source`, and write them to `target`.
 
-    `known` says whether the token's position is in the table, of which `cosine_row` and `sine_row` are its rows.
+    `cosine_row` and `sine_row` point to the rows of the token's position. `known` is false if the table lacks it.
     """
     dtype: tl.constexpr = target.pointer.dtype.element_ty
     head = (first_head + tl.arange(0, rotation.BLOCK_HEADS)).to(tl.int64)[:, None]
@@ -108,7 +108,7 @@ def _rotate(source, target, batch, token, first_head, heads, head_dim, cosine_ro
     pair_valid = pair < rotation.PAIRS
     cosine = tl.load(cosine_row + pair, mask=pair_valid, other=0.0)
     sine = tl.load(sine_row + pair, mask=pair_valid, other=0.0)
-    # A position outside the table has no angle: its token becomes NaN, for an error cannot be raised here.
+    # A position outside the table has no angle. Its token becomes NaN, since no error can be raised here.
     cosine = tl.where(known, cosine, float("nan"))
     if rotation.INVERSE:
         sine = -sine
@@ -151,14 +151,17 @@ def _rotary_kernel(
     positions,
     rotation,
 ):
-    """a' = a c - b s, b' = b c + a s for every pair (a, b) of some heads of one token; queries come first, then keys.
+    """Compute a' = a c - b s, b' = b c + a s for every pair (a, b) of some heads of one token.
+
+    Programs along the second dimension of the grid take the queries' heads first, then the keys'.
 
     Args:
-        query, key, query_output, key_output: an `Operand` each; without a key the pointers of the last two are None.
+        query, key, query_output, key_output: an `Operand` each; without a key the pointers of key and key_output are
+            None.
         cosine_pointer, sine_pointer: (positions, PAIRS) float32, contiguous: c and s.
         places: a `Places`.
-        tokens: of a sequence, or packed tokens of all.
-        query_heads, key_heads, head_dim: of the tensors.
+        tokens: number of tokens of a sequence, or of all packed sequences together.
+        query_heads, key_heads, head_dim: sizes of the tensors.
         rotation: a `Rotation`.
     """
     batch = tl.program_id(0).to(tl.int64) // tokens
@@ -192,7 +195,7 @@ def rotate(
     inverse: bool,
     inplace: bool,
 ) -> Launch:
-    """Write `query` and `key`, rotated, into the outputs.
+    """Rotate `query` and `key` into the outputs.
 
     Args:
         query, key: (batch, heads, sequence, head_dim), or packed (total_tokens, heads, head_dim); any strides.
@@ -200,8 +203,8 @@ def rotate(
         position_ids: (batch or 1, sequence) or packed (total_tokens,), integer, contiguous.
         offsets: (batch,) integer, added to each sequence's positions.
         cu_seqlens: (batch + 1,) integer, the first token of each packed sequence and the total at the end.
-        outputs: like query and key, if there is one.
-        inverse: turn back.
+        outputs: tensors like query and, if there is one, key.
+        inverse: whether to rotate backwards.
         inplace: whether the outputs are query and key.
     """
     query_output, key_output = outputs[0], None if key is None else outputs[1]

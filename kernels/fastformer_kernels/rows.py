@@ -1,4 +1,4 @@
-"""Addressing of rows, shared by the kernels that reduce over one dimension of a tensor of any strides."""
+"""Addresses of rows, shared by the kernels that reduce over one dimension of a tensor with any strides."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROW_DIMENSIONS = 3
 
 
 class RowTensor(NamedTuple):
-    """A tensor as a kernel sees rows of it that a `RowLayout` describes: where it lies and its strides."""
+    """A tensor as a kernel sees it, with the strides of the rows that a `RowLayout` describes."""
 
     pointer: torch.Tensor | None
     stride_0: int
@@ -36,7 +36,7 @@ class Matrix(NamedTuple):
     stride_column: int
 
 
-# Upper ends of the classes of rows whose launches are measured.
+# Upper bounds of the classes of row lengths whose launches are measured.
 COLUMN_CLASSES = (256, 512, 1024, 2048, 4096, 8192, 16384, 65536)
 
 
@@ -49,14 +49,15 @@ class Vector(NamedTuple):
 
 @dataclass(frozen=True)
 class RowConfiguration:
-    """How a kernel that works on rows is launched.
+    """The launch configuration of a kernel that works on rows.
 
     Attributes:
-        tile_elements: of a tile that holds several short rows, or a part of a long one.
-        thread_elements: of a tile for each thread.
-        most_threads: of a program.
-        programs: for each multiprocessor, where programs visit tiles in turns; 0 where each tile has one.
-        stages: of tiles that such a program loads ahead into shared memory; 0 loads nothing ahead.
+        tile_elements: elements of a tile, which holds several short rows or a part of a long one.
+        thread_elements: elements of a tile for each thread.
+        most_threads: the largest number of threads of a program.
+        programs: programs for each multiprocessor, where a program takes several tiles one after another; 0 where each
+            tile has its own program.
+        stages: number of tiles that such a program loads ahead into shared memory; 0 loads nothing ahead.
     """
 
     tile_elements: int
@@ -66,17 +67,17 @@ class RowConfiguration:
     stages: int = 0
 
     def warps(self, elements: int, tensor: torch.Tensor) -> int:
-        """Warps for a tile of so many elements on `tensor`'s device."""
+        """Number of warps for a tile of `elements` elements on `tensor`'s device."""
         threads = min(self.most_threads, elements // self.thread_elements)
         return max(1, threads // architecture_of(tensor).warp_size)
 
 
-# Elements of a tile for each thread: a load is worth four at least, and registers hold no more.
+# Least and most elements of a tile for each thread: wide loads need four, and registers hold at most 64.
 _THREAD_ELEMENTS = (4, 64)
 
 
 def row_candidates(default: RowConfiguration) -> list[RowConfiguration]:
-    """Configurations to measure beside the shipped one: tiles, threads, programs where these visit tiles in turns."""
+    """Configurations to compare with the shipped one: tiles, threads, and numbers of programs where it has one."""
     fewest, most = _THREAD_ELEMENTS
     found = [
         RowConfiguration(elements, elements // threads, threads, programs)
@@ -98,13 +99,13 @@ def row_class(columns: int, element_size: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Tensors of one shape seen as rows of a (size_0, size_1, size_2, columns) array, each with strides of its own.
+    """Tensors of one shape seen as rows of a (size_0, size_1, size_2, columns) array, each with its own strides.
 
     Attributes:
         sizes: the three row dimensions, outermost first; their product is the number of rows.
         columns: the length of a row.
         strides: for each tensor, its three row strides and its column stride, in elements.
-        alignment: a power of two, at most 16, that divides the columns and every row stride.
+        alignment: the greatest power of two, at most 16, that divides the columns and every row stride.
     """
 
     sizes: tuple[int, ...]
@@ -121,7 +122,7 @@ class RowLayout:
 
 
 def addressable(dim: int, *tensors: torch.Tensor | None) -> Sequence[Any]:
-    """`tensors` (equal shapes, any strides) as they are where `row_layout` describes them, else contiguous copies."""
+    """Return `tensors` (equal shapes, any strides) if `row_layout` can describe them, else contiguous copies."""
     present = [tensor for tensor in tensors if tensor is not None]
     dimensions = present[0].dim()
     if dimensions <= ROW_DIMENSIONS + 1 or len(_row_dims(dim % dimensions, present)) <= ROW_DIMENSIONS:
@@ -145,15 +146,15 @@ def row_layout(dim: int, tensors: Sequence[torch.Tensor]) -> RowLayout:
 def alignment(*numbers: int) -> int:
     """The greatest power of two, at most 16, that divides all `numbers`.
 
-    A kernel that is told so uses wide loads where Triton, which looks for multiples of 16 only, would not.
+    Triton looks only for multiples of 16. A kernel that knows this number can use wide loads in other cases too.
     """
     return math.gcd(16, *numbers)
 
 
 def _row_dims(dim: int, tensors: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Group neighbouring dimensions but `dim` that one stride steps through in every tensor.
+    """Group neighbouring dimensions other than `dim` that one stride can step through in every tensor.
 
-    Dimensions of size one vanish.
+    Dimensions of size one are left out.
     """
     groups: list[list[int]] = []
     shape = tensors[0].shape
@@ -174,15 +175,16 @@ def _product(sizes: Sequence[int]) -> int:
 
 @triton.jit
 def aligned(number, ALIGNMENT: tl.constexpr):
-    """`number`, or each in a tensor of numbers, which is a multiple of ALIGNMENT, in a form that says so."""
-    # A hint (tl.multiple_of) is lost where the compiler folds the operation that carries it.
+    """`number`, or a tensor of numbers, in a form that shows the compiler that it is a multiple of ALIGNMENT."""
+    # A hint (tl.multiple_of) is lost when the compiler folds the operation that carries it.
     return number // ALIGNMENT * ALIGNMENT if ALIGNMENT > 1 else number
 
 
 @triton.jit
 def row_offset(row, size_1, size_2, tensor, ALIGNMENT: tl.constexpr):
-    """Offset in elements, 64-bit, of the first element of each row in `row` of a `RowTensor`; a multiple of
-    ALIGNMENT."""
+    """The 64-bit offset, in elements, of the first element of each row in `row` of a `RowTensor`.
+
+    It is a multiple of ALIGNMENT."""
     outer = row // size_2
     inner = (row % size_2).to(tl.int64)
     middle = (outer % size_1).to(tl.int64)

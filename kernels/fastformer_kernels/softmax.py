@@ -3,10 +3,10 @@
     s = scale x + mask,  y_i = exp(s_i - max s) / sum_j exp(s_j - max s),  dx = scale y (dy - sum_j y_j dy_j)
     log-softmax:  y_i = s_i - max s - log sum_j exp(s_j - max s),          dx = scale (dy - exp(y) sum_j dy_j)
 
-A row that fits is read once and kept in registers; a longer one is read twice, the first time with the online
-normaliser of Milakov and Gimelshein (2018, https://arxiv.org/abs/1805.02867). A row of -inf gives zeros (log-softmax
--inf), and what has no probability has no gradient. The maximum is subtracted before anything else is done to a score:
-the rounding of a large score times log2 e would reach the result undivided.
+A row that fits in registers is read once and kept there. A longer one is read twice, the first time with the online
+normaliser of Milakov and Gimelshein (2018, https://arxiv.org/abs/1805.02867). A row of -inf gives zeros (log-softmax:
+-inf), and an element without probability has gradient zero. The maximum is subtracted before a score is multiplied by
+log2 e: the rounding error of a large product would otherwise go into the result in full.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from fastformer_kernels.rows import (
 
 ONE_PASS_COLUMNS = 16384
 _CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=16)
-# Rows side by side where neighbouring rows, not columns, are neighbours in memory: a whole sector of 32 bytes and more.
+# Rows of a tile where neighbouring rows, not columns, are next to each other in memory: at least a sector of 32 bytes.
 STRIDED_BLOCK_ROWS = 32
 
 
 @triton.jit
 def _rows_of(tensor, row, size_1, size_2, ALIGNMENT: tl.constexpr):
-    """Pointers, (rows, 1), to the rows `row` of a `RowTensor`; None without one."""
+    """Pointers, (rows, 1), to the rows `row` of a `RowTensor`; None if its pointer is None."""
     pointer = tensor.pointer
     if tensor.pointer is not None:
         pointer = tensor.pointer + row_offset(row, size_1, size_2, tensor, ALIGNMENT)[:, None]
@@ -50,10 +50,10 @@ def _rows_of(tensor, row, size_1, size_2, ALIGNMENT: tl.constexpr):
 def _load_scores(
     x_row, x_stride, mask_row, mask_stride, limit, row_valid, column, columns, scale, CAUSAL: tl.constexpr
 ):
-    """A tile of scores in float32; -inf where there is none to attend to. `limit` is the last column a row may see."""
+    """A tile of scores in float32; -inf where absent or masked. `limit` is the last column that a row may see."""
     valid = row_valid & (column < columns)
     if CAUSAL:
-        # In steps of 16 columns, which keep the loads wide.
+        # The test is in steps of 16 columns, so that the loads stay wide.
         valid = valid & (column // 16 <= limit // 16)
     scores = tl.load(x_row + column * x_stride, mask=valid, other=float("-inf")).to(tl.float32) * scale
     scores = tl.where(valid, scores, float("-inf"))
@@ -70,7 +70,7 @@ def _load_scores(
 
 @triton.jit
 def _finite(maximum):
-    """`maximum`, or zero where the row is empty, so that subtracting it leaves -inf."""
+    """`maximum`, or zero where the row is empty, so that a score of -inf minus it stays -inf."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
@@ -105,15 +105,16 @@ def _softmax_forward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     ONE_PASS: tl.constexpr,
 ):
-    """y_i = exp(s_i - max s) / sum_j exp(s_j - max s) of s = scale x + mask, or its logarithm, of BLOCK_ROWS rows.
+    """Compute y_i = exp(s_i - max s) / sum_j exp(s_j - max s) with s = scale x + mask, or log y_i, for BLOCK_ROWS rows.
 
     Args:
         input, mask, output: x, the mask (its pointer None without one) and y, a `RowTensor` each.
-        rows, size_1, size_2, columns: of the tensors' `RowLayout`: all rows, the inner row dimensions, a row's length.
+        rows, size_1, size_2, columns: from the `RowLayout`: number of rows, the inner row dimensions, a row's length.
         queries, causal_offset: with CAUSAL, row r sees the columns up to r % queries + causal_offset.
         LOG: whether to write the logarithm.
-        ALIGNMENT: that of the `RowLayout`.
-        BLOCK_ROWS, BLOCK_COLUMNS: of a tile; ONE_PASS: whether it holds whole rows.
+        ALIGNMENT: the alignment of the `RowLayout`.
+        BLOCK_ROWS, BLOCK_COLUMNS: the size of a tile.
+        ONE_PASS: whether a tile holds whole rows.
     """
     columns = aligned(columns, ALIGNMENT)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -154,7 +155,7 @@ def _softmax_forward_kernel(
 
 @triton.jit
 def _load_gradient(dy_row, dy_stride, y_row, y_stride, valid, column, LOG: tl.constexpr):
-    """A tile of probabilities and of the gradient that arrives at them, both zero where there is no probability."""
+    """A tile of probabilities and of dy, both in float32 and zero where there is no probability."""
     dy = tl.load(dy_row + column * dy_stride, mask=valid, other=0.0).to(tl.float32)
     if LOG:
         y = tl.load(y_row + column * y_stride, mask=valid, other=float("-inf")).to(tl.float32)
@@ -167,13 +168,13 @@ def _load_gradient(dy_row, dy_stride, y_row, y_stride, valid, column, LOG: tl.co
 
 @triton.jit
 def _dot_term(y, dy, LOG: tl.constexpr):
-    """What is summed over a row for its gradient."""
+    """The terms whose sum over a row is needed for its gradient."""
     return dy if LOG else y * dy
 
 
 @triton.jit
 def _grad_scores(y, dy, dot, LOG: tl.constexpr):
-    """The gradient of scores, from probabilities, their gradient and the row's sum of `_dot_term`."""
+    """The gradient of scores, from probabilities `y`, `dy` and the row's sum `dot` of `_dot_term`."""
     return dy - y * dot if LOG else y * (dy - dot)
 
 
@@ -193,7 +194,7 @@ def _softmax_backward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     ONE_PASS: tl.constexpr,
 ):
-    """dx = scale y (dy - sum_j y_j dy_j), or of the logarithm scale (dy - exp(y) sum_j dy_j), of BLOCK_ROWS rows.
+    """Compute dx = scale y (dy - sum_j y_j dy_j), or with LOG scale (dy - exp(y) sum_j dy_j), for BLOCK_ROWS rows.
 
     Args:
         grad_output, output, grad_input: dy, y and dx, a `RowTensor` each.
@@ -242,12 +243,12 @@ def softmax_forward(
     """Write the softmax of ``scale * input + mask`` along `dim` into `output`, accumulated in float32.
 
     Args:
-        input: floating, any shape and strides.
-        output: of input's shape, any strides and floating dtype; may be `input` itself.
-        mask: of input's shape, any strides, most of them often zero; boolean (True = may attend) or floating (added).
-        causal_offset: a row sees the columns up to its own index along the last dimension but `dim`, plus this; None
-            for all columns.
-        log: log-softmax instead.
+        input: any floating dtype, shape and strides.
+        output: the same shape, any strides and floating dtype; may be `input` itself.
+        mask: the same shape, any strides (often zero); boolean (True = may attend) or floating (added).
+        causal_offset: a row sees the columns up to its own index plus this; None for all columns. The index is along
+            the last dimension other than `dim`.
+        log: whether to compute the log-softmax instead.
     """
     x, y, mask = addressable(dim, input, output, mask)
     _launch_forward(x, y, mask, dim % input.dim(), scale, causal_offset, log)
@@ -302,7 +303,7 @@ def softmax_backward(
 ) -> None:
     """Write the gradient of the input into `grad_input`, from the softmax's `output` and its gradient.
 
-    All three are of one shape, with any strides and floating dtypes.
+    All three have the same shape, with any strides and floating dtypes.
     """
     dy, y, dx = addressable(dim, grad_output, output, grad_input)
     _launch_backward(dy, y, dx, dim % output.dim(), scale, log)
@@ -335,7 +336,7 @@ def _launch_backward(dy: torch.Tensor, y: torch.Tensor, dx: torch.Tensor, dim: i
 
 
 def _blocks(operation: str, layout: RowLayout, tensor: torch.Tensor) -> dict[str, int]:
-    """Warps and tile sizes: whole rows where they fit, several where they are short or lie across memory."""
+    """Warps and tile sizes. A tile holds whole rows where they fit, and several if they are short or not contiguous."""
     columns = triton.next_power_of_2(layout.columns)
     along_memory = layout.strides[0][-1] <= max(1, layout.strides[0][-2])
 

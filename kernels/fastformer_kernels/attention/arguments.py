@@ -1,4 +1,4 @@
-"""What an attention call says besides its query, key and value. Needs no triton, so that every backend shares it."""
+"""The arguments of an attention call besides query, key and value. Every backend shares them: no triton is needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Learned(NamedTuple, Generic[T]):
-    """One thing for each learned argument, in the order in which operators take them."""
+    """One value for each learned argument, in the order in which operators take them."""
 
     bias: T
     relative: T
@@ -26,24 +26,24 @@ class AttentionArguments(NamedTuple):
     """The arguments of one attention call, checked and in canonical form.
 
     Dense tensors are (batch, heads, sequence, head_dim); with `cu_seqlens_q` and `cu_seqlens_k` they are packed,
-    (total_tokens, heads, head_dim), and positions, masks and biases count within each sequence.
+    (total_tokens, heads, head_dim). Positions, masks and biases then count within each sequence.
 
     Attributes:
-        mask: boolean, True = may attend, 4-D, each dimension 1 or that of (batch, heads, queries, keys).
-        bias: additive, like `mask` in shape, any floating dtype.
-        relative_bias: (heads, 2 * max_distance + 1), any floating dtype, contiguous; adds its element number
-            max_distance + (key position - query position), the distance limited to max_distance either way.
+        mask: boolean, True = may attend, 4-D: (batch, heads, queries, keys), any of which may also be 1.
+        bias: added to the scores, shaped like `mask`, any floating dtype.
+        relative_bias: (heads, 2 * max_distance + 1), any floating dtype, contiguous. Its element max_distance + d is
+            added, with d = key position - query position, limited to [-max_distance, max_distance].
         alibi_slopes: (1 or batch, heads) float32; adds -slope * |query position - key position|.
         head_scales: (heads,) float32; multiplies each head's scores in addition to `scale`.
         sinks: (heads,) float32; one more logit per head that takes part in the normalisation only.
-        key_lengths: (batch,) int32; keys at or beyond it are masked. Dense only.
-        prefix_lengths: (batch,) int32; keys before it are exempt from `right`.
+        key_lengths: (batch,) int32; keys from this index on are masked. Dense only.
+        prefix_lengths: (batch,) int32; `right` does not limit keys before this index.
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 boundaries of the packed sequences.
-        max_seqlen_q, max_seqlen_k: the longest packed sequence (dense: the sequence length).
+        max_seqlen_q, max_seqlen_k: the length of the longest packed sequence (dense: the sequence length).
         scale: multiplies the scores.
         left, right: how far before and after its own position a query may attend; UNBOUNDED for no limit.
         chunk: a query may attend only within its own chunk of this many positions; 0 for no limit.
-        bottom_right: a query's own position counts from the sequence's end (True) or its start (False).
+        bottom_right: True if the last query is at the last key's position, False if the first is at the first key's.
         softcap: scores become softcap * tanh(score / softcap); 0 for none.
         dropout_p: probability that a weight is dropped.
         seed: (2,) int64 on the tensors' device, the counter-based generator's seed and offset; set with `dropout_p`.
@@ -75,7 +75,7 @@ class AttentionArguments(NamedTuple):
         return Learned(self.bias, self.relative_bias, self.alibi_slopes, self.head_scales, self.sinks)
 
     def with_learned(self, learned: Sequence[torch.Tensor | None]) -> AttentionArguments:
-        """The same call with these in place of its learned arguments, where they are not None."""
+        """The same call, with each learned argument replaced by the given one unless that is None."""
         start = self._fields.index("bias")
         fields = list(self)
         for place, tensor in enumerate(learned, start):
@@ -84,11 +84,11 @@ class AttentionArguments(NamedTuple):
 
     @property
     def loads_scores(self) -> bool:
-        """Whether kernels load something for each query and key: a mask or a bias."""
+        """True if kernels load a mask or a bias for each query and key."""
         return self.mask is not None or self.bias is not None or self.relative_bias is not None
 
     def for_launch(self) -> tuple[Any, ...]:
-        """As a kept launch takes them: one value where none of them is a tensor, else each by itself."""
+        """Return the arguments as a kept launch takes them: one value if none of them is a tensor, else one by one."""
         if self.key_lengths is self.prefix_lengths is self.cu_seqlens_q is self.seed is self.mask is self.bias is None:
             if self.relative_bias is self.alibi_slopes is self.head_scales is self.sinks is None:
                 return (self,)
@@ -96,7 +96,7 @@ class AttentionArguments(NamedTuple):
 
     @staticmethod
     def of_launch(fields: tuple[Any, ...]) -> AttentionArguments:
-        """What `for_launch` made of them."""
+        """Return the arguments from which `for_launch` made `fields`."""
         return fields[0] if len(fields) == 1 else AttentionArguments(*fields)
 
     @property
@@ -109,7 +109,7 @@ class AttentionArguments(NamedTuple):
 
 
 class AttentionGradients(NamedTuple):
-    """Gradients of a call's differentiable arguments; None for learned ones where none was asked for."""
+    """Gradients of a call's differentiable arguments; None for a learned one whose gradient was not asked for."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -122,7 +122,7 @@ class AttentionGradients(NamedTuple):
 
 
 def sum_by_distance(scores: torch.Tensor, arguments: AttentionArguments) -> torch.Tensor:
-    """Sum (batch, heads, queries, keys) by head and key position - query position, as `relative_bias` is laid out."""
+    """Sum (batch, heads, queries, keys) by head and by key position - query position, laid out like `relative_bias`."""
     assert arguments.relative_bias is not None
     heads, places = arguments.relative_bias.shape
     batch, _, queries, keys = scores.shape
@@ -139,7 +139,7 @@ def sum_by_distance(scores: torch.Tensor, arguments: AttentionArguments) -> torc
 def _position_offsets(
     arguments: AttentionArguments, batch: int, queries: int, keys: int, device: torch.device
 ) -> torch.Tensor:
-    """(batch,): the position of each sequence's first query."""
+    """Return the position of each sequence's first query, (batch,)."""
     if not arguments.bottom_right:
         return torch.zeros(batch, dtype=torch.int64, device=device)
     if arguments.cu_seqlens_q is not None and arguments.cu_seqlens_k is not None:
@@ -150,9 +150,9 @@ def _position_offsets(
 
 
 def empty_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """An output for `query`, with value's head_dim, laid out in memory as `empty_gradient` says.
+    """An output for `query`, with value's head_dim, in the memory layout of `empty_gradient`.
 
-    Whoever merges the heads afterwards then needs no copy.
+    Merging the heads afterwards then needs no copy.
     """
     return _empty_like(query, value.shape[-1])
 
@@ -160,7 +160,7 @@ def empty_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 def empty_gradient(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor like `tensor`, in memory as (batch, sequence, heads, head_dim).
 
-    Where `tensor` has the batch within the sequence, PyTorch's layout without `batch_first`, so has the result.
+    It is (sequence, batch, heads, head_dim) if `tensor` has this order, PyTorch's layout without `batch_first`.
     """
     return _empty_like(tensor, tensor.shape[-1])
 

@@ -3,10 +3,10 @@
 With P the weights, dP = dO V^T and delta = rowsum(dO * O) - dLSE: dS = P * (dP - delta), dQ = scale dS K,
 dK = scale dS^T Q, dV = P^T dO (FlashAttention-2, Dao 2023, https://arxiv.org/abs/2307.08691).
 
-A program owns a tile of keys and walks over the queries of every head that shares them: five products a tile pair, dK
-and dV in registers, dQ (and the gradients of bias, relative bias and slopes) added up in memory. Those additions come
-in any order; when determinism is asked for, the programs leave them out and another kernel, whose programs own tiles
-of queries, recomputes the weights and forms dQ by itself.
+A program owns a tile of keys and walks over the queries of every head that shares them, with five products for each
+pair of tiles. It keeps dK and dV in registers, and adds dQ and the gradients of bias and relative bias up in memory.
+The order of those additions varies. If determinism is asked for, the programs leave them out: another kernel, whose
+programs own tiles of queries, recomputes the weights and computes dQ.
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ from fastformer_kernels.precision import dot, input_precision, round_to
 
 
 class ScoreGradients(NamedTuple):
-    """Where the gradients of what is added to the scores go.
+    """The tensors that receive the gradients of bias, relative bias, slopes and scales of the heads.
 
     Attributes:
-        bias: float32, like the bias, added to atomically; with its strides, those of an `Addend`.
-        relative, max_distance: a `Relative`, float32, added to atomically.
-        slopes, head_scales: (batch, heads, tiles) float32, one element for each program and head.
+        bias: float32, shaped like the bias; kernels add to it atomically. With its strides, the fields of an `Addend`.
+        relative, max_distance: the fields of a `Relative`, float32; kernels add to it atomically.
+        slopes, head_scales: (batch, heads, tiles) float32, one element for each tile and head.
     """
 
     bias: torch.Tensor | None
@@ -105,7 +105,7 @@ class ScoreGradients(NamedTuple):
 
 
 class _Sources(NamedTuple):
-    """What a head's tiles are loaded from, or added to: pointers, or tensor descriptors."""
+    """The memory that a head's tiles are loaded from or added to: pointers, or tensor descriptors."""
 
     q: Any
     do: Any
@@ -113,13 +113,13 @@ class _Sources(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Which queries meet which keys.
+    """The head of the queries, and the tile of keys that they meet.
 
     Attributes:
-        batch, head: of the queries.
+        batch, head: indices of the queries' sequence and head.
         dropout_row: the number of (batch, head), for the random words.
-        lse_pointer, delta_pointer: to the head's `Statistics`.
-        first_key: of the tile.
+        lse_pointer, delta_pointer: pointers to the head's `Statistics`.
+        first_key: the first key of the tile.
     """
 
     batch: Any
@@ -144,13 +144,13 @@ def _row_statistics_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The `Statistics` that every tile of a row needs: delta = rowsum(dO * O) - dLSE, and the LSE in units of log2.
+    """Compute the `Statistics` of each row: delta = rowsum(dO * O) - dLSE, and the LSE in units of log2.
 
     Args:
         o, do: an `Operand` each: the output and its gradient. Packed tokens count as one sequence.
         lse, dlse: a `Rows` each: the log-sum-exp and its gradient, whose pointer may be None.
         statistics: a `Statistics`, written.
-        tiles, heads, queries: tiles of a head, and the sizes of o.
+        tiles, heads, queries: number of tiles of a head, and sizes of o.
     """
     program = tl.program_id(0)
     first = program % tiles * BLOCK_M
@@ -186,8 +186,11 @@ def _weights_and_gradient(
     FOLD_SCALE: tl.constexpr,
     TESTED: tl.constexpr,
 ):
-    """From products Q K^T and dO V^T of one tile, in either orientation, and what dropout keeps: the weights as they
-    met V, the gradient of the scores before the softcap (to be scaled), and after it (the bias's)."""
+    """Compute weights and gradients of one tile, in either orientation, from its products Q K^T and dO V^T.
+
+    Returns the weights after dropout, the gradient of the scores before the softcap (still to be multiplied by the
+    scale), and that of the scores after the softcap, which is also the gradient of the bias.
+    """
     scale = head_features.scale
     multiplier = scale * LOG2_E if FOLD_SCALE else 1.0
     scores = products
@@ -211,8 +214,10 @@ def _weights_and_gradient(
 
 @triton.jit
 def _load_statistics(lse_pointer, delta_pointer, query, queries, CHECK: tl.constexpr):
-    """LSE and delta of the rows `query` of a head, of whose `Statistics` these are the pointers; with CHECK, weights
-    of zero for those beyond the end."""
+    """Load LSE and delta of the rows `query` of a head from pointers to its `Statistics`.
+
+    With CHECK, rows beyond the end get an LSE that makes their weights zero.
+    """
     if CHECK:
         valid = query < queries
         lse_log2 = tl.load(lse_pointer + query, mask=valid, other=float("inf"))
@@ -223,8 +228,11 @@ def _load_statistics(lse_pointer, delta_pointer, query, queries, CHECK: tl.const
 
 @triton.jit
 def _loaded_once(x):
-    """A loaded vector `x`. Triton 3.6 would have each thread copy every element that it needs, which takes dozens of
-    registers for addresses; it cannot move a load to the other side of a scan, here of one element each."""
+    """Return the loaded vector `x`, and make the compiler load each element once.
+
+    With Triton 3.6 each thread would load every element that it needs, which takes dozens of registers for addresses.
+    The compiler cannot move a load across a scan; here each scan has one element.
+    """
     return tl.reshape(tl.cumsum(x[:, None], axis=1), x.shape)
 
 
@@ -243,14 +251,16 @@ def _add_score_gradients(
     head,
     QUERY_AXIS: tl.constexpr,
 ):
-    """Add a tile of the scores' gradient to that of bias and relative bias; returns the sums so far, by row of the
-    tile, of the slope's gradient and the scale's."""
+    """Add a tile of the scores' gradient to the gradients of bias and relative bias.
+
+    Returns the sums so far, for each row of the tile, of the gradients of the slope and of the head's scale.
+    """
     if gradients.bias is not None:
         pointer = bias_at_head(gradients, batch, head)
         at_query = query.to(tl.int64) * gradients.bias_stride_m
         at_key = key.to(tl.int64) * gradients.bias_stride_n
         valid = (query < span.queries) & (key < span.keys)
-        # A stride of zero means that the bias broadcasts: sum first what shares an element.
+        # A stride of zero means that the bias broadcasts: sum first over the scores that share an element of the bias.
         if gradients.bias_stride_m == 0 and gradients.bias_stride_n == 0:
             total = tl.sum(tl.sum(dbias, axis=1), axis=0)
             tl.atomic_add(pointer, total, sem="relaxed")
@@ -274,7 +284,7 @@ def _add_score_gradients(
 
 @triton.jit
 def _store_program_sums(gradients, dslope, dscale, batch, head, heads, tile, tiles):
-    """Store what `_add_score_gradients` summed for one head."""
+    """Store the sums that `_add_score_gradients` returned for one head."""
     at = (batch * heads + head) * tiles + tile
     if gradients.slopes is not None:
         tl.store(gradients.slopes + at, tl.sum(dslope))
@@ -284,10 +294,10 @@ def _store_program_sums(gradients, dslope, dscale, batch, head, heads, tile, til
 
 @triton.jit
 def _add_relative_gradient(gradients, dbias, query, key, offset, head, QUERY_AXIS: tl.constexpr):
-    """Sum a tile along its diagonals, on each of which key - query is constant, and add the sums.
+    """Sum a tile along its diagonals, on each of which key - query is constant, and add the sums to the gradient.
 
-    Row i is rotated by i places, which turns diagonals into columns: column c then holds the diagonal c, and that
-    which comes COLUMNS later, where the rotation wrapped around.
+    Row i is rotated by i places, which turns diagonals into columns. Column c then holds diagonal c and, in rows
+    where the rotation wrapped around, the diagonal that comes COLUMNS later.
     """
     ROWS: tl.constexpr = dbias.shape[0]
     COLUMNS: tl.constexpr = dbias.shape[1]
@@ -327,15 +337,15 @@ def _key_value_gradient_kernel(
     features,
     constants,
 ):
-    """dV = P^T dO and dK = scale dS^T Q; with a pointer in `dq`, also what `_query_gradient_kernel` computes otherwise.
+    """Compute dV = P^T dO and dK = scale dS^T Q; with a pointer in `dq` also the results of `_query_gradient_kernel`.
 
     Args:
         q, k, v, do: an `Operand` each.
         statistics: the `Statistics` of the queries.
-        dq, dk, dv: an `Operand` each; dk and dv are written, dq, float32, is added to atomically.
+        dq, dk, dv: an `Operand` each. dk and dv are written; dq, float32, is added to atomically.
         gradients: a `ScoreGradients`.
-        all_tiles, tiles, heads_in_cache, heads, queries, keys, query_tokens, key_tokens: a `Sizes`, its numbers by
-            themselves, since Triton specialises every number within a tuple.
+        all_tiles, tiles, heads_in_cache, heads, queries, keys, query_tokens, key_tokens: the fields of a `Sizes`.
+            They are separate arguments, since Triton specialises on every number in a tuple.
         layout, features, constants: a `Layout`, a `Features`, a `Constants`.
     """
     sizes = Sizes(all_tiles, tiles, heads_in_cache, heads, queries, keys, query_tokens, key_tokens)
@@ -355,7 +365,7 @@ def _key_value_gradient_kernel(
 def _key_value_gradient_tile(
     q, k, v, do, statistics, dq, dk, dv, gradients, number, sizes, layout, features, constants
 ):
-    """Tile `number` of keys and all the queries that meet it."""
+    """Compute dK and dV of tile number `number` of keys, from all the queries that meet it."""
     DESCRIPTORS: tl.constexpr = constants.DESCRIPTORS
     WARP_SPECIALIZE: tl.constexpr = constants.WARP_SPECIALIZE
     head_dim: tl.constexpr = constants.head_dim
@@ -374,10 +384,10 @@ def _key_value_gradient_tile(
     span = Span(queries, keys, keys - queries if constants.BOTTOM_RIGHT else 0, prefix_length(batch, layout))
     k_pointer = at_head(k, batch, kv_head, k_start)
     v_pointer = at_head(v, batch, kv_head, k_start)
-    # Specialised warps can take from outside their loop only what a descriptor loaded.
+    # Specialised warps can use a tile from outside their loop only if a descriptor loaded it.
     k_source = rows_of(k_pointer, keys, k, head_dim, BLOCK_N, BLOCK_D, WARP_SPECIALIZE)
     v_source = rows_of(v_pointer, keys, v, value_dim, BLOCK_N, BLOCK_V, WARP_SPECIALIZE)
-    # An empty sequence's descriptor has one row, which is not there: start after it.
+    # An empty sequence's descriptor has one row, which does not exist: start after it.
     k_first = tl.where(first < keys, first, tl.maximum(first, 1)) if WARP_SPECIALIZE else first
     key_tile = load_rows(k_source, k_first, keys, k, head_dim, BLOCK_N, BLOCK_D, True, WARP_SPECIALIZE)
     value_tile = load_rows(v_source, k_first, keys, v, value_dim, BLOCK_N, BLOCK_V, True, WARP_SPECIALIZE)
@@ -411,7 +421,7 @@ def _key_value_gradient_tile(
                 ranges, span, head_features, features, constants, tested == 1,
             )  # fmt: skip
         _store_program_sums(gradients, dslope, dscale, batch, head, sizes.heads, tile, sizes.tiles)
-    # With a scale per head, the queries' products were scaled head by head.
+    # With a scale per head, the gradients of the scores were already scaled, head by head.
     dk_scale = features.scale if features.head_scales is None else 1.0
     dk_pointer = at_head(dk, batch, kv_head, k_start)
     dv_pointer = at_head(dv, batch, kv_head, k_start)
@@ -440,7 +450,10 @@ def _add_queries(
     constants,
     TESTED: tl.constexpr,
 ):
-    """Add to dK and dV of a tile of keys what one head's queries give: the tiles that need a test, or the others."""
+    """Add the part of one head's queries to dK and dV of a tile of keys.
+
+    It takes the tiles of queries that need a test if TESTED, else those that need none.
+    """
     DESCRIPTORS: tl.constexpr = constants.DESCRIPTORS
     INPUT_PRECISION: tl.constexpr = constants.INPUT_PRECISION
     head_dim: tl.constexpr = constants.head_dim
@@ -454,7 +467,7 @@ def _add_queries(
         start = tile_start(index, ranges, TESTED, BLOCK_M)
         query = start + tl.arange(0, BLOCK_M)
         lse_log2, delta = _load_statistics(place.lse_pointer, place.delta_pointer, query, span.queries, TESTED)
-        if not constants.WARP_SPECIALIZE:  # the compiler cannot divide a scan among warps
+        if not constants.WARP_SPECIALIZE:  # the compiler cannot split a scan among specialised warps
             lse_log2 = _loaded_once(lse_log2)
             delta = _loaded_once(delta)
         q_tile = load_rows(sources.q, start, span.queries, q, head_dim, BLOCK_M, BLOCK_D, TESTED, DESCRIPTORS)
@@ -488,7 +501,7 @@ def _add_queries(
         dk_tile = dot(dscores, q_tile, dk_tile, INPUT_PRECISION)
         if dq.pointer is not None:
             if DESCRIPTORS and BLOCK_M < 64:
-                # wgmma needs 64 rows, which head_dim has: dQ^T = K^T dS.
+                # wgmma needs 64 rows. BLOCK_M has fewer, head_dim has enough: dQ^T = K^T dS.
                 zeros = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
                 dq_tile = tl.trans(dot(tl.trans(key_tile), dscores, zeros, INPUT_PRECISION))
             else:
@@ -527,7 +540,7 @@ def _query_gradient_kernel(
     features,
     constants,
 ):
-    """dQ = scale dS K in registers, without additions in memory; also the scores' gradients.
+    """Compute dQ = scale dS K in registers, without additions in memory, and the `ScoreGradients`.
 
     The arguments are those of `_key_value_gradient_kernel`; dq is written.
     """
@@ -542,7 +555,7 @@ def _query_gradient_kernel(
 
 @triton.jit
 def _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, layout, features, constants):
-    """Tile `number` of queries and all the keys that it meets."""
+    """Compute dQ of tile number `number` of queries, from all the keys that it meets."""
     heads = sizes.heads
     head_dim: tl.constexpr = constants.head_dim
     value_dim: tl.constexpr = constants.value_dim
@@ -619,9 +632,9 @@ def _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, 
 def _scale_and_round_kernel(
     total, dq, tiles, heads, queries, scale, head_dim: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """dQ = scale times the float32 sums of its parts, `total`; an `Operand` each. Packed tokens count as one sequence.
+    """Compute dQ = scale * `total`, the float32 sum of its parts; an `Operand` each.
 
-    tiles, heads and queries are tiles of a head and the sizes of dq.
+    Packed tokens count as one sequence. tiles is the number of tiles of a head; heads and queries are sizes of dq.
     """
     program = tl.program_id(0)
     first = program % tiles * BLOCK_M
@@ -643,7 +656,7 @@ def attention_backward(
     arguments: AttentionArguments,
     needed: Learned[bool],
 ) -> AttentionGradients:
-    """Gradients of checked arguments; those of learned ones that are not `needed` are None."""
+    """Return the gradients of checked arguments; None for learned arguments that are not `needed`."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     configuration = _key_configuration(query, value, arguments, deterministic)
     two_kernels = deterministic or configuration.two_kernels
@@ -674,7 +687,7 @@ def _key_configuration(
 
 
 class _ScoreSums(NamedTuple):
-    """Where the gradients of what is added to the scores add up; see `ScoreGradients`."""
+    """The tensors in which the gradients of `ScoreGradients` add up."""
 
     bias: torch.Tensor | None
     relative: torch.Tensor | None
@@ -682,7 +695,7 @@ class _ScoreSums(NamedTuple):
     head_scales: torch.Tensor | None
 
     def as_argument(self) -> ScoreGradients:
-        """As kernels take them."""
+        """Return the tensors as kernels take them."""
         return ScoreGradients(*addend(self.bias), *relative(self.relative), self.slopes, self.head_scales)
 
 
@@ -693,10 +706,10 @@ _NOTHING_LEARNED: Learned[torch.Tensor | None] = Learned(None, None, None, None,
 def _score_sums(
     query: torch.Tensor, arguments: AttentionArguments, needed: Learned[bool], deterministic: bool, tiles: int
 ) -> _ScoreSums:
-    """Zeros for the sums that are needed.
+    """Return zeros for the sums that are needed.
 
-    No element is shared when determinism is asked for: bias and relative bias then add up from the whole gradient of
-    the scores.
+    If determinism is asked for, programs share no element: the whole gradient of the scores is stored, and the
+    gradients of bias and relative bias are summed from it later.
     """
     batch, heads = arguments.batch(query), query.shape[1]
     zeros = functools.partial(torch.zeros, dtype=torch.float32, device=query.device)
@@ -721,7 +734,7 @@ def _learned_gradients(
     arguments: AttentionArguments,
     needed: Learned[bool],
 ) -> Learned[torch.Tensor | None]:
-    """The gradients in the shapes and dtypes of their arguments."""
+    """Return the gradients in the shapes and dtypes of their arguments."""
     grad_bias = grad_relative = grad_slopes = grad_scales = grad_sinks = None
     scores, sums = found.bias, found.relative
     if needed.bias and arguments.bias is not None and scores is not None:
@@ -736,7 +749,7 @@ def _learned_gradients(
     if found.head_scales is not None:
         grad_scales = found.head_scales.sum((0, 2)) * arguments.scale
     if needed.sinks and arguments.sinks is not None:
-        # A sink's weight in each row is exp(sink - lse); it meets no value, so its gradient is -weight * delta.
+        # A sink's weight in each row is exp(sink - lse). It has no value, so its gradient is -weight * delta.
         by_row = lse if lse.dim() == 3 else lse[None]
         grad_sinks = -(torch.exp(arguments.sinks[:, None] - by_row) * delta.view_as(by_row)).sum((0, 2))
     return Learned(grad_bias, grad_relative, grad_slopes, grad_scales, grad_sinks)
@@ -753,7 +766,7 @@ def _launch_backward(
     grad_lse: torch.Tensor | None,
     made: tuple[torch.Tensor, ...],
     deterministic: bool,
-    precision: str,  # which the kernels' constants look up: a call with another one is of another kind
+    precision: str,  # The kernels' constants depend on it, so it distinguishes kinds of calls.
     *fields: Any,
 ) -> list[Launch]:
     lse_log2, delta, grad_query, grad_key, grad_value, *totals = made
@@ -938,6 +951,6 @@ def _scale_and_round(total: torch.Tensor, grad_query: torch.Tensor, scale: float
 
 
 def _row_blocks(tensor: torch.Tensor) -> tuple[int, int]:
-    """Columns and rows of a tile of about 4,096 elements."""
+    """Return columns and rows of a tile of about 4,096 elements."""
     columns = max(16, triton.next_power_of_2(tensor.shape[-1]))
     return columns, 4096 // columns

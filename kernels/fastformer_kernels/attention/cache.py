@@ -1,9 +1,9 @@
-"""Append new keys and values to a cache, rotating keys and queries on the way: one launch, one pass over the memory.
+"""Append new keys and values to a cache, and rotate keys and queries: one launch, one pass over the memory.
 
 Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864) at position p turns each pair (a, b) of the
-first rotary_dim elements into (a cos_p - b sin_p, b cos_p + a sin_p); a pair is either half a rotary_dim apart ("half",
-GPT-NeoX and Llama) or neighbours ("interleaved", GPT-J). The token i of a sequence has position length + i, which is
-also where it goes in the cache.
+first rotary_dim elements into (a cos_p - b sin_p, b cos_p + a sin_p); the elements of a pair are either rotary_dim / 2
+apart ("half", GPT-NeoX and Llama) or neighbours ("interleaved", GPT-J). The new token i of a sequence has position
+length + i, which is also its place in the cache.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ ELEMENTS_PER_WARP = 512
 
 
 class AppendConstants(NamedTuple):
-    """What the kernel is compiled for.
+    """The compile-time constants of the kernel.
 
     Attributes:
         PAGE_SIZE: tokens of a page; 1 without pages.
-        head_dim, value_dim, rotary_dim: elements of a key, of a value, and of those of a key that are rotated.
+        head_dim, value_dim, rotary_dim: elements of a key, of a value, and of a key's rotated part.
         INTERLEAVED: whether a pair's elements are neighbours.
         BLOCK_TOKENS: tokens of a program.
-        BLOCK_D, BLOCK_V, BLOCK_PAIRS: powers of two that hold head_dim, value_dim and the pairs.
+        BLOCK_D, BLOCK_V, BLOCK_PAIRS: powers of two, at least head_dim, value_dim and the number of pairs.
     """
 
     PAGE_SIZE: int
@@ -73,14 +73,14 @@ def _rotate(
     INTERLEAVED: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
 ):
-    """Rotate the first rotary_dim elements of each row; one that has no place in the tables is copied."""
+    """Rotate the first rotary_dim elements of each row. A row with `placed` false has no angle and is copied."""
     pair = tl.arange(0, BLOCK_PAIRS).to(tl.int64)[None, :]
     valid = present & (pair < rotary_dim // 2)
     cosine = tl.load(cos_row + pair * cos.stride_column, mask=valid & placed, other=1.0)
     sine = tl.load(sin_row + pair * sin.stride_column, mask=valid & placed, other=0.0)
     dtype = target.dtype.element_ty
     if INTERLEAVED:
-        # Read and written whole, since every other element alone would take an access each.
+        # Read and write whole rows: every second element alone would need one access each.
         dim = tl.arange(0, 2 * BLOCK_PAIRS).to(tl.int64)[None, :]
         dim_valid = present & (dim < rotary_dim)
         x = tl.load(source + dim * source_stride, mask=dim_valid, other=0.0).to(tl.float32)
@@ -117,19 +117,20 @@ def _append_kernel(
     positions,
     constants,
 ):
-    """Put new keys, rotated, and values into their caches, and rotate the queries.
+    """Rotate new keys and put them and new values into the caches, and rotate the queries.
 
-    A program has some tokens of one slot: the first kv_heads slots are key/value heads, the others query heads.
+    A program handles some tokens of one slot. The first kv_heads slots are key/value heads, the others query heads.
 
     Args:
         key, value, query: an `Operand` each; without queries the pointer is None.
-        key_cache, value_cache: an `Operand` each, of which the first dimension is pages; written.
+        key_cache, value_cache: an `Operand` each, whose first dimension is pages; written.
         rotated: an `Operand` like `query`, written.
-        lengths_pointer, new_lengths_pointer: (batch,) int32, tokens in the cache and new ones; the latter may be None.
+        lengths_pointer, new_lengths_pointer: (batch,) int32, number of tokens in the cache and of new ones;
+            new_lengths_pointer may be None.
         table: a `PageTable`.
         cos, sin: the rotary tables, (positions, pairs) float32, a `Matrix` each; without rotation their pointers are
             None.
-        token_tiles, slots: tiles of a slot's tokens, and slots of a sequence.
+        token_tiles, slots: number of tiles of a slot's tokens, and of slots of a sequence.
         tokens, kv_heads, capacity, pages, positions: sizes of the new keys, the caches and the rotary tables.
         constants: an `AppendConstants`.
     """
@@ -148,7 +149,7 @@ def _append_kernel(
         new_tokens = tl.minimum(tl.load(new_lengths_pointer + batch), tokens)
     position = (length + token).to(tl.int64)
     new = token < new_tokens
-    # One assertion: each is a call of its own in the compiled kernel.
+    # One assertion for both conditions: each is a separate call in the compiled kernel.
     placed = (length >= 0) & (length + new_tokens <= capacity)
     tl.device_assert(placed, "lengths and the new tokens must lie within the cache's capacity")
     cos_row = cos.pointer
@@ -164,7 +165,7 @@ def _append_kernel(
         if table.pointer is not None:
             entry = table.pointer + batch * table.stride_b + position // constants.PAGE_SIZE * table.stride_page
             page = tl.load(entry, mask=new, other=0)
-            # Negative ones are beyond all others.
+            # As an unsigned number, a negative page is beyond all pages.
             new = new & (page.to(tl.uint32) < pages)
             page = page.to(tl.int64)
             position = position % constants.PAGE_SIZE
@@ -208,16 +209,16 @@ def append(
     sin: torch.Tensor | None,
     interleaved: bool,
 ) -> Launch | None:
-    """Write `key` and `value` into the caches and the rotated `query`; checked arguments.
+    """Write `key`, rotated, and `value` into the caches, and `query`, rotated, into `rotated`. Arguments are checked.
 
     Args:
         key, value: (batch, kv_heads, tokens, head_dim), any strides.
         key_cache, value_cache: (batch, kv_heads, capacity, head_dim) or, with a block table, (pages, page_size,
             kv_heads, head_dim), any strides.
         query: (batch, heads, tokens, head_dim), any strides; None for no query.
-        rotated: for a query, a contiguous tensor like it to write to.
-        lengths: (batch,) int32, contiguous, the tokens already in the cache.
-        new_lengths: (batch,) int32, contiguous, how many of the tokens each sequence has; None for all.
+        rotated: with a query, one contiguous tensor of its shape, which is written; else empty.
+        lengths: (batch,) int32, contiguous, the number of tokens already in the cache.
+        new_lengths: (batch,) int32, contiguous, the number of new tokens of each sequence; None if each has all.
         block_table: (batch, max_pages) int32.
         cos, sin: (positions, rotary_dim // 2) float32; None for no rotation.
     """
@@ -267,7 +268,7 @@ def append(
                 )
             ),
             "num_warps": max(1, block_tokens * block_d // ELEMENTS_PER_WARP),
-            # Keeps device_assert: a token without a place must fail, not overwrite another sequence's.
+            # This keeps device_assert: a token without a place must fail, not overwrite a token of another sequence.
             "debug": True,
             "sanitize_overflow": False,
             **COMPILER_OPTIONS,

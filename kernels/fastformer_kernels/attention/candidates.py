@@ -1,4 +1,4 @@
-"""Launch configurations of the attention kernels to measure beside the shipped ones, for those who can measure."""
+"""Launch configurations of the attention kernels to compare with the shipped ones by measurement."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _SMALL_TILES = (
     (64, 32, 8, 1),
     (32, 64, 8, 1),
 )
-# What a kernel needs of shared memory besides its tiles.
+# Bytes of shared memory that a kernel needs besides its tiles.
 _RESERVE = 20 * 1024
 
 Memory = Callable[[AttentionConfiguration], int]
@@ -59,8 +59,10 @@ Memory = Callable[[AttentionConfiguration], int]
 def forward_candidates(
     default: AttentionConfiguration, architecture: Architecture, head_dim: int, element_size: int
 ) -> list[AttentionConfiguration]:
-    """Configurations of the forward kernel: tiles, descriptors or pointers, a program for each tile or resident ones,
-    and, where the hardware has descriptors, specialised warps in one loop."""
+    """Configurations of the forward kernel to compare.
+
+    They differ in tiles, in descriptors or pointers, and in one program for each tile or resident programs. Where the
+    hardware has descriptors, some have specialised warps in one loop."""
     tiles = _FORWARD_TILES if _has_tensor_cores(architecture, element_size) else _SMALL_TILES
     found = [_plain(default, tile) for tile in tiles]
     found += [replace(default, resident=resident) for resident in (0, 1, 2)]
@@ -70,7 +72,7 @@ def forward_candidates(
         found += [*specialized, replace(specialized[0], resident=1)]
 
     def memory(choice: AttentionConfiguration) -> int:
-        # The queries stay; keys and values are loaded ahead.
+        # The queries stay in shared memory; keys and values are loaded ahead.
         return (choice.block_m + 2 * choice.num_stages * choice.block_n) * head_dim * element_size
 
     return _that_fit(found, default, architecture, memory)
@@ -79,7 +81,9 @@ def forward_candidates(
 def backward_candidates(
     default: AttentionConfiguration, architecture: Architecture, head_dim: int, element_size: int
 ) -> list[AttentionConfiguration]:
-    """Configurations of the backward kernels: tiles, descriptors or pointers, dQ added up or by a kernel of its own."""
+    """Configurations of the backward kernels to compare.
+
+    They differ in tiles, in descriptors or pointers, and in whether dQ is added up or comes from its own kernel."""
     tiles = _BACKWARD_TILES if _has_tensor_cores(architecture, element_size) else _SMALL_TILES
     found = [_plain(default, tile) for tile in tiles]
     found += [replace(choice, two_kernels=True) for choice in (default, *found[:1], *found[3:5])]
@@ -93,7 +97,7 @@ def backward_candidates(
 def deterministic_candidates(
     default: AttentionConfiguration, architecture: Architecture, head_dim: int, element_size: int
 ) -> list[AttentionConfiguration]:
-    """Configurations of the two backward kernels of which each writes what it owns."""
+    """Configurations to compare of the two backward kernels that each write only the tiles they own."""
     tiles = _BACKWARD_TILES if _has_tensor_cores(architecture, element_size) else _SMALL_TILES
     found = [_plain(default, tile) for tile in tiles]
     if architecture.name in ("sm_90", "sm_100"):
@@ -102,7 +106,7 @@ def deterministic_candidates(
 
 
 def decode_candidates(default: DecodeConfiguration) -> list[DecodeConfiguration]:
-    """Configurations of the decode kernel: keys of a tile, warps and stages, and how finely keys are split."""
+    """Configurations of the decode kernel to compare: keys of a tile, warps, stages, and the splitting of the keys."""
     found = [replace(default, block_n=block_n) for block_n in (16, 32, 64, 128)]
     found += [replace(default, num_warps=warps) for warps in (2, 4, 8)]
     found += [replace(default, num_stages=stages) for stages in (2, 3, 4, 5)]
@@ -128,7 +132,7 @@ def _has_tensor_cores(architecture: Architecture, element_size: int) -> bool:
 
 def _backward_memory(head_dim: int, element_size: int) -> Memory:
     def memory(choice: AttentionConfiguration) -> int:
-        # Keys and values stay; queries and the output's gradient are loaded ahead.
+        # Keys and values stay in shared memory; queries and the output's gradient are loaded ahead.
         return (2 * choice.block_n + 2 * choice.num_stages * choice.block_m) * head_dim * element_size
 
     return memory

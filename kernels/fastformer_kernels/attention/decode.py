@@ -1,13 +1,13 @@
-"""Attention of few queries over a long cache: O = softmax(S) V, S = softcap(scale Q K^T) - slope |distance|, masked.
+"""Attention of a few queries over a long cache: O = softmax(S) V, S = softcap(scale Q K^T) - slope |distance|, masked.
 
 Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023, https://pytorch.org/blog/flash-decoding/): the keys of a sequence
-are split among programs, which would otherwise be too few to fill a GPU; each leaves its output and log-sum-exp, and
-`merge` adds them up. The query heads that share a key/value head, times the tokens of a speculative query, are the
-rows of one tile, so that the cache is read once for all of them and a tensor core has work for its rows. Paged caches
-(Kwon et al. 2023, https://arxiv.org/abs/2309.06180) differ in where a key lies, nothing else.
+are split among programs, since otherwise there would be too few programs to fill a GPU. Each program stores its output
+and log-sum-exp, and `merge` combines them. All query heads that share a key/value head, with all tokens of a
+speculative query, are the rows of one tile. So the cache is read once for all of them, and a tensor core has enough
+rows. Paged caches (Kwon et al. 2023, https://arxiv.org/abs/2309.06180) differ only in the addresses of keys and values.
 
-Reading the cache bounds the time: one loop tests every tile, since a second loop for border tiles would drain the
-pipeline of loads, which costs more than the tests.
+Reading the cache limits the speed. One loop tests every tile: a second loop for border tiles would drain the pipeline
+of loads, which costs more than the tests.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ SMALLEST_BLOCK_M = 16
 
 @dataclass(frozen=True)
 class DecodeConfiguration:
-    """How the decode kernel is launched.
+    """The launch configuration of the decode kernel.
 
     Attributes:
         block_n: keys in a tile.
-        most_rows: of a tile, which has no more than the call needs.
-        num_warps, num_stages: of the compiler.
-        programs: that share the keys of few sequences, for each multiprocessor: two keep its memory pipeline full while
-            one of them starts or ends.
-        tiles_per_split: at least; a split with fewer spends more on starting and on the merge than it saves.
+        most_rows: the largest number of rows of a tile; it has fewer if the call needs fewer.
+        num_warps, num_stages: the compiler's options.
+        programs: the number of programs for each multiprocessor when keys are split: two keep the memory pipeline full
+            while one of them starts or ends.
+        tiles_per_split: the least number of tiles of a split. A split with fewer costs more time for its start and for
+            the merge than it saves.
     """
 
     block_n: int
@@ -59,12 +60,12 @@ class DecodeConfiguration:
     tiles_per_split: int = 4
 
     def block_m(self, rows: int) -> int:
-        """Rows of a tile, where a key/value head serves `rows`; a tile of a product has at least 16."""
+        """Rows of a tile if a key/value head has `rows` rows of queries. A tile of a product has at least 16."""
         return min(max(triton.next_power_of_2(rows), SMALLEST_BLOCK_M), self.most_rows)
 
 
-# By element size and the largest head_dim each serves. float32 products run on no tensor core, which more rows in a
-# tile would fill: they only cost registers.
+# Configurations by element size and by the largest head_dim that each serves. float32 products do not use tensor cores,
+# so more rows in a tile would only cost registers.
 _LARGE_SHARED_MEMORY = {
     2: {
         64: DecodeConfiguration(64, 64, 4, 4),
@@ -77,7 +78,7 @@ _LARGE_SHARED_MEMORY = {
         256: DecodeConfiguration(32, 16, 8, 3),
     },
 }
-# Within 99 KiB.
+# For 99 KiB of shared memory.
 _SMALL_SHARED_MEMORY = {
     2: {
         64: DecodeConfiguration(64, 64, 4, 4),
@@ -112,22 +113,22 @@ _BY_ARCHITECTURE = {
     "gfx90a": _AMD,
     "gfx942": _AMD,
     "gfx950": _AMD,
-    # Small tiles, so that small tests cross their borders.
+    # Small tiles, so that small tests have several of them.
     "interpreter": {size: {256: DecodeConfiguration(16, 16, 1, 1)} for size in (2, 4)},
 }
 
 MOST_SPLITS = 128
-# Upper ends of the classes of sequences times query heads whose launches are measured.
+# Upper bounds of the classes of sequences times query heads whose launches are measured.
 ROW_CLASSES = (64, 512)
 
 
 class DecodeFeatures(NamedTuple):
-    """What turns products of queries and keys into weights.
+    """The features that turn products of queries and keys into weights.
 
     Attributes:
-        slopes, slopes_stride_b: those of ALiBi, (1 or batch, heads) float32, or None.
+        slopes, slopes_stride_b: the slopes of ALiBi, (1 or batch, heads) float32 or None, and their batch stride.
         sinks: (heads,) float32, or None.
-        left, right: how far before and after its own position a query may attend, where the constants say so.
+        left, right: how far before and after its own position a query may attend, if the constants bound that side.
     """
 
     scale: float
@@ -140,16 +141,16 @@ class DecodeFeatures(NamedTuple):
 
 
 class DecodeConstants(NamedTuple):
-    """What the kernel is compiled for.
+    """The compile-time constants of the kernel.
 
     Attributes:
         PAGE_SIZE: keys of a page; 1 without pages.
-        GROUP: query heads that share a key/value head.
-        head_dim, value_dim: of keys and of values.
-        LEFT_BOUNDED, RIGHT_BOUNDED, SOFTCAP: which of the features there are.
-        INPUT_PRECISION: of products.
+        GROUP: number of query heads that share a key/value head.
+        head_dim, value_dim: elements of a key and of a value.
+        LEFT_BOUNDED, RIGHT_BOUNDED, SOFTCAP: whether the call has these features.
+        INPUT_PRECISION: the precision of products.
         BLOCK_M, BLOCK_N: rows and keys of a tile.
-        BLOCK_D, BLOCK_V: powers of two that hold head_dim and value_dim.
+        BLOCK_D, BLOCK_V: powers of two, at least head_dim and value_dim.
     """
 
     PAGE_SIZE: int
@@ -186,19 +187,20 @@ def _decode_kernel(
     features,
     constants,
 ):
-    """O = softmax(S) V, S = softcap(scale Q K^T) - slope |distance|, masked, and the log-sum-exp, of one split's keys.
+    """Compute the output O and the log-sum-exp for the keys of one split.
 
-    Rows are (query, query head of the group), the head running fastest, so that a tile spans few positions.
+    O = softmax(S) V, S = softcap(scale Q K^T) - slope |distance|, masked. Rows are (query, query head of the group).
+    The head changes fastest, so that a tile covers few positions.
 
     Args:
         q, k, v: an `Operand` each; the first dimension of the caches k and v is pages.
         output_pointer, lse_pointer: (splits, total_rows, value_dim) and (splits, total_rows), contiguous, written.
-        lengths_pointer, query_lengths_pointer: (batch,) int32, keys and queries of each sequence; the latter may be
-            None.
+        lengths_pointer, query_lengths_pointer: (batch,) int32, number of keys and of queries of each sequence;
+            query_lengths_pointer may be None.
         table: a `PageTable`.
-        row_tiles, splits: tiles of a key/value head's rows, and programs that share its keys.
+        row_tiles, splits: number of tiles of a key/value head's rows, and of programs that share its keys.
         kv_heads, queries, capacity, pages: sizes of queries and caches.
-        total_rows: of all sequences and heads.
+        total_rows: number of rows of all sequences and heads.
         features, constants: a `DecodeFeatures`, a `DecodeConstants`.
     """
     PAGE_SIZE: tl.constexpr = constants.PAGE_SIZE
@@ -255,15 +257,15 @@ def _decode_kernel(
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if features.sinks is not None:
-        # One of the splits counts it.
+        # Only the first split counts the sink.
         sink = tl.load(features.sinks + head, mask=row_valid, other=float("-inf"))
         sink = tl.where(split == 0, sink, float("-inf"))
         maximum = sink * LOG2_E
         total = tl.where(sink == float("-inf"), 0.0, 1.0)
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        # A page that no query sees may be gone: neither it nor its entry in the table is read. One that is not in the
-        # cache, negative ones among them, becomes the last, so that nothing outside is read.
+        # A page that no query sees may not exist any more: neither the page nor its table entry is read. An entry that
+        # is no page of the cache, such as a negative one, becomes the last page, so that nothing outside is read.
         present = (key >= low) & (key < end)
         if table.pointer is None:
             page = batch
@@ -322,13 +324,13 @@ def decode_forward(
     arguments: DecodeArguments,
     splits: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp of checked arguments.
+    """Return output and log-sum-exp of checked arguments.
 
     Args:
         query: (batch, heads, queries, head_dim), any strides.
         key_cache, value_cache: (batch, kv_heads, capacity, head_dim) or, with a block table, (pages, page_size,
             kv_heads, head_dim), any strides.
-        splits: how many programs share a sequence's keys; None chooses by rule.
+        splits: the number of programs that share a sequence's keys; None to choose it by rule.
     """
     batch, heads, queries, _ = query.shape
     value_dim = value_cache.shape[-1]
@@ -359,13 +361,13 @@ def _chosen_splits(
     cache = cache_shape(key_cache, block_table)
     configuration = decode_configuration(query, value_cache, block_table is not None)
     queries = query.shape[2]
-    # The most keys that the queries of a sequence can see together.
+    # The largest number of keys that the queries of a sequence can see together.
     keys = cache.capacity if left == UNBOUNDED else min(cache.capacity, left + queries)
     return choose_splits(_programs(query, cache, configuration), keys, configuration, query)
 
 
 def _programs(query: torch.Tensor, cache: CacheShape, configuration: DecodeConfiguration) -> int:
-    """How many programs there are without splits."""
+    """The number of programs without splits."""
     batch, heads, queries, _ = query.shape
     rows = heads // cache.kv_heads * queries
     return batch * cache.kv_heads * triton.cdiv(rows, configuration.block_m(rows))
@@ -390,14 +392,14 @@ def _launch(
     splits: int,
     precision: str,
 ) -> list[Launch]:
-    """Attention to each split's keys and, where there are several, their merge."""
+    """Describe the launches: attention to each split's keys and, with several splits, their merge."""
     batch, heads, queries, head_dim = query.shape
     value_dim = value_cache.shape[-1]
     cache = cache_shape(key_cache, table)
     configuration = decode_configuration(query, value_cache, table is not None)
     group = heads // cache.kv_heads
     block_m = configuration.block_m(group * queries)
-    # Beyond the capacity a window is no limit; within it positions cannot overflow.
+    # A window beyond the capacity is no limit. With this bound, positions cannot overflow.
     left, right = (min(extent, cache.capacity + queries) for extent in (left, right))
     attend = Launch(
         _decode_kernel,
@@ -444,9 +446,9 @@ def _launch(
                 )
             ),
             "num_warps": configuration.num_warps,
-            # The compiler divides the stages among a load and the loads that wait for it: here pages, then keys.
+            # The compiler divides the stages between a load and the loads that depend on it: here pages, then keys.
             "num_stages": configuration.num_stages if table is None else 2 * configuration.num_stages - 1,
-            # Keeps device_assert: a length that cannot be must fail, not read another sequence's keys. That costs forty
+            # This keeps device_assert: an impossible length must fail, not read another sequence's keys. It costs forty
             # instructions before the loop, and no register.
             "debug": True,
             "sanitize_overflow": False,
@@ -475,12 +477,12 @@ def decode_configuration(query: torch.Tensor, value_cache: torch.Tensor, paged: 
 
 
 def choose_splits(programs: int, keys: int, configuration: DecodeConfiguration, tensor: torch.Tensor) -> int:
-    """How many programs share a sequence's keys: as many as one wave of the device holds, if each has enough to do.
+    """The number of programs that share a sequence's keys: what one wave of the device holds, if no split is too small.
 
     Args:
         programs: the programs without splits.
-        keys: the most keys that a row can see; how many it does see only the device knows.
-        tensor: on the device that will run them.
+        keys: the largest number of keys that a row can see. Only the device knows the actual number.
+        tensor: any tensor on the device that will run them.
     """
     wave = multiprocessors_of(tensor) * configuration.programs
     fewest_keys = configuration.block_n * configuration.tiles_per_split

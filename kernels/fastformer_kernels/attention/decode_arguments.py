@@ -1,4 +1,4 @@
-"""What a decode call says besides its query and caches. Needs no triton, so that every backend shares it."""
+"""The arguments of a decode call besides query and caches. Every backend shares them: no triton is needed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class DecodeArguments(NamedTuple):
     """The arguments of one decode call, checked and in canonical form.
 
     Attributes:
-        lengths: (batch,) int32, contiguous; how many keys each sequence has in the cache.
-        query_lengths: (batch,) int32, contiguous; how many of the queries each sequence has; None for all.
+        lengths: (batch,) int32, contiguous; the number of keys in the cache for each sequence.
+        query_lengths: (batch,) int32, contiguous; the number of queries of each sequence; None if each has all.
         block_table: (batch, max_pages) int32, the pages of each sequence in order; None for a contiguous cache.
         alibi_slopes: (1 or batch, heads) float32, contiguous; adds -slope * |query position - key position|.
         sinks: (heads,) float32, contiguous; one more logit per head that takes part in the normalisation only.
@@ -33,11 +33,11 @@ class DecodeArguments(NamedTuple):
 
 
 class CacheShape(NamedTuple):
-    """How a cache is laid out.
+    """The layout of a cache.
 
     Attributes:
-        page_size: keys in a page; for a contiguous cache, which is one page per sequence, its capacity.
-        capacity: the most keys that a sequence can have.
+        page_size: keys in a page. A contiguous cache is one page per sequence, so this is its capacity.
+        capacity: the largest number of keys that a sequence can have.
     """
 
     page_size: int
@@ -46,8 +46,8 @@ class CacheShape(NamedTuple):
 
 
 def cache_shape(cache: torch.Tensor, block_table: torch.Tensor | None) -> CacheShape:
-    """The layout of a contiguous (batch, kv_heads, capacity, head_dim) or paged (pages, page_size, kv_heads, head_dim)
-    cache."""
+    """The layout of a cache: contiguous (batch, kv_heads, capacity, head_dim), or with a block table (pages, page_size,
+    kv_heads, head_dim)."""
     _, first, second, _ = cache.shape
     if block_table is None:
         return CacheShape(second, second, first)
@@ -63,7 +63,7 @@ def cache_strides(cache: torch.Tensor, block_table: torch.Tensor | None) -> tupl
 def empty_decode_results(query: torch.Tensor, value_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (batch, heads, queries, value_dim) and float32 log-sum-exp (batch, heads, queries) of a decode.
 
-    Both lie in memory as (batch, queries, heads): whoever merges the heads afterwards needs no copy.
+    Both lie in memory as (batch, queries, heads): merging the heads afterwards needs no copy.
     """
     batch, heads, queries, _ = query.shape
     rows = queries * heads

@@ -1,8 +1,8 @@
 """Attention forward: O = softmax(S) V with S = softcap(scale Q K^T) + bias, masked, and its log-sum-exp.
 
-FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691): a program owns a tile of queries and walks over the tiles
-of keys with an online softmax. Tiles that causality, window, chunk and length leave whole have a loop of their own,
-without tests.
+FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691): a program owns a tile of queries and takes one tile of
+keys after another with an online softmax. Tiles in which causality, window, chunk and length exclude nothing have a
+separate loop without tests.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _attend(
     constants,
     TESTED: tl.constexpr,
 ):
-    """Take the tiles of keys that need a test, or those that need none, into the online softmax."""
+    """Add tiles of keys to the online softmax: those that need a test if TESTED, else those that need none."""
     multiplier = head_features.scale * LOG2_E if constants.FOLD_SCALE else 1.0
     query = first + tl.arange(0, constants.BLOCK_M)
     for index in tl.range(0, tiles_in(ranges, TESTED, constants.BLOCK_N), warp_specialize=constants.WARP_SPECIALIZE):
@@ -147,14 +147,14 @@ def _attention_forward_kernel(
     features,
     constants,
 ):
-    """O = softmax(S) V with S = softcap(scale Q K^T) + bias, masked, and the log-sum-exp of its rows.
+    """Compute O = softmax(S) V with S = softcap(scale Q K^T) + bias, masked, and the log-sum-exp of its rows.
 
     Args:
         q, k, v, o: an `Operand` each; o is written.
         lse: a `Rows`, written.
-        sinks_pointer: (heads,) float32; one more logit of each head, which meets no value; or None.
-        all_tiles, tiles, heads_in_cache, heads, queries, keys, query_tokens, key_tokens: a `Sizes`, its numbers by
-            themselves, since Triton specialises every number within a tuple.
+        sinks_pointer: (heads,) float32, one more logit of each head, which has no value; or None.
+        all_tiles, tiles, heads_in_cache, heads, queries, keys, query_tokens, key_tokens: the fields of a `Sizes`.
+            They are separate arguments, since Triton specialises on every number in a tuple.
         layout, features, constants: a `Layout`, a `Features`, a `Constants`.
     """
     sizes = Sizes(all_tiles, tiles, heads_in_cache, heads, queries, keys, query_tokens, key_tokens)
@@ -167,7 +167,7 @@ def _attention_forward_kernel(
 
 @triton.jit
 def _forward_tile(q, k, v, o, lse, sinks_pointer, number, sizes, layout, features, constants):
-    """Output and log-sum-exp of tile `number`: some queries of one head of one sequence."""
+    """Compute output and log-sum-exp of tile number `number`: some queries of one head of one sequence."""
     DESCRIPTORS: tl.constexpr = constants.DESCRIPTORS
     BLOCK_M: tl.constexpr = constants.BLOCK_M
     BLOCK_N: tl.constexpr = constants.BLOCK_N
@@ -188,7 +188,7 @@ def _forward_tile(q, k, v, o, lse, sinks_pointer, number, sizes, layout, feature
     v_source = rows_of(v_pointer, keys, v, constants.value_dim, BLOCK_N, BLOCK_V, DESCRIPTORS)
     q_pointer = at_head(q, batch, head, q_start)
     q_source = rows_of(q_pointer, queries, q, constants.head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
-    # An empty sequence's descriptor has one row, which is not there: start after it.
+    # An empty sequence's descriptor has one row, which does not exist: start after it.
     q_first = tl.where(first < queries, first, tl.maximum(first, 1))
     q_tile = load_rows(q_source, q_first, queries, q, constants.head_dim, BLOCK_M, BLOCK_D, True, DESCRIPTORS)
     head_features = HeadFeatures(
@@ -225,7 +225,7 @@ def _forward_tile(q, k, v, o, lse, sinks_pointer, number, sizes, layout, feature
 def attention_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp of checked arguments; layouts as in `AttentionArguments`."""
+    """Return output and log-sum-exp of checked arguments, in the layouts of `AttentionArguments`."""
     output, lse = empty_output(query, value), empty_lse(query)
     if query.numel():
         precision = input_precision(query.dtype)
@@ -239,7 +239,7 @@ def _launch_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     made: tuple[torch.Tensor, torch.Tensor],
-    precision: str,  # which the kernel's constants look up: a call with another one is of another kind
+    precision: str,  # The kernel's constants depend on it, so it distinguishes kinds of calls.
     *fields: Any,
 ) -> Launch | None:
     (output, lse), arguments = made, AttentionArguments.of_launch(fields)

@@ -1,6 +1,6 @@
-"""The attention kernels' arguments in groups. A field that is None is absent at compile time and costs nothing.
+"""Groups of arguments of the attention kernels. A field that is None is absent at compile time and costs nothing.
 
-No group holds another one: Triton 3.6 forgets the constants of a named tuple within a named tuple.
+No group contains another one: Triton 3.6 loses the constants of a named tuple inside a named tuple.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fastformer_kernels.attention.decode_arguments import cache_strides
 
 
 class Operand(NamedTuple):
-    """A (batch, heads, rows, head_dim) tensor; packed tokens, (rows, heads, head_dim), have one batch."""
+    """A (batch, heads, rows, head_dim) tensor; packed tokens, (rows, heads, head_dim), are a batch of one."""
 
     pointer: torch.Tensor | None
     stride_b: int
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 
 
 class Addend(NamedTuple):
-    """A mask, a bias, a bias's gradient or weights: (batch, heads, queries, keys), stride 0 where it broadcasts."""
+    """A mask, a bias, its gradient or weights: (batch, heads, queries, keys). A broadcast dimension has stride 0."""
 
     pointer: torch.Tensor | None
     stride_b: int
@@ -58,10 +58,11 @@ class Relative(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What the backward needs of each row, laid out as a `Rows`, float32 each.
+    """The two numbers of each row that the backward needs, float32, each laid out like a `Rows`.
 
     Attributes:
-        lse_log2: its log-sum-exp in units of log2, +inf for a row without keys, which makes its weights zero.
+        lse_log2: the row's log-sum-exp in units of log2. It is +inf for a row without keys, which makes its weights
+            zero.
         delta: rowsum(dO * O) - dLSE.
     """
 
@@ -72,10 +73,10 @@ class Statistics(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Which heads belong together, and how long each sequence is.
+    """The grouping of the heads and the lengths of the sequences.
 
     Attributes:
-        group: query heads that share a key/value head.
+        group: number of query heads that share a key/value head.
         key_lengths, cu_seqlens_q, cu_seqlens_k, prefix_lengths: those of `AttentionArguments`.
     """
 
@@ -87,15 +88,15 @@ class Layout(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What turns products of queries and keys into weights.
+    """The features of a call: everything that changes how products of queries and keys become weights.
 
     Attributes:
-        mask, bias: with their strides, those of an `Addend`.
-        relative, max_distance: a `Relative`.
-        left, right, chunk: whom a query may attend to by position: distances to either side and the chunk's size.
+        mask, bias: the fields of an `Addend` each.
+        relative, max_distance: the fields of a `Relative`.
+        left, right, chunk: limits by position on the keys of a query: distances to both sides, and the chunk's size.
         seed: the dropout generator's state on the device.
-        threshold: the random word below which a weight is dropped.
-        kept_scale: of the weights that are kept, 1 / (1 - p); 0 where none is to be.
+        threshold: a weight is dropped if its random word is below this.
+        kept_scale: the factor of the weights that are kept, 1 / (1 - p); 0 for p = 1.
     """
 
     scale: float
@@ -124,15 +125,15 @@ class Features(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What a launch has to do. Kernels are not specialised on these numbers, which change from batch to batch.
+    """The sizes of a launch. They change from batch to batch, so kernels are not specialised on them.
 
     Attributes:
-        all_tiles: tiles of all heads of all sequences.
-        tiles: of a head of the longest sequence.
+        all_tiles: number of tiles of all heads of all sequences.
+        tiles: number of tiles of a head of the longest sequence.
         heads_in_cache: see `tile_and_row`.
-        heads: query heads.
-        queries, keys: of the longest sequence.
-        query_tokens, key_tokens: of all packed sequences together.
+        heads: number of query heads.
+        queries, keys: lengths of the longest sequence.
+        query_tokens, key_tokens: number of tokens of all packed sequences together.
     """
 
     all_tiles: int
@@ -146,19 +147,19 @@ class Sizes(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What a kernel is compiled for.
+    """The compile-time constants of a kernel.
 
     Attributes:
-        head_dim, value_dim: of queries and keys, and of values.
+        head_dim, value_dim: columns of queries and keys, and of values.
         BLOCK_M, BLOCK_N: queries and keys of a tile.
-        BLOCK_D, BLOCK_V: powers of two that hold head_dim and value_dim.
-        BOTTOM_RIGHT: whether a query's position counts from the sequence's end, not from its start.
+        BLOCK_D, BLOCK_V: powers of two, at least head_dim and value_dim.
+        BOTTOM_RIGHT: `bottom_right` of `AttentionArguments`.
         FOLD_SCALE: whether exp2's multiply-add takes the scale; see `folds_scale`.
-        INPUT_PRECISION: of products.
-        LOOPS: how a kernel walks over its tiles: UNTESTED, TWO_LOOPS or ONE_LOOP of `tiles`.
+        INPUT_PRECISION: the precision of products.
+        LOOPS: the kind of loops over tiles: UNTESTED, TWO_LOOPS or ONE_LOOP of `tiles`.
         PERSISTENT: whether a program takes one tile after another.
         DESCRIPTORS: whether tiles are loaded by tensor descriptors (the bulk copy engine).
-        WARP_SPECIALIZE: whether copies and products go to warps of their own.
+        WARP_SPECIALIZE: whether copies and products have separate warps.
     """
 
     head_dim: int
@@ -177,7 +178,7 @@ class Constants(NamedTuple):
 
 
 def operand(tensor: torch.Tensor | None) -> Operand:
-    """`tensor`, dense or packed."""
+    """`tensor`, dense or packed, as kernels take it."""
     if tensor is None:
         return Operand(None, 0, 0, 0, 0)
     if tensor.dim() == 3:
@@ -186,12 +187,12 @@ def operand(tensor: torch.Tensor | None) -> Operand:
 
 
 def cache_operand(cache: torch.Tensor, block_table: torch.Tensor | None) -> Operand:
-    """A cache, whose first dimension is its pages: a contiguous one has a page for each sequence."""
+    """A cache as kernels take it. Its first dimension is pages; a contiguous cache has one page for each sequence."""
     return Operand(cache, *cache_strides(cache, block_table))
 
 
 def page_table(block_table: torch.Tensor | None) -> PageTable:
-    """Where the pages of each sequence are."""
+    """The pages of each sequence as kernels take them."""
     return PageTable(block_table, *((0, 0) if block_table is None else block_table.stride()))
 
 
@@ -204,14 +205,14 @@ def rows(tensor: torch.Tensor | None) -> Rows:
 
 
 def addend(tensor: torch.Tensor | None) -> Addend:
-    """A 4-D tensor that broadcasts to (batch, heads, queries, keys)."""
+    """A 4-D tensor that broadcasts to (batch, heads, queries, keys), as kernels take it."""
     if tensor is None:
         return Addend(None, 0, 0, 0, 0)
     return Addend(tensor, *(0 if size == 1 else s for size, s in zip(tensor.shape, tensor.stride(), strict=True)))
 
 
 def relative(tensor: torch.Tensor | None) -> Relative:
-    """A bias by relative position."""
+    """A bias by relative position as kernels take it."""
     return Relative(tensor, 0 if tensor is None else tensor.shape[1] // 2)
 
 
@@ -230,7 +231,7 @@ def sizes(
 
 
 def layout(query: torch.Tensor, key: torch.Tensor, arguments: AttentionArguments) -> Layout:
-    """Which heads belong together, and how long each sequence is."""
+    """The grouping of the heads and the lengths of the sequences."""
     return Layout(
         query.shape[1] // key.shape[1],
         arguments.key_lengths,
@@ -241,13 +242,13 @@ def layout(query: torch.Tensor, key: torch.Tensor, arguments: AttentionArguments
 
 
 def statistics(lse_log2: torch.Tensor, delta: torch.Tensor) -> Statistics:
-    """What the backward needs of each row; both are laid out alike, rows next to each other."""
+    """The numbers of each row that the backward needs. Both tensors have the same layout, with contiguous rows."""
     _, stride_b, stride_h, _ = rows(lse_log2)
     return Statistics(lse_log2, delta, stride_b, stride_h)
 
 
 def features(arguments: AttentionArguments) -> Features:
-    """What turns products of queries and keys into weights."""
+    """The features of a call as kernels take them."""
     slopes = arguments.alibi_slopes
     return Features(
         arguments.scale,
@@ -268,7 +269,7 @@ def features(arguments: AttentionArguments) -> Features:
 
 
 def folds_scale(arguments: AttentionArguments) -> bool:
-    """Whether exp2's multiply-add can take the scale: nothing is added to the scores, and their order is kept."""
+    """True if exp2's multiply-add can take the scale: nothing is added to scores, and the scale keeps their order."""
     return (
         arguments.scale > 0.0
         and arguments.head_scales is None

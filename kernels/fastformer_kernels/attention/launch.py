@@ -1,4 +1,4 @@
-"""How the attention kernels are launched: configurations by rule, grids, and what decides between ways of loading."""
+"""The launches of the attention kernels: configurations by rule, grids, and the choice between ways of loading."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from fastformer_kernels.precision import input_precision
 
 @dataclass(frozen=True)
 class AttentionConfiguration:
-    """Tile sizes and the compiler's knobs for one kernel.
+    """Tile sizes and the compiler's options for one kernel.
 
     Attributes:
         block_m, block_n: queries and keys of a tile.
-        num_warps, num_stages: of the compiler.
-        resident: CTAs that a multiprocessor holds; programs then take one tile after another where causality makes
-            tiles of different lengths. 0: a program for each tile, where the compiler would keep too much in registers
-            across tiles; they start longest first all the same.
-        descriptors: whether tiles are copied by the bulk copy engine (TMA), where alignment allows.
-        warp_specialize: whether, with descriptors, copies and products go to warps of their own. The compiler can do
-            so in a single loop only.
-        one_loop: whether all tiles are tested in one loop, where some have to be; else these have a loop of their own.
-        two_kernels: of the backward alone: whether dQ comes from a kernel of its own, which recomputes the weights,
-            instead of being added up in memory.
+        num_warps, num_stages: the compiler's options.
+        resident: number of CTAs that a multiprocessor holds. Programs then take one tile after another where causality
+            makes tiles of different lengths. 0 means one program for each tile, for kernels in which the compiler would
+            keep too much in registers across tiles; the longest tiles still start first.
+        descriptors: whether tiles are copied by the bulk copy engine (TMA), where alignment allows it.
+        warp_specialize: whether, with descriptors, copies and products have separate warps. The compiler can do this
+            only in a single loop.
+        one_loop: where some tiles need a test, whether one loop tests all tiles; else those tiles have a separate loop.
+        two_kernels: for the backward only: whether a separate kernel, which recomputes the weights, computes dQ.
+            Else dQ is added up in memory.
     """
 
     block_m: int
@@ -48,18 +48,18 @@ class AttentionConfiguration:
 
     @property
     def options(self) -> dict[str, object]:
-        """The compiler's options of a launch."""
+        """The compiler's options for a launch."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **COMPILER_OPTIONS}
 
 
-# Upper ends of the classes of calls whose launches are measured, and what every measured tile size divides.
+# Upper bounds of the classes of calls whose launches are measured, and a multiple of every measured tile size.
 HEAD_DIM_CLASSES = (64, 128, 256)
 LENGTH_CLASSES = (512, 2048)
 LARGEST_BLOCK = 128
 
 
 def _block_of(head_dim: int) -> int:
-    """A tile of a product has at least 16 rows and columns."""
+    """Columns of a tile that holds `head_dim`. A tile of a product has at least 16 rows and columns."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
@@ -68,8 +68,9 @@ Table = dict[int, dict[int, AttentionConfiguration]]
 Kind = tuple[str, int, int]
 Feature = Literal["mask or bias", "grouped heads", "dropout", "window", "alibi", "packed"]
 
-# By element size and the largest head_dim each serves, chosen from what they compile to: no spills for 16-bit types at
-# head_dim 64 and 128 in either direction. 64 rows on 8 warps would repeat products at head_dim 64.
+# Configurations by element size and by the largest head_dim that each serves. They are chosen by their compiled code:
+# no spills for 16-bit types at head_dim 64 and 128, forward or backward. With 64 rows, 8 warps would compute products
+# twice at head_dim 64.
 _FLOAT32_FORWARD = {
     64: AttentionConfiguration(32, 32, 4, 2),
     128: AttentionConfiguration(32, 32, 4, 2),
@@ -96,7 +97,7 @@ _AMPERE_BACKWARD: Table = {
     },
     4: _FLOAT32_BACKWARD,
 }
-# 99 KiB of shared memory.
+# These GPUs have 99 KiB of shared memory.
 _ADA_FORWARD: Table = {
     2: {
         **_AMPERE_FORWARD[2],
@@ -145,13 +146,13 @@ _FORWARD: dict[str, Table] = {
         },
         4: _FLOAT32_FORWARD,
     },
-    # The compiler does not pipeline the bulk copy engine for mma.sync, which is what sm_120 has.
+    # sm_120 multiplies with mma.sync, for which the compiler does not pipeline the bulk copy engine.
     "sm_120": _ADA_FORWARD,
     "gfx90a": _CDNA_FORWARD,
     "gfx942": _CDNA_FORWARD,
     "gfx950": _CDNA_FORWARD,
 }
-# Where a mask or a bias is loaded beside each tile, smaller tiles leave it the registers.
+# Where a mask or a bias is loaded with each tile, smaller tiles leave enough registers for it.
 _AMPERE_FORWARD_LOADING: Table = {
     2: {64: AttentionConfiguration(64, 64, 4, 2), 128: AttentionConfiguration(64, 64, 8, 2)}
 }
@@ -164,7 +165,7 @@ _FORWARD_LOADING: dict[str, Table] = {
         2: {
             64: AttentionConfiguration(64, 64, 4, 2, descriptors=True),
             128: AttentionConfiguration(64, 64, 8, 2, descriptors=True),
-            # Both a mask and a float32 bias need more than is left beside 64 keys.
+            # A mask together with a float32 bias needs more than 64 keys leave free.
             256: AttentionConfiguration(128, 32, 8, 2, descriptors=True),
         }
     },
@@ -190,7 +191,7 @@ _BACKWARD_LOADING: dict[str, Table] = {
         }
     },
 }
-# Where no tile needs a test, a single loop remains, which the compiler can split among specialised warps.
+# Where no tile needs a test, there is a single loop, which the compiler can split among specialised warps.
 _FORWARD_WHOLE: dict[str, Table] = {
     "sm_90": {
         2: {
@@ -235,7 +236,7 @@ _BACKWARD: dict[str, Table] = {
     "gfx942": _CDNA_BACKWARD,
     "gfx950": _CDNA_BACKWARD,
 }
-# What takes registers beside the tiles leaves less to them: features of a call, the first of which decides.
+# Some features of a call need registers, which leaves fewer for the tiles. The first feature with an entry decides.
 _HOPPER_FORWARD_DROPOUT: Table = {
     2: {64: _FORWARD["sm_90"][2][64], 128: AttentionConfiguration(128, 64, 8, 2, resident=1, descriptors=True)}
 }
@@ -266,7 +267,7 @@ _DETERMINISTIC: dict[str, Table] = {
     "sm_90": _DETERMINISTIC_HOPPER,
     "sm_100": _DETERMINISTIC_HOPPER,
 }
-# Small tiles, so that small tests cross their borders.
+# Small tiles, so that small tests have several of them.
 _INTERPRETER = AttentionConfiguration(16, 16, 1, 1, resident=1)
 
 
@@ -289,13 +290,13 @@ def backward_configuration(
 def deterministic_configuration(
     query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> AttentionConfiguration:
-    """The configuration of the two backward kernels of which each writes what it owns."""
+    """The configuration of the two backward kernels that each write only the tiles they own."""
     default = _choose(_DETERMINISTIC, _kind(query, value)) or _INTERPRETER
     return chosen("attention_deterministic", query, default, lambda: _shape_class(query, value, arguments))
 
 
 def _shape_class(query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments) -> tuple[str, ...]:
-    """The class of a call, within which one configuration is measured to be the best."""
+    """The class of a call. `fastformer tune` finds one best configuration for each class."""
     borders = any(
         needs_tests(arguments, length, LARGEST_BLOCK) for length in (arguments.max_seqlen_q, arguments.max_seqlen_k)
     )
@@ -327,7 +328,7 @@ def _default_forward(
     special = _choose_with(_FORWARD_WITH, kind, _features(query, value, arguments))
     if special is not None:
         return special
-    # Beyond plain attention, specialised warps need too much memory, or cannot be compiled.
+    # With more than plain attention, specialised warps need too much memory, or cannot be compiled.
     whole = _choose(_FORWARD_WHOLE, kind)
     if (
         whole is not None
@@ -347,24 +348,24 @@ def _default_backward(
     return _shipped_backward(_kind(query, value), _features(query, value, arguments))
 
 
-# Asked for before the launch is, at every call: what is allocated depends on it.
+# Every call needs this before its launch, to know what to allocate.
 @lru_cache
 def _shipped_backward(kind: Kind, features: tuple[Feature, ...]) -> AttentionConfiguration:
     return _choose_with(_BACKWARD_WITH, kind, features) or _choose(_BACKWARD, kind) or _INTERPRETER
 
 
 def weights_configuration(query: torch.Tensor) -> AttentionConfiguration:
-    """The configuration of the kernel that writes weights: small, as a few rows are wanted."""
+    """The configuration of the kernel that writes weights. Its tiles are small, since few rows are wanted."""
     return _INTERPRETER if architecture_of(query).name == "interpreter" else AttentionConfiguration(16, 64, 4, 1)
 
 
 def _kind(query: torch.Tensor, value: torch.Tensor) -> Kind:
-    """What every table goes by."""
+    """The key of a call in every table."""
     return architecture_of(query).name, query.element_size(), max(query.shape[-1], value.shape[-1])
 
 
 def _features(query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments) -> tuple[Feature, ...]:
-    """The features of a call that some table goes by."""
+    """The features of a call that have an entry in some table."""
     present: list[Feature] = []
     if arguments.loads_scores:
         present.append("mask or bias")
@@ -407,7 +408,7 @@ def constants_of_call(
     descriptors: bool = False,
     warp_specialize: bool = False,
 ) -> Constants:
-    """What a kernel is compiled for."""
+    """The compile-time constants of a kernel for this call."""
     return constants(
         Constants(
             head_dim=query.shape[-1],
@@ -428,7 +429,7 @@ def constants_of_call(
 
 
 def needs_tests(arguments: AttentionArguments, length: int, block: int) -> bool:
-    """Whether some tile of `block` of `length` rows may need a test."""
+    """True if some tile of `block` rows, in a sequence of `length` rows, may need a test."""
     return (
         arguments.left != UNBOUNDED
         or arguments.right != UNBOUNDED
@@ -440,36 +441,39 @@ def needs_tests(arguments: AttentionArguments, length: int, block: int) -> bool:
 
 
 def loops_of(configuration: AttentionConfiguration, tested: bool) -> int:
-    """How a kernel walks over its tiles, some of which may need a test: its constant LOOPS."""
+    """The constant LOOPS of a kernel, in which some tiles may need a test if `tested`."""
     if not tested:
         return UNTESTED.value
     return ONE_LOOP.value if configuration.one_loop else TWO_LOOPS.value
 
 
 def specializes_warps(configuration: AttentionConfiguration, loops: int) -> bool:
-    """Whether copies and products go to warps of their own, in a kernel with this constant LOOPS."""
+    """True if copies and products have separate warps in a kernel with this constant LOOPS."""
     return configuration.warp_specialize and loops != TWO_LOOPS.value
 
 
 def launch_size(
     tiles: int, query: torch.Tensor, arguments: AttentionArguments, configuration: AttentionConfiguration
 ) -> int:
-    """Programs of a launch: as many as the device holds, each taking one tile after another, where causality makes
-    tiles of different lengths; else one for each tile."""
+    """The number of programs of a launch.
+
+    Where causality makes tiles of different lengths, it is the number that the device holds, and each takes one tile
+    after another. Else each tile has its own program.
+    """
     if arguments.right == UNBOUNDED or configuration.resident == 0:
         return tiles
     return min(tiles, multiprocessors_of(query) * configuration.resident)
 
 
 def heads_in_cache(first: torch.Tensor, second: torch.Tensor, arguments: AttentionArguments) -> int:
-    """How many heads' matrices, those that every tile of the head walks over, fill half of the L2 cache."""
+    """The number of heads that fill half of the L2 cache with the two matrices over which their tiles walk."""
     length = max(arguments.max_seqlen_q, arguments.max_seqlen_k, 1)
     bytes_per_head = length * (first.shape[-1] + second.shape[-1]) * first.element_size()
     return max(1, architecture_of(first).l2 // 2 // bytes_per_head)
 
 
 def uses_descriptors(*tensors: torch.Tensor) -> bool:
-    """Whether tensor descriptors can describe these tensors: aligned to 16 bytes, rows contiguous and apart."""
+    """True if tensor descriptors can describe these tensors: aligned to 16 bytes, with contiguous, separate rows."""
     return all(
         tensor.stride(-1) == 1
         and tensor.data_ptr() % 16 == 0

@@ -1,6 +1,6 @@
 """Merge attention over disjoint parts of the keys: O = sum_i exp(lse_i - lse) O_i, lse = log sum_i exp(lse_i).
 
-Each O_i is normalised by its own log-sum-exp lse_i (Flash-Decoding's second step; Milakov and Gimelshein 2018,
+Each O_i is normalised with its own log-sum-exp lse_i (Flash-Decoding's second step; Milakov and Gimelshein 2018,
 https://arxiv.org/abs/1805.02867). Parts are added in their order, so that the result is deterministic.
 """
 
@@ -38,12 +38,14 @@ def _merge_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """O = sum_i exp(lse_i - lse) O_i and lse = log sum_i exp(lse_i), of BLOCK_ROWS rows; a row without keys is zero.
+    """Compute O = sum_i exp(lse_i - lse) O_i and lse = log sum_i exp(lse_i) for BLOCK_ROWS rows.
+
+    A row without keys becomes zero.
 
     Args:
         outputs_pointer, lses_pointer: (parts, rows, head_dim) and (parts, rows) float32, O_i and lse_i.
         output_pointer, lse_pointer: (rows, head_dim) and (rows,) float32, contiguous, written.
-        BLOCK_PARTS, BLOCK_ROWS, BLOCK_D: of a tile; BLOCK_D holds head_dim.
+        BLOCK_PARTS, BLOCK_ROWS, BLOCK_D: the size of a tile; BLOCK_D is at least head_dim.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     dim = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -58,7 +60,7 @@ def _merge_kernel(
         lses = tl.load(lses_tile, mask=(part < parts)[:, None] & row_valid[None, :], other=float("-inf"))
         outputs_row = part[:, None] * outputs_stride_part + row[None, :] * outputs_stride_row
         outputs_tile = outputs_pointer + outputs_row[:, :, None] + dim[None, None, :] * outputs_stride_dim
-        # A part without keys has no output to speak of.
+        # The output of a part without keys is not defined.
         present = (lses != float("-inf"))[:, :, None] & tile_valid[None, :, :]
         outputs = tl.load(outputs_tile, mask=present, other=0.0).to(tl.float32)
         new_maximum = tl.maximum(maximum, tl.max(lses, axis=0))
@@ -76,11 +78,11 @@ def _merge_kernel(
 
 
 def merge_launch(outputs: torch.Tensor, lses: torch.Tensor, output: torch.Tensor, lse: torch.Tensor) -> Launch:
-    """What merges `outputs` (parts, rows, head_dim) and `lses` (parts, rows), any strides, into `output` and `lse`.
+    """The launch that merges `outputs` (parts, rows, head_dim) and `lses` (parts, rows), any strides.
 
     Args:
-        output: any floating dtype and shape, in memory as (rows, head_dim).
-        lse: float32, in memory as (rows,).
+        output: written; any floating dtype and shape, in memory as (rows, head_dim).
+        lse: written; float32, in memory as (rows,).
     """
     parts, rows, head_dim = outputs.shape
     block_d = triton.next_power_of_2(head_dim)
@@ -114,5 +116,5 @@ def merge_launch(outputs: torch.Tensor, lses: torch.Tensor, output: torch.Tensor
 
 @kept_launch
 def merge(outputs: torch.Tensor, lses: torch.Tensor, output: torch.Tensor, lse: torch.Tensor) -> Launch | None:
-    """Merge, as `merge_launch` says."""
+    """Merge parts, with the arguments of `merge_launch`."""
     return merge_launch(outputs, lses, output, lse) if lse.numel() else None

@@ -1,8 +1,8 @@
-"""What the attention kernels share: where a sequence lies, which tiles a query or key tile meets, and its scores.
+"""Functions that the attention kernels share: the place of a sequence, the tiles that a tile meets, and its scores.
 
-Scores are kept in units of log2, so that `exp2` needs no multiplication of its own. `query` and `key` are positions
-within a sequence, shaped to broadcast to the tile, (M, 1) with (1, N) or (1, M) with (N, 1): both orientations share
-this code.
+A query tile meets a key tile if some query in one may attend to some key in the other. Scores are kept in units of
+log2, so that `exp2` needs no further multiplication. `query` and `key` are positions within a sequence. Their shapes,
+(M, 1) with (1, N) or (1, M) with (N, 1), broadcast to the tile: this code works for both orientations.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 from fastformer_kernels.constants import LOG2_E
 from fastformer_kernels.precision import round_to
 
-# No tile needs a test; those that do have a loop of their own; or all tiles are tested in one loop.
+# No tile needs a test; tiles that need one have a separate loop; one loop tests all tiles.
 UNTESTED, TWO_LOOPS, ONE_LOOP = (tl.constexpr(number) for number in range(3))
 
 
@@ -23,9 +23,10 @@ class Span(NamedTuple):
     """The positions of one sequence.
 
     Attributes:
-        queries, keys: how many it has.
-        offset: the position of its first query; its first key has position 0.
-        prefix: how many keys everyone may attend to whatever the limit to the right; None without such a limit.
+        queries, keys: the number of queries and keys.
+        offset: the position of the first query; the first key has position 0.
+        prefix: the number of keys that all queries may attend to in spite of the limit to the right; None without a
+            prefix.
     """
 
     queries: Any
@@ -35,8 +36,11 @@ class Span(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """What a tile meets of the other side: [low, whole_low) and [whole_high, high) in tiles that need a test,
-    [whole_low, whole_high) in tiles that need none. All but `high` are multiples of the tile's size."""
+    """The rows of the other matrix that a tile meets.
+
+    [low, whole_low) and [whole_high, high) lie in tiles that need a test, [whole_low, whole_high) in tiles that need
+    none. All numbers except `high` are multiples of the tile's size.
+    """
 
     low: Any
     whole_low: Any
@@ -45,14 +49,14 @@ class Ranges(NamedTuple):
 
 
 class HeadFeatures(NamedTuple):
-    """What turns one head's products into scores, None for what the call does not have.
+    """The features that turn one head's products into scores; None for a feature that the call does not have.
 
-    It is made where it is used: a function of Triton 3.6 returns no tuple with a None in it.
+    Each kernel makes it in place: with Triton 3.6 a function cannot return a tuple that contains None.
 
     Attributes:
         scale: multiplies the products.
-        slope: of ALiBi.
-        mask, bias: pointers to those of this head.
+        slope: the slope of ALiBi.
+        mask, bias: pointers to the head's mask and bias.
         relative: the pointer to the head's bias for distance 0.
     """
 
@@ -63,15 +67,15 @@ class HeadFeatures(NamedTuple):
     relative: Any
 
 
-# --- Which tile a program works on ------------------------------------------------------------------------------------
+# --- The tile of a program --------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def tile_and_row(number, sizes):
-    """Rank of the tile that is taken as number `number`, and its (batch, head).
+    """Return the rank of tile number `number` within its head, and the number of its (batch, head).
 
-    As many heads as the L2 cache holds the keys and values of, `heads_in_cache`, are taken together; among them every
-    head's tile of rank 0 comes first, then those of rank 1: the longest first, if ranks are by length.
+    `heads_in_cache` heads, whose keys and values the L2 cache holds, are taken together. Among them the tiles of rank 0
+    come first, then those of rank 1, and so on: the longest tiles come first if ranks are by length.
     """
     tiles = sizes.tiles
     all_heads = sizes.all_tiles // tiles
@@ -81,7 +85,7 @@ def tile_and_row(number, sizes):
     return index // heads, first_head + index % heads
 
 
-# --- Where a sequence lies --------------------------------------------------------------------------------------------
+# --- The place of a sequence ------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -107,7 +111,7 @@ def key_bounds(batch, layout, keys, key_tokens):
 
 @triton.jit
 def _packed_bounds(boundary_pointer, tokens):
-    """First token and length of a sequence, never beyond the tokens that there are, whatever the boundaries say."""
+    """First token and length of a sequence. They stay within the existing tokens even if the boundaries are wrong."""
     start = tl.maximum(tl.minimum(tl.load(boundary_pointer), tokens), 0)
     stop = tl.maximum(tl.minimum(tl.load(boundary_pointer + 1), tokens), start)
     return start.to(tl.int64), stop - start
@@ -115,14 +119,14 @@ def _packed_bounds(boundary_pointer, tokens):
 
 @triton.jit
 def prefix_length(batch, layout):
-    """How many keys everyone may attend to whatever the limit to the right, or None."""
+    """The number of keys that all queries may attend to in spite of the limit to the right, or None."""
     prefix = layout.prefix_lengths
     if layout.prefix_lengths is not None:
         prefix = tl.load(layout.prefix_lengths + batch)
     return prefix
 
 
-# --- Which tiles meet -------------------------------------------------------------------------------------------------
+# --- The tiles that meet ----------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -133,7 +137,7 @@ def _chunk_start(position, chunk):
 
 @triton.jit
 def key_ranges(first, span, features, constants):
-    """The keys that the queries from `first` meet; none where there is no query."""
+    """The `Ranges` of keys that the tile of queries from `first` meets; empty if the tile has no query."""
     first_position = first + span.offset
     last_position = tl.minimum(first + constants.BLOCK_M, span.queries) - 1 + span.offset
     low = first * 0
@@ -155,7 +159,7 @@ def key_ranges(first, span, features, constants):
         high = tl.minimum(high, _chunk_start(last_position, features.chunk) + features.chunk)
         whole_high = tl.minimum(whole_high, _chunk_start(first_position, features.chunk) + features.chunk)
     low, whole_low, whole_high, high = _in_tiles(low, whole_low, whole_high, high, constants.BLOCK_N)
-    # A packed sequence may have fewer tiles than the longest one: nothing is loaded then, and nothing stored.
+    # A packed sequence may have fewer tiles than the longest one. For the rest nothing is loaded or stored.
     if first >= span.queries:
         low, whole_low, whole_high, high = 0, 0, 0, 0
     if constants.LOOPS == ONE_LOOP:
@@ -165,7 +169,7 @@ def key_ranges(first, span, features, constants):
 
 @triton.jit
 def query_ranges(first, span, features, constants):
-    """The queries that meet the keys from `first`; none where there is no key."""
+    """The `Ranges` of queries that the tile of keys from `first` meets; empty if the tile has no key."""
     last = tl.minimum(first + constants.BLOCK_N, span.keys) - 1
     low = first * 0
     whole_low = low
@@ -198,7 +202,7 @@ def query_ranges(first, span, features, constants):
 
 @triton.jit
 def _in_tiles(low, whole_low, whole_high, high, BLOCK: tl.constexpr):
-    """Round ranges to multiples of BLOCK, outwards and for the whole tiles inwards, in rising order."""
+    """Round low down to a multiple of BLOCK, and the whole tiles' bounds inwards; low <= whole_low <= whole_high."""
     low = tl.maximum(low, 0) // BLOCK * BLOCK
     high = tl.maximum(high, low)
     end = tl.cdiv(high, BLOCK) * BLOCK
@@ -209,7 +213,7 @@ def _in_tiles(low, whole_low, whole_high, high, BLOCK: tl.constexpr):
 
 @triton.jit
 def tiles_in(ranges, TESTED: tl.constexpr, BLOCK: tl.constexpr):
-    """How many tiles need a test, or need none."""
+    """The number of tiles that need a test if TESTED, else of those that need none."""
     if TESTED:
         return tl.cdiv(ranges.whole_low - ranges.low + tl.maximum(ranges.high - ranges.whole_high, 0), BLOCK)
     else:
@@ -218,8 +222,10 @@ def tiles_in(ranges, TESTED: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def tile_start(index, ranges, TESTED: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the tile `index` starts of those that need a test, which come before and after the whole ones, or of
-    those that need none."""
+    """The start of tile number `index` among those that need a test if TESTED, else among those that need none.
+
+    The tiles that need a test come before and after the whole tiles.
+    """
     if TESTED:
         start = ranges.low + index * BLOCK
         return tl.where(start < ranges.whole_low, start, start - ranges.whole_low + ranges.whole_high)
@@ -232,7 +238,7 @@ def tile_start(index, ranges, TESTED: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def at_head(operand, batch, head, start):
-    """The pointer to row `start` of an `Operand`'s matrix at (batch, head)."""
+    """A pointer to row `start` of an `Operand`'s matrix at (batch, head)."""
     return operand.pointer + batch * operand.stride_b + head * operand.stride_h + start * operand.stride_row
 
 
@@ -246,7 +252,7 @@ def rows_of(
     BLOCK_D: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):
-    """What `load_rows` takes a matrix from: a tensor descriptor (for the bulk copy engine), or its pointer."""
+    """The source of a matrix for `load_rows`: a tensor descriptor (for the bulk copy engine), or its pointer."""
     if DESCRIPTOR:
         shape = [tl.maximum(length, 1), head_dim]
         return tl.make_tensor_descriptor(pointer, shape, [tl.cast(operand.stride_row, tl.int64), 1], [BLOCK, BLOCK_D])
@@ -266,7 +272,7 @@ def load_rows(
     CHECK: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):
-    """Rows [start, start + BLOCK) of a matrix of `operand`; with CHECK or a descriptor, zeros beyond its end."""
+    """Load rows [start, start + BLOCK) of a matrix of `operand`; with CHECK or a descriptor, zeros beyond its end."""
     if DESCRIPTOR:
         return source.load([start, 0])
     else:
@@ -292,7 +298,7 @@ def row_pointers(pointer, start, operand, BLOCK: tl.constexpr, BLOCK_D: tl.const
 
 @triton.jit
 def row_mask(start, length, head_dim: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Which elements of rows [start, start + BLOCK) lie in a (length, head_dim) matrix."""
+    """True for the elements of rows [start, start + BLOCK) that lie in a (length, head_dim) matrix."""
     return (start + tl.arange(0, BLOCK) < length)[:, None] & (tl.arange(0, BLOCK_D) < head_dim)[None, :]
 
 
@@ -311,7 +317,7 @@ def store_rows(
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent; near zero its series, where 1 - 2 / (exp(2x) + 1) would cancel."""
+    """The hyperbolic tangent. Near zero it is computed by its series: 1 - 2 / (exp(2x) + 1) would cancel there."""
     square = x * x
     series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
     return tl.where(square < 0.01, series, 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0))
@@ -319,7 +325,7 @@ def tanh(x):
 
 @triton.jit
 def scale_of(features, head):
-    """What multiplies this head's products of queries and keys."""
+    """The factor of this head's products of queries and keys."""
     scale = features.scale
     if features.head_scales is not None:
         scale = scale * tl.load(features.head_scales + head)
@@ -337,7 +343,7 @@ def slope_of(features, batch, head):
 
 @triton.jit
 def mask_at_head(features, batch, head):
-    """The pointer of the mask at (batch, head), or None."""
+    """A pointer to the mask at (batch, head), or None."""
     pointer = features.mask
     if features.mask is not None:
         pointer = features.mask + batch * features.mask_stride_b + head * features.mask_stride_h
@@ -346,7 +352,7 @@ def mask_at_head(features, batch, head):
 
 @triton.jit
 def bias_at_head(features, batch, head):
-    """The pointer of the bias, or of its gradient, at (batch, head), or None."""
+    """A pointer to the bias, or to its gradient, at (batch, head); None without it."""
     pointer = features.bias
     if features.bias is not None:
         pointer = features.bias + batch * features.bias_stride_b + head * features.bias_stride_h
@@ -355,7 +361,7 @@ def bias_at_head(features, batch, head):
 
 @triton.jit
 def relative_at_head(features, head):
-    """The pointer of a head's bias for distance 0, or of its gradient, or None."""
+    """A pointer to a head's bias for distance 0, or to its gradient; or None."""
     pointer = features.relative
     if features.relative is not None:
         pointer = features.relative + head * (2 * features.max_distance + 1) + features.max_distance
@@ -366,7 +372,7 @@ def relative_at_head(features, head):
 def scores_of(products, scale, features, FOLD_SCALE: tl.constexpr):
     """Scores in units of log2 from products of queries and keys: softcap(scale products), before anything is added.
 
-    With FOLD_SCALE they are left as they are, since exp2 takes the scale.
+    With FOLD_SCALE the products are returned unchanged, since exp2 takes the scale.
     """
     if features.softcap is not None:
         return tanh(products * (scale / features.softcap)) * (features.softcap * LOG2_E)
@@ -378,9 +384,9 @@ def scores_of(products, scale, features, FOLD_SCALE: tl.constexpr):
 
 @triton.jit
 def bias_and_mask(scores, query, key, span, head_features, features, TESTED: tl.constexpr):
-    """Add every bias to a tile of scores, and set what may not be attended to to -inf.
+    """Add every bias to a tile of scores, and set scores that are not allowed to -inf.
 
-    TESTED says whether limits by position may exclude something in this tile.
+    TESTED: whether limits by position may exclude something in this tile.
     """
     distance = key - query - span.offset
     inside = (query < span.queries) & (key < span.keys)
@@ -413,9 +419,10 @@ def bias_and_mask(scores, query, key, span, head_features, features, TESTED: tl.
 
 @triton.jit
 def dropout_keep(features, row, first_query, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which weights dropout keeps, (BLOCK_M, BLOCK_N): Philox-4x32-10 of (seed, offset, batch and head, query, key).
+    """True for the weights that dropout keeps, (BLOCK_M, BLOCK_N).
 
-    The four words drawn at once serve four neighbouring keys; `first_key` is a multiple of four.
+    The words are Philox-4x32-10 of (seed, offset, batch and head, query, key). The four words drawn at once serve four
+    neighbouring keys; `first_key` is a multiple of four.
     """
     query = (first_query + tl.arange(0, BLOCK_M)).to(tl.uint32)[:, None]
     group = (first_key // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)[None, :]

@@ -52,14 +52,14 @@ def _attention_weights_kernel(
     features,
     constants,
 ):
-    """P = exp(S - lse) of a tile of chosen rows and all keys, of one of the chosen heads of one sequence.
+    """Compute P = exp(S - lse) for a tile of chosen rows and of keys, for one chosen head of one sequence.
 
     Args:
         q, k: an `Operand` each.
         lse: a `Rows`, the log-sum-exp.
         weights: an `Addend`, (batch, head_count, row_count, keys), written.
-        heads_pointer, rows_pointer: (head_count,) and (row_count,) int32, the chosen ones; None for all.
-        row_tiles, key_tiles: tiles of a head's chosen rows and of its keys.
+        heads_pointer, rows_pointer: (head_count,) and (row_count,) int32, the chosen heads and rows; None for all.
+        row_tiles, key_tiles: number of tiles of a head's chosen rows and of its keys.
         queries, keys, query_tokens, key_tokens: those of `Sizes`.
         layout, features, constants: a `Layout`, a `Features`, a `Constants`.
     """
@@ -125,7 +125,7 @@ def attention_weights(
     """Weights (batch, chosen heads, chosen rows, keys) in query's dtype; zero where a sequence has no such row or key.
 
     Args:
-        heads, query_rows: int32, on query's device, None for all; rows count within a sequence.
+        heads, query_rows: int32, on query's device; None for all. Rows count within a sequence.
     """
     head_count = query.shape[1] if heads is None else len(heads)
     row_count = arguments.max_seqlen_q if query_rows is None else len(query_rows)
@@ -145,7 +145,7 @@ def _launch_weights(
     heads: torch.Tensor | None,
     query_rows: torch.Tensor | None,
     made: tuple[torch.Tensor],
-    precision: str,  # which the kernel's constants look up: a call with another one is of another kind
+    precision: str,  # The kernel's constants depend on it, so it distinguishes kinds of calls.
     *fields: Any,
 ) -> Launch:
     (weights,), arguments = made, AttentionArguments.of_launch(fields)

@@ -1,6 +1,6 @@
-"""The feed-forward block, each part of it by the faster of two plans: one kernel, or a library's product and one pass.
+"""The feed-forward block. Each part follows the faster of two plans: one kernel, or a library's product and one pass.
 
-Pre-activations have their bias, whichever plan made them, so that forward and backward may follow different ones.
+Pre-activations include their bias in both plans, so that forward and backward may follow different plans.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def hidden_forward(
     dropout: Dropout | None,
     store_pre_activations: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The hidden layer of `input` (tokens, in_features) and weights (intermediate_size, in_features), any strides.
+    """The hidden layer from `input` (tokens, in_features) and weights (intermediate_size, in_features), any strides.
 
     Returns:
         The hidden layer (tokens, intermediate_size) and the pre-activations of up and gate, each None unless it exists
@@ -52,7 +52,7 @@ def output_forward(
 
     Args:
         down_weight: (out_features, intermediate_size), any strides.
-        residual: (tokens, out_features), floating, any strides; the output has the wider of its dtype and hidden's.
+        residual: (tokens, out_features), floating, any strides. The output has the wider of its dtype and hidden's.
     """
     if residual is None and dropout is None:
         return F.linear(hidden, down_weight, down_bias)
@@ -77,7 +77,7 @@ def hidden_backward(
         down_weight: (out_features, intermediate_size), any strides.
 
     Returns:
-        The gradient of `up`, that of `gate` (None without it) and the recomputed hidden layer (None unless
+        The gradient of `up`, the gradient of `gate` (None without a gate) and the recomputed hidden layer (None unless
         `store_hidden` is set), all shaped like `up`.
     """
     operation: Operation = "hidden_backward" if gate is None else "gated_hidden_backward"

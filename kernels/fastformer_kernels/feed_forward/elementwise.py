@@ -1,12 +1,12 @@
-"""What stands between the products of a feed-forward block where these are a library's: each one pass over memory.
+"""The operations between a feed-forward block's products where a library computes these: each one pass over memory.
 
     hidden = drop(act(up)), or drop(act(gate) * up)          from pre-activations that have their bias
-    d up, d gate and hidden again                            from d hidden and the pre-activations
+    d up, d gate and hidden recomputed                       from d hidden and the pre-activations
     output = drop(product + bias) + residual
     d product = drop(d output)
 
-The library adds a bias to a product in its own epilogue, so that only the last of these has one to add. Results take
-the place of an argument where they can. All matrices are (tokens, columns), contiguous but for residual and d output.
+The library adds the biases of the first products in its epilogue, so only the output's bias is added here. A result
+overwrites an argument where possible. All matrices are (tokens, columns), contiguous except residual and d output.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TILE_COLUMNS = 512
 
 @triton.jit
 def _tile(tokens, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Rows and first column of this program's tile, the offsets of its elements and which of them exist."""
+    """Rows and first column of this program's tile, the offsets of its elements, and a mask of those that exist."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     first_column = tl.program_id(1) * BLOCK_COLUMNS
     column = first_column + tl.arange(0, BLOCK_COLUMNS)
@@ -40,7 +40,7 @@ def _tile(tokens, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 
 @triton.jit
 def _load(pointer, offsets, valid):
-    """Elements as float32, or None without a pointer."""
+    """Load elements as float32; None without a pointer."""
     x = None
     if pointer is not None:
         x = tl.load(pointer + offsets, mask=valid, other=0.0).to(tl.float32)
@@ -55,7 +55,7 @@ def _store(pointer, offsets, x, valid):
 
 @triton.jit
 def _strided(row, first_column, matrix, BLOCK_COLUMNS: tl.constexpr):
-    """Offsets of the elements of a tile in a `Matrix`."""
+    """Offsets in a `Matrix` of a tile's elements."""
     column = (first_column + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)
     return row.to(tl.int64)[:, None] * matrix.stride_row + column[None, :] * matrix.stride_column
 
@@ -72,7 +72,7 @@ def _activation_forward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """hidden = drop(act(up)), or drop(act(gate) * up) with a gate; all are (tokens, columns), contiguous."""
+    """Compute hidden = drop(act(up)), or drop(act(gate) * up) with a gate; all are (tokens, columns), contiguous."""
     row, first_column, offsets, valid = _tile(tokens, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     hidden = hidden_of(_load(up_pointer, offsets, valid), _load(gate_pointer, offsets, valid), ACTIVATION)
     hidden = drop(hidden, dropout, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
@@ -94,7 +94,10 @@ def _activation_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """d up, d gate and hidden (each None where not wanted) from d hidden; all are (tokens, columns), contiguous."""
+    """Compute d up, d gate and hidden from d hidden; all are (tokens, columns), contiguous.
+
+    The pointers for d gate and hidden are None where they are not wanted.
+    """
     row, first_column, offsets, valid = _tile(tokens, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     grad_hidden = _load(grad_hidden_pointer, offsets, valid)
     up = _load(up_pointer, offsets, valid)
@@ -122,7 +125,7 @@ def _bias_dropout_residual_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """output = drop(product + bias) + residual.
+    """Compute output = drop(product + bias) + residual.
 
     Args:
         product_pointer, output_pointer: (tokens, columns), contiguous; they may be the same.
@@ -144,7 +147,7 @@ def _bias_dropout_residual_kernel(
 def _dropout_kernel(
     input, output_pointer, dropout, tokens, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):
-    """output (tokens, columns), contiguous, = drop(input), a `Matrix`."""
+    """Compute output = drop(input): (tokens, columns), contiguous, from a `Matrix`."""
     row, first_column, offsets, valid = _tile(tokens, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     x = _load(input.pointer, _strided(row, first_column, input, BLOCK_COLUMNS), valid)
     x = drop(x, dropout, row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
@@ -187,7 +190,7 @@ def activation_backward(
     dropout: Dropout | None,
     store_hidden: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of `up` (in the place of `grad_hidden`) and `gate`, and the hidden layer unless not `store_hidden`."""
+    """Gradients of `up` (overwrites `grad_hidden`) and `gate`, and the hidden layer if `store_hidden`, else None."""
     grad_gate = None if gate is None else torch.empty_like(gate)
     hidden = torch.empty_like(up) if store_hidden else None
     _launch_activation_backward(grad_hidden, up, gate, grad_gate, hidden, *dropout_arguments(dropout), activation)
@@ -223,7 +226,7 @@ def _launch_activation_backward(
 def bias_dropout_residual(
     product: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, dropout: Dropout | None
 ) -> torch.Tensor:
-    """The block's output from its last product, in the product's place unless `residual` has a wider dtype."""
+    """The block's output from its last product. It overwrites the product unless `residual` has a wider dtype."""
     dtype = product.dtype if residual is None else torch.promote_types(product.dtype, residual.dtype)
     output = product if dtype == product.dtype else torch.empty_like(product, dtype=dtype)
     _launch_bias_dropout_residual(product, output, bias, residual, *dropout_arguments(dropout))
@@ -252,7 +255,7 @@ def _launch_bias_dropout_residual(
 
 
 def apply_dropout(input: torch.Tensor, dropout: Dropout, dtype: torch.dtype) -> torch.Tensor:
-    """`input` (tokens, columns), of any strides, after dropout (of a gradient: the backward), in `dtype`."""
+    """Apply dropout to `input` (tokens, columns), any strides, or its backward to a gradient; returns `dtype`."""
     output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
     _launch_dropout(input, output, *dropout_arguments(dropout))
     return output
@@ -272,13 +275,13 @@ def _launch_dropout(
 
 
 def _grid(matrix: torch.Tensor) -> tuple[int, int]:
-    """Programs over tiles of `matrix`."""
+    """The number of programs along rows and columns, one for each tile of `matrix`."""
     block_rows, block_columns = _tile_size(matrix)
     return triton.cdiv(matrix.shape[0], block_rows), triton.cdiv(matrix.shape[1], block_columns)
 
 
 def _options(matrix: torch.Tensor) -> dict[str, Any]:
-    """The sizes of `matrix` and of a tile of it, and the compiler's options."""
+    """The sizes of `matrix` and of its tiles, and the compiler's options."""
     tokens, columns = matrix.shape
     block_rows, block_columns = _tile_size(matrix)
     tile = {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}

@@ -1,20 +1,20 @@
-"""The feed-forward block's products with what surrounds them in their epilogues, and their gradient.
+"""The feed-forward block's matrix products, with activation, dropout and residual in their epilogues, and gradients.
 
     hidden = drop(act(x U^T + b)), or drop(act(x G^T + c) * (x U^T + b)) when gated
     output = drop(hidden D^T + d) + residual
-    d up, d gate and hidden again, from d hidden = d output D and the pre-activations
+    d up, d gate and hidden recomputed, from d hidden = d output D and the pre-activations
 
 Gated forms: Shazeer 2020, https://arxiv.org/abs/2002.05202. The two products of a gated layer share the tile of x. The
-pre-activations are stored only when a backward will need them; the hidden layer, which the weight gradient of D needs,
-is never saved: the backward computes it again beside the gradients.
+pre-activations are stored only if a backward will need them. The hidden layer, which the weight gradient of D needs, is
+never saved: the backward computes it again together with the gradients.
 
-The backward of the activation is the epilogue of the product that makes d hidden, not the prologue of those that use d
-up. As a prologue it would be done again for every tile of d x's columns, inside the loop over the depth, between a
-copy and the tensor cores, and once more for the weight gradient. Compiled for sm_90 (128 x 128 x 64, GELU) that loop
-has three copies instead of two, and 202 registers against the epilogue's 163; for sm_80 it spills 1,328 bytes.
+The backward of the activation is in the epilogue of the product that makes d hidden, not in the prologue of the
+products that use d up. In a prologue it would run again for every tile of d x's columns, inside the loop over the
+depth, between a copy and the tensor cores, and once more for the weight gradient. Compiled for sm_90 (128 x 128 x 64,
+GELU), that loop has three copies instead of two, and 202 registers instead of 163. For sm_80 it spills 1,328 bytes.
 
-The products left over (the weight and input gradients) have nothing to fuse and belong to the GPU's library. Everything
-is accumulated in float32 in a fixed order: the result is deterministic.
+The other products (the weight and input gradients) have nothing to fuse: the GPU's library computes them. Every sum is
+accumulated in float32 in a fixed order, so the result is deterministic.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from fastformer_kernels.rows import Matrix, Vector
 
 @triton.jit
 def _add_bias(x, bias, column, columns):
-    """A tile `x` plus a `Vector` at the columns `column`, if there is one."""
+    """Add a `Vector`, if it has a pointer, at the columns `column` to a tile `x`."""
     if bias.pointer is not None:
         at_columns = tl.load(bias.pointer + column.to(tl.int64) * bias.stride, mask=column < columns, other=0.0)
         x += at_columns.to(tl.float32)[None, :]
@@ -71,14 +71,14 @@ def _hidden_forward_kernel(
     product,
     ACTIVATION: tl.constexpr,
 ):
-    """hidden = drop(act(x U^T + b)), or drop(act(x G^T + c) * (x U^T + b)) when gated.
+    """Compute hidden = drop(act(x U^T + b)), or drop(act(x G^T + c) * (x U^T + b)) when gated.
 
     Args:
         input, up_weight, gate_weight: x, U and G (None where not gated), as `operands` returns them.
         strides: their `OperandStrides`.
         up_bias, gate_bias: b and c, a `Vector` each, whose pointer may be None.
-        hidden_pointer, up_pointer, gate_pointer: (tokens, intermediate_size), contiguous, written: the hidden layer
-            and, where they are not None, the pre-activations.
+        hidden_pointer: (tokens, intermediate_size), contiguous, written.
+        up_pointer, gate_pointer: like hidden_pointer, for the pre-activations; each may be None.
         dropout: a `Dropout`.
         product: a `Product`.
     """
@@ -125,12 +125,12 @@ def _output_kernel(
     intermediate_size,
     product,
 ):
-    """output = drop(hidden D^T + d) + residual.
+    """Compute output = drop(hidden D^T + d) + residual.
 
     Args:
         hidden, down_weight: hidden and D, as `operands` returns them.
         strides: their `OperandStrides`.
-        bias, residual: d, a `Vector`, and a `Matrix`; their pointers may be None.
+        bias, residual: d, a `Vector`, and the residual, a `Matrix`; their pointers may be None.
         output_pointer: (tokens, out_features), contiguous, written.
         dropout: a `Dropout`.
         product: a `Product`.
@@ -174,14 +174,14 @@ def _hidden_backward_kernel(
     product,
     ACTIVATION: tl.constexpr,
 ):
-    """d up, d gate and hidden again, from d hidden = d output D and the pre-activations.
+    """Compute d up, d gate and hidden again, from d hidden = d output D and the pre-activations.
 
     Args:
         grad_output, down_weight: d output and D^T, as `operands` returns them.
         strides: their `OperandStrides`.
-        up_pointer, gate_pointer: (tokens, intermediate_size), contiguous, the pre-activations; that of a gate may be
+        up_pointer, gate_pointer: (tokens, intermediate_size), contiguous, the pre-activations; gate_pointer may be
             None.
-        grad_up_pointer, grad_gate_pointer, hidden_pointer: like them, written; the last two may be None.
+        grad_up_pointer, grad_gate_pointer, hidden_pointer: like up_pointer, written; the last two may be None.
         dropout: a `Dropout`.
         product: a `Product`.
     """
@@ -218,7 +218,7 @@ def _hidden_backward_kernel(
                 tl.store(hidden_pointer + offsets, round_to(hidden, dtype), mask=valid)
 
 
-# By element size and kernel. The exact float32 product has no tensor cores: its tiles are bounded by registers.
+# Configurations by kernel. The exact float32 product has no tensor cores: registers limit its tiles.
 _FLOAT32 = {
     "forward": Configuration(64, 64, 32, 4, 3),
     "gated_forward": Configuration(64, 64, 16, 8, 3),
@@ -240,7 +240,7 @@ _HOPPER = {
     "backward": Configuration(128, 128, 64, 8, 4, descriptors=True, parts=4),
     "gated_backward": Configuration(128, 128, 64, 8, 4, descriptors=True, parts=4),
 }
-# The accumulator is in tensor memory: wide tiles leave the registers free.
+# The accumulator is in tensor memory: wide tiles need few registers.
 _BLACKWELL = {
     "forward": Configuration(128, 256, 64, 8, 3, descriptors=True, parts=8),
     "gated_forward": Configuration(128, 128, 64, 8, 3, descriptors=True, parts=4),
@@ -250,7 +250,7 @@ _BLACKWELL = {
 }
 _SMALL_MEMORY = {kernel: replace(choice, depth=32) for kernel, choice in _AMPERE.items()}
 _CDNA = {kernel: replace(choice, stages=2) for kernel, choice in _AMPERE.items()}
-# Small tiles, so that small tests cross their borders.
+# Small tiles, so that small tests have several of them.
 _TINY = dict.fromkeys(_AMPERE, Configuration(32, 16, 16, 1, 1, parts=2))
 _CONFIGURATIONS = {
     "sm_80": {2: _AMPERE, 4: _FLOAT32},
@@ -276,7 +276,7 @@ def hidden_forward(
     dropout: Dropout | None,
     store_pre_activations: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The hidden layer of `input` (tokens, in_features) and weights (intermediate_size, in_features), any strides.
+    """The hidden layer from `input` (tokens, in_features) and weights (intermediate_size, in_features), any strides.
 
     Returns:
         The hidden layer (tokens, intermediate_size) and the pre-activations of up and gate, each None unless it exists
@@ -357,7 +357,7 @@ def output_forward(
 
     Args:
         down_weight: (out_features, intermediate_size), any strides.
-        residual: (tokens, out_features), floating, any strides; the output has the wider of its dtype and hidden's.
+        residual: (tokens, out_features), floating, any strides. The output has the wider of its dtype and hidden's.
     """
     dtype = hidden.dtype if residual is None else torch.promote_types(hidden.dtype, residual.dtype)
     output = hidden.new_empty(hidden.shape[0], down_weight.shape[0], dtype=dtype)
@@ -420,7 +420,7 @@ def hidden_backward(
         down_weight: (out_features, intermediate_size), any strides.
 
     Returns:
-        The gradient of `up`, that of `gate` (None without it) and the recomputed hidden layer (None unless
+        The gradient of `up`, the gradient of `gate` (None without a gate) and the recomputed hidden layer (None unless
         `store_hidden` is set), all shaped like `up`.
     """
     grad_up = torch.empty_like(up)
@@ -456,7 +456,7 @@ def _launch_hidden_backward(
     activation: str,
     precision: str,
 ) -> Launch:
-    """`weight` is (intermediate_size, out_features)."""
+    """Describe the launch. `weight` is (intermediate_size, out_features)."""
     tokens, intermediate_size = up.shape
     out_features = weight.shape[1]
     configuration = _configuration(up, "backward" if gate is None else "gated_backward", out_features)
