@@ -98,7 +98,7 @@ def _variables(options: argparse.Namespace) -> dict[str, str]:
         return {"TRITON_INTERPRET": "1", "FASTFORMER_BACKEND": "triton"}
     if options.cache is None:
         return {}
-    from fastformer.kernel_reports.compilation import relocate
+    from fastformer.kernel_reports.portable_cache import relocate
 
     cache = options.cache.absolute()
     if not any(cache.glob("*/__grp__*.json")):

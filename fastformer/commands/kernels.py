@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import triton
 from fastformer_kernels.launch import ARCHITECTURES
 
-from fastformer.arguments import CommandParser
+from fastformer.arguments import PRECISIONS, CommandParser
 from fastformer.console import track
 from fastformer.extras import require
 from fastformer.files import OVERWRITE_HELP, check_out
-from fastformer.kernel_reports.compilation import (
-    Failure,
-    Work,
-    compile_ahead,
-    compiled_by,
-    reduce_to_launches,
-    relocate,
-)
+from fastformer.kernel_reports.compilation import FailedKernelsError, Work
 from fastformer.kernel_reports.gate import regressions, unwanted_spills
-from fastformer.kernel_reports.report import Figures, as_json, as_table, figures_of, from_json
+from fastformer.kernel_reports.portable_cache import make_cache
+from fastformer.kernel_reports.recorded import read_figures, record, recorded_file, write_figures
+from fastformer.kernel_reports.report import Figures, as_table, compiled_figures
 from fastformer.kernel_reports.workload import DTYPES, LAYOUTS, OPERATORS, cases
-from fastformer.lines import json_file
 
 _COMPILE = """\
 Compile kernels ahead of time into a Triton cache, for GPUs that this machine need not have. A machine with such a GPU
@@ -139,9 +131,6 @@ def _add_work(parser: ArgumentParser) -> None:
     parser.add_argument("--layouts", type=_names, metavar="NAME,...", help=f"only these of {', '.join(LAYOUTS)}")
 
 
-_MARK = ".fastformer-kernels"  # marks a cache made by this command, which it may reduce
-
-
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -150,37 +139,19 @@ def _compile(options: Namespace) -> None:
     if options.home and not options.home.is_absolute():
         raise ValueError(f"--home must be an absolute path; got {options.home}")
     work = _benchmark_work(options) if options.bench_gpu else [run for _, run in _work(options)]
-    _claim(options.out)
-    kernels, failures = _ahead(work, options, options.out)
-    reduce_to_launches(options.out)
-    if failures:
-        if options.home:
-            relocate(options.out, options.home)
-        print(f"{_explained(failures)}\n{options.out} has the other {kernels - len(failures)}")
+    _check_arch(options.arch)
+    made = make_cache(work, options.arch, options.out, options.home, options.processes, _progress)
+    if made.failures:
+        print(f"{FailedKernelsError(made.failures)}\n{options.out} has the other {made.kernels - len(made.failures)}")
         raise SystemExit(1)
-    # Check the cache: the same launches, as on a GPU machine, must find every kernel in it.
-    missed = compiled_by(work, options.arch, options.out)
-    if missed:
-        print(f"the cache lacks {', '.join(f'{name} ({n})' for name, n in Counter(missed).items())}")
+    if made.missed:
+        print(f"the cache lacks {', '.join(f'{name} ({n})' for name, n in Counter(made.missed).items())}")
         raise SystemExit(1)
-    if options.home:
-        relocate(options.out, options.home)
     size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
     print(
-        f"{kernels} kernels for {', '.join(options.arch)} in {options.out} ({size / 2**20:.0f} MiB); launched again, "
-        f"none was compiled\nuse it with TRITON_CACHE_DIR={options.home or options.out.absolute()}"
+        f"{made.kernels} kernels for {', '.join(options.arch)} in {options.out} ({size / 2**20:.0f} MiB); launched "
+        f"again, none was compiled\nuse it with TRITON_CACHE_DIR={options.home or options.out.absolute()}"
     )
-
-
-def _claim(cache: Path) -> None:
-    """Make a folder for kernels; refuse any other folder, even Triton's own cache, so that nothing is lost."""
-    if cache.is_dir() and any(cache.iterdir()) and not (cache / _MARK).exists():
-        names = ", ".join(sorted(path.name for path in cache.iterdir())[:3])
-        raise ValueError(
-            f"--out {cache} was not made by `fastformer kernels compile`: it holds {names}; give a new folder"
-        )
-    cache.mkdir(parents=True, exist_ok=True)
-    (cache / _MARK).touch()
 
 
 def _report(options: Namespace) -> None:
@@ -192,7 +163,7 @@ def _report(options: Namespace) -> None:
     figures = _figures(_work(options), options, options.cache)
     print(as_table(figures))
     if options.json:
-        _write_json(figures, options.json)
+        write_figures(figures, options.json)
     if options.picture:
         from fastformer.kernel_reports.picture import draw
 
@@ -200,7 +171,7 @@ def _report(options: Namespace) -> None:
 
 
 def _check(options: Namespace) -> None:
-    path = options.figures / f"triton-{triton.__version__}.json"
+    path = recorded_file(options.figures)
     command = f"fastformer kernels check --figures {options.figures} --update"
     if not path.exists() and not options.update:
         raise ValueError(
@@ -208,13 +179,11 @@ def _check(options: Namespace) -> None:
             f"{triton.__version__}: {command}"
         )
     figures = _figures([(case.name, case.run) for case in cases(guarded=True)], options, None)
-    recorded = from_json(json_file(path)) if path.exists() else []
     if options.update:
-        options.figures.mkdir(parents=True, exist_ok=True)
-        _write_json(_updated(recorded, figures, options.arch), path)
+        record(figures, options.arch, path)
         print(f"recorded {len(figures)} kernels in {path}")
         return
-    worse = regressions([entry for entry in recorded if entry.architecture in options.arch], figures)
+    worse = regressions([entry for entry in read_figures(path) if entry.architecture in options.arch], figures)
     if worse:
         print("\n".join(["compiled kernels got worse, or are not in the figures:", *worse]))
         print(f"if this is intended: {command}")
@@ -226,35 +195,23 @@ def _check(options: Namespace) -> None:
     print(f"{len(figures)} kernels are no worse than recorded in {path}")
 
 
-def _updated(recorded: Sequence[Figures], figures: Sequence[Figures], architectures: Sequence[str]) -> list[Figures]:
-    """Return `figures` of `architectures` and the recorded figures of all others, sorted by architecture."""
-    kept = [entry for entry in recorded if entry.architecture not in architectures]
-    return sorted([*kept, *figures], key=lambda entry: list(ARCHITECTURES).index(entry.architecture))
-
-
 def _figures(work: Sequence[tuple[str, Work]], options: Namespace, cache: Path | None) -> list[Figures]:
-    with tempfile.TemporaryDirectory() as folder:
-        cache = cache or Path(folder)
-        _, failures = _ahead([run for _, run in work], options, cache)
-        if failures:
-            print(_explained(failures))
-            raise SystemExit(1)
-        return list(figures_of(work, options.arch, cache, options.processes))
+    _check_arch(options.arch)
+    try:
+        return compiled_figures(work, options.arch, cache, options.processes, _progress)
+    except FailedKernelsError as failed:
+        print(failed)
+        raise SystemExit(1) from None
 
 
-def _ahead(work: Sequence[Work], options: Namespace, cache: Path) -> tuple[int, list[Failure]]:
-    """Compile `work` into `cache`; return the number of kernels, and the failures."""
-    unknown = sorted(set(options.arch) - set(ARCHITECTURES))
+def _progress(steps: Iterable[None], total: int) -> Iterable[None]:
+    return track(steps, "compiling", total)
+
+
+def _check_arch(names: Sequence[str]) -> None:
+    unknown = sorted(set(names) - set(ARCHITECTURES))
     if unknown:
         raise ValueError(f"--arch must be among {', '.join(ARCHITECTURES)}; got {', '.join(unknown)}")
-    specializations, failures = compile_ahead(
-        work, options.arch, cache, options.processes, lambda steps, total: track(steps, "compiling", total)
-    )
-    return len(specializations), failures
-
-
-def _write_json(figures: Sequence[Figures], path: Path) -> None:
-    path.write_text(json.dumps(as_json(figures), indent=1) + "\n")
 
 
 def _work(options: Namespace) -> list[tuple[str, Work]]:
@@ -263,29 +220,17 @@ def _work(options: Namespace) -> list[tuple[str, Work]]:
         return [(case.name, case.run) for case in cases(options.operators, options.dtypes, options.layouts)]
     if options.operators or options.dtypes or options.layouts:
         raise ValueError("--operators, --dtypes and --layouts select cases; they cannot be combined with --model")
-    from fastformer.arguments import PRECISIONS
-    from fastformer.planning.model_work import known_model, meta_model, model_work, two_blocks
-
     if options.precision not in PRECISIONS:
         raise ValueError(f"--precision must be one of {', '.join(PRECISIONS)}; got {options.precision!r}")
-    config, kind = known_model(options.model)
-    steps = model_work(meta_model(two_blocks(config), kind, options.precision), options.precision)
-    return [(f"{options.model}, step {number}", step) for number, step in enumerate(steps, 1)]
+    from fastformer.planning.model_work import named_steps
+
+    return named_steps(options.model, options.precision)
 
 
 def _benchmark_work(options: Namespace) -> list[Work]:
     """Return the launches of steps of the GPU benchmark."""
     if options.model or options.operators or options.dtypes or options.layouts:
         raise ValueError("--bench-gpu cannot be combined with --model, --operators, --dtypes or --layouts")
-    from fastformer.benchmarking.gpu.steps import STEPS, load
+    from fastformer.benchmarking.gpu.steps import STEPS, launches_of
 
-    steps = [load(name) for name in (STEPS if options.bench_gpu == ["all"] else options.bench_gpu)]
-    return [launch for step in steps if step.launches for launch in step.launches()]
-
-
-def _explained(failures: list[Failure]) -> str:
-    lines = [
-        f"{failure.specialization.architecture} {failure.specialization.kernel}: {failure.reason}"
-        for failure in failures
-    ]
-    return "\n".join([f"{len(failures)} kernels failed:", *dict.fromkeys(lines)])
+    return launches_of(STEPS if options.bench_gpu == ["all"] else options.bench_gpu)

@@ -36,6 +36,8 @@ _MOST_THREADS = 1024
 
 Work = Callable[[], object]
 """Calls of operators or of a model on meta tensors."""
+Track = Callable[[Iterable[None], int], Iterable[None]]
+"""Shows progress: takes an iterable of steps and their number, and yields the steps."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,23 @@ class Failure:
     specialization: Specialization
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.specialization.architecture} {self.specialization.kernel}: {self.reason}"
+
+
+class FailedKernelsError(Exception):
+    """Some kernels cannot run. The message has a line for each of them."""
+
+    def __init__(self, failures: Sequence[Failure]) -> None:
+        super().__init__("\n".join([f"{len(failures)} kernels failed:", *dict.fromkeys(map(str, failures))]))
+
 
 def compile_ahead(
     work: Sequence[Work],
     architectures: Sequence[str],
     cache: Path,
     processes: int | None = None,
-    track: Callable[[Iterable[None], int], Iterable[None]] = lambda steps, total: steps,
+    track: Track = lambda steps, total: steps,
 ) -> tuple[list[Specialization], list[Failure]]:
     """Compile the kernels that `work` launches on `architectures` into the Triton cache `cache`.
 
@@ -80,7 +92,7 @@ def compile_ahead(
         cache: a folder in the layout of TRITON_CACHE_DIR. It is created if it does not exist, or else added to. Triton
             stores the absolute paths of its files: use the cache at the same path, or `relocate` it.
         processes: the number of processes that compile in parallel; by default one for each CPU.
-        track: shows progress. It is called with an iterable of steps and their number, and yields the steps.
+        track: shows progress.
 
     Returns:
         All specialisations, and those that failed.
@@ -141,24 +153,6 @@ def compiled_by(work: Sequence[Work], architectures: Sequence[str], cache: Path)
                 for run in work:
                     run()
     return missed
-
-
-def relocate(cache: Path, new_home: Path) -> None:
-    """Prepare `cache` for use at the absolute path `new_home`, on this machine or another one."""
-    for group in cache.glob("*/__grp__*.json"):
-        paths = json.loads(group.read_text())["child_paths"]
-        moved = {name: str(new_home / group.parent.name / Path(path).name) for name, path in paths.items()}
-        group.write_text(json.dumps({"child_paths": moved}))
-
-
-def reduce_to_launches(cache: Path) -> None:
-    """Delete the files of `cache` that no launch needs: sources and intermediate representations."""
-    for group in cache.glob("*/__grp__*.json"):
-        paths = json.loads(group.read_text())["child_paths"]
-        kept = {name: path for name, path in paths.items() if Path(name).suffix in (".json", ".cubin", ".hsaco")}
-        group.write_text(json.dumps({"child_paths": kept}))
-        for name in set(paths) - set(kept):
-            (group.parent / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from fastformer_kernels.launch import ARCHITECTURES
 from fastformer.console import Table
 from fastformer.kernel_reports.binary import PIPES, blackwell_flops, bulk_bytes, highlights, pipe_of, read_kernel
 from fastformer.kernel_reports.bounds import bounds_of
-from fastformer.kernel_reports.compilation import Work, triton_cache
+from fastformer.kernel_reports.compilation import FailedKernelsError, Track, Work, compile_ahead, triton_cache
 from fastformer.kernel_reports.devices import DEVICES, resident_ctas
 from fastformer.kernel_reports.meta_operators import kernels_of_meta_operators
 from fastformer.kernel_reports.stand_in import LaunchedKernel, stand_in
@@ -67,6 +68,27 @@ class Figures:
     @property
     def key(self) -> tuple[str, str, str]:
         return self.architecture, self.work, self.kernel
+
+
+def compiled_figures(
+    work: Sequence[tuple[str, Work]], architectures: Sequence[str], cache: Path | None, processes: int, track: Track
+) -> list[Figures]:
+    """Compile every kernel that the work launches, unless the cache has it; return the figures of all.
+
+    Args:
+        work: the work and its names.
+        architectures, processes, track: see `compile_ahead`.
+        cache: the folder that keeps the compiled kernels; None for one that is deleted.
+
+    Raises:
+        FailedKernelsError: some kernels cannot run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cache = cache or Path(folder)
+        _, failures = compile_ahead([run for _, run in work], architectures, cache, processes, track)
+        if failures:
+            raise FailedKernelsError(failures)
+        return list(figures_of(work, architectures, cache, processes))
 
 
 def figures_of(

@@ -46,6 +46,13 @@ def known_model(name: str) -> tuple[FastformerConfig, str]:
     return config, kind
 
 
+def named_steps(name: str, precision: str) -> list[tuple[str, Callable[[], object]]]:
+    """The steps of `model_work` for a preset or a model's folder, at most two blocks deep, each with a name."""
+    config, kind = known_model(name)
+    steps = model_work(meta_model(two_blocks(config), kind, precision), precision)
+    return [(f"{name}, step {number}", step) for number, step in enumerate(steps, 1)]
+
+
 def meta_model(config: FastformerConfig, kind: str, precision: str) -> PreTrainedModel:
     """Build a model of class `kind` on meta, in the dtype that its weights have at `precision`."""
     with torch.device("meta"):

@@ -67,7 +67,7 @@ def test_what_was_not_compiled_ahead_is_missed(cache: Path, tmp_path: Path) -> N
 def test_a_cache_is_used_where_it_was_prepared_for(cache: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     shutil.copytree(cache, home)
-    code = "import sys; from pathlib import Path; from fastformer.kernel_reports.compilation import relocate\n"
+    code = "import sys; from pathlib import Path; from fastformer.kernel_reports.portable_cache import relocate\n"
     code += "relocate(Path(sys.argv[1]), Path(sys.argv[1]))"
     hidden = cache.rename(cache.with_name("hidden"))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
 
 from fastformer.benchmarking.gpu.step import Step
 
@@ -40,3 +41,13 @@ def load(name: str) -> Step:
         ValueError: there is no such step.
     """
     return importlib.import_module(module_of(name)).STEP
+
+
+def launches_of(names: Sequence[str]) -> list[Callable[[], object]]:
+    """The launches of some steps, by name; what they launch is compiled ahead of time.
+
+    Raises:
+        ValueError: there is no such step.
+    """
+    steps = [load(name) for name in names]
+    return [launch for step in steps if step.launches for launch in step.launches()]

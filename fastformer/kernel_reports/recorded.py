@@ -1,0 +1,36 @@
+"""Figures recorded in a folder, with a file for each version of triton, since every version gives others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import triton
+from fastformer_kernels.launch import ARCHITECTURES
+
+from fastformer.kernel_reports.report import Figures, as_json, from_json
+from fastformer.lines import json_file
+
+
+def recorded_file(folder: Path) -> Path:
+    """The file of the present version of triton."""
+    return folder / f"triton-{triton.__version__}.json"
+
+
+def read_figures(path: Path) -> list[Figures]:
+    """Read figures from a file."""
+    return from_json(json_file(path))
+
+
+def write_figures(figures: Sequence[Figures], path: Path) -> None:
+    """Write figures into a file."""
+    path.write_text(json.dumps(as_json(figures), indent=1) + "\n")
+
+
+def record(figures: Sequence[Figures], architectures: Sequence[str], path: Path) -> None:
+    """Replace the recorded figures of `architectures`, and keep those of all others; sorted by architecture."""
+    recorded = read_figures(path) if path.exists() else []
+    kept = [entry for entry in recorded if entry.architecture not in architectures]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_figures(sorted([*kept, *figures], key=lambda entry: list(ARCHITECTURES).index(entry.architecture)), path)
