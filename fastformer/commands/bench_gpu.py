@@ -5,21 +5,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from fastformer.arguments import CommandParser
-from fastformer.benchmarking.gpu.records import append, ends, entries, write_results
-from fastformer.benchmarking.gpu.runner import Known, Place, run_steps
-from fastformer.benchmarking.gpu.steps import STEPS, load, module_of
-from fastformer.benchmarking.gpu.table import long_table, short_table
-from fastformer.console import in_a_line
+from fastformer.benchmarking.gpu.records import ends, entries
+from fastformer.benchmarking.gpu.run import begin_run, cache_variables, imported_steps, run_to_results
+from fastformer.benchmarking.gpu.runner import Place
+from fastformer.benchmarking.gpu.steps import STEPS, module_of
+from fastformer.benchmarking.gpu.table import short_table
 
 _DESCRIPTION = """\
 Compare Fastformer with its peers on the GPU of this machine, in a given time. Steps run in order of importance, each in
@@ -39,8 +36,6 @@ examples:
 The kernels are compiled beforehand, on any machine with the same triton:
   fastformer kernels compile --arch sm_90 --bench-gpu all --out cache
 """
-# Seconds for writing the results after the last step.
-_RESERVE = 4.0
 
 
 def main(arguments: list[str], begin: float) -> None:
@@ -54,7 +49,7 @@ def main(arguments: list[str], begin: float) -> None:
         ValueError, OSError: the user's input is wrong.
     """
     options = _parser().parse_args(arguments)
-    known, broken = _imported(options.steps)
+    known, broken = imported_steps(options.steps)
     if options.list:
         for each in known:
             print(f"{each.step.name:<14} {each.step.seconds:>4.0f} s  {each.step.title}")
@@ -64,13 +59,10 @@ def main(arguments: list[str], begin: float) -> None:
     if not options.dry_run and not torch.cuda.is_available():
         raise ValueError("PyTorch sees no GPU; --dry-run runs the steps on a CPU")
     place = Place(options.out, "cpu" if options.dry_run else "cuda", options.dry_run, _variables(options))
-    known = _left(known, place, options)
-    for name, error in broken.items():
-        append(place.records, step=name, end="failed", error=error, seconds=0.0, modules=0)
+    left = begin_run(known, broken, place, minutes=options.minutes, resume=options.resume)
     begin = _process_began(begin)
     try:
-        with _signals():
-            run_steps(known, place, begin + 60 * options.minutes - _RESERVE, lambda name: _say(name, place))
+        run_to_results(left, place, begin + 60 * options.minutes, lambda name: _say(name, place))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
@@ -79,50 +71,13 @@ def main(arguments: list[str], begin: float) -> None:
         raise SystemExit(1)
 
 
-def _imported(names: list[str]) -> tuple[list[Known], dict[str, str]]:
-    """Import the steps; return them, and the errors of those that cannot be imported."""
-    known, broken = [], {}
-    for name in names:
-        try:
-            known.append(Known(module_of(name), load(name)))
-        except Exception as error:
-            broken[name] = in_a_line(error)
-    return known, broken
-
-
 def _variables(options: argparse.Namespace) -> dict[str, str]:
     """Return the environment variables of the steps."""
     if options.dry_run:
         if options.cache:
             raise ValueError("--cache has no use with --dry-run, which interprets the kernels")
         return {"TRITON_INTERPRET": "1", "FASTFORMER_BACKEND": "triton"}
-    if options.cache is None:
-        return {}
-    from fastformer.kernel_reports.portable_cache import relocate
-
-    cache = options.cache.absolute()
-    if not any(cache.glob("*/__grp__*.json")):
-        raise ValueError(f"--cache must be a folder made by `fastformer kernels compile`, got {options.cache}")
-    relocate(cache, cache)
-    return {"TRITON_CACHE_DIR": str(cache)}
-
-
-def _left(known: list[Known], place: Place, options: argparse.Namespace) -> list[Known]:
-    """Return the steps that still have to run, and record the start of this run."""
-    place.out.mkdir(parents=True, exist_ok=True)
-    if place.records.exists():
-        if not options.resume:
-            raise ValueError(f"--out must be a new folder, or give --resume to continue; {place.records} exists")
-        found = entries(place.records)
-        if any(entry["run"]["dry"] != place.dry for entry in found if "run" in entry):
-            raise ValueError(f"--dry-run must be the same as in the run to resume, {place.records}")
-        done = [name for name, entry in ends(found).items() if entry["end"] == "ok"]
-        known = [each for each in known if each.step.name not in done]
-    elif others := sorted(os.listdir(place.out)):
-        raise ValueError(f"--out must be a new folder; {place.out} holds other files: {', '.join(others[:3])}")
-    run = {"minutes": options.minutes, "steps": [each.step.name for each in known], "dry": place.dry}
-    append(place.records, run={**run, "cache": place.variables.get("TRITON_CACHE_DIR")})
-    return known
+    return {} if options.cache is None else cache_variables(options.cache)
 
 
 def _process_began(known: float) -> float:
@@ -135,30 +90,13 @@ def _process_began(known: float) -> float:
     return time.monotonic() - age
 
 
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Return a context in which SIGTERM interrupts as SIGINT does, so that the results so far are written."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def _say(name: str, place: Place) -> None:
     end = ends(entries(place.records))[name]
     print(f"{name}: {end['end']}, {end['seconds']:.0f} s", file=sys.stderr, flush=True)
 
 
 def _conclude(place: Place, begin: float) -> None:
-    found = entries(place.records)
-    write_results(place.out / "results.json", found)
-    (place.out / "table.md").write_text(long_table(found))
-    print(short_table(found))
+    print(short_table(entries(place.records)))
     print(
         f"{place.out}: {', '.join(sorted(os.listdir(place.out)))}; {time.monotonic() - begin:.0f} s in all", flush=True
     )

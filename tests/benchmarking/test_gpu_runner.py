@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from fastformer.benchmarking.gpu import run as gpu_run
 from fastformer.benchmarking.gpu.records import append, append_record, compiled, ends, entries, records_of
 from fastformer.benchmarking.gpu.runner import Known, Place, run_steps, share
 from fastformer.benchmarking.gpu.step import Record, Step
@@ -147,7 +148,8 @@ def known(steps, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         fakes = {each.step.name: each for each in steps(*kinds)}
         monkeypatch.setattr(command, "STEPS", tuple(fakes))
         monkeypatch.setattr(command, "module_of", lambda name: fakes[name].module)
-        monkeypatch.setattr(command, "load", lambda name: importlib.import_module(fakes[name].module).STEP)
+        monkeypatch.setattr(gpu_run, "module_of", lambda name: fakes[name].module)
+        monkeypatch.setattr(gpu_run, "load", lambda name: importlib.import_module(fakes[name].module).STEP)
 
     return make
 
@@ -194,8 +196,10 @@ def test_a_run_is_resumed_as_it_was_started(known, tmp_path: Path) -> None:
 COMMAND = """
 import sys, time
 import fake_ready
+from fastformer.benchmarking.gpu import run
 from fastformer.commands import bench_gpu as command
-command.STEPS, command.module_of, command.load = ("ready",), lambda name: "fake_ready", lambda name: fake_ready.STEP
+command.STEPS, command.module_of = ("ready",), lambda name: "fake_ready"
+run.module_of, run.load = command.module_of, lambda name: fake_ready.STEP
 command.main(["--dry-run", "--out", sys.argv[1]], time.monotonic())
 """
 

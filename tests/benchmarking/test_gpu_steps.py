@@ -40,13 +40,12 @@ def test_steps_have_names_of_their_modules_and_fill_nine_minutes() -> None:
 # What a GPU machine does with a cache that was made elsewhere, and what it would still compile for a step.
 LAUNCH = """
 import sys
-from argparse import Namespace
 from pathlib import Path
-from fastformer.commands.bench_gpu import _variables
+from fastformer.benchmarking.gpu.run import cache_variables
 from fastformer.benchmarking.gpu.steps import load
 from fastformer.kernel_reports.compilation import compiled_by
 
-cache = Path(_variables(Namespace(dry_run=False, cache=Path(sys.argv[1])))["TRITON_CACHE_DIR"])
+cache = Path(cache_variables(Path(sys.argv[1]))["TRITON_CACHE_DIR"])
 print(compiled_by(list(load("host").launches()), ["sm_90"], cache))
 """
 
