@@ -16,18 +16,8 @@ from fastformer.console import json_text, printable_line
 from fastformer.data.shapes import FewShapes
 from fastformer.files import atomic_file
 from fastformer.training.adversarial import Adversary
-from fastformer.training.callbacks import (
-    CompileModel,
-    EarlyStopping,
-    LossCurve,
-    SavePretrained,
-    StepSeed,
-    StopAtLimit,
-    Throughput,
-    TrainingProgress,
-)
+from fastformer.training.callbacks import EarlyStopping, LossCurve, SavePretrained, Throughput
 from fastformer.training.checkpoints import ValidationCheckpoint, latest_checkpoint
-from fastformer.training.cuda_graphs import RecordSteps
 from fastformer.training.finetuning import Classification, FineTuning
 from fastformer.training.finetuning_preparation import Prepared, fingerprints, prepare
 from fastformer.training.finetuning_report import FineTuningReport
@@ -36,16 +26,10 @@ from fastformer.training.folder import RunFolder
 from fastformer.training.interruption import StopOnSignal
 from fastformer.training.loading.finetuning import FineTuningData
 from fastformer.training.lora import Lora
-from fastformer.training.memory import PeakMemory
 from fastformer.training.optimization import Optimization
 from fastformer.training.prediction import Predictor
 from fastformer.training.privacy import Privacy
-from fastformer.training.run import (
-    SaveOptions,
-    build_trainer,
-    summary,
-    summary_text,
-)
+from fastformer.training.run import SaveOptions, Watch, build_trainer, callbacks, summary, summary_text
 from fastformer.training.starting_point import StartingPoint, Task
 from fastformer.training.tasks import Recipe, Rewrite, balanced_class_weights
 
@@ -75,8 +59,8 @@ def run_finetuning(
     if options.resume:
         checkpoint = latest_checkpoint(folder.checkpoints, lambda content: module.state_dict(), folder.run)
     data = _data(prepared, module, options)
-    throughput, curve = Throughput(), LossCurve(folder.curve)
-    finite = FiniteLosses(folder.checkpoints, options.skip_nonfinite)
+    curve = LossCurve(folder.curve)
+    watch = Watch(Throughput(), curve, FiniteLosses(folder.checkpoints, options.skip_nonfinite))
     stop.saves = ValidationCheckpoint(folder.checkpoints)
     stopping = []
     if options.patience is not None:
@@ -85,26 +69,10 @@ def run_finetuning(
     trainer_arguments = parser.instantiate(options).trainer
     if options.privacy_epsilon is not None:
         trainer_arguments.gradient_clip_val = None  # the privacy mechanism clips each example's gradient itself
-    trainer = build_trainer(
-        trainer_arguments,
-        folder,
-        [
-            SaveOptions(folder, parser, options, learnt_from),
-            finite,
-            StepSeed(options.seed),
-            StopAtLimit(options.max_minutes),
-            throughput,
-            PeakMemory(),
-            TrainingProgress(),
-            *([CompileModel()] if options.compile else []),
-            *([RecordSteps()] if options.cuda_graphs else []),
-            curve,
-            *stopping,
-            stop.saves,
-            stop,
-            SavePretrained(folder.model, not options.adapter.merge, folder.claim_model),
-        ],
-    )
+    saved_options = SaveOptions(folder, parser, options, learnt_from)
+    saved_model = SavePretrained(folder.model, not options.adapter.merge, folder.claim_model)
+    called = callbacks(options, watch, saved_options, stop.saves, stop, saved_model, stopping)
+    trainer = build_trainer(trainer_arguments, folder, called)
     _check_trainer(trainer, options)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     if stopping or (curve.validation and curve.validation[-1]["step"] != trainer.global_step):
@@ -112,7 +80,7 @@ def run_finetuning(
     if trainer.is_global_zero:
         metrics = {
             "task": task,
-            **summary(trainer, module, throughput, curve, finite, folder, time.monotonic() - begin),
+            **summary(trainer, module, watch, folder, time.monotonic() - begin),
             "trained_parameters": sum(weight.numel() for weight in module.parameters() if weight.requires_grad),
             "started_from": prepared.source,
             "attention": prepared.start.attention,

@@ -9,31 +9,16 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fastformer.console import printable
-from fastformer.training.callbacks import (
-    CompileModel,
-    LossCurve,
-    SavePretrained,
-    StepSeed,
-    StopAtLimit,
-    Throughput,
-    TrainingProgress,
-)
+from fastformer.training.callbacks import LossCurve, SavePretrained, Throughput
 from fastformer.training.checkpoints import StepCheckpoint, latest_checkpoint
-from fastformer.training.cuda_graphs import RecordSteps
 from fastformer.training.finite import FiniteLosses
 from fastformer.training.folder import RunFolder
 from fastformer.training.interruption import StopOnSignal
 from fastformer.training.loading.pretraining import PretrainingDataModule
-from fastformer.training.memory import PeakMemory
 from fastformer.training.optimization import Optimization
 from fastformer.training.pretraining import MODULES, PretrainingModule
 from fastformer.training.pretraining_report import PretrainingReport
-from fastformer.training.run import (
-    SaveOptions,
-    build_trainer,
-    summary,
-    summary_text,
-)
+from fastformer.training.run import SaveOptions, Watch, build_trainer, callbacks, summary, summary_text
 from fastformer.training.samples import sample
 from fastformer.training.sharding import FullyShardedStrategy
 
@@ -54,33 +39,18 @@ def run_pretraining(
         trainer_arguments.strategy = FullyShardedStrategy(options.tensor_parallel)
     module, data = _module(options), _data(options)
     module.continued = checked.continued
-    throughput, curve = Throughput(), LossCurve(folder.curve, module.losses[0], module.loss_label)
-    finite = FiniteLosses(folder.checkpoints, options.skip_nonfinite)
+    curve = LossCurve(folder.curve, module.losses[0], module.loss_label)
+    watch = Watch(Throughput(), curve, FiniteLosses(folder.checkpoints, options.skip_nonfinite))
     stop.saves = StepCheckpoint(folder.checkpoints, every=options.evaluate_every)
-    trainer = build_trainer(
-        trainer_arguments,
-        folder,
-        [
-            SaveOptions(folder, parser, options),
-            finite,
-            StepSeed(options.seed),
-            StopAtLimit(options.max_minutes),
-            throughput,
-            PeakMemory(),
-            TrainingProgress(),
-            *([CompileModel()] if options.compile else []),
-            *([RecordSteps()] if options.cuda_graphs else []),
-            curve,
-            stop.saves,
-            stop,
-            SavePretrained(folder.model, claim=folder.claim_model),
-        ],
-    )
+    saved_options = SaveOptions(folder, parser, options)
+    saved_model = SavePretrained(folder.model, claim=folder.claim_model)
+    called = callbacks(options, watch, saved_options, stop.saves, stop, saved_model)
+    trainer = build_trainer(trainer_arguments, folder, called)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     if curve.validation and curve.validation[-1]["step"] != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
-        metrics = summary(trainer, module, throughput, curve, finite, folder, time.monotonic() - begin)
+        metrics = summary(trainer, module, watch, folder, time.monotonic() - begin)
         _report(options.objective, {**metrics, "sample": sample(options.objective, folder.model)._asdict()}, folder)
 
 

@@ -1,4 +1,4 @@
-"""Parts that the training commands share: saving the options, ending a run, the trainer, the summary."""
+"""Parts that the training commands share: saving the options, ending a run, the callbacks, the trainer, the summary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
@@ -21,12 +21,21 @@ from transformers.utils import logging as transformers_logging
 from fastformer.console import printable, printable_line
 from fastformer.files import atomic_file
 from fastformer.stopping import Stopped
-from fastformer.training.callbacks import LossCurve, Throughput
+from fastformer.training.callbacks import (
+    CompileModel,
+    LossCurve,
+    SavePretrained,
+    StepSeed,
+    StopAtLimit,
+    Throughput,
+    TrainingProgress,
+)
 from fastformer.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
+from fastformer.training.cuda_graphs import RecordSteps
 from fastformer.training.finite import FiniteLosses
 from fastformer.training.folder import RunFolder
 from fastformer.training.interruption import StopOnSignal
-from fastformer.training.memory import peak_memory
+from fastformer.training.memory import PeakMemory, peak_memory
 
 _UNIMPORTANT_WARNINGS = (
     ".*does not have many workers.*",
@@ -107,6 +116,52 @@ def resumable(
 # --- The trainer ------------------------------------------------------------------------------------------------------
 
 
+class Watch(NamedTuple):
+    """The callbacks whose findings are in the summary of a run."""
+
+    throughput: Throughput
+    curve: LossCurve
+    finite: FiniteLosses
+
+
+def callbacks(
+    options: Namespace,
+    watch: Watch,
+    saved_options: SaveOptions,
+    saved_checkpoints: Callback,
+    stop: StopOnSignal,
+    saved_model: SavePretrained,
+    stopping: Sequence[Callback] = (),
+) -> list[Callback]:
+    """Return the callbacks of a run in the order in which Lightning calls them.
+
+    Args:
+        options: the options of the run.
+        watch: the callbacks that the summary is made from.
+        saved_options: writes the options.
+        saved_checkpoints: writes checkpoints.
+        stop: ends the run after a signal.
+        saved_model: writes the model at the end.
+        stopping: what else ends the run; called before a checkpoint is written.
+    """
+    return [
+        saved_options,
+        watch.finite,
+        StepSeed(options.seed),
+        StopAtLimit(options.max_minutes),
+        watch.throughput,
+        PeakMemory(),
+        TrainingProgress(),
+        *([CompileModel()] if options.compile else []),
+        *([RecordSteps()] if options.cuda_graphs else []),
+        watch.curve,
+        *stopping,
+        saved_checkpoints,
+        stop,
+        saved_model,
+    ]
+
+
 def build_trainer(arguments: Namespace, folder: RunFolder, callbacks: Sequence[Callback]) -> Trainer:
     """Return Lightning's trainer, with atomic checkpoints, CSV logs and TensorBoard logs.
 
@@ -150,16 +205,9 @@ def _as_list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
-def summary(
-    trainer: Trainer,
-    module: LightningModule,
-    throughput: Throughput,
-    curve: LossCurve,
-    finite: FiniteLosses,
-    folder: RunFolder,
-    wall: float,
-) -> dict[str, Any]:
+def summary(trainer: Trainer, module: LightningModule, watch: Watch, folder: RunFolder, wall: float) -> dict[str, Any]:
     """Return the facts that every run reports; `wall` is in seconds."""
+    throughput, curve, finite = watch
     return {
         "start": curve.validation[0] if curve.validation else None,
         "end": curve.validation[-1] if curve.validation else None,

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,8 +108,10 @@ def _load_or_find_split(path: Path, sources: Sequence[Source], heldout_fraction:
         except (OSError, ValueError, TypeError) as error:
             warnings.warn(f"{path} is damaged ({error}) and is rebuilt", stacklevel=2)
             remove(path)
-    if not any(True for _ in stream(sources)):
+    texts = stream(sources)
+    first = next(texts, None)
+    if first is None:
         raise ValueError(f"the corpus is empty: no text in {', '.join(source.name for source in sources)}")
-    split, sample = find_split_and_sample(stream(sources), heldout_fraction)
+    split, sample = find_split_and_sample(chain([first], texts), heldout_fraction)
     write_checked(path, json.dumps(split._asdict()).encode())
     return split, sample

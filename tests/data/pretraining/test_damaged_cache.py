@@ -31,7 +31,7 @@ def test_the_text_is_read_once_for_the_tokenizer_and_once_for_the_tokens(tmp_pat
             yield text, position
 
     text = prepare_text([replace(texts, read=reading)], tmp_path, "clm", vocab_size=300, heldout_fraction=0.1)
-    assert read[1:] == TEXTS  # the first, to see that there is one
+    assert read == TEXTS
     read.clear()
     train, heldout = text.stores(DocumentLayout(text.tokenizer, mark_ends=True))
     assert read == TEXTS
