@@ -1,1 +1,1 @@
-"""Report on the compiled kernels without a GPU: compile ahead of time, read the binaries, compare; tune with one."""
+"""Report on the compiled kernels without a GPU, and find the fastest launch configurations with one."""

@@ -13,8 +13,8 @@ _MARK = ".fastformer-kernels"  # marks a cache made here, which may be reduced
 
 
 @dataclass(frozen=True)
-class Made:
-    """What was made.
+class MadeCache:
+    """The result of `make_cache`.
 
     Attributes:
         kernels: the number of compiled kernels.
@@ -29,7 +29,7 @@ class Made:
 
 def make_cache(
     work: Sequence[Work], architectures: Sequence[str], cache: Path, home: Path | None, processes: int, track: Track
-) -> Made:
+) -> MadeCache:
     """Compile the kernels that `work` launches into `cache`, keep what launches need, and prove that it has all.
 
     Args:
@@ -47,7 +47,7 @@ def make_cache(
     missed = [] if failures else compiled_by(work, architectures, cache)
     if home and not missed:
         relocate(cache, home)
-    return Made(len(kernels), failures, missed)
+    return MadeCache(len(kernels), failures, missed)
 
 
 def _claim(cache: Path) -> None:

@@ -17,7 +17,7 @@ _NOTE = (
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What is planned, and what it needs.
+    """A planned training run, and what it needs.
 
     Attributes:
         model: the name of the preset or of the model's folder.

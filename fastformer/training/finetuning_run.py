@@ -69,10 +69,10 @@ def run_finetuning(
     trainer_arguments = parser.instantiate(options).trainer
     if options.privacy_epsilon is not None:
         trainer_arguments.gradient_clip_val = None  # the privacy mechanism clips each example's gradient itself
-    saved_options = SaveOptions(folder, parser, options, learnt_from)
-    saved_model = SavePretrained(folder.model, not options.adapter.merge, folder.claim_model)
-    called = callbacks(options, watch, saved_options, stop.saves, stop, saved_model, stopping)
-    trainer = build_trainer(trainer_arguments, folder, called)
+    save_options = SaveOptions(folder, parser, options, learnt_from)
+    save_model = SavePretrained(folder.model, not options.adapter.merge, folder.claim_model)
+    in_order = callbacks(options, watch, save_options, stop.saves, stop, save_model, stopping)
+    trainer = build_trainer(trainer_arguments, folder, in_order)
     _check_trainer(trainer, options)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     if stopping or (curve.validation and curve.validation[-1]["step"] != trainer.global_step):

@@ -127,10 +127,10 @@ class Watch(NamedTuple):
 def callbacks(
     options: Namespace,
     watch: Watch,
-    saved_options: SaveOptions,
-    saved_checkpoints: Callback,
+    save_options: SaveOptions,
+    save_checkpoints: Callback,
     stop: StopOnSignal,
-    saved_model: SavePretrained,
+    save_model: SavePretrained,
     stopping: Sequence[Callback] = (),
 ) -> list[Callback]:
     """Return the callbacks of a run in the order in which Lightning calls them.
@@ -138,14 +138,14 @@ def callbacks(
     Args:
         options: the options of the run.
         watch: the callbacks that the summary is made from.
-        saved_options: writes the options.
-        saved_checkpoints: writes checkpoints.
+        save_options: writes the options.
+        save_checkpoints: writes checkpoints.
         stop: ends the run after a signal.
-        saved_model: writes the model at the end.
+        save_model: writes the model at the end.
         stopping: what else ends the run; called before a checkpoint is written.
     """
     return [
-        saved_options,
+        save_options,
         watch.finite,
         StepSeed(options.seed),
         StopAtLimit(options.max_minutes),
@@ -156,9 +156,9 @@ def callbacks(
         *([RecordSteps()] if options.cuda_graphs else []),
         watch.curve,
         *stopping,
-        saved_checkpoints,
+        save_checkpoints,
         stop,
-        saved_model,
+        save_model,
     ]
 
 

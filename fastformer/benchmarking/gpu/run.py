@@ -86,10 +86,8 @@ def run_to_results(known: Sequence[Known], place: Place, end: float, say: Callab
     """Run the steps, and write results.json and table.md, even if SIGINT or SIGTERM ends the run.
 
     Args:
-        known: the steps, in order.
-        place: the settings of all steps.
+        known, place, say: see `run_steps`, whose steps are `known`.
         end: the `time.monotonic()` at which the results must have been written.
-        say: called with the name of each step that has ended.
 
     Raises:
         KeyboardInterrupt: a signal has ended the run.

@@ -86,7 +86,7 @@ class _Sample:
             lowest = self.lowest_key
             self.kept = [(key, text) for key, text in self.kept if key >= lowest]
             self._characters_kept = sum(len(text) for _, text in self.kept)
-            # One very long document must not have all others looked at again for each that follows.
+            # Without this, after one very long document, each new document would start another pass over all kept ones.
             self._most_kept = max(self._most_kept, 1.25 * self._characters_kept)
 
 
