@@ -15,7 +15,7 @@ from fastformer.console import printable
 from fastformer.files import OVERWRITE_HELP, check_out
 from fastformer.training.finetuning_run import run_folder, write_predictions
 from fastformer.training.folder import RunFolder
-from fastformer.training.options import read_options
+from fastformer.training.option_files import read_options
 from fastformer.training.prediction import Predictor
 from fastformer.training.run import quieten
 from fastformer.training.starting_point import Task

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from argparse import RawDescriptionHelpFormatter
@@ -33,6 +32,7 @@ from fastformer.console import printable
 from fastformer.models import PRESETS
 from fastformer.training.folder import RunFolder
 from fastformer.training.optimization import Optimization
+from fastformer.training.option_files import check_spelling, given_options, read_options
 from fastformer.training.ranges import check_ranges
 
 STRATEGIES = ("auto", "ddp", "fsdp2")
@@ -99,7 +99,6 @@ _OVERWRITE_HELP = (
 )
 _SKIP_HELP = "skip steps whose loss or gradient is infinite or NaN, instead of ending training with an error"
 _DEVICES = re.compile(r"auto|-1|[1-9]\d*|\d+,|\d+(,\d+)+")
-_MOST_ALIASED = 10_000
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
 
 
@@ -120,13 +119,10 @@ class _Parser(LightningArgumentParser):
                 else f"a file names {named}, which is neither Lightning's nor Fastformer's. "
                 "Making an object of it runs its code: give --trust if you trust the file"
             )
-        elif found := _NOT_IN_GROUP.search(text):
-            text = _renamed(f"{found[1]}.{found[2]}", "--") or text
         print(f"{self.prog}: error: {printable(_shortened(text))}", file=sys.stderr)
         raise SystemExit(2)
 
 
-_NOT_IN_GROUP = re.compile(r"Group '([^']*)' does not accept option '([^']*)'")
 _TYPE_ERROR = re.compile(r'Parser key "([^"]*)": .*(?:Given value|Got value): (.*)$')
 _EXPECTED = re.compile(r"Expected a <class '(\w+)'>")
 _KINDS = {
@@ -228,7 +224,7 @@ def classes_allowed(arguments: Sequence[str]) -> Iterator[None]:
         yield
         return
     before = dict(parsing_settings)
-    named = [path for text in _trainer_options(arguments).values() for path in _IMPORT_PATH.findall(text)]
+    named = [path for _, text in _trainer_options(arguments) for path in _IMPORT_PATH.findall(text)]
     own = [path for path in named if not _WRITERS.match(path)]
     harmless = [f"{kind.__module__}.{kind.__name__}" for kind in _HARMLESS]  # under any name of their import
     shorter = [f"lightning.pytorch.callbacks.{kind.__name__}" for kind in _HARMLESS]
@@ -239,14 +235,10 @@ def classes_allowed(arguments: Sequence[str]) -> Iterator[None]:
         parsing_settings.update(before)
 
 
-def _trainer_options(arguments: Sequence[str]) -> dict[str, str]:
-    """Return the options ``--trainer.NAME`` of the command line, with their values."""
-    options: dict[str, str] = {}
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, given, value = argument.partition("=")
-        if name.startswith("--trainer."):
-            options[name.removeprefix("--")] = value if given else following
-    return options
+def _trainer_options(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the NAME of each option ``--trainer.NAME`` of the command line, with its value."""
+    options = given_options(arguments)
+    return [(name.removeprefix("trainer."), value) for name, value in options if name.startswith("trainer.")]
 
 
 def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
@@ -256,12 +248,7 @@ def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
         FileNotFoundError: there is no run to resume.
         ValueError: an option is wrong, or the file with the run's options is incomplete.
     """
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, given, value = argument.partition("=")
-        if said := _renamed(name.removeprefix("--"), "--"):
-            raise ValueError(said)
-        if name == "--config":
-            read_options(Path(value if given else following))
+    check_spelling(arguments)
     options = parser.parse_args(arguments)
     config = RunFolder(Path(options.output), "").config
     if options.resume and not config.is_file():
@@ -295,78 +282,6 @@ def _kept_options(config: Path, arguments: Sequence[str], usual: str) -> str:
     *_, last = yaml.safe_load(usual)["trainer"]
     if not isinstance(trainer, dict) or last not in trainer or not config.read_bytes().endswith(b"\n"):
         raise ValueError(f"{config} is incomplete: it must have all options of the run, as the run wrote them")
-    for name in _trainer_options(arguments):
-        trainer.pop(name.split(".")[1], None)
+    for name, _ in _trainer_options(arguments):
+        trainer.pop(name.partition(".")[0], None)
     return yaml.safe_dump(options, sort_keys=False)
-
-
-# The former names of options, and their present names.
-_RENAMED = {
-    **{
-        f"model.{name}": f"optimizer.{name}"
-        for name in ("learning_rate", "weight_decay", "betas", "eps", "warmup_steps", "schedule")
-    },
-    "model.overrides": "overrides",
-    "corpus.vocab_size": "vocab_size",
-    "corpus.max_length": "max_length",
-    "corpus.tokens_per_batch": "tokens_per_batch",
-    "corpus.num_workers": "num_workers",
-    "corpus.cache_dir": "cache_dir",
-    "text.max_length": "max_length",
-    "trainer.max_epochs": "epochs",
-    "privacy-epsilon": "privacy_epsilon",
-}
-
-
-def _renamed(name: str, dashes: str = "") -> str | None:
-    """Return the error for an option, or a part of one, with a former name; None for any other."""
-    for old, new in _RENAMED.items():
-        if name == old or name.startswith(f"{old}."):
-            return f"{dashes}{name} is now spelt {dashes}{new}{name.removeprefix(old)}"
-    return None
-
-
-def _names(options: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the names of the options in a file, and of their parts, such as ``optimizer`` and ``optimizer.eps``."""
-    for name, value in options.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _names(value, f"{prefix}{name}.")
-
-
-def read_options(path: Path) -> dict[str, Any]:
-    """Read the options in a file.
-
-    Raises:
-        ValueError: the file is not YAML with options, or has an option with a former name; the error names the file.
-    """
-    try:
-        text = path.read_text()
-        root = yaml.compose(text, yaml.SafeLoader)
-        sizes: dict[int, float] = {}
-        if root is not None and _written_out(root, sizes) > len(sizes) + _MOST_ALIASED:
-            raise ValueError(f"its aliases stand for more than {_MOST_ALIASED:,} values")
-        options = yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} must hold options, each with its value; it holds none")
-    for name in _names(options):
-        if said := _renamed(name):
-            raise ValueError(f"{path}: {said}")
-    return options
-
-
-def _written_out(node: yaml.Node, sizes: dict[int, float]) -> float:
-    """Count the nodes of a YAML node with each alias written out; infinite if the node contains itself.
-
-    Args:
-        node: the node.
-        sizes: the known counts, by the node's identity.
-    """
-    if id(node) not in sizes:
-        sizes[id(node)] = math.inf
-        inside = node.value if isinstance(node, yaml.CollectionNode) else []
-        parts = [part for each in inside for part in (each if isinstance(each, tuple) else (each,))]
-        sizes[id(node)] = 1 + sum(_written_out(part, sizes) for part in parts)
-    return sizes[id(node)]
