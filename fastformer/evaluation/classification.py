@@ -42,20 +42,6 @@ def classification_metrics(predictions: Sequence[str], references: Sequence[str]
     }
 
 
-def class_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Precision, recall, F1 and the number of references of each class."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    check_as_many(predictions, references)
-    names = in_order({*predictions, *references})
-    columns = precision_recall_fscore_support(references, predictions, labels=names, zero_division=0)
-    keys = ("precision", "recall", "f1", "references")
-    return {
-        name: dict(zip(keys, map(float, values), strict=True))
-        for name, values in zip(names, zip(*columns, strict=True), strict=True)
-    }
-
-
 def regression_metrics(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
     """Pearson's and Spearman's correlation (GLUE's STS-B) and the mean squared error.
 

@@ -22,7 +22,6 @@ from fastformer.kernel_reports.stand_in import gpu_target, stand_in
 
 _NAME = r"%[\w\-.]+(?:#\d+)?"
 _DEFINITION = re.compile(rf"^\s*(?P<results>{_NAME}(?::\d+)?(?:,\s*{_NAME})*)\s*=\s*(?P<body>.*)$")
-_OPERATION = re.compile(r'^"?(?P<name>[a-z_]+\.[\w.]+)')
 
 
 def narrow_products(text: str) -> list[str]:

@@ -46,7 +46,7 @@ def test_numerics_and_the_workload_have_every_operator() -> None:
 @pytest.mark.quick
 def test_a_name_that_no_operator_has_is_refused() -> None:
     """The error names what was asked for and what there is."""
-    with pytest.raises(LookupError, match="is called 'sofmax'; there are append_to_cache, .*, softmax, "):
+    with pytest.raises(LookupError, match=r"is called 'sofmax'; there are append_to_cache, .*, softmax, "):
         OPERATORS["sofmax"]
 
 

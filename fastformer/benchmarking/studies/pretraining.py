@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise, repeat
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,9 +81,6 @@ class SentencePairs(PretrainingDataModule):
 
     def _rest_of_epoch(self) -> Any:
         return iter(self.recipes)
-
-    def _step_sizes(self) -> Any:
-        return repeat(1, len(self.recipes))
 
     def one_by_one(self) -> list[dict[str, torch.Tensor]]:
         """All pairs of all batches, with the same masks."""

@@ -11,9 +11,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fastformer.console import track
 from fastformer.data.pretraining.python_documentation import python_documentation, python_fingerprint
-from fastformer.data.pretraining.sources import open_sources, stream
 from fastformer.files import cache_folder, read_checked, remove, write_checked
 
 Document = list[str]
@@ -98,29 +96,6 @@ def _write_corpus(path: Path, documents: Sequence[Document]) -> None:
 
 def _read_corpus(path: Path) -> list[Document]:
     return [document.split("\n") for document in read_checked(path).decode().split("\n\n") if document]
-
-
-# --- Reading files ----------------------------------------------------------------------------------------------------
-
-
-def load_corpus(paths: Sequence[str | os.PathLike[str]]) -> list[Document]:
-    """Read all documents into memory, divided into sentences; `sources.open_sources` says what is accepted.
-
-    Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: the list is empty, a suffix is unknown, a file is damaged or cannot be decoded, a record has no
-            ``text``, or there is no text at all.
-    """
-    sources = open_sources(paths)
-    documents = [
-        document
-        for source in track(sources, "reading the corpus")
-        for document in map(document_of, stream([source]))
-        if document
-    ]
-    if not documents:
-        raise ValueError(f"the corpus is empty: no text in {', '.join(str(path) for path in paths)}")
-    return documents
 
 
 def document_of(text: str) -> Document:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-from fastformer.data.pretraining.corpus import Document
 
 _KEYS = 1 << 64
 _TOKENIZER_TRAINING_CHARACTERS = 1 << 28
@@ -88,20 +86,6 @@ class _Sample:
             self._characters_kept = sum(len(text) for _, text in self.kept)
             # Without this, after one very long document, each new document would start another pass over all kept ones.
             self._most_kept = max(self._most_kept, 1.25 * self._characters_kept)
-
-
-def split_documents(documents: Sequence[Document], heldout_fraction: float) -> tuple[list[Document], list[Document]]:
-    """Split documents into training and held-out documents, both in their given order; see `find_split_and_sample`.
-
-    Args:
-        documents: at least two distinct documents, unless `heldout_fraction` is 0.
-        heldout_fraction: held-out share of the distinct documents, in [0, 1); 0 holds nothing out.
-    """
-    split, _ = find_split_and_sample(("\n".join(document) for document in documents), heldout_fraction)
-    sides: tuple[list[Document], list[Document]] = ([], [])
-    for document in documents:
-        sides[split.is_heldout("\n".join(document))].append(document)
-    return sides
 
 
 def _heldout_below(keys: NDArray[np.uint64], heldout_fraction: float) -> int:

@@ -186,11 +186,6 @@ class TokenStore:
     def num_blocks(self) -> int:
         return len(self.block_documents) - 1
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens of the corpus, each counted once."""
-        return int(self.manifest["tokens"])
-
     def block(self, number: int) -> Any:
         """Return one block as a separate corpus."""
         return self.corpus.part(self.block_documents[number], self.block_documents[number + 1])
@@ -404,7 +399,6 @@ def _assemble(path: Path, parts: Sequence[Path], layout: Layout) -> None:
         manifest = {
             "format": _FORMAT,
             "layout": layout.name,
-            "tokens": starts["tokens"],
             "block_documents": block_documents,
             "files": files,
             "fingerprint": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
@@ -414,10 +408,7 @@ def _assemble(path: Path, parts: Sequence[Path], layout: Layout) -> None:
 
 
 def _assemble_ids(file: Path, parts: Sequence[Path], layout: Layout) -> dict[str, int]:
-    """Write the ids of all parts into one array; return the start of each section.
-
-    The key "tokens" has the number of ids in the last section.
-    """
+    """Write the ids of all parts into one array; return the start of each section."""
     lengths = {name: sum(_array_length(part, name) for part in parts) for _, name in layout.flat()}
     total = sum(lengths.values()) + sum(len(first) for first, _ in layout.flat())
     whole = np.lib.format.open_memmap(file, mode="w+", dtype=layout.dtype, shape=(total,))
@@ -432,7 +423,6 @@ def _assemble_ids(file: Path, parts: Sequence[Path], layout: Layout) -> dict[str
             whole[place : place + len(ids)] = ids
             place += len(ids)
     whole.flush()
-    starts["tokens"] = lengths[name]
     return starts
 
 

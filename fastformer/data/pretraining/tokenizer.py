@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -28,7 +28,6 @@ VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.spm")
 """Patterns of the files that may hold a tokenizer's vocabulary."""
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 _FORMAT = 2
 _LONGEST_WORD = 1024
@@ -145,21 +144,6 @@ def tokenizer_kind(objective: str) -> _Kind:
     if objective not in _KINDS:
         raise ValueError(f"objective must be one of {', '.join(_KINDS)}, got {objective!r}")
     return _KINDS[objective]
-
-
-def load_or_train_tokenizer(
-    folder: str | os.PathLike[str], texts: Sequence[str], vocab_size: int, objective: Objective = "mlm"
-) -> PreTrainedTokenizerFast:
-    """Return the tokenizer trained on these texts with this vocabulary size, kept in a subfolder of `folder`.
-
-    The subfolder's name has the vocabulary size and a fingerprint of the texts, so a tokenizer of other texts is never
-    used by mistake. A damaged tokenizer is trained again, with a warning.
-
-    Raises:
-        OSError: the tokenizer cannot be saved; no partial file remains.
-    """
-    path = Path(folder) / f"bpe-{objective}-{vocab_size}-{text_fingerprint(texts)[:16]}-v{_FORMAT}"
-    return load_or_make_tokenizer(path, lambda: train_tokenizer(texts, vocab_size, objective))
 
 
 def load_or_make_tokenizer(path: Path, make: Callable[[], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastformer.data.pretraining.corpus as corpus_module
-from fastformer.data.pretraining.corpus import default_corpus, load_corpus, split_sentences
+from fastformer.data.pretraining.corpus import default_corpus, document_of, split_sentences
+from fastformer.data.pretraining.preparation import prepare_text
 from fastformer.data.pretraining.python_documentation import prose_paragraphs, python_docstrings
-from fastformer.data.pretraining.splitting import split_documents
+from fastformer.data.pretraining.sources import open_sources, stream
+from fastformer.data.pretraining.splitting import find_split_and_sample
 
 # --- Sentences --------------------------------------------------------------------------------------------------------
 
@@ -183,12 +185,17 @@ def write_saved_dataset(path, column="text"):
     datasets.DatasetDict(train=dataset.select([0]), test=dataset.select([1])).save_to_disk(str(path))
 
 
+def read(paths):
+    """Return the documents of files and folders, each as its sentences."""
+    return [document_of(text) for text in stream(open_sources(paths))]
+
+
 EXPECTED = [DOCUMENTS[0], ["Ünïcode,", "too."]]
 
 
 def test_text(tmp_path):
     write_text(tmp_path / "a.txt")
-    assert load_corpus([tmp_path / "a.txt"]) == [DOCUMENTS[0], ["Ünïcode, too."]]
+    assert read([tmp_path / "a.txt"]) == [DOCUMENTS[0], ["Ünïcode, too."]]
 
 
 @pytest.mark.parametrize(
@@ -197,15 +204,15 @@ def test_text(tmp_path):
 def test_records(tmp_path, name, write):
     write(tmp_path / name)
     # U+2028 separates lines, and so sentences; it does not separate JSON records.
-    assert load_corpus([str(tmp_path / name)]) == EXPECTED
+    assert read([str(tmp_path / name)]) == EXPECTED
 
 
 def test_folder_is_walked_in_sorted_order(tmp_path):
     (tmp_path / "b").mkdir()
     for name in ("c.txt", "b/z.txt", "b/a.txt", "a.txt", ".hidden"):
         (tmp_path / name).write_text(name)
-    assert load_corpus([tmp_path]) == [["a.txt"], ["b/a.txt"], ["b/z.txt"], ["c.txt"]]
-    assert load_corpus([tmp_path / "c.txt", tmp_path / "a.txt"]) == [["c.txt"], ["a.txt"]]
+    assert read([tmp_path]) == [["a.txt"], ["b/a.txt"], ["b/z.txt"], ["c.txt"]]
+    assert read([tmp_path / "c.txt", tmp_path / "a.txt"]) == [["c.txt"], ["a.txt"]]
 
 
 def write_bytes(content):
@@ -217,7 +224,6 @@ def write_bytes(content):
     [
         ("a.txt", None, FileNotFoundError, "no such file or folder: .*a.txt"),
         ("a.txt", write_bytes(b"abc\xff"), ValueError, "a.txt: not UTF-8 at byte 3"),
-        ("a.txt", write_bytes(b" \n\n "), ValueError, "corpus is empty: no text in .*a.txt"),
         ("a.docx", write_bytes(b"x"), ValueError, "a.docx: unknown suffix '.docx'; accepted are .txt"),
         ("folder", lambda path: path.mkdir(), ValueError, "folder is an empty folder"),
         ("a.jsonl", write_bytes(b'{"text": "a"}\n{"text": "b'), ValueError, "a.jsonl, line 2: not JSON"),
@@ -240,7 +246,14 @@ def test_bad_files(tmp_path, name, write, error, message):
     if write is not None:
         write(tmp_path / name)
     with pytest.raises(error, match=message):
-        load_corpus([tmp_path / name])
+        read([tmp_path / name])
+
+
+def test_files_without_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b" \n\n ")
+    sources = open_sources([tmp_path / "a.txt"])
+    with pytest.raises(ValueError, match=r"corpus is empty: no text in .*a\.txt"):
+        prepare_text(sources, tmp_path / "cache", "mlm", vocab_size=300, heldout_fraction=0.1)
 
 
 @pytest.mark.parametrize("writer", [write_parquet, write_saved_dataset])
@@ -250,17 +263,25 @@ def test_files_cut_short(tmp_path, writer):
     file = path if path.is_file() else next(path.glob("train/*.arrow"))
     file.write_bytes(file.read_bytes()[: -file.stat().st_size // 2])
     with pytest.raises(ValueError, match=str(path)):
-        load_corpus([path])
+        read([path])
 
 
 def test_bad_paths():
     with pytest.raises(ValueError, match="paths is empty"):
-        load_corpus([])
+        read([])
     with pytest.raises(TypeError, match=r"must be a list of paths, got the single path 'a.txt'"):
-        load_corpus("a.txt")
+        read("a.txt")
 
 
 # --- Splitting --------------------------------------------------------------------------------------------------------
+
+
+def split(documents, fraction):
+    """Return the training and the held-out documents."""
+    rule, _ = find_split_and_sample(("\n".join(document) for document in documents), fraction)
+    heldout = [rule.is_heldout("\n".join(document)) for document in documents]
+    return [[each for each, out in zip(documents, heldout, strict=True) if out == side] for side in (False, True)]
+
 
 document_lists = st.lists(st.lists(st.text(min_size=1, max_size=3), min_size=1, max_size=3), min_size=2, max_size=40)
 
@@ -273,9 +294,9 @@ def test_split(documents, fraction, random):
     distinct = set(map(key, documents))
     if len(distinct) < 2:
         with pytest.raises(ValueError, match="leaves nothing to train on"):
-            split_documents(documents, fraction)
+            split(documents, fraction)
         return
-    train, heldout = split_documents(documents, fraction)
+    train, heldout = split(documents, fraction)
     train_set, heldout_set = (set(map(key, part)) for part in (train, heldout))
     assert train_set and heldout_set
     assert not train_set & heldout_set
@@ -284,19 +305,19 @@ def test_split(documents, fraction, random):
     assert [document for document in documents if key(document) in train_set] == train
 
     shuffled = random.sample(documents, len(documents))
-    assert set(map(key, split_documents(shuffled, fraction)[1])) == heldout_set
+    assert set(map(key, split(shuffled, fraction)[1])) == heldout_set
 
 
 def test_split_takes_documents_at_random():
     documents = [[hashlib.md5(bytes([n])).hexdigest() * (n + 1)] for n in range(200)]
-    _, heldout = split_documents(documents, 0.5)
+    _, heldout = split(documents, 0.5)
     lengths = sorted(len(document[0]) for document in heldout)
     # The mean rank of 100 of 200 drawn without replacement has the standard deviation sqrt(100 * 201 / 12) / 10 = 4.1.
     assert abs(sum(lengths) / 100 / 32 - 100.5) < 5 * 4.1
 
 
 def test_split_bounds():
-    assert split_documents([["a"]], 0) == ([["a"]], [])
+    assert split([["a"]], 0) == [[["a"]], []]
     for fraction in (-0.1, 1.0):
         with pytest.raises(ValueError, match=r"heldout_fraction must be in \[0, 1\)"):
-            split_documents([["a"], ["b"]], fraction)
+            split([["a"], ["b"]], fraction)

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fastformer.data.pretraining.preparation import prepare_text
+from fastformer.data.pretraining.sources import texts_source
 from fastformer.data.pretraining.tokenized import tokenize
 from fastformer.data.pretraining.tokenizer import (
     SPECIAL_TOKENS,
-    load_or_train_tokenizer,
+    load_or_make_tokenizer,
     text_fingerprint,
     train_tokenizer,
 )
@@ -63,10 +65,13 @@ def test_vocabulary_must_hold_every_byte():
 TEXTS = ["the file and the line", "the text and the bytes"]
 
 
-def test_saved_tokenizer_is_reused(tmp_path, monkeypatch):
-    first = load_or_train_tokenizer(tmp_path, TEXTS, 270)
-    monkeypatch.setattr("fastformer.data.pretraining.tokenizer.train_tokenizer", None)
-    second = load_or_train_tokenizer(tmp_path, TEXTS, 270)
+def load_or_train(folder):
+    return load_or_make_tokenizer(folder / "tokenizer", lambda: train_tokenizer(TEXTS, 270))
+
+
+def test_saved_tokenizer_is_reused(tmp_path):
+    first = load_or_train(tmp_path)
+    second = load_or_make_tokenizer(tmp_path / "tokenizer", lambda: pytest.fail("it is made again"))
     assert second.backend_tokenizer.to_str() == first.backend_tokenizer.to_str()
     assert second("the [MASK]", "and").data == first("the [MASK]", "and").data
     assert second.special_tokens_map == first.special_tokens_map
@@ -75,27 +80,31 @@ def test_saved_tokenizer_is_reused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("texts", "size"), [(TEXTS, 271), (TEXTS[:1], 270), (["".join(TEXTS)], 270)])
 def test_tokenizer_of_other_text_or_size_is_not_reused(tmp_path, texts, size):
-    load_or_train_tokenizer(tmp_path, TEXTS, 270)
-    other = load_or_train_tokenizer(tmp_path, texts, size)
+    def prepared(texts, size):
+        source = texts_source(texts, "texts")
+        return prepare_text([source], tmp_path, "mlm", vocab_size=size, heldout_fraction=0).tokenizer
+
+    prepared(TEXTS, 270)
+    other = prepared(texts, size)
     assert other.backend_tokenizer.to_str() == train_tokenizer(texts, size).backend_tokenizer.to_str()
     assert len(os.listdir(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 def test_damaged_tokenizer_is_trained_anew(tmp_path, file):
-    tokenizer = load_or_train_tokenizer(tmp_path, TEXTS, 270)
+    tokenizer = load_or_train(tmp_path)
     (folder,) = tmp_path.iterdir()
     whole = (folder / file).read_bytes()
     (folder / file).write_bytes(whole[: len(whole) // 2])
     with pytest.warns(UserWarning, match="damaged"):
-        again = load_or_train_tokenizer(tmp_path, TEXTS, 270)
+        again = load_or_train(tmp_path)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     assert (folder / file).read_bytes() == whole
 
 
 def test_full_disk(tmp_path, full_disk):
-    with full_disk(1000), pytest.raises(OSError, match=r"bpe-mlm-270-"):
-        load_or_train_tokenizer(tmp_path, TEXTS, 270)
+    with full_disk(1000), pytest.raises(OSError, match="tokenizer"):
+        load_or_train(tmp_path)
     assert os.listdir(tmp_path) == []
 
 

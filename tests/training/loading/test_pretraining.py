@@ -17,8 +17,9 @@ from torch import nn
 
 from fastformer.data.packing import IGNORE_INDEX
 from fastformer.data.pretraining import preparation, store
-from fastformer.data.pretraining.corpus import load_corpus
-from fastformer.data.pretraining.splitting import split_documents
+from fastformer.data.pretraining.corpus import document_of
+from fastformer.data.pretraining.sources import open_sources, stream
+from fastformer.data.pretraining.splitting import find_split_and_sample
 from fastformer.training.loading.pretraining import PretrainingDataModule
 
 pytestmark = [
@@ -126,8 +127,11 @@ def test_an_epoch_is_the_training_text(make, text):
 def test_heldout_text_is_in_no_training_batch(make, text):
     data = make(next_sentence=False, tokens_per_batch=4096, max_length=4096)
     data.setup()
-    _, heldout = split_documents(load_corpus([text]), 0.2)
-    expected = {" ".join(document) for document in heldout}
+    written = [*stream(open_sources([text]))]
+    split, _ = find_split_and_sample(written, 0.2)
+    documents = {each: " ".join(document_of(each)) for each in written}
+    heldout = [documents[each] for each in written if split.is_heldout(each)]
+    train = [documents[each] for each in written if split.is_for_training(each)]
 
     def texts(loader) -> list[str]:
         found = []
@@ -137,10 +141,8 @@ def test_heldout_text_is_in_no_training_batch(make, text):
             found += [data.tokenizer.decode(sequence[1:-1]) for sequence in sequences]
         return found
 
-    assert Counter(texts(data.val_dataloader())) == Counter(expected)
-    assert Counter(texts(data.train_dataloader())) == Counter(
-        " ".join(document) for document in load_corpus([text]) if " ".join(document) not in expected
-    )
+    assert Counter(texts(data.val_dataloader())) == Counter(heldout)
+    assert Counter(texts(data.train_dataloader())) == Counter(train)
 
 
 def test_validation_is_always_the_same_and_training_never(make):
