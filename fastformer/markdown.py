@@ -13,6 +13,7 @@ from pathlib import Path
 from fastformer.console import printable
 from fastformer.files import atomic_file
 
+_BAR = re.compile(r"(?<!\\)((?:\\\\)*)\|")  # an even number of backslashes leaves it unescaped
 _SIGNS = re.compile(r"([\\`*_\[\]|#~$])")
 
 
@@ -37,7 +38,7 @@ def block(foreign: str) -> str:
 
 
 def table(headings: Sequence[str], align: str, rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of cells that are Markdown already.
+    """Return a table of cells that are Markdown already. A "|" in a cell is escaped unless it is already.
 
     Args:
         headings: headings of the columns.
@@ -45,7 +46,8 @@ def table(headings: Sequence[str], align: str, rows: Sequence[Sequence[str]]) ->
         rows: rows with one cell for each column.
     """
     rules = [{"l": "---", "r": "---:"}[side] for side in align]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rules, *rows))
+    lines = ([_BAR.sub(r"\1\|", cell) for cell in line] for line in (headings, rules, *rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def facts(values: Mapping[str, str]) -> str:

@@ -43,6 +43,22 @@ def test_text_in_a_cell_is_seen_and_does_nothing(text: str) -> None:
     assert markdown.table(("a", "b"), "lr", [(cell, cell)]).count("\n") == 2
 
 
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ("a|b", r"a\|b"),
+        ("||", r"\|\|"),
+        (r"a\|b", r"a\|b"),
+        (r"a\\|b", r"a\\\|b"),
+        ("`a|b`", r"`a\|b`"),
+        (r"\\\|", r"\\\|"),
+    ],
+)
+def test_a_bar_in_a_cell_ends_no_cell(cell: str, expected: str) -> None:
+    """A table escapes the bars that are not escaped yet: those after an even number of backslashes."""
+    assert markdown.table(("x",), "l", [(cell,)]).splitlines()[-1] == f"| {expected} |"
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cf", "Cs", "Zs", "Zl", "Zp"))))
 def test_all_of_it_is_seen(text: str) -> None:

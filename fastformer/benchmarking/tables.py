@@ -26,8 +26,7 @@ class Rows:
 
     def markdown(self) -> str:
         """The table in GitHub's Markdown, with numbers aligned right."""
-        headings, *rows = ([cell.replace("|", r"\|") for cell in line] for line in (self.headings, *self.rows))
-        return markdown.table(headings, "ll".ljust(len(headings), "r"), rows)
+        return markdown.table(self.headings, "ll".ljust(len(self.headings), "r"), self.rows)
 
 
 def study_tables(measurements: Sequence[Measurement], device: str) -> list[Rows]:

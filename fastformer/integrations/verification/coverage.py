@@ -231,7 +231,7 @@ def _time_limit() -> Iterator[None]:
 
 
 def _in_a_line(error: Exception) -> str:
-    text = " ".join(str(error).split()).replace("|", "/")
+    text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= 160 else text[:160] + '…'}"
 
 
