@@ -34,7 +34,7 @@ class Attention:
         backward: whether gradients are computed.
         kv_heads: heads of key and value; None for the same number as the query has.
         causal: whether keys after the query's own position are masked.
-        window: the most positions before its own that a query attends to. Keys after its own are masked too.
+        window: the number of keys before its own position that a query may attend to. Later keys are masked too.
         alibi: whether scores have a penalty that grows with the distance.
         bias: whether a bias (heads, sequence, sequence) with a gradient is added to the scores.
         relative_bias: whether a bias (heads, distances) with a gradient is added, by the distance of key and query.
@@ -135,7 +135,7 @@ def twin(call: Attention) -> Peer:
 
 
 def comparable(call: Attention) -> Callable[[Tensor], Tensor]:
-    """A function that selects the comparable part of a result: if some tokens are padding, the other ones, packed."""
+    """Return a function that selects the comparable part of a result: all tokens that are not padding, packed."""
     real = call.real
 
     def select(tensor: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def _sdpa_peers(call: Attention) -> dict[str, Peer]:
 
 
 def _call(call: Attention, make_function: Callable[[Attention], Function], packs: bool = True) -> Call:
-    """The call of a function of query, key, value, bias, relative bias and sinks.
+    """Make the call of a function of query, key, value, bias, relative bias and sinks.
 
     Query, key and value are (batch, sequence, heads, head_dim), or packed (tokens, heads, head_dim). The other three
     are None if `call` has none.
@@ -240,7 +240,7 @@ def _real_tokens(call: Attention) -> Tensor | None:
 
 
 def _nothing(call: Attention) -> Function:
-    """A function that computes nothing, for a call of which only the inputs are used."""
+    """Make a function that computes nothing, for a call whose inputs are used but whose result is not."""
     return lambda *inputs: None
 
 
@@ -312,7 +312,7 @@ def _mask(call: Attention) -> Tensor | None:
 
 
 def _added(call: Attention) -> Tensor | None:
-    """The sum that mask and ALiBi add to the scores, (batch or 1, heads or 1, sequence, sequence)."""
+    """The tensor (batch or 1, heads or 1, sequence, sequence) that mask and ALiBi together add to the scores."""
     mask = _mask(call)
     if not call.alibi:
         zero = torch.zeros((), dtype=call.dtype, device=call.device)
@@ -333,7 +333,7 @@ def _relative(places: Tensor, relative_bias: Tensor) -> Tensor:
 
 
 def _eager(call: Attention) -> Function:
-    """The formula, operation by operation, as models without a fused attention compute it."""
+    """Make the formula, operation by operation, as models without a fused attention compute it."""
     return _formula(call, _added(call))
 
 
@@ -342,7 +342,7 @@ def _compiled_eager(call: Attention) -> Function:
 
 
 def _formula(call: Attention, added: Tensor | None) -> Function:
-    """The formula of attention, for any number of heads.
+    """Make the formula of attention, for any number of heads.
 
     Args:
         call: the attention to compute.
@@ -401,7 +401,7 @@ def _sdpa(backend: SDPBackend, call: Attention) -> Function:
 
 
 def _sdpa_one_by_one(call: Attention) -> Function:
-    """Attention of packed sequences with one call for each sequence."""
+    """Make attention of packed sequences with one call for each sequence."""
     lengths = list(call.lengths or ())
 
     def function(query: Tensor, key: Tensor, value: Tensor, *_: None) -> Tensor:
@@ -413,7 +413,7 @@ def _sdpa_one_by_one(call: Attention) -> Function:
 
 
 def _varlen(call: Attention) -> Function:
-    """PyTorch's attention for packed sequences, by its build of FlashAttention-2."""
+    """Make PyTorch's attention for packed sequences, which calls its build of FlashAttention-2."""
     from torch.nn.attention.varlen import varlen_attn
 
     lengths = call.lengths or (call.sequence,) * call.batch

@@ -19,9 +19,9 @@ Function = Callable[..., Any]
 """A function of tensors and other arguments that returns a tensor, or a sequence of tensors and None."""
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""The largest `distance` of two correct results: they may sum in different orders and round 16-bit intermediates."""
+"""The largest `distance` of two correct results. Sums may have another order, and 16-bit intermediates are rounded."""
 
-# The number of sizes that a function may be compiled for in a run. Beyond its limit torch.compile silently gives up.
+# The number of sizes that a function may be compiled for in a run. Beyond this limit torch.compile gives up silently.
 _RECOMPILATIONS = 1000
 _compiler = "inductor"
 
@@ -48,7 +48,7 @@ class Call:
         return [*(each.detach() for each in outputs), *self._backward(outputs)]
 
     def forward(self) -> list[Tensor]:
-        """Make the forward. Returns the outputs; with a backward, only floating-point ones, and their graph is kept."""
+        """Make the forward. Returns the outputs; with a backward, only the floating-point ones with their graph."""
         with torch.set_grad_enabled(self.gradients is not None):
             outputs = tensors(self.function(*self.inputs))
         return outputs if self.gradients is None else [each for each in outputs if each.is_floating_point()]
@@ -76,7 +76,7 @@ class Call:
 
     @cached_property
     def _leaves(self) -> list[Tensor]:
-        """Found once: to look for them takes time that is not the function's."""
+        """The inputs that require a gradient. They are found once, because a search would count as the call's time."""
         return [each for each in tree_leaves(list(self.inputs)) if isinstance(each, Tensor) and each.requires_grad]
 
 
@@ -87,7 +87,7 @@ def tensors(result: object) -> list[Tensor]:
 
 
 def compiled(function: Function) -> Function:
-    """`function` by torch.compile, compiled separately for each size that it is called with."""
+    """Return `function` with torch.compile, which compiles it separately for each size of its arguments."""
     torch._dynamo.config.recompile_limit = _RECOMPILATIONS
     return torch.compile(function, dynamic=False, backend=_compiler)
 
@@ -112,7 +112,7 @@ def distance(found: Tensor, exact: Tensor) -> float:
 def same(
     dtype: torch.dtype, select: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> Callable[[dict[str, object]], None]:
-    """A check that all results, lists of tensors, are equal to ours except for the rounding of `dtype`.
+    """Return a check that the peers' results, lists of tensors, equal ours except for the rounding of `dtype`.
 
     Args:
         dtype: the dtype that the results were computed in.

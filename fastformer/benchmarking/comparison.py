@@ -20,7 +20,7 @@ class Change:
         study, case, metric: the study, the case and the metric.
         peer: the peer that both values are compared with. None for the value itself, which also depends on the machine.
         old, new: the values, or their ratios to the peer's.
-        regression: whether it is worse by more than `TOLERANCE`. For values, also beyond the spread of the old rounds.
+        regression: whether `new` is worse by more than `TOLERANCE` and, if it is a value, worse than all old rounds.
     """
 
     study: str

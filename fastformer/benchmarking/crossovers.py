@@ -69,7 +69,7 @@ def _comparison(ours: dict[float, Measurement], theirs: dict[float, Measurement]
     if len(places) < 2:
         return None
     mine, other = ours[places[0]], theirs[places[0]]
-    # Leads are above 0 where ours is better.
+    # A lead is above 0 if ours is better.
     better = 1 if mine.metric.higher_is_better else -1
     leads = [better * math.log(ours[at].median / theirs[at].median) for at in places]
     clear = [lead for lead in leads if abs(lead) > math.log1p(EQUAL)]

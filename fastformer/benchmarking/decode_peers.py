@@ -91,7 +91,7 @@ def _gathered(cache: Tensor, table: Tensor) -> Tensor:
 
 
 def _call(call: Decode, make_function: Any) -> Call:
-    """The call of a function of query, key cache, value cache, and the table of pages (None without pages)."""
+    """Make the call of a function of query, key cache, value cache, and the table of pages (None without pages)."""
     make = maker(call.dtype, call.device)
     query = make.normal(call.batch, call.heads, 1, call.head_dim, grad=False)
     if call.page is None:

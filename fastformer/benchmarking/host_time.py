@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from fastformer.benchmarking.calls import Call, Function
 from fastformer.benchmarking.timing import threads, wait
 
-# The most calls of a turn: a GPU's queue holds about a thousand launches, and a call of ours has a few.
+# The most calls of a turn: a GPU's queue holds about a thousand launches, and each of our calls has a few. Then the
+# seconds of a turn.
 _MOST_CALLS, _SECONDS_OF_A_TURN = 100, 0.005
 
 
@@ -71,7 +72,7 @@ class HostCall:
 
 
 def best_microseconds(calls: Mapping[str, HostCall], rounds: int, device: torch.device) -> dict[str, float]:
-    """The shortest time of each call in µs. Calls take turns; the shortest is taken since other work only adds time.
+    """The shortest time of each call in µs. Calls take turns. The shortest time counts, because other work adds time.
 
     Calls without a backward run without gradients, as in an evaluation.
     """

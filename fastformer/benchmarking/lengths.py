@@ -4,6 +4,6 @@ from __future__ import annotations
 
 
 def natural_lengths(batch: int, longest: int) -> tuple[int, ...]:
-    """`batch` unsorted lengths that are spread evenly up to `longest`. `longest` is last; the others are not round."""
+    """Return `batch` unsorted lengths, spread evenly up to `longest`, which is last. The others are not round."""
     spread = [max(1, int(longest * (place + 0.63) / batch)) for place in range(batch - 1)]
     return (*spread[1::2], *spread[::2], longest)

@@ -1,7 +1,7 @@
-"""Every operator's work in a size, as Fastformer, PyTorch and Liger-Kernel do it.
+"""The work of every operator in given sizes, as Fastformer, PyTorch and Liger-Kernel do it.
 
-Inputs and PyTorch's way are those of the registry, unless a user of PyTorch would have a faster way. Attention has a
-study of its own; here is what stands beside it.
+The inputs and PyTorch's version come from the registry, unless users of PyTorch have a faster version. Attention has a
+separate study. This module has only the operators that are used together with it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ PYTORCH, COMPILED, LIGER = "PyTorch eager", "torch.compile", "Liger-Kernel"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much there is to do.
+    """The sizes of the operators' inputs.
 
     Attributes:
-        batch, sequence, hidden, heads: of the tokens; the head_dim is hidden / heads.
-        intermediate: of the feed-forward. classes: of losses and words.
-        cached: keys of each sequence in a cache, in pages of `page`.
-        dtype: of what is not said to be float32.
+        batch, sequence: the number of sequences, and the tokens of each sequence.
+        hidden, heads: the features of a token, and the number of heads. The head_dim is hidden / heads.
+        intermediate: the features of the hidden layer of a feed-forward block.
+        classes: the classes of a loss, and the words of an embedding.
+        cached: the keys of each sequence in a cache.
+        dtype: the dtype of all tensors, except those that are float32 in every run.
+        page: the tokens of a page of a paged cache.
     """
 
     batch: int
@@ -58,11 +61,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Work:
-    """The least that one run must do.
+    """The least amount of work of one run.
 
     Attributes:
-        unit: FLOP, or bytes: what is read and what is written.
-        forward, backward: how many.
+        unit: "FLOP", or "bytes" that are read or written.
+        forward, backward: the amount of the forward and of the backward.
     """
 
     unit: str
@@ -75,23 +78,23 @@ class Work:
 
 
 def products(flop: float) -> Work:
-    """Of matrix products whose forward does `flop`, and whose backward has two for each."""
+    """Return the work of matrix products with `flop` operations in the forward, and twice as many in the backward."""
     return Work("FLOP", flop, 2 * flop)
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operator in one form.
+    """One operator with certain options and sizes.
 
     Attributes:
-        name: begins with the operators' names.
-        inputs: makes what the functions take; what requires a gradient gets one.
-        ours, eager, liger: the same function of these inputs.
+        name: the name, which begins with the operator's name.
+        inputs: makes the inputs of the functions. Tensors that require a gradient get one.
+        ours, eager, liger: the same function of these inputs, by Fastformer, by PyTorch and by Liger-Kernel.
         backward: whether the gradients are part of the work.
-        random: results are everybody's own, as dropout's are.
-        work: what it does; None: it moves inputs and outputs, and in the backward gradients too.
-        others: who else does it, by name.
-        exact: what `eager` would find if its inputs that are only tables were not rounded; None: that is the same.
+        random: whether each peer has different results, as with dropout.
+        work: the least work. None if it is to read the inputs and write the outputs, and in the backward gradients too.
+        others: the functions of further peers, by name.
+        exact: a version of `eager` without the rounding of inputs that are only tables; None if `eager` has none.
     """
 
     name: str
@@ -106,10 +109,12 @@ class Operation:
     exact: Function | None = None
 
     def peers(self, sizes: Sizes, device: torch.device, compile_eager: bool) -> dict[str, Peer]:
-        """Who does it on `device`.
+        """The peers that do the work on `device`, by name.
 
         Args:
-            compile_eager: whether torch.compile of the eager function takes part.
+            sizes: the sizes of the inputs.
+            device: the device that does the work.
+            compile_eager: whether to include the eager function with torch.compile.
         """
         run = partial(self.run, sizes=sizes, device=device)
         found = {OURS: Peer(partial(run, self.ours)), PYTORCH: Peer(partial(run, self.eager))}
@@ -120,7 +125,7 @@ class Operation:
         return found | {name: Peer(partial(run, other)) for name, other in self.others.items()}
 
     def run(self, function: Function, sizes: Sizes, device: torch.device, backward: bool | None = None) -> Call:
-        """A call of one of the functions, with the backward or without (None: as the operation has it)."""
+        """Make a call of one of the functions. None: with the backward if the gradients are part of the work."""
         make = maker(sizes.dtype, device)
         inputs = self.inputs(make)
         if not (self.backward if backward is None else backward):
@@ -140,18 +145,18 @@ class Operation:
         return Call(call.function, tree_map_only(Tensor, widened, list(call.inputs)), gradients)()
 
     def least(self, sizes: Sizes) -> Work:
-        """What one run must do."""
+        """The least work of one run."""
         if self.work is not None:
             return self.work
         leaves, outputs = tree_leaves(list(self._meta_inputs(sizes))), self._outputs(sizes)
         inputs = [each for each in leaves if isinstance(each, Tensor)]
         forward = sum(each.nbytes for each in (*inputs, *outputs))
-        # The inputs and the outputs' gradients are read, and the inputs' gradients written.
+        # The backward reads the inputs and the outputs' gradients, and writes the inputs' gradients.
         backward = forward + sum(each.nbytes for each in inputs if each.requires_grad)
         return Work("bytes", float(forward), float(backward) if self.backward else 0.0)
 
     def _outputs(self, sizes: Sizes) -> list[Tensor]:
-        """In shape and dtype alone."""
+        """The outputs on the device meta: only their shapes and dtypes."""
         return tensors(self.eager(*self._meta_inputs(sizes)))
 
     def _meta_inputs(self, sizes: Sizes) -> Sequence[Any]:
@@ -159,7 +164,7 @@ class Operation:
 
 
 def operations(sizes: Sizes) -> list[Operation]:
-    """Of every operator, in these sizes; of one that says nothing of them, in those of its ordinary inputs."""
+    """The operations of every operator in these sizes. Operators not listed below have the sizes of the registry."""
     known = [
         *_softmax(sizes),
         *_norms(sizes),
@@ -188,15 +193,15 @@ def _registered(
     work: Work | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Operation:
-    """An operator of the registry.
+    """Make the operation of an operator of the registry.
 
     Args:
-        operator: its name.
-        title: the operation's name.
-        inputs: what its inputs are made with: sizes and features.
-        eager: PyTorch's way; None: the registry's formula. `eager`, `liger` and `others` take the operator's arguments.
-        liger, others, random, work: see `Operation`.
-        options: more arguments of the operator.
+        operator: the name of the operator.
+        title: the name of the operation.
+        inputs: the sizes and features that the operator's inputs are made with.
+        eager: PyTorch's version; None for the registry's formula.
+        liger, others, random, work: see `Operation`. `eager`, `liger` and `others` take the operator's arguments.
+        options: further arguments of the operator.
     """
     entry, given = OPERATORS[operator], inputs or {}
     example = entry.inputs(maker(torch.float32, torch.device("meta")), **given)
@@ -273,8 +278,9 @@ def _norms(sizes: Sizes) -> list[Operation]:
 
         return liger_fused_add_rms_norm(input, residual, weight, eps)
 
-    # Both ways four: two added, their sum and the norm of it; the sum, the gradients of it and of the norm, and the
-    # gradient of what was added, which is one for both.
+    # Forward and backward each move four tensors of this size. The forward reads the input and the residual, and writes
+    # their sum and the norm of the sum. The backward reads the sum and the gradients of the sum and of the norm. It
+    # writes one gradient, which is the same for the input and the residual.
     rows = 4.0 * sizes.tokens * sizes.hidden * sizes.dtype.itemsize
     with_residual = Work("bytes", rows, rows)
     shape = f"{sizes.tokens:,} x {sizes.hidden:,}"
@@ -304,7 +310,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _tables(make: Make, sizes: Sizes, positions: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cosine and sine as we take them, and as Llama does: (positions, head_dim) in the dtype of the query."""
+    """Cosine and sine in Fastformer's form and in Llama's, which is (positions, head_dim) in the query's dtype."""
     cos, sin = ops.rotary_table(ops.rotary_frequencies(sizes.head_dim), positions)
     wide = (make.constant(torch.cat((each, each), -1).to(sizes.dtype)) for each in (cos, sin))
     return (make.constant(cos), make.constant(sin), *wide)  # type: ignore[return-value]
@@ -312,7 +318,7 @@ def _tables(make: Make, sizes: Sizes, positions: int) -> tuple[Tensor, Tensor, T
 
 def _positions(sizes: Sizes) -> list[Operation]:
     def inputs(make: Make) -> Sequence[Any]:
-        # As projections leave it: the heads of a token beside each other.
+        # The layout of a projection's result: the heads of a token are next to each other.
         shape = (sizes.batch, sizes.sequence, sizes.heads, sizes.head_dim)
         query, key = (make.normal(*shape, grad=False).transpose(1, 2).requires_grad_() for _ in range(2))
         return [query, key, *_tables(make, sizes, sizes.sequence)]
@@ -347,7 +353,7 @@ def _positions(sizes: Sizes) -> list[Operation]:
     def anchor(make: Make) -> Sequence[Any]:
         return [make.normal(1, grad=False)]
 
-    # Query and key are read and written; so are their gradients.
+    # The forward reads and writes query and key. The backward reads and writes their gradients.
     moved = 4.0 * sizes.tokens * sizes.hidden * sizes.dtype.itemsize
     shape = f"{sizes.batch} x {sizes.heads} x {sizes.sequence:,} x {sizes.head_dim}"
     return [
@@ -375,8 +381,8 @@ def _positions(sizes: Sizes) -> list[Operation]:
 
 
 def _embedding(sizes: Sizes) -> Operation:
-    # A word's row is read and the result written; the backward reads both again and writes the words' gradient. The
-    # other tables stay in the cache.
+    # The forward reads the row of each word and writes the result. The backward reads as many bytes again, and writes
+    # the gradient of the table of words. The other tables stay in the cache.
     rows, words = sizes.tokens * sizes.hidden, sizes.classes * sizes.hidden
     tokens = {"batch": sizes.batch, "tokens": sizes.sequence, "hidden": sizes.hidden, "words": sizes.classes}
     return _registered(
@@ -439,13 +445,13 @@ def _losses(sizes: Sizes) -> list[Operation]:
         return liger_fused_linear_cross_entropy(input, weight, target)
 
     def torch_linear(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        # In PyTorch since 2.13; without options it would keep all logits.
+        # PyTorch has this function since 2.13. Without options it keeps all logits.
         return F.linear_cross_entropy(input, weight, target, options=torch.nn.LinearCrossEntropyOptions())
 
     shape = f"{sizes.tokens:,} x {sizes.classes:,}"
     logits = {"rows": sizes.tokens, "classes": sizes.classes}
     return [
-        # In the dtype of the logits, which takes less memory than float32.
+        # PyTorch's loss is computed in the dtype of the logits, which takes less memory than float32.
         _registered("cross_entropy", f"cross_entropy, {shape}", logits, F.cross_entropy, liger),
         _registered(
             "cross_entropy",
@@ -468,7 +474,7 @@ def _losses(sizes: Sizes) -> list[Operation]:
 
 
 def _decoding(sizes: Sizes) -> list[Operation]:
-    """One new token for each sequence of a batch, whose caches are filled to lengths of their own."""
+    """Operations of one new token for each sequence of a batch. Each sequence has a different length in the cache."""
     batch, heads, head_dim, kv_heads = sizes.batch, sizes.heads, sizes.head_dim, max(1, sizes.heads // 4)
     lengths = torch.tensor([sizes.cached - place * sizes.cached // (2 * batch) for place in range(batch)])
 
@@ -583,7 +589,7 @@ def _attention_parts(sizes: Sizes) -> list[Operation]:
 
 
 def _t5_bucket(distance: Tensor) -> Tensor:
-    """T5's buckets, 32 up to a distance of 128 in both directions, of (queries, keys) distances, as T5 has it."""
+    """T5's bucket of each distance, by T5's formula: 32 buckets for distances up to 128 in both directions."""
     later = (distance > 0).long() * 16
     far = distance.abs()
     beyond = 8 + ((far.clamp_min(1).float() / 8).log() / torch.log(torch.tensor(16.0)) * 8).long()

@@ -20,8 +20,8 @@ Node = Any  # torch.autograd.graph.Node
 class OperatorTime:
     """Measures, within a ``with`` block, the time of Fastformer's operators. Use it on one thread.
 
-    Measured are all calls of functions of `fastformer.ops` from other parts of Fastformer, and all steps of the
-    backward that belong to such a call.
+    It measures all calls of functions of `fastformer.ops` from other parts of Fastformer, and all steps of the backward
+    that belong to these calls.
 
     Attributes:
         microseconds: CPU time since the block began, or since the last `clear`.

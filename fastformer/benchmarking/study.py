@@ -103,7 +103,7 @@ class Study(ABC):
 
     @abstractmethod
     def measure(self, setting: Setting) -> Iterator[Measurement]:
-        """Measure, and yield each measurement as soon as it is there."""
+        """Measure, and yield each measurement as soon as it is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ class TimedStudy(Study):
         rounds: the number of turns of each peer, unless the setting has another number.
         shortest_turn: see `interleaved`.
         memory: what counts as a peer's memory; None if memory is not measured.
-        conclusions: yields further measurements: measured in another way, or computed from the measured ones, such as
+        conclusions: yields further measurements. They are measured in another way, or computed from the others, such as
             the predictions of a fitted model.
     """
 
@@ -159,7 +159,7 @@ class TimedStudy(Study):
         for name in case.peers:
             yield self._measurement(case, name, TIME, timed.seconds.get(name, []), absent.get(name))
         if self.memory is not None and case.memory:
-            if setting.device.type == "cpu":  # a compiler's memory cannot be told from its program's there
+            if setting.device.type == "cpu":  # the compiler's memory would count as the program's
                 absent |= {
                     name: "on a CPU it includes the compiler's" for name, peer in case.peers.items() if peer.compiled
                 }

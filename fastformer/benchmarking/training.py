@@ -1,7 +1,7 @@
-"""Optimizer steps on equal batches: ours under Lightning's Trainer, theirs under Hugging Face's.
+"""Optimizer steps on equal batches: our model in Lightning's Trainer, Hugging Face's model in their Trainer.
 
 Both start from the same weights with the same optimizer: AdamW with fused steps, decay of matrices only, a learning
-rate that falls linearly, gradients clipped at norm 1. The time of each side's own trainer, loader and collation counts.
+rate that falls linearly, gradients clipped at norm 1. The time of each trainer, loader and collation counts.
 """
 
 from __future__ import annotations

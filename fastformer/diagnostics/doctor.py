@@ -23,9 +23,12 @@ class Device:
     """A device that operators can run on.
 
     Attributes:
-        name: PyTorch's, such as cuda:0; `product`: the maker's.
-        architecture: the kernels' launch configurations are chosen for it; None for a CPU.
-        backend: what every operator runs there; `reason`: why.
+        name: PyTorch's name, such as cuda:0.
+        product: the name of the product.
+        architecture: the architecture that decides the kernels' launch configurations; None for a CPU.
+        memory_gib: memory in GiB; None for a CPU.
+        backend: the backend that all operators use on the device, or "none".
+        reason: the reason for the backend.
     """
 
     name: str
@@ -38,9 +41,9 @@ class Device:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """One operator in one dtype on one device: its largest error against float64, and the most allowed.
+    """The largest error of an operator, in one dtype on one device, against float64, and the largest allowed error.
 
-    Both are relative to the largest element of the result that has the error.
+    Both are relative to the largest element of the result.
     """
 
     operator: str
@@ -126,16 +129,16 @@ def _device(name: str, product: str, architecture: str | None, memory: float | N
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# By the bytes of an element.
+# The roundings that a self-test allows, by the bytes of an element.
 _ROUNDINGS = {4: 128, 2: 4}
 
 
 def run_test(operator: str, device: Device, dtype: torch.dtype) -> SelfTest:
-    """An operator's output and gradients in `dtype` on a device, against float64 on the CPU of the same inputs.
+    """Compare an operator's output and gradients in `dtype` on a device with float64 on the CPU, for the same inputs.
 
-    Allowed are so many roundings of numbers of the result's magnitude as a sum of products may have: in float32 one for
-    each of 128; in 16 bits, where sums are float32's, those of the result, of what is kept between two products, and of
-    the output that the loss has squared.
+    The allowed error is a number of roundings of the result's largest element. In float32 it is 128, as for a sum of
+    128 products. In 16 bits, where sums are in float32, it is 4: for the result, for the values between two products,
+    and for the output that the loss squares.
     """
     tested = OPERATORS[operator]
     call = tested.inputs(Make(dtype, torch.device("cpu")))
@@ -144,10 +147,10 @@ def run_test(operator: str, device: Device, dtype: torch.dtype) -> SelfTest:
     place = (operator, str(dtype).removeprefix("torch."), device.name, device.backend)
     try:
         actual = _results(tested, tested.ours, call.on(torch.device(device.name)))
-    except Exception as cause:  # what it is, is the finding
+    except Exception as cause:  # any exception is the result of the test
         return SelfTest(*place, None, rounding, f"{type(cause).__name__}: {cause}")
     error = max(map(_relative_error, actual, expected))
-    # Written so that NaN fails.
+    # In this form of the comparison, NaN fails.
     failure = None if error <= rounding else f"error {error:.1e}, allowed {rounding:.1e}"
     return SelfTest(*place, error, rounding, failure)
 

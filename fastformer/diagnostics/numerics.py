@@ -1,7 +1,7 @@
-"""Measures the error of every operator against float64, and compares it with the error of PyTorch's own.
+"""Measure the error of every operator against float64, and compare it with the error of PyTorch's functions.
 
-Errors are the largest over all elements, in units of rounding: of the dtype's epsilon at the largest exact magnitude.
-The rule that Fastformer keeps is that an operator's error is at most twice PyTorch's in the same dtype plus one unit.
+An error is the largest one of all elements. Its unit is a rounding: the dtype's epsilon times the largest exact
+magnitude. Fastformer's rule: the error of an operator is at most twice PyTorch's in the same dtype, plus one unit.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Problem:
     """An operator of the registry in one regime.
 
     Attributes:
-        operator, regime: their names.
-        inputs: what the operator's inputs are made with: sizes, features and scales.
+        operator, regime: the name of the operator and the name of the regime.
+        inputs: the sizes, features and scales that the operator's inputs are made with.
     """
 
     operator: str
@@ -43,10 +43,11 @@ class Error:
     """The error of one result of one implementation, in units of rounding.
 
     Attributes:
-        result: output, or gradient 0, 1, ... of a tensor of the problem.
-        implementation: triton, torch (Fastformer's backends), pytorch (plain) or sdpa.
-        units: None where the implementation gives NaN or infinity and float64 does not.
-        kept: whether the rule holds; None for PyTorch's own.
+        operator, regime, dtype: the names of the operator, the regime and the dtype.
+        result: "output", or "gradient 0", "gradient 1", ... for the tensors of the problem that have gradients.
+        implementation: "triton" or "torch" (Fastformer's backends), "pytorch" (the formula in PyTorch), or "sdpa".
+        units: the error; None if it is not finite.
+        kept: whether the rule holds; None for PyTorch's implementations.
     """
 
     operator: str
@@ -59,7 +60,7 @@ class Error:
 
 
 def errors_of(problem: Problem, dtype: str, device: str, seed: int) -> Iterator[Error]:
-    """The errors of every implementation and result of a problem in one dtype."""
+    """Yield the errors of every implementation and result of a problem in one dtype."""
     torch.manual_seed(seed)
     operator = OPERATORS[problem.operator]
     call = operator.inputs(Make(DTYPES[dtype], torch.device(device)), **problem.inputs)
@@ -69,7 +70,8 @@ def errors_of(problem: Problem, dtype: str, device: str, seed: int) -> Iterator[
     exact = _results(operator, operator.plain, rounded.double())
 
     def ours(**arguments: Any) -> Any:
-        # Some are float32 whatever the dtype: the operator gets them as such, with the values that all others get.
+        # Some tensors are float32 in every dtype. The operator gets them in float32, with the rounded values that all
+        # implementations get.
         return operator.ours(**{name: _like(value, call.tensors.get(name)) for name, value in arguments.items()})
 
     measured = {"pytorch": _units(_results(operator, operator.plain, rounded), exact)}
@@ -99,12 +101,12 @@ def available_backends(device: str) -> list[str]:
 
 
 def _allowed(pytorch: list[float | None]) -> float:
-    """Twice PyTorch's worst plus one unit; anything finite where PyTorch itself fails."""
+    """The largest error that the rule allows. If PyTorch's error is not finite, any finite error is allowed."""
     return float("inf") if None in pytorch else 2 * max(error for error in pytorch if error is not None) + 1
 
 
 def _results(operator: Operator, function: Function, call: Call) -> list[Tensor]:
-    """Output and any gradients, of a loss that weighs each element of the output differently."""
+    """The output and its gradients, for a loss that gives each element of the output a different weight."""
     leaves = operator.leaves(call.tensors)
     output = operator.output(function, call._replace(tensors=leaves))
     wanted = [each for each in leaves.values() if each.requires_grad]
@@ -138,7 +140,8 @@ _FEED_FORWARD = {"tokens": 32, "features": 48, "intermediate": 96}
 _CROSS_ENTROPY = {"reduction": "none"}
 _LINEAR = {"rows": 32, "classes": 500, "features": 48}
 
-# Of each operator, the regimes and what its inputs are made with there. Of any other: ordinary inputs.
+# The regimes of each operator, and the arguments that its inputs are made with. All other operators have one regime,
+# with ordinary inputs.
 _REGIMES: dict[str, dict[str, dict[str, Any]]] = {
     "attention": {
         "ordinary": _ATTENTION,
@@ -210,7 +213,7 @@ _REGIMES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def problems() -> list[Problem]:
-    """Every operator in every regime."""
+    """The problems: every operator in each of its regimes."""
     others = {name: {"ordinary": dict[str, Any]()} for name in OPERATORS if name not in _REGIMES}
     return [
         Problem(operator, regime, inputs)
@@ -227,7 +230,7 @@ _IMPLEMENTATIONS = tuple(name for name, _, _ in _STYLES)
 
 
 def as_table(errors: Sequence[Error]) -> Table:
-    """A row for each operator, regime and dtype with the worst result of each implementation."""
+    """A table with a row for each operator, regime and dtype. It has the largest error of each implementation."""
     shown = [name for name in _IMPLEMENTATIONS if any(error.implementation == name for error in errors)]
     rows = []
     for key, row in _grouped(errors).items():
@@ -257,7 +260,7 @@ def _grouped(errors: Sequence[Error]) -> dict[tuple[str, str, str], list[Error]]
 
 
 def draw(errors: Sequence[Error], path: Path) -> None:
-    """Write a picture of the worst result of each operator, regime and dtype to `path`."""
+    """Write a picture of the largest error of each operator, regime and dtype to `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -286,7 +289,7 @@ def draw(errors: Sequence[Error], path: Path) -> None:
 
 def _finite_units(errors: Sequence[Error], key: tuple[str, str], dtype: str, implementation: str) -> list[float]:
     return [
-        max(error.units, 1e-3)  # an exact result has no place on a logarithmic axis
+        max(error.units, 1e-3)  # a logarithmic axis cannot show an error of zero
         for error in errors
         if (error.operator, error.regime) == key
         and error.dtype == dtype

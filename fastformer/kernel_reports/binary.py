@@ -217,7 +217,7 @@ def tensor_flops(name: str, blackwell_flops: float) -> tuple[float, str]:
     kind = "tf32" if "TF32" in name or "xf32" in name else "16"
     if name.startswith("UTC"):
         return blackwell_flops, kind
-    if match := re.search(r"\.(\d+)x(\d+)x(\d+)", name):  # wgmma: the four warps of a group share it
+    if match := re.search(r"\.(\d+)x(\d+)x(\d+)", name):  # wgmma: the four warps of a group share the product
         return 2.0 * prod(map(int, match.groups())) / 4, kind
     if match := re.match(r"v_s?mfma\w*?_(\d+)x(\d+)x(\d+)(?:_(\d+)b)?_?(\w+)", name):
         rows, columns, depth, blocks, operand = match.groups()

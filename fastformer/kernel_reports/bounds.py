@@ -10,8 +10,8 @@ assumptions hold:
 - Clocks are boost clocks. Every access is coalesced and free of bank conflicts.
 - In a loop with matrix products, bytes come from L2 at 64 bytes per clock and multiprocessor. In other loops they come
   from memory at its peak. A bulk (TMA) copy counts as the mean of the kernel's bulk copies.
-- Every warp of the CTA executes the loop. In a warp-specialised kernel only the warps that multiply do: there the loop
-  is theirs, and the work of the other warps is left out.
+- Every warp of the CTA executes the loop. In a warp-specialised kernel, only the warps that multiply execute it. The
+  work of the other warps is left out.
 
 The model shows which resource bounds a kernel, and how much of the peak a perfect schedule could reach.
 """
@@ -80,7 +80,7 @@ def bounds_of(loop: list[Instruction], warps: int, device: Device, blackwell: fl
     # Only now is it known whether the loop multiplies matrices.
     rate = L2_BYTES_PER_CLOCK if clocks["tensor"] else _per_clock(device, device.bandwidth)
     clocks["memory"] = moved / rate
-    if device.warp_size == 64:  # one vector unit does both
+    if device.warp_size == 64:  # one vector unit executes both kinds
         clocks["float"], clocks["integer"] = clocks["float"] + clocks["integer"], 0.0
     issue = len(loop) * warps / device.schedulers
     slowest = max(clocks, key=clocks.__getitem__)

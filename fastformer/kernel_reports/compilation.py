@@ -210,7 +210,7 @@ def _compile(specialization: Specialization) -> str | None:
 
 
 def _what_it_lacks(metadata: Any, architecture: Architecture) -> str | None:
-    """The resource that a kernel needs too much of, for which Triton would refuse to launch it; None if there is none.
+    """The reason why Triton would refuse to launch a kernel: it needs too much of a resource. None if there is none.
 
     Registers are not checked, because ptxas keeps to their limit.
     """

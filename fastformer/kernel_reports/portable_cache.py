@@ -19,7 +19,7 @@ class MadeCache:
     Attributes:
         kernels: the number of compiled kernels.
         failures: the kernels that cannot run.
-        missed: names of kernels that a launch would still compile; not looked for if there are failures.
+        missed: names of kernels that a launch would still compile. Empty if there are failures: then they are unknown.
     """
 
     kernels: int
@@ -30,7 +30,7 @@ class MadeCache:
 def make_cache(
     work: Sequence[Work], architectures: Sequence[str], cache: Path, home: Path | None, processes: int, track: Track
 ) -> MadeCache:
-    """Compile the kernels that `work` launches into `cache`, keep what launches need, and prove that it has all.
+    """Compile the kernels that `work` launches into `cache`, delete other files, and check that no kernel is missing.
 
     Args:
         work, architectures, processes, track: see `compile_ahead`.

@@ -1,4 +1,4 @@
-"""Figures recorded in a folder, with a file for each version of triton, since every version gives others."""
+"""Figures recorded in a folder. There is a file for each version of triton, because every version has other figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastformer.lines import json_file
 
 
 def recorded_file(folder: Path) -> Path:
-    """The file of the present version of triton."""
+    """The file of the installed version of triton."""
     return folder / f"triton-{triton.__version__}.json"
 
 

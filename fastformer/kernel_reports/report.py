@@ -157,7 +157,7 @@ def _figures(architecture: str, launch: tuple[str, str, LaunchedKernel]) -> Figu
 
 
 def _constants(kernel: LaunchedKernel) -> dict[str, Any]:
-    """The kernel's constants by their own names, whatever tuple they are in."""
+    """The kernel's constants by name, without the names of the tuples that contain them."""
     return {name.rpartition(".")[2]: value for name, value in kernel.constants.items()}
 
 

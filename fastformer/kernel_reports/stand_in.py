@@ -31,7 +31,7 @@ class LaunchedKernel:
         name: the name of the Triton function.
         binary: the cubin or hsaco.
         metadata: Triton's metadata: target, num_warps, num_stages, shared (bytes per CTA), hash, ...
-        constants: the Triton function's compile-time arguments by name; one within a named tuple is `tuple.field`.
+        constants: the Triton function's compile-time arguments by name. A field of a named tuple is `tuple.field`.
         grid: the number of programs of the launch in each dimension.
     """
 

@@ -1,7 +1,7 @@
 """The work whose kernels are compiled and reported: calls of every operator, forward and backward, on meta tensors.
 
-Operators and their inputs are those of the registry; `_CASES` says in which sizes and with which features. A case says
-nothing of kernels: what an operator launches is found by running it.
+The operators and their inputs come from the registry; `_CASES` has their sizes and features. A case does not name
+kernels: running it shows which kernels the operator launches.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Sizes = dict[str, Any]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 LAYOUTS = ("aligned", "odd", "offset", "huge")
-"""What Triton specialises a launch on: sizes that are multiples of 16 or are not, tensors that do not begin at a
-multiple of 16 bytes, strides and sizes that need 64 bits."""
+"""The kinds of tensors for which Triton specialises a launch. aligned: sizes are multiples of 16. odd: they are not.
+offset: in addition, tensors do not begin at a multiple of 16 bytes. huge: strides and sizes need 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Case:
     """A call of one operator.
 
     Attributes:
-        operator: its name.
-        variant: the shapes and features.
+        operator: the name of the operator.
+        variant: the name of the shapes and features.
         dtype: a key of `DTYPES`.
         layout: one of `LAYOUTS`.
         run: makes the call and its backward.
-        guarded: whether the regression gate watches it.
+        guarded: whether the regression gate watches the case.
     """
 
     operator: str
@@ -79,11 +79,11 @@ class Maker(Make):
         return cos, sin
 
     def size(self, aligned: int) -> int:
-        """A size that is a multiple of 16, or one that is not."""
+        """`aligned`, a multiple of 16, or a size that is no multiple of 16 if the layout asks for one."""
         return aligned if self.layout in ("aligned", "huge") else aligned - 3
 
     def rows(self, rows: int, elements: int) -> int:
-        """How many rows of `elements`: so many that offsets need 64 bits where the layout is huge."""
+        """A number of rows of `elements` elements. In the huge layout, their offsets need 64 bits."""
         return 2**31 // elements + 16 if self.layout == "huge" else self.size(rows)
 
 
@@ -93,7 +93,7 @@ def cases(
     layouts: list[str] | None = None,
     guarded: bool = False,
 ) -> Iterator[Case]:
-    """The cases of these operators, dtypes and layouts (None: all of them), or of the regression gate.
+    """Yield the cases of these operators, dtypes and layouts (None: all), or those that the regression gate watches.
 
     Raises:
         ValueError: an unknown operator, dtype or layout.
@@ -131,7 +131,7 @@ def _run(variant: _Variant, name: str, dtype: str, layout: str) -> None:
 
 @contextmanager
 def _settings(variant: str) -> Iterator[None]:
-    """The process-wide settings that the words of a variant's name ask for."""
+    """Apply the process-wide settings that the words of a variant's name ask for, within the block."""
     words = variant.split("-")
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms("deterministic" in words)
@@ -247,11 +247,11 @@ def _linear_cross_entropy(make: Maker, classes: int) -> Sizes:
 
 @dataclass(frozen=True)
 class _Variant:
-    """An operator of the registry in some sizes.
+    """An operator of the registry with certain sizes and features.
 
     Attributes:
-        operator: its name in the registry.
-        inputs: gives the sizes and features that its inputs are made with.
+        operator: the name of the operator in the registry.
+        inputs: returns the sizes and features that the operator's inputs are made with.
         guarded: the dtypes in which the regression gate watches the aligned layout.
     """
 
@@ -269,7 +269,7 @@ def _attention_variant(watched: bool, head_dim: int, *features: str, value_dim: 
     return _Variant("attention", sizes, _BF16 if watched else ())
 
 
-# By the name that the operators' kernels have in reports: their variants.
+# The variants of each operator, by the operator's name in reports.
 _CASES: dict[str, dict[str, _Variant]] = {
     "attention": {
         "d64": _attention_variant(True, 64),
@@ -360,7 +360,7 @@ _CASES: dict[str, dict[str, _Variant]] = {
     },
 }
 _LISTED = {variant.operator for variants in _CASES.values() for variant in variants.values()}
-# Of any other operator: ordinary inputs.
+# All other operators have one variant, with ordinary inputs.
 _CASES |= {name: {"ordinary": _Variant(name, lambda make: {})} for name in REGISTRY if name not in _LISTED}
 
 OPERATORS = tuple(_CASES)

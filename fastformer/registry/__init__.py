@@ -1,9 +1,10 @@
 """The registry: every operator once, with inputs, our function, and the same function in plain PyTorch.
 
-What the package does with every operator is built from it: the kernels that are compiled and reported, `fastformer
-numerics` and `doctor`, the benchmarks, and the tests that draw calls or execute compiled kernels. A new operator is a
-new module here: the instances of `Operator` in each module are found. Each of those users takes the operator with its
-ordinary inputs; a list beside it, by operator's name, has the sizes and features that it takes in addition.
+Everything that the package does with all operators is built from the registry: the kernels that are compiled and
+reported, `fastformer numerics` and `doctor`, the benchmarks, and the tests that draw calls or execute compiled kernels.
+To add an operator, add a module to this folder: the registry finds the instances of `Operator` in each module. Each
+user of the registry calls an operator with its ordinary inputs, or with the sizes and features that the user's own list
+has for the operator's name.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["OPERATORS", "Call", "Make", "Operator"]
 
 
 class _Operators(dict[str, Operator]):
-    """Operators by name, with an error that lists the names."""
+    """Operators by name. An unknown name raises an error that lists all names."""
 
     def __missing__(self, name: str) -> NoReturn:
         raise LookupError(f"no operator in the registry is called {name!r}; there are {', '.join(self)}")

@@ -1,4 +1,4 @@
-"""New keys and values, turned by their positions, written to a cache."""
+"""The operator that rotates new keys by their positions, and writes new keys and values to a cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _inputs(
     positions: int = 64,
     page_size: int | None = None,
 ) -> Call:
-    """New tokens after these lengths of each sequence, with their queries and rotary tables."""
+    """New keys, values and queries of sequences that already have `lengths` tokens, with caches and rotary tables."""
     batch = len(lengths)
     query, key, value = (make.normal(batch, each, tokens, head_dim) for each in (heads, kv_heads, kv_heads))
     tensors = {"key": key, "value": value, **caches(make, batch, kv_heads, capacity, head_dim, page_size)}
@@ -49,7 +49,7 @@ def _plain(
     *,
     interleaved: bool = False,
 ) -> Tensor | None:
-    """Writes to the caches; returns the query, where there is one, turned but for tokens beyond the new lengths."""
+    """Write to the caches. Return the query, if given, rotated for all tokens within the new lengths."""
     batch, tokens = key.shape[0], key.shape[2]
     sequence = torch.arange(batch, device=key.device).repeat_interleave(tokens)
     token = torch.arange(tokens, device=key.device).repeat(batch)
@@ -59,7 +59,7 @@ def _plain(
     position = lengths[sequence] + token
 
     def turn(x: Tensor) -> Tensor:
-        """The new tokens, (number, heads, head_dim)."""
+        """Select the new tokens and rotate them; (tokens, heads, head_dim)."""
         x = x[sequence, :, token]
         return x if cos is None or sin is None else turned(x, cos[position, None], sin[position, None], interleaved)
 

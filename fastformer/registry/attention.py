@@ -1,4 +1,4 @@
-"""Attention, as `attention` and as `scaled_dot_product_attention` take it."""
+"""The operators `attention` and `scaled_dot_product_attention`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _inputs(
     scale: float = 1.0,
     value_scale: float = 1.0,
 ) -> Call:
-    """Query, key and value; `features` are keys of what `_features` returns, or "packed"."""
+    """Query, key and value, and the arguments of `features`: keys of the result of `_features`, or "packed"."""
     kv_heads, value_dim = kv_heads or heads, value_dim or head_dim
     packed = "packed" in features
 
@@ -54,7 +54,7 @@ def _inputs(
 
 
 def _features(make: Make, batch: int, heads: int, queries: int, keys: int) -> dict[str, Callable[[], tuple[str, Any]]]:
-    """Of each feature, the argument and its value."""
+    """A function for each feature that returns the name and the value of its argument."""
     return {
         "causal": lambda: ("causal", True),
         "window": lambda: ("window", (256, 256)),
@@ -73,7 +73,7 @@ def _features(make: Make, batch: int, heads: int, queries: int, keys: int) -> di
 
 
 def allowed_pairs(queries: int, keys: int, mask: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
-    """Which keys a query may attend to; None: all."""
+    """A mask of the keys that each query may attend to; None if it may attend to all."""
     if not causal:
         return mask
     earlier = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
@@ -90,7 +90,7 @@ def plain_attention(
     causal: bool = False,
     softcap: float | None = None,
 ) -> Tensor:
-    """A query that may attend to no key has an output of zero."""
+    """Compute attention by the formula. The output of a query that may attend to no key is zero."""
     group = query.shape[1] // key.shape[1]
     key, value = (each if group == 1 else each.repeat_interleave(group, 1) for each in (key, value))
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5

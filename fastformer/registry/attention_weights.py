@@ -1,4 +1,4 @@
-"""Rows of the attention matrix."""
+"""The operator that computes rows of the attention matrix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _inputs(
     *,
     rows: Sequence[int] = (0, 5, 69),
 ) -> Call:
-    """Causal: query, key and the log-sum-exp of each query's scores."""
+    """Query, key, and the log-sum-exp of each query's scores in causal attention."""
     query, key = (make.normal(batch, heads, tokens, head_dim) for _ in range(2))
     lse = _scores(query.to(make.wide), key.to(make.wide), causal=True).logsumexp(-1)
     return Call({"query": query, "key": key, "lse": lse}, {"causal": True, "rows": rows})

@@ -1,4 +1,4 @@
-"""Attention of new tokens to a cache, contiguous or in pages."""
+"""Attention of new tokens to a cache, which is contiguous or in pages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from fastformer.registry.operator import Call, Operator
 def caches(
     make: Make, batch: int, kv_heads: int, capacity: int, head_dim: int, page_size: int | None, value_scale: float = 1.0
 ) -> dict[str, Tensor]:
-    """Key and value cache of so many tokens for each sequence; in pages with the block table, in random order."""
+    """Key and value caches for `capacity` tokens of each sequence.
+
+    With `page_size`, they consist of pages in random order, and there is a block table.
+    """
     shape = (batch, kv_heads, capacity, head_dim)
     if page_size is not None:
         pages = batch * capacity // page_size
@@ -39,7 +42,7 @@ def _inputs(
     scale: float = 1.0,
     value_scale: float = 1.0,
 ) -> Call:
-    """The last `queries` tokens of sequences of these lengths, in a cache that is as long as the longest."""
+    """Queries of the last `queries` tokens of sequences of these lengths, and caches as long as the longest one."""
     query = make.normal(len(lengths), heads, queries, head_dim, scale=scale)
     cached = caches(make, len(lengths), kv_heads, max(lengths), head_dim, page_size, value_scale)
     ends = make.constant(torch.tensor(lengths, dtype=torch.int32, device="cpu"))
@@ -47,12 +50,12 @@ def _inputs(
 
 
 def _gathered(cache: Tensor, block_table: Tensor | None) -> Tensor:
-    """(batch, kv_heads, capacity, head_dim)."""
+    """The cache as one tensor (batch, kv_heads, capacity, head_dim)."""
     return cache if block_table is None else cache[block_table].flatten(1, 2).transpose(1, 2)
 
 
 def _mask(query: Tensor, key: Tensor, lengths: Tensor) -> Tensor:
-    """Each query sees the keys up to its own; (batch, 1, queries, keys)."""
+    """A mask (batch, 1, queries, keys) that lets each query attend to the keys up to its own position."""
     places = torch.arange(query.shape[2], device=query.device) - query.shape[2]
     last = lengths[:, None] + places
     return (torch.arange(key.shape[2], device=query.device) <= last[..., None])[:, None]
@@ -68,7 +71,7 @@ def _plain(
     splits: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """`splits` changes nothing but who computes what."""
+    """Compute the attention by the formula. `splits` is ignored, because it only divides the work."""
     key, value = _gathered(key_cache, block_table), _gathered(value_cache, block_table)
     return plain_attention(query, key, value, _mask(query, key, lengths), softcap=softcap)
 

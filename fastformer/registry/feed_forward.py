@@ -33,7 +33,7 @@ def _inputs(
     dropout_p: float = 0.0,
     scale: float = 1.0,
 ) -> Call:
-    """Tokens, and weights that keep their variance; dropout comes with a residual."""
+    """Tokens, and weights that keep the variance of the tokens. With dropout there is also a residual."""
     tensors = {
         "input": make.normal(tokens, features, scale=scale),
         "up_weight": make.normal(intermediate, features, scale=features**-0.5),

@@ -1,4 +1,4 @@
-"""Cross-entropy, of logits and of features."""
+"""Cross-entropy of logits, and of features with a weight."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _inputs(
     scale: float = 1.0,
     shift: float = 0.0,
 ) -> Call:
-    """Logits (rows, classes); `ignored`: every other row."""
+    """Logits (rows, classes), and a target for each row. With `ignored`, the target of every other row is ignored."""
     logits = make.normal(rows, classes, scale=scale, shift=shift)
     target = make.integers(classes, rows)
     if ignored:
@@ -46,7 +46,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _linear_inputs(make: Make, rows: int = 40, classes: int = 50, features: int = 24, *, scale: float = 1.0) -> Call:
-    """Features of rows, and a weight that keeps their variance."""
+    """The features of each row, a weight that keeps their variance, and the targets."""
     tensors = {
         "input": make.normal(rows, features, scale=scale),
         "weight": make.normal(classes, features, scale=features**-0.5),

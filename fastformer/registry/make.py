@@ -1,4 +1,4 @@
-"""Makes the random tensors of a call, which those who use the registry may want otherwise."""
+"""Make the random tensors of a call. A user of the registry may replace how they are made."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastformer.ops.rotary import rotary_frequencies, rotary_table
 
 @dataclass(frozen=True)
 class Make:
-    """Makes tensors from numbers that PyTorch's generator draws in float64 on the CPU: the same ones for every dtype.
+    """Makes random tensors. PyTorch's generator draws them in float64 on the CPU: they are the same in every dtype.
 
     Attributes:
-        dtype: of what is not said to have another.
-        device: where the tensors are.
+        dtype: the dtype of tensors without a fixed dtype.
+        device: the device of all tensors.
     """
 
     dtype: torch.dtype
@@ -24,7 +24,7 @@ class Make:
 
     @property
     def wide(self) -> torch.dtype:
-        """The dtype of statistics: float32, or float64 where that is the dtype."""
+        """The dtype of statistics: float64 if `dtype` is float64, else float32."""
         return torch.promote_types(self.dtype, torch.float32)
 
     def normal(self, *shape: int, scale: float = 1.0, shift: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
@@ -32,20 +32,20 @@ class Make:
         return drawn.to(self.device, dtype or self.dtype)
 
     def heads(self, batch: int, heads: int, tokens: int, head_dim: int, scale: float = 1.0) -> Tensor:
-        """(batch, heads, tokens, head_dim), as a projection leaves it: the heads of a token stand side by side."""
+        """A tensor (batch, heads, tokens, head_dim) in the layout of a projection's result, tokens before heads."""
         return self.normal(batch, tokens, heads, head_dim, scale=scale).transpose(1, 2)
 
     def integers(self, below: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        """From 0 to below - 1."""
+        """Random integers from 0 to `below` - 1."""
         return torch.randint(below, shape, dtype=dtype, device="cpu").to(self.device)
 
     def booleans(self, *shape: int) -> Tensor:
-        """True with a probability of one half."""
+        """Random booleans, true with a probability of one half."""
         return self.integers(2, *shape).bool()
 
     def constant(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)
 
     def rotary_table(self, positions: int, rotary_dim: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of every position, float32."""
+        """Cosine and sine of every position, in float32."""
         return rotary_table(rotary_frequencies(rotary_dim), positions, device=self.device)

@@ -1,4 +1,4 @@
-"""Attention over parts of the keys, merged."""
+"""The operator that merges the results of attention to parts of the keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _inputs(
     scale: float = 1.0,
     output_scale: float = 1.0,
 ) -> Call:
-    """Outputs (parts, rows, head_dim) and log-sum-exps (parts, rows); `masked`: half of the parts have no key."""
+    """Outputs (parts, rows, head_dim) and log-sum-exps (parts, rows). With `masked`, half of the parts have no key."""
     lses = make.normal(parts, rows, scale=scale, dtype=make.wide)
     if masked:
         without_key = torch.arange(parts, device="cpu")[:, None] % 2 == torch.arange(rows, device="cpu") % 2

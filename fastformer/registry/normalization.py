@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, alone and of a sum."""
+"""LayerNorm and RMSNorm of an input, or of the sum of an input and a residual."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _inputs(
     scale: float = 1.0,
     shift: float = 0.0,
 ) -> Call:
-    """Rows, weight, and where asked for bias and residual; `parameters`: the dtype of weight and bias."""
+    """Rows and a weight, with a bias or a residual if asked for. `parameters` is the dtype of weight and bias."""
     tensors = {"input": make.normal(rows, columns, scale=scale, shift=shift)}
     tensors["weight"] = make.normal(columns, dtype=parameters)
     if bias:
@@ -48,7 +48,7 @@ def _plain(
     return_sum: bool = True,
     centered: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """With a residual, the sum too. Dropout draws numbers of its own."""
+    """Compute the norm; with a residual, return also the sum. Dropout draws other random numbers than our function."""
     total = input if dropout_p == 0.0 else F.dropout(input, dropout_p)
     total = total if residual is None else total + residual
     if centered:

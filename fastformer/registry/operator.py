@@ -1,4 +1,4 @@
-"""What the registry knows of an operator."""
+"""An operator of the registry, and a call of it."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ Function = Callable[..., Any]
 
 
 class Call(NamedTuple):
-    """What an operator is called with: tensors, and other options, both by the names of its arguments."""
+    """The arguments of a call of an operator, by name: its tensors, and its other options."""
 
     tensors: dict[str, Tensor]
     options: dict[str, Any]
 
     def on(self, device: torch.device) -> Call:
-        """The same call of tensors on a device."""
+        """The same call with its tensors on `device`."""
         return self._replace(tensors={name: each.to(device) for name, each in self.tensors.items()})
 
     def double(self) -> Call:
-        """The same call of floating tensors in float64."""
+        """The same call with its floating-point tensors in float64."""
         tensors = {name: each.double() if each.is_floating_point() else each for name, each in self.tensors.items()}
         return self._replace(tensors=tensors)
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator: inputs, our function, and the same function in plain PyTorch.
+    """One operator: its inputs, our function, and the same function in plain PyTorch.
 
     Attributes:
-        name: of the function in `fastformer`.
-        inputs: makes a call. It takes a `Make`, and sizes and features by keyword, which all have small defaults.
-        plain: the formula in plain PyTorch. It takes the arguments that `inputs` makes by the same names, and computes
-            in the dtype of its tensors: in float64 its result is the exact one.
-        fused: PyTorch's own fused function, where it has one for attention; it takes what `plain` takes.
-        constants: floating tensors that have no gradient.
-        written: tensors that are results too: a call writes to them.
-        compared: how many results are compared with those of `plain`: the first ones, which have one dtype.
+        name: the name of the function in `fastformer`.
+        inputs: makes a call. It takes a `Make`, and sizes and features as keyword arguments, which have small defaults.
+        plain: the formula in plain PyTorch. It takes the arguments that `inputs` makes, by the same names. It computes
+            in the dtype of its tensors: its result in float64 counts as exact.
+        fused: PyTorch's fused attention, which takes the arguments of `plain`; None if it cannot do the same work.
+        constants: the names of floating-point tensors that have no gradient.
+        written: the names of tensors that a call writes to. They are results too.
+        compared: the number of results, from the first on, that are compared with those of `plain`. They have the same
+            dtype.
     """
 
     name: str
@@ -62,14 +63,14 @@ class Operator:
         return [name for name, each in tensors.items() if each.is_floating_point() and name not in self.constants]
 
     def leaves(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same tensors, of which the differentiable ones require a gradient."""
+        """The same tensors as leaves of a graph. Only the differentiable ones require a gradient."""
         wanted = self.differentiable(tensors)
         return {name: each.detach().requires_grad_(name in wanted) for name, each in tensors.items()}
 
     def run(self, function: Function, call: Call) -> list[Tensor]:
-        """What a call of `ours`, `plain` or `fused` gives: all results, then the written tensors.
+        """Call `ours`, `plain` or `fused`. Return all results, followed by the written tensors.
 
-        The tensors of `call` are not changed: what the function writes to is a copy.
+        The tensors of `call` are not changed, because the function writes to copies.
         """
         given = {name: each.clone() if name in self.written else each for name, each in call.tensors.items()}
         result = function(**given, **call.options)
@@ -77,7 +78,7 @@ class Operator:
         return [*results, *(given[name] for name in self.written)]
 
     def output(self, function: Function, call: Call) -> Tensor:
-        """The results that are compared, as one row of numbers."""
+        """The results that are compared, joined in one flat tensor."""
         results = self.run(function, call)
         written = results[len(results) - len(self.written) :]
         return torch.cat([each.flatten() for each in (*results[: self.compared], *written)])

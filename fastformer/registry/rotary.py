@@ -22,7 +22,7 @@ def _inputs(
     interleaved: bool = False,
     scale: float = 1.0,
 ) -> Call:
-    """Query and key at positions from the first on, and tables that are as long as that takes."""
+    """Query and key of positions from `first_position` on, and tables that are long enough for them."""
     tensors = {
         "query": make.heads(batch, heads, tokens, head_dim, scale=scale),
         "key": make.heads(batch, kv_heads, tokens, head_dim, scale=scale),
@@ -36,7 +36,7 @@ def _inputs(
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """`x` (..., head_dim), whose first pairs of features turn by the angles of `cos` and `sin` (..., pairs)."""
+    """Rotate the first pairs of features of `x` (..., head_dim) by the angles of `cos` and `sin` (..., pairs)."""
     pairs = cos.shape[-1]
     turning, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
     axis = -1 if interleaved else -2

@@ -21,7 +21,7 @@ def _inputs(
     scale: float = 1.0,
     shift: float = 0.0,
 ) -> Call:
-    """Scores (rows, columns), and a mask that all rows share."""
+    """Scores (rows, columns). With `masked`, also a mask that all rows share."""
     tensors = {"input": make.normal(rows, columns, scale=scale, shift=shift)}
     if masked:
         tensors["mask"] = make.booleans(1, columns)
@@ -37,7 +37,7 @@ def _plain(
     causal: bool = False,
     log: bool = False,
 ) -> Tensor:
-    """Where nothing is allowed, all weights are zero."""
+    """Compute softmax or its logarithm by the formula. All weights of a row without allowed columns are zero."""
     function = torch.log_softmax if log else torch.softmax
     if mask is None and not causal:
         return function(input if scale == 1.0 else input * scale, dim)

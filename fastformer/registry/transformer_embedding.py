@@ -1,4 +1,4 @@
-"""The embedding block: words, positions and token types, summed and normalized."""
+"""The embedding block: the normalized sum of the embeddings of words, positions and token types."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def _inputs(
     scale: float = 1.0,
     shift: float = 0.0,
 ) -> Call:
-    """Tables, weight and bias of the norm (of the dtype `parameters`), and ids; `own_positions`: of each token."""
+    """The tables, the norm's weight and bias, and the ids of words and token types.
+
+    `parameters` is the dtype of the norm's weight and bias. With `own_positions`, there are ids of positions too.
+    """
     rows = {"word_weight": words, "position_weight": positions or tokens, "token_type_weight": 2}
     tensors = {name: make.normal(count, hidden, scale=scale, shift=shift) for name, count in rows.items()}
     tensors |= {name: make.normal(hidden, dtype=parameters) for name in ("norm_weight", "norm_bias")}
@@ -50,7 +53,7 @@ def _plain(
     *,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Of sequences that begin at position 0."""
+    """Compute the block by the formula, for sequences that begin at position 0."""
     position = torch.arange(input_ids.shape[-1], device=input_ids.device)
     total = F.embedding(input_ids, word_weight, padding_idx) + F.embedding(position, position_weight)
     total = total + F.embedding(token_type_ids, token_type_weight)

@@ -69,7 +69,7 @@ def findings_of(records: Iterable[Entry]) -> list[Finding]:
 
 
 def worst_error(findings: Sequence[Finding]) -> Finding | None:
-    """The error that is largest compared with the peers' errors. Without any to compare with, the largest error."""
+    """The error that is largest compared with the peers' errors. If no peer has an error, our largest error."""
     errors = [each for each in findings if each.metric == ERROR and each.ours is not None]
     compared = [each for each in errors if each.ratio is not None]
     if compared:

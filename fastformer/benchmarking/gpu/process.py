@@ -1,8 +1,8 @@
-"""The process of one step. It prepares itself, waits for its turn, and writes each finding as soon as it is there.
+"""The process of one step. It imports the step, waits for its turn, and writes each finding immediately.
 
-Run it as a module: ``python -m fastformer.benchmarking.gpu.process MODULE OUT DEVICE [dry]``. A line on stdin with the
-seconds that it may take starts its turn. The process ends when stdin ends, so that a killed runner leaves nothing on
-the GPU.
+Run it as a module: ``python -m fastformer.benchmarking.gpu.process MODULE OUT DEVICE [dry]``. Its turn starts when it
+reads a line from stdin: the number of seconds that it may take. The process ends when stdin ends, so that a killed
+runner leaves nothing on the GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(module: str, out: Path, device: str, dry: bool) -> None:
         return
     deadline = time.monotonic() + float(turn)
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
-    # The place of a crash, or of the end by the time limit, goes to the log.
+    # Write the traceback to the log if the process crashes or the time limit ends it.
     faulthandler.enable()
     faulthandler.register(signal.SIGTERM, chain=True)
     path = out / RECORDS

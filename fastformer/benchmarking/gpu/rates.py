@@ -32,9 +32,9 @@ ERROR, PEAK_MEMORY = "error", "peak memory"
 NO_TIME = "no time left"
 
 _SECONDS, _MOST_REPEATS = 0.05, 20
-# The most seconds that a peer takes, and that a peer takes that is compiled first.
+# The most seconds that a peer needs, without and with compilation.
 _SECONDS_OF_A_PEER, _SECONDS_TO_COMPILE = 3.0, 10.0
-# The size of all sets of buffers together, in sizes of the level-2 cache; and the most sets.
+# The size of all sets of buffers together, as a multiple of the level-2 cache, and the largest number of sets.
 _TIMES_THE_CACHE, _MOST_SETS = 3, 16
 
 Found = TypeVar("Found")
@@ -181,7 +181,7 @@ def _time(calls: Sequence[Call], phase: str, setting: Setting) -> Timing:
 
 
 def _sets(call: Call, device: torch.device) -> int:
-    """The number of sets of buffers: enough that the first is no longer in the cache when it is used again."""
+    """The number of sets of buffers. With enough sets, a set is no longer in the cache when it is used again."""
     if device.type != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -245,7 +245,7 @@ def _record(case: Case, name: str, phase: str, found: _Measured | _Failure, sett
 def _error_records(
     case: Case, name: str, errors: Sequence[float], exact: list[Tensor] | _Failure | None
 ) -> Iterator[Record]:
-    """Yield a record of the largest of `errors`, or of the missing exact result; none if nothing was to compare."""
+    """Yield a record of the largest of `errors`, or of the missing exact result, if there is something to compare."""
     if errors:
         yield Record(case.name, name, ERROR, _largest(errors), "of the norm")
     elif isinstance(exact, _Failure):

@@ -20,7 +20,7 @@ Entry = dict[str, Any]
 - `step` and the fields of a `Record`.
 - `step` and `compiled`: a kernel that was not in the cache.
 - `step` and `error`: the step's exception, on one line.
-- `step`, `end` (ok, failed, timed out, stopped), `error`, `seconds` and `modules` (built by a C compiler): its end.
+- `step`, `end` (ok, failed, timed out, stopped), `error`, `seconds`, `modules` (built by a C compiler): a step's end.
 """
 
 
@@ -30,7 +30,7 @@ def append(path: Path, **entry: Any) -> None:
     with open(path, "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":  # an incomplete line, of a process that was killed while it wrote
+            if file.read() != b"\n":  # the last line is incomplete: its process was killed while it wrote
                 line = "\n" + line
         file.write(line.encode())
         file.flush()

@@ -30,7 +30,7 @@ def imported_steps(names: Sequence[str]) -> tuple[list[Known], dict[str, str]]:
 
 
 def cache_variables(cache: Path) -> dict[str, str]:
-    """Return the environment variables of steps that use the kernels in a folder, and prepare it for its path here.
+    """Prepare a folder of kernels for use at its path, and return the environment variables of steps that use it.
 
     Raises:
         ValueError: `fastformer kernels compile` has not made the folder.
@@ -47,10 +47,10 @@ def cache_variables(cache: Path) -> dict[str, str]:
 def begin_run(
     known: Sequence[Known], broken: Mapping[str, str], place: Place, *, minutes: float, resume: bool
 ) -> list[Known]:
-    """Record the start of a run, and the steps that cannot be imported; return the steps that still have to run.
+    """Record the start of a run, and the steps that cannot be imported. Return the steps that still have to run.
 
     Args:
-        known, broken: the steps, and the errors of others; see `imported_steps`.
+        known, broken: the imported steps, and the errors of the others; see `imported_steps`.
         place: the settings of all steps. Its folder must be new, unless the run is resumed.
         minutes: the time of the run.
         resume: whether to keep the results of finished steps in the folder.
@@ -67,7 +67,7 @@ def begin_run(
 
 
 def _left(known: Sequence[Known], place: Place, resume: bool) -> list[Known]:
-    """Return the steps that have not finished in this folder, which is made if there is none."""
+    """Return the steps that have not finished in the run's folder. Make the folder if it does not exist."""
     place.out.mkdir(parents=True, exist_ok=True)
     if place.records.exists():
         if not resume:
@@ -86,7 +86,8 @@ def run_to_results(known: Sequence[Known], place: Place, end: float, say: Callab
     """Run the steps, and write results.json and table.md, even if SIGINT or SIGTERM ends the run.
 
     Args:
-        known, place, say: see `run_steps`, whose steps are `known`.
+        known: the steps to run.
+        place, say: see `run_steps`.
         end: the `time.monotonic()` at which the results must have been written.
 
     Raises:

@@ -18,7 +18,7 @@ from fastformer.benchmarking.gpu.records import append, entries
 from fastformer.benchmarking.gpu.step import Step
 
 LOG = "log.txt"
-# Seconds between a step's own deadline and SIGTERM, and between SIGTERM and SIGKILL.
+# Seconds from a step's deadline to SIGTERM, and from SIGTERM to SIGKILL.
 _GRACE = 3.0
 _PATIENCE = 1.0
 
@@ -80,7 +80,7 @@ def run_steps(steps: Sequence[Known], place: Place, end: float, say: Callable[[s
 
 
 def share(left: float, steps: Sequence[Step]) -> float:
-    """The seconds for the first of `steps`, if all have `left` seconds. Time that it leaves goes to the others."""
+    """The seconds for the first of `steps`, if `left` seconds are left for all. The others get what it does not use."""
     return max(0.0, left) * steps[0].seconds / sum(step.seconds for step in steps)
 
 

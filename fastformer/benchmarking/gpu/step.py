@@ -69,8 +69,8 @@ class Step:
     Attributes:
         name: the name on the command line.
         title: a line that says what the step measures.
-        seconds: the most seconds that it may take of nine minutes in total. Scaled to the minutes that are given.
-        run: does the work, and yields each record as soon as it is there.
+        seconds: the most seconds that it may take in a run of nine minutes. Other runs scale them to their minutes.
+        run: does the work, and yields each record as soon as it is measured.
         launches: yields one function for each call of Fastformer that `run` makes at full size, backward included, with
             tensors on the device ``meta`` of the same shapes, dtypes and strides, and with the same launch
             configurations. They tell `fastformer kernels compile --bench-gpu STEP` which kernels to compile. Peers are

@@ -34,7 +34,7 @@ class Subject:
 
     @property
     def masked(self) -> bool:
-        """Whether the model predicts a share of the tokens from both sides, rather than each from those before it."""
+        """Whether the model predicts masked tokens from both sides, rather than each token from the earlier ones."""
         return self.name == "bert-base"
 
     @cached_property

@@ -16,7 +16,7 @@ MOST_LINES = 78
 WIDTH = 110
 _HEADINGS = ("case", "metric", "fastformer", "of peak", "ratio", "best peer")
 _WIDTHS = (36, 20, 16, 7, 6, 20)
-# The most lines of a step that say what went wrong.
+# The largest number of lines for each step that say what went wrong.
 _MOST_TROUBLES = 4
 
 Row = tuple[str, ...]
@@ -110,7 +110,7 @@ def _cells(finding: Finding, most: dict[str, float]) -> Row:
 
 
 def _peers(finding: Finding, names: Sequence[str]) -> str:
-    """The peers' figures, with the unit if there is no figure of Fastformer that shows it."""
+    """The peers' figures. They have the unit if there is no figure of Fastformer, which would show it."""
     unit = f" {finding.unit}" if finding.ours is None else ""
     return ", ".join(f"{number(finding.values[name])}{unit} {name}" for name in names)
 

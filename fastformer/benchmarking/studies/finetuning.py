@@ -62,7 +62,7 @@ class Work:
         return BertForSequenceClassification(config).train()
 
     def batches(self) -> list[list[Feature]]:
-        """See `median_batches`."""
+        """Choose the batches by `median_batches`."""
         features = texts().features
         lengths = np.array([len(feature.input_ids) for feature in features])
         return [[features[index] for index in batch] for batch in median_batches(lengths, BATCH, self.steps)]

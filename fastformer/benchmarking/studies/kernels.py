@@ -17,7 +17,7 @@ RESIDENT = Metric("CTAs", "a multiprocessor", higher_is_better=True)
 PEAK = Metric("modelled fraction of peak", "%", higher_is_better=True)
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-# Operators and their variants, of the workload that the regression gate uses too.
+# Operators and variants of the workload, which the regression gate uses too.
 CASES = (
     ("attention", "d128-causal"),
     ("attention", "d128-causal-deterministic"),
@@ -27,9 +27,9 @@ CASES = (
     ("rotary", "half"),
 )
 
-# Bytes that a thread of public Triton kernels spills, by the kernel of ours that does the same work: bfloat16, head_dim
-# 128, causal, each with its shipped launch configuration, compiled by triton 3.9.0. Registers cannot be compared: the
-# worst of these kernels were limited to 32.
+# The bytes that a thread of public Triton kernels spills, by the kernel of ours that does the same work. The work is
+# causal attention in bfloat16 with head_dim 128. Each kernel has its shipped launch configuration and is compiled by
+# triton 3.9.0. Registers cannot be compared: the worst of these kernels were limited to 32.
 _RIVALS: dict[tuple[str, str], dict[str, int]] = {
     ("sm_80", "attention d128-causal: attention_forward"): {
         "Triton tutorial": 0,

@@ -1,7 +1,7 @@
-"""The overhead of a call: the host's time of each operator, on too few tokens for the work itself to matter.
+"""The overhead of a call: the host's time of each operator, with so few tokens that the work itself does not matter.
 
 The time of whole calls is compared with PyTorch's own functions, and the time up to the launch of the kernels with
-Triton's bare launches. On a GPU this is what small models and single tokens wait for.
+Triton's bare launches. On a GPU this overhead decides the time of small models and of single tokens.
 """
 
 from __future__ import annotations
@@ -56,7 +56,13 @@ def beside_pytorch(device: torch.device, rounds: int, only: str = "") -> Iterato
 
 
 def to_the_launches(rounds: int, quick: bool = False, only: str = "") -> Iterator[Measurement]:
-    """Measure calls and a training step up to the launches, without a GPU, in a new process. Arguments are as above."""
+    """Measure calls and a training step up to the launches, without a GPU, in a new process.
+
+    Args:
+        rounds: turns of each call.
+        quick: whether sizes are small.
+        only: text that the name of a call must contain.
+    """
     for found in _on_a_stand_in(rounds, quick, only):
         for metric, value in _metrics(found).items():
             yield Measurement("launch", f"{found.case}, {ARCHITECTURE}", OURS, metric, [value])

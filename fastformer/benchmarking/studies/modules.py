@@ -97,7 +97,7 @@ def _call_transformer(module: nn.Module, x: Tensor, padding: Tensor | None) -> T
 
 
 def _floating(padding: Tensor | None, x: Tensor) -> Tensor | None:
-    """The padding as a floating-point mask: PyTorch requires it if the other mask is one."""
+    """The padding as a floating-point mask, which PyTorch requires if the other mask is a floating-point one."""
     return None if padding is None else torch.zeros_like(padding, dtype=x.dtype).masked_fill(padding, float("-inf"))
 
 

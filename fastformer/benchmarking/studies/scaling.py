@@ -30,7 +30,7 @@ _LENGTH, _TOKENS, _LAYERS, _WIDTH = "tokens of a sequence", "tokens of a step", 
 
 @dataclass(frozen=True)
 class Point:
-    """A size along an axis. By its role, the model is fitted to it, judged by it ("held out"), or only predicts it."""
+    """A size along an axis. By its role it is used to fit the model, is held out to test it, or is only predicted."""
 
     axis: str
     at: int
@@ -65,7 +65,7 @@ def points(kind: Kind, quick: bool) -> list[Point]:
         }
     few = replace(base, tokens=base.tokens // 2)
     resized: dict[str, Callable[[int], Shape]] = {
-        # If a sequence is longer than the tokens of the other steps, a step has only this one.
+        # If a sequence is longer than all tokens of the other steps, a step has one sequence.
         _LENGTH: lambda size: replace(base, length=size, tokens=max(size, base.tokens)),
         _TOKENS: lambda size: replace(base, tokens=size),
         _LAYERS: lambda size: replace(few, layers=size),
@@ -99,7 +99,7 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def _has_memory(point: Point) -> bool:
-    """Whether memory is measured at the point. Each takes a process, so one kind of model is enough for most axes."""
+    """Whether memory is measured at the point, in a new process. On most axes one kind of model is enough."""
     return point.shape.kind == "BERT-like" or point.axis == _TOKENS
 
 
@@ -188,7 +188,7 @@ def _coefficients(of: str, fitted: Fit) -> Iterator[Measurement]:
 
 
 def _attention_outweighs_products(shape: Shape, fitted: Fit) -> Iterator[Measurement]:
-    """Yield the length at which attention takes as long as products: only attention's work per token grows with it."""
+    """Yield the length at which attention takes as long as products. Only attention's work per token grows with it."""
     terms = time_terms(shape)
     products, attention = (fitted.coefficients[name] * terms[name] for name in (_PRODUCTS, _ATTENTION))
     if attention:

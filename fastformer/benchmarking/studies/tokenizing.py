@@ -38,14 +38,14 @@ LENGTH, TOKENS_PER_BATCH = 512, 16384
 
 @cache
 def code(characters: int) -> list[str]:
-    """Source files of an installed library, as many as have `characters` characters, or all."""
+    """Source files of an installed library with at least `characters` characters together, or all files."""
     paths = sorted(Path(transformers.__file__).parent.rglob("*.py"))
     return _first(characters, (path.read_text(encoding="utf-8") for path in paths))
 
 
 @cache
 def prose(characters: int) -> list[str]:
-    """Python's documentation, as many texts as have `characters` characters, or all."""
+    """Texts of Python's documentation with at least `characters` characters together, or all texts."""
     return _first(characters, ("\n\n".join(paragraphs) for paragraphs in python_documentation()))
 
 

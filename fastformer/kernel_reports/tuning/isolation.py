@@ -1,4 +1,4 @@
-"""Measure in a separate process: a configuration that hangs or kills it is skipped, and all other findings are kept."""
+"""Measure in a separate process. A configuration that hangs or kills it is skipped; all other findings are kept."""
 
 from __future__ import annotations
 

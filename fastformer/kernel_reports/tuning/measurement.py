@@ -191,5 +191,5 @@ def _copies(tensors: Tensors) -> Tensors:
 
 
 def event_timer(device: torch.device) -> Timer:
-    """Times runs on a GPU by its events, for a short while each."""
+    """Return a timer that times runs on a GPU by its events, each for a short while."""
     return lambda runs: timed(runs, device, _SECONDS).median

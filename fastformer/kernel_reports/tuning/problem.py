@@ -46,7 +46,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of the calls. Each class of shapes has a call near its upper end; a class without one, a larger call.
+    """The sizes of the calls. The call of a class of shapes has a size near the class's upper end, or a larger size.
 
     Attributes:
         tokens, width: the shape of the activations between layers.

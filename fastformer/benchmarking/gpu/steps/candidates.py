@@ -24,10 +24,10 @@ from fastformer.kernel_reports.tuning.problems import problems
 from fastformer.kernel_reports.tuning.results import store_plans
 
 SHIPPED = "shipped configuration"
-# The number of problems whose candidates are compiled ahead of time: attention with the most keys. With all of them the
-# cache would be too large.
+# The number of problems whose candidates are compiled ahead of time: attention with the most keys. The candidates of
+# all problems would make the cache too large.
 _BEFOREHAND = 8
-# The least seconds left for which another problem is begun.
+# Another problem is begun only if at least this number of seconds is left.
 _RESERVE = 10.0
 
 

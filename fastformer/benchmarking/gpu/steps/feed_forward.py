@@ -53,7 +53,7 @@ def by_plan(cases: list[Case], plan: Plan) -> list[Case]:
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Yield the rates of all peers in all cases, and ours by each plan too."""
+    """Yield the rates of all peers in all cases, and also our rates with each plan."""
     of_blocks = blocks(setting.device, setting.dry)
     for plan in get_args(Plan):
         with forced_plan(plan):

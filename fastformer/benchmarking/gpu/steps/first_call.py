@@ -18,7 +18,7 @@ _CASE = "encoder layer, forward and backward"
 
 
 def _run(setting: Setting) -> Iterator[Record]:
-    """Time the first step with the benchmark's cache, of a peer that needs no cache, and of peers that compile all."""
+    """Time our first step with the benchmark's cache, then the steps of all peers and ours with empty caches."""
     ahead = os.environ.get("TRITON_CACHE_DIR")
     if ahead is None:
         yield Record(_CASE, OURS, "compiled beforehand", None, "s", "no --cache was given")

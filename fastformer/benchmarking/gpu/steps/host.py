@@ -20,7 +20,7 @@ from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.timing import Run
 from fastformer.console import in_a_line
 
-# Few enough that the GPU's queue of a thousand launches is never full.
+# The calls of a turn: few enough that the GPU's queue of a thousand launches is never full.
 _CALLS = 50
 
 

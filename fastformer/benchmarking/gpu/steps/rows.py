@@ -11,7 +11,7 @@ from fastformer.benchmarking.gpu.rates import BOTH, FORWARD, Case, launches, rat
 from fastformer.benchmarking.gpu.step import Record, Setting, Step
 from fastformer.benchmarking.operations import Sizes
 
-# Beginnings of operations' names. With a digit at the end, it is the operator without options.
+# The beginnings of operations' names. A beginning with a digit at its end selects the operator without options.
 _OF_TOKENS = ("layer_norm, 1", "layer_norm, residual", "rms_norm", "rotary, ")
 _EMBEDDING = "transformer_embedding, "  # has a kernel up to 4,096 features
 

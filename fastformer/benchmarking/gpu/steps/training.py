@@ -32,7 +32,7 @@ _META = torch.device("meta")
 _NOMINAL = 989.0  # TFLOP/s of an H100 or H200 SXM in bfloat16, by the vendor
 _TOKENS = 32768  # tokens of a step
 _WARM_UP, _STEPS = 3, 8
-# The most seconds that a peer takes, with building its model, and that a peer takes that is compiled first.
+# The most seconds that a peer needs, without and with compilation. Building the model is included.
 _SECONDS_OF_A_PEER, _SECONDS_TO_COMPILE = 12.0, 45.0
 _SLOTS, _PROMPT, _NEW = 8, 128, 128
 
