@@ -1,4 +1,4 @@
-"""One attention problem, and the call of Fastformer and of each peer that solves it."""
+"""An attention problem, and the calls of Fastformer and of each peer that solve it."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ class Attention:
 
     @property
     def flop(self) -> float:
-        """Operations of the matrix products over the pairs that may attend: two in the forward, five in the backward.
+        """The operations of the matrix products over the pairs that may attend.
 
-        Half of all pairs may attend if attention is causal. The five products of the backward include one recomputation
-        of the scores. So a backward counts as 2.5 forwards, as in the FlashAttention papers.
+        Half of all pairs may attend if attention is causal. The forward has two products. The backward has five, with
+        one recomputation of the scores: it counts as 2.5 forwards, as in the FlashAttention papers.
         """
         lengths = self.lengths or (self.sequence,) * self.batch
         if self.window is None:
@@ -135,7 +135,7 @@ def twin(call: Attention) -> Peer:
 
 
 def comparable(call: Attention) -> Callable[[Tensor], Tensor]:
-    """Return a function that selects the comparable part of a result: all tokens that are not padding, packed."""
+    """Return a function that selects the comparable part of a result. If there is padding: the other tokens, packed."""
     real = call.real
 
     def select(tensor: Tensor) -> Tensor:

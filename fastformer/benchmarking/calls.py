@@ -19,7 +19,7 @@ Function = Callable[..., Any]
 """A function of tensors and other arguments that returns a tensor, or a sequence of tensors and None."""
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""The largest `distance` of two correct results. Sums may have another order, and 16-bit intermediates are rounded."""
+"""The largest `distance` of two correct results: sums may have different orders, and intermediates may be rounded."""
 
 # The number of sizes that a function may be compiled for in a run. Beyond this limit torch.compile gives up silently.
 _RECOMPILATIONS = 1000

@@ -44,7 +44,7 @@ class HostCall:
 
     @classmethod
     def of(cls, call: Call, kept: list[Any] | None = None) -> HostCall:
-        """`call` without its overhead: a `Call` inspects its arguments and results."""
+        """Make a `HostCall` of `call`. It has less overhead: a `Call` inspects its arguments and results."""
         return cls(call.function, tuple(call.inputs), call.gradients, kept)
 
     def timer(self) -> timeit.Timer:

@@ -60,7 +60,7 @@ class SelfTest:
 
 
 def machine() -> dict[str, Any]:
-    """Versions and settings that decide what runs."""
+    """The versions and settings that decide which code runs."""
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),

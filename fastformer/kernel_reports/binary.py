@@ -19,9 +19,10 @@ import triton
 from fastformer.kernel_reports.stand_in import LaunchedKernel
 
 PIPES = ("tensor", "float", "integer", "special", "shared", "global", "scalar", "control")
-"""tensor: matrix products. float: float32 and float16 arithmetic. integer: integers, logic, comparison, moves.
-special: transcendentals and conversions. shared: shared memory, shuffles, tensor memory, spills (through L1). global:
-global memory. scalar: computations that are done once for a warp. control: branches, barriers, waits."""
+"""The pipes that execute instructions. tensor: matrix products. float: float32 and float16 arithmetic. integer:
+integers, logic, comparison, moves. special: transcendentals and conversions. shared: shared memory, shuffles, tensor
+memory, spills (through L1). global: global memory. scalar: computations that are done once for a warp. control:
+branches, barriers, waits."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the kernels that some work will launch on a GPU, without a GPU, into a Triton cache.
+"""Compile kernels ahead of time into a Triton cache, without a GPU: all kernels that some work will launch on one.
 
 1. The work runs on meta tensors under a stand-in for each architecture. Triton's own launch path specialises every
    launch (divisible by 16, equal to one, 64-bit, aligned, smaller than 2 GiB) and is stopped before it compiles.

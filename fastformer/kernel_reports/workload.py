@@ -79,7 +79,7 @@ class Maker(Make):
         return cos, sin
 
     def size(self, aligned: int) -> int:
-        """`aligned`, a multiple of 16, or a size that is no multiple of 16 if the layout asks for one."""
+        """Return `aligned`, a multiple of 16, or another size that is no multiple if the layout asks for one."""
         return aligned if self.layout in ("aligned", "huge") else aligned - 3
 
     def rows(self, rows: int, elements: int) -> int:

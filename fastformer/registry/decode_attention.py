@@ -71,7 +71,7 @@ def _plain(
     splits: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Compute the attention by the formula. `splits` is ignored, because it only divides the work."""
+    """Compute the attention by the formula. It ignores `splits`, which does not change the result."""
     key, value = _gathered(key_cache, block_table), _gathered(value_cache, block_table)
     return plain_attention(query, key, value, _mask(query, key, lengths), softcap=softcap)
 

@@ -78,7 +78,7 @@ def worst_error(findings: Sequence[Finding]) -> Finding | None:
 
 
 def mean_ratio(findings: Sequence[Finding]) -> tuple[float, float, float, int] | None:
-    """Geometric mean, minimum, maximum and number of the ratios to the best peer, without errors."""
+    """Geometric mean, minimum, maximum and number of all ratios to the best peer, except the ratios of errors."""
     ratios = [each.ratio for each in findings if each.metric != ERROR and each.ratio]
     if not ratios:
         return None

@@ -50,7 +50,10 @@ class Subject:
 
     @property
     def flop_per_token(self) -> float:
-        """Operations per token: 6 N + 12 L d T. The head's parameters in N count only for the tokens it predicts."""
+        """The operations per token: 6 x parameters + 12 x layers x width x length.
+
+        The parameters of the head count only for the share of tokens that it predicts.
+        """
         width, layers = self.config.hidden_size, self.config.num_hidden_layers
         blocks = layers * (4 * width**2 + 2 * width * self.config.intermediate_size)
         head = self.config.vocab_size * width + (width**2 if self.masked else 0)

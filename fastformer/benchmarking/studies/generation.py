@@ -1,4 +1,4 @@
-"""Greedy generation compared with Hugging Face's `generate`, by a model of GPT-2 small's shape with random weights."""
+"""Greedy generation compared with Hugging Face's `generate`, with random weights in the shape of GPT-2 small."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _ROWS = (
 
 
 def candidates(operation: str, default: Any, architecture: Architecture, head_dim: int, element_size: int) -> list[Any]:
-    """Configurations of `operation` other than `default`.
+    """Return the configurations of `operation` other than `default`.
 
     Args:
         operation: the operation, such as "attention_forward".

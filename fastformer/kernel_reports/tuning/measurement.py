@@ -186,7 +186,7 @@ def results_of(problem: Problem, tensors: Tensors) -> list[Tensor]:
 
 
 def _copies(tensors: Tensors) -> Tensors:
-    """Copies with the same strides."""
+    """Copies of the tensors with the same strides."""
     return [tensor.clone() for tensor in tensors]
 
 
