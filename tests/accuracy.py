@@ -1,4 +1,4 @@
-"""The rule of accuracy: against float64, at most twice the error of PyTorch in the same precision plus one rounding."""
+"""The rule of accuracy: an error of at most twice PyTorch's in the same precision, plus one rounding."""
 
 from __future__ import annotations
 

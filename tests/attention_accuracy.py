@@ -10,12 +10,12 @@ LEARNED = ("bias", "relative_bias", "alibi_slopes", "scale", "sinks")
 
 
 def learned_in(options: dict[str, Any]) -> list[str]:
-    """The options that a gradient is wanted of."""
+    """The names of the options that get a gradient."""
     return [name for name in LEARNED if isinstance(options.get(name), torch.Tensor)]
 
 
 def result_names(options: dict[str, Any]) -> list[str]:
-    """The results of a call and its backward, in order."""
+    """The names of the results of a call and of its backward, in order."""
     return ["output", "lse", "grad_query", "grad_key", "grad_value", *(f"grad_{name}" for name in learned_in(options))]
 
 
@@ -34,11 +34,11 @@ def magnitudes(
     tensors: list[torch.Tensor],
     options: dict[str, Any],
 ) -> dict[str, float]:
-    """For each result the magnitude of which one rounding, in the result's dtype, is allowed.
+    """Return, for each result, the magnitude whose rounding in the result's dtype is the allowed unit of error.
 
-    Weights are exp(score - lse) of float32 exponents, each rounded to within a unit of its own magnitude, which is
-    therefore the relative error of a weight. Sums of n such terms, in another order than PyTorch's, differ by about
-    sqrt(n) roundings. In 16 bits the rounding of the results hides both, but for the log-sum-exp, which is float32.
+    Weights are exp(score - lse). The exponent is float32 and is rounded to within a unit of its own magnitude: that is
+    the relative error of a weight. Sums of n such terms, added in another order than PyTorch's, differ by about
+    sqrt(n) roundings. In 16 bits the rounding of the results hides both, except in the log-sum-exp, which is float32.
 
     Args:
         actual, exact: the results by their names, as computed and in float64.
@@ -54,14 +54,14 @@ def magnitudes(
     left = left_of_cancelled_rows(grad_output, exact["output"], tensors, options) if dtype == torch.float32 else {}
     found = {}
     for name, result in exact.items():
-        # The output rounds in the call's dtype; the gradients of slopes and sinks are float32 all the same.
+        # The output is rounded to the call's dtype. The gradients of slopes and sinks are float32 in any case.
         coarser = torch.finfo(dtype).eps / torch.finfo(actual[name].dtype).eps
         found[name] = max(roundings * max(scale_of(result), row_sums.get(name, 0.0) * coarser), left.get(name, 0.0))
     return {**found, "lse": of_float32 * scale_of(exact["lse"])}
 
 
 def scale_of(exact: torch.Tensor) -> float:
-    """The largest finite magnitude, and at least that of the terms it sums, about 1."""
+    """Return the largest finite magnitude, or 1 if that is larger: about the magnitude of the terms of the sums."""
     finite = exact[torch.isfinite(exact)]
     return max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
 
@@ -69,11 +69,11 @@ def scale_of(exact: torch.Tensor) -> float:
 def sums_of_row_errors(
     grad_output: torch.Tensor, output: torch.Tensor, tensors: list[torch.Tensor], options: dict[str, Any]
 ) -> dict[str, float]:
-    """The magnitude whose rounding enters the gradients that add up whole rows of dS = P * (dP - delta).
+    """Return the magnitude whose rounding enters gradients that sum whole rows of dS = P * (dP - delta).
 
-    delta = sum(dO * O) is computed from the output as it is stored, rounded to its dtype: it errs by up to half a unit
-    of sum |dO * O|. Bias, relative bias, slopes and sinks add that up over the rows that share an element, slopes times
-    distances and scales times products of queries and keys.
+    delta = sum(dO * O) is computed from the stored output, which is rounded to its dtype. Its error is up to half a
+    unit of sum |dO * O|. Bias, relative bias, slopes and sinks sum this error over the rows that share an element. For
+    slopes it is multiplied by distances, for scales by products of queries and keys.
     """
     rows = (grad_output * output).abs().sum(-1)
     keys = tensors[1].shape[2]
@@ -93,11 +93,11 @@ def sums_of_row_errors(
 def left_of_cancelled_rows(
     grad_output: torch.Tensor, output: torch.Tensor, tensors: list[torch.Tensor], options: dict[str, Any]
 ) -> dict[str, float]:
-    """The magnitude whose rounding is left in the gradients of query and key where dP - delta cancels.
+    """Return the magnitude whose rounding stays in the gradients of query and key where dP - delta cancels.
 
-    With few keys P is near 1 and dP near delta, and dS is the rounding of both, of sum |dO * O|, added in another order
-    than PyTorch's. A query's gradient adds that up over its keys, whose P sum to 1; a key's over its queries, of which
-    there are m / n for each of n keys, in random directions.
+    With few keys P is near 1 and dP is near delta. Then dS is only the rounding of both: a rounding of sum |dO * O|,
+    which is added in another order than PyTorch's. The gradient of a query sums it over the keys, whose P sum to 1. The
+    gradient of a key sums it over the queries, m / n of them for each of n keys, in random directions.
     """
     query, key = tensors[0].double().abs(), tensors[1].double().abs()
     scale = options.get("scale")

@@ -1,8 +1,8 @@
 """Tests run on the GPU if there is one. Without a GPU every kernel runs in Triton's interpreter.
 
-It is PyTorch's default device in every test but those marked `cpu` and those in `CPU_FOLDERS`, which are about
-something else than a kernel, and see no GPU. The interpreter's switch must be set before triton is imported, hence for
-a whole run: with a GPU nothing is interpreted.
+The GPU is PyTorch's default device in every test except those marked `cpu` and those in `CPU_FOLDERS`. These do not
+test kernels, and see no GPU. The interpreter's switch must be set before triton is imported, and therefore holds for
+the whole run: with a GPU nothing is interpreted.
 """
 
 import atexit
@@ -24,7 +24,7 @@ from devices import end_without_a_gpu, need_kernels
 
 TESTS = Path(__file__).parent
 GPU = torch.cuda.is_available()
-# Their subjects: data on a disk, Lightning, metrics, tools on a CPU.
+# Folders that test data on a disk, Lightning, metrics, and tools on a CPU.
 CPU_FOLDERS = {"benchmarking", "data", "evaluation", "training"}
 
 if GPU:
@@ -39,38 +39,38 @@ else:
     interpreter.install()
 torch.set_num_threads(1)
 
-# Every run draws the same. A failing example is printed as it was drawn: shrinking would interpret kernels for minutes.
+# Every run draws the same examples. A failing one is printed as drawn: shrinking would interpret kernels for minutes.
 hypothesis.settings.register_profile(
     "fastformer",
     deadline=None,
     derandomize=True,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
-    # Neither the start of CUDA nor a kernel's first compilation says anything about how examples are drawn.
+    # The start of CUDA and the first compilation of a kernel are slow; the drawing of examples is not.
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("fastformer")
 
 
 class TorchRandom:
-    """PyTorch's generator, for Hypothesis: each example begins with it as it began before."""
+    """PyTorch's generator, for Hypothesis, which gives it the same state at the start of each example."""
 
     seed = staticmethod(torch.manual_seed)
     getstate = staticmethod(torch.get_rng_state)
     setstate = staticmethod(torch.set_rng_state)
 
 
-# Hypothesis keeps no reference.
+# Hypothesis keeps no reference to it.
 TORCH_RANDOM = TorchRandom()
 hypothesis.register_random(TORCH_RANDOM)
 
-# torch.compile's cache of an earlier version would answer for operators whose results have changed since.
+# Without a new cache, torch.compile would use code cached before an operator's results changed.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="fastformer-inductor-")
 atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
 def environment_as_it_was() -> Iterator[None]:
-    """What starts several processes leaves its address, rank and world size in the environment: the next would join."""
+    """Restore the environment: a test that starts processes leaves its address and rank, and the next would join it."""
     before = dict(os.environ)
     yield
     if os.environ != before:
@@ -92,7 +92,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def seed_by_name(name: str) -> None:
-    """What draws from the global generators draws the same in every run, alone or after whatever other tests."""
+    """Seed the global generators by `name`: a test draws the same in every run, alone or after any other tests."""
     seed = zlib.crc32(name.encode())
     random.seed(seed)
     np.random.seed(seed)
@@ -110,7 +110,7 @@ def pytest_runtest_call(item: pytest.Item) -> None:
 
 
 def pytest_runtest_teardown() -> None:
-    # Lightning sets threads for its processes, and tests that follow compare runs bit by bit.
+    # Lightning changes the number of threads, and later tests compare runs bit by bit.
     torch.set_num_threads(1)
 
 
@@ -134,7 +134,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
 def _skip_for_want_of_an_extra(
     report: pytest.CollectReport | pytest.TestReport, node: pytest.Item | pytest.Collector, error: BaseException | None
 ) -> None:
-    """A module or a test that needs a package of an extra, and a machine has not got it, is skipped."""
+    """Skip a module or a test that needs a package of an extra which is not installed."""
     from fastformer.extras import missing_package, remedy
 
     if isinstance(error, ModuleNotFoundError) and (package := missing_package(error)):
@@ -144,7 +144,7 @@ def _skip_for_want_of_an_extra(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Around a test and its fixtures, of whatever scope: tensors are made on the GPU, or no GPU is seen."""
+    """Run a test and its fixtures, of any scope, with the GPU as the default device, or with no GPU in sight."""
     if not GPU:
         return (yield)
     if item.get_closest_marker("cpu"):
@@ -158,7 +158,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @contextmanager
 def without_gpu() -> Iterator[None]:
-    """Neither this process nor those it starts see a GPU."""
+    """Hide the GPUs from this process and from those that it starts."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -168,13 +168,13 @@ def without_gpu() -> Iterator[None]:
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where a test's tensors are made: on the GPU if there is one and the test is not marked `cpu`."""
+    """The device of a test's tensors: the GPU if there is one and the test is not marked `cpu`."""
     return torch.get_default_device()
 
 
 @pytest.fixture(params=["triton", "torch"])
 def backend(request: pytest.FixtureRequest):
-    """Each test that takes this fixture runs once on every backend."""
+    """Run each test that takes this fixture once on every backend."""
     import fastformer
 
     if request.param == "triton":
@@ -185,7 +185,7 @@ def backend(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def full_disk() -> Callable[[int], AbstractContextManager[None]]:
-    """While it is entered, the kernel refuses to let any file grow beyond so many bytes."""
+    """A context manager in which the operating system lets no file grow beyond a number of bytes."""
 
     @contextmanager
     def limit(size: int) -> Iterator[None]:

@@ -111,20 +111,20 @@ HEAD_NAMES = [head.theirs.__name__ for _, head in EVERY_HEAD]
 
 
 def find_head(class_name: str) -> tuple[Architecture, Head]:
-    """The head whose Hugging Face class is so called, and its architecture."""
+    """Find the head whose Hugging Face class has this name, and its architecture."""
     name, head = EVERY_HEAD[HEAD_NAMES.index(class_name)]
     return ARCHITECTURES[name], head
 
 
 def random_model(class_name: str, **options: Any) -> PreTrainedModel:
-    """A model whose every weight, bias and norm is random, large enough that attention is far from uniform."""
+    """Make a model with random weights, biases and norms, so large that attention is far from uniform."""
     architecture, head = find_head(class_name)
     labels = 2 if class_name.endswith("QuestionAnswering") else 3
     config = architecture.config_class(**{**CONFIGS[architecture.name], "num_labels": labels, **options})
     torch.manual_seed(0)
     model = head.theirs(config).eval()
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:  # Marian's sinusoidal positions are parameters that are not trained
+        if parameter.requires_grad:  # not Marian's sinusoidal positions: parameters that are not trained
             is_norm = parameter.dim() == 1 and name.endswith("weight")
             torch.nn.init.normal_(parameter, mean=0.5 if is_norm else 0.0, std=0.3)
     for name, parameter in model.named_parameters():
@@ -135,7 +135,7 @@ def random_model(class_name: str, **options: Any) -> PreTrainedModel:
         elif name.endswith("embed_tokens.weight") and config.is_encoder_decoder and not config.tie_word_embeddings:
             parameter.data.copy_(model.get_input_embeddings().weight.data)
         elif name.endswith("embed_positions.weight") and parameter.requires_grad:
-            parameter.data[:2] = 0.0  # BART's rows before the first position
+            parameter.data[:2] = 0.0  # rows of BART's table before the first position
         elif name.endswith("position_embeddings.weight") and architecture.name == "roberta":
             parameter.data[: config.pad_token_id + 1] = 0.0
     for name, buffer in model.named_buffers():
@@ -145,7 +145,7 @@ def random_model(class_name: str, **options: Any) -> PreTrainedModel:
 
 
 def batch_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Sequences of several lengths, padded on the right; or images."""
+    """Return a batch for the model: sequences of several lengths, padded on the right, or images."""
     if model.main_input_name == "pixel_values":
         return {"pixel_values": torch.randn(2, 3, 12, 12)}
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).unsqueeze(1)

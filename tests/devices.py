@@ -1,4 +1,4 @@
-"""What tests need to know of the device that they run on."""
+"""Helpers for the device that the tests run on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Value = TypeVar("Value")
 
 
 def here(value: Value) -> Value:
-    """`value`, made while tests were collected, with its tensors moved to where the running test makes its own."""
+    """Return `value`, made while tests were collected, with its tensors moved to the running test's device."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(torch.get_default_device()), value)
 
 
@@ -24,9 +24,9 @@ def need_kernels() -> None:
 
 
 def end_without_a_gpu() -> None:
-    """End this process if it cannot use the GPU any more, as after an illegal access: every later test would fail.
+    """End this process if it can no longer use the GPU, for example after an illegal access: later tests would fail.
 
-    pytest-xdist starts another one for the tests that remain.
+    pytest-xdist starts another process for the remaining tests.
     """
     try:
         torch.cuda.synchronize()

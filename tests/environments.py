@@ -1,4 +1,4 @@
-"""Environments that hold a few of the installed packages and what those need, made in a moment from links."""
+"""Environments with a few of the installed packages and their dependencies, made quickly from links."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ROOT = Path(__file__).parent.parent
 
 
 class Environment:
-    """A Python that finds `requirements`, what they depend on, and the checkout; nothing else.
+    """A Python that finds `requirements`, their dependencies and the checkout, and nothing else.
 
     Args:
-        folder: where it is made; must not exist.
-        requirements: as in pyproject.toml.
+        folder: the folder of the environment, which must not exist.
+        requirements: the packages, written as in pyproject.toml.
     """
 
     def __init__(self, folder: Path, requirements: Iterable[str]) -> None:
@@ -46,7 +46,7 @@ class Environment:
 
 
 def _closure(requirements: Iterable[str]) -> Iterator[importlib.metadata.Distribution]:
-    """What is installed of `requirements`, of what those require, and so on. Extras add nothing."""
+    """Return the installed distributions of `requirements` and of all their dependencies. Extras add nothing."""
     todo, seen = [Requirement(each) for each in requirements], set()
     while todo:
         requirement = todo.pop()

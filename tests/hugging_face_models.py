@@ -1,4 +1,4 @@
-"""Small transformers models, with random weights so large that attention is far from uniform, and batches for them."""
+"""Small transformers models whose random weights make attention far from uniform, and batches for them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SPEECH_FRAMES = 20
 
 @dataclass(frozen=True)
 class Small:
-    """A model class with the options of its small configuration.
+    """A model class, with the options of a small configuration of it.
 
     Attributes:
-        model: the class's name in transformers; its configuration's is that of its `config_class`.
-        kind: what it reads: "encoder" and "decoder" read tokens, "encoder_decoder" two rows of them, "image" pixels,
+        model: the name of the class in transformers; its `config_class` is the class of the configuration.
+        kind: its input: "encoder" and "decoder" read tokens, "encoder_decoder" two rows of them, "image" pixels,
             "image_text" both, "speech" a spectrogram.
-        options: of the configuration.
-        packs: whether position_ids that start anew make it keep documents apart.
+        options: the options of the configuration.
+        packs: whether position_ids that start again at 0 separate packed documents.
     """
 
     model: str
@@ -42,7 +42,7 @@ class Small:
     packs: bool = False
 
     def build(self, seed: int = 0) -> PreTrainedModel:
-        """The model in eval mode, with eager attention."""
+        """Build the model in eval mode, with eager attention."""
         torch.manual_seed(seed)
         model_class = getattr(transformers, self.model)
         config = model_class.config_class(**{"vocab_size": VOCABULARY, **self.options})
@@ -57,9 +57,9 @@ class Small:
         return model
 
     def batch(self, padding: str = "none", seed: int = 1) -> dict[str, torch.Tensor]:
-        """Three sequences with labels, padded "none", "left", "right", or with "holes".
+        """Return three sequences with labels, padded "none", "left", "right", or with "holes".
 
-        Padding has no label, nor has the token after it: what a causal model predicts it from has seen nothing.
+        Padding has no label. The token after padding has none either: a causal model would predict it from nothing.
         """
         torch.manual_seed(seed)
         if self.kind == "image":
@@ -90,7 +90,7 @@ def _tokens(length: int) -> torch.Tensor:
 
 
 def _padding_mask(padding: str) -> torch.Tensor:
-    """(3, TOKENS) boolean, True = a token."""
+    """Return a (3, TOKENS) boolean mask, True where there is a token."""
     position, lengths = torch.arange(TOKENS), torch.tensor([[TOKENS], [5], [7]])
     if padding == "left":
         return position >= TOKENS - lengths
@@ -117,7 +117,7 @@ def _encoder_decoder(model: str, **options: Any) -> Small:
 _IMAGE = {**ENCODER, "image_size": 12, "patch_size": 4}
 _WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 
-# Classes that compute attention by themselves, without asking for an implementation.
+# Classes that compute attention themselves, instead of calling the chosen implementation.
 REFUSING: dict[str, tuple[Small, str]] = {
     "DeBERTa": (_encoder("DebertaForMaskedLM"), "scores of content and position, gathered by relative distance"),
     "DeBERTa-v2": (_encoder("DebertaV2ForMaskedLM"), "scores of content and position, gathered by relative distance"),
@@ -210,13 +210,13 @@ OUTPUTS = ("loss", "logits", "logits_per_text", "text_embeds", "image_embeds")
 
 
 def assert_equal(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal to 1e-5 of the largest element, or of 1 if that is larger."""
+    """Fail unless the two differ by at most 1e-5 of the largest element, or of 1 if that is larger."""
     scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
     torch.testing.assert_close(actual, expected, rtol=0, atol=EQUAL * scale, msg=lambda text: f"{name}: {text}")
 
 
 def results(model: PreTrainedModel, batch: dict[str, Any], implementation: str) -> dict[str, torch.Tensor]:
-    """Loss, outputs where there are labels, and the gradient of every parameter."""
+    """Return the loss, the outputs where there are labels, and the gradient of every parameter."""
     model.set_attn_implementation(implementation)
     assert model.config._attn_implementation == implementation
     model.zero_grad()

@@ -1,4 +1,4 @@
-"""Triton's interpreter without its costliest habit."""
+"""A patch that makes Triton's interpreter much faster."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _patch_lang = interpreter._patch_lang
 
 
 def _patch_what_is_not_patched(function: Any) -> interpreter._LangPatchScope:
-    """The costly habit: to patch triton.language anew at each call of a device function."""
+    """Patch triton.language only if it is not patched yet: the interpreter does it at each device function."""
     modules = [module for module in function.__globals__.values() if inspect.ismodule(module)]
     if all(module.static_assert.__name__ == "_new_static_assert" for module in modules if module in (tl, tl.core)):
         return interpreter._LangPatchScope()
@@ -20,5 +20,5 @@ def _patch_what_is_not_patched(function: Any) -> interpreter._LangPatchScope:
 
 
 def install() -> None:
-    """Use it in this process."""
+    """Install the patch in this process."""
     interpreter._patch_lang = _patch_what_is_not_patched

@@ -1,4 +1,4 @@
-"""What a picture shows: matplotlib's figures as they were saved."""
+"""The contents of pictures: matplotlib's figures as they were saved."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 
 def saved_figures(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The figures saved from now on, each with all that was drawn in it."""
+    """Return the list of figures saved from now on, each with everything drawn in it."""
     figure = pytest.importorskip("matplotlib.figure").Figure
     saved, save = [], figure.savefig
 
@@ -19,6 +19,6 @@ def saved_figures(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 def lines(axes) -> dict[str, list[tuple[float, float]]]:
-    """The points of each line with a name."""
+    """Return the points of each named line."""
     named = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
     return {line.get_label(): [(float(x), float(y)) for x, y in line.get_xydata()] for line in named}

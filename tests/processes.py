@@ -1,4 +1,4 @@
-"""Python processes outside Triton's interpreter, which the tests' own process runs in."""
+"""Python processes without Triton's interpreter, which is on in the process of the tests."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def python(*arguments: str, cache: Path | None = None, seconds: float = 600) -> subprocess.CompletedProcess[str]:
-    """Run the Python of the tests with `arguments`; Triton's cache is `cache`, by default none that lasts."""
+    """Run the Python of the tests with `arguments`. Triton's cache is `cache`, or by default the usual one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
     tests = str(Path(__file__).parent)

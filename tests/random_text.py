@@ -1,4 +1,4 @@
-"""Text drawn at random, from which a tokenizer can learn something."""
+"""Random text that a tokenizer can be trained on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORDS = [
 
 
 def random_documents(seed: int, count: int, sentences: int, words: int) -> list[list[str]]:
-    """`count` documents of 1 to `sentences` sentences of 1 to `words` words, no two sentences alike."""
+    """Return `count` documents of 1 to `sentences` sentences of 1 to `words` words; no sentence occurs twice."""
     random = np.random.default_rng(seed)
 
     def sentence(number: int) -> str:

@@ -1,4 +1,4 @@
-"""CUDA graphs without CUDA: operations are recorded once and run again on the same memory, with no Python between."""
+"""CUDA graphs without CUDA: operations are recorded once, then replayed on the same memory without any Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _UPLOADS = ("tensor", "as_tensor", "from_numpy", "asarray")
 
 @contextmanager
 def nothing_on_the_host() -> Iterator[None]:
-    """Raise an error where tensors' values or CPU tensors are used, or sizes depend on values: on meta tensors."""
+    """Raise an error where meta tensors' values or CPU tensors are used, or where sizes depend on values."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a value goes from or to the host")
@@ -40,24 +40,24 @@ class _OnMetaAlone(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors((args, kwargs, result)):
-            # A number that PyTorch wraps becomes an argument of the kernel.
+            # A number that PyTorch wraps in a tensor becomes an argument of the kernel.
             assert tensor.is_meta or tensor.dim() == 0, f"{func} uses a tensor of the host's, {tuple(tensor.shape)}"
         return result
 
 
 class Seen(TorchDispatchMode):
-    """Runs the operators that a recording sees: where nothing looks, a CPU may run PyTorch's own in their place."""
+    """Runs the operators as a recording sees them: without a mode, a CPU may run PyTorch's own operators instead."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
 class FakeRecorder:
-    """What `CudaRecorder` does, for tensors on a CPU.
+    """A stand-in for `CudaRecorder`, for tensors on a CPU.
 
-    As with CUDA, recording has no effect, a replay runs nothing but the operations, on the memory that they were
-    recorded with, and whatever another graph has left in its own memory is gone. What is read on the host is not seen
-    here, for implementations for a CPU may do so: `nothing_on_the_host` is for that.
+    As with CUDA, recording has no effect, and a replay runs only the operations, on the memory of the recording. What
+    another graph has left in its own memory is gone. Reads on the host are not noticed here, because implementations
+    for a CPU may read: `nothing_on_the_host` finds those.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:

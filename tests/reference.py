@@ -1,4 +1,4 @@
-"""The judge: naive float64 implementations, no cleverness. Everything is compared with these."""
+"""The references: plain float64 implementations, which every operator is compared with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def softmax(
     causal_offset: int | None = None,
     log: bool = False,
 ) -> torch.Tensor:
-    """In the dtype of its input: float64 to judge, a lower one to see what PyTorch's own error is."""
+    """The reference of softmax, in its input's dtype: float64 to judge, a lower one to measure PyTorch's own error."""
     scores = input * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
@@ -53,10 +53,10 @@ def attention(
     key_lengths: torch.Tensor | None = None,
     part: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense attention in the dtype of its inputs: float64 to judge, a lower one to see what PyTorch's own error is.
+    """The reference of attention, in its inputs' dtype: float64 to judge, a lower one to measure PyTorch's own error.
 
-    `keep` says which weights dropout keeps; `part` that `query` holds the queries from the first number on, of as many
-    as the second. Returns the output and the log-sum-exp.
+    `keep` says which weights dropout keeps. `part` is (first, total): `query` holds only some of the `total` queries,
+    from number `first` on. Returns the output and the log-sum-exp.
     """
     if key_lengths is not None or prefix_lengths is not None:
         lengths = [key.shape[2]] * len(query) if key_lengths is None else key_lengths.tolist()
@@ -127,7 +127,7 @@ def _attention(
     dropout_p: float,
     part: tuple[int, int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences of one length."""
+    """Return the output and the log-sum-exp of sequences of one length."""
     queries, keys, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     key, value = (repeat(x, "batch kv_heads ... -> batch (kv_heads group) ...", group=group) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -186,7 +186,7 @@ def _cut(tensor: torch.Tensor | None, batch: int, length: int) -> torch.Tensor |
 
 
 def philox(counter: tuple[int, int, int, int], key: int) -> list[int]:
-    """Philox-4x32-10 (Salmon et al., SC 2011) in plain integers."""
+    """Return the words of Philox-4x32-10 (Salmon et al., SC 2011), computed in plain integers."""
     c, k = list(counter), [key % 2**32, key >> 32]
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -196,7 +196,7 @@ def philox(counter: tuple[int, int, int, int], key: int) -> list[int]:
 
 
 def dropout_keep(seed: int, offset: int, dropout_p: float, shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """Which weights of (batch, heads, queries, keys) attention dropout keeps."""
+    """A (batch, heads, queries, keys) mask of the weights that attention dropout keeps."""
     batch, heads, queries, keys = shape
     groups = (keys + 3) // 4
     words = [
@@ -211,7 +211,7 @@ def dropout_keep(seed: int, offset: int, dropout_p: float, shape: tuple[int, int
 
 
 def matrix_dropout_keep(seed: int, offset: int, dropout_p: float, rows: int, columns: int) -> torch.Tensor:
-    """Which elements of a (rows, columns) matrix dropout keeps."""
+    """A (rows, columns) mask of the elements that dropout of a matrix keeps."""
     threshold = round(dropout_p * 2**32)
     words = [
         [philox((c // 4, row % 2**32, row >> 32, offset % 2**32), seed)[c % 4] for c in range(columns)]
@@ -234,7 +234,7 @@ def rms_norm(input: torch.Tensor, weight: torch.Tensor | None, eps: float) -> to
 
 
 def rotary(input: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """`input` (..., tokens, head_dim) as pairs, each turned by its angle; `angles` (..., tokens, pairs) float64."""
+    """Turn each pair of `input` (..., tokens, head_dim) by its angle; `angles` (..., tokens, pairs) are float64."""
     pairs = angles.shape[-1]
     turning, rest = input[..., : 2 * pairs].double(), input[..., 2 * pairs :].double()
     features = "(pairs two)" if interleaved else "(two pairs)"
@@ -255,7 +255,7 @@ def cross_entropy(
     softcap: float | None = None,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """Of rows of logits (rows, classes), in their dtype: float64 to judge, a lower one to see PyTorch's own error."""
+    """The reference for logits (rows, classes), in their dtype: float64 to judge, a lower one for PyTorch's error."""
     classes = logits.shape[1]
     z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     w = z.new_ones(classes) if class_weight is None else class_weight.to(z.dtype)
@@ -292,9 +292,9 @@ def feed_forward(
     hidden_scale: torch.Tensor | float = 1.0,
     output_scale: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
-    """In the dtype of its inputs: float64 to judge, a lower one to see what PyTorch's own error is.
+    """The reference of feed-forward, in its inputs' dtype: float64 to judge, a lower one for PyTorch's own error.
 
-    The scales are what dropout multiplies by: 0 or 1 / (1 - p).
+    The scales are the factors of dropout: 0 or 1 / (1 - p).
     """
 
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -316,7 +316,7 @@ def transformer_embedding(
     keep: torch.Tensor | None,
     dropout_p: float,
 ) -> torch.Tensor:
-    """In the dtype of its tables: float64 to judge, a lower one to see what PyTorch's own error is."""
+    """The reference of the input block, in its tables' dtype: float64 to judge, a lower one for PyTorch's own error."""
     total = sum(table[indices] for table, indices in zip(tables, ids, strict=True) if table is not None)
     output = torch.nn.functional.layer_norm(total, total.shape[-1:], weight, bias, eps)
     return output if keep is None else output * keep.view(output.shape) / (1.0 - dropout_p)

@@ -1,4 +1,4 @@
-"""The Transformer as naively as its papers put it: one sequence, float64, every option of the configuration."""
+"""The Transformer as its papers define it: one sequence, float64, every option of the configuration."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ReferenceTransformer:
         return x * self.weights[f"{name}.weight"] + self.weights.get(f"{name}.bias", 0.0)
 
     def embed(self, words: Tensor, types: Tensor | None) -> Tensor:
-        """(tokens, hidden_size) word embeddings to the first block's input."""
+        """Turn (tokens, hidden_size) word embeddings into the input of the first block."""
         config, x = self.config, words.double() * self.config.embedding_scale
         positions = torch.arange(len(x))
         if config.position_embedding == "learned":
@@ -58,7 +58,7 @@ class ReferenceTransformer:
         return self.norm("embeddings.norm", x) if config.embedding_norm else x
 
     def rotate(self, x: Tensor) -> Tensor:
-        """(tokens, head_dim), turned by the position."""
+        """Rotate (tokens, head_dim) by the position of each token."""
         half = x.shape[1] // 2
         theta = self.config.rope_parameters["rope_theta"]
         angles = torch.arange(len(x))[:, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -68,7 +68,7 @@ class ReferenceTransformer:
         )
 
     def bias(self, head: int, distance: int) -> float:
-        """Added to a score, by key position - query position."""
+        """Return the number added to a score, where `distance` is key position - query position."""
         config = self.config
         if config.position_embedding == "alibi":
             return -(2.0 ** (-8.0 * (head + 1) / config.num_attention_heads)) * abs(distance)
@@ -85,7 +85,7 @@ class ReferenceTransformer:
         return self.weights["relative_bias.table.weight"][bucket + far, head].item()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, cross: bool) -> Tensor:
-        """(tokens, heads * head_dim) of query, (tokens, kv_heads * head_dim) of key and value."""
+        """Attend with query (tokens, heads * head_dim), key and value (tokens, kv_heads * head_dim)."""
         config, size = self.config, self.config.size_per_head
         scale = 1.0 / math.sqrt(size) if config.attention_scale is None else config.attention_scale
         window = config.layer_types and config.layer_types[layer] == "sliding_attention" and not cross
@@ -129,7 +129,7 @@ class ReferenceTransformer:
     def __call__(
         self, words: Tensor, layers: int, types: Tensor | None = None, encoded: Tensor | None = None
     ) -> Tensor:
-        """The last hidden states, (tokens, hidden_size), of word embeddings (tokens, hidden_size)."""
+        """Return the last hidden states (tokens, hidden_size) for word embeddings (tokens, hidden_size)."""
         x = self.embed(words, types)
         for layer in range(layers):
             sublayers = {"attention": lambda x, i=layer: self.self_attention(i, x)}

@@ -1,4 +1,4 @@
-"""Who imports whom: every import goes down the floors of docs/architecture.md, and no files import each other."""
+"""Imports between modules go down the floors of docs/architecture.md, and no files import each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).parent.parent
-# Files at the top of the package that everybody may use: settings, the terminal, files on a disk.
+# Files at the top of the package that every module may import: settings, the terminal, files on a disk.
 TOOLS = {
     "arguments",
     "backends",
@@ -28,7 +28,7 @@ TOOLS = {
     "stopping",
     "version",
 }
-# From the ground up. A room imports from lower floors and from itself alone.
+# The floors from the ground up. A room imports only from lower floors and from itself.
 FLOORS = [
     {"fastformer_kernels"},
     {"tools"},
@@ -36,7 +36,7 @@ FLOORS = [
     {"nn", "evaluation"},
     {"models"},
     {"generation", "integrations", "explanation"},
-    {"fastformer"},  # what `import fastformer` gives
+    {"fastformer"},  # the names that `import fastformer` gives
     {"registry", "training"},
     {"kernel_reports", "diagnostics"},
     {"planning"},
@@ -44,7 +44,7 @@ FLOORS = [
     {"commands"},
     {"cli"},
 ]
-# The rooms that know kernels themselves; all others go through operators.
+# The rooms that may import kernels; all others use operators.
 KNOW_KERNELS = {
     "benchmarking",
     "commands",
@@ -72,12 +72,12 @@ SOURCES = sources()
 
 
 def imports(name: str) -> set[str]:
-    """The modules of the project that a module imports, wherever in it; those for type checkers alone left out."""
+    """Return the project's modules that a module imports anywhere, except imports for type checkers only."""
     return {found for node in _running(ast.parse(SOURCES[name].read_text())) for found in _named(node)}
 
 
 def _running(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a program but those under ``if TYPE_CHECKING``."""
+    """Yield the nodes of a program, except those under ``if TYPE_CHECKING``."""
     yield node
     for child in ast.iter_child_nodes(node):
         if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
@@ -96,7 +96,7 @@ def _named(node: ast.AST) -> Iterator[str]:
 
 
 def room(name: str) -> str:
-    """The folder that a module is in, or what a file at the top is."""
+    """Return the folder of a module; for a file at the top, the room that it counts as."""
     package, *rest = name.split(".")
     if package != "fastformer" or not rest:
         return package
@@ -121,9 +121,9 @@ def test_imports_go_down() -> None:
 
 @pytest.mark.quick
 def test_no_files_import_each_other() -> None:
-    # A package's own names, as `from package import name`, are its __init__'s, which imports the files of the package.
+    # `from package import name` reads the __init__ of the package, which imports the files of the package.
     graph = {name: imports(name) - {name} for name in SOURCES}
-    TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.quick

@@ -1,4 +1,4 @@
-"""Which implementation an operator runs: of threads and tasks side by side, of autograd's threads, of compiled code."""
+"""The selected backend is right in concurrent threads and tasks, in autograd's threads and in compiled code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_blocks_within_blocks() -> None:
 
 
 def test_overlapping_blocks_of_threads() -> None:
-    """The first that is entered is the first that is left, and each thread sees its own."""
+    """Each thread sees its own backend, also where the block that is entered first is left first."""
     barrier = threading.Barrier(2)
     seen: dict[str, list[str]] = {"torch": [], "triton": []}
 
@@ -86,7 +86,7 @@ def test_other_threads_and_tasks_keep_theirs() -> None:
 
 
 class Nested(torch.autograd.Function):
-    """A derivative that computes derivatives, so deep that PyTorch goes on in threads of its own."""
+    """A backward that calls backward again, so deep that PyTorch continues in its own threads."""
 
     seen: list[tuple[int, str]]
 

@@ -1,4 +1,4 @@
-"""The command: help, errors, and pretraining from its arguments to a model that transformers can use."""
+"""The command: its help, its errors, and pretraining, from the arguments to a model that transformers can use."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ SUBJECTS, VERBS, OBJECTS = ("cat", "dog", "bird", "fish"), ("eats", "sees", "lik
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty documents of twelve sentences, each document about one thing to eat."""
+    """Sixty documents of twelve sentences, each document about one kind of food."""
     chosen = random.Random(0)
     documents = []
     for _ in range(60):
@@ -45,7 +45,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def options(corpus: Path) -> list[str]:
-    """A run of two seconds that crosses epochs, with dropout everywhere."""
+    """The options of a run of two seconds that crosses epochs, with dropout everywhere."""
     require("jsonargparse")
     return [
         "pretrain",
@@ -78,7 +78,7 @@ def python(*arguments: str, path: str = "") -> subprocess.CompletedProcess:
 
 
 def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:
-    """The one line of error that a command line ends with."""
+    """Run a command line that must fail, and return its one line of error."""
     assert cli.main(list(arguments)) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1
@@ -178,7 +178,7 @@ def test_run_leaves_all_it_promises(run: Path) -> None:
 
 
 def test_saved_model_has_the_loss_that_was_reported(run: Path, corpus: Path) -> None:
-    """Measured here from the folder alone: the held-out batches anew, summed over tokens, not batches."""
+    """The loss measured here again, from the folder alone and averaged over tokens, is the one that was reported."""
     from fastformer.models import FastformerForPreTraining
     from fastformer.training.loading.pretraining import PretrainingDataModule
 
@@ -250,7 +250,7 @@ def test_variants_run_to_their_end(
 
 
 def assert_same_run(output: Path, run: Path) -> None:
-    """Bit for bit the same weights, and the same measurements."""
+    """Fail unless weights are the same bit for bit, and measurements are the same."""
     weights, expected = (load_file(folder / "model" / "model.safetensors") for folder in (output, run))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -336,7 +336,7 @@ def test_a_run_is_not_removed_for_one_that_cannot_begin(
     shutil.copytree(run, output)
     fails(capsys, *options, "--output", str(output), "--overwrite", *bad)
     kept = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    del kept[Path("manifest.json")]  # names the last process
+    del kept[Path("manifest.json")]  # it names the last process
     assert all((output / name).read_bytes() == content for name, content in kept.items())
 
 
@@ -373,7 +373,7 @@ def test_bad_values_end_in_one_clear_line(
     error = fails(capsys, *options, "--output", str(output), *arguments)
     assert error.startswith("fastformer pretrain: error: ")
     assert re.search(message, error), error
-    # What failed before its first step is no run that stands in the way.
+    # A run that fails before its first step leaves nothing that would block the next run.
     assert not (output / "config.yaml").exists()
 
 
@@ -414,7 +414,7 @@ def test_too_little_memory_is_one_line(
 def test_a_signal_that_an_import_makes_an_error_of_its_own(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As NumPy's extension modules do."""
+    """A signal during an import stops the command, even if the import raises its own error, as NumPy's modules do."""
 
     def imported(*_: object) -> None:
         with contextlib.suppress(BaseException):

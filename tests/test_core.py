@@ -1,4 +1,4 @@
-"""The core runs where no extra is installed, operators and modules also without transformers."""
+"""The core runs where no extra is installed; operators and modules run even without transformers."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ pytestmark = pytest.mark.cpu
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = ("torch", "triton", "einops", "numpy", "transformers")
-# What is there for those who have an extra.
+# Modules that need an extra.
 BESIDE_THE_CORE = re.compile(
     r"fastformer\.(training\.[\w.]+|commands\.(pretrain|finetune|predict)|kernel_reports\.picture|models\.conversion\.tensorflow_process"
     r"|benchmarking\.(studies\.\w+|training|fits|pictures))"
 )
-# Packages that come with one that is asked for.
+# Packages that come with a declared package, here by the name of that package.
 COMPANIONS = {
     "huggingface_hub": "transformers",
     "jinja2": "torch",
@@ -38,12 +38,12 @@ COMPANIONS = {
     "typing_extensions": "torch",
     "yaml": "jsonargparse",
 }
-# Measured where they are installed.
+# Benchmarks measure these packages where they are installed.
 PEERS = {"flash_attn", "liger_kernel", "xformers"}
 
 
 def name_of(requirement: str) -> str:
-    """The name of a distribution, as one of its variants is the same to us."""
+    """Return the name of a distribution; a variant for the CPU counts as the distribution itself."""
     return re.split(r"[^\w.-]", requirement)[0].replace("_", "-").removesuffix("-cpu")
 
 
@@ -66,7 +66,7 @@ def test_core_is_five_packages() -> None:
 
 
 def test_messages_know_the_extras_of_the_project() -> None:
-    """What tests, benchmarks and the site need is for developers: no command imports it."""
+    """Messages know every extra except those of tests, benchmarks and the site, which no command imports."""
     distributions = importlib.metadata.packages_distributions()
     declared = {
         extra: {name_of(requirement) for requirement in requirements}

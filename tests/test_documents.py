@@ -1,4 +1,4 @@
-"""What the documents say of the repository is true: paths, folders of tests, and the version."""
+"""The documents name the right paths, folders of tests and version."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.cpu, pytest.mark.quick]
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
-# The changelog is left out: it names what was there once.
+# The changelog is left out: it names files that no longer exist.
 DOCUMENTS = sorted(
     path
     for pattern in ("README.md", "CONTRIBUTING.md", "tests/README.md", "docs/**/*.md", ".github/**/*.md")
@@ -22,7 +22,7 @@ DOCUMENTS = sorted(
 )
 PATH = re.compile(r"(?<![\w./-])(?:fastformer|kernels|tests|benchmarks|docs|examples|\.ci|\.github)/[\w./-]*")
 LINK = re.compile(r"\]\(([^)#:]+)\)")
-# Folders that find faults in a way of their own, and are not for every change.
+# Folders with special ways to find faults, which are not run for every change.
 NOT_QUICK = {"executed", "fuzz", "gpu", "mutation"}
 
 
@@ -32,7 +32,7 @@ def folders_of_tests() -> set[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_paths_exist(document: Path) -> None:
-    """``NAME``, as in ``fastformer/ops/NAME.py``, stands for any name."""
+    """Every path in a document exists; ``NAME``, as in ``fastformer/ops/NAME.py``, stands for any name."""
     text = document.read_text()
     paths = {(ROOT, found.rstrip(".")) for found in PATH.findall(text)}
     paths |= {(document.parent, found) for found in LINK.findall(text)}

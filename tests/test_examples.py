@@ -1,4 +1,4 @@
-"""Every script in examples/ runs on a CPU without a download, and shows what its docstring says."""
+"""Every script in examples/ runs on a CPU without a download, and does what its docstring says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent.parent / "examples"
 
 
 def run(name: str) -> Any:
-    """What the `main` of a script returns."""
+    """Run the `main` of a script and return its result."""
     return runpy.run_path(str(FOLDER / name))["main"]()
 
 

@@ -1,4 +1,4 @@
-"""Foreign text in reports: seen as it is written, and acting as nothing."""
+"""Text from elsewhere is shown in reports exactly as written, and never acts as markup."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOSTILE = [
 
 
 def shown(cell: str) -> str:
-    """What a reader of the Markdown sees of a cell in which nothing acts."""
+    """Return the text that a reader sees of a Markdown cell without active markup."""
     return html.unescape(re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", cell))
 
 

@@ -1,4 +1,4 @@
-"""What is where a command would write stays as it is, and one line says what to do."""
+"""Files at the place where a command would write stay as they are, and one line says what to do."""
 
 from __future__ import annotations
 

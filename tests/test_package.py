@@ -1,4 +1,4 @@
-"""What installing and importing the package promises."""
+"""The package installs and imports as promised."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(code: str, *options: str, **environment: str) -> str:
-    """What `code` prints in a Python of its own, started in the repository's root."""
+    """Run `code` in a new Python in the repository's root, and return what it prints."""
     command = [sys.executable, *options, "-c", code]
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -96,7 +96,7 @@ def test_wheel_holds_both_packages_and_works(tmp_path: Path) -> None:
 
 
 def test_modules_can_be_loaded_again() -> None:
-    """As notebooks do; what was imported before works on."""
+    """Modules can be loaded again, as in notebooks, and functions imported before still work."""
     code = (
         "import importlib, pkgutil, sys, warnings; warnings.simplefilter('ignore')\n"
         "import torch, fastformer; before = fastformer.softmax\n"

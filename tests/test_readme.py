@@ -1,4 +1,4 @@
-"""Every command and snippet of the README and of the pages in docs/ runs."""
+"""Every command and snippet in the README and in the pages of docs/ runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.m
 
 
 def blocks(language: str, pages: list[str] = PAGES) -> list[str]:
-    """Every block of a language; one that stands on several pages is there once."""
+    """Return every block of a language once, even if several pages have it."""
     found = [block for page in pages for block in re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)]
     return list(dict.fromkeys(found))
 
@@ -34,7 +34,7 @@ MAIN_JOB, TESTS = (block.strip() for block in blocks("bash", [README]) if " && "
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the README's main job has run: its command, cut to two steps."""
+    """A folder in which the command of the README's main job has run, cut to two steps."""
     folder = tmp_path_factory.mktemp("readme")
     install, _, command = MAIN_JOB.partition(" && ")
     assert install == 'pip install -e ".[train]"'
@@ -43,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_command(arguments: list[str], folder: Path) -> None:
-    """Run a command of Fastformer's in a process, outside of Triton's interpreter."""
+    """Run a command of Fastformer in a process without Triton's interpreter."""
     run = subprocess.run(
         [sys.executable, "-m", "fastformer.cli", *arguments],
         cwd=folder,
@@ -76,13 +76,13 @@ def test_resume_command(trained: Path) -> None:
 
 
 def test_reference_has_every_public_name() -> None:
-    """`mkdocs build` checks that each entry exists, and lists the members of the other packages itself."""
+    """The reference has every public name; `mkdocs build` checks entries, and lists other packages' members itself."""
     page = (ROOT / "docs/api/fastformer.md").read_text()
     entries = re.findall(r"^::: fastformer\.(?:\w+\.)*(\w+)$", page, flags=re.MULTILINE)
     assert sorted(entries) == sorted(fastformer.__all__)
 
 
-# What each command that takes minutes is cut down to.
+# Arguments that cut down each command that takes minutes.
 SMALLEST = {
     "finetune": (
         *("--max_steps", "2", "--vocab_size", "400", "--overrides.num_hidden_layers=1"),
@@ -101,8 +101,8 @@ SMALLEST = {
 }
 
 
-INSTALL = "pip install -e ."  # the main job and the tests install more
-MUTATION = "PYTHONPATH=tests python -m mutation --mutants 200 --workers 4"  # takes hours; tests/mutation has it
+INSTALL = "pip install -e ."  # not run: the main job and the tests install more
+MUTATION = "PYTHONPATH=tests python -m mutation --mutants 200 --workers 4"  # not run: takes hours; see tests/mutation
 COMMANDS = [
     line
     for block in blocks("bash")
@@ -121,7 +121,7 @@ def test_convert_commands(trained: Path) -> None:
 
 
 def test_sentiment_commands(trained: Path) -> None:
-    """Those that the study measures, here on a set that is not to be fetched, and cut to two steps."""
+    """The commands on sentiment are those of the study, and run, on a set without a download, cut to two steps."""
     expected = [sentiment.FETCH, sentiment.EXPORT, sentiment.PRETRAIN]
     expected += [sentiment.FINETUNE_PRETRAINED, sentiment.FINETUNE_SCRATCH]
     assert [shlex.split(command) for command in SENTIMENT] == [["fastformer", *shlex.split(each)] for each in expected]
@@ -137,7 +137,7 @@ def test_sentiment_commands(trained: Path) -> None:
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line not in (*CONVERT, *SENTIMENT)])
 def test_command(command: str, tmp_path: Path, trained: Path) -> None:
     if command in (ROOT / ".ci/run").read_text().splitlines():
-        return  # it runs there, for minutes
+        return  # it runs there and takes minutes
     smaller = next((SMALLEST[name] for name in SMALLEST if command.startswith(f"fastformer {name}")), None)
     assert smaller is not None, f"SMALLEST does not say what {command!r} is cut down to"
     command = re.sub(r" --model \S+ --precision \S+", "", command).replace("/opt", str(tmp_path))

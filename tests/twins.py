@@ -1,4 +1,4 @@
-"""Driving a module and its twin in torch.nn with the same parameters and the same calls."""
+"""Helpers that give a module and its twin in torch.nn the same parameters and the same calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MASK_KINDS = ("none", "boolean", "floating", "infinite")
 
 
 def share_parameters(theirs: torch.nn.Module, ours: torch.nn.Module) -> None:
-    """Random parameters of PyTorch's module, none at its initial zero or one, in both; state_dicts go both ways."""
+    """Give both modules the same random parameters, none a zero or one, and load each state_dict in the other."""
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     ours.load_state_dict(theirs.state_dict())
@@ -19,7 +19,7 @@ def share_parameters(theirs: torch.nn.Module, ours: torch.nn.Module) -> None:
 
 
 def draw_mask(data: st.DataObject, name: str, shape: tuple[int, ...], empty_rows: bool = False) -> torch.Tensor | None:
-    """A mask as PyTorch takes them; the first key is never masked unless there may be `empty_rows` (PyTorch: NaN)."""
+    """Draw a mask for PyTorch. Without `empty_rows`, which PyTorch makes NaN, the first key is never masked."""
     kind = data.draw(st.sampled_from(MASK_KINDS), label=name)
     ignored = torch.rand(shape) < 0.4
     if not empty_rows:
@@ -34,7 +34,7 @@ def draw_mask(data: st.DataObject, name: str, shape: tuple[int, ...], empty_rows
 
 
 def causal_mask(data: st.DataObject, name: str, queries: int, keys: int) -> torch.Tensor:
-    """A causal mask, boolean or floating."""
+    """Draw a causal mask, boolean or floating."""
     later = torch.ones(queries, keys, dtype=torch.bool).triu(1)
     return later if data.draw(st.booleans(), label=name) else torch.zeros(queries, keys).masked_fill(later, -torch.inf)
 
@@ -42,9 +42,9 @@ def causal_mask(data: st.DataObject, name: str, queries: int, keys: int) -> torc
 def outputs_and_gradients(
     module: torch.nn.Module, *inputs: torch.Tensor, order: tuple[int, ...] | None = None, **call: Any
 ) -> dict[str, torch.Tensor | None]:
-    """Outputs of ``module(*inputs, **call)``, and the gradients of all inputs and parameters.
+    """Return the outputs of ``module(*inputs, **call)``, and the gradients of all inputs and parameters.
 
-    `order` says which input each argument is, where one tensor is several: (0, 0, 0) for self-attention.
+    `order` gives the input of each argument, where one tensor is several arguments: (0, 0, 0) for self-attention.
     """
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     module.zero_grad()

@@ -20,7 +20,7 @@ Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 
 
 def _operators(x: Tensor, weight: Tensor, query: Tensor, ids: Tensor) -> dict[str, Pair]:
-    """Calls of ours and of PyTorch's with (4, 8), (8, 8), (1, 2, 4, 8) and (1, 4) tensors."""
+    """Return calls of our operators and of PyTorch's on (4, 8), (8, 8), (1, 2, 4, 8) and (1, 4) tensors."""
     target, row = torch.zeros(4, dtype=torch.int64, device=x.device), torch.zeros(8, dtype=x.dtype, device=x.device)
     ours = fastformer
     return {
@@ -83,7 +83,7 @@ def _modules(x: Tensor) -> dict[str, Pair]:
 
 
 def _devices() -> list[str]:
-    """Those that this PyTorch knows tensors of, with data or without."""
+    """Return the devices on which this PyTorch can have tensors, with or without data."""
     try:
         with FakeTensorMode():
             torch.empty(2, 2, device="cuda")[0].contiguous()
@@ -96,7 +96,7 @@ def _devices() -> list[str]:
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wide", [True, False])
 def test_dtypes(device: str, autocast: torch.dtype, wide: bool) -> None:
-    """A GPU's operators are asked with tensors that have no data."""
+    """Our operators and PyTorch's give the same dtype under autocast, for a GPU on tensors without data."""
     mode: AbstractContextManager = FakeTensorMode() if device == "cuda" else nullcontext()
     dtype = torch.float32 if wide else autocast
     found, expected = {}, {}

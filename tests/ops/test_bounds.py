@@ -1,4 +1,4 @@
-"""What tensors say of lengths, boundaries and pages: wrong numbers are refused on a CPU, and on a GPU lead nowhere."""
+"""Wrong lengths, boundaries and pages in tensors are refused on a CPU; on a GPU nothing is read out of bounds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def int32(*values: Any) -> Tensor:
 
 
 def packed(**changes: Any) -> Any:
-    """Attention of five packed tokens in two sequences, but for the changes."""
+    """Compute attention of five packed tokens in two sequences, with the changes to the arguments."""
     q = torch.randn(5, 2, 16, generator=torch.Generator().manual_seed(0))
     return fastformer.attention(q, q, q, **{"cu_seqlens_q": int32(0, 2, 5), "max_seqlen_q": 3, **changes})
 
@@ -46,7 +46,7 @@ def dense(**changes: Any) -> Any:
 
 
 def decode(**changes: Any) -> Any:
-    """One query of two sequences over four pages of two keys."""
+    """Decode one query of each of two sequences over four pages of two keys, with the changes to the arguments."""
     query = torch.randn(2, 2, 1, 16, generator=torch.Generator().manual_seed(0))
     pages = torch.randn(2, 4, 2, 2, 16, generator=torch.Generator().manual_seed(0))
     given = {"lengths": int32(3, 2), "block_table": int32([0, 1], [2, -7]), **changes}
@@ -84,7 +84,7 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
 @pytest.mark.parametrize("call, changes, message", WRONG, ids=[message for _, _, message in WRONG])
 def test_a_cpu_refuses_it(call: Callable[..., Any], changes: dict[str, Any], message: str, backend: str) -> None:
     with fastformer.backend(backend):
-        call()  # what is changed is what is wrong; a page that no key lies in may be anything
+        call()  # right without the changes; a page without keys may have any number
         with pytest.raises(ValueError, match=re.escape(message)):
             call(**changes)
 
@@ -139,7 +139,7 @@ def test_limits_beyond_all_numbers_are_none(backend: str) -> None:
 
 
 def between_walls(tokens: int) -> tuple[Tensor, list[Tensor]]:
-    """Packed query, key and value in the middle of memory that is NaN."""
+    """Return memory full of NaN, and packed query, key and value in the middle of it."""
     memory = torch.full((3, tokens + 400, 2, 16), NAN)
     middle = memory[:, 200 : 200 + tokens]
     middle.copy_(torch.randn(3, tokens, 2, 16, generator=torch.Generator().manual_seed(0)))
@@ -148,7 +148,7 @@ def between_walls(tokens: int) -> tuple[Tensor, list[Tensor]]:
 
 @pytest.mark.parametrize("bounds", [(0, 20, 90), (-50, 10, 40), (0, 30, 20), (60, 70, 80), (40, 0, 3)])
 def test_kernels_read_and_write_nothing_outside(bounds: tuple[int, ...]) -> None:
-    """As on a GPU, where nobody looks before."""
+    """Kernels stay inside their tensors for any bounds, also without the checks, as on a GPU."""
     memory, (q, k, v) = between_walls(40)
     before = memory.clone()
     *_, arguments = checked_arguments(
@@ -195,7 +195,7 @@ def test_key_lengths_beyond_the_keys_end_with_them() -> None:
 
 @pytest.fixture
 def asserting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels assert in the interpreter what they assert on a GPU."""
+    """Make kernels in the interpreter check their assertions, as they do on a GPU."""
     builder = interpreter.interpreter_builder
     monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
 
@@ -215,7 +215,7 @@ def test_a_kernel_stops_before_it_writes_beyond_a_cache(length: int, positions: 
         run()
         assert caches[:, 0, 0, length : length + 2].all() and caches.count_nonzero() == 2 * 2 * 16
         return
-    # The interpreter raises its own error from the kernel's.
+    # The interpreter raises its own error, whose cause is the kernel's.
     with pytest.raises(Exception, match=message):
         run()
     assert not caches.any()
@@ -236,7 +236,7 @@ def test_a_kernel_stops_before_it_reads_beyond_a_cache(length: int) -> None:
 
 @pytest.fixture
 def asserted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Debugging is on, and what a device would be told to assert is noted."""
+    """The messages of all assertions that would be sent to a device, while debugging is on."""
     messages: list[str] = []
     monkeypatch.setattr(debugging, "_enabled", True)
     monkeypatch.setattr(checks, "assert_on_device", lambda holds, message: messages.append(message))
@@ -244,7 +244,7 @@ def asserted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_debugging_asserts_what_a_cpu_looks_at(asserted: list[str]) -> None:
-    """Tensors on meta stand for those on a GPU."""
+    """Debugging asserts on a GPU, here with tensors on meta in its place, what is checked on a CPU."""
     lengths = torch.empty(3, dtype=torch.int32, device="meta")
     checks.check_lengths("key_lengths", lengths, "the number of keys", 7)
     checks.check_boundaries("cu_seqlens_q", lengths, 9, 4)
@@ -259,7 +259,7 @@ def test_debugging_asserts_what_a_cpu_looks_at(asserted: list[str]) -> None:
 
 
 def test_nothing_is_asserted_without_debugging(asserted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each assertion is a kernel of its own."""
+    """Without debugging nothing is asserted, because each assertion is an extra kernel."""
     monkeypatch.setattr(debugging, "_enabled", False)
     lengths = torch.empty(3, dtype=torch.int32, device="meta")
     checks.check_lengths("key_lengths", lengths, "the number of keys", 7)

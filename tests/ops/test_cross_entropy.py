@@ -1,4 +1,4 @@
-"""Cross-entropy of logits: both backends against float64, over shapes, strides, dtypes and options."""
+"""Cross-entropy of logits: both backends are compared with float64, over shapes, strides, dtypes and options."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REDUCTIONS = ["mean", "sum", "none"]
 
 
 def layouts(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> torch.Tensor:
-    """Random logits (N, classes, ...), their elements anywhere in memory."""
+    """Return random logits (N, classes, ...) with any layout in memory."""
     if layout == "classes_last":
         return torch.randn(shape[0], *shape[2:], shape[1]).to(dtype).movedim(-1, 1)
     if layout == "expanded":
@@ -49,11 +49,11 @@ def check(logits: torch.Tensor, target: torch.Tensor, options: dict[str, Any], i
         return loss.view(target.shape) if reduction == "none" else loss
 
     def ours(leaf: torch.Tensor) -> torch.Tensor:
-        # The gradient may only take the place of what an operation computed.
+        # The gradient may only overwrite logits that an operation computed, not a leaf.
         return cross_entropy(leaf.mul(1) if inplace else leaf, target, **options, inplace=inplace)
 
     exact, pytorch = run(naive, torch.float64), run(naive, logits.dtype)
-    # A softcap's tanh is a few float32 roundings off, of values up to the cap; the sums have one rounding per term.
+    # The tanh of a softcap is off by a few float32 roundings of values up to the cap; sums have one rounding per term.
     units = 1.0
     if logits.dtype == torch.float32:
         units = (target.numel() * logits.shape[1]) ** 0.5 + 4.0 * (options.get("softcap") or 0.0)
@@ -90,7 +90,7 @@ def test_matches_float64(backend: str, dtype: torch.dtype, reduction: str, optio
 @pytest.mark.parametrize("options", [{}, {"weight": torch.rand(11)}], ids=["plain", "weight"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_many_logits(reduction: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few of them are PyTorch's own operator's on a CPU."""
+    """Many logits are right too; a CPU gives few logits to PyTorch's own operator."""
     monkeypatch.setattr(operator, "_FEW_ELEMENTS", 0)
     torch.manual_seed(0)
     logits, target = torch.randn(6, 11), torch.tensor([3, -100, 0, 10, 7, 1])
@@ -131,7 +131,7 @@ def test_any_shape_and_strides(
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_large_logits_keep_the_probabilities_accurate(backend: str, label_smoothing: float) -> None:
-    """Probabilities of a log-sum-exp rounded to float32 are off by its magnitude, here 1,000, in units."""
+    """Probabilities stay accurate: from a float32 log-sum-exp of 1,000 they would be off by 1,000 units."""
     torch.manual_seed(0)
     logits, target = torch.randn(8, 100) + 1000, torch.arange(8)
 
@@ -213,17 +213,17 @@ def test_infinities_and_nans(backend: str) -> None:
         results.append((losses, *torch.autograd.grad(losses.sum(), logits)))
     torch.testing.assert_close(results[0][0], results[1][0], equal_nan=True)
     torch.testing.assert_close(results[0][1][:3], results[1][1][:3], equal_nan=True)
-    # What is ignored has no gradient even where it is no number.
+    # An ignored row has a zero gradient even if it is NaN.
     assert torch.equal(results[0][1][3], torch.zeros(3))
 
 
 def test_a_target_that_is_no_class_gives_nan_in_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU nothing looks at the targets beforehand."""
+    """A target outside the classes gives NaN where no check comes first, as on a GPU."""
     monkeypatch.setattr(operator, "check_classes", lambda *_: None)
     logits = torch.randn(3, 5, requires_grad=True)
     for name in ("triton", "torch"):
         with use_backend(name):
-            # Without an option PyTorch's own loss looks at the targets itself.
+            # An option is set, because without one PyTorch's own loss runs, which checks the targets itself.
             losses = cross_entropy(logits, torch.tensor([1, 5, -1]), reduction="none", z_loss=0.1)
             (gradient,) = torch.autograd.grad(losses.sum(), logits)
         assert losses.isnan().tolist() == [False, True, True]

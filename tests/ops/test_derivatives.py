@@ -1,4 +1,4 @@
-"""Derivatives of every kind, of every operator, compared with those of the same computation in PyTorch's functions."""
+"""Derivatives of every kind and operator equal those of the same computation in PyTorch's functions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Function = Callable[..., Tensor]
 
 
 class Case(NamedTuple):
-    """A function of tensors, ours and as PyTorch computes it, and the tensors' shapes."""
+    """Our function of tensors, the same function in PyTorch, and the shapes of the tensors."""
 
     ours: Function
     theirs: Function
@@ -202,7 +202,7 @@ def inputs(case: Case, number: int = 0, dtype: torch.dtype = torch.float32) -> l
 
 
 def close(found: Any, expected: Any) -> None:
-    """Compare float32 results with float64 ones, as fine as the largest of each tensor allows."""
+    """Compare float32 results with float64 ones, with a tolerance relative to the largest element of each tensor."""
     if not isinstance(expected, Tensor):
         assert len(found) == len(expected)
         for pair in zip(found, expected, strict=True):
@@ -214,7 +214,7 @@ def close(found: Any, expected: Any) -> None:
 
 
 def loss(function: Function) -> Function:
-    """One number that weighs the elements of the result differently."""
+    """Return a loss of the function in which each element of the result has another weight."""
 
     def weighed(*tensors: Tensor) -> Tensor:
         result = function(*tensors)
@@ -266,7 +266,7 @@ def test_gradients_of_gradients_by_transforms(name: str) -> None:
 
 @EACH
 def test_hessians(name: str) -> None:
-    """In forward mode over backward, as `torch.func.hessian` computes them."""
+    """Hessians are right, computed in forward mode over backward by `torch.func.hessian`."""
     case = CASES[name]
     found = torch.func.hessian(loss(case.ours))(*inputs(case))
     close(found, torch.func.hessian(loss(case.theirs))(*inputs(case, 0, torch.float64)))
@@ -298,7 +298,7 @@ def test_gradients_of_each_example(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["attention", "norm", "feed_forward", "embedding"])
 def test_dropout_of_second_derivatives_is_that_of_the_first(name: str) -> None:
-    """With one seed the function is the same each time, so that differences stand for derivatives."""
+    """Second derivatives use the dropout of the first: with one seed, finite differences agree with them."""
     x, direction = torch.randn(2, 2, 1, 6, 8, generator=torch.Generator().manual_seed(0)).unbind()
     ids = torch.arange(6)[None]
     functions: dict[str, Function] = {

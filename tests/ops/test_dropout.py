@@ -1,4 +1,4 @@
-"""Dropout's random words on a CPU: those of the definition, however they are cut, by however many threads."""
+"""Dropout's random words on a CPU are those of the definition, for any shapes and any number of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The input block: both backends against float64, over shapes, dtypes, tables, positions and dropout."""
+"""The input block: both backends are compared with float64, over shapes, dtypes, tables, positions and dropout."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check(
     monkeypatch: pytest.MonkeyPatch,
     **options: Any,
 ) -> None:
-    """`positions` is what the options are to amount to, of input_ids' shape."""
+    """Fail unless results are accurate; `positions`, of input_ids' shape, are the positions that the options mean."""
     seed = torch.tensor([(7 << 40) + 5, 2**33 + 1])
     monkeypatch.setattr(embedding, "draw_seed", lambda device: seed)
     tokens = input_ids.numel()
@@ -74,9 +74,9 @@ def check(
         return [output.detach(), *grads]
 
     for index, (a, p, e) in enumerate(zip(run("actual"), run("plain"), run("exact"), strict=True)):
-        # Two roundings of the sum, six of the norm and one of the dropout, by half a unit each. A table's row adds up
-        # gradients of `tokens` tokens, of which each was rounded once; float32 ones of a 16-bit call are sums of
-        # products with tables of 16 bits, exact in float32.
+        # Two roundings of the sum, six of the norm and one of the dropout, by half a unit each. The gradient of a
+        # table's row sums the gradients of `tokens` tokens, each rounded once. The float32 gradients of a 16-bit call
+        # are sums of products with 16-bit tables, which are exact in float32.
         units = 5.0 if index == 0 else 5.0 * max(1.0, tokens / 4)
         assert_as_accurate(str(index), a, p.to(a.dtype), e, scale=units * max([1.0, *e.abs().flatten().tolist()]))
 
@@ -155,7 +155,7 @@ def test_index_outside_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
     input_ids = torch.tensor([[0, 5], [-1, 4]])
     with fastformer.backend("torch"), pytest.raises(IndexError, match="input_ids must be from 0 to 4; got -1 to 5"):
         transformer_embedding(input_ids.cpu(), table.cpu())
-    monkeypatch.setattr(embedding, "check_indices", lambda *_: None)  # as on a GPU, where nobody looks
+    monkeypatch.setattr(embedding, "check_indices", lambda *_: None)  # as on a GPU, which checks nothing
     with fastformer.backend("triton"):
         output = transformer_embedding(input_ids, table)
         assert output.isnan().all(-1).tolist() == [[False, True], [True, False]]

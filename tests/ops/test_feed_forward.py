@@ -1,4 +1,4 @@
-"""Feed-forward: both backends and both plans against float64, over activations, gates, dropout, shapes and dtypes."""
+"""Feed-forward: both backends and plans agree with float64, over activations, gates, dropout, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(params=["fused", "library", "torch"])
 def implementation(request: pytest.FixtureRequest):
-    """Each test that takes this runs once by either plan of the kernels, and once in PyTorch."""
+    """Run each test that takes this fixture with each of the two plans of the kernels, and with PyTorch."""
     with use_backend("torch" if request.param == "torch" else "triton"):
         if request.param == "torch":
             yield
@@ -45,7 +45,7 @@ def make(tokens: int, features: int, intermediate: int, gated: bool, biased: boo
 
 
 def dropout_scale(p: float, rows: int, columns: int) -> torch.Tensor | float:
-    """What the next dropout multiplies its elements by, drawn as the operator draws it."""
+    """Return the factors of the next dropout, drawn as the operator draws them."""
     if p == 0.0:
         return 1.0
     seed, offset = torch.randint(0, 2**63 - 1, (2,)).tolist()
@@ -89,7 +89,7 @@ def check(
         same = [scale if isinstance(scale, float) else scale.to(leaves[0].dtype) for scale in scales]
         return reference.feed_forward(*leaves[:-1], activation, leaves[-1], *same)
 
-    # Sums of n terms in float32, in another order than PyTorch's, differ by about sqrt(n) roundings; in 16 bits the one
+    # Float32 sums of n terms, in another order than PyTorch's, differ by about sqrt(n) roundings; in 16 bits the one
     # rounding of the result hides them.
     longest = max(max(t.shape) for t in tensors if t is not None)
     units = longest**0.5 if input.dtype == torch.float32 else 1.0
@@ -151,7 +151,7 @@ def test_any_shape_and_options(
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("tokens", [32, 37])
 def test_operands_read_by_descriptors(gated: bool, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on sm_90 and later: (outer, depth) in memory for the input and weights, (depth, outer) in the backward."""
+    """Operands may be read by descriptors, as on sm_90: (outer, depth) in the forward, (depth, outer) in the backward."""
     tables = fused._CONFIGURATIONS["interpreter"]
     copied = {kernel: replace(choice, descriptors=True) for kernel, choice in tables[4].items()}
     monkeypatch.setitem(fused._CONFIGURATIONS, "interpreter", {4: copied})
@@ -186,7 +186,7 @@ def test_dropout_draws_from_pytorchs_generator() -> None:
 
 
 def test_wider_residual_is_not_rounded(implementation: None, device: torch.device) -> None:
-    """A 16-bit block on a float32 stream, as autocast makes it."""
+    """A 16-bit block adds to a float32 residual without rounding it, as under autocast."""
     tensors = make(6, 8, 16, False, True, torch.bfloat16)
     residual = torch.randn(6, 9, requires_grad=True)
     output = feed_forward(*tensors, residual=residual)
@@ -212,7 +212,7 @@ def test_leading_dimensions_and_no_tokens(implementation: None) -> None:
 
 
 def test_result_may_be_changed_in_place(implementation: None) -> None:
-    """A view for autograd might not, where a hook on a module's output is to do so."""
+    """The result is not a view, which autograd might not let a hook on a module's output change in place."""
     up, down = torch.randn(6, 4, requires_grad=True), torch.randn(5, 6)
     for shape in ((3, 4), (2, 3, 4)):
         output = feed_forward(torch.randn(shape), up, down)

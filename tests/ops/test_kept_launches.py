@@ -1,4 +1,4 @@
-"""Launches are worked out once for each kind of call, and anew where anything but the pointers may differ."""
+"""Launches are worked out once for each kind of call, and again where anything but the pointers may differ."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cpu
 
 
 class Driver:
-    """What a launch asks of Triton's driver."""
+    """A stand-in for Triton's driver, with the methods that a launch calls."""
 
     device = 0
 
@@ -31,7 +31,7 @@ class Driver:
 
 
 class Compiled:
-    """A compiled kernel that notes what it is launched with."""
+    """A compiled kernel that notes the arguments of its launches."""
 
     function, packed_metadata = "function", "packed"
 
@@ -46,7 +46,7 @@ class Compiled:
 
 
 class Kernel:
-    """A Triton function of a pointer, a group of a pointer and a number, a number and a constant."""
+    """A Triton function of a pointer, a tuple of a pointer and a number, a number, and a constant."""
 
     arg_names = ("first", "group", "size", "BLOCK")
 
@@ -110,7 +110,7 @@ def test_one_tensor_given_twice_is_no_kind_of_its_own(kernel: Kernel, monkeypatc
 
 
 def test_a_descriptor_follows_its_tensor(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Triton's launchers read one: what it describes, and where that lies, as a pointer or by `data_ptr`."""
+    """A kept descriptor keeps its shape and takes the next tensor's address, as a pointer and as `data_ptr`."""
 
     @kept_launch
     def launch(matrix: torch.Tensor) -> Launch:
@@ -157,13 +157,13 @@ def test_another_alignment_or_device_is_another_kind(kernel: Kernel, monkeypatch
 
 
 class Devices:
-    """Two GPUs, each kernel's launch on which is noted with the stream and the number of the current one."""
+    """Two GPUs that note each launch with its stream and the number of the current device."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.driver, self.launched, devices = Driver(), [], self
 
         class Guard:
-            """What `torch.cuda.device` does, of which -1 does nothing."""
+            """A stand-in for `torch.cuda.device`, in which -1 does nothing."""
 
             def __init__(self, device: int) -> None:
                 self.device = device
@@ -192,7 +192,7 @@ class Devices:
 
         return launch
 
-    # Of a kernel and of what it was compiled to.
+    # The attributes of a kernel and of its compiled form.
     arg_names, function, packed_metadata = ("pointer",), "function", "packed"
 
     def run(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
@@ -204,7 +204,7 @@ class Devices:
 def test_a_launch_is_on_the_device_that_holds_its_tensor(
     current: int, holds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever is current, the first and each that is kept: on that device's stream and with memory of it."""
+    """First and kept launches use the stream and the memory of their tensor's device, whichever device is current."""
     devices = Devices(monkeypatch)
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: holds)
     monkeypatch.setattr(launching, "_gpu_of", lambda tensor: holds)

@@ -1,4 +1,4 @@
-"""What every launch goes by: the choice for the installed Triton, and the GPU that holds a tensor."""
+"""Every launch uses the choice for the installed Triton, and the GPU that holds its tensor."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_choice_of_the_newest_triton_that_is_no_newer_counts(
 
 
 def on_gpu(index: int) -> Any:
-    """A tensor as far as a launch asks where it is."""
+    """Return a stand-in for a tensor, with only what tells a launch its device."""
     return SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
 
 
@@ -59,7 +59,7 @@ def test_each_tensor_is_served_by_the_gpu_that_holds_it(monkeypatch: pytest.Monk
 def test_the_guard_makes_the_gpu_of_its_tensor_current(
     has_gpu: bool, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That of PyTorch's for -1 does nothing."""
+    """The guard names the GPU of its tensor, or -1, for which PyTorch's guard does nothing."""
     monkeypatch.setattr(launch, "_has_gpu", lambda: has_gpu)
     monkeypatch.setattr(torch.cuda, "device", lambda device: device)
     assert [launch.device_guard(on_gpu(index)) for index in (0, 1)] == expected
@@ -74,7 +74,7 @@ def test_a_tensor_that_a_tool_takes_for_a_gpus_is_launched_without_one(monkeypat
 
 
 def test_kernels_are_launched_in_one_place() -> None:
-    """Where a kernel's launch, `kernel[grid](...)`, stands in the sources."""
+    """The sources have one launch of a kernel, `kernel[grid](...)`, in one file."""
     package = Path(launch.__file__).parent
     launches = [
         (file.relative_to(package).as_posix(), node.func.value.attr)
@@ -111,9 +111,9 @@ def test_every_launch_is_inside_the_guard_of_its_first_tensor(monkeypatch: pytes
 
 # Multiprocessors and MiB of level-2 cache of each architecture's largest product, in the order of their publication:
 # A100, GA102, AD102, H100 SXM, B200, RTX PRO 6000, MI250X (one die), MI300X and MI355X. From the vendors' papers.
-# Multiprocessors are the same in what drivers report: PyTorch's compiler writes, for example,
-# `DeviceProperties(..., multi_processor_count=188, cc=120, ...)` into the kernels it makes, which are public in many
-# places for all but gfx90a and gfx950: those are as in IREE's KnownTargets.cpp, where both dies of MI250X have 220.
+# Drivers report the same multiprocessors. PyTorch's compiler, for example, writes
+# `DeviceProperties(..., multi_processor_count=188, cc=120, ...)` into the kernels it makes. Such kernels are public for
+# all but gfx90a and gfx950: these two are as in IREE's KnownTargets.cpp, where both dies of MI250X have 220.
 PUBLISHED = {
     "sm_80": (108, 40),
     "sm_86": (84, 6),
@@ -135,8 +135,8 @@ def test_sizes_are_the_published_ones() -> None:
     }
 
 
-# NVIDIA's own rules, in a header of which Triton brings a copy. A partition of a multiprocessor's memory is of the next
-# size that there is, or an error.
+# NVIDIA's own rules, in a header that comes with Triton. A partition of a multiprocessor's memory is rounded up to the
+# next possible size; if there is none, that is an error.
 OCCUPANCY = """
 #include <cuda_occupancy.h>
 
@@ -157,13 +157,13 @@ int blocks_per_multiprocessor(int major, int minor) {
     return blocks;
 }
 """
-# What CUDA keeps of a block's shared memory from compute capability 8.0 on.
+# Bytes of a block's shared memory that CUDA keeps for itself from compute capability 8.0 on.
 RESERVED = 1024
 
 
 @pytest.fixture(scope="module")
 def occupancy(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """NVIDIA's rules, compiled."""
+    """The compiled library of NVIDIA's rules."""
     folder = tmp_path_factory.mktemp("occupancy")
     (folder / "occupancy.c").write_text(OCCUPANCY)
     include = Path(triton.__file__).parent / "backends/nvidia/include"
@@ -184,7 +184,7 @@ def test_limits_of_nvidias_are_those_of_its_own_header(name: str, occupancy: cty
 
 @pytest.mark.parametrize("name", [name for name in launch.ARCHITECTURES if name.startswith("gfx")])
 def test_limits_of_amds_are_those_that_pytorch_checks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch has a table where it launches kernels of a user's, since AMD's driver does not tell."""
+    """Limits of AMD's devices are those of PyTorch's table for users' kernels, since AMD's driver reports none."""
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(gcnArchName=name))
     monkeypatch.setattr(torch.cuda._utils, "_get_gpu_runtime_library", lambda: None)
@@ -196,7 +196,7 @@ def test_limits_of_amds_are_those_that_pytorch_checks(name: str, monkeypatch: py
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_limits_agree_with_what_the_cost_model_knows_of_the_devices(name: str) -> None:
-    """A device's products have as many multiprocessors as the largest, or fewer; a block has what the system leaves."""
+    """Products have at most the multiprocessors of the largest, and a block the memory that the system leaves."""
     device, architecture = DEVICES[name], launch.ARCHITECTURES[name]
     assert device.multiprocessors <= architecture.multiprocessors <= 1.2 * device.multiprocessors
     reserved = 0 if name.startswith("gfx") else device.shared_reserved
@@ -220,7 +220,7 @@ def test_limits_agree_with_what_the_cost_model_knows_of_the_devices(name: str) -
 def test_attention_s_class_says_what_decides_its_speed(
     options: dict[str, Any], word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A configuration that was measured for one class of calls is not taken for another."""
+    """A call's class names what decides its speed: configurations measured for one class are not used for another."""
     need_kernels()
     classes: list[tuple[str, ...]] = []
 

@@ -1,4 +1,4 @@
-"""Linear cross-entropy: both backends against float64, over options, shapes and dtypes; and its memory."""
+"""Linear cross-entropy: both backends agree with float64 over options, shapes and dtypes, and keep to their memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def problem(dtype: torch.dtype = torch.float32, rows: int = 13, classes: int = 3
 
 
 def bytes_of_rows(rows: int, classes: int, dtype: torch.dtype) -> int:
-    """A memory budget for just so many rows: each starts at a multiple of 128 bytes."""
+    """Return the memory budget for this number of rows, each of which starts at a multiple of 128 bytes."""
     return rows * -(-classes * dtype.itemsize // 128) * 128
 
 
@@ -58,7 +58,7 @@ def check(tensors: list[Any], options: dict[str, Any], memory_budget: int | None
 
     actual = run(ours, dtype)
     assert actual[0].dtype == torch.float32
-    # A softcap's tanh is a few float32 roundings off, of values up to the cap. In 16 bits that is negligible.
+    # The tanh of a softcap is off by a few float32 roundings of values up to the cap. In 16 bits that is negligible.
     units = 1.0
     if dtype == torch.float32:
         units += 4.0 * (options.get("softcap") or 0.0)
@@ -82,13 +82,13 @@ def test_matches_float64(backend: str, dtype: torch.dtype, reduction: str, optio
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_few_and_many_logits(backend: str, reduction: str) -> None:
-    """Few of them, without a budget, are all held at once on a CPU; many are not."""
+    """Few and many logits give the right loss; without a budget, a CPU holds only few of them all at once."""
     check(problem(), {"reduction": reduction, "label_smoothing": 0.1}, memory_budget=None)
     check(problem(rows=90, classes=3000), {"reduction": reduction}, memory_budget=None)
 
 
 def test_large_logits_keep_the_probabilities_accurate(backend: str) -> None:
-    """Probabilities of a log-sum-exp rounded to float32 are off by its magnitude, here over 100, in units."""
+    """Probabilities stay accurate: from a float32 log-sum-exp above 100 they would be off by over 100 units."""
     torch.manual_seed(3)
     leaves = [torch.randn(32, 48, dtype=torch.float64) * 30, torch.randn(500, 48, dtype=torch.float64) / 48**0.5]
     target = torch.arange(32) * 7 % 500
@@ -181,7 +181,7 @@ def test_no_rows(backend: str, reduction: str) -> None:
 def test_holds_no_more_logits_than_its_budget(
     backend: str, budget: int, most_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row of 301 float32 logits takes 1,280 bytes, a multiple of 128. All chunks share one place."""
+    """A chunk has only the rows that fit, here of 1,280 bytes for 301 float32 logits; chunks share their memory."""
     held: list[tuple[int, int]] = []
     project = torch.addmm
 

@@ -1,4 +1,4 @@
-"""One rule for NaN: one that a row may see makes the row NaN; what it may not see does not exist."""
+"""The rule for NaN: a NaN that a row may see makes the row NaN, and one that it may not see has no effect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
 def visible_part(queries: int, keys: int, masked: str) -> tuple[dict[str, Any], Tensor]:
-    """Options of a call that hide keys, and which key each query sees."""
+    """Return options of a call that hide keys, and a mask of the keys that each query sees."""
     row, column = torch.arange(queries)[:, None], torch.arange(keys)
     distance = column - row - (keys - queries)
     shown = (row * 7 + column * 5) % 3 > 0
@@ -43,7 +43,7 @@ def visible_part(queries: int, keys: int, masked: str) -> tuple[dict[str, Any], 
     return cases[masked]
 
 
-# In the interpreter, which takes long, few sizes stand for all.
+# The interpreter is slow and gets few sizes.
 @pytest.mark.parametrize(
     "strange, keys, backend",
     [(NAN, 3, "torch"), (NAN, 40, "torch"), (INFINITY, 40, "torch"), (NAN, 3, "triton"), (INFINITY, 3, "triton")],
@@ -67,7 +67,7 @@ def test_attention(masked: str, which: str, strange: float, keys: int, backend: 
     affected[0] = sees.any(1) & (torch.arange(queries) == row) if which == "query" else sees[:, place]
 
     def run(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The output, and gradients of a loss of the rows that nothing strange is to reach."""
+        """Return the output, and the gradients of a loss of the rows that the NaN or infinity must not reach."""
         leaves = [tensor.clone().requires_grad_() for tensor in tensors]
         with fastformer.backend(backend):
             output = fastformer.attention(*leaves, **options, ignore_masked_nan=True)
@@ -78,12 +78,12 @@ def test_attention(masked: str, which: str, strange: float, keys: int, backend: 
     found, gradients = run(spoilt)
     expected, wanted = run(tensors)
     torch.testing.assert_close(found[~affected], expected[~affected], rtol=2e-5, atol=2e-5)
-    if strange != strange:  # one key of infinite products takes all the weight, or none
+    if strange != strange:  # an infinite key only takes all of the weight, or none
         columns = found[affected][:, 3] if which == "value" else found[affected]
         assert columns.isnan().all()
     if which == "value":
         assert not found[affected].isfinite().all(-1).any() or not affected.any()
-    # Rows that see it have gradients that are NaN, and so have the keys that these see.
+    # The gradients of rows that see it are NaN, and so are those of all keys that these rows see.
     torch.testing.assert_close(gradients[0][~affected], wanted[0][~affected], rtol=2e-4, atol=2e-5)
     spared = ~(affected[:, :, None] & sees).any(1)
     for found_gradient, wanted_gradient in zip(gradients[1:], wanted[1:], strict=True):
@@ -123,7 +123,7 @@ def test_a_negative_scale_and_one_that_is_nan(queries: int, keys: int, backend: 
 
 @pytest.mark.parametrize("dtype, head_dim", [(torch.float64, 16), (torch.float32, 288)])
 def test_what_pytorch_computes(dtype: torch.dtype, head_dim: int) -> None:
-    """Float64, and heads wider than the operator's."""
+    """The rule holds where PyTorch computes: in float64, and for heads wider than the operator takes."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 1, n, head_dim, dtype=dtype) for n in (3, 5, 5))
     shown = torch.tensor([True] * 4 + [False])
@@ -186,7 +186,7 @@ def test_a_row_that_sees_nothing_beside_one_that_sees_a_nan(backend: str) -> Non
 @pytest.mark.parametrize("which", ["key", "value"])
 @pytest.mark.parametrize("masked", ["causal", "mask", "bias", "window"])
 def test_derivatives_of_higher_order(masked: str, which: str) -> None:
-    """Of rows that do not see it, in forward mode and twice backwards."""
+    """Higher derivatives of rows that do not see the NaN are right, in forward mode and twice backward."""
     options, sees = visible_part(4, 6, masked)
     torch.manual_seed(0)
     tensors = [torch.randn(1, 2, n, 8) for n in (4, 6, 6)]
@@ -218,7 +218,7 @@ def test_decoding(keys: int, backend: str) -> None:
     lengths = torch.tensor([keys, keys], dtype=torch.int32)
     with fastformer.backend(backend):
         expected = fastformer.decode_attention(query, key, value, lengths=lengths)
-        key[:, :, keys:], value[:, :, keys:] = NAN, NAN  # what nobody has written yet
+        key[:, :, keys:], value[:, :, keys:] = NAN, NAN  # slots that are not written yet
         query[0, 1, 0, 5] = NAN
         found = fastformer.decode_attention(query, key, value, lengths=lengths)
     assert found[0, 1].isnan().all()
@@ -227,7 +227,7 @@ def test_decoding(keys: int, backend: str) -> None:
 
 
 def test_decoding_of_several_queries() -> None:
-    """On a CPU; on a GPU a later token's value reaches all, as in `attention` without ignore_masked_nan."""
+    """A NaN reaches only the queries that see it, on a CPU; on a GPU it reaches all, without ignore_masked_nan."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, n, 64) for n in (3, 9, 9))
     lengths = torch.tensor([9], dtype=torch.int32)
@@ -374,7 +374,7 @@ def test_a_part_without_keys(backend: str) -> None:
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_smallest_number_as_a_mask(dtype: torch.dtype, backend: str) -> None:
-    """Beside other keys it hides one. A row of it alone sees all, but for kernels nothing: both are finite."""
+    """The smallest number hides a key among others. A row full of it is finite, whether it sees all keys or none."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 5, 16).unbind()
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]

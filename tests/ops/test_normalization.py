@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: both backends against float64, over shapes, strides, dtypes and residuals."""
+"""LayerNorm and RMSNorm: both backends are compared with float64, over shapes, strides, dtypes and residuals."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def fused(
     keep: torch.Tensor | None,
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normalised value and the sum, in plain PyTorch; LayerNorm where there is a bias."""
+    """Return the normalised value and the sum, in plain PyTorch; the norm is LayerNorm where there is a bias."""
     total = x if input_bias is None else x + input_bias
     if keep is not None:
         total = total * keep / (1.0 - dropout_p)
@@ -160,8 +160,8 @@ def check_fused(
     actual, pytorch = run(own, None), run(plain, None)
     sum_dtype = dtype if residual_dtype is None else torch.promote_types(dtype, residual_dtype)
     for index, (a, p, e) in enumerate(zip(actual, pytorch, exact, strict=True)):
-        # Up to six roundings of the sum and, in float32, six of the norm (see `check`), by half a unit each; the sum's
-        # unit is its own dtype's, also where it reaches a float32 gradient.
+        # Up to six roundings of the sum and, in float32, six of the norm (see `check`), by half a unit each. The unit
+        # of the sum is that of its own dtype, also where the sum enters a float32 gradient.
         units = 6.0 * max(1.0, torch.finfo(sum_dtype).eps / torch.finfo(a.dtype).eps)
         assert_as_accurate(str(index), a, p.to(a.dtype), e, scale=units * max(1.0, e.abs().max().item()))
 
@@ -216,7 +216,7 @@ def test_only_the_sum_is_used(backend: str) -> None:
 
 
 def test_a_sum_that_nobody_asks_for_is_not_kept(backend: str) -> None:
-    """It would cost a write of all rows: it is kept where a backward may need it, and nowhere else."""
+    """The sum, a write of all rows, is kept only where it is asked for or a backward may need it."""
     kept = []
 
     class Calls(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""What PyTorch sees of an operator, whichever way a call takes."""
+"""PyTorch's modes, subclasses, autograd, vmap and compiler see each operator, whichever way a call takes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def attention(x: Tensor) -> Tensor:
     return output[0]
 
 
-# In ways that PyTorch's own functions do not serve.
+# Calls with options that PyTorch's own functions lack.
 def norm(x: Tensor) -> Tensor:
     return fastformer.rms_norm(x, (x.shape[-1],), x[0, 0])
 
@@ -169,7 +169,7 @@ def test_numbers_that_the_compiler_keeps_as_symbols() -> None:
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm", "feed_forward", "linear_cross_entropy", "embedding"])
 def test_the_gradient_of_a_mapped_call(kind: str, x: Tensor) -> None:
-    # What is mapped does not say that it needs a gradient.
+    # A mapped tensor does not report that it requires a gradient.
     other, weight = torch.randn(2, 5, 8), torch.randn(8, 8)
     ids = torch.arange(10).view(2, 5) % 8
     functions: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -213,7 +213,7 @@ def test_a_function_mode_sees_the_operator(name: str, x: Tensor) -> None:
 
 
 class Doubled(Tensor):
-    """Stands for twice its values, and is told of every operator."""
+    """A tensor that stands for twice its values, and handles every operator."""
 
     values: Tensor
 
@@ -233,7 +233,7 @@ def test_a_subclass_has_its_own_dispatch(x: Tensor) -> None:
 def test_autograd_knows_what_an_operator_changed(x: Tensor) -> None:
     @operator("fastformer_test::increase", mutates_args=("x", "other"))
     def increase(x: Tensor, other: Tensor | None) -> None:
-        x.numpy()[:] += 1  # nothing that autograd sees
+        x.numpy()[:] += 1  # autograd does not see it
 
     leaf = torch.randn(2, 5, 8, requires_grad=True)
     saved = leaf * x

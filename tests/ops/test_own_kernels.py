@@ -11,19 +11,19 @@ import fastformer
 from fastformer.registry import OPERATORS, Make
 
 CPU = torch.device("cpu")
-# The first has its gradients from the forward, the second has only products of small factors.
+# Operators without a backward kernel: the first gets its gradients in the forward, the second has small products.
 NO_KERNEL_BACKWARD = {"linear_cross_entropy", "merge_attention"}
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that the interpreter has run."""
+    """The list of the kernels that the interpreter has run, by name."""
     names: list[str] = []
     run = GridExecutor.__call__
 
     def record(executor: GridExecutor, *arguments: object, **options: object) -> object:
         names.append(executor.fn.__name__)
-        # The interpreter takes any number; a GPU, 1,024 threads.
+        # The interpreter accepts any number of warps; a GPU has at most 1,024 threads in a block.
         assert options.get("num_warps", 4) in (1, 2, 4, 8, 16, 32)
         return run(executor, *arguments, **options)
 

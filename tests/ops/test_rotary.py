@@ -1,4 +1,4 @@
-"""Rotary embedding: both backends against complex float64, over layouts, shapes, strides, dtypes and positions."""
+"""Rotary embedding: both backends agree with complex float64, over layouts, shapes, strides, dtypes and positions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Llama's and GPT-J's way, in x's dtype; cos and sin (..., tokens, pairs)."""
+    """Rotate as Llama and GPT-J do, in the dtype of x, with cos and sin (..., tokens, pairs)."""
     pairs = cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     turning, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
@@ -33,7 +33,7 @@ def plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bo
 def check(
     query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, rotary_dim: int, interleaved: bool, **options: Any
 ) -> None:
-    """`positions` is (batch or 1, sequence) or (total_tokens,), what the options are to amount to."""
+    """Fail unless accurate; the options mean these `positions`, (batch or 1, sequence) or (total_tokens,)."""
     frequencies = here(rotary_frequencies(rotary_dim))
     cos, sin = rotary_table(frequencies, 40)
     angles = positions.double()[..., None] * frequencies
@@ -171,7 +171,7 @@ def test_position_outside_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     with fastformer.backend("torch"), pytest.raises(IndexError, match=r"positions must be from 0 to 4.*got -1 to 5"):
         rotary(on_cpu[0], None, *on_cpu[1:3], position_ids=on_cpu[3])
     module = importlib.import_module("fastformer.ops.rotary")
-    monkeypatch.setattr(module, "check_indices", lambda *_: None)  # as on a GPU, where nobody looks
+    monkeypatch.setattr(module, "check_indices", lambda *_: None)  # as on a GPU, which checks nothing
     with fastformer.backend("triton"):
         rotated, _ = rotary(x, None, cos, sin, position_ids=position_ids)
     assert rotated[0, 0, :, :4].isnan().all(1).tolist() == [False, True, True]
@@ -188,7 +188,7 @@ def test_empty(backend: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("empty", ["query", "key"])
 def test_one_of_the_two_is_empty(backend: str, empty: str) -> None:
-    """The other is rotated all the same."""
+    """If query or key is empty, the other is still rotated."""
     cos, sin = rotary_table(rotary_frequencies(4), 5)
     full, nothing = torch.randn(2, 1, 3, 4), torch.empty(2, 0, 3, 4)
     pair = (nothing, full) if empty == "query" else (full, nothing)

@@ -1,4 +1,4 @@
-"""Softmax and log-softmax: both backends against float64, over shapes, strides, dtypes, masks and scales."""
+"""Softmax and log-softmax: both backends are compared with float64, over shapes, strides, dtypes, masks and scales."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INFINITY = float("inf")
 
 
 def check(input: torch.Tensor, dim: int, log: bool = False, inplace: bool = False, **options: Any) -> None:
-    """Compare output and gradients, the mask's included, with the reference in float64 and in input's own dtype."""
+    """Compare output and gradients, also the mask's, with the reference in float64 and in the dtype of `input`."""
     causal, alignment = options.get("causal", False), options.get("alignment", "bottom_right")
     keys = input.shape[dim]
     queries = input.shape[-2 if dim % input.dim() == input.dim() - 1 else -1] if input.dim() > 1 else 1
@@ -41,7 +41,7 @@ def check(input: torch.Tensor, dim: int, log: bool = False, inplace: bool = Fals
             assert not inplace or y is given
         else:
             y = reference.softmax(x, dim, mask=mask, **plain)
-        # What has no probability has no gradient, and log-softmax's -inf must not meet a zero.
+        # An element without probability has no gradient, and the -inf of log-softmax must not be multiplied by zero.
         return [
             y.detach(),
             *torch.autograd.grad(y.masked_fill(y.detach() == -INFINITY, 0.0), leaves, grad_output.to(dtype)),
@@ -56,8 +56,8 @@ def check(input: torch.Tensor, dim: int, log: bool = False, inplace: bool = Fals
         if name == "grad_input":
             units *= max(1.0, abs(plain["scale"]))
         if name == "grad_mask":
-            # The probabilities are rounded, each by half a unit of itself: what that leaves of sum y (dy - sum y dy),
-            # zero in exact numbers, adds up over the rows that share an element of the mask.
+            # Each probability is rounded by half a unit of itself. The sum of y (dy - sum y dy), which is zero in exact
+            # numbers, then leaves an error, which adds up over the rows that share an element of the mask.
             units *= 1 if e.shape == input.shape else input.numel() // keys
         assert_as_accurate(name, a, p, e, scale=units * max(1.0, e.abs().max().item()))
 
@@ -153,8 +153,8 @@ def test_dtype_is_pytorchs(backend: str, log: bool, given: torch.dtype, wanted: 
     torch.testing.assert_close(actual, expected, atol=unit, rtol=unit)
     if given.is_floating_point:
         gradients = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in (actual, expected)]
-        # Each of nine terms is rounded by half a unit, in either way of computing them; where a weight nears 1 they
-        # cancel, so that the error is a share of the terms, dy and the weight times the sum of dy, not of what is left.
+        # Each of nine terms is rounded by half a unit, in both computations. Where a weight is near 1 the terms cancel:
+        # the error is relative to the terms, dy and the weight times the sum of dy, not to their difference.
         weights, dy = F.softmax(x.detach().float(), -1), 2 * expected.detach().float().abs()
         terms = (
             dy + weights * dy.sum(-1, keepdim=True) if log else weights * (dy + (dy * weights).sum(-1, keepdim=True))

@@ -1,4 +1,4 @@
-"""Attention: both backends against the float64 reference, every feature together with every other."""
+"""Attention: both backends are compared with the float64 reference, with features in any combination."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from fastformer.ops.attention.attention import checked_arguments
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 GPU = torch.cuda.is_available()
-# Twice what the log-sum-exp of PyTorch's kernel for 16 bits on a CPU errs by: its exponentials have 14 bits.
+# Twice the error of the log-sum-exp of PyTorch's 16-bit kernel on a CPU, whose exponentials have 14 bits.
 FLASH_LSE = 1.2e-4
 
 
 def run(function: Any, tensors: list[torch.Tensor], options: dict[str, Any], weights: list[torch.Tensor]) -> list[Any]:
-    """Output, log-sum-exp and the gradient of every differentiable argument, for a loss that uses both results."""
+    """Return output, log-sum-exp and every gradient, for a loss that uses both results."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     learned = {name: options[name].detach().requires_grad_() for name in learned_in(options)}
     output, lse = function(*leaves, **{**options, **learned})
@@ -44,7 +44,7 @@ def run(function: Any, tensors: list[torch.Tensor], options: dict[str, Any], wei
 
 
 def check(tensors: list[torch.Tensor], options: dict[str, Any], dropout_seed: int = 0) -> None:
-    """Both backends obey the rule of accuracy on this call."""
+    """Fail unless both backends obey the rule of accuracy on this call."""
     query, _, value = tensors
     weights = [torch.randn(*query.shape[:-1], value.shape[-1]), torch.randn(query.shape[:-1])]
     plain = dict(options)
@@ -54,7 +54,7 @@ def check(tensors: list[torch.Tensor], options: dict[str, Any], dropout_seed: in
         plain["keep"] = reference.dropout_keep(*state, options["dropout_p"], (*query.shape[:3], tensors[1].shape[2]))
     exact = run(reference.attention, [t.double() for t in tensors], as_dtype(plain, torch.float64), weights)
     pytorch = run(reference.attention, tensors, as_dtype(plain, query.dtype), weights)
-    # The log-sum-exp is float32 whatever the dtype, and has to be as good as that.
+    # The log-sum-exp is float32 for any dtype, and must be as accurate as float32.
     pytorch[1] = reference.attention(*(t.float() for t in tensors), **as_dtype(plain, torch.float32))[1]
     names = result_names(options)
     wanted = dict(zip(names, exact, strict=True))
@@ -76,14 +76,14 @@ def with_lse(*tensors: torch.Tensor, **options: Any) -> Any:
     return attention_function(*tensors, return_lse=True, **options)
 
 
-# Around the borders of the interpreter's tiles, of 16 queries and 16 keys, and every distance that reaches over two.
+# Lengths around the borders of the interpreter's tiles, 16 queries and 16 keys, and extents of up to two tiles.
 LENGTHS = [15, 16, 17, 32, 33]
 EXTENTS = st.integers(0, 33)
 
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Whole configurations: shapes, strides, dtypes and any subset of the features, often at the borders of tiles."""
+    """Draw a whole call: shapes, strides, dtypes and any subset of the features, often at the borders of tiles."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(DTYPES))
     batch, kv_heads, group = draw(st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 3), (1, 2, 2), (2, 2, 3)]))
@@ -138,7 +138,7 @@ def calls(draw: st.DrawFn) -> tuple[list[torch.Tensor], dict[str, Any]]:
 
 @st.composite
 def configurations(draw: st.DrawFn) -> dict[str, launch.AttentionConfiguration]:
-    """Ways to walk over tiles, and their sizes."""
+    """Draw a way to walk over tiles, and the sizes of the tiles."""
     sizes, switches = st.sampled_from([16, 32]), st.booleans()
     return {
         operation: dataclasses.replace(
@@ -152,13 +152,13 @@ def configurations(draw: st.DrawFn) -> dict[str, launch.AttentionConfiguration]:
     }
 
 
-# The first example of a part is its simplest.
+# The first example of each part is its simplest.
 PARTS = 8
 
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_any_combination_matches_float64(part: int, request: pytest.FixtureRequest) -> None:
-    """`pytest --cases N` draws N configurations in all."""
+    """Any combination of features obeys the rule of accuracy; `pytest --cases N` draws N of them in all."""
     cases = -(-request.config.getoption("cases") // PARTS)
 
     @seed(part)
@@ -184,7 +184,7 @@ PAIRS = [(17, 33), (33, 16), (16, 32)]
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
 @pytest.mark.parametrize("border", BORDERS)
 def test_every_border(backend: str, border: str, alignment: str) -> None:
-    """Every extent against lengths around the borders of tiles, packed into one call."""
+    """A border of any extent is exact for lengths around the borders of tiles, packed into one call."""
     queries, keys = torch.tensor(PAIRS).unbind(1)
     cu_q, cu_k = (F.pad(lengths.cumsum(0), (1, 0)).int() for lengths in (queries, keys))
     leaves = [torch.randn(int(cu[-1]), 1, 4, requires_grad=True) for cu in (cu_q, cu_k, cu_k)]
@@ -209,7 +209,7 @@ def test_every_border(backend: str, border: str, alignment: str) -> None:
 
 
 def allowed_pairs(key: torch.Tensor, query: torch.Tensor, border: str, extent: int) -> torch.Tensor:
-    """Which keys each query sees by their positions alone."""
+    """Return a mask of the keys that each query sees by their positions alone."""
     if border == "chunk":
         return key.div(extent + 1, rounding_mode="floor") == query.div(extent + 1, rounding_mode="floor")
     if border == "prefix":
@@ -287,7 +287,7 @@ def test_whole_tiles_alone_and_one_key_less(options: dict[str, Any], missing: in
 def test_tensor_descriptors(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     described = dataclasses.replace(launch._INTERPRETER, descriptors=True)
     monkeypatch.setattr(launch, "_INTERPRETER", described)
-    # The interpreter lacks a descriptor's addition, by which dQ adds up in the other mode.
+    # Outside deterministic mode dQ is summed by a descriptor's addition, which the interpreter lacks.
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     torch.manual_seed(0)
     tensors = [torch.randn(1, heads, size, 24).half() for heads, size in ((2, 37), (1, 41), (1, 41))]
@@ -435,7 +435,7 @@ def test_drop_in_for_pytorch(backend: str, shapes: tuple[tuple[int, ...], ...], 
 
 
 def test_documented_examples() -> None:
-    """PyTorch's examples of its own function: plain, and with grouped queries."""
+    """PyTorch's documented examples of its function give the same here: plain, and with grouped queries."""
     torch.manual_seed(0)
     query, key, value = (torch.rand(32, 8, 128, 64, dtype=torch.float16) for _ in range(3))
     actual, expected = (f(query, key, value) for f in (scaled_dot_product_attention, F.scaled_dot_product_attention))
@@ -454,7 +454,7 @@ def test_documented_behaviours(backend: str) -> None:
     torch.testing.assert_close(scaled_dot_product_attention(q, k, v, is_causal=True)[0, 0, 0], v[0, 0, 0])
     with pytest.raises(ValueError, match="attn_mask must be None when is_causal=True"):
         scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(3, 5, dtype=torch.bool), is_causal=True)
-    # True takes part, and a floating mask is added; both broadcast.
+    # A boolean mask is True where a key takes part, a floating mask is added, and both broadcast.
     mask = torch.tensor([True, False, True, False, True])
     additive = torch.zeros(5).masked_fill(~mask, float("-inf"))
     for attn_mask in (mask.expand(3, 5), mask[None], additive[None]):
@@ -463,7 +463,7 @@ def test_documented_behaviours(backend: str) -> None:
     # A row that may attend to nothing is zero, never NaN.
     nothing = scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(3, 5, dtype=torch.bool))
     assert torch.equal(nothing, torch.zeros_like(nothing))
-    # A NaN that takes part shows.
+    # A NaN that takes part makes the output NaN.
     v[0, 0, 0] = float("nan")
     assert scaled_dot_product_attention(q, k, v).isnan().all()
 
@@ -546,7 +546,7 @@ def test_refuses_what_it_cannot_do(arguments: Any, options: dict[str, Any], erro
         attention(*arguments, **options)
 
 
-# (batch, heads, queries, keys) of the calls below, and of each argument that goes by them the sizes it must have.
+# (batch, heads, queries, keys) of the calls below, and the shape that each argument must then have.
 SIZES = (2, 4, 5, 6)
 SHAPES: dict[str, tuple[int, ...]] = {
     "mask": SIZES,
@@ -572,7 +572,7 @@ def test_a_wrong_size_in_any_dimension_is_named(backend: str, name: str, dimensi
     shape[dimension] = {"one more": shape[dimension] + 1, "twice": 2 * shape[dimension], "half": shape[dimension] // 2}[
         size
     ]
-    # What broadcasts is right, and so is a table with another reach.
+    # A size of 1 that broadcasts is accepted, and so is a table with another reach.
     right = name in ("mask", "bias") and shape[dimension] == 1
     right = right or (name == "relative_bias" and dimension == 1 and shape[dimension] % 2 == 1)
     argument = torch.zeros(shape, dtype=torch.int32 if name.endswith("lengths") else torch.float32)
@@ -588,7 +588,7 @@ def test_a_wrong_size_in_any_dimension_is_named(backend: str, name: str, dimensi
 @pytest.mark.parametrize("dimension", range(4))
 @pytest.mark.parametrize("leading", range(4))
 def test_a_mask_of_torch_s_with_a_wrong_size_is_refused(backend: str, dimension: int, leading: int) -> None:
-    """As F.scaled_dot_product_attention refuses it, with any number of leading dimensions left out."""
+    """A mask of a wrong size is refused as PyTorch refuses it, with any number of leading dimensions left out."""
     batch, heads, queries, keys = SIZES
     query, key = torch.zeros(batch, heads, queries, 8), torch.zeros(batch, heads, keys, 8)
     shape = list(SIZES)

@@ -1,4 +1,4 @@
-"""Appending to a cache: both backends against plain loops in float64, contiguous and paged, with rotary embedding."""
+"""Appending to a cache, contiguous or paged, with rotary embedding: both backends and plain loops in float64 agree."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rotary_tables(positions: int, rotary_dim: int) -> tuple[torch.Tensor, torch.
 def rotate(
     x: torch.Tensor, first: int, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, dtype: torch.dtype
 ) -> torch.Tensor:
-    """(heads, tokens, head_dim) at positions from `first`, pair by pair, in `dtype`."""
+    """Rotate (heads, tokens, head_dim) at positions from `first`, pair by pair, in `dtype`."""
     pairs = cos.shape[1]
     rotated = x.to(dtype, copy=True)
     for pair in range(pairs):
@@ -45,7 +45,7 @@ def rotate(
 
 @st.composite
 def calls(draw: st.DrawFn) -> dict[str, Any]:
-    """Shapes, strides, dtypes, lengths, pages and rotary embeddings."""
+    """Draw shapes, strides, dtypes, lengths, pages and rotary embeddings."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(DTYPES))
     batch, kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
@@ -90,7 +90,7 @@ def check(
     interleaved: bool,
     page_size: int,
 ) -> None:
-    """Both backends and both layouts store what they should where they should, and touch nothing else."""
+    """Fail unless both backends store the right numbers in the right places of both layouts, and touch nothing else."""
     (batch, kv_heads, tokens, _), capacity = key.shape, 50
     counts = [tokens] * batch if new_lengths is None else new_lengths
     tables = rotary_tables(capacity, rotary_dim)
@@ -138,7 +138,7 @@ def empty_caches(
     lengths: list[int],
     counts: list[int],
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], Any]:
-    """Two caches full of sevens, the block table, and what reads a cache as (batch, kv_heads, capacity, head_dim)."""
+    """Make two caches of sevens, a block table, and a function: cache -> (batch, kv_heads, capacity, head_dim)."""
     batch, kv_heads = key.shape[:2]
     if page_size is None:
         shape = (batch, capacity, kv_heads)
@@ -157,7 +157,7 @@ def empty_caches(
 @pytest.mark.quick
 @pytest.mark.parametrize("paged", [False, True])
 def test_generation_is_causal_attention(backend: str, paged: bool) -> None:
-    """A prompt with padding, then single and several tokens a step: the rows of attention over the whole sequences."""
+    """A padded prompt, then steps of one or several tokens, give the rows of attention over whole sequences."""
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 24, 8), torch.randn(2, 2, 24, 8), torch.randn(2, 2, 24, 8)
     cos, sin = rotary_tables(24, 8)

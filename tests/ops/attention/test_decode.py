@@ -1,4 +1,4 @@
-"""Decode attention: both backends against float64, contiguous and paged, over features, lengths, strides and splits."""
+"""Decode attention: both backends and float64 agree for caches, features, lengths, strides and splits of any kind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def int32(values: list[int]) -> torch.Tensor:
 
 
 def pages_of(cache: torch.Tensor, lengths: list[int], page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same keys in shuffled pages, and their block table; garbage wherever no key is."""
+    """Return the same keys in shuffled pages, and their block table, with garbage wherever there is no key."""
     batch, kv_heads, capacity, head_dim = cache.shape
     per_sequence = -(-capacity // page_size)
     torch.manual_seed(per_sequence)
@@ -44,7 +44,7 @@ def expected(
     options: dict[str, Any],
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference in `dtype`, each sequence alone; padding queries give zeros."""
+    """The reference in `dtype`, computed for each sequence alone; padding queries give zeros."""
     query, key, value = tensors
     outputs, lses = [], []
     for sequence, (length, queries) in enumerate(zip(lengths, query_lengths, strict=True)):
@@ -79,14 +79,14 @@ def check(
     splits: int | None = None,
     page_size: int = 16,
 ) -> None:
-    """Both backends and both layouts of the cache obey the rule of accuracy on this call."""
+    """Fail unless both backends obey the rule of accuracy on this call, with both layouts of the cache."""
     query, key, value = tensors
     options = {"causal": True, **options}
     counts = [query.shape[2]] * query.shape[0] if query_lengths is None else query_lengths
     exact, exact_lse = expected(tensors, lengths, counts, options, torch.float64)
     pytorch, pytorch_lse = expected(tensors, lengths, counts, options, query.dtype)
     finite = torch.isfinite(exact_lse)
-    # As in the tests of attention: float32 exponents err by a unit of their magnitude, sums of n terms by sqrt(n).
+    # As in the tests of attention: a float32 exponent errs by a unit of its magnitude, a sum of n terms by sqrt(n).
     largest = max([1.0, *exact_lse[finite].abs().tolist()])
     unit = (1.0 + largest) * max(key.shape) ** 0.5 if query.dtype == torch.float32 else 1.0
     key_pages, table = pages_of(key, lengths, page_size)
@@ -111,7 +111,7 @@ def check(
 
 @st.composite
 def calls(draw: st.DrawFn) -> dict[str, Any]:
-    """Whole configurations: shapes, strides, dtypes, lengths, pages, splits and any subset of the features."""
+    """Draw a whole call: shapes, strides, dtypes, lengths, pages, splits and any subset of the features."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(DTYPES))
     batch, kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 5))
@@ -199,7 +199,7 @@ def test_pages_outside_the_window_may_be_gone(backend: str) -> None:
 @pytest.mark.cpu
 @pytest.mark.parametrize("chunk", [1 << 20, 64])
 def test_pages_taken_together_or_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU; four query heads of two kv heads, of one sequence and of several."""
+    """On a CPU pages give the same in any chunks, for four query heads on two kv heads and one or several sequences."""
     monkeypatch.setattr(importlib.import_module("fastformer.ops.attention.decode"), "CHUNK_ELEMENTS", chunk)
     torch.manual_seed(0)
     for lengths in ([37], [37, 0, 37, 5]):
@@ -213,7 +213,7 @@ def test_pages_taken_together_or_in_chunks(chunk: int, monkeypatch: pytest.Monke
 @pytest.mark.cpu
 @pytest.mark.parametrize(("key_step", "value_step"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_caches_with_any_stride_within_a_token(key_step: int, value_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's flash attention, which reads neighbouring elements, gets only caches that have them."""
+    """Strided caches are right: PyTorch's flash attention gets only those whose elements are next to each other."""
     module = importlib.import_module("fastformer.ops.attention.decode")
     flash, called = module._decode_flash, []
     monkeypatch.setattr(module, "_decode_flash", lambda *arguments: called.append(1) or flash(*arguments))

@@ -1,4 +1,4 @@
-"""Merging attention over parts of the keys, and its gradients."""
+"""Attention over parts of the keys is merged exactly, and so are its gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def merged(outputs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The formula, in the dtype of `lses`."""
+    """Merge by the formula, in the dtype of `lses`."""
     lse = torch.logsumexp(lses, 0)
     return (torch.softmax(lses, 0)[..., None] * outputs).sum(0).to(outputs.dtype), lse
 
@@ -49,14 +49,14 @@ def test_matches_float64(parts: int, rows: list[int], head_dim: int, dtype: torc
         with fastformer.backend(backend):
             actual = run(merge_attention, dtype, torch.float32)
         for name, a, p, e in zip(("output", "lse", "grad_outputs", "grad_lses"), actual, pytorch, exact, strict=True):
-            # The gradient reaches float32 from a loss summed over products in the dtype of the outputs.
+            # This float32 gradient comes from products that were rounded to the dtype of the outputs.
             coarser = torch.finfo(dtype).eps / torch.finfo(a.dtype).eps if name == "grad_lses" else 1.0
             magnitude = max(1.0, e.abs().max().item(), grads[0].abs().sum(-1).max().item() * (name == "grad_lses"))
             assert_as_accurate(f"{backend} {name}", a, p, e, scale=coarser * magnitude)
 
 
 def test_large_log_sum_exps_keep_the_weights_accurate(backend: str) -> None:
-    """Exponents in base 2 rounded before the maximum is subtracted would be off by their magnitude in units."""
+    """Weights are accurate: base-2 exponents rounded before the maximum is subtracted would be off by many units."""
     torch.manual_seed(0)
     outputs, lses = torch.randn(4, 32, 16), torch.randn(4, 32) + 1000
     exact, pytorch = merged(outputs.double(), lses.double()), merged(outputs, lses)

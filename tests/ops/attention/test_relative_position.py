@@ -1,4 +1,4 @@
-"""T5's relative-position bias from its table, never formed for every pair of tokens."""
+"""T5's relative-position bias comes from its table, and is never formed for every pair of tokens."""
 
 from __future__ import annotations
 

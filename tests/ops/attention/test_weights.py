@@ -1,4 +1,4 @@
-"""Attention weights on demand: those that the float64 reference gives, for any heads and rows."""
+"""Attention weights on demand are those of the float64 reference, for any heads and rows."""
 
 from __future__ import annotations
 
