@@ -1,4 +1,4 @@
-"""The reference of attention a block of queries at a time, for sequences whose whole scores would not fit."""
+"""The reference of attention, one block of queries at a time, for sequences whose scores would not fit in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastformer.ops import attention
 from fastformer.ops.attention.dropout import dropout_keep
 from fastformer.ops.dropout import draw_seed
 
-# Scores of a block: 256 MiB in float64, of which autograd keeps some ten.
+# Scores of a block: 256 MiB in float64. Autograd keeps about ten tensors of this size.
 ELEMENTS = 1 << 25
 Results = dict[str, Tensor]
 
@@ -25,11 +25,11 @@ Results = dict[str, Tensor]
 def judge_attention(
     tensors: list[Tensor], options: dict[str, Any], precision_name: str, ends: list[int] | None = None
 ) -> None:
-    """The call, dense or packed, and every gradient obey the rule of accuracy in a precision of `DTYPES`.
+    """Fail unless a dense or packed call and its gradients obey the rule of accuracy in a precision of `DTYPES`.
 
     Args:
         tensors: query, key and value in float32; packed (total_tokens, heads, head_dim) with `ends`.
-        options: the call's others; what of them is learned, which packed sequences have nothing of, has a gradient too.
+        options: the call's other arguments. Those that are learned get a gradient too; packed calls must have none.
         ends: the boundaries of packed sequences.
     """
     with precision(precision_name) as dtype:
@@ -45,7 +45,7 @@ def judge_attention(
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """(total_tokens, heads, head_dim) as (1, heads, tokens, head_dim)."""
+    """View (total_tokens, heads, head_dim) as (1, heads, tokens, head_dim)."""
     return tensor if tensor.dim() == 4 else tensor.transpose(0, 1)[None]
 
 
@@ -58,7 +58,7 @@ def _output_grads(tensors: list[Tensor], packed: bool) -> list[Tensor]:
 
 
 def _leaves(tensors: list[Tensor], options: dict[str, Any], dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
-    """The differentiable tensors as leaves, and the options with the learned ones among them, in float64 beside it."""
+    """Return leaves of tensors and learned options, and the options with these leaves, in float64 if tensors are."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     learned = {}
     for name in learned_in(options):
@@ -103,7 +103,7 @@ def _by_sequences(
 
 
 def by_rows(tensors: list[Tensor], options: dict[str, Any], grads: list[Tensor]) -> Results:
-    """In the dtype of the tensors; sums over blocks in float64."""
+    """Compute the reference in the dtype of the tensors, with sums over blocks in float64."""
     leaves, options = _leaves(tensors, options, tensors[0].dtype)
     query, key, value = leaves[:3]
     torch.manual_seed(SEED)
@@ -139,7 +139,7 @@ def _rows_of(tensor: Tensor, rows: slice) -> Tensor:
 
 
 def _kept(state: list[int], dropout_p: float, query: Tensor, rows: slice, keys: int) -> Tensor:
-    """Which weights of some rows dropout keeps."""
+    """Return a mask of the weights that dropout keeps in these rows."""
     batch, heads = query.shape[:2]
     places = [
         torch.arange(a, b, device=query.device) for a, b in ((0, batch * heads), (rows.start, rows.stop), (0, keys))
@@ -157,6 +157,6 @@ def attention_tensors(
     head_dim: int,
     value_dim: int | None = None,
 ) -> list[Tensor]:
-    """Query, key and value as a projection gives them: the heads of a token beside each other."""
+    """Return query, key and value as a projection gives them, with the heads of a token next to each other."""
     shapes = ((queries, heads, head_dim), (keys, kv_heads, head_dim), (keys, kv_heads, value_dim or head_dim))
     return [make.normal(batch, *shape).transpose(1, 2) for shape in shapes]

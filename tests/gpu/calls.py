@@ -1,7 +1,7 @@
-"""A call of every operator at a real size, with what it must give, for all tests of this folder.
+"""A call of every operator at a real size, with its reference, for all tests of this folder.
 
-`CALLS` has them by name. Attention of many tokens, and all its features, are in test_attention.py: a reference of the
-whole would not fit.
+`CALLS` has them by name. Attention of many tokens, with all its features, is in test_attention.py: a reference of
+the whole call would not fit in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VOCABULARY = 128_256  # Llama 3's
 
 
 def dropout_scale(rows: int, columns: int, dropout_p: float, device: torch.device) -> Tensor:
-    """What the next call's dropout of a matrix multiplies by, 0 or 1 / (1 - p); its seed is drawn as the call's is."""
+    """Draw the factors, 0 or 1 / (1 - p), of the next call's dropout of a matrix, with the seed the call would draw."""
     return apply_dropout_(torch.ones(rows, columns, device=device), draw_seed(device), dropout_p)
 
 
@@ -74,7 +74,7 @@ def _norm(make: Maker, rows: int, columns: int, centered: bool) -> Call:
 
 
 def _norm_of_a_sum(make: Maker, columns: int) -> Call:
-    """After a projection's bias, dropout and the residual."""
+    """A norm after a projection's bias, dropout and the residual."""
     rows, dropout_p = make.size(8192, 7), 0.25
 
     def operator(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, input_bias: Tensor) -> Any:
@@ -100,7 +100,7 @@ def _norm_of_a_sum(make: Maker, columns: int) -> Call:
 
 
 def _turned(cos: Tensor, sin: Tensor, interleaved: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Pairs turned in the dtype of the tensors."""
+    """Rotate the pairs of each tensor in its own dtype."""
     turned, pairs = [], cos.shape[-1]
     features = "(pairs two)" if interleaved else "(two pairs)"
     for x in tensors:
@@ -148,7 +148,7 @@ def _feed_forward(make: Maker, activation: str, gated: bool, plan: Plan, dropout
     tokens, features, intermediate = make.size(4100, 21), make.size(768, 20), make.size(3072, 37)
     shapes = [(tokens, features), (intermediate, features), (features, intermediate), (intermediate,), (features,)]
     shapes += [(intermediate, features), (intermediate,)] if gated else []
-    # Weights keep the variance of what they multiply; biases and tokens are ordinary.
+    # Weights are scaled so that products keep their variance; biases and tokens are standard normal.
     tensors = [
         make.normal(*shape, scale=shape[1] ** -0.5 if number in (1, 2, 5) else 1.0)
         for number, shape in enumerate(shapes)
@@ -195,7 +195,7 @@ def _cross_entropy(make: Maker, options: dict[str, Any]) -> Call:
 
 
 def _linear_cross_entropy(make: Maker, reduction: str) -> Call:
-    """Of several chunks of rows."""
+    """A linear cross-entropy of several chunks of rows."""
     rows, features, classes = make.size(300, 21), make.size(256, 16), make.size(VOCABULARY, 70)
     target = make.integers(classes, rows)
     target[::4] = -100
@@ -290,7 +290,7 @@ def _weights(make: Maker) -> Call:
 
 
 def paged(caches: list[Tensor], page_size: int, order: Tensor) -> list[Tensor]:
-    """Contiguous caches (batch, kv_heads, capacity, head_dim) in pages, each at its place in `order`."""
+    """Move contiguous caches (batch, kv_heads, capacity, head_dim) into pages, each at its place in `order`."""
     moved = []
     for cache in caches:
         in_order = rearrange(cache, "batch heads (pages slot) dim -> (batch pages) slot heads dim", slot=page_size)
@@ -301,7 +301,7 @@ def paged(caches: list[Tensor], page_size: int, order: Tensor) -> list[Tensor]:
 
 
 def page_order(make: Maker, batch: int, capacity: int, page_size: int | None) -> Tensor:
-    """(batch, pages of each sequence), in random order; one page for all where there are none."""
+    """Return the page numbers (batch, pages of a sequence) in random order; unpaged, each sequence is one page."""
     pages = capacity // (page_size or capacity)
     order = torch.randperm(batch * pages, generator=make.random, device=make.device)
     return order.view(batch, pages)
@@ -336,7 +336,7 @@ def _decode(
 
 
 def _append(make: Maker, tokens: int, page_size: int | None) -> Call:
-    """Caches after the new tokens, in contiguous order, and the rotated query."""
+    """An append, whose results are the rotated query and the caches with the new tokens, in contiguous order."""
     batch, kv_heads, heads, head_dim = 3, 2, make.size(8, 4), make.size(128, 8)
     capacity = make.size(4096, 32)
     lengths = make.tensor([0, capacity // 2, capacity - tokens], torch.int32)

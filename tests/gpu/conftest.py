@@ -1,12 +1,12 @@
-"""What only a GPU can show, at real sizes: ``pytest -m gpu -n 8`` is meant for five minutes of an H100.
+"""Tests that need a GPU, at real sizes: ``pytest -m gpu -n 8`` is meant for five minutes of an H100.
 
 Without a GPU, ``pytest tests/gpu --dry`` runs the same tests at tiny sizes, the kernels in Triton's interpreter, and
-``python -m ttsem.sanitize pytest tests/gpu --dry`` their compiled IR. What needs CUDA's own streams, graphs, allocator
-or compiler is skipped there.
+``python -m ttsem.sanitize pytest tests/gpu --dry`` runs their compiled IR. Tests that need CUDA's own streams, graphs,
+allocator or compiler are skipped there.
 
-Processes share the GPU: each keeps to `MEMORY`, and one at a time, which has taken the lock, to `MUCH_MEMORY`. A test
-that hangs ends its process after its time limit, and so does one that leaves the GPU unusable: pytest-xdist starts
-another process for the tests that remain.
+Processes share the GPU: each keeps to `MEMORY`. One process at a time can take a lock, and then keeps to `MUCH_MEMORY`.
+A test that hangs ends its process after its time limit, and so does one that leaves the GPU unusable: pytest-xdist
+starts another process for the remaining tests.
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     fast = [item for item in here if not item.get_closest_marker("slow")]
     for item in [] if dry else here:
         item.add_marker(pytest.mark.gpu)
-        # A signal does not interrupt a wait for the GPU; the other method ends the process.
+        # A signal does not interrupt a wait for the GPU; the method "thread" ends the process.
         item.add_marker(pytest.mark.timeout(SLOW_SECONDS if item in slow else SECONDS, method="thread"))
-    # The last files have the slowest.
+    # The last files have the slowest tests.
     items[:] = [*spread(slow[::-1], fast), *others]
 
 
 def spread(few: list[pytest.Item], many: list[pytest.Item]) -> list[pytest.Item]:
-    """A few tests evenly among many: pytest-xdist hands out neighbours together."""
+    """Spread a few tests evenly among many, because pytest-xdist gives neighbours to the same process."""
     step = -(-len(many) // max(1, len(few)))
     parts = [[test, *many[number * step : (number + 1) * step]] for number, test in enumerate(few)]
     return list(chain.from_iterable(parts)) if few else many
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that asks for a `call` is about what surrounds it: it runs with every call, a dry one with a few."""
+    """Run each test that takes a `call` with every call, or with a few in a dry run."""
     if "call" in metafunc.fixturenames:
         dry = metafunc.config.getoption("--dry", default=False)
         metafunc.parametrize("call", DRY_CALLS if dry else list(CALLS), indirect=True)
@@ -82,14 +82,14 @@ def dry(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture
 def real_gpu(dry: bool) -> None:
-    """Asked for by tests that use CUDA's own streams, graphs, allocator or compiler."""
+    """Skip, in a dry run, a test that uses CUDA's own streams, graphs, allocator or compiler."""
     if dry:
         pytest.skip("needs CUDA's streams, graphs, allocator or compiler; this is a dry run")
 
 
 @pytest.fixture(autouse=True)
 def kernels() -> Iterator[None]:
-    """Every operator runs its kernels."""
+    """Make every operator run its kernels."""
     import fastformer
 
     with fastformer.backend("triton"):
@@ -98,14 +98,14 @@ def kernels() -> Iterator[None]:
 
 @pytest.fixture
 def make(dry: bool) -> Maker:
-    """Makes this test's tensors, the same in every run."""
+    """A maker of this test's tensors, the same in every run."""
     device = torch.device("cpu" if dry else "cuda")
     return Maker(dry, device, torch.Generator(device).manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
 def memory(dry: bool) -> Iterator[None]:
-    """The process keeps to its share of the GPU's memory, and gives back what a test has used."""
+    """Keep the process to its share of the GPU's memory, and free the memory after each test."""
     if dry:
         yield
         return
@@ -117,7 +117,7 @@ def memory(dry: bool) -> Iterator[None]:
 
 @pytest.fixture
 def much_memory(dry: bool, memory: None) -> Iterator[None]:
-    """More of the memory, for one process at a time."""
+    """Give this process more of the memory, one process at a time."""
     if dry:
         yield
         return

@@ -1,4 +1,4 @@
-"""A program: a training step of the model in a folder; prints the kernels that had to be compiled for it.
+"""A program that runs a training step of the model in a folder, and prints the kernels that had to be compiled.
 
 ``python first_call.py FOLDER cuda``
 """

@@ -14,27 +14,27 @@ from torch import Tensor
 SEED = 1
 Function = Callable[..., Any]
 
-# tf32 is float32 whose products have 10 bits of mantissa: PyTorch's switch, which the kernels follow.
+# tf32 is float32 with products of 10 bits of mantissa, a switch of PyTorch's that the kernels obey.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-# Tensor cores cut operands off where cuBLAS rounds them: the terms of a product are too small by 0.7 of a unit on
-# average, and the result of two products in a row by less than two units.
+# Tensor cores truncate operands where cuBLAS rounds them: the terms of a product are too small by 0.7 of a unit on
+# average. The result of two products in a row is then too small by less than two units.
 _TF32_ROUNDING = 2 * 2.0**-10
 
 
 @dataclass(frozen=True)
 class Call:
-    """An operator's call, and what it must give.
+    """A call of an operator, with its reference.
 
     Attributes:
-        operator: the operator, of the tensors alone.
-        exact: the reference, of the same tensors in float64.
-        tensors: in float32, to be taken in the dtype of a test.
+        operator: the operator as a function of the tensors alone.
+        exact: the reference, which gets the same tensors in float64.
+        tensors: the tensors in float32, which a test converts to its dtype.
         float32: tensors that stay float32, after the others.
-        pytorch: PyTorch's own computation in a lower dtype; None: that of `exact`.
+        pytorch: PyTorch's own computation in a lower dtype; None means `exact` in that dtype.
         backward: whether the tensors have gradients.
-        exponent: the largest number that is exponentiated: an exponential's relative error in float32 is the rounding
-            of its exponent, so many units.
-        random: whether it draws from PyTorch's generator.
+        exponent: the largest number that is exponentiated. The relative error of an exponential in float32 is the
+            rounding of its exponent, which is this number of units.
+        random: whether the call draws from PyTorch's generator.
     """
 
     operator: Function
@@ -47,14 +47,14 @@ class Call:
     random: bool = False
 
     def inputs(self, dtype: torch.dtype) -> list[Tensor]:
-        """The tensors for a call in `dtype`."""
+        """Return the tensors for a call in `dtype`."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return [*(tensor.to(dtype) for tensor in self.tensors), *(tensor.to(wide) for tensor in self.float32)]
 
 
 @contextmanager
 def precision(name: str) -> Iterator[torch.dtype]:
-    """The dtype of a name in `DTYPES`, with PyTorch's switch for products of float32 set accordingly."""
+    """Set PyTorch's switch for products of float32 to the precision `name` of `DTYPES`, and yield its dtype."""
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision
     switch.fp32_precision = "tf32" if name == "tf32" else "ieee"
@@ -66,7 +66,7 @@ def precision(name: str) -> Iterator[torch.dtype]:
 
 @contextmanager
 def deterministic(fill: bool = False) -> Iterator[None]:
-    """PyTorch's deterministic mode; with `fill` it fills what `torch.empty` returns with NaN."""
+    """Use PyTorch's deterministic mode; with `fill`, `torch.empty` then returns memory full of NaN."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = fill
@@ -78,15 +78,15 @@ def deterministic(fill: bool = False) -> Iterator[None]:
 
 
 def outputs_of(function: Function, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """What it returns, as a list."""
+    """Call the function and return its outputs as a list."""
     outputs = function(*inputs)
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
 def results(function: Function, inputs: Sequence[Tensor], grads: Sequence[Tensor] | None) -> list[Tensor]:
-    """The outputs and the gradient of every input, for these gradients of the outputs (None: no backward).
+    """Return the outputs and the gradient of every input, for these gradients of the outputs (None: no backward).
 
-    The inputs themselves become leaves, so that whoever wrote them, and when, is seen. Nothing waits for the GPU.
+    The leaves are views of the inputs, not copies: kernels read the memory itself. Nothing waits for the GPU.
     """
     if grads is None:
         return outputs_of(function, inputs)
@@ -97,7 +97,7 @@ def results(function: Function, inputs: Sequence[Tensor], grads: Sequence[Tensor
 
 
 def output_grads(call: Call, dtype: torch.dtype) -> list[Tensor] | None:
-    """Random gradients of the call's outputs, which `dtype` represents exactly."""
+    """Return random gradients of the call's outputs, which `dtype` represents exactly."""
     if not call.backward:
         return None
     with torch.no_grad():
@@ -107,17 +107,18 @@ def output_grads(call: Call, dtype: torch.dtype) -> list[Tensor] | None:
 
 
 def run(call: Call, dtype: torch.dtype) -> list[Tensor]:
-    """The operator's results in `dtype`; dropout is the same in every run."""
+    """Return the operator's results in `dtype`, with the same dropout in every run."""
     grads = output_grads(call, dtype)
     torch.manual_seed(SEED)
     return results(call.operator, call.inputs(dtype), grads)
 
 
 def judge(call: Call, name: str) -> None:
-    """The call in the precision `name` obeys the rule of accuracy.
+    """Fail unless the call obeys the rule of accuracy in the precision `name`.
 
     In float32 a sum of n numbers, added in another order than PyTorch's, errs by about sqrt(n) roundings, and an
-    exponential by those of its exponent; in 16 bits the rounding of the result hides both, with tf32 that of operands.
+    exponential by the rounding of its exponent. The rounding of the result hides both in 16 bits, and with tf32 the
+    rounding of the operands does.
     """
     with precision(name) as dtype:
         grads, inputs = output_grads(call, dtype), call.inputs(dtype)
@@ -132,14 +133,14 @@ def judge(call: Call, name: str) -> None:
 
 
 def unit_of(name: str, dtype: torch.dtype, units: float) -> float:
-    """`units` roundings of a result's dtype in the precision `name`, in roundings of that dtype."""
+    """Return the allowed roundings of a result of `dtype`: `units`, or with tf32 its own rounding, if larger."""
     if name != "tf32":
         return units
     return max(units, _TF32_ROUNDING / torch.finfo(dtype).eps)
 
 
 def assert_within(name: str, actual: Tensor, pytorch: Tensor, exact: Tensor, units: float) -> None:
-    """The rule of accuracy, with infinities where the reference has them."""
+    """Fail unless the rule of accuracy holds, with infinities exactly where the reference has them."""
     finite = torch.isfinite(exact)
     assert torch.equal(torch.isfinite(actual), finite), f"{name}: infinities or NaN where the reference has none"
     magnitude = max(1.0, exact[finite].abs().max().item()) if finite.any() else 1.0
@@ -150,9 +151,9 @@ def assert_within(name: str, actual: Tensor, pytorch: Tensor, exact: Tensor, uni
 
 
 def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor], exactly: bool = False) -> None:
-    """Two runs of a call in bfloat16 give the same: bit by bit, or but for the order of atomic additions.
+    """Fail unless two runs of a call in bfloat16 agree, bit by bit or up to the order of atomic additions.
 
-    The additions are float32's: another order changes a result by less than a rounding of bfloat16 at its largest
+    The additions are in float32: another order changes a result by less than a rounding of bfloat16 at its largest
     magnitude.
     """
     for number, (a, e) in enumerate(zip(actual, expected, strict=True)):

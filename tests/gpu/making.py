@@ -11,7 +11,7 @@ import torch
 
 
 def dry_with(taken: Iterable[Any], values: Iterable[Any]) -> list[Any]:
-    """The values of a parameter, of which a dry run takes some: at tiny sizes the others would repeat them."""
+    """Return the values of a parameter; a dry run uses only those `taken`, which at tiny sizes stand for all."""
     return [value if value in taken else pytest.param(value, marks=pytest.mark.real) for value in values]
 
 
@@ -30,7 +30,7 @@ class Maker:
     random: torch.Generator
 
     def size(self, real: int, tiny: int) -> int:
-        """A size on a GPU, and that of a dry run."""
+        """Return `real`, or `tiny` in a dry run."""
         return tiny if self.dry else real
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -40,12 +40,12 @@ class Maker:
         return torch.randint(below, shape, generator=self.random, device=self.device, dtype=dtype)
 
     def booleans(self, *shape: int, share: float) -> torch.Tensor:
-        """True with a probability of `share`."""
+        """Return random booleans, each True with probability `share`."""
         return torch.rand(shape, generator=self.random, device=self.device) < share
 
     def tensor(self, values: list[int] | list[float], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
     def ends(self, lengths: list[int]) -> torch.Tensor:
-        """The boundaries of packed sequences."""
+        """Return the boundaries of packed sequences of these lengths."""
         return self.tensor([0, *lengths], torch.int64).cumsum(0).to(torch.int32)

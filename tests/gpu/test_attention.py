@@ -1,4 +1,4 @@
-"""Attention at real sizes: every head_dim and precision, every feature, and sequences of 64k tokens."""
+"""Attention is accurate at real sizes: every head_dim, precision and feature, and sequences of 64k tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADS = 4
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", dry_with((80,), (64, 80, 96, 128, 192, 256)))
 def test_head_dims(head_dim: int, causal: bool, precision: str, make: Maker) -> None:
-    """Grouped queries; the last tile of queries and of keys is not whole."""
+    """Every head_dim is accurate with grouped queries and with partial last tiles of queries and keys."""
     queries, keys = make.size(1100, 19), make.size(1291, 22)
     head_dim = make.size(head_dim, head_dim // 16)
     judge_attention(attention_tensors(make, 2, HEADS, 2, queries, keys, head_dim), {"causal": causal}, precision)
@@ -28,7 +28,7 @@ def test_head_dims(head_dim: int, causal: bool, precision: str, make: Maker) -> 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", dry_with((64,), (64, 128)))
 def test_whole_tiles(head_dim: int, causal: bool, make: Maker) -> None:
-    """Where warps are specialised."""
+    """Calls of whole tiles, which use specialised warps, are accurate."""
     tokens, head_dim = make.size(4096, 32), make.size(head_dim, 16)
     judge_attention(attention_tensors(make, 1, 2, 2, tokens, tokens, head_dim), {"causal": causal}, "bf16")
 
@@ -124,7 +124,7 @@ LONG: dict[str, Feature] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("feature", LONG)
 def test_64k_tokens(feature: str, make: Maker) -> None:
-    """Two heads of queries over one of keys."""
+    """Attention of 64k tokens is accurate with two heads of queries over one of keys."""
     tokens, head_dim = make.size(65_536, 37), make.size(128 if feature == "causal" else 64, 8)
     options = LONG[feature](make, tokens, tokens)
     judge_attention(attention_tensors(make, 1, 2, 1, tokens, tokens, head_dim), options, "bf16")
@@ -132,7 +132,7 @@ def test_64k_tokens(feature: str, make: Maker) -> None:
 
 @pytest.mark.parametrize("feature", ["full", "causal", "window"])
 def test_64k_packed_tokens(feature: str, make: Maker) -> None:
-    """Sequences of one token and of none among long ones."""
+    """Packed attention of 64k tokens is accurate, also with an empty sequence and one of a single token."""
     lengths = [
         make.size(length, tiny) for length, tiny in ((20_001, 9), (1, 1), (0, 0), (130, 5), (28_000, 20), (17_404, 6))
     ]

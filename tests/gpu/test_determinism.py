@@ -1,4 +1,4 @@
-"""PyTorch's deterministic mode: bit by bit the same in every run, with enough tiles to race."""
+"""In PyTorch's deterministic mode every run gives the same bits, with enough tiles for races to show."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_same_bits(call: Call) -> None:
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("head_dim", dry_with((64,), (64, 128)))
 def test_attention_of_many_tiles(head_dim: int, precision: torch.dtype, make: Maker) -> None:
-    """Every gradient that other tiles add to: query, key, value, bias, relative bias, slopes, sinks and scales."""
+    """Every gradient that several tiles add to is the same: query, key, value, biases, slopes, sinks and scales."""
     heads, tokens, head_dim = make.size(4, 2), make.size(4000, 37), make.size(head_dim, 8)
     tensors = [make.normal(1, tokens, h, head_dim).transpose(1, 2).to(precision) for h in (heads, 1, 1)]
     learned = {

@@ -18,7 +18,7 @@ DROPOUT_P = 0.3
 
 
 def _weights(make: Maker, device: torch.device) -> Tensor:
-    """Attention's weights: its values are the identity."""
+    """Return attention's weights after dropout, as the output for values that are the identity matrix."""
     keys = make.size(250, 19)
     query, key = (torch.zeros(2, 3, rows, 16, device=device) for rows in (make.size(3000, 21), keys))
     identity = torch.eye(keys, device=device).expand(2, 3, keys, keys)
@@ -28,14 +28,14 @@ def _weights(make: Maker, device: torch.device) -> Tensor:
 
 
 def _sum(make: Maker, device: torch.device) -> Tensor:
-    """What a norm drops before it adds the residual."""
+    """Return the input of a norm after dropout, as the sum with a residual of zeros."""
     x = torch.ones(make.size(5000, 9), make.size(1001, 21), device=device)
     _, total = layer_norm(x, x.shape[1:], residual=torch.zeros_like(x), dropout_p=DROPOUT_P)
     return total
 
 
 def _hidden(make: Maker, device: torch.device) -> Tensor:
-    """A feed-forward's hidden layer: its second projection is the identity."""
+    """Return a feed-forward's hidden layer after dropout, as the output of a second projection by the identity."""
     size = make.size(256, 20)
     x, identity = torch.ones(make.size(3000, 21), 1, device=device), torch.eye(size, device=device)
     up = torch.ones(size, 1, device=device)
@@ -43,13 +43,13 @@ def _hidden(make: Maker, device: torch.device) -> Tensor:
 
 
 def _output(make: Maker, device: torch.device) -> Tensor:
-    """A feed-forward's output."""
+    """Return a feed-forward's output after dropout."""
     x, weight = torch.ones(make.size(3000, 21), 1, device=device), torch.ones(make.size(700, 20), 1, device=device)
     return feed_forward(x, weight[:1], weight, activation="identity", output_dropout_p=DROPOUT_P)
 
 
 def _embedded(make: Maker, device: torch.device) -> Tensor:
-    """An embedding, whose norm gives every element its bias."""
+    """Return an embedding after dropout, of a norm whose bias makes every element 1."""
     ids, hidden = torch.zeros(make.size(8, 2), make.size(300, 9), dtype=torch.int64, device=device), make.size(513, 20)
     table, weight, bias = (value * torch.ones(hidden, device=device) for value in (1.0, 0.0, 1.0))
     positions = torch.zeros(ids.shape[1], hidden, device=device)
@@ -61,7 +61,7 @@ def test_the_mask_of_a_cpu(
     dropped: Callable[[Maker, torch.device], Tensor], make: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("attention.attention", "normalization", "feed_forward", "embedding"):
-        found = importlib.import_module(f"fastformer.ops.{module}")  # not the function of that name
+        found = importlib.import_module(f"fastformer.ops.{module}")  # the module, not the function of that name
         monkeypatch.setattr(found, "draw_seed", lambda device: STATE.to(device))
     actual = dropped(make, make.device)
     with fastformer.backend("torch"):

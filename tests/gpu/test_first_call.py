@@ -20,7 +20,7 @@ PROGRAM = first_call.__file__
 
 
 def run(command: list[str], environment: dict[str, str]) -> str:
-    """What the program prints."""
+    """Run the program and return what it prints."""
     path = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
         [sys.executable, *command],
@@ -49,7 +49,7 @@ def model(tmp_path: Path) -> str:
 
 
 def test_the_program_itself(model: str, capsys: pytest.CaptureFixture[str], dry: bool) -> None:
-    """In the interpreter, which has nothing to compile."""
+    """The program reports no compiled kernels in the interpreter, which compiles nothing."""
     if not dry:
         pytest.skip("the next test runs it")
     first_call.main(model, "cpu")

@@ -1,4 +1,4 @@
-"""CUDA graphs: forward and backward are captured once and replayed with other inputs."""
+"""CUDA graphs capture forward and backward once, and replays with other inputs are right."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Results = Callable[[], list[Tensor]]
 
 
 def captured(function: Results, dry: bool) -> Results:
-    """A replay of the function; in a dry run, where there are no graphs, the function.
+    """Capture the function and return its replay; in a dry run, without graphs, return the function itself.
 
-    It runs before the capture, on a stream of its own as PyTorch asks, so that its kernels are there.
+    The function runs before the capture, on its own stream as PyTorch requires, so that its kernels are compiled.
     """
     if dry:
         return function
@@ -53,7 +53,7 @@ def test_other_inputs(call: Call, dry: bool) -> None:
     first, grads = call.inputs(torch.bfloat16), output_grads(call, torch.bfloat16)
     replay = captured(lambda: results(call.operator, first, grads), dry)
     replay()
-    # The same values in another order: as good as any, and as far from overflow.
+    # The same values in another order, which cannot overflow either.
     others = [tensor.flatten().flip(0).view_as(tensor) for tensor in first]
     expected = results(call.operator, others, grads)
     for tensor, values in zip(first, others, strict=True):
@@ -81,7 +81,7 @@ def test_dropout_is_drawn_anew(make: Maker, dry: bool) -> None:
 
 
 def test_graphed_layer(make: Maker, real_gpu: None) -> None:
-    """`make_graphed_callables` of a Transformer layer, forward and backward."""
+    """`make_graphed_callables` works on a Transformer layer, forward and backward."""
     torch.manual_seed(SEED)
     options = {"batch_first": True, "device": make.device, "dtype": torch.bfloat16, "dropout": 0.0}
     layer = fastformer.nn.TransformerEncoderLayer(256, 4, 512, **options)
@@ -93,7 +93,7 @@ def test_graphed_layer(make: Maker, real_gpu: None) -> None:
 
 
 def test_decode_steps(make: Maker, dry: bool) -> None:
-    """A step that appends, attends and advances the lengths, replayed until the cache has grown by several tokens."""
+    """A step that appends, attends and advances the lengths is right in replays, while the cache grows."""
     batch, heads, kv_heads, head_dim, capacity, steps = 3, 8, 2, make.size(128, 8), make.size(2048, 32), 5
     cos, sin = rotary_table(rotary_frequencies(head_dim), capacity, device=make.device)
     new = [make.normal(batch, h, 1, head_dim).bfloat16() for h in (heads, kv_heads, kv_heads)]
@@ -125,14 +125,14 @@ def test_decode_steps(make: Maker, dry: bool) -> None:
 def test_generation(
     page_size: int | None, draft: bool, make: Maker, dry: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A generator's steps, recorded and not: sequences come and go, some drawn at random. Where dry, without CUDA's."""
+    """A generator gives the same with and without recorded steps, while sequences, some sampled, come and go."""
     if dry:
         monkeypatch.setattr(workspace, "CudaRecorder", FakeRecorder)
         monkeypatch.setattr(generator, "why_no_graph", lambda model, device: None)
     torch.manual_seed(SEED)
     hidden = make.size(256, 16)
     sizes = {"hidden_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 2 * hidden}
-    sizes |= {"vocab_size": 100, "initializer_range": 0.2}  # no two tokens are equally likely but for rounding
+    sizes |= {"vocab_size": 100, "initializer_range": 0.2}  # no two tokens have almost the same probability
     config = FastformerConfig(stack="decoder", position_embedding="rotary", **sizes)
     model = FastformerForCausalLM(config).to(make.device).eval()
     prompts = [[1 + number] * (1 + 3 * number % 5) for number in range(make.size(40, 5))]
@@ -151,7 +151,7 @@ def test_generation(
 
 @pytest.mark.parametrize("accumulate", dry_with([2], [1, 2]))
 def test_training_step(accumulate: int, make: Maker, dry: bool) -> None:
-    """Batches of a few kinds, with dropout, mixed precision, clipping and AdamW: the same losses and gradients."""
+    """Graphs give the same losses and gradients for several batches, dropout, mixed precision, clipping and AdamW."""
     from fastformer.training.cuda_graphs import RecordedSteps
     from fastformer.training.pretraining import MaskedLanguageModeling
 
@@ -193,7 +193,7 @@ def test_training_step(accumulate: int, make: Maker, dry: bool) -> None:
 
 
 def masked_batch(make: Maker, tokens: int) -> dict[str, Any]:
-    """Four sequences; of the first ten tokens something is to be predicted."""
+    """Return four sequences, with tokens to predict among the first ten."""
     labels = torch.full((tokens,), -100, device=make.device)
     labels[:10] = make.integers(50, 10)
     return {

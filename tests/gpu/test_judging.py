@@ -1,4 +1,4 @@
-"""The judges of this folder: they find what is wrong, and their references are those of all other tests."""
+"""The judges of this folder find wrong results, and their references agree with those of all other tests."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_one_wrong_element_is_found(where: str, precision: str, make: Maker) -> 
 def test_a_lost_feature_of_attention_is_found(
     option: dict[str, object], make: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The operator does without it."""
+    """Attention that ignores a window or an alignment fails the judge."""
     monkeypatch.setattr(
         attention_by_rows, "attention", lambda *tensors, **options: attention(*tensors, return_lse=True)
     )

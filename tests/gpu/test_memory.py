@@ -1,4 +1,4 @@
-"""Peaks of memory: what need not be held is not."""
+"""Peaks of memory show that operators hold nothing unnecessary."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ BF16 = torch.bfloat16
 
 
 def peak(function: Callable[[], object], dry: bool) -> int:
-    """Bytes that a call holds at most, beside what was held before it; of a dry run none are counted.
+    """Return the largest number of bytes that a call allocates, on top of what was allocated before; 0 in a dry run.
 
-    It is called once before, for what libraries keep.
+    The function is called once before, since libraries keep some memory.
     """
     function()
     if dry:
@@ -31,7 +31,7 @@ def peak(function: Callable[[], object], dry: bool) -> int:
 
 
 def test_attention_holds_no_matrix_of_weights(make: Maker, dry: bool) -> None:
-    """Of 16k tokens, forward and backward: the results, and dQ in float32 beside the gradients in 16 bits."""
+    """Attention of 16k tokens holds only its results, its gradients in 16 bits and dQ in float32."""
     tokens, heads, head_dim = make.size(16_384, 21), make.size(8, 2), make.size(64, 8)
     tensors = [make.normal(1, tokens, heads, head_dim, dtype=BF16).transpose(1, 2).requires_grad_() for _ in range(3)]
 
@@ -50,7 +50,7 @@ def test_attention_holds_no_matrix_of_weights(make: Maker, dry: bool) -> None:
 
 
 def test_linear_cross_entropy_holds_no_logits(make: Maker, dry: bool) -> None:
-    """Of 8k tokens and 128k classes: the budget, and the gradients."""
+    """Linear cross-entropy of 8k tokens and 128k classes holds only its budget and its gradients."""
     rows, features, classes = make.size(8192, 21), make.size(256, 16), make.size(VOCABULARY, 70)
     x, weight = make.normal(rows, features, dtype=BF16), make.normal(classes, features, scale=0.05, dtype=BF16)
     target = make.integers(classes, rows)
@@ -61,7 +61,7 @@ def test_linear_cross_entropy_holds_no_logits(make: Maker, dry: bool) -> None:
         torch.autograd.grad(linear_cross_entropy(x, weight, target, memory_budget=budget), leaves)
 
     logits = rows * classes * 2
-    # Each gradient in float32 while it is summed and in 16 bits; as autograd hands it on, once more.
+    # Each gradient in float32 while it is summed, in 16 bits, and in a copy that autograd returns.
     allowed = budget + sum(leaf.numel() for leaf in leaves) * (4 + 2 + 2)
     assert logits > 2 * allowed or dry
     assert peak(step, dry) < 1.2 * allowed
@@ -69,7 +69,7 @@ def test_linear_cross_entropy_holds_no_logits(make: Maker, dry: bool) -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_feed_forward_recomputes(recompute: bool, make: Maker, dry: bool) -> None:
-    """What it keeps for the backward: the pre-activations, or nothing but its input."""
+    """Feed-forward keeps its input and the pre-activations for the backward, or, with recompute, its input alone."""
     tokens, features, intermediate = make.size(16_384, 21), make.size(512, 16), make.size(4096, 40)
     x = make.normal(tokens, features, dtype=BF16).requires_grad_()
     up, down = (make.normal(*s, scale=0.02, dtype=BF16) for s in ((intermediate, features), (features, intermediate)))
@@ -81,5 +81,5 @@ def test_feed_forward_recomputes(recompute: bool, make: Maker, dry: bool) -> Non
     del output
     kept = held - torch.cuda.memory_allocated()
     hidden = 0 if recompute else tokens * intermediate * 2
-    rounding = 4 << 20  # of the allocator, which splits no block into less
+    rounding = 4 << 20  # the allocator makes no blocks smaller than this
     assert abs(kept - tokens * features * 2 - hidden) < rounding

@@ -1,6 +1,6 @@
-"""Tensors of more than 2^31 elements: the rows beyond are as right as the first.
+"""Tensors of more than 2^31 elements are right in the rows beyond this border too.
 
-One test at a time takes so much memory. Rows are judged alone; the rule is that of all accuracy tests.
+Only one test at a time may take this much memory. Some rows are judged alone, by the usual rule of accuracy.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ BORDER = 2**31
 
 
 def rows_beyond(make: Maker, row: int) -> int:
-    """So many rows of `row` elements that the last ones begin beyond the border."""
+    """Return a number of rows of `row` elements, so large that the last rows begin beyond the border."""
     return make.size(BORDER // row + 40, 60)
 
 
 def chosen(rows: int, row: int) -> list[int]:
-    """The first rows, some in the middle, those at the border, and the last."""
+    """Return the first rows, one in the middle, those at the border, and the last ones."""
     at_border = min(rows - 2, BORDER // row)
     return sorted({0, 1, rows // 2, at_border - 1, at_border, at_border + 1, rows - 2, rows - 1})
 
 
 def some(x: Tensor, rows: list[int]) -> Tensor:
-    """The rows, each a view whose offset PyTorch computes on the CPU."""
+    """Copy the rows, each from a view whose offset PyTorch computes on the CPU."""
     return torch.stack([x[row] for row in rows])
 
 
 def judge_rows(
     operator: Function, exact: Function, x: Tensor, shared: list[Tensor], grad: Tensor, pytorch: Function | None = None
 ) -> None:
-    """Output and gradient of some rows of `x` (rows, ...), for one row of the output's gradient that all share."""
+    """Judge output and gradient of some rows of `x` (rows, ...), all with the same row of the output's gradient."""
     rows = chosen(len(x), x[0].numel())
     leaf = x.detach().requires_grad_()
     output = operator(leaf, *shared)
@@ -91,7 +91,7 @@ def test_cross_entropy(make: Maker) -> None:
 
 
 def test_feed_forward(make: Maker) -> None:
-    """The hidden layer is beyond the border."""
+    """Feed-forward is right when its hidden layer extends beyond the border."""
     features, intermediate = make.size(64, 8), make.size(16_384, 40)
     x = make.normal(rows_beyond(make, intermediate), features, dtype=BF16)
     up = make.normal(intermediate, features, scale=features**-0.5, dtype=BF16)
@@ -111,7 +111,7 @@ def test_feed_forward(make: Maker) -> None:
 
 
 def test_rotary(make: Maker) -> None:
-    """In place, of one sequence as a projection gives it."""
+    """Rotary embedding is right beyond the border, in place, in one sequence as a projection gives it."""
     heads, head_dim = make.size(32, 2), make.size(128, 8)
     tokens = rows_beyond(make, heads * head_dim)
     x = make.normal(tokens, heads, head_dim, dtype=BF16)
@@ -125,7 +125,7 @@ def test_rotary(make: Maker) -> None:
 
 
 def test_embedding(make: Maker) -> None:
-    """A table beyond the border, and its gradient, which is zero but for the words there are."""
+    """Embedding is right with a table beyond the border, whose gradient is zero except for words that occur."""
     hidden = make.size(4096, 24)
     words = rows_beyond(make, hidden)
     rows = chosen(words, hidden)
@@ -154,7 +154,7 @@ def test_embedding(make: Maker) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_attention(packed: bool, make: Maker) -> None:
-    """Queries, outputs and their gradients beyond the border, of a sequence with a window: its end is judged alone."""
+    """Attention with a window is right where queries, outputs and gradients extend beyond the border, at its end."""
     heads, head_dim, reach = make.size(32, 2), make.size(64, 8), make.size(128, 4)
     tokens, tail = rows_beyond(make, heads * head_dim) + 3 * reach, 4 * reach
     query = make.normal(tokens, heads, head_dim, dtype=BF16)
@@ -180,7 +180,7 @@ def test_attention(packed: bool, make: Maker) -> None:
     ends = [tensor.detach()[-tail:] for tensor in leaves]
     grads = [grad.expand(tail, heads, head_dim)]
     own, wanted = results(exact, ends, grads), results(exact, [end.double() for end in ends], grads)
-    # Before the last `reach` queries of the tail's beginning, whole windows are in the tail.
+    # From row `reach` of the tail on, whole windows lie in the tail.
     for name, a, p, e in zip(("output", "query", "key", "value"), found, own, wanted, strict=True):
         assert_within(name, a[-tail + reach :], p[reach:], e[reach:], units=1.0)
 
@@ -200,7 +200,7 @@ def test_merge_attention(make: Maker) -> None:
 
 
 def test_cache(make: Maker) -> None:
-    """Pages beyond the border are written and attended to as those of a small cache."""
+    """Pages beyond the border are written and attended to like those of a small cache."""
     kv_heads, head_dim, page_size = make.size(8, 2), make.size(128, 8), 16
     pages, used = rows_beyond(make, kv_heads * head_dim * page_size), make.size(39, 5)
     caches = [torch.zeros(pages, page_size, kv_heads, head_dim, device=make.device, dtype=BF16) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Every operator, forward and backward, at a real size and in every precision, by the rule of accuracy."""
+"""Every operator obeys the rule of accuracy, forward and backward, at a real size and in every precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels run on the current stream, behind what was asked of it before, whoever asks."""
+"""Kernels run on the current stream, after earlier work on it, in whichever thread."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gpu.judging import SEED, Call, assert_same, output_grads, outputs_of, resul
 from gpu.making import Maker
 from torch import Tensor
 
-# Some 50 ms, longer than any launch takes.
+# About 50 ms, longer than any launch takes.
 _CYCLES = 100_000_000
 THREADS = 4
 
 
 @contextmanager
 def busy_stream(dry: bool) -> Iterator[None]:
-    """A stream that is not the default one, made current, with something else to do first; waits for it at the end."""
+    """Make another stream than the default current, with other work to do first, and wait for it at the end."""
     if dry:
         yield
         return
@@ -34,7 +34,7 @@ def busy_stream(dry: bool) -> Iterator[None]:
 
 
 def test_a_late_producer(call: Call, dry: bool) -> None:
-    """Inputs are NaN until their producer, which is late, has written them on the same stream."""
+    """Results are right when inputs are NaN until a late producer writes them on the same stream."""
     inputs, grads = call.inputs(torch.bfloat16), output_grads(call, torch.bfloat16)
     torch.manual_seed(SEED)
     expected = results(call.operator, inputs, grads)
@@ -49,7 +49,7 @@ def test_a_late_producer(call: Call, dry: bool) -> None:
 
 
 def in_threads(functions: list[Callable[[], list[Tensor]]]) -> list[list[Tensor]]:
-    """What each function returns in a thread of its own, all at once; an error in one is raised."""
+    """Run each function in its own thread, all at once, and return the results; an error in one is raised."""
     found: dict[int, list[Tensor] | BaseException] = {}
 
     def note(number: int, function: Callable[[], list[Tensor]]) -> None:
@@ -84,7 +84,7 @@ def with_gradients_of_ones(call: Call) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", ["causal attention", "rms_norm", "fused gated feed_forward", "paged decode_attention"])
 def test_launches_from_several_threads(name: str, make: Maker, real_gpu: None) -> None:
-    """Each on a stream of its own, forward and backward, with kernels that this process may not have launched yet."""
+    """Threads with their own streams run forward and backward at once, also with kernels not launched before."""
     calls = [CALLS[name](make) for _ in range(THREADS)]
 
     def on_a_stream(call: Call) -> list[Tensor]:
@@ -97,7 +97,7 @@ def test_launches_from_several_threads(name: str, make: Maker, real_gpu: None) -
 
 
 def test_backward_in_another_thread(dry: bool, make: Maker) -> None:
-    """The forward in this thread on a busy stream, the backward asked for by another."""
+    """Gradients are right when the forward runs in this thread on a busy stream, and another thread calls backward."""
     call = CALLS["causal attention"](make)
     grads = output_grads(call, torch.bfloat16)
     expected = run(call, torch.bfloat16)
@@ -111,7 +111,7 @@ def test_backward_in_another_thread(dry: bool, make: Maker) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", ["softmax", "rms_norm", "causal attention", "fused feed_forward", "merge_attention"])
 def test_a_device_that_is_not_current(name: str, make: Maker) -> None:
-    """Tensors on the second GPU while the first is current."""
+    """Results are right for tensors on the second GPU while the first is current."""
     call = CALLS[name](make)
     expected = run(call, torch.bfloat16)
     inputs, grads = call.inputs(torch.bfloat16), output_grads(call, torch.bfloat16)

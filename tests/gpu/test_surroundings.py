@@ -1,4 +1,4 @@
-"""What lies beside a tensor, and what its memory held before, changes nothing; and nothing is written there."""
+"""Results do not depend on memory next to a tensor or on its old contents, and kernels write nothing outside."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from fastformer.ops import (
     softmax,
 )
 
-ROWS, COLUMNS = 8, 16  # of a frame; so many that aligned rows stay aligned
+ROWS, COLUMNS = 8, 16  # the size of a frame, which keeps aligned rows aligned
 NAN = float("nan")
 
 
 @contextmanager
 def poisoned_memory(dry: bool) -> Iterator[None]:
-    """What `torch.empty` returns is all ones in its bits: NaN, or -1.
+    """Make `torch.empty` return memory whose bits are all ones: NaN, or -1.
 
-    The allocator takes the smallest free block that is large enough: blocks of all sizes are filled, so many that holes
-    between living tensors are among them. In a dry run PyTorch's deterministic mode does it.
+    The allocator takes the smallest free block that is large enough. So many blocks of all sizes are filled that holes
+    between living tensors are among them. In a dry run PyTorch's deterministic mode fills the memory.
     """
     if dry:
         with deterministic(fill=True):
@@ -47,7 +47,7 @@ def poisoned_memory(dry: bool) -> Iterator[None]:
 
 
 def test_memory_that_was_used_before(call: Call, dry: bool) -> None:
-    """Every result is written whole, and no scratch memory is read before it is written."""
+    """Every result is written completely, and no scratch memory is read before it is written."""
     expected = run(call, torch.bfloat16)
     inputs, grads = call.inputs(torch.bfloat16), output_grads(call, torch.bfloat16)
     torch.manual_seed(SEED)
@@ -57,7 +57,7 @@ def test_memory_that_was_used_before(call: Call, dry: bool) -> None:
 
 
 def framed(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy of the tensor within a frame of NaN around its last two dimensions, and the whole."""
+    """Return a copy of the tensor in a frame of NaN around its last two dimensions, and the copy with its frame."""
     frame = [COLUMNS] if tensor.dim() == 1 else [*[0] * (tensor.dim() - 2), ROWS, COLUMNS]
     whole = tensor.new_full([size + 2 * extra for size, extra in zip(tensor.shape, frame, strict=True)], NAN)
     view = whole[tuple(slice(extra, extra + size) for size, extra in zip(tensor.shape, frame, strict=True))]
@@ -83,7 +83,7 @@ def _rotary(make: Maker, x: Tensor) -> None:
 
 
 def _cross_entropy(make: Maker, x: Tensor) -> None:
-    """The gradient is written over the logits."""
+    """A cross-entropy whose gradient is written over the logits."""
     logits = x.detach().requires_grad_()
     target = make.integers(x.shape[1], x.shape[0])
     torch.autograd.grad(cross_entropy(logits.view_as(logits), target, inplace=True), logits)
@@ -107,7 +107,7 @@ def test_nothing_is_written_beside(write: Callable[[Maker, Tensor], None], align
 
 @pytest.mark.parametrize("paged", [False, True])
 def test_what_lies_beyond_a_cache_s_length(paged: bool, make: Maker) -> None:
-    """Keys and values beyond it are NaN, and pages beyond it are none."""
+    """Decoding reads nothing beyond a cache's length, where keys and values are NaN and page numbers are invalid."""
     batch, kv_heads, head_dim, page_size, pages = 3, 2, make.size(128, 8), make.size(16, 4), make.size(200, 6)
     lengths = make.tensor([1, page_size * 2, page_size * pages - 3], torch.int32)
     shape = (batch * pages, page_size, kv_heads, head_dim) if paged else (batch, kv_heads, pages * page_size, head_dim)

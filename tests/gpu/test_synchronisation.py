@@ -1,4 +1,4 @@
-"""Nothing makes the host wait for the GPU: not an operator, not a training step, not a step of generation."""
+"""No operator, training step or step of generation makes the host wait for the GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastformer.models import FastformerConfig, FastformerForCausalLM, Fastforme
 
 @contextmanager
 def no_waiting(dry: bool) -> Iterator[None]:
-    """PyTorch raises an error where the host would wait."""
+    """Make PyTorch raise an error where the host would wait."""
     if dry:
         yield
         return
@@ -35,7 +35,7 @@ def test_the_check_itself(real_gpu: None) -> None:
 
 
 def test_operators(call: Call, dry: bool) -> None:
-    """After a first call, which compiles."""
+    """No operator makes the host wait after its first call, which compiles."""
     inputs, grads = call.inputs(torch.bfloat16), output_grads(call, torch.bfloat16)
     results(call.operator, inputs, grads)
     with no_waiting(dry):
@@ -49,7 +49,7 @@ def configuration(make: Maker, **options: object) -> FastformerConfig:
 
 
 def masked_batch(make: Maker, vocabulary: int) -> dict[str, Tensor | int]:
-    """Packed sequences, with the positions of the words to predict."""
+    """Return packed sequences, with the positions of the words to predict."""
     lengths = [make.size(100, 7), 1, make.size(77, 5)]
     total = sum(lengths)
     labels = make.integers(vocabulary, total)
@@ -65,7 +65,7 @@ def masked_batch(make: Maker, vocabulary: int) -> dict[str, Tensor | int]:
 
 
 def test_training_step(make: Maker, dry: bool) -> None:
-    """Mixed precision, dropout, clipping and the optimizer included."""
+    """A training step never waits, with mixed precision, dropout, clipping and the optimizer included."""
     torch.manual_seed(0)
     config = configuration(make, attention_probs_dropout_prob=0.1)
     model = FastformerForMaskedLM(config).to(make.device).train()

@@ -1,4 +1,4 @@
-"""Hugging Face's models on a GPU: compiled by Inductor, and generating with a static cache."""
+"""Hugging Face's models work on a GPU: compiled by Inductor, and in generation with a static cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastformer.models.conversion import from_hugging_face
 
 pytestmark = pytest.mark.slow
 SEED = 1
-# Weights so large that attention is far from uniform.
+# A standard deviation of the weights that makes attention far from uniform.
 _WIDE = 0.1
 
 
@@ -44,7 +44,7 @@ def sizes(make: Maker) -> dict[str, Any]:
 
 
 def batch_of(make: Maker) -> dict[str, Tensor]:
-    """Sequences padded on the right, which have no labels there."""
+    """Return sequences padded on the right, without labels on the padding."""
     tokens = make.size(200, 9)
     lengths = make.tensor([tokens, tokens // 2, tokens - 3], torch.int64)
     real = torch.arange(tokens, device=make.device) < lengths[:, None]
@@ -61,7 +61,7 @@ def loss_and_gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, 
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal but for float32 sums in another order, through some ten operations: some hundred roundings."""
+    """Fail unless equal up to the order of float32 sums in about ten operations: about a hundred roundings."""
     assert actual.keys() == expected.keys()
     for name, wanted in expected.items():
         allowed = 1000 * torch.finfo(torch.float32).eps * max(1.0, wanted.abs().max().item())
@@ -72,7 +72,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 @pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize("build", [bert, llama])
 def test_compiled(build: Callable[[Maker], transformers.PreTrainedModel], accelerated: bool, make: Maker) -> None:
-    """In one graph, forward and backward; a dry run leaves the code as it is traced."""
+    """A model compiled as one graph gives the same, forward and backward; a dry run only traces the code."""
     torch.manual_seed(SEED)
     model, batch = build(make).to(make.device), batch_of(make)
     model.set_attn_implementation("eager")
@@ -88,7 +88,7 @@ def test_compiled(build: Callable[[Maker], transformers.PreTrainedModel], accele
 
 
 def test_generation(make: Maker) -> None:
-    """Greedy tokens with a static cache, whose steps transformers compiles, and by our own generator."""
+    """Greedy tokens are the same with a static cache, whose steps transformers compiles, and in our own generator."""
     torch.manual_seed(SEED)
     model, new = llama(make).to(make.device).eval(), 8
     ids = make.integers(make.size(1000, 64) - 1, 2, make.size(50, 6)) + 1

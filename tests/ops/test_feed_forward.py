@@ -151,7 +151,7 @@ def test_any_shape_and_options(
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("tokens", [32, 37])
 def test_operands_read_by_descriptors(gated: bool, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Operands may be read by descriptors, as on sm_90: (outer, depth) in the forward, (depth, outer) in the backward."""
+    """Operands may be read by descriptors, as on sm_90: (outer, depth) forward, (depth, outer) backward."""
     tables = fused._CONFIGURATIONS["interpreter"]
     copied = {kernel: replace(choice, descriptors=True) for kernel, choice in tables[4].items()}
     monkeypatch.setitem(fused._CONFIGURATIONS, "interpreter", {4: copied})
