@@ -1,4 +1,4 @@
-"""The doctor says what is there and why a backend is used, and its self-test can fail."""
+"""The doctor says what the machine has and why a backend is used, and its self-test can fail."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cpu
 def test_it_reports_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert torch.__version__.startswith(report["machine"]["torch"])  # which has not what build it is
+    assert torch.__version__.startswith(report["machine"]["torch"])  # the report leaves out the build
     assert report["devices"][0]["name"] == "cpu"
     assert all(test["passed"] for test in report["tests"])
     tested = {(test["operator"], test["dtype"]) for test in report["tests"]}

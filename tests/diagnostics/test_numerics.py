@@ -1,4 +1,4 @@
-"""The rule of accuracy in every regime, on both backends, and a report that can say it is broken."""
+"""The rule of accuracy holds in every regime, on both backends, and the report can say that it is broken."""
 
 from __future__ import annotations
 

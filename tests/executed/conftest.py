@@ -1,9 +1,9 @@
-"""These tests run kernels, never the interpreter: on a GPU, or as compiled IR that a CPU executes.
+"""These tests run compiled kernels, never the interpreter: on a GPU, or as IR that a CPU executes.
 
-Without a GPU: ``python -m ttsem.sanitize pytest tests/executed``. Every launch is compiled to Triton's IR for sm_90 and
-executed, its out-of-bounds accesses and its races between programs are found, and bfloat16 is what hardware makes of
-it. What is not executed: the compiler below that IR (layouts, pipelining, LLVM, ptxas), AMD's backend, and any kernel
-in `NOT_EXECUTED`. A kernel that no test launches fails the run.
+Without a GPU, run ``python -m ttsem.sanitize pytest tests/executed``. It compiles every launch to Triton's IR for sm_90
+and executes it. It finds out-of-bounds accesses and races between programs, and rounds bfloat16 as hardware does. It
+does not cover the compiler below that IR (layouts, pipelining, LLVM, ptxas), AMD's backend, and kernels in
+`NOT_EXECUTED`. A kernel that no test launches fails the run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 EXECUTED = "ttsem.sanitize" in sys.modules or "ttsem" in str(getattr(sys.modules["__main__"], "__file__", ""))
 
-# Kernels that the execution cannot run, and why.
+# Kernels that cannot be executed, and the reason for each.
 NOT_EXECUTED: dict[str, str] = {}
 
 _launched: set[str] = set()
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=["small", "sm_90"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Small tiles, so that small tensors have many of them, or those of an architecture."""
+    """The choice of tiles: small ones, so that small tensors have many, or those of an architecture."""
     from fastformer_kernels import launch
 
     chosen = launch.INTERPRETER if request.param == "small" else launch.ARCHITECTURES[request.param]
@@ -53,7 +53,7 @@ def note_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Where the whole folder ran, every kernel must have been launched."""
+    """Fail a run of the whole folder in which some kernel was not launched."""
     if not EXECUTED or session.config.option.keyword or session.testsfailed:
         return
     missing = sorted(_kernels() - _launched - set(NOT_EXECUTED))
@@ -65,7 +65,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def _kernels() -> set[str]:
-    """The names of all Triton functions in fastformer_kernels that are launched, which end in _kernel."""
+    """Return the names of all kernels in fastformer_kernels: the Triton functions whose names end in _kernel."""
     import fastformer_kernels
     from triton.runtime.jit import JITFunction
 

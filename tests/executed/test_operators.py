@@ -1,4 +1,4 @@
-"""Every kernel, forward and backward, with every feature, on small tensors: values, bounds and races."""
+"""Every kernel is right on small tensors, forward and backward, with every feature: values, bounds and races."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Function = Callable[..., Any]
 
 
 def results(function: Function, tensors: list[torch.Tensor], dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
-    """Outputs and gradients in `dtype`, for fixed gradients of the outputs."""
+    """Return outputs and gradients in `dtype`, for fixed gradients of the outputs."""
     torch.manual_seed(seed)
     leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
     outputs = function(*leaves)
@@ -49,7 +49,7 @@ def results(function: Function, tensors: list[torch.Tensor], dtype: torch.dtype,
 def agree(
     operator: Function, exact: Function, pytorch: Function, tensors: list[torch.Tensor], dtype: torch.dtype
 ) -> None:
-    """The operator's results and gradients obey the rule of accuracy."""
+    """Fail unless the operator's results and gradients obey the rule of accuracy."""
     tensors = [tensor.to(dtype) for tensor in tensors]
     with fastformer.backend("triton"):
         actual = results(operator, tensors, dtype, seed=1)
@@ -65,11 +65,11 @@ def assert_accurate(
     dtype: torch.dtype,
     longest: int,
 ) -> None:
-    """The rule of accuracy, for results of a call in `dtype` whose longest dimension is `longest`.
+    """Fail unless results of a call in `dtype`, with longest dimension `longest`, obey the rule of accuracy.
 
-    Of float32 results the unit of rounding is that of a sum over a row, added in another order than PyTorch's, of
-    exponentials of numbers as large as the results (the log-sum-exp among them): their rounding is the terms' relative
-    error. In 16 bits the rounding of the results hides both.
+    For float32 results the unit is the error of a sum over a row, added in another order than PyTorch's. Its terms are
+    exponentials of numbers as large as the results, which include the log-sum-exp. The rounding of these numbers is
+    the relative error of the terms. In 16 bits the rounding of the results hides both errors.
     """
     largest = max(e[torch.isfinite(e)].abs().max().item() for e in wanted if torch.isfinite(e).any())
     roundings = (1.0 + largest) * longest**0.5 if dtype == torch.float32 else 1.0
@@ -83,7 +83,7 @@ def assert_accurate(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_ordinary_inputs(name: str, dtype: torch.dtype) -> None:
-    """Every operator of the registry; what follows is their features."""
+    """Every operator of the registry is accurate on its ordinary inputs; later tests add features."""
     operator = OPERATORS[name]
     torch.manual_seed(0)
     call = operator.inputs(Make(dtype, torch.device(DEVICE)))
@@ -143,7 +143,7 @@ def check_attention(tensors: list[torch.Tensor], options: dict[str, Any], dtype:
 
     def call(function: Function) -> Function:
         def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *given: torch.Tensor) -> Any:
-            # Slopes and sinks are float32 whatever the dtype.
+            # Slopes and sinks are float32 for any dtype.
             named = {
                 name: tensor.float() if "bias" not in name and tensor.dtype != torch.float64 else tensor
                 for name, tensor in zip(learned, given, strict=True)
@@ -175,16 +175,17 @@ def test_attention_as_an_architecture_launches_it(dtype: torch.dtype, monkeypatc
 
     monkeypatch.setattr(launch, "_target", launch.ARCHITECTURES["sm_90"])
     torch.manual_seed(0)
-    # Two tiles of queries and of keys, a group of two, head_dims that fill no tile, any strides.
+    # Two tiles of queries and of keys, a group of two heads, head_dims that fill no tile, and unusual strides.
     tensors = [randn(1, 150, 2, 20).transpose(1, 2), randn(1, 1, 140, 20), randn(1, 1, 140, 9 * 2)[..., ::2]]
     check_attention(tensors, {"causal": True}, dtype)
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
 def test_attention_by_tensor_descriptors(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles copied in bulk, dQ added up in bulk, specialised warps where all tiles are whole.
+    """Attention is right with tiles copied in bulk, dQ added in bulk, and specialised warps for whole tiles.
 
-    One tile of keys: the copy engine's additions are atomic, but several programs' would count as a race here.
+    There is one tile of keys: the copy engine's additions are atomic, but those of several programs would count as a
+    race here.
     """
     from fastformer_kernels import launch
     from fastformer_kernels.attention.launch import uses_descriptors
@@ -297,7 +298,7 @@ def feed_forward_tensors(gated: bool) -> list[torch.Tensor]:
     tokens, features, intermediate = 37, 20, 45
     shapes = [(tokens, features), (intermediate, features), (features, intermediate), (intermediate,), (features,)]
     shapes += [(intermediate, features), (intermediate,)] if gated else []
-    # Small enough that the exponentials of the reference stay finite in float16.
+    # So small that the exponentials of the reference stay finite in float16.
     return [randn(*shape) / 2 for shape in shapes]
 
 
@@ -315,7 +316,7 @@ def check_feed_forward(activation: str, gated: bool, dtype: torch.dtype) -> None
 
 
 def check_backends_agree(function: Function, tensors: list[torch.Tensor]) -> None:
-    """Both backends draw the same dropout; in bfloat16 they differ by a rounding or two of their results."""
+    """Fail unless the backends agree, with the same dropout, up to a rounding or two of results in bfloat16."""
 
     def run(backend: str) -> list[torch.Tensor]:
         with fastformer.backend(backend):
@@ -419,7 +420,7 @@ def test_norm_with_dropout_and_input_bias() -> None:
             loss = output.float().square().sum() + total.float().square().sum()
         return [output.detach(), total.detach(), *torch.autograd.grad(loss, leaves)]
 
-    # The two backends drop the same elements; they round alike but for the order of their float32 sums.
+    # Both backends drop the same elements, and round alike except for the order of their float32 sums.
     for kernel, pytorch in zip(run("triton"), run("torch"), strict=True):
         torch.testing.assert_close(kernel, pytorch, atol=2**-6, rtol=2**-6)
 
@@ -446,7 +447,7 @@ def test_rotary(interleaved: bool) -> None:
 
 @pytest.mark.parametrize("paged", [False, True])
 def test_decoding_with_a_cache(paged: bool) -> None:
-    """Tokens appended, rotated, and attended to over split keys, as attention over the whole sequences gives it."""
+    """Appending, rotating and decoding over split keys give the rows of attention over the whole sequences."""
     torch.manual_seed(0)
     batch, heads, kv_heads, head_dim, tokens = 2, 4, 2, 16, 3
     lengths = torch.tensor([70, 9], dtype=torch.int32, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Kernels with a fault each, which the execution must find, beside the same kernels without it, which it must not."""
+"""The execution finds the fault planted in each kernel here, and finds none in the same kernel without it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _sum_kernel(x_pointer, total_pointer, size, ATOMIC: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _resample_kernel(x_pointer, y_pointer, size, new_size, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Nearest neighbour: y[i] = x[i * size // new_size], whose product can need more than 32 bits."""
+    """Resample to the nearest neighbour: y[i] = x[i * size // new_size]. The product can need more than 32 bits."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     position = at.to(tl.int64) if WIDE else at
     source = position * size // new_size
@@ -76,13 +76,13 @@ def test_a_fault_is_found(kernel, message: str) -> None:
 
 
 def test_bfloat16_products_round_as_hardware_does() -> None:
-    """What the interpreter cannot do: products of bfloat16 in float32, and rounding to nearest, ties to even."""
+    """Products of bfloat16 are in float32 and round to nearest, ties to even, unlike in the interpreter."""
 
     x = torch.randn(32, 32, device=DEVICE).bfloat16()
     y = torch.empty_like(x)
     _square_kernel[(1,)](x, y, SIZE=32)
     expected = (x.double() @ x.double()).bfloat16()
-    # Sums of 32 products in float32 lie within 32 of its roundings of the exact one: at most one bfloat16 apart.
+    # A float32 sum of 32 products is within 32 float32 roundings of the exact one: at most one bfloat16 apart.
     assert (y == expected).float().mean() > 0.99
     torch.testing.assert_close(y, expected, atol=0.0, rtol=2**-7)
 

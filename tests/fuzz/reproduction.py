@@ -1,4 +1,4 @@
-"""A failing call as a Python program that anyone can run: its tensors value by value, stride by stride."""
+"""A failing call as a Python program that anyone can run, with all values and strides of its tensors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def program(
     differentiable: list[str],
     written: list[str],
 ) -> str:
-    """A program that makes the call ``fastformer.<function>(**tensors, **options)`` on both backends and compares.
+    """Return a program that calls ``fastformer.<function>(**tensors, **options)`` on both backends and compares.
 
-    It ends with an error where outputs, tensors named in `written`, which the call writes to, or gradients of those
-    named in `differentiable` differ by more than 1% of the largest, or one of the two has NaN.
+    It compares outputs, the tensors named in `written`, which the call writes to, and the gradients of those named in
+    `differentiable`. It ends with an error where they differ by more than 1% of the largest, or only one has NaN.
     """
     lines = [
         "import copy, os",
@@ -50,7 +50,7 @@ def program(
 
 
 def _expression(value: torch.Tensor) -> str:
-    """The tensor, with its strides and no more of its storage than it reaches."""
+    """Return an expression for the tensor, with its strides and only the part of its storage that it uses."""
     last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     reached = value.as_strided((last + 1 if value.numel() else 0,), (1,)).tolist()
     elements = ", ".join(_number(element) for element in reached)

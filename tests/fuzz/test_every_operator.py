@@ -1,4 +1,4 @@
-"""Whole calls of every operator drawn at random; a failure is printed as a program to run.
+"""Random calls of every operator obey the rule of accuracy; a failure is printed as a program to run.
 
 FASTFORMER_FUZZ_EXAMPLES sets how many calls of each operator are drawn (default 12), from a new seed if it is set.
 """
@@ -42,7 +42,7 @@ Plain = Callable[..., Any]
 def draw_tensor(
     draw: st.DrawFn, *shape: int, dtype: torch.dtype, scale: float = 1.0, layouts: Sequence[str] = LAYOUTS
 ) -> torch.Tensor:
-    """Random values in a random layout: plain, transposed, sliced or expanded."""
+    """Draw random values in a random layout: plain, transposed, sliced or expanded."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     layout = draw(st.sampled_from(layouts))
 
@@ -129,7 +129,7 @@ def linear_cross_entropy_calls(draw: st.DrawFn) -> Call:
 def cross_entropy_calls(draw: st.DrawFn) -> Call:
     dtype, classes = draw(st.sampled_from(DTYPES)), draw(sizes(40))
     rows = draw(st.lists(sizes(6), max_size=3))
-    # A row that counts, and class weights far from zero: the mean divides by the targets' weights.
+    # At least one row counts, and class weights are far from zero, since the mean divides by the targets' weights.
     count = torch.Size(rows).numel()
     target = torch.tensor(draw(st.lists(st.integers(0, classes - 1), min_size=count, max_size=count)))
     if count > 1 and draw(st.booleans()):
@@ -206,7 +206,7 @@ def plain_attention_weights(
     rows: list[int] | None,
     **options: Any,
 ) -> torch.Tensor:
-    """Attention whose values are the identity matrix; it finds its own log-sum-exp."""
+    """The weights as the output of attention to the identity matrix, with a log-sum-exp computed again."""
     identity = torch.eye(key.shape[2], dtype=key.dtype).expand(*key.shape[:2], -1, -1)
     weights, _ = reference.attention(query, key, identity, **options)
     weights = weights if heads is None else weights[:, heads]
@@ -329,7 +329,7 @@ def plain_embedding(
 
 @dataclass(frozen=True)
 class Drawn(registry.Make):
-    """Makes the inputs that the registry names, in random layouts."""
+    """A maker of the registry's inputs that gives them random layouts."""
 
     draw: st.DrawFn
 
@@ -344,7 +344,7 @@ class Drawn(registry.Make):
 
 @st.composite
 def ordinary_calls(draw: st.DrawFn, name: str) -> Call:
-    """The registry's inputs of any sizes, with and without each feature."""
+    """Draw the registry's inputs, of any sizes, with and without each feature."""
     inputs = registry.OPERATORS[name].inputs
     drawn = {"int": sizes(20), "bool": st.booleans()}
     parameters = inspect.signature(inputs).parameters.values()
@@ -353,11 +353,11 @@ def ordinary_calls(draw: st.DrawFn, name: str) -> Call:
 
 
 class Operator(NamedTuple):
-    """How calls of an operator are drawn; its own roundings; and the judge's function, if not the registry's formula.
+    """A strategy for calls of an operator, its roundings, and its reference if not the registry's formula.
 
-    `units` is by how many units of rounding a result in float32 may err, besides what sums come to. An exponential errs
-    by as many as its exponent is large, which is a difference of two scores. Other operators have those that their
-    tests in tests/ops derive: half a unit for each operation.
+    `units` is the error that a result in float32 may have on top of that of sums, in units of rounding. For an
+    exponential it is the size of the exponent, which is a difference of two scores. For other operators it is what
+    their tests in tests/ops derive: half a unit for each operation.
     """
 
     calls: Callable[[], st.SearchStrategy[Call]]
@@ -366,29 +366,29 @@ class Operator(NamedTuple):
 
 
 OPERATORS = {
-    # Scores are below 5 standard deviations of 20.
+    # Scores are below 100: 5 standard deviations of 20 each.
     "softmax": Operator(softmax_calls, units=100),
     # Six operations of the sum with the residual's gradient, and six of the norm.
     "layer_norm": Operator(lambda: norm_calls(centered=True), units=6),
     "rms_norm": Operator(lambda: norm_calls(centered=False), units=6),
-    # Activations are bounded by their inputs, and their exponentials by 1: all that adds up is sums.
+    # Activations are bounded by their inputs, and their exponentials by 1: only the sums add roundings.
     "feed_forward": Operator(feed_forward_calls, units=0),
     # Logits are below 15 (cross_entropy), or sums of up to 12 products below 25; softcap rounds 4 times, within 4.
     "cross_entropy": Operator(cross_entropy_calls, units=50, judge=plain_cross_entropy),
     "linear_cross_entropy": Operator(linear_cross_entropy_calls, units=50),
-    # Scores are below 5 * 5 with the bias's 5 more, where head_dim is 1; less where they are sums.
+    # Scores are below 5 * 5, plus 5 for the bias, where head_dim is 1, and smaller where they are sums.
     "attention": Operator(attention_calls, units=60),
     "attention_weights": Operator(attention_weights_calls, units=60, judge=plain_attention_weights),
     "decode_attention": Operator(decode_calls, units=60),
     # Log-sum-exps are below 5.
     "merge_attention": Operator(merge_calls, units=10),
-    # Two products and a sum, which the sum's own allowance is enough for.
+    # Two products and a sum: the allowance for sums is enough.
     "rotary": Operator(rotary_calls, units=0),
     "append_to_cache": Operator(append_calls, units=0),
     # Two roundings of the sum, six of the norm and one of the output.
     "transformer_embedding": Operator(embedding_calls, units=5, judge=plain_embedding),
 }
-# Of any other: the registry's inputs, whose numbers, and so exponents, are below 5.
+# All other operators get the registry's inputs, whose numbers, and therefore exponents, are below 5.
 OPERATORS |= {
     name: Operator(partial(ordinary_calls, name), units=10) for name in registry.OPERATORS if name not in OPERATORS
 }
@@ -401,7 +401,7 @@ def results(
     leaves: list[str],
     written: Sequence[str],
 ) -> list[torch.Tensor]:
-    """Outputs, the tensors named in `written` afterwards, and gradients of those named in `leaves`."""
+    """Return outputs, then the tensors named in `written` after the call, then gradients of those named in `leaves`."""
     given = {n: deepcopy(t).requires_grad_(n in leaves) for n, t in tensors.items()}
     output = function(**given, **options)
     outputs = [o for o in (output if isinstance(output, tuple) else (output,)) if o is not None]
@@ -413,10 +413,10 @@ def results(
 
 
 def check(name: str, call: Call) -> None:
-    """Both backends err by at most twice PyTorch, plus the roundings of a sum over the longest dimension.
+    """Fail if a backend errs by more than twice PyTorch, plus the roundings of a sum over the longest dimension.
 
-    A rounding is one of the coarsest dtype in the call: gradients in float32 are computed from an output that was
-    rounded to it. In float32, in which operators compute, the operator's own roundings come to that.
+    A rounding is one of the coarsest dtype in the call, since even float32 gradients are computed from an output that
+    was rounded to it. In a float32 call the operator's own roundings are added.
     """
     tensors, options = call
     operator = registry.OPERATORS[name]
@@ -451,7 +451,7 @@ def test_any_call(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if name != "append_to_cache"])
 def test_each_gradient_alone(name: str, backend: str) -> None:
-    """What is computed for one tensor alone is what it is beside the others' gradients."""
+    """A gradient is the same whether it is computed alone or together with the others."""
     function = getattr(fastformer, name)
 
     @settings(max_examples=4)
@@ -465,7 +465,7 @@ def test_each_gradient_alone(name: str, backend: str) -> None:
         for number, leaf in enumerate(leaves):
             *_, alone = results(function, tensors, options, [leaf], [])
             wanted = together[count + number]
-            # The same up to the order of its sums: without the others' a quicker way may be open.
+            # The same up to the order of its sums: alone, a faster way may be possible.
             scale = max(1.0, *wanted.abs().flatten().tolist()) if wanted.numel() else 1.0
             torch.testing.assert_close(
                 alone, wanted, rtol=0.0, atol=8 * unit * scale, msg=lambda m, n=leaf: f"{n}: {m}"
@@ -475,7 +475,7 @@ def test_each_gradient_alone(name: str, backend: str) -> None:
 
 
 def test_a_failure_is_printed_as_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An operator that is wrong for more than one column fails, and the call is a program that fails too."""
+    """An operator that is wrong for several columns fails, and prints a program that can fail too."""
     right = fastformer.softmax
 
     def wrong(input: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -487,7 +487,7 @@ def test_a_failure_is_printed_as_a_program(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(AssertionError, match="softmax, triton, result 0"):
         test_any_call("softmax")
     source = printed[-1]
-    # The program compares the two backends, which know nothing of this test's fault: they agree, or are made not to.
+    # The program compares the two backends, without this test's fault: they agree, unless one is changed.
     broken = source.replace(
         "output = fastformer.softmax", "output = (1.1 if backend == 'triton' else 1.0) * fastformer.softmax"
     )

@@ -1,4 +1,4 @@
-"""Each relation is tested on every backend; hypothesis wants fixtures that do not change between examples."""
+"""Each relation is tested on every backend, through a fixture that stays the same between Hypothesis' examples."""
 
 import pytest
 

@@ -1,7 +1,7 @@
-"""Relations that hold between an operator's own results, whatever they are: no reference is needed.
+"""Relations between an operator's own results hold, which needs no reference.
 
-Where both sides add the same terms in another order, they differ by the roundings of that sum; where they do the same
-arithmetic, by nothing.
+Where the two sides add the same terms in another order, they differ by the roundings of that sum. Where they do the
+same arithmetic, they are equal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ few_examples = settings(max_examples=5)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, terms: int) -> None:
-    """Equal but for the order of sums of `terms` float32 terms whose magnitude is that of the largest result."""
+    """Fail unless equal up to the order of sums of `terms` float32 terms, as large as the largest result."""
     magnitude = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
     torch.testing.assert_close(
         actual, expected, atol=4 * terms**0.5 * torch.finfo(torch.float32).eps * magnitude, rtol=0.0
@@ -30,7 +30,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, terms: int) -> None:
 def with_gradients(
     tensors: list[torch.Tensor], grad_output: torch.Tensor, backend: str, **options: Any
 ) -> list[torch.Tensor]:
-    """Output and gradients of attention."""
+    """Return output and gradients of attention."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     with fastformer.backend(backend):
         output = attention(*leaves, **options)
@@ -65,7 +65,7 @@ def test_the_order_of_keys_does_not_matter(backend_name: str, data: st.DataObjec
 @few_examples
 @given(data=st.data())
 def test_queries_are_independent(backend_name: str, data: st.DataObject) -> None:
-    """A causal sequence cut in two: the second part's queries see all keys, the first part's only their own."""
+    """A causal sequence cut in two gives the same: the first part's queries see its keys, the second part's see all."""
     size = data.draw(st.integers(2, 45))
     query, key, value = draw_tensors(data, size, size)
     cut = data.draw(st.integers(1, size - 1))
@@ -128,7 +128,7 @@ def test_a_constant_added_to_all_scores_changes_nothing(backend_name: str, data:
     tensors = draw_tensors(data)
     bias = torch.randn(tensors[0].shape[2], tensors[1].shape[2])
     with fastformer.backend(backend_name):
-        # A shift by 2 to the 4 leaves 4 bits fewer for the bias: 16 roundings.
+        # A shift by 2 to the 4 leaves the bias 4 bits fewer: an error of 16 roundings.
         close(attention(*tensors, bias=bias + 16.0), attention(*tensors, bias=bias), 16 * tensors[1].shape[2])
 
 
@@ -151,7 +151,7 @@ def test_heads_that_share_keys_are_heads_with_their_own(backend_name: str, data:
         shared = attention(query, key, value)
         repeated = attention(query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1))
     if query.is_cuda and backend_name == "torch":
-        # cuBLAS adds in an order that depends on the shapes.
+        # The order of cuBLAS's additions depends on the shapes.
         close(shared, repeated, key.shape[2])
     else:
         assert torch.equal(shared, repeated)
@@ -168,13 +168,13 @@ def test_no_dropout_is_dropout_of_nothing(backend_name: str) -> None:
 
 
 def dropped(backend_name: str, tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Which weights attention's dropout keeps, and its results, with tiles of this size."""
+    """Return the weights that attention's dropout keeps, and the results, with tiles of this size."""
     from fastformer_kernels.attention import launch
     from fastformer_kernels.launch import INTERPRETER
 
     configuration = launch.AttentionConfiguration(*tiles, 1, 1)
     monkeypatch.setattr(launch, "_INTERPRETER", configuration)
-    monkeypatch.setattr("fastformer_kernels.launch._target", INTERPRETER)  # on a GPU, too
+    monkeypatch.setattr("fastformer_kernels.launch._target", INTERPRETER)  # also on a GPU
     torch.manual_seed(0)
     query, key = torch.randn(1, 2, 50, 8), torch.randn(1, 2, 45, 8)
     value = torch.eye(45)[None, None].expand(1, 2, 45, 45)
@@ -235,7 +235,7 @@ def test_norms_do_not_see_scale(backend_name: str, columns: int, seed: int, expo
     x = torch.randn(4, columns)
     with fastformer.backend(backend_name):
         for function in (fastformer.layer_norm, fastformer.rms_norm):
-            # Powers of two, and eps with them: the same arithmetic.
+            # A factor of a power of two, also on eps, leaves the arithmetic the same.
             close(
                 function(x * 2.0**exponent, (columns,), eps=4.0**exponent * 1e-5), function(x, (columns,), eps=1e-5), 4
             )
@@ -262,7 +262,7 @@ def test_tokens_are_independent_in_the_feed_forward(backend_name: str, tokens: i
     with fastformer.backend(backend_name):
         whole = fastformer.feed_forward(x, up, down)
         parts = [fastformer.feed_forward(part, up, down) for part in (x[:1], x[1:])]
-        # Hidden features in another order are another order of the second product's sum.
+        # Another order of hidden features changes the order of the sum in the second product.
         order = torch.randperm(30)
         close(fastformer.feed_forward(x, up[order], down[:, order]), whole, 30)
     close(torch.cat(parts), whole, 30)

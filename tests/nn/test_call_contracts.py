@@ -1,6 +1,6 @@
-"""What a layer calls its parts with, and a stack its layers, is what torch.nn's twin calls them with.
+"""A layer calls its parts, and a stack its layers, with the same arguments as its twin in torch.nn.
 
-Hooks, subclasses, wrapped forwards and modules of a user's own, written for torch.nn, then do the same here.
+Hooks, subclasses, wrapped forwards and users' modules that were written for torch.nn then do the same here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.cpu
 
 
 def layers(kind: str, activation: Callable | str = "gelu", norm_first: bool = False) -> tuple[nn.Module, nn.Module]:
-    """torch.nn's and ours, with the same parameters; in training, where PyTorch has no way around the parts."""
+    """Return torch.nn's layer and ours with equal parameters, in training, where PyTorch cannot skip the parts."""
     made = []
     for library in (nn, fnn):
         torch.manual_seed(0)
@@ -49,7 +49,7 @@ def inputs(kind: str) -> tuple[torch.Tensor, ...]:
 
 
 def masks(kind: str, form: str) -> dict[str, Any]:
-    """The causal mask and padding, as booleans, as numbers, or not at all."""
+    """Return the arguments for the causal mask and the padding: booleans, numbers, or none."""
     if form == "none":
         return {}
     as_given = {"mask": CAUSAL, "padding": PADDING, "memory": SOURCE_PADDING}
@@ -69,7 +69,7 @@ def masks(kind: str, form: str) -> dict[str, Any]:
 
 
 def listen(module: nn.Module, name: str, calls: Calls) -> None:
-    """Write down each call of the submodule `name`."""
+    """Record each call of the submodule `name` in `calls`."""
     module.get_submodule(name).register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((name, args, kwargs)), with_kwargs=True
     )
@@ -91,7 +91,7 @@ def assert_same_calls(actual: Calls, expected: Calls) -> None:
 
 
 def parts(kind: str) -> list[str]:
-    """The submodules that torch.nn's layer calls; of its attention's projection it reads the weight alone."""
+    """Return the submodules that torch.nn's layer calls; it does not call out_proj, but reads its weight."""
     layer, _ = layers(kind, activation=nn.GELU())
     return [name for name, _ in layer.named_modules() if name and "out_proj" not in name]
 
@@ -127,7 +127,7 @@ def stacks(kind: str, change: Callable[[nn.Module], None]) -> list[nn.Module]:
 
 
 def own_forward(layer: nn.Module) -> None:
-    """A forward around the layer's, as libraries that move weights around put there."""
+    """Wrap the forward of the layer, as libraries do that move weights between devices."""
     forward = layer.forward
     layer.forward = lambda *args, **kwargs: forward(*args, **kwargs)  # type: ignore[method-assign]
 
@@ -147,7 +147,7 @@ def test_hooks_of_a_stacks_layers_see_the_same(kind: str, form: str) -> None:
 
 
 class OwnAttention(nn.Module):
-    """Written for torch.nn's layers: parameters in an order of its own, masks as numbers, or is_causal alone."""
+    """An attention written for torch.nn's layers, which uses masks of numbers, or only is_causal."""
 
     batch_first = True
 
@@ -192,7 +192,7 @@ def test_attention_of_a_users_own_keeps_its_causal_mask(reads: str, form: str) -
 
 @pytest.mark.parametrize("reads", ["mask", "is_causal"])
 def test_block_of_a_users_own_keeps_its_causal_mask(reads: str) -> None:
-    """A subclass with a method under PyTorch's name of a block."""
+    """A subclass with its own `_sa_block`, PyTorch's name of a block, gets the causal mask."""
 
     def block(self: nn.Module, x: torch.Tensor, mask: Any, padding: Any, is_causal: bool = False) -> torch.Tensor:
         return OwnAttention(reads)(x, x, x, attn_mask=mask, need_weights=False, is_causal=is_causal)[0]
@@ -208,7 +208,7 @@ def test_block_of_a_users_own_keeps_its_causal_mask(reads: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_maps_by_the_usual_recipes(kind: str) -> None:
-    """A wrapped forward, a partial one and a hook that ask for the weights."""
+    """A wrapped forward, a partial one and a hook that ask for the weights get attention maps."""
 
     def wrapped(attention: nn.Module) -> None:
         forward = attention.forward
@@ -286,7 +286,7 @@ def test_another_module_in_place_of_an_embeddings_dropout() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_layers_are_fused(kind: str) -> None:
-    """Not PyTorch's forward of the layer, for want of what a compiler cannot see."""
+    """A compiled layer uses the fused operators, and does not fall back to PyTorch's forward of the layer."""
     _, layer = layers(kind)
     operators: list[str] = []
 
@@ -304,7 +304,7 @@ def test_compiled_layers_are_fused(kind: str) -> None:
 
 
 def test_signature_of_attention_is_pytorchs() -> None:
-    """Own code that passes arguments by position finds them in the same places."""
+    """Arguments have the positions and defaults of PyTorch's, for code that passes them by position."""
     ours, theirs = (inspect.signature(library.MultiheadAttention.forward).parameters for library in (fnn, nn))
     assert list(ours) == list(theirs)
     assert [each.default for each in ours.values()] == [each.default for each in theirs.values()]

@@ -1,4 +1,4 @@
-"""The loss modules beside their twins in torch.nn."""
+"""The loss modules give the same as their twins in torch.nn."""
 
 from __future__ import annotations
 

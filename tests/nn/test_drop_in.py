@@ -1,4 +1,4 @@
-"""Model code in which nothing but the package is changed: torch.nn and fastformer.nn give the same results."""
+"""Model code gives the same results with torch.nn and with fastformer.nn, if only the package is changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VOCABULARY, FEATURES, HEADS, INNER, PADDING = 29, 16, 4, 24, 0
 
 
 def translation_model(nn: ModuleType) -> torch.nn.Module:
-    """An encoder-decoder for translation on `nn.Transformer`, sequence first, as tutorials build it."""
+    """Build an encoder-decoder for translation on `nn.Transformer`, sequence first, as tutorials do."""
 
     class Positions(nn.Module):
         def __init__(self, features: int, dropout: float, longest: int = 50) -> None:
@@ -84,7 +84,7 @@ def translation_model(nn: ModuleType) -> torch.nn.Module:
 
 
 def language_model(nn: ModuleType) -> torch.nn.Module:
-    """A causal language model on `nn.TransformerEncoder`, batch first."""
+    """Build a causal language model on `nn.TransformerEncoder`, batch first."""
 
     class LanguageModel(nn.Module):
         def __init__(self) -> None:
@@ -102,7 +102,7 @@ def language_model(nn: ModuleType) -> torch.nn.Module:
 
 
 def language_model_by_inheritance(nn: ModuleType) -> torch.nn.Module:
-    """A causal language model that is an `nn.Transformer` with another decoder, sequence first."""
+    """Build a causal language model as a subclass of `nn.Transformer` with another decoder, sequence first."""
 
     class LanguageModel(nn.Transformer):
         def __init__(self) -> None:
@@ -123,7 +123,7 @@ def language_model_by_inheritance(nn: ModuleType) -> torch.nn.Module:
 
 
 def twins(build) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The same model twice, from the same seed."""
+    """Build the model in torch.nn and in fastformer.nn, from the same seed."""
     models = []
     for package in (torch.nn, fastformer.nn):
         torch.manual_seed(0)
@@ -132,7 +132,7 @@ def twins(build) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def train(model: torch.nn.Module, nn: ModuleType, inputs: tuple[Tensor, ...], labels: Tensor) -> list[float]:
-    """The losses of five steps, in the tutorials' manner."""
+    """Train for five steps, as tutorials do, and return the losses."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     criterion = nn.CrossEntropyLoss(ignore_index=PADDING)
     losses = []
@@ -180,7 +180,7 @@ def test_other_names_are_torch_nns() -> None:
     assert fastformer.nn.functional.gelu is torch.nn.functional.gelu
     assert fastformer.nn.functional.layer_norm is fastformer.layer_norm
     assert {"gelu", "layer_norm"} <= set(dir(fastformer.nn.functional))
-    # Not a module of Fastformer's own, which would hide PyTorch's.
+    # PyTorch's module is not hidden by one of Fastformer.
     assert fastformer.nn.attention is torch.nn.attention
     assert {"Linear", "MultiheadAttention", "functional"} <= set(dir(fastformer.nn))
     with pytest.raises(AttributeError, match=r"neither 'fastformer.nn' nor 'torch.nn' has an attribute 'Nothing'"):

@@ -1,4 +1,4 @@
-"""The input block as a module: against its own parts, and with parts that were replaced."""
+"""The input block as a module equals the composition of its parts, also of parts that were replaced."""
 
 from __future__ import annotations
 

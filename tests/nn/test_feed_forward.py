@@ -1,4 +1,4 @@
-"""FeedForward against its formula in torch.nn.functional."""
+"""FeedForward equals its formula in torch.nn.functional."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_dropout_in_training_only_and_a_residual(gated: bool, recompute: bool) -
     assert 0.3 < (dropped.abs() < 1e-6).float().mean() < 0.5
     torch.manual_seed(0)
     torch.testing.assert_close(module(x), dropped)
-    # The output's dropout aside, only the hidden one is left to change the values.
+    # Apart from the output's dropout, only the hidden dropout can change the values.
     assert not torch.allclose(dropped * 0.6, torch.where(dropped == 0, 0.0, formula(module, x)))
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.cpu
 
 
 def drawn_shapes(dims: int, draw: random.Random) -> tuple[list[list[int]], list[int], bool]:
-    """Shapes of query, key and value, some leading dimensions of one or left out, and of a mask; whether grouped."""
+    """Draw shapes of query, key, value and mask, with dimensions of 1 or left out, and whether heads are grouped."""
     grouped = dims > 2 and draw.random() < 0.3
     leading = [draw.choice([2, 3]) for _ in range(dims - 3)]
     heads, queries, keys = 4 if grouped else draw.choice([1, 2, 4]), draw.choice([1, 3, 5]), draw.choice([1, 3, 5])
@@ -26,7 +26,7 @@ def drawn_shapes(dims: int, draw: random.Random) -> tuple[list[list[int]], list[
         left_out = draw.randrange(len(sizes)) if sizes and draw.random() < 0.1 and not grouped else 0
         return [*sizes[left_out:], rows, columns]
 
-    # Where heads are not grouped, one head is as many as there are.
+    # Without grouped heads, one head broadcasts to all heads.
     of_keys = [1, 2, 4] if grouped else [1, heads, heads]
     shapes = [
         shape([heads] if grouped else of_keys, queries, 8),
@@ -47,7 +47,7 @@ def test_drawn_shapes(dims: int, seed: int) -> None:
     tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
     mask = torch.randn(mask_shape)
     for attn_mask in (None, mask, mask > -1.0):
-        # PyTorch fails at some masks of the keys alone.
+        # PyTorch fails on some masks whose only dimension is the keys.
         theirs = attn_mask[None] if attn_mask is not None and attn_mask.dim() == 1 else attn_mask
         results = []
         for function, given in (

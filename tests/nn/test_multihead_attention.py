@@ -1,4 +1,4 @@
-"""MultiheadAttention against torch.nn's, driven with the same calls."""
+"""MultiheadAttention gives the same as torch.nn's in the same calls."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_equals_pytorch_on_the_same_calls(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
     training, batched = data.draw(flag, label="training"), data.draw(flag, label="batched")
     options = {name: data.draw(flag, label=name) for name in ("bias", "add_bias_kv", "add_zero_attn", "batch_first")}
-    # Which of query, key and value are the same tensor.
+    # The input of query, key and value: equal numbers are the same tensor.
     order = data.draw(st.sampled_from([(0, 0, 0), (0, 1, 1), (0, 1, 2), (0, 0, 1), (0, 1, 0)]), label="same tensors")
     features = [EMBED, EMBED, EMBED]
     if order == (0, 1, 2):
@@ -50,7 +50,7 @@ def test_equals_pytorch_on_the_same_calls(data: st.DataObject) -> None:
         "average_attn_weights": data.draw(flag, label="average_attn_weights"),
     }
     if data.draw(flag, label="causal"):
-        # With the hint PyTorch forgets, on some of its paths, that extra keys may always be attended to.
+        # With the hint, some of PyTorch's paths forget that extra keys are visible to every query.
         hint = not (options["add_bias_kv"] or options["add_zero_attn"])
         call |= {"attn_mask": causal_mask(data, "boolean causal mask", queries, keys), "is_causal": hint}
     lengths = [queries, *(queries if order[argument] == 0 else keys for argument in (1, 2))]
@@ -64,12 +64,12 @@ def test_equals_pytorch_on_the_same_calls(data: st.DataObject) -> None:
     torch.testing.assert_close(outputs_and_gradients(ours, *inputs, order=order, **call), expected)
 
 
-@pytest.mark.cpu  # a default device is a mode, and in a mode PyTorch leaves its fast path
+@pytest.mark.cpu  # a default device is a mode, which disables PyTorch's fast path
 @settings(max_examples=30)
 @given(data=st.data())
 def test_equals_pytorchs_fast_path(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
-    # Its conditions: an even number of heads, self-attention, no gradients, boolean masks.
+    # The fast path needs an even number of heads, self-attention, no gradients and boolean masks.
     theirs, ours = (module.eval() for module in twins(heads=4, batch_first=True))
     x = torch.randn(2, 6, EMBED)
     padding, mask = torch.rand(2, 6) < 0.4, torch.rand(6, 6) < 0.4
@@ -94,7 +94,7 @@ def test_rows_with_nothing_to_attend_to_are_zero_and_all_others_pytorchs(data: s
         "average_attn_weights": False,
     }
     _, weights = theirs(q, k, k, **call)
-    # Where PyTorch's weights are NaN, each value's contribution is nothing.
+    # Where PyTorch's weights are NaN, ours are zero.
     expected_weights = weights.nan_to_num(0.0)
     value = torch.nn.functional.linear(k, ours.in_proj_weight[-EMBED:], ours.in_proj_bias[-EMBED:])
     attended = expected_weights @ rearrange(value, SPLIT_HEADS, heads=HEADS)
@@ -184,7 +184,7 @@ def test_dropout_drops_in_training_only(need_weights: bool) -> None:
     torch.testing.assert_close(ours.eval()(x, x, x, need_weights=need_weights)[0], expected)
     draws, _ = ours.train()(*[x.expand(8000, -1, -1)] * 3, need_weights=need_weights)
     assert not torch.equal(draws[0], draws[1])
-    # The output is linear in the dropped weights, so dropout leaves its mean; four standard errors and a half.
+    # The output is linear in the dropped weights, so dropout keeps its mean, here within 4.5 standard errors.
     error = (draws.mean(0) - expected[0]).abs() / (draws.std(0) / len(draws) ** 0.5)
     assert error.max() < 4.5
 

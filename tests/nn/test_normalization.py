@@ -1,4 +1,4 @@
-"""LayerNorm, RMSNorm and Softmax against torch.nn's."""
+"""LayerNorm, RMSNorm and Softmax give the same as torch.nn's."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_norm_with_residual_returns_the_normalised_sum_and_the_sum(own: type, dt
 
 
 def test_default_eps_of_rms_norm_is_pytorchs_in_half_precision() -> None:
-    # Small enough for eps to decide the result.
+    # So small that eps decides the result.
     x = torch.full((1, 4), 1e-3, dtype=torch.bfloat16)
     torch.testing.assert_close(RMSNorm(4).bfloat16()(x), torch.nn.RMSNorm(4).bfloat16()(x))
 

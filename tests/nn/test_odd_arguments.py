@@ -1,4 +1,4 @@
-"""Arguments at the ends of what torch.nn takes: ours take them too, and mean the same."""
+"""Arguments at the limits of what torch.nn accepts are accepted here too, with the same meaning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import fastformer.nn
 
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_dropout_of_everything(norm_first: bool) -> None:
-    """As torch.nn has it: a layer that drops all is its residuals and norms."""
+    """A layer that drops everything consists of its residuals and norms alone, as in torch.nn."""
     theirs = torch.nn.TransformerEncoderLayer(16, 4, 20, dropout=1.0, norm_first=norm_first)
     ours = fastformer.nn.TransformerEncoderLayer(16, 4, 20, dropout=1.0, norm_first=norm_first)
     ours.load_state_dict(theirs.state_dict())

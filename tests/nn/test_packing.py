@@ -1,4 +1,4 @@
-"""Packing a padded batch and unpacking it."""
+"""A padded batch is packed and unpacked without loss."""
 
 from __future__ import annotations
 

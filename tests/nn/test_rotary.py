@@ -1,4 +1,4 @@
-"""The rotary module: its table survives conversions, and frequencies of other scalings are taken."""
+"""The rotary module keeps its table through conversions, and accepts frequencies of other scalings."""
 
 from __future__ import annotations
 

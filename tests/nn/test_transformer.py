@@ -1,4 +1,4 @@
-"""TransformerEncoder, TransformerDecoder and Transformer against torch.nn's, driven with the same calls."""
+"""TransformerEncoder, TransformerDecoder and Transformer give the same as torch.nn's in the same calls."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from twins import causal_mask, draw_mask, outputs_and_gradients, share_parameter
 import fastformer.nn
 
 MODEL, HEADS, INNER = 12, 3, 20
-# PyTorch's encoder warns where a layer keeps it from making nested tensors.
+# PyTorch's encoder warns where a layer prevents nested tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 STACKS = ["TransformerEncoder", "TransformerDecoder", "Transformer"]
 
 
 def build(package, stack: str, *, final_norm: bool = True, **options) -> nn.Module:
-    """A stack of two layers from torch.nn or fastformer.nn; a Transformer with one layer of each kind."""
+    """Build a stack of two layers from torch.nn or fastformer.nn; a Transformer has one layer of each kind."""
     if stack == "Transformer":
         return package.Transformer(MODEL, HEADS, 1, 1, INNER, **options)
     layer = getattr(package, f"{stack}Layer")(MODEL, HEADS, INNER, **options)
@@ -71,7 +71,7 @@ def test_equals_pytorch_on_the_same_calls(stack: str, data: st.DataObject) -> No
         if data.draw(flag, label=f"causal {name}"):
             causal_name = "is_causal" if name == "mask" else name.replace("mask", "is_causal")
             call[name] = causal_mask(data, f"boolean {name}", queries, keys)
-            # None, the default of all but one, has PyTorch find out; False has it apply the mask.
+            # With None, the default of all but one, PyTorch checks the mask itself; with False it applies the mask.
             call[causal_name] = data.draw(st.sampled_from([True, False] + [None] * (name != "memory_mask")))
     order = {"TransformerEncoder": ["src"], "TransformerDecoder": ["tgt", "src"], "Transformer": ["src", "tgt"]}[stack]
     inputs = [torch.randn(batch, lengths[name], MODEL) for name in order]
@@ -104,10 +104,10 @@ def test_same_seed_same_parameters(stack: str) -> None:
     assert str(modules[0]) == str(modules[1])
 
 
-@pytest.mark.cpu  # a default device is a mode, and in a mode PyTorch leaves its fast path
+@pytest.mark.cpu  # a default device is a mode, which disables PyTorch's fast path
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_encoder_equals_pytorchs_fast_path_at_real_positions() -> None:
-    # PyTorch's fast path is open to an even number of heads only; three would silently test the slow one.
+    # PyTorch's fast path needs an even number of heads; with three, this would silently test the slow path.
     theirs, ours = (
         package.TransformerEncoder(package.TransformerEncoderLayer(MODEL, 4, INNER, batch_first=True), 2).eval()
         for package in (nn, fastformer.nn)

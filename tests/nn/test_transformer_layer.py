@@ -1,4 +1,4 @@
-"""TransformerEncoderLayer and TransformerDecoderLayer against torch.nn's, driven with the same calls."""
+"""TransformerEncoderLayer and TransformerDecoderLayer give the same as torch.nn's in the same calls."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def twins(their_class: type[nn.Module], our_class: type[nn.Module], **options) -
 
 
 def inputs_of(layer_class: type[nn.Module], *, batch_first: bool = False) -> list[torch.Tensor]:
-    """A batch of two: the input of an encoder's layer; with the memory, which is longer, that of a decoder's."""
+    """Return a batch of two: the input of a layer and, for a decoder's layer, the longer memory."""
     inputs = [torch.randn(2, 7, MODEL), torch.randn(2, 9, MODEL)]
     inputs = inputs if batch_first else [x.transpose(0, 1).contiguous() for x in inputs]
     return inputs if issubclass(layer_class, nn.TransformerDecoderLayer) else inputs[:1]
@@ -102,7 +102,7 @@ def test_triton_kernels_equal_pytorch(
 
 
 def test_fully_padded_sequence_stays_finite() -> None:
-    """PyTorch's answer is NaN; here attention to nothing adds its output projection's bias."""
+    """Attention to nothing adds only the bias of its output projection, where PyTorch gives NaN."""
     _, layer = twins(*LAYERS[1], batch_first=True, dropout=0.0)
     padding = torch.tensor([[True] * 9, [False] * 9])
     inputs = inputs_of(TransformerDecoderLayer, batch_first=True)
@@ -127,17 +127,17 @@ def test_dropout_drops_in_training_only_and_keeps_the_mean(
     batch = [x[:, :1].expand(-1, 4000, -1) for x in inputs]
     draws, expected = ours(*batch), theirs(*batch)
     assert not torch.equal(draws[:, 0], draws[:, 1])
-    # Both are means of equally many draws from the same distribution; four standard errors and a half.
+    # Both are means of the same number of draws from one distribution: they agree within 4.5 standard errors.
     error = (draws.mean(1) - expected.mean(1)).abs() / (draws.var(1) + expected.var(1)).div(4000).sqrt()
     assert error.max() < 4.5
     spread = (draws.std(1) / expected.std(1)).log().abs()
-    # The standard deviation of 4,000 draws is known to 1.1% (normal) and to a few times that with heavier tails.
+    # The standard deviation of 4,000 draws has an error of 1.1% if normal, and a few times that with heavier tails.
     assert spread.max() < 0.2
 
 
 @both_layers
 def test_every_dropout_drops(their_class: type[nn.Module], our_class: type[nn.Module]) -> None:
-    """Each alone, switched on in a layer that is in evaluation, as Monte Carlo dropout does it."""
+    """Each dropout drops when it alone is in training, in a layer in evaluation, as for Monte Carlo dropout."""
     for name in [name for name, module in our_class(MODEL, HEADS).named_modules() if isinstance(module, nn.Dropout)]:
         _, layer = twins(their_class, our_class, dropout=0.5)
         inputs = inputs_of(our_class)
@@ -148,7 +148,7 @@ def test_every_dropout_drops(their_class: type[nn.Module], our_class: type[nn.Mo
 
 
 class DispatchedOperators(TorchDispatchMode):
-    """Records which operators are dispatched that make a tensor, views excepted."""
+    """A mode that records the dispatched operators that make a tensor, except views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ def test_nothing_but_products_and_fused_operators(
     with DispatchedOperators() as dispatched:
         layer(*inputs)
     expected = {"aten.addmm", "fastformer.attention", "fastformer.feed_forward", "fastformer.norm"}
-    # The seeds of dropout: two numbers a call.
+    # `randint` draws the seeds of dropout, two numbers for each call.
     assert dispatched.names == expected | ({"aten.randint"} if training else set())
 
 
@@ -280,7 +280,7 @@ def test_device_and_dtype_of_the_parameters(their_class: type[nn.Module], our_cl
 
 
 class Doubled(nn.Linear):
-    """Stands for a projection with LoRA: a Linear with something of its own."""
+    """A stand-in for a projection with LoRA: a Linear with a changed forward."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(input)
@@ -305,7 +305,7 @@ def add_forward_hook(linear: nn.Linear) -> nn.Module:
 
 def add_forward_pre_hook(linear: nn.Linear) -> nn.Module:
     def double_parameters(module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        # What torch.nn.utils.weight_norm and pruning do: the weight is computed before each forward.
+        # Like torch.nn.utils.weight_norm and pruning, compute the weight before each forward.
         module.weight.data.copy_(2 * original["weight"])
         module.bias.data.copy_(2 * original["bias"])
         return inputs

@@ -1,4 +1,4 @@
-"""The registry has every operator, its formulas are right, and whoever works on all operators has all of it."""
+"""The registry has every operator, its formulas are right, and all code that works on all operators uses it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastformer.registry import OPERATORS, Call, Make, Operator
 
 pytestmark = pytest.mark.cpu
 
-# Public functions that make what operators take: tables, slopes, biases of buckets.
+# Public functions that make arguments of operators: tables, slopes, biases of buckets.
 HELPERS = {"alibi_slopes", "relative_position_bias", "rotary_frequencies", "rotary_table", "t5_buckets"}
 CPU = torch.device("cpu")
 
@@ -36,7 +36,7 @@ def test_every_public_operator_is_there() -> None:
 
 @pytest.mark.quick
 def test_numerics_and_the_workload_have_every_operator() -> None:
-    """The tests of benchmarks, of `doctor`, and those that draw and execute calls, look at themselves."""
+    """Numerics and the workload have every operator; other users of the registry have their own test of it."""
     assert {problem.operator for problem in numerics.problems()} == set(OPERATORS)
     assert {variant.operator for variants in workload._CASES.values() for variant in variants.values()} == set(
         OPERATORS
@@ -45,12 +45,12 @@ def test_numerics_and_the_workload_have_every_operator() -> None:
 
 @pytest.mark.quick
 def test_a_name_that_no_operator_has_is_refused() -> None:
-    """The error names what was asked for and what there is."""
+    """The error names the operator that was asked for and those that exist."""
     with pytest.raises(LookupError, match=r"is called 'sofmax'; there are append_to_cache, .*, softmax, "):
         OPERATORS["sofmax"]
 
 
-# An operator that is in the registry alone, before those who use the registry are imported.
+# An operator that exists only in the registry, added before the registry's users are imported.
 NEW = """
 import fastformer, torch
 from fastformer import ops, registry
@@ -77,13 +77,13 @@ assert "new" in OPERATORS and OPERATORS["new"].calls().example().tensors
 
 @pytest.mark.slow
 def test_a_new_operator_is_with_all_of_them() -> None:
-    """It needs a line in none of them."""
+    """A new operator in the registry reaches all its users without a line in any of them."""
     done = python("-W", "ignore", "-c", NEW)
     assert done.returncode == 0, done.stderr
 
 
 def _appended(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, **more: Any) -> Any:
-    """Token by token."""
+    """Append to the caches token by token."""
     query, table, angles = more["query"], more.get("block_table"), torch.atan2(more["sin"], more["cos"]).double()
     turned = torch.empty_like(query)
     for b, start in enumerate(lengths.tolist()):
@@ -137,7 +137,7 @@ def _normalized(norm: Callable[..., Tensor]) -> Callable[..., Any]:
     return run
 
 
-# Of each operator: the judge's function of the same arguments, and inputs beside the ordinary ones.
+# For each operator, the reference with the same arguments, and inputs in addition to the ordinary ones.
 JUDGES: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     "append_to_cache": (_appended, [{"page_size": 16}]),
     "attention": (
@@ -195,12 +195,12 @@ JUDGES: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("name", JUDGES)
 def test_the_formula_is_the_judge_s(name: str) -> None:
-    """In float64, of ordinary inputs and of others; so is PyTorch's fused function, where there is one."""
+    """Formula and reference agree in float64 on ordinary and other inputs, and with PyTorch's fused function if any."""
     operator, (judge, others) = OPERATORS[name], JUDGES[name]
     for inputs in ({}, *others):
         given = call(operator, **inputs).double()
         expected = operator.run(judge, given)
-        # Unless a feature is one that PyTorch's function does not have.
+        # PyTorch's function is left out if it lacks a feature.
         fused = operator.fused is not None and not {"bias", "softcap"} & {*given.tensors, *given.options}
         for function in (operator.plain, *([operator.fused] if fused else ())):
             assert function is not None
@@ -210,7 +210,7 @@ def test_the_formula_is_the_judge_s(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_operator_takes_its_inputs(name: str) -> None:
-    """Of any dtype; what is not a constant has a gradient."""
+    """Each operator takes its inputs in any dtype, and has a gradient for all that are not constants."""
     operator = OPERATORS[name]
     for dtype in (torch.float32, torch.bfloat16):
         given = call(operator, dtype)
