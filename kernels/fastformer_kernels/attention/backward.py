@@ -76,6 +76,7 @@ from fastformer_kernels.attention.tiles import (
     tanh,
     tile_and_row,
     tile_start,
+    tiles_ahead,
     tiles_in,
 )
 from fastformer_kernels.constants import LOG2_E
@@ -349,13 +350,9 @@ def _key_value_gradient_kernel(
         layout, features, constants: a `Layout`, a `Features`, a `Constants`.
     """
     sizes = Sizes(all_tiles, tiles, heads_in_cache, heads, queries, keys, query_tokens, key_tokens)
-    if constants.PERSISTENT:
-        for number in range(tl.program_id(0), all_tiles, tl.num_programs(0)):
-            _key_value_gradient_tile(
-                q, k, v, do, statistics, dq, dk, dv, gradients, number, sizes, layout, features, constants
-            )
-    else:
-        number = tl.program_id(0)
+    stop, step = tiles_ahead(all_tiles, constants.PERSISTENT)
+    for ahead in range(0, stop, step):
+        number = tl.program_id(0) + ahead
         _key_value_gradient_tile(
             q, k, v, do, statistics, dq, dk, dv, gradients, number, sizes, layout, features, constants
         )
@@ -545,11 +542,9 @@ def _query_gradient_kernel(
     The arguments are those of `_key_value_gradient_kernel`; dq is written.
     """
     sizes = Sizes(all_tiles, tiles, heads_in_cache, heads, queries, keys, query_tokens, key_tokens)
-    if constants.PERSISTENT:
-        for number in range(tl.program_id(0), all_tiles, tl.num_programs(0)):
-            _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, layout, features, constants)
-    else:
-        number = tl.program_id(0)
+    stop, step = tiles_ahead(all_tiles, constants.PERSISTENT)
+    for ahead in range(0, stop, step):
+        number = tl.program_id(0) + ahead
         _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, layout, features, constants)
 
 

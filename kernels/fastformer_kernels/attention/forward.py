@@ -48,6 +48,7 @@ from fastformer_kernels.attention.tiles import (
     store_rows,
     tile_and_row,
     tile_start,
+    tiles_ahead,
     tiles_in,
 )
 from fastformer_kernels.constants import LN_2, LOG2_E
@@ -158,11 +159,10 @@ def _attention_forward_kernel(
         layout, features, constants: a `Layout`, a `Features`, a `Constants`.
     """
     sizes = Sizes(all_tiles, tiles, heads_in_cache, heads, queries, keys, query_tokens, key_tokens)
-    if constants.PERSISTENT:
-        for number in range(tl.program_id(0), all_tiles, tl.num_programs(0)):
-            _forward_tile(q, k, v, o, lse, sinks_pointer, number, sizes, layout, features, constants)
-    else:
-        _forward_tile(q, k, v, o, lse, sinks_pointer, tl.program_id(0), sizes, layout, features, constants)
+    stop, step = tiles_ahead(all_tiles, constants.PERSISTENT)
+    for ahead in range(0, stop, step):
+        number = tl.program_id(0) + ahead
+        _forward_tile(q, k, v, o, lse, sinks_pointer, number, sizes, layout, features, constants)
 
 
 @triton.jit

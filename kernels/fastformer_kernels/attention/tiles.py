@@ -71,6 +71,18 @@ class HeadFeatures(NamedTuple):
 
 
 @triton.jit
+def tiles_ahead(all_tiles, PERSISTENT: tl.constexpr):
+    """The stop and the step of a range from 0 over a program's tiles, counted from the program's own number.
+
+    Without PERSISTENT the program has one tile: both are constants, and the compiler removes the loop.
+    """
+    if PERSISTENT:
+        return all_tiles - tl.program_id(0), tl.num_programs(0)
+    else:
+        return 1, 1
+
+
+@triton.jit
 def tile_and_row(number, sizes):
     """Return the rank of tile number `number` within its head, and the number of its (batch, head).
 
