@@ -113,6 +113,22 @@ class _Sources(NamedTuple):
     dq: Any
 
 
+class _KeyTiles(NamedTuple):
+    """The keys and values that a program owns, a tile each."""
+
+    key: Any
+    value: Any
+
+
+class _Sums(NamedTuple):
+    """The sums over the queries so far: a tile of dK and of dV, and those of `_add_score_gradients`."""
+
+    dk: Any
+    dv: Any
+    dslope: Any
+    dscale: Any
+
+
 class _Place(NamedTuple):
     """The head of the queries, and the tile of keys that they meet.
 
@@ -390,6 +406,7 @@ def _key_value_gradient_tile(
     value_tile = load_rows(v_source, k_first, keys, v, value_dim, BLOCK_N, BLOCK_V, True, WARP_SPECIALIZE)
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    owned = _KeyTiles(key_tile, value_tile)
     ranges = query_ranges(first, span, features, constants)
     for member in range(layout.group):
         head = kv_head * layout.group + member
@@ -410,13 +427,14 @@ def _key_value_gradient_tile(
             relative_at_head(features, head),
         )
         sources = _Sources(q_source, do_source, dq_source)
-        dslope = tl.zeros((BLOCK_N,), tl.float32)
-        dscale = tl.zeros((BLOCK_N,), tl.float32)
+        no_sums = tl.zeros((BLOCK_N,), tl.float32)
+        sums = _Sums(dk_tile, dv_tile, no_sums, no_sums)
         for tested in tl.static_range(1 if constants.LOOPS == ONE_LOOP else 0, 1 if constants.LOOPS == UNTESTED else 2):
-            dk_tile, dv_tile, dslope, dscale = _add_queries(
-                dk_tile, dv_tile, dslope, dscale, key_tile, value_tile, sources, q, do, dq, gradients, place,
-                ranges, span, head_features, features, constants, tested == 1,
+            sums = _add_queries(
+                sums, owned, sources, q, do, dq, gradients, place, ranges, span, head_features, features, constants,
+                tested == 1,
             )  # fmt: skip
+        dk_tile, dv_tile, dslope, dscale = sums
         _store_program_sums(gradients, dslope, dscale, batch, head, sizes.heads, tile, sizes.tiles)
     # With a scale per head, the gradients of the scores were already scaled, head by head.
     dk_scale = features.scale if features.head_scales is None else 1.0
@@ -428,12 +446,8 @@ def _key_value_gradient_tile(
 
 @triton.jit
 def _add_queries(
-    dk_tile,
-    dv_tile,
-    dslope,
-    dscale,
-    key_tile,
-    value_tile,
+    sums,
+    owned,
     sources,
     q,
     do,
@@ -447,7 +461,7 @@ def _add_queries(
     constants,
     TESTED: tl.constexpr,
 ):
-    """Add the part of one head's queries to dK and dV of a tile of keys.
+    """Add the part of one head's queries to the `_Sums` of the `_KeyTiles` that the program owns.
 
     It takes the tiles of queries that need a test if TESTED, else those that need none.
     """
@@ -459,6 +473,8 @@ def _add_queries(
     BLOCK_N: tl.constexpr = constants.BLOCK_N
     BLOCK_D: tl.constexpr = constants.BLOCK_D
     BLOCK_V: tl.constexpr = constants.BLOCK_V
+    dk_tile, dv_tile, dslope, dscale = sums
+    key_tile, value_tile = owned
     key = (place.first_key + tl.arange(0, BLOCK_N))[:, None]
     for index in tl.range(0, tiles_in(ranges, TESTED, BLOCK_M), warp_specialize=constants.WARP_SPECIALIZE):
         start = tile_start(index, ranges, TESTED, BLOCK_M)
@@ -513,7 +529,7 @@ def _add_queries(
                     mask=row_mask(start, span.queries, head_dim, BLOCK_M, BLOCK_D),
                     sem="relaxed",
                 )
-    return dk_tile, dv_tile, dslope, dscale
+    return _Sums(dk_tile, dv_tile, dslope, dscale)
 
 
 @triton.jit(do_not_specialize=Sizes._fields)

@@ -7,7 +7,7 @@ separate loop without tests.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -56,32 +56,51 @@ from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.precision import dot, input_precision, round_to
 
 
+class _OnlineSoftmax(NamedTuple):
+    """The sums over the keys so far, for each query of a tile.
+
+    Attributes:
+        accumulator: (BLOCK_M, BLOCK_V), the sum of values, weighted by exp2(score - maximum).
+        maximum: (BLOCK_M,), the greatest score in units of log2.
+        total: (BLOCK_M,), the sum of the weights.
+    """
+
+    accumulator: Any
+    maximum: Any
+    total: Any
+
+
+class _Sources(NamedTuple):
+    """The memory that tiles of keys and values are loaded from: pointers, or tensor descriptors."""
+
+    k: Any
+    v: Any
+
+
+class _Place(NamedTuple):
+    """The tile of queries that meets the keys.
+
+    Attributes:
+        first_query: the first query of the tile.
+        dropout_row: the number of (batch, head), for the random words.
+    """
+
+    first_query: Any
+    dropout_row: Any
+
+
 @triton.jit
 def _attend(
-    accumulator,
-    maximum,
-    total,
-    q_tile,
-    k_source,
-    v_source,
-    k,
-    v,
-    first,
-    ranges,
-    span,
-    head_features,
-    dropout_row,
-    features,
-    constants,
-    TESTED: tl.constexpr,
+    softmax, q_tile, sources, k, v, place, ranges, span, head_features, features, constants, TESTED: tl.constexpr
 ):
-    """Add tiles of keys to the online softmax: those that need a test if TESTED, else those that need none."""
+    """Add tiles of keys to an `_OnlineSoftmax`: those that need a test if TESTED, else those that need none."""
+    accumulator, maximum, total = softmax
     multiplier = head_features.scale * LOG2_E if constants.FOLD_SCALE else 1.0
-    query = first + tl.arange(0, constants.BLOCK_M)
+    query = place.first_query + tl.arange(0, constants.BLOCK_M)
     for index in tl.range(0, tiles_in(ranges, TESTED, constants.BLOCK_N), warp_specialize=constants.WARP_SPECIALIZE):
         start = tile_start(index, ranges, TESTED, constants.BLOCK_N)
         key_tile = load_rows(
-            k_source,
+            sources.k,
             start,
             span.keys,
             k,
@@ -109,10 +128,12 @@ def _attend(
         rescale = tl.exp2(maximum - shift)
         total = total * rescale + tl.sum(weights, axis=1)
         if features.seed is not None:
-            keep = dropout_keep(features, dropout_row, first, start, constants.BLOCK_M, constants.BLOCK_N)
+            keep = dropout_keep(
+                features, place.dropout_row, place.first_query, start, constants.BLOCK_M, constants.BLOCK_N
+            )
             weights = tl.where(keep, weights, 0.0)
         value_tile = load_rows(
-            v_source,
+            sources.v,
             start,
             span.keys,
             v,
@@ -125,7 +146,7 @@ def _attend(
         weights = round_to(weights, value_tile.dtype)
         accumulator = dot(weights, value_tile, accumulator * rescale[:, None], constants.INPUT_PRECISION)
         maximum = new_maximum
-    return accumulator, maximum, total
+    return _OnlineSoftmax(accumulator, maximum, total)
 
 
 @triton.jit(do_not_specialize=Sizes._fields)
@@ -207,12 +228,14 @@ def _forward_tile(q, k, v, o, lse, sinks_pointer, number, sizes, layout, feature
         maximum = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_pointer + head) * LOG2_E
         total = tl.where(maximum == float("-inf"), 0.0, 1.0)
     ranges = key_ranges(first, span, features, constants)
-    dropout_row = batch * sizes.heads + head
+    softmax = _OnlineSoftmax(accumulator, maximum, total)
+    sources = _Sources(k_source, v_source)
+    place = _Place(first, batch * sizes.heads + head)
     for tested in tl.static_range(1 if constants.LOOPS == ONE_LOOP else 0, 1 if constants.LOOPS == UNTESTED else 2):
-        accumulator, maximum, total = _attend(
-            accumulator, maximum, total, q_tile, k_source, v_source, k, v, first, ranges, span, head_features,
-            dropout_row, features, constants, tested == 1,
-        )  # fmt: skip
+        softmax = _attend(
+            softmax, q_tile, sources, k, v, place, ranges, span, head_features, features, constants, tested == 1
+        )
+    accumulator, maximum, total = softmax
     empty = total == 0.0
     output = accumulator * (features.kept_scale / tl.where(empty, 1.0, total))[:, None]
     row_lse = tl.where(empty, float("-inf"), maximum * LN_2 + tl.log(tl.where(empty, 1.0, total)))

@@ -72,7 +72,7 @@ class HeadFeatures(NamedTuple):
 
 @triton.jit
 def tiles_ahead(all_tiles, PERSISTENT: tl.constexpr):
-    """The stop and the step of a range from 0 over a program's tiles, counted from the program's own number.
+    """Return stop and step of a range from 0 over a program's tiles, counted from the program's number.
 
     Without PERSISTENT the program has one tile: both are constants, and the compiler removes the loop.
     """
