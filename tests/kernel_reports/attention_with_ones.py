@@ -1,6 +1,7 @@
-"""Run outside the interpreter: prints what attention kernels test, load and store, with arguments that are 1 and not.
+"""A program, run without the interpreter, that counts attention kernels' tests, loads and stores.
 
-Triton compiles an argument that is 1 as a constant. Nothing that depends on it may get lost with it.
+Triton compiles an argument that is 1 as a constant. The program prints the counts with arguments that are 1 and with
+others: they must be the same.
 """
 
 import json
@@ -21,7 +22,7 @@ OPERATIONS = r"\b(arith\.cmp[if]|tt\.load|tt\.store|tt\.atomic_rmw|tt\.dot)\b"
 
 
 def call(heads: int = 2, deterministic: bool = False, **options: object) -> None:
-    """Attention, forward and backward."""
+    """Run attention, forward and backward, on meta tensors."""
     query, key, value = (torch.empty(2, heads, SEQUENCE, 32, device="meta", requires_grad=True) for _ in range(3))
     torch.use_deterministic_algorithms(deterministic)
     output = attention(query, key, value, **options)
@@ -30,7 +31,7 @@ def call(heads: int = 2, deterministic: bool = False, **options: object) -> None
 
 
 def strided(*strides: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A bias or mask of a batch of two with two heads, of these strides."""
+    """Return a bias or mask for a batch of two with two heads, with these strides."""
     return torch.empty_strided((2, 2, SEQUENCE, SEQUENCE), strides, dtype=dtype, device="meta")
 
 
@@ -68,7 +69,7 @@ PAIRS: dict[str, tuple[dict, dict]] = {
 
 
 def counts(work: Callable[[], None]) -> dict[str, Counter[str]]:
-    """For each kernel how often each of `OPERATIONS` is in its IR."""
+    """Count, for each kernel, the occurrences of each of `OPERATIONS` in its IR."""
     return {name: Counter(re.findall(OPERATIONS, text)) for name, text in intermediate_representations([work], "sm_90")}
 
 

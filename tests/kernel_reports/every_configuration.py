@@ -1,7 +1,7 @@
-"""Compiles every launch configuration that the kernels choose on one architecture, and prints which kernels fit there.
+"""A program that compiles every launch configuration chosen on one architecture, and prints which kernels fit there.
 
-Each entry of the tables becomes an object of its own, so that a call shows which it chose. Of the calls below, those
-that choose what none before them did are compiled; an entry that none of them chooses is printed.
+Each entry of the tables becomes a separate object, which shows the entry that a call chose. A call below is compiled
+if it chooses an entry that no earlier call chose. Entries that no call chooses are printed.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from fastformer.ops.attention.merge import merge_attention
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float32)
 LENGTH = 1024
-# What a kernel of rows needs depends on no architecture but by the threads of a warp: of each kind the least capable.
+# The needs of a kernel of rows depend only on the threads of a warp: for each number, the least capable architecture.
 OF_ROWS = ("sm_86", "gfx90a")
-# Of rows, from one of the shortest to one that no tile holds.
+# Lengths of rows, from the shortest to one that fits in no tile.
 COLUMNS = (1, 64, 1024, 4096, 16384, 65536)
 
 Call = Callable[[], None]
@@ -54,11 +54,11 @@ def backward(*results: Tensor) -> None:
     torch.autograd.backward(results, [torch.empty_like(result) for result in results])
 
 
-# ---- Kernels whose configurations are in tables, of products ---------------------------------------------------------
+# ---- Kernels of products, whose configurations are in tables ---------------------------------------------------------
 
 
 def attention(head_dim: int, dtype: torch.dtype, *features: str) -> None:
-    """With its gradients, unless it is the forward alone."""
+    """Run attention with these features, and its backward unless "forward" is one of them."""
     heads, kv_heads = 8, 2 if "grouped" in features else 8
     shape = (4 * LENGTH,) if "packed" in features else (LENGTH,)
     tensors = [
@@ -67,7 +67,7 @@ def attention(head_dim: int, dtype: torch.dtype, *features: str) -> None:
     ]
     known: dict[str, Callable[[], dict[str, Any]]] = {
         "causal": lambda: {"causal": True},
-        # As much beside the tiles as a call can have.
+        # As much memory besides the tiles as a call can need.
         "loaded": lambda: {
             "bias": empty(2, heads, LENGTH, LENGTH),
             "mask": integers(2, 1, LENGTH, LENGTH, dtype=torch.bool),
@@ -92,7 +92,7 @@ def attention_weights(head_dim: int, dtype: torch.dtype) -> None:
 
 
 def decode(head_dim: int, dtype: torch.dtype) -> None:
-    """A contiguous and a paged cache, with as many rows in a tile as there can be."""
+    """Decode from a contiguous and from a paged cache, with the largest number of rows in a tile."""
     batch, kv_heads, group, queries, page = 4, 2, 8, 8, 16
     query = torch.empty(batch, kv_heads * group, queries, head_dim, dtype=dtype, device="meta")
     for table in (None, integers(batch, LENGTH // page)):
@@ -103,7 +103,7 @@ def decode(head_dim: int, dtype: torch.dtype) -> None:
 
 
 def feed_forward(dtype: torch.dtype, gated: bool) -> None:
-    """Both plans, with all that an epilogue can do."""
+    """Run both plans of feed-forward, with everything that an epilogue can do."""
     hidden, intermediate = 1024, 4096
     x, residual = (empty(LENGTH, hidden, dtype=dtype) for _ in range(2))
     weights = [empty(intermediate, hidden, dtype=dtype), empty(hidden, intermediate, dtype=dtype)]
@@ -150,7 +150,7 @@ def softmax_across(columns: int) -> None:
 
 
 def norm(columns: int) -> None:
-    """The kernels of whole rows, and those of rows in parts."""
+    """Run the norm's kernels, forward and backward, on rows of this length."""
     x, residual, parameters = empty(4096, columns), empty(4096, columns), [empty(columns) for _ in range(2)]
     backward(*fastformer.layer_norm(x, (columns,), *parameters, residual=residual, dropout_p=0.1))
 
@@ -201,7 +201,7 @@ def calls_of_rows() -> Iterator[Call]:
         yield from (partial(attention_weights, head_dim, dtype) for dtype in DTYPES)
 
 
-# ---- Which entries there are, and which calls choose them ------------------------------------------------------------
+# ---- The entries of the tables, and the calls that choose them -------------------------------------------------------
 
 
 def modules() -> list[ModuleType]:
@@ -210,9 +210,9 @@ def modules() -> list[ModuleType]:
 
 
 def entries(architecture: str) -> dict[str, Any]:
-    """Every configuration for `architecture` in the modules' tables by its place, and those that stand alone.
+    """Return every configuration for `architecture` by its place: those in the modules' tables, and single ones.
 
-    Each is a new object, in its place.
+    Each configuration is replaced in its place by a new object.
     """
     variables = {id(value): value for module in modules() for value in vars(module).values()}
     parts = {id(part) for value in variables.values() for part in _tables_within(value)}
@@ -220,7 +220,7 @@ def entries(architecture: str) -> dict[str, Any]:
     for module in modules():
         for name, value in list(vars(module).items()):
             of_rows = architecture in OF_ROWS and isinstance(value, RowConfiguration)
-            # A table that is a part of another is looked at there.
+            # A table that is part of another one is visited there.
             if of_rows or (_is_table(value) and id(value) not in parts):
                 setattr(module, name, _separate(value, (module.__name__, name), architecture, found))
     return found
@@ -240,7 +240,7 @@ def _is_table(value: Any) -> bool:
 
 
 def _separate(value: Any, place: tuple[Any, ...], architecture: str, found: dict[str, Any]) -> Any:
-    """A copy of a table, whose configurations, copies too, join `found` where they are for `architecture`."""
+    """Return a copy of a table with copies of its configurations, and add those for `architecture` to `found`."""
     if isinstance(value, dict):
         return {key: _separate(inner, (*place, key), architecture, found) for key, inner in value.items()}
     if not is_dataclass(value) or isinstance(value, (type, Architecture)):
@@ -252,14 +252,14 @@ def _separate(value: Any, place: tuple[Any, ...], architecture: str, found: dict
 
 
 def chosen_by(call: Call, architecture: str) -> tuple[list[Specialization], set[int]]:
-    """What a call launches, and the objects that it chose."""
+    """Return what a call launches, and the ids of the configurations that it chose."""
     with shipped_defaults() as asked:
         launched = specializations_of([call], architecture)
     return launched, {id(configuration) for configuration in asked.values()}
 
 
 def to_compile(architecture: str, missing: dict[int, str]) -> Iterator[Specialization]:
-    """What the calls launch, of those of products where one chooses an entry of `missing`. What is chosen leaves it."""
+    """Yield the launches of calls of rows and of calls that choose an entry of `missing`; remove chosen entries."""
     rows = calls_of_rows() if architecture in OF_ROWS else iter(())
     calls = [*((call, False) for call in calls_of_products()), *((call, True) for call in rows)]
     for call, always in calls:
@@ -271,7 +271,7 @@ def to_compile(architecture: str, missing: dict[int, str]) -> Iterator[Specializ
 
 
 def kernels() -> set[tuple[str, str]]:
-    """Module and name of every kernel that is launched."""
+    """Return module and name of every kernel that can be launched."""
     return {
         (module.__name__, name)
         for module in modules()
@@ -281,7 +281,7 @@ def kernels() -> set[tuple[str, str]]:
 
 
 def main(architecture: str) -> None:
-    known = entries(architecture)  # kept, so that no other object gets the number of one
+    known = entries(architecture)  # kept, so that no other object gets one of their ids
     missing = {id(entry): place for place, entry in known.items()}
     wanted = list(dict.fromkeys(to_compile(architecture, missing)))
     for place in missing.values():

@@ -1,9 +1,9 @@
-"""Which address computations of a kernel can overflow 32 bits: read from Triton's IR, before any lowering.
+"""The address computations of a kernel that can overflow 32 bits, found in Triton's IR before any lowering.
 
-An element's offset is a sum of products of a position and a stride. Each of the two fits 32 bits, their product need
-not: in a tensor beyond 2^31 elements it does not. So no product of two values that are both unknown at compilation may
-be taken in 32 bits on the way to a pointer. A product with a constant is a tile's index times its size, which is a
-position and bounded by a size.
+The offset of an element is a sum of products of a position and a stride. Each of the two fits in 32 bits, but in a
+tensor of more than 2^31 elements their product does not. Therefore no product of two values that are both unknown at
+compilation may be computed in 32 bits on the way to a pointer. A product with a constant is allowed: it is the index
+of a tile times the size of a tile, which is a position, bounded by a size.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _DEFINITION = re.compile(rf"^\s*(?P<results>{_NAME}(?::\d+)?(?:,\s*{_NAME})*)\s*
 
 
 def narrow_products(text: str) -> list[str]:
-    """The products of two unknown 32-bit integers that reach a pointer, by the names that they have in the source."""
+    """Return the products of two unknown 32-bit integers that reach a pointer, by their names in the source."""
     operands: dict[str, set[str]] = {}
     bodies: dict[str, str] = {}
     roots: set[str] = set()
     for raw in text.splitlines():
         line = re.sub(r"\s*loc\(.*$", "", raw)
-        for name, start in re.findall(rf"({_NAME})\s*=\s*({_NAME})(?=[,)])", line):  # what a loop carries
+        for name, start in re.findall(rf"({_NAME})\s*=\s*({_NAME})(?=[,)])", line):  # the variables that a loop carries
             operands.setdefault(name, set()).add(start)
         match = _DEFINITION.match(line)
         if match is None:
@@ -55,7 +55,7 @@ def narrow_products(text: str) -> list[str]:
 
 
 def _source_name(operand: str) -> str:
-    """The variable of the source that a value of the IR is named after."""
+    """Return the variable of the source that a value of the IR is named after."""
     return re.sub(r"(_\d+)?(#\d+)?$", "", operand.removeprefix("%")).split(".")[-1]
 
 
@@ -78,7 +78,7 @@ def _is_constant(name: str, bodies: dict[str, str], operands: dict[str, set[str]
 
 
 def intermediate_representations(work: list[Work], architecture: str) -> Iterator[tuple[str, str]]:
-    """Name and IR of each kernel that `work` launches, with its device functions inlined; no kernel is compiled."""
+    """Yield name and IR of each kernel that `work` launches, with device functions inlined; nothing is compiled."""
     found: dict[str, tuple[str, str]] = {}
 
     def keep(*, fn, compile, **_: object) -> bool:

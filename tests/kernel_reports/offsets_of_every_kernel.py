@@ -1,4 +1,4 @@
-"""Run outside the interpreter: prints, for each kernel of the workload, the products that could overflow."""
+"""A program, run without the interpreter, that prints the products that can overflow in each kernel."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ def narrow_kernel(x_pointer, y_pointer, stride, columns: tl.constexpr):
 
 @triton.jit
 def carried_kernel(x_pointer, rows, stride, columns: tl.constexpr):
-    """The narrow product is a loop's start."""
+    """A kernel in which the narrow product is the start of a loop's variable."""
     at = tl.program_id(0) * stride
     for _ in range(rows):
         tl.store(x_pointer + at + tl.arange(0, columns), 0.0)
@@ -42,7 +42,7 @@ def planted() -> None:
 
 
 def main() -> None:
-    layouts = ["odd"]  # nothing is a multiple of 16, so that no stride's factor is split off as a constant
+    layouts = ["odd"]  # nothing is a multiple of 16: Triton would split off a stride's factor as a constant
     work = [case.run for case in cases(dtypes=["bfloat16"], layouts=layouts)]
     found: dict[str, list[str]] = {}
     for name, text in [*intermediate_representations([planted], "sm_90"), *intermediate_representations(work, "sm_90")]:

@@ -1,6 +1,6 @@
-"""Run outside the interpreter: prints the kernels of steps that a CUDA graph records, which must not use the host.
+"""A program, run without the interpreter, that prints the kernels of steps that a CUDA graph records.
 
-The steps run as on a GPU, up to the launches, on meta tensors, whose values nobody knows.
+The steps must not use the host. They run as on a GPU, up to the launches, on meta tensors, which have no values.
 """
 
 import json
@@ -29,14 +29,14 @@ from fastformer.training.pretraining import MODULES
 
 SIZES = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 PROMPTS = [[5, 6, 7], [4], [8, 9]]
-# Every way of drawing.
+# Every option of sampling.
 SAMPLED = SamplingParameters(
     temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2, logprobs=True, max_new_tokens=9
 )
 
 
 def decoding(draft: bool, **options: Any) -> list[str]:
-    """A step of three sequences, and an empty slot, in a generator with these options."""
+    """Return the kernels of a step of three sequences and an empty slot, in a generator with these options."""
     config = FastformerConfig(stack="decoder", position_embedding="rotary", sliding_window=7, **SIZES)
     model = FastformerForCausalLM(config).to("meta", torch.bfloat16).eval()
     kernels: list[str] = []
@@ -60,7 +60,7 @@ def decoding(draft: bool, **options: Any) -> list[str]:
 
 
 def static_cache(model: Any, masked: bool) -> list[str]:
-    """A step of Hugging Face's generation with a static cache, which transformers compiles on a GPU."""
+    """Return the kernels of a step of Hugging Face's generation with a static cache, which is compiled on a GPU."""
     model, cache = model.to("meta", torch.bfloat16).eval(), StaticCache(config=model.config, max_cache_len=64)
     tokens = torch.empty(2, 4, dtype=torch.int64, device="meta")
     mask = torch.empty(2, 4, dtype=torch.int64, device="meta") if masked else None
@@ -85,7 +85,7 @@ def llama() -> LlamaForCausalLM:
 
 
 def training(objective: str, **options: Any) -> list[str]:
-    """The first batch of a step and another one, for a model with these options."""
+    """Return the kernels of a step's first batch and of another one, for a model with these options."""
     module = MODULES[objective]()
     stack = module.default_settings.get("stack", "encoder")
     config = FastformerConfig(**{**module.default_settings, "stack": stack, **SIZES, **options})
@@ -97,7 +97,7 @@ def training(objective: str, **options: Any) -> list[str]:
     kernels: list[str] = []
     for begins in (True, False):
         counts = torch.empty(parts, device="meta")
-        no_autocast = patch.object(torch, "autocast", lambda *arguments, **options: nullcontext())  # there is no meta's
+        no_autocast = patch.object(torch, "autocast", lambda *arguments, **options: nullcontext())  # meta has none
         with stand_in("sm_90") as launched, nothing_on_the_host(), kernels_of_meta_operators(), no_autocast:
             steps.run(dict(batch), counts, counts, begins)
         kernels.extend(kernel.name for kernel in launched)
@@ -105,14 +105,14 @@ def training(objective: str, **options: Any) -> list[str]:
 
 
 class Counting:
-    """A recorder whose steps are all taken as they are."""
+    """A recorder that runs every step as it is."""
 
     def warm_up(self, step: Any) -> Any:
         return step()
 
 
 def packed(objective: str) -> dict[str, Any]:
-    """Three sequences and padding, as the objective has them."""
+    """Return three sequences and padding, in the format of the objective."""
     sequences = [np.arange(1, length) for length in (20, 9, 31)]
     if objective in ("span-corruption", "denoising"):
         batch = dict(pack_pairs(sequences, sequences[::-1], 0))
@@ -132,7 +132,7 @@ def on_meta(value: Any) -> Any:
 
 
 def prefill(batch: ContinuousBatch, requests: list[Request], first: int) -> NewTokens:
-    """Sequences run, their prompts in the cache as far as a step knows."""
+    """Admit the sequences to their slots, as if their prompts were in the cache."""
     for slot, request in enumerate(requests, first):
         batch.table.admit(slot, request.prompt, request.parameters, request.seed)
     return NewTokens(torch.zeros(len(requests), 1, dtype=torch.int64), None, torch.zeros(len(requests), 1))

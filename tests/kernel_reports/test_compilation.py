@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: a machine that has the cache launches without compiling, and this can fail."""
+"""Ahead-of-time compilation: a machine with the cache launches without compiling, and this test can fail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from processes import fastformer, python
 
 pytestmark = pytest.mark.cpu
 
-# What a GPU machine does, up to the launch: the operators through Triton's own launch path, on the cache it was given.
+# Do what a machine with a GPU does up to the launch: run operators through Triton's launch path on a given cache.
 LAUNCH = """
 import json, sys
 import torch, triton
@@ -79,7 +79,7 @@ def test_a_cache_is_used_where_it_was_prepared_for(cache: Path, tmp_path: Path) 
         hidden.rename(cache)
 
 
-# What a training step of a batch asks for that the command would not have compiled for the model; nothing is compiled.
+# Print the kernels of a training step that the command would not compile for the model; nothing is compiled.
 MISSED = """
 import sys
 import torch
@@ -118,7 +118,7 @@ def test_a_model_launches_nothing_but_what_is_compiled_for_it(tmp_path: Path) ->
     assert rest == "[]"
 
 
-# The same for a decoder, an encoder-decoder and a Vision Transformer, whose batches are other arguments.
+# The same for a decoder, an encoder-decoder and a Vision Transformer, whose batches have other arguments.
 MISSED_BY_OTHERS = """
 import sys
 import torch
@@ -199,7 +199,7 @@ def test_wrong_options_are_named(arguments: tuple[str, ...], message: str, tmp_p
     assert message in done.stderr
 
 
-# What LLVM does where it does not know on; and a kernel that is compiled.
+# Abort the compiler's process, as LLVM does on some errors, and compile a good kernel too.
 CRASH = """
 import sys
 from pathlib import Path
@@ -225,7 +225,7 @@ def test_a_compiler_that_crashes_fails_its_own_kernel_alone(tmp_path: Path) -> N
     assert list((tmp_path / "cache").glob("*/*.cubin"))
 
 
-# The names in the cache of all kernels, which the process comes to in one order and in the other.
+# Print the number of kernels, and those whose name in the cache changes if they are visited in reverse order.
 NAMES = """
 import importlib, pkgutil
 import fastformer_kernels

@@ -1,6 +1,6 @@
-"""What Triton makes of arguments that it compiles as constants: those that are 1 or None.
+"""Kernels lose nothing when Triton compiles arguments that are 1 or None as constants.
 
-Triton 3.6 forgets the constants of a named tuple within a named tuple: a window's extent of 1 lost its border test.
+Triton 3.6 forgets the constants of a named tuple in a named tuple: a window with an extent of 1 lost its border test.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import pytest
 from processes import python
 
-# Names of the launched kernels, and of those an argument of which is a tuple that holds a tuple.
+# Print the names of the launched kernels, and of those that have a tuple in a tuple as an argument.
 NESTED = """
 import json, pickle
 from fastformer.kernel_reports.compilation import specializations_of
@@ -27,7 +27,7 @@ print(json.dumps([list(launched), [kernel for kernel, signature in launched.item
 
 @pytest.fixture(scope="module")
 def operations() -> dict[str, list[dict[str, dict[str, int]]]]:
-    """For each pair of calls, one with arguments that are 1, what each of its kernels tests, loads and stores."""
+    """The counts of tests, loads and stores in each kernel, for pairs of calls, one with arguments that are 1."""
     done = python("-m", "kernel_reports.attention_with_ones")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

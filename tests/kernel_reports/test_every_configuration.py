@@ -1,4 +1,4 @@
-"""Every launch configuration compiles, and fits into the memories and threads of a block of its architecture."""
+"""Every launch configuration compiles, and fits in the memory and threads of a block of its architecture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from processes import python
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
 
-# A minute and a half on an idle machine.
+# The time limit; an idle machine needs a minute and a half.
 SECONDS = 1800
 
 
@@ -22,11 +22,11 @@ def test_every_configuration_fits(architecture: str) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line for line in lines if not line.endswith(" fits")] == []
-    # Of attention, decoding and feed-forward, in two sizes of elements.
+    # At least the kernels of attention, decoding and feed-forward, for two sizes of elements.
     assert len(lines) >= 70
 
 
-# An entry that needs too much, and one that no call chooses.
+# Plant an entry that needs too much memory, and one that no call chooses.
 PLANTED = """
 from dataclasses import replace
 from functools import partial
@@ -50,6 +50,6 @@ def test_what_does_not_fit_and_what_no_call_chooses_are_found() -> None:
     assert "fastformer_kernels.attention.decode _BY_ARCHITECTURE sm_86 2 64 is chosen by no call" not in lines
     assert "fastformer_kernels.rotary _rotary_kernel is launched by no call" in lines
     failed = [line for line in lines if "does not fit" in line]
-    # The contiguous and the paged cache.
+    # One for the contiguous cache and one for the paged cache.
     assert len(failed) == 2
     assert all(re.fullmatch(r"_decode_kernel .* needs \d+ bytes of shared memory, sm_86 has 101376", e) for e in failed)

@@ -1,4 +1,4 @@
-"""A kept launch is not used where one of PyTorch's switches would have chosen another kernel."""
+"""A kept launch is not used again after a switch of PyTorch's that chooses another kernel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from processes import python
 
 pytestmark = pytest.mark.cpu
 
-# The precision of the products of two calls with the switch off, then of two with it on.
+# Print the precision of the products of two calls with the switch off, then of two with it on.
 SCRIPT = """
 import json
 import fastformer

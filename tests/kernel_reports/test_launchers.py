@@ -1,4 +1,4 @@
-"""Triton's launchers are compiled ahead of time where there are any, and found there."""
+"""Triton's launchers, where it has any, are compiled ahead of time and found in the cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from processes import fastformer, python
 from triton.backends.nvidia import driver
 
-# A launch as far as Triton goes without the driver; which extension modules it asks the C compiler for.
+# Launch as far as Triton goes without the driver, and print the extension modules that it has the C compiler make.
 LAUNCH = """
 import json
 import torch

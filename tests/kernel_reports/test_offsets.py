@@ -1,4 +1,4 @@
-"""Tensors beyond 2^31 elements are addressed right: no kernel multiplies two unknowns in 32 bits for an offset."""
+"""No kernel multiplies two unknowns in 32 bits for an offset, so tensors beyond 2^31 elements are addressed right."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from processes import python
 
 pytestmark = pytest.mark.cpu
 
-# Products that fit, since the number of programs does: they number tiles of work, not elements.
+# Products that fit in 32 bits: they count tiles of work, of which there are at most as many as programs.
 COUNTS = {
     "tiles * heads_in_cache": "tiles of the heads that are taken together, at most all programs",
     "first_head * heads_in_cache": "a quotient times its divisor, at most the program's number",
@@ -20,7 +20,7 @@ COUNTS = {
 
 @pytest.fixture(scope="module")
 def products() -> dict[str, list[str]]:
-    """For each kernel its narrow products, planted ones included."""
+    """The narrow products of each kernel, including the planted kernels."""
     done = python("-m", "kernel_reports.offsets_of_every_kernel")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Steps that a CUDA graph records use nothing of the host's, and neither wait for it nor allocate by values."""
+"""Steps that a CUDA graph records do not use the host, wait for it, or allocate sizes that depend on values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from processes import python
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, dict[str, int]]:
-    """How often each step launches each kernel."""
+    """The number of launches of each kernel in each step."""
     done = python("-m", "kernel_reports.recorded_steps")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -23,7 +23,7 @@ def test_decoding(kernels: dict[str, dict[str, int]]) -> None:
 
 
 def test_training(kernels: dict[str, dict[str, int]]) -> None:
-    """Of two batches."""
+    """A training step of two batches launches the kernels of each attention and of the loss twice."""
     for kind, attentions in (("mlm", 1), ("clm", 1), ("span-corruption", 3), ("denoising", 3)):
         for name in ("_attention_forward_kernel", "_key_value_gradient_kernel"):
             assert kernels[kind][name] == 2 * attentions, kind

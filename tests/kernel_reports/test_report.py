@@ -1,4 +1,4 @@
-"""Figures from compiled code: parsing, residency, the bracket and the regression gate, each on cases worked by hand."""
+"""Figures from compiled code are right in cases worked by hand: parsing, residency, bracket and regression gate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastformer.kernel_reports.report import Figures, as_json, from_json
 
 pytestmark = pytest.mark.cpu
 
-# A kernel with a prologue, a loop of border tests and a shorter loop without, as nvdisasm prints it.
+# A kernel as nvdisasm prints it: a prologue, a loop with border tests and a shorter loop without them.
 SASS = """
 kernel:
         /*0000*/                   LDC R1, c[0x0][0x28] ;
@@ -111,7 +111,7 @@ def test_operations_of_a_matrix_product(name: str, flops: float, kind: str) -> N
 @pytest.mark.parametrize(
     ("architecture", "warps", "registers", "shared", "expected"),
     [
-        # NVIDIA's occupancy calculator: 255 registers round to 256, 8 warps fill the file.
+        # By NVIDIA's occupancy calculator, 255 registers are rounded to 256, and 8 warps fill the register file.
         ("sm_80", 4, 255, 0, (2, "registers")),
         ("sm_80", 4, 32, 80 * 1024, (2, "shared memory")),
         ("sm_80", 4, 32, 0, (16, "threads")),
@@ -131,7 +131,7 @@ def test_the_bracket_of_a_loop_worked_by_hand() -> None:
         *[binary.Instruction("FFMA", None)] * 8,
     ]
     bounds = bounds_of(loop, 4, DEVICES["sm_80"], blackwell=0.0, bulk=0.0)
-    # sm_80: 2048 operations, 16 exponentials and 64 multiply-adds a clock.
+    # sm_80 does 2048 operations, 16 exponentials and 64 multiply-adds in a clock.
     assert bounds.clocks["tensor"] == pytest.approx(4 * 4096 / 2048, rel=1e-2)
     assert bounds.clocks["special"] == 4 * 128 / 16
     assert bounds.clocks["float"] == 8 * 128 / 64

@@ -1,4 +1,4 @@
-"""Copies and products go to warps of their own where a launch configuration asks for it: the compiler can, and does."""
+"""The compiler gives copies and products separate warps where a launch configuration asks for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 from processes import python
 
-# Compiles the kernels with a matrix product of one call, forward and backward; which of them have specialised warps?
+# Compile the kernels with a matrix product of one call, forward and backward, and print which specialise warps.
 COMPILE = """
 import json, sys
 import torch, triton

@@ -1,4 +1,4 @@
-"""The work that is compiled, reported and guarded: every kernel there is, in every layout."""
+"""The workload that is compiled, reported and guarded has every kernel, in every layout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from processes import python
 
 pytestmark = pytest.mark.cpu
 
-# Of every case, the kernels that it launches, with a stride or size of 64 bits or not; nothing is compiled.
+# Print the kernels that the cases launch, and those with a stride or size of 64 bits; nothing is compiled.
 LAUNCHED = """
 import importlib, json, pkgutil
 import fastformer_kernels

@@ -2,9 +2,9 @@
 
     PYTHONPATH=tests python -m mutation --mutants 200
 
-Every mutant is a copy of the working tree with one small fault, in which the related tests run until one fails. What
-is done is kept in `<out>/results.jsonl`: the same command goes on where it was stopped, and `--again` tries survivors
-anew, after tests were written for them. See docs/mutation.md.
+Every mutant is a copy of the working tree with one small fault, in which the related tests run until one fails. Results
+are kept in `<out>/results.jsonl`: the same command continues where it was stopped, and `--again` tries survivors again,
+after tests were written for them. See docs/mutation.md.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mutation.related import related_tests
 
 ROOT = Path(__file__).parents[2]
 EQUIVALENT = Path(__file__).with_name("equivalent.json")
-# pytest's statuses where a test failed, a file cannot be collected, or pytest itself cannot start with the fault.
+# pytest's statuses where a test fails, a file cannot be collected, or pytest itself cannot start with the fault.
 NOTICED = {1, 2, 3, 4}
-# A test in pytest's summary, whose parameters may have the dash before the reason in them.
+# A test in pytest's summary. Its parameters may contain the dash that otherwise precedes the reason.
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?(?:\[.*?\])?)(?: - |$)", re.MULTILINE)
 
 
@@ -72,11 +72,11 @@ def _options() -> argparse.Namespace:
 
 
 class Results:
-    """What is known of each mutant, one line of JSON for each.
+    """The results of all mutants so far, one line of JSON for each.
 
     Args:
-        path: where they are kept.
-        again: forget those that survived.
+        path: the file that keeps the results.
+        again: whether to forget the mutants that survived.
     """
 
     def __init__(self, path: Path, again: bool) -> None:
@@ -95,12 +95,12 @@ class Results:
         print(f"{entry['outcome']:9} {entry['seconds']:5.0f} s  {mutant.key}  {entry['noticed_by'] or ''}", flush=True)
 
     def noticing(self, mutants: list[Mutant]) -> list[str]:
-        """The tests that noticed any of the mutants, each once."""
+        """Return the tests that noticed any of the mutants, each once."""
         entries = [self.by_key[mutant.key] for mutant in mutants if mutant.key in self.by_key]
         return sorted({entry["noticed_by"] for entry in entries if entry["noticed_by"]})
 
     def summary(self, mutants: list[Mutant]) -> dict:
-        """Counts by area, and every survivor."""
+        """Return counts by area, every survivor and the equivalent mutants."""
         areas, survivors = {}, []
         for area in AREAS:
             keys = [mutant.key for mutant in mutants if mutant.path.startswith(area)]
@@ -118,7 +118,7 @@ class Results:
 
 
 def copy_of_the_working_tree(target: Path) -> Path:
-    """The files that git knows or would add, as they are now."""
+    """Copy the files that git knows or would add, as they are now, to `target`."""
     shutil.rmtree(target, ignore_errors=True)
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
@@ -130,7 +130,7 @@ def copy_of_the_working_tree(target: Path) -> Path:
 
 
 def run_tests(tree: Path, mutant: Mutant, seconds: int) -> dict[str, str | float | None]:
-    """The outcome for one mutant, planted in `tree` and taken out again."""
+    """Plant one mutant in `tree`, run its tests, remove it again, and return the outcome."""
     file = tree / mutant.path
     whole = file.read_text()
     existing = {path.relative_to(tree / "tests").as_posix() for path in (tree / "tests").rglob("*")}
@@ -152,7 +152,7 @@ def run_tests(tree: Path, mutant: Mutant, seconds: int) -> dict[str, str | float
 
 
 def failing_without_a_fault(tree: Path, tests: list[str]) -> list[str]:
-    """Those of the tests that prove nothing, because they fail anyway."""
+    """Return those of the tests that prove nothing, because they fail without a fault too."""
     if not tests:
         return []
     status, output = pytest_in(tree, [*tests, "--maxfail=0"], seconds=600)

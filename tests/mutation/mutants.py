@@ -1,4 +1,4 @@
-"""Small faults, planted one at a time: the places of a source file where one can be, and the file that has it."""
+"""Small faults, planted one at a time: the possible places in a source file, and the file with a fault."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 AREAS = ("kernels/fastformer_kernels", "fastformer/ops", "fastformer/data", "fastformer/training")
 
-# What stands between two operands, as it is written, and what takes its place.
+# Operators between two operands, as written, and their replacements.
 COMPARISONS = {
     "<": "<=",
     "<=": "<",
@@ -26,7 +26,7 @@ COMPARISONS = {
 }
 ARITHMETIC = {"+": "-", "-": "+", "*": "+", "//": "*", "/": "*", "%": "+", "&": "|", "|": "&", "<<": ">>", ">>": "<<"}
 LOGIC = {"and": "or", "or": "and"}
-# Whose first two arguments may change places.
+# Functions whose first two arguments may be swapped without a change of the result.
 SYMMETRIC = {"max", "min", "maximum", "minimum", "equal", "gcd", "logical_and", "logical_or"}
 
 
@@ -35,9 +35,9 @@ class Mutant:
     """A file with one fault.
 
     Attributes:
-        path: of the file in the repository.
-        kind: of fault.
-        line: where the fault begins, from 1.
+        path: the path of the file in the repository.
+        kind: the kind of fault.
+        line: the number of the line in which the fault begins, from 1.
         start, end: the characters of the file that are replaced.
         before, after: the text replaced and what replaces it.
         text: the line as it was.
@@ -54,11 +54,11 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """Names the mutant as long as its line stays as it is."""
+        """A name of the mutant, valid as long as its line stays the same."""
         return f"{self.path} | {self.text} | {self.before} -> {self.after}"
 
     def apply(self, source: str) -> str:
-        """The file's text with the fault."""
+        """Return the text of the file with the fault."""
         return source[: self.start] + self.after + source[self.end :]
 
     def as_dict(self) -> dict[str, str | int]:
@@ -66,7 +66,7 @@ class Mutant:
 
 
 def mutants_of(source: str, path: str) -> list[Mutant]:
-    """Every mutant of a file: of what its functions do, not of tables, annotations, messages or decorators."""
+    """Return every mutant of the code in a file's functions, not of tables, annotations, messages or decorators."""
     tree = ast.parse(source)
     places = _Places(source, path)
     found: dict[tuple[int, int, str], Mutant] = {}
@@ -79,7 +79,7 @@ def mutants_of(source: str, path: str) -> list[Mutant]:
 
 
 def draw(root: Path, count: int, seed: int) -> list[Mutant]:
-    """`count` mutants, as many of each area and in random order."""
+    """Draw `count` mutants in random order, the same number from each area."""
     generator = random.Random(seed)
     shares = []
     for number, area in enumerate(AREAS):
@@ -92,8 +92,11 @@ def draw(root: Path, count: int, seed: int) -> list[Mutant]:
 
 
 def _code(node: ast.AST) -> Iterator[ast.AST]:
-    """The node and all within it but annotations, messages of errors, what functions inside are declared with, and the
-    `strict` of a zip, which guards against other faults alone."""
+    """Yield the node and all nodes in it that can have a fault.
+
+    Left out are annotations, messages of errors, declarations of inner functions, and the `strict` of a zip, which only
+    guards against other faults.
+    """
     if isinstance(node, ast.keyword) and node.arg == "strict":
         return
     yield node
@@ -108,7 +111,7 @@ def _code(node: ast.AST) -> Iterator[ast.AST]:
 
 
 class _Places:
-    """Where the nodes of a file are, in characters."""
+    """The places of the nodes of a file, in characters."""
 
     def __init__(self, source: str, path: str) -> None:
         self.source, self.path = source, path
@@ -131,7 +134,7 @@ class _Places:
         return Mutant(self.path, kind, line, start, end, self.source[start:end], after, text)
 
     def _at(self, line: int, column: int) -> int:
-        """Of a column in bytes of UTF-8."""
+        """Return the place in characters of a line and a column in bytes of UTF-8."""
         return self.starts[line - 1] + len(self.lines[line - 1].encode()[:column].decode())
 
 
@@ -171,7 +174,7 @@ def _of_node(node: ast.AST, places: _Places) -> Iterator[Mutant]:
 
 
 def _operator(kind: str, left: ast.expr, right: ast.expr, others: dict[str, str], places: _Places) -> Iterator[Mutant]:
-    """The mutant with another operator between two operands, which may stand in parentheses."""
+    """Yield the mutant with another operator between two operands, which may be in parentheses."""
     start, end = places.of(left)[1], places.of(right)[0]
     found = re.fullmatch(r"([\s)]*)(.*?)([\s(]*)", places.source[start:end], re.DOTALL)
     if found and (other := others.get(found[2])):

@@ -1,4 +1,4 @@
-"""pytest in processes that are forked from one which has imported what tests need, but not what they test."""
+"""Runs of pytest in processes forked from one that has imported the tests' dependencies, but not the tested code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CONTEXT.set_forkserver_preload(
 
 
 def pytest_in(tree: Path, tests: list[str], seconds: int) -> tuple[int, str]:
-    """pytest's status and what it printed."""
+    """Run pytest, and return its status and what it printed."""
     options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", f"--timeout={seconds}"]
     printed = tree / "printed.txt"
     process = _CONTEXT.Process(target=_run_pytest, args=(tree, [*options, *tests], printed))

@@ -1,12 +1,12 @@
-"""Which tests ought to notice a fault in a file: those that run first find most."""
+"""The tests that should notice a fault in a file, first those that find most."""
 
 from __future__ import annotations
 
-# What holds for every operator.
+# Rules that hold for every operator.
 RULES = ["ops/test_nan.py", "ops/test_derivatives.py", "ops/test_bounds.py", "ops/test_autocast.py"]
 
-# The first entry whose beginning fits a path is the path's. Of `{stem}` a path's own is made; what is not there is left
-# out, so that a file's own tests come first by their name alone.
+# The first entry that a path begins with counts. `{stem}` is replaced by the stem of the path, and tests that do not
+# exist are left out: thus the tests with the name of a file come first.
 RELATED: list[tuple[str, list[str]]] = [
     (
         "kernels/fastformer_kernels/attention/cache.py",
@@ -160,10 +160,11 @@ RELATED: list[tuple[str, list[str]]] = [
 
 
 def related_tests(path: str, existing: set[str]) -> list[str]:
-    """The test files and folders for a source file, each below tests/, in the order in which they run.
+    """Return the test files and folders for a source file, relative to tests/, in the order in which they run.
 
     Args:
-        existing: files and folders below tests/.
+        path: the source file.
+        existing: the files and folders in tests/.
     """
     named = next(tests for beginning, tests in RELATED if path.startswith(beginning))
     stem = path.rsplit("/", 1)[-1].removesuffix(".py")

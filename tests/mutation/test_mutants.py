@@ -1,4 +1,4 @@
-"""The faults that a mutation plants: of each kind, in the right place, and none outside of what functions do."""
+"""Mutation plants faults of each kind, in the right place, and only in the code of functions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.cpu
 
 
 def planted(line: str) -> set[str]:
-    """What the last line of a function becomes, whose first lines have nothing to change."""
+    """Return all mutants of a line, as the last of a function whose other lines have none."""
     source = f'def function(a: int = 1) -> int:\n    """1 < 2"""\n    {line}\n'
     return {mutant.apply(source).splitlines()[-1].strip() for mutant in mutants_of(source, "file.py")}
 

@@ -1,4 +1,4 @@
-"""A run of mutations on a small tree: what is tried, tried again, kept and reported. No test of the project is run."""
+"""A run on a small tree tries, keeps and reports the right mutants. No test of the project is run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOTICING = "tests/ops/test_one.py::test_one[1 - 2]"
 
 
 class Pytest:
-    """Stands in for pytest: notices the faults of some files, or fails in files that have none."""
+    """A stand-in for pytest, which notices the faults of some files, or fails without a fault."""
 
     def __init__(self) -> None:
         self.notices = {ONE: NOTICING}
@@ -78,15 +78,15 @@ def test_a_run_is_continued_and_survivors_are_tried_again(
     assert list(first["equivalent"].values()) == ["is the same"]
     assert first["areas"]["fastformer/ops"] == {"drawn": 1, "tried": 1, "equivalent": 0, "survived": 0}
     assert first["areas"]["fastformer/training"] == {"drawn": 1, "tried": 0, "equivalent": 1, "survived": 0}
-    # Nothing is left to do.
+    # A second run has nothing left to do.
     assert run(tmp_path / "out", monkeypatch) == first
     assert len(tests.tried) == 2
-    # A test has been written.
+    # Now a test notices the survivor.
     tests.notices[TWO] = "tests/data/test_two.py::test_two"
     second = run(tmp_path / "out", monkeypatch, "--again", "--workers", "2")
     assert tests.tried[2:] == [TWO]
     assert survivors(second) == []
-    # What is known now is kept for the next run.
+    # The next run knows the new results.
     assert run(tmp_path / "out", monkeypatch) == second
     assert len(tests.tried) == 3
 
@@ -97,7 +97,7 @@ def test_tests_that_fail_without_a_fault_are_reported(
     tests.notices[TWO] = "tests/data"
     tests.status, tests.printed = 1, f"..F\nFAILED {NOTICING} - assert x[0] == [1]\n1 failed, 2 passed\n"
     report = run(tmp_path, monkeypatch)
-    # All of them, past the first that fails.
+    # All tests run, also after the first that fails.
     assert tests.checked == [["tests/data", NOTICING, "--maxfail=0"]]
     assert report["tests that fail without a fault"] == [NOTICING]
     assert f"fails without a fault, proves nothing: {NOTICING}" in capsys.readouterr().out
@@ -114,7 +114,7 @@ def test_nothing_is_run_without_a_fault_where_nothing_was_noticed(
 def test_tests_that_are_there_no_more_are_no_proof(
     tests: Pytest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """pytest then runs none of them, which once read as if none had failed."""
+    """A missing test is an error: pytest then runs no tests, which must not count as no failures."""
     tests.status, tests.printed = 4, f"ERROR: not found: {NOTICING}\n"
     with pytest.raises(RuntimeError, match="status 4 for the tests that noticed faults:\nERROR: not found"):
         run(tmp_path, monkeypatch)

@@ -1,4 +1,4 @@
-"""The launch configurations to measure: as many as fit, to the byte."""
+"""The launch configurations to measure are exactly those that fit, to the byte."""
 
 import pytest
 from fastformer_kernels.matmul import Configuration, product_candidates

@@ -1,4 +1,4 @@
-"""Candidates are compiled before their turn: what is launched on a GPU then compiles nothing."""
+"""Candidates are compiled before they are measured: their launches on a GPU compile nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from processes import python
 
-# Two problems of a class each; one candidate of each cannot be: warps are a power of two.
+# Two problems of one class each. One candidate of each is impossible: its warps are no power of two.
 COMPILE = """
 import json
 import torch

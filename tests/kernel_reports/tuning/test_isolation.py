@@ -1,4 +1,4 @@
-"""A configuration that hangs or kills its process costs nothing but itself."""
+"""A configuration that hangs or kills its process does not stop the measurement of the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding the fastest configuration: without a GPU, with a timer that is told what to say."""
+"""The fastest configuration is found, here without a GPU, with a timer that returns given times."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def double(x: Tensor) -> Results:
     configuration = chosen("test", x, SHIPPED, shape)
     if configuration == BROKEN:
         raise RuntimeError("PassManager::run failed")
-    # In the argument's place, as some operators work: each call must be given its own.
+    # In place, as some operators work: each call must get its own argument.
     return (x.mul_(2.0 if configuration != WRONG else 2.1),)
 
 
@@ -90,7 +90,7 @@ def test_what_was_found_is_launched_by_what_follows(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(measurement, "others", lambda problem, default, architecture: [FASTER])
     later = replace(PROBLEM, operation="later", call=follows)
     list(measure([PROBLEM, later], CPU, lambda runs: timer(runs) if runs[0].func is double else 1.0))
-    # Once with shipped defaults, to learn of which class the call is.
+    # Once with shipped defaults, to learn the class of the call.
     assert launched[:1] == [SHIPPED] and set(launched[1:]) == {FASTER}
 
 

@@ -1,4 +1,4 @@
-"""Keeping what was measured, and using it."""
+"""Measured plans are kept and used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fastformer.kernel_reports.tuning.results import store_plans
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Where plans are kept during the test."""
+    """The file that keeps the plans during a test."""
     monkeypatch.setenv("FASTFORMER_CACHE", str(tmp_path))
     forget_plans_read()
     yield tmp_path / "plans.json"
