@@ -20,7 +20,7 @@ def result_names(options: dict[str, Any]) -> list[str]:
 
 
 def as_dtype(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The options with every floating tensor in `dtype`."""
+    """Return the options with every floating tensor in `dtype`."""
     return {
         name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in options.items()

@@ -18,7 +18,7 @@ def here(value: Value) -> Value:
 
 
 def need_kernels() -> None:
-    """Skip the running test if it is on a CPU and nothing is interpreted, as on a machine with a GPU."""
+    """Skip the running test if it is on a CPU without the interpreter, as on a machine with a GPU."""
     if torch.get_default_device().type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("with a GPU there is no interpreter to run kernels on the CPU")
 

@@ -59,7 +59,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def sources() -> dict[str, Path]:
-    """The file of each module."""
+    """Return the file of each module."""
     files = {}
     for root, package in ((ROOT, "fastformer"), (ROOT / "kernels", "fastformer_kernels")):
         for path in (root / package).rglob("*.py"):

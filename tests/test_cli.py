@@ -61,7 +61,7 @@ def options(corpus: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def run(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of an uninterrupted run."""
+    """The output folder of a run without interruption."""
     output = tmp_path_factory.mktemp("run") / "output"
     assert cli.main([*options, "--output", str(output)]) == 0
     return output

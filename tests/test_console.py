@@ -1,4 +1,4 @@
-"""Tables and progress as text."""
+"""Tables, progress and warnings are readable text, and text from elsewhere cannot control the terminal."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def dry_with(taken: Iterable[Any], values: Iterable[Any]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes tensors on one device, the same in every run.
+    """A maker of tensors on one device, the same in every run.
 
     Attributes:
         dry: whether sizes are tiny.

@@ -57,7 +57,7 @@ def x() -> Tensor:
 
 
 class Names(TorchDispatchMode):
-    """Notes the operators of Fastformer that are called."""
+    """A mode that notes the operators of Fastformer that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ def test_the_gradient_of_a_mapped_call(kind: str, x: Tensor) -> None:
 
 
 class FunctionNames(TorchFunctionMode):
-    """Notes the functions that are called."""
+    """A mode that notes the functions that are called."""
 
     def __init__(self) -> None:
         super().__init__()
