@@ -21,7 +21,7 @@ SUBJECTS, VERBS = ["the cat", "a small dog", "my neighbour", "the old captain"],
 
 
 def write_text(path: Path, documents: int = 300) -> None:
-    """Documents of 1 to 6 sentences, with a blank line between them."""
+    """Write documents of 1 to 6 sentences, with a blank line between them."""
     draw = random.Random(0)
     with open(path, "w") as file:
         for _ in range(documents):

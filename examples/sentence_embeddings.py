@@ -22,7 +22,7 @@ WORDS = {word: number for number, word in enumerate(dict.fromkeys(" ".join(map("
 
 
 def packed(sentences: list[str]) -> dict:
-    """The sentences one after the other, and where each begins."""
+    """Return the sentences one after the other, and the place where each begins."""
     tokens = [[WORDS[word] for word in sentence.split()] for sentence in sentences]
     lengths = torch.tensor([0, *map(len, tokens)])
     ids = torch.tensor([number for row in tokens for number in row])
@@ -30,7 +30,7 @@ def packed(sentences: list[str]) -> dict:
 
 
 def recall(model: FastformerForEmbedding, pairs: list[tuple[str, str]]) -> float:
-    """The share of the sentences whose most similar translation is their own."""
+    """Return the share of the sentences whose most similar translation is their own."""
     with torch.no_grad():
         left, right = (model(**packed(list(side))).embeddings for side in zip(*pairs, strict=True))
     return ((left @ right.T).argmax(dim=1) == torch.arange(len(pairs))).float().mean().item()

@@ -1,4 +1,4 @@
-"""``fastformer bench``: files, resuming, comparing, errors."""
+"""Tests of ``fastformer bench``: its files, resuming, comparing, and errors."""
 
 from __future__ import annotations
 

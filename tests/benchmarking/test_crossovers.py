@@ -1,4 +1,4 @@
-"""Crossovers are found where lines cross, and nowhere else; tables and pictures have them."""
+"""Crossovers are found only where lines cross; tables and pictures show them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fits find the coefficients that made the data, none below zero, and extrapolate with them."""
+"""Fits find the coefficients that made the data, none of them below zero, and extrapolate with them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def test_what_falls_with_size_gets_no_negative_cost() -> None:
 
 
 def test_small_costs_count_as_much_as_large_ones() -> None:
-    """One constant for costs of 1 and 100 that minimises the squares of relative errors: sum 1/y over sum 1/y^2."""
+    """For the costs 1 and 100, the one constant with the smallest relative errors is sum 1/y over sum 1/y^2.
+
+    The fit minimises the squares of the relative errors.
+    """
     fitted = fit([{"constant": 1.0}] * 2, [1.0, 100.0])
     assert fitted.coefficients["constant"] == pytest.approx(1.01 / 1.0001)
 

@@ -1,4 +1,4 @@
-"""What the steps of the GPU benchmark find at tiny sizes, and what their rates are computed from."""
+"""Tests of the results of the GPU benchmark's steps at tiny sizes, and of the work from which rates are computed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DOUBLE = Case(
         OURS: Peer(lambda: doubled(lambda x: 2 * x)),
         "wrong": Peer(lambda: doubled(lambda x: 2 * x + 1)),
         "wrong gradient": Peer(lambda: doubled(lambda x: x.detach() + x)),
-        "nan": Peer(lambda: doubled(lambda x: x * 2 + (x - x).sqrt())),  # its gradient alone, which is not the first
+        "nan": Peer(lambda: doubled(lambda x: x * 2 + (x - x).sqrt())),  # nan only in the gradient, the second result
         "fails": Peer(lambda: doubled(lambda x: x.view(3))),
         "absent": Peer(lambda: doubled(abs), packages=("no_such_package",)),
     },
@@ -105,7 +105,7 @@ def test_a_refusal_says_why(tmp_path: Path) -> None:
 
 
 def test_a_fault_of_the_device_is_recorded_and_ends_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an illegal access everything that waits for the device fails, for everybody."""
+    """After an illegal access, everything that waits for the device fails, for every peer."""
     broken: list[bool] = []
 
     def wait(device: torch.device) -> None:
@@ -142,14 +142,14 @@ def test_without_time_the_rest_is_missing(tmp_path: Path) -> None:
 
 
 def test_attention_everybody_computes_the_same(tmp_path: Path) -> None:
-    """Each case of the step, with every peer that runs on a CPU: those that are wrong have no rate."""
+    """In each case of the step, every peer that runs on a CPU computes the same. A wrong peer would have no rate."""
     records = list(attention.STEP.run(setting(tmp_path)))
     assert not [each for each in records if each.missing and "wrong" in each.missing]
     ours = [each for each in records if each.peer == OURS]
     assert {each.metric for each in ours} == {FORWARD, BACKWARD, ERROR}
     assert all(each.value is not None for each in ours)
     assert {each.case for each in ours} - {each.case for each in ours if each.metric == ERROR} == {
-        "dropout, causal, d 16, 2 x 32"  # everybody's pattern is his own
+        "dropout, causal, d 16, 2 x 32"  # every peer has its own pattern
     }
     for peer in ("SDPA flash", "torch.compile"):
         assert any(each.value is not None for each in records if each.peer == peer)
@@ -157,21 +157,22 @@ def test_attention_everybody_computes_the_same(tmp_path: Path) -> None:
 
 def test_attention_at_full_size_is_16k_tokens_2048_wide() -> None:
     cases = {case.name: case for case in attention.cases(torch.device("meta"), dry=False)}
-    # Two products, a multiply and an add, 16 heads, 4 sequences of 4096 x 4096 pairs, of which causal sees half.
+    # Two products, a multiply and an add, 16 heads, 4 sequences of 4096 x 4096 pairs. Causal attention sees half of the
+    # pairs.
     full = 2 * 2 * 16 * 4 * 4096**2 * 128
     assert cases["full, d 128, 4 x 4,096"].work == Work("FLOP", full, 2.5 * full)
     assert cases["causal, d 128, 4 x 4,096"].work == Work("FLOP", full / 2, 2.5 * full / 2)
     assert cases["full, d 64, 4 x 4,096"].work.forward == full
     assert cases["full, d 128, 1 x 16,384"].work.forward == 4 * full
     assert {"causal, d 64, 16 x 1,024", "causal, d 64, 8 x 2,048", "full, d 128, 2 x 8,192"} <= set(cases)
-    # The first 512 queries see 1 to 512 keys, all others 513.
+    # The first 512 queries see 1 to 512 keys, all other queries 513.
     pairs = 512 * 513 // 2 + (4096 - 512) * 513
     assert cases["window 512, d 128, 4 x 4,096"].work.forward == 2 * 2 * 16 * 4 * pairs * 128
 
 
 @pytest.mark.parametrize("step", [decode, feed_forward, rows])
 def test_everybody_computes_the_same(step: ModuleType, tmp_path: Path) -> None:
-    """Each case of the step, with every peer that runs on a CPU: those that are wrong have no rate."""
+    """In each case of the step, every peer that runs on a CPU computes the same. A wrong peer would have no rate."""
     records = list(step.STEP.run(setting(tmp_path)))
     assert not [each for each in records if each.missing and "wrong" in each.missing]
     assert all(each.value is not None for each in records if each.peer == OURS)
@@ -181,7 +182,7 @@ def test_everybody_computes_the_same(step: ModuleType, tmp_path: Path) -> None:
 
 def test_bytes_of_decoding_are_those_of_the_cache() -> None:
     cases = {case.name: case for case in decode.cases(torch.device("meta"), dry=False)}
-    # Keys and values of 8 heads of 128 features in two bytes.
+    # Keys and values have 8 heads of 128 features, in two bytes each.
     assert cases["contiguous, batch 8, 4,096 keys"].work == Work("bytes", 8 * 4096 * 2 * 8 * 128 * 2)
     assert cases["pages of 16, batch 64, 32,768 keys"].work == Work("bytes", 64 * 32768 * 2 * 8 * 128 * 2)
 
@@ -191,7 +192,7 @@ def test_work_of_rows_and_products() -> None:
     work = {case.name: case.work for case in (*rows.cases(meta, False), *feed_forward.blocks(meta, False))}
     work |= {case.name: case.work for case in feed_forward.losses(meta, False)}
     row = 16384 * 4096 * 2  # bytes of 16k tokens
-    # Input, output, weight and bias; and then the input again, two gradients of tokens and two of parameters.
+    # Forward: input, output, weight and bias. Backward: the input again, two gradients of tokens and two of parameters.
     parameters = 2 * 4096 * 2
     assert work["layer_norm, 16,384 x 4,096"] == Work("bytes", 2 * row + parameters, 3 * row + 2 * parameters)
     assert work["layer_norm, residual, 16,384 x 4,096"] == Work("bytes", 4 * row, 4 * row)
@@ -210,7 +211,7 @@ def test_work_of_rows_and_products() -> None:
     assert work["linear_cross_entropy, 8,192 x 128,256, 4,096 features"] == Work("FLOP", head, 2 * head)
 
 
-# On meta, up to where a kernel would be compiled.
+# Run the calls on meta tensors, up to the place where a kernel would be compiled.
 LAUNCHES = """
 import importlib, json
 import torch, triton

@@ -1,4 +1,4 @@
-"""``fastformer bench gpu``: steps that hang, crash or are interrupted lose nothing of the others."""
+"""Tests of ``fastformer bench gpu``: steps that hang, crash or are interrupted lose nothing of the other steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fastformer.benchmarking.gpu.step import Record, Step
 def run(setting):
     yield Record("first", "fastformer", "forward", 1.0, "us", details={"left": setting.left})
 """
-# What a step does after its first record.
+# The code of each kind of step after its first record.
 KINDS = {
     "good": "    yield Record('second', 'fastformer', 'forward', float('inf'), 'us')",
     "raises": "    raise RuntimeError('an illegal access\\nand more of it')",
@@ -43,7 +43,7 @@ KINDS = {
 
 
 def make(folder: Path, kinds: tuple[str, ...]) -> list[Known]:
-    """Modules of steps of these kinds, in `folder`."""
+    """Write the modules of steps of these kinds into `folder`, and return the steps."""
     for kind in kinds:
         step = f"\nSTEP = Step({kind!r}, 'a fake', 1.0, run)\n"
         (folder / f"fake_{kind}.py").write_text(FIRST + KINDS[kind] + step)
@@ -52,14 +52,14 @@ def make(folder: Path, kinds: tuple[str, ...]) -> list[Known]:
 
 @pytest.fixture
 def steps(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Known]]:
-    """Makes steps of the kinds that it is given."""
+    """Return a function that makes steps of the given kinds."""
     folder = tmp_path_factory.mktemp("modules")
     monkeypatch.syspath_prepend(str(folder))
     return lambda *kinds: make(folder, kinds)
 
 
 def run(steps: list[Known], out: Path, seconds: float) -> dict[str, dict]:
-    """How each step ended."""
+    """Run the steps, and return how each step ended."""
     place = Place(out, "cpu", dry=True, variables={})
     run_steps(steps, place, time.monotonic() + seconds, lambda name: None)
     return ends(entries(place.records))
@@ -67,7 +67,7 @@ def run(steps: list[Known], out: Path, seconds: float) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run whose steps fail in every way but one."""
+    """Return the folder of a run whose steps fail in every way, except for one good step."""
     out, modules = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("modules")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(modules))
@@ -142,7 +142,7 @@ def test_of_a_step_that_ran_twice_the_last_figure_counts(tmp_path: Path) -> None
 
 @pytest.fixture
 def known(steps, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes fake steps those of the command."""
+    """Return a function that makes fake steps and lets the command use them in place of its own."""
 
     def make(*kinds: str) -> None:
         fakes = {each.step.name: each for each in steps(*kinds)}
@@ -192,7 +192,7 @@ def test_a_run_is_resumed_as_it_was_started(known, tmp_path: Path) -> None:
         bench("--out", tmp_path / "out", "--resume")
 
 
-# The command in a process of its own, with a fake step in place of the real ones.
+# Run the command in a separate process, with a fake step in place of the real ones.
 COMMAND = """
 import sys, time
 import fake_ready
@@ -234,7 +234,7 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def _processes_with(argument: str) -> list[str]:
-    """Commands of the processes that were started with `argument`, a second later."""
+    """Wait a second, and return the commands of the processes that were started with `argument`."""
     time.sleep(1.0)
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):

@@ -1,4 +1,4 @@
-"""The steps of the GPU benchmark that read what other programs print, and what they launch."""
+"""Tests of the steps of the GPU benchmark that read what other programs print, and of what the steps launch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_steps_have_names_of_their_modules_and_fill_nine_minutes() -> None:
     assert 500 <= sum(step.seconds for step in steps) <= 600
 
 
-# What a GPU machine does with a cache that was made elsewhere, and what it would still compile for a step.
+# Use a cache made elsewhere, as a GPU machine does, and print which kernels it would still compile for a step.
 LAUNCH = """
 import sys
 from pathlib import Path
@@ -51,7 +51,10 @@ print(compiled_by(list(load("host").launches()), ["sm_90"], cache))
 
 
 def test_the_kernels_of_a_step_are_those_in_the_cache(tmp_path: Path) -> None:
-    """Of this one step; ``fastformer kernels compile --bench-gpu all`` proves it of all."""
+    """The cache holds all kernels of this one step.
+
+    ``fastformer kernels compile --bench-gpu all`` proves it for all steps.
+    """
     done = fastformer("kernels", "compile", "--arch", "sm_90", "--bench-gpu", "host", "--out", str(tmp_path / "made"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "launched again, none was compiled" in done.stdout
@@ -59,7 +62,7 @@ def test_the_kernels_of_a_step_are_those_in_the_cache(tmp_path: Path) -> None:
     launched = python("-c", LAUNCH, str(tmp_path / "brought"))
     assert launched.returncode == 0, launched.stderr
     assert launched.stdout.strip() == "[]"
-    # This can fail: a kernel that is taken away is missed.
+    # The check can fail: it reports a kernel that is taken away.
     for folder in (tmp_path / "brought").iterdir():
         if list(folder.glob("_softmax_forward_kernel.cubin")):
             shutil.rmtree(folder)

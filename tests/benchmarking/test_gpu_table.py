@@ -1,4 +1,4 @@
-"""What ``fastformer bench gpu`` says of its records."""
+"""Tests of the tables that ``fastformer bench gpu`` makes of its records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastformer.benchmarking.gpu.table import MOST_LINES, WIDTH, long_table, roo
 
 
 class Run:
-    """Records of steps, written as a run does."""
+    """The records of steps, written as a run writes them."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "records.jsonl"

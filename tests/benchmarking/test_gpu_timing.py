@@ -1,4 +1,4 @@
-"""What is timed, and the ceilings that rates are shares of."""
+"""Tests of what is timed, and of the ceilings: rates are given as shares of them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_what_is_before_the_runs_is_done_for_all_buffers_before_any_of_them() ->
 
 
 def test_a_gpu_waits_until_all_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for its clock: what is before a run lies outside the two events."""
+    """What comes before a run lies outside the two events. A stand-in replaces the GPU's clock."""
     did: list[str] = []
     asked: list[float] = []
 
@@ -80,7 +80,7 @@ def test_a_gpu_waits_until_all_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert (timing.median, timing.repeats) == (0.004, 5)
     one = ["before", "event", "run", "event"]
     assert did == ["before", "run", "sleep", *3 * one, "wait", "sleep", *5 * one, "wait"]
-    # Longer than the host takes to ask.
+    # The GPU sleeps longer than the host takes to ask for all runs.
     assert asked[1] > 5 * 0.002
 
 

@@ -1,4 +1,4 @@
-"""The host's time of calls: nothing but the call is in it, and of a model the operators' part alone."""
+"""The host's time of a call contains only the call; for a model it contains only the operators' part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ratios, goals and what has changed since an earlier run."""
+"""Tests of ratios, goals, and changes since an earlier run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def found(peer: str, *values: float, metric: Metric = TIME, missing: str | None 
 
 
 def test_ratio_is_the_median_of_the_rounds_ratios() -> None:
-    # In the second round the machine was four times as slow for both.
+    # In the second round the machine was four times as slow for both peers.
     ours, theirs = found(OURS, 1.0, 4.0, 1.0), found("peer", 2.0, 8.0, 3.0)
     assert ratio(ours, theirs) == 2.0
     assert ratio(found(OURS, 10.0, metric=PEAK_MEMORY), found("peer", 40.0, metric=PEAK_MEMORY)) == 0.25
@@ -95,7 +95,7 @@ def results(*measurements: Measurement) -> Results:
     ("old", "new", "worse"),
     [
         (found(OURS, 1.0, 1.1), found(OURS, 1.2, 1.2), True),
-        (found(OURS, 1.0, 1.3), found(OURS, 1.2, 1.2), False),  # within the old range
+        (found(OURS, 1.0, 1.3), found(OURS, 1.2, 1.2), False),  # within the range of the old values
         (found(OURS, 1.0), found(OURS, 1.04), False),
         (found(OURS, 1.0), found(OURS, 0.5), False),
         (found(OURS, 0.9, metric=ACCURACY), found(OURS, 0.8, metric=ACCURACY), True),
@@ -109,7 +109,7 @@ def test_regression_of_a_value(old: Measurement, new: Measurement, worse: bool) 
 
 @pytest.mark.parametrize(("metric", "worse"), [(TIME, True), (PEAK_MEMORY, False), (ACCURACY, False)])
 def test_regression_beside_a_peer(metric: Metric, worse: bool) -> None:
-    """On another machine the bare values say nothing: here both are faster, but ours less so."""
+    """Between two machines only the ratio to the peer counts: here both are faster, but ours has gained less."""
     old = results(found(OURS, 4.0, metric=metric), found("peer", 8.0, metric=metric))
     new = results(found(OURS, 2.0, metric=metric), found("peer", 2.0, metric=metric))
     beside = next(change for change in changes(old, new) if change.peer == "peer")

@@ -1,4 +1,4 @@
-"""No operator is forgotten, and the work that rates are computed from is what it says."""
+"""No operator is forgotten, and the work of each operation, from which rates are computed, is right."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_flop_of_attention_are_those_of_the_pairs_that_may_attend() -> None:
     assert call(backward=True).flop == 3.5 * full
     assert call(causal=True).flop == full / 2
     assert call(lengths=(8, 4)).flop == full * (64 + 16) / 128
-    # Of 8 queries the first sees one key, all others two.
+    # The first of 8 queries sees one key, all others two.
     assert call(causal=True, window=1).flop == full * 15 / 64
 
 
@@ -56,12 +56,15 @@ def test_peers_of_attention_compute_the_same(options: dict[str, object]) -> None
     [
         ({"bias": True}, {"SDPA math"}),
         ({"relative_bias": True}, {"SDPA math"}),
-        ({"relative_bias": True, "sequence": 300}, {"SDPA math"}),  # further apart than its biases reach
+        ({"relative_bias": True, "sequence": 300}, {"SDPA math"}),  # longer than the biases reach
         ({"sinks": True, "causal": True}, set()),
     ],
 )
 def test_peers_with_parameters_compute_the_same(options: dict[str, object], others: set[str]) -> None:
-    """Gradients of parameters too; those whose parameters have none would be off by all of it."""
+    """The gradients of parameters agree too.
+
+    A peer whose parameters have no gradients would differ by the whole gradient.
+    """
     asked = call(backward=True, **options)
     here = {name: peer.prepare()() for name, peer in peers(asked, flex=False).items() if not peer.missing(CPU)}
     assert set(here) == {OURS, "PyTorch eager"} | others
@@ -77,7 +80,7 @@ def test_exact_results_are_of_the_first_heads_and_real_tokens() -> None:
         found = of_first_heads(asked, peers(asked, flex=False)[name].prepare()())  # type: ignore[arg-type]
         for one, right in zip(found, exact, strict=True):
             torch.testing.assert_close(one, right)
-    alibi = call(alibi=True, heads=4, kv_heads=2)  # each head's slope is its own
+    alibi = call(alibi=True, heads=4, kv_heads=2)  # each head has its own slope
     found = of_first_heads(alibi, peers(alibi, flex=False)[OURS].prepare()())  # type: ignore[arg-type]
     torch.testing.assert_close(found, exact_first_heads(alibi))
 
@@ -98,7 +101,7 @@ def test_forward_backward_gives_outputs_and_gradients() -> None:
 
 
 def test_bytes_are_what_moves_at_least() -> None:
-    """A softmax reads and writes once, and its backward reads the output and its gradient and writes one."""
+    """A softmax reads and writes once. Its backward reads the output and its gradient, and writes one gradient."""
     elements = SIZES.tokens * SIZES.hidden * 4
 
     def scale(backward: bool) -> Operation:
@@ -106,7 +109,7 @@ def test_bytes_are_what_moves_at_least() -> None:
         return Operation("scale", inputs, torch.sigmoid, torch.sigmoid, backward=backward)
 
     assert scale(False).least(SIZES) == Work("bytes", 2.0 * elements)
-    # Backward: input again, the output's gradient, the input's.
+    # Backward moves the input again, the output's gradient, and the input's gradient.
     assert scale(True).least(SIZES) == Work("bytes", 2.0 * elements, 3.0 * elements)
 
 

@@ -1,4 +1,4 @@
-"""What is drawn: curves, ratios, both, or nothing."""
+"""Tests of what pictures show: curves, ratios, both, or nothing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_pictures(
         peers = [lines(axes) for axes in figure.axes if axes.get_lines()]
         assert peers == [{OURS: [(1, 1), (2, 2)], "peer": [(1, 1), (2, 2)]}] * 2
     for figure in saved if measurements == BARS else []:
-        # Ours takes half the peer's time, and 1,000 times another's, whose bar ends at the edge.
+        # Ours takes half of the peer's time, and 1,000 times that of another peer, whose bar ends at the edge.
         ends = [bar.get_x() + bar.get_width() for bar in figure.axes[0].patches]
         assert ends == pytest.approx([2, 1 / 32])
 

@@ -1,4 +1,4 @@
-"""The published report and the table of goals in docs/benchmarks.md are what the published results say."""
+"""The published report and the table of goals in docs/benchmarks.md agree with the published results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scaling study: counts are those of its note, fits recover what made the data, several processes share a step."""
+"""Tests of the scaling study: its counts are those of its note, and its fits recover what made the data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def by_position(terms: Terms) -> list[float]:
 
 @pytest.mark.parametrize(("kind", "pairs"), [("BERT-like", 1.0), ("GPT-like", 0.5)])
 def test_operations_are_those_of_the_note(kind: Kind, pairs: float) -> None:
-    """Layers alone: what another layer adds."""
+    """The operations that two more layers add are those of the note."""
     few = Shape(kind, layers=1, hidden=64, tokens=4096, length=1024, vocabulary=512)
     many = replace(few, layers=3)
     added = [b - a for a, b in zip(by_position(time_terms(few)), by_position(time_terms(many)), strict=True)]

@@ -32,7 +32,7 @@ def test_each_round_gives_every_peer_a_turn_and_starts_with_another() -> None:
     peers = [(name, recording(log, name)) for name in (OURS, "b", "c")]
     measured = list(study(*peers).measure(Setting(CPU, rounds=3)))
     assert [(each.peer, len(each.values)) for each in measured] == [(OURS, 3), ("b", 3), ("c", 3)]
-    # A turn repeats what is short; before the rounds each has a first run.
+    # A turn repeats short work. Before the rounds, each peer has a first run.
     turns = [name for place, name in enumerate(log) if place == 0 or log[place - 1] != name]
     assert turns == [OURS, "b", "c"] * 2 + ["b", "c", OURS] + ["c", OURS, "b"]
 
@@ -74,7 +74,10 @@ def test_failure_of_our_own_is_raised() -> None:
 
 
 def test_peak_memory_is_the_works() -> None:
-    """PyTorch's linear cross-entropy holds its logits, here 512 x 1,000 of them, and their gradient."""
+    """The peak memory holds the work's tensors.
+
+    PyTorch's linear cross-entropy keeps its 512 x 1,000 logits and their gradient.
+    """
     quick = load("linear-cross-entropy")
     assert isinstance(quick, TimedStudy)
     (case,) = quick.cases(Setting(CPU, quick=True))
@@ -87,8 +90,8 @@ def test_peak_memory_is_the_works() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_study_runs_small(name: str, tmp_path: Path) -> None:
-    """Every study at its quick size: something is found of us in every case, and no peer that is here fails."""
-    if name == "kernels":  # they are compiled outside the interpreter alone
+    """Every study runs at its quick size. We have a result in every case, and no installed peer fails."""
+    if name == "kernels":  # kernels are compiled only outside the interpreter
         done = fastformer("bench", name, "--quick", "--rounds", "1", "--out", str(tmp_path))
         assert done.returncode == 0, done.stderr
         measured = load_results(tmp_path / "results.json").studies[name]

@@ -1,4 +1,4 @@
-"""The study of tasks runs the commands of docs/training.md, and compares what they measured with the baselines."""
+"""The study of tasks runs the commands of docs/training.md, and compares their results with the baselines."""
 
 from __future__ import annotations
 

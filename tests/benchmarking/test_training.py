@@ -1,4 +1,4 @@
-"""What both sides of a study of training are given."""
+"""In a study of training, both sides are given the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastformer.benchmarking.training import median_batches
 def test_batches_have_the_middle_share_of_padding() -> None:
     lengths = np.random.default_rng(1).integers(1, 100, 403)
     batches = median_batches(lengths, 4, 100)
-    assert sorted(np.concatenate(batches).tolist()) != list(range(403))  # three are left over
+    assert sorted(np.concatenate(batches).tolist()) != list(range(403))  # three sequences are left over
     shares = [lengths[batch].mean() / lengths[batch].max() for batch in batches]
     (middle,) = median_batches(lengths, 4, 1)
     assert lengths[middle].mean() / lengths[middle].max() in (sorted(shares)[49], sorted(shares)[50])

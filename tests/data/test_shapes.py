@@ -34,7 +34,7 @@ def masked(draw: np.random.Generator) -> dict[str, Any]:
 
 
 def sequences_of(draw: np.random.Generator) -> list[np.ndarray]:
-    """Return a batch of about as many tokens as fit."""
+    """Return as many sequences as fit into a batch."""
     lengths = draw.integers(2, 33, 100)
     fitting = lengths[: np.searchsorted(np.cumsum(lengths), BUDGET, side="right")]
     return [draw.integers(1, 50, length) for length in fitting]

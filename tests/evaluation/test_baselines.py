@@ -1,4 +1,4 @@
-"""What counting and copying predict is what one would count and copy by hand."""
+"""Baselines predict what one would count and copy by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_each_word_gets_the_tag_that_it_most_often_has() -> None:
     [
         ("What does walk return?", "walk: Returns nothing."),
         ("When does it raise OSError?", "It raises OSError at dawn."),
-        ("Why?", "walk: Returns nothing."),  # of several the first
+        ("Why?", "walk: Returns nothing."),  # no sentence has a word of the question: the first one
     ],
 )
 def test_the_sentence_asked_about_has_most_words_of_the_question(question: str, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""``fastformer evaluate`` from a file of predictions to a table, JSON and a picture."""
+"""Tests of ``fastformer evaluate``: a file of predictions becomes a table, JSON and a picture."""
 
 from __future__ import annotations
 

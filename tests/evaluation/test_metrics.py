@@ -1,4 +1,4 @@
-"""Metrics against values worked out by hand or given in their papers, and their bad input."""
+"""Metrics equal values worked out by hand or given in their papers, and bad input is refused."""
 
 from __future__ import annotations
 
@@ -97,9 +97,12 @@ def test_questions_without_an_answer():
 
 
 def test_bleu_is_papinenis():
-    """One sentence, one reference: the clipped precisions are 5/6, 3/5, 2/4 and 1/3, with no penalty for length."""
+    """BLEU follows Papineni et al.: the clipped precisions are 5/6, 3/5, 2/4 and 1/3.
+
+    There is one sentence with one reference, and no penalty for length.
+    """
     metrics = translation_metrics(["the cat sat on mat now"], ["the cat sat on the mat"])
-    # 5 of 6 words, the-cat cat-sat sat-on of 5 pairs, 2 of 4 triples, 1 of 3 quadruples.
+    # 5 of 6 words match, the pairs the-cat, cat-sat and sat-on of 5, 2 of 4 triples, and 1 of 3 quadruples.
     assert metrics["bleu"] == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25, abs=0.01)
     assert 0 < metrics["chrf"] < 100
     assert translation_metrics(["a b c d e"], ["a b c d e"]) == {"bleu": pytest.approx(100), "chrf": pytest.approx(100)}
@@ -122,7 +125,7 @@ def test_right_to_left():
 
 def test_rouge():
     metrics = summary_metrics(["the cat sat"], ["the cats sat down"])
-    assert metrics["rouge1"] == pytest.approx(100 * 6 / 7)  # cats is cat once stemmed
+    assert metrics["rouge1"] == pytest.approx(100 * 6 / 7)  # "cats" is stemmed to "cat"
     assert metrics["rouge2"] == pytest.approx(100 * 2 * (2 / 2) * (2 / 3) / (2 / 2 + 2 / 3))
     assert metrics["rougeL"] == pytest.approx(100 * 6 / 7)
 
@@ -141,7 +144,7 @@ def test_retrieval():
     metrics = retrieval_metrics(anchors, swapped)
     assert metrics["recall_at_1"] == 0.5
     assert metrics["mean_reciprocal_rank"] == pytest.approx((1 + 1 + 1 / 4 + 1 / 4) / 4)
-    assert retrieval_metrics(np.ones((4, 2)), np.ones((4, 2)))["recall_at_1"] == 0  # ties count against
+    assert retrieval_metrics(np.ones((4, 2)), np.ones((4, 2)))["recall_at_1"] == 0  # ties count as not found
     with pytest.raises(ValueError, match=r"must both be \(N, D\); got \(4, 4\) and \(3, 4\)"):
         retrieval_metrics(anchors, anchors[:3])
 

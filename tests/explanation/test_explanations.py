@@ -1,4 +1,4 @@
-"""Attention maps and token attributions, against Hugging Face's BERT and captum on it, and the command."""
+"""Attention maps and token attributions, in Python and as a command, equal those of BERT and captum."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def twins(bert_class: type, own_class: type):
     bert = bert_class(BertConfig(**SHAPE, num_labels=3, attn_implementation="eager")).eval()
     own = from_hugging_face(bert).eval()
     assert type(own) is own_class
-    # Padding's embedding is zero at first in both; a trained one is not.
+    # The embedding of padding is zero at first in both models; in a trained model it is not.
     for model in (bert, own):
         model.get_input_embeddings().weight.data[0] = torch.linspace(-0.5, 0.5, 24)
     return bert, own
@@ -119,7 +119,7 @@ def test_maps_of_decoders_and_encoder_decoders(tokenizer: PreTrainedTokenizerFas
 
 
 def captums(bert, tokenizer: PreTrainedTokenizerFast, text: str, logit) -> list[float]:
-    """Layer integrated gradients of BERT's word embeddings, its special tokens in place."""
+    """Return captum's layer integrated gradients of BERT's word embeddings; the baseline keeps the special tokens."""
     from captum.attr import LayerIntegratedGradients
 
     encoded = tokenizer(text, return_tensors="pt")

@@ -1,4 +1,4 @@
-"""The command ``fastformer generate``."""
+"""Tests of the command ``fastformer generate``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A decoder, an encoder-decoder and what generates nothing, each with its tokenizer."""
+    """Return a folder of models: a decoder, an encoder-decoder, and others that generate nothing."""
     root = tmp_path_factory.mktemp("generate")
     torch.manual_seed(0)
     kinds = {

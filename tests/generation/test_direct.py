@@ -1,4 +1,4 @@
-"""A step without the operators' calls is the step with them, and is not taken where it would be another."""
+"""A step without the operators' calls gives the same result as with them, and is not taken where it would differ."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def causal_lm(**options) -> FastformerForCausalLM:
 
 
 def steps(model: FastformerForCausalLM, page_size: int | None = None) -> torch.Tensor:
-    """Logits of three steps behind the prompts, the same tokens in each."""
+    """Return the logits of three steps behind the prompts, with the same tokens in each step."""
     with torch.inference_mode():
         pages = None if page_size is None else 20
         cached = CachedModel(model, len(PROMPTS), 12, page_size=page_size, pages=pages)

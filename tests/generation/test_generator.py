@@ -1,4 +1,4 @@
-"""Requests, batches of them, and what comes back; with a small model of random weights."""
+"""Tests of requests, their batches and their results, with a small model of random weights."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def model() -> FastformerForCausalLM:
     ],
 )
 def test_tokens_of_other_architectures(options: dict) -> None:
-    """Greedy ones, beside those of the same model's forward without any cache."""
+    """The greedy tokens are those of the same model's forward without any cache."""
     model, new = causal_lm(**options), 10
     prompts = [[5, 6, 7, 8, 9, 10], [4], [200, 100]]
     expected = []
@@ -79,7 +79,7 @@ def test_tokens_of_other_architectures(options: dict) -> None:
 
 @pytest.mark.quick
 def test_a_draw_depends_on_its_seed_alone(model: FastformerForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Not on what else is in the batch, on slots, pages or a neighbour's filters."""
+    """The drawn tokens do not depend on the rest of the batch, on slots, on pages or on a neighbour's filters."""
     each = [
         SamplingParameters(temperature=1.0, seed=3, max_new_tokens=9),
         SamplingParameters(temperature=0.7, seed=4, max_new_tokens=14, top_p=0.8),
@@ -124,7 +124,8 @@ def test_streamed_pieces_make_the_generations(model: FastformerForCausalLM, toke
     assert streamed == generator.generate(PROMPTS, each)
     assert [len(generation.tokens) for generation in streamed] == [7, 1, 3, 12, 5, 2]
     assert all(generation.finish_reason == "length" for generation in streamed)
-    # Two run at a time, and the next starts as soon as one is finished: the one of a single token is at once.
+    # Two run at a time, and the next starts as soon as one is finished: request 1, of a single token, is finished at
+    # once.
     assert order[:2] == [0, 1] and order[2] == 2
     starts = {request: order.index(request) for request in range(len(PROMPTS))}
     assert sorted(starts, key=starts.__getitem__) == list(range(len(PROMPTS)))
@@ -172,13 +173,13 @@ def test_packed_weights_follow_the_model(slots: int) -> None:
 
 
 def test_sampling_follows_the_model_s_distribution() -> None:
-    """Through seeds, batches and draws."""
+    """Tokens that are drawn in batches, with 4,000 seeds, have the model's distribution."""
     model = causal_lm(vocab_size=5)
     expected = model(torch.tensor([[1, 2]])).logits[0, -1].softmax(-1)
     each = [SamplingParameters(temperature=1.0, seed=seed, max_new_tokens=1) for seed in range(4000)]
     generated = Generator(model, slots=500).generate([[1, 2]] * 4000, each)
     counts = torch.tensor([generation.tokens[0] for generation in generated]).bincount(minlength=5)
-    # Five standard deviations of a share of 4,000 draws, with seeds that never change.
+    # The tolerance is five standard deviations of a share of 4,000 draws. The seeds never change.
     torch.testing.assert_close(counts / 4000, expected.detach(), rtol=0, atol=5 * 0.5 / 4000**0.5)
 
 
@@ -256,7 +257,7 @@ STREAMS = {
 
 @pytest.mark.parametrize("options", STREAMS.values(), ids=STREAMS)
 def test_streams_run_side_by_side(model: FastformerForCausalLM, options: dict) -> None:
-    """Each is what it would be alone, whenever the others start, end or are left."""
+    """Each stream gives what it gives alone, no matter when the others start, end or are abandoned."""
     drafts = {"draft": causal_lm(position_embedding="rotary")} if "draft_tokens" in options else {}
     generator = Generator(model, slots=2, **options, **drafts)
     parameters = SamplingParameters(max_new_tokens=9, temperature=1.0, seed=3)
@@ -288,7 +289,7 @@ def test_streams_of_several_threads(model: FastformerForCausalLM) -> None:
 
 
 def test_a_decoding_step_waits_for_nothing_but_its_tokens(model: FastformerForCausalLM) -> None:
-    """On meta tensors whatever reads a value on the host fails: layers, sampling and bookkeeping do not."""
+    """Layers, sampling and bookkeeping run on meta tensors, on which every read of a value on the host fails."""
     from fastformer.generation.cached_model import CachedModel
     from fastformer.generation.sampling import choose
     from fastformer.generation.slots import Slots

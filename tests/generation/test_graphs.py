@@ -1,4 +1,4 @@
-"""Decoding steps as CUDA graphs, recorded on a CPU: the tokens are those of steps that are not recorded."""
+"""Decoding steps that are recorded as CUDA graphs, here on a CPU, give the tokens of steps that are not recorded."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def sequence_to_sequence() -> FastformerForSeq2SeqLM:
 
 @pytest.fixture
 def recorders(monkeypatch: pytest.MonkeyPatch) -> list[FakeRecorder]:
-    """Those that generators have made: as on a GPU, each records its steps."""
+    """Return the recorders that generators make: as on a GPU, each records the steps of its generator."""
     made: list[FakeRecorder] = []
 
     def recorder(device: torch.device) -> FakeRecorder:
@@ -88,13 +88,16 @@ def test_sequences_come_and_go(options: dict, parameters: list, recorders: list[
         for one, other in zip(found, expected, strict=True):
             assert (one.logprobs is None) == (other.logprobs is None)
             torch.testing.assert_close(torch.tensor(one.logprobs or []), torch.tensor(other.logprobs or []))
-    # The graphs of the first call serve the second.
+    # The graphs of the first call serve the second call.
     assert len(recorders) == 1 and recorders[0].recordings
 
 
 @pytest.mark.parametrize("draft", [False, True])
 def test_empty_slots_touch_nothing(draft: bool, recorders: list[FakeRecorder]) -> None:
-    """Up to three beside those that run, left by sequences that ended early, whose pages others have by now."""
+    """Up to three empty slots next to the running ones change nothing.
+
+    Sequences that ended early left them, and other sequences have their pages by now.
+    """
     model = causal_lm()
     options = {"slots": 8, "page_size": 2, "pages": 60, "pack_weights": False, "draft": model if draft else None}
     prompts = [[1 + number % 80] * (1 + number % 5) for number in range(40)]
@@ -129,7 +132,7 @@ def test_architectures(model: Any, draft: bool, recorders: list[FakeRecorder]) -
 
 
 def test_the_shortest_sequences(recorders: list[FakeRecorder]) -> None:
-    """An empty slot is taken along with room for its one token and what is drafted behind it."""
+    """An empty slot takes part in a step, with room for its one token and for the tokens drafted behind it."""
     model = causal_lm(position_embedding="relative")
     for options in ({}, {"draft": model, "draft_tokens": 4}):
         recorded = Generator(model, pack_weights=False, slots=4, **options)
@@ -140,7 +143,7 @@ def test_the_shortest_sequences(recorders: list[FakeRecorder]) -> None:
 
 
 def test_kinds_of_steps(recorders: list[FakeRecorder]) -> None:
-    """Powers of two of sequences, up to all slots, each recorded when it comes again."""
+    """Each power of two of sequences has its own kind of step, as have all slots. Its second step is recorded."""
     recorded = Generator(causal_lm(), pack_weights=False, slots=6, capacity=40)
     for count in (1, 2, 3, 4, 5, 6, 7):
         recorded.generate([[1]] * count, SamplingParameters(max_new_tokens=4))
@@ -186,7 +189,7 @@ def test_where_there_are_none() -> None:
 
 
 def test_the_recorder_itself() -> None:
-    """It sees what no CUDA graph can do, and forgets what a CUDA graph forgets."""
+    """The fake recorder detects what no CUDA graph can do, and forgets what a CUDA graph forgets."""
     x, record = torch.arange(3.0), FakeRecorder().record
     (double, doubled), (_, other) = record(lambda: x.mul_(2) + 1), record(lambda: x + 0)
     assert x.tolist() == [0.0, 1.0, 2.0]

@@ -30,7 +30,7 @@ from fastformer.models.conversion import from_hugging_face
 PROMPTS = [[5, 6, 7], [4], [9, 8, 7, 6, 5, 4, 13, 12, 11, 12, 13, 14], [11, 12], [20, 21, 22, 23, 24]]
 NEW = 12
 VOCABULARY, HIDDEN, INTERMEDIATE, POSITIONS, PAD = 97, 32, 48, 32, 0
-# Far above the usual: a model that repeats one token would prove little.
+# The initializer range is far above the usual one: a model that repeats one token would prove little.
 WIDE = 0.3
 GROUPED = {
     "vocab_size": VOCABULARY,
@@ -74,7 +74,10 @@ def t5() -> PreTrainedModel:
 
 
 def marian() -> PreTrainedModel:
-    """With larger blocks and smaller embeddings than BART's here, whose tied ones would repeat one token."""
+    """Return a Marian model with larger blocks and smaller embeddings than the BART here.
+
+    With BART's sizes, its tied embeddings would repeat one token.
+    """
     model = MarianMTModel(MarianConfig(**BOTH | {"init_std": 0.02}))
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -95,7 +98,10 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 @pytest.fixture(scope="module", params=MODELS)
 def models(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, PreTrainedModel, list[list[int]]]:
-    """Theirs, ours, and the tokens that theirs generates: from prompts padded on the left, sources on the right."""
+    """Return Hugging Face's model, ours, and the tokens that Hugging Face's generates.
+
+    Prompts are padded on the left, sources on the right.
+    """
     torch.manual_seed(0)
     theirs = MODELS[request.param]().eval()
     both = theirs.config.is_encoder_decoder
@@ -125,12 +131,12 @@ def test_the_same_tokens(models: tuple, cache: dict) -> None:
         return
     generated = Generator(ours, **cache).generate(PROMPTS, SamplingParameters(max_new_tokens=NEW))
     assert [each.tokens for each in generated] == expected
-    assert len({token for tokens in expected for token in tokens}) > len(PROMPTS)  # no dull model
+    assert len({token for tokens in expected for token in tokens}) > len(PROMPTS)  # the model does not repeat one token
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 3])
 def test_the_same_tokens_with_a_draft_model(models: tuple, draft_tokens: int) -> None:
-    """Whatever the draft is worth: one that knows nothing, and the model itself."""
+    """The tokens do not depend on the draft model: one draft model knows nothing, the other is the model itself."""
     _, ours, expected = models
     other = type(ours)(ours.config).eval()
     accepted = []

@@ -1,4 +1,4 @@
-"""What tokens are drawn from, against plain Python; and that they are drawn from that."""
+"""Tokens are drawn from the distribution that plain Python computes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLASSES = 7
 
 
 def reference(logits: list[float], parameters: SamplingParameters, seen: set[int]) -> list[float]:
-    """The distribution, one class after the other, in float64."""
+    """Return the distribution, computed one class after the other in float64."""
     penalty = parameters.repetition_penalty
     logits = [(x * penalty if x < 0 else x / penalty) if each in seen else x for each, x in enumerate(logits)]
     if parameters.temperature == 0.0:
@@ -44,21 +44,21 @@ def reference(logits: list[float], parameters: SamplingParameters, seen: set[int
 
 
 def rows_of(parameters: list[SamplingParameters]) -> Settings:
-    """As a batch has them."""
+    """Return the settings in the form that a batch has."""
     slots = Slots(len(parameters), 4, 2, CLASSES, True, torch.get_default_device())
     for slot, each in enumerate(parameters):
         slots.admit(slot, [0], each, seed=0)
     return slots.settings(slice(0, len(parameters)), parameters)
 
 
-# Multiples of a quarter are exact in every step that decides what is kept, and equal ones are common.
+# Multiples of a quarter are exact in every step that decides what is kept, and equal logits are common.
 LOGITS = st.lists(st.integers(-12, 12).map(lambda quarters: quarters / 4), min_size=CLASSES, max_size=CLASSES)
 FILTERS = st.builds(
     SamplingParameters,
     max_new_tokens=st.just(2),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
     top_k=st.none() | st.integers(1, CLASSES + 2),
-    # No sum of a few of these probabilities comes near.
+    # No sum of a few of these probabilities comes near such a top_p.
     top_p=st.none() | st.floats(0.05, 0.95).map(lambda p: p + math.pi * 1e-4),
     min_p=st.none() | st.sampled_from([0.0, 0.0313, 0.223, 1.0]),
     repetition_penalty=st.sampled_from([1.0, 2.0, 0.5]),

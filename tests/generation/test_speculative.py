@@ -1,4 +1,4 @@
-"""The rule by which drafted tokens are accepted leaves the distribution as it is, exactly."""
+"""The rule that accepts drafted tokens leaves the distribution exactly as it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLASSES = 4
 
 
 def middles(count: int) -> torch.Tensor:
-    """Evenly spaced numbers in [0, 1): as many as any share of 1 / count has of them."""
+    """Return `count` evenly spaced numbers in [0, 1): the middles of the intervals of length 1 / count."""
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count
 
 
@@ -26,7 +26,10 @@ WEIGHTS = st.lists(st.integers(0, 6), min_size=CLASSES, max_size=CLASSES).filter
 @given(WEIGHTS, WEIGHTS)
 @settings(max_examples=60)
 def test_the_first_token_has_the_target_s_distribution(proposal: list[int], target: list[int]) -> None:
-    """Summed over all drafts and, by evenly spaced numbers, over all ways to be accepted and drawn again."""
+    """The first token has the target's distribution.
+
+    The test sums over all drafts and, with evenly spaced numbers, over all ways to be accepted and drawn again.
+    """
     p = [Fraction(weight, sum(target)) for weight in target]
     q = [Fraction(weight, sum(proposal)) for weight in proposal]
     above = [max(a - b, Fraction(0)) for a, b in zip(p, q, strict=True)]

@@ -1,4 +1,4 @@
-"""Text as it grows, with tokenizers of several kinds."""
+"""Tests of text that grows token by token, with tokenizers of several kinds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """Like Llama's: a space is part of the word behind it, and the first of a text disappears."""
+    """Return a tokenizer like Llama's.
+
+    A space is part of the word behind it, and the first space of a text disappears.
+    """
     characters = sorted(set(TEXT.replace(" ", "▁")) - {"世", "👩"})
     known = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁don", "▁at", *characters]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(known))}
@@ -101,7 +104,8 @@ def test_stop_strings_end_the_text_wherever_tokens_do(text: str, stop: list[str]
     stream = TextStream(tokenizer, stop)
     got = pieces(stream, tokenizer(text, add_special_tokens=False)["input_ids"])
     ends = [text.find(each) for each in stop if each in text]
-    # The one that is whole first ends the text, and of several at once the one that begins first.
+    # The stop text that is complete first ends the text. If several are complete at once, it is the one that begins
+    # first.
     whole = min((text.find(each) + len(each) for each in stop if each in text), default=None)
     if whole is None:
         assert stream.stopped is None and "".join(got) == text

@@ -1,4 +1,4 @@
-"""Accelerated models: their own outputs and gradients, their own parameters, and themselves again when restored."""
+"""Accelerated models have the same outputs, gradients and parameters, and can be restored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastformer.integrations.acceleration import model as model_module
 from fastformer.integrations.acceleration.rebinding import global_names, rebind
 from fastformer.integrations.acceleration.swapping import Accelerated
 
-# What of each model is left, and why: anything else must be replaced.
+# The parts of each model that are left, and why. All other parts must be replaced.
 LEFT = {
     "GPT-2": {"embeddings": "in a forward that does more"},
     "BART": {"embeddings": "in a forward that does more", "feed-forward": "in a forward that does more"},
@@ -48,14 +48,14 @@ REPLACED = {
 
 
 def results(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Loss, logits, and the gradient of every parameter."""
+    """Return the loss, the logits, and the gradient of every parameter."""
     model.zero_grad()
     output = model(**batch)
     output.loss.backward()
     gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     logits = output.logits_per_text if "logits_per_text" in output else output.logits
     if "input_ids" in batch and logits.shape[:2] == batch["input_ids"].shape:
-        logits = logits[batch["attention_mask"].bool()]  # of padding a model may make what it likes
+        logits = logits[batch["attention_mask"].bool()]  # a model may compute anything for padding
     return {"loss": output.loss.detach(), "logits": logits.detach(), **gradients}
 
 
@@ -80,7 +80,7 @@ def test_what_is_left(name: str) -> None:
     assert REPLACED.get(name, set()) <= {made.part for made in report.replaced}
 
 
-# One of every structure; attention's own tests have the others.
+# One model of every structure; the tests of attention have the others.
 OF_EVERY_STRUCTURE = (
     "BERT", "RoBERTa", "DistilBERT", "ModernBERT", "GPT-2", "GPT-NeoX", "Llama", "Gemma 3", "T5", "ViT",
 )  # fmt: skip
@@ -187,7 +187,7 @@ def test_recognised_before_its_weights_are_loaded(name: str, left: set[str]) -> 
     with torch.device("meta"):
         model = MODELS[name].build()
     report = fastformer.accelerate(model)
-    # Parameters do not matter; buffers, which are not known yet, do.
+    # Parameters on the meta device do not matter. Buffers do, because their values are not known yet.
     assert {made.part for made in report.left} == left
     assert all("meta device" in made.detail for made in report.left)
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -223,7 +223,7 @@ def test_layers_of_one_structure_are_looked_at_once(monkeypatch: pytest.MonkeyPa
 
 
 class TestTraining:
-    """Dropout, hooks and projections that become something else."""
+    """Tests of dropout, of hooks, and of projections that become something else."""
 
     def model(self) -> nn.Module:
         return MODELS["BERT"].build().train()
@@ -277,7 +277,7 @@ class TestTraining:
 
 
 class TestCopies:
-    """An accelerated model is saved, copied and compiled as any other."""
+    """Tests that an accelerated model is saved, copied and compiled as any other model."""
 
     def test_deepcopy(self) -> None:
         model = MODELS["BERT"].build()
@@ -326,7 +326,7 @@ class TestCopies:
 
 
 class TestLookAlikes:
-    """Modules that differ in one thing from what the operators compute are left, with that reason."""
+    """Tests of modules that differ in one thing from what the operators compute: they are left, with that reason."""
 
     def left(self, module: nn.Module) -> dict[str, str]:
         report = fastformer.accelerate(module)
@@ -422,7 +422,7 @@ class TestLookAlikes:
 
 
 class TestPlainModules:
-    """PyTorch's own classes, and structures that are nobody's."""
+    """Tests of PyTorch's own classes, and of structures that no library has."""
 
     @pytest.fixture(
         params=[
@@ -452,7 +452,7 @@ class TestPlainModules:
 
 
 class TestLanguageModelLoss:
-    """The loss of transformers' Trainer: sums over `num_items_in_batch`."""
+    """Tests of the loss in transformers' Trainer, which sums and divides by `num_items_in_batch`."""
 
     @pytest.mark.parametrize("name", ["Llama", "ModernBERT"])
     @pytest.mark.parametrize("items", [7, torch.tensor(7)])
@@ -488,7 +488,7 @@ def test_a_class_that_was_changed_again_is_not_restored() -> None:
 
 
 def test_parameters_of_another_dtype_run_the_layer_s_own_forward() -> None:
-    """The operators take float32 and half precision; float64 is no error."""
+    """Parameters in float64 are no error: the layer's own forward runs, as the operators do not take float64."""
     model = MODELS["Llama"].build().double()
     fastformer.accelerate(model)
     model.config._attn_implementation = "eager"

@@ -1,4 +1,4 @@
-"""A real checkpoint, all-MiniLM-L6-v2: its sentence embeddings on padded and on packed batches."""
+"""The real checkpoint all-MiniLM-L6-v2 gives the same sentence embeddings on padded and on packed batches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def pooled(states: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """The embeddings of eager attention, one sentence at a time."""
+    """Return the embeddings of eager attention, computed one sentence at a time."""
     model = load(checkpoint, "eager")
     with torch.no_grad():
         return torch.cat([pooled(model(**tokenizer(text, return_tensors="pt"))[0]) for text in SENTENCES])
@@ -66,7 +66,7 @@ def test_padded(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, expected: 
 
 
 def test_packed(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, expected: torch.Tensor) -> None:
-    """All sentences in one row without padding, kept apart by their boundaries."""
+    """All sentences in one row without padding get the same embeddings, because their boundaries keep them apart."""
     tokens = [torch.tensor(ids) for ids in tokenizer(SENTENCES)["input_ids"]]
     lengths = [len(ids) for ids in tokens]
     boundaries = torch.tensor([0, *lengths]).cumsum(0)

@@ -1,4 +1,4 @@
-"""transformers' Trainer and PEFT on accelerated models: the same training as without."""
+"""transformers' Trainer and PEFT train accelerated models to the same results as models that are not accelerated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def documents(count: int = 8) -> list[dict[str, list[int]]]:
 
 
 def train(model: PreTrainedModel, folder: Path, *callbacks: Any, **options: Any) -> Trainer:
-    """Two steps, of two packed documents twice accumulated each."""
+    """Train for two steps, each of two batches of two packed documents."""
     arguments = TrainingArguments(
         str(folder),
         max_steps=2,
@@ -71,7 +71,7 @@ def test_model_init(tmp_path: Path) -> None:
 
 
 def test_flattened_documents_do_not_see_each_other(backend: str) -> None:
-    """The loss of packed documents is the mean of theirs, each alone."""
+    """The loss of packed documents is the mean of the losses that each document has alone."""
     model = MODELS["Llama"].build()
     fastformer.accelerate(model)
     rows = documents(3)
@@ -85,7 +85,7 @@ def test_flattened_documents_do_not_see_each_other(backend: str) -> None:
 
 def lora(model: PreTrainedModel) -> peft.PeftModel:
     torch.manual_seed(3)
-    # Not zeros, as trained ones are not.
+    # The adapters do not start at zero, as trained ones are not zero.
     options = {"target_modules": ["q_proj", "up_proj", "down_proj"], "init_lora_weights": False}
     return peft.get_peft_model(model, peft.LoraConfig(r=2, lora_dropout=0.0, task_type="CAUSAL_LM", **options))
 

@@ -1,4 +1,4 @@
-"""What is counted on meta, against formulas derived by hand and against a run on real tensors."""
+"""Costs counted on the meta device equal formulas derived by hand and the costs of a run on real tensors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_attended_pairs(queries: int, keys: int, left: int, right: int) -> None:
 
 
 def projections(config: FastformerConfig) -> tuple[int, int]:
-    """Weights of attention and of the feed-forward network of one block."""
+    """Return the number of weights of one block's attention and of its feed-forward network."""
     attention = config.hidden_size * config.size_per_head * 2 * (config.num_attention_heads + config.kv_heads)
     return attention, config.hidden_size * config.intermediate_size * (3 if config.gated else 2)
 
@@ -57,7 +57,7 @@ def test_operations_of_decoders(name: str) -> None:
 def test_operations_of_an_encoder() -> None:
     flops, config = flops_of("bert-mini", 100, sliding_window=8), preset("bert-mini")
     hidden = config.hidden_size
-    # Of 100 tokens 15 are predicted; the pooler and the next-sentence head have one of them.
+    # 15 of 100 tokens are predicted. The pooler and the next-sentence head compute one token.
     head = 15 * (hidden * hidden + hidden * config.vocab_size) + hidden * hidden + 2 * hidden
     assert flops.products == 2 * (100 * 4 * sum(projections(config)) + head)
     assert flops.attention == 4 * hidden * 4 * sum(min(i + 7, 99) - max(i - 7, 0) + 1 for i in range(100))
@@ -67,7 +67,7 @@ def test_operations_of_an_encoders_last_block() -> None:
     flops, config = flops_of("bert-mini", 100), preset("bert-mini")
     hidden, (attention, feed_forward) = config.hidden_size, projections(config)
     head = 15 * (hidden * hidden + hidden * config.vocab_size) + hidden * hidden + 2 * hidden
-    # Keys and values of all tokens; everything else of those that are predicted and of the first.
+    # Keys and values are computed for all tokens, everything else for the predicted tokens and the first one.
     last = 100 * attention // 2 + 16 * (attention // 2 + feed_forward)
     assert flops.products == 2 * (100 * 3 * (attention + feed_forward) + last + head)
     assert flops.attention == 4 * hidden * (3 * 100 + 16) * 100
@@ -78,7 +78,7 @@ def test_operations_of_an_encoder_decoder() -> None:
     flops, config = flops_of("t5-small", source, target), preset("t5-small")
     attention, feed_forward = projections(config)
     encoder = source * (attention + feed_forward)
-    # Queries and output of the cross-attention have the target's tokens, keys and values the source's.
+    # In the cross-attention, queries and output have the target's tokens, keys and values the source's.
     decoder = target * (attention + feed_forward) + (source + target) * attention // 2
     assert flops.products == 2 * (6 * (encoder + decoder) + target * config.vocab_size * config.hidden_size)
     assert flops.attention == 4 * 512 * 6 * (source * source + target * (target + 1) // 2 + target * source)
@@ -94,7 +94,7 @@ def test_operations_of_a_vision_transformer() -> None:
 
 
 def kept_by_block(config: FastformerConfig) -> int:
-    """Bytes a token that a block keeps in bf16-mixed, from what its backward needs."""
+    """Return the bytes per token that a block keeps in bf16-mixed, derived from what its backward needs."""
     head_dim, heads, kv_heads = config.size_per_head, config.num_attention_heads, config.kv_heads
     kept = 2 * config.hidden_size + 2 * (heads + 2 * kv_heads) * head_dim  # the projection's input and output
     if config.position_embedding == "rotary":
@@ -106,7 +106,10 @@ def kept_by_block(config: FastformerConfig) -> int:
 
 
 def kept_by_last_block(config: FastformerConfig, length: int) -> int:
-    """Bytes of an example that BERT's last block keeps: it computes the predicted tokens and the first one alone."""
+    """Return the bytes per example that BERT's last block keeps.
+
+    It computes only the predicted tokens and the first one.
+    """
     keys_and_values = 4 * config.kv_heads * config.size_per_head
     computed = round(0.15 * length) + 1
     return length * (2 * config.hidden_size + keys_and_values) + computed * (kept_by_block(config) - keys_and_values)
@@ -118,10 +121,10 @@ def test_what_a_block_keeps(name: str) -> None:
     kept = 4 * 64 * kept_by_block(config)
     if name == "bert-mini":
         kept += kept_by_last_block(config, 64) - 64 * kept_by_block(config)
-    # Seeds and the sequences' boundaries are a few bytes a block.
+    # The seeds and the sequences' boundaries add a few bytes per block.
     assert cost.saved_by_blocks == pytest.approx(kept, rel=1e-3)
     assert cost.block_inputs == 64 * 4 * 4 * config.hidden_size
-    # Weights in bfloat16, once; the head's has its gradient there instead.
+    # The weights are kept in bfloat16, once. The vocabulary projection keeps its gradient instead.
     assert cost.casts_by_blocks == pytest.approx(2 * cost.blocks_parameters, rel=0.01)
     if name != "llama3-8b":
         assert kept_by_block(config) == 28 * config.hidden_size + 4 * config.num_attention_heads + 16
@@ -135,7 +138,7 @@ def test_all_parameters_are_counted() -> None:
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
 def test_a_real_run_keeps_what_was_counted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As with many logits: of few on a CPU PyTorch's own loss keeps the probabilities.
+    # Use the loss for many logits: for few logits on a CPU, PyTorch's own loss keeps the probabilities.
     monkeypatch.setattr(import_module("fastformer.ops.cross_entropy"), "_FEW_ELEMENTS", 0)
     shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 60}
     config = FastformerConfig(stack=kind, intermediate_size=48, type_vocab_size=0, norm_placement="pre", **shape)

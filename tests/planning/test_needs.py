@@ -1,4 +1,4 @@
-"""Plans against published figures, against each other, and the commands that show them."""
+"""Plans are compared with published figures and with each other; the commands show them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def planned(name: str, setup: Setup, **overrides) -> Plan:
     return plan(preset(name, **overrides), PRESETS[name].model, setup)
 
 
-# Brown et al. 2020, table D.1: zettaFLOPs and more of 300 billion tokens, without attention.
+# Brown et al. 2020, table D.1: the operations to train on 300 billion tokens, without attention.
 @pytest.mark.parametrize(
     ("name", "published"), [("gpt3-6.7b", "1.20e+22"), ("gpt3-13b", "2.31e+22"), ("gpt3-175b", "3.14e+23")]
 )
@@ -31,12 +31,12 @@ def test_training_operations_of_gpt3(name: str, published: str) -> None:
     run = whole_run(found, setup, 300_000_000_000, None)
     products = run.flops * (1 - found.attention_share)
     assert f"{products:.2e}" == published
-    # Six operations for each parameter and token, and attention, a small part at this size.
+    # Each parameter and token costs six operations. Attention is a small part at this size.
     assert products == pytest.approx(6 * found.parameters * 300e9, rel=0.005)
     assert found.attention_share < 0.03
 
 
-# Rajbhandari et al. 2020, figure 1: GB of 7.5 billion parameters on 64 devices.
+# Rajbhandari et al. 2020, figure 1: GB per device for 7.5 billion parameters on 64 devices.
 @pytest.mark.parametrize(
     ("strategy", "published"),
     [("ddp", "120"), ("zero-1", "31.4"), ("zero-2", "16.6"), ("zero-3", "1.9"), ("fsdp", "1.9")],
@@ -65,7 +65,7 @@ def test_a_part_of_a_model_has_its_share_of_the_parameters() -> None:
     setup = Setup(H100, length=128, batch_size=1)
     whole = plan(config, "FastformerForCausalLM", setup).parameters
     part = plan(_part(config, 4), "FastformerForCausalLM", setup).parameters
-    # Positions, norms, and the biases behind the sums are everywhere whole.
+    # Positions, norms, and the biases behind the sums are whole on every device.
     replicated = 1024 * 768 + 12 * (4 + 2) * 768 + 2 * 768
     assert 4 * (part - replicated) + replicated == whole
     memory = plan(config, "FastformerForCausalLM", replace(setup, devices=4, tensor_parallel=4)).memory
@@ -91,8 +91,8 @@ def test_the_chosen_batch_is_the_largest_that_fits(checkpointing: bool) -> None:
 def test_checkpointing_saves_memory_and_costs_no_operations_of_the_model() -> None:
     setup = Setup(H100, length=512, batch_size=8)
     kept, again = planned("bert-base", setup), planned("bert-base", replace(setup, checkpointing=True))
-    # Eleven of twelve blocks keep their inputs alone, in float32. The last one has keys and values of all tokens, the
-    # rest of the 77 predicted ones and the first.
+    # Eleven of twelve blocks keep only their inputs, in float32. The last block computes keys and values for all
+    # tokens, and the rest for the 77 predicted tokens and the first one.
     block, inputs, keys_and_values = 28 * 768 + 4 * 12 + 16, 4 * 768, 4 * 768
     last = 512 * (2 * 768 + keys_and_values) + 78 * (block - keys_and_values)
     saved = 8 * (512 * (10 * block - 12 * inputs) + last)

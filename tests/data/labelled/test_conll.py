@@ -1,4 +1,4 @@
-"""Reading CoNLL files: which lines are words, and which are comments."""
+"""Tests of reading CoNLL files: which lines are words, and which are comments."""
 
 from __future__ import annotations
 

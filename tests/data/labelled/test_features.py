@@ -1,4 +1,4 @@
-"""Examples become tokens, labels and batches in both forms, with our tokenizers and with others' conventions."""
+"""Examples become tokens, labels and batches, packed or dense, with our tokenizers and with those of other projects."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_answers_come_back_from_logits(tokenizer):
     starts, ends = ([np.zeros(len(f.input_ids)) for f in features] for _ in range(2))
     for feature, start, end in zip(features, starts, ends, strict=True):
         start[feature.start] = end[feature.end] = 10
-        start[len(feature.input_ids) - 1] = 50  # [SEP] is not of the context
+        start[len(feature.input_ids) - 1] = 50  # [SEP] is not part of the context
     best = best_answers(asked, features, starts, ends, no_answer=True)
     assert [answers[0].text for answers in best] == ["line 117", "", "The file 0"]
     assert all(len(answers) <= 20 for answers in best)
@@ -273,14 +273,14 @@ def test_a_question_without_any_span_has_an_answer(tokenizer, no_answer):
     asked = [question("line 117")]
     features = question_features(asked, tokenizer, 64, 16)
     places = [np.arange(len(feature.input_ids), dtype=np.float64) for feature in features]
-    # The only end that is looked at lies before the only beginning.
+    # The only end that is considered lies before the only beginning.
     (found,) = best_answers(asked, features, places, [-place for place in places], no_answer=no_answer, count=1)
     assert [answer.text for answer in found] == [""]
 
 
 @pytest.mark.parametrize("kind", ["left", "right", "space"])
 def test_an_answer_that_is_not_whole_in_a_window_is_not_in_it(word_piece, kind):
-    """An answer that one border cuts, and one of a space alone, which is in no token."""
+    """An answer that is cut by a border is not in the window, nor is a single space, which is in no token."""
     context = " ".join(f"The file {number}." for number in range(60))
     plain = question_features([Question("q", "Which?", context, None)], word_piece, 64, 8)
     first, second = ([offset for offset in feature.offsets if offset] for feature in plain[:2])
@@ -317,7 +317,7 @@ def test_long_answers_are_not_found(tokenizer):
     features = question_features(asked, tokenizer, 64, 16)
     logits = [np.random.default_rng(n).normal(size=len(f.input_ids)) for n, f in enumerate(features)]
     for answer in best_answers(asked, features, logits, logits, no_answer=False, max_answer_tokens=3)[0]:
-        assert len(tokenizer(answer.text, add_special_tokens=False).input_ids) <= 4  # its first without a space
+        assert len(tokenizer(answer.text, add_special_tokens=False).input_ids) <= 4  # the first may gain one
 
 
 def test_words_that_question_and_context_share_are_marked(tokenizer):
@@ -330,7 +330,7 @@ def test_words_that_question_and_context_share_are_marked(tokenizer):
             shared |= set(range(*offset))
         else:
             assert kind == before
-    expected = {*range(4), *range(5, 9), *range(28, 32), *range(37, 41)}  # Open read, does open
+    expected = {*range(4), *range(5, 9), *range(28, 32), *range(37, 41)}  # Open, read, does, open
     assert {place for place in shared if not asked.context[place].isspace()} == expected
 
 

@@ -1,4 +1,4 @@
-"""Labelled sets, default and fetched: they make sense, are split without leaks, and are checked."""
+"""Labelled sets, default and fetched, have sensible content, are split without leaks, and are checked."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def test_defaults_are_split_without_a_leak(cache, name, monkeypatch):
     assert sets.load_set(name, cache) == splits
     sizes = [len(part) for part in splits]
     assert sum(sizes) == documents.total() > 1500
-    # Each document goes to a side of a tenth as a whole. How large they are differs between versions of Python.
+    # Each document goes as a whole to one side; validation and test get a tenth each. Documents have other sizes in
+    # other versions of Python.
     deviation = (0.1 * 0.9 * sum(size**2 for size in documents.values())) ** 0.5
     assert all(abs(size - 0.1 * sum(sizes)) < 4 * deviation for size in sizes[1:])
     texts = [{"".join(str(part) for part in example).replace(" ", "") for example in of_split} for of_split in splits]
@@ -240,7 +241,7 @@ def wheel() -> bytes:
 
 @pytest.fixture
 def registry(monkeypatch):
-    """Replace pip: the download is made here, and its checksum is the known one."""
+    """Replace pip by a download that is made here, with the checksum that is known for it."""
     contents = {"vader-sentiment": sentiment_package(), "django-messages": wheel()}
     known = {
         name: replace(fetch.PACKAGES[name], sha256=hashlib.sha256(content).hexdigest())
@@ -272,7 +273,7 @@ def test_sentiment_is_fetched_shown_and_split(tmp_path, registry, capsys):
     output = capsys.readouterr().out
     assert "licence MIT" in output and "verified" in output
     assert cli.main(["data", "fetch", "vader-sentiment", *arguments]) == 0
-    assert len(registry[1]) == 1  # the second time it is here
+    assert len(registry[1]) == 1  # the second time, the download is already here
     splits = sets.sentiment(str(tmp_path))
     everything = [example for part in splits for example in part]
     assert len(everything) == 240
@@ -319,7 +320,10 @@ def test_what_was_changed_is_not_taken(tmp_path, registry, capsys):
 
 
 def test_no_code_of_an_unknown_file_is_run(tmp_path, monkeypatch, capsys):
-    """pip builds a source distribution to learn its name; an unknown file is refused before that."""
+    """pip builds a source distribution to learn its name, which runs code.
+
+    So an unknown file is refused before that.
+    """
     ran = tmp_path / "ran"
     setup = (
         f"open({str(ran)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='vaderSentiment', version='3.3.2')"

@@ -192,7 +192,7 @@ def test_two_texts_of_a_language(tmp_path):
     path = tmx(tmp_path / "a.tmx", ("One.", "Eins."), ("Two.", "Zwei.", "Another two."))
     with pytest.raises(ValueError, match=r"a.tmx, unit 2: two texts in 'en'"):
         translations(path)
-    with pytest.raises(ValueError, match=r"a.tmx, unit 2: two texts in 'en'"):  # whichever are wanted
+    with pytest.raises(ValueError, match=r"a.tmx, unit 2: two texts in 'en'"):  # whatever languages are wanted
         read_translations(path, "de", "fr")
 
 
@@ -479,7 +479,7 @@ def translations(path):
 def test_bad_files(tmp_path, read, name, content, message):
     path = tmp_path / name
     path.write_text(content)
-    if message is None:  # a translation to be made
+    if message is None:  # the translation is still to be made
         assert read(path)[0].target is None
         return
     with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
@@ -508,7 +508,7 @@ def test_bad_files(tmp_path, read, name, content, message):
 )
 def test_what_is_to_be_learnt_must_be_there(tmp_path, read, row, message):
     path = write_json(tmp_path / "a.jsonl", row)
-    read(path)  # to be predicted
+    read(path)  # an example to be predicted
     more = ("en", "de") if read is translations else ()
     with pytest.raises(ValueError, match=rf"a.jsonl, line 1: {message}"):
         (read_translations if more else read)(path, *more, targets=True)

@@ -26,7 +26,10 @@ IS_NEXT, RANDOM = 0, 1
 
 
 def assert_binomial(successes: int, trials: int, probability: float) -> None:
-    """Within five standard deviations of the mean: a right program fails for fewer than one seed in a million."""
+    """Check that the successes are within five standard deviations of their mean.
+
+    A right program fails for fewer than one seed in a million.
+    """
     deviation = math.sqrt(trials * probability * (1 - probability))
     assert abs(successes - trials * probability) <= 5 * deviation, (successes, trials, probability)
 
@@ -52,7 +55,7 @@ corpora = st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=12), min_si
 
 @given(corpora, st.integers(5, 40), st.integers(0, 2**64 - 1))
 def test_pairs_are_those_of_bert(documents, max_length, seed):
-    """Follow BERT's walk through each document: the chunks, the begin of B, and the begin of the next chunk."""
+    """The pairs follow BERT's walk through a document: the chunks, the begin of B, and the begin of the next chunk."""
     corpus = corpus_of_lengths(documents)
     examples = next_sentence_examples(corpus, max_length, seed=seed, epoch=3, short_sequence_probability=0)
     longest = max_length - 3
@@ -115,7 +118,7 @@ def test_statistics_of_pairs():
     corpus = corpus_of_lengths(documents)
     examples = next_sentence_examples(corpus, 48, seed=5, epoch=0, short_sequence_probability=0)
 
-    # A document's last sentence, when it is a chunk of its own, is always followed by a random one.
+    # If the last sentence of a document is a chunk of its own, a random sentence always follows it.
     several = (examples["a_begin"] + 1) % 100 != 0
     assert several.sum() > 1000
     assert_binomial((examples["next_sentence_label"][several] == RANDOM).sum(), several.sum(), 0.5)
@@ -192,7 +195,7 @@ def test_single_segments_cover_each_token_once(documents, max_length):
         assert row["a_front"] + row["a_length"] <= length
         # Only a sentence too long for an example is cut.
         assert row["a_length"] == length or (row["a_end"] == row["a_begin"] + 1 and length > max_length - 2)
-        # No sentence more would fit, unless the document ends or a sentence to be cut follows or went before.
+        # One more sentence would not fit, unless the document ends, or a sentence to be cut comes next or came before.
         if row["a_length"] == length and row["a_end"] not in corpus.document_offsets:
             assert corpus.segment_lengths(row["a_begin"], row["a_end"] + 1) > max_length - 2
     assert covered[2:].tolist() == [1] * (len(covered) - 2)
@@ -229,12 +232,12 @@ def test_statistics_of_masks(tokenizer, whole_word):
     total = chosen.sum()
     is_mask, is_kept = masked[chosen] == tokenizer.mask_token_id, masked[chosen] == ids[chosen]
     vocabulary = len(tokenizer)
-    # A random token is, once in a vocabulary, the mask token or the token itself.
+    # A random token is the mask token with a probability of 1 / vocabulary, and the token itself with the same.
     assert_binomial(is_mask.sum(), total, 0.8 + 0.1 / vocabulary)
     assert_binomial(is_kept.sum(), total, 0.1 + 0.1 / vocabulary)
     drawn = masked[chosen][~is_mask & ~is_kept]
     assert_binomial((drawn < vocabulary // 2).sum(), len(drawn), (vocabulary // 2) / vocabulary)
-    assert drawn.min() < 5  # any entry of the vocabulary, special ones too
+    assert drawn.min() < 5  # random tokens are any entry of the vocabulary, special ones too
     assert drawn.max() >= vocabulary - 5
 
 

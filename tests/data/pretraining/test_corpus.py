@@ -90,7 +90,7 @@ str.join(iterable, /)
 
 
 def test_docstrings_know_their_module_and_name():
-    """Of modules in Python and in C: functions, classes, methods."""
+    """Docstrings of functions, classes and methods, of modules in Python and in C, have the module and the name."""
     found = {(each.module, each.name): each.text for each in python_docstrings()}
     assert found["textwrap", "TextWrapper.fill"].startswith("fill(text : string)")
     assert found["textwrap", ""].startswith("Text wrapping and filling")
@@ -113,7 +113,7 @@ def test_default_corpus_is_real_english_without_repetition(python_corpus):
     assert sum(map(len, sentences)) > 1_300_000
     assert len(set(sentences)) == len(sentences)
     assert all(len(document) > 1 for document in documents)
-    # "the" is 5 to 7 % of the words of English running text; code and tables have none.
+    # "the" makes up 5 to 7 % of the words of English running text; code and tables have none.
     assert 0.04 < sum(word.lower() == "the" for word in words) / len(words) < 0.1
     assert not any(">>>" in sentence or "::=" in sentence for sentence in sentences)
 

@@ -1,4 +1,4 @@
-"""Any part of the cache may be damaged in any way: one line says so, and the rebuilt part equals the old one."""
+"""Any part of the cache may be damaged in any way: one line says it, and the rebuilt part equals the old one."""
 
 from __future__ import annotations
 

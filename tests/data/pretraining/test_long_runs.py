@@ -1,4 +1,4 @@
-"""Texts without a space, or of spaces only: preparation takes time in proportion to their length."""
+"""Texts without a space, and texts of spaces only, are prepared in time in proportion to their length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastformer.data.pretraining.corpus import split_sentences
 from fastformer.data.pretraining.encoding import TextEncoder
 from fastformer.data.pretraining.tokenizer import train_tokenizer
 
-# Each was done in a second or two; in time that grows with the square, none was within a minute.
+# Each test takes a second or two. When time grew with the square of the length, each took more than a minute.
 pytestmark = pytest.mark.timeout(60)
 
 CHARACTERS = 400_000
@@ -48,7 +48,7 @@ def test_windows_of_a_long_context(tokenizer, name):
 
 
 def test_ordinary_text_has_the_tokenizer_that_it_had(documents):
-    """Words as long as any word are not divided."""
+    """Words of 1,000 characters are not divided, so the tokenizer is that of plain BPE training."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     texts = [*(" ".join(document) for document in documents), "x" * 1000, "x" * 1000]

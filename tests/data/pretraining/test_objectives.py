@@ -1,4 +1,4 @@
-"""Inputs and labels of each objective: windows, corrupted spans, infilled text, sentences in order."""
+"""Tests of the inputs and labels of each objective: windows, corrupted spans, infilled text, sentences in order."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_spans_can_be_put_back(length, density, mean_length, seed):
     if length > 1:
         lost = int((target < FIRST_SENTINEL).sum()) - 1
         assert lost == min(max(1, round(density * length)), length - 1)
-        assert source[0] == tokens[0]  # a kept stretch comes first
+        assert source[0] == tokens[0]  # the kept part comes first
 
 
 def test_spans_are_t5s_on_average():
@@ -66,8 +66,8 @@ def test_spans_are_t5s_on_average():
         starts = np.flatnonzero(target >= FIRST_SENTINEL)
         lengths += np.diff([*starts, len(target) - 1]).tolist()
         covered[target[target < 200][:-1]] += 1
-    assert np.mean(lengths) - 1 == 3.0  # 30 tokens in 10 spans, always
-    # All 400 draws lose 60 of 400; every place but those at the ends equally often.
+    assert np.mean(lengths) - 1 == 3.0  # always 30 tokens in 10 spans
+    # Each place is lost in about 60 of 400 draws, all places but those at the ends equally often.
     middle = covered[20:-20]
     assert abs(middle.mean() / 400 - 0.15) < 0.01
     assert middle.std() / 400 < 3 * np.sqrt(0.15 * 0.85 / 400)
@@ -88,7 +88,7 @@ def test_infilling_loses_the_share_and_keeps_the_order(length, probability, seed
 
 def test_infilled_spans_are_poissons():
     masks = [int((infill(np.arange(1000), 2000, random(seed)) == 2000).sum()) for seed in range(50)]
-    # 300 tokens in spans of 3 on average, those of length 0 among them.
+    # 300 tokens are in spans of 3 on average, and some spans have length 0.
     assert abs(np.mean(masks) - 100) < 3
 
 
@@ -203,7 +203,7 @@ def test_batches_are_a_function_of_seed_epoch_and_example(prepare, name, objecti
 
 
 def test_blocks_give_the_pairs_of_the_whole(prepare):
-    """The pairs of a document, random ones too, do not depend on its block."""
+    """The pairs of a document, also the random ones, do not depend on the block in which the document is."""
     from fastformer.data.pretraining.bert import next_sentence_examples
 
     predicting, _, store = prepare("mlm", MaskedLanguage, max_length=64)
@@ -225,13 +225,13 @@ def test_sentence_order(corpus):
         np.where(swapped, examples[f"{a}_{end}"], examples[f"{b}_{end}"])
         for a, b, end in (("b", "a", "end"), ("a", "b", "begin"))
     )
-    assert np.array_equal(first, second)  # consecutive, once put back in order
+    assert np.array_equal(first, second)  # consecutive, after they are put back in order
     covered = np.zeros(corpus.num_sentences, int)
     for example in examples:
         covered[example["a_begin"] : example["a_end"]] += 1
         covered[example["b_begin"] : example["b_end"]] += 1
     several = np.repeat(np.diff(corpus.document_offsets) > 1, np.diff(corpus.document_offsets))
-    assert np.array_equal(covered, several.astype(int))  # each sentence once; none of a document of one
+    assert np.array_equal(covered, several.astype(int))  # each sentence once; a document of one sentence has none
     assert (examples["a_length"] + examples["b_length"] <= 61).all()
 
 

@@ -129,14 +129,14 @@ def test_every_sequence_is_in_one_batch_of_one_rank(lengths, budget, world_size,
     in_order = [batch for step in zip(*ranks, strict=True) for batch in step]
     assert all(len(batch) >= 1 and lengths[batch].sum() <= budget for batch in in_order)
     everything = np.concatenate(in_order)
-    if len(everything) > len(lengths):  # only where nothing can be halved, and then by less than a step of all ranks
+    if len(everything) > len(lengths):  # only if nothing can be halved, and then less than a step of all ranks more
         assert len(everything) == len(in_order) < len(lengths) + world_size
         everything = everything[: len(lengths)]
     assert np.sort(everything).tolist() == list(range(len(lengths)))
     if not shuffle:
         assert everything.tolist() == list(range(len(lengths)))
     if world_size == 1:
-        # Filled as far as they go: the first sequence of a batch did not fit into the one before.
+        # Batches are as full as possible: the first sequence of a batch does not fit into the batch before.
         for batch, following in pairwise(in_order):
             assert lengths[batch].sum() + lengths[following[0]] > budget
 
@@ -229,5 +229,5 @@ def test_stream_starts_anywhere(known_passes):
         made.clear()
         recipes = stream.from_batch(start)
         assert keys(next(recipes) for _ in range(15)) == expected[start : start + 15]
-        # Passes known to lie before the start are not made again.
+        # Passes that are known to lie before the start are not made.
         assert made[0] == min(known_passes, expected[start][0])

@@ -1,4 +1,4 @@
-"""The split of labelled examples: tested classes are in training, and classes with enough examples are tested."""
+"""Splits of labelled examples: every tested class is in training, and every class with enough examples is tested."""
 
 from __future__ import annotations
 
@@ -82,7 +82,10 @@ def test_copies_stay_together_and_places_are_kept():
 
 @pytest.mark.parametrize("task", RECIPES)
 def test_what_is_given_is_on_one_side(task):
-    """Questions about one context, summaries or labels of one text stay together, in any order in the file."""
+    """Examples with the same given text stay together: questions about one context, or summaries or labels of one text.
+
+    Their order in the file does not matter.
+    """
     examples = [example for number in range(60) for example in TWICE[task](f"text {number}")]
     random.Random(0).shuffle(examples)
     kind = RECIPES[task]
@@ -135,4 +138,4 @@ def test_order_of_names():
     assert in_order(["10", "-1", "0.5", "2"]) == ["-1", "0.5", "2", "10"]
     assert in_order(["b", "a", "10", "9", "a"]) == ["10", "9", "a", "b"]
     assert in_order(["nan", "10", "9"]) == ["10", "9", "nan"]
-    assert in_order(["9", "1_0"]) == ["1_0", "9"]  # no number
+    assert in_order(["9", "1_0"]) == ["1_0", "9"]  # 1_0 is no number

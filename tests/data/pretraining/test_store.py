@@ -1,4 +1,4 @@
-"""The token store: its content, continuing a build that was killed at any place, and detecting damage."""
+"""Tests of the token store: its content, how a killed build continues, and how damage is detected."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Killed(BaseException):
 
 
 def test_building_goes_on_wherever_it_stopped(tmp_path, texts, tokenizer, monkeypatch):
-    """A build is killed at every write to the disk in turn; nothing is tokenized twice."""
+    """A build that is killed again and again, at a write to the disk, continues there. Nothing is tokenized twice."""
     whole = build(tmp_path / "whole", texts, tokenizer)
     expected = contents(whole.path)
     replace, encoded = os.replace, []
@@ -113,7 +113,7 @@ def test_building_goes_on_wherever_it_stopped(tmp_path, texts, tokenizer, monkey
     assert attempts > 3
     assert contents(path) == expected
     assert [text for chunk in encoded for text in chunk][-len(encoded[-1]) :] == texts[-len(encoded[-1]) :]
-    assert len(encoded) < whole.num_blocks + attempts  # only the part that was being written
+    assert len(encoded) < whole.num_blocks + attempts  # only the part that was being written is tokenized again
     assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith("killed")) == [
         "killed",
         "killed.lock",
@@ -121,7 +121,7 @@ def test_building_goes_on_wherever_it_stopped(tmp_path, texts, tokenizer, monkey
 
 
 def test_killed_processes(tmp_path, texts, causal):
-    """A build is killed by SIGKILL, later each time."""
+    """A build that SIGKILL ends, each time later, continues where it stopped."""
     (tmp_path / "text.txt").write_text("\n\n".join(texts * 8))
     layout, sources = DocumentLayout(causal, mark_ends=True), open_sources([tmp_path / "text.txt"])
 
@@ -254,7 +254,10 @@ def test_what_is_no_source():
 
 
 def test_many_short_documents_take_no_longer_each(tmp_path):
-    """100,000 of them take under a second; they would take minutes if each cost as much as its block is long."""
+    """100,000 short documents take under a second.
+
+    If each cost as much as its block is long, they would take minutes.
+    """
     texts = ["a b"] * 100_000
     begin = time.process_time()
     chunks = list(_chunks([texts_source(texts, "texts")], {tmp_path: _Place(0, 0)}, {tmp_path: bool}, 1 << 24))

@@ -1,6 +1,7 @@
-"""Hugging Face's caches, which move on while a mask lives: several tokens at once behind the first ones.
+"""Hugging Face's caches may change while a mask still exists: several tokens at once come behind the first ones.
 
-The tests run in the default backend too, where a model's own SDPA reads a mask's elements after its cache was updated.
+The tests run in the default backend too. There, a model's own SDPA reads the elements of a mask after the cache was
+updated.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def operator(request: pytest.FixtureRequest, device: torch.device) -> Iterator[N
 
 
 class Stream:
-    """What an offloaded cache copies in, where there is no GPU."""
+    """A stand-in for the CUDA stream in which an offloaded cache copies, on a machine without a GPU."""
 
     def wait_stream(self, other: Stream) -> None:
         pass
@@ -55,7 +56,10 @@ class Stream:
 
 
 class Quantized(QuantizedLayer):
-    """Of what it cannot keep as it is, it keeps less; without steps, at which two close numbers become two far ones."""
+    """A cache layer that keeps a value smaller where it cannot keep it exactly.
+
+    It does not round to steps: a step can make two close numbers far apart.
+    """
 
     def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         return tensor * 0.75
@@ -75,7 +79,7 @@ def cache_of(kind: str, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch)
 
 
 def tokens(padding: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens of three rows, which of them are real, and their positions."""
+    """Return the tokens of three rows, a mask of the real ones, and their positions."""
     torch.manual_seed(3)
     lengths = torch.tensor([[LENGTH], [LENGTH - 4], [LENGTH - 2]])
     real = torch.arange(LENGTH) >= (LENGTH - lengths if padding else 0)
@@ -85,7 +89,10 @@ def tokens(padding: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def in_both(model: PreTrainedModel, run: Callable[[], torch.Tensor]) -> None:
-    """`run` gives the same in eager attention and in ours, if transformers itself can do it with this kind of cache."""
+    """Check that `run` gives the same in eager attention and in ours.
+
+    Skip the test if transformers itself fails with this kind of cache.
+    """
     model.set_attn_implementation("eager")
     try:
         expected = run()
@@ -140,7 +147,7 @@ def test_prefill_in_chunks(name: str, cache: str | None) -> None:
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_assistant_model(name: str, cache: str | None) -> None:
-    """It drafts tokens that the model checks together, of which the cache forgets some."""
+    """An assistant model drafts tokens; the model checks them together, and the cache forgets some of them."""
     model = MODELS[name].build()
     assistant = copy.deepcopy(model)
     torch.manual_seed(5)
@@ -158,7 +165,7 @@ def test_assistant_model(name: str, cache: str | None) -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "static", "quantized"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prefix_that_is_continued(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt of which the cache has the first part, as for a system's prompt."""
+    """A prompt continues a prefix that the cache already holds, such as a system's prompt."""
     model = MODELS[name].build()
     ids, _, _ = tokens(padding=False)
 
@@ -185,7 +192,7 @@ def even(batch: Any, head: Any, query: Any, key: Any) -> Any:
     ],
 )
 def test_mask_of_a_cache_that_moves_on(function: Callable) -> None:
-    """A static cache counts its tokens in a tensor, to which it adds in place."""
+    """A mask keeps its meaning when a static cache adds in place to the tensor that counts its tokens."""
     written = torch.tensor(5)
     real = torch.arange(8).expand(3, -1) >= torch.tensor([[0], [2], [4]])
     expected = masking_utils.sdpa_mask(3, 3, 10, written.clone(), 0, function, real.clone(), allow_is_causal_skip=False)

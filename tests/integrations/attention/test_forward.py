@@ -1,4 +1,4 @@
-"""``attn_implementation="fastformer"`` inside transformers models, against their eager attention."""
+"""Inside transformers models, ``attn_implementation="fastformer"`` gives what their eager attention gives."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from transformers.loss import loss_utils
 import fastformer
 import fastformer.integrations.attention.forward as attention_module
 
-# transformers 5.17 has a static cache's masks made with an argument that masks of chunks do not take.
+# transformers 5.17 makes the masks of static caches with an argument that masks of chunks do not accept.
 CHUNKS_IN_STATIC_CACHES = "block_sequence_ids" in inspect.signature(masking_utils.create_chunked_causal_mask).parameters
-# How many tokens a page of the paged cache has, under its new or its old name.
+# The option for the number of tokens in a page of the paged cache, under its new or its old name.
 PAGE_SIZE = next(name for name in ("page_size", "block_size") if hasattr(ContinuousBatchingConfig, name))
 PADDED = [name for name, small in MODELS.items() if small.kind not in ("image", "speech")]
 
 
 @pytest.fixture(autouse=True)
 def operator(device: torch.device) -> Iterator[None]:
-    """Without a backend that is asked for, a model's own SDPA would serve these small calls on a CPU."""
+    """Ask for a backend in every test. Otherwise a model's own SDPA would serve these small calls on a CPU."""
     with fastformer.backend("torch" if device.type == "cpu" else "triton"):
         yield
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The arguments of every call of `fastformer.attention` by a model."""
+    """Return the list that records the arguments of every call of `fastformer.attention` by a model."""
     recorded: list[dict[str, Any]] = []
 
     def record(*tensors: torch.Tensor, **arguments: Any) -> Any:
@@ -67,10 +67,10 @@ def test_padded(name: str, padding: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, small in MODELS.items() if small.packs])
 def test_packed_documents(name: str, calls: list) -> None:
-    """Position_ids that start anew keep documents apart, in the eager implementation and in ours."""
+    """Documents whose position_ids start at zero again are kept apart, in the eager implementation and in ours."""
     batch = MODELS[name].batch()
     del batch["attention_mask"]
-    batch["use_cache"] = False  # transformers looks for documents where there is no cache
+    batch["use_cache"] = False  # transformers looks for documents only without a cache
     batch["position_ids"] = torch.tensor([[*range(4), *range(5)], [*range(9)], [0, *range(6), 0, 1]])
     assert_same_training(MODELS[name].build(), batch)
     packed = [call for call in calls if call.get("cu_seqlens_q") is not None]
@@ -81,7 +81,7 @@ def test_packed_documents(name: str, calls: list) -> None:
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("name", [name for name, small in MODELS.items() if small.generates])
 def test_generate(name: str, cache: str | None) -> None:
-    """Greedy generation from left-padded prompts, past the end of sliding windows."""
+    """Greedy generation from left-padded prompts gives the same tokens, also past the end of sliding windows."""
     if cache == "static" and name == "Llama 4" and not CHUNKS_IN_STATIC_CACHES:
         pytest.skip(f"transformers {transformers.__version__} itself fails at chunks of keys in a static cache")
     small = MODELS[name]
@@ -103,7 +103,7 @@ def test_generate(name: str, cache: str | None) -> None:
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 2"])
 def test_prompt_in_pieces(name: str) -> None:
-    """Several queries behind a cache that has keys already."""
+    """A prompt in pieces, several queries behind a cache that already has keys, generates the same tokens."""
     model = MODELS[name].build()
     inputs = {key: value for key, value in MODELS[name].batch("left").items() if key != "labels"}
     options = {"max_new_tokens": 3, "do_sample": False}
@@ -125,7 +125,7 @@ def test_beam_search_with_cross_attention() -> None:
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 2", "gpt-oss"])
 def test_continuous_batching(name: str) -> None:
-    """`generate_batch`: requests of different lengths share a paged cache and every step."""
+    """In `generate_batch`, requests of different lengths share a paged cache and every step."""
     model = MODELS[name].build()
     prompts = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [20, 21, 22]]
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
@@ -145,7 +145,7 @@ def test_continuous_batching(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["BERT", "ELECTRA", "ModernBERT", "Llama", "Mistral", "Gemma 2", "gpt-oss"])
 def test_boundaries_of_a_packed_batch(name: str) -> None:
-    """cu_seq_lens, as `DataCollatorWithFlattening` gives them, keep documents apart where position_ids would not."""
+    """cu_seq_lens from `DataCollatorWithFlattening` keep documents apart, also where position_ids alone would not."""
     model = MODELS[name].build()
     documents = [torch.randint(3, VOCABULARY - 1, (1, length)) for length in (7, 2, 5)]
     expected = torch.cat([model(document).logits for document in documents], 1)
@@ -168,7 +168,7 @@ def test_boundaries_and_padding_hold_together(padding: str) -> None:
     model, batch = MODELS["BERT"].build(), MODELS["BERT"].batch(padding)
     sequence = torch.tensor([0] * 4 + [1] * 10 + [2] * 13).view(3, TOKENS)
     allowed = (sequence[:, :, None] == sequence[:, None]) & batch["attention_mask"][:, None].bool()
-    allowed |= torch.eye(TOKENS, dtype=torch.bool)  # padding sees something, or eager attention sees everything
+    allowed |= torch.eye(TOKENS, dtype=torch.bool)  # else eager padding sees all
     additive = torch.zeros(3, 1, TOKENS, TOKENS).masked_fill(~allowed[:, None], torch.finfo(torch.float32).min)
     expected = model(**{**batch, "attention_mask": additive})
     model.set_attn_implementation("fastformer")
@@ -181,7 +181,7 @@ def test_boundaries_and_padding_hold_together(padding: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 @pytest.mark.parametrize("name", ["BERT", "Llama", "Gemma 2"])
 def test_mask_of_the_users_own(name: str, dtype: torch.dtype) -> None:
-    """(batch, 1, queries, keys), boolean (which eager attention does not take) or additive."""
+    """A mask of shape (batch, 1, queries, keys) may be additive or boolean, which eager attention does not accept."""
     allowed = torch.rand(3, 1, TOKENS, TOKENS) > 0.3
     allowed |= torch.eye(TOKENS, dtype=torch.bool)
     additive = torch.zeros(3, 1, TOKENS, TOKENS).masked_fill(~allowed, torch.finfo(torch.float32).min)
@@ -219,7 +219,7 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
 
 
 def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """In training, which checkpointing needs, but with the results of evaluation."""
+    """Return the model with no dropout: it can train, as checkpointing needs, and gives the results of evaluation."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -231,7 +231,7 @@ def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["BERT", "Llama", "Gemma 2", "T5", "ViT"])
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
-    """At most twice the error of eager attention in the same precision, plus a rounding."""
+    """The error is at most twice that of eager attention in the same precision, plus one rounding."""
     model, batch = MODELS[name].build(), MODELS[name].batch("right")
     exact = results(model, batch, "eager")["logits"]
     batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
@@ -255,7 +255,7 @@ def test_dropout_only_in_training(calls: list) -> None:
 def test_compiles_as_one_graph(name: str) -> None:
     model, batch = MODELS[name].build(), MODELS[name].batch("right")
     if name == "T5" and torch.__version__ < "2.13":
-        batch["use_cache"] = False  # for that cache transformers copies the configuration, which breaks the graph
+        batch["use_cache"] = False  # for the cache, transformers copies the configuration, and that breaks the graph
     expected = model(**batch).loss
     model.set_attn_implementation("fastformer")
     torch._dynamo.reset()
@@ -263,7 +263,7 @@ def test_compiles_as_one_graph(name: str) -> None:
 
 
 def test_compiled_layer_by_layer() -> None:
-    """The mask is made outside of the graphs, which must not take one batch's lengths for another's."""
+    """The mask is made outside of the graphs, and no graph uses the lengths of another batch."""
     model = MODELS["Mistral"].build()
     batches = [MODELS["Mistral"].batch(padding) for padding in ("right", "left", "none", "right")]
     batches[-1]["attention_mask"] = batches[-1]["attention_mask"].flip(0)
@@ -279,13 +279,13 @@ def test_compiled_layer_by_layer() -> None:
 
 @pytest.mark.parametrize("name", REFUSING)
 def test_class_with_attention_of_its_own(name: str, calls: list) -> None:
-    """Such a class cannot be switched, transformers says so, and what it computes stays right."""
+    """A class with its own attention cannot be switched: transformers says it, and the model's results stay right."""
     small, _ = REFUSING[name]
     model, batch = small.build(), small.batch("right")
     expected = model(**batch).logits
     model.set_attn_implementation("fastformer")
     assert model.config._attn_implementation == "eager"
-    # `from_pretrained` hands the name on without asking the class.
+    # `from_pretrained` passes the name on without asking the class.
     model.config._attn_implementation = "fastformer"
     assert_equal("logits", model(**batch).logits, expected)
     assert not calls
@@ -315,7 +315,10 @@ LOSSES = ["ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenCl
 
 
 def test_what_losses_take_is_not_for_attention() -> None:
-    """A model hands all keywords of its forward on to its loss and to its attention."""
+    """Keywords that losses take do not reach attention.
+
+    A model passes all keywords of its forward to its loss and to its attention.
+    """
     functions = [loss_utils.fixed_cross_entropy, *(loss_utils.LOSS_MAPPING[name] for name in LOSSES)]
     parameters = [each for function in functions for each in inspect.signature(function).parameters.values()]
     names = {each.name for each in parameters if each.default is not inspect.Parameter.empty}
@@ -358,7 +361,7 @@ def test_deterministic() -> None:
 
 
 def test_dropout_of_a_module_that_does_not_train() -> None:
-    """Whatever probability it passes, as in eager attention."""
+    """A module that does not train drops nothing, whatever dropout probability it passes, as in eager attention."""
     output, _ = attention_module.attention_forward(layer(), *tensors(), None, dropout=0.9)
     expected, _ = attention_module.attention_forward(layer(), *tensors(), None)
     torch.testing.assert_close(output, expected, rtol=0, atol=0)
@@ -366,7 +369,7 @@ def test_dropout_of_a_module_that_does_not_train() -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_without_a_mask(causal: bool) -> None:
-    """The module's is_causal counts, unless the call says otherwise; and so does the window."""
+    """Without a mask, the module's is_causal counts, unless the call gives another, and so does the window."""
     q, k, v = tensors(5, 7)
     for module, argument in ((layer(is_causal=causal), None), (layer(is_causal=not causal), causal)):
         output, weights = attention_module.attention_forward(
@@ -407,7 +410,7 @@ def test_indices_of_the_only_keys(mask: torch.dtype | None) -> None:
 
 
 def test_blocks_of_the_only_keys() -> None:
-    """Of each group of heads its own; -1 is no block."""
+    """Each group of heads sees the keys of its own blocks; the block -1 is no block."""
     q, k, v = tensors(3, 7)
     indexer = torch.nn.Module()
     indexer.block_size = 2
@@ -423,7 +426,10 @@ def test_blocks_of_the_only_keys() -> None:
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_weights_of_a_packed_batch(documents: bool, compiled: bool) -> None:
-    """Whether the mask knows of documents, by position_ids, or only cu_seq_lens_q does."""
+    """The weights of a packed batch are right if the mask knows the documents by position_ids.
+
+    They are right too if only cu_seq_lens_q tells them.
+    """
     model = MODELS["Llama"].build()
     inputs = {"input_ids": torch.randint(3, VOCABULARY, (1, 9)), "use_cache": False, "output_attentions": not compiled}
     positions = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}

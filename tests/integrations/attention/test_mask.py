@@ -1,4 +1,4 @@
-"""Masks kept as structure mean what transformers' own dense masks mean, and behave like them in a model's hands."""
+"""Masks kept as structure mean what transformers' own dense masks mean, and models can use them in the same ways."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ PATTERNS = {
     "sliding both ways": lambda: sliding_window_bidirectional_mask_function(2),
     "chunked": lambda: chunked_causal_mask_function(4, torch.zeros(3, dtype=torch.long)),
 }
-# (queries, keys, q_offset, kv_offset): no cache, a growing cache, a static one being filled, a sliding one.
+# Each geometry is (queries, keys, q_offset, kv_offset). They are those of no cache, a growing cache, a static cache
+# being filled, and a sliding cache.
 GEOMETRIES = [(6, 6, 0, 0), (2, 8, 6, 0), (1, 8, 7, 0), (3, 12, 0, 0), (2, 12, 5, 0), (2, 5, 9, 6), (3, 4, 8, 4)]
 
 
 @pytest.fixture(autouse=True)
 def operator(device: torch.device) -> Iterator[None]:
-    """Without a backend that is asked for, SDPA would serve these small calls on a CPU."""
+    """Ask for a backend in every test. Otherwise SDPA would serve these small calls on a CPU."""
     with fastformer.backend("torch" if device.type == "cpu" else "triton"):
         yield
 
@@ -51,7 +52,10 @@ PADDING = {
 
 
 def padding_mask(lengths: list[int] | None, length: int) -> torch.Tensor | None:
-    """(3, length) boolean; each row's tokens are its first, or, where negative, all but so many of its last."""
+    """Return a boolean mask of shape (3, length), which is true for each row's real tokens.
+
+    A positive number n stands for the first n tokens, a negative number -n for the last n tokens.
+    """
     if lengths is None:
         return None
     place = torch.arange(length)
@@ -63,7 +67,7 @@ def own_mask(*arguments: Any, **options: Any) -> torch.Tensor:
 
 
 def transformers_mask(*arguments: Any, **options: Any) -> torch.Tensor:
-    """The elements, where transformers would leave out a causal mask, too."""
+    """Return the elements of transformers' mask, also where transformers would leave out a causal mask."""
     mask = masking_utils.sdpa_mask(*arguments, **options, allow_is_causal_skip=False, device=torch.get_default_device())
     assert mask is not None
     return mask
@@ -119,7 +123,7 @@ def test_a_function_that_is_not_of_transformers_is_evaluated() -> None:
 
 @pytest.mark.parametrize("block", ["or_mask_function", "and_mask_function", "block_sequence_ids"])
 def test_overlays_of_multimodal_models(block: str) -> None:
-    """Blocks, as of image tokens, that see each other both ways."""
+    """Tokens of a block, such as those of an image, see each other in both directions."""
     model = MODELS["Gemma 3"].build()
     ids = torch.tensor([[-1, 0, 0, 0, -1, 1, 1, -1]]).expand(3, -1)
 

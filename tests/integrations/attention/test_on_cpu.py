@@ -1,4 +1,4 @@
-"""On a CPU a transformers model's attention is its own SDPA or our operator without padding: the same numbers."""
+"""On a CPU, a transformers model calls its own SDPA, or our operator without padding; both give the same numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PADDINGS = ("none", "left", "right", "holes")
 
 @pytest.fixture(params=[0.0, 1e99], ids=["operator", "sdpa"])
 def cost(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[float]:
-    """What our operator is said to cost: it is taken wherever it leaves out anything, or never."""
+    """Set the cost of our operator: with 0 it is used wherever it can leave out something, with 1e99 never."""
     monkeypatch.setattr(attention_on_cpu, "OPERATOR_COST", request.param)
     monkeypatch.setattr(attention_on_cpu, "ROW_COST", 0.0)
     monkeypatch.setattr(attention_on_cpu, "BIAS_COST", 0.0)
@@ -42,7 +42,7 @@ def cost(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Whom a model's layers called."""
+    """Return the list that records the functions that a model's layers call."""
     recorded: list[str] = []
 
     def recording(name: str) -> None:
@@ -84,7 +84,7 @@ def padding_mask(padding: str) -> torch.Tensor | None:
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_what_real_tokens_get(pattern: str, padding: str, queries: int, keys: int, cost: float) -> None:
-    """Also behind a cache, and with keys that are not written yet."""
+    """Real tokens get the same as from SDPA, also behind a cache and with keys that are not written yet."""
     torch.manual_seed(0)
     real = padding_mask(padding)
     offset = 7 - queries

@@ -1,4 +1,4 @@
-"""``import fastformer`` is all it takes, before or after transformers, without importing it, or torch."""
+"""``import fastformer`` is enough, before or after transformers, and imports neither transformers nor torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers import (
     FalconModel,
 )
 
-import fastformer  # noqa: F401  # what registers
+import fastformer  # noqa: F401  # the import registers the attention
 
 MODEL = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -73,7 +73,7 @@ def test_from_pretrained(tmp_path: Path) -> None:
 
 
 def test_warns_where_it_has_no_effect(tmp_path: Path) -> None:
-    # One that is what it is, and one that has a dictionary of its own attention classes.
+    # Neither model can be switched: DeBERTa, and Falcon, which has its own dictionary of attention classes.
     falcon = FalconModel(FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=50))
     for model in (REFUSING["DeBERTa"][0].build().base_model, falcon):
         model.save_pretrained(tmp_path)
@@ -89,7 +89,7 @@ def test_warns_where_it_has_no_effect(tmp_path: Path) -> None:
 
 @pytest.fixture
 def saved_bert(tmp_path: Path) -> Path:
-    """A small BERT and its tokenizer, as a download would leave them."""
+    """Save a small BERT and its tokenizer in the form of a downloaded model."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", ",", "my", "dog", "is", "cute"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
@@ -127,7 +127,10 @@ def test_from_config() -> None:
 
 
 def test_stacks_with_a_copy_of_the_configuration() -> None:
-    """T5's encoder and decoder have one each, which transformers itself forgets in some releases."""
+    """T5's encoder and decoder, each with a copy of the configuration, are switched too.
+
+    In some releases, transformers itself forgets these copies.
+    """
     model = MODELS["T5"].build()
     for implementation in ("fastformer", "eager"):
         model.set_attn_implementation(implementation)

@@ -1,4 +1,4 @@
-"""The exported kernel, loaded and used by the installed `kernels` package."""
+"""The installed `kernels` package loads and uses the exported kernel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import fastformer
 from fastformer.integrations.hub import export as hub
 from fastformer.integrations.hub import layers as hub_layers
 
-# A checkout's own folder of that name is not the package.
+# A checkout may have a folder of that name, which is not the package.
 pytest.importorskip("kernels.layer", reason="needs Hugging Face's package kernels")
 from kernels import (
     LocalLayerRepository,
@@ -41,7 +41,7 @@ SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attent
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """What transformers calls `apply_rotary_pos_emb`."""
+    """Rotate queries and keys, as transformers' `apply_rotary_pos_emb` does."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
@@ -60,7 +60,7 @@ def kernel(folder: Path) -> ModuleType:
 
 @pytest.fixture(params=["torch", "triton"])
 def on_both_backends(kernel: ModuleType, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Each test that takes it runs once on every backend of the kernel, which has a switch of its own."""
+    """Run a test once on every backend of the kernel, which has its own switch of backends."""
     if request.param == "triton":
         need_kernels()
     with kernel.backends.backend(request.param):
@@ -117,7 +117,10 @@ def test_norm_of_a_wider_weight_has_its_dtype(kernel: ModuleType) -> None:
 
 @pytest.fixture
 def named_classes() -> Iterator[None]:
-    """Classes with the names for kernels: transformers gives them only to the versions of `kernels` that it accepts."""
+    """Give classes the names of kernels.
+
+    transformers gives the names only for the versions of `kernels` that it accepts.
+    """
     given = {LlamaRMSNorm: "RMSNorm", LlamaMLP: "SwiGLU", nn.LayerNorm: "LayerNorm"}
     before = {cls: {**vars(cls)} for cls in given}
     for cls, name in given.items():
@@ -138,7 +141,7 @@ def test_kernelize_a_model(folder: Path, kernel: ModuleType) -> None:
     ids = torch.randint(40, (2, 6))
     kernelized = copy.deepcopy(model)
     with mapped(folder, "RMSNorm", "SwiGLU"):
-        # Without a kernel of ours, what else has a name runs as it is.
+        # Other named classes, for which we have no kernel, run as they are.
         kernelize(kernelized, mode=Mode.TRAINING | Mode.TORCH_COMPILE, device="cpu")
     ours = {type(m).__name__ for m in kernelized.modules() if m.forward.__module__ == kernel.layers.__name__}
     assert ours == {"LlamaRMSNorm", "LlamaMLP"}
@@ -194,7 +197,7 @@ def test_without_fastformer(folder: Path) -> None:
 
 
 def test_beside_fastformer_itself(kernel: ModuleType) -> None:
-    """Its operators are registered in a namespace of their own."""
+    """The kernel and Fastformer work in one process: the kernel's operators have their own namespace."""
     norm, input = nn.LayerNorm(8), torch.randn(3, 8)
     expected = fastformer.layer_norm(input, (8,), norm.weight, norm.bias, norm.eps)
     torch.testing.assert_close(kernel.layers.LayerNorm.forward(norm, input), expected)

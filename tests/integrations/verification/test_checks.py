@@ -1,4 +1,4 @@
-"""`fastformer verify`: what it finds equal is, what is not equal it finds."""
+"""`fastformer verify` accepts what is equal, and finds what is not equal."""
 
 from __future__ import annotations
 

@@ -63,7 +63,10 @@ def test_brackets_of_an_error_are_no_link() -> None:
 
 
 def test_committed_table_has_every_class_of_its_version() -> None:
-    """Of the version that it names; another one has other classes."""
+    """The committed table has every class of the transformers version that it names.
+
+    Another version has other classes.
+    """
     table = (Path(__file__).parents[3] / "docs/transformers_coverage.md").read_text()
     if f"transformers {transformers.__version__}," not in table:
         pytest.skip(f"the table is of another version than the installed transformers {transformers.__version__}")
