@@ -43,7 +43,7 @@ class HostTime(NamedTuple):
 
 @triton.jit
 def _nothing():
-    pass
+    """Do nothing."""
 
 
 @contextmanager

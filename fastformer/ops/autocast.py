@@ -32,7 +32,7 @@ def to_autocast_dtype(tensor: torch.Tensor) -> torch.Tensor: ...
 @overload
 def to_autocast_dtype(tensor: None) -> None: ...
 def to_autocast_dtype(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Under autocast, convert a floating tensor to the autocast dtype (float16 or bfloat16); else return `tensor`."""
+    """Convert a floating tensor to autocast's dtype (float16 or bfloat16) if autocast is on; else return `tensor`."""
     if tensor is None or not torch.is_autocast_enabled(autocast_device_type(tensor)) or not tensor.is_floating_point():
         return tensor
     return tensor.to(torch.get_autocast_dtype(autocast_device_type(tensor)))
@@ -43,7 +43,7 @@ def to_autocast_float32(tensor: torch.Tensor) -> torch.Tensor: ...
 @overload
 def to_autocast_float32(tensor: None) -> None: ...
 def to_autocast_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Under a GPU's autocast, convert a floating tensor to float32; otherwise return `tensor` itself.
+    """Convert a floating tensor to float32 if a GPU's autocast is on; otherwise return `tensor` itself.
 
     PyTorch promotes softmax, norms and losses to float32 on GPUs only; its CPU autocast leaves them as they are.
     """

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
+from fastformer_kernels.dropout_numbers import dropout_threshold, kept_scale
 from torch import Tensor
 
 Counters = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -39,11 +41,6 @@ def check_dropout_p(dropout_p: float, name: str = "dropout_p") -> None:
         raise ValueError(f"{name} must be in [0, 1]; got {dropout_p}")
 
 
-def kept_scale(dropout_p: float) -> float:
-    """The factor for a kept element, ``1 / (1 - dropout_p)``; zero if all are dropped."""
-    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-
-
 def draw_seed(device: torch.device) -> Tensor:
     """Draw a seed and offset from PyTorch's generator, on the device: no synchronisation, capturable in a graph."""
     return torch.randint(0, 2**63 - 1, (2,), device=device, dtype=torch.int64)
@@ -58,9 +55,13 @@ def seed_words(seed: Tensor) -> list[int]:
     return seed.tolist()
 
 
-def dropout_threshold(dropout_p: float) -> int:
-    """The 32-bit word below which an element is dropped."""
-    return min(round(dropout_p * 2**32), _WORD)
+def kernel_dropout(seed: Tensor | None, dropout_p: float) -> Any:
+    """Return dropout as the kernels of rows take it, their `Dropout`; None without a seed, which drops nothing."""
+    if seed is None:
+        return None
+    from fastformer_kernels.dropout import Dropout
+
+    return Dropout(seed, dropout_threshold(dropout_p), kept_scale(dropout_p))
 
 
 def apply_dropout_(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:

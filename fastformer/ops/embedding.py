@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fastformer.backends import use_triton
 from fastformer.ops.checks import check_device, check_floating, check_indices, check_like, check_shape
-from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropped
-from fastformer.ops.normalization import kernel_dropout
+from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropped, kernel_dropout
 from fastformer.ops.operator import operator, vjp
 from fastformer.ops.packing import packed_positions
 
@@ -184,7 +183,7 @@ def _embedding(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
             None if call.norm_weight is None else call.norm_weight.contiguous(),
             None if call.norm_bias is None else call.norm_bias.contiguous(),
             call.eps,
-            None if call.seed is None else kernel_dropout(call.seed, call.dropout_p),
+            kernel_dropout(call.seed, call.dropout_p),
         )
     total = _sum_torch(*_ids(call), *_tables(call))
     weight, bias = _widened(call.norm_weight), _widened(call.norm_bias)
@@ -293,7 +292,7 @@ def _embedding_backward(
             None if call.norm_weight is None else call.norm_weight.contiguous(),
             call.mean,
             call.rstd,
-            None if call.seed is None else kernel_dropout(call.seed, call.dropout_p),
+            kernel_dropout(call.seed, call.dropout_p),
             weight_needs_grad=weight_needed,
             bias_needs_grad=bias_needed,
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_device_type, to_autocast_dtype
 from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
-from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropout_threshold, dropped, kept_scale
+from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropped, kernel_dropout
 from fastformer.ops.operator import operator, vjp
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "squared_relu", "identity")
@@ -170,9 +170,9 @@ def _feed_forward(call: _FeedForward) -> tuple[Tensor, Tensor, Tensor]:
     if _runs_kernel(call.input, call.up_weight, call.down_weight):
         from fastformer_kernels.feed_forward import hidden_forward, output_forward
 
-        dropout = _kernel_dropout(call.hidden_seed, call.hidden_dropout_p)
+        dropout = kernel_dropout(call.hidden_seed, call.hidden_dropout_p)
         hidden, up, gate = hidden_forward(*projections, call.activation, dropout, call.store_pre_activations)
-        dropout = _kernel_dropout(call.output_seed, call.output_dropout_p)
+        dropout = kernel_dropout(call.output_seed, call.output_dropout_p)
         output = output_forward(hidden, call.down_weight, call.down_bias, call.residual, dropout)
     else:
         hidden, up, gate = _hidden_forward_torch(*projections, call.activation, call.store_pre_activations)
@@ -257,7 +257,7 @@ def _feed_forward_backward(call: _FeedForwardBackward) -> FeedForwardGradients:
     if up is not None and needs_pre_activations and _runs_kernel(call.input, call.up_weight, call.down_weight):
         from fastformer_kernels.feed_forward import hidden_backward
 
-        dropout = _kernel_dropout(call.hidden_seed, call.hidden_dropout_p)
+        dropout = kernel_dropout(call.hidden_seed, call.hidden_dropout_p)
         grad_up, grad_gate, hidden = hidden_backward(
             grad_product, call.down_weight, up, gate, call.activation, dropout, needs_down
         )
@@ -298,7 +298,7 @@ def _product_gradient(grad_output: Tensor, input: Tensor, seed: Tensor | None, d
     if use_triton(input) and grad_output.numel():
         from fastformer_kernels.feed_forward import apply_dropout
 
-        return apply_dropout(grad_output, _kernel_dropout(seed, dropout_p), input.dtype)
+        return apply_dropout(grad_output, kernel_dropout(seed, dropout_p), input.dtype)
     gradient = torch.empty(grad_output.shape, dtype=input.dtype, device=input.device)
     return apply_dropout_(gradient.copy_(grad_output), seed, dropout_p)
 
@@ -375,15 +375,6 @@ _feed_forward.register_autograd(_backward, setup_context=_setup_context)
 
 def _runs_kernel(input: Tensor, up_weight: Tensor, down_weight: Tensor) -> bool:
     return use_triton(input) and input.shape[0] > 0 and up_weight.shape[0] > 0 and down_weight.shape[0] > 0
-
-
-def _kernel_dropout(seed: Tensor | None, dropout_p: float) -> Any:
-    """Return the kernels' `Dropout`, or None if nothing is dropped."""
-    if seed is None:
-        return None
-    from fastformer_kernels.dropout import Dropout
-
-    return Dropout(seed, dropout_threshold(dropout_p), kept_scale(dropout_p))
 
 
 def _hidden_forward_torch(

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_float32_dtype
 from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating, check_shape
-from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropout_threshold, dropped, kept_scale
+from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropped, kernel_dropout
 from fastformer.ops.operator import operator, runs_in_pytorch
 
 MAX_COLUMNS = 65536
@@ -499,15 +499,6 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _matrix(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
-
-
-def kernel_dropout(seed: Tensor | None, dropout_p: float) -> Any:
-    """Return the kernels' description of dropout; None without a seed."""
-    if seed is None:
-        return None
-    from fastformer_kernels.normalization import Dropout
-
-    return Dropout(seed, dropout_threshold(dropout_p), kept_scale(dropout_p))
 
 
 def _sum_torch(

@@ -273,7 +273,7 @@ _direct_on_meta = False
 
 @contextmanager
 def direct_on_meta() -> Iterator[None]:
-    """Within the block, call implementations directly for meta tensors, as for the GPU tensors they stand for."""
+    """Return a context that calls implementations directly for meta tensors, as for GPU tensors that they stand for."""
     global _direct_on_meta
     previous, _direct_on_meta = _direct_on_meta, True
     try:

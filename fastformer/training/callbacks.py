@@ -322,9 +322,7 @@ class SavePretrained(Callback):
         check_finite(state)
         state = {key.removeprefix("model."): state[key] for key in state if key.startswith("model.")}
         first: dict[nn.Parameter, str] = {}
-        for name, parameter in model.named_parameters(
-            remove_duplicate=False
-        ):  # of a sharded model each has been copied
+        for name, parameter in model.named_parameters(remove_duplicate=False):  # a sharded model copied tied ones
             state[name] = state[first.setdefault(parameter, name)]
         if self._adapted is not None:
             self._adapted.load_state_dict(state, assign=True)

@@ -50,6 +50,20 @@ def run_finetuning(
     stop: StopOnSignal,
     begin: float,
 ) -> None:
+    """Fine-tune a model on labelled examples, from the checked options to predictions and the report.
+
+    Args:
+        task: the task.
+        parser: the command's parser, for Lightning's own options.
+        options: the command's options.
+        arguments: the command line, which says which options were given.
+        folder: the run's output folder, locked by this process.
+        stop: ends the run after the step at hand if a signal asks for it.
+        begin: `time.monotonic()` when the command started.
+
+    Raises:
+        ValueError: options that do not fit together, or examples that they cannot be used with.
+    """
     prepared = prepare(task, options, arguments)
     learnt_from = fingerprints(prepared)
     if options.resume:

@@ -29,6 +29,18 @@ DATA_OPTIONS = ("objective", "vocab_size", "max_length", "tokens_per_batch", "nu
 def run_pretraining(
     parser: LightningArgumentParser, options: Namespace, folder: RunFolder, stop: StopOnSignal, begin: float
 ) -> None:
+    """Train a model on raw text, from the checked options to the saved model and the report.
+
+    Args:
+        parser: the command's parser, for Lightning's own options.
+        options: the command's options.
+        folder: the run's output folder, locked by this process.
+        stop: ends the run after the step at hand if a signal asks for it.
+        begin: `time.monotonic()` when the command started.
+
+    Raises:
+        ValueError: options that do not fit together, or text that they cannot be used with.
+    """
     checkpoint, checked = None, _module(options)
     if options.resume:
         checkpoint = latest_checkpoint(folder.checkpoints, checked.weights_for, folder.run)

@@ -31,6 +31,7 @@ from fastformer_kernels.rows import (
     row_offset,
 )
 
+# Longest row that one tile holds: 16 elements for each of 1024 threads. Longer rows are read once more.
 ONE_PASS_COLUMNS = 16384
 _CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=16)
 # Rows of a tile where neighbouring rows, not columns, are next to each other in memory: at least a sector of 32 bytes.

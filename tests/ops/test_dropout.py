@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from fastformer_kernels.dropout_numbers import dropout_threshold
 
 from fastformer.ops.attention.dropout import dropout_keep
-from fastformer.ops.dropout import apply_dropout_, dropout_threshold, philox, words_below
+from fastformer.ops.dropout import apply_dropout_, philox, words_below
 
 pytestmark = pytest.mark.cpu
 SEED = 0x7123456789ABCDEF

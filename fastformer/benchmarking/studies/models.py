@@ -17,9 +17,8 @@ from fastformer.benchmarking.lengths import natural_lengths
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.study import Case, Peer, Setting, TimedStudy
 from fastformer.benchmarking.timing import Run
+from fastformer.data.packing import IGNORE_INDEX
 from fastformer.models import from_hugging_face
-
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class Subject:
         predicted = real
         if self.reads == "masked":
             predicted = real & (torch.rand(real.shape, generator=random) < 0.15)
-        return {**batch, "labels": ids.masked_fill(~predicted, _IGNORED)}
+        return {**batch, "labels": ids.masked_fill(~predicted, IGNORE_INDEX)}
 
 
 _USUAL = (("hidden_size",), ("intermediate_size",), ("num_hidden_layers",), ("num_attention_heads",))

@@ -117,7 +117,7 @@ class CausalLanguage:
         self.max_length = max_length
 
     def check(self, corpus: DocumentCorpus) -> None:
-        """Any will do."""
+        """Accept every corpus: each document gives examples."""
 
     def examples(self, store: TokenStore, block: int, *, seed: int, epoch: int) -> Examples:
         return windows(store.block(block), self.max_length, overlap=1)
@@ -162,7 +162,7 @@ class SpanCorruption:
         return int(fitting[-1])
 
     def check(self, corpus: DocumentCorpus) -> None:
-        """Any will do."""
+        """Accept every corpus: each document gives examples."""
 
     def examples(self, store: TokenStore, block: int, *, seed: int, epoch: int) -> Examples:
         return windows(store.block(block), self.window)
@@ -205,7 +205,7 @@ class Denoising:
         self.begin, self.end, self.mask = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id
 
     def check(self, corpus: TokenizedCorpus) -> None:
-        """Any will do."""
+        """Accept every corpus: each document gives examples."""
 
     def examples(self, store: TokenStore, block: int, *, seed: int, epoch: int) -> Examples:
         return _segments(store, block, self.max_length)

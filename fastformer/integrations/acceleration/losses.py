@@ -41,7 +41,7 @@ class LanguageModelLoss:
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Like `own`: the mean over labels, or their sum over `num_items_in_batch` if batches are accumulated."""
+        """Return the mean over labels, or their sum over `num_items_in_batch` in accumulated batches, like `own`."""
         if not use_triton(logits):
             given = kwargs if shift_labels is None else {"shift_labels": shift_labels, **kwargs}
             return self.own(logits, labels, vocab_size, num_items_in_batch, ignore_index, **given)

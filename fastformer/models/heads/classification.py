@@ -9,8 +9,8 @@ from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassif
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
 
+from fastformer.data.packing import IGNORE_INDEX
 from fastformer.models.configuration import FastformerConfig
-from fastformer.models.heads.projection import IGNORED_LABEL
 from fastformer.models.modeling import (
     FastformerModel,
     FastformerPreTrainedModel,
@@ -113,7 +113,7 @@ class FastformerForTokenClassification(FastformerPreTrainedModel):
         )
         logits, loss = self.classifier(hidden), None
         if labels is not None:
-            loss = F.cross_entropy(logits.float(), tokens.pack("labels", labels), ignore_index=IGNORED_LABEL)
+            loss = F.cross_entropy(logits.float(), tokens.pack("labels", labels), ignore_index=IGNORE_INDEX)
         return TokenClassifierOutput(
             loss=loss,
             logits=tokens.restore(logits),

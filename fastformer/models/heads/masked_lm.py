@@ -13,8 +13,9 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
 
+from fastformer.data.packing import IGNORE_INDEX
 from fastformer.models.configuration import HIDDEN_ACTS, FastformerConfig
-from fastformer.models.heads.projection import IGNORED_LABEL, projection_loss
+from fastformer.models.heads.projection import projection_loss
 from fastformer.models.inputs import TokenBatch
 from fastformer.models.modeling import (
     FastformerModel,
@@ -71,7 +72,7 @@ class _Masked(NamedTuple):
         """Select the labelled tokens, from `labels` and `positions` as given to a model's forward."""
         labels = tokens.pack("labels", labels)
         if positions is None:
-            positions = (labels != IGNORED_LABEL).nonzero().squeeze(1)
+            positions = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         try:
             return cls(positions, labels.index_select(0, positions))
         except IndexError as error:

@@ -11,9 +11,10 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
 
+from fastformer.data.packing import IGNORE_INDEX
 from fastformer.models.configuration import FastformerConfig
 from fastformer.models.heads.causal_lm import GenerativeModel
-from fastformer.models.heads.projection import IGNORED_LABEL, projection_loss
+from fastformer.models.heads.projection import projection_loss
 from fastformer.models.inputs import token_batch
 from fastformer.models.modeling import (
     CACHE_FIELD,
@@ -183,7 +184,7 @@ class FastformerForSeq2SeqLM(GenerativeModel):
                 f"labels; got {start} and {pad}"
             )
         moved = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], dim=1)
-        return moved.masked_fill(moved == IGNORED_LABEL, pad)
+        return moved.masked_fill(moved == IGNORE_INDEX, pad)
 
     @can_return_tuple
     def forward(

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange, reduce, repeat
 from fastformer_kernels.attention.arguments import Learned
+from fastformer_kernels.dropout_numbers import kept_scale
 
 from fastformer.ops.attention.dropout import dropout_keep
 from fastformer.ops.attention.flash import is_finite
 from fastformer.ops.attention.segments import NEGATIVE_INFINITY, Segment, cut_dim, visible_by, widened
 from fastformer.ops.checks import can_be_read
-from fastformer.ops.dropout import kept_scale, seed_words
+from fastformer.ops.dropout import seed_words
 
 _SCORE_ELEMENTS = 1 << 22
 _SCORE_ELEMENTS_IN_CACHE = 1 << 18

@@ -16,6 +16,7 @@ from fastformer_kernels.attention.arguments import (
     empty_lse,
     empty_output,
 )
+from fastformer_kernels.dropout_numbers import kept_scale
 
 from fastformer.ops.attention.explicit import (
     explicit_backward,
@@ -40,7 +41,6 @@ from fastformer.ops.attention.segments import (
     widened,
 )
 from fastformer.ops.autocast import without_autocast
-from fastformer.ops.dropout import kept_scale
 
 
 @without_autocast

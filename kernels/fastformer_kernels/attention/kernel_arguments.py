@@ -11,6 +11,7 @@ import torch
 
 from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
 from fastformer_kernels.attention.decode_arguments import cache_strides
+from fastformer_kernels.dropout_numbers import dropout_threshold, kept_scale
 
 
 class Operand(NamedTuple):
@@ -263,8 +264,8 @@ def features(arguments: AttentionArguments) -> Features:
         right=None if arguments.right == UNBOUNDED else arguments.right,
         chunk=arguments.chunk or None,
         seed=arguments.seed,
-        threshold=min(round(arguments.dropout_p * 2**32), 2**32 - 1),
-        kept_scale=1.0 / (1.0 - arguments.dropout_p) if arguments.dropout_p < 1.0 else 0.0,
+        threshold=dropout_threshold(arguments.dropout_p),
+        kept_scale=kept_scale(arguments.dropout_p),
     )
 
 
