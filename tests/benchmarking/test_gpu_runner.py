@@ -67,7 +67,7 @@ def run(steps: list[Known], out: Path, seconds: float) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run whose steps fail in every way, except for one good step."""
+    """Return the folder of a run whose steps fail in every way but one: none of them hangs."""
     out, modules = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("modules")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(modules))

@@ -1,4 +1,4 @@
-"""Every architecture that the configuration can say, against a naive float64 Transformer; packed, dense and cached."""
+"""Every architecture that the configuration allows equals a naive float64 Transformer: packed, dense and cached."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def architectures(draw: st.DrawFn, stack: str) -> FastformerConfig:
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
-    """`model` in evaluation with weights that are nowhere zero or one, so that a lost one shows."""
+    """Return `model` in evaluation. No weight is zero or one everywhere, so a lost weight shows."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, 1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3)
@@ -87,7 +87,7 @@ def packed(lengths: list[int]) -> dict[str, torch.Tensor | int]:
 
 
 def padded(ids: torch.Tensor, lengths: list[int], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed tokens as a dense batch, and where they are."""
+    """Return packed tokens as a dense batch, and the mask of the places where they are."""
     columns, count = torch.arange(max(lengths)), torch.tensor(lengths)[:, None]
     real = columns < count if side == "right" else columns >= max(lengths) - count
     dense = torch.zeros(real.shape, dtype=ids.dtype)
@@ -96,7 +96,7 @@ def padded(ids: torch.Tensor, lengths: list[int], side: str = "right") -> tuple[
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    # Pre-norm and post-norm stacks end in a norm: values of order one, twenty float32 operations deep.
+    # Pre-norm and post-norm stacks end in a norm: their values are of order one, after twenty float32 operations.
     torch.testing.assert_close(actual.double(), expected.double(), rtol=2e-5, atol=2e-5)
 
 

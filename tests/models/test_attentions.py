@@ -1,4 +1,4 @@
-"""output_attentions: the weights that Hugging Face's models return, in every layout, from the fused attention."""
+"""With output_attentions, the fused attention returns the weights of Hugging Face's models, in every layout."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def padded_batch(side: str) -> dict[str, torch.Tensor]:
 def assert_equal_at_real_rows(
     actual: tuple[torch.Tensor, ...], theirs: PreTrainedModel, batch: dict[str, torch.Tensor]
 ) -> None:
-    """The weights are as accurate as those of Hugging Face's model, and zero for padding.
+    """Check that the weights are as accurate as those of Hugging Face's model, and zero for padding.
 
-    A weight is exp(score - log-sum-exp), of exponents below 16, a unit of which is its relative error.
+    A weight is exp(score - log-sum-exp). The exponents are below 16, and their rounding is the weight's relative error.
     """
     pytorch = theirs(**batch, output_attentions=True).attentions
     exact = theirs.double()(**batch, output_attentions=True).attentions
@@ -127,7 +127,7 @@ def test_encoder_decoder(packed: bool) -> None:
     rows = output.decoder_attentions[2].sum(-1)
     torch.testing.assert_close(rows, torch.ones(3, 4, 7))
     assert output.decoder_attentions[0].triu(1).count_nonzero() == 0
-    # The same from the definition: scores of the block's own projections, each source alone.
+    # The same weights follow from the definition: scores of the block's own projections, for each source alone.
     heads = rearrange(
         block.query(seen["hidden"]), "(batch tokens) (heads dim) -> batch heads tokens dim", batch=3, heads=4
     )

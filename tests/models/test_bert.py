@@ -39,7 +39,10 @@ PAIRS = [
 
 
 def twins(bert_class: type, own_class: type, **options):
-    """A random BERT, also in its biases and norms, and the Fastformer model with its weights; both in evaluation."""
+    """Return a random BERT, with random biases and norms too, and the Fastformer model with its weights.
+
+    Both are in evaluation.
+    """
     bert = bert_class(BertConfig(**{**BERT_CONFIG, **options}))
     for parameter in bert.parameters():
         if parameter.dim() == 1:
@@ -94,7 +97,7 @@ def test_loss_and_every_gradient_equal_berts() -> None:
     torch.testing.assert_close(actual.mlm_loss + actual.nsp_loss, actual.loss)
     expected.loss.backward()
     actual.loss.backward()
-    # Gradients have the parameters' names, so that they are converted as these are.
+    # Gradients have the names of the parameters, so they are converted in the same way.
     for parameter in bert.parameters():
         parameter.data.copy_(parameter.grad)
     expected_gradients = dict(from_hugging_face(bert).named_parameters())

@@ -1,4 +1,4 @@
-"""Tokens behind those in one of Hugging Face's caches are at the places where they would be without one."""
+"""Tokens behind those in one of Hugging Face's caches have the positions that they would have without a cache."""
 
 from __future__ import annotations
 

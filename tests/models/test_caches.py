@@ -1,4 +1,4 @@
-"""Our own models behind Hugging Face's caches, given no positions: where a token stands follows from the cache."""
+"""Our models work behind Hugging Face's caches without given positions: a token's position follows from the cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = {"vocab_size": 90, "hidden_size": 16, "num_hidden_layers": 2, "num_atten
 def test_pieces_without_positions_are_the_whole(
     position_embedding: str, kind: str, padded: bool, pieces: tuple[int, ...]
 ) -> None:
-    # Far from uniform attention, and no two positions alike.
+    # Attention is far from uniform, and no two positions are alike.
     config = FastformerConfig(
         **SIZES,
         stack="decoder",
@@ -44,6 +44,6 @@ def test_pieces_without_positions_are_the_whole(
             start = end
     real = mask.bool()
     torch.testing.assert_close(torch.cat(found, 1)[real], expected[real], rtol=0.0, atol=2e-5)
-    # A position off by one would be seen, where positions are absolute.
+    # Where positions are absolute, a position that is off by one changes the result.
     absolute = position_embedding in ("learned", "sinusoidal")
     assert ((shifted - expected)[0].abs().max() > 1e-3) == absolute

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.cpu
 
 EXACT = {"rtol": 0.0, "atol": 1e-5}
 HIDDEN_STATES = ("hidden_states", "decoder_hidden_states", "encoder_hidden_states")
-# Settings of each class beside those of the table of models, all of which change what is computed.
+# Settings of each class in addition to those of the table of models. Each changes what is computed.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("BertForMaskedLM", {"tie_word_embeddings": False, "hidden_act": "gelu_new"}),
     ("BertForTokenClassification", {"classifier_dropout": 0.3, "layer_norm_eps": 1e-3, "hidden_act": "relu"}),
@@ -83,7 +83,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def assert_same_outputs(actual: PreTrainedModel, expected: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
-    """Every output, the hidden states of every block too; what stands at padding has no meaning."""
+    """Check every output, also the hidden states of every block.
+
+    Values at padding have no meaning and are not compared.
+    """
     with torch.no_grad():
         theirs, ours = (model(**batch, output_hidden_states=True) for model in (expected, actual))
     if (
@@ -91,7 +94,7 @@ def assert_same_outputs(actual: PreTrainedModel, expected: PreTrainedModel, batc
     ):  # transformers' last hidden states of a ViT are not normalised
         norm = expected.get_submodule("layernorm" if hasattr(expected, "layernorm") else "vit.layernorm")
         theirs.hidden_states = (*theirs.hidden_states[:-1], norm(theirs.hidden_states[-1]).detach())
-    # The caches' forms are their own.
+    # The caches have another form in each model.
     names = set(theirs) - {"cache", "past_key_values"}
     assert set(ours) - {"cache", "past_key_values"} == names
     real = batch["attention_mask"].bool() if "attention_mask" in batch else None
@@ -167,7 +170,7 @@ def test_every_gradient_is_the_same(class_name: str) -> None:
         if class_name == "BertForPreTraining":
             loss = loss + outputs.seq_relationship_logits.square().mean()
         loss.backward()
-    # Gradients have the parameters' names, so that they are converted as these are.
+    # Gradients have the names of the parameters, so they are converted in the same way.
     for parameter in theirs.parameters():
         parameter.data.copy_(parameter.grad)
     expected = dict(from_hugging_face(theirs).named_parameters())
@@ -183,7 +186,7 @@ def test_every_gradient_is_the_same(class_name: str) -> None:
     ],
 )
 def test_greedy_generation_is_the_same(class_name: str) -> None:
-    # transformers' T5 generates with as many blocks in both stacks only.
+    # transformers' T5 generates only if both stacks have the same number of blocks.
     theirs = random_model(class_name, **({"num_decoder_layers": 2} if class_name.startswith("T5") else {}))
     ours = from_hugging_face(theirs)
     batch = {name: tensor for name, tensor in batch_for(theirs).items() if not name.startswith("decoder")}
@@ -275,7 +278,10 @@ def test_a_configuration_without_counterpart_is_refused(class_name: str, options
 
 
 def changed(name: str, field: str) -> PreTrainedConfig | None:
-    """A configuration with another value in one field; None if transformers itself refuses every other one."""
+    """Return a configuration with another value in one field.
+
+    Return None if transformers itself refuses every other value.
+    """
     value = getattr(ARCHITECTURES[name].config_class(**CONFIGS[name]), field)
     for other in (not value, 0.25, 7, "unknown", ["unknown"], [[["local", "global"], 1]], {"rope_type": "unknown"}):
         if value is not None and type(other) is not type(value):
@@ -290,7 +296,7 @@ def changed(name: str, field: str) -> PreTrainedConfig | None:
 
 
 def every_field() -> list[tuple[str, Any, str]]:
-    """Each class of every architecture, with each field that its configuration declares."""
+    """Return each class of every architecture, with each field that its configuration declares."""
     of_every_config = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     return [
         (name, head, field.name)

@@ -1,4 +1,4 @@
-"""The command convert: folders in, whole folders out, and one error that lists all that is wrong."""
+"""Tests of the command convert: folders in, whole folders out, and one error that lists all that is wrong."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def saved(folder: Path, class_name: str, **options: Any) -> Path:
-    """A random model of Hugging Face's in a folder."""
+    """Save a random model of Hugging Face's in a folder."""
     random_model(class_name, **options).save_pretrained(folder)
     return folder
 
@@ -64,7 +64,7 @@ def edit_config(folder: Path, **fields: Any) -> Path:
 
 
 def assert_same_files(actual: Path, expected: Path) -> None:
-    """The same tensors under the same names."""
+    """Check that both folders have the same tensors under the same names."""
     files = {folder: sorted(folder.glob("*.safetensors")) for folder in (actual, expected)}
     tensors = [{k: v for file in files[folder] for k, v in load_file(file).items()} for folder in (actual, expected)]
     torch.testing.assert_close(*tensors, rtol=0.0, atol=0.0)
@@ -93,7 +93,7 @@ def test_a_folder_goes_there_and_back(tmp_path: Path, class_name: str, to: str) 
     convert(tmp_path / "ours", tmp_path / "back", to)
     assert_same_files(tmp_path / "back", source)
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "back"))
-    before.pop("forced_eos_token_id", None)  # it is in generation_config.json
+    before.pop("forced_eos_token_id", None)  # this option is in generation_config.json
     assert {name: after[name] for name in before} == before
 
 
@@ -162,7 +162,7 @@ def test_how_to_generate_travels(tmp_path: Path) -> None:
     GenerationConfig(num_beams=3, forced_eos_token_id=1, decoder_start_token_id=1).save_pretrained(source)
     convert(source, tmp_path / "ours")
     assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours").generation_config.num_beams == 3
-    # Older checkpoints have it in config.json.
+    # Older checkpoints have these options in config.json.
     (source / "generation_config.json").unlink()
     edit_config(source, num_beams=2, decoder_start_token_id=1)
     done = convert(source, tmp_path / "older")

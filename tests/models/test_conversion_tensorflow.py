@@ -1,4 +1,4 @@
-"""BERT in TensorFlow's format, written and read by TensorFlow itself."""
+"""Tests of BERT in TensorFlow's format, which TensorFlow itself writes and reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
         importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow: pip install fastformer[tensorflow]"
     ),
 ]
-# Names and shapes of the published checkpoints, for a hidden size of 32 and 40 in between.
+# Names and shapes of the published checkpoints, for a hidden size of 32 and an intermediate size of 40.
 _BLOCK = {
     **{f"attention/self/{part}/kernel": [32, 32] for part in ("query", "key", "value")},
     **{f"attention/self/{part}/bias": [32] for part in ("query", "key", "value")},
@@ -54,7 +54,7 @@ PUBLISHED = {
     "cls/seq_relationship/output_weights": [2, 32],
     "cls/seq_relationship/output_bias": [2],
 }
-# Reads a checkpoint as graphs do, by variables of the names, and saves it again behind an optimizer's tensors.
+# Read a checkpoint as graphs do, with variables of these names, and save it again behind an optimizer's tensors.
 _SAVER = """
 import json, sys
 import tensorflow.compat.v1 as tf

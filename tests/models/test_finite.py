@@ -1,4 +1,4 @@
-"""Weights that are no numbers are refused, by the tensor's name, wherever something is made of them."""
+"""Weights that are no numbers are refused, with the name of the tensor, wherever a model is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models as Hugging Face's tools use them: configurations, presets, saving, loading, pipelines and Trainer."""
+"""Tests of the models with Hugging Face's tools: configurations, presets, saving, loading, pipelines and Trainer."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_trainer_trains_evaluates_and_resumes(tmp_path: Path, tokenizer: PreTrai
         train_dataset=examples,
         eval_dataset=examples,
     )
-    # Of small random weights: a loss that is added up over batches, or divided twice, is far from chance.
+    # With small random weights the loss is near chance. A loss that is added up over batches, or divided twice, is not.
     assert trainer.train().training_loss == pytest.approx(math.log(len(WORDS)), abs=0.2)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(len(WORDS)), abs=0.2)
     assert trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1")).global_step == 2
@@ -215,7 +215,7 @@ def test_initial_weights_are_berts() -> None:
         elif "norm" in name:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
         else:
-            # The standard error of a standard deviation from n samples is sigma / sqrt(2 n); six of them.
+            # The tolerance is six standard errors. That of a standard deviation from n samples is sigma / sqrt(2 n).
             error = abs(parameter.std().item() - 0.02)
             assert error < 6 * 0.02 / (2 * parameter.numel()) ** 0.5 + 0.02 / 1000, name
     assert torch.equal(model.model.embeddings.word.weight[0], torch.zeros(64))

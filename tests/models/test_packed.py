@@ -1,4 +1,4 @@
-"""The packed path: equal to the dense one, free of padding, compilable."""
+"""The packed path equals the dense one, contains no padding, and can be compiled."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def packed_batch(lengths: list[int], next_sentence: bool = True) -> dict[str, to
 
 
 def as_dense(batch: dict[str, torch.Tensor | int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The same batch padded, and where its real tokens are."""
+    """Return the same batch padded, and the mask of its real tokens."""
     lengths = batch["cu_seqlens"].diff()
     real = torch.arange(batch["max_seqlen"]) < lengths.unsqueeze(1)
     dense = {"attention_mask": real.long()}
@@ -237,7 +237,7 @@ def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
         autocast = model(**batch).loss
     gradients(model, autocast)
     assert half.dtype == autocast.dtype == torch.float32
-    # Two layers round some ten times on the way to logits of magnitude ten; the loss averages over them.
+    # Two layers round about ten times on the way to logits of magnitude ten; the loss averages over the logits.
     tolerance = 10 * 10 * torch.finfo(dtype).eps
     torch.testing.assert_close(torch.stack([half, autocast]), expected.expand(2), rtol=0, atol=tolerance)
 

@@ -1,4 +1,4 @@
-"""Presets have the parameters of Hugging Face's models of their shape, and the published numbers of them."""
+"""Presets have the parameters of Hugging Face's models of the same shape, and the published numbers of parameters."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def meta(name: str, **overrides) -> PreTrainedModel:
 
 
 def twin(name: str) -> PreTrainedModel:
-    """Hugging Face's model of the same shape, on meta."""
+    """Return Hugging Face's model of the same shape, on the meta device."""
     own = preset(name)
     common = {
         "vocab_size": own.vocab_size,
@@ -82,7 +82,7 @@ def twin(name: str) -> PreTrainedModel:
         return make[name.partition("-")[0]]()
 
 
-# Positions that Hugging Face's tables have beyond the longest sequence, in each of their tables.
+# Positions beyond the longest sequence that all of Hugging Face's tables have together.
 UNUSED_POSITIONS = {"bart-base": 4, "bart-large": 4}
 
 
@@ -128,7 +128,10 @@ PUBLISHED = {
 
 
 def rounded(value: float, like: str) -> float:
-    """`value` with the unit of the last digit of `like`, which may have an exponent for trailing zeros."""
+    """Return `value` rounded to the unit of the last digit of `like`.
+
+    An exponent in `like` may stand for trailing zeros.
+    """
     digits, _, exponent = like.partition("e")
     unit = 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
     return round(value / unit) * unit
@@ -140,10 +143,10 @@ def test_parameters_round_to_the_published_number(name: str, published: str) -> 
 
 
 def test_published_numbers_that_count_otherwise() -> None:
-    # T5 large's 770 million have the vocabulary twice; ViT's 86 million have no classifier.
+    # T5 large's 770 million count the vocabulary twice. ViT's 86 million contain no classifier.
     assert round(parameters(meta("t5-large", tie_word_embeddings=False)) / 1e7) == 77
     assert round(parameters(meta("vit-b-16").model) / 1e6) == 86
-    # Sanh et al.'s 66 million have no masked-LM head.
+    # Sanh et al.'s 66 million contain no masked-LM head.
     assert round(parameters(meta("distilbert-base").model) / 1e6) == 66
 
 

@@ -1,4 +1,4 @@
-"""Where a head needs the last hidden states of some tokens alone, they are what they are among all."""
+"""A head that needs the last hidden states of only some tokens gets the values that it gets among all tokens."""
 
 from __future__ import annotations
 

@@ -49,14 +49,14 @@ def test_steps_are_one_graph(name: str, masked: bool) -> None:
     found = logits(model, compiled, tokens, mask if masked else None, steps)
     torch.testing.assert_close(found, expected)
     assert not counters["graph_break"]
-    # A cache of windows counts its tokens on the host, and is another one when it is full.
+    # A cache of windows counts its tokens on the host, and needs a second graph when it is full.
     assert counters["stats"]["unique_graphs"] == (2 if "windows" in name else 1)
 
 
 def logits(
     model: PreTrainedModel, forward, tokens: torch.Tensor, mask: torch.Tensor | None, steps: int
 ) -> list[torch.Tensor]:
-    """Of the last `steps` tokens, one at a time behind the others."""
+    """Return the logits of the last `steps` tokens, which come one at a time behind the others."""
     cache, prompt = StaticCache(config=model.config, max_cache_len=16), tokens.shape[1] - steps
     real = torch.ones_like(tokens) if mask is None else mask
     positions = (real.cumsum(1) - 1).clamp(min=0)

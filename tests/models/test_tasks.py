@@ -1,4 +1,4 @@
-"""Every head as Hugging Face's tools use it: Auto classes, pipelines, generation, Trainer, LoRA, sharded files."""
+"""Tests of every head with Hugging Face's tools: Auto classes, pipelines, generation, Trainer, LoRA, sharded files."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_saved_and_loaded_by_auto_class(
     for device_map in (None, {"": device}):
         loaded = auto.from_pretrained(tmp_path, device_map=device_map)
         assert type(loaded) is own
-        # Tables that are not saved, of rotary and sinusoidal positions, are part of what the outputs come from.
+        # The outputs depend on tables that are not saved, those of rotary and sinusoidal positions.
         torch.testing.assert_close(loaded(**inputs).to_tuple(), model(**inputs).to_tuple(), rtol=0, atol=0)
 
 
@@ -179,7 +179,7 @@ def test_generation_of_prompts_of_different_lengths(
     torch.testing.assert_close(actual.scores, expected.scores, rtol=1e-4, atol=1e-5)
     if "do_sample" in strategy:
         return
-    for row, text in enumerate(TEXTS):  # padding is as if it were not there
+    for row, text in enumerate(TEXTS):  # padding has no effect
         alone = model.generate(
             **tokenizer(text, return_tensors="pt", return_token_type_ids=False), **settings, **strategy
         )
@@ -195,7 +195,7 @@ def test_generation_from_sources_of_different_lengths(
     model = FastformerForSeq2SeqLM(config(**options)).eval()
     torch.nn.init.normal_(model.model.decoder.layers[0].feed_forward_norm.weight, 1.0, 0.5)
     settings = {"max_new_tokens": 10, "min_new_tokens": 10, "pad_token_id": 0, **NOT_COMPILED, **strategy}
-    tokenizer.padding_side = "right"  # learned positions count columns
+    tokenizer.padding_side = "right"  # learned positions count columns, padding included
     batch = tokenizer(TEXTS, return_tensors="pt", padding=True, return_token_type_ids=False)
     together = model.generate(**batch, **settings)
     assert len(set(map(tuple, together.tolist()))) > 1
@@ -251,7 +251,7 @@ def test_answers_lie_among_the_tokens_and_packed_equals_dense() -> None:
     assert torch.equal(output.start_logits[~real], torch.full_like(output.start_logits[~real], least))
     losses = []
     for logits, at in ((output.start_logits, positions["start_positions"]), (output.end_logits, [3, 1, 6])):
-        # An answer that lies in another stretch of a long context does not count.
+        # An answer in another part of a long context does not count.
         known = [row[mask].log_softmax(0)[i] for row, mask, i in zip(logits, real, at, strict=True) if i < 7]
         losses.append(-torch.stack(known).mean())
     torch.testing.assert_close(output.loss, torch.stack(losses).mean())

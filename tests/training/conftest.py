@@ -19,7 +19,7 @@ WORDS = ("cat", "dog", "bird", "fish", "eats", "sees", "likes", "rice", "bread",
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A command line that pretrains for seconds, with some twenty batches in an epoch."""
+    """Return a command line that pretrains for seconds, with about twenty batches in an epoch."""
     require("jsonargparse")
     folder, chosen = tmp_path_factory.mktemp("corpus"), random.Random(0)
     sentences = [" ".join(chosen.choices(WORDS, k=chosen.randint(3, 12))).capitalize() + "." for _ in range(800)]
@@ -36,7 +36,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of labelled files for each task."""
+    """Return a folder with labelled files for each task."""
     folder = tmp_path_factory.mktemp("labelled")
     for task, make in MAKERS.items():
         for split, count in (("train", 96), ("validation", 16), ("test", 12)):
@@ -49,7 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of a model to start from: ours, and a BERT of Hugging Face's, with the same tokenizer."""
+    """Return folders of models to start from: ours, and a BERT of Hugging Face's, with the same tokenizer."""
     texts = [
         text
         for task in ("classify", "tag")
@@ -73,7 +73,7 @@ def base(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 
 @pytest.fixture(autouse=True)
 def _no_process_group_stays() -> Iterator[None]:
-    """Lightning leaves the one that it has made, and tests that follow make their own."""
+    """Destroy the process group that Lightning has made, so that the following tests can make their own."""
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

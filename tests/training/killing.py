@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Kill(Callback):
-    """SIGKILL after optimizer step `step`, or half-way through writing the checkpoint of that step."""
+    """A callback that sends SIGKILL after optimizer step `step`, or in the middle of writing its checkpoint."""
 
     def __init__(self, step: int, while_writing: bool = False) -> None:
         self.step = step
@@ -27,7 +27,7 @@ class Kill(Callback):
 
 
 class Send(Callback):
-    """Sends this process a signal in the hook of a given name, once so many optimizer steps are done."""
+    """A callback that sends this process a signal in the hook of the given name, after `step` optimizer steps."""
 
     def __init__(self, number: int, hook: str, step: int = 0) -> None:
         self.number = number

@@ -1,4 +1,4 @@
-"""Runs of the command in processes of their own, quick to start: they are forked from one that has imported it."""
+"""Runs of the command in separate processes. They start quickly: they are forked from one that has imported it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _CONTEXT.set_forkserver_preload(
 
 
 def start(arguments: Sequence[str], ranks: int = 1, group: bool = False) -> list[BaseProcess]:
-    """The command line in `ranks` processes, which find each other as those of torchrun do.
+    """Start the command line in `ranks` processes, which find each other as those of torchrun do.
 
-    With `group`, each is the leader of a process group of its own.
+    With `group`, each process is the leader of its own process group.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -34,7 +34,7 @@ def start(arguments: Sequence[str], ranks: int = 1, group: bool = False) -> list
 
 
 def finish(processes: Sequence[BaseProcess], seconds: float = 120.0) -> None:
-    """Wait for all of them, and check that they ended well."""
+    """Wait for all processes, and check that they ended well."""
     for process in processes:
         process.join(seconds)
         if process.exitcode is None:
@@ -51,6 +51,6 @@ def _run(arguments: list[str], environment: dict[str, object], group: bool) -> N
     if group:
         os.setpgid(0, 0)
     os.environ.update({name: str(value) for name, value in environment.items()})
-    rank_zero_only.rank = int(os.environ.get("RANK", 0))  # read at import, which was before the fork
+    rank_zero_only.rank = int(os.environ.get("RANK", 0))  # it was set at import, before the fork
     torch.set_num_threads(1)
     raise SystemExit(cli.main(arguments))

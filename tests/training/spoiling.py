@@ -1,4 +1,4 @@
-"""A callback that makes losses or gradients no numbers, at steps that it is told."""
+"""A callback that spoils losses, gradients or weights at given steps."""
 
 import math
 from typing import Any
@@ -8,9 +8,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Spoil(Callback):
-    """Kind nan, inf: the loss of the steps, from 1; gradient: one of their gradients, infinite, the loss as it is.
+    """A callback that spoils the given steps, counted from 1.
 
-    Kind weights: those after the steps, finite, and too large to compute with.
+    Kind nan or inf: the loss has this value. Kind gradient: one gradient is infinite, and the loss is as it is.
+
+    Kind weights: after the steps, the weights are finite, but too large to compute with.
     """
 
     def __init__(self, kind: str, steps: list[int]) -> None:

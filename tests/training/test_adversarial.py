@@ -12,7 +12,7 @@ CU_SEQLENS = torch.tensor([0, 3, 5], dtype=torch.int32)
 
 
 class Quadratic(nn.Module):
-    """L = Σᵢ aᵢ ‖xᵢ‖² / 2 over the sequences i, so that ∇L = aᵢ xᵢ."""
+    """A model with the loss L = Σᵢ aᵢ ‖xᵢ‖² / 2 over the sequences i, so that ∇L = aᵢ xᵢ."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,10 @@ class Quadratic(nn.Module):
 
 
 def losses_by_hand(model: Quadratic, adversary: Adversary, parts: list[torch.Tensor]) -> tuple[float, float]:
-    """With the gradient aᵢ xᵢ each sequence moves along itself: ‖x‖ grows by the length of the move."""
+    """Return the losses without and with the adversary, computed by hand.
+
+    The gradient aᵢ xᵢ moves each sequence along itself: ‖x‖ grows by the length of the move.
+    """
     step = adversary.epsilon if adversary.method == "fgm" else adversary.steps * adversary.step_size
     norms = torch.stack([part.norm() for part in parts])
     moved = norms + min(step, adversary.epsilon)
@@ -84,7 +87,10 @@ def test_fgm_of_a_model_is_fgm_by_hand(frozen: bool) -> None:
 
 
 def test_the_sum_of_both_losses_has_the_gradient_of_both() -> None:
-    """The clean pass is walked through twice; what it keeps for that must not have been used up or changed."""
+    """The sum of both losses has the gradient of both.
+
+    The backward goes through the clean pass twice, so the first time must not use up or change what the pass keeps.
+    """
     torch.manual_seed(0)
     decoder = {"stack": "decoder", "norm_placement": "pre", "embedding_norm": False, "type_vocab_size": 0}
     model = FastformerForCausalLM(FastformerConfig(**SHAPE, **decoder, initializer_range=0.3)).eval()

@@ -1,7 +1,7 @@
 """Every command that reads data is given every kind of bad file: one line says which file, where, and what is wrong.
 
-The files are made here, from a good one: of any format, by its bytes; of each format, by its own rules; of records, by
-each field in turn.
+The tests make each bad file from a good one. They change its bytes, break the rules of its format, or spoil one field
+of a record.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Command(NamedTuple):
     """A command that reads records.
 
     Attributes:
-        arguments: before and behind the file's path, which is between.
-        row: a record that it accepts.
-        must_be_there: fields that it cannot do without.
-        anything: fields in which it accepts whatever there is.
-        suffixes: of files with records.
+        arguments: those before the file's path, and those behind it.
+        row: a record that the command accepts.
+        must_be_there: fields that a record must have.
+        anything: fields in which the command accepts any value.
+        suffixes: the suffixes of the files with records.
     """
 
     arguments: tuple[list[str], list[str]]
@@ -60,7 +60,7 @@ JUDGED: dict[str, dict[str, Any]] = {
 
 
 def commands() -> dict[str, Command]:
-    """By name; ``{folder}`` stands for a folder of the test's own."""
+    """Return the commands by name. ``{folder}`` stands for a folder that belongs to the test."""
     output, cached = ["--output", "{folder}/run"], ["--cache_dir", "{folder}/cache"]
     found = {
         "pretrain": Command(
@@ -98,7 +98,7 @@ LINE, ROW, WHOLE = r", line 2\b", r", row 2\b", ""
 
 
 def of_bytes(good: bytes) -> Iterator[Bad]:
-    """Of any format."""
+    """Yield bad files of any format."""
     yield "missing", lambda path: None, WHOLE
     yield "folder", lambda path: path.mkdir(), WHOLE
     yield "pipe", lambda path: os.mkfifo(path), WHOLE
@@ -145,7 +145,7 @@ def of_parquet(good: bytes) -> Iterator[Bad]:
 
 
 def of_fields(command: Command) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The record with one field as it must not be."""
+    """Yield each kind of bad record, which lacks one field or has a wrong value in it."""
     for name in command.must_be_there:
         yield f"no {name}", {key: value for key, value in command.row.items() if key != name}
         if name in command.anything:
@@ -164,8 +164,8 @@ def of_fields(command: Command) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 ACCEPTED = {
-    ("finetune classify", "label true"),  # a class as any other
-    ("pretrain", "text empty"),  # a document of nothing is left out
+    ("finetune classify", "label true"),  # "true" is a class like any other
+    ("pretrain", "text empty"),  # an empty document is left out
     ("generate", "prompt empty"),
     ("generate", "no suffix"),
 }
@@ -186,13 +186,13 @@ def good_bytes(folder: Path, row: dict[str, Any], suffix: str) -> bytes:
 
 
 def kinds(command: Command, suffix: str, folder: Path) -> Iterator[Bad]:
-    """All that can be wrong with a file of a command."""
+    """Yield all kinds of bad files for a command."""
     good = good_bytes(folder, command.row, suffix)
     yield from of_bytes(good)
     if suffix in PARQUET:
         yield from of_parquet(good)
         for kind, row in of_fields(command):
-            # A column has one type: the good row is left out where it has another.
+            # A column has one type. A row of another type than the good row is written without it.
             yield kind, lambda path, row=row: write_parquet(path, [row]), r"\brow 1\b|column"
         return
     if suffix in TABLES:
@@ -220,7 +220,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def finished_run(folder: Path, task: str) -> None:
-    """As far as `predict` looks before it reads the data."""
+    """Write the part of a finished run that `predict` looks at before it reads the data."""
     (folder / task / "model").mkdir(parents=True)
     (folder / task / "config.yaml").write_text(
         yaml.safe_dump({"task": task, "max_length": 128, "text": {}, "trainer": {}})
@@ -228,7 +228,7 @@ def finished_run(folder: Path, task: str) -> None:
 
 
 def refusal(command: Command, path: Path, folder: Path, capsys: pytest.CaptureFixture) -> str:
-    """What is said of a file."""
+    """Return the error line with which a command refuses a file."""
     before, behind = ([part.format(folder=folder) for part in side] for side in command.arguments)
     capsys.readouterr()
     status = cli.main([*before, str(path), *behind])
@@ -239,7 +239,7 @@ def refusal(command: Command, path: Path, folder: Path, capsys: pytest.CaptureFi
 
 
 def check(name: str, suffix: str, of_this: Iterator[Bad], folder: Path, capsys: pytest.CaptureFixture) -> None:
-    """Each bad file is refused in one line that names it, and the place in it."""
+    """Check that each bad file is refused in one line that names the file and the place in it."""
     for task in MAKERS:
         finished_run(folder, task)
     wrong = []
@@ -372,7 +372,7 @@ NOT_OF_LAYOUTS = {".txt": ("zeros",), ".md": ("zeros",), ".conll": ("no suffix",
 
 
 def test_folders(tmp_path: Path, capsys: pytest.CaptureFixture, no_training: None) -> None:
-    """What is in a folder is read or refused, never passed over."""
+    """Each file in a folder is read or refused, never passed over."""
     for kind, make in {
         "pipe": lambda path: os.mkfifo(path),
         "dangling link": lambda path: path.symlink_to("nowhere"),

@@ -109,7 +109,7 @@ def test_configurations_of_other_weights_are_refused(
 
 
 NUMBERS = ("-1", "0", "nan", "inf", "1e30", "100000000000000000000000", "1.5", "a")
-OPTIONS: dict[str, dict[str, str]] = {  # and which of the numbers each takes
+OPTIONS: dict[str, dict[str, str]] = {  # the numbers that each option accepts
     "generate": {
         "--max_new_tokens": "",
         "--top_k": "",

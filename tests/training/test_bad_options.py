@@ -1,4 +1,4 @@
-"""Options that mean nothing, files of options that are none, terminals that know little: one line each, status 2."""
+"""Bad options, files that hold no options, and simple terminals: each error is one line, with status 2."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def options(request: pytest.FixtureRequest, tiny_run: list[str], data: Path) -> 
 
 
 def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:
-    """The one line of error that a command line ends with, of status 2."""
+    """Return the one line of error with which a command line ends, with status 2."""
     try:
         status = cli.main(list(arguments))
     except SystemExit as exit:
@@ -115,7 +115,7 @@ ACCEPTED = {
     "1.5": "max_minutes privacy_epsilon learning_rate weight_decay eps alpha epsilon step_size weight max_grad_norm "
     "gradient_clip_val",
 }
-ACCEPTED["1e30"] = f"{ACCEPTED['1.5']} warmup_steps"  # which is found to be too many once the steps are known
+ACCEPTED["1e30"] = f"{ACCEPTED['1.5']} warmup_steps"  # too many warm-up steps are refused later
 ACCEPTED["100000000000000000000000"] = ACCEPTED["1e30"].replace("gradient_clip_val", "")
 NOT_OPTIONS = (" --> ", ".help", "plugins", "callbacks", "logger", "devices", "overrides", "class_weights", "betas")
 
@@ -124,7 +124,7 @@ NOT_OPTIONS = (" --> ", ".help", "plugins", "callbacks", "logger", "devices", "o
 def test_every_number_that_means_nothing(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all options that take numbers: each is refused by its name and value before anything else is done."""
+    """Every option that takes numbers refuses a bad number, by name and value, before anything else is done."""
     require("jsonargparse")
     from fastformer.commands import finetune, pretrain
 
@@ -147,7 +147,7 @@ def test_every_number_that_means_nothing(
         for number in BAD_NUMBERS:
             if option.rpartition(".")[2].removeprefix("--") in ACCEPTED.get(number, "").split():
                 continue
-            if option.endswith("num_workers"):  # said once the data is made
+            if option.endswith("num_workers"):  # refused only after the data is made
                 continue
             line = fails(capsys, *words, "--output", str(tmp_path / "run"), f"{option}={number}")
             assert f"error: {option} must be " in line and len(line) < 200, line
@@ -230,7 +230,7 @@ def test_a_file_that_has_no_options(
 def test_half_of_a_runs_options(
     share: float, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """A file that is cut may be YAML still, and what it lacks would be taken as usual."""
+    """A file of options that is cut is refused. It may still be YAML, and what it lacks would get its default."""
     output = tmp_path / "run"
     assert cli.main([*options, "--output", str(output)]) == 0
     resume = [*options[: 2 if options[0] == "finetune" else 1], "--resume", "--output", str(output)]
@@ -240,7 +240,7 @@ def test_half_of_a_runs_options(
     for content in {cut, cut[: cut.rfind(b"\n") + 1]}:
         (output / "config.yaml").write_bytes(content)
         assert str(output / "config.yaml") in fails(capsys, *resume)
-    # Written anew by other means it is as good.
+    # The same options written by another program are accepted.
     (output / "config.yaml").write_text(yaml.safe_dump(yaml.safe_load(whole), sort_keys=False))
     assert cli.main(resume) == 0
 
@@ -263,7 +263,7 @@ def test_a_terminal_that_knows_little(encoding: str, tiny_run: list[str], tmp_pa
 
 
 def test_foreign_text_acts_nowhere(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Classes, texts and the folder's own name, of what acts on terminals, in Markdown, HTML and formulas."""
+    """Classes, texts and the folder's name have no effect on terminals, Markdown, HTML and formulas."""
     require("jsonargparse")
     hostile = "\x1b[31m<script>alert(1)</script>|`[x](http://evil) $\\frac{ [red]"
     rows = [{"text": f"{hostile} {number}", "label": f"{hostile} {number % 2}"} for number in range(60)]

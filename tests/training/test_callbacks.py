@@ -1,4 +1,4 @@
-"""The callbacks of a run, around the smallest module that has what they need."""
+"""Tests of the callbacks of a run, with the smallest module that has what they need."""
 
 import io
 import random
@@ -30,7 +30,7 @@ TOKENS = 5
 
 
 class Module(LightningModule):
-    """Remembers what each training step draws; sleeps in validation."""
+    """A module that remembers what each training step draws, and sleeps in validation."""
 
     def __init__(self, validation_seconds: float = 0.0) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Module(LightningModule):
 
 
 class Disturbance(Callback):
-    """Draws random numbers between the steps."""
+    """A callback that draws random numbers between the steps."""
 
     def on_train_batch_end(self, *arguments: Any) -> None:
         random.random(), np.random.random(), torch.rand(3)
@@ -162,7 +162,7 @@ class Terminal(io.StringIO):
 
 
 def show_three_steps(progress: TrainingProgress, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three of four steps of ten seconds, then a validation."""
+    """Show three of four steps of ten seconds, then a validation."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     metrics = {"train/loss": torch.tensor(2.5), "val/loss": torch.tensor(3.0)}

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, checked before they are used."""
+"""Checkpoints are whole or absent, and are checked before they are used."""
 
 import errno
 import resource
@@ -64,7 +64,7 @@ def test_a_changed_weight_is_detected(checkpoint: Path, tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_any_changed_bit_is_detected(checkpoint: Path, place: float, bit: int) -> None:
-    """In the archive's directory too, of which it has no checksum of its own."""
+    """Any changed bit is detected, also in the archive's directory, which has no checksum of its own."""
     content = bytearray(checkpoint.read_bytes())
     content[int(place * len(content))] ^= 1 << bit
     changed = checkpoint.parent / "changed"
@@ -75,7 +75,7 @@ def test_any_changed_bit_is_detected(checkpoint: Path, place: float, bit: int) -
 
 
 def unsigned(path: Path) -> None:
-    """A checkpoint as they were before there was a checksum of the whole file."""
+    """Save a checkpoint in the old form, without a checksum of the whole file."""
     torch.save(CONTENT, path)
 
 
@@ -174,7 +174,7 @@ def test_the_one_before_is_taken_whatever_the_damage(damage: str, checkpoint: Pa
     with pytest.warns(UserWarning, match=r"step-0000009\.ckpt.* the one before it is tried") as warned:
         assert latest_checkpoint(tmp_path) == tmp_path / "step-0000007.ckpt"
     assert len(warned) == 1
-    # When training comes there again it saves, and takes nothing away but what it has written.
+    # When training reaches that step again it saves, and removes only what it has written.
     checkpoints = StepCheckpoint(tmp_path, every=1, keep=2)
     for step in (8, 9, 10):
         checkpoints.save(saving(step))
@@ -187,7 +187,7 @@ def test_the_one_before_is_taken_whatever_the_damage(damage: str, checkpoint: Pa
 
 
 def saving(step: int) -> Any:
-    """A trainer that has come to a step."""
+    """Return a trainer that has reached a step."""
     return SimpleNamespace(
         global_step=step,
         is_global_zero=True,
@@ -196,7 +196,7 @@ def saving(step: int) -> Any:
 
 
 def test_one_just_saved_is_never_taken_for_an_old_one(checkpoint: Path, tmp_path: Path) -> None:
-    """Two damaged ones of later steps count for nothing."""
+    """A checkpoint that was just saved is never removed as an old one. Two damaged ones of later steps do not count."""
     for step in (6, 9, 12):
         (tmp_path / f"step-{step:07d}.ckpt").write_bytes(checkpoint.read_bytes()[: 999 if step > 6 else None])
     StepCheckpoint(tmp_path, every=1, keep=2).save(saving(8))
@@ -249,14 +249,17 @@ def test_one_of_another_run_is_passed_over(tmp_path: Path) -> None:
         ) as warned:
             assert latest_checkpoint(tmp_path, lambda content: weights, "this") == older
         assert len(warned) == 1
-        assert latest_checkpoint(tmp_path, lambda content: weights) == newest  # of a run that has no name
+        assert latest_checkpoint(tmp_path, lambda content: weights) == newest  # the run has no name
 
 
 @pytest.mark.parametrize("name", ["pretrain", "classify"])
 def test_a_command_goes_on_from_its_own(
     name: str, tiny_run: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Beside the newest checkpoint of another run, with the same options but for the seed."""
+    """A command continues from its own checkpoint.
+
+    Another run, with the same options but another seed, has the newest one.
+    """
     resume = ["pretrain"] if name == "pretrain" else ["finetune", name]
     begin = tiny_run if name == "pretrain" else [*command(name, data, tmp_path), *scratch("--patience", "9")]
     for output, steps, seed in (("one", 4, 0), ("other", 8, 1)):

@@ -1,4 +1,7 @@
-"""Training steps as CUDA graphs, recorded on a CPU: the same weights as without, and errors where there are none."""
+"""Training steps recorded as CUDA graphs, here on a CPU, give the same weights.
+
+Where graphs are impossible, there is an error.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ TINY = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "in
 
 @pytest.fixture
 def recorders(monkeypatch: pytest.MonkeyPatch) -> list[FakeRecorder]:
-    """Those that runs have made: as on a GPU, each records its steps."""
+    """Return the recorders that runs make: as on a GPU, each records the steps of its run."""
     made: list[FakeRecorder] = []
 
     def recorder(device: torch.device) -> FakeRecorder:
@@ -39,7 +42,7 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[FakeRecorder]:
 
 
 class Changes(Callback):
-    """Freezes a weight, and puts another one elsewhere, in the middle of a run."""
+    """A callback that freezes a weight, and moves another one to other memory, in the middle of a run."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 6:
@@ -50,7 +53,7 @@ class Changes(Callback):
 
 @pytest.fixture(scope="module")
 def fit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[PretrainingModule, Throughput]]:
-    """Pretrains for a dozen steps, with dropout."""
+    """Return a function that pretrains for a dozen steps, with dropout."""
     folder = tmp_path_factory.mktemp("data")
     documents = [" ".join(f"Number {i} is {n} more than {i - n}." for n in range(1, 9)) for i in range(60)]
     (folder / "text.txt").write_text("\n\n".join(documents))
@@ -102,7 +105,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pretrai
     ],
 )
 def test_the_same_weights(objective: str, options: dict, fit: Callable, recorders: list[FakeRecorder]) -> None:
-    """Bit by bit, dropout too: what is recorded is what would run."""
+    """The weights are the same bit by bit, with dropout too: what is recorded is what would run."""
     with Seen():
         expected, _ = fit(objective, few_shapes=True, recorded=False, **options)
     found, _ = fit(objective, few_shapes=True, recorded=True, **options)
@@ -117,7 +120,7 @@ def test_the_same_weights(objective: str, options: dict, fit: Callable, recorder
 
 @pytest.mark.parametrize("objective", MODULES)
 def test_padding_counts_for_nothing(objective: str, fit: Callable) -> None:
-    """Losses and weights are those of batches without it, up to the order of sums; so are the tokens counted."""
+    """Losses, weights and the counted tokens are those of batches without padding, up to the order of sums."""
     (expected, plain), (found, padded) = (
         fit(objective, few_shapes, False, dropout=0.0) for few_shapes in (False, True)
     )
@@ -128,7 +131,7 @@ def test_padding_counts_for_nothing(objective: str, fit: Callable) -> None:
                 found.trainer.callback_metrics[name], expected.trainer.callback_metrics[name], rtol=1e-4, atol=1e-5
             )
     for (name, weight), other in zip(expected.named_parameters(), found.parameters(), strict=True):
-        # Adam divides gradients of next to nothing by their size.
+        # Adam divides even the smallest gradients by their size.
         assert (weight - other).abs().mean() < 2e-5, name
 
 
@@ -160,7 +163,7 @@ def test_finetuning(
 def test_where_there_are_none(
     data: Path, base: dict[str, Path], tmp_path: Path, tiny_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before anything is trained or measured."""
+    """Where CUDA graphs are impossible, the command is refused before anything is trained or measured."""
 
     def refused(arguments: list[str], message: str) -> None:
         capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Early stopping: when it stops, which weights it leaves, and that a resumed run stops where it would have."""
+"""Tests of early stopping: when it stops, which weights it leaves, and where a resumed run stops."""
 
 import contextlib
 import math
@@ -19,7 +19,7 @@ LOSSES = {2: 5.0, 4: 3.0, 6: 4.0, 8: 2.0, 10: 2.5, 12: 2.0, 14: 1.0}
 
 
 class Module(LightningModule):
-    """Its weight is the number of steps taken."""
+    """A module whose weight is the number of steps taken."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Module(LightningModule):
 
 
 class Halt(Callback):
-    """Ends the process's work on a run after a step, before the validation there."""
+    """A callback that ends a run after a step, before the validation of that step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -47,7 +47,7 @@ class Halt(Callback):
 
 
 class Validated(Callback):
-    """Notes the steps validated after."""
+    """A callback that notes the steps after which a validation ran."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -58,7 +58,7 @@ class Validated(Callback):
 
 
 class Loader(DataLoader):
-    """Goes on where the trainer stands, as our data modules' do."""
+    """A loader that continues where the trainer is, as the loaders of our data modules do."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -81,7 +81,7 @@ def fit(folder: Path, *callbacks: Callback) -> tuple[Module, Trainer]:
         val_check_interval=2,
     )
     loader = Loader([torch.zeros(1)] * 100)
-    with contextlib.suppress(SystemExit):  # Lightning's, after an interrupt
+    with contextlib.suppress(SystemExit):  # Lightning raises it after an interrupt
         trainer.fit(module, loader, loader, ckpt_path=latest_checkpoint(folder))
     return module, trainer
 
@@ -133,7 +133,10 @@ def test_lost_weights_of_the_best_are_looked_for_anew(damage: str, tmp_path: Pat
 
 
 def test_what_is_saved_is_never_between_optimizer_steps(tmp_path: Path) -> None:
-    """Validations after three batches each; optimizer steps after two."""
+    """No checkpoint lies between optimizer steps.
+
+    Here a validation comes after three batches, and an optimizer step after two.
+    """
     trainer = Trainer(
         accelerator="cpu",
         max_steps=6,

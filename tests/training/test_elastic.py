@@ -1,4 +1,4 @@
-"""What a checkpoint says to another number of devices, who starts processes, and what sharding refuses."""
+"""Tests of checkpoints for another number of devices, of who starts processes, and of what sharding refuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastformer.training.tensor_parallel import parallelize
 
 
 def checkpoint(world_size: int, total: int, current: int) -> dict:
-    """As Lightning writes it after a step: the last batch is not completed yet."""
+    """Return a checkpoint that Lightning writes after a step, when the last batch is not completed yet."""
     counts = {
         period: {"ready": ready, "started": ready, "processed": ready, "completed": ready - 1}
         for period, ready in (("total", total), ("current", current))

@@ -1,4 +1,4 @@
-"""``fastformer finetune`` and ``fastformer predict``: each task from files to a report, options, killed and resumed."""
+"""Tests of ``fastformer finetune`` and ``fastformer predict``: tasks, reports, options, killed and resumed runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The output folder of an uninterrupted run of each task."""
+    """Return the output folder of an uninterrupted run of each task."""
     folders = {}
     for task in MAKERS:
         folders[task] = tmp_path_factory.mktemp("runs") / task
@@ -264,7 +264,7 @@ def test_lora_saves_a_whole_model_or_the_adapter(
     arguments = ["--data", str(data / "classify" / "test.jsonl"), "--out", str(tmp_path / "out.jsonl")]
     assert cli.main(["predict", str(output), *arguments]) == 0
     assert lines(tmp_path / "out.jsonl") == lines(output / "predictions.jsonl")
-    # What was validated in training is what was saved.
+    # The saved model is the one that was validated in training.
     out = ["--data", str(data / "classify" / "validation.jsonl"), "--out", str(tmp_path / "validation.jsonl")]
     assert cli.main(["predict", str(output), *out]) == 0
     right = [line["prediction"] == line["reference"] for line in lines(tmp_path / "validation.jsonl")]
@@ -294,7 +294,7 @@ def test_starts_from_the_pretraining_run_where_there_is_one(
     (tmp_path / "runs" / "pretrain" / "model").symlink_to(base["ours"])
     assert cli.main([*command("classify", data, tmp_path / "output"), "--max_steps", "2"]) == 0
     assert metrics(tmp_path / "output")["started_from"] == "runs/pretrain/model"
-    for task in ("translate", "qa"):  # of another stack, and with positions that do not suit the task
+    for task in ("translate", "qa"):  # translate needs another stack, qa other positions
         assert cli.main([*command(task, data, tmp_path / task), *scratch("--max_steps", "2")]) == 0
         assert metrics(tmp_path / task)["started_from"] == "scratch, bert-tiny"
 
@@ -304,7 +304,7 @@ def test_numbers_are_learnt_by_regression(model: str, base: dict[str, Path], tmp
     draw = random.Random(0)
     for split, count in (("train", 96), ("test", 12)):
         scores = [draw.choice([0.0, 1.0, 2.0]) for _ in range(count)]
-        # Texts that differ, as equal ones stay together when a validation split is made.
+        # The texts differ, because equal texts stay together when a validation split is made.
         rows = [{"text": f"A {ANIMALS[int(score)]} of {n} years.", "score": score} for n, score in enumerate(scores)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     output = tmp_path / "output"
@@ -374,7 +374,7 @@ def test_bad_values_end_in_one_clear_line(
 
 @pytest.fixture(scope="module")
 def unfinished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run and the examples that it learns from."""
+    """Return a folder with an unfinished run and the examples from which it learns."""
     folder = tmp_path_factory.mktemp("unfinished")
     shutil.copytree(data / "classify", folder / "classify")
     assert cli.main([*command("classify", folder, folder / "run"), *scratch("--max_steps", "4")]) == 0
@@ -416,7 +416,7 @@ def test_other_data_is_not_gone_on_with(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert f"error: the run in {run} cannot be continued with other data: {split} examples" in line
     assert (run / "metrics.json").read_bytes() == before
-    assert cli.main([*resume, "--data", str(unfinished / "classify")]) == 0  # wherever they are
+    assert cli.main([*resume, "--data", str(unfinished / "classify")]) == 0  # in any folder
     assert metrics(run)["steps"] == 6
 
 
@@ -434,7 +434,7 @@ def test_a_run_from_before_there_were_fingerprints_goes_on(unfinished: Path, tmp
 
 @pytest.fixture(scope="session")
 def short(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """For each task a folder of a model that has 40 positions, ours, and some of Hugging Face's, by class."""
+    """Return for each task the folder of a model of 40 positions: ours, and some of Hugging Face's, by class."""
     folders = {}
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     bart = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
@@ -473,7 +473,7 @@ def short(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 def test_a_model_of_few_positions(
     kind: str, short: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Lengths by default become what the model has; those that were given are refused."""
+    """A default length becomes the model's number of positions. A given length that is larger is refused."""
     task = kind.split()[0]
     draw = random.Random(0)
     for split, count in (("train", 12), ("validation", 4), ("test", 4)):
@@ -497,7 +497,7 @@ def test_a_model_of_few_positions(
 
 
 def _long(task: str, draw: random.Random) -> dict[str, Any]:
-    """An example whose texts, but for prompts, have more than 128 tokens."""
+    """Return an example whose texts, except for prompts, have more than 128 tokens."""
     example = MAKERS[task](draw)
     tail = " ".join(draw.choice(ANIMALS) for _ in range(200))
     if task == "tag":

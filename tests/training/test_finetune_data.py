@@ -1,4 +1,4 @@
-"""What is wrong with the examples of a fine-tuning run is found before it trains, with the file and the line."""
+"""Faults in the examples of a fine-tuning run are found before it trains, with the file and the line."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_refused_before_training(
 def test_three_examples(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:
-    """They are refused before training or enough for all that follows it."""
+    """Few examples are refused before training, or are enough for all that follows it."""
     begun = []
     fit = Trainer.fit
     monkeypatch.setattr(Trainer, "fit", lambda *arguments, **named: (begun.append(1), fit(*arguments, **named)))
@@ -103,7 +103,10 @@ def test_three_examples(
 
 
 def test_hidden_labels_are_predicted(tmp_path: Path) -> None:
-    """-1 stands for them in GLUE's test examples from the library `datasets`."""
+    """Examples with hidden labels are predicted.
+
+    GLUE's test examples from the library `datasets` have -1 for a hidden label.
+    """
     hidden = [{**row, "label": -1} for row in rows("classify", 5, 2)]
     write(tmp_path / "classify", train=rows("classify", 40), validation=rows("classify", 8, 1), test=hidden)
     with pytest.warns(UserWarning, match="no test example has a known answer"):
@@ -117,7 +120,7 @@ def test_hidden_labels_are_predicted(tmp_path: Path) -> None:
 
 
 def test_classes_are_those_of_all_examples(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Of those that are drawn some classes may be missing; the others are judged all the same."""
+    """A run has the classes of all examples. The drawn examples may lack some; the others are judged all the same."""
     examples = [{"text": f"number {number}", "label": number % 12} for number in range(120)]
     write(tmp_path / "classify", train=examples, validation=examples[:24], test=examples[:24])
     few = scratch("--max_train_examples=3", "--max_steps=1")
@@ -135,7 +138,7 @@ SYSTEM_REFUSED = (
 
 
 def test_conversations(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
-    """One may begin with the assistant; what a template refuses is said."""
+    """A conversation may begin with the assistant. The error says what a template refuses."""
     first = {"messages": [{"role": role, "content": "red"} for role in ("assistant", "user", "assistant")]}
     splits = {"train": [*rows("generate", 40), first], "validation": rows("generate", 8, 1), "test": [first]}
     write(tmp_path / "generate", **splits)

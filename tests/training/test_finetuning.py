@@ -56,7 +56,7 @@ def config(**options: Any) -> FastformerConfig:
 
 
 def texts(seed: int) -> list[np.ndarray]:
-    """Random words from 4 on; the four below have a meaning in some tasks."""
+    """Return random words from 4 on. The four numbers below have a meaning in some tasks."""
     random = np.random.default_rng(seed)
     return [random.integers(4, WORDS, length) for length in LENGTHS]
 
@@ -80,7 +80,7 @@ def dense(tokens: list[np.ndarray]) -> dict[str, Any]:
 
 
 def classified(seed: int, form: Callable = pack) -> dict[str, Any]:
-    """The class says whether the first word is an even one."""
+    """Return a batch in which the class says whether the first word is even."""
     tokens = texts(seed)
     return {**form(tokens), "labels": torch.tensor([int(row[0] % 2) for row in tokens])}
 
@@ -92,7 +92,7 @@ def tagged(seed: int, form: Callable = pack) -> dict[str, Any]:
 
 
 def asked(seed: int) -> dict[str, Any]:
-    """The answer reaches from word 1 to word 2."""
+    """Return a batch in which the answer reaches from word 1 to word 2."""
     tokens = texts(seed)
     for row in tokens:
         row[-2:] = (1, 2)
@@ -101,14 +101,14 @@ def asked(seed: int) -> dict[str, Any]:
 
 
 def answered(seed: int) -> dict[str, Any]:
-    """Each word is followed by the next one; the loss is of the second half alone."""
+    """Return a batch in which each word is followed by the next one. Only the second half is in the loss."""
     tokens = [(4 + np.arange(row[0], row[0] + len(row)) % (WORDS - 4)) for row in texts(seed)]
     labels = [np.where(np.arange(len(row)) < len(row) // 2, -100, row) for row in tokens]
     return {**pack(tokens), "labels": torch.from_numpy(np.concatenate(labels))}
 
 
 def translated(seed: int) -> dict[str, Any]:
-    """The target is the source's first word, three times."""
+    """Return a batch in which the target is the source's first word, three times."""
     tokens = texts(seed)
     targets = [np.repeat(row[:1], 3) for row in tokens]
     given = [np.concatenate([[1], target[:-1]]) for target in targets]
@@ -116,7 +116,7 @@ def translated(seed: int) -> dict[str, Any]:
 
 
 def similar(seed: int, form: Callable = pack) -> dict[str, Any]:
-    """Two texts are alike that begin with the same word, which no other text of the batch does."""
+    """Return pairs of texts that begin with the same word. No other text of the batch begins with it."""
     random = np.random.default_rng(seed)
     anchors, positives = texts(seed), texts(seed + 1000)
     for anchor, positive, word in zip(anchors, positives, random.permutation(np.arange(4, WORDS)), strict=False):
@@ -125,7 +125,7 @@ def similar(seed: int, form: Callable = pack) -> dict[str, Any]:
 
 
 def fit(module: FineTuning, make: Callable[[int], Any], steps: int = 40, **options: Any) -> list[dict[str, float]]:
-    """The metrics of the held-out batches before and after."""
+    """Train the module, and return the metrics of the held-out batches before and after."""
     held_out = DataLoader([make(seed) for seed in range(1000, 1004)], batch_size=None)
     torch.manual_seed(0)
     trainer = Trainer(
@@ -319,7 +319,10 @@ def test_balanced_weights_make_classes_weigh_the_same() -> None:
 
 
 def test_outputs_of_all_ranks_are_in_the_order_of_the_examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks take batches in turn: each one's first, then each one's second."""
+    """The outputs of all ranks are in the order of the examples.
+
+    Ranks take batches in turn: the first one of each rank, then the second one of each.
+    """
     mine, other = [[0, 1], [4]], [[2, 3], [5]]
 
     def gather(ranks: list, outputs: list) -> None:

@@ -1,4 +1,7 @@
-"""Losses and weights that are no numbers: noticed, named, never saved; left out where that is asked for."""
+"""Losses and weights that are no numbers are noticed, named and never saved.
+
+They are left out where that is asked for.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def spoils(kind: str, *steps: int) -> list[str]:
 
 @pytest.fixture(params=["pretrain", "classify"])
 def options(request: pytest.FixtureRequest, tiny_run: list[str], data: Path) -> list[str]:
-    """A run of nine steps, saved after each second one."""
+    """Return the options of a run of nine steps, which saves after each second step."""
     common = ["--max_steps", "9", "--evaluate_every", "2", "--accumulate", "2"]
     if request.param == "pretrain":
         return [*tiny_run, *common]
@@ -50,7 +53,7 @@ def test_the_first_one_ends_training_with_the_checkpoint_before_it(
 def test_weights_that_are_not_finite_are_not_saved(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """A gradient may be infinite where the loss is not."""
+    """Weights that are not finite are not saved, also if the gradient was infinite and the loss was not."""
     output = tmp_path / "run"
     assert cli.main([*options, "--output", str(output), *spoils("gradient", 6)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -99,7 +102,7 @@ def test_one_after_another_is_an_error(options: list[str], tmp_path: Path, capsy
 def test_a_last_step_that_ruins_the_model_is_an_error(
     step: int, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Its weights are finite, and what they make of the held-out examples is not."""
+    """A last step that ruins the model is an error. Its weights are finite, but the held-out loss is not."""
     output = tmp_path / "run"
     ruins = ["--optimizer.learning_rate", "1e30"] if step == 1 else spoils("weights", step)
     assert cli.main([*options, "--max_steps", str(step), "--output", str(output), *ruins]) == 2
@@ -134,7 +137,10 @@ def test_a_run_that_left_most_or_its_last_steps_out_has_failed(
 
 
 def test_an_accelerator_is_not_waited_for_and_the_first_is_still_named(tmp_path: Path) -> None:
-    """Losses on the meta device would fail where their values are asked for."""
+    """Training does not wait for an accelerator, and the first bad loss is still named.
+
+    The value of a loss on the meta device cannot be read.
+    """
     watch = FiniteLosses(tmp_path)
     module = SimpleNamespace(trainer=SimpleNamespace(global_step=0))
     for module.trainer.global_step in range(3):
@@ -149,7 +155,7 @@ def test_an_accelerator_is_not_waited_for_and_the_first_is_still_named(tmp_path:
 
 
 class _OnAccelerator(torch.Tensor):
-    """A number whose device says it is another than the CPU."""
+    """A number whose device claims not to be the CPU."""
 
     @staticmethod
     def __new__(cls, value: float) -> Any:

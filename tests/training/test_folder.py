@@ -1,4 +1,4 @@
-"""The output folder: what a run may remove and what never, and that one process at a time writes it."""
+"""Tests of the output folder: what a run may remove, what it never removes, and that one process at a time writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(path: Path) -> RunFolder:
 
 @pytest.fixture
 def finished(tmp_path: Path) -> RunFolder:
-    """A folder with all that a run leaves."""
+    """Return a folder with all that a run leaves."""
     run = folder(tmp_path)
     with run.opened(resume=False, overwrite=False):
         run.begin()
@@ -292,7 +292,7 @@ def test_a_run_is_known_by_a_name_of_its_own(finished: RunFolder, tmp_path: Path
     assert known
     with pytest.raises(ValueError, match="no learning rate"), folder(tmp_path).opened(False, overwrite=True):
         raise ValueError("no learning rate")
-    assert finished.run == known  # it is not replaced
+    assert finished.run == known  # the run is not replaced
     with folder(tmp_path).opened(resume=True, overwrite=False):
         finished.claim_model(["weights"])
     assert finished.run == known

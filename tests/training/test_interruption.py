@@ -1,4 +1,7 @@
-"""Signals: they end a run with a checkpoint and the command that resumes it, which ends as a run left alone would."""
+"""A signal ends a run with a checkpoint and the command that resumes it.
+
+The resumed run ends as one left alone would.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ def callbacks(*each: dict[str, Any]) -> list[str]:
 
 @pytest.fixture(params=["pretrain", "classify"])
 def options(request: pytest.FixtureRequest, tiny_run: list[str], data: Path) -> list[str]:
-    """A run of nine steps, validated after each fourth; one that looks whether to stop early."""
+    """Return the options of a run of nine steps, validated after each fourth step.
+
+    The fine-tuning run also checks whether to stop early.
+    """
     if request.param == "pretrain":
         return [*tiny_run, "--max_steps", "9", "--evaluate_every", "4", "--accumulate", "2"]
     run = command("classify", data, Path("absent"))
@@ -48,7 +54,7 @@ def options(request: pytest.FixtureRequest, tiny_run: list[str], data: Path) -> 
 
 
 def resumed(message: str) -> list[str]:
-    """The arguments of the command that a line names."""
+    """Return the arguments of the command that a message names."""
     return message.split("Continue with: fastformer ")[1].split()
 
 
@@ -119,7 +125,7 @@ def test_after_the_last_step_all_is_saved(options: list[str], tmp_path: Path, ca
 def test_processes_that_prepare_batches_survive_the_signal(
     tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Ctrl-C is sent to all processes of a terminal."""
+    """Processes that prepare batches survive Ctrl-C, which reaches all processes of a terminal."""
     workers = ["--num_workers", "2", "--max_steps", "400", "--evaluate_every", "400", "--accumulate", "4"]
     (process,) = start([*tiny_run, *workers, "--output", str(tmp_path / "run")], group=True)
     wait_for(tmp_path / "run/config.yaml")
@@ -176,7 +182,7 @@ def test_a_run_whose_output_nobody_reads_goes_on(
 
 
 class _Sends:
-    """What sends a signal when it is destroyed, where exceptions are shown and lost."""
+    """An object that sends a signal when it is destroyed, where exceptions are only printed and then lost."""
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -31,7 +31,7 @@ def kill(step: int, while_writing: bool) -> list[str]:
 
 @pytest.fixture(params=[*PRETRAINING, *FINE_TUNING])
 def options(request: pytest.FixtureRequest, tiny_run: list[str], data: Path) -> list[str]:
-    """A run of eight steps with a checkpoint after each second one."""
+    """Return the options of a run of eight steps with a checkpoint after each second step."""
     common = ["--max_steps", "8", "--evaluate_every", "2", "--accumulate", "2", "--elastic"]
     if request.param in PRETRAINING:
         return [*tiny_run, "--objective", request.param, *common]

@@ -1,4 +1,4 @@
-"""LoRA: what is adapted, what is trained, what is saved."""
+"""Tests of LoRA: what is adapted, what is trained, and what is saved."""
 
 import json
 from collections.abc import Callable
@@ -83,7 +83,7 @@ Weights = dict[str, torch.Tensor]
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """As a fine-tuning run saves it, beside the model that it adapts."""
+    """Save an adapter as a fine-tuning run does, in a folder next to the model that it adapts."""
     torch.manual_seed(0)
     base, folder = tmp_path / "base", tmp_path / "adapter"
     tokenizer = train_tokenizer(["some words"], 300)

@@ -1,4 +1,4 @@
-"""The optimizer's groups and the schedule."""
+"""Tests of the optimizer's groups and of the schedule."""
 
 import re
 from itertools import pairwise
@@ -79,7 +79,10 @@ def bert() -> nn.Module:
 
 
 def test_layers_further_from_the_output_learn_slower() -> None:
-    """Howard and Ruder (2018): each layer's rate is that of the one above it times the decay."""
+    """Layers further from the output learn slower.
+
+    In Howard and Ruder (2018), a layer's rate is that of the layer above times the decay.
+    """
     module = bert()
     optimizer = adamw(module, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8, layer_decay=0.5)
     rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
@@ -111,7 +114,7 @@ def test_layer_decay_out_of_range_is_refused(decay: float) -> None:
 
 
 class Watched(TrainingModule):
-    """Notes before each batch whether there are gradients."""
+    """A module that notes before each batch whether there are gradients."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`fastformer predict`: which files it refuses to replace, and to read."""
+"""Tests of `fastformer predict`: which files it refuses to replace, and which to read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXAMPLES = '{"text": "some"}\n'
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """As far as `predict` looks before it reads the model."""
+    """Write the part of a run that `predict` looks at before it reads the model."""
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "config.json").write_text("{}")
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(OPTIONS, sort_keys=False))

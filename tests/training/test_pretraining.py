@@ -1,4 +1,4 @@
-"""The pretraining module on its own; whole runs are in test_cli.py."""
+"""Tests of the pretraining module on its own; whole runs are in test_cli.py."""
 
 import copy
 import math
@@ -107,7 +107,7 @@ def test_masked_metrics_by_hand() -> None:
 
 @pytest.mark.parametrize("next_sentence", [True, False])
 def test_loss_and_gradient_of_a_step_are_those_of_all_its_labels(next_sentence: bool, tmp_path: Path) -> None:
-    """Three batches with different numbers of masked tokens and of pairs, as if they were one."""
+    """Three batches with different numbers of masked tokens and pairs have the loss and gradient of one batch."""
     lengths = [3, 20, 7, 12, 30, 5] * 5
     documents = [". ".join(f"Number {n} of {i}" for n in range(length)) + "." for i, length in enumerate(lengths)]
     (tmp_path / "text.txt").write_text("\n\n".join(documents))
@@ -146,7 +146,7 @@ def test_loss_and_gradient_of_a_step_are_those_of_all_its_labels(next_sentence: 
 
 
 class Noticed(Callback):
-    """What a step began with, was given and came to."""
+    """A callback that notes the model before a step, and the step's batches and results."""
 
     def on_train_start(self, trainer: Trainer, pl_module: MaskedLanguageModeling) -> None:
         self.model = copy.deepcopy(pl_module.model)
@@ -173,7 +173,7 @@ def test_activation_checkpointing_changes_memory_alone(data: PretrainingDataModu
 
 
 class Rates(Callback):
-    """The learning rate of each optimizer step, as the optimizer has it."""
+    """A callback that notes the optimizer's learning rate at each optimizer step."""
 
     def __init__(self) -> None:
         self.found: list[float] = []
@@ -208,7 +208,7 @@ def test_the_learning_rate_of_every_step_of_a_run(schedule: str, data: Pretraini
 
 
 class StopAt(Callback):
-    """Ends a run early, as a kill does: the schedule is that of the whole run."""
+    """A callback that ends a run early, as a kill does. The schedule is that of the whole run."""
 
     def __init__(self, step: int) -> None:
         self.step = step

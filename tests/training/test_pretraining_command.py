@@ -1,4 +1,4 @@
-"""``fastformer pretrain`` for the objectives beside BERT's; BERT's own is in test_cli.py."""
+"""Tests of ``fastformer pretrain`` for objectives other than BERT's; BERT's own is in test_cli.py."""
 
 from __future__ import annotations
 
@@ -66,7 +66,10 @@ def test_compiled_run_has_the_same_losses(tiny_run: list[str], tmp_path: Path) -
 
 
 def test_saved_model_has_the_loss_that_was_reported(objective: str, output: Path, tiny_run: list[str]) -> None:
-    """Measured here from the folder alone, with logits of all tokens."""
+    """The saved model has the loss that was reported.
+
+    It is measured here from the folder alone, with logits of all tokens.
+    """
     given = dict(zip(tiny_run[1::2], tiny_run[2::2], strict=True))
     data = PretrainingDataModule(
         data=[given["--data"]],
@@ -82,7 +85,7 @@ def test_saved_model_has_the_loss_that_was_reported(objective: str, output: Path
     for batch in data.val_dataloader():
         labels = batch.pop("labels")
         logits = model(**batch).logits.detach()
-        if objective == "clm":  # a sequence's first label is ignored, so that moving across its end does no harm
+        if objective == "clm":  # a sequence's first label is ignored, so the shift may cross its end
             logits, labels = logits[:-1], labels[1:]
         losses.append(F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")[labels != -100])
     end = metrics(output)["end"]
@@ -126,7 +129,10 @@ def test_elastic_starts_a_run_and_goes_on_with_it(tiny_run: list[str], tmp_path:
 def test_epochs_take_as_many_steps_as_they_have(
     tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not the few that the objective trains for where nothing is said."""
+    """A run of given epochs takes as many steps as the epochs have.
+
+    The objective's default, fewer steps, does not count.
+    """
     monkeypatch.setattr(MaskedLanguageModeling, "default_steps", 2)
     for options, enough in (([], False), (["--epochs", "1"], True)):
         output = tmp_path / f"output{len(options)}"
@@ -168,7 +174,7 @@ def test_what_does_not_go_together_is_refused(
     arguments: tuple[str, ...], message: str | None, tiny_run: list[str], capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     output = tmp_path / "output"
-    if message is None:  # with a run to continue
+    if message is None:  # there is a run to continue
         output.mkdir()
         (output / "config.yaml").write_text("max_steps: 1\n")
         message = "give --resume or --overwrite, not both"

@@ -1,4 +1,4 @@
-"""Differential privacy: the mechanism is DP-SGD's, the noise reaches the budget, the batches are Poisson's."""
+"""Tests of differential privacy: the mechanism is DP-SGD's, the noise reaches the budget, the batches are Poisson's."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def test_each_gradient_is_clipped_and_the_sum_divided() -> None:
     model = nn.Linear(3, 1)
     rows = torch.tensor([[0.1, 0.2, 0.2], [30.0, 40.0, 0.0]])
     weight, bias = gradients(model, rows, Privacy(1.0, max_grad_norm=1.2, batch_size=4), noise=0.0)
-    # The gradient of a row is (row, 1): of norms 1.044 and 50.01, so only the second is clipped, to 1.2.
+    # The gradient of a row is (row, 1). The norms are 1.044 and 50.01, so only the second is clipped, to 1.2.
     factors = (1.0, 1.2 / (30**2 + 40**2 + 1) ** 0.5)
     expected = sum(factor * row for factor, row in zip(factors, rows, strict=True)) / 4
     torch.testing.assert_close(weight, expected.unsqueeze(0), rtol=1e-5, atol=1e-7)
@@ -41,7 +41,10 @@ def test_each_gradient_is_clipped_and_the_sum_divided() -> None:
 
 @pytest.mark.parametrize("rows", [0, 3])
 def test_noise_has_the_standard_deviation_of_the_theory(rows: int) -> None:
-    """With zero gradients what is left is noise: noise_multiplier · max_grad_norm / batch_size; an empty batch too."""
+    """With zero gradients, and with an empty batch, only noise is left.
+
+    Its deviation is noise_multiplier · max_grad_norm / batch_size.
+    """
     torch.manual_seed(0)
     model = nn.Linear(20_000, 1, bias=False)
     (noise,) = gradients(model, torch.zeros(rows, 20_000), Privacy(1.0, max_grad_norm=0.5, batch_size=8), noise=3.0)

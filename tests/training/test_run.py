@@ -1,4 +1,4 @@
-"""What all commands that train do alike."""
+"""Tests of what all commands that train do in the same way."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Several processes train as one does, and a run goes on with another number of them, or with another strategy."""
+"""Several processes train as one does. A run continues with another number of processes, or with another strategy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TWO = {name: ("--devices", "2", "--strategy", name, "--accumulate", "1") for nam
 TENSOR_PARALLEL = ("--devices", "2", "--strategy", "fsdp2", "--tensor_parallel", "2", "--accumulate", "2")
 KILL = ("--trainer.callbacks", '[{"class_path": "training.killing.Kill", "init_args": {"step": 5}}]')
 
-# Of each fine-tuning run the task, what it starts from, and its options.
+# The task of each fine-tuning run, the model that it starts from, and its options.
 FINE_TUNING: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "classify": ("classify", "scratch", ("--class_weights", "balanced", "--optimizer.layer_decay", "0.8")),
     "qa": ("qa", "scratch", ()),
@@ -35,10 +35,10 @@ Options = Callable[[str], list[str]]
 
 @pytest.fixture(scope="module")
 def options(tiny_run: list[str], data: Path, base: dict[str, Path]) -> Options:
-    """The command line of a run by name.
+    """Return a function that gives the command line of a run by name.
 
-    Without dropout, whose draws depend on the rank; with such an addend to Adam's denominator that steps are not the
-    same whatever the scale of the gradients.
+    The runs have no dropout, because its draws depend on the rank. A large addend to Adam's denominator makes the steps
+    depend on the scale of the gradients.
     """
 
     def of(name: str) -> list[str]:
@@ -56,7 +56,7 @@ def options(tiny_run: list[str], data: Path, base: dict[str, Path]) -> Options:
 
 @pytest.fixture(scope="module")
 def one(options: Options, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """What one process leaves of a run."""
+    """Return a function that gives the output folder of a run in one process."""
     folders: dict[str, Path] = {}
 
     def of(name: str) -> Path:
@@ -70,7 +70,7 @@ def one(options: Options, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 def curve(output: Path) -> list[float]:
-    """The loss of each optimizer step, of resumed ones the later."""
+    """Return the loss of each optimizer step. If a resumed run repeats a step, the later loss counts."""
     losses: dict[int, float] = {}
     for version in sorted(output.glob("logs/csv/*")):
         with (version / "metrics.csv").open() as file:
@@ -83,14 +83,14 @@ def metrics(output: Path) -> dict[str, Any]:
 
 
 def predictions(output: Path) -> list[Any]:
-    """In order; none of a pretraining run."""
+    """Return the predictions in order, or an empty list for a pretraining run."""
     if not (output / "predictions.jsonl").exists():
         return []
     return [json.loads(line).get("prediction") for line in (output / "predictions.jsonl").read_text().splitlines()]
 
 
 def assert_same_run(output: Path, one: Path) -> None:
-    """Up to the rounding of sums in another order."""
+    """Check that two runs are the same, up to the rounding of sums in another order."""
     assert curve(output) == pytest.approx(curve(one), rel=1e-5)
     found, expected = metrics(output), metrics(one)
     assert found["end"] == pytest.approx(expected["end"], rel=1e-5)
@@ -121,7 +121,7 @@ def test_tensor_parallel_processes_have_the_loss_curve_of_one(objective: str, op
     ranks, more = 2, TENSOR_PARALLEL
     if objective == "denoising":
         started += ["--activation_checkpointing"]
-    if objective == "mlm":  # two pairs
+    if objective == "mlm":  # two pairs of processes
         ranks, more = 4, (*TENSOR_PARALLEL, "--devices", "4", "--accumulate", "1")
     finish(start([*started, *more, "--output", str(tmp_path / "parallel")], ranks=ranks))
     assert_same_run(tmp_path / "parallel", tmp_path / "one")
@@ -129,7 +129,10 @@ def test_tensor_parallel_processes_have_the_loss_curve_of_one(objective: str, op
 
 @pytest.mark.parametrize("strategy", TWO)
 def test_processes_stop_together_with_the_best_weights(strategy: str, options: Options, tmp_path: Path) -> None:
-    """So little is learnt that the accuracy stays as it is after the first step."""
+    """Processes stop together with the best weights.
+
+    With a small learning rate, the accuracy does not change after the first step.
+    """
     stopping = ("--patience", "1", "--monitor", "accuracy", "--optimizer.learning_rate=1e-3", "--evaluate_every", "1")
     started = [*options("classify"), *stopping]
     finish(start([*started, *ONE, "--output", str(tmp_path / "one")]))

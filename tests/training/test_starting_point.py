@@ -1,4 +1,4 @@
-"""What fine-tuning starts from keeps what was pretrained, has the task's head, and says what is new."""
+"""The model from which fine-tuning starts keeps what was pretrained, has the task's head, and says what is new."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_our_pretrained_weights_are_kept_and_the_head_is_new(
     assert start.new_layers == new
     weights = start.model.state_dict()
     types = "model.embeddings.token_type.weight"
-    if task == "qa":  # words that question and context share begin as those of the context
+    if task == "qa":  # the type of matching words begins as the context's type
         assert torch.equal(weights[types][2], weights[types][1])
         weights[types] = weights[types][:2]
     assert all(
@@ -108,7 +108,7 @@ def test_from_scratch_takes_vocabulary_and_special_tokens_from_the_tokenizer(tas
     assert start.new_layers is None
     assert (config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id) == (6, 0, 1, 2)
     assert (config.max_position_embeddings, config.num_hidden_layers) == (32, 1)
-    # Of what writes drawn for the width, unless another deviation is given.
+    # Weights of models that generate are drawn for the width, unless another deviation is given.
     weights = next(weight for name, weight in start.model.named_parameters() if name.endswith("qkv.weight"))
     assert weights.std().item() == pytest.approx(0.02 if task == "embed" else 128**-0.5, rel=0.05)
     other = from_scratch("bert-tiny", task, tokenizer, max_length=32, initializer_range=0.5)

@@ -1,4 +1,4 @@
-"""The LightningModule of docs/training.md: with our attention a Hugging Face BERT takes the steps of its own."""
+"""The LightningModule of docs/training.md trains a Hugging Face BERT with our attention as with BERT's own."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ SHAPE = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 
 
 def text_classifier() -> type[LightningModule]:
-    """The class as docs/training.md has it."""
+    """Return the class that docs/training.md shows."""
     source = re.search(r"^class TextClassifier.*?(?=\n\n\n)", TRAINING, flags=re.DOTALL | re.MULTILINE)
     namespace: dict[str, Any] = {"LightningModule": LightningModule, "torch": torch}
     exec(source[0], namespace)
@@ -42,14 +42,14 @@ def trained(attention: str) -> dict[str, torch.Tensor]:
     before = model.classifier.weight.detach().clone()
     trainer.fit(text_classifier()(model), DataLoader(rows, batch_size=4))
     assert trainer.global_step == 8
-    assert 1e-5 < (model.classifier.weight - before).abs().max() < 1e-4  # Adam's steps are of the learning rate's size
+    assert 1e-5 < (model.classifier.weight - before).abs().max() < 1e-4  # Adam's steps have the learning rate's size
     return model.state_dict()
 
 
 def test_our_attention_takes_the_steps_of_berts_own() -> None:
     ours, own = trained("fastformer"), trained("eager")
-    # Adam's first steps are of the learning rate's size whatever the gradient's, so where a gradient is about zero
-    # (a key's bias has none) its sign is rounding's: eight steps of 1e-5 either way.
+    # Adam's first steps have the size of the learning rate, whatever the size of the gradient. If a gradient is about
+    # zero, as that of a key's bias is, rounding decides its sign: eight steps of 1e-5 in either direction.
     for name, weight in own.items():
         if "key.bias" in name:
             continue

@@ -1,4 +1,4 @@
-"""What files may have a command do: nothing but what is theirs to say. No class of anybody's, no code, no question."""
+"""Files can make a command do only what they are for: no class of others, no code, and no question to the user."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FOREIGN: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Made if the module `evil` is imported."""
+    """Return the path of a file that exists once the module `evil` has been imported."""
     require("jsonargparse")
     ran = tmp_path / "ran"
     (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nfrom lightning.pytorch import Callback\n")
@@ -55,7 +55,7 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:
-    """The one line of error that a command line ends with, of status 2."""
+    """Return the one line of error with which a command line ends, with status 2."""
     try:
         status = cli.main(list(arguments))
     except SystemExit as exit:
@@ -66,7 +66,7 @@ def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:
 
 
 def test_what_is_named_of_ours_exists() -> None:
-    # A name that is not there is refused for that reason, and the tests below would show nothing.
+    # A name that does not exist would be refused for that reason, and the tests below would show nothing.
     names = re.findall(r"fastformer\.[\w.]+", json.dumps([FOREIGN, WRITERS]))
     assert len(names) == 3
     assert all(pydoc.locate(name) for name in names)
@@ -86,7 +86,7 @@ def test_a_file_of_options_runs_no_code(
     assert not (tmp_path / "run").exists()
 
 
-# Classes of Lightning's and ours that write where they are told, or call what they are told.
+# Classes of Lightning and of ours that write where they are told to, or call what they are told to.
 WRITERS: dict[str, dict[str, Any]] = {
     "ours": {
         "callbacks": [
@@ -134,7 +134,7 @@ def test_what_writes_elsewhere_needs_trust(
         ((name, value),) = json.loads(text).items()
         arguments += [f"--trainer.{name}={json.dumps(value)}"]
     line = fails(capsys, *arguments)
-    # (A profiler may be a text too, which a refused class then is taken for.)
+    # (A profiler may also be a text, so a refused class is taken for a wrong text.)
     assert "give --trust" in line or (kind == "a profiler" and "can only be one of" in line)
     assert [path.name for path in victim.iterdir()] == ["thesis"]
     assert [path.name for path in output.glob("*")] == (["config.yaml"] if way == "--resume" else [])
@@ -189,7 +189,7 @@ def test_a_run_that_is_resumed_runs_no_code(
     capsys.readouterr()
     assert "evil.Callback" in fails(capsys, "pretrain", "--resume", "--output", str(output))
     assert not evil.exists()
-    # What the command line replaces is not looked at, and what it names is the user's own word.
+    # Options that the command line replaces are not checked, and what the command line names is the user's own choice.
     assert cli.main(["pretrain", "--resume", "--output", str(output), "--trainer.callbacks", "null"]) == 0
     assert not evil.exists()
     named = json.dumps([{"class_path": "evil.Callback"}])
@@ -206,7 +206,7 @@ def test_a_run_that_is_resumed_runs_no_code(
 
 @pytest.fixture
 def coded(evil: Path, tmp_path: Path) -> Path:
-    """A model's folder with code of its own."""
+    """Return the folder of a model that has its own code."""
     folder = tmp_path / "model"
     folder.mkdir()
     names = {"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.Tokenizer", None], "AutoModel": "evil.Model"}
@@ -257,7 +257,7 @@ def test_a_models_own_code_is_neither_run_nor_asked_about(
 
 
 def test_every_auto_class_is_told_to_trust_no_code() -> None:
-    """Without being told it asks, where a folder has code."""
+    """Every auto class is told to trust no code. Otherwise it asks the user if a folder has code."""
     untold = []
     for path in Path(fastformer.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""Training asks nothing back of its device, which a GPU would make it wait for: meta tensors have no values to give."""
+"""Training reads nothing back from its device, for which it would have to wait: meta tensors have no values to read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def on_meta(batch: Any) -> Any:
 
 @pytest.fixture(params=MODULES)
 def fitted(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
-    """A trainer after two steps; `logged` are the values that its module logged."""
+    """Return a trainer after two steps. Its `logged` holds the values that its module logged."""
     text = "\n\n".join(" ".join(f"Number {i} is {n} more than {i - n}." for n in range(1, 9)) for i in range(30))
     (tmp_path / "text.txt").write_text(text)
     data = PretrainingDataModule(
@@ -61,7 +61,7 @@ def fitted(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_each_step_logs_is_a_tensor(fitted: Trainer) -> None:
-    """Lightning copies a number to the device, and waits for it."""
+    """Each step logs tensors only: Lightning copies a number to the device, and waits for it."""
     of_steps = {name: value for name, value in fitted.logged.items() if name.startswith("train/")}
     assert {"train/loss", "train/learning_rate", "train/peak_memory", "train/tokens_per_second"} <= set(of_steps)
     assert [name for name, value in of_steps.items() if not isinstance(value, torch.Tensor)] == []

@@ -87,7 +87,7 @@ class Killed(BaseException):
 
 
 def test_building_goes_on_wherever_it_stopped(tmp_path, texts, tokenizer, monkeypatch):
-    """A build that is killed again and again, at a write to the disk, continues there. Nothing is tokenized twice."""
+    """A build that is killed again and again at a write to the disk continues. No finished part is tokenized twice."""
     whole = build(tmp_path / "whole", texts, tokenizer)
     expected = contents(whole.path)
     replace, encoded = os.replace, []

@@ -168,7 +168,8 @@ def test_boundaries_and_padding_hold_together(padding: str) -> None:
     model, batch = MODELS["BERT"].build(), MODELS["BERT"].batch(padding)
     sequence = torch.tensor([0] * 4 + [1] * 10 + [2] * 13).view(3, TOKENS)
     allowed = (sequence[:, :, None] == sequence[:, None]) & batch["attention_mask"][:, None].bool()
-    allowed |= torch.eye(TOKENS, dtype=torch.bool)  # else eager padding sees all
+    # Each padding token sees itself. If it saw nothing, it would see everything in eager attention.
+    allowed |= torch.eye(TOKENS, dtype=torch.bool)
     additive = torch.zeros(3, 1, TOKENS, TOKENS).masked_fill(~allowed[:, None], torch.finfo(torch.float32).min)
     expected = model(**{**batch, "attention_mask": additive})
     model.set_attn_implementation("fastformer")

@@ -1,4 +1,4 @@
-"""Fine-tuning batches: nothing is left out or repeated, ranks share them, and an epoch goes on where it was left."""
+"""Fine-tuning batches leave out and repeat nothing, ranks share them, and an epoch continues where it was left."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def data(
 
 
 def rows(features: list[Any]) -> dict[str, Any]:
-    """A batch."""
+    """Return a batch of the given features."""
     return {"rows": features}
 
 
@@ -45,7 +45,7 @@ def numbers(batches: Any) -> list[list[int]]:
 
 
 def in_turn(shares: list[list[Any]]) -> list[Any]:
-    """Of each rank its first, then of each its second, and so on."""
+    """Return the batches of all ranks in turn: the first of each rank, then the second of each rank, and so on."""
     return [batch for of_all in zip(*shares, strict=True) for batch in of_all]
 
 
@@ -98,7 +98,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches() -> None:
 
 @pytest.mark.parametrize(("rank", "world_size", "accumulate"), [(0, 1, 6), (1, 2, 3), (2, 3, 2)])
 def test_an_epoch_is_of_whole_steps_whatever_they_are_made_of(rank: int, world_size: int, accumulate: int) -> None:
-    """Of the same ones: six batches each."""
+    """A step always has the same six batches, for any number of ranks and of accumulated batches."""
     size = len(data().train_dataloader())
     assert size % 6
     following = numbers(data(done=(size, 0)).train_dataloader())
@@ -131,7 +131,10 @@ def test_too_long_features_and_empty_data_are_refused() -> None:
 
 @pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
 def test_batches_lie_in_pinned_memory_if_they_go_to_a_gpu(device: str, pinned: bool) -> None:
-    """And only then: pinning makes a CUDA context, also in a run on the CPU of a machine with a GPU."""
+    """Batches lie in pinned memory only if they go to a GPU.
+
+    Pinning makes a CUDA context, even in a run on the CPU of a machine with a GPU.
+    """
     made = data()
     made.trainer.strategy.root_device = torch.device(device)
     assert made.load(FEATURES, [[0]], rows).pin_memory is pinned

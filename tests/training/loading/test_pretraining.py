@@ -1,4 +1,4 @@
-"""The data module under Lightning's own trainer: what reaches the model, and that a resumed run gets the same."""
+"""Tests of the data module under Lightning's own trainer: what reaches the model, and what a resumed run gets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def text(documents, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def make(text, tmp_path_factory):
-    """Makes a small data module; arguments given replace the small ones."""
+    """Return a function that makes a small data module. Given arguments replace the small ones."""
     cache = str(tmp_path_factory.mktemp("cache"))
 
     def data_module(**arguments) -> PretrainingDataModule:
@@ -50,7 +50,10 @@ def make(text, tmp_path_factory):
 
 
 def fingerprint(batch) -> str:
-    """Of a batch itself: resumed within an optimizer step, it shares what is left of the step."""
+    """Return a hash of a batch without its label counts.
+
+    A batch of a run that is resumed within an optimizer step counts only the rest of the step.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(batch.items()):
         if name == "label_counts":
@@ -60,7 +63,7 @@ def fingerprint(batch) -> str:
 
 
 class Recorder(pl.LightningModule):
-    """Records every batch it is trained on and validated with."""
+    """A model that records every batch it is trained on and validated with."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         super().__init__()
@@ -83,7 +86,7 @@ class Recorder(pl.LightningModule):
 
 
 class SaveAt(pl.Callback):
-    """Writes a checkpoint named after the number of batches seen, whenever the hook is called."""
+    """A callback that writes a checkpoint whenever the hook is called. The name is the number of batches seen."""
 
     def __init__(self, folder: Path, hook: str) -> None:
         self.folder = folder
@@ -168,7 +171,7 @@ def test_arguments_reach_the_batches(make, arguments):
     if arguments == {"mask_probability": 0.3}:
         batch = next(iter(other.train_dataloader()))
         special = 3 * len(batch["next_sentence_label"])
-        # Rounding moves the number of masked tokens by less than one a sequence.
+        # Rounding changes the number of masked tokens by less than one in each sequence.
         assert abs(len(batch["masked_positions"]) - 0.3 * (len(batch["input_ids"]) - special)) < special / 3
 
 
@@ -218,7 +221,7 @@ def test_ranks_share_the_batches(make, world_size):
     assert len({len(loader) for loader in loaders}) == 1
     in_turn = [fingerprint(batch) for step in zip(*loaders, strict=True) for batch in step]
     alone = [fingerprint(batch) for batch in whole.train_dataloader()]
-    assert in_turn[: len(alone)] == alone  # the last step goes on with the next pass
+    assert in_turn[: len(alone)] == alone  # the last step continues with the next pass
     assert len(alone) <= len(in_turn) < len(alone) + world_size
     loaders = [part.val_dataloader() for part in parts]
     assert len({len(loader) for loader in loaders}) == 1
@@ -276,7 +279,7 @@ def test_a_resumed_run_continues_as_if_never_interrupted(make, tmp_path, hook, l
 
 @pytest.mark.parametrize("fail_at", [3, 9])
 def test_a_killed_run_with_workers_continues(make, tmp_path, fail_at):
-    """The workers had prepared batches ahead of the one at which it was killed; those do not count."""
+    """A killed run with workers continues at its batch. Batches that the workers had prepared ahead do not count."""
     arguments = {"max_epochs": 3, "accumulate_grad_batches": 2}
     uninterrupted = fit(make(), **arguments)
     checkpoint = tmp_path / "killed.ckpt"
@@ -295,7 +298,10 @@ def test_a_killed_run_with_workers_continues(make, tmp_path, fail_at):
 @pytest.mark.parametrize("objective", ["mlm", "clm", "span-corruption", "denoising"])
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2), (2, 4)])
 def test_another_number_of_ranks_goes_on_where_the_others_stopped(make, objective, before, after):
-    """Ranks are simulated: each asks for its batches after so many steps of all of them."""
+    """Another number of ranks continues where the earlier ranks stopped.
+
+    The ranks are simulated: each asks for its batches after a number of steps of all ranks.
+    """
 
     def run(world_size, steps, state, done) -> tuple[list[str], dict]:
         ranks = []

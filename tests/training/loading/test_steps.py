@@ -1,4 +1,4 @@
-"""Each batch knows its labels and those of its optimizer step."""
+"""Each batch knows the number of its labels and of those of its optimizer step."""
 
 import pytest
 import torch
