@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from itertools import chain
@@ -106,6 +107,27 @@ def room(name: str) -> str:
 @pytest.mark.quick
 def test_every_room_has_a_floor() -> None:
     assert {room(name) for name in SOURCES} == set(chain.from_iterable(FLOORS))
+
+
+@pytest.mark.quick
+def test_the_page_has_the_same_floors() -> None:
+    page, _, _ = (ROOT / "docs/architecture.md").read_text().partition("### The anatomy")
+    rows = re.findall(r"^\| (?:\d+|tools|ground) \| (.*?) \|", page, flags=re.MULTILINE)
+    files = {
+        "cli.py": "cli",
+        "fastformer/__init__.py": "fastformer",
+        "kernels/fastformer_kernels/": "fastformer_kernels",
+    }
+    names = ([files.get(name, name.rstrip("/")) for name in re.findall(r"`([^`]+)`", row)] for row in rows)
+    shown = [{"tools" if name.removesuffix(".py") in TOOLS else name for name in floor} for floor in names]
+    assert shown == FLOORS[::-1]
+
+
+@pytest.mark.quick
+def test_the_page_names_the_rooms_that_know_kernels() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    (sentence,) = re.findall(r"Only eight rooms import kernels: (.*?)\. ", page, flags=re.DOTALL)
+    assert {*re.findall(r"`(\w+)/`", sentence), "fastformer_kernels"} == KNOW_KERNELS
 
 
 @pytest.mark.quick

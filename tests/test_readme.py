@@ -7,11 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 
 import fastformer
+from fastformer import cli
 from fastformer.benchmarking.studies import sentiment
 
 pytestmark = pytest.mark.cpu
@@ -109,6 +111,7 @@ COMMANDS = [
     if block.strip() not in (MAIN_JOB, TESTS, INSTALL, MUTATION)
     for line in block.replace("\\\n", " ").strip().splitlines()
 ]
+INFERENCE = [command for command in COMMANDS if "runs/clm" in command or "predictions.jsonl" in command]
 SENTIMENT = [command for command in COMMANDS if "sentiment" in command]
 CONVERT = [command for command in COMMANDS if "runs/bert" in command or "converted/bert" in command]
 
@@ -134,7 +137,37 @@ def test_sentiment_commands(trained: Path) -> None:
         assert (trained / "runs/sentiment" / name / "report.md").exists()
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line not in (*CONVERT, *SENTIMENT)])
+def test_inference_commands(trained: Path) -> None:
+    assert [command.split()[1] for command in INFERENCE] == ["pretrain", "generate", "predict", "evaluate"]
+    run_command(["finetune", "classify", *SMALLEST["finetune"], "--output", "runs/classify"], trained)
+    run_command(["data", "export", "python-classes", "--out", "all.jsonl"], trained)
+    first, *_ = (trained / "all.jsonl").read_text().splitlines()
+    (trained / "new.jsonl").write_text(first + "\n")
+    for command in INFERENCE:
+        arguments = shlex.split(command)[1:]
+        run_command([*arguments, "--max_steps", "2"] if arguments[0] == "pretrain" else arguments, trained)
+
+
+# Commands with options that are shown within a line, in a recipe for two machines, or in a Dockerfile.
+SHOWN = [
+    command
+    for page in PAGES
+    for command in re.findall(r"(?:^|`)[^`\n]*?fastformer(?:\.cli)? ([^`\n]* --[^`\n]+)", page, flags=re.MULTILINE)
+    if command.split()[0] in cli.COMMANDS
+]
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(SHOWN))
+def test_options_of_a_command_that_is_shown_exist(command: str, capsys: pytest.CaptureFixture) -> None:
+    words = [*takewhile(str.islower, re.sub(r"runs/\S+", "", command.partition(" --")[0]).split())]
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--help"])
+    known = {*re.findall(r"--[\w.]+", capsys.readouterr().out)}
+    options = re.findall(r" (--[\w.]+)", command)
+    assert [option for option in options if option not in known and not option.startswith("--overrides.")] == []
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line not in (*CONVERT, *SENTIMENT, *INFERENCE)])
 def test_command(command: str, tmp_path: Path, trained: Path) -> None:
     if command in (ROOT / ".ci/run").read_text().splitlines():
         return  # it runs there and takes minutes
