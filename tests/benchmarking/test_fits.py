@@ -40,9 +40,9 @@ def test_what_falls_with_size_gets_no_negative_cost() -> None:
 
 
 def test_small_costs_count_as_much_as_large_ones() -> None:
-    """For the costs 1 and 100, the one constant with the smallest relative errors is sum 1/y over sum 1/y^2.
+    """Small costs count as much as large ones, because a fit minimises the squares of relative errors.
 
-    The fit minimises the squares of the relative errors.
+    For the costs 1 and 100, the best constant is sum 1/y over sum 1/y^2.
     """
     fitted = fit([{"constant": 1.0}] * 2, [1.0, 100.0])
     assert fitted.coefficients["constant"] == pytest.approx(1.01 / 1.0001)

@@ -1,4 +1,4 @@
-"""Tests of what is timed, and of the ceilings: rates are given as shares of them."""
+"""Tests of what is timed, and of the ceilings with which rates are compared."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_what_is_before_the_runs_is_done_for_all_buffers_before_any_of_them() ->
 
 
 def test_a_gpu_waits_until_all_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes before a run lies outside the two events. A stand-in replaces the GPU's clock."""
+    """A stand-in for the GPU's clock shows that what comes before a run lies outside the two events."""
     did: list[str] = []
     asked: list[float] = []
 

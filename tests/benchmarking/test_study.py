@@ -1,4 +1,4 @@
-"""Peers take turns, must agree, and are named where they cannot take part; memory is taken in a process of its own."""
+"""Peers take turns, must agree, and are named where they cannot take part; memory is measured in a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In a study of training, both sides are given the same."""
+"""Both sides of a study of training are given the same data."""
 
 from __future__ import annotations
 

@@ -143,7 +143,10 @@ def test_the_shortest_sequences(recorders: list[FakeRecorder]) -> None:
 
 
 def test_kinds_of_steps(recorders: list[FakeRecorder]) -> None:
-    """Each power of two of sequences has its own kind of step, as have all slots. Its second step is recorded."""
+    """There is one kind of step for each power of two of sequences, and one for all slots.
+
+    A kind of step is recorded when it comes again.
+    """
     recorded = Generator(causal_lm(), pack_weights=False, slots=6, capacity=40)
     for count in (1, 2, 3, 4, 5, 6, 7):
         recorded.generate([[1]] * count, SamplingParameters(max_new_tokens=4))

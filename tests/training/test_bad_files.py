@@ -92,7 +92,7 @@ COMMANDS = commands()
 # --- Kinds ------------------------------------------------------------------------------------------------------------
 
 Bad = tuple[str, Callable[[Path], Any], str]
-"""What is wrong, what makes the file, and what the error says of the place in it."""
+"""The kind of fault, the function that makes the file, and a pattern of the place that the error must name."""
 
 LINE, ROW, WHOLE = r", line 2\b", r", row 2\b", ""
 
@@ -192,7 +192,7 @@ def kinds(command: Command, suffix: str, folder: Path) -> Iterator[Bad]:
     if suffix in PARQUET:
         yield from of_parquet(good)
         for kind, row in of_fields(command):
-            # A column has one type. A row of another type than the good row is written without it.
+            # A column has one type, so the bad row is written without the good one.
             yield kind, lambda path, row=row: write_parquet(path, [row]), r"\brow 1\b|column"
         return
     if suffix in TABLES:
@@ -368,7 +368,7 @@ def test_layouts(
 
 
 NOT_OF_LAYOUTS = {".txt": ("zeros",), ".md": ("zeros",), ".conll": ("no suffix",)}
-"""What they accept: any characters are a text, any name is one of CoNLL's."""
+"""The faults that a layout accepts: any characters are a text, and CoNLL files may have any name."""
 
 
 def test_folders(tmp_path: Path, capsys: pytest.CaptureFixture, no_training: None) -> None:

@@ -28,7 +28,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 }
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 OPTIONAL = {("tokenizer_config.json", "a folder"), ("tokenizer_config.json", "missing")}
-"""Taken by transformers as if it were not there."""
+"""Faults that are no error, because transformers treats such a file as absent."""
 
 
 def save(folder: Path, task: Task) -> None:

@@ -15,7 +15,10 @@ from fastformer.training.callbacks import EarlyStopping
 from fastformer.training.checkpoints import AtomicCheckpointIO, ValidationCheckpoint, latest_checkpoint
 
 LOSSES = {2: 5.0, 4: 3.0, 6: 4.0, 8: 2.0, 10: 2.5, 12: 2.0, 14: 1.0}
-"""Of the validation after each step; the best before there are two in a row that are no better is that of step 8."""
+"""The held-out loss after each step with a validation.
+
+Two validations in a row are no better than that of step 8.
+"""
 
 
 class Module(LightningModule):

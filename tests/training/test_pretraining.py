@@ -187,7 +187,10 @@ class Rates(Callback):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_learning_rate_of_every_step_of_a_run(schedule: str, data: PretrainingDataModule, tmp_path: Path) -> None:
-    """It rises to the peak after the warm-up and falls to zero just after the last step; a resumed run goes on."""
+    """The learning rate rises to the peak after the warm-up and falls to zero just after the last step.
+
+    A resumed run continues in the same way.
+    """
     shares = [1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
     if schedule == "cosine":
         shares[2:] = [0.5 * (1 + math.cos(math.pi * (1 - share))) for share in shares[2:]]

@@ -121,7 +121,7 @@ def test_building_goes_on_wherever_it_stopped(tmp_path, texts, tokenizer, monkey
 
 
 def test_killed_processes(tmp_path, texts, causal):
-    """A build that SIGKILL ends, each time later, continues where it stopped."""
+    """A build that is killed by SIGKILL several times, each time later, is completed."""
     (tmp_path / "text.txt").write_text("\n\n".join(texts * 8))
     layout, sources = DocumentLayout(causal, mark_ends=True), open_sources([tmp_path / "text.txt"])
 

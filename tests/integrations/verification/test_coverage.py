@@ -1,4 +1,4 @@
-"""The table of coverage says what happens."""
+"""The table of coverage says how each class compares with its own eager attention."""
 
 from __future__ import annotations
 
