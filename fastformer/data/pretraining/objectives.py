@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastformer.data.packing import IGNORE_INDEX, PackedBatch, PackedPairBatch, pack, pack_pairs
-from fastformer.data.pretraining.batches import BatchRecipe, example_generators, masked_batch
+from fastformer.data.pretraining.batches import BatchRecipe, example_generators
 from fastformer.data.pretraining.bert import (
     SINGLE_SPECIAL_TOKENS,
     Examples,
@@ -21,6 +21,7 @@ from fastformer.data.pretraining.bert import (
     single_segment_examples,
 )
 from fastformer.data.pretraining.corruption import SpanNoise, corrupt_spans, infill
+from fastformer.data.pretraining.masked_batches import masked_batch
 from fastformer.data.pretraining.store import DocumentCorpus, DocumentLayout, Layout, SentenceLayout, TokenStore
 from fastformer.data.pretraining.tokenized import TokenizedCorpus
 from fastformer.data.pretraining.tokenizer import SENTINELS

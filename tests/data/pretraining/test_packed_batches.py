@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastformer.data.packing import IGNORE_INDEX, TokenBudgetSampler
-from fastformer.data.pretraining.batches import BatchRecipe, BatchStream, PackedDataset, masked_batch
+from fastformer.data.pretraining.batches import BatchRecipe, BatchStream, PackedDataset
 from fastformer.data.pretraining.bert import (
     EXAMPLE,
     MaskedLanguageModelling,
@@ -18,6 +18,7 @@ from fastformer.data.pretraining.bert import (
     next_sentence_examples,
     single_segment_examples,
 )
+from fastformer.data.pretraining.masked_batches import masked_batch
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
 
