@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ _GROUPS = {name.partition(".")[0] for name in _SPELLING if "." in name}
 
 def given_options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the options of a command line without their dashes, each with its value; "" if there is none."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         name, given, value = argument.partition("=")
         if name.startswith("--"):
             yield name.removeprefix("--"), value if given else following

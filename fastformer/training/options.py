@@ -162,6 +162,7 @@ def command_parser(command: str, description: str, defaults: Mapping[str, Any]) 
         usage=f"fastformer {command} [options]",
         description=description,
         formatter_class=_HelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--config", action=ActionConfigFile, help="YAML file of options; later options on the command line win")

@@ -189,6 +189,20 @@ def test_what_other_options_determine_has_a_spelling(parsers: dict[str, Any]) ->
                 check_spelling([f"--{name}", "1"])
 
 
+def test_no_option_is_needed(parsers: dict[str, Any]) -> None:
+    from fastformer.training.options import parse
+
+    for name, parser in parsers.items():
+        assert parse(parser, []).output == f"runs/{name}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("given", ["--vocab", "--conf", "--trus", "--trainer.val_check", "--resum"])
+def test_no_option_is_abbreviated(given: str, command: list[str], capsys: pytest.CaptureFixture) -> None:
+    """An abbreviation would pass the check of spelling, which knows whole names."""
+    assert fails(capsys, *command, f"{given}=1").endswith(f"error: unrecognized arguments: {given}=1")
+
+
 def test_options_within_a_group_are_accepted(parsers: dict[str, Any], tmp_path: Path) -> None:
     """The check of spelling leaves present names alone, in JSON and in a file."""
     from fastformer.training.options import parse
