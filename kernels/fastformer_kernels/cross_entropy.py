@@ -309,6 +309,7 @@ def _launch(
     normalizer: torch.Tensor,
     options: CrossEntropyOptions,
 ) -> None:
+    """Launch the kernel on tensors that it can address: copies of `logits` and `gradient` where that is needed."""
     logits_rows, gradient_rows = addressable(1, logits, gradient)
     # Smoothing spreads a target over the classes in proportion to their weights.
     weight_sum = class_weight.sum() if class_weight is not None and options.label_smoothing > 0.0 else None
@@ -329,6 +330,7 @@ def _launch_rows(
     normalizer: torch.Tensor,
     options: CrossEntropyOptions,
 ) -> Launch:
+    """Describe the launch. It computes the loss where that is a tensor, and the gradient where that is one."""
     layout = row_layout(1, [logits, logits if gradient is None else gradient])
     *row_strides, class_stride = layout.strides[0]
     transposed = class_stride != 1 and row_strides[-1] == 1

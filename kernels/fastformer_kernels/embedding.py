@@ -446,6 +446,7 @@ def _launch_table_gradient(
     splits: int,
     padding_idx: int,
 ) -> Launch:
+    """Describe the launch that writes the gradient of a table, one part for each of `splits` parts of the tokens."""
     rows, columns = parts.shape[-2:]
     block_columns = min(TABLE_BLOCK_COLUMNS, triton.next_power_of_2(columns))
     return Launch(

@@ -5,8 +5,8 @@ configuration, computing strides and sizes, and Triton's own search for the comp
 sixty arguments, take ten times as long as the launch. Therefore a launcher returns a launch, and is called once:
 
 >>> @kept_launch
-... def _launch_copy(source: torch.Tensor, made: tuple[torch.Tensor]) -> Launch:
-...     (target,), size = made, source.numel()
+... def _launch_copy(source: torch.Tensor, outputs: tuple[torch.Tensor]) -> Launch:
+...     (target,), size = outputs, source.numel()
 ...     arguments = {"source": source, "target": target, "size": size, "BLOCK": 1024}
 ...     return Launch(_copy_kernel, (triton.cdiv(size, 1024),), arguments)
 >>> _launch_copy(x, (torch.empty_like(x),))
@@ -177,6 +177,7 @@ class _Kept:
             raise ValueError(f"{launch.kernel}: a tensor among its arguments was not given to its launcher") from None
 
     def __call__(self, pointers: list[int], stream: int) -> None:
+        """Launch the kernel with the addresses of the launcher's tensors, in their order."""
         if self.descriptors:
             provide_scratch_memory()
         arguments = self.arguments.copy()

@@ -119,6 +119,7 @@ _properties = cache(torch.cuda.get_device_properties)
 
 @cache
 def _architecture_of_gpu(index: int) -> Architecture:
+    """The architecture of a GPU; of an unknown revision, the nearest older one."""
     properties = _properties(index)
     if torch.version.hip:
         name = properties.gcnArchName.split(":")[0]

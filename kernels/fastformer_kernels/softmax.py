@@ -267,6 +267,7 @@ def _launch_forward(
     causal_offset: int | None,
     log: bool,
 ) -> Launch:
+    """Describe the launch that writes to `y` the softmax of `x`. `dim` is not negative."""
     layout = row_layout(dim, [x, y] if mask is None else [x, y, mask])
     blocks = _blocks("softmax_forward", layout, x)
     queries = 1 if causal_offset is None else x.shape[-2 if dim == x.dim() - 1 else -1]
@@ -314,6 +315,7 @@ def softmax_backward(
 
 @kept_launch
 def _launch_backward(dy: torch.Tensor, y: torch.Tensor, dx: torch.Tensor, dim: int, scale: float, log: bool) -> Launch:
+    """Describe the launch that writes to `dx` the gradient, from `dy` and the output `y`. `dim` is not negative."""
     layout = row_layout(dim, [dy, y, dx])
     blocks = _blocks("softmax_backward", layout, y)
     return Launch(

@@ -166,6 +166,7 @@ def empty_gradient(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _empty_like(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """A tensor like `tensor` with another head_dim, in the memory layout that `empty_gradient` describes."""
     shape = tensor.shape
     if len(shape) == 3:
         return tensor.new_empty((*shape[:-1], head_dim))

@@ -679,12 +679,12 @@ def attention_backward(
         if two_kernels:
             length, block = arguments.max_seqlen_q, deterministic_configuration(query, value, arguments).block_m
         sums = _score_sums(query, arguments, needed, deterministic, triton.cdiv(length, block))
-    made = [lse_log2, delta, grad_query, grad_key, grad_value]
+    outputs = [lse_log2, delta, grad_query, grad_key, grad_value]
     if not two_kernels:
-        made.append(torch.zeros_like(grad_query, dtype=torch.float32))
+        outputs.append(torch.zeros_like(grad_query, dtype=torch.float32))
     inputs = (query, key, value, grad_output, output, lse, grad_lse)
     precision = input_precision(query.dtype)
-    _launch_backward(*inputs, tuple(made), deterministic, precision, *sums, *arguments.for_launch())
+    _launch_backward(*inputs, tuple(outputs), deterministic, precision, *sums, *arguments.for_launch())
     learned = _learned_gradients(sums, lse, delta, arguments, needed) if True in needed else _NOTHING_LEARNED
     return AttentionGradients(grad_query, grad_key, grad_value, *learned)
 
@@ -739,7 +739,7 @@ def _score_sums(
 
 
 def _learned_gradients(
-    found: _ScoreSums,
+    sums: _ScoreSums,
     lse: torch.Tensor,
     delta: torch.Tensor,
     arguments: AttentionArguments,
@@ -747,18 +747,18 @@ def _learned_gradients(
 ) -> Learned[torch.Tensor | None]:
     """Return the gradients in the shapes and dtypes of their arguments."""
     grad_bias = grad_relative = grad_slopes = grad_scales = grad_sinks = None
-    scores, sums = found.bias, found.relative
+    scores, by_distance = sums.bias, sums.relative
     if needed.bias and arguments.bias is not None and scores is not None:
         grad_bias = scores.sum_to_size(arguments.bias.shape).to(arguments.bias.dtype)
     if needed.relative and arguments.relative_bias is not None:
-        if sums is None:
+        if by_distance is None:
             assert scores is not None
-            sums = sum_by_distance(scores, arguments)
-        grad_relative = sums.to(arguments.relative_bias.dtype)
-    if found.slopes is not None and arguments.alibi_slopes is not None:
-        grad_slopes = found.slopes.sum(-1).sum_to_size(arguments.alibi_slopes.shape)
-    if found.head_scales is not None:
-        grad_scales = found.head_scales.sum((0, 2)) * arguments.scale
+            by_distance = sum_by_distance(scores, arguments)
+        grad_relative = by_distance.to(arguments.relative_bias.dtype)
+    if sums.slopes is not None and arguments.alibi_slopes is not None:
+        grad_slopes = sums.slopes.sum(-1).sum_to_size(arguments.alibi_slopes.shape)
+    if sums.head_scales is not None:
+        grad_scales = sums.head_scales.sum((0, 2)) * arguments.scale
     if needed.sinks and arguments.sinks is not None:
         # A sink's weight in each row is exp(sink - lse). It has no value, so its gradient is -weight * delta.
         by_row = lse if lse.dim() == 3 else lse[None]
@@ -775,12 +775,18 @@ def _launch_backward(
     output: torch.Tensor,
     lse: torch.Tensor,
     grad_lse: torch.Tensor | None,
-    made: tuple[torch.Tensor, ...],
+    outputs: tuple[torch.Tensor, ...],
     deterministic: bool,
     precision: str,  # The kernels' constants depend on it, so it distinguishes kinds of calls.
     *fields: Any,
 ) -> list[Launch]:
-    lse_log2, delta, grad_query, grad_key, grad_value, *totals = made
+    """Describe the launches of a backward, in their order.
+
+    Args:
+        outputs: lse_log2, delta, the gradients of query, key and value, and with one kernel a float32 sum for query's.
+        fields: the four tensors of a `_ScoreSums`, then the values of `AttentionArguments.for_launch`.
+    """
+    lse_log2, delta, grad_query, grad_key, grad_value, *totals = outputs
     sums = _ScoreSums(*fields[: len(_NO_SUMS)])
     arguments = AttentionArguments.of_launch(fields[len(_NO_SUMS) :])
     launches: list[Launch | None] = []
@@ -811,6 +817,13 @@ def _key_value_gradient(
     arguments: AttentionArguments,
     configuration: AttentionConfiguration,
 ) -> Launch | None:
+    """Describe the launch that computes the gradients of key and value, or return None if there is nothing to do.
+
+    Args:
+        of_rows: the statistics that `_row_statistics` writes.
+        total: the float32 sum to which query's gradient is added; None if another kernel computes that gradient.
+        sums: the sums to which this kernel adds the gradients of the scores.
+    """
     tiles = triton.cdiv(arguments.max_seqlen_k, configuration.block_n)
     all_tiles = tiles * key.shape[1] * arguments.batch(query)
     if all_tiles == 0 or key.numel() == 0:
@@ -869,6 +882,7 @@ def _query_gradient(
     sums: _ScoreSums,
     arguments: AttentionArguments,
 ) -> Launch | None:
+    """Describe the launch that computes the gradient of query alone, or return None if there is nothing to do."""
     configuration = deterministic_configuration(query, value, arguments)
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
     all_tiles = tiles * query.shape[1] * arguments.batch(query)
@@ -912,6 +926,7 @@ def _row_statistics(
     lse_log2: torch.Tensor,
     delta: torch.Tensor,
 ) -> Launch:
+    """Describe the launch that writes the statistics of each query, `lse_log2` and `delta`."""
     block_v, block_m = _row_blocks(output)
     batch, heads, length = delta.shape if delta.dim() == 3 else (1, *delta.shape)
     tiles = triton.cdiv(length, block_m)
@@ -936,6 +951,7 @@ def _row_statistics(
 
 
 def _scale_and_round(total: torch.Tensor, grad_query: torch.Tensor, scale: float) -> Launch | None:
+    """Describe the launch that rounds the float32 sum `total` to query's gradient, or return None if it is empty."""
     if total.numel() == 0:
         return None
     block_d, block_m = _row_blocks(total)

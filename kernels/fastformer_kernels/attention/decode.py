@@ -358,6 +358,7 @@ def _chosen_splits(
     block_table: torch.Tensor | None,
     left: int,
 ) -> int:
+    """The number of programs that share a sequence's keys, for these shapes."""
     cache = cache_shape(key_cache, block_table)
     configuration = decode_configuration(query, value_cache, block_table is not None)
     queries = query.shape[2]

@@ -261,11 +261,17 @@ def _launch_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    made: tuple[torch.Tensor, torch.Tensor],
+    outputs: tuple[torch.Tensor, torch.Tensor],
     precision: str,  # The kernel's constants depend on it, so it distinguishes kinds of calls.
     *fields: Any,
 ) -> Launch | None:
-    (output, lse), arguments = made, AttentionArguments.of_launch(fields)
+    """Describe the launch of a forward, or return None if there are no queries.
+
+    Args:
+        outputs: the output and the log-sum-exp, to be written.
+        fields: the values of `AttentionArguments.for_launch`.
+    """
+    (output, lse), arguments = outputs, AttentionArguments.of_launch(fields)
     configuration = forward_configuration(query, key, value, arguments)
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
     all_tiles = tiles * query.shape[1] * arguments.batch(query)

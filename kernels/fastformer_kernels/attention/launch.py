@@ -324,6 +324,7 @@ def _class_words(element_size: int, head_dim: int, keys: int, *words: str) -> tu
 def _default_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> AttentionConfiguration:
+    """The configuration of the forward kernel that is shipped for such a call."""
     kind = _kind(query, value)
     special = _choose_with(_FORWARD_WITH, kind, _features(query, value, arguments))
     if special is not None:

@@ -144,11 +144,17 @@ def _launch_weights(
     lse: torch.Tensor,
     heads: torch.Tensor | None,
     query_rows: torch.Tensor | None,
-    made: tuple[torch.Tensor],
+    outputs: tuple[torch.Tensor],
     precision: str,  # The kernel's constants depend on it, so it distinguishes kinds of calls.
     *fields: Any,
 ) -> Launch:
-    (weights,), arguments = made, AttentionArguments.of_launch(fields)
+    """Describe the launch that computes the weights of the chosen heads and rows.
+
+    Args:
+        outputs: the weights, to be written.
+        fields: the values of `AttentionArguments.for_launch`.
+    """
+    (weights,), arguments = outputs, AttentionArguments.of_launch(fields)
     batch, head_count, row_count, _ = weights.shape
     configuration = weights_configuration(query)
     row_tiles = triton.cdiv(row_count, configuration.block_m)

@@ -171,6 +171,7 @@ def _launch_activation_forward(
     scale: float,
     activation: str,
 ) -> Launch:
+    """Describe the launch that writes `hidden` from the pre-activations."""
     arguments = {
         "up_pointer": up,
         "gate_pointer": gate,
@@ -209,6 +210,7 @@ def _launch_activation_backward(
     scale: float,
     activation: str,
 ) -> Launch:
+    """Describe the launch that overwrites `grad_hidden` with up's gradient, and writes `grad_gate` and `hidden`."""
     arguments = {
         "grad_hidden_pointer": grad_hidden,
         "up_pointer": up,
@@ -243,6 +245,7 @@ def _launch_bias_dropout_residual(
     threshold: int,
     scale: float,
 ) -> Launch:
+    """Describe the launch that writes the block's output, which may be `product` itself."""
     arguments = {
         "product_pointer": product,
         "output_pointer": output,
@@ -265,6 +268,7 @@ def apply_dropout(input: torch.Tensor, dropout: Dropout, dtype: torch.dtype) -> 
 def _launch_dropout(
     input: torch.Tensor, output: torch.Tensor, seed: torch.Tensor, threshold: int, scale: float
 ) -> Launch:
+    """Describe the launch that applies dropout to `input`."""
     arguments = {
         "input": Matrix(input, *input.stride()),
         "output_pointer": output,

@@ -276,12 +276,7 @@ def hidden_forward(
     dropout: Dropout | None,
     store_pre_activations: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The hidden layer from `input` (tokens, in_features) and weights (intermediate_size, in_features), any strides.
-
-    Returns:
-        The hidden layer (tokens, intermediate_size) and the pre-activations of up and gate, each None unless it exists
-        and `store_pre_activations` is set; all contiguous, of `input`'s dtype.
-    """
+    """The fused plan of `feed_forward.hidden_forward`, with the same arguments and results."""
     hidden = input.new_empty((input.shape[0], up_weight.shape[0]))
     up = torch.empty_like(hidden) if store_pre_activations else None
     gate = torch.empty_like(hidden) if store_pre_activations and gate_weight is not None else None
@@ -317,6 +312,7 @@ def _launch_hidden_forward(
     activation: str,
     precision: str,
 ) -> Launch:
+    """Describe the launch. `up` and `gate` are the pre-activations to be written, or None."""
     tokens, in_features = input.shape
     intermediate_size = up_weight.shape[0]
     configuration = _configuration(input, "forward" if gate_weight is None else "gated_forward", in_features)
@@ -353,12 +349,7 @@ def output_forward(
     residual: torch.Tensor | None,
     dropout: Dropout | None,
 ) -> torch.Tensor:
-    """The block's output (tokens, out_features), contiguous, from `hidden` (tokens, intermediate_size).
-
-    Args:
-        down_weight: (out_features, intermediate_size), any strides.
-        residual: (tokens, out_features), floating, any strides. The output has the wider of its dtype and hidden's.
-    """
+    """The fused plan of `feed_forward.output_forward`, with the same arguments and results."""
     dtype = hidden.dtype if residual is None else torch.promote_types(hidden.dtype, residual.dtype)
     output = hidden.new_empty(hidden.shape[0], down_weight.shape[0], dtype=dtype)
     _launch_output(
@@ -379,6 +370,7 @@ def _launch_output(
     scale: float,
     precision: str,
 ) -> Launch:
+    """Describe the launch that computes the block's output from the hidden layer."""
     tokens, intermediate_size = hidden.shape
     out_features = down_weight.shape[0]
     configuration = _configuration(hidden, "output", intermediate_size)
@@ -413,16 +405,7 @@ def hidden_backward(
     dropout: Dropout | None,
     store_hidden: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the pre-activations `up` and `gate` (tokens, intermediate_size; contiguous), and the hidden layer.
-
-    Args:
-        grad_output: (tokens, out_features), any strides.
-        down_weight: (out_features, intermediate_size), any strides.
-
-    Returns:
-        The gradient of `up`, the gradient of `gate` (None without a gate) and the recomputed hidden layer (None unless
-        `store_hidden` is set), all shaped like `up`.
-    """
+    """The fused plan of `feed_forward.hidden_backward`, with the same arguments and results."""
     grad_up = torch.empty_like(up)
     grad_gate = None if gate is None else torch.empty_like(gate)
     hidden = torch.empty_like(up) if store_hidden else None
