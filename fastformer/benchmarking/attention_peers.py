@@ -160,7 +160,7 @@ def of_first_heads(call: Attention, results: Sequence[Tensor]) -> list[Tensor]:
 
 def exact_first_heads(call: Attention) -> list[Tensor]:
     """Compute in float32, by the formula, what `of_first_heads` selects from correct results."""
-    asked = _call(replace(call, packed=False), _nothing)
+    asked = _call(replace(call, packed=False), _no_attention)
     heads = [call.group, 1, 1]
     tokens = [each[:, :, :number] for each, number in zip(asked.inputs, heads, strict=False)]
     learned = [None if each is None else each[: call.group] for each in asked.inputs[len(heads) :]]
@@ -239,7 +239,7 @@ def _real_tokens(call: Attention) -> Tensor | None:
     return torch.cat(places).to(call.device)
 
 
-def _nothing(call: Attention) -> Function:
+def _no_attention(call: Attention) -> Function:
     """Make a function that computes nothing, for a call whose inputs are used but whose result is not."""
     return lambda *inputs: None
 

@@ -63,12 +63,12 @@ def _lines(measurements: list[Measurement]) -> str:
 
 def _line(measurement: Measurement) -> str:
     """The measurement as one line of JSON, without the name of its study, which is the key of its list."""
-    found = {**_given(measurement), "metric": _given(measurement.metric)}
+    found = {**_fields_not_default(measurement), "metric": _fields_not_default(measurement.metric)}
     del found["study"]
     return json.dumps(found)
 
 
-def _given(instance: Measurement | Metric) -> dict[str, Any]:
+def _fields_not_default(instance: Measurement | Metric) -> dict[str, Any]:
     """The fields of a dataclass whose values differ from their defaults."""
     found = {}
     for each in fields(instance):

@@ -42,7 +42,7 @@ class HostTime(NamedTuple):
 
 
 @triton.jit
-def _nothing():
+def _empty_kernel():
     """Do nothing."""
 
 
@@ -144,7 +144,7 @@ def _bare(launches: int) -> Callable[[], None]:
 
     def launch() -> None:
         for _ in turns:
-            _nothing[(1,)]()
+            _empty_kernel[(1,)]()
 
     return launch
 

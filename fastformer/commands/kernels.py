@@ -138,7 +138,7 @@ def _names(text: str) -> list[str]:
 def _compile(options: Namespace) -> None:
     if options.home and not options.home.is_absolute():
         raise ValueError(f"--home must be an absolute path; got {options.home}")
-    work = _benchmark_work(options) if options.bench_gpu else [run for _, run in _work(options)]
+    work = _benchmark_work(options) if options.bench_gpu else [run for _, run in _selected_work(options)]
     _check_arch(options.arch)
     made = make_cache(work, options.arch, options.out, options.home, options.processes, _progress)
     if made.failures:
@@ -160,7 +160,7 @@ def _report(options: Namespace) -> None:
             check_out([path], options.overwrite, option=option)
     if options.picture:
         require("matplotlib")
-    figures = _figures(_work(options), options, options.cache)
+    figures = _figures(_selected_work(options), options, options.cache)
     print(as_table(figures))
     if options.json:
         write_figures(figures, options.json)
@@ -214,7 +214,7 @@ def _check_arch(names: Sequence[str]) -> None:
         raise ValueError(f"--arch must be among {', '.join(ARCHITECTURES)}; got {', '.join(unknown)}")
 
 
-def _work(options: Namespace) -> list[tuple[str, Work]]:
+def _selected_work(options: Namespace) -> list[tuple[str, Work]]:
     """Return the work that the options select."""
     if options.model is None:
         return [(case.name, case.run) for case in cases(options.operators, options.dtypes, options.layouts)]

@@ -115,7 +115,7 @@ class Operator:
         self._direct = _counting_changes(_of_fields(implementation, bundle), changed)
         self._library.impl(base, _with_every_output(_below_autograd(self._direct)), _ALL_DEVICES)
         if not self._dispatched._schema.returns:
-            self.register_fake(_nothing)
+            self.register_fake(_no_outputs)
         self._formula: Implementation | None = None
         # An operator that only changes its arguments needs no derivative: the caller knows of the change.
         self._derivative: _Derivative | None = None
@@ -365,7 +365,7 @@ def _below_autograd(implementation: Implementation) -> Implementation:
     return run
 
 
-def _nothing(*_: Any) -> None:
+def _no_outputs(*_: Any) -> None:
     """Return nothing: the result, for tensors without data, of an operator that only changes its arguments."""
 
 

@@ -27,12 +27,13 @@ class _Operators(dict[str, Operator]):
         raise LookupError(f"no operator in the registry is called {name!r}; there are {', '.join(self)}")
 
 
-def _found() -> _Operators:
+def _operators_of_modules() -> _Operators:
+    """Import the modules of this folder; return the operators that they define."""
     modules = [importlib.import_module(f"{__name__}.{each.name}") for each in pkgutil.iter_modules(__path__)]
     values = [value for module in modules for value in vars(module).values()]
     operators = {value.name: value for value in values if isinstance(value, Operator)}
     return _Operators(sorted(operators.items()))
 
 
-OPERATORS: Mapping[str, Operator] = _found()
+OPERATORS: Mapping[str, Operator] = _operators_of_modules()
 """The operators by name, in alphabetical order."""

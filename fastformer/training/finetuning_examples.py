@@ -49,7 +49,7 @@ def load_examples(task: Task, data: str, options: TextOptions, cache_dir: str | 
     if "validation" in read and "test" in read:
         return Splits(read["train"], read["validation"], read["test"])
     try:
-        drawn = split_examples(read["train"], kind.names, kind.given)
+        drawn = split_examples(read["train"], kind.names, kind.input_of)
     except ValueError as error:
         raise ValueError(f"--data {data}: {error}") from error
     if "validation" not in read and "test" not in read:

@@ -122,7 +122,7 @@ class Recipe(ABC):
 
     @staticmethod
     @abstractmethod
-    def given(example: Any) -> Hashable:
+    def input_of(example: Any) -> Hashable:
         """Return the input of an example; examples with the same input are never in different splits."""
 
     @staticmethod
@@ -214,7 +214,7 @@ class Classify(Recipe):
         return readers.read_classification(path, targets=targets)
 
     @staticmethod
-    def given(example: Any) -> Hashable:
+    def input_of(example: Any) -> Hashable:
         return example.text, example.second
 
     @staticmethod
@@ -281,7 +281,7 @@ class Tag(Recipe):
         return readers.read_tagging(path, targets=targets)
 
     @staticmethod
-    def given(example: Any) -> Hashable:
+    def input_of(example: Any) -> Hashable:
         return example.words
 
     @staticmethod
@@ -331,7 +331,7 @@ class AnswerQuestions(Recipe):
         return readers.read_questions(path, targets=targets)
 
     @staticmethod
-    def given(example: Any) -> Hashable:
+    def input_of(example: Any) -> Hashable:
         return example.context
 
     @staticmethod
@@ -376,7 +376,7 @@ class Rewrite(Recipe):
         return readers.read_summaries(path, targets=targets)
 
     @staticmethod
-    def given(example: Any) -> Hashable:
+    def input_of(example: Any) -> Hashable:
         return example.source
 
     @staticmethod
@@ -454,7 +454,7 @@ class Converse(Rewrite):
         return readers.read_conversations(path)
 
     @staticmethod
-    def given(example: Any) -> Hashable:
+    def input_of(example: Any) -> Hashable:
         return _before_the_answer(example).messages
 
     @staticmethod
@@ -522,7 +522,7 @@ class Embed(Recipe):
         return readers.read_similar(path)
 
     @staticmethod
-    def given(example: Any) -> Hashable:
+    def input_of(example: Any) -> Hashable:
         return example.anchor
 
     @staticmethod

@@ -37,7 +37,7 @@ _SECONDS_OF_A_PEER, _SECONDS_TO_COMPILE = 3.0, 10.0
 # The size of all sets of buffers together, as a multiple of the level-2 cache, and the largest number of sets.
 _TIMES_THE_CACHE, _MOST_SETS = 3, 16
 
-Found = TypeVar("Found")
+Returned = TypeVar("Returned")
 Result = TypeVar("Result")
 
 
@@ -193,7 +193,7 @@ def _dtype(call: Call) -> torch.dtype:
     return next(each.dtype for each in leaves if isinstance(each, Tensor) and each.is_floating_point())
 
 
-def _attempt(do: Callable[[], Found], device: torch.device) -> Found | _Failure:
+def _attempt(do: Callable[[], Returned], device: torch.device) -> Returned | _Failure:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = _caught(do, device)
@@ -207,7 +207,7 @@ def _attempt(do: Callable[[], Found], device: torch.device) -> Found | _Failure:
     return found
 
 
-def _caught(do: Callable[[], Found], device: torch.device) -> Found | _Failure:
+def _caught(do: Callable[[], Returned], device: torch.device) -> Returned | _Failure:
     try:
         found = do()
         wait(device)
@@ -224,7 +224,7 @@ def _refusals(failure: _Failure, warned: Sequence[str]) -> list[str]:
     return [each for each in first_lines if not each.endswith("because:") and "runtime disabled" not in each]
 
 
-def _after(ready: Found | _Failure, do: Callable[[Found], Result], device: torch.device) -> Result | _Failure:
+def _after(ready: Returned | _Failure, do: Callable[[Returned], Result], device: torch.device) -> Result | _Failure:
     return ready if isinstance(ready, _Failure) else _attempt(partial(do, ready), device)
 
 

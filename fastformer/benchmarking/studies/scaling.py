@@ -88,7 +88,7 @@ def cases(setting: Setting) -> list[Case]:
         Case(
             point.case,
             {OURS: Peer(partial(training_step, point.shape, setting.device))},
-            _work(point.shape),
+            _step_work(point.shape),
             curve=point.curve,
             axis=point.axis,
             at=point.at,
@@ -112,7 +112,7 @@ _TRAFFIC = "passes over activations: s for each GB kept for the backward"
 _OPTIMIZER = "optimizer: s for 10^9 parameters"
 
 
-def _work(shape: Shape) -> dict[str, float]:
+def _step_work(shape: Shape) -> dict[str, float]:
     """The tokens of a step, and the operations of its forward and backward."""
     return {"tokens": shape.tokens, "FLOP": 3 * counted(shape).flops.total * shape.sequences}
 
@@ -179,7 +179,7 @@ def _predictions(
 ) -> Iterator[Measurement]:
     for point in steps:
         value = fitted(terms(point.shape))
-        yield _modelled(point.case, metric, value, _work(point.shape), point.curve, point.axis, point.at)
+        yield _modelled(point.case, metric, value, _step_work(point.shape), point.curve, point.axis, point.at)
 
 
 def _coefficients(of: str, fitted: Fit) -> Iterator[Measurement]:
@@ -226,7 +226,7 @@ def processes(setting: Setting) -> Iterator[Measurement]:
     for peer, lines in ((OURS, found.processes), ("threads of one process", found.threads)):
         for count, values in (alone | lines).items() if lines or peer == OURS else ():
             case = _case(count, max(found.share))
-            yield Measurement(NAME, case, peer, TIME, values, _work(shape), _CURVE, _PROCESSES, count)
+            yield Measurement(NAME, case, peer, TIME, values, _step_work(shape), _CURVE, _PROCESSES, count)
     if found.exchange:
         yield from _predicted_processes(shape, found)
 
@@ -245,7 +245,7 @@ def _predicted_processes(shape: Shape, found: DataParallelSteps) -> Iterator[Mea
 
     for count in [*found.share, *(most << extra for extra in range(1, 6))]:
         case = _case(count, most)
-        yield _modelled(case, TIME, seconds(count), _work(shape), _CURVE, _PROCESSES, count)
+        yield _modelled(case, TIME, seconds(count), _step_work(shape), _CURVE, _PROCESSES, count)
     yield from _coefficients("processes, time of a step", share)
     yield _modelled("processes, exchange of gradients: GB/s of each", COEFFICIENT, speed / 1e9)
     half = next((count for count in range(2, 1 << 14) if seconds(1) < 0.5 * count * seconds(count)), None)

@@ -17,7 +17,7 @@ _PARTS = 10
 
 
 def split_examples(
-    examples: Examples[Example], names: Callable[[Example], Collection[str]], given: Callable[[Example], Hashable]
+    examples: Examples[Example], names: Callable[[Example], Collection[str]], input_of: Callable[[Example], Hashable]
 ) -> Splits[Example]:
     """Split examples by a hash of their inputs: 8 tenths for training, 1 for validation, 1 for testing.
 
@@ -27,7 +27,7 @@ def split_examples(
     Args:
         examples: the examples of one file or several.
         names: returns the classes or tags of an example.
-        given: returns the input of an example, without what is to be predicted: a text, or a context that several
+        input_of: returns the input of an example, without what is to be predicted: a text, or a context that several
             questions share.
 
     Raises:
@@ -35,7 +35,7 @@ def split_examples(
     """
     alike: dict[int, list[int]] = {}
     for number, example in enumerate(examples):
-        alike.setdefault(document_key(repr(given(example))), []).append(number)
+        alike.setdefault(document_key(repr(input_of(example))), []).append(number)
     sides = _balanced(
         {key: max(key % _PARTS - (_PARTS - 3), _TRAIN) for key in alike},
         {

@@ -81,18 +81,18 @@ def test_copies_stay_together_and_places_are_kept():
 
 
 @pytest.mark.parametrize("task", RECIPES)
-def test_what_is_given_is_on_one_side(task):
-    """Examples with the same given text stay together: questions about one context, or summaries or labels of one text.
+def test_an_input_is_on_one_side(task):
+    """Examples with the same input stay together: questions about one context, or summaries or labels of one text.
 
     Their order in the file does not matter.
     """
     examples = [example for number in range(60) for example in TWICE[task](f"text {number}")]
     random.Random(0).shuffle(examples)
     kind = RECIPES[task]
-    splits = split_examples(located(examples), lambda example: (), kind.given)
-    given = [{kind.given(example) for example in part} for part in splits]
-    assert all(given) and not given[0] & given[1] and not given[0] & given[2] and not given[1] & given[2]
-    assert sum(map(len, given)) == 60
+    splits = split_examples(located(examples), lambda example: (), kind.input_of)
+    inputs = [{kind.input_of(example) for example in part} for part in splits]
+    assert all(inputs) and not inputs[0] & inputs[1] and not inputs[0] & inputs[2] and not inputs[1] & inputs[2]
+    assert sum(map(len, inputs)) == 60
     assert sum(map(len, splits)) == 120
 
 

@@ -38,7 +38,7 @@ def _random(*shape: int) -> Callable[[torch.device], Tensor]:
     return lambda device: torch.randn(shape, device=device, dtype=torch.bfloat16)
 
 
-def _made(*each: Callable[[torch.device], Tensor]) -> Callable[[torch.device], list[Tensor]]:
+def _inputs(*each: Callable[[torch.device], Tensor]) -> Callable[[torch.device], list[Tensor]]:
     return lambda device: [make(device) for make in each]
 
 
@@ -51,20 +51,20 @@ def _cases(dry: bool) -> list[_Case]:
     width = heads * head_dim
     rows, weight, headed = _random(tokens, width), _random(width), _random(1, heads, tokens, head_dim)
     return [
-        _Case("attention", fastformer.attention, F.scaled_dot_product_attention, _made(headed, headed, headed)),
-        _Case("softmax", fastformer.softmax, partial(F.softmax, dim=-1), _made(rows)),
-        _Case("cross-entropy", fastformer.cross_entropy, F.cross_entropy, _made(rows, _zeros(tokens))),
+        _Case("attention", fastformer.attention, F.scaled_dot_product_attention, _inputs(headed, headed, headed)),
+        _Case("softmax", fastformer.softmax, partial(F.softmax, dim=-1), _inputs(rows)),
+        _Case("cross-entropy", fastformer.cross_entropy, F.cross_entropy, _inputs(rows, _zeros(tokens))),
         _Case(
             "layer norm",
             lambda x, weight, bias: fastformer.layer_norm(x, (width,), weight, bias),
             lambda x, weight, bias: F.layer_norm(x, (width,), weight, bias),
-            _made(rows, weight, weight),
+            _inputs(rows, weight, weight),
         ),
         _Case(
             "feed-forward",
             lambda x, up, down: fastformer.feed_forward(x, up, down),
             lambda x, up, down: F.linear(F.gelu(F.linear(x, up)), down),
-            _made(rows, _random(4 * width, width), _random(width, 4 * width)),
+            _inputs(rows, _random(4 * width, width), _random(width, 4 * width)),
         ),
     ]
 
