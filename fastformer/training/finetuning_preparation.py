@@ -33,10 +33,19 @@ class Prepared(NamedTuple):
     source: str  # the starting point, in words
 
 
-def prepare(task: Task, options: Namespace, arguments: Sequence[str]) -> Prepared:
+def prepare(task: Task, options: Namespace, arguments: Sequence[str], of_new_model: Sequence[str]) -> Prepared:
     """Load the data, and build the model with its output layer.
 
     Lengths that were not given are reduced to the positions of the model, with a warning.
+
+    Args:
+        task: the task.
+        options: the command's options.
+        arguments: the command line, which says whether a length was given.
+        of_new_model: the given options that describe a new model; with one, none is loaded.
+
+    Raises:
+        ValueError: options that do not fit together, or examples that they cannot be used with.
     """
     texts = _text_options(options)
     kind = RECIPES[task]
@@ -47,7 +56,7 @@ def prepare(task: Task, options: Namespace, arguments: Sequence[str]) -> Prepare
         examples = examples._replace(train=drawn)
     if task == "classify" and labels is None:
         labels = ["value"]  # regression has one output
-    model_folder = _model_folder(task, options)
+    model_folder = _model_folder(task, options, of_new_model)
     if model_folder is not None:
         start = (untrained if options.from_scratch else pretrained)(model_folder, task, labels)
         tokenizer = load_tokenizer(model_folder)
@@ -120,15 +129,18 @@ def _check_test(recipe: Recipe, test: Sequence[Any]) -> None:
         )
 
 
-def _model_folder(task: Task, options: Namespace) -> Path | None:
-    """Return the given folder, or that of a pretraining run if the task can use its stack; None if there is neither."""
+def _model_folder(task: Task, options: Namespace, of_new_model: Sequence[str]) -> Path | None:
+    """Return the folder of the model to start from, given or of a pretraining run that fits the task; None for none.
+
+    Args:
+        task, options: see `prepare`.
+        of_new_model: the given options that describe a new model.
+    """
     if options.model is not None:
-        if options.overrides:
-            raise ValueError(
-                f"--overrides is for a model from scratch by --preset; --model {options.model} has its own"
-            )
+        if of_new_model:
+            raise ValueError(f"--{of_new_model[0]} is for a new model; --model {options.model} has its own")
         return Path(options.model)
-    if options.from_scratch or options.overrides or not (PRETRAINED / "config.json").is_file():
+    if options.from_scratch or of_new_model or not (PRETRAINED / "config.json").is_file():
         return None
     config = AutoConfig.from_pretrained(PRETRAINED, trust_remote_code=False)
     fits = isinstance(config, FastformerConfig) and config.stack in CLASSES[task].ours._stacks

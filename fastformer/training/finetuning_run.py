@@ -32,7 +32,9 @@ from fastformer.training.privacy import Privacy
 from fastformer.training.run import SaveOptions, Watch, build_trainer, callbacks, summary, summary_text
 from fastformer.training.starting_point import StartingPoint, Task
 from fastformer.training.tasks import Recipe, Rewrite, balanced_class_weights
+from fastformer.training.unused import changed
 
+_OF_NEW_MODEL = ("preset", "vocab_size", "overrides")
 _BEST, _PREDICTIONS, _REPORT, _CONFUSION = "best.pt", "predictions.jsonl", "report.md", "confusion.png"
 
 
@@ -64,7 +66,8 @@ def run_finetuning(
     Raises:
         ValueError: options that do not fit together, or examples that they cannot be used with.
     """
-    prepared = prepare(task, options, arguments)
+    given = changed(options, parser.get_defaults())
+    prepared = prepare(task, options, arguments, [name for name in given if name in _OF_NEW_MODEL])
     learnt_from = fingerprints(prepared)
     if options.resume:
         folder.check_data(learnt_from)

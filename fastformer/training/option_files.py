@@ -50,27 +50,39 @@ def check_spelling(arguments: Sequence[str]) -> None:
     """Check the spelling of the options on a command line and in the files that it names.
 
     Raises:
-        ValueError: an option is spelt otherwise; the error has the spelling to use. Or a file cannot be read.
+        ValueError: an option is spelt otherwise; the error has the spelling to use. Or a file cannot be read, or an
+            option would remove an earlier one.
     """
+    before: list[str] = []
     for name, value in given_options(arguments):
-        if name == "config":
+        if name == "config" and value:
             read_options(Path(value))
         for each in _spelt({name: value}, Path()):
             _check_name(each, "--")
+        if name == "overrides" and (removed := [f"--{each}" for each in before if each.startswith("overrides.")]):
+            raise ValueError(f"--overrides would remove {', '.join(removed)}: give --overrides first")
+        before.append(name)
 
 
 def read_options(path: Path) -> dict[str, Any]:
     """Read the options in a file.
 
     Raises:
-        ValueError: the file is not YAML with options, or one of them is spelt otherwise; the error names the file.
+        ValueError: the file is not YAML with options, an option is there twice or is spelt otherwise, or it names
+            another such file. The error names the file.
     """
     options = _read_yaml(path)
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold options, each with its value; it holds none")
+    if "config" in options:
+        raise ValueError(f"{path} names another file of options: give each of them with --config")
+    names: set[str] = set()
     try:
         for name in _spelt(options, path.parent):
             _check_name(name)
+            if "." in name and name in names:
+                raise ValueError(f"{name} is there twice")
+            names.add(name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return options
@@ -113,9 +125,26 @@ def _read_yaml(path: Path) -> Any:
         sizes: dict[int, float] = {}
         if root is not None and _written_out(root, sizes) > len(sizes) + _MOST_ALIASED:
             raise ValueError(f"its aliases stand for more than {_MOST_ALIASED:,} values")
+        if root is not None and (key := _key_again(root)) is not None:
+            raise ValueError(f"{key.value} is there twice, again in line {key.start_mark.line + 1}")
         return yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+
+
+def _key_again(node: yaml.Node) -> yaml.Node | None:
+    """Return the first key that its mapping has already, or None; YAML's loader would drop the earlier value."""
+    if isinstance(node, yaml.MappingNode):
+        keys: set[Any] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                return key
+            keys.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            if (found := _key_again(value)) is not None:
+                return found
+    elif isinstance(node, yaml.SequenceNode):
+        return next((found for part in node.value if (found := _key_again(part)) is not None), None)
+    return None
 
 
 def _written_out(node: yaml.Node, sizes: dict[int, float]) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +35,7 @@ from fastformer.training.folder import RunFolder
 from fastformer.training.optimization import Optimization
 from fastformer.training.option_files import check_spelling, given_options, read_options
 from fastformer.training.ranges import check_ranges
+from fastformer.training.unused import check_used
 
 STRATEGIES = ("auto", "ddp", "fsdp2")
 
@@ -110,17 +112,26 @@ class _Parser(LightningArgumentParser):
             super().error(message, ex)
         text = " ".join(message.split())
         if "import path denylist" in text:
-            found = re.search(r"Importing '([^']*)'", text)
-            named = found[1] if found else "a class"
-            text = (
-                f"{named} may write files outside the run, or call its arguments: give --trust if you trust the file "
-                "or option that names it"
-                if _WRITERS.match(named)
-                else f"a file names {named}, which is neither Lightning's nor Fastformer's. "
-                "Making an object of it runs its code: give --trust if you trust the file"
-            )
+            text = _refused_class(text)
         print(f"{self.prog}: error: {printable(_shortened(text))}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _refused_class(text: str) -> str:
+    """Return the error for a class that options may not name, given jsonargparse's error."""
+    found = re.search(r"Importing '([^']*)'", text)
+    named = found[1] if found else "a class"
+    if named.endswith((".yaml", ".yml", ".json")):
+        return f"{named} is taken for a class: write ./{named} for a file of options"
+    if _WRITERS.match(named):
+        return (
+            f"{named} may write files outside the run, or call its arguments: give --trust if you trust the file or "
+            "option that names it"
+        )
+    return (
+        f"a file names {named}, which is neither Lightning's nor Fastformer's. Making an object of it runs its code: "
+        "give --trust if you trust the file"
+    )
 
 
 _TYPE_ERROR = re.compile(r'Parser key "([^"]*)": .*(?:Given value|Got value): (.*)$')
@@ -250,6 +261,7 @@ def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
         ValueError: an option is wrong, or the file with the run's options is incomplete.
     """
     check_spelling(arguments)
+    arguments = _with_paths(arguments, parser.groups or ())
     options = parser.parse_args(arguments)
     config = RunFolder(Path(options.output), "").config
     if options.resume and not config.is_file():
@@ -264,7 +276,22 @@ def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     if not _DEVICES.fullmatch(options.devices):
         raise ValueError(f"--devices must be auto, a number, -1 for all, or a list such as 0,2; got {options.devices}")
     check_ranges(options)
+    check_used(options, parser.get_defaults())
     return options
+
+
+def _with_paths(arguments: Sequence[str], groups: Container[str]) -> list[str]:
+    """Return the arguments with each group's file as ./FILE, since a name with dots alone could be that of a class."""
+    changed = [*arguments]
+    for place, argument in enumerate(arguments):
+        name, given, value = argument.partition("=")
+        if name.removeprefix("--") not in groups:
+            continue
+        if given and Path(value).is_file():
+            changed[place] = f"{name}={os.path.join('.', value)}"
+        elif place + 1 < len(arguments) and Path(arguments[place + 1]).is_file():
+            changed[place + 1] = os.path.join(".", arguments[place + 1])
+    return changed
 
 
 def _kept_options(config: Path, arguments: Sequence[str], usual: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -203,12 +204,96 @@ def test_no_option_is_abbreviated(given: str, command: list[str], capsys: pytest
     assert fails(capsys, *command, f"{given}=1").endswith(f"error: unrecognized arguments: {given}=1")
 
 
-def test_options_within_a_group_are_accepted(parsers: dict[str, Any], tmp_path: Path) -> None:
-    """The check of spelling leaves present names alone, in JSON and in a file."""
+GROUPS = [
+    ("pretrain", "trainer", "log_every_n_steps", 3),
+    ("pretrain", "optimizer", "learning_rate", 0.5),
+    ("pretrain", "corpus", "whole_word", True),
+    ("classify", "optimizer", "learning_rate", 0.5),
+    ("translate", "text", "beams", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "group", "option", "value"), GROUPS)
+def test_options_within_a_group_are_accepted(
+    name: str,
+    group: str,
+    option: str,
+    value: Any,
+    parsers: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A group's value may be JSON or a file, whose name alone is not taken for that of a class."""
+    from fastformer.training.options import classes_allowed, parse
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "group.yaml").write_text(yaml.safe_dump({option: value}))
+    for given in (
+        [f"--{group}", "group.yaml"],
+        [f"--{group}=group.yaml"],
+        [f"--{group}", yaml.safe_dump({option: value})],
+    ):
+        with classes_allowed(given):
+            options = parse(parsers[name], given)
+        assert options[f"{group}.{option}"] == value
+
+
+def test_a_file_of_a_group_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    line = fails(capsys, "finetune", "classify", "--optimizer", "none.yaml")
+    assert "write ./none.yaml for a file of options" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("trainer:\n  log_every_n_steps: 3\ntrainer:\n  min_steps: 3\n", "trainer is there twice, again in line 3"),
+        ("seed: 3\nseed: 3\n", "seed is there twice, again in line 2"),
+        ("optimizer:\n  eps: 1\n  eps: 2\n", "eps is there twice, again in line 3"),
+        ("optimizer:\n  eps: 1\noptimizer.eps: 2\n", "optimizer.eps is there twice"),
+        ("config: other.yaml\n", "names another file of options: give each of them with --config"),
+    ],
+)
+def test_a_file_in_which_a_value_would_be_lost(content: str, said: str, tmp_path: Path) -> None:
+    from fastformer.training.option_files import read_options
+
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}.*{said}$"):
+        read_options(file)
+
+
+def test_overrides_do_not_remove_earlier_ones() -> None:
+    from fastformer.training.option_files import check_spelling
+
+    items, whole = ["--overrides.hidden_size", "8"], ["--overrides", '{"num_hidden_layers": 6}']
+    check_spelling([*whole, *items])
+    with pytest.raises(
+        ValueError, match=r"^--overrides would remove --overrides\.hidden_size: give --overrides first$"
+    ):
+        check_spelling([*items, *whole])
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("classify", "--adapter.rank=16", "--adapter.rank is for --lora, which is not given"),
+        ("classify", "--adversary.steps=5", "--adversary.steps is for --adversarial, which is not given"),
+        ("classify", "--privacy.delta=0.1", "--privacy.delta is for --privacy_epsilon, which is not given"),
+        ("classify", "--monitor=accuracy", "--monitor is for --patience, which is not given"),
+        ("classify", "--text.stride=3", "--text.stride is for qa, not for classify"),
+        ("qa", "--text.beams=3", "--text.beams is for summarize and translate and generate, not for qa"),
+    ],
+)
+def test_an_option_without_effect_is_refused(name: str, given: str, said: str, parsers: dict[str, Any]) -> None:
     from fastformer.training.options import parse
 
-    file = tmp_path / "trainer.yaml"
-    file.write_text("log_every_n_steps: 3\n")
-    for value in (str(file), '{"log_every_n_steps": 3}'):
-        options = parse(parsers["pretrain"], ["--output", str(tmp_path), "--trainer", value])
-        assert options.trainer.log_every_n_steps == 3
+    with pytest.raises(ValueError, match=f"^{said}"):
+        parse(parsers[name], [given])
+
+
+def test_the_same_option_where_it_has_an_effect(parsers: dict[str, Any]) -> None:
+    from fastformer.training.options import parse
+
+    assert parse(parsers["classify"], ["--lora", "--adapter.rank=16"]).adapter.rank == 16
+    assert parse(parsers["qa"], ["--text.stride=3"]).text.stride == 3
+    assert parse(parsers["pretrain"], ["--objective=denoising", "--corpus.permute_sentences=false"])

@@ -115,9 +115,15 @@ class PretrainingDataModule(ResumableDataModule):
             )
         if sentence_order and not next_sentence:
             raise ValueError("sentence_order=True is about pairs of segments; it needs next_sentence=True")
-        given = {"sentence_order": sentence_order, "whole_word": whole_word}
-        if objective != "mlm" and (not_meant := [name for name, value in given.items() if value]):
-            raise ValueError(f"{', '.join(not_meant)} is for objective mlm, not {objective}")
+        for name, given, objectives in (
+            ("next_sentence", not next_sentence, ("mlm",)),
+            ("sentence_order", sentence_order, ("mlm",)),
+            ("whole_word", whole_word, ("mlm",)),
+            ("mask_probability", mask_probability is not None, ("mlm", "span-corruption", "denoising")),
+            ("permute_sentences", not permute_sentences, ("denoising",)),
+        ):
+            if given and objective not in objectives:
+                raise ValueError(f"{name} is for objective {', '.join(objectives)}, not {objective}")
         if mask_probability is None:
             mask_probability = 0.3 if objective == "denoising" else 0.15
         if not 0 < mask_probability < 1:
