@@ -93,7 +93,12 @@ RELATED: list[tuple[str, list[str]]] = [
     ),
     (
         "fastformer/ops/attention/relative_position.py",
-        ["ops/attention/test_relative_position.py", "nn", "models/test_architectures.py", "models/test_conversion.py"],
+        [
+            "ops/attention/test_relative_position.py",
+            "nn",
+            "models/test_architectures.py",
+            "models/conversion/test_models.py",
+        ],
     ),
     (
         "fastformer/ops/attention/merge.py",

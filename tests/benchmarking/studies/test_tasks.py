@@ -11,7 +11,7 @@ from fastformer.benchmarking.measurement import OURS, TIME
 from fastformer.benchmarking.studies import load, tasks
 from fastformer.benchmarking.study import Setting
 
-TRAINING = (Path(__file__).parents[2] / "docs/training.md").read_text()
+TRAINING = (Path(__file__).parents[3] / "docs/training.md").read_text()
 
 
 def test_commands_are_those_of_the_docs() -> None:
