@@ -59,4 +59,9 @@ def _linear_plain(input: Tensor, weight: Tensor, target: Tensor, *, reduction: s
 
 
 CROSS_ENTROPY = Operator("cross_entropy", _inputs, _plain, constants=frozenset({"weight"}))
-LINEAR_CROSS_ENTROPY = Operator("linear_cross_entropy", _linear_inputs, _linear_plain)
+LINEAR_CROSS_ENTROPY = Operator(
+    "linear_cross_entropy",
+    _linear_inputs,
+    _linear_plain,
+    backward_kernel=False,  # the forward makes the gradients
+)

@@ -32,4 +32,9 @@ def _plain(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return (lses.softmax(0)[..., None] * outputs).sum(0).to(outputs.dtype), lses.logsumexp(0)
 
 
-MERGE_ATTENTION = Operator("merge_attention", _inputs, _plain)
+MERGE_ATTENTION = Operator(
+    "merge_attention",
+    _inputs,
+    _plain,
+    backward_kernel=False,  # its products are small: PyTorch makes them
+)

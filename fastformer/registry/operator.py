@@ -42,6 +42,8 @@ class Operator:
         written: the names of tensors that a call writes to. They are results too.
         compared: the number of results, from the first on, that are compared with those of `plain`. They have the same
             dtype.
+        backward_kernel: whether the backward launches kernels. It does not if the forward has made the gradients, or
+            if PyTorch's own functions make them.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Operator:
     constants: frozenset[str] = frozenset()
     written: tuple[str, ...] = ()
     compared: int = 1
+    backward_kernel: bool = True
 
     def ours(self, **arguments: Any) -> Any:
         """Call Fastformer's function."""

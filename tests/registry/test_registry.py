@@ -67,6 +67,7 @@ from fuzz.test_every_operator import OPERATORS
 assert [problem.regime for problem in numerics.problems() if problem.operator == "new"] == ["ordinary"]
 assert doctor.run_test("new", doctor.devices()[0], torch.float32).passed
 (case,) = workload.cases(operators=["new"], dtypes=["bfloat16"], layouts=["aligned"])
+assert case.guarded
 case.run()
 sizes = Sizes(2, 8, 16, 2, 32, 10, 16, torch.float32)
 (operation,) = (each for each in operations(sizes) if each.name == "new")
