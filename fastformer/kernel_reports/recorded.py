@@ -24,8 +24,10 @@ def read_figures(path: Path) -> list[Figures]:
 
 
 def write_figures(figures: Sequence[Figures], path: Path) -> None:
-    """Write figures into a file."""
-    path.write_text(json.dumps(as_json(figures), indent=1) + "\n")
+    """Write figures into a file, each kernel on a line of its own."""
+    report = as_json(figures)
+    kernels = ",\n".join(map(json.dumps, report["kernels"]))
+    path.write_text(f'{{"triton": {json.dumps(report["triton"])}, "kernels": [\n{kernels}\n]}}\n')
 
 
 def record(figures: Sequence[Figures], architectures: Sequence[str], path: Path) -> None:

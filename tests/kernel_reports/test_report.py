@@ -15,6 +15,7 @@ from fastformer.kernel_reports import binary
 from fastformer.kernel_reports.bounds import bounds_of
 from fastformer.kernel_reports.devices import DEVICES, resident_ctas
 from fastformer.kernel_reports.gate import regressions, unwanted_spills
+from fastformer.kernel_reports.recorded import read_figures, write_figures
 from fastformer.kernel_reports.report import Figures, as_json, from_json
 
 pytestmark = pytest.mark.cpu
@@ -148,6 +149,7 @@ def test_a_bulk_copy_is_issued_once_and_moves_a_tile() -> None:
     assert bounds.clocks["memory"] == bounds.bytes / 64
 
 
+RECORDED = Path(__file__).parent / "kernel_figures"
 FIGURES = Figures(
     work="attention/d64",
     kernel="_forward_kernel",
@@ -225,6 +227,17 @@ def test_recording_one_architecture_keeps_the_others(tmp_path: Path, monkeypatch
     monkeypatch.setattr(command, "_figures", lambda *arguments: [found])
     command.main(["check", "--figures", str(tmp_path), "--arch", "sm_90", "--update"], 0.0)
     assert from_json(json.loads(path.read_text())) == [recorded[0], found, recorded[2]]
+
+
+def test_each_kernel_is_one_line_of_a_file(tmp_path: Path) -> None:
+    """This holds for a file that is written now, and for those of the repository."""
+    written = tmp_path / "figures.json"
+    write_figures([FIGURES, replace(FIGURES, kernel="other")], written)
+    for path in (written, *RECORDED.glob("*.json")):
+        first, *lines, last = path.read_text().splitlines()
+        assert first.startswith('{"triton": ') and last == "]}"
+        assert [Figures(**json.loads(line.removesuffix(","))) for line in lines] == read_figures(path)
+    assert read_figures(written) == [FIGURES, replace(FIGURES, kernel="other")]
 
 
 def test_report_of_compiled_kernels(tmp_path: Path) -> None:
