@@ -17,6 +17,7 @@ from fastformer.benchmarking.inputs import maker
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.study import Peer
 from fastformer.ops import decode_attention
+from fastformer.registry.decode_attention import contiguous_cache
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,7 @@ def _ends(call: Decode) -> Tensor:
 
 def _dense(cache: Tensor, table: Tensor | None, sequences: Tensor) -> Tensor:
     """The cache of `sequences` as (sequences, kv_heads, keys, head_dim)."""
-    return cache[sequences] if table is None else _gathered(cache, table)
-
-
-def _gathered(cache: Tensor, table: Tensor) -> Tensor:
-    return cache[table].flatten(1, 2).transpose(1, 2)
+    return cache[sequences] if table is None else contiguous_cache(cache, table)
 
 
 def _call(call: Decode, make_function: Any) -> Call:
@@ -121,7 +118,8 @@ def _sdpa(backend: SDPBackend, call: Decode) -> Function:
 
     def function(query: Tensor, key: Tensor, value: Tensor, table: Tensor | None) -> Tensor:
         if table is not None:
-            key, value = _gathered(key, table), _gathered(value, table)
+            # The same as `contiguous_cache`, without the time that einops takes: this is measured.
+            key, value = (each[table].flatten(1, 2).transpose(1, 2) for each in (key, value))
         grouped = query.view(call.batch, call.kv_heads, -1, call.head_dim)
         with sdpa_kernel(backend):
             output = F.scaled_dot_product_attention(grouped, key, value)

@@ -145,14 +145,18 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return F.linear(query, q_weight, q_bias), F.linear(key, k_weight, k_bias), F.linear(value, v_weight, v_bias)
 
     def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
-        """Split a projection in the inputs' layout into (batch, heads, sequence, head_dim)."""
+        """Split a projection in the inputs' layout into (batch, heads, sequence, head_dim).
+
+        This and `_merge_heads` run in every call. einops would take twice the time on the host.
+        """
         heads = projected.unflatten(-1, (self.num_heads, -1))
-        if heads.dim() == 3:
+        if heads.dim() == 3:  # (sequence, heads, head_dim)
             return heads.transpose(0, 1).unsqueeze(0)
+        # (batch, sequence, heads, head_dim), or (sequence, batch, heads, head_dim).
         return heads.transpose(1, 2) if self.batch_first else heads.permute(1, 2, 0, 3)
 
     def _merge_heads(self, heads: torch.Tensor, batched: bool) -> torch.Tensor:
-        """Invert `_split_heads`."""
+        """Invert `_split_heads`: (batch, heads, sequence, head_dim) becomes the inputs' layout, with merged heads."""
         if not batched:
             return heads.squeeze(0).transpose(0, 1).flatten(1)
         return (heads.transpose(1, 2) if self.batch_first else heads.permute(2, 0, 1, 3)).flatten(2)

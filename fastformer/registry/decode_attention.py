@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from fastformer.registry.attention import fused_attention, plain_attention
@@ -49,9 +50,11 @@ def _inputs(
     return Call({"query": query, **cached, "lengths": ends}, {})
 
 
-def _gathered(cache: Tensor, block_table: Tensor | None) -> Tensor:
+def contiguous_cache(cache: Tensor, block_table: Tensor | None) -> Tensor:
     """The cache as one tensor (batch, kv_heads, capacity, head_dim)."""
-    return cache if block_table is None else cache[block_table].flatten(1, 2).transpose(1, 2)
+    if block_table is None:
+        return cache
+    return rearrange(cache[block_table], "batch pages slots heads dim -> batch heads (pages slots) dim")
 
 
 def _mask(query: Tensor, key: Tensor, lengths: Tensor) -> Tensor:
@@ -72,14 +75,14 @@ def _plain(
     softcap: float | None = None,
 ) -> Tensor:
     """Compute the attention by the formula. It ignores `splits`, which does not change the result."""
-    key, value = _gathered(key_cache, block_table), _gathered(value_cache, block_table)
+    key, value = contiguous_cache(key_cache, block_table), contiguous_cache(value_cache, block_table)
     return plain_attention(query, key, value, _mask(query, key, lengths), softcap=softcap)
 
 
 def _fused(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, block_table: Tensor | None = None
 ) -> Tensor:
-    key, value = _gathered(key_cache, block_table), _gathered(value_cache, block_table)
+    key, value = contiguous_cache(key_cache, block_table), contiguous_cache(value_cache, block_table)
     return fused_attention(query, key, value, _mask(query, key, lengths))
 
 
