@@ -20,6 +20,7 @@ from fastformer.training.prediction import Predictor
 from fastformer.training.run import quieten
 from fastformer.training.starting_point import Task
 from fastformer.training.tasks import RECIPES, TextOptions
+from fastformer.training.unused import WRITING
 
 _DESCRIPTION = """\
 Predict with a model that `fastformer finetune` has trained: one JSON object per line, in the order of the examples.
@@ -49,6 +50,8 @@ def main(arguments: list[str], begin: float) -> None:
     inputs = {"--data": _files_of(Path(options.data), texts), "DIR": [run.config, run.model]}
     check_out([Path(options.out)], options.overwrite, inputs)
     if options.beams is not None:
+        if task not in WRITING:
+            raise ValueError(f"--beams is for {', '.join(WRITING)}; {run.path} is a run of {task}")
         texts = replace(texts, beams=options.beams)
     examples = RECIPES[task].read(Path(options.data), texts)  # before the model, because they may be refused
     predictor = Predictor.load(

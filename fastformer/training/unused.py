@@ -10,13 +10,15 @@ from jsonargparse import Namespace
 # The options of a group, or one option, and the option that they are for.
 _NEEDS = {"adapter": "lora", "adversary": "adversarial", "privacy": "privacy_epsilon", "monitor": "patience"}
 
-_WRITING = ("summarize", "translate", "generate")
+WRITING = ("summarize", "translate", "generate")
+"""The tasks whose models write texts."""
+
 _OF_TASKS: dict[str, tuple[str, ...]] = {
     "text.stride": ("qa",),
     "text.no_answer": ("qa",),
     "text.prefix": ("summarize", "translate"),
     "text.languages": ("translate",),
-    "text.beams": _WRITING,
+    "text.beams": WRITING,
 }
 
 

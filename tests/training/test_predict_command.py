@@ -104,3 +104,8 @@ DAMAGED = {
 def test_damaged_options_are_named(damage: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "config.yaml").write_text(DAMAGED[damage])
     assert str(run / "config.yaml") in refusal(run, run.parent / "out.jsonl", capsys)
+
+
+def test_beams_are_for_tasks_that_write(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(run, tmp_path / "out.jsonl", capsys, "--beams", "4")
+    assert line.endswith(f"--beams is for summarize, translate, generate; {run} is a run of classify")
