@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fastformer.data.labelled.readers import Row, read_rows
+from fastformer.data.labelled.rows import Row, read_rows
 from fastformer.evaluation.classification import classification_metrics, draw_confusion, regression_metrics
 from fastformer.evaluation.embedding import retrieval_metrics
 from fastformer.evaluation.perplexity import corpus_perplexity

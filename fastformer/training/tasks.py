@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from fastformer.arguments import check_text
 from fastformer.data.labelled import readers
+from fastformer.data.labelled.answers import best_answers
 from fastformer.data.labelled.collation import collate, collate_pairs, collate_similar
 from fastformer.data.labelled.examples import Examples, place_of
 from fastformer.data.labelled.features import (
     MATCH_TYPE,
-    best_answers,
     classification_features,
     conversation_features,
     label_names,

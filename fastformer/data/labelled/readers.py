@@ -5,14 +5,13 @@ Errors name the file and the line, what was found there and what is accepted.
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any
 
 from fastformer.data.labelled.conll import conll_sentences
 from fastformer.data.labelled.examples import (
@@ -29,17 +28,20 @@ from fastformer.data.labelled.examples import (
     check_is_told,
     written_number,
 )
+from fastformer.data.labelled.rows import (
+    NOTHING,
+    Row,
+    at_least_one,
+    check_one,
+    checked_text,
+    examples_of,
+    one_of,
+    read_rows,
+    shown,
+    text_of,
+)
 from fastformer.data.labelled.tmx import tmx_units
-from fastformer.data.parquet import parquet_records
-from fastformer.lines import check_is_file, decoded_lines, json_file, json_object, numbered_lines
-
-Example = TypeVar("Example", bound=tuple)
-
-# Python's own limit is 131,072 characters.
-csv.field_size_limit((1 << 31) - 1)
-
-_NOTHING: tuple[Any, ...] = (None, "", [], {})
-"""Values that count as missing."""
+from fastformer.lines import check_is_file, json_file, numbered_lines
 
 ROLES = ("system", "user", "assistant")
 
@@ -72,146 +74,6 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
     return splits
 
 
-# --- Rows -------------------------------------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    """A record of a file, and its place (file and line)."""
-
-    where: str
-    values: dict[str, Any]
-
-
-def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the records of a file: JSON lines, CSV (quoted as in RFC 4180), TSV (never quoted, as GLUE's) or parquet.
-
-    Raises:
-        ValueError: the suffix is unknown, or a line is not a record.
-    """
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        yield from _json_rows(path)
-    elif suffix in (".csv", ".tsv"):
-        yield from _table_rows(path)
-    elif suffix == ".parquet":
-        yield from _parquet_rows(path)
-    else:
-        raise ValueError(f"{path}: unknown suffix {suffix!r}; accepted are .jsonl, .ndjson, .csv, .tsv, .parquet")
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    for number, line in numbered_lines(path):
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield Row(where, json_object(line, where))
-
-
-def _table_rows(path: Path) -> Iterator[Row]:
-    check_is_file(path)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            yield from _records(file, path)
-        except UnicodeDecodeError:
-            for _ in decoded_lines(path):  # its error names the line
-                pass
-            raise
-
-
-def _records(file: IO[str], path: Path) -> Iterator[Row]:
-    if path.suffix.lower() == ".csv":
-        spaced = ", " in file.readline()  # "text, label": the space belongs neither to the name nor to the values
-        file.seek(0)
-        records = csv.reader(file, strict=True, skipinitialspace=spaced)
-    else:
-        records = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-    header: list[str] = []
-    while True:
-        where = f"{path}, line {records.line_num + 1}"
-        try:
-            record = next(records, None)
-        except csv.Error as error:
-            raise ValueError(f"{where}: not CSV: {error}") from error
-        if record is None:
-            break
-        if not record:
-            continue
-        if not header:
-            if _is_cola(record):
-                yield Row(where, {"label": record[1], "sentence": record[3]})
-                record = ["", "label", "", "sentence"]
-            header = _column_names(record, where)
-            continue
-        if len(record) != len(header):
-            raise ValueError(f"{where}: found {len(record)} columns, expected {len(header)}: {', '.join(header)}")
-        yield Row(where, dict(zip(header, record, strict=True)))
-    if not header:
-        raise ValueError(f"{path} is empty; its first line must name the columns")
-
-
-def _column_names(header: list[str], where: str) -> list[str]:
-    names = [name.strip() for name in header]
-    for name in names:
-        if name and names.count(name) > 1:
-            raise ValueError(f"{where}: {name!r} names two columns; the names in the first line must differ")
-    return names
-
-
-def _is_cola(header: list[str]) -> bool:
-    """Whether the first line is a record of GLUE's CoLA without a header: source, label, original mark, sentence."""
-    return len(header) == 4 and header[1] in ("0", "1") and header[2] in ("", "*", "?", "??", "?*")
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    for number, values in parquet_records(path):
-        yield Row(f"{path}, row {number}", values)
-
-
-def _one_of(row: Row, names: Sequence[str], what: str, required: bool = True) -> Any:
-    """Return the value of the first of these columns that the row has; None if it has none, or null there."""
-    value = next((row.values[name] for name in names if name in row.values), None)
-    if value is None and required:
-        found = ", ".join(map(str, row.values)) or "nothing"
-        empty = " that is not null" if any(name in row.values for name in names) else ""
-        raise ValueError(f"{row.where}: no {what}{empty}; found {found}; accepted are {', '.join(names)}")
-    return value
-
-
-def _text(row: Row, names: Sequence[str], what: str, required: bool = True) -> Any:
-    _check_one(row, names, what)
-    value = _one_of(row, names, what, required)
-    return None if value is None else _checked_text(value, row.where, what)
-
-
-def _check_one(row: Row, names: Sequence[str], what: str) -> None:
-    """Raise ValueError if several of these columns have values, and the values differ."""
-    given = [name for name in names if row.values.get(name) not in _NOTHING]
-    if any(row.values[name] != row.values[given[0]] for name in given):
-        raise ValueError(f"{row.where}: found {' and '.join(given)}, but only one may be the {what}; give one")
-
-
-def _checked_text(value: Any, where: str, what: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {what} must be a string, found {_shown(value)}")
-    if not value.strip():
-        raise ValueError(f"{where}: {what} is empty")
-    return value
-
-
-def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {value!s:.60}"
-
-
-def _examples(path: Path, rows: Iterator[Row], make: Callable[[Row], Example]) -> Examples[Example]:
-    return _some(path, ((row.where, make(row)) for row in rows))
-
-
-def _some(path: Path, located: Iterator[tuple[str, Example]]) -> Examples[Example]:
-    examples = Examples(located)
-    if not examples:
-        raise ValueError(f"{path} holds no examples")
-    return examples
-
-
 # --- Classification ---------------------------------------------------------------------------------------------------
 
 _FIRST = ("text", "sentence", "sentence1", "premise", "question1", "#1 String", "question")
@@ -235,7 +97,7 @@ def read_classification(path: Path, targets: bool = False) -> Examples[Classifie
         targets: whether each example must have a label or a score. If not, as in GLUE's test files, the label of an
             example without one is None.
     """
-    return _examples(path, _agreed(path), lambda row: _classified(row, targets))
+    return examples_of(path, _agreed(path), lambda row: _classified(row, targets))
 
 
 def _agreed(path: Path) -> Iterator[Row]:
@@ -257,9 +119,9 @@ def _agreed(path: Path) -> Iterator[Row]:
 
 def _classified(row: Row, targets: bool) -> ClassifiedText:
     first, second = _texts(row)
-    label = _one_of(row, _LABEL, "label", required=False)
+    label = one_of(row, _LABEL, "label", required=False)
     if label is None:
-        score = _one_of(row, (*_SCORE, *_LABEL), "label or score", required=targets)
+        score = one_of(row, (*_SCORE, *_LABEL), "label or score", required=targets)
         return ClassifiedText(first, second, None if score is None else _number(score, row.where))
     if not isinstance(label, (str, int)) and not (isinstance(label, float) and math.isnan(label)):
         raise ValueError(f"{row.where}: label must be a string or a whole number, found {label!r:.60}")
@@ -271,7 +133,7 @@ def _texts(row: Row) -> tuple[str, str | None]:
     filled = sorted(name for name, value in row.values.items() if isinstance(value, str) and value.strip())
     firsts: Sequence[str] = _FIRST
     seconds: Sequence[str] = _SECOND
-    if row.values.get("question") not in _NOTHING and any(row.values.get(name) is not None for name in _ASKED_ABOUT):
+    if row.values.get("question") not in NOTHING and any(row.values.get(name) is not None for name in _ASKED_ABOUT):
         firsts, seconds = ("question",), (*_SECOND, *_ASKED_ABOUT)
     texts = [name for name in filled if name in (*_FIRST, *seconds)]
     if len(texts) > (2 if any(name in filled for name in seconds) else 1):
@@ -279,7 +141,7 @@ def _texts(row: Row) -> tuple[str, str | None]:
             f"{row.where}: found the texts {', '.join(texts)}; accepted are one, or two with the second in "
             f"{', '.join(_SECOND)} or, if the first is question, in {', '.join(_ASKED_ABOUT)}"
         )
-    return _text(row, firsts, "text column"), _text(row, seconds, "second text", required=False)
+    return text_of(row, firsts, "text column"), text_of(row, seconds, "second text", required=False)
 
 
 def _written(label: Any) -> str:
@@ -322,8 +184,8 @@ def read_tagging(path: Path, targets: bool = False) -> Examples[TaggedWords]:
         targets: whether each example must have tags.
     """
     if path.suffix.lower() in (".jsonl", ".ndjson", ".parquet"):
-        return _examples(path, read_rows(path), lambda row: _tagged(row, targets))
-    return _some(path, conll_sentences(path))
+        return examples_of(path, read_rows(path), lambda row: _tagged(row, targets))
+    return at_least_one(path, conll_sentences(path))
 
 
 def _tagged(row: Row, targets: bool) -> TaggedWords:
@@ -337,8 +199,8 @@ def _tagged(row: Row, targets: bool) -> TaggedWords:
 
 
 def _strings(row: Row, names: Sequence[str], what: str, required: bool = True) -> Any:
-    _check_one(row, names, what)
-    values = _one_of(row, names, what, required)
+    check_one(row, names, what)
+    values = one_of(row, names, what, required)
     if values is None:
         return None
     if not isinstance(values, list) or not values or not all(isinstance(value, str) and value for value in values):
@@ -360,7 +222,7 @@ def read_questions(path: Path, targets: bool = False) -> Examples[Question]:
         targets: whether each question must have ``answers``; an empty list says that the context has no answer.
     """
     rows = read_rows(path) if path.suffix.lower() != ".json" else _squad_rows(path)
-    return _examples(path, rows, lambda row: _question(row, targets))
+    return examples_of(path, rows, lambda row: _question(row, targets))
 
 
 def _squad_rows(path: Path) -> Iterator[Row]:
@@ -379,18 +241,18 @@ def _members(parent: Any, name: str, where: str) -> Iterator[tuple[dict[str, Any
     for number, member in enumerate(members):
         place = f"{where}, {name}[{number}]" if name == "data" else f"{where}.{name}[{number}]"
         if not isinstance(member, dict):
-            raise ValueError(f"{place}: not SQuAD's layout, data[].paragraphs[].qas[]: found {_shown(member)}")
+            raise ValueError(f"{place}: not SQuAD's layout, data[].paragraphs[].qas[]: found {shown(member)}")
         yield member, place
 
 
 def _question(row: Row, targets: bool) -> Question:
-    context = _text(row, ("context",), "context")
-    question = _text(row, ("question",), "question")
-    identity = str(_one_of(row, ("id",), "id"))
+    context = text_of(row, ("context",), "context")
+    question = text_of(row, ("question",), "question")
+    identity = str(one_of(row, ("id",), "id"))
     impossible = row.values.get("is_impossible")
     if impossible not in (None, True, False):
         raise ValueError(f"{row.where}: is_impossible must be true or false, found {impossible!r:.60}")
-    given = _one_of(row, ("answers",), "answers", required=targets and not impossible)
+    given = one_of(row, ("answers",), "answers", required=targets and not impossible)
     if given is None:
         return Question(identity, question, context, () if impossible else None)
     answers = tuple(_answer(row.where, context, *answer) for answer in _given_answers(given, row.where))
@@ -446,10 +308,10 @@ def read_summaries(path: Path, targets: bool = False) -> Examples[SourceTarget]:
     """
     if path.suffix == ".source":
         return _parallel(path, path.with_suffix(".target"))
-    return _examples(
+    return examples_of(
         path,
         read_rows(path),
-        lambda row: SourceTarget(_text(row, _DOCUMENT, "document"), _text(row, _SUMMARY, "summary", targets)),
+        lambda row: SourceTarget(text_of(row, _DOCUMENT, "document"), text_of(row, _SUMMARY, "summary", targets)),
     )
 
 
@@ -468,7 +330,7 @@ def read_translations(path: Path, source: str, target: str, targets: bool = Fals
     if path.suffix == f".{source}":
         return _parallel(path, path.with_suffix(f".{target}"))
     rows = read_rows(path) if path.suffix.lower() != ".tmx" else (Row(*unit) for unit in tmx_units(path))
-    return _examples(path, rows, lambda row: _translation(row, source, target, targets))
+    return examples_of(path, rows, lambda row: _translation(row, source, target, targets))
 
 
 def _translation(row: Row, source: str, target: str, targets: bool) -> SourceTarget:
@@ -477,7 +339,7 @@ def _translation(row: Row, source: str, target: str, targets: bool) -> SourceTar
         raise ValueError(f"{row.where}: translation must be an object, found {type(values).__name__}")
     row = Row(row.where, values)
     return SourceTarget(
-        _text(row, (source,), f"text in {source!r}"), _text(row, (target,), f"text in {target!r}", targets)
+        text_of(row, (source,), f"text in {source!r}"), text_of(row, (target,), f"text in {target!r}", targets)
     )
 
 
@@ -490,7 +352,7 @@ def _parallel(source: Path, target: Path) -> Examples[SourceTarget]:
         raise ValueError(
             f"{source} has {len(sources)} lines, but {target} has {len(targets)}; line n translates line n"
         )
-    return _some(source, _pairs(source, target, sources, targets))
+    return at_least_one(source, _pairs(source, target, sources, targets))
 
 
 def _pairs(
@@ -523,14 +385,14 @@ def read_conversations(path: Path) -> Examples[Conversation]:
     Both may have ``system``. An answer with ``"weight": 0`` is not learnt. Tool calls, pictures and any other content
     are refused with an error.
     """
-    return _examples(path, read_rows(path), _conversation)
+    return examples_of(path, read_rows(path), _conversation)
 
 
 def _conversation(row: Row) -> Conversation:
     chat = "messages" in row.values
     for name in (*_UNREAD, *((*_INPUT, "history") if chat else ())):
-        if row.values.get(name) not in _NOTHING:
-            raise ValueError(f"{row.where}: {name} would be ignored, found {_shown(row.values[name])}; leave it out")
+        if row.values.get(name) not in NOTHING:
+            raise ValueError(f"{row.where}: {name} would be ignored, found {shown(row.values[name])}; leave it out")
     for name in ("label", "kto_tag"):
         if isinstance(row.values.get(name), bool):
             raise ValueError(
@@ -549,33 +411,33 @@ def _conversation(row: Row) -> Conversation:
 
 def _perhaps(row: Row, names: Sequence[str], what: str) -> str | None:
     """Return the text in one of these columns; None if all are empty."""
-    _check_one(row, names, what)
+    check_one(row, names, what)
     given = {name: row.values[name] for name in names if row.values.get(name) is not None}
     for name, value in given.items():
         if not isinstance(value, str):
-            raise ValueError(f"{row.where}: {name} must be a string, found {_shown(value)}")
+            raise ValueError(f"{row.where}: {name} must be a string, found {shown(value)}")
     return next((value for value in given.values() if value.strip()), None)
 
 
 def _instruction(row: Row) -> tuple[Message, ...]:
-    prompt = _text(row, ("prompt", "instruction"), "messages or prompt")
+    prompt = text_of(row, ("prompt", "instruction"), "messages or prompt")
     further = _perhaps(row, _INPUT, "input")
     if further is not None:
         prompt = f"{prompt}\n\n{further}"
-    completion = _text(row, ("completion", "response", "output"), "completion")
+    completion = text_of(row, ("completion", "response", "output"), "completion")
     return (*_history(row), Message("user", prompt), Message("assistant", completion))
 
 
 def _history(row: Row) -> Iterator[Message]:
     history = row.values.get("history")
-    if history in _NOTHING:
+    if history in NOTHING:
         return
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise ValueError(f"{row.where}: history must be [[question, answer], ...], found {history!s:.60}")
     for number, (question, answer) in enumerate(history):
         where = f"{row.where}, history[{number}]"
-        yield Message("user", _checked_text(question, where, "question"))
-        yield Message("assistant", _checked_text(answer, where, "answer"))
+        yield Message("user", checked_text(question, where, "question"))
+        yield Message("assistant", checked_text(answer, where, "answer"))
 
 
 def _messages(row: Row) -> tuple[Message, ...]:
@@ -600,9 +462,9 @@ def _message(row: Row, number: int, message: Any) -> Message:
     if role not in ROLES:
         raise ValueError(f"{where}: role {role!r}; accepted are {', '.join(ROLES)}")
     for name, value in message.items():
-        if name not in ("role", "content", "weight") and value not in _NOTHING:
+        if name not in ("role", "content", "weight") and value not in NOTHING:
             raise ValueError(
-                f"{where}: {name} would be ignored, found {_shown(value)}; a message may have role, content, weight"
+                f"{where}: {name} would be ignored, found {shown(value)}; a message may have role, content, weight"
             )
     if weight not in ((None, 0, 1) if role == "assistant" else (None, 0)):
         raise ValueError(
@@ -610,7 +472,7 @@ def _message(row: Row, number: int, message: Any) -> Message:
             "for others, whose messages are never learnt"
         )
     kind = UnlearntMessage if role == "assistant" and weight == 0 else Message
-    return kind(role, _checked_text(message["content"], where, "content"))
+    return kind(role, checked_text(message["content"], where, "content"))
 
 
 # --- Similar texts ----------------------------------------------------------------------------------------------------
@@ -629,7 +491,7 @@ def read_similar(path: Path) -> Examples[SimilarTexts]:
     optionally ``negative`` (or ``neg``). A column with a label or a score, as in GLUE's pairs, is refused with an
     error, because each pair is learnt as similar.
     """
-    return _examples(path, read_rows(path), _similar)
+    return examples_of(path, read_rows(path), _similar)
 
 
 _JUDGED = re.compile(
@@ -650,7 +512,7 @@ def _similar(row: Row) -> SimilarTexts:
             accepted = ", ".join((*_POSITIVE, *_NEGATIVE))
             raise ValueError(f"{row.where}: column {name!r} would be ignored; accepted are {accepted}")
     return SimilarTexts(
-        _text(row, _ANCHOR, "anchor"),
-        _text(row, _POSITIVE, "positive"),
-        _text(row, _NEGATIVE, "negative", required=False),
+        text_of(row, _ANCHOR, "anchor"),
+        text_of(row, _POSITIVE, "positive"),
+        text_of(row, _NEGATIVE, "negative", required=False),
     )

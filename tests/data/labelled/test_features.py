@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from data.labelled.questions import CONTEXT, question
 
 from fastformer.data.labelled.collation import collate, collate_pairs, collate_similar
 from fastformer.data.labelled.examples import (
@@ -24,7 +22,6 @@ from fastformer.data.labelled.examples import (
 )
 from fastformer.data.labelled.features import (
     MATCH_TYPE,
-    best_answers,
     classification_features,
     conversation_features,
     label_names,
@@ -52,36 +49,6 @@ def causal(text):
 @pytest.fixture(scope="module")
 def denoising(text):
     return train_tokenizer(text, 400, "denoising")
-
-
-@pytest.fixture(scope="module")
-def word_piece() -> PreTrainedTokenizerFast:
-    """Return a tokenizer like BERT's: lower case, pieces of words marked by ##, accents removed."""
-    pieces = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "the",
-        "file",
-        "read",
-        "##s",
-        "##er",
-        "when",
-        "?",
-        ".",
-        "a",
-        "li",
-        "##ne",
-    ]
-    backend = Tokenizer(models.WordPiece({piece: n for n, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer()
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, **names, model_input_names=["input_ids", "token_type_ids", "attention_mask"]
-    )
 
 
 # --- Classification and embedding -------------------------------------------------------------------------------------
@@ -222,13 +189,6 @@ def test_words_that_were_cut_are_outside(word_piece):
 
 # --- Question answering -----------------------------------------------------------------------------------------------
 
-CONTEXT = " ".join(f"The file {n} is of line {n + 100}." for n in range(40))
-
-
-def question(text: str | None, identity: str = "q") -> Question:
-    answers = () if text is None else (Answer(text, CONTEXT.index(text)),)
-    return Question(identity, "Which line?", CONTEXT, answers)
-
 
 @pytest.mark.parametrize("kind", ["tokenizer", "denoising"])
 def test_every_window_and_its_answer(request, kind):
@@ -251,33 +211,6 @@ def test_every_window_and_its_answer(request, kind):
         assert all(len(w.input_ids) <= 64 for w in windows)
 
 
-def test_answers_come_back_from_logits(tokenizer):
-    asked = [question("line 117", "a"), question(None, "b"), question("The file 0", "c")]
-    features = question_features(asked, tokenizer, 64, 16)
-    starts, ends = ([np.zeros(len(f.input_ids)) for f in features] for _ in range(2))
-    for feature, start, end in zip(features, starts, ends, strict=True):
-        start[feature.start] = end[feature.end] = 10
-        start[len(feature.input_ids) - 1] = 50  # [SEP] is not part of the context
-    best = best_answers(asked, features, starts, ends, no_answer=True)
-    assert [answers[0].text for answers in best] == ["line 117", "", "The file 0"]
-    assert all(len(answers) <= 20 for answers in best)
-    assert all(a.score >= b.score for a, b in zip(best[0], best[0][1:-1], strict=False))
-    without = best_answers(asked, features, starts, ends, no_answer=False)
-    assert all(answer.text for answers in without for answer in answers)
-    reluctant = best_answers(asked, features, starts, ends, no_answer=True, no_answer_threshold=100)
-    assert reluctant[1][0].text
-
-
-@pytest.mark.parametrize("no_answer", [False, True])
-def test_a_question_without_any_span_has_an_answer(tokenizer, no_answer):
-    asked = [question("line 117")]
-    features = question_features(asked, tokenizer, 64, 16)
-    places = [np.arange(len(feature.input_ids), dtype=np.float64) for feature in features]
-    # The only end that is considered lies before the only beginning.
-    (found,) = best_answers(asked, features, places, [-place for place in places], no_answer=no_answer, count=1)
-    assert [answer.text for answer in found] == [""]
-
-
 @pytest.mark.parametrize("kind", ["left", "right", "space"])
 def test_an_answer_that_is_not_whole_in_a_window_is_not_in_it(word_piece, kind):
     """An answer that is cut by a border is not in the window, nor is a single space, which is in no token."""
@@ -296,29 +229,6 @@ def test_an_answer_that_is_not_whole_in_a_window_is_not_in_it(word_piece, kind):
         offsets = [offset for offset in window.offsets if offset]
         whole = kind != "space" and offsets[0][0] <= begin and end <= offsets[-1][1]
         assert ((window.start, window.end) != (0, 0)) == whole
-
-
-def test_answers_are_ranked_without_a_gap(word_piece):
-    asked = [Question("q", "Which?", "alpha beta gamma delta epsilon", None)]
-    (feature,) = question_features(asked, word_piece, 64, 16)
-    words = [place for place, offset in enumerate(feature.offsets) if offset and offset[1] > offset[0]]
-    scores = np.full(len(feature.input_ids), -100.0)
-    scores[words] = np.random.default_rng(0).permutation(len(words))
-    (found,) = best_answers(
-        asked, [feature], [scores], [scores], no_answer=False, max_answer_tokens=1, count=len(words)
-    )
-    best_first = sorted(words, key=lambda place: -scores[place])
-    texts = [asked[0].context[slice(*feature.offsets[place])] for place in best_first]
-    assert [answer.text for answer in found] == list(dict.fromkeys(texts))
-
-
-def test_long_answers_are_not_found(tokenizer):
-    asked = [question("line 117")]
-    features = question_features(asked, tokenizer, 64, 16)
-    logits = [np.random.default_rng(n).normal(size=len(f.input_ids)) for n, f in enumerate(features)]
-    for answer in best_answers(asked, features, logits, logits, no_answer=False, max_answer_tokens=3)[0]:
-        # An answer read without the space before it may have one token more.
-        assert len(tokenizer(answer.text, add_special_tokens=False).input_ids) <= 4
 
 
 def test_words_that_question_and_context_share_are_marked(tokenizer):
