@@ -16,8 +16,9 @@ from fastformer.console import json_text, printable_line
 from fastformer.data.shapes import FewShapes
 from fastformer.files import atomic_file
 from fastformer.training.adversarial import Adversary
-from fastformer.training.callbacks import EarlyStopping, LossCurve, SavePretrained, Throughput
+from fastformer.training.callbacks import SavePretrained
 from fastformer.training.checkpoints import ValidationCheckpoint, latest_checkpoint
+from fastformer.training.early_stopping import EarlyStopping
 from fastformer.training.finetuning import Classification, FineTuning
 from fastformer.training.finetuning_preparation import Prepared, fingerprints, prepare
 from fastformer.training.finetuning_report import FineTuningReport
@@ -29,6 +30,7 @@ from fastformer.training.lora import Lora
 from fastformer.training.optimization import Optimization
 from fastformer.training.prediction import Predictor
 from fastformer.training.privacy import Privacy
+from fastformer.training.progress import LossCurve, Throughput
 from fastformer.training.run import SaveOptions, Watch, build_trainer, callbacks, summary, summary_text
 from fastformer.training.starting_point import StartingPoint, Task
 from fastformer.training.tasks import Recipe, Rewrite, balanced_class_weights

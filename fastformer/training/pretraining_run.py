@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fastformer.console import printable
-from fastformer.training.callbacks import LossCurve, SavePretrained, Throughput
+from fastformer.training.callbacks import SavePretrained
 from fastformer.training.checkpoints import StepCheckpoint, latest_checkpoint
 from fastformer.training.finite import FiniteLosses
 from fastformer.training.folder import RunFolder
@@ -18,6 +18,7 @@ from fastformer.training.loading.pretraining import PretrainingDataModule
 from fastformer.training.optimization import Optimization
 from fastformer.training.pretraining import MODULES, PretrainingModule
 from fastformer.training.pretraining_report import PretrainingReport
+from fastformer.training.progress import LossCurve, Throughput
 from fastformer.training.run import SaveOptions, Watch, build_trainer, callbacks, summary, summary_text
 from fastformer.training.samples import sample
 from fastformer.training.sharding import FullyShardedStrategy

@@ -21,21 +21,14 @@ from transformers.utils import logging as transformers_logging
 from fastformer.console import printable, printable_line
 from fastformer.files import atomic_file
 from fastformer.stopping import Stopped
-from fastformer.training.callbacks import (
-    CompileModel,
-    LossCurve,
-    SavePretrained,
-    StepSeed,
-    StopAtLimit,
-    Throughput,
-    TrainingProgress,
-)
+from fastformer.training.callbacks import CompileModel, SavePretrained, StepSeed, StopAtLimit
 from fastformer.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
 from fastformer.training.cuda_graphs import RecordSteps
 from fastformer.training.finite import FiniteLosses
 from fastformer.training.folder import RunFolder
 from fastformer.training.interruption import StopOnSignal
 from fastformer.training.memory import PeakMemory, peak_memory
+from fastformer.training.progress import LossCurve, Throughput, TrainingProgress
 
 _UNIMPORTANT_WARNINGS = (
     ".*does not have many workers.*",

@@ -156,6 +156,7 @@ RELATED: list[tuple[str, list[str]]] = [
         [
             "training/test_{stem}.py",
             "training/test_callbacks.py",
+            "training/test_progress.py",
             "training/test_early_stopping.py",
             "training/test_pretraining_command.py",
             "training/test_finetune_command.py",

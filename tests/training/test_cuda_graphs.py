@@ -19,10 +19,11 @@ from training.tasks import command, scratch
 from fastformer import cli
 from fastformer.extras import require
 from fastformer.training import cuda_graphs
-from fastformer.training.callbacks import StepSeed, Throughput
+from fastformer.training.callbacks import StepSeed
 from fastformer.training.cuda_graphs import RecordSteps
 from fastformer.training.loading.pretraining import PretrainingDataModule
 from fastformer.training.pretraining import MODULES, PretrainingModule
+from fastformer.training.progress import Throughput
 
 TINY = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 

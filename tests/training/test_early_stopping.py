@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fastformer.training.callbacks import EarlyStopping
 from fastformer.training.checkpoints import AtomicCheckpointIO, ValidationCheckpoint, latest_checkpoint
+from fastformer.training.early_stopping import EarlyStopping
 
 LOSSES = {2: 5.0, 4: 3.0, 6: 4.0, 8: 2.0, 10: 2.5, 12: 2.0, 14: 1.0}
 """The held-out loss after each step with a validation.

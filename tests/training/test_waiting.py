@@ -10,11 +10,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from fastformer.training.callbacks import Throughput, _tokens
 from fastformer.training.loading.pretraining import PretrainingDataModule
 from fastformer.training.loading.steps import label_counts
 from fastformer.training.memory import PeakMemory
 from fastformer.training.pretraining import MODULES
+from fastformer.training.progress import Throughput, _tokens
 
 TINY = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 
