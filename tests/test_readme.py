@@ -137,15 +137,15 @@ def test_sentiment_commands(trained: Path) -> None:
         assert (trained / "runs/sentiment" / name / "report.md").exists()
 
 
-def test_inference_commands(trained: Path) -> None:
+def test_inference_commands(tmp_path: Path) -> None:
     assert [command.split()[1] for command in INFERENCE] == ["pretrain", "generate", "predict", "evaluate"]
-    run_command(["finetune", "classify", *SMALLEST["finetune"], "--output", "runs/classify"], trained)
-    run_command(["data", "export", "python-classes", "--out", "all.jsonl"], trained)
-    first, *_ = (trained / "all.jsonl").read_text().splitlines()
-    (trained / "new.jsonl").write_text(first + "\n")
+    run_command(["finetune", "classify", *SMALLEST["finetune"]], tmp_path)
+    run_command(["data", "export", "python-classes", "--out", "all.jsonl"], tmp_path)
+    first, *_ = (tmp_path / "all.jsonl").read_text().splitlines()
+    (tmp_path / "new.jsonl").write_text(first + "\n")
     for command in INFERENCE:
         arguments = shlex.split(command)[1:]
-        run_command([*arguments, "--max_steps", "2"] if arguments[0] == "pretrain" else arguments, trained)
+        run_command([*arguments, "--max_steps", "2"] if arguments[0] == "pretrain" else arguments, tmp_path)
 
 
 # Commands with options that are shown within a line, in a recipe for two machines, or in a Dockerfile.
