@@ -12,7 +12,7 @@ import yaml
 
 _MOST_ALIASED = 10_000
 
-# Former names of options, and Lightning's names of those that determine them; beside each, the one spelling to use.
+# Former names of options, and those of Lightning's options that one of ours sets; each with the spelling to use.
 _SPELLING = {
     **{
         f"model.{name}": f"optimizer.{name}"
@@ -50,8 +50,8 @@ def check_spelling(arguments: Sequence[str]) -> None:
     """Check the spelling of the options on a command line and in the files that it names.
 
     Raises:
-        ValueError: an option is spelt otherwise; the error has the spelling to use. Or a file cannot be read, or an
-            option would remove an earlier one.
+        ValueError: an option has another spelling, which the error names; a file cannot be read; or an option would
+            remove an earlier one.
     """
     before: list[str] = []
     for name, value in given_options(arguments):
@@ -68,8 +68,8 @@ def read_options(path: Path) -> dict[str, Any]:
     """Read the options in a file.
 
     Raises:
-        ValueError: the file is not YAML with options, an option is there twice or is spelt otherwise, or it names
-            another such file. The error names the file.
+        ValueError: the file is not YAML with options, has an option twice or in another spelling, or names another
+            file of options. The error names the file.
     """
     options = _read_yaml(path)
     if not isinstance(options, dict):
@@ -133,7 +133,7 @@ def _read_yaml(path: Path) -> Any:
 
 
 def _key_again(node: yaml.Node) -> yaml.Node | None:
-    """Return the first key that its mapping has already, or None; YAML's loader would drop the earlier value."""
+    """Return the first key that its mapping has twice, or None. YAML's loader would drop the earlier value."""
     if isinstance(node, yaml.MappingNode):
         keys: set[Any] = set()
         for key, value in node.value:
