@@ -12,12 +12,15 @@ import triton.language as tl
 
 from fastformer_kernels.constants import LOG2_E
 from fastformer_kernels.kept_launches import Launch, kept_launch
-from fastformer_kernels.launch import COMPILER_OPTIONS
+from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of
 from fastformer_kernels.precision import round_to
 
-TILE_ELEMENTS = 4096
-MOST_PARTS_IN_TILE = 16
+# Bytes that a thread loads of each part: one load of the greatest width.
+THREAD_BYTES = 16
 NUM_WARPS = 4
+# Parts that are loaded ahead, plus one. NVIDIA's GPUs copy them to shared memory, AMD's load them to registers.
+STAGES = 8
+AMD_STAGES = 3
 
 
 @triton.jit
@@ -34,7 +37,7 @@ def _merge_kernel(
     lses_stride_part,
     lses_stride_row,
     head_dim: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -45,30 +48,30 @@ def _merge_kernel(
     Args:
         outputs_pointer, lses_pointer: (parts, rows, head_dim) and (parts, rows) float32, O_i and lse_i.
         output_pointer, lse_pointer: (rows, head_dim) and (rows,) float32, contiguous, written.
-        BLOCK_PARTS, BLOCK_ROWS, BLOCK_D: the size of a tile; BLOCK_D is at least head_dim.
+        STAGES: number of parts that are loaded ahead, plus one.
+        BLOCK_ROWS, BLOCK_D: the size of a tile; BLOCK_D is at least head_dim.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     dim = tl.arange(0, BLOCK_D).to(tl.int64)
     row_valid = row < rows
     tile_valid = row_valid[:, None] & (dim < head_dim)[None, :]
+    lses_row = lses_pointer + row * lses_stride_row
+    outputs_tile = outputs_pointer + row[:, None] * outputs_stride_row + dim[None, :] * outputs_stride_dim
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
     maximum = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
-    for start in range(0, parts, BLOCK_PARTS):
-        part = (start + tl.arange(0, BLOCK_PARTS)).to(tl.int64)
-        lses_tile = lses_pointer + part[:, None] * lses_stride_part + row[None, :] * lses_stride_row
-        lses = tl.load(lses_tile, mask=(part < parts)[:, None] & row_valid[None, :], other=float("-inf"))
-        outputs_row = part[:, None] * outputs_stride_part + row[None, :] * outputs_stride_row
-        outputs_tile = outputs_pointer + outputs_row[:, :, None] + dim[None, None, :] * outputs_stride_dim
+    for index in tl.range(0, parts, num_stages=STAGES):
+        part = tl.cast(index, tl.int64)
+        part_lse = tl.load(lses_row + part * lses_stride_part, mask=row_valid, other=float("-inf"))
         # The output of a part without keys is not defined.
-        present = (lses != float("-inf"))[:, :, None] & tile_valid[None, :, :]
-        outputs = tl.load(outputs_tile, mask=present, other=0.0).to(tl.float32)
-        new_maximum = tl.maximum(maximum, tl.max(lses, axis=0))
+        present = (part_lse != float("-inf"))[:, None] & tile_valid
+        part_output = tl.load(outputs_tile + part * outputs_stride_part, mask=present, other=0.0).to(tl.float32)
+        new_maximum = tl.maximum(maximum, part_lse)
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2((lses - shift[None, :]) * LOG2_E)
+        weight = tl.exp2((part_lse - shift) * LOG2_E)
         rescale = tl.exp2((maximum - shift) * LOG2_E)
-        total = total * rescale + tl.sum(weights, axis=0)
-        accumulator = accumulator * rescale[:, None] + tl.sum(weights[:, :, None] * outputs, axis=0)
+        total = total * rescale + weight
+        accumulator = accumulator * rescale[:, None] + weight[:, None] * part_output
         maximum = new_maximum
     empty = total == 0.0
     output = round_to(accumulator / tl.where(empty, 1.0, total)[:, None], output_pointer.dtype.element_ty)
@@ -86,9 +89,9 @@ def merge_launch(outputs: torch.Tensor, lses: torch.Tensor, output: torch.Tensor
     """
     parts, rows, head_dim = outputs.shape
     block_d = triton.next_power_of_2(head_dim)
-    block_parts = min(triton.next_power_of_2(parts), MOST_PARTS_IN_TILE)
-    block_rows = max(1, TILE_ELEMENTS // (block_parts * block_d))
-    block_rows = min(block_rows, triton.next_power_of_2(rows))
+    warp_size = architecture_of(outputs).warp_size
+    tile_elements = NUM_WARPS * warp_size * THREAD_BYTES // outputs.element_size()
+    block_rows = min(max(1, tile_elements // block_d), triton.next_power_of_2(rows))
     return Launch(
         _merge_kernel,
         (triton.cdiv(rows, block_rows),),
@@ -105,7 +108,7 @@ def merge_launch(outputs: torch.Tensor, lses: torch.Tensor, output: torch.Tensor
             "lses_stride_part": lses.stride(0),
             "lses_stride_row": lses.stride(1),
             "head_dim": head_dim,
-            "BLOCK_PARTS": block_parts,
+            "STAGES": STAGES if warp_size == 32 else AMD_STAGES,
             "BLOCK_ROWS": block_rows,
             "BLOCK_D": block_d,
             "num_warps": NUM_WARPS,
