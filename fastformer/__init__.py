@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastformer.debugging import debug
     from fastformer.integrations.acceleration import accelerate, restore
     from fastformer.ops import (
+        BlockMask,
         alibi_slopes,
         append_to_cache,
         attention,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BlockMask",
     "accelerate",
     "alibi_slopes",
     "append_to_cache",

@@ -13,9 +13,11 @@ from functools import partial
 from typing import Any, get_args
 
 import torch
+from fastformer_kernels.attention.arguments import LIST_HEADER, MASK_TILE, MASK_WORDS
 from fastformer_kernels.plans import Plan, forced_plan
 from torch import Tensor
 
+from fastformer.ops.attention.block_mask import BlockMask, TileLists
 from fastformer.registry import OPERATORS as REGISTRY
 from fastformer.registry import Make
 
@@ -73,6 +75,14 @@ class Maker(Make):
 
     def booleans(self, *shape: int) -> Tensor:
         return self.normal(*shape, dtype=torch.bool)
+
+    def block_mask(self, queries: int, keys: int) -> BlockMask:
+        def lists(rows: int, columns: int) -> TileLists:
+            shape = (1, 1, -(-rows // MASK_TILE), LIST_HEADER + -(-columns // MASK_TILE))
+            bits = (2 + shape[2], MASK_TILE, MASK_WORDS)
+            return TileLists(*(torch.empty(size, dtype=torch.int32, device=self.device) for size in (shape, bits)))
+
+        return BlockMask((1, 1, queries, keys), lists(queries, keys), lists(keys, queries))
 
     def rotary_table(self, positions: int, rotary_dim: int) -> tuple[Tensor, Tensor]:
         cos, sin = (torch.empty(positions, rotary_dim // 2, device=self.device) for _ in range(2))
@@ -287,6 +297,9 @@ _CASES: dict[str, dict[str, _Variant]] = {
         "d128-packed-causal": _attention_variant(True, 128, "packed", "causal"),
         "d128-causal-dropout": _attention_variant(True, 128, "causal", "dropout"),
         "d128-window": _attention_variant(True, 128, "window"),
+        "d64-block_mask": _attention_variant(True, 64, "block_mask"),
+        "d128-block_mask": _attention_variant(True, 128, "block_mask"),
+        "d128-block_mask-deterministic": _attention_variant(False, 128, "block_mask"),
         "d64-deterministic": _attention_variant(False, 64),
         "d128-causal-deterministic": _attention_variant(True, 128, "causal"),
         **{

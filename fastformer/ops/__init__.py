@@ -1,6 +1,7 @@
 """Operators: one file for each, with the public function, its checks, registration, backward and PyTorch code."""
 
 from fastformer.ops.attention.attention import attention
+from fastformer.ops.attention.block_mask import BlockMask
 from fastformer.ops.attention.cache import append_to_cache
 from fastformer.ops.attention.decode import decode_attention
 from fastformer.ops.attention.merge import merge_attention
@@ -16,6 +17,7 @@ from fastformer.ops.rotary import rotary, rotary_frequencies, rotary_table
 from fastformer.ops.softmax import log_softmax, softmax
 
 __all__ = [
+    "BlockMask",
     "alibi_slopes",
     "append_to_cache",
     "attention",

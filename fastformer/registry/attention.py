@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastformer.ops.attention.block_mask import BlockMask
 from fastformer.registry.make import Make
 from fastformer.registry.operator import Call, Operator
 
@@ -65,6 +66,7 @@ def _features(make: Make, batch: int, heads: int, queries: int, keys: int) -> di
         "relative": lambda: ("relative_bias", make.normal(heads, 2 * keys - 1)),
         "bias": lambda: ("bias", make.normal(1, heads, queries, keys)),
         "mask": lambda: ("mask", make.booleans(batch, 1, queries, keys)),
+        "block_mask": lambda: ("mask", make.block_mask(queries, keys)),
         "key_lengths": lambda: (
             "key_lengths",
             make.constant(torch.full((batch,), keys, dtype=torch.int32, device="cpu")),
@@ -72,8 +74,11 @@ def _features(make: Make, batch: int, heads: int, queries: int, keys: int) -> di
     }
 
 
-def allowed_pairs(queries: int, keys: int, mask: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
+def allowed_pairs(
+    queries: int, keys: int, mask: Tensor | BlockMask | None, causal: bool, device: torch.device
+) -> Tensor | None:
     """A mask of the keys that each query may attend to; None if it may attend to all."""
+    mask = mask.to_dense() if isinstance(mask, BlockMask) else mask
     if not causal:
         return mask
     earlier = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
@@ -84,7 +89,7 @@ def plain_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None = None,
+    mask: Tensor | BlockMask | None = None,
     bias: Tensor | None = None,
     *,
     causal: bool = False,
@@ -103,7 +108,7 @@ def plain_attention(
 
 
 def fused_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None = None, *, causal: bool = False
 ) -> Tensor:
     allowed = allowed_pairs(query.shape[2], key.shape[2], mask, causal, query.device)
     return F.scaled_dot_product_attention(query, key, value, allowed, enable_gqa=query.shape[1] != key.shape[1])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastformer.ops.attention.block_mask import BlockMask
 from fastformer.ops.rotary import rotary_frequencies, rotary_table
 
 
@@ -42,6 +43,14 @@ class Make:
     def booleans(self, *shape: int) -> Tensor:
         """Random booleans, true with a probability of one half."""
         return self.integers(2, *shape).bool()
+
+    def block_mask(self, queries: int, keys: int) -> BlockMask:
+        """Causal attention within documents of 100 tokens."""
+
+        def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (q // 100 == k // 100) & (q >= k)
+
+        return BlockMask.from_function(seen, None, None, queries, keys, device=self.device)
 
     def constant(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)

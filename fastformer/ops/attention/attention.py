@@ -18,6 +18,7 @@ from fastformer_kernels.attention.arguments import (
 )
 
 from fastformer.backends import use_triton
+from fastformer.ops.attention.block_mask import BlockMask
 from fastformer.ops.attention.masked_nan import attention_ignoring_masked_nan
 from fastformer.ops.attention.torch_backend import attention_backward_torch, attention_formula, attention_forward_torch
 from fastformer.ops.autocast import autocast_device_type, to_autocast_dtype
@@ -44,7 +45,7 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     *,
-    mask: torch.Tensor | None = None,
+    mask: torch.Tensor | BlockMask | None = None,
     bias: torch.Tensor | None = None,
     relative_bias: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
@@ -76,6 +77,8 @@ def attention(
 
     Who may attend to whom (all conditions hold together; positions count within a sequence):
         mask: boolean, True = may attend, or floating, added to the scores; broadcasts to (batch, heads, queries, keys).
+            Or a `fastformer.BlockMask`, without elements where it is all or nothing. It takes no other condition beside
+            it: limits by position or by length are part of its function. Dense only.
         causal: no key after the query's own position.
         prefix_lengths: (batch,) int32; the number of first keys of each sequence to which neither `causal` nor the
             window's right limit applies (prefix language models).
@@ -161,7 +164,7 @@ def checked_arguments(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: torch.Tensor | BlockMask | None,
     bias: torch.Tensor | None,
     relative_bias: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
@@ -196,6 +199,10 @@ def checked_arguments(
     elif max_seqlen_q is not None or max_seqlen_k is not None:
         raise ValueError("max_seqlen_q and max_seqlen_k are for packed tensors; give cu_seqlens_q with them")
     heads = query.shape[1]
+    tiles = _NO_TILES
+    if isinstance(mask, BlockMask):
+        limits = (causal, window, chunk, prefix_lengths, key_lengths, cu_seqlens_q)
+        tiles, mask = _check_block_mask(mask, (batch, heads, queries, keys), query, limits), None
     if mask is not None or bias is not None:
         mask, bias = mask_and_bias(mask, bias, (batch, heads, queries, keys), query)
     left, right = _check_window(window, causal)
@@ -224,6 +231,7 @@ def checked_arguments(
         prefix_lengths,
         cu_seqlens_q,
         cu_seqlens_k,
+        *tiles,
         queries,
         keys,
         factor,
@@ -327,6 +335,29 @@ def mask_and_bias(
     if not mask.is_floating_point():
         raise TypeError(f"mask must be boolean (True = may attend) or floating (added to the scores); got {mask.dtype}")
     return None, mask if bias is None else mask + bias
+
+
+_Tiles = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+# Without a block mask: the arguments that it fills.
+_NO_TILES: _Tiles = (None, None, None, None)
+_LIMITS = ("causal", "window", "chunk", "prefix_lengths", "key_lengths", "cu_seqlens_q")
+
+
+def _check_block_mask(
+    mask: BlockMask, shape: tuple[int, int, int, int], query: torch.Tensor, limits: tuple[Any, ...]
+) -> _Tiles:
+    """Return the lists and bits of the mask by query and, if there may be a backward, by key."""
+    check_device("mask", mask.by_query.lists, "query", query)
+    wanted = ((1, shape[0]), (1, shape[1]), shape[2:3], shape[3:])
+    if any(size not in sizes for size, sizes in zip(mask.shape, wanted, strict=True)):
+        raise ValueError(
+            f"a BlockMask must have the sizes (batch or 1, heads or 1, queries, keys) of {shape}; got {mask.shape}"
+        )
+    for name, given in zip(_LIMITS, limits, strict=True):
+        if given is not None and given is not False:
+            raise ValueError(f"{name} cannot be combined with a BlockMask; make it part of the mask's function")
+    key_lists, key_bits = mask.by_key if torch.is_grad_enabled() else (None, None)
+    return mask.by_query.lists, mask.by_query.bits, key_lists, key_bits
 
 
 def _check_broadcast(

@@ -109,6 +109,7 @@ def _is_one_flash_call(arguments: AttentionArguments) -> bool:
         a.cu_seqlens_q is not None
         or a.key_lengths is not None
         or a.mask is not None
+        or a.query_lists is not None
         or a.bias is not None
         or a.relative_bias is not None
         or a.alibi_slopes is not None

@@ -113,7 +113,7 @@ def _attend_by_pytorch(
     call = AttentionArguments(
         mask,
         bias,
-        *(None,) * 8,
+        *(None,) * 12,
         max_seqlen_q=queries,
         max_seqlen_k=keys,
         scale=scale,

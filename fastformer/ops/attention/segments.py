@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
 
+from fastformer.ops.attention.block_mask import listed_columns, shown_in_rows
+
 NEGATIVE_INFINITY = float("-inf")
 
 
@@ -47,9 +49,9 @@ class Segment(NamedTuple):
 
     @property
     def limited(self) -> bool:
-        """Whether a query's position limits the keys it may attend to."""
+        """Whether a query's position, or a block mask, limits the keys it may attend to."""
         a = self.arguments
-        return a.right != UNBOUNDED or a.left != UNBOUNDED or a.chunk > 0
+        return a.right != UNBOUNDED or a.left != UNBOUNDED or a.chunk > 0 or a.query_lists is not None
 
     def of_queries(self, tensor: torch.Tensor) -> torch.Tensor:
         """Take this segment's part of the queries, or of a tensor with their layout, as a view with its own batch."""
@@ -105,6 +107,8 @@ class Segment(NamedTuple):
         """The keys that each query may attend to by mask and position; 4-D boolean, or None for all keys."""
         a, queries, keys = self.arguments, self.queries, self.keys
         conditions = [] if a.mask is None else [self.of_scores(a.mask)]
+        if a.query_lists is not None and a.query_bits is not None:
+            conditions.append(shown_in_rows(a.query_lists, a.query_bits, self.batch, queries, keys.stop)[..., keys])
         nearest, farthest = keys.start - (queries.stop - 1 + self.offset), keys.stop - 1 - queries.start - self.offset
         right = a.right != UNBOUNDED and farthest > a.right
         left = a.left != UNBOUNDED and nearest < -a.left
@@ -138,7 +142,7 @@ class Segment(NamedTuple):
         return each.transpose(0, 1)[:, :, within]
 
     def _reach(self, queries: slice) -> slice:
-        """The range of keys that at least one of the `queries` may attend to by position."""
+        """A range of keys that has all those which the `queries` may attend to by position or by a block mask."""
         a, low, high = self.arguments, self.keys.start, self.keys.stop
         first, last = queries.start + self.offset, queries.stop - 1 + self.offset
         if a.right != UNBOUNDED:
@@ -147,6 +151,9 @@ class Segment(NamedTuple):
             low = max(low, first - a.left)
         if a.chunk:
             low, high = max(low, first // a.chunk * a.chunk), min(high, (last // a.chunk + 1) * a.chunk)
+        if a.query_lists is not None:
+            first_listed, end_listed = listed_columns(a.query_lists, self.batch, queries)
+            low, high = max(low, first_listed), min(high, end_listed)
         low = min(low, self.keys.stop)
         return slice(low, max(low, high))
 

@@ -67,6 +67,7 @@ def _shows_all(arguments: AttentionArguments) -> bool:
     return (
         a.right == a.left == UNBOUNDED
         and a.mask is None
+        and a.query_lists is None
         and a.bias is None
         and a.relative_bias is None
         and not a.chunk

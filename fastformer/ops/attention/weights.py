@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastformer.backends import use_triton
 from fastformer.ops.attention.attention import ARGUMENTS_SCHEMA, check_lengths_of, checked_arguments
+from fastformer.ops.attention.block_mask import BlockMask
 from fastformer.ops.attention.torch_backend import attention_weights_torch
 from fastformer.ops.checks import check_device, check_shape
 from fastformer.ops.operator import operator
@@ -23,7 +24,7 @@ def attention_weights(
     *,
     heads: Sequence[int] | None = None,
     rows: Sequence[int] | None = None,
-    mask: Tensor | None = None,
+    mask: Tensor | BlockMask | None = None,
     bias: Tensor | None = None,
     relative_bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -49,7 +50,7 @@ def attention_weights(
         lse: the log-sum-exp that this call returned with ``return_lse=True``; it includes sinks.
         heads: the chosen query heads; default all.
         rows: the chosen queries, counted within each sequence; default all.
-        All other arguments: as in that call.
+        All other arguments: as in that call. Of a BlockMask all elements are made.
 
     Returns:
         (batch, chosen heads, chosen rows, keys) in query's dtype. Packed sequences have max_seqlen_k keys; entries
@@ -62,6 +63,7 @@ def attention_weights(
     >>> fastformer.attention_weights(q, k, lse, causal=True, heads=[0], rows=[-1 % q.shape[2]]).shape
     torch.Size([2, 1, 1, 100])
     """
+    mask = mask.to_dense() if isinstance(mask, BlockMask) else mask
     query, key, _, arguments = checked_arguments(
         query,
         key,

@@ -9,6 +9,13 @@ import torch
 
 UNBOUNDED = -1
 
+# A block mask's tiles have this many rows and columns, a multiple of every kernel's tile.
+MASK_TILE = 128
+WORD_BITS = 32
+MASK_WORDS = MASK_TILE // WORD_BITS
+# The numbers before the tiles of a list.
+LIST_HEADER = 3
+
 T = TypeVar("T")
 
 
@@ -39,6 +46,8 @@ class AttentionArguments(NamedTuple):
         key_lengths: (batch,) int32; keys from this index on are masked. Dense only.
         prefix_lengths: (batch,) int32; `right` does not limit keys before this index.
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 boundaries of the packed sequences.
+        query_lists, query_bits: the lists and bits of a block mask's `by_query`, its `TileLists`. Dense only.
+        key_lists, key_bits: those of its `by_key`, for the backward.
         max_seqlen_q, max_seqlen_k: the length of the longest packed sequence (dense: the sequence length).
         scale: multiplies the scores.
         left, right: how far before and after its own position a query may attend; UNBOUNDED for no limit.
@@ -59,6 +68,10 @@ class AttentionArguments(NamedTuple):
     prefix_lengths: torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None
     cu_seqlens_k: torch.Tensor | None
+    query_lists: torch.Tensor | None
+    query_bits: torch.Tensor | None
+    key_lists: torch.Tensor | None
+    key_bits: torch.Tensor | None
     max_seqlen_q: int
     max_seqlen_k: int
     scale: float
@@ -89,7 +102,10 @@ class AttentionArguments(NamedTuple):
 
     def for_launch(self) -> tuple[Any, ...]:
         """Return the arguments as a kept launch takes them: one value if none of them is a tensor, else one by one."""
-        if self.key_lengths is self.prefix_lengths is self.cu_seqlens_q is self.seed is self.mask is self.bias is None:
+        if (
+            self.key_lengths is self.prefix_lengths is self.cu_seqlens_q is self.query_lists is None
+            and self.seed is self.mask is self.bias is None
+        ):
             if self.relative_bias is self.alibi_slopes is self.head_scales is self.sinks is None:
                 return (self,)
         return self

@@ -58,9 +58,12 @@ from fastformer_kernels.attention.tiles import (
     at_head,
     bias_and_mask,
     bias_at_head,
+    bits_at,
     dropout_keep,
     key_bounds,
     key_ranges,
+    listed_at,
+    listed_ranges,
     load_rows,
     mask_at_head,
     prefix_length,
@@ -198,6 +201,7 @@ def _weights_and_gradient(
     key,
     span,
     head_features,
+    bits,
     keep,
     features,
     FOLD_SCALE: tl.constexpr,
@@ -216,7 +220,7 @@ def _weights_and_gradient(
         scores = capped * (features.softcap * LOG2_E)
     elif not FOLD_SCALE:
         scores = products * (scale * LOG2_E)
-    scores = bias_and_mask(scores, query, key, span, head_features, features, TESTED)
+    scores = bias_and_mask(scores, query, key, span, head_features, bits, features, TESTED)
     weights = tl.exp2(scores * multiplier - lse_log2)
     dropped = weights
     if features.seed is not None:
@@ -425,7 +429,10 @@ def _key_value_gradient_tile(
             mask_at_head(features, batch, head),
             bias_at_head(features, batch, head),
             relative_at_head(features, head),
+            listed_at(features, batch, head, first),
         )
+        if features.lists is not None:
+            ranges = listed_ranges(head_features.listed)
         sources = _Sources(q_source, do_source, dq_source)
         no_sums = tl.zeros((BLOCK_N,), tl.float32)
         sums = _Sums(dk_tile, dv_tile, no_sums, no_sums)
@@ -477,7 +484,7 @@ def _add_queries(
     key_tile, value_tile = owned
     key = (place.first_key + tl.arange(0, BLOCK_N))[:, None]
     for index in tl.range(0, tiles_in(ranges, TESTED, BLOCK_M), warp_specialize=constants.WARP_SPECIALIZE):
-        start = tile_start(index, ranges, TESTED, BLOCK_M)
+        start = tile_start(index, ranges, head_features.listed, TESTED, BLOCK_M)
         query = start + tl.arange(0, BLOCK_M)
         lse_log2, delta = _load_statistics(place.lse_pointer, place.delta_pointer, query, span.queries, TESTED)
         if not constants.WARP_SPECIALIZE:  # the compiler cannot split a scan among specialised warps
@@ -490,6 +497,7 @@ def _add_queries(
         keep = None
         if features.seed is not None:
             keep = tl.trans(dropout_keep(features, place.dropout_row, start, place.first_key, BLOCK_M, BLOCK_N))
+        bits = bits_at(features, head_features.listed, place.first_key, index, start, TESTED, BLOCK_M)
         weights, dscores, dbias = _weights_and_gradient(
             products,
             dot(value_tile, tl.trans(do_tile), zeros, INPUT_PRECISION),
@@ -499,6 +507,7 @@ def _add_queries(
             key,
             span,
             head_features,
+            bits,
             keep,
             features,
             constants.FOLD_SCALE,
@@ -600,14 +609,18 @@ def _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, 
         mask_at_head(features, batch, head),
         bias_at_head(features, batch, head),
         relative_at_head(features, head),
+        listed_at(features, batch, head, first),
     )
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dslope = tl.zeros((BLOCK_M,), tl.float32)
     dscale = tl.zeros((BLOCK_M,), tl.float32)
-    ranges = key_ranges(first, span, features, constants)
+    if features.lists is not None:
+        ranges = listed_ranges(head_features.listed)
+    else:
+        ranges = key_ranges(first, span, features, constants)
     for tested in tl.static_range(1 if constants.LOOPS == UNTESTED else 2):
         for index in range(tiles_in(ranges, tested == 1, BLOCK_N)):
-            start = tile_start(index, ranges, tested == 1, BLOCK_N)
+            start = tile_start(index, ranges, head_features.listed, tested == 1, BLOCK_N)
             key = (start + tl.arange(0, BLOCK_N))[None, :]
             key_tile = load_rows(k_pointer, start, keys, k, head_dim, BLOCK_N, BLOCK_D, tested == 1, False)
             value_tile = load_rows(v_pointer, start, keys, v, value_dim, BLOCK_N, BLOCK_V, tested == 1, False)
@@ -616,6 +629,7 @@ def _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, 
             keep = None
             if features.seed is not None:
                 keep = dropout_keep(features, batch * heads + head, first, start, BLOCK_M, BLOCK_N)
+            bits = bits_at(features, head_features.listed, first, index, start, tested == 1, BLOCK_N)
             _, dscores, dbias = _weights_and_gradient(
                 products,
                 dot(do_tile, tl.trans(value_tile), zeros, constants.INPUT_PRECISION),
@@ -625,6 +639,7 @@ def _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, 
                 key,
                 span,
                 head_features,
+                bits,
                 keep,
                 features,
                 constants.FOLD_SCALE,
@@ -833,6 +848,7 @@ def _key_value_gradient(
     )
     loops = loops_of(
         configuration,
+        arguments,
         needs_tests(arguments, arguments.max_seqlen_q, configuration.block_m)
         or needs_tests(arguments, arguments.max_seqlen_k, configuration.block_n),
     )
@@ -853,7 +869,7 @@ def _key_value_gradient(
             "gradients": sums.as_argument(),
             **sizes(query, key, arguments, all_tiles=all_tiles, tiles=tiles, heads_in_cache=together)._asdict(),
             "layout": layout(query, key, arguments),
-            "features": features(arguments),
+            "features": features(arguments, by_key=True),
             "constants": constants_of_call(
                 query,
                 value,

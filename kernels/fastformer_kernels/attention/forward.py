@@ -33,9 +33,12 @@ from fastformer_kernels.attention.tiles import (
     at_head,
     bias_and_mask,
     bias_at_head,
+    bits_at,
     dropout_keep,
     key_bounds,
     key_ranges,
+    listed_at,
+    listed_ranges,
     load_rows,
     mask_at_head,
     prefix_length,
@@ -98,7 +101,7 @@ def _attend(
     multiplier = head_features.scale * LOG2_E if constants.FOLD_SCALE else 1.0
     query = place.first_query + tl.arange(0, constants.BLOCK_M)
     for index in tl.range(0, tiles_in(ranges, TESTED, constants.BLOCK_N), warp_specialize=constants.WARP_SPECIALIZE):
-        start = tile_start(index, ranges, TESTED, constants.BLOCK_N)
+        start = tile_start(index, ranges, head_features.listed, TESTED, constants.BLOCK_N)
         key_tile = load_rows(
             sources.k,
             start,
@@ -114,7 +117,8 @@ def _attend(
         products = dot(q_tile, tl.trans(key_tile), zeros, constants.INPUT_PRECISION)
         scores = scores_of(products, head_features.scale, features, constants.FOLD_SCALE)
         key = (start + tl.arange(0, constants.BLOCK_N))[None, :]
-        scores = bias_and_mask(scores, query[:, None], key, span, head_features, features, TESTED)
+        bits = bits_at(features, head_features.listed, place.first_query, index, start, TESTED, constants.BLOCK_N)
+        scores = bias_and_mask(scores, query[:, None], key, span, head_features, bits, features, TESTED)
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * multiplier)
         shift = new_maximum
         if (
@@ -218,6 +222,7 @@ def _forward_tile(q, k, v, o, lse, sinks_pointer, number, sizes, layout, feature
         mask_at_head(features, batch, head),
         bias_at_head(features, batch, head),
         relative_at_head(features, head),
+        listed_at(features, batch, head, first),
     )
     query = first + tl.arange(0, BLOCK_M)
 
@@ -227,7 +232,10 @@ def _forward_tile(q, k, v, o, lse, sinks_pointer, number, sizes, layout, feature
     if sinks_pointer is not None:
         maximum = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_pointer + head) * LOG2_E
         total = tl.where(maximum == float("-inf"), 0.0, 1.0)
-    ranges = key_ranges(first, span, features, constants)
+    if features.lists is not None:
+        ranges = listed_ranges(head_features.listed)
+    else:
+        ranges = key_ranges(first, span, features, constants)
     softmax = _OnlineSoftmax(accumulator, maximum, total)
     sources = _Sources(k_source, v_source)
     place = _Place(first, batch * sizes.heads + head)
@@ -278,7 +286,7 @@ def _launch_forward(
     if all_tiles == 0:
         return None
     descriptors = configuration.descriptors and uses_descriptors(query, key, value)
-    loops = loops_of(configuration, needs_tests(arguments, arguments.max_seqlen_k, configuration.block_n))
+    loops = loops_of(configuration, arguments, needs_tests(arguments, arguments.max_seqlen_k, configuration.block_n))
     programs = launch_size(all_tiles, query, arguments, configuration)
     together = heads_in_cache(key, value, arguments)
     return Launch(

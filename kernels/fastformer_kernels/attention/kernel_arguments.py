@@ -98,6 +98,7 @@ class Features(NamedTuple):
         seed: the dropout generator's state on the device.
         threshold: a weight is dropped if its random word is below this.
         kept_scale: the factor of the weights that are kept, 1 / (1 - p); 0 for p = 1.
+        lists, bits: a block mask's lists of the tiles that the kernel's own tiles meet, and its bits.
     """
 
     scale: float
@@ -123,6 +124,11 @@ class Features(NamedTuple):
     seed: torch.Tensor | None
     threshold: int
     kept_scale: float
+    lists: torch.Tensor | None
+    lists_stride_b: int
+    lists_stride_h: int
+    lists_stride_tile: int
+    bits: torch.Tensor | None
 
 
 class Sizes(NamedTuple):
@@ -248,9 +254,11 @@ def statistics(lse_log2: torch.Tensor, delta: torch.Tensor) -> Statistics:
     return Statistics(lse_log2, delta, stride_b, stride_h)
 
 
-def features(arguments: AttentionArguments) -> Features:
-    """The features of a call as kernels take them."""
+def features(arguments: AttentionArguments, *, by_key: bool = False) -> Features:
+    """The features of a call as kernels take them; `by_key` for a kernel whose programs own tiles of keys."""
     slopes = arguments.alibi_slopes
+    lists = arguments.key_lists if by_key else arguments.query_lists
+    bits = arguments.key_bits if by_key else arguments.query_bits
     return Features(
         arguments.scale,
         arguments.head_scales,
@@ -266,6 +274,11 @@ def features(arguments: AttentionArguments) -> Features:
         seed=arguments.seed,
         threshold=dropout_threshold(arguments.dropout_p),
         kept_scale=kept_scale(arguments.dropout_p),
+        lists=lists,
+        lists_stride_b=0 if lists is None or lists.shape[0] == 1 else lists.stride(0),
+        lists_stride_h=0 if lists is None or lists.shape[1] == 1 else lists.stride(1),
+        lists_stride_tile=0 if lists is None else lists.stride(2),
+        bits=bits,
     )
 
 

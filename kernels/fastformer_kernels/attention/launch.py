@@ -437,15 +437,19 @@ def needs_tests(arguments: AttentionArguments, length: int, block: int) -> bool:
         or arguments.chunk != 0
         or arguments.key_lengths is not None
         or arguments.packed
+        or arguments.query_lists is not None
         or length % block != 0
     )
 
 
-def loops_of(configuration: AttentionConfiguration, tested: bool) -> int:
-    """The constant LOOPS of a kernel, in which some tiles may need a test if `tested`."""
+def loops_of(configuration: AttentionConfiguration, arguments: AttentionArguments, tested: bool) -> int:
+    """The constant LOOPS of a kernel, in which some tiles may need a test if `tested`.
+
+    A block mask has bits only for the tiles that need a test.
+    """
     if not tested:
         return UNTESTED.value
-    return ONE_LOOP.value if configuration.one_loop else TWO_LOOPS.value
+    return ONE_LOOP.value if configuration.one_loop and arguments.query_lists is None else TWO_LOOPS.value
 
 
 def specializes_warps(configuration: AttentionConfiguration, loops: int) -> bool:

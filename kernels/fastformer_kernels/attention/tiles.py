@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fastformer_kernels.attention.arguments import LIST_HEADER, MASK_TILE, MASK_WORDS, WORD_BITS
 from fastformer_kernels.constants import LOG2_E
 from fastformer_kernels.precision import round_to
 
 # No tile needs a test; tiles that need one have a separate loop; one loop tests all tiles.
 UNTESTED, TWO_LOOPS, ONE_LOOP = (tl.constexpr(number) for number in range(3))
+# The sizes of a block mask's tiles and lists.
+_TILE, _WORDS, _WORD, _HEADER = (tl.constexpr(size) for size in (MASK_TILE, MASK_WORDS, WORD_BITS, LIST_HEADER))
 
 
 class Span(NamedTuple):
@@ -40,6 +43,7 @@ class Ranges(NamedTuple):
 
     [low, whole_low) and [whole_high, high) lie in tiles that need a test, [whole_low, whole_high) in tiles that need
     none. All numbers except `high` are multiples of the tile's size.
+    With a block mask they are rows of the list's tiles, one after the other.
     """
 
     low: Any
@@ -58,6 +62,7 @@ class HeadFeatures(NamedTuple):
         slope: the slope of ALiBi.
         mask, bias: pointers to the head's mask and bias.
         relative: the pointer to the head's bias for distance 0.
+        listed: the pointer to the block mask's list of the tiles that the program's tile meets.
     """
 
     scale: Any
@@ -65,6 +70,7 @@ class HeadFeatures(NamedTuple):
     mask: Any
     bias: Any
     relative: Any
+    listed: Any
 
 
 # --- The tile of a program --------------------------------------------------------------------------------------------
@@ -213,6 +219,50 @@ def query_ranges(first, span, features, constants):
 
 
 @triton.jit
+def listed_at(features, batch, head, first):
+    """A pointer to the list of the tiles that the tile of rows from `first` meets; None without a block mask."""
+    pointer = features.lists
+    if features.lists is not None:
+        pointer = features.lists + batch * features.lists_stride_b + head * features.lists_stride_h
+        pointer += tl.cast(first // _TILE, tl.int64) * features.lists_stride_tile
+    return pointer
+
+
+@triton.jit
+def listed_ranges(listed):
+    """The `Ranges` of a block mask's list: first the tiles that need no test, then those whose bits are tested."""
+    whole = tl.load(listed) * _TILE
+    return Ranges(0, 0, whole, whole + tl.load(listed + 1) * _TILE)
+
+
+@triton.jit
+def bits_at(features, listed, first, index, start, TESTED: tl.constexpr, BLOCK: tl.constexpr):
+    """A pointer to the first word of bits of a tile, number `index` among those that are tested, or None.
+
+    Its rows begin at `first`, its columns at `start`.
+    """
+    pointer = features.bits
+    if not TESTED:
+        pointer = None
+    if pointer is not None:
+        tile = tl.load(listed + 2) + index // (_TILE // BLOCK)
+        pointer += tl.cast(tile, tl.int64) * (_TILE * _WORDS) + first % _TILE * _WORDS + start % _TILE // _WORD
+    return pointer
+
+
+@triton.jit
+def _shown_by_bits(bits, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """True where a block mask shows a tile's elements. `bits` is the pointer to the first row's first word."""
+    row = bits + tl.arange(0, ROWS)[:, None] * _WORDS
+    words = tl.load(row)
+    if COLUMNS >= _WORD:
+        column = tl.arange(0, COLUMNS)[None, :]
+        for word in tl.static_range(1, COLUMNS // _WORD):
+            words = tl.where(column // _WORD == word, tl.load(row + word), words)
+    return (words >> (column % _WORD)) & 1 != 0
+
+
+@triton.jit
 def _in_tiles(low, whole_low, whole_high, high, BLOCK: tl.constexpr):
     """Round low down to a multiple of BLOCK, and the whole tiles' bounds inwards; low <= whole_low <= whole_high."""
     low = tl.maximum(low, 0) // BLOCK * BLOCK
@@ -233,12 +283,15 @@ def tiles_in(ranges, TESTED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tile_start(index, ranges, TESTED: tl.constexpr, BLOCK: tl.constexpr):
+def tile_start(index, ranges, listed, TESTED: tl.constexpr, BLOCK: tl.constexpr):
     """The start of tile number `index` among those that need a test if TESTED, else among those that need none.
 
     The tiles that need a test come before and after the whole tiles.
     """
-    if TESTED:
+    if listed is not None:
+        place = index * BLOCK + (ranges.whole_high if TESTED else 0)
+        return tl.load(listed + _HEADER + place // _TILE) * _TILE + place % _TILE
+    elif TESTED:
         start = ranges.low + index * BLOCK
         return tl.where(start < ranges.whole_low, start, start - ranges.whole_low + ranges.whole_high)
     else:
@@ -395,9 +448,10 @@ def scores_of(products, scale, features, FOLD_SCALE: tl.constexpr):
 
 
 @triton.jit
-def bias_and_mask(scores, query, key, span, head_features, features, TESTED: tl.constexpr):
+def bias_and_mask(scores, query, key, span, head_features, bits, features, TESTED: tl.constexpr):
     """Add every bias to a tile of scores, and set scores that are not allowed to -inf.
 
+    bits: the pointer to the tile's bits of a block mask, in the orientation of the scores; or None.
     TESTED: whether limits by position may exclude something in this tile.
     """
     distance = key - query - span.offset
@@ -413,7 +467,12 @@ def bias_and_mask(scores, query, key, span, head_features, features, TESTED: tl.
     if head_features.mask is not None:
         at = query.to(tl.int64) * features.mask_stride_m + key.to(tl.int64) * features.mask_stride_n
         scores = tl.where(tl.load(head_features.mask + at, mask=inside, other=0) != 0, scores, float("-inf"))
-    if TESTED:
+    if bits is not None:
+        # No bit is set beyond the ends.
+        column = key if key.shape[0] == 1 else query
+        shown = _shown_by_bits(bits, column, scores.shape[0], scores.shape[1])
+        scores = tl.where(shown, scores, float("-inf"))
+    elif TESTED:
         allowed = inside
         if features.right is not None:
             if span.prefix is not None:

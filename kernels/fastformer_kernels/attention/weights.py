@@ -100,10 +100,11 @@ def _attention_weights_kernel(
         mask_at_head(features, batch, head),
         bias_at_head(features, batch, head),
         relative_at_head(features, head),
+        None,
     )
     scores = scores_of(products, head_features.scale, features, False)
     key = start + tl.arange(0, BLOCK_N)
-    scores = bias_and_mask(scores, query[:, None], key[None, :], span, head_features, features, True)
+    scores = bias_and_mask(scores, query[:, None], key[None, :], span, head_features, None, features, True)
     lse_pointer = lse.pointer + batch * lse.stride_b + head * lse.stride_h + (q_start + query) * lse.stride_row
     row_lse = tl.load(lse_pointer, mask=query < queries, other=float("inf"))
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
