@@ -124,6 +124,12 @@ def attention_forward(
         structure = choice
     by_row = weights_wanted or any(given is not None for given in (position_bias, indices, block_indices, sinks))
     boundaries = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    if (
+        structure is not None
+        and structure.block_mask is not None
+        and any(given is not None for given in (indices, block_indices, cu_seq_lens_q))
+    ):
+        structure = None  # nothing can be combined with a block mask but its elements
     structure, allowed = _within_sequences(structure, boundaries, by_row, (batch, queries, keys))
     arguments = {"mask": elements_of(attention_mask)} if structure is None else structure.arguments()
     for selected in (allowed, *_selected(module, query, keys, indices, block_indices)):

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
+from fastformer.ops.attention.block_mask import MASK_TILE, BlockMask
 from fastformer.ops.packing import packed_sequences
 
 aten = torch.ops.aten
@@ -28,6 +29,7 @@ class MaskStructure:
             read them, and if there is no padding between them.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as `fastformer.attention` takes them, over the tokens of
             all rows one after the other, if rows hold several sequences.
+        block_mask: the whole condition, if it has none of the other forms.
     """
 
     causal: bool = False
@@ -41,10 +43,12 @@ class MaskStructure:
     cu_seqlens_k: torch.Tensor | None = None
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
+    block_mask: BlockMask | None = None
 
     @property
     def ignores_positions(self) -> bool:
-        return not self.causal and self.window == (None, None) and self.chunk is None
+        limited = self.causal or self.window != (None, None) or self.chunk is not None
+        return not limited and self.block_mask is None
 
     @property
     def is_packed(self) -> bool:
@@ -54,10 +58,14 @@ class MaskStructure:
     def arguments(self) -> dict[str, Any]:
         """Return the arguments for a call of `fastformer.attention`."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "spans"}
-        return {"mask": values.pop("key_mask"), **values}
+        key_mask, block_mask = values.pop("key_mask"), values.pop("block_mask")
+        # The operator takes no limit beside a block mask, not even one that excludes nothing.
+        return {"mask": key_mask, **values} if block_mask is None else {"mask": block_mask}
 
     def elements(self, batch: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
         """Make the equivalent dense mask, (batch, 1, queries, keys) boolean, True = may attend."""
+        if self.block_mask is not None:
+            return self.block_mask.to_dense()
         key = torch.arange(keys, device=device)
         lengths = torch.full((1,), keys, device=device) if self.key_lengths is None else self.key_lengths
         query = torch.arange(queries, device=device).expand(1, -1)
@@ -216,8 +224,9 @@ def attention_mask(
 ) -> torch.Tensor:
     """Make the mask for ``attn_implementation="fastformer"``; arguments are as of transformers' `sdpa_mask`.
 
-    Returns an `AttentionMask`, or its elements while a graph is traced, which reading lengths would break. `skips` are
-    transformers' hints on when to omit the mask; a mask without elements does not need them.
+    Returns an `AttentionMask`, or its elements while a graph is traced, which reading lengths would break. A function
+    that has parts other than transformers' own becomes a `BlockMask` if there are enough queries and keys for tiles.
+    `skips` are transformers' hints on when to omit the mask; a mask without elements does not need them.
     """
     # A static cache is there to be compiled. Its mask for one query is one row; a structure would not be smaller.
     compilable = isinstance(q_offset, torch.Tensor) and q_length == 1
@@ -227,25 +236,42 @@ def attention_mask(
         structure = _structure(
             batch_size, q_length, kv_length, int(q_offset), kv_offset, mask_function, attention_mask, device
         )
-    shape = (batch_size, 1, q_length, kv_length)
-    if structure is not None:
-        return AttentionMask(shape, torch.device(device), structure)
+    shape, device = (batch_size, 1, q_length, kv_length), torch.device(device)
+
+    def elements(batch: slice, heads: slice, queries: slice) -> torch.Tensor:
+        """Compute the elements of some rows of the batch and some queries."""
+        made = masking_utils.sdpa_mask(
+            batch.stop - batch.start,
+            queries.stop - queries.start,
+            kv_length,
+            q_offset + queries.start,
+            kv_offset,
+            _from_row(mask_function, batch.start),
+            attention_mask if attention_mask is None else attention_mask[batch],
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+        )
+        assert made is not None
+        return made
+
     # Compute this now: a static cache later adds to `q_offset` in place.
-    elements = masking_utils.sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset,  # type: ignore[arg-type]  # of a static cache it is a tensor
-        kv_offset,
-        mask_function,
-        attention_mask,
-        allow_is_causal_skip=False,
-        allow_is_bidirectional_skip=False,
-        use_vmap=use_vmap,
-        device=device,
-    )
-    assert elements is not None
-    return elements if traced else AttentionMask(shape, torch.device(device), elements=elements)
+    if structure is None and not traced and min(q_length, kv_length) >= MASK_TILE:
+        structure = MaskStructure(block_mask=BlockMask.from_pieces(shape, device, elements))
+    if structure is not None:
+        return AttentionMask(shape, device, structure)
+    everything = elements(slice(0, batch_size), slice(0, 1), slice(0, q_length))
+    return everything if traced else AttentionMask(shape, device, elements=everything)
+
+
+def _from_row(mask_function: Callable, first: int) -> Callable:
+    """The mask function of a part of the batch, which begins at row `first`."""
+
+    def of_part(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return mask_function(batch + first, head, query, key)
+
+    return mask_function if first == 0 else of_part
 
 
 def _structure(

@@ -70,7 +70,8 @@ class BlockMask:
         if not 2 <= mask.dim() <= 4:
             raise ValueError(f"mask must have 2 to 4 dimensions, ending in (queries, keys); got {tuple(mask.shape)}")
         full = mask[(None,) * (4 - mask.dim())]
-        return cls(*_built(tuple(full.shape), mask.device, lambda b, h, q: full[b, h, q]))
+        batch, heads, queries, keys = full.shape
+        return cls.from_pieces((batch, heads, queries, keys), mask.device, lambda b, h, q: full[b, h, q])
 
     @classmethod
     def from_function(
@@ -93,7 +94,7 @@ class BlockMask:
             queries, keys: their numbers. The first of each has index 0.
         """
         device = torch.device(device)
-        shape = tuple(1 if size is None else size for size in (batch, heads, queries, keys))
+        shape = (1 if batch is None else batch, 1 if heads is None else heads, queries, keys)
         for name, size in zip(("batch", "heads", "queries", "keys"), shape, strict=True):
             if size < 0:
                 raise ValueError(f"{name} must not be negative; got {size}")
@@ -105,7 +106,26 @@ class BlockMask:
             _check_boolean("the result of mask_mod", seen)
             return seen.expand(torch.broadcast_shapes(*(part.shape for part in indices)))
 
-        return cls(*_built(shape, device, piece))
+        return cls.from_pieces(shape, device, piece)
+
+    @classmethod
+    def from_pieces(cls, shape: tuple[int, int, int, int], device: torch.device, piece: Piece) -> BlockMask:
+        """Make the lists of a mask of `shape`, whose elements `piece` returns for slices of batch, heads and queries.
+
+        The elements, boolean on `device`, have all keys; True = may attend.
+        """
+        batch, heads, queries, keys = shape
+        row_tiles, column_tiles = (-(-size // MASK_TILE) for size in (queries, keys))
+        kinds = torch.full((batch, heads, row_tiles, column_tiles), _NOTHING, device=device)
+        constant = torch.tensor([0, -1], dtype=torch.int32, device=device)
+        bits = [constant[:, None, None].expand(2, MASK_TILE, MASK_WORDS)]
+        for b, h, t in _pieces(batch, heads, row_tiles, column_tiles):
+            rows = slice(t.start * MASK_TILE, min(t.stop * MASK_TILE, queries))
+            tiles = _in_tiles(piece(b, h, rows), t.stop - t.start, column_tiles)
+            some, every = tiles.any(-1).any(-1), tiles.all(-1).all(-1)
+            kinds[b, h, t] = some.long() * _PARTIAL - every.long() * (_PARTIAL - _EVERYTHING)
+            bits.append(_packed(tiles[some & ~every]))
+        return cls(shape, TileLists(_listed(kinds), torch.cat(bits)))
 
     @classmethod
     def from_flex(cls, block_mask: Any) -> BlockMask:
@@ -181,22 +201,6 @@ def _check_boolean(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
         given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be a boolean tensor (True = may attend); got {given}")
-
-
-def _built(shape: tuple[int, ...], device: torch.device, piece: Piece) -> tuple[tuple[int, int, int, int], TileLists]:
-    """The lists of a mask whose elements `piece` returns for a range of the batch, of heads and of queries."""
-    batch, heads, queries, keys = shape
-    row_tiles, column_tiles = (-(-size // MASK_TILE) for size in (queries, keys))
-    kinds = torch.full((batch, heads, row_tiles, column_tiles), _NOTHING, device=device)
-    constant = torch.tensor([0, -1], dtype=torch.int32, device=device)
-    bits = [constant[:, None, None].expand(2, MASK_TILE, MASK_WORDS)]
-    for b, h, t in _pieces(batch, heads, row_tiles, column_tiles):
-        rows = slice(t.start * MASK_TILE, min(t.stop * MASK_TILE, queries))
-        tiles = _in_tiles(piece(b, h, rows), t.stop - t.start, column_tiles)
-        some, every = tiles.any(-1).any(-1), tiles.all(-1).all(-1)
-        kinds[b, h, t] = some.long() * _PARTIAL - every.long() * (_PARTIAL - _EVERYTHING)
-        bits.append(_packed(tiles[some & ~every]))
-    return (batch, heads, queries, keys), TileLists(_listed(kinds), torch.cat(bits))
 
 
 def _pieces(batch: int, heads: int, row_tiles: int, column_tiles: int) -> Iterator[tuple[slice, slice, slice]]:

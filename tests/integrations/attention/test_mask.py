@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -139,6 +140,59 @@ def test_overlays_of_multimodal_models(block: str) -> None:
         model.set_attn_implementation(implementation)
         masks[implementation] = masking_utils.create_sliding_window_causal_mask(model.config, **arguments)
     torch.testing.assert_close(attend(masks["fastformer"], 8, 8), attend(masks["sdpa"], 8, 8))
+
+
+@pytest.mark.parametrize("use_vmap", [False, True])
+@pytest.mark.parametrize("padding", [None, [200, 150, 260], [-200, -150, -260]])
+@pytest.mark.parametrize("elements", [1 << 24, 1])
+def test_a_function_of_many_tokens_becomes_a_block_mask(
+    padding: list[int] | None, elements: int, use_vmap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[fastformer.BlockMask.__module__], "_PIECE_ELEMENTS", elements)
+    image = torch.arange(260).repeat(3, 1) // 90
+
+    def same(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return image[batch, query] == image[batch, key]
+
+    function = masking_utils.or_masks(causal_mask_function, same)
+    arguments = (3, 200, 260, 60, 0, function, padding_mask(padding, 260))
+    mask, dense = own_mask(*arguments, use_vmap=use_vmap), transformers_mask(*arguments, use_vmap=use_vmap)
+    assert isinstance(mask, AttentionMask)
+    assert mask.structure is not None and mask.structure.block_mask is not None
+    image.zero_()  # The mask has read it.
+    torch.testing.assert_close(attend(mask, 200, 260), attend(dense, 200, 260))
+    assert torch.equal(mask.dense, dense)
+    for more in ({"indices": torch.randint(260, (3, 200, 50))}, {"output_attentions": True}):
+        torch.manual_seed(0)
+        tensors = [torch.randn(3, 2, tokens, 8) for tokens in (200, 260, 260)]
+        results = [attention_forward(torch.nn.Module(), *tensors, each, **more) for each in (mask, dense)]
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_layers_share_one_block_mask(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with an overlay of its own computes the mask once, and nothing else than with its dense mask."""
+    built = []
+    from_pieces = fastformer.BlockMask.from_pieces.__func__
+    monkeypatch.setattr(
+        fastformer.BlockMask, "from_pieces", classmethod(lambda *args: built.append(from_pieces(*args)) or built[-1])
+    )
+    ids = (torch.arange(300) // 50)[None]
+    model = MODELS["Gemma 3"].build()
+    create = masking_utils.create_causal_mask
+
+    def with_overlay(*args: Any, **kwargs: Any) -> Any:
+        return create(*args, **kwargs, or_mask_function=lambda b, h, q, k: ids[b, q] == ids[b, k])
+
+    monkeypatch.setattr(sys.modules[type(model).__module__], "create_causal_mask", with_overlay)
+    tokens = torch.randint(1, 30, (1, 300))
+    outputs = {}
+    for implementation in ("eager", "fastformer"):
+        model.set_attn_implementation(implementation)
+        with fastformer.backend(backend):
+            outputs[implementation] = model(input_ids=tokens).logits
+    assert len(built) == 1
+    torch.testing.assert_close(outputs["fastformer"], outputs["eager"], atol=1e-5, rtol=1e-5)
 
 
 NO_DENSE_MASK = [
