@@ -33,7 +33,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     Args:
         embed_dim: the number of features of the query and the output; a multiple of `num_heads`.
-        num_heads: the number of attention heads, each with ``embed_dim / num_heads`` features, at most 256.
+        num_heads: the number of attention heads, each with ``embed_dim / num_heads`` features, at most 512.
         dropout: probability of dropping an attention weight in training.
         bias: whether the projections have biases.
         add_bias_kv: append one learned key and value to those projected.

@@ -31,7 +31,9 @@ import fastformer
 from fastformer.kernel_reports.compilation import Specialization, compiler, specializations_of
 from fastformer.ops.attention.merge import merge_attention
 
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 128, 256, 512)
+# Keys in a cache may be wider than values.
+KEY_DIMS = (64, 128, 256, 576)
 DTYPES = (torch.bfloat16, torch.float32)
 LENGTH = 1024
 # The needs of a kernel of rows depend only on the threads of a warp: for each number, the least capable architecture.
@@ -97,7 +99,8 @@ def decode(head_dim: int, dtype: torch.dtype) -> None:
     query = torch.empty(batch, kv_heads * group, queries, head_dim, dtype=dtype, device="meta")
     for table in (None, integers(batch, LENGTH // page)):
         shape = (batch, kv_heads, LENGTH) if table is None else (batch * LENGTH // page, page, kv_heads)
-        caches = [torch.empty(*shape, head_dim, dtype=dtype, device="meta") for _ in range(2)]
+        dims = head_dim, min(head_dim, 512)
+        caches = [torch.empty(*shape, dim, dtype=dtype, device="meta") for dim in dims]
         options: dict[str, Any] = {"block_table": table, "splits": 2}
         fastformer.decode_attention(query, *caches, lengths=integers(batch), **options)
 
@@ -132,7 +135,7 @@ ATTENTION = (
 def calls_of_products() -> Iterator[Call]:
     for features, head_dim, dtype in product(ATTENTION, HEAD_DIMS, DTYPES):
         yield partial(attention, head_dim, dtype, *features)
-    for head_dim, dtype in product(HEAD_DIMS, DTYPES):
+    for head_dim, dtype in product(KEY_DIMS, DTYPES):
         yield partial(decode, head_dim, dtype)
     for dtype, gated in product(DTYPES, (False, True)):
         yield partial(feed_forward, dtype, gated)

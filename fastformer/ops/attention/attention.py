@@ -35,7 +35,7 @@ from fastformer.ops.checks import (
 from fastformer.ops.dropout import check_dropout_p, draw_seed
 from fastformer.ops.operator import operator, schema_of_fields, vjp
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 # The number of positions in a sequence is smaller than this.
 FARTHEST = 1 << 30
 

@@ -21,6 +21,9 @@ from fastformer.ops.checks import (
 )
 from fastformer.ops.operator import operator
 
+# Absorbed multi-head latent attention (DeepSeek-V2) has 512 elements of latent and 64 of position in each key.
+MAX_KEY_DIM = 576
+
 
 def append_to_cache(
     key: torch.Tensor,
@@ -110,7 +113,7 @@ def check_caches(
 ) -> None:
     """Check the caches' layout, and their dtype, device and batch against a (batch, heads, tokens, head_dim) tensor."""
     batch, dtype, device = like.shape[0], like.dtype, like.device
-    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+    for name, cache, widest in (("key_cache", key_cache, MAX_KEY_DIM), ("value_cache", value_cache, MAX_HEAD_DIM)):
         if cache.dtype != dtype or cache.device != device:
             check_like(name, cache, like_name, like)
         shape = cache.shape
@@ -118,8 +121,8 @@ def check_caches(
             contiguous, paged = "(batch, kv_heads, capacity, head_dim)", "(pages, page_size, kv_heads, head_dim)"
             layout = contiguous if block_table is None else paged
             raise ValueError(f"{name} must be {layout}; got shape {tuple(shape)}")
-        if not 1 <= shape[3] <= MAX_HEAD_DIM:
-            raise ValueError(f"{name}'s head_dim must be from 1 to {MAX_HEAD_DIM}; got {shape[3]}")
+        if not 1 <= shape[3] <= widest:
+            raise ValueError(f"{name}'s head_dim must be from 1 to {widest}; got {shape[3]}")
         if block_table is None and shape[0] != batch:
             raise ValueError(f"{name} must have {like_name}'s batch size, {batch}; got {shape[0]}")
         if block_table is not None and shape[1] == 0:

@@ -63,8 +63,9 @@ def decode_attention(
 
     Args:
         query: (batch, heads, queries, head_dim), float32, float16 or bfloat16; heads a multiple of kv_heads.
-        key_cache, value_cache: in one of the layouts, in query's dtype; value's head_dim may differ. Elements beyond a
-            sequence's length are never used.
+        key_cache, value_cache: in one of the layouts, in query's dtype, with a head_dim of up to 576 for keys and 512
+            for values. Elements beyond a sequence's length are never used. Values may be a view of the keys, such as
+            ``key_cache[..., :512]`` in absorbed multi-head latent attention (DeepSeek-V2): nothing is copied.
         lengths: (batch,) int32, the number of keys of each sequence, including those of the queries; 0 gives zeros.
         query_lengths: (batch,) int32, the number of queries of each sequence (default: all); the rest are padding
             and give zeros.

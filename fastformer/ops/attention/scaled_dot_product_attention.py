@@ -28,7 +28,7 @@ def scaled_dot_product_attention(
 ) -> torch.Tensor:
     """Drop-in for `torch.nn.functional.scaled_dot_product_attention`: same arguments, same meaning.
 
-    PyTorch itself computes heads wider than 256 and float64.
+    PyTorch itself computes heads wider than 512 and float64.
 
     Args:
         query: (..., heads, queries, head_dim); key and value: (..., kv_heads, keys, head_dim). Leading dimensions

@@ -708,8 +708,10 @@ def _key_configuration(
     query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments, deterministic: bool
 ) -> AttentionConfiguration:
     """The configuration of the kernel whose programs own tiles of keys."""
-    choose = deterministic_configuration if deterministic else backward_configuration
-    return choose(query, value, arguments)
+    configuration = backward_configuration(query, value, arguments)
+    if deterministic and not configuration.two_kernels:
+        return deterministic_configuration(query, value, arguments)
+    return configuration
 
 
 class _ScoreSums(NamedTuple):

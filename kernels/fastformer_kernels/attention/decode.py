@@ -71,11 +71,13 @@ _LARGE_SHARED_MEMORY = {
         64: DecodeConfiguration(64, 64, 4, 4),
         128: DecodeConfiguration(64, 64, 4, 3),
         256: DecodeConfiguration(32, 32, 4, 3),
+        576: DecodeConfiguration(32, 32, 8, 2),
     },
     4: {
         64: DecodeConfiguration(32, 16, 8, 3),
         128: DecodeConfiguration(32, 16, 8, 3),
         256: DecodeConfiguration(32, 16, 8, 3),
+        576: DecodeConfiguration(16, 16, 8, 2),
     },
 }
 # For 99 KiB of shared memory.
@@ -84,11 +86,13 @@ _SMALL_SHARED_MEMORY = {
         64: DecodeConfiguration(64, 64, 4, 4),
         128: DecodeConfiguration(64, 32, 4, 3),
         256: DecodeConfiguration(32, 32, 4, 3),
+        576: DecodeConfiguration(16, 32, 8, 2),
     },
     4: {
         64: DecodeConfiguration(32, 16, 8, 3),
         128: DecodeConfiguration(32, 16, 8, 3),
         256: DecodeConfiguration(16, 16, 8, 3),
+        576: DecodeConfiguration(16, 16, 8, 1),
     },
 }
 _AMD = {
@@ -96,11 +100,13 @@ _AMD = {
         64: DecodeConfiguration(64, 64, 4, 2),
         128: DecodeConfiguration(64, 32, 4, 2),
         256: DecodeConfiguration(32, 32, 4, 2),
+        576: DecodeConfiguration(16, 32, 4, 1),
     },
     4: {
         64: DecodeConfiguration(32, 32, 4, 2),
         128: DecodeConfiguration(32, 16, 4, 2),
         256: DecodeConfiguration(16, 16, 4, 2),
+        576: DecodeConfiguration(16, 16, 4, 1),
     },
 }
 _BY_ARCHITECTURE = {
@@ -114,7 +120,7 @@ _BY_ARCHITECTURE = {
     "gfx942": _AMD,
     "gfx950": _AMD,
     # Small tiles, so that small tests have several of them.
-    "interpreter": {size: {256: DecodeConfiguration(16, 16, 1, 1)} for size in (2, 4)},
+    "interpreter": {size: {576: DecodeConfiguration(16, 16, 1, 1)} for size in (2, 4)},
 }
 
 MOST_SPLITS = 128
@@ -150,7 +156,8 @@ class DecodeConstants(NamedTuple):
         LEFT_BOUNDED, RIGHT_BOUNDED, SOFTCAP: whether the call has these features.
         INPUT_PRECISION: the precision of products.
         BLOCK_M, BLOCK_N: rows and keys of a tile.
-        BLOCK_D, BLOCK_V: powers of two, at least head_dim and value_dim.
+        BLOCK_D, BLOCK_REST: the two parts of a key, from `_parts_of`; BLOCK_REST is 0 if there is one part.
+        BLOCK_V: a power of two, at least value_dim.
     """
 
     PAGE_SIZE: int
@@ -164,7 +171,15 @@ class DecodeConstants(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_D: int
+    BLOCK_REST: int
     BLOCK_V: int
+
+
+@triton.jit
+def _columns(operand, first: tl.constexpr, head_dim: tl.constexpr, BLOCK: tl.constexpr):
+    """Offsets of the columns [first, first + BLOCK) of an `Operand`, and whether its matrix has them; (1, BLOCK)."""
+    dim = first + tl.arange(0, BLOCK)
+    return dim.to(tl.int64)[None, :] * operand.stride_dim, (dim < head_dim)[None, :]
 
 
 @triton.jit
@@ -213,6 +228,7 @@ def _decode_kernel(
     BLOCK_M: tl.constexpr = constants.BLOCK_M
     BLOCK_N: tl.constexpr = constants.BLOCK_N
     BLOCK_D: tl.constexpr = constants.BLOCK_D
+    BLOCK_REST: tl.constexpr = constants.BLOCK_REST
     BLOCK_V: tl.constexpr = constants.BLOCK_V
     program = tl.program_id(0)
     row_tile = program % row_tiles
@@ -243,13 +259,17 @@ def _decode_kernel(
     begin = (first_tile + split * share) * BLOCK_N
     end = tl.minimum(begin + share * BLOCK_N, high)
 
-    dim = tl.arange(0, BLOCK_D)
-    dim_v = tl.arange(0, BLOCK_V)
-    q_row = q.pointer + batch * q.stride_b + head * q.stride_h + query.to(tl.int64) * q.stride_row
-    q_tile = q_row[:, None] + dim.to(tl.int64)[None, :] * q.stride_dim
-    q_rows = tl.load(q_tile, mask=row_valid[:, None] & (dim < head_dim)[None, :], other=0.0)
-    k_column = k.pointer + kv_head * k.stride_h + dim.to(tl.int64)[None, :] * k.stride_dim
-    v_column = v.pointer + kv_head * v.stride_h + dim_v.to(tl.int64)[None, :] * v.stride_dim
+    q_row = (q.pointer + batch * q.stride_b + head * q.stride_h + query.to(tl.int64) * q.stride_row)[:, None]
+    k_head = k.pointer + kv_head * k.stride_h
+    v_head = v.pointer + kv_head * v.stride_h
+    q_column, d_valid = _columns(q, 0, head_dim, BLOCK_D)
+    k_column, _ = _columns(k, 0, head_dim, BLOCK_D)
+    v_column, v_valid = _columns(v, 0, value_dim, BLOCK_V)
+    q_rows = tl.load(q_row + q_column, mask=row_valid[:, None] & d_valid, other=0.0)
+    if BLOCK_REST:
+        q_rest_column, rest_valid = _columns(q, BLOCK_D, head_dim, BLOCK_REST)
+        k_rest_column, _ = _columns(k, BLOCK_D, head_dim, BLOCK_REST)
+        q_rest = tl.load(q_row + q_rest_column, mask=row_valid[:, None] & rest_valid, other=0.0)
     if features.slopes is not None:
         slope = tl.load(features.slopes + batch * features.slopes_stride_b + head, mask=row_valid, other=0.0) * LOG2_E
 
@@ -279,11 +299,14 @@ def _decode_kernel(
             page = tl.load(entry, mask=present, other=0)
             page = tl.minimum(page.to(tl.uint32), pages - 1).to(tl.int64)
             slot = (key % PAGE_SIZE).to(tl.int64)
-        k_row = page * k.stride_b + slot * k.stride_row
-        v_row = page * v.stride_b + slot * v.stride_row
-        k_tile = tl.load(k_column + k_row[:, None], mask=present[:, None] & (dim < head_dim)[None, :], other=0.0)
+        k_row = (page * k.stride_b + slot * k.stride_row)[:, None]
+        v_row = (page * v.stride_b + slot * v.stride_row)[:, None]
+        k_tile = tl.load(k_head + k_column + k_row, mask=present[:, None] & d_valid, other=0.0)
         zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         scores = dot(q_rows, tl.trans(k_tile), zeros, INPUT_PRECISION)
+        if BLOCK_REST:
+            k_rest = tl.load(k_head + k_rest_column + k_row, mask=present[:, None] & rest_valid, other=0.0)
+            scores = dot(q_rest, tl.trans(k_rest), scores, INPUT_PRECISION)
         if constants.SOFTCAP:
             scores = tanh(scores * (features.scale / features.softcap)) * (features.softcap * LOG2_E)
         else:
@@ -304,7 +327,7 @@ def _decode_kernel(
         weights = tl.exp2(scores - shift[:, None])
         rescale = tl.exp2(maximum - shift)
         total = total * rescale + tl.sum(weights, axis=1)
-        v_tile = tl.load(v_column + v_row[:, None], mask=present[:, None] & (dim_v < value_dim)[None, :], other=0.0)
+        v_tile = tl.load(v_head + v_column + v_row, mask=present[:, None] & v_valid, other=0.0)
         accumulator = dot(round_to(weights, v_tile.dtype), v_tile, accumulator * rescale[:, None], INPUT_PRECISION)
         maximum = new_maximum
 
@@ -312,9 +335,9 @@ def _decode_kernel(
     output = accumulator / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("-inf"), maximum * LN_2 + tl.log(tl.where(empty, 1.0, total)))
     tl.store(lse_pointer + target, lse, mask=row_stored)
-    o_tile = output_pointer + target[:, None] * value_dim + dim_v[None, :]
+    o_tile = output_pointer + target[:, None] * value_dim + tl.arange(0, BLOCK_V)[None, :]
     output = round_to(output, output_pointer.dtype.element_ty)
-    tl.store(o_tile, output, mask=row_stored[:, None] & (dim_v < value_dim)[None, :])
+    tl.store(o_tile, output, mask=row_stored[:, None] & v_valid)
 
 
 def decode_forward(
@@ -400,6 +423,7 @@ def _launch(
     configuration = decode_configuration(query, value_cache, table is not None)
     group = heads // cache.kv_heads
     block_m = configuration.block_m(group * queries)
+    block_d, block_rest = _parts_of(head_dim)
     # A window beyond the capacity is no limit. With this bound, positions cannot overflow.
     left, right = (min(extent, cache.capacity + queries) for extent in (left, right))
     attend = Launch(
@@ -442,7 +466,8 @@ def _launch(
                     INPUT_PRECISION=precision,
                     BLOCK_M=block_m,
                     BLOCK_N=configuration.block_n,
-                    BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+                    BLOCK_D=block_d,
+                    BLOCK_REST=block_rest,
                     BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
                 )
             ),
@@ -457,6 +482,17 @@ def _launch(
         },
     )
     return [attend, merge_launch(*partial, *results)] if splits > 1 else [attend]
+
+
+def _parts_of(head_dim: int) -> tuple[int, int]:
+    """The parts of a key that one tile and a smaller one hold, as powers of two; (all, 0) if two would not be smaller.
+
+    A key of 576 elements has 512 and 64: a single tile would have 1024 columns, almost half of them empty.
+    """
+    whole = max(16, triton.next_power_of_2(head_dim))
+    first = whole // 2
+    rest = max(16, triton.next_power_of_2(head_dim - first))
+    return (first, rest) if first >= 16 and rest < first else (whole, 0)
 
 
 def decode_configuration(query: torch.Tensor, value_cache: torch.Tensor, paged: bool) -> DecodeConfiguration:

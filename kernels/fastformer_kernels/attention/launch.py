@@ -53,7 +53,7 @@ class AttentionConfiguration:
 
 
 # Upper bounds of the classes of calls whose launches are measured, and a multiple of every measured tile size.
-HEAD_DIM_CLASSES = (64, 128, 256)
+HEAD_DIM_CLASSES = (64, 128, 256, 512)
 LENGTH_CLASSES = (512, 2048)
 LARGEST_BLOCK = 128
 
@@ -75,17 +75,21 @@ _FLOAT32_FORWARD = {
     64: AttentionConfiguration(32, 32, 4, 2),
     128: AttentionConfiguration(32, 32, 4, 2),
     256: AttentionConfiguration(32, 16, 8, 1),
+    512: AttentionConfiguration(16, 16, 8, 1),
 }
 _FLOAT32_BACKWARD = {
     64: AttentionConfiguration(32, 32, 4, 1),
     128: AttentionConfiguration(32, 32, 8, 1),
     256: AttentionConfiguration(16, 16, 8, 1),
+    # 16 keys and 16 queries would need more than 99 KiB of shared memory.
+    512: AttentionConfiguration(16, 8, 8, 1, two_kernels=True),
 }
 _AMPERE_FORWARD: Table = {
     2: {
         64: AttentionConfiguration(128, 64, 8, 3),
         128: AttentionConfiguration(128, 64, 8, 3),
         256: AttentionConfiguration(64, 64, 8, 2),
+        512: AttentionConfiguration(64, 16, 8, 2),
     },
     4: _FLOAT32_FORWARD,
 }
@@ -94,6 +98,7 @@ _AMPERE_BACKWARD: Table = {
         64: AttentionConfiguration(32, 64, 4, 2),
         128: AttentionConfiguration(64, 64, 8, 2),
         256: AttentionConfiguration(32, 32, 8, 1),
+        512: AttentionConfiguration(32, 16, 8, 1, two_kernels=True),
     },
     4: _FLOAT32_BACKWARD,
 }
@@ -103,27 +108,35 @@ _ADA_FORWARD: Table = {
         **_AMPERE_FORWARD[2],
         128: AttentionConfiguration(128, 64, 8, 2),
         256: AttentionConfiguration(64, 32, 8, 2),
+        512: AttentionConfiguration(32, 16, 8, 2),
     },
     4: _FLOAT32_FORWARD,
+}
+_ADA_BACKWARD: Table = {
+    2: {**_AMPERE_BACKWARD[2], 512: AttentionConfiguration(16, 16, 8, 1, two_kernels=True)},
+    4: _FLOAT32_BACKWARD,
 }
 _CDNA_FORWARD: Table = {
     2: {
         64: AttentionConfiguration(128, 64, 4, 1),
         128: AttentionConfiguration(128, 32, 4, 1),
         256: AttentionConfiguration(64, 32, 4, 1),
+        512: AttentionConfiguration(64, 16, 4, 1),
     },
-    4: _FLOAT32_FORWARD,
+    4: {**_FLOAT32_FORWARD, 512: AttentionConfiguration(16, 16, 4, 1)},
 }
 _CDNA_BACKWARD: Table = {
     2: {
         64: AttentionConfiguration(32, 64, 4, 1),
         128: AttentionConfiguration(32, 64, 4, 1),
         256: AttentionConfiguration(16, 32, 4, 1),
+        512: AttentionConfiguration(16, 16, 4, 1, two_kernels=True),
     },
     4: {
         64: AttentionConfiguration(32, 32, 4, 1),
         128: AttentionConfiguration(16, 32, 4, 1),
         256: AttentionConfiguration(16, 16, 4, 1),
+        512: AttentionConfiguration(16, 16, 4, 1, two_kernels=True),
     },
 }
 _FORWARD: dict[str, Table] = {
@@ -135,6 +148,7 @@ _FORWARD: dict[str, Table] = {
             64: AttentionConfiguration(128, 128, 8, 2, resident=1, descriptors=True),
             128: AttentionConfiguration(128, 128, 8, 2, resident=1, descriptors=True),
             256: AttentionConfiguration(128, 64, 8, 2, resident=1, descriptors=True),
+            512: AttentionConfiguration(64, 32, 8, 2, descriptors=True),
         },
         4: _FLOAT32_FORWARD,
     },
@@ -143,6 +157,7 @@ _FORWARD: dict[str, Table] = {
             64: AttentionConfiguration(128, 128, 8, 2, descriptors=True),
             128: AttentionConfiguration(128, 128, 8, 2, descriptors=True),
             256: AttentionConfiguration(128, 64, 8, 1, descriptors=True),
+            512: AttentionConfiguration(64, 32, 8, 2, descriptors=True),
         },
         4: _FLOAT32_FORWARD,
     },
@@ -152,6 +167,8 @@ _FORWARD: dict[str, Table] = {
     "gfx942": _CDNA_FORWARD,
     "gfx950": _CDNA_FORWARD,
 }
+# One loop needs fewer registers than two.
+_WIDE_HOPPER_FORWARD = AttentionConfiguration(64, 16, 8, 2, descriptors=True, one_loop=True)
 # Where a mask or a bias is loaded with each tile, smaller tiles leave enough registers for it.
 _AMPERE_FORWARD_LOADING: Table = {
     2: {64: AttentionConfiguration(64, 64, 4, 2), 128: AttentionConfiguration(64, 64, 8, 2)}
@@ -167,6 +184,7 @@ _FORWARD_LOADING: dict[str, Table] = {
             128: AttentionConfiguration(64, 64, 8, 2, descriptors=True),
             # A mask together with a float32 bias needs more than 64 keys leave free.
             256: AttentionConfiguration(128, 32, 8, 2, descriptors=True),
+            512: _WIDE_HOPPER_FORWARD,
         }
     },
     "sm_100": {
@@ -206,10 +224,13 @@ _FORWARD_WHOLE: dict[str, Table] = {
         }
     },
 }
+# Above head_dim 256, gradients of keys and values fill the registers with 16 keys in a tile. Adding dQ up in memory for
+# so few keys at a time would take most of the time: it has its own kernel.
+_WIDE_HOPPER_BACKWARD = AttentionConfiguration(64, 16, 8, 1, descriptors=True, two_kernels=True)
 _BACKWARD: dict[str, Table] = {
     "sm_80": _AMPERE_BACKWARD,
-    "sm_86": _AMPERE_BACKWARD,
-    "sm_89": _AMPERE_BACKWARD,
+    "sm_86": _ADA_BACKWARD,
+    "sm_89": _ADA_BACKWARD,
     "sm_90": {
         2: {
             64: AttentionConfiguration(64, 128, 8, 2, descriptors=True),
@@ -220,6 +241,7 @@ _BACKWARD: dict[str, Table] = {
                 }
             ),
             256: AttentionConfiguration(32, 32, 8, 1, descriptors=True),
+            512: _WIDE_HOPPER_BACKWARD,
         },
         4: _FLOAT32_BACKWARD,
     },
@@ -228,18 +250,25 @@ _BACKWARD: dict[str, Table] = {
             64: AttentionConfiguration(64, 128, 8, 2, descriptors=True),
             128: AttentionConfiguration(64, 64, 8, 2, descriptors=True),
             256: AttentionConfiguration(32, 64, 8, 1, descriptors=True),
+            512: _WIDE_HOPPER_BACKWARD,
         },
         4: _FLOAT32_BACKWARD,
     },
-    "sm_120": _AMPERE_BACKWARD,
+    "sm_120": _ADA_BACKWARD,
     "gfx90a": _CDNA_BACKWARD,
     "gfx942": _CDNA_BACKWARD,
     "gfx950": _CDNA_BACKWARD,
 }
 # Some features of a call need registers, which leaves fewer for the tiles. The first feature with an entry decides.
 _HOPPER_FORWARD_DROPOUT: Table = {
-    2: {64: _FORWARD["sm_90"][2][64], 128: AttentionConfiguration(128, 64, 8, 2, resident=1, descriptors=True)}
+    2: {
+        64: _FORWARD["sm_90"][2][64],
+        128: AttentionConfiguration(128, 64, 8, 2, resident=1, descriptors=True),
+        256: _FORWARD["sm_90"][2][256],
+        512: _WIDE_HOPPER_FORWARD,
+    }
 }
+_HOPPER_FORWARD_ALIBI: Table = {2: {**_FORWARD["sm_90"][2], 512: _WIDE_HOPPER_FORWARD}}
 _HOPPER_FORWARD_PACKED: Table = {
     2: {64: _FORWARD["sm_90"][2][64], 128: AttentionConfiguration(128, 128, 8, 2, descriptors=True)}
 }
@@ -250,6 +279,7 @@ _FORWARD_WITH: dict[Feature, dict[str, Table]] = {
     "mask or bias": _FORWARD_LOADING,
     "dropout": {"sm_90": _HOPPER_FORWARD_DROPOUT},
     "packed": {"sm_90": for_triton({(3, 6): _HOPPER_FORWARD_PACKED, (3, 9): {}})},
+    "alibi": {"sm_90": _HOPPER_FORWARD_ALIBI},
 }
 _BACKWARD_WITH: dict[Feature, dict[str, Table]] = {
     "mask or bias": _BACKWARD_LOADING,
@@ -258,14 +288,30 @@ _BACKWARD_WITH: dict[Feature, dict[str, Table]] = {
     "window": {"sm_90": for_triton({(3, 6): _HOPPER_BACKWARD_SMALL, (3, 9): {}})},
     "alibi": {"sm_90": for_triton({(3, 6): _HOPPER_BACKWARD_SMALL, (3, 9): {}})},
 }
+# Above head_dim 256 these are for dQ's kernel alone, since `_BACKWARD` has the other one's.
+_DETERMINISTIC_AMPERE: Table = {
+    2: {**_AMPERE_BACKWARD[2], 512: AttentionConfiguration(32, 16, 8, 1)},
+    4: {**_FLOAT32_BACKWARD, 512: AttentionConfiguration(8, 16, 8, 1)},
+}
 _DETERMINISTIC_HOPPER: Table = {
-    2: {**_AMPERE_BACKWARD[2], 128: AttentionConfiguration(64, 32, 8, 2)},
-    4: _FLOAT32_BACKWARD,
+    2: {**_DETERMINISTIC_AMPERE[2], 128: AttentionConfiguration(64, 32, 8, 2)},
+    4: _DETERMINISTIC_AMPERE[4],
+}
+_DETERMINISTIC_HOPPER_LOADING: Table = {
+    2: {**_DETERMINISTIC_HOPPER[2], 512: AttentionConfiguration(16, 16, 8, 1)},
+    4: _DETERMINISTIC_HOPPER[4],
+}
+_DETERMINISTIC_CDNA: Table = {
+    2: {**_CDNA_BACKWARD[2], 512: AttentionConfiguration(32, 16, 4, 1)},
+    4: {**_CDNA_BACKWARD[4], 512: AttentionConfiguration(16, 16, 4, 1)},
 }
 _DETERMINISTIC: dict[str, Table] = {
-    **_BACKWARD,
-    "sm_90": _DETERMINISTIC_HOPPER,
-    "sm_100": _DETERMINISTIC_HOPPER,
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), _DETERMINISTIC_AMPERE),
+    **dict.fromkeys(("sm_90", "sm_100"), _DETERMINISTIC_HOPPER),
+    **dict.fromkeys(("gfx90a", "gfx942", "gfx950"), _DETERMINISTIC_CDNA),
+}
+_DETERMINISTIC_WITH: dict[Feature, dict[str, Table]] = {
+    "mask or bias": dict.fromkeys(("sm_90", "sm_100"), _DETERMINISTIC_HOPPER_LOADING)
 }
 # Small tiles, so that small tests have several of them.
 _INTERPRETER = AttentionConfiguration(16, 16, 1, 1, resident=1)
@@ -290,8 +336,12 @@ def backward_configuration(
 def deterministic_configuration(
     query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> AttentionConfiguration:
-    """The configuration of the two backward kernels that each write only the tiles they own."""
-    default = _choose(_DETERMINISTIC, _kind(query, value)) or _INTERPRETER
+    """The configuration of the two backward kernels that each write only the tiles they own.
+
+    Where `backward_configuration` has two kernels as well, this is for dQ's alone.
+    """
+    kind, features = _kind(query, value), _features(query, value, arguments)
+    default = _choose_with(_DETERMINISTIC_WITH, kind, features) or _choose(_DETERMINISTIC, kind) or _INTERPRETER
     return chosen("attention_deterministic", query, default, lambda: _shape_class(query, value, arguments))
 
 
@@ -357,7 +407,9 @@ def _shipped_backward(kind: Kind, features: tuple[Feature, ...]) -> AttentionCon
 
 def weights_configuration(query: torch.Tensor) -> AttentionConfiguration:
     """The configuration of the kernel that writes weights. Its tiles are small, since few rows are wanted."""
-    return _INTERPRETER if architecture_of(query).name == "interpreter" else AttentionConfiguration(16, 64, 4, 1)
+    if architecture_of(query).name == "interpreter":
+        return _INTERPRETER
+    return AttentionConfiguration(16, 64 if query.shape[-1] <= 256 else 16, 4, 1)
 
 
 def _kind(query: torch.Tensor, value: torch.Tensor) -> Kind:

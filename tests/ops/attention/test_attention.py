@@ -229,6 +229,22 @@ def test_across_tile_borders(options: dict[str, Any], dtype: torch.dtype) -> Non
     check(tensors, options)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "dtype", "options"),
+    [
+        (257, 320, torch.float32, {"causal": True}),
+        (320, 257, torch.bfloat16, {"softcap": 5.0}),
+        (512, 512, torch.float16, {"causal": True, "dropout_p": 0.2}),
+        (512, 40, torch.float32, {"window": (20, 3)}),
+        (192, 128, torch.bfloat16, {"causal": True}),
+    ],
+)
+def test_wide_heads(head_dim: int, value_dim: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    shapes = ((2, 17, head_dim), (1, 21, head_dim), (1, 21, value_dim))
+    check([torch.randn(1, *shape).to(dtype) for shape in shapes], options)
+
+
 EVERYTHING: dict[str, Any] = {
     "bias": torch.linspace(-1, 1, 2 * 37).view(1, 2, 37, 1),
     "relative_bias": torch.linspace(-1, 1, 2 * 21).view(2, 21),
@@ -521,7 +537,7 @@ CU = torch.tensor([0, 2, 5], dtype=torch.int32)
         ((Q, Q[..., :4], Q), {}, ValueError, "same head_dim; got 8 and 4"),
         ((Q, Q[:, :, :3], Q), {}, ValueError, "key and value must agree"),
         ((Q, Q[:1], Q[:1]), {}, ValueError, "same batch size; got 2 and 1"),
-        ((torch.zeros(1, 1, 1, 257),) * 3, {}, ValueError, "head_dim must be from 1 to 256; got 257"),
+        ((torch.zeros(1, 1, 1, 513),) * 3, {}, ValueError, "head_dim must be from 1 to 512; got 513"),
         ((Q, Q, Q), {"mask": torch.ones(3, 5, dtype=torch.bool)}, ValueError, r"mask must broadcast.*\(3, 5\)"),
         ((Q, Q, Q), {"mask": torch.ones(5, 5, dtype=torch.int64)}, TypeError, "mask must be boolean"),
         ((Q, Q, Q), {"window": (-1, 2)}, ValueError, "window's left extent"),

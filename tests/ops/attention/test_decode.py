@@ -169,6 +169,30 @@ def test_splits_do_not_matter(splits: int, dtype: torch.dtype) -> None:
     check(tensors, [150, 37], {"sinks": torch.randn(3)}, splits=splits)
 
 
+# Keys that one tile holds, and keys that are split between two tiles.
+@pytest.mark.parametrize("head_dim", [16, 33, 48, 49, 96, 257, 320, 512, 576])
+def test_keys_of_any_width(head_dim: int) -> None:
+    torch.manual_seed(0)
+    value_dim = min(head_dim, 512)
+    tensors = [torch.randn(1, heads, size, dim) for heads, size, dim in ((3, 2, head_dim), (1, 35, head_dim))]
+    check([*tensors, torch.randn(1, 1, 35, value_dim)], [35], {"softcap": 20.0}, splits=2)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("paged", [False, True])
+def test_values_are_the_first_columns_of_the_keys(backend: str, paged: bool) -> None:
+    """Absorbed multi-head latent attention: the cache of values is a view of that of the keys."""
+    torch.manual_seed(0)
+    query, keys, lengths = torch.randn(2, 5, 1, 576), torch.randn(2, 1, 40, 576), [40, 19]
+    cache, table = pages_of(keys, lengths, 16) if paged else (keys, None)
+    values = cache[..., :512]
+    with fastformer.backend(backend):
+        output = decode_attention(query, cache, values, lengths=int32(lengths), block_table=table)
+    exact, _ = expected([query, keys, keys[..., :512]], lengths, [1, 1], {"causal": True}, torch.float64)
+    torch.testing.assert_close(output, exact.float())
+    assert not values.is_contiguous()
+
+
 def test_more_rows_than_a_tile_holds() -> None:
     torch.manual_seed(0)
     tensors = [torch.randn(1, heads, size, 8) for heads, size in ((6, 11), (2, 50), (2, 50))]
@@ -346,6 +370,13 @@ TABLE = torch.zeros(2, 1, dtype=torch.int32)
         ((Q, K[:1], K[:1]), {}, ValueError, "key_cache must have query's batch size, 2; got 1"),
         ((Q, K, K[:, :, :4]), {}, ValueError, "key_cache and value_cache must agree"),
         ((Q, K[..., :4], K), {}, ValueError, "same head_dim; got 8 and 4"),
+        ((torch.zeros(1, 1, 1, 577),) * 3, {}, ValueError, "key_cache's head_dim must be from 1 to 576; got 577"),
+        (
+            (Q, K, torch.zeros(2, 2, 5, 513)),
+            {},
+            ValueError,
+            "value_cache's head_dim must be from 1 to 512; got 513",
+        ),
         ((Q[:, :3], K, K), {}, ValueError, "heads must be a multiple of key_cache's; got 3 and 2"),
         ((Q, K, K), {"lengths": LENGTHS.long()}, TypeError, "lengths must be int32"),
         ((Q, K, K), {"lengths": LENGTHS[:1]}, ValueError, r"lengths must have shape \(2,\)"),
