@@ -173,7 +173,7 @@ def _attention(make: Maker, head_dim: int, features: tuple[str, ...] = (), value
     }
 
 
-def _decode(make: Maker, queries: int, group: int, paged: bool) -> Sizes:
+def _decode(make: Maker, queries: int, group: int, paged: bool, block_mask: bool = False) -> Sizes:
     batch, kv_heads, head_dim = 4, 8, 128
     return {
         "lengths": [make.rows(4096, kv_heads * head_dim)] * batch,
@@ -182,6 +182,7 @@ def _decode(make: Maker, queries: int, group: int, paged: bool) -> Sizes:
         "queries": queries,
         "head_dim": head_dim,
         "page_size": 16 if paged else None,
+        "block_mask": block_mask,
     }
 
 
@@ -321,6 +322,12 @@ _CASES: dict[str, dict[str, _Variant]] = {
         )
         for paged in (False, True)
         for queries, group in ((1, 1), (1, 4), (4, 4))
+    }
+    | {
+        f"{'paged' if paged else 'contiguous'}-4-group-4-block_mask": _Variant(
+            "decode_attention", partial(_decode, queries=4, group=4, paged=paged, block_mask=True), _BF16
+        )
+        for paged in (False, True)
     },
     "append_to_cache": {
         f"{'paged' if paged else 'contiguous'}-{tokens}": _Variant(

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from fastformer.ops.attention.block_mask import BlockMask
 from fastformer.registry.attention import fused_attention, plain_attention
 from fastformer.registry.make import Make
 from fastformer.registry.operator import Call, Operator
@@ -40,14 +41,16 @@ def _inputs(
     head_dim: int = 32,
     *,
     page_size: int | None = None,
+    block_mask: bool = False,
     scale: float = 1.0,
     value_scale: float = 1.0,
 ) -> Call:
     """Queries of the last `queries` tokens of sequences of these lengths, and caches as long as the longest one."""
+    options = {"mask": make.block_mask(max(lengths), max(lengths))} if block_mask else {}
     query = make.normal(len(lengths), heads, queries, head_dim, scale=scale)
     cached = caches(make, len(lengths), kv_heads, max(lengths), head_dim, page_size, value_scale)
     ends = make.constant(torch.tensor(lengths, dtype=torch.int32, device="cpu"))
-    return Call({"query": query, **cached, "lengths": ends}, {})
+    return Call({"query": query, **cached, "lengths": ends}, options)
 
 
 def contiguous_cache(cache: Tensor, block_table: Tensor | None) -> Tensor:
@@ -64,6 +67,12 @@ def _mask(query: Tensor, key: Tensor, lengths: Tensor) -> Tensor:
     return (torch.arange(key.shape[2], device=query.device) <= last[..., None])[:, None]
 
 
+def _mask_by_position(mask: BlockMask, query: Tensor, lengths: Tensor) -> Tensor:
+    """The elements of a block mask for these queries, (batch, 1, queries, keys)."""
+    position = lengths[:, None] + torch.arange(query.shape[2], device=query.device) - query.shape[2]
+    return mask.to_dense()[0, 0, position][:, None]
+
+
 def _plain(
     query: Tensor,
     key_cache: Tensor,
@@ -71,12 +80,15 @@ def _plain(
     lengths: Tensor,
     block_table: Tensor | None = None,
     *,
+    mask: BlockMask | None = None,
     splits: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """Compute the attention by the formula. It ignores `splits`, which does not change the result."""
     key, value = contiguous_cache(key_cache, block_table), contiguous_cache(value_cache, block_table)
-    return plain_attention(query, key, value, _mask(query, key, lengths), softcap=softcap)
+    seen = _mask(query, key, lengths)
+    seen = seen if mask is None else seen & _mask_by_position(mask, query, lengths)
+    return plain_attention(query, key, value, seen, softcap=softcap)
 
 
 def _fused(

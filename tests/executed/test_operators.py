@@ -497,6 +497,23 @@ def test_decoding_with_a_cache(paged: bool) -> None:
         torch.testing.assert_close(kernel, pytorch, atol=2**-7, rtol=2**-7)
 
 
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_decoding_with_a_block_mask(page_size: int | None) -> None:
+    """Two queries in different tiles of the mask, and a sequence whose first query has no position."""
+    torch.manual_seed(0)
+    operator = OPERATORS["decode_attention"]
+    sizes = {"lengths": [129, 144], "kv_heads": 2, "page_size": page_size, "block_mask": True}
+    call = operator.inputs(Make(torch.bfloat16, torch.device(DEVICE)), **sizes)
+    call.options["splits"] = 3
+    with fastformer.backend("triton"):
+        (actual,) = operator.run(operator.ours, call)
+    torch.testing.assert_close(actual, operator.run(operator.plain, call)[0], atol=2**-6, rtol=2**-6)
+    call.tensors["lengths"].fill_(1)
+    with fastformer.backend("triton"):
+        (actual,) = operator.run(operator.ours, call)
+    assert not actual[:, :, 0].any()
+
+
 def test_merging_of_attention() -> None:
     torch.manual_seed(0)
     lses = randn(3, 2, 7)

@@ -225,7 +225,7 @@ def test_a_kernel_stops_before_it_writes_beyond_a_cache(length: int, positions: 
 @pytest.mark.usefixtures("asserting")
 def test_a_kernel_stops_before_it_reads_beyond_a_cache(length: int) -> None:
     query, cache = torch.ones(1, 1, 1, 16), torch.ones(1, 1, 4, 16)
-    arguments = DecodeArguments(int32(length), None, None, None, None, 1.0, UNBOUNDED, UNBOUNDED, 0.0)
+    arguments = DecodeArguments(int32(length), None, None, None, None, None, None, 1.0, UNBOUNDED, UNBOUNDED, 0.0)
     if 0 <= length <= 4:
         output, _ = decode_forward(query, cache, cache, arguments, None)
         assert output.eq(length > 0).all()

@@ -121,6 +121,8 @@ def _decode_problem(dtype: torch.dtype, sizes: Sizes, batch: int, keys: int) -> 
             block_table=None,
             alibi_slopes=None,
             sinks=None,
+            lists=None,
+            bits=None,
             scale=head_dim**-0.5,
             left=UNBOUNDED,
             right=UNBOUNDED,

@@ -13,11 +13,13 @@ from fastformer_kernels.attention.decode_arguments import DecodeArguments, cache
 
 from fastformer.backends import use_triton
 from fastformer.ops.attention.attention import _check_sinks, _check_slopes, _check_window
+from fastformer.ops.attention.block_mask import BlockMask, shown_in_rows
 from fastformer.ops.attention.cache import check_caches, check_same_places
 from fastformer.ops.attention.explicit import largest_score, product_of_visible
 from fastformer.ops.attention.flash import is_finite
 from fastformer.ops.autocast import to_autocast_dtype, without_autocast
 from fastformer.ops.checks import (
+    check_device,
     check_floating,
     check_int32,
     check_lengths,
@@ -44,6 +46,7 @@ def decode_attention(
     block_table: torch.Tensor | None = None,
     causal: bool = True,
     window: tuple[int | None, int | None] | None = None,
+    mask: BlockMask | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
@@ -71,6 +74,8 @@ def decode_attention(
             and give zeros.
         block_table: (batch, max_pages) int32, the pages of each sequence in order. Entries beyond its length or wholly
             outside the window of its queries are never read.
+        mask: a `fastformer.BlockMask` (batch or 1, kv_heads or 1, capacity, capacity), whose rows and columns are
+            positions, so that one serves all steps. It holds together with `causal` and `window`.
         causal, window, softcap, alibi_slopes, sinks: as in `fastformer.attention`, with queries aligned to the end.
         scale: multiplies ``query @ key^T``; default ``1 / sqrt(head_dim)``.
         splits: the number of programs that share the keys of a sequence on a GPU; None chooses by rule from the batch,
@@ -106,6 +111,7 @@ def decode_attention(
     if splits is not None and splits < 1:
         raise ValueError(f"splits must be at least 1, or None to choose by rule; got {splits}")
     left, right = _check_window(window, causal)
+    lists, bits = (None, None) if mask is None else _check_mask(mask, key_cache, block_table, query)
     output, lse = _decode_attention(
         query,
         key_cache,
@@ -115,6 +121,8 @@ def decode_attention(
         block_table,
         _check_slopes(alibi_slopes, batch, heads, query),
         _check_sinks(sinks, heads, query),
+        lists,
+        bits,
         1.0 / math.sqrt(head_dim) if scale is None else float(scale),
         left,
         right,
@@ -141,13 +149,30 @@ def _check_tensors(
         raise ValueError(f"query's heads must be a multiple of key_cache's; got {shape[1]} and {kv_heads}")
 
 
+def _check_mask(
+    mask: BlockMask, key_cache: torch.Tensor, block_table: torch.Tensor | None, query: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mask's lists and bits."""
+    if not isinstance(mask, BlockMask):
+        raise TypeError(f"mask must be a BlockMask; got {type(mask).__name__}")
+    check_device("mask", mask.by_query.lists, "query", query)
+    cache = cache_shape(key_cache, block_table)
+    sizes = ((1, query.shape[0]), (1, cache.kv_heads), (cache.capacity,), (cache.capacity,))
+    if any(size not in accepted for size, accepted in zip(mask.shape, sizes, strict=True)):
+        raise ValueError(
+            f"mask must have the sizes (batch or 1, kv_heads or 1, capacity, capacity) of "
+            f"{(query.shape[0], cache.kv_heads, cache.capacity, cache.capacity)}; got {mask.shape}"
+        )
+    return mask.by_query
+
+
 @operator(
     "fastformer::decode_attention",
     mutates_args=(),
     schema=(
         "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, Tensor? query_lengths, "
-        "Tensor? block_table, Tensor? alibi_slopes, Tensor? sinks, float scale, SymInt left, SymInt right, "
-        "float softcap, SymInt? splits) -> (Tensor, Tensor)"
+        "Tensor? block_table, Tensor? alibi_slopes, Tensor? sinks, Tensor? lists, Tensor? bits, float scale, "
+        "SymInt left, SymInt right, float softcap, SymInt? splits) -> (Tensor, Tensor)"
     ),
 )
 def _decode_attention(
@@ -159,6 +184,8 @@ def _decode_attention(
     block_table: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    lists: torch.Tensor | None,
+    bits: torch.Tensor | None,
     scale: float,
     left: int,
     right: int,
@@ -169,7 +196,9 @@ def _decode_attention(
     check_lengths("lengths", lengths, "the cache's capacity", cache.capacity)
     if query_lengths is not None:
         check_lengths("query_lengths", query_lengths, "the number of queries", query.shape[2])
-    arguments = DecodeArguments(lengths, query_lengths, block_table, alibi_slopes, sinks, scale, left, right, softcap)
+    arguments = DecodeArguments(
+        lengths, query_lengths, block_table, alibi_slopes, sinks, lists, bits, scale, left, right, softcap
+    )
     if block_table is not None and block_table.is_cpu:
         seen = (
             _visible_keys(length, length - count, count, arguments)
@@ -303,11 +332,12 @@ def _attend(
     for chunk in chunks:
         values = _read(value_cache, table, sequences, chunk)
         output.baddbmm_(weights[:, :, chunk.start - keys.start : chunk.stop - keys.start], values)
-    visible = _visible(queries, keys, position, arguments, q.device)
+    visible = _visible(queries, sequences, keys, position, arguments, q.device)
     if visible is not None and q.is_cpu and not is_finite(output):
         # A non-finite value may be one that some of the queries do not see.
         values = _read(value_cache, table, sequences, keys)
-        output = product_of_visible(weights, values, visible.repeat(heads // kv_heads, 1))
+        of_group = visible[:, :, None].expand(count, kv_heads, heads // kv_heads, *visible.shape[2:])
+        output = product_of_visible(weights, values, of_group.flatten(2, 3).flatten(0, 1))
     output = output.view(count, heads, queries, output.shape[-1]) / total.masked_fill(total == 0.0, 1.0)
     return output, (maximum + total.log()).squeeze(-1)
 
@@ -338,6 +368,7 @@ def _fits_flash(
         and arguments.softcap == 0.0
         and arguments.alibi_slopes is None
         and arguments.sinks is None
+        and arguments.lists is None
     )
 
 
@@ -354,15 +385,30 @@ def _scale_and_mask(
         distance = torch.arange(keys.start, keys.stop, device=scores.device) - query_position[:, None]
         slopes = arguments.alibi_slopes if arguments.alibi_slopes.shape[0] == 1 else arguments.alibi_slopes[sequences]
         scores.sub_(slopes[:, :, None, None] * distance.abs())
-    visible = _visible(queries, keys, position, arguments, scores.device)
+    visible = _visible(queries, sequences, keys, position, arguments, scores.device)
     if visible is not None:
-        scores.masked_fill_(~visible, NEGATIVE_INFINITY)
+        of_heads = visible.repeat_interleave(scores.shape[1] // visible.shape[1], 1)
+        scores.masked_fill_(~of_heads, NEGATIVE_INFINITY)
 
 
 def _visible(
+    queries: int, sequences: slice, keys: slice, position: int, arguments: DecodeArguments, device: torch.device
+) -> torch.Tensor | None:
+    """The keys that each query sees, boolean, broadcasting to (sequences, kv_heads, queries, keys); None for all."""
+    visible = _visible_by_position(queries, keys, position, arguments, device)
+    if arguments.lists is None or arguments.bits is None:
+        return None if visible is None else visible[None, None]
+    rows = slice(max(position, 0), max(position + queries, 0))
+    shown = shown_in_rows(arguments.lists, arguments.bits, sequences, rows, keys.stop)[..., keys]
+    # A query before the first position sees nothing.
+    shown = torch.nn.functional.pad(shown, (0, 0, queries - (rows.stop - rows.start), 0))
+    return shown if visible is None else shown & visible
+
+
+def _visible_by_position(
     queries: int, keys: slice, position: int, arguments: DecodeArguments, device: torch.device
 ) -> torch.Tensor | None:
-    """The keys that each query sees, (queries, keys) boolean; None if each query sees all of them."""
+    """The keys that each query sees by position, (queries, keys) boolean; None if each query sees all of them."""
     left, right = arguments.left, arguments.right
     if queries == 1 or left == right == UNBOUNDED:
         return None

@@ -28,7 +28,7 @@ from fastformer_kernels.attention.decode_arguments import (
 )
 from fastformer_kernels.attention.kernel_arguments import cache_operand, operand, page_table
 from fastformer_kernels.attention.merge import merge_launch
-from fastformer_kernels.attention.tiles import tanh
+from fastformer_kernels.attention.tiles import HEADER, TILE, WORD, WORDS, shown_by_bits, tanh
 from fastformer_kernels.configurations import chosen, size_class
 from fastformer_kernels.constants import LN_2, LOG2_E, constants
 from fastformer_kernels.kept_launches import Launch, kept_choice, kept_launch
@@ -135,6 +135,7 @@ class DecodeFeatures(NamedTuple):
         slopes, slopes_stride_b: the slopes of ALiBi, (1 or batch, heads) float32 or None, and their batch stride.
         sinks: (heads,) float32, or None.
         left, right: how far before and after its own position a query may attend, if the constants bound that side.
+        lists, bits: a block mask's lists of the tiles that each tile of positions sees, and its bits; or None.
     """
 
     scale: float
@@ -144,6 +145,11 @@ class DecodeFeatures(NamedTuple):
     slopes: torch.Tensor | None
     slopes_stride_b: int
     sinks: torch.Tensor | None
+    lists: torch.Tensor | None
+    lists_stride_b: int
+    lists_stride_h: int
+    lists_stride_tile: int
+    bits: torch.Tensor | None
 
 
 class DecodeConstants(NamedTuple):
@@ -254,10 +260,23 @@ def _decode_kernel(
     if RIGHT_BOUNDED:
         last_query = tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)
         high = tl.minimum(length, last_query + offset + features.right + 1)
-    first_tile = low // BLOCK_N
-    share = tl.cdiv(tl.cdiv(tl.maximum(high, low), BLOCK_N) - first_tile, splits)
+    origin, stop = low, high
+    if features.lists is not None:
+        # The queries lie in one tile of positions or in two: the keys of the second one's list follow the first one's.
+        lists = features.lists + batch * features.lists_stride_b + kv_head * features.lists_stride_h
+        last_query = tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)
+        first_list = tl.maximum(row_tile * BLOCK_M // GROUP + offset, 0) // TILE
+        second_list = tl.maximum(tl.maximum(last_query + offset, 0) // TILE, first_list)
+        listed = lists + first_list.to(tl.int64) * features.lists_stride_tile
+        in_first = (tl.load(listed) + tl.load(listed + 1)) * TILE
+        listed = lists + second_list.to(tl.int64) * features.lists_stride_tile
+        in_second = (tl.load(listed) + tl.load(listed + 1)) * TILE
+        origin = 0
+        stop = in_first + tl.where(second_list > first_list, in_second, 0)
+    first_tile = origin // BLOCK_N
+    share = tl.cdiv(tl.cdiv(tl.maximum(stop, origin), BLOCK_N) - first_tile, splits)
     begin = (first_tile + split * share) * BLOCK_N
-    end = tl.minimum(begin + share * BLOCK_N, high)
+    end = tl.minimum(begin + share * BLOCK_N, stop)
 
     q_row = (q.pointer + batch * q.stride_b + head * q.stride_h + query.to(tl.int64) * q.stride_row)[:, None]
     k_head = k.pointer + kv_head * k.stride_h
@@ -283,10 +302,26 @@ def _decode_kernel(
         maximum = sink * LOG2_E
         total = tl.where(sink == float("-inf"), 0.0, 1.0)
     for start in range(begin, end, BLOCK_N):
+        last = end
+        if features.lists is not None:
+            # `start` is a place in the lists. Instead of a tile without keys that may be seen, the first one is hidden.
+            number = tl.where(start < in_first, first_list, second_list)
+            place = tl.where(start < in_first, start, start - in_first)
+            listed = lists + number.to(tl.int64) * features.lists_stride_tile
+            start = tl.load(listed + HEADER + place // TILE) * TILE + place % TILE
+            seen_wholly = tl.load(listed)
+            tile = tl.where(place // TILE < seen_wholly, 1, tl.load(listed + 2) + place // TILE - seen_wholly)
+            present = (start < high) & (start + BLOCK_N > low)
+            start = tl.where(present, start, 0)
+            position = query + offset
+            listed_row = present & (position >= 0) & (position // TILE == number)
+            bits = features.bits + tile.to(tl.int64) * (TILE * WORDS) + start % TILE // WORD
+            bits += tl.where(listed_row, position % TILE, 0)[:, None] * WORDS
+            last = high
         key = start + tl.arange(0, BLOCK_N)
         # A page that no query sees may not exist any more: neither the page nor its table entry is read. An entry that
         # is no page of the cache, such as a negative one, becomes the last page, so that nothing outside is read.
-        present = (key >= low) & (key < end)
+        present = (key >= low) & (key < last)
         if table.pointer is None:
             page = batch
             slot = key.to(tl.int64)
@@ -321,6 +356,8 @@ def _decode_kernel(
             allowed = allowed & (distance <= features.right)
         if query_lengths_pointer is not None:
             allowed = allowed & row_valid[:, None]
+        if features.lists is not None:
+            allowed = allowed & listed_row[:, None] & shown_by_bits(bits, key[None, :], BLOCK_N)
         scores = tl.where(allowed, scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
@@ -409,6 +446,8 @@ def _launch(
     table: torch.Tensor | None,
     slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    lists: torch.Tensor | None,
+    bits: torch.Tensor | None,
     scale: float,
     left: int,
     right: int,
@@ -426,6 +465,8 @@ def _launch(
     block_d, block_rest = _parts_of(head_dim)
     # A window beyond the capacity is no limit. With this bound, positions cannot overflow.
     left, right = (min(extent, cache.capacity + queries) for extent in (left, right))
+    # The compiler divides the stages between a load and the loads that depend on it: lists or pages, then keys.
+    depends = table is not None or lists is not None
     attend = Launch(
         _decode_kernel,
         (_programs(query, cache, configuration) * splits,),
@@ -453,6 +494,11 @@ def _launch(
                 slopes,
                 slopes_stride_b=0 if slopes is None or slopes.shape[0] == 1 else slopes.stride(0),
                 sinks=sinks,
+                lists=lists,
+                lists_stride_b=0 if lists is None or lists.shape[0] == 1 else lists.stride(0),
+                lists_stride_h=0 if lists is None or lists.shape[1] == 1 else lists.stride(1),
+                lists_stride_tile=0 if lists is None else lists.stride(2),
+                bits=bits,
             ),
             "constants": constants(
                 DecodeConstants(
@@ -472,8 +518,7 @@ def _launch(
                 )
             ),
             "num_warps": configuration.num_warps,
-            # The compiler divides the stages between a load and the loads that depend on it: here pages, then keys.
-            "num_stages": configuration.num_stages if table is None else 2 * configuration.num_stages - 1,
+            "num_stages": 2 * configuration.num_stages - 1 if depends else configuration.num_stages,
             # This keeps device_assert: an impossible length must fail, not read another sequence's keys. It costs forty
             # instructions before the loop, and no register.
             "debug": True,

@@ -16,6 +16,7 @@ class DecodeArguments(NamedTuple):
         block_table: (batch, max_pages) int32, the pages of each sequence in order; None for a contiguous cache.
         alibi_slopes: (1 or batch, heads) float32, contiguous; adds -slope * |query position - key position|.
         sinks: (heads,) float32, contiguous; one more logit per head that takes part in the normalisation only.
+        lists, bits: the `TileLists` by query of a block mask, whose rows and columns are positions; or None.
         scale: multiplies the scores.
         left, right: how far before and after its own position a query may attend; UNBOUNDED for no limit.
         softcap: scores become softcap * tanh(score / softcap); 0 for none.
@@ -26,6 +27,8 @@ class DecodeArguments(NamedTuple):
     block_table: torch.Tensor | None
     alibi_slopes: torch.Tensor | None
     sinks: torch.Tensor | None
+    lists: torch.Tensor | None
+    bits: torch.Tensor | None
     scale: float
     left: int
     right: int

@@ -19,7 +19,7 @@ from fastformer_kernels.precision import round_to
 # No tile needs a test; tiles that need one have a separate loop; one loop tests all tiles.
 UNTESTED, TWO_LOOPS, ONE_LOOP = (tl.constexpr(number) for number in range(3))
 # The sizes of a block mask's tiles and lists.
-_TILE, _WORDS, _WORD, _HEADER = (tl.constexpr(size) for size in (MASK_TILE, MASK_WORDS, WORD_BITS, LIST_HEADER))
+TILE, WORDS, WORD, HEADER = (tl.constexpr(size) for size in (MASK_TILE, MASK_WORDS, WORD_BITS, LIST_HEADER))
 
 
 class Span(NamedTuple):
@@ -224,15 +224,15 @@ def listed_at(features, batch, head, first):
     pointer = features.lists
     if features.lists is not None:
         pointer = features.lists + batch * features.lists_stride_b + head * features.lists_stride_h
-        pointer += tl.cast(first // _TILE, tl.int64) * features.lists_stride_tile
+        pointer += tl.cast(first // TILE, tl.int64) * features.lists_stride_tile
     return pointer
 
 
 @triton.jit
 def listed_ranges(listed):
     """The `Ranges` of a block mask's list: first the tiles that need no test, then those whose bits are tested."""
-    whole = tl.load(listed) * _TILE
-    return Ranges(0, 0, whole, whole + tl.load(listed + 1) * _TILE)
+    whole = tl.load(listed) * TILE
+    return Ranges(0, 0, whole, whole + tl.load(listed + 1) * TILE)
 
 
 @triton.jit
@@ -245,21 +245,20 @@ def bits_at(features, listed, first, index, start, TESTED: tl.constexpr, BLOCK: 
     if not TESTED:
         pointer = None
     if pointer is not None:
-        tile = tl.load(listed + 2) + index // (_TILE // BLOCK)
-        pointer += tl.cast(tile, tl.int64) * (_TILE * _WORDS) + first % _TILE * _WORDS + start % _TILE // _WORD
+        tile = tl.load(listed + 2) + index // (TILE // BLOCK)
+        pointer += tl.cast(tile, tl.int64) * (TILE * WORDS) + first % TILE * WORDS + start % TILE // WORD
     return pointer
 
 
 @triton.jit
-def _shown_by_bits(bits, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """True where a block mask shows a tile's elements. `bits` is the pointer to the first row's first word."""
-    row = bits + tl.arange(0, ROWS)[:, None] * _WORDS
+def shown_by_bits(row, column, COLUMNS: tl.constexpr):
+    """True where a block mask shows a tile's elements. `row`, (rows, 1), points to the first word of each row."""
     words = tl.load(row)
-    if COLUMNS >= _WORD:
+    if COLUMNS >= WORD:
         column = tl.arange(0, COLUMNS)[None, :]
-        for word in tl.static_range(1, COLUMNS // _WORD):
-            words = tl.where(column // _WORD == word, tl.load(row + word), words)
-    return (words >> (column % _WORD)) & 1 != 0
+        for word in tl.static_range(1, COLUMNS // WORD):
+            words = tl.where(column // WORD == word, tl.load(row + word), words)
+    return (words >> (column % WORD)) & 1 != 0
 
 
 @triton.jit
@@ -290,7 +289,7 @@ def tile_start(index, ranges, listed, TESTED: tl.constexpr, BLOCK: tl.constexpr)
     """
     if listed is not None:
         place = index * BLOCK + (ranges.whole_high if TESTED else 0)
-        return tl.load(listed + _HEADER + place // _TILE) * _TILE + place % _TILE
+        return tl.load(listed + HEADER + place // TILE) * TILE + place % TILE
     elif TESTED:
         start = ranges.low + index * BLOCK
         return tl.where(start < ranges.whole_low, start, start - ranges.whole_low + ranges.whole_high)
@@ -470,8 +469,8 @@ def bias_and_mask(scores, query, key, span, head_features, bits, features, TESTE
     if bits is not None:
         # No bit is set beyond the ends.
         column = key if key.shape[0] == 1 else query
-        shown = _shown_by_bits(bits, column, scores.shape[0], scores.shape[1])
-        scores = tl.where(shown, scores, float("-inf"))
+        row = bits + tl.arange(0, scores.shape[0])[:, None] * WORDS
+        scores = tl.where(shown_by_bits(row, column, scores.shape[1]), scores, float("-inf"))
     elif TESTED:
         allowed = inside
         if features.right is not None:

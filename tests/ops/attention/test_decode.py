@@ -109,6 +109,62 @@ def check(
                 assert_as_accurate(f"{name} lse", lse[finite], wide, exact_lse[finite], scale=unit * largest)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2)])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": (60, None), "softcap": 5.0}])
+def test_block_masks(shape: tuple[int, int], options: dict[str, Any]) -> None:
+    """Rows and columns of a block mask are positions; queries may lie in two tiles of it, or before its first row."""
+    torch.manual_seed(0)
+    capacity, lengths, queries = 288, [131, 280, 2], 4
+    mask = torch.rand(*shape, capacity, capacity) > 0.5
+    mask[:, :, :, 128:256] = False
+    mask[:, :, 128:, :128] = True
+    mask[0, 0, 279] = False
+    tensors = [torch.randn(3, heads, size, 16) for heads, size in ((4, queries), (2, capacity), (2, capacity))]
+    key, value = tensors[1:]
+    block_mask = fastformer.BlockMask.from_mask(mask)
+    exact = {torch.float64: [], torch.float32: []}
+    for sequence, length in enumerate(lengths):
+        rows = torch.arange(length - queries, length)
+        part = mask[sequence % shape[0], :, rows.clamp(min=0), :length].masked_fill(rows[:, None] < 0, False)
+        dense = part.repeat_interleave(4 // shape[1], 0)[None]
+        for dtype, results in exact.items():
+            alone = [
+                tensor[sequence : sequence + 1, :, :size].to(dtype)
+                for tensor, size in zip(tensors, (queries, length, length), strict=True)
+            ]
+            results.append(reference.attention(*alone, mask=dense, **{"causal": True, **options}))
+    (wanted, wanted_lse), (pytorch, _) = (
+        [torch.cat(each) for each in zip(*results, strict=True)] for results in exact.values()
+    )
+    key_pages, table = pages_of(key, lengths, 16)
+    value_pages, _ = pages_of(value, lengths, 16)
+    for backend in ("triton", "torch"):
+        for caches, paging in (((key, value), {}), ((key_pages, value_pages), {"block_table": table})):
+            for splits in (1, 3):
+                with fastformer.backend(backend):
+                    output, lse = decode_attention(
+                        tensors[0],
+                        *caches,
+                        lengths=int32(lengths),
+                        mask=block_mask,
+                        splits=splits,
+                        return_lse=True,
+                        **options,
+                        **paging,
+                    )
+                assert torch.equal(torch.isfinite(lse), torch.isfinite(wanted_lse))
+                assert_as_accurate(f"{backend} {splits}", output, pytorch, wanted, scale=2 * capacity**0.5)
+
+
+def test_a_mask_of_other_sizes_is_refused() -> None:
+    query, cache = torch.randn(1, 2, 1, 8), torch.randn(1, 1, 20, 8)
+    mask = fastformer.BlockMask.from_mask(torch.ones(1, 2, 20, 20, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask must have the sizes .* of \(1, 1, 20, 20\); got \(1, 2, 20, 20\)"):
+        decode_attention(query, cache, cache, lengths=int32([3]), mask=mask)
+    with pytest.raises(TypeError, match="mask must be a BlockMask; got Tensor"):
+        decode_attention(query, cache, cache, lengths=int32([3]), mask=torch.ones(20, 20, dtype=torch.bool))
+
+
 @st.composite
 def calls(draw: st.DrawFn) -> dict[str, Any]:
     """Draw a whole call: shapes, strides, dtypes, lengths, pages, splits and any subset of the features."""
@@ -314,7 +370,7 @@ def test_splits_fill_one_wave_of_the_device() -> None:
         assert choose_splits(1, 2**20, configuration, q) > choose_splits(1, 2048, configuration, q) > 1
 
 
-ARGUMENTS = (None, None, None, None, 0.3, -1, 0, 0.0, 2)
+ARGUMENTS = (None, None, None, None, None, None, 0.3, -1, 0, 0.0, 2)
 
 
 def test_registration(backend: str) -> None:
