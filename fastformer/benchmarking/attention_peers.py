@@ -16,12 +16,14 @@ from fastformer.benchmarking.calls import Call, Function, compiled
 from fastformer.benchmarking.inputs import maker
 from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.study import Peer
-from fastformer.ops import alibi_slopes, attention, scaled_dot_product_attention
+from fastformer.ops import BlockMask, alibi_slopes, attention, scaled_dot_product_attention
+from fastformer.ops.attention.block_mask import MaskFunction
 
 MAX_DISTANCE = 128
 """The largest distance with its own relative bias; all larger distances share one."""
 
 FLEX = "FlexAttention"
+BLOCK_MASK = f"{OURS}, block mask"
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,11 @@ def compiled_peers(call: Attention) -> dict[str, Peer]:
         found[FLEX] = Peer(partial(_call, call, _flex), devices=devices, compiled=True)
     found["torch.compile"] = Peer(partial(_call, call, _compiled_eager, False), compiled=True)
     return found
+
+
+def with_block_mask(call: Attention) -> Peer:
+    """Our attention with a block mask, for a call with no option except `causal`, `window`, `lengths`, `packed`."""
+    return Peer(partial(_call, call, _block_mask))
 
 
 def twin(call: Attention) -> Peer:
@@ -426,10 +433,11 @@ def _varlen(call: Attention) -> Function:
     return function
 
 
-def _flex(call: Attention) -> Function:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def _predicate(call: Attention) -> tuple[MaskFunction, int | None, int]:
+    """Who may attend to whom, as a function of indices, with its batch (None: the same for all) and its sequence.
 
-    slopes = alibi_slopes(call.heads).to(call.device)
+    Packed sequences are one sequence of documents.
+    """
     lengths = torch.tensor(call.lengths or (), dtype=torch.int64, device=call.device)
     document = torch.repeat_interleave(torch.arange(len(lengths), device=call.device), lengths)
     packed = call.packed and call.lengths is not None
@@ -442,9 +450,33 @@ def _flex(call: Attention) -> Function:
             return may & (document[query] == document[key])
         return may if call.lengths is None else may & (key < lengths[batch])
 
-    sequence = len(document) if packed else call.sequence
-    masked = call.causal or call.window is not None or call.lengths is not None
     batch = call.batch if call.lengths is not None and not packed else None
+    return may_attend, batch, len(document) if packed else call.sequence
+
+
+def _block_mask(call: Attention) -> Function:
+    """Our attention with a block mask made of FlexAttention's function."""
+    may_attend, batch, sequence = _predicate(call)
+    mask = BlockMask.from_function(may_attend, batch, None, sequence, sequence, device=call.device)
+
+    def function(query: Tensor, key: Tensor, value: Tensor, *_: None) -> Tensor:
+        packed = query.dim() == 3
+        query, key, value = ((each[None] if packed else each).transpose(1, 2) for each in (query, key, value))
+        output = attention(query, key, value, mask=mask)
+        assert isinstance(output, Tensor)
+        output = output.transpose(1, 2)
+        return output[0] if packed else output
+
+    return function
+
+
+def _flex(call: Attention) -> Function:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    slopes = alibi_slopes(call.heads).to(call.device)
+    packed = call.packed and call.lengths is not None
+    may_attend, batch, sequence = _predicate(call)
+    masked = call.causal or call.window is not None or call.lengths is not None
     block_mask = create_block_mask(may_attend, batch, None, sequence, sequence, call.device) if masked else None
     attend = compiled(flex_attention)
 

@@ -13,6 +13,7 @@ from gpu.judging import SEED, assert_within, precision, unit_of
 from gpu.making import Maker
 from torch import Tensor
 
+from fastformer import BlockMask
 from fastformer.ops import attention
 from fastformer.ops.attention.dropout import dropout_keep
 from fastformer.ops.dropout import draw_seed
@@ -37,6 +38,8 @@ def judge_attention(
         options = {name: value.to(dtype) if name.endswith("bias") else value for name, value in options.items()}
         grads = _output_grads(tensors, packed=ends is not None)
         actual = _of_the_operator(tensors, options, grads, ends)
+        if isinstance(options.get("mask"), BlockMask):
+            options["mask"] = options["mask"].to_dense()
         exact = _by_sequences([tensor.double() for tensor in tensors], options, grads, ends)
         pytorch = _by_sequences(tensors, options, grads, ends)
     for name, units in magnitudes(actual, exact, _dense(grads[0]), [_dense(t) for t in tensors], options).items():

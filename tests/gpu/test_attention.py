@@ -12,6 +12,8 @@ from gpu.attention_by_rows import attention_tensors, judge_attention
 from gpu.judging import DTYPES
 from gpu.making import Maker, dry_with
 
+from fastformer import BlockMask
+
 HEADS = 4
 
 
@@ -40,6 +42,16 @@ def _lengths(make: Maker, *shares: float, keys: int) -> torch.Tensor:
     return make.tensor([int(share * keys) for share in shares], torch.int32)
 
 
+def _causal_documents(make: Maker, queries: int, keys: int) -> BlockMask:
+    """Documents of other lengths in each head, with tiles that are empty, partial and whole."""
+    length = make.size(500, 8)
+
+    def seen(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (q // (length + 50 * h) == k // (length + 50 * h)) & (q >= k)
+
+    return BlockMask.from_function(seen, None, HEADS, queries, keys, device=make.device)
+
+
 FEATURES: dict[str, Feature] = {
     "window": lambda make, queries, keys: {"window": (make.size(512, 9), make.size(100, 4))},
     "causal window": lambda make, queries, keys: {"causal": True, "window": (make.size(512, 9), None)},
@@ -57,6 +69,7 @@ FEATURES: dict[str, Feature] = {
     "only padding": lambda make, queries, keys: {"key_lengths": _lengths(make, 0.0, 0.9, keys=keys)},
     "causal padding": lambda make, queries, keys: {"causal": True, "key_lengths": _lengths(make, 0.6, 1.0, keys=keys)},
     "mask": lambda make, queries, keys: {"mask": make.booleans(1, HEADS, queries, keys, share=0.5)},
+    "block mask": lambda make, queries, keys: {"mask": _causal_documents(make, queries, keys)},
     "bias": lambda make, queries, keys: {"bias": make.normal(1, HEADS, queries, keys)},
     "causal bias of all heads": lambda make, queries, keys: {"causal": True, "bias": make.normal(1, 1, queries, keys)},
     "bias of keys": lambda make, queries, keys: {"bias": make.normal(2, 1, 1, keys)},

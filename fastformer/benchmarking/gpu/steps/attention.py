@@ -12,12 +12,14 @@ import torch
 
 from fastformer.backends import backend
 from fastformer.benchmarking.attention_peers import (
+    BLOCK_MASK,
     FLEX,
     Attention,
     compiled_peers,
     exact_first_heads,
     of_first_heads,
     peers,
+    with_block_mask,
 )
 from fastformer.benchmarking.gpu.rates import Case, launches, rates
 from fastformer.benchmarking.gpu.step import Record, Setting, Step
@@ -57,9 +59,9 @@ def _features(device: torch.device, dry: bool) -> Iterator[Case]:
     batch, heads, sequence, head_dim = (2, 4, 32, 16) if dry else (4, 16, 4096, 128)
     lengths, window = natural_lengths(batch, sequence), 8 if dry else 512
     features: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-        "packed, causal": ({"lengths": lengths, "packed": True, "causal": True}, (FLEX,)),
+        "packed, causal": ({"lengths": lengths, "packed": True, "causal": True}, (BLOCK_MASK, FLEX)),
         "grouped queries, causal": ({"causal": True, "kv_heads": heads // 4}, ()),
-        f"window {window}": ({"causal": True, "window": window}, (FLEX,)),
+        f"window {window}": ({"causal": True, "window": window}, (BLOCK_MASK, FLEX)),
         "padding": ({"lengths": lengths}, ()),
         "softcap, causal": ({"causal": True, "softcap": 50.0}, (FLEX, "torch.compile")),
         "sinks, causal": ({"causal": True, "sinks": True}, ("torch.compile",)),
@@ -75,10 +77,13 @@ def _dtype(dry: bool) -> torch.dtype:
     return torch.float32 if dry else torch.bfloat16
 
 
-def _case(title: str, call: Attention, compiled: tuple[str, ...]) -> Case:
+def _case(title: str, call: Attention, further: tuple[str, ...]) -> Case:
+    """A case with the usual peers and with `further` ones: a block mask, and those that take seconds to compile."""
     found = {name: peer for name, peer in peers(call, flex=False).items() if name not in _LEFT_OUT}
     in_order: dict[str, Peer] = {name: found[name] for name in _FIRST if name in found}
-    in_order |= {name: peer for name, peer in compiled_peers(call).items() if name in compiled}
+    if BLOCK_MASK in further:
+        in_order[BLOCK_MASK] = with_block_mask(call)
+    in_order |= {name: peer for name, peer in compiled_peers(call).items() if name in further}
     exact: Callable[[], Any] | None = None if call.dropout_p else partial(exact_first_heads, call)
     return Case(
         f"{title}, d {call.head_dim}, {call.batch} x {call.sequence:,}",
