@@ -53,7 +53,8 @@ class Code:
     Attributes:
         instructions: all instructions of the kernel.
         loop: the innermost loop with the most matrix products, or else with the most memory traffic. If several are
-            equal, the shortest one, which has no border tests. The whole kernel if it has no loop.
+            equal, the shortest one, which has no border tests. Without an epilogue that only some iterations reach. The
+            whole kernel if it has no loop.
         has_loop: whether the kernel has a loop.
     """
 
@@ -119,12 +120,35 @@ def _code(text: str, line: re.Pattern[str], label: re.Pattern[str]) -> Code:
         if instruction.target in labels and labels[instruction.target] < end
     ]
     innermost = [
-        instructions[start : end + 1]
+        _without_epilogue(instructions, labels, start, end)
         for start, end in loops
         if not any((start, end) != other and start <= other[0] and other[1] <= end for other in loops)
     ]
     loop = max(innermost, key=_weight, default=instructions)
     return Code(instructions, loop, bool(innermost))
+
+
+def _without_epilogue(
+    instructions: list[Instruction], labels: dict[str, int], start: int, end: int
+) -> list[Instruction]:
+    """Return the instructions of a loop, without those that a branch skips if they store results and make no product.
+
+    A flattened loop has them: they follow the last product of a tile."""
+    kept: list[Instruction] = []
+    place = start
+    while place <= end:
+        kept.append(instructions[place])
+        target = labels.get(instructions[place].target or "", 0)
+        place += 1
+        if place < target <= end and _is_epilogue(instructions[place:target]):
+            place = target
+    has_products = any(pipe_of(instruction.name) == "tensor" for instruction in kept)
+    return kept if has_products else instructions[start : end + 1]
+
+
+def _is_epilogue(skipped: list[Instruction]) -> bool:
+    pipes = {pipe_of(instruction.name) for instruction in skipped}
+    return "tensor" not in pipes and any(instruction.name.startswith(("STG", "UTMASTG")) for instruction in skipped)
 
 
 def _weight(loop: list[Instruction]) -> tuple[int, int, int]:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
 from einops import rearrange
+from fastformer_kernels.configurations import forced
+from fastformer_kernels.matmul import Configuration
 from fastformer_kernels.plans import forced_plan
 
 import fastformer
@@ -319,15 +321,34 @@ def test_feed_forward_as_an_architecture_launches_it(
         check_feed_forward("silu", True, dtype)
 
 
-def feed_forward_tensors(gated: bool) -> list[torch.Tensor]:
-    tokens, features, intermediate = 37, 20, 45
+OVERLAPS = {
+    "plain": {},
+    "stores": {"descriptor_stores": True},
+    "one-loop": {"flatten": True},
+    "stores-in-one-loop": {"descriptor_stores": True, "flatten": True},
+    "separate-warps": {"descriptor_stores": True, "warp_specialize": True},
+}
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_feed_forward_by_descriptors(gated: bool, overlap: str) -> None:
+    """Rows are aligned, so that tiles are copied by descriptors. Each program computes several tiles, one not whole."""
+    tile = Configuration(16, 32, 16, 4, 2, descriptors=True, parts=2, **OVERLAPS[overlap])
+    kernels = ("forward", "gated_forward", "output", "backward", "gated_backward")
+    with forced_plan("fused"), forced({f"fused_{kernel}": tile for kernel in kernels}):
+        check_feed_forward("silu", gated, torch.bfloat16, features=24, intermediate=56)
+
+
+def feed_forward_tensors(gated: bool, features: int = 20, intermediate: int = 45) -> list[torch.Tensor]:
+    tokens = 37
     shapes = [(tokens, features), (intermediate, features), (features, intermediate), (intermediate,), (features,)]
     shapes += [(intermediate, features), (intermediate,)] if gated else []
     # So small that the exponentials of the reference stay finite in float16.
     return [randn(*shape) / 2 for shape in shapes]
 
 
-def check_feed_forward(activation: str, gated: bool, dtype: torch.dtype) -> None:
+def check_feed_forward(activation: str, gated: bool, dtype: torch.dtype, **sizes: int) -> None:
     torch.manual_seed(0)
 
     def call(function: Function) -> Function:
@@ -337,7 +358,7 @@ def check_feed_forward(activation: str, gated: bool, dtype: torch.dtype) -> None
         return run
 
     plain = call(reference.feed_forward)
-    agree(call(feed_forward), plain, plain, feed_forward_tensors(gated), dtype)
+    agree(call(feed_forward), plain, plain, feed_forward_tensors(gated, **sizes), dtype)
 
 
 def check_backends_agree(function: Function, tensors: list[torch.Tensor]) -> None:

@@ -54,6 +54,19 @@ def test_the_inner_loop_is_the_one_without_border_tests() -> None:
     assert len(parsed.instructions) == 14
 
 
+def test_an_epilogue_within_a_loop_is_no_part_of_it() -> None:
+    """In a flattened loop a branch skips the stores of a tile, unless the product before was the tile's last one."""
+    flat = SASS.replace("BRA `(.L_x_0)", "NOP").replace(
+        "              @!P1 BRA `(.L_x_1) ;",
+        """               @P2 BRA `(.L_x_4) ;
+        /*0081*/                   FADD R3, R3, R8 ;
+        /*0082*/                   STG.E.128 desc[UR4][R2.64], R3 ;
+.L_x_4:
+        /*0083*/              @!P1 BRA `(.L_x_1) ;""",
+    )
+    assert [instruction.name.split(".")[0] for instruction in code(flat).loop] == ["LDGSTS", "HMMA", "BRA", "BRA"]
+
+
 def test_a_kernel_without_a_loop_is_its_own_loop() -> None:
     parsed = code(SASS.replace("BRA `(.L_x_0)", "NOP").replace("BRA `(.L_x_1)", "NOP"))
     assert not parsed.has_loop

@@ -150,10 +150,16 @@ def test_any_shape_and_options(
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("tokens", [32, 37])
-def test_operands_read_by_descriptors(gated: bool, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Operands may be read by descriptors, as on sm_90: (outer, depth) forward, (depth, outer) backward."""
+@pytest.mark.parametrize(
+    "overlap", [{}, {"descriptor_stores": True, "flatten": True}, {"descriptor_stores": True, "warp_specialize": True}]
+)
+def test_descriptors(overlap: dict[str, bool], gated: bool, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operands may be read by descriptors, as on sm_90: (outer, depth) forward, (depth, outer) backward.
+
+    Hidden layers are also written by descriptors where that is asked for, and the output, which is not aligned, never.
+    """
     tables = fused._CONFIGURATIONS["interpreter"]
-    copied = {kernel: replace(choice, descriptors=True) for kernel, choice in tables[4].items()}
+    copied = {kernel: replace(choice, descriptors=True, **overlap) for kernel, choice in tables[4].items()}
     monkeypatch.setitem(fused._CONFIGURATIONS, "interpreter", {4: copied})
     torch.manual_seed(0)
     tensors = make(tokens, 20, 44, gated, True, torch.float32)

@@ -36,11 +36,15 @@ from fastformer_kernels.matmul import (
     column_part,
     element_offsets,
     operands,
+    result_access,
+    source_of,
+    store_part,
+    target_of,
     tile_origin,
     tile_products,
 )
 from fastformer_kernels.plans import product_precision, shape_class
-from fastformer_kernels.precision import input_precision, round_to
+from fastformer_kernels.precision import input_precision
 from fastformer_kernels.rows import Matrix, Vector
 
 
@@ -61,9 +65,9 @@ def _hidden_forward_kernel(
     strides,
     up_bias,
     gate_bias,
-    hidden_pointer,
-    up_pointer,
-    gate_pointer,
+    hidden,
+    up,
+    gate,
     dropout,
     tokens,
     intermediate_size,
@@ -77,38 +81,55 @@ def _hidden_forward_kernel(
         input, up_weight, gate_weight: x, U and G (None where not gated), as `operands` returns them.
         strides: their `OperandStrides`.
         up_bias, gate_bias: b and c, a `Vector` each, whose pointer may be None.
-        hidden_pointer: (tokens, intermediate_size), contiguous, written.
-        up_pointer, gate_pointer: like hidden_pointer, for the pre-activations; each may be None.
+        hidden: (tokens, intermediate_size), contiguous, written.
+        up, gate: like hidden, for the pre-activations; each may be None.
         dropout: a `Dropout`.
         product: a `Product`.
     """
-    dtype: tl.constexpr = hidden_pointer.dtype.element_ty
     PART_COLUMNS: tl.constexpr = product.BLOCK_COLUMNS // product.PARTS
-    tiles = tl.cdiv(tokens, product.BLOCK_ROWS) * tl.cdiv(intermediate_size, product.BLOCK_COLUMNS)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    ROWS: tl.constexpr = product.BLOCK_ROWS
+    COLUMNS: tl.constexpr = product.BLOCK_COLUMNS
+    LEFT: tl.constexpr = product.LEFT_ACCESS
+    RIGHT: tl.constexpr = product.RIGHT_ACCESS
+    input = source_of(input, tokens, in_features, strides.left, strides.left_depth, LEFT, ROWS, product)
+    up_weight = source_of(
+        up_weight, intermediate_size, in_features, strides.right, strides.right_depth, RIGHT, COLUMNS, product
+    )
+    if gate_weight is not None:
+        gate_weight = source_of(
+            gate_weight, intermediate_size, in_features, strides.second_right, strides.second_right_depth,
+            RIGHT, COLUMNS, product,
+        )  # fmt: skip
+    hidden = target_of(hidden, tokens, intermediate_size, product)
+    if up is not None:
+        up = target_of(up, tokens, intermediate_size, product)
+    if gate is not None:
+        gate = target_of(gate, tokens, intermediate_size, product)
+    tiles = tl.cdiv(tokens, ROWS) * tl.cdiv(intermediate_size, COLUMNS)
+    for tile in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0), flatten=product.FLATTEN, warp_specialize=product.WARP_SPECIALIZE
+    ):
         first_row, first_column = tile_origin(tile, tokens, intermediate_size, product)
         up_tile, gate_tile = tile_products(
             input, up_weight, gate_weight, strides, first_row, first_column, tokens, intermediate_size, in_features,
             product,
         )  # fmt: skip
-        row = first_row + tl.arange(0, product.BLOCK_ROWS)
+        row = first_row + tl.arange(0, ROWS)
         for part in tl.static_range(product.PARTS):
             part_column = first_column + part * PART_COLUMNS
             column = part_column + tl.arange(0, PART_COLUMNS)
-            valid = (row < tokens)[:, None] & (column < intermediate_size)[None, :]
-            offsets = element_offsets(row, column, intermediate_size, 1)
-            up = _add_bias(column_part(up_tile, part, product.PARTS), up_bias, column, intermediate_size)
-            if up_pointer is not None:
-                tl.store(up_pointer + offsets, round_to(up, dtype), mask=valid)
+            up_part = _add_bias(column_part(up_tile, part, product.PARTS), up_bias, column, intermediate_size)
+            if up is not None:
+                store_part(up, up_part, first_row, part_column, tokens, intermediate_size, product)
             if gate_weight is None:
-                hidden = hidden_of(up, None, ACTIVATION)
+                hidden_part = hidden_of(up_part, None, ACTIVATION)
             else:
-                gate = _add_bias(column_part(gate_tile, part, product.PARTS), gate_bias, column, intermediate_size)
-                if gate_pointer is not None:
-                    tl.store(gate_pointer + offsets, round_to(gate, dtype), mask=valid)
-                hidden = hidden_of(up, gate, ACTIVATION)
-            hidden = drop(hidden, dropout, row, part_column, product.BLOCK_ROWS, PART_COLUMNS)
-            tl.store(hidden_pointer + offsets, round_to(hidden, dtype), mask=valid)
+                gate_part = _add_bias(column_part(gate_tile, part, product.PARTS), gate_bias, column, intermediate_size)
+                if gate is not None:
+                    store_part(gate, gate_part, first_row, part_column, tokens, intermediate_size, product)
+                hidden_part = hidden_of(up_part, gate_part, ACTIVATION)
+            hidden_part = drop(hidden_part, dropout, row, part_column, ROWS, PART_COLUMNS)
+            store_part(hidden, hidden_part, first_row, part_column, tokens, intermediate_size, product)
 
 
 @triton.jit
@@ -118,7 +139,7 @@ def _output_kernel(
     strides,
     bias,
     residual,
-    output_pointer,
+    output,
     dropout,
     tokens,
     out_features,
@@ -131,30 +152,40 @@ def _output_kernel(
         hidden, down_weight: hidden and D, as `operands` returns them.
         strides: their `OperandStrides`.
         bias, residual: d, a `Vector`, and the residual, a `Matrix`; their pointers may be None.
-        output_pointer: (tokens, out_features), contiguous, written.
+        output: (tokens, out_features), contiguous, written.
         dropout: a `Dropout`.
         product: a `Product`.
     """
     PART_COLUMNS: tl.constexpr = product.BLOCK_COLUMNS // product.PARTS
-    tiles = tl.cdiv(tokens, product.BLOCK_ROWS) * tl.cdiv(out_features, product.BLOCK_COLUMNS)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    ROWS: tl.constexpr = product.BLOCK_ROWS
+    COLUMNS: tl.constexpr = product.BLOCK_COLUMNS
+    LEFT: tl.constexpr = product.LEFT_ACCESS
+    RIGHT: tl.constexpr = product.RIGHT_ACCESS
+    hidden = source_of(hidden, tokens, intermediate_size, strides.left, strides.left_depth, LEFT, ROWS, product)
+    down_weight = source_of(
+        down_weight, out_features, intermediate_size, strides.right, strides.right_depth, RIGHT, COLUMNS, product
+    )
+    output = target_of(output, tokens, out_features, product)
+    tiles = tl.cdiv(tokens, ROWS) * tl.cdiv(out_features, COLUMNS)
+    for tile in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0), flatten=product.FLATTEN, warp_specialize=product.WARP_SPECIALIZE
+    ):
         first_row, first_column = tile_origin(tile, tokens, out_features, product)
         result, _ = tile_products(
             hidden, down_weight, None, strides, first_row, first_column, tokens, out_features, intermediate_size,
             product,
         )  # fmt: skip
-        row = first_row + tl.arange(0, product.BLOCK_ROWS)
+        row = first_row + tl.arange(0, ROWS)
         for part in tl.static_range(product.PARTS):
             part_column = first_column + part * PART_COLUMNS
             column = part_column + tl.arange(0, PART_COLUMNS)
             valid = (row < tokens)[:, None] & (column < out_features)[None, :]
-            output = _add_bias(column_part(result, part, product.PARTS), bias, column, out_features)
-            output = drop(output, dropout, row, part_column, product.BLOCK_ROWS, PART_COLUMNS)
+            output_part = _add_bias(column_part(result, part, product.PARTS), bias, column, out_features)
+            output_part = drop(output_part, dropout, row, part_column, ROWS, PART_COLUMNS)
             if residual.pointer is not None:
                 places = residual.pointer + element_offsets(row, column, residual.stride_row, residual.stride_column)
-                output += tl.load(places, mask=valid, other=0.0).to(tl.float32)
-            places = output_pointer + element_offsets(row, column, out_features, 1)
-            tl.store(places, round_to(output, output_pointer.dtype.element_ty), mask=valid)
+                output_part += tl.load(places, mask=valid, other=0.0).to(tl.float32)
+            store_part(output, output_part, first_row, part_column, tokens, out_features, product)
 
 
 @triton.jit
@@ -164,9 +195,9 @@ def _hidden_backward_kernel(
     strides,
     up_pointer,
     gate_pointer,
-    grad_up_pointer,
-    grad_gate_pointer,
-    hidden_pointer,
+    grad_up,
+    grad_gate,
+    hidden,
     dropout,
     tokens,
     intermediate_size,
@@ -181,41 +212,54 @@ def _hidden_backward_kernel(
         strides: their `OperandStrides`.
         up_pointer, gate_pointer: (tokens, intermediate_size), contiguous, the pre-activations; gate_pointer may be
             None.
-        grad_up_pointer, grad_gate_pointer, hidden_pointer: like up_pointer, written; the last two may be None.
+        grad_up, grad_gate, hidden: (tokens, intermediate_size), contiguous, written; the last two may be None.
         dropout: a `Dropout`.
         product: a `Product`.
     """
-    dtype: tl.constexpr = grad_up_pointer.dtype.element_ty
-    BLOCK_ROWS: tl.constexpr = product.BLOCK_ROWS
     PART_COLUMNS: tl.constexpr = product.BLOCK_COLUMNS // product.PARTS
-    tiles = tl.cdiv(tokens, BLOCK_ROWS) * tl.cdiv(intermediate_size, product.BLOCK_COLUMNS)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    ROWS: tl.constexpr = product.BLOCK_ROWS
+    COLUMNS: tl.constexpr = product.BLOCK_COLUMNS
+    LEFT: tl.constexpr = product.LEFT_ACCESS
+    RIGHT: tl.constexpr = product.RIGHT_ACCESS
+    grad_output = source_of(grad_output, tokens, out_features, strides.left, strides.left_depth, LEFT, ROWS, product)
+    down_weight = source_of(
+        down_weight, intermediate_size, out_features, strides.right, strides.right_depth, RIGHT, COLUMNS, product
+    )
+    grad_up = target_of(grad_up, tokens, intermediate_size, product)
+    if grad_gate is not None:
+        grad_gate = target_of(grad_gate, tokens, intermediate_size, product)
+    if hidden is not None:
+        hidden = target_of(hidden, tokens, intermediate_size, product)
+    tiles = tl.cdiv(tokens, ROWS) * tl.cdiv(intermediate_size, COLUMNS)
+    for tile in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0), flatten=product.FLATTEN, warp_specialize=product.WARP_SPECIALIZE
+    ):
         first_row, first_column = tile_origin(tile, tokens, intermediate_size, product)
         result, _ = tile_products(
             grad_output, down_weight, None, strides, first_row, first_column, tokens, intermediate_size, out_features,
             product,
         )  # fmt: skip
-        row = first_row + tl.arange(0, BLOCK_ROWS)
+        row = first_row + tl.arange(0, ROWS)
         for part in tl.static_range(product.PARTS):
             part_column = first_column + part * PART_COLUMNS
             column = part_column + tl.arange(0, PART_COLUMNS)
             valid = (row < tokens)[:, None] & (column < intermediate_size)[None, :]
             offsets = element_offsets(row, column, intermediate_size, 1)
-            grad_hidden = column_part(result, part, product.PARTS)
-            grad_hidden = drop(grad_hidden, dropout, row, part_column, BLOCK_ROWS, PART_COLUMNS)
+            grad_part = column_part(result, part, product.PARTS)
+            grad_part = drop(grad_part, dropout, row, part_column, ROWS, PART_COLUMNS)
             up = tl.load(up_pointer + offsets, mask=valid, other=0.0).to(tl.float32)
             if gate_pointer is None:
-                hidden = hidden_of(up, None, ACTIVATION)
-                grad_up, _ = gradients_of(grad_hidden, up, None, ACTIVATION)
+                hidden_part = hidden_of(up, None, ACTIVATION)
+                grad_up_part, _ = gradients_of(grad_part, up, None, ACTIVATION)
             else:
                 gate = tl.load(gate_pointer + offsets, mask=valid, other=0.0).to(tl.float32)
-                hidden = hidden_of(up, gate, ACTIVATION)
-                grad_up, grad_gate = gradients_of(grad_hidden, up, gate, ACTIVATION)
-                tl.store(grad_gate_pointer + offsets, round_to(grad_gate, dtype), mask=valid)
-            tl.store(grad_up_pointer + offsets, round_to(grad_up, dtype), mask=valid)
-            if hidden_pointer is not None:
-                hidden = drop(hidden, dropout, row, part_column, BLOCK_ROWS, PART_COLUMNS)
-                tl.store(hidden_pointer + offsets, round_to(hidden, dtype), mask=valid)
+                hidden_part = hidden_of(up, gate, ACTIVATION)
+                grad_up_part, grad_gate_part = gradients_of(grad_part, up, gate, ACTIVATION)
+                store_part(grad_gate, grad_gate_part, first_row, part_column, tokens, intermediate_size, product)
+            store_part(grad_up, grad_up_part, first_row, part_column, tokens, intermediate_size, product)
+            if hidden is not None:
+                hidden_part = drop(hidden_part, dropout, row, part_column, ROWS, PART_COLUMNS)
+                store_part(hidden, hidden_part, first_row, part_column, tokens, intermediate_size, product)
 
 
 # Configurations by kernel. The exact float32 product has no tensor cores: registers limit its tiles.
@@ -233,12 +277,13 @@ _AMPERE = {
     "backward": Configuration(128, 128, 64, 8, 3, parts=4),
     "gated_backward": Configuration(128, 128, 64, 8, 3, parts=4),
 }
+# A tile's epilogue takes a share of its time that grows as the depth shrinks: in one loop, copies run meanwhile.
 _HOPPER = {
-    "forward": Configuration(128, 256, 64, 8, 3, descriptors=True, parts=8),
+    "forward": Configuration(128, 256, 64, 8, 3, descriptors=True, parts=8, flatten=True),
     "gated_forward": Configuration(128, 128, 64, 8, 3, descriptors=True, parts=4),
-    "output": Configuration(128, 256, 64, 8, 3, descriptors=True, parts=4),
-    "backward": Configuration(128, 128, 64, 8, 4, descriptors=True, parts=4),
-    "gated_backward": Configuration(128, 128, 64, 8, 4, descriptors=True, parts=4),
+    "output": Configuration(128, 256, 64, 8, 3, descriptors=True, parts=4, flatten=True),
+    "backward": Configuration(128, 128, 64, 8, 4, descriptors=True, parts=4, flatten=True),
+    "gated_backward": Configuration(128, 128, 64, 8, 4, descriptors=True, parts=4, flatten=True),
 }
 # The accumulator is in tensor memory: wide tiles need few registers.
 _BLACKWELL = {
@@ -318,6 +363,7 @@ def _launch_hidden_forward(
     configuration = _configuration(input, "forward" if gate_weight is None else "gated_forward", in_features)
     (x,), input_access = operands(configuration.rows, (input,), configuration)
     (w, v), weight_access = operands(configuration.columns, (up_weight, gate_weight), configuration)
+    written = result_access((hidden, up, gate), configuration)
     return Launch(
         _hidden_forward_kernel,
         configuration.grid(tokens, intermediate_size, input),
@@ -328,17 +374,18 @@ def _launch_hidden_forward(
             "strides": _strides(input, up_weight, gate_weight),
             "up_bias": _vector(up_bias),
             "gate_bias": _vector(gate_bias),
-            "hidden_pointer": hidden,
-            "up_pointer": up,
-            "gate_pointer": gate,
+            "hidden": hidden,
+            "up": up,
+            "gate": gate,
             "dropout": Dropout(seed, threshold, scale),
             "tokens": tokens,
             "intermediate_size": intermediate_size,
             "in_features": in_features,
-            "product": configuration.constants(in_features, precision, input_access, weight_access),
+            "product": configuration.constants(in_features, precision, input_access, weight_access, written),
             "ACTIVATION": activation,
             **configuration.options,
         },
+        descriptors=configuration.descriptor_stores or configuration.warp_specialize,
     )
 
 
@@ -376,6 +423,7 @@ def _launch_output(
     configuration = _configuration(hidden, "output", intermediate_size)
     (h,), input_access = operands(configuration.rows, (hidden,), configuration)
     (w,), weight_access = operands(configuration.columns, (down_weight,), configuration)
+    written = result_access((output,), configuration)
     return Launch(
         _output_kernel,
         configuration.grid(tokens, out_features, hidden),
@@ -385,14 +433,15 @@ def _launch_output(
             "strides": _strides(hidden, down_weight),
             "bias": _vector(down_bias),
             "residual": Matrix(residual, *((0, 0) if residual is None else residual.stride())),
-            "output_pointer": output,
+            "output": output,
             "dropout": Dropout(seed, threshold, scale),
             "tokens": tokens,
             "out_features": out_features,
             "intermediate_size": intermediate_size,
-            "product": configuration.constants(intermediate_size, precision, input_access, weight_access),
+            "product": configuration.constants(intermediate_size, precision, input_access, weight_access, written),
             **configuration.options,
         },
+        descriptors=configuration.descriptor_stores or configuration.warp_specialize,
     )
 
 
@@ -445,6 +494,7 @@ def _launch_hidden_backward(
     configuration = _configuration(up, "backward" if gate is None else "gated_backward", out_features)
     (dy,), input_access = operands(configuration.rows, (grad_output,), configuration)
     (w,), weight_access = operands(configuration.columns, (weight,), configuration)
+    written = result_access((grad_up, grad_gate, hidden), configuration)
     return Launch(
         _hidden_backward_kernel,
         configuration.grid(tokens, intermediate_size, up),
@@ -454,17 +504,18 @@ def _launch_hidden_backward(
             "strides": _strides(grad_output, weight),
             "up_pointer": up,
             "gate_pointer": gate,
-            "grad_up_pointer": grad_up,
-            "grad_gate_pointer": grad_gate,
-            "hidden_pointer": hidden,
+            "grad_up": grad_up,
+            "grad_gate": grad_gate,
+            "hidden": hidden,
             "dropout": Dropout(seed, threshold, scale),
             "tokens": tokens,
             "intermediate_size": intermediate_size,
             "out_features": out_features,
-            "product": configuration.constants(out_features, precision, input_access, weight_access),
+            "product": configuration.constants(out_features, precision, input_access, weight_access, written),
             "ACTIVATION": activation,
             **configuration.options,
         },
+        descriptors=configuration.descriptor_stores or configuration.warp_specialize,
     )
 
 

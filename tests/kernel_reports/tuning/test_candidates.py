@@ -18,6 +18,18 @@ def test_products_fill_the_shared_memory_and_need_no_more() -> None:
         assert choice not in product_candidates(shipped, 2, needed - 1)
 
 
+def test_products_overlap_their_epilogue_where_there_are_descriptors() -> None:
+    with_descriptors = product_candidates(Configuration(64, 128, 32, 4, 3, descriptors=True, flatten=True), 2, 1 << 30)
+    assert {(each.descriptor_stores, each.flatten) for each in with_descriptors if each.descriptors} >= {
+        (False, False), (True, False), (True, True)
+    }  # fmt: skip
+    assert {each.warps for each in with_descriptors if each.warp_specialize} == {4, 8}
+    without = product_candidates(Configuration(64, 128, 32, 4, 3), 2, 1 << 30)
+    assert not any(each.descriptor_stores or each.warp_specialize for each in without)
+    assert any(each.flatten for each in without)
+    assert all(each.descriptors for each in with_descriptors if each.descriptor_stores or each.warp_specialize)
+
+
 def test_rows_are_loaded_ahead_to_two_depths_by_few_programs() -> None:
     shipped = RowConfiguration(4096, 16, programs=8, stages=0)
     every = row_candidates(shipped)
