@@ -354,9 +354,9 @@ _CASES: dict[str, dict[str, _Variant]] = {
         f"{'layer' if centered else 'rms'}-{columns}{'-residual' if residual else ''}": _Variant(
             "layer_norm" if centered else "rms_norm",
             partial(_norm, columns=columns, bias=centered, residual=residual),
-            _BF16 if centered and (columns == 1024 or (columns == 32768 and residual)) else (),
+            _BF16 if centered and (columns == 1024 or (columns != 768 and residual)) else (),
         )
-        for columns in (768, 1024, 4096, 32768)
+        for columns in (512, 768, 1024, 4095, 4096, 16384, 32768)
         for centered in (True, False)
         for residual in (False, True)
     }

@@ -30,16 +30,24 @@ from fastformer_kernels.launch import COMPILER_OPTIONS, multiprocessors_of
 from fastformer_kernels.precision import round_to
 from fastformer_kernels.rows import Matrix, RowConfiguration, aligned, alignment, row_class
 
-# Longest row that one tile holds: 16 elements for each of 1024 threads in the forward, and in the backward 32 bytes for
-# each of 512. Longer rows are read once more.
+# Longest row that one tile holds: 16 elements for each of 1024 threads in the forward, and 8 in the backward. Longer rows
+# are read once more.
 FORWARD_ONE_PASS_COLUMNS = 16384
-BACKWARD_ONE_PASS_BYTES = 16384
+BACKWARD_ONE_PASS_COLUMNS = 8192
 BACKWARD_THREE_SUMS_COLUMNS = 4096
 _FORWARD_CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=16)
-# The backward holds a row, its gradient and up to three running sums at once. So each thread has half as many elements,
-# and there are at most 512 threads, which leaves 128 registers for each. There are enough programs to keep the memory
-# busy, but so few that their partial sums of dw and db are small compared with dx.
-_BACKWARD_CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=8, most_threads=512, programs=4)
+# The backward holds a row, its gradient and up to three running sums at once, so each thread has half as many elements.
+# Each program takes many rows, so that the partial sums of dw and db are small compared with dx: there are as many
+# programs as are resident, and registers are limited so that they have 768 threads or more. By the most columns of a row:
+_BACKWARD_CONFIGURATIONS = {
+    1024: RowConfiguration(tile_elements=2048, thread_elements=8, programs=3, registers=80),
+    2048: RowConfiguration(tile_elements=2048, thread_elements=8, programs=4, registers=64),
+    4096: RowConfiguration(tile_elements=4096, thread_elements=8, programs=2, registers=64),
+    8192: RowConfiguration(tile_elements=8192, thread_elements=8, programs=1, registers=64),
+}
+# Where those limits would make a kernel spill: with dropout in wide rows, with a third sum, and in float32 rows of up to
+# 512 columns, whose tile has more rows. And for the kernels of longer rows.
+_BACKWARD_CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=8, most_threads=512, programs=2)
 
 
 @triton.jit
@@ -252,6 +260,10 @@ def _backward_kernel(
     weight_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     bias_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     input_bias_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    # Loaded here, the weight is given its layout once, not for each tile.
+    weight = tl.full((1, BLOCK_COLUMNS), 1.0, tl.float32)
+    if weight_pointer is not None:
+        weight = tl.load(weight_pointer + column, mask=column_valid, other=0.0).to(tl.float32)
     for start in tl.range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, BLOCK_ROWS).to(tl.int64))[:, None]
         row_valid = row < rows
@@ -269,7 +281,7 @@ def _backward_kernel(
             weight_sum += dy * normalised
         if BIAS_SUMS:
             bias_sum += dy
-        g = scale_and_shift(dy, weight_pointer, None, column, columns)
+        g = dy * weight
         dx = g - normalised * (tl.sum(g * normalised, axis=1)[:, None] / columns)
         if CENTERED:
             dx -= tl.sum(g, axis=1)[:, None] / columns
@@ -539,9 +551,10 @@ def norm_backward(
         residual_dtype: the dtype of the residual's gradient, which is contiguous; None if it is not wanted.
     """
     columns = x.shape[-1]
-    tiles = _backward_tiles(x, grad_output, centered)
     # For the widest rows, a third running sum would spill registers.
-    sums_input_bias = input_bias_needs_grad and tiles.one_pass and columns <= BACKWARD_THREE_SUMS_COLUMNS
+    widest = min(BACKWARD_THREE_SUMS_COLUMNS, BACKWARD_ONE_PASS_COLUMNS)
+    sums_input_bias = input_bias_needs_grad and columns <= widest
+    tiles = _backward_tiles(x, centered, dropout is not None, sums_input_bias)
     wanted = weight_needs_grad + bias_needs_grad + sums_input_bias
     grad_input = torch.empty_like(x, dtype=input_dtype, memory_format=torch.contiguous_format)
     written = [grad_input]
@@ -590,7 +603,7 @@ def _launch_backward(
     sums_input_bias: bool,
 ) -> list[Launch]:
     """Describe the launches. `written` holds the gradient of input and, if wanted, that of residual and the sums."""
-    tiles = _backward_tiles(x, grad_output, centered)
+    tiles = _backward_tiles(x, centered, seed is not None, sums_input_bias)
     rows, columns = statistics.shape[1], x.shape[-1]
     grad_input, *others = written
     grad_residual = None if residual_dtype is None else others.pop(0)
@@ -617,6 +630,7 @@ def _launch_backward(
             "INPUT_BIAS_SUMS": sums_input_bias,
             "STAGES": tiles.configuration.stages or None,
             "BLOCK_ROWS": tiles.rows,
+            **tiles.configuration.register_limit(x),
         }
         return [Launch(_backward_kernel, (tiles.programs,), of_row | of_sums | options)]
     launches = [Launch(_backward_long_row_kernel, (rows,), of_row | options)]
@@ -637,11 +651,16 @@ class _BackwardTiles(NamedTuple):
     configuration: RowConfiguration
 
 
-def _backward_tiles(x: torch.Tensor, grad_output: torch.Tensor, centered: bool) -> _BackwardTiles:
+def _backward_tiles(x: torch.Tensor, centered: bool, has_dropout: bool, has_three_sums: bool) -> _BackwardTiles:
     columns = x.shape[-1]
     rows = x.numel() // columns
-    one_pass = columns * max(x.element_size(), grad_output.element_size()) <= BACKWARD_ONE_PASS_BYTES
-    configuration = _configuration("norm_backward", _BACKWARD_CONFIGURATION, x, centered)
+    # With dropout, a float32 row of 8,192 elements would spill.
+    one_pass = columns <= BACKWARD_ONE_PASS_COLUMNS and (not has_dropout or columns * x.element_size() <= 16384)
+    default = _BACKWARD_CONFIGURATION
+    fits = columns > 512 or x.element_size() == 2
+    if one_pass and fits and not has_three_sums and (columns <= 1024 or not has_dropout):
+        default = next(configuration for most, configuration in _BACKWARD_CONFIGURATIONS.items() if columns <= most)
+    configuration = _configuration("norm_backward", default, x, centered)
     block_columns = _one_pass_block(columns) if one_pass else configuration.tile_elements
     block_rows = _block_rows(block_columns, rows, configuration)
     programs = min(-(-rows // block_rows), configuration.programs * multiprocessors_of(x))
@@ -663,9 +682,10 @@ def _one_pass_block(columns: int) -> int:
 
 
 def _block_rows(block_columns: int, rows: int, configuration: RowConfiguration) -> int:
-    """The number of whole rows in a tile: more than one if they are short. Never two: ptxas would spill on sm_80."""
+    """The number of whole rows in a tile: more than one if they are short."""
     most = configuration.tile_elements // block_columns
-    return min(most, _power_of_2(rows)) if most > 2 else 1
+    # Two rows of 2,048 elements take a quarter more instructions than one.
+    return 1 if most == 0 or (most == 2 and block_columns > 1024) else min(most, _power_of_2(rows))
 
 
 def _power_of_2(number: int) -> int:

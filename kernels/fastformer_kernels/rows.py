@@ -58,6 +58,7 @@ class RowConfiguration:
         programs: programs for each multiprocessor, where a program takes several tiles one after another; 0 where each
             tile has its own program.
         stages: number of tiles that such a program loads ahead into shared memory; 0 loads nothing ahead.
+        registers: the most registers of a thread on NVIDIA's GPUs; 0 leaves them to the compiler.
     """
 
     tile_elements: int
@@ -65,11 +66,17 @@ class RowConfiguration:
     most_threads: int = 1024
     programs: int = 0
     stages: int = 0
+    registers: int = 0
 
     def warps(self, elements: int, tensor: torch.Tensor) -> int:
         """Number of warps for a tile of `elements` elements on `tensor`'s device."""
         threads = min(self.most_threads, elements // self.thread_elements)
         return max(1, threads // architecture_of(tensor).warp_size)
+
+    def register_limit(self, tensor: torch.Tensor) -> dict[str, int]:
+        """The compiler's option for `registers` on `tensor`'s device."""
+        nvidia = architecture_of(tensor).warp_size == 32
+        return {"maxnreg": self.registers} if self.registers and nvidia else {}
 
 
 # Least and most elements of a tile for each thread: wide loads need four, and registers hold at most 64.
@@ -77,7 +84,7 @@ _THREAD_ELEMENTS = (4, 64)
 
 
 def row_candidates(default: RowConfiguration) -> list[RowConfiguration]:
-    """Configurations to compare with the shipped one: tiles, threads, and numbers of programs where it has one."""
+    """Configurations to compare with the shipped one: tiles, threads, and, for programs of many tiles, all else."""
     fewest, most = _THREAD_ELEMENTS
     found = [
         RowConfiguration(elements, elements // threads, threads, programs)
@@ -88,6 +95,7 @@ def row_candidates(default: RowConfiguration) -> list[RowConfiguration]:
     ]
     if default.programs:
         found += [replace(default, programs=programs, stages=stages) for programs in (1, 2, 4) for stages in (2, 3)]
+        found += [replace(default, registers=registers) for registers in (0, 64, 80, 96)]
     return others_than(default, found)
 
 

@@ -190,7 +190,7 @@ def test_bias_dropout_and_residual_come_first(data: st.DataObject) -> None:
 def test_long_rows(backend: str, centered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr("fastformer_kernels.normalization.FORWARD_ONE_PASS_COLUMNS", 64)
-    monkeypatch.setattr("fastformer_kernels.normalization.BACKWARD_ONE_PASS_BYTES", 64)
+    monkeypatch.setattr("fastformer_kernels.normalization.BACKWARD_ONE_PASS_COLUMNS", 16)
     tiles_of_64 = RowConfiguration(tile_elements=64, thread_elements=8, programs=4)
     with forced({"norm_forward": tiles_of_64, "norm_backward": tiles_of_64}):
         check_fused((5, 203), torch.float32, torch.float32, centered, True, 0.25, True, monkeypatch)

@@ -1,0 +1,67 @@
+"""Compiled row kernels read and write each tensor once, in wide accesses, and keep enough programs resident."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from processes import python
+
+# Compile the kernels of some guarded calls for sm_90, and print their figures.
+COMPILE = """
+import json, sys
+from dataclasses import asdict
+from pathlib import Path
+from fastformer.kernel_reports.report import compiled_figures
+from fastformer.kernel_reports.workload import cases
+
+if __name__ == "__main__":
+    work = [(case.name, case.run) for case in cases(guarded=True) if case.name.startswith(tuple(sys.argv[2:]))]
+    figures = compiled_figures(work, ["sm_90"], Path(sys.argv[1]), 2, lambda steps, total: steps)
+    print(json.dumps([asdict(entry) for entry in figures]))
+"""
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict]:
+    """The figures of each kernel, by the first two parts of the work's name and by the kernel's name."""
+    folder = tmp_path_factory.mktemp("traffic")
+    (folder / "compile.py").write_text(COMPILE)
+    calls = ("norm/layer-512-residual/", "norm/layer-4096-residual/", "merge_attention/", "decode/")
+    done = python(str(folder / "compile.py"), str(folder / "cache"), *calls)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {("/".join(entry["work"].split("/")[:2]), entry["kernel"]): entry for entry in found}
+
+
+def moved(figures: dict, instruction: str) -> int:
+    """Bytes that a program moves with `instruction` of at least 8 bytes. Narrower ones are for single numbers."""
+    threads = 32 * figures["configuration"]["num_warps"]
+    widths = {bits: figures["highlights"].get(f"{instruction}.{bits}", 0) for bits in (64, 128)}
+    assert f"{instruction}.16" not in figures["highlights"]
+    return sum(count * bits // 8 * threads for bits, count in widths.items())
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("columns", [512, 4096])
+def test_a_norm_reads_and_writes_once(figures: dict, columns: int) -> None:
+    """A tile's rows in bfloat16, and weights, biases and sums in float32."""
+    work, parameter = f"norm/layer-{columns}-residual", 4 * columns
+    forward, backward = figures[work, "_forward_kernel"], figures[work, "_backward_kernel"]
+    tile = 2 * columns * forward["configuration"]["BLOCK_ROWS"]
+    assert moved(forward, "LDG") == 2 * tile + 2 * parameter  # input, residual; weight, bias
+    assert moved(forward, "STG") == 2 * tile  # the sum, the output
+    tile = 2 * columns * backward["configuration"]["BLOCK_ROWS"]
+    assert moved(backward, "LDG") == 3 * tile + parameter  # the gradients of output and sum, the sum; weight
+    wide = moved(backward, "STG")
+    assert wide in (tile + 2 * parameter, tile)  # the input's gradient; partial sums may be stored as single numbers
+
+
+@pytest.mark.cpu
+def test_kernels_of_rows_keep_programs_resident(figures: dict) -> None:
+    """No spills, and at least 768 threads of the norm's kernels and 1,280 of a merge's on a multiprocessor."""
+    for (work, kernel), entry in figures.items():
+        least = {"_merge_kernel": 1280, "_forward_kernel": 768, "_backward_kernel": 768}.get(kernel)
+        if least and "attention/" not in work.removeprefix("merge_"):
+            assert entry["spill_bytes"] == 0, (work, kernel)
+            assert entry["ctas"] * 32 * entry["configuration"]["num_warps"] >= least, (work, kernel, entry["registers"])
