@@ -1,7 +1,8 @@
 """The choice of an operator's implementation: the Triton kernels or PyTorch.
 
 ``auto`` (default) runs the kernels for tensors on a GPU and PyTorch elsewhere. ``triton`` forces the kernels; with
-``TRITON_INTERPRET=1`` in the environment they also run on CPU tensors. ``torch`` forces PyTorch. The default is read
+``TRITON_INTERPRET=1`` in the environment they also run on CPU tensors. ``torch`` forces PyTorch. With ``auto``,
+torch.compile sees what it can fuse as plain PyTorch; with the other two, it sees every operator. The default is read
 from ``FASTFORMER_BACKEND`` once, at import. A ``with fastformer.backend(...)`` block holds for its own thread or task,
 and for the gradients that autograd's threads compute for it.
 """

@@ -110,7 +110,8 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) 
 
 def few_on_cpu(input: Tensor, logits: int) -> bool:
     """Whether PyTorch's own operators are best: for few float32 logits on a CPU, calling costs more than computing."""
-    return logits <= _FEW_ELEMENTS and input.dtype == torch.float32 and runs_in_pytorch(input)
+    # A compiler may not know the number of logits, so it is not asked.
+    return input.dtype == torch.float32 and runs_in_pytorch(input) and logits <= _FEW_ELEMENTS
 
 
 def _ordinary(logits: Tensor) -> bool:

@@ -76,7 +76,7 @@ def apply_dropout_(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
     step = max(1, _CALL // max(1, groups))
     for start in range(0, rows, step):
         chunk = input[start : start + step]
-        dropped = _dropped_rows(range(start, start + chunk.shape[0]), groups, seed, dropout_p)
+        dropped = _dropped_rows(start, chunk.shape[0], groups, seed, dropout_p)
         chunk.masked_fill_(dropped[:, :columns], 0.0)
         chunk.mul_(kept_scale(dropout_p))
     return input
@@ -85,18 +85,18 @@ def apply_dropout_(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
 def dropped(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
     """Return what `apply_dropout_` makes of the rows of `input` (..., columns), by differentiable functions."""
     columns, rows = input.shape[-1], input[..., 0].numel()
-    absent = _dropped_rows(range(rows), (columns + 3) // 4, seed, dropout_p)[:, :columns]
+    absent = _dropped_rows(0, rows, (columns + 3) // 4, seed, dropout_p)[:, :columns]
     return input.masked_fill(absent.view(input.shape), 0.0) * kept_scale(dropout_p)
 
 
-def _dropped_rows(rows: range, groups: int, seed: Tensor, dropout_p: float) -> Tensor:
-    """Return the elements of these rows that are dropped, (rows, 4 * groups) boolean on the seed's device."""
-    if not seed.is_cpu:
-        row = torch.arange(rows.start, rows.stop, device=seed.device)[:, None]
+def _dropped_rows(first: int, rows: int, groups: int, seed: Tensor, dropout_p: float) -> Tensor:
+    """Return the elements of rows from `first` on that are dropped, (rows, 4 * groups) boolean on the seed's device."""
+    if not seed.is_cpu or torch.compiler.is_compiling():
+        row = torch.arange(first, first + rows, device=seed.device)[:, None]
         counters = (torch.arange(groups, device=seed.device), row & _WORD, row >> 32, seed[1] & _WORD)
         return words_below(dropout_p, seed[0], counters)
     key, offset = seed_words(seed)
-    numbers = np.arange(rows.start, rows.stop, dtype=np.uint64)[:, None]
+    numbers = np.arange(first, first + rows, dtype=np.uint64)[:, None]
     arrays = [np.arange(groups, dtype=np.uint64)[None], numbers & _LOW, numbers >> _HALF, np.array([[offset & _WORD]])]
     return torch.from_numpy(_below_on_cpu(dropout_threshold(dropout_p), key, arrays)).flatten(-2)
 
@@ -113,12 +113,23 @@ def words_below(dropout_p: float, seed: Tensor | int, counters: Counters) -> Ten
         (..., 4 * n) boolean.
     """
     threshold = dropout_threshold(dropout_p)
-    if not counters[0].is_cpu:
-        below = [word < threshold for word in philox(seed, counters)]
-        return torch.stack(torch.broadcast_tensors(*below), dim=-1).flatten(-2)
+    if not counters[0].is_cpu or torch.compiler.is_compiling():
+        return _unpacked([word < threshold for word in philox(seed, counters)])
     dimensions = max(counter.dim() for counter in counters)
     arrays = [counter[(None,) * (dimensions - counter.dim())].numpy() for counter in counters]
     return torch.from_numpy(_below_on_cpu(threshold, int(seed), arrays)).flatten(-2)
+
+
+def _unpacked(flags: list[Tensor]) -> Tensor:
+    """Interleave four tensors of booleans (..., n) to one, (..., 4 * n).
+
+    In between they are bits of one byte. A compiler computes these bytes once, and may keep them for the backward.
+    """
+    first, *others = [flag.to(torch.uint8) << place for place, flag in enumerate(flags)]
+    for other in others:
+        first = first | other
+    places = torch.arange(4, dtype=torch.uint8, device=first.device)
+    return ((first[..., None] >> places) & 1).bool().flatten(-2)
 
 
 def philox(seed: Tensor | int, counters: Counters) -> Counters:
@@ -126,12 +137,13 @@ def philox(seed: Tensor | int, counters: Counters) -> Counters:
     c0, c1, c2, c3 = counters
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
-        # int64 products wrap modulo 2**64, which leaves both 32-bit halves intact.
+        # int64 products wrap modulo 2**64, which leaves both 32-bit halves intact. Factors are cut to 32 bits, and what
+        # is only mixed in is cut with the result.
         product_a, product_b = c0 * _ROUND_A, c2 * _ROUND_B
-        c0, c2 = ((product_b >> 32) & _WORD) ^ c1 ^ k0, ((product_a >> 32) & _WORD) ^ c3 ^ k1
-        c1, c3 = product_b & _WORD, product_a & _WORD
-        k0, k1 = (k0 + _KEY_A) & _WORD, (k1 + _KEY_B) & _WORD
-    return c0, c1, c2, c3
+        c0, c2 = ((product_b >> 32) ^ c1 ^ k0) & _WORD, ((product_a >> 32) ^ c3 ^ k1) & _WORD
+        c1, c3 = product_b, product_a
+        k0, k1 = k0 + _KEY_A, k1 + _KEY_B
+    return c0, c1 & _WORD, c2, c3 & _WORD
 
 
 def _below_on_cpu(threshold: int, seed: int, counters: list[np.ndarray]) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastformer.backends import use_triton
 from fastformer.ops.checks import check_device, check_floating, check_indices, check_like, check_shape
 from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropped, kernel_dropout
-from fastformer.ops.operator import operator, vjp
+from fastformer.ops.operator import in_dtype, operator, vjp
 from fastformer.ops.packing import packed_positions
 
 _INTEGERS = (torch.int64, torch.int32)
@@ -190,7 +190,7 @@ def _embedding(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
     output, mean, rstd = torch.native_layer_norm(total, (call.word_weight.shape[1],), weight, bias, call.eps)
     if call.seed is not None:
         apply_dropout_(output.flatten(0, -2), call.seed, call.dropout_p)
-    return _in_dtype(output, call.word_weight.dtype), mean, rstd
+    return in_dtype(output, call.word_weight.dtype), mean, rstd
 
 
 def _ids(call: _Embedding | _EmbeddingBackward) -> _WordsAnd:
@@ -376,9 +376,9 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[
     gradients = _embedding_backward(grad_output, *ctx.saved_tensors, ctx.padding_idx, ctx.dropout_p, needed)
     *tables, weight, bias = [grad if need else None for grad, need in zip(gradients, needed, strict=True)]
     if weight is not None:
-        weight = _in_dtype(weight, ctx.weight_dtype)
+        weight = in_dtype(weight, ctx.weight_dtype)
     if bias is not None:
-        bias = _in_dtype(bias, ctx.bias_dtype)
+        bias = in_dtype(bias, ctx.bias_dtype)
     return None, None, None, *tables, weight, bias, None, None, None, None
 
 
@@ -413,13 +413,13 @@ def _table_gradient(grad_sum: Tensor, ids: Tensor, table: Tensor, padding_idx: i
 
 def _table_gradient_torch(grad_sum: Tensor, ids: Tensor, table: Tensor, padding_idx: int) -> Tensor:
     gradient = torch.ops.aten.embedding_dense_backward(grad_sum, ids, table.shape[0], padding_idx, False)
-    return _in_dtype(gradient, table.dtype)
+    return in_dtype(gradient, table.dtype)
 
 
 def _first_rows_gradient(gradient: Tensor, table: Tensor) -> Tensor:
     """Extend the gradient of the first rows of `table` by zeros for the other rows."""
     if gradient.shape[0] == table.shape[0]:
-        return _in_dtype(gradient, table.dtype)
+        return in_dtype(gradient, table.dtype)
     whole = torch.zeros_like(table, memory_format=torch.contiguous_format)
     whole[: gradient.shape[0]] = gradient
     return whole
@@ -446,11 +446,6 @@ def _norm_backward_torch(
     if bias_needed and weight is None:
         grad_bias = grad_output.flatten(0, -2).sum(0)
     return grad_sum, grad_weight, grad_bias
-
-
-def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `tensor.to(dtype)`, but skip the call, which costs a microsecond, if the dtype is already right."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _widened(parameter: Tensor | None) -> Tensor | None:

@@ -89,7 +89,9 @@ def feed_forward(
         tokens = math.prod(shape[:-1])
         input = input.reshape(tokens, shape[-1])
         residual = None if residual is None else residual.reshape(tokens, output_shape[-1])
-    output, _, _ = _feed_forward(
+    # A compiler would not compute again what it has.
+    call = _feed_forward.call_as_one_node if recompute and torch.compiler.is_compiling() else _feed_forward
+    output, _, _ = call(
         input,
         up_weight,
         down_weight,
@@ -371,6 +373,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | 
 
 
 _feed_forward.register_autograd(_backward, setup_context=_setup_context)
+_feed_forward.register_decomposition()
 
 
 def _runs_kernel(input: Tensor, up_weight: Tensor, down_weight: Tensor) -> bool:

@@ -13,7 +13,7 @@ from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_float32_dtype
 from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating, check_shape
 from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropped, kernel_dropout
-from fastformer.ops.operator import operator, runs_in_pytorch
+from fastformer.ops.operator import in_dtype, operator, runs_in_pytorch
 
 MAX_COLUMNS = 65536
 _FLOAT32_EPS = torch.finfo(torch.float32).eps
@@ -186,7 +186,7 @@ def _normalize(
         residual = None if residual is None else residual.reshape(-1, columns)
         weight, bias, input_bias = (None if each is None else each.reshape(-1) for each in (weight, bias, input_bias))
     is_sum = residual is not None or input_bias is not None or dropout_p > 0.0
-    output, total, _ = _norm(
+    output, total, *_ = _norm(
         input,
         residual,
         weight,
@@ -386,18 +386,18 @@ def _(call: _NormBackward) -> tuple[Tensor, Tensor | None, Tensor | None]:
     )
 
 
-@_norm.register_formula
-def _(call: _Norm) -> tuple[Tensor, Tensor | None, Tensor]:
+def _normalized(call: _Norm) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """The output, x if `keep_sum`, and each row's rstd and mean (..., 1), by differentiable functions."""
     input, residual, weight, bias, input_bias, seed, eps, centered, dropout_p, dtype, keep_sum = call
-    total = input.float()
+    total = in_dtype(input, torch.float32)
     if input_bias is not None:
         total = total + input_bias
     if seed is not None:
         total = dropped(total, seed, dropout_p)
     if residual is not None:
         total = total + residual
-    total = total.to(dtype)
-    wide = total.float()
+    total = in_dtype(total, dtype)
+    wide = in_dtype(total, torch.float32)
     mean = wide.mean(-1, keepdim=True) if centered else None
     deviation = wide if mean is None else wide - mean
     rstd = torch.rsqrt(deviation.square().mean(-1, keepdim=True) + eps)
@@ -406,33 +406,64 @@ def _(call: _Norm) -> tuple[Tensor, Tensor | None, Tensor]:
         output = output * weight
     if bias is not None:
         output = output + bias
+    return in_dtype(output, dtype), total if keep_sum else None, rstd, mean
+
+
+def _gradients(
+    grad_output: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients in float32 of input and residual, then terms of those of weight and bias, by differentiable functions.
+
+    The sums over all rows are the gradients of weight, bias and, of the first, input_bias.
+    """
+    wide, dy = x.float(), grad_output.float()
+    normalised = (wide if mean is None else wide - mean) * rstd
+    g = dy if weight is None else dy * weight
+    grad_x = g - normalised * (g * normalised).mean(-1, keepdim=True)
+    if mean is not None:
+        grad_x = grad_x - g.mean(-1, keepdim=True)
+    grad_x = grad_x * rstd
+    if grad_sum is not None:
+        grad_x = grad_x + grad_sum
+    return grad_x if seed is None else dropped(grad_x, seed, dropout_p), grad_x, dy * normalised, dy
+
+
+@_norm.register_formula
+def _(call: _Norm) -> tuple[Tensor, Tensor | None, Tensor]:
+    output, total, rstd, mean = _normalized(call)
     statistics = [rstd.flatten()] if mean is None else [rstd.flatten(), mean.flatten()]
-    return output.to(dtype), total if keep_sum else None, torch.stack(statistics)
+    return output, total, torch.stack(statistics)
 
 
 @_norm_backward.register_formula
 def _(call: _NormBackward) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    weight, seed, residual_dtype = call.weight, call.seed, call.residual_dtype
     # The statistics are computed again, since they depend on x. Epsilon is recovered from the given ones.
-    wide, dy = call.x.float(), call.grad_output.float()
-    deviation = wide - wide.mean(-1, keepdim=True) if call.centered else wide
-    variance = deviation.square().mean(-1, keepdim=True)
+    wide = call.x.float()
+    mean = wide.mean(-1, keepdim=True) if call.centered else None
+    variance = (wide if mean is None else wide - mean).square().mean(-1, keepdim=True)
     eps = (call.statistics[0].view(variance.shape).square().reciprocal() - variance).detach()
     rstd = torch.rsqrt(variance + eps)
-    normalised = deviation * rstd
-    g = dy if weight is None else dy * weight
-    grad_x = g - normalised * (g * normalised).mean(-1, keepdim=True)
-    if call.centered:
-        grad_x = grad_x - g.mean(-1, keepdim=True)
-    grad_x = grad_x * rstd
-    if call.grad_sum is not None:
-        grad_x = grad_x + call.grad_sum
-    grad_residual = None if residual_dtype is None else grad_x.to(residual_dtype)
-    if seed is not None:
-        grad_x = dropped(grad_x, seed, call.dropout_p)
-    wanted = (call.weight_needs_grad, dy * normalised), (call.bias_needs_grad, dy), (call.input_bias_needs_grad, grad_x)
-    parameters = [_matrix(products).sum(0) for needed, products in wanted if needed]
-    return grad_x.to(call.input_dtype), grad_residual, torch.stack(parameters) if parameters else None
+    grad_input, grad_residual, of_weight, of_bias = _gradients(
+        call.grad_output, call.grad_sum, call.x, mean, rstd, call.weight, call.seed, call.dropout_p
+    )
+    wanted = (
+        (call.weight_needs_grad, of_weight),
+        (call.bias_needs_grad, of_bias),
+        (call.input_bias_needs_grad, grad_input),
+    )
+    parameters = [_matrix(terms).sum(0) for needed, terms in wanted if needed]
+    return (
+        grad_input.to(call.input_dtype),
+        None if call.residual_dtype is None else grad_residual.to(call.residual_dtype),
+        torch.stack(parameters) if parameters else None,
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
@@ -490,6 +521,37 @@ def _backward(
 
 
 _norm.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _setup_decomposed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    call = _Norm._make(inputs)
+    _, total, rstd, mean = output
+    ctx.save_for_backward(total if call.keep_sum else call.input, mean, rstd, call.weight, call.seed)
+    ctx.dtypes = tuple([_dtype(tensor) for tensor in call[:5]])
+    ctx.keep_sum, ctx.dropout_p = call.keep_sum, call.dropout_p
+    ctx.set_materialize_grads(False)
+
+
+def _backward_decomposed(
+    ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, mean, rstd, weight, seed = ctx.saved_tensors
+    if not ctx.keep_sum:
+        grad_sum = None
+    if grad_output is None:
+        grad_output = x.new_zeros(()).expand(x.shape)
+    grad_input, grad_residual, of_weight, of_bias = _gradients(
+        grad_output, grad_sum, x, mean, rstd, weight, seed, ctx.dropout_p
+    )
+    wide = (grad_input, grad_residual, *[_matrix(terms).sum(0) for terms in (of_weight, of_bias, grad_input)])
+    grads = [
+        gradient.to(dtype) if needed else None
+        for gradient, dtype, needed in zip(wide, ctx.dtypes, ctx.needs_input_grad[:5], strict=True)
+    ]
+    return *grads, *(None,) * (len(_Norm._fields) - 5)
+
+
+_norm.register_decomposition(_normalized, backward=_backward_decomposed, setup_context=_setup_decomposed)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Registration of a function as an operator of PyTorch, with little cost before a call starts its work.
 
-The operator itself is defined in PyTorch's library, where torch.compile, fake tensors, profilers and export see it as
-one node. Its derivative is an `autograd.Function` that calls the operator. The usual way, `torch.library.custom_op`
-with `register_autograd`, means the same. It handles each argument in Python several times, and so takes about a hundred
-microseconds for an operator of twenty arguments; this module takes about fifteen.
+The operator itself is defined in PyTorch's library, where modes, fake tensors and profilers see it as one node.
+torch.compile and torch.export see one node too, or the operator's decomposition, which they can fuse. Its derivative is
+an `autograd.Function` that calls the operator. The usual way, `torch.library.custom_op` with `register_autograd`, means
+the same. It handles each argument in Python several times, and so takes about a hundred microseconds for an operator of
+twenty arguments; this module takes about fifteen.
 
 >>> @operator("fastformer::twice")
 ... def twice(input: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from fastformer.backends import use_triton
+from fastformer.backends import selected_backend, use_triton
 from fastformer.ops.autocast import without_autocast
 
 # One implementation is registered for every device: it chooses its backend itself.
@@ -99,7 +100,8 @@ class Operator:
 
     - through the dispatcher if PyTorch has to see the operator (`_is_seen`), else directly to the implementation;
     - through the `autograd.Function` if a derivative may be needed, else without it;
-    - as its formula in forward mode.
+    - as its formula in forward mode;
+    - as its decomposition while torch.compile or torch.export traces, unless somebody has chosen a backend.
     """
 
     def __init__(self, name: str, schema: str, implementation: Implementation, bundle: Any) -> None:
@@ -122,6 +124,8 @@ class Operator:
         if self._dispatched._schema.returns:
             self._derivative = _no_derivative(name, self._direct, self._dispatched)
         self._has_backward = False
+        self._decomposition: Implementation | None = None
+        self._decomposed: type[torch.autograd.Function] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -160,6 +164,19 @@ class Operator:
         return self._dispatched(*arguments)
 
     def _call_compiling(self, arguments: tuple[Any, ...]) -> Any:
+        if self._decomposition is not None and selected_backend() == "auto":
+            return self._call_decomposed(self._decomposition, arguments)
+        return self.call_as_one_node(*arguments)
+
+    def _call_decomposed(self, decomposition: Implementation, arguments: tuple[Any, ...]) -> Any:
+        """Call the decomposition, with its own derivative if it has one and no transform needs another."""
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if self._decomposed is None or transformed or not (torch.is_grad_enabled() and self._learns(arguments)):
+            return decomposition(*arguments)
+        return self._decomposed.apply(*self._for_compiler(arguments))
+
+    def call_as_one_node(self, *arguments: Any) -> Any:
+        """Call so that torch.compile sees one operator, even if it has a decomposition."""
         derivative = self._derivative
         if derivative is None or not self._has_backward:
             return self._dispatched(*arguments)
@@ -200,6 +217,27 @@ class Operator:
             self._derivative = _derivative_of_formula(self._direct, self._dispatched, self._tensors, formula)
         return formula
 
+    def register_decomposition(
+        self,
+        decomposition: Implementation | None = None,
+        *,
+        backward: Callable[..., Any] | None = None,
+        setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+    ) -> None:
+        """Register functions of PyTorch that torch.compile traces in the operator's place, to fuse them with others.
+
+        They are traced as long as the backend is "auto". The compiler chooses what it keeps for the backward and what
+        it computes again.
+
+        Args:
+            decomposition: takes the operator's arguments and returns its outputs; by default the operator's formula.
+            backward, setup_context: the derivative, as in `register_autograd`; by default that of the decomposition.
+        """
+        given = None if decomposition is None else without_autocast(_of_fields(decomposition, self._bundle))
+        self._decomposition = traced = given or self._formula
+        if traced is not None and backward is not None and setup_context is not None:
+            self._decomposed = _function(traced, backward, setup_context)
+
     def _for_compiler(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Prepare arguments for torch.compile: no tensor appears twice, and floats are results of arithmetic.
 
@@ -232,6 +270,14 @@ class Operator:
                 plain = plain and type(argument) in _PLAIN and not argument.is_neg()
                 learns = learns or argument.requires_grad
         return plain, learns
+
+
+def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return `tensor.to(dtype)`, but skip the call, which costs a microsecond, if the dtype is already right.
+
+    In a decomposition, torch.compile before PyTorch 2.13 loses the gradient of a result that two calls return.
+    """
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def runs_in_pytorch(tensor: torch.Tensor) -> bool:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn, overload
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from fastformer.backends import use_triton
 from fastformer.debugging import debugging
 from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating, check_indices, check_like, check_shape
-from fastformer.ops.operator import operator
+from fastformer.ops.operator import in_dtype, operator
 
 
 def rotary_frequencies(rotary_dim: int, base: float = 10000.0, scaling: float = 1.0) -> Tensor:
@@ -116,7 +116,8 @@ def rotary(
 
     Raises:
         TypeError, ValueError: the message names the argument, what was given and what is accepted.
-        IndexError: a position is outside the table, on a CPU. A GPU is not waited for: such a token becomes NaN there.
+        IndexError: a position is outside the table, on a CPU. Such a token becomes NaN on a GPU, which is not waited
+            for, and under `torch.compile`.
 
     >>> cos, sin = fastformer.rotary_table(fastformer.rotary_frequencies(64), positions=128)
     >>> q, k = torch.randn(2, 8, 128, 64), torch.randn(2, 2, 128, 64)
@@ -268,14 +269,14 @@ def _(
 ) -> tuple[Tensor, Tensor | None]:
     cos, sin = _rows_of_table(query, cos, sin, position_ids, offsets, cu_seqlens)
     sin = -sin if inverse else sin
-
-    pair = "(pair two)" if interleaved else "(two pair)"
+    pairs = cos.shape[-1]
+    dim, sizes = (-1, (pairs, 2)) if interleaved else (-2, (2, pairs))
 
     def turned(x: Tensor) -> Tensor:
-        turning, rest = x.tensor_split([2 * cos.shape[-1]], dim=-1)
-        a, b = rearrange(turning.float(), f"... {pair} -> two ... pair", two=2)
-        both = rearrange([a * cos - b * sin, b * cos + a * sin], f"two ... pair -> ... {pair}")
-        return torch.cat([both.to(x.dtype), rest], dim=-1)
+        turning, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+        a, b = in_dtype(turning, torch.float32).unflatten(-1, sizes).unbind(dim)
+        both = in_dtype(torch.stack([a * cos - b * sin, b * cos + a * sin], dim).flatten(-2), x.dtype)
+        return torch.cat([both, rest], dim=-1) if rest.shape[-1] else both
 
     return turned(query), None if key is None else turned(key)
 
@@ -307,6 +308,7 @@ def _backward(ctx: Any, grad_query: Tensor, grad_key: Tensor | None) -> tuple[Te
 
 
 _rotary.register_autograd(_backward, setup_context=_setup_context)
+_rotary.register_decomposition(backward=_backward, setup_context=_setup_context)
 
 
 class _InplaceRotary(torch.autograd.Function):
@@ -380,9 +382,14 @@ def _rows_of_table(
             raise IndexError(f"positions must be from 0 to {cos.shape[0] - 1}; got 0 to {sequence - 1}")
         return cos.narrow(0, 0, sequence), sin.narrow(0, 0, sequence)
     positions = _positions(query, position_ids, offsets, cu_seqlens)
-    if positions.is_cpu:
-        check_indices("positions", positions, cos.shape[0])
-    return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+    check_indices("positions", positions, cos.shape[0])
+    if positions.is_cpu and not torch.compiler.is_compiling():
+        return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+    # They cannot be read: those outside the table give NaN.
+    rows = positions.clamp(0, cos.shape[0] - 1)
+    outside = (rows != positions)[..., None]
+    cos, sin = cos[rows].masked_fill(outside, math.nan), sin[rows].masked_fill(outside, math.nan)
+    return cos.unsqueeze(1), sin.unsqueeze(1)
 
 
 def _positions(query: Tensor, position_ids: Tensor | None, offsets: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

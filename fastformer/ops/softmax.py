@@ -11,7 +11,7 @@ from torch import Tensor
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_float32_dtype
 from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating
-from fastformer.ops.operator import operator, runs_in_pytorch
+from fastformer.ops.operator import in_dtype, operator, runs_in_pytorch
 
 
 def softmax(
@@ -231,7 +231,7 @@ def _(
     log: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    scores = input.float() * scale
+    scores = in_dtype(input, torch.float32) * scale
     if mask is not None:
         hidden = ~mask if mask.dtype == torch.bool else mask == -math.inf
         scores = (scores if mask.dtype == torch.bool else scores + mask).masked_fill(hidden, -math.inf)
@@ -242,9 +242,9 @@ def _(
     total = shifted.exp().sum(dim, keepdim=True)
     total = total.masked_fill(total == 0.0, 1.0)
     if not log:
-        return (shifted.exp() / total).to(dtype)
+        return in_dtype(shifted.exp() / total, dtype)
     # Excluded elements are -inf, whatever their tangents.
-    return (shifted - total.log()).masked_fill(scores == -math.inf, -math.inf).to(dtype)
+    return in_dtype((shifted - total.log()).masked_fill(scores == -math.inf, -math.inf), dtype)
 
 
 @_softmax_backward.register_formula
@@ -273,6 +273,8 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _softmax.register_autograd(_backward, setup_context=_setup_context)
+_softmax.register_decomposition(backward=_backward, setup_context=_setup_context)
+_softmax_backward.register_decomposition()
 
 
 class _InplaceSoftmax(torch.autograd.Function):

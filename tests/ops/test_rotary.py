@@ -217,13 +217,21 @@ def test_compiles_without_graph_break(inplace: bool) -> None:
         q, k = rotary(q * 2.0, k * 2.0, cos, sin, inplace=inplace)
         return q @ k.mT
 
+    def exactly(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        angles = torch.arange(q.shape[-2]).double()[:, None] * rotary_frequencies(4)
+        q, k = (reference.rotary(tensor * 2.0, angles, False) for tensor in (q, k))
+        return q @ k.mT
+
     compiled = torch.compile(rotated, fullgraph=True, dynamic=True)
     for size in (7, 19):
         q, k = (torch.randn(2, 3, size, 6, requires_grad=True) for _ in range(2))
-        expected, actual = rotated(q, k), compiled(q, k)
-        torch.testing.assert_close(actual, expected)
-        gradients = [torch.autograd.grad(y.square().sum(), (q, k)) for y in (actual, expected)]
-        torch.testing.assert_close(*gradients)
+        results = []
+        for function, dtype in ((compiled, torch.float32), (rotated, torch.float32), (exactly, torch.float64)):
+            leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (q, k)]
+            output = function(*leaves)
+            results.append([output.detach(), *torch.autograd.grad(output.square().sum(), leaves)])
+        for name, *values in zip(("output", "gradient of query", "gradient of key"), *results, strict=True):
+            assert_as_accurate(name, *values)
 
 
 X, COS = torch.zeros(2, 3, 5, 6), torch.zeros(9, 2)
