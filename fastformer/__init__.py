@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastformer.integrations.acceleration import accelerate, restore
     from fastformer.ops import (
         BlockMask,
+        ScoreMod,
         alibi_slopes,
         append_to_cache,
         attention,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockMask",
+    "ScoreMod",
     "accelerate",
     "alibi_slopes",
     "append_to_cache",

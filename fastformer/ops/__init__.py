@@ -1,5 +1,7 @@
 """Operators: one file for each, with the public function, its checks, registration, backward and PyTorch code."""
 
+from fastformer_kernels.attention.score_mod import ScoreMod
+
 from fastformer.ops.attention.attention import attention
 from fastformer.ops.attention.block_mask import BlockMask
 from fastformer.ops.attention.cache import append_to_cache
@@ -18,6 +20,7 @@ from fastformer.ops.softmax import log_softmax, softmax
 
 __all__ = [
     "BlockMask",
+    "ScoreMod",
     "alibi_slopes",
     "append_to_cache",
     "attention",

@@ -9,6 +9,8 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from accuracy import assert_as_accurate
 from einops import rearrange
 from fastformer_kernels.configurations import forced
@@ -169,6 +171,38 @@ def test_attention(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     tensors = [randn(1, HEADS, size, 16) for size in (QUERIES, KEYS, KEYS)]
     check_attention(tensors, FEATURES[feature](), torch.bfloat16)
+
+
+@triton.jit
+def decay(score, b, h, q, k):
+    return score * tl.exp2(-0.1 * tl.abs(q - k).to(tl.float32)) + h
+
+
+@triton.jit
+def decay_gradient(dscore, score, b, h, q, k):
+    return dscore * tl.exp2(-0.1 * tl.abs(q - k).to(tl.float32))
+
+
+def test_attention_with_a_score_mod(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastformer_kernels import launch
+
+    monkeypatch.setattr(launch, "_target", launch.INTERPRETER)
+    torch.manual_seed(0)
+    tensors = [randn(1, HEADS, size, 16) for size in (QUERIES, KEYS, KEYS)]
+    mod = fastformer.ScoreMod(decay, decay_gradient)
+    q, k = torch.arange(QUERIES, device=DEVICE)[:, None], torch.arange(KEYS, device=DEVICE)
+    factor = torch.exp2(-0.1 * (q - k).abs())
+
+    def exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
+        scores = query @ key.transpose(-1, -2) / 4 * factor.to(query.dtype)
+        scores = scores + torch.arange(HEADS, device=DEVICE)[:, None, None]
+        scores = scores.masked_fill(k > q + KEYS - QUERIES, float("-inf"))
+        return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+    def operator(*tensors: torch.Tensor) -> Any:
+        return attention(*tensors, causal=True, score_mod=mod, return_lse=True)
+
+    agree(operator, exact, exact, tensors, torch.bfloat16)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

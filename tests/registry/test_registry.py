@@ -20,7 +20,15 @@ from fastformer.registry import OPERATORS, Call, Make, Operator
 pytestmark = pytest.mark.cpu
 
 # Public functions that make arguments of operators: tables, slopes, biases of buckets.
-HELPERS = {"BlockMask", "alibi_slopes", "relative_position_bias", "rotary_frequencies", "rotary_table", "t5_buckets"}
+HELPERS = {
+    "BlockMask",
+    "ScoreMod",
+    "alibi_slopes",
+    "relative_position_bias",
+    "rotary_frequencies",
+    "rotary_table",
+    "t5_buckets",
+}
 CPU = torch.device("cpu")
 
 

@@ -100,6 +100,7 @@ def _arguments(length: int, head_dim: int, causal: bool) -> AttentionArguments:
         chunk=0,
         bottom_right=True,
         softcap=0.0,
+        score_mod=None,
         dropout_p=0.0,
         seed=None,
     )

@@ -16,6 +16,7 @@ from fastformer_kernels.attention.arguments import (
     empty_lse,
     empty_output,
 )
+from fastformer_kernels.attention.score_mod import ScoreMod, score_mod_of
 
 from fastformer.backends import use_triton
 from fastformer.ops.attention.block_mask import BlockMask
@@ -58,6 +59,7 @@ def attention(
     query_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
     key_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
     softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
     sinks: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     key_lengths: torch.Tensor | None = None,
@@ -94,6 +96,7 @@ def attention(
         scale: multiplies ``query @ key^T``; default ``1 / sqrt(head_dim)``. A (heads,) float32 tensor gives each head
             its own scale, and is differentiable.
         softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
+        score_mod: a `fastformer.ScoreMod`, a function of the score and its indices.
         bias: floating, broadcasts like `mask`; its gradient is summed over the broadcast dimensions.
         relative_bias: (heads, 2 * max_distance + 1) floating; the bias for each key position - query position, from
             -max_distance to max_distance. Larger distances get the bias of the nearest end. `relative_position_bias`
@@ -152,6 +155,7 @@ def attention(
         cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
+        score_mod,
     )
     if ignore_masked_nan and use_triton(query):
         output, lse = attention_ignoring_masked_nan(_attention, query, key, value, arguments)
@@ -182,6 +186,7 @@ def checked_arguments(
     cu_seqlens_k: torch.Tensor | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
+    score_mod: ScoreMod | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionArguments]:
     """Check a call of `attention` and bring it into canonical form.
 
@@ -240,6 +245,7 @@ def checked_arguments(
         chunk if chunk is not None and chunk < FARTHEST else 0,
         alignment == "bottom_right",
         softcap or 0.0,
+        None if score_mod is None else _key_of(score_mod),
         dropout_p,
         draw_seed(query.device) if dropout_p else None,
     )
@@ -372,6 +378,12 @@ def _check_broadcast(
     return tensor.reshape(sizes)
 
 
+def _key_of(score_mod: ScoreMod) -> str:
+    if not isinstance(score_mod, ScoreMod):
+        raise TypeError(f"score_mod must be a fastformer.ScoreMod; got {type(score_mod).__name__}")
+    return score_mod.key
+
+
 def _check_slopes(slopes: torch.Tensor | None, batch: int, heads: int, query: torch.Tensor) -> torch.Tensor | None:
     if slopes is None:
         return None
@@ -431,6 +443,8 @@ def _attention(
     call = AttentionArguments._make(arguments)
     check_lengths_of(query, key, call)
     if use_triton(query):
+        if call.score_mod is not None and score_mod_of(call.score_mod).forward is None:
+            raise ValueError("score_mod needs its forward and backward on a GPU, and with the backend triton")
         from fastformer_kernels.attention.forward import attention_forward
 
         return attention_forward(query, key, value, call)

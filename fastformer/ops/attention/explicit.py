@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -105,6 +106,9 @@ def explicit_backward(
             if visible is not None:
                 dscores.masked_fill_(~visible, 0.0)
             _add_learned(sums, dscores, delta, row_lse, block)
+            if scores.before_mod is not None:
+                changed: Any = torch.func.vjp(block.change, scores.before_mod)
+                dscores = changed[1](dscores)[0].masked_fill(dscores == 0.0, 0.0)
             if scores.softcap_slope is not None:
                 dscores.mul_(scores.softcap_slope)
             if sums.head_scales is not None and scores.products is not None:
@@ -170,12 +174,14 @@ class _Scores:
         values: (batch, heads, queries, keys).
         products: queries times keys, before any scale; only with a scale for each head.
         softcap_slope: derivative of the softcap; None without a softcap.
+        before_mod: the scores that the call's `ScoreMod` took; None without it.
         keep: which weights dropout keeps; None without dropout.
     """
 
     values: torch.Tensor
     products: torch.Tensor | None
     softcap_slope: torch.Tensor | None
+    before_mod: torch.Tensor | None
     keep: torch.Tensor | None
 
 
@@ -192,13 +198,16 @@ def scores_of(q: torch.Tensor, k: torch.Tensor, segment: Segment) -> _Scores:
     if a.softcap:
         capped = torch.tanh(values / a.softcap)
         values, slope = capped * a.softcap, 1.0 - capped * capped
+    before_mod = None
+    if a.score_mod is not None:
+        before_mod, values = values, segment.change(values).clone()
     bias, allowed = segment.bias(q.device), segment.allowed(q.device)
     if bias is not None:
         values += bias
     visible = visible_by(bias, allowed)
     if visible is not None:
         values.masked_fill_(~visible, NEGATIVE_INFINITY)
-    return _Scores(values, products, slope, kept_by_dropout(q, segment))
+    return _Scores(values, products, slope, before_mod, kept_by_dropout(q, segment))
 
 
 def kept_by_dropout(q: torch.Tensor, segment: Segment) -> torch.Tensor | None:

@@ -31,7 +31,7 @@ def fits_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Att
     a = arguments
     return (
         q.is_cpu
-        and not (a.softcap or a.dropout_p)
+        and not (a.softcap or a.score_mod or a.dropout_p)
         # Flash attention multiplies masked scores (-inf) by the scale.
         and a.scale > 0.0
         and a.head_scales is None

@@ -60,6 +60,7 @@ def _who_sees_whom(arguments: AttentionArguments) -> tuple[Any, ...]:
         head_scales=None,
         sinks=None,
         softcap=0.0,
+        score_mod=None,
         scale=1.0,
         dropout_p=0.0,
         seed=None,

@@ -122,6 +122,7 @@ def _attend_by_pytorch(
         chunk=0,
         bottom_right=False,
         softcap=0.0,
+        score_mod=None,
         dropout_p=dropout_p,
         seed=draw_seed(query.device) if dropout_p else None,
     )

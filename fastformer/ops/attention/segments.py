@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
+from fastformer_kernels.attention.score_mod import score_mod_of
 
 from fastformer.ops.attention.block_mask import listed_columns, shown_in_rows
 
@@ -127,6 +128,18 @@ class Segment(NamedTuple):
             query = torch.arange(queries.start + self.offset, queries.stop + self.offset, device=device)
             conditions.append((key // a.chunk == query[:, None] // a.chunk)[None, None])
         return functools.reduce(torch.logical_and, conditions) if conditions else None
+
+    def change(self, scores: torch.Tensor) -> torch.Tensor:
+        """Apply the call's `ScoreMod`, if it has one, to scores (batch, heads, queries, keys)."""
+        if self.arguments.score_mod is None:
+            return scores
+        reference = score_mod_of(self.arguments.score_mod).reference
+        if reference is None:
+            raise ValueError("score_mod needs its reference on a CPU, and with the backend torch")
+        heads = slice(0, scores.shape[1])
+        parts = (self.batch, heads, self.queries, self.keys)
+        indices = [torch.arange(part.start, part.stop, device=scores.device) for part in parts]
+        return reference(scores, *(index.view(-1, *(1,) * (3 - place)) for place, index in enumerate(indices)))
 
     def visible(self, device: torch.device) -> torch.Tensor | None:
         """The keys that each query sees by mask, position and bias; 4-D boolean, or None for all keys."""

@@ -189,6 +189,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: Segment)
         scores = scores * a.head_scales[:, None, None]
     if a.softcap:
         scores = torch.tanh(scores / a.softcap) * a.softcap
+    scores = segment.change(scores)
     scores = scores if bias is None else scores + bias
     scores = scores if visible is None else scores.masked_fill(~visible, NEGATIVE_INFINITY)
     maximum = largest_score(scores.detach(), None if a.sinks is None else a.sinks.detach())

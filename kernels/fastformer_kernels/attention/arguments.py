@@ -54,6 +54,7 @@ class AttentionArguments(NamedTuple):
         chunk: a query may attend only within its own chunk of this many positions; 0 for no limit.
         bottom_right: True if the last query is at the last key's position, False if the first is at the first key's.
         softcap: scores become softcap * tanh(score / softcap); 0 for none.
+        score_mod: the key of the `ScoreMod` that changes scores after the softcap.
         dropout_p: probability that a weight is dropped.
         seed: (2,) int64 on the tensors' device, the counter-based generator's seed and offset; set with `dropout_p`.
     """
@@ -80,6 +81,7 @@ class AttentionArguments(NamedTuple):
     chunk: int
     bottom_right: bool
     softcap: float
+    score_mod: str | None
     dropout_p: float
     seed: torch.Tensor | None
 

@@ -82,7 +82,7 @@ from fastformer_kernels.attention.tiles import (
     tiles_ahead,
     tiles_in,
 )
-from fastformer_kernels.constants import LOG2_E
+from fastformer_kernels.constants import LN_2, LOG2_E
 from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import COMPILER_OPTIONS
 from fastformer_kernels.precision import dot, input_precision, round_to
@@ -204,7 +204,8 @@ def _weights_and_gradient(
     bits,
     keep,
     features,
-    FOLD_SCALE: tl.constexpr,
+    place,
+    constants,
     TESTED: tl.constexpr,
 ):
     """Compute weights and gradients of one tile, in either orientation, from its products Q K^T and dO V^T.
@@ -213,13 +214,16 @@ def _weights_and_gradient(
     scale), and that of the scores after the softcap, which is also the gradient of the bias.
     """
     scale = head_features.scale
-    multiplier = scale * LOG2_E if FOLD_SCALE else 1.0
+    multiplier = scale * LOG2_E if constants.FOLD_SCALE else 1.0
     scores = products
     if features.softcap is not None:
         capped = tanh(products * (scale / features.softcap))
         scores = capped * (features.softcap * LOG2_E)
-    elif not FOLD_SCALE:
+    elif not constants.FOLD_SCALE:
         scores = products * (scale * LOG2_E)
+    if constants.SCORE_MOD is not None:
+        before = scores
+        scores = constants.MOD_SCORES(scores * LN_2, place.batch, place.head, query, key) * LOG2_E
     scores = bias_and_mask(scores, query, key, span, head_features, bits, features, TESTED)
     weights = tl.exp2(scores * multiplier - lse_log2)
     dropped = weights
@@ -228,8 +232,12 @@ def _weights_and_gradient(
         dweights = tl.where(keep, dweights * features.kept_scale, 0.0)
     dbias = weights * (dweights - delta)
     dscores = dbias
+    if constants.SCORE_MOD is not None:
+        # What a function gives where nothing is seen does not count, not even if it is infinite.
+        changed = constants.MOD_GRADIENT(dbias, before * LN_2, place.batch, place.head, query, key)
+        dscores = tl.where(dbias == 0.0, 0.0, changed)
     if features.softcap is not None:
-        dscores = dbias * (1.0 - capped * capped)
+        dscores *= 1.0 - capped * capped
     return dropped, dscores, dbias
 
 
@@ -510,7 +518,8 @@ def _add_queries(
             bits,
             keep,
             features,
-            constants.FOLD_SCALE,
+            place,
+            constants,
             TESTED,
         )
         dv_tile = dot(round_to(weights, do_tile.dtype), do_tile, dv_tile, INPUT_PRECISION)
@@ -611,6 +620,7 @@ def _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, 
         relative_at_head(features, head),
         listed_at(features, batch, head, first),
     )
+    place = _Place(batch, head, batch * heads + head, lse_pointer, delta_pointer, 0)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dslope = tl.zeros((BLOCK_M,), tl.float32)
     dscale = tl.zeros((BLOCK_M,), tl.float32)
@@ -642,7 +652,8 @@ def _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, 
                 bits,
                 keep,
                 features,
-                constants.FOLD_SCALE,
+                place,
+                constants,
                 tested == 1,
             )
             dslope, dscale = _add_score_gradients(

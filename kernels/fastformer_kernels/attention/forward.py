@@ -85,10 +85,13 @@ class _Place(NamedTuple):
 
     Attributes:
         first_query: the first query of the tile.
+        batch, head: indices of its sequence and head.
         dropout_row: the number of (batch, head), for the random words.
     """
 
     first_query: Any
+    batch: Any
+    head: Any
     dropout_row: Any
 
 
@@ -117,6 +120,8 @@ def _attend(
         products = dot(q_tile, tl.trans(key_tile), zeros, constants.INPUT_PRECISION)
         scores = scores_of(products, head_features.scale, features, constants.FOLD_SCALE)
         key = (start + tl.arange(0, constants.BLOCK_N))[None, :]
+        if constants.SCORE_MOD is not None:
+            scores = constants.MOD_SCORES(scores * LN_2, place.batch, place.head, query[:, None], key) * LOG2_E
         bits = bits_at(features, head_features.listed, place.first_query, index, start, TESTED, constants.BLOCK_N)
         scores = bias_and_mask(scores, query[:, None], key, span, head_features, bits, features, TESTED)
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * multiplier)
@@ -238,7 +243,7 @@ def _forward_tile(q, k, v, o, lse, sinks_pointer, number, sizes, layout, feature
         ranges = key_ranges(first, span, features, constants)
     softmax = _OnlineSoftmax(accumulator, maximum, total)
     sources = _Sources(k_source, v_source)
-    place = _Place(first, batch * sizes.heads + head)
+    place = _Place(first, batch, head, batch * sizes.heads + head)
     for tested in tl.static_range(1 if constants.LOOPS == ONE_LOOP else 0, 1 if constants.LOOPS == UNTESTED else 2):
         softmax = _attend(
             softmax, q_tile, sources, k, v, place, ranges, span, head_features, features, constants, tested == 1

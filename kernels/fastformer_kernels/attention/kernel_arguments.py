@@ -5,7 +5,7 @@ No group contains another one: Triton 3.6 loses the constants of a named tuple i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -167,6 +167,8 @@ class Constants(NamedTuple):
         PERSISTENT: whether a program takes one tile after another.
         DESCRIPTORS: whether tiles are loaded by tensor descriptors (the bulk copy engine).
         WARP_SPECIALIZE: whether copies and products have separate warps.
+        SCORE_MOD: the key of a `ScoreMod`, which makes its source a part of the kernel's own; or None.
+        MOD_SCORES, MOD_GRADIENT: its functions.
     """
 
     head_dim: int
@@ -182,6 +184,9 @@ class Constants(NamedTuple):
     PERSISTENT: bool
     DESCRIPTORS: bool
     WARP_SPECIALIZE: bool
+    SCORE_MOD: str | None
+    MOD_SCORES: Any
+    MOD_GRADIENT: Any
 
 
 def operand(tensor: torch.Tensor | None) -> Operand:
@@ -288,6 +293,7 @@ def folds_scale(arguments: AttentionArguments) -> bool:
         arguments.scale > 0.0
         and arguments.head_scales is None
         and not arguments.softcap
+        and arguments.score_mod is None
         and arguments.bias is None
         and arguments.relative_bias is None
         and arguments.alibi_slopes is None

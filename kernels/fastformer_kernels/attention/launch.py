@@ -11,6 +11,7 @@ import triton
 
 from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
 from fastformer_kernels.attention.kernel_arguments import Constants, folds_scale
+from fastformer_kernels.attention.score_mod import score_mod_of
 from fastformer_kernels.attention.tiles import ONE_LOOP, TWO_LOOPS, UNTESTED
 from fastformer_kernels.configurations import chosen, size_class
 from fastformer_kernels.constants import constants
@@ -66,7 +67,7 @@ def _block_of(head_dim: int) -> int:
 Table = dict[int, dict[int, AttentionConfiguration]]
 # An architecture's name, an element's size in bytes and the greater head_dim.
 Kind = tuple[str, int, int]
-Feature = Literal["mask or bias", "grouped heads", "dropout", "window", "alibi", "packed"]
+Feature = Literal["mask or bias", "grouped heads", "dropout", "score_mod", "window", "alibi", "packed"]
 
 # Configurations by element size and by the largest head_dim that each serves. They are chosen by their compiled code:
 # no spills for 16-bit types at head_dim 64 and 128, forward or backward. With 64 rows, 8 warps would compute products
@@ -278,6 +279,7 @@ _HOPPER_BACKWARD_SMALL: Table = {
 _FORWARD_WITH: dict[Feature, dict[str, Table]] = {
     "mask or bias": _FORWARD_LOADING,
     "dropout": {"sm_90": _HOPPER_FORWARD_DROPOUT},
+    "score_mod": {"sm_90": _HOPPER_FORWARD_DROPOUT},
     "packed": {"sm_90": for_triton({(3, 6): _HOPPER_FORWARD_PACKED, (3, 9): {}})},
     "alibi": {"sm_90": _HOPPER_FORWARD_ALIBI},
 }
@@ -285,6 +287,7 @@ _BACKWARD_WITH: dict[Feature, dict[str, Table]] = {
     "mask or bias": _BACKWARD_LOADING,
     "grouped heads": {"sm_90": _HOPPER_BACKWARD_SMALL},
     "dropout": {"sm_90": _HOPPER_BACKWARD_SMALL},
+    "score_mod": {"sm_90": _HOPPER_BACKWARD_SMALL},
     "window": {"sm_90": for_triton({(3, 6): _HOPPER_BACKWARD_SMALL, (3, 9): {}})},
     "alibi": {"sm_90": for_triton({(3, 6): _HOPPER_BACKWARD_SMALL, (3, 9): {}})},
 }
@@ -426,6 +429,8 @@ def _features(query: torch.Tensor, value: torch.Tensor, arguments: AttentionArgu
         present.append("grouped heads")
     if arguments.seed is not None:
         present.append("dropout")
+    if arguments.score_mod is not None:
+        present.append("score_mod")
     if arguments.left != UNBOUNDED:
         present.append("window")
     if arguments.alibi_slopes is not None:
@@ -462,6 +467,7 @@ def constants_of_call(
     warp_specialize: bool = False,
 ) -> Constants:
     """The compile-time constants of a kernel for this call."""
+    score_mod = None if arguments.score_mod is None else score_mod_of(arguments.score_mod)
     return constants(
         Constants(
             head_dim=query.shape[-1],
@@ -477,6 +483,9 @@ def constants_of_call(
             PERSISTENT=persistent,
             DESCRIPTORS=descriptors,
             WARP_SPECIALIZE=warp_specialize,
+            SCORE_MOD=arguments.score_mod,
+            MOD_SCORES=None if score_mod is None else score_mod.forward,
+            MOD_GRADIENT=None if score_mod is None else score_mod.backward,
         )
     )
 
