@@ -378,7 +378,10 @@ _CASES: dict[str, dict[str, _Variant]] = {
         for gated in (False, True)
         for dropout_p in (0.0, 0.1)
     },
-    "cross_entropy": {"32768": _Variant("cross_entropy", partial(_cross_entropy, classes=32768))},
+    "cross_entropy": {
+        "32768": _Variant("cross_entropy", partial(_cross_entropy, classes=32768)),
+        "50257": _Variant("cross_entropy", partial(_cross_entropy, classes=50257), _BF16),
+    },
     "linear_cross_entropy": {
         "32768": _Variant("linear_cross_entropy", partial(_linear_cross_entropy, classes=32768), _BF16)
     },

@@ -14,7 +14,8 @@ error of |lse| units in the last place.
 
 A row is read once for these two numbers, online (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867), and
 once for the gradient. A tile holds several rows where they are short. Whole tiles are loaded without a test of the
-column, so that aligned rows are read in 128 bits.
+column, so that aligned rows are read in 128 bits. Rows that begin anywhere are too: their tiles begin at the first
+multiple of 8 elements in memory, and the up to 7 elements before and after the tiles are a small tile of their own.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from fastformer_kernels.rows import (
     RowConfiguration,
     RowTensor,
     addressable,
+    aligned,
     alignment,
     row_class,
     row_layout,
@@ -44,6 +46,9 @@ from fastformer_kernels.rows import (
 _CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=8, most_threads=256)
 # With smoothing or a softcap, each element needs more registers: a whole tile spills on sm_90 and later.
 _LIVE_CONFIGURATION = RowConfiguration(tile_elements=2048, thread_elements=8, most_threads=256)
+# Elements of the widest access to 16-bit logits, and the fewest classes whose rows are cut at its multiples.
+ALIGNED_ELEMENTS = tl.constexpr(8)
+LEAST_CUT_CLASSES = 1024
 # Columns of a tile where neighbouring rows, not neighbouring classes, are next to each other in memory.
 TRANSPOSED_COLUMNS = 64
 
@@ -117,19 +122,23 @@ def _finish_tile(
     gradient_stride,
     class_weight_pointer,
     column,
+    first,
     valid,
     terms,
     smooth_sum,
     softcap,
     SMOOTHS: tl.constexpr,
 ):
-    """Store the gradient of a tile, and add its w_c (lse - z_c) to the lanes' sums, which are returned."""
+    """Store the gradient of a tile, and add its w_c (lse - z_c) to the lanes' sums, which are returned.
+
+    `column` counts from the class `first` of each row, to which `logits_row` and `gradient_row` point.
+    """
     z = _load_logits(logits_row, column, logits_stride, valid, softcap)
     if SMOOTHS:
-        class_weight = _load_class_weight(class_weight_pointer, column, valid)
+        class_weight = _load_class_weight(class_weight_pointer, first + column, valid)
         smooth_sum += tl.where(valid, class_weight * (terms.maximum - z + terms.log_sum), 0.0)
     if gradient_row is not None:
-        at_target = tl.where(column == terms.target, terms.of_target, 0.0)
+        at_target = tl.where(first + column == terms.target, terms.of_target, 0.0)
         gradient = tl.exp2((z - terms.maximum) * LOG2_E) * terms.of_exponential - at_target
         if SMOOTHS:
             gradient -= class_weight * terms.of_class
@@ -159,6 +168,7 @@ def _cross_entropy_kernel(
     loss_options,
     SMOOTHS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    CUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -175,25 +185,46 @@ def _cross_entropy_kernel(
         rows, size_1, size_2, classes: from the logits' `RowLayout`.
         loss_options: a `CrossEntropyOptions`, whose softcap is None for no cap.
         SMOOTHS: whether there is label smoothing.
+        CUT: whether tiles begin at the first multiple of ALIGNED_ELEMENTS in each row. Then logits and gradient have
+            the same strides.
     """
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     row_valid = row < rows
-    logits_row = logits.pointer + row_offset(row, size_1, size_2, logits, ALIGNMENT)
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
-    whole = classes // BLOCK_COLUMNS * BLOCK_COLUMNS
+    if CUT:
+        # `first` elements, then tiles with all elements up to `end`, counted from the first tile, then the rest.
+        start_of_row = row_offset(row, size_1, size_2, logits, 1)
+        first = (ALIGNED_ELEMENTS - start_of_row % ALIGNED_ELEMENTS) % ALIGNED_ELEMENTS
+        start_of_tiles = aligned(start_of_row + first, ALIGNED_ELEMENTS)
+        end = aligned(classes - first, ALIGNED_ELEMENTS)
+        whole = (classes - ALIGNED_ELEMENTS) // BLOCK_COLUMNS * BLOCK_COLUMNS
+        edge = tl.arange(0, 2 * ALIGNED_ELEMENTS).to(tl.int64)[None, :] - ALIGNED_ELEMENTS
+        edge = tl.where(edge < 0, edge, end + edge)
+        edge_valid = row_valid & (first + edge >= 0) & (first + edge < classes)
+    else:
+        first = tl.zeros((BLOCK_ROWS, 1), tl.int64)
+        start_of_tiles = row_offset(row, size_1, size_2, logits, ALIGNMENT)
+        end = first + classes
+        whole = classes // BLOCK_COLUMNS * BLOCK_COLUMNS
+    logits_row = logits.pointer + start_of_tiles
     tail = whole + column
-    tail_valid = row_valid & (tail < classes)
+    tail_valid = row_valid & (tail < end)
     if loss_pointer is not None:
         lane_maximum = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)
         lane_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for start in range(0, whole, BLOCK_COLUMNS):
             z = _load_logits(logits_row, start + column, logits.stride_column, row_valid, loss_options.softcap)
             lane_maximum, lane_sum = _accumulate(z, lane_maximum, lane_sum)
-        if whole < classes:
+        if CUT or whole < classes:
             z = _load_logits(logits_row, tail, logits.stride_column, tail_valid, loss_options.softcap)
             lane_maximum, lane_sum = _accumulate(z, lane_maximum, lane_sum)
         maximum = tl.max(lane_maximum, axis=1)[:, None]
+        if CUT:
+            z = _load_logits(logits_row, edge, logits.stride_column, edge_valid, loss_options.softcap)
+            maximum = tl.maximum(maximum, tl.max(z, axis=1)[:, None])
         exponential_sum = tl.sum(lane_sum * tl.exp2((lane_maximum - maximum) * LOG2_E), axis=1)[:, None]
+        if CUT:
+            exponential_sum += tl.sum(tl.exp2((z - maximum) * LOG2_E), axis=1)[:, None]
         tl.store(normalizer_pointer + row, maximum, mask=row_valid)
         tl.store(normalizer_pointer + rows + row, exponential_sum, mask=row_valid)
     else:
@@ -215,13 +246,16 @@ def _cross_entropy_kernel(
     of_probability = of_target + smooth_weight + 2.0 * loss_options.z_loss * target_weight * lse
     loss = tl.zeros((BLOCK_ROWS, 1), tl.float32)
     if loss_pointer is not None:
-        at_target = _load_logits(logits_row, target, logits.stride_column, known, loss_options.softcap)
+        at_target = _load_logits(logits_row, target - first, logits.stride_column, known, loss_options.softcap)
         loss = of_target * (maximum - at_target + log_sum) + loss_options.z_loss * target_weight * lse * lse
 
     if SMOOTHS or gradient.pointer is not None:
         gradient_row = gradient.pointer
         if gradient.pointer is not None:
-            gradient_row = gradient.pointer + row_offset(row, size_1, size_2, gradient, ALIGNMENT)
+            if CUT:
+                gradient_row = gradient.pointer + start_of_tiles
+            else:
+                gradient_row = gradient.pointer + row_offset(row, size_1, size_2, gradient, ALIGNMENT)
             grad_loss = tl.load(grad_loss_pointer + row * grad_loss_stride, mask=row_valid, other=0.0)
             # A target that is not a class makes its row's gradient NaN.
             grad_loss = tl.where(known, grad_loss, float("nan"))
@@ -236,15 +270,23 @@ def _cross_entropy_kernel(
         for start in range(0, whole, BLOCK_COLUMNS):
             smooth_sum = _finish_tile(
                 logits_row, gradient_row, logits.stride_column, gradient.stride_column, class_weight_pointer,
-                start + column, row_valid, terms, smooth_sum, loss_options.softcap, SMOOTHS,
+                start + column, first, row_valid, terms, smooth_sum, loss_options.softcap, SMOOTHS,
             )  # fmt: skip
-        if whole < classes:
+        if CUT or whole < classes:
             smooth_sum = _finish_tile(
                 logits_row, gradient_row, logits.stride_column, gradient.stride_column, class_weight_pointer,
-                tail, tail_valid, terms, smooth_sum, loss_options.softcap, SMOOTHS,
+                tail, first, tail_valid, terms, smooth_sum, loss_options.softcap, SMOOTHS,
             )  # fmt: skip
         if SMOOTHS:
             loss += of_class * tl.sum(smooth_sum, axis=1)[:, None]
+        if CUT:
+            edge_sum = _finish_tile(
+                logits_row, gradient_row, logits.stride_column, gradient.stride_column, class_weight_pointer,
+                edge, first, edge_valid, terms, tl.zeros((BLOCK_ROWS, 2 * ALIGNED_ELEMENTS), tl.float32),
+                loss_options.softcap, SMOOTHS,
+            )  # fmt: skip
+            if SMOOTHS:
+                loss += of_class * tl.sum(edge_sum, axis=1)[:, None]
     if loss_pointer is not None:
         loss = tl.where(known, loss, float("nan"))
         tl.store(loss_pointer + row, tl.where(counts, loss, 0.0), mask=row_valid)
@@ -347,6 +389,13 @@ def _launch_rows(
             "given" if loss is None else "found",
         )
 
+    row_alignment = alignment(*(stride for strides in layout.strides for stride in strides[:-1]))
+    cut = (
+        class_stride == 1
+        and layout.strides[0] == layout.strides[1]
+        and layout.columns >= LEAST_CUT_CLASSES
+        and row_alignment < ALIGNED_ELEMENTS.value
+    )
     configuration = chosen(operation, logits, _LIVE_CONFIGURATION if live else _CONFIGURATION, shape)
     elements = configuration.tile_elements
     block_columns = min(triton.next_power_of_2(layout.columns), TRANSPOSED_COLUMNS if transposed else elements)
@@ -370,7 +419,8 @@ def _launch_rows(
             "classes": layout.columns,
             "loss_options": options._replace(softcap=options.softcap or None),
             "SMOOTHS": smooths,
-            "ALIGNMENT": alignment(*(stride for strides in layout.strides for stride in strides[:-1])),
+            "ALIGNMENT": row_alignment,
+            "CUT": cut,
             "BLOCK_ROWS": block_rows,
             "BLOCK_COLUMNS": block_columns,
             "num_warps": configuration.warps(block_rows * block_columns, logits),

@@ -30,23 +30,23 @@ from fastformer_kernels.launch import COMPILER_OPTIONS, multiprocessors_of
 from fastformer_kernels.precision import round_to
 from fastformer_kernels.rows import Matrix, RowConfiguration, aligned, alignment, row_class
 
-# Longest row that one tile holds: 16 elements for each of 1024 threads in the forward, and 8 in the backward. Longer rows
-# are read once more.
+# Longest row that one tile holds: 16 elements for each of 1024 threads in the forward, and 8 in the backward. Longer
+# rows are read once more.
 FORWARD_ONE_PASS_COLUMNS = 16384
 BACKWARD_ONE_PASS_COLUMNS = 8192
 BACKWARD_THREE_SUMS_COLUMNS = 4096
 _FORWARD_CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=16)
 # The backward holds a row, its gradient and up to three running sums at once, so each thread has half as many elements.
 # Each program takes many rows, so that the partial sums of dw and db are small compared with dx: there are as many
-# programs as are resident, and registers are limited so that they have 768 threads or more. By the most columns of a row:
+# programs as are resident, and registers are limited so that they have 768 threads or more. By the most columns:
 _BACKWARD_CONFIGURATIONS = {
     1024: RowConfiguration(tile_elements=2048, thread_elements=8, programs=3, registers=80),
     2048: RowConfiguration(tile_elements=2048, thread_elements=8, programs=4, registers=64),
     4096: RowConfiguration(tile_elements=4096, thread_elements=8, programs=2, registers=64),
     8192: RowConfiguration(tile_elements=8192, thread_elements=8, programs=1, registers=64),
 }
-# Where those limits would make a kernel spill: with dropout in wide rows, with a third sum, and in float32 rows of up to
-# 512 columns, whose tile has more rows. And for the kernels of longer rows.
+# Where those limits would make a kernel spill: with dropout in wide rows, with a third sum, and in float32 rows of up
+# to 512 columns, whose tile has more rows. And for the kernels of longer rows.
 _BACKWARD_CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=8, most_threads=512, programs=2)
 
 

@@ -27,7 +27,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
     """The figures of each kernel, by the first two parts of the work's name and by the kernel's name."""
     folder = tmp_path_factory.mktemp("traffic")
     (folder / "compile.py").write_text(COMPILE)
-    calls = ("norm/layer-512-residual/", "norm/layer-4096-residual/", "merge_attention/", "decode/")
+    calls = ("norm/layer-512-residual/", "norm/layer-4096-residual/", "merge_attention/", "decode/", "cross_entropy/")
     done = python(str(folder / "compile.py"), str(folder / "cache"), *calls)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -65,3 +65,14 @@ def test_kernels_of_rows_keep_programs_resident(figures: dict) -> None:
         if least and "attention/" not in work.removeprefix("merge_"):
             assert entry["spill_bytes"] == 0, (work, kernel)
             assert entry["ctas"] * 32 * entry["configuration"]["num_warps"] >= least, (work, kernel, entry["registers"])
+
+
+@pytest.mark.cpu
+def test_rows_that_begin_anywhere_are_read_and_written_in_wide_accesses(figures: dict) -> None:
+    """Only the elements before and after a row's tiles are single, in fewer accesses than a tile's part of a thread."""
+    for kernel in ("_cross_entropy_kernel", "_cross_entropy_kernel (2)"):
+        entry = figures["cross_entropy/50257", kernel]
+        highlights = entry["highlights"]
+        assert entry["spill_bytes"] == 0
+        assert highlights["LDG.128"] >= 4 and highlights.get("LDG.16", 0) < 16, highlights
+    assert highlights["STG.128"] == 4 and highlights["STG.16"] == 1, highlights

@@ -150,6 +150,32 @@ def test_rows_longer_than_a_tile(backend: str) -> None:
     check(torch.randn(2, 9001), torch.tensor([9000, 17]), {"label_smoothing": 0.1, "reduction": "mean"}, False)
 
 
+@pytest.mark.parametrize("options", [OPTIONS[0], {"weight": torch.rand(1031), "label_smoothing": 0.1, "softcap": 9.0}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rows_that_begin_anywhere(backend: str, dtype: torch.dtype, options: dict[str, Any], inplace: bool) -> None:
+    """Rows begin at every remainder of a wide access, and targets are in the first and last elements, outside tiles."""
+    torch.manual_seed(0)
+    memory = torch.randn(9 * 1041 + 1).to(dtype)
+    dense, spaced = memory[: 9 * 1031].view(9, 1031), memory[1:].view(9, 1041)
+    for logits in (dense, spaced[:, :1031], spaced[:, 3:1034]):
+        target = torch.tensor([0, 1030, 6, 1024, 7, 1029, -100, 500, 1])
+        check(logits, target, {**options, "reduction": "none"}, inplace)
+        check(logits[:1], target[:1], {**options, "reduction": "sum"}, inplace)
+
+
+def test_nothing_is_written_around_rows_that_begin_anywhere() -> None:
+    kernels = pytest.importorskip("fastformer_kernels.cross_entropy")
+    torch.manual_seed(0)
+    memory = torch.full((5, 1041), 7.0, dtype=torch.bfloat16)
+    rows = memory[1:4, 3:1034]
+    rows.copy_(torch.randn(3, 1031))
+    target = torch.tensor([0, 1030, 5])
+    kernels.cross_entropy_in_place(rows, target, None, torch.ones(3), kernels.CrossEntropyOptions())
+    rows.fill_(7.0)
+    assert (memory == 7.0).all()
+
+
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 5, 4), (0, 5)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("weighted", [False, True])
