@@ -185,6 +185,11 @@ def _as_exact(
         own.append(_results(model, inputs))
     model.set_attn_implementation("eager")
     exact = _results(model.double(), inputs)
+    if model._supports_sdpa and not all(value.isfinite().all() for value in exact.values()):
+        # Eager attention rounds to float32 even here: the least number of float64, its mask, becomes -inf, and a row of
+        # padding NaN.
+        model.set_attn_implementation("sdpa")
+        exact = _results(model, inputs)
     ours, *theirs = (max(_error(results[name], value) for name, value in exact.items()) for results in (actual, *own))
     return ours <= 2 * max(theirs)
 

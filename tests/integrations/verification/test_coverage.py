@@ -40,6 +40,10 @@ def test_a_lost_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     transformers.AttentionInterface.register("fastformer", coverage_attention)
 
 
+def test_a_padded_row_that_float64_makes_nan_does_not_hide_that_the_difference_is_rounding() -> None:
+    assert examine("Gemma4ForCausalLM").verdict == "equal"
+
+
 def test_an_error_of_ours_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["fastformer.ops.attention.attention"], "MAX_HEAD_DIM", 4)
     outcome = examine("LlamaForCausalLM")
