@@ -241,6 +241,30 @@ def test_attention_as_an_architecture_launches_it(dtype: torch.dtype, monkeypatc
     check_attention(tensors, {"causal": True}, dtype)
 
 
+@pytest.mark.parametrize("architecture", ["sm_86", "sm_90"])
+def test_attention_of_wide_heads(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastformer_kernels import launch
+
+    monkeypatch.setattr(launch, "_target", launch.ARCHITECTURES[architecture])
+    torch.manual_seed(0)
+    tensors = [randn(1, heads, size, dim) for heads, size, dim in ((2, 35, 320), (1, 20, 320), (1, 20, 264))]
+    check_attention(tensors, {"causal": True}, torch.bfloat16)
+
+
+def test_decoding_with_wide_keys() -> None:
+    """A key of 576 elements is split between two tiles, and the values are a view of the keys."""
+    torch.manual_seed(0)
+    query, cache = randn(1, 3, 1, 576).bfloat16(), randn(1, 1, 37, 576).bfloat16()
+    values = cache[..., :512]
+    with fastformer.backend("triton"):
+        actual = decode_attention(query, cache, values, lengths=torch.tensor([37], dtype=torch.int32, device=DEVICE))
+    wanted, plain = (
+        reference.attention(*(t.to(kind) for t in (query, cache, values)))[0]
+        for kind in (torch.float64, torch.bfloat16)
+    )
+    assert_as_accurate("output", actual, plain, wanted)
+
+
 @pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
 def test_attention_by_tensor_descriptors(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention is right with tiles copied in bulk, dQ added in bulk, and specialised warps for whole tiles.

@@ -319,7 +319,7 @@ def _decode(
     lengths = make.tensor([capacity, capacity // 3 + 1, queries], torch.int32)
     given = features(make, heads)
     query = make.normal(3, heads, queries, head_dim)
-    caches = [make.normal(3, kv_heads, capacity, head_dim) for _ in range(2)]
+    caches = [make.normal(3, kv_heads, capacity, dim) for dim in (head_dim, min(head_dim, 512))]
     order = page_order(make, 3, capacity, page_size)
     table = None if page_size is None else order.int()
 
@@ -406,6 +406,9 @@ CALLS: dict[str, MakeCall] = {
     "paged decode_attention": lambda make: _decode(make, queries=1, page_size=make.size(16, 8)),
     "paged decode_attention of several": lambda make: _decode(
         make, queries=4, page_size=make.size(256, 8), head_dim=64
+    ),
+    "paged decode_attention of wide keys": lambda make: _decode(
+        make, queries=2, page_size=make.size(16, 8), head_dim=576
     ),
     "decode_attention with a window": lambda make: _decode(
         make,

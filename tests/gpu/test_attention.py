@@ -19,7 +19,7 @@ HEADS = 4
 
 @pytest.mark.parametrize("precision", dry_with(("bf16", "fp32"), DTYPES))
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", dry_with((80,), (64, 80, 96, 128, 192, 256)))
+@pytest.mark.parametrize("head_dim", dry_with((80,), (64, 80, 96, 128, 192, 256, 320, 512)))
 def test_head_dims(head_dim: int, causal: bool, precision: str, make: Maker) -> None:
     """Every head_dim is accurate with grouped queries and with partial last tiles of queries and keys."""
     queries, keys = make.size(1100, 19), make.size(1291, 22)

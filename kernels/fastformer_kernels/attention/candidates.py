@@ -10,7 +10,9 @@ from fastformer_kernels.attention.launch import AttentionConfiguration
 from fastformer_kernels.configurations import others_than
 from fastformer_kernels.launch import Architecture
 
-# Queries and keys of a tile, warps, stages.
+Tile = tuple[int, int, int, int]
+"""Queries and keys of a tile, warps, stages."""
+
 _FORWARD_TILES = (
     (128, 128, 8, 2),
     (128, 64, 8, 2),
@@ -38,6 +40,21 @@ _BACKWARD_TILES = (
     (32, 64, 4, 2),
     (64, 32, 8, 2),
 )
+# For heads wider than 256, whose tiles fill registers and shared memory early.
+_WIDE_TILES = (
+    (64, 32, 8, 2),
+    (64, 32, 8, 1),
+    (64, 16, 8, 2),
+    (64, 16, 8, 1),
+    (32, 32, 8, 2),
+    (32, 32, 8, 1),
+    (32, 16, 8, 2),
+    (32, 16, 8, 1),
+    (16, 32, 8, 1),
+    (16, 16, 8, 1),
+    (32, 32, 4, 1),
+    (16, 16, 4, 1),
+)
 _SPECIALIZED_BACKWARD_TILES = ((64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3))
 # Small tiles for float32, whose products need registers, and for the interpreter.
 _SMALL_TILES = (
@@ -63,7 +80,7 @@ def forward_candidates(
 
     They differ in tiles, in descriptors or pointers, and in one program for each tile or resident programs. Where the
     hardware has descriptors, some have specialised warps in one loop."""
-    tiles = _FORWARD_TILES if _has_tensor_cores(architecture, element_size) else _SMALL_TILES
+    tiles = _tiles(_FORWARD_TILES, architecture, head_dim, element_size)
     found = [_plain(default, tile) for tile in tiles]
     found += [replace(default, resident=resident) for resident in (0, 1, 2)]
     if default.descriptors:
@@ -84,7 +101,7 @@ def backward_candidates(
     """Configurations of the backward kernels to compare.
 
     They differ in tiles, in descriptors or pointers, and in whether dQ is added up or comes from its own kernel."""
-    tiles = _BACKWARD_TILES if _has_tensor_cores(architecture, element_size) else _SMALL_TILES
+    tiles = _tiles(_BACKWARD_TILES, architecture, head_dim, element_size)
     found = [_plain(default, tile) for tile in tiles]
     found += [replace(choice, two_kernels=True) for choice in (default, *found[:1], *found[3:5])]
     found += [replace(default, resident=1), replace(default, one_loop=True)]
@@ -98,7 +115,7 @@ def deterministic_candidates(
     default: AttentionConfiguration, architecture: Architecture, head_dim: int, element_size: int
 ) -> list[AttentionConfiguration]:
     """Configurations to compare of the two backward kernels that each write only the tiles they own."""
-    tiles = _BACKWARD_TILES if _has_tensor_cores(architecture, element_size) else _SMALL_TILES
+    tiles = _tiles(_BACKWARD_TILES, architecture, head_dim, element_size)
     found = [_plain(default, tile) for tile in tiles]
     if architecture.name in ("sm_90", "sm_100"):
         found += [replace(choice, descriptors=True) for choice in (default, *found[:4])]
@@ -115,19 +132,24 @@ def decode_candidates(default: DecodeConfiguration) -> list[DecodeConfiguration]
     return others_than(default, found)
 
 
-def _plain(default: AttentionConfiguration, tile: tuple[int, int, int, int]) -> AttentionConfiguration:
+def _tiles(
+    ordinary: tuple[Tile, ...], architecture: Architecture, head_dim: int, element_size: int
+) -> tuple[Tile, ...]:
+    """The tiles to compare, where `ordinary` ones suit tensor cores and ordinary heads."""
+    if element_size != 2 or architecture.name == "interpreter":
+        return _SMALL_TILES
+    return ordinary if head_dim <= 256 else _WIDE_TILES
+
+
+def _plain(default: AttentionConfiguration, tile: Tile) -> AttentionConfiguration:
     block_m, block_n, num_warps, num_stages = tile
     return AttentionConfiguration(
         block_m, block_n, num_warps, num_stages, resident=default.resident, descriptors=default.descriptors
     )
 
 
-def _specialized(tile: tuple[int, int, int, int]) -> AttentionConfiguration:
+def _specialized(tile: Tile) -> AttentionConfiguration:
     return AttentionConfiguration(*tile, descriptors=True, warp_specialize=True, one_loop=True)
-
-
-def _has_tensor_cores(architecture: Architecture, element_size: int) -> bool:
-    return element_size == 2 and architecture.name != "interpreter"
 
 
 def _backward_memory(head_dim: int, element_size: int) -> Memory:

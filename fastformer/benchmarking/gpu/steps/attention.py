@@ -39,7 +39,7 @@ _DROPOUT = 0.125
 
 def cases(device: torch.device, dry: bool) -> list[Case]:
     """The cases, in order of importance."""
-    return [*_lengths(device, dry), *_features(device, dry)]
+    return [*_lengths(device, dry), *_features(device, dry), *_wide_heads(device, dry)]
 
 
 def _lengths(device: torch.device, dry: bool) -> Iterator[Case]:
@@ -73,6 +73,14 @@ def _features(device: torch.device, dry: bool) -> Iterator[Case]:
         yield _case(name, Attention(batch, heads, sequence, head_dim, _dtype(dry), device, True, **options), compiled)
 
 
+def _wide_heads(device: torch.device, dry: bool) -> Iterator[Case]:
+    """Yield cases with the widest heads: those of Gemma's layers, the global ones of Gemma 4 last."""
+    batch, sequence = (2, 32) if dry else (4, 4096)
+    for head_dim in (48, 80) if dry else (256, 512):
+        heads = 2 if dry else WIDTH // head_dim
+        yield _case("causal", Attention(batch, heads, sequence, head_dim, _dtype(dry), device, True, causal=True), ())
+
+
 def _dtype(dry: bool) -> torch.dtype:
     return torch.float32 if dry else torch.bfloat16
 
@@ -103,7 +111,7 @@ def run(setting: Setting) -> Iterator[Record]:
 STEP = Step(
     name="attention",
     title="attention compared with its peers, forward and backward: lengths, features",
-    seconds=110,
+    seconds=118,
     run=run,
     launches=lambda: launches(cases(torch.device("meta"), dry=False)),
 )
