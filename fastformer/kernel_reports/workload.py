@@ -41,6 +41,7 @@ class Case:
         layout: one of `LAYOUTS`.
         run: makes the call and its backward.
         guarded: whether the regression gate watches the case.
+        tight: whether the gate watches it on every architecture, since its tiles barely fit into shared memory.
     """
 
     operator: str
@@ -49,6 +50,7 @@ class Case:
     layout: str
     run: Callable[[], object]
     guarded: bool
+    tight: bool
 
     @property
     def name(self) -> str:
@@ -126,7 +128,7 @@ def cases(
                     )
                     if chosen and (not operators or operator in operators):
                         run = partial(_run, variant, name, dtype, layout)
-                        yield Case(operator, name, dtype, layout, run, watched)
+                        yield Case(operator, name, dtype, layout, run, watched, watched and variant.tight)
 
 
 def _run(variant: _Variant, name: str, dtype: str, layout: str) -> None:
@@ -174,7 +176,17 @@ def _attention(make: Maker, head_dim: int, features: tuple[str, ...] = (), value
 
 
 def _decode(make: Maker, queries: int, group: int, paged: bool, block_mask: bool = False) -> Sizes:
-    batch, kv_heads, head_dim = 4, 8, 128
+    sizes = _decode_sizes(make, queries, group, paged, kv_heads=8, head_dim=128)
+    return {**sizes, "block_mask": block_mask}
+
+
+def _latent_decode(make: Maker) -> Sizes:
+    """Absorbed multi-head latent attention, with the sizes of DeepSeek-V3."""
+    return {**_decode_sizes(make, 1, 128, True, kv_heads=1, head_dim=576), "latent_dim": 512}
+
+
+def _decode_sizes(make: Maker, queries: int, group: int, paged: bool, kv_heads: int, head_dim: int) -> Sizes:
+    batch = 4
     return {
         "lengths": [make.rows(4096, kv_heads * head_dim)] * batch,
         "heads": kv_heads * group,
@@ -182,7 +194,6 @@ def _decode(make: Maker, queries: int, group: int, paged: bool, block_mask: bool
         "queries": queries,
         "head_dim": head_dim,
         "page_size": 16 if paged else None,
-        "block_mask": block_mask,
     }
 
 
@@ -268,11 +279,13 @@ class _Variant:
         operator: the name of the operator in the registry.
         inputs: returns the sizes and features that the operator's inputs are made with.
         guarded: the dtypes in which the regression gate watches the aligned layout.
+        tight: see `Case`.
     """
 
     operator: str
     inputs: Callable[[Maker], Sizes]
     guarded: tuple[str, ...] = ()
+    tight: bool = False
 
 
 _BF16 = ("bfloat16",)
@@ -281,7 +294,7 @@ _FEATURES = ("window", "softcap", "dropout", "sinks", "alibi", "bias", "mask", "
 
 def _attention_variant(watched: bool, head_dim: int, *features: str, value_dim: int = 0, group: int = 1) -> _Variant:
     sizes = partial(_attention, head_dim=head_dim, features=features, value_dim=value_dim, group=group)
-    return _Variant("attention", sizes, _BF16 if watched else ())
+    return _Variant("attention", sizes, _BF16 if watched else (), tight=max(head_dim, value_dim) > 128)
 
 
 # The variants of each operator, by the operator's name in reports.
@@ -291,7 +304,10 @@ _CASES: dict[str, dict[str, _Variant]] = {
         "d64-causal": _attention_variant(True, 64, "causal"),
         "d128": _attention_variant(True, 128),
         "d128-causal": _attention_variant(True, 128, "causal"),
-        "d256-causal": _attention_variant(False, 256, "causal"),
+        "d256-causal": _attention_variant(True, 256, "causal"),
+        "d512-causal": _attention_variant(True, 512, "causal"),
+        "d192-value128-causal": _attention_variant(True, 192, "causal", value_dim=128),
+        **{f"d512-{name}": _attention_variant(False, 512, name) for name in ("window", "dropout", "alibi", "bias")},
         "d80-value96": _attention_variant(False, 80, value_dim=96),
         "d128-causal-grouped": _attention_variant(True, 128, "causal", group=4),
         "d64-packed-causal": _attention_variant(False, 64, "packed", "causal"),
@@ -328,7 +344,8 @@ _CASES: dict[str, dict[str, _Variant]] = {
             "decode_attention", partial(_decode, queries=4, group=4, paged=paged, block_mask=True), _BF16
         )
         for paged in (False, True)
-    },
+    }
+    | {"latent-d576-value512": _Variant("decode_attention", _latent_decode, _BF16, tight=True)},
     "append_to_cache": {
         f"{'paged' if paged else 'contiguous'}-{tokens}": _Variant(
             "append_to_cache",

@@ -40,15 +40,21 @@ def _inputs(
     queries: int = 2,
     head_dim: int = 32,
     *,
+    latent_dim: int | None = None,
     page_size: int | None = None,
     block_mask: bool = False,
     scale: float = 1.0,
     value_scale: float = 1.0,
 ) -> Call:
-    """Queries of the last `queries` tokens of sequences of these lengths, and caches as long as the longest one."""
+    """Queries of the last `queries` tokens of sequences of these lengths, and caches as long as the longest one.
+
+    With `latent_dim`, the values are the first `latent_dim` elements of the keys (multi-head latent attention).
+    """
     options = {"mask": make.block_mask(max(lengths), max(lengths))} if block_mask else {}
     query = make.normal(len(lengths), heads, queries, head_dim, scale=scale)
     cached = caches(make, len(lengths), kv_heads, max(lengths), head_dim, page_size, value_scale)
+    if latent_dim is not None:
+        cached["value_cache"] = cached["key_cache"][..., :latent_dim]
     ends = make.constant(torch.tensor(lengths, dtype=torch.int32, device="cpu"))
     return Call({"query": query, **cached, "lengths": ends}, options)
 
