@@ -32,6 +32,8 @@ RELATED: list[tuple[str, list[str]]] = [
         "kernels/fastformer_kernels/attention",
         [
             "ops/attention/test_attention.py",
+            "ops/attention/test_block_mask.py",
+            "ops/attention/test_score_mod.py",
             "ops/test_launch.py",
             "ops/test_kept_launches.py",
             "metamorphic",

@@ -146,7 +146,10 @@ class BlockMask:
 
     @property
     def by_key(self) -> TileLists:
-        """The tiles of queries that see each tile of keys, for the backward; made once."""
+        """The tiles of queries that see each tile of keys, for the backward; made once.
+
+        Ask for it before a CUDA graph records a call, or the graph makes it in each replay.
+        """
         if self._by_key is None:
             self._by_key = _transposed(self.by_query)
         return self._by_key

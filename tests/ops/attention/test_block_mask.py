@@ -265,3 +265,19 @@ def test_what_is_wrong_is_said() -> None:
         BlockMask.from_function(lambda b, h, q, k: q - k, None, None, 20, 20)
     with pytest.raises(ValueError, match="queries must not be negative"):
         BlockMask.from_function(documents, None, None, -1, 20)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_hidden_nan_has_no_effect(backend: str) -> None:
+    """NaN in a hidden key and value reaches neither the rows that do not see it nor their gradients."""
+    torch.manual_seed(0)
+    tensors = list(torch.randn(3, 1, 1, 150, 8).unbind())
+    mask = torch.rand(150, 150) > 0.3
+    mask[:, [3, 140]] = False
+    weights = [torch.randn(1, 1, 150, 8), torch.randn(1, 1, 150)]
+    options = {"mask": BlockMask.from_mask(mask), "ignore_masked_nan": True}
+    with fastformer.backend(backend):
+        wanted = run(with_lse, tensors, options, weights)
+        tensors[1:] = [tensor.index_fill(2, torch.tensor([3, 140]), float("nan")) for tensor in tensors[1:]]
+        actual = run(with_lse, tensors, options, weights)
+    torch.testing.assert_close(actual[:3], wanted[:3])
