@@ -401,10 +401,11 @@ def test_packed_is_each_sequence_alone(backend: str, options: dict[str, Any]) ->
         start += length
 
 
-def test_packed_cross_attention(backend: str) -> None:
+@pytest.mark.parametrize("head_dim", [8, 320])
+def test_packed_cross_attention(backend: str, head_dim: int) -> None:
     torch.manual_seed(0)
     cu_q, cu_k = (torch.tensor(bounds, dtype=torch.int32) for bounds in ([0, 3, 40], [0, 21, 25]))
-    q, k = torch.randn(40, 2, 8), torch.randn(25, 2, 8)
+    q, k = torch.randn(40, 2, head_dim), torch.randn(25, 2, head_dim)
     packed = attention(q, k, k, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=37, max_seqlen_k=21)
     for (q0, q1), (k0, k1) in (((0, 3), (0, 21)), ((3, 40), (21, 25))):
         alone = attention(*(t.transpose(0, 1)[None] for t in (q[q0:q1], k[k0:k1], k[k0:k1])))

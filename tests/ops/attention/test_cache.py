@@ -181,9 +181,10 @@ def test_generation_is_causal_attention(backend: str, paged: bool) -> None:
             torch.testing.assert_close(output[b, :, :count], whole[b, :, start : start + count])
 
 
-def test_without_rotary_embedding(backend: str) -> None:
-    key, value = torch.randn(2, 1, 2, 4), torch.randn(2, 1, 2, 6)
-    key_cache, value_cache = torch.zeros(2, 1, 5, 4), torch.zeros(2, 1, 5, 6)
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(4, 6), (576, 512)])
+def test_without_rotary_embedding(backend: str, head_dim: int, value_dim: int) -> None:
+    key, value = torch.randn(2, 1, 2, head_dim), torch.randn(2, 1, 2, value_dim)
+    key_cache, value_cache = torch.zeros(2, 1, 5, head_dim), torch.zeros(2, 1, 5, value_dim)
     assert append_to_cache(key, value, key_cache, value_cache, lengths=int32([3, 0])) is None
     assert torch.equal(key_cache[0, :, 3:], key[0]) and torch.equal(value_cache[1, :, :2], value[1])
     assert not key_cache[0, :, :3].any() and not value_cache[1, :, 2:].any()
