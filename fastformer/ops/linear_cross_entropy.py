@@ -32,8 +32,14 @@ from fastformer.ops.cross_entropy import (
 from fastformer.ops.operator import operator, vjp
 
 CPU_MEMORY_BUDGET = 64 << 20
-# Each chunk on a GPU costs three launches of a matrix product, and one more read of the summed weight gradient.
+# The least on a GPU, where each chunk reads and writes the summed float32 gradient of the weight once more.
 GPU_MEMORY_BUDGET = 256 << 20
+# The share of a GPU's free memory that logits may take, and the most rows that they need: at 8,192 rows, the sum's
+# traffic takes some 4% of the time of a chunk's products (sm_90: 700 TFLOP/s, 3.35 TB/s).
+_SHARE_OF_FREE_MEMORY = 8
+_MOST_ROWS = 8192
+# The operators' memory budget where the free memory decides. Not even then is it read while a graph is traced.
+_BY_FREE_MEMORY = 0
 # Rows of logits start at multiples of 128 bytes: any number of classes gets 128-bit accesses and the fastest products.
 _ROW_ALIGNMENT = 128
 # A chunk with more rows than this has a multiple of it, so that no product ends with a very small tile.
@@ -103,7 +109,8 @@ def linear_cross_entropy(
         z_loss: adds ``z_loss * logsumexp(logits)^2`` to a row's loss, weighted like its target (Chowdhery et al. 2022).
         softcap: positive; the logits are ``softcap * tanh((input @ weight^T + bias) / softcap)`` (Gemma Team 2024).
         memory_budget: the number of bytes that the logits held at once may take, but at least one row; by default
-            64 MiB on a CPU, 256 MiB on a GPU.
+            64 MiB on a CPU, and on a GPU an eighth of the free memory, but no more than for 8,192 rows and no less than
+            256 MiB. It is 256 MiB under deterministic algorithms, because the order of a sum depends on it.
         return_z_loss: return a pair: the loss (which includes the z-loss) and the z-loss alone, for logging. The z-loss
             alone has no gradient.
 
@@ -132,21 +139,22 @@ def linear_cross_entropy(
                 softcap=softcap,
             )
             return loss.view(target.shape) if reduction == "none" else loss
-        memory_budget = CPU_MEMORY_BUDGET if input.is_cpu else GPU_MEMORY_BUDGET
+        memory_budget = CPU_MEMORY_BUDGET if input.is_cpu else _BY_FREE_MEMORY
     class_weight = None if class_weight is None else class_weight.float().contiguous()
     if reduction == "none":
         losses, z_losses = _row_losses(rows, weight, row_target, bias, class_weight, *options, memory_budget)
         loss, z_part = losses.view(target.shape), z_losses.view(target.shape)
     else:
-        # A tensor hidden by a transform of `torch.func` may need a gradient.
-        needs_grad = torch._C._are_functorch_transforms_active() or (
-            torch.is_grad_enabled()
-            and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
-        )
+        needs = (_may_need_grad(input), _may_need_grad(weight), bias is not None and _may_need_grad(bias))
         loss, z_part, _, _, _ = _reduced_loss(
-            rows, weight, row_target, bias, class_weight, *options, reduction, memory_budget, needs_grad
+            rows, weight, row_target, bias, class_weight, *options, reduction, memory_budget, *needs
         )
     return (loss, z_part) if return_z_loss else loss
+
+
+def _may_need_grad(tensor: Tensor) -> bool:
+    # A tensor hidden by a transform of `torch.func` may need a gradient.
+    return torch._C._are_functorch_transforms_active() or (torch.is_grad_enabled() and tensor.requires_grad)
 
 
 def _check(
@@ -186,22 +194,24 @@ class _ReducedLoss(NamedTuple):
     softcap: float
     reduction: str
     memory_budget: int
-    needs_grad: bool
+    needs_input_grad: bool
+    needs_weight_grad: bool
+    needs_bias_grad: bool
 
 
 @operator("fastformer::linear_cross_entropy", mutates_args=())
 def _reduced_loss(call: _ReducedLoss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the sums or means of the rows' losses and z-losses, and the gradients of input, weight and bias."""
-    options = options_of(call)
+    """Return the sums or means of the rows' losses and z-losses, and the gradients of input, weight and bias.
+
+    A gradient that is not needed is empty."""
+    options, needs = options_of(call), _needs(call)
     total = grad_losses = None
     if call.reduction == "mean":
         total = total_weight(call.target, call.weight.shape[0], call.class_weight, call.ignore_index)
-    if call.needs_grad:
+    if any(needs):
         of_each = total.reciprocal() if total is not None else call.input.new_ones((), dtype=torch.float32)
         grad_losses = of_each.expand(call.target.shape)
-    losses, z_losses, *gradients = _chunked(
-        call.input, call.weight, call.target, call.bias, call.class_weight, grad_losses, options, call.memory_budget
-    )
+    losses, z_losses, *gradients = _chunked(*_tensors(call), grad_losses, options, call.memory_budget, needs)
     loss = losses.sum()
     z_part = loss.new_zeros(()) if z_losses is None else z_losses.sum()
     if total is not None:
@@ -213,7 +223,7 @@ def _reduced_loss(call: _ReducedLoss) -> tuple[Tensor, Tensor, Tensor, Tensor, T
 @_reduced_loss.register_fake
 def _(call: _ReducedLoss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss = call.input.new_empty((), dtype=torch.float32)
-    return loss, torch.empty_like(loss), *_empty_gradients(call.input, call.weight, call.bias, call.needs_grad)
+    return loss, torch.empty_like(loss), *_empty_gradients(call.input, call.weight, call.bias, _needs(call))
 
 
 @_reduced_loss.register_formula
@@ -224,7 +234,7 @@ def _(call: _ReducedLoss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if call.reduction == "mean":
         total = total_weight(call.target, call.weight.shape[0], call.class_weight, call.ignore_index)
         loss, z_part = loss / total, z_part / total
-    return loss, z_part, *_empty_gradients(call.input, call.weight, call.bias, False)
+    return loss, z_part, *_empty_gradients(call.input, call.weight, call.bias, _NO_NEEDS)
 
 
 def _formula(
@@ -252,15 +262,16 @@ def _reduced_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> 
     if grad_loss is None:
         return tuple(found)
     *gradients, input, weight, target, bias, class_weight = ctx.saved_tensors
+    needs = tuple(ctx.needs_input_grad[place] for place in (0, 1, 3))
     if torch.is_grad_enabled():
-        *options, reduction, memory_budget, _ = ctx.options
+        *options, reduction, memory_budget, _, _, _ = ctx.options
         if reduction == "mean":
             grad_loss = grad_loss / total_weight(target, weight.shape[0], class_weight, options[0])
         rows = (input, weight, target, bias, class_weight, grad_loss.expand(target.shape))
-        gradients = _row_gradients(*rows, *options, memory_budget)
+        gradients = _row_gradients(*rows, *options, memory_budget, *needs)
         grad_loss = None
-    for place, gradient in zip((0, 1, 3), gradients, strict=True):
-        if ctx.needs_input_grad[place]:
+    for place, gradient, needed in zip((0, 1, 3), gradients, needs, strict=True):
+        if needed:
             found[place] = gradient if grad_loss is None else gradient * grad_loss
     return tuple(found)
 
@@ -287,9 +298,7 @@ class _RowLosses(NamedTuple):
 def _row_losses(call: _RowLosses) -> tuple[Tensor, Tensor]:
     """Losses and z-losses of the rows."""
     options = options_of(call)
-    losses, z_losses, *_ = _chunked(
-        call.input, call.weight, call.target, call.bias, call.class_weight, None, options, call.memory_budget
-    )
+    losses, z_losses, *_ = _chunked(*_tensors(call), None, options, call.memory_budget, _NO_NEEDS)
     return losses, torch.zeros_like(losses) if z_losses is None else z_losses
 
 
@@ -318,28 +327,21 @@ class _RowGradients(NamedTuple):
     z_loss: float
     softcap: float
     memory_budget: int
+    needs_input_grad: bool
+    needs_weight_grad: bool
+    needs_bias_grad: bool
 
 
 @operator("fastformer::linear_cross_entropy_rows_backward", mutates_args=())
 def _row_gradients(call: _RowGradients) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias."""
-    options = options_of(call)
-    _, _, *gradients = _chunked(
-        call.input,
-        call.weight,
-        call.target,
-        call.bias,
-        call.class_weight,
-        call.grad_losses,
-        options,
-        call.memory_budget,
-    )
+    """Gradients of input, weight and bias; one that is not needed is empty."""
+    _, _, *gradients = _chunked(*_tensors(call), call.grad_losses, options_of(call), call.memory_budget, _needs(call))
     return gradients[0], gradients[1], gradients[2]
 
 
 @_row_gradients.register_fake
 def _(call: _RowGradients) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(call.input, call.weight, call.bias, True)
+    return _empty_gradients(call.input, call.weight, call.bias, _needs(call))
 
 
 @_row_gradients.register_formula
@@ -349,7 +351,8 @@ def _(call: _RowGradients) -> tuple[Tensor | None, ...]:
     def losses(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
         return (_formula(input, weight, call.target, bias, call.class_weight, options)[0],)
 
-    return tuple(vjp(losses, [call.input, call.weight, call.bias], [call.grad_losses]))
+    gradients = vjp(losses, [call.input, call.weight, call.bias], [call.grad_losses])
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, _needs(call), strict=True))
 
 
 def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -362,11 +365,30 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 def _rows_backward(ctx: Any, grad_losses: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_losses is None:
         return (None,) * len(_RowLosses._fields)
-    grad_input, grad_weight, grad_bias = _row_gradients(*ctx.saved_tensors, grad_losses, *ctx.options)
-    return grad_input, grad_weight, None, grad_bias if ctx.needs_input_grad[3] else None, *(None,) * 6
+    needs = [ctx.needs_input_grad[place] for place in (0, 1, 3)]
+    gradients = _row_gradients(*ctx.saved_tensors, grad_losses, *ctx.options, *needs)
+    grad_input, grad_weight, grad_bias = (
+        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
+    )
+    return grad_input, grad_weight, None, grad_bias, *(None,) * 6
 
 
 _row_losses.register_autograd(_rows_backward, setup_context=_rows_setup)
+
+
+Needs = tuple[bool, bool, bool]
+"""Whether the gradients of input, weight and bias are needed."""
+_NO_NEEDS: Needs = (False, False, False)
+
+
+def _needs(call: _ReducedLoss | _RowGradients) -> Needs:
+    return call.needs_input_grad, call.needs_weight_grad, call.needs_bias_grad
+
+
+def _tensors(
+    call: _ReducedLoss | _RowLosses | _RowGradients,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    return call.input, call.weight, call.target, call.bias, call.class_weight
 
 
 def _chunked(
@@ -378,14 +400,15 @@ def _chunked(
     grad_losses: Tensor | None,
     options: Options,
     memory_budget: int,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """Losses and (if enabled) z-losses of the rows; gradients of input, weight and bias for `grad_losses`."""
+    """Losses and (if enabled) z-losses of the rows; the needed gradients of input, weight and bias."""
     ignore_index, _, z_loss, _ = options
     classes = weight.shape[0]
     check_classes(target, classes, ignore_index)
     place = _place_for_logits(input, classes, memory_budget)
     step = place.shape[0]
-    grad_input, grad_weight, grad_bias = _empty_gradients(input, weight, bias, grad_losses is not None)
+    grad_input, grad_weight, grad_bias = _empty_gradients(input, weight, bias, needs)
     grad_inputs = _parts(grad_input, step)
     scales = None if grad_losses is None else _parts(grad_losses, step)
     losses, z_losses = [], []
@@ -399,25 +422,32 @@ def _chunked(
             row_weight = row_weights(labels, classes, class_weight, ignore_index)
             of_chunk = z_loss * row_weight * log_sum_exp(normalizer).square()
             z_losses.append(of_chunk.masked_fill(labels == ignore_index, 0.0))
-        if scale is not None:
+        if needs[0]:
             torch.mm(logits, weight, out=grad_inputs[number])
+        if needs[1]:
             counting = without_ignored(x, labels, ignore_index)
-            grad_weight = _weight_gradient(grad_weight, logits, counting, first=number == 0)
-            if bias is not None:
-                of_chunk = logits.sum(0, dtype=torch.float32)
-                grad_bias = grad_bias.add_(of_chunk) if number else of_chunk
+            grad_weight = _weight_gradient(grad_weight, logits, counting, number, whole=x.shape[0] == input.shape[0])
+        if needs[2]:
+            of_bias = logits.sum(0, dtype=torch.float32)
+            grad_bias = grad_bias.add_(of_bias) if number else of_bias
     loss = losses[0] if len(losses) == 1 else torch.cat(losses)
     z_part = torch.cat(z_losses) if z_loss else None
     return loss, z_part, grad_input, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
-def _weight_gradient(so_far: Tensor, logits: Tensor, x: Tensor, first: bool) -> Tensor:
-    """Add one more chunk to the weight's gradient: in its own dtype for a single chunk, in float32 for several."""
-    if first:
+def _weight_gradient(so_far: Tensor, logits: Tensor, x: Tensor, number: int, whole: bool) -> Tensor:
+    """Add chunk `number` to the weight's gradient: in its own dtype if the chunk is the whole, else in float32."""
+    if whole:
         return torch.mm(logits.T, x, out=so_far)
     if x.dtype == torch.float32:
-        return so_far.addmm_(logits.T, x)
-    return so_far.float().add_(logits.T @ x)
+        return so_far.addmm_(logits.T, x) if number else torch.mm(logits.T, x, out=so_far)
+    if x.get_device() >= 0 and torch.version.cuda:
+        # cuBLAS adds 16-bit products to a float32 sum, without rounding each chunk's product first.
+        if number == 0:
+            return torch.mm(logits.T, x, out_dtype=torch.float32)
+        return torch.addmm(so_far, logits.T, x, out_dtype=torch.float32, out=so_far)
+    product = logits.T @ x
+    return so_far.add_(product) if number else product.float()
 
 
 def _parts(of_rows: Tensor, step: int) -> Sequence[Tensor]:
@@ -425,13 +455,11 @@ def _parts(of_rows: Tensor, step: int) -> Sequence[Tensor]:
     return (of_rows,) if of_rows.shape[0] <= step else of_rows.split(step)
 
 
-def _empty_gradients(
-    input: Tensor, weight: Tensor, bias: Tensor | None, needs_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_gradients(input: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        input.new_empty(input.shape if needs_grad else 0),
-        weight.new_empty(weight.shape if needs_grad else 0),
-        weight.new_empty(weight.shape[0] if needs_grad and bias is not None else 0),
+        input.new_empty(input.shape if needs[0] else 0),
+        weight.new_empty(weight.shape if needs[1] else 0),
+        weight.new_empty(weight.shape[0] if needs[2] and bias is not None else 0),
     )
 
 
@@ -440,11 +468,29 @@ def _place_for_logits(input: Tensor, classes: int, memory_budget: int) -> Tensor
     rows = input.shape[0]
     aligned = _ROW_ALIGNMENT // input.itemsize
     row_stride = -(-classes // aligned) * aligned
-    step = max(1, min(rows, memory_budget // max(1, row_stride * input.itemsize)))
+    row_bytes = max(1, row_stride * input.itemsize)
+    step = max(1, min(rows, (memory_budget or _budget_of_gpu(input, row_bytes)) // row_bytes))
     if _WHOLE_ROWS < step < rows:
         step -= step % _WHOLE_ROWS
     place = input.new_empty(step, row_stride)
     return place if row_stride == classes else place[:, :classes]
+
+
+# The last budget by the free memory of each GPU, for graphs that are captured after a call that warmed up.
+_last_budgets: dict[int, int] = {}
+
+
+def _budget_of_gpu(input: Tensor, row_bytes: int) -> int:
+    """The bytes for logits on a GPU: a share of its free memory, between two bounds."""
+    rows, gpu = min(input.shape[0], _MOST_ROWS), input.get_device()
+    if rows * row_bytes <= GPU_MEMORY_BUDGET or gpu < 0 or torch.are_deterministic_algorithms_enabled():
+        return GPU_MEMORY_BUDGET
+    if not torch.cuda.is_current_stream_capturing():
+        # Memory that PyTorch keeps for later allocations is free too.
+        kept = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+        free = torch.cuda.mem_get_info(gpu)[0] + kept
+        _last_budgets[gpu] = free // _SHARE_OF_FREE_MEMORY
+    return max(GPU_MEMORY_BUDGET, min(_last_budgets.get(gpu, 0), rows * row_bytes))
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

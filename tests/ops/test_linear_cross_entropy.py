@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -11,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
 from hypothesis import given, settings
+from torch.utils.checkpoint import checkpoint
 
 from fastformer.backends import backend as use_backend
-from fastformer.ops.linear_cross_entropy import linear_cross_entropy
+from fastformer.ops.linear_cross_entropy import _budget_of_gpu, _last_budgets, linear_cross_entropy
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["mean", "sum", "none"]
@@ -195,15 +197,104 @@ def test_holds_no_more_logits_than_its_budget(
     assert max(rows) == most_rows and sum(rows) == 13 and len(set(places)) == 1
 
 
+@pytest.mark.parametrize("learned", ["input", "weight", "bias", "input bias"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_computes_no_gradient_that_nobody_needs(
+    backend: str, reduction: str, learned: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each gradient is the same as among all, twice differentiable, and costs its own product of each chunk alone."""
+    names, tensors = ("input", "weight", "bias"), problem()
+    budget, chunks = bytes_of_rows(4, 301, torch.float32), 4
+
+    def call(needed: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        input, weight, target, bias = (tensor.clone() for tensor in tensors)
+        leaves = dict(zip(names, (input, weight, bias), strict=True))
+        found = [leaves[name].requires_grad_() for name in needed.split()]
+        loss = linear_cross_entropy(input, weight, target, bias, reduction=reduction, memory_budget=budget)
+        return loss.sum(), found
+
+    loss, leaves = call("input weight bias")
+    every = dict(zip(names, torch.autograd.grad(loss, leaves), strict=True))
+    products: list[Any] = []
+
+    def counting(product: Any) -> Any:
+        return lambda *tensors, **options: products.append(product) or product(*tensors, **options)
+
+    monkeypatch.setattr(torch, "mm", counting(torch.mm))
+    monkeypatch.setattr(torch, "addmm", counting(torch.addmm))
+    loss, leaves = call(learned)
+    gradients = torch.autograd.grad(loss, leaves, retain_graph=True)
+    forward = chunks * (2 if reduction == "none" else 1)
+    # The second and later chunks of the weight's gradient are added in place.
+    expected = {"input": forward + chunks, "weight": forward + 1, "bias": forward, "input bias": forward + chunks}
+    assert len(products) == expected[learned]
+    for name, gradient in zip(learned.split(), gradients, strict=True):
+        assert torch.equal(gradient, every[name])
+    assert all(map(torch.equal, torch.autograd.grad(loss, leaves, retain_graph=True), gradients))
+
+    def second(loss: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), leaf)[0]
+
+    def plain(dtype: torch.dtype) -> torch.Tensor:
+        input, weight, target, bias = (t.clone() if t.dtype == torch.int64 else t.to(dtype, copy=True) for t in tensors)
+        leaf = {"input": input, "weight": weight, "bias": bias}[learned.split()[0]].requires_grad_()
+        return second(F.cross_entropy(F.linear(input, weight, bias), target, reduction=reduction).sum(), leaf)
+
+    exact = plain(torch.float64)
+    scale = max(1.0, exact.abs().max().item())
+    assert_as_accurate("second", second(loss, leaves[0]), plain(torch.float32), exact, scale=scale)
+
+
+def test_gradients_under_a_checkpoint(backend: str) -> None:
+    input, weight, target, bias = problem()
+    weight.requires_grad_()
+    options = {"memory_budget": bytes_of_rows(4, 301, torch.float32)}
+    wanted = torch.autograd.grad(linear_cross_entropy(input, weight, target, bias, **options) * 3, weight)
+    loss = checkpoint(linear_cross_entropy, input, weight, target, bias, use_reentrant=False, **options)
+    assert torch.equal(torch.autograd.grad(loss * 3, weight)[0], wanted[0])
+
+
+@pytest.mark.cpu
+def test_budget_of_a_gpu_follows_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, capturing = [64 << 30], [False]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[0], 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda gpu: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda gpu: 2 << 30)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.delitem(_last_budgets, 0, raising=False)
+
+    def budget(rows: int, row_bytes: int) -> int:
+        return _budget_of_gpu(SimpleNamespace(shape=(rows, 4), get_device=lambda: 0), row_bytes)
+
+    capturing[0] = True
+    assert budget(4096, 256 << 10) == 256 << 20, "nothing is asked of a device while a graph is captured"
+    capturing[0] = False
+    assert budget(4096, 256 << 10) == 4096 * 256 << 10, "all rows"
+    assert budget(1 << 20, 256 << 10) == 8192 * 256 << 10, "no more than 8,192 rows"
+    free[0] = 7 << 30
+    assert budget(1 << 20, 256 << 10) == 1 << 30, "an eighth of free and kept memory"
+    free[0], capturing[0] = 64 << 30, True
+    assert budget(1 << 20, 256 << 10) == 1 << 30, "in a graph as in the call before"
+    free[0], capturing[0] = 0, False
+    assert budget(1 << 20, 256 << 10) == 256 << 20, "no less than 256 MiB"
+    assert budget(100, 1024) == 256 << 20
+    free[0] = 64 << 30
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert budget(1 << 20, 256 << 10) == 256 << 20, "the same order of sums in each run"
+
+
 def test_registration(backend: str) -> None:
     input, weight, target, bias = problem(rows=5, classes=7)
     options, budget = (-100, 0.1, 0.1, 2.0), 1 << 20
     tensors = (input, weight, target, bias, torch.rand(7))
-    ops = torch.ops.fastformer
+    ops, needs = torch.ops.fastformer, (True, True, True)
     for reduction in ("mean", "sum"):
-        torch.library.opcheck(ops.linear_cross_entropy.default, (*tensors, *options, reduction, budget, True))
+        torch.library.opcheck(ops.linear_cross_entropy.default, (*tensors, *options, reduction, budget, *needs))
     torch.library.opcheck(ops.linear_cross_entropy_rows.default, (*tensors, *options, budget))
-    torch.library.opcheck(ops.linear_cross_entropy_rows_backward.default, (*tensors, torch.rand(5), *options, budget))
+    torch.library.opcheck(
+        ops.linear_cross_entropy_rows_backward.default, (*tensors, torch.rand(5), *options, budget, *needs)
+    )
 
 
 def test_compiles_without_graph_break() -> None:
