@@ -23,6 +23,7 @@ from fastformer_kernels.constants import constants
 from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import COMPILER_OPTIONS, architecture_of
 from fastformer_kernels.precision import round_to
+from fastformer_kernels.rows import aligned, alignment
 
 # Elements of a program's tile, and of each thread: one load of 16 bytes for each half of the pairs.
 TILE_ELEMENTS = 2048
@@ -56,6 +57,7 @@ class Rotation(NamedTuple):
         INTERLEAVED: whether a pair's features are neighbours.
         INVERSE: whether to rotate backwards.
         COPY_REST: whether to copy the features that are not rotated.
+        ALIGNMENT: a number that divides all strides but the features'; 1 where Triton sees their alignment by itself.
         BLOCK_HEADS, BLOCK_PAIRS, BLOCK_REST: the heads of a tile, and for each its pairs and the features to copy.
     """
 
@@ -64,6 +66,7 @@ class Rotation(NamedTuple):
     INTERLEAVED: bool
     INVERSE: bool
     COPY_REST: bool
+    ALIGNMENT: int
     BLOCK_HEADS: int
     BLOCK_PAIRS: int
     BLOCK_REST: int
@@ -102,8 +105,10 @@ def _rotate(source, target, batch, token, first_head, heads, head_dim, cosine_ro
     dtype: tl.constexpr = target.pointer.dtype.element_ty
     head = (first_head + tl.arange(0, rotation.BLOCK_HEADS)).to(tl.int64)[:, None]
     head_valid = head < heads
-    x_head = source.pointer + batch * source.stride_b + token * source.stride_row + head * source.stride_h
-    y_head = target.pointer + batch * target.stride_b + token * target.stride_row + head * target.stride_h
+    x_offset = batch * source.stride_b + token * source.stride_row + head * source.stride_h
+    y_offset = batch * target.stride_b + token * target.stride_row + head * target.stride_h
+    x_head = source.pointer + aligned(x_offset, rotation.ALIGNMENT)
+    y_head = target.pointer + aligned(y_offset, rotation.ALIGNMENT)
     pair = tl.arange(0, rotation.BLOCK_PAIRS)[None, :]
     pair_valid = pair < rotation.PAIRS
     cosine = tl.load(cosine_row + pair, mask=pair_valid, other=0.0)
@@ -217,6 +222,8 @@ def rotate(
     groups = triton.cdiv(query_heads, block_heads) + triton.cdiv(key_heads, block_heads)
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     threads = block_heads * 2 * block_pairs // ELEMENTS_PER_THREAD
+    given = [tensor for tensor in (query, key, query_output, key_output) if tensor is not None]
+    strides = alignment(*(stride for tensor in given for stride in tensor.stride()[:-1]))
     one_row = position_ids is None or position_ids.dim() == 1 or position_ids.shape[0] == 1
     return Launch(
         _rotary_kernel,
@@ -241,6 +248,7 @@ def rotate(
                     INTERLEAVED=interleaved,
                     INVERSE=inverse,
                     COPY_REST=not inplace and head_dim > 2 * pairs,
+                    ALIGNMENT=strides % 16 or 1,
                     BLOCK_HEADS=block_heads,
                     BLOCK_PAIRS=block_pairs,
                     BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * pairs)),
