@@ -23,12 +23,12 @@ def caches(
     """
     shape = (batch, kv_heads, capacity, head_dim)
     if page_size is not None:
-        pages = batch * capacity // page_size
+        pages = batch * -(-capacity // page_size)
         shape = (pages, page_size, kv_heads, head_dim)
     found = {"key_cache": make.normal(*shape), "value_cache": make.normal(*shape, scale=value_scale)}
     if page_size is not None:
         order = torch.randperm(pages, dtype=torch.int32, generator=torch.Generator().manual_seed(0), device="cpu")
-        found["block_table"] = make.constant(order[: batch * (capacity // page_size)].view(batch, -1))
+        found["block_table"] = make.constant(order.view(batch, -1))
     return found
 
 
@@ -50,9 +50,10 @@ def _inputs(
 
     With `latent_dim`, the values are the first `latent_dim` elements of the keys (multi-head latent attention).
     """
-    options = {"mask": make.block_mask(max(lengths), max(lengths))} if block_mask else {}
+    places = max(lengths) if page_size is None else -(-max(lengths) // page_size) * page_size
+    options = {"mask": make.block_mask(places, places)} if block_mask else {}
     query = make.normal(len(lengths), heads, queries, head_dim, scale=scale)
-    cached = caches(make, len(lengths), kv_heads, max(lengths), head_dim, page_size, value_scale)
+    cached = caches(make, len(lengths), kv_heads, places, head_dim, page_size, value_scale)
     if latent_dim is not None:
         cached["value_cache"] = cached["key_cache"][..., :latent_dim]
     ends = make.constant(torch.tensor(lengths, dtype=torch.int32, device="cpu"))
