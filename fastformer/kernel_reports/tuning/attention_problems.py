@@ -70,6 +70,7 @@ def _attention_problem(
         "attention_forward": (of_forward, forward),
         "attention_backward": (of_backward, backward),
         "attention_deterministic": (of_backward, deterministic),
+        "attention_query_gradient": (of_backward, deterministic),
     }
     tensors, call = calls[operation]
     case = f"{operation} {'causal' if causal else 'full'} head_dim {head_dim}, {length} keys"

@@ -9,6 +9,7 @@ from fastformer_kernels.attention.candidates import (
     decode_candidates,
     deterministic_candidates,
     forward_candidates,
+    query_gradient_candidates,
 )
 from fastformer_kernels.launch import Architecture
 from fastformer_kernels.matmul import product_candidates
@@ -19,6 +20,7 @@ _ATTENTION = {
     "attention_forward": forward_candidates,
     "attention_backward": backward_candidates,
     "attention_deterministic": deterministic_candidates,
+    "attention_query_gradient": query_gradient_candidates,
 }
 _ROWS = (
     "norm_forward",

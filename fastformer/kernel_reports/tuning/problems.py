@@ -29,7 +29,7 @@ def problems(dtypes: Iterable[torch.dtype], groups: Iterable[Group], sizes: Size
             attention_problems(dtype, sizes, sizes.lengths[1:], both),
             norm_problems(dtype, sizes, "norm_forward"),
             softmax_problems(dtype, sizes),
-            attention_problems(dtype, sizes, sizes.lengths, ("attention_deterministic",)),
+            attention_problems(dtype, sizes, sizes.lengths, ("attention_deterministic", "attention_query_gradient")),
         )
         if problem.group in wanted
     ]

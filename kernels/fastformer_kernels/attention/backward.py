@@ -46,12 +46,12 @@ from fastformer_kernels.attention.launch import (
     launch_size,
     loops_of,
     needs_tests,
+    query_gradient_configuration,
     specializes_warps,
     uses_descriptors,
 )
 from fastformer_kernels.attention.tiles import (
     ONE_LOOP,
-    TWO_LOOPS,
     UNTESTED,
     HeadFeatures,
     Span,
@@ -60,7 +60,9 @@ from fastformer_kernels.attention.tiles import (
     bias_at_head,
     bits_at,
     dropout_keep,
+    hide,
     key_bounds,
+    key_limits,
     key_ranges,
     listed_at,
     listed_ranges,
@@ -68,6 +70,7 @@ from fastformer_kernels.attention.tiles import (
     mask_at_head,
     prefix_length,
     query_bounds,
+    query_limits,
     query_ranges,
     relative_at_head,
     row_mask,
@@ -108,12 +111,26 @@ class ScoreGradients(NamedTuple):
     head_scales: torch.Tensor | None
 
 
-class _Sources(NamedTuple):
+class _QuerySources(NamedTuple):
     """The memory that a head's tiles are loaded from or added to: pointers, or tensor descriptors."""
 
     q: Any
     do: Any
     dq: Any
+
+
+class _StatisticsSource(NamedTuple):
+    """The memory that a head's `Statistics` are loaded from.
+
+    Attributes:
+        lse_log2, delta: pointers to the first row, or descriptors of the numbers of all heads.
+        row, column: for descriptors, the place of the first row.
+    """
+
+    lse_log2: Any
+    delta: Any
+    row: Any
+    column: Any
 
 
 class _KeyTiles(NamedTuple):
@@ -123,7 +140,7 @@ class _KeyTiles(NamedTuple):
     value: Any
 
 
-class _Sums(NamedTuple):
+class _KeySums(NamedTuple):
     """The sums over the queries so far: a tile of dK and of dV, and those of `_add_score_gradients`."""
 
     dk: Any
@@ -132,22 +149,56 @@ class _Sums(NamedTuple):
     dscale: Any
 
 
-class _Place(NamedTuple):
+class _KeyPlace(NamedTuple):
     """The head of the queries, and the tile of keys that they meet.
 
     Attributes:
         batch, head: indices of the queries' sequence and head.
         dropout_row: the number of (batch, head), for the random words.
-        lse_pointer, delta_pointer: pointers to the head's `Statistics`.
         first_key: the first key of the tile.
     """
 
     batch: Any
     head: Any
     dropout_row: Any
-    lse_pointer: Any
-    delta_pointer: Any
     first_key: Any
+
+
+class _KeySources(NamedTuple):
+    """The memory that tiles of keys and values are loaded from: pointers, or tensor descriptors."""
+
+    k: Any
+    v: Any
+
+
+class _QueryTiles(NamedTuple):
+    """The queries that a program owns, and the output's gradient in their rows, a tile each."""
+
+    query: Any
+    grad_output: Any
+
+
+class _QuerySums(NamedTuple):
+    """The sums over the keys so far: a tile of dQ, and those of `_add_score_gradients`."""
+
+    dq: Any
+    dslope: Any
+    dscale: Any
+
+
+class _QueryPlace(NamedTuple):
+    """The tile of queries that meets the keys, and its head.
+
+    Attributes:
+        batch, head: indices of sequence and head.
+        dropout_row: the number of (batch, head), for the random words.
+        first_query: the first query of the tile.
+    """
+
+    batch: Any
+    head: Any
+    dropout_row: Any
+    first_query: Any
 
 
 @triton.jit(do_not_specialize=["tiles", "heads", "queries"])
@@ -184,8 +235,8 @@ def _row_statistics_kernel(
     if dlse.pointer is not None:
         at = batch * dlse.stride_b + head * dlse.stride_h + row * dlse.stride_row
         sums -= tl.load(dlse.pointer + at, mask=valid, other=0.0)
-    at = batch * lse.stride_b + head * lse.stride_h + row
-    row_lse = tl.load(lse.pointer + at, mask=valid, other=0.0)
+    row_lse = tl.load(lse.pointer + batch * lse.stride_b + head * lse.stride_h + row, mask=valid, other=0.0)
+    at = batch * statistics.stride_b + head * statistics.stride_h + row
     lse_log2 = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
     tl.store(statistics.lse_log2 + at, lse_log2, mask=valid)
     tl.store(statistics.delta + at, sums, mask=valid)
@@ -199,6 +250,8 @@ def _weights_and_gradient(
     delta,
     query,
     key,
+    start,
+    limits,
     span,
     head_features,
     bits,
@@ -207,8 +260,11 @@ def _weights_and_gradient(
     place,
     constants,
     TESTED: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
     """Compute weights and gradients of one tile, in either orientation, from its products Q K^T and dO V^T.
+
+    start, limits, KEYS: what `hide` takes, where TESTED.
 
     Returns the weights after dropout, the gradient of the scores before the softcap (still to be multiplied by the
     scale), and that of the scores after the softcap, which is also the gradient of the bias.
@@ -224,7 +280,9 @@ def _weights_and_gradient(
     if constants.SCORE_MOD is not None:
         before = scores
         scores = constants.MOD_SCORES(scores * LN_2, place.batch, place.head, query, key) * LOG2_E
-    scores = bias_and_mask(scores, query, key, span, head_features, bits, features, TESTED)
+    scores = bias_and_mask(scores, query, key, span, head_features, bits, features)
+    if TESTED and bits is None:
+        scores = hide(scores, start, limits, features, KEYS)
     weights = tl.exp2(scores * multiplier - lse_log2)
     dropped = weights
     if features.seed is not None:
@@ -242,17 +300,44 @@ def _weights_and_gradient(
 
 
 @triton.jit
-def _load_statistics(lse_pointer, delta_pointer, query, queries, CHECK: tl.constexpr):
-    """Load LSE and delta of the rows `query` of a head from pointers to its `Statistics`.
+def _statistics_of(statistics, batch, head, q_start, sizes, layout, BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """The `_StatisticsSource` of the rows of one head of one sequence."""
+    if DESCRIPTORS:
+        # All heads are one matrix, in which the heads of packed tokens are rows, and else those of each sequence.
+        packed: tl.constexpr = layout.cu_seqlens_q is not None
+        row = (head if packed else batch * sizes.heads + head).to(tl.int32)
+        rows = sizes.heads if packed else sizes.heads * sizes.query_tokens
+        shape = [rows, sizes.query_tokens if packed else sizes.queries]
+        stride = tl.cast(statistics.stride_h, tl.int64)
+        lse = tl.make_tensor_descriptor(statistics.lse_log2, shape, [stride, 1], [1, BLOCK])
+        delta = tl.make_tensor_descriptor(statistics.delta, shape, [stride, 1], [1, BLOCK])
+        return _StatisticsSource(lse, delta, row, tl.cast(q_start, tl.int32))
+    else:
+        first = batch * statistics.stride_b + head * statistics.stride_h + q_start
+        return _StatisticsSource(statistics.lse_log2 + first, statistics.delta + first, 0, 0)
+
+
+@triton.jit
+def _load_statistics(source, start, queries, BLOCK: tl.constexpr, CHECK: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """Load LSE and delta of the rows [start, start + BLOCK) from a `_StatisticsSource`.
 
     With CHECK, rows beyond the end get an LSE that makes their weights zero.
     """
-    if CHECK:
-        valid = query < queries
-        lse_log2 = tl.load(lse_pointer + query, mask=valid, other=float("inf"))
-        return lse_log2, tl.load(delta_pointer + query, mask=valid, other=0.0)
+    query = start + tl.arange(0, BLOCK)
+    valid = query < queries
+    if DESCRIPTORS:
+        lse_log2 = tl.reshape(source.lse_log2.load([source.row, source.column + start]), (BLOCK,))
+        delta = tl.reshape(source.delta.load([source.row, source.column + start]), (BLOCK,))
+        if CHECK:
+            # Behind the end of a packed sequence are the numbers of the next one.
+            lse_log2 = tl.where(valid, lse_log2, float("inf"))
+            delta = tl.where(valid, delta, 0.0)
+        return lse_log2, delta
+    elif CHECK:
+        lse_log2 = tl.load(source.lse_log2 + query, mask=valid, other=float("inf"))
+        return lse_log2, tl.load(source.delta + query, mask=valid, other=0.0)
     else:
-        return tl.load(lse_pointer + query), tl.load(delta_pointer + query)
+        return tl.load(source.lse_log2 + query), tl.load(source.delta + query)
 
 
 @triton.jit
@@ -422,9 +507,8 @@ def _key_value_gradient_tile(
     ranges = query_ranges(first, span, features, constants)
     for member in range(layout.group):
         head = kv_head * layout.group + member
-        first_row = batch * statistics.stride_b + head * statistics.stride_h + q_start
-        dropout_row = batch * sizes.heads + head
-        place = _Place(batch, head, dropout_row, statistics.lse_log2 + first_row, statistics.delta + first_row, first)
+        place = _KeyPlace(batch, head, batch * sizes.heads + head, first)
+        of_rows = _statistics_of(statistics, batch, head, q_start, sizes, layout, BLOCK_M, WARP_SPECIALIZE)
         q_source = rows_of(at_head(q, batch, head, q_start), queries, q, head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
         do_source = rows_of(at_head(do, batch, head, q_start), queries, do, value_dim, BLOCK_M, BLOCK_V, DESCRIPTORS)
         dq_source = dq.pointer
@@ -441,13 +525,13 @@ def _key_value_gradient_tile(
         )
         if features.lists is not None:
             ranges = listed_ranges(head_features.listed)
-        sources = _Sources(q_source, do_source, dq_source)
+        sources = _QuerySources(q_source, do_source, dq_source)
         no_sums = tl.zeros((BLOCK_N,), tl.float32)
-        sums = _Sums(dk_tile, dv_tile, no_sums, no_sums)
+        sums = _KeySums(dk_tile, dv_tile, no_sums, no_sums)
         for tested in tl.static_range(1 if constants.LOOPS == ONE_LOOP else 0, 1 if constants.LOOPS == UNTESTED else 2):
             sums = _add_queries(
-                sums, owned, sources, q, do, dq, gradients, place, ranges, span, head_features, features, constants,
-                tested == 1,
+                sums, owned, sources, of_rows, q, do, dq, gradients, place, ranges, span, head_features, features,
+                constants, tested == 1,
             )  # fmt: skip
         dk_tile, dv_tile, dslope, dscale = sums
         _store_program_sums(gradients, dslope, dscale, batch, head, sizes.heads, tile, sizes.tiles)
@@ -464,6 +548,7 @@ def _add_queries(
     sums,
     owned,
     sources,
+    of_rows,
     q,
     do,
     dq,
@@ -476,7 +561,7 @@ def _add_queries(
     constants,
     TESTED: tl.constexpr,
 ):
-    """Add the part of one head's queries to the `_Sums` of the `_KeyTiles` that the program owns.
+    """Add the part of one head's queries to the `_KeySums` of the `_KeyTiles` that the program owns.
 
     It takes the tiles of queries that need a test if TESTED, else those that need none.
     """
@@ -491,11 +576,12 @@ def _add_queries(
     dk_tile, dv_tile, dslope, dscale = sums
     key_tile, value_tile = owned
     key = (place.first_key + tl.arange(0, BLOCK_N))[:, None]
+    limits = query_limits(key, span, features)
     for index in tl.range(0, tiles_in(ranges, TESTED, BLOCK_M), warp_specialize=constants.WARP_SPECIALIZE):
         start = tile_start(index, ranges, head_features.listed, TESTED, BLOCK_M)
         query = start + tl.arange(0, BLOCK_M)
-        lse_log2, delta = _load_statistics(place.lse_pointer, place.delta_pointer, query, span.queries, TESTED)
-        if not constants.WARP_SPECIALIZE:  # the compiler cannot split a scan among specialised warps
+        lse_log2, delta = _load_statistics(of_rows, start, span.queries, BLOCK_M, TESTED, constants.WARP_SPECIALIZE)
+        if not constants.WARP_SPECIALIZE:
             lse_log2 = _loaded_once(lse_log2)
             delta = _loaded_once(delta)
         q_tile = load_rows(sources.q, start, span.queries, q, head_dim, BLOCK_M, BLOCK_D, TESTED, DESCRIPTORS)
@@ -513,6 +599,8 @@ def _add_queries(
             delta[None, :],
             query[None, :],
             key,
+            start,
+            limits,
             span,
             head_features,
             bits,
@@ -521,6 +609,7 @@ def _add_queries(
             place,
             constants,
             TESTED,
+            False,
         )
         dv_tile = dot(round_to(weights, do_tile.dtype), do_tile, dv_tile, INPUT_PRECISION)
         dslope, dscale = _add_score_gradients(
@@ -547,7 +636,7 @@ def _add_queries(
                     mask=row_mask(start, span.queries, head_dim, BLOCK_M, BLOCK_D),
                     sem="relaxed",
                 )
-    return _Sums(dk_tile, dv_tile, dslope, dscale)
+    return _KeySums(dk_tile, dv_tile, dslope, dscale)
 
 
 @triton.jit(do_not_specialize=Sizes._fields)
@@ -586,6 +675,7 @@ def _query_gradient_kernel(
 def _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, layout, features, constants):
     """Compute dQ of tile number `number` of queries, from all the keys that it meets."""
     heads = sizes.heads
+    DESCRIPTORS: tl.constexpr = constants.DESCRIPTORS
     head_dim: tl.constexpr = constants.head_dim
     value_dim: tl.constexpr = constants.value_dim
     BLOCK_M: tl.constexpr = constants.BLOCK_M
@@ -602,16 +692,15 @@ def _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, 
     k_start, keys, _stored_keys = key_bounds(batch, layout, sizes.keys, sizes.key_tokens)
     span = Span(queries, keys, keys - queries if constants.BOTTOM_RIGHT else 0, prefix_length(batch, layout))
     kv_head = head // layout.group
-    q_pointer = at_head(q, batch, head, q_start)
-    k_pointer = at_head(k, batch, kv_head, k_start)
-    v_pointer = at_head(v, batch, kv_head, k_start)
-    do_pointer = at_head(do, batch, head, q_start)
-    first_row = batch * statistics.stride_b + head * statistics.stride_h + q_start
-    query = first + tl.arange(0, BLOCK_M)
-    lse_pointer, delta_pointer = statistics.lse_log2 + first_row, statistics.delta + first_row
-    lse_log2, delta = _load_statistics(lse_pointer, delta_pointer, query, queries, True)
-    q_tile = load_rows(q_pointer, first, queries, q, head_dim, BLOCK_M, BLOCK_D, True, False)
-    do_tile = load_rows(do_pointer, first, queries, do, value_dim, BLOCK_M, BLOCK_V, True, False)
+    k_source = rows_of(at_head(k, batch, kv_head, k_start), keys, k, head_dim, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v_source = rows_of(at_head(v, batch, kv_head, k_start), keys, v, value_dim, BLOCK_N, BLOCK_V, DESCRIPTORS)
+    q_source = rows_of(at_head(q, batch, head, q_start), queries, q, head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    do_source = rows_of(at_head(do, batch, head, q_start), queries, do, value_dim, BLOCK_M, BLOCK_V, DESCRIPTORS)
+    # An empty sequence's descriptor has one row, which does not exist: start after it.
+    q_first = tl.where(first < queries, first, tl.maximum(first, 1))
+    q_tile = load_rows(q_source, q_first, queries, q, head_dim, BLOCK_M, BLOCK_D, True, DESCRIPTORS)
+    do_tile = load_rows(do_source, q_first, queries, do, value_dim, BLOCK_M, BLOCK_V, True, DESCRIPTORS)
+    of_rows = _statistics_of(statistics, batch, head, q_start, sizes, layout, BLOCK_M, constants.WARP_SPECIALIZE)
     head_features = HeadFeatures(
         scale_of(features, head),
         slope_of(features, batch, head),
@@ -620,49 +709,98 @@ def _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, 
         relative_at_head(features, head),
         listed_at(features, batch, head, first),
     )
-    place = _Place(batch, head, batch * heads + head, lse_pointer, delta_pointer, 0)
-    dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dslope = tl.zeros((BLOCK_M,), tl.float32)
-    dscale = tl.zeros((BLOCK_M,), tl.float32)
+    owned = _QueryTiles(q_tile, do_tile)
+    sources = _KeySources(k_source, v_source)
+    place = _QueryPlace(batch, head, batch * heads + head, first)
+    sums = _QuerySums(
+        tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    )
     if features.lists is not None:
         ranges = listed_ranges(head_features.listed)
     else:
         ranges = key_ranges(first, span, features, constants)
-    for tested in tl.static_range(1 if constants.LOOPS == UNTESTED else 2):
-        for index in range(tiles_in(ranges, tested == 1, BLOCK_N)):
-            start = tile_start(index, ranges, head_features.listed, tested == 1, BLOCK_N)
-            key = (start + tl.arange(0, BLOCK_N))[None, :]
-            key_tile = load_rows(k_pointer, start, keys, k, head_dim, BLOCK_N, BLOCK_D, tested == 1, False)
-            value_tile = load_rows(v_pointer, start, keys, v, value_dim, BLOCK_N, BLOCK_V, tested == 1, False)
-            zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            products = dot(q_tile, tl.trans(key_tile), zeros, constants.INPUT_PRECISION)
-            keep = None
-            if features.seed is not None:
-                keep = dropout_keep(features, batch * heads + head, first, start, BLOCK_M, BLOCK_N)
-            bits = bits_at(features, head_features.listed, first, index, start, tested == 1, BLOCK_N)
-            _, dscores, dbias = _weights_and_gradient(
-                products,
-                dot(do_tile, tl.trans(value_tile), zeros, constants.INPUT_PRECISION),
-                lse_log2[:, None],
-                delta[:, None],
-                query[:, None],
-                key,
-                span,
-                head_features,
-                bits,
-                keep,
-                features,
-                place,
-                constants,
-                tested == 1,
-            )
-            dslope, dscale = _add_score_gradients(
-                gradients, products, dscores, dbias, dslope, dscale, query[:, None], key, span, batch, head, 0
-            )
-            dq_tile = dot(round_to(dscores, key_tile.dtype), key_tile, dq_tile, constants.INPUT_PRECISION)
+    for tested in tl.static_range(1 if constants.LOOPS == ONE_LOOP else 0, 1 if constants.LOOPS == UNTESTED else 2):
+        sums = _add_keys(
+            sums, owned, sources, of_rows, k, v, gradients, place, ranges, span, head_features, features, constants,
+            tested == 1,
+        )  # fmt: skip
+    dq_tile, dslope, dscale = sums
     _store_program_sums(gradients, dslope, dscale, batch, head, heads, tile, sizes.tiles)
     dq_pointer = at_head(dq, batch, head, q_start)
     store_rows(dq_pointer, dq_tile * head_features.scale, first, queries, dq, head_dim, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def _add_keys(
+    sums,
+    owned,
+    sources,
+    of_rows,
+    k,
+    v,
+    gradients,
+    place,
+    ranges,
+    span,
+    head_features,
+    features,
+    constants,
+    TESTED: tl.constexpr,
+):
+    """Add the part of the keys to the `_QuerySums` of the `_QueryTiles` that the program owns.
+
+    It takes the tiles of keys that need a test if TESTED, else those that need none.
+    """
+    BLOCK_M: tl.constexpr = constants.BLOCK_M
+    BLOCK_N: tl.constexpr = constants.BLOCK_N
+    DESCRIPTORS: tl.constexpr = constants.DESCRIPTORS
+    dq_tile, dslope, dscale = sums
+    q_tile, do_tile = owned
+    query = (place.first_query + tl.arange(0, BLOCK_M))[:, None]
+    limits = key_limits(query, span, features)
+    if not constants.WARP_SPECIALIZE:
+        lse_log2, delta = _load_statistics(of_rows, place.first_query, span.queries, BLOCK_M, True, False)
+    for index in tl.range(0, tiles_in(ranges, TESTED, BLOCK_N), warp_specialize=constants.WARP_SPECIALIZE):
+        start = tile_start(index, ranges, head_features.listed, TESTED, BLOCK_N)
+        key = (start + tl.arange(0, BLOCK_N))[None, :]
+        key_tile = load_rows(
+            sources.k, start, span.keys, k, constants.head_dim, BLOCK_N, constants.BLOCK_D, TESTED, DESCRIPTORS
+        )
+        value_tile = load_rows(
+            sources.v, start, span.keys, v, constants.value_dim, BLOCK_N, constants.BLOCK_V, TESTED, DESCRIPTORS
+        )
+        if constants.WARP_SPECIALIZE:  # the compiler cannot give these warps a vector loaded before the loop
+            lse_log2, delta = _load_statistics(of_rows, place.first_query, span.queries, BLOCK_M, True, True)
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        products = dot(q_tile, tl.trans(key_tile), zeros, constants.INPUT_PRECISION)
+        keep = None
+        if features.seed is not None:
+            keep = dropout_keep(features, place.dropout_row, place.first_query, start, BLOCK_M, BLOCK_N)
+        bits = bits_at(features, head_features.listed, place.first_query, index, start, TESTED, BLOCK_N)
+        _, dscores, dbias = _weights_and_gradient(
+            products,
+            dot(do_tile, tl.trans(value_tile), zeros, constants.INPUT_PRECISION),
+            lse_log2[:, None],
+            delta[:, None],
+            query,
+            key,
+            start,
+            limits,
+            span,
+            head_features,
+            bits,
+            keep,
+            features,
+            place,
+            constants,
+            TESTED,
+            True,
+        )
+        dslope, dscale = _add_score_gradients(
+            gradients, products, dscores, dbias, dslope, dscale, query, key, span, place.batch, place.head, 0
+        )
+        dq_tile = dot(round_to(dscores, key_tile.dtype), key_tile, dq_tile, constants.INPUT_PRECISION)
+    return _QuerySums(dq_tile, dslope, dscale)
 
 
 @triton.jit(do_not_specialize=["tiles", "heads", "queries"])
@@ -697,13 +835,13 @@ def attention_backward(
     deterministic = torch.are_deterministic_algorithms_enabled()
     configuration = _key_configuration(query, value, arguments, deterministic)
     two_kernels = deterministic or configuration.two_kernels
-    lse_log2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    lse_log2, delta = _empty_statistic(lse), _empty_statistic(lse)
     grad_query, grad_key, grad_value = empty_gradient(query), empty_gradient(key), empty_gradient(value)
     sums = _NO_SUMS
     if True in needed:
         length, block = arguments.max_seqlen_k, configuration.block_n
         if two_kernels:
-            length, block = arguments.max_seqlen_q, deterministic_configuration(query, value, arguments).block_m
+            length, block = arguments.max_seqlen_q, query_gradient_configuration(query, value, arguments).block_m
         sums = _score_sums(query, arguments, needed, deterministic, triton.cdiv(length, block))
     outputs = [lse_log2, delta, grad_query, grad_key, grad_value]
     if not two_kernels:
@@ -719,10 +857,16 @@ def _key_configuration(
     query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments, deterministic: bool
 ) -> AttentionConfiguration:
     """The configuration of the kernel whose programs own tiles of keys."""
-    configuration = backward_configuration(query, value, arguments)
-    if deterministic and not configuration.two_kernels:
-        return deterministic_configuration(query, value, arguments)
-    return configuration
+    choose = deterministic_configuration if deterministic else backward_configuration
+    return choose(query, value, arguments)
+
+
+def _empty_statistic(lse: torch.Tensor) -> torch.Tensor:
+    """A float32 number for each row, like `lse`, in rows of a multiple of 16 bytes, as descriptors need them."""
+    rows = lse.shape[-1]
+    if rows % 4 == 0:
+        return torch.empty_like(lse)
+    return lse.new_empty((*lse.shape[:-1], (rows + 3) // 4 * 4))[..., :rows]
 
 
 class _ScoreSums(NamedTuple):
@@ -789,8 +933,8 @@ def _learned_gradients(
         grad_scales = sums.head_scales.sum((0, 2)) * arguments.scale
     if needed.sinks and arguments.sinks is not None:
         # A sink's weight in each row is exp(sink - lse). It has no value, so its gradient is -weight * delta.
-        by_row = lse if lse.dim() == 3 else lse[None]
-        grad_sinks = -(torch.exp(arguments.sinks[:, None] - by_row) * delta.view_as(by_row)).sum((0, 2))
+        weights = torch.exp(arguments.sinks[:, None] - lse)
+        grad_sinks = -(weights * delta).sum((0, 2) if lse.dim() == 3 else 1)
     return Learned(grad_bias, grad_relative, grad_slopes, grad_scales, grad_sinks)
 
 
@@ -912,14 +1056,15 @@ def _query_gradient(
     arguments: AttentionArguments,
 ) -> Launch | None:
     """Describe the launch that computes the gradient of query alone, or return None if there is nothing to do."""
-    configuration = deterministic_configuration(query, value, arguments)
+    configuration = query_gradient_configuration(query, value, arguments)
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
     all_tiles = tiles * query.shape[1] * arguments.batch(query)
     if all_tiles == 0 or query.numel() == 0:
         return None
+    descriptors = configuration.descriptors and uses_descriptors(query, key, value, grad_output)
+    loops = loops_of(configuration, arguments, needs_tests(arguments, arguments.max_seqlen_k, configuration.block_n))
     programs = launch_size(all_tiles, query, arguments, configuration)
     together = heads_in_cache(key, value, arguments)
-    tested = needs_tests(arguments, arguments.max_seqlen_k, configuration.block_n)
     return Launch(
         _query_gradient_kernel,
         (programs,),
@@ -939,11 +1084,14 @@ def _query_gradient(
                 value,
                 arguments,
                 configuration,
-                loops=TWO_LOOPS.value if tested else UNTESTED.value,
+                loops=loops,
                 persistent=programs < all_tiles,
+                descriptors=descriptors,
+                warp_specialize=descriptors and specializes_warps(configuration, loops),
             ),
             **configuration.options,
         },
+        descriptors,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fastformer_kernels.attention.decode import DecodeConfiguration
 from fastformer_kernels.attention.launch import AttentionConfiguration
 from fastformer_kernels.configurations import others_than
-from fastformer_kernels.launch import Architecture
+from fastformer_kernels.launch import Architecture, for_triton
 
 Tile = tuple[int, int, int, int]
 """Queries and keys of a tile, warps, stages."""
@@ -55,7 +55,21 @@ _WIDE_TILES = (
     (32, 32, 4, 1),
     (16, 16, 4, 1),
 )
-_SPECIALIZED_BACKWARD_TILES = ((64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3))
+# Each of the two warp groups needs 64 keys or, for dQ alone, 64 queries: with fewer, both would compute the same.
+_SPECIALIZED_BACKWARD_TILES = ((64, 128, 4, 2), (32, 128, 4, 2), (32, 128, 4, 3))
+_QUERY_GRADIENT_TILES = (
+    (128, 64, 8, 2),
+    (128, 64, 8, 3),
+    (128, 32, 8, 2),
+    (128, 128, 8, 2),
+    (64, 64, 4, 2),
+    (64, 64, 8, 2),
+    (64, 32, 8, 2),
+    (32, 64, 4, 2),
+)
+_SPECIALIZED_QUERY_GRADIENT_TILES = for_triton(
+    {(3, 6): ((128, 64, 4, 2), (128, 32, 4, 2), (128, 32, 4, 3)), (3, 7): ()}
+)
 # Small tiles for float32, whose products need registers, and for the interpreter.
 _SMALL_TILES = (
     (32, 32, 4, 2),
@@ -114,12 +128,30 @@ def backward_candidates(
 def deterministic_candidates(
     default: AttentionConfiguration, architecture: Architecture, head_dim: int, element_size: int
 ) -> list[AttentionConfiguration]:
-    """Configurations to compare of the two backward kernels that each write only the tiles they own."""
+    """Configurations to compare of the kernel that computes dK and dV alone."""
     tiles = _tiles(_BACKWARD_TILES, architecture, head_dim, element_size)
     found = [_plain(default, tile) for tile in tiles]
-    if architecture.name in ("sm_90", "sm_100"):
-        found += [replace(choice, descriptors=True) for choice in (default, *found[:4])]
+    if default.descriptors:
+        found.append(replace(default, descriptors=False, warp_specialize=False))
+        found += [_specialized(tile) for tile in _SPECIALIZED_BACKWARD_TILES]
     return _that_fit(found, default, architecture, _backward_memory(head_dim, element_size))
+
+
+def query_gradient_candidates(
+    default: AttentionConfiguration, architecture: Architecture, head_dim: int, element_size: int
+) -> list[AttentionConfiguration]:
+    """Configurations to compare of the kernel that computes dQ alone."""
+    tiles = _tiles(_QUERY_GRADIENT_TILES, architecture, head_dim, element_size)
+    found = [_plain(default, tile) for tile in tiles]
+    if default.descriptors:
+        found.append(replace(default, descriptors=False, warp_specialize=False))
+        found += [_specialized(tile) for tile in _SPECIALIZED_QUERY_GRADIENT_TILES]
+
+    def memory(choice: AttentionConfiguration) -> int:
+        # Queries and the output's gradient stay in shared memory; keys and values are loaded ahead.
+        return (2 * choice.block_m + 2 * choice.num_stages * choice.block_n) * head_dim * element_size
+
+    return _that_fit(found, default, architecture, memory)
 
 
 def decode_candidates(default: DecodeConfiguration) -> list[DecodeConfiguration]:

@@ -35,7 +35,9 @@ from fastformer_kernels.attention.tiles import (
     bias_at_head,
     bits_at,
     dropout_keep,
+    hide,
     key_bounds,
+    key_limits,
     key_ranges,
     listed_at,
     listed_ranges,
@@ -102,7 +104,8 @@ def _attend(
     """Add tiles of keys to an `_OnlineSoftmax`: those that need a test if TESTED, else those that need none."""
     accumulator, maximum, total = softmax
     multiplier = head_features.scale * LOG2_E if constants.FOLD_SCALE else 1.0
-    query = place.first_query + tl.arange(0, constants.BLOCK_M)
+    query = (place.first_query + tl.arange(0, constants.BLOCK_M))[:, None]
+    limits = key_limits(query, span, features)
     for index in tl.range(0, tiles_in(ranges, TESTED, constants.BLOCK_N), warp_specialize=constants.WARP_SPECIALIZE):
         start = tile_start(index, ranges, head_features.listed, TESTED, constants.BLOCK_N)
         key_tile = load_rows(
@@ -121,9 +124,11 @@ def _attend(
         scores = scores_of(products, head_features.scale, features, constants.FOLD_SCALE)
         key = (start + tl.arange(0, constants.BLOCK_N))[None, :]
         if constants.SCORE_MOD is not None:
-            scores = constants.MOD_SCORES(scores * LN_2, place.batch, place.head, query[:, None], key) * LOG2_E
+            scores = constants.MOD_SCORES(scores * LN_2, place.batch, place.head, query, key) * LOG2_E
         bits = bits_at(features, head_features.listed, place.first_query, index, start, TESTED, constants.BLOCK_N)
-        scores = bias_and_mask(scores, query[:, None], key, span, head_features, bits, features, TESTED)
+        scores = bias_and_mask(scores, query, key, span, head_features, bits, features)
+        if TESTED and bits is None:
+            scores = hide(scores, start, limits, features, True)
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * multiplier)
         shift = new_maximum
         if (

@@ -67,7 +67,7 @@ def _block_of(head_dim: int) -> int:
 Table = dict[int, dict[int, AttentionConfiguration]]
 # An architecture's name, an element's size in bytes and the greater head_dim.
 Kind = tuple[str, int, int]
-Feature = Literal["mask or bias", "grouped heads", "dropout", "score_mod", "window", "alibi", "packed"]
+Feature = Literal["mask or bias", "grouped heads", "dropout", "score_mod", "softcap", "window", "alibi"]
 
 # Configurations by element size and by the largest head_dim that each serves. They are chosen by their compiled code:
 # no spills for 16-bit types at head_dim 64 and 128, forward or backward. With 64 rows, 8 warps would compute products
@@ -147,7 +147,7 @@ _FORWARD: dict[str, Table] = {
     "sm_90": {
         2: {
             64: AttentionConfiguration(128, 128, 8, 2, resident=1, descriptors=True),
-            128: AttentionConfiguration(128, 128, 8, 2, resident=1, descriptors=True),
+            128: AttentionConfiguration(128, 128, 8, 2, descriptors=True),
             256: AttentionConfiguration(128, 64, 8, 2, resident=1, descriptors=True),
             512: AttentionConfiguration(64, 32, 8, 2, descriptors=True),
         },
@@ -210,20 +210,29 @@ _BACKWARD_LOADING: dict[str, Table] = {
         }
     },
 }
-# Where no tile needs a test, there is a single loop, which the compiler can split among specialised warps.
-_FORWARD_WHOLE: dict[str, Table] = {
+# A single loop, which the compiler splits among specialised warps: they copy while others multiply. It tests every tile
+# if some need a test. Calls for which `_suits_specialized_warps` is true have it.
+_FORWARD_SPECIALIZED: dict[str, Table] = {
     "sm_90": {
         2: {
-            64: AttentionConfiguration(128, 128, 4, 2, descriptors=True, warp_specialize=True),
-            128: AttentionConfiguration(128, 128, 4, 2, descriptors=True, warp_specialize=True),
+            64: AttentionConfiguration(
+                128, 128, 4, 2, resident=1, descriptors=True, warp_specialize=True, one_loop=True
+            ),
+            128: AttentionConfiguration(
+                128, 128, 4, 2, resident=1, descriptors=True, warp_specialize=True, one_loop=True
+            ),
         }
     },
     "sm_100": {
         2: {
-            64: AttentionConfiguration(128, 128, 4, 2, descriptors=True, warp_specialize=True),
-            128: AttentionConfiguration(128, 128, 8, 2, descriptors=True, warp_specialize=True),
+            64: AttentionConfiguration(128, 128, 4, 2, descriptors=True, warp_specialize=True, one_loop=True),
+            128: AttentionConfiguration(128, 64, 8, 3, descriptors=True, warp_specialize=True, one_loop=True),
         }
     },
+}
+# Where no tile needs a test, larger tiles leave enough registers.
+_FORWARD_WHOLE: dict[str, Table] = {
+    "sm_100": {2: {128: AttentionConfiguration(128, 128, 8, 2, descriptors=True, warp_specialize=True)}}
 }
 # Above head_dim 256, gradients of keys and values fill the registers with 16 keys in a tile. Adding dQ up in memory for
 # so few keys at a time would take most of the time: it has its own kernel.
@@ -270,17 +279,15 @@ _HOPPER_FORWARD_DROPOUT: Table = {
     }
 }
 _HOPPER_FORWARD_ALIBI: Table = {2: {**_FORWARD["sm_90"][2], 512: _WIDE_HOPPER_FORWARD}}
-_HOPPER_FORWARD_PACKED: Table = {
-    2: {64: _FORWARD["sm_90"][2][64], 128: AttentionConfiguration(128, 128, 8, 2, descriptors=True)}
-}
 _HOPPER_BACKWARD_SMALL: Table = {
     2: {64: _BACKWARD["sm_90"][2][64], 128: AttentionConfiguration(32, 64, 8, 2, descriptors=True)}
 }
+# The hyperbolic tangent of a softcap leaves too few registers for specialised warps there.
+_FORWARD_SPECIALIZED_WITH: dict[Feature, dict[str, Table]] = {"softcap": {"sm_100": _FORWARD["sm_100"]}}
 _FORWARD_WITH: dict[Feature, dict[str, Table]] = {
     "mask or bias": _FORWARD_LOADING,
     "dropout": {"sm_90": _HOPPER_FORWARD_DROPOUT},
     "score_mod": {"sm_90": _HOPPER_FORWARD_DROPOUT},
-    "packed": {"sm_90": for_triton({(3, 6): _HOPPER_FORWARD_PACKED, (3, 9): {}})},
     "alibi": {"sm_90": _HOPPER_FORWARD_ALIBI},
 }
 _BACKWARD_WITH: dict[Feature, dict[str, Table]] = {
@@ -291,30 +298,64 @@ _BACKWARD_WITH: dict[Feature, dict[str, Table]] = {
     "window": {"sm_90": for_triton({(3, 6): _HOPPER_BACKWARD_SMALL, (3, 9): {}})},
     "alibi": {"sm_90": for_triton({(3, 6): _HOPPER_BACKWARD_SMALL, (3, 9): {}})},
 }
-# Above head_dim 256 these are for dQ's kernel alone, since `_BACKWARD` has the other one's.
-_DETERMINISTIC_AMPERE: Table = {
+# dK and dV alone, in one loop with specialised warps, for calls for which `_default_alone` finds it possible. Each warp
+# group needs 64 keys: with fewer, both would compute the same.
+_KEY_VALUE_GRADIENT_SPECIALIZED: dict[str, Table] = {
+    "sm_90": {
+        2: {
+            64: AttentionConfiguration(64, 128, 4, 2, descriptors=True, warp_specialize=True, one_loop=True),
+            128: AttentionConfiguration(32, 128, 4, 2, descriptors=True, warp_specialize=True, one_loop=True),
+        }
+    }
+}
+# dQ alone, likewise. Later compilers cannot divide the rows' numbers between the warp groups.
+_HOPPER_QUERY_GRADIENT_SPECIALIZED: Table = {
+    2: {128: AttentionConfiguration(128, 64, 4, 2, descriptors=True, warp_specialize=True, one_loop=True)}
+}
+_QUERY_GRADIENT_SPECIALIZED: dict[str, Table] = {
+    "sm_90": for_triton({(3, 6): _HOPPER_QUERY_GRADIENT_SPECIALIZED, (3, 7): {}})
+}
+_AMPERE_QUERY_GRADIENT: Table = {
     2: {**_AMPERE_BACKWARD[2], 512: AttentionConfiguration(32, 16, 8, 1)},
     4: {**_FLOAT32_BACKWARD, 512: AttentionConfiguration(8, 16, 8, 1)},
 }
-_DETERMINISTIC_HOPPER: Table = {
-    2: {**_DETERMINISTIC_AMPERE[2], 128: AttentionConfiguration(64, 32, 8, 2)},
-    4: _DETERMINISTIC_AMPERE[4],
+_HOPPER_QUERY_GRADIENT: Table = {
+    2: {
+        128: AttentionConfiguration(128, 64, 8, 2, descriptors=True),
+        256: AttentionConfiguration(64, 32, 8, 2, descriptors=True),
+        512: AttentionConfiguration(32, 16, 8, 1),
+    },
+    4: _AMPERE_QUERY_GRADIENT[4],
 }
-_DETERMINISTIC_HOPPER_LOADING: Table = {
-    2: {**_DETERMINISTIC_HOPPER[2], 512: AttentionConfiguration(16, 16, 8, 1)},
-    4: _DETERMINISTIC_HOPPER[4],
+_BLACKWELL_QUERY_GRADIENT: Table = {
+    2: {**_AMPERE_QUERY_GRADIENT[2], 128: AttentionConfiguration(64, 32, 8, 2)},
+    4: _AMPERE_QUERY_GRADIENT[4],
 }
-_DETERMINISTIC_CDNA: Table = {
+_CDNA_QUERY_GRADIENT: Table = {
     2: {**_CDNA_BACKWARD[2], 512: AttentionConfiguration(32, 16, 4, 1)},
     4: {**_CDNA_BACKWARD[4], 512: AttentionConfiguration(16, 16, 4, 1)},
 }
-_DETERMINISTIC: dict[str, Table] = {
-    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), _DETERMINISTIC_AMPERE),
-    **dict.fromkeys(("sm_90", "sm_100"), _DETERMINISTIC_HOPPER),
-    **dict.fromkeys(("gfx90a", "gfx942", "gfx950"), _DETERMINISTIC_CDNA),
+_QUERY_GRADIENT: dict[str, Table] = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), _AMPERE_QUERY_GRADIENT),
+    "sm_90": _HOPPER_QUERY_GRADIENT,
+    "sm_100": _BLACKWELL_QUERY_GRADIENT,
+    **dict.fromkeys(("gfx90a", "gfx942", "gfx950"), _CDNA_QUERY_GRADIENT),
 }
-_DETERMINISTIC_WITH: dict[Feature, dict[str, Table]] = {
-    "mask or bias": dict.fromkeys(("sm_90", "sm_100"), _DETERMINISTIC_HOPPER_LOADING)
+_QUERY_GRADIENT_WITH: dict[Feature, dict[str, Table]] = {
+    "mask or bias": {
+        "sm_90": {
+            2: {
+                64: AttentionConfiguration(64, 32, 4, 2, descriptors=True),
+                128: AttentionConfiguration(64, 32, 8, 2, descriptors=True),
+                256: _AMPERE_BACKWARD[2][256],
+                512: AttentionConfiguration(16, 16, 8, 1),
+            }
+        },
+        "sm_100": {2: {**_BLACKWELL_QUERY_GRADIENT[2], 512: AttentionConfiguration(16, 16, 8, 1)}},
+    },
+    "dropout": {
+        "sm_90": {2: {**_HOPPER_QUERY_GRADIENT[2], 128: AttentionConfiguration(64, 64, 8, 2, descriptors=True)}}
+    },
 }
 # Small tiles, so that small tests have several of them.
 _INTERPRETER = AttentionConfiguration(16, 16, 1, 1, resident=1)
@@ -339,13 +380,30 @@ def backward_configuration(
 def deterministic_configuration(
     query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> AttentionConfiguration:
-    """The configuration of the two backward kernels that each write only the tiles they own.
-
-    Where `backward_configuration` has two kernels as well, this is for dQ's alone.
-    """
-    kind, features = _kind(query, value), _features(query, value, arguments)
-    default = _choose_with(_DETERMINISTIC_WITH, kind, features) or _choose(_DETERMINISTIC, kind) or _INTERPRETER
+    """The configuration of the kernel that computes dK and dV where determinism is asked for."""
+    default = _default_alone(_KEY_VALUE_GRADIENT_SPECIALIZED, query, value, arguments)
+    default = default or _default_backward(query, value, arguments)
     return chosen("attention_deterministic", query, default, lambda: _shape_class(query, value, arguments))
+
+
+def query_gradient_configuration(
+    query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
+) -> AttentionConfiguration:
+    """The configuration of the kernel that computes dQ alone."""
+    default = _default_alone(_QUERY_GRADIENT_SPECIALIZED, query, value, arguments)
+    if default is None:
+        kind, present = _kind(query, value), _features(query, value, arguments)
+        default = _choose_with(_QUERY_GRADIENT_WITH, kind, present) or _choose(_QUERY_GRADIENT, kind) or _INTERPRETER
+    return chosen("attention_query_gradient", query, default, lambda: _shape_class(query, value, arguments))
+
+
+def _default_alone(
+    tables: dict[str, Table], query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
+) -> AttentionConfiguration | None:
+    """The configuration with specialised warps of a backward kernel that writes only tiles it owns, if it has one."""
+    # The loop over the heads that share keys would be around the specialised loop, which the compiler refuses.
+    alone = query.shape[1] == value.shape[1] and uses_descriptors(query, value)
+    return _choose(tables, _kind(query, value)) if alone and _suits_specialized_warps(arguments) else None
 
 
 def _shape_class(query: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments) -> tuple[str, ...]:
@@ -378,22 +436,25 @@ def _default_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: AttentionArguments
 ) -> AttentionConfiguration:
     """The configuration of the forward kernel that is shipped for such a call."""
-    kind = _kind(query, value)
-    special = _choose_with(_FORWARD_WITH, kind, _features(query, value, arguments))
-    if special is not None:
-        return special
-    # With more than plain attention, specialised warps need too much memory, or cannot be compiled.
-    whole = _choose(_FORWARD_WHOLE, kind)
-    if (
-        whole is not None
-        and folds_scale(arguments)
-        and arguments.seed is None
+    kind, present = _kind(query, value), _features(query, value, arguments)
+    if _suits_specialized_warps(arguments) and uses_descriptors(query, key, value):
+        whole = _choose(_FORWARD_WHOLE, kind)
+        if whole is not None and not needs_tests(arguments, arguments.max_seqlen_k, whole.block_n):
+            return whole
+        specialized = _choose_with(_FORWARD_SPECIALIZED_WITH, kind, present) or _choose(_FORWARD_SPECIALIZED, kind)
+        if specialized is not None:
+            return specialized
+    return _choose_with(_FORWARD_WITH, kind, present) or _choose(_FORWARD, kind) or _INTERPRETER
+
+
+def _suits_specialized_warps(arguments: AttentionArguments) -> bool:
+    """True if the compiler can specialise warps: a call loads only queries, keys and values, and drops nothing."""
+    return (
+        arguments.seed is None
         and not arguments.loads_scores
-        and uses_descriptors(query, key, value)
-        and not needs_tests(arguments, arguments.max_seqlen_k, whole.block_n)
-    ):
-        return whole
-    return _choose(_FORWARD, kind) or _INTERPRETER
+        and arguments.query_lists is None
+        and arguments.score_mod is None
+    )
 
 
 def _default_backward(
@@ -431,12 +492,12 @@ def _features(query: torch.Tensor, value: torch.Tensor, arguments: AttentionArgu
         present.append("dropout")
     if arguments.score_mod is not None:
         present.append("score_mod")
+    if arguments.softcap:
+        present.append("softcap")
     if arguments.left != UNBOUNDED:
         present.append("window")
     if arguments.alibi_slopes is not None:
         present.append("alibi")
-    if arguments.packed:
-        present.append("packed")
     return tuple(present)
 
 

@@ -52,6 +52,13 @@ class Ranges(NamedTuple):
     high: Any
 
 
+class Limits(NamedTuple):
+    """The limits by position of each row of a tile of scores: what is allowed in the other direction is [low, high)."""
+
+    low: Any
+    high: Any
+
+
 class HeadFeatures(NamedTuple):
     """The features that turn one head's products into scores; None for a feature that the call does not have.
 
@@ -92,15 +99,20 @@ def tiles_ahead(all_tiles, PERSISTENT: tl.constexpr):
 def tile_and_row(number, sizes):
     """Return the rank of tile number `number` within its head, and the number of its (batch, head).
 
-    `heads_in_cache` heads, whose keys and values the L2 cache holds, are taken together. Among them the tiles of rank 0
-    come first, then those of rank 1, and so on: the longest tiles come first if ranks are by length.
+    `heads_in_cache` heads, whose keys and values the L2 cache holds, are taken together: all their tiles of one rank
+    come one after another. The ranks, which go from the longest tile to the shortest, alternate in direction from
+    group to group, and the last group ends with the shortest: tiles at equal distance then add up to equal work, and
+    all programs end at almost the same time.
     """
     tiles = sizes.tiles
     all_heads = sizes.all_tiles // tiles
-    first_head = number // (tiles * sizes.heads_in_cache) * sizes.heads_in_cache
+    group = number // (tiles * sizes.heads_in_cache)
+    groups_after = (all_heads - 1) // sizes.heads_in_cache - group
+    first_head = group * sizes.heads_in_cache
     heads = tl.minimum(sizes.heads_in_cache, all_heads - first_head)
     index = number - first_head * tiles
-    return index // heads, first_head + index % heads
+    rank = index // heads
+    return tl.where(groups_after % 2 == 1, tiles - 1 - rank, rank), first_head + index % heads
 
 
 # --- The place of a sequence ------------------------------------------------------------------------------------------
@@ -151,6 +163,46 @@ def prefix_length(batch, layout):
 def _chunk_start(position, chunk):
     """First position of the chunk that holds `position`, which may be negative (integer division truncates)."""
     return (position - tl.where(position < 0, chunk - 1, 0)) // chunk * chunk
+
+
+@triton.jit
+def key_limits(query, span, features):
+    """The `Limits` of the keys that each query may attend to by its position; empty for a query beyond the last."""
+    position = query + span.offset
+    low = query * 0
+    high = low + span.keys
+    if features.right is not None:
+        beyond = position + features.right + 1
+        if span.prefix is not None:
+            beyond = tl.maximum(beyond, span.prefix)
+        high = tl.minimum(high, beyond)
+    if features.left is not None:
+        low = tl.maximum(low, position - features.left)
+    if features.chunk is not None:
+        start = _chunk_start(position, features.chunk)
+        low = tl.maximum(low, start)
+        high = tl.minimum(high, start + features.chunk)
+    return Limits(low, tl.where(query < span.queries, high, 0))
+
+
+@triton.jit
+def query_limits(key, span, features):
+    """The `Limits` of the queries that may attend to each key by its position; empty for a key beyond the last."""
+    index = key - span.offset
+    low = key * 0
+    high = low + span.queries
+    if features.right is not None:
+        low = tl.maximum(low, index - features.right)
+        if span.prefix is not None:
+            low = tl.where(key < span.prefix, 0, low)
+    if features.left is not None:
+        high = tl.minimum(high, index + features.left + 1)
+    if features.chunk is not None:
+        start = _chunk_start(key, features.chunk) - span.offset
+        low = tl.maximum(low, start)
+        high = tl.minimum(high, start + features.chunk)
+    inside = key < span.keys
+    return Limits(tl.where(inside, low, span.queries), tl.where(inside, high, 0))
 
 
 @triton.jit
@@ -447,19 +499,18 @@ def scores_of(products, scale, features, FOLD_SCALE: tl.constexpr):
 
 
 @triton.jit
-def bias_and_mask(scores, query, key, span, head_features, bits, features, TESTED: tl.constexpr):
-    """Add every bias to a tile of scores, and set scores that are not allowed to -inf.
+def bias_and_mask(scores, query, key, span, head_features, bits, features):
+    """Add every bias to a tile of scores, and set scores that the mask does not allow to -inf.
 
     bits: the pointer to the tile's bits of a block mask, in the orientation of the scores; or None.
-    TESTED: whether limits by position may exclude something in this tile.
     """
     distance = key - query - span.offset
-    inside = (query < span.queries) & (key < span.keys)
     if head_features.slope is not None:
         scores -= head_features.slope * LOG2_E * tl.abs(distance).to(tl.float32)
     if head_features.relative is not None:
         at = tl.minimum(tl.maximum(distance, -features.max_distance), features.max_distance)
         scores += tl.load(head_features.relative + at).to(tl.float32) * LOG2_E
+    inside = (query < span.queries) & (key < span.keys)
     if head_features.bias is not None:
         at = query.to(tl.int64) * features.bias_stride_m + key.to(tl.int64) * features.bias_stride_n
         scores += tl.load(head_features.bias + at, mask=inside, other=0.0).to(tl.float32) * LOG2_E
@@ -471,20 +522,31 @@ def bias_and_mask(scores, query, key, span, head_features, bits, features, TESTE
         column = key if key.shape[0] == 1 else query
         row = bits + tl.arange(0, scores.shape[0])[:, None] * WORDS
         scores = tl.where(shown_by_bits(row, column, scores.shape[1]), scores, float("-inf"))
-    elif TESTED:
-        allowed = inside
-        if features.right is not None:
-            if span.prefix is not None:
-                allowed = allowed & ((distance <= features.right) | (key < span.prefix))
-            else:
-                allowed = allowed & (distance <= features.right)
-        if features.left is not None:
-            allowed = allowed & (distance >= -features.left)
-        if features.chunk is not None:
-            start = _chunk_start(query + span.offset, features.chunk)
-            allowed = allowed & (key >= start) & (key < start + features.chunk)
-        scores = tl.where(allowed, scores, float("-inf"))
     return scores
+
+
+@triton.jit
+def hide(scores, start, limits, features, KEYS: tl.constexpr):
+    """Set the scores outside the `Limits` of their rows to -inf.
+
+    The limits are known before the loop over tiles, so each score costs one comparison of a constant with a limit.
+
+    Args:
+        scores: rows of queries and columns of keys if KEYS, else rows of keys and columns of queries.
+        start: the position of the first column.
+        limits: those of each row, (rows, 1).
+    """
+    column = tl.arange(0, scores.shape[1])[None, :]
+    low, high = limits.low - start, limits.high - start
+    if features.left is not None or features.chunk is not None:
+        # One comparison for both limits: below `low` the difference is a large number without sign.
+        width = tl.maximum(high - low, 0).to(tl.uint32, bitcast=True)
+        allowed = (column - low).to(tl.uint32, bitcast=True) < width
+    elif KEYS:
+        allowed = column < high
+    else:
+        allowed = column >= low
+    return tl.where(allowed, scores, float("-inf"))
 
 
 @triton.jit

@@ -17,7 +17,9 @@ from fastformer_kernels.attention.tiles import (
     at_head,
     bias_and_mask,
     bias_at_head,
+    hide,
     key_bounds,
+    key_limits,
     load_rows,
     mask_at_head,
     prefix_length,
@@ -104,7 +106,9 @@ def _attention_weights_kernel(
     )
     scores = scores_of(products, head_features.scale, features, False)
     key = start + tl.arange(0, BLOCK_N)
-    scores = bias_and_mask(scores, query[:, None], key[None, :], span, head_features, None, features, True)
+    scores = bias_and_mask(scores, query[:, None], key[None, :], span, head_features, None, features)
+    limits = key_limits(query[:, None], span, features)
+    scores = hide(scores, start, limits, features, True)
     lse_pointer = lse.pointer + batch * lse.stride_b + head * lse.stride_h + (q_start + query) * lse.stride_row
     row_lse = tl.load(lse_pointer, mask=query < queries, other=float("inf"))
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
