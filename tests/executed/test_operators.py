@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from accuracy import assert_as_accurate
 from einops import rearrange
+from fastformer_kernels.attention.launch import AttentionConfiguration
 from fastformer_kernels.configurations import forced
 from fastformer_kernels.matmul import Configuration
 from fastformer_kernels.plans import forced_plan
@@ -280,6 +281,56 @@ def test_attention_by_tensor_descriptors(options: dict[str, Any], monkeypatch: p
     tensors = [randn(1, size, 2, 32).transpose(1, 2) for size in (256, 128, 128)]
     assert uses_descriptors(*(tensor.bfloat16() for tensor in tensors))
     check_attention(tensors, options, torch.bfloat16)
+
+
+SPECIALIZED = {
+    operation: AttentionConfiguration(*tile, descriptors=True, warp_specialize=True, one_loop=True)
+    for operation, tile in {
+        "attention_forward": (128, 128, 4, 2),
+        "attention_deterministic": (32, 128, 4, 2),
+    }.items()
+}
+
+
+@pytest.fixture
+def specialized_warps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The launches of sm_90 with specialised warps, forward and backward: each program writes only what it owns."""
+    from fastformer_kernels import launch
+
+    monkeypatch.setattr(launch, "_target", launch.ARCHITECTURES["sm_90"])
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    torch.manual_seed(0)
+    with forced(SPECIALIZED):
+        yield
+
+
+@pytest.mark.parametrize("feature", ["causal", "window", "chunk", "prefix", "key-lengths", "softcap", "alibi", "sinks"])
+def test_attention_with_specialized_warps(specialized_warps: None, feature: str) -> None:
+    """Several tiles of queries and keys, whose numbers fill neither a tile nor 16 bytes."""
+    tensors = [randn(1, size, HEADS, 16).transpose(1, 2) for size in (149, 139, 139)]
+    check_attention(tensors, FEATURES[feature](), torch.bfloat16)
+
+
+def test_packed_attention_with_specialized_warps(specialized_warps: None) -> None:
+    """The NaN of one sequence stays there, although tiles and statistics reach into the next sequence."""
+    lengths = [67, 0, 150, 3]
+    boundaries = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
+    tensors = [randn(sum(lengths), 2, 16).bfloat16() for _ in range(4)]
+    whole, spoiled = (slice(0, 67), slice(67, 217))
+
+    def gradients(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors[:3]]
+        with fastformer.backend("triton"):
+            output = attention(*leaves, cu_seqlens_q=boundaries, max_seqlen_q=max(lengths), causal=True)
+        return [output.detach(), *torch.autograd.grad(output, leaves, tensors[3])]
+
+    clean = gradients(*tensors)
+    for tensor in tensors:
+        tensor[spoiled] = float("nan")
+    for got, wanted in zip(gradients(*tensors), clean, strict=True):
+        torch.testing.assert_close(got[whole], wanted[whole], rtol=0, atol=0)
+        torch.testing.assert_close(got[217:], wanted[217:], rtol=0, atol=0)
+        assert got[spoiled].isnan().all()
 
 
 def test_packed_attention(tiles: str) -> None:

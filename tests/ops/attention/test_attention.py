@@ -148,7 +148,7 @@ def configurations(draw: st.DrawFn) -> dict[str, launch.AttentionConfiguration]:
             one_loop=draw(switches),
             two_kernels=draw(switches),
         )
-        for operation in ("attention_forward", "attention_backward")
+        for operation in ("attention_forward", "attention_backward", "attention_query_gradient")
     }
 
 
@@ -319,7 +319,7 @@ SOME_KEYS: dict[str, Any] = {"key_lengths": torch.tensor([5], dtype=torch.int32)
 @pytest.mark.parametrize("fields", [("one_loop",), ("two_kernels", "one_loop"), SPECIALIZED], ids=str)
 def test_other_ways_to_walk_over_tiles(options: dict[str, Any], fields: tuple[str, ...]) -> None:
     configuration = dataclasses.replace(launch._INTERPRETER, block_m=32, **dict.fromkeys(fields, True))
-    with forced({"attention_forward": configuration, "attention_backward": configuration}):
+    with forced(dict.fromkeys(("attention_forward", "attention_backward", "attention_query_gradient"), configuration)):
         check(with_two_heads(), here(options))
 
 
