@@ -24,6 +24,15 @@ def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None
         raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(tensor.shape)}")
 
 
+def broadcasts(given: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """True if a tensor of shape `given` broadcasts to the shape `wanted`.
+
+    Sizes are compared one by one: Dynamo does not find a symbolic size in a tuple.
+    """
+    missing = len(wanted) - len(given)
+    return missing >= 0 and all(size == 1 or size == other for size, other in zip(given, wanted[missing:], strict=True))
+
+
 def check_like(name: str, tensor: torch.Tensor, reference_name: str, reference: torch.Tensor) -> None:
     """Raise unless `tensor` has the dtype (TypeError) and the device (ValueError) of `reference`."""
     if tensor.dtype != reference.dtype:

@@ -215,7 +215,7 @@ def _checked_positions(
 def _check_integers(name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]], query: Tensor) -> None:
     if tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32; got {tensor.dtype}")
-    if tuple(tensor.shape) not in shapes:
+    if all(tuple(tensor.shape) != shape for shape in shapes):
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}; got {tuple(tensor.shape)}")
     check_device(name, tensor, "query", query)
 

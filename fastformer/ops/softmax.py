@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_float32_dtype
-from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating
+from fastformer.ops.checks import FLOATING_DTYPES, broadcasts, check_device, check_floating
 from fastformer.ops.operator import in_dtype, operator, runs_in_pytorch
 
 
@@ -143,8 +143,7 @@ def _check_mask(mask: Tensor, input: Tensor) -> None:
             f"{mask.dtype}"
         )
     given, wanted = tuple(mask.shape), tuple(input.shape)
-    sizes = (1,) * (len(wanted) - len(given)) + given
-    if len(given) > len(wanted) or any(s not in (1, w) for s, w in zip(sizes, wanted, strict=True)):
+    if not broadcasts(given, wanted):
         raise ValueError(f"mask must broadcast to input's shape, {wanted}; got {given}")
 
 

@@ -25,6 +25,7 @@ from fastformer.ops.attention.torch_backend import attention_backward_torch, att
 from fastformer.ops.autocast import autocast_device_type, to_autocast_dtype
 from fastformer.ops.checks import (
     FLOATING_DTYPES,
+    broadcasts,
     check_boundaries,
     check_device,
     check_floating,
@@ -354,8 +355,7 @@ def _check_block_mask(
 ) -> _Tiles:
     """Return the lists and bits of the mask by query and, if there may be a backward, by key."""
     check_device("mask", mask.by_query.lists, "query", query)
-    wanted = ((1, shape[0]), (1, shape[1]), shape[2:3], shape[3:])
-    if any(size not in sizes for size, sizes in zip(mask.shape, wanted, strict=True)):
+    if not broadcasts(mask.shape[:2], shape[:2]) or tuple(mask.shape[2:]) != tuple(shape[2:]):
         raise ValueError(
             f"a BlockMask must have the sizes (batch or 1, heads or 1, queries, keys) of {shape}; got {mask.shape}"
         )
@@ -372,10 +372,9 @@ def _check_broadcast(
     """Return `tensor` as 4-D, after checking that it broadcasts to (batch, heads, queries, keys)."""
     check_device(name, tensor, "query", query)
     given = tuple(tensor.shape)
-    sizes = (1,) * (4 - len(given)) + given
-    if len(given) > 4 or any(size not in (1, wanted) for size, wanted in zip(sizes, shape, strict=True)):
+    if not broadcasts(given, shape):
         raise ValueError(f"{name} must broadcast to (batch, heads, queries, keys) = {shape}; got shape {given}")
-    return tensor.reshape(sizes)
+    return tensor.reshape((1,) * (4 - len(given)) + given)
 
 
 def _key_of(score_mod: ScoreMod) -> str:
@@ -390,7 +389,7 @@ def _check_slopes(slopes: torch.Tensor | None, batch: int, heads: int, query: to
     if slopes.dtype != torch.float32:
         raise TypeError(f"alibi_slopes must be float32; got {slopes.dtype}")
     check_device("alibi_slopes", slopes, "query", query)
-    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
+    if tuple(slopes.shape) != (heads,) and tuple(slopes.shape) != (batch, heads):
         raise ValueError(f"alibi_slopes must have shape {(heads,)} or {(batch, heads)}; got {tuple(slopes.shape)}")
     return slopes.reshape(-1, heads).contiguous()
 

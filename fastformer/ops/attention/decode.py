@@ -19,6 +19,7 @@ from fastformer.ops.attention.explicit import largest_score, product_of_visible
 from fastformer.ops.attention.flash import is_finite
 from fastformer.ops.autocast import to_autocast_dtype, without_autocast
 from fastformer.ops.checks import (
+    broadcasts,
     check_device,
     check_floating,
     check_int32,
@@ -157,8 +158,8 @@ def _check_mask(
         raise TypeError(f"mask must be a BlockMask; got {type(mask).__name__}")
     check_device("mask", mask.by_query.lists, "query", query)
     cache = cache_shape(key_cache, block_table)
-    sizes = ((1, query.shape[0]), (1, cache.kv_heads), (cache.capacity,), (cache.capacity,))
-    if any(size not in accepted for size, accepted in zip(mask.shape, sizes, strict=True)):
+    heads, capacity = (query.shape[0], cache.kv_heads), (cache.capacity, cache.capacity)
+    if not broadcasts(mask.shape[:2], heads) or tuple(mask.shape[2:]) != capacity:
         raise ValueError(
             f"mask must have the sizes (batch or 1, kv_heads or 1, capacity, capacity) of "
             f"{(query.shape[0], cache.kv_heads, cache.capacity, cache.capacity)}; got {mask.shape}"

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from fastformer.ops.attention.attention import MAX_HEAD_DIM, attention, mask_and_bias
 from fastformer.ops.attention.flash import has_finite_scores, is_finite
 from fastformer.ops.attention.torch_backend import attention_formula
+from fastformer.ops.checks import broadcasts
 from fastformer.ops.dropout import draw_seed
 
 
@@ -179,7 +180,6 @@ def _mask_as_batch(mask: torch.Tensor | None, leading: torch.Size) -> torch.Tens
     mask = mask.reshape((1,) * (3 - mask.dim()) + mask.shape)
     if all(size == 1 for size in mask.shape[:-3]):
         return mask.reshape(mask.shape[-3:])
-    sizes = (1,) * (len(leading) + 3 - mask.dim()) + mask.shape[:-3]
-    if len(sizes) > len(leading) or any(size not in (1, wanted) for size, wanted in zip(sizes, leading, strict=True)):
+    if not broadcasts(tuple(mask.shape[:-3]), tuple(leading)):
         raise ValueError(f"attn_mask's leading dimensions must broadcast to {tuple(leading)}; got {tuple(mask.shape)}")
     return mask.expand(*leading, *mask.shape[-3:]).flatten(0, -4)

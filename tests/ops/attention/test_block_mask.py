@@ -201,9 +201,10 @@ def test_a_mask_that_shows_nothing_gives_zeros(backend: str) -> None:
     assert all(not gradient.any() for gradient in gradients)
 
 
-def test_compiles_without_a_graph_break() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic: bool) -> None:
     mask = BlockMask.from_function(documents, None, None, 350, 350)
-    compiled = torch.compile(fastformer.attention, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(fastformer.attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     query, key, value = torch.randn(3, 1, 2, 350, 16)
     for requires_grad in (False, True):
         leaves = [tensor.detach().requires_grad_(requires_grad) for tensor in (query, key, value)]
