@@ -16,8 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fastformer_kernels.dropout_numbers import dropout_threshold, kept_scale
 from torch import Tensor
+
+from fastformer.backends import use_triton
+from fastformer.ops.operator import operator
 
 Counters = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -82,16 +86,62 @@ def apply_dropout_(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
     return input
 
 
-def dropped(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
-    """Return what `apply_dropout_` makes of the rows of `input` (..., columns), by differentiable functions."""
+def draw_dropped(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
+    """Draw which elements of the rows of `input` (..., columns) are dropped, for `dropped`.
+
+    A compiler sees one operator, whose bits it keeps for the backward.
+    """
     columns, rows = input.shape[-1], input[..., 0].numel()
-    absent = _dropped_rows(0, rows, (columns + 3) // 4, seed, dropout_p)[:, :columns]
-    return input.masked_fill(absent.view(input.shape), 0.0) * kept_scale(dropout_p)
+    if torch.compiler.is_compiling():
+        return _dropout_flags(seed, rows, columns, dropout_p)
+    return _dropped_rows(0, rows, (columns + 3) // 4, seed, dropout_p)
+
+
+def dropped(input: Tensor, drawn: Tensor, dropout_p: float) -> Tensor:
+    """Return what `apply_dropout_` makes of the rows of `input` (..., columns), by differentiable functions.
+
+    Args:
+        drawn: what `draw_dropped` returned for a tensor of input's shape.
+    """
+    if drawn.dtype == torch.uint8:
+        drawn = ((drawn[..., None] >> torch.arange(8, dtype=torch.uint8, device=drawn.device)) & 1).bool().flatten(-2)
+    return input.masked_fill(drawn[:, : input.shape[-1]].view(input.shape), 0.0) * kept_scale(dropout_p)
+
+
+@operator("fastformer::dropout_flags")
+def _dropout_flags(seed: Tensor, rows: int, columns: int, dropout_p: float) -> Tensor:
+    """The elements of a matrix that are dropped, (rows, columns / 8 rounded up) uint8, each byte's lowest bit first.
+
+    The compiler keeps these bits for the backward. It would take minutes to compile the generator's integer arithmetic.
+    """
+    groups = (columns + 3) // 4
+    if seed.is_cpu and not use_triton(seed):
+        step = max(1, _CALL // max(1, groups))
+        packed = np.empty((rows, (columns + 7) // 8), np.uint8)
+        for start in range(0, rows, step):
+            flags = _dropped_rows(start, min(step, rows - start), groups, seed, dropout_p)
+            packed[start : start + step] = np.packbits(flags.numpy(), axis=-1, bitorder="little")
+        return torch.from_numpy(packed)
+    if use_triton(seed) and rows * columns:
+        from fastformer_kernels.dropout import Dropout
+        from fastformer_kernels.feed_forward import apply_dropout
+
+        ones = torch.ones((), device=seed.device).expand(rows, columns)
+        flags = apply_dropout(ones, Dropout(seed, dropout_threshold(dropout_p), 1.0), torch.uint8) ^ 1
+    else:
+        flags = _dropped_rows(0, rows, groups, seed, dropout_p).to(torch.uint8)
+    flags = F.pad(flags, (0, -flags.shape[1] % 8)).view(rows, (columns + 7) // 8, 8)
+    return (flags << torch.arange(8, dtype=torch.uint8, device=seed.device)).sum(-1, dtype=torch.uint8)
+
+
+@_dropout_flags.register_fake
+def _(seed: Tensor, rows: int, columns: int, dropout_p: float) -> Tensor:
+    return seed.new_empty(rows, (columns + 7) // 8, dtype=torch.uint8)
 
 
 def _dropped_rows(first: int, rows: int, groups: int, seed: Tensor, dropout_p: float) -> Tensor:
     """Return the elements of rows from `first` on that are dropped, (rows, 4 * groups) boolean on the seed's device."""
-    if not seed.is_cpu or torch.compiler.is_compiling():
+    if not seed.is_cpu:
         row = torch.arange(first, first + rows, device=seed.device)[:, None]
         counters = (torch.arange(groups, device=seed.device), row & _WORD, row >> 32, seed[1] & _WORD)
         return words_below(dropout_p, seed[0], counters)
@@ -113,23 +163,12 @@ def words_below(dropout_p: float, seed: Tensor | int, counters: Counters) -> Ten
         (..., 4 * n) boolean.
     """
     threshold = dropout_threshold(dropout_p)
-    if not counters[0].is_cpu or torch.compiler.is_compiling():
-        return _unpacked([word < threshold for word in philox(seed, counters)])
+    if not counters[0].is_cpu:
+        below = [word < threshold for word in philox(seed, counters)]
+        return torch.stack(torch.broadcast_tensors(*below), dim=-1).flatten(-2)
     dimensions = max(counter.dim() for counter in counters)
     arrays = [counter[(None,) * (dimensions - counter.dim())].numpy() for counter in counters]
     return torch.from_numpy(_below_on_cpu(threshold, int(seed), arrays)).flatten(-2)
-
-
-def _unpacked(flags: list[Tensor]) -> Tensor:
-    """Interleave four tensors of booleans (..., n) to one, (..., 4 * n).
-
-    In between they are bits of one byte. A compiler computes these bytes once, and may keep them for the backward.
-    """
-    first, *others = [flag.to(torch.uint8) << place for place, flag in enumerate(flags)]
-    for other in others:
-        first = first | other
-    places = torch.arange(4, dtype=torch.uint8, device=first.device)
-    return ((first[..., None] >> places) & 1).bool().flatten(-2)
 
 
 def philox(seed: Tensor | int, counters: Counters) -> Counters:

@@ -1,4 +1,4 @@
-"""A compiler sees what it can fuse in a model; attention and the loss over the vocabulary stay operators."""
+"""A compiler sees what it can fuse in a model; attention, dropout's flags and the loss stay operators."""
 
 from __future__ import annotations
 
@@ -60,4 +60,4 @@ def test_operators_of_a_training_step(make: Callable[[], torch.nn.Module]) -> No
     torch.testing.assert_close(loss_and_gradients(model, compiled), loss_and_gradients(model, model))
     # The gradients of the embedding's tables are sums in a fixed order, which the compiler's are not on a GPU.
     embedding = {"embedding", "embedding_backward"}
-    assert operators == {"attention", "attention_backward", "linear_cross_entropy", *embedding}
+    assert operators == {"attention", "attention_backward", "linear_cross_entropy", "dropout_flags", *embedding}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from fastformer_kernels.dropout_numbers import dropout_threshold
 
+import fastformer
 from fastformer.ops.attention.dropout import dropout_keep
-from fastformer.ops.dropout import apply_dropout_, philox, words_below
+from fastformer.ops.dropout import _dropout_flags, apply_dropout_, philox, words_below
 
 pytestmark = pytest.mark.cpu
 SEED = 0x7123456789ABCDEF
@@ -55,6 +57,16 @@ def test_a_matrix_is_dropped_row_by_row(threads: int) -> None:
     row = torch.arange(3000)[:, None]
     dropped = as_defined(0.25, (torch.arange(8), row, torch.zeros_like(row), torch.tensor(3)))[:, :30]
     assert torch.equal(whole, (~dropped).float() / 0.75)
+
+
+@pytest.mark.parametrize("shape", [(3000, 30), (5, 1), (2, 64), (1, 300000), (0, 5), (5, 0)], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_flags_are_the_bits_of_a_matrix(shape: tuple[int, int], backend: str) -> None:
+    seed = torch.tensor([SEED, (5 << 32) + 3])
+    with fastformer.backend(backend):
+        flags = _dropout_flags(seed, *shape, 0.25)
+    unpacked = torch.from_numpy(np.unpackbits(flags.numpy(), axis=-1, count=shape[1], bitorder="little"))
+    assert torch.equal(unpacked == 1, apply_dropout_(torch.ones(shape), seed, 0.25) == 0.0)
 
 
 COUNTERS = tuple(torch.arange(size) for size in (50000, 1, 1, 1))
