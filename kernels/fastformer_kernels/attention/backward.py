@@ -5,8 +5,8 @@ dK = scale dS^T Q, dV = P^T dO (FlashAttention-2, Dao 2023, https://arxiv.org/ab
 
 A program owns a tile of keys and walks over the queries of every head that shares them, with five products for each
 pair of tiles. It keeps dK and dV in registers, and adds dQ and the gradients of bias and relative bias up in memory.
-The order of those additions varies. If determinism is asked for, the programs leave them out: another kernel, whose
-programs own tiles of queries, recomputes the weights and computes dQ.
+The order of those additions varies. If determinism is asked for, or a launch configuration says so, the programs leave
+them out: another kernel, whose programs own tiles of queries, recomputes the weights and computes dQ.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Attention forward: O = softmax(S) V with S = softcap(scale Q K^T) + bias, masked, and its log-sum-exp.
 
 FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691): a program owns a tile of queries and takes one tile of
-keys after another with an online softmax. Tiles in which causality, window, chunk and length exclude nothing have a
-separate loop without tests.
+keys after another with an online softmax. Where the compiler can give copies and products warps of their own, there is
+one loop, which tests every tile if some need a test. Else tiles in which causality, window, chunk and length exclude
+nothing have a separate loop without tests.
 """
 
 from __future__ import annotations
