@@ -227,6 +227,11 @@ def _softmax(make: Maker, columns: int, masked: bool = False, causal: bool = Fal
     return {"rows": make.rows(4096, columns), "columns": columns, "masked": masked, "causal": causal}
 
 
+def _softmax_of_few_rows(make: Maker, columns: int) -> Sizes:
+    """Rows that several programs share. In the huge layout, their offsets need 64 bits."""
+    return {"rows": 8, "columns": 2**29 if make.layout == "huge" else make.size(columns)}
+
+
 def _norm(make: Maker, columns: int, bias: bool, residual: bool, dropout_p: float = 0.0) -> Sizes:
     columns = make.size(columns)
     sizes = {"rows": make.rows(4096, columns), "columns": columns, "bias": bias, "residual": residual}
@@ -367,6 +372,8 @@ _CASES: dict[str, dict[str, _Variant]] = {
         "1024": _Variant("softmax", partial(_softmax, columns=1024), _BF16),
         "8192": _Variant("softmax", partial(_softmax, columns=8192)),
         "65536": _Variant("softmax", partial(_softmax, columns=65536), _BF16),
+        "8x50257": _Variant("softmax", partial(_softmax_of_few_rows, columns=50257), _BF16),
+        "8x131072": _Variant("softmax", partial(_softmax_of_few_rows, columns=131072), _BF16),
         "1024-log": _Variant("log_softmax", partial(_softmax, columns=1024)),
         "1024-masked-causal": _Variant("softmax", partial(_softmax, columns=1024, masked=True, causal=True)),
     },

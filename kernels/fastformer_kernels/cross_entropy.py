@@ -33,11 +33,13 @@ from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import COMPILER_OPTIONS
 from fastformer_kernels.precision import round_to
 from fastformer_kernels.rows import (
+    ALIGNED_ELEMENTS,
     RowConfiguration,
     RowTensor,
     addressable,
-    aligned,
     alignment,
+    cut_rows,
+    edge_columns,
     row_class,
     row_layout,
     row_offset,
@@ -46,8 +48,7 @@ from fastformer_kernels.rows import (
 _CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=8, most_threads=256)
 # With smoothing or a softcap, each element needs more registers: a whole tile spills on sm_90 and later.
 _LIVE_CONFIGURATION = RowConfiguration(tile_elements=2048, thread_elements=8, most_threads=256)
-# Elements of the widest access to 16-bit logits, and the fewest classes whose rows are cut at its multiples.
-ALIGNED_ELEMENTS = tl.constexpr(8)
+# The fewest classes whose rows are cut.
 LEAST_CUT_CLASSES = 1024
 # Columns of a tile where neighbouring rows, not neighbouring classes, are next to each other in memory.
 TRANSPOSED_COLUMNS = 64
@@ -193,14 +194,10 @@ def _cross_entropy_kernel(
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
     if CUT:
         # `first` elements, then tiles with all elements up to `end`, counted from the first tile, then the rest.
-        start_of_row = row_offset(row, size_1, size_2, logits, 1)
-        first = (ALIGNED_ELEMENTS - start_of_row % ALIGNED_ELEMENTS) % ALIGNED_ELEMENTS
-        start_of_tiles = aligned(start_of_row + first, ALIGNED_ELEMENTS)
-        end = aligned(classes - first, ALIGNED_ELEMENTS)
+        first, start_of_tiles, end = cut_rows(row_offset(row, size_1, size_2, logits, 1), classes)
         whole = (classes - ALIGNED_ELEMENTS) // BLOCK_COLUMNS * BLOCK_COLUMNS
-        edge = tl.arange(0, 2 * ALIGNED_ELEMENTS).to(tl.int64)[None, :] - ALIGNED_ELEMENTS
-        edge = tl.where(edge < 0, edge, end + edge)
-        edge_valid = row_valid & (first + edge >= 0) & (first + edge < classes)
+        edge, edge_valid = edge_columns(first, end, classes)
+        edge_valid &= row_valid
     else:
         first = tl.zeros((BLOCK_ROWS, 1), tl.int64)
         start_of_tiles = row_offset(row, size_1, size_2, logits, ALIGNMENT)

@@ -16,6 +16,8 @@ from fastformer_kernels.configurations import others_than, size_class
 from fastformer_kernels.launch import architecture_of
 
 ROW_DIMENSIONS = 3
+# Elements of the widest access to 16-bit numbers, at whose multiples in memory the tiles of a cut row begin.
+ALIGNED_ELEMENTS = tl.constexpr(8)
 
 
 class RowTensor(NamedTuple):
@@ -59,6 +61,7 @@ class RowConfiguration:
             tile has its own program.
         stages: number of tiles that such a program loads ahead into shared memory; 0 loads nothing ahead.
         registers: the most registers of a thread on NVIDIA's GPUs; 0 leaves them to the compiler.
+        split: programs for each multiprocessor that few long rows are split over; 0 never splits a row.
     """
 
     tile_elements: int
@@ -67,6 +70,7 @@ class RowConfiguration:
     programs: int = 0
     stages: int = 0
     registers: int = 0
+    split: int = 0
 
     def warps(self, elements: int, tensor: torch.Tensor) -> int:
         """Number of warps for a tile of `elements` elements on `tensor`'s device."""
@@ -84,10 +88,10 @@ _THREAD_ELEMENTS = (4, 64)
 
 
 def row_candidates(default: RowConfiguration) -> list[RowConfiguration]:
-    """Configurations to compare with the shipped one: tiles, threads, and, for programs of many tiles, all else."""
+    """Configurations to compare with the shipped one: tiles, threads, and all that the shipped one has besides."""
     fewest, most = _THREAD_ELEMENTS
     found = [
-        RowConfiguration(elements, elements // threads, threads, programs)
+        RowConfiguration(elements, elements // threads, threads, programs, split=default.split)
         for elements in (default.tile_elements * scale // 2 for scale in ((2,) if default.programs else (1, 2, 4, 8)))
         for threads in (128, 256, 512, 1024)
         for programs in ((1, 2, 4, 8) if default.programs else (0,))
@@ -96,6 +100,8 @@ def row_candidates(default: RowConfiguration) -> list[RowConfiguration]:
     if default.programs:
         found += [replace(default, programs=programs, stages=stages) for programs in (1, 2, 4) for stages in (2, 3)]
         found += [replace(default, registers=registers) for registers in (0, 64, 80, 96)]
+    if default.split:
+        found += [replace(default, split=split) for split in (0, 1, 2, 4, 8)]
     return others_than(default, found)
 
 
@@ -198,3 +204,27 @@ def row_offset(row, size_1, size_2, tensor, ALIGNMENT: tl.constexpr):
     middle = (outer % size_1).to(tl.int64)
     outermost = (outer // size_1).to(tl.int64)
     return aligned(outermost * tensor.stride_0 + middle * tensor.stride_1 + inner * tensor.stride_2, ALIGNMENT)
+
+
+@triton.jit
+def cut_rows(start_of_row, columns):
+    """Cut rows that begin anywhere at the first multiple of ALIGNED_ELEMENTS in memory, where their tiles begin.
+
+    Args:
+        start_of_row: offset of each row's first element, int64.
+        columns: length of a row, at least ALIGNED_ELEMENTS.
+
+    Returns:
+        The number of elements before the tiles, the offset of the tiles, and the number of elements in them, which the
+        compiler sees to be a multiple of ALIGNED_ELEMENTS. `edge_columns` are the other elements.
+    """
+    first = (ALIGNED_ELEMENTS - start_of_row % ALIGNED_ELEMENTS) % ALIGNED_ELEMENTS
+    return first, aligned(start_of_row + first, ALIGNED_ELEMENTS), aligned(columns - first, ALIGNED_ELEMENTS)
+
+
+@triton.jit
+def edge_columns(first, end, columns):
+    """Columns before and after the tiles of `cut_rows`, counted from the first tile, and whether each is in the row."""
+    edge = tl.arange(0, 2 * ALIGNED_ELEMENTS).to(tl.int64)[None, :] - ALIGNED_ELEMENTS
+    edge = tl.where(edge < 0, edge, end + edge)
+    return edge, (first + edge >= 0) & (first + edge < columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -364,7 +365,7 @@ def test_dropout_of_attention_is_the_reference_s(tiles: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5, 33), (3, 17000)])
+@pytest.mark.parametrize("shape", [(5, 33), (3, 17000), (3, 17001), (5, 17001)])
 def test_softmax(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     pytorch = lambda x: torch.softmax(x, -1)  # noqa: E731
@@ -561,6 +562,23 @@ def test_forms_of_softmax(options: dict[str, Any]) -> None:
 
     operator = log_softmax if log else softmax
     agree(lambda x: operator(x, mask=mask, **given), exact, exact, [randn(2, 5, 33)], torch.bfloat16)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_masked_softmax_of_few_long_rows(log: bool) -> None:
+    """Several programs share a row, of which a causal one leaves nothing to the last programs."""
+    torch.manual_seed(0)
+    size = 16401
+    hidden = torch.rand(size, device=DEVICE) > 0.7
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        later = torch.ones(2, size, dtype=torch.bool, device=DEVICE).tril().logical_not()
+        scores = (x * 0.5).masked_fill(later | hidden, float("-inf"))
+        return scores.log_softmax(-1) if log else scores.softmax(-1)
+
+    operator = partial(log_softmax if log else softmax, mask=~hidden, scale=0.5, causal=True, alignment="top_left")
+    hidden[0] = False
+    agree(operator, exact, exact, [randn(2, size)], torch.bfloat16)
 
 
 def test_norm_with_dropout_and_input_bias() -> None:

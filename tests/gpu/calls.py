@@ -372,6 +372,8 @@ def _append(make: Maker, tokens: int, page_size: int | None) -> Call:
 CALLS: dict[str, MakeCall] = {
     "softmax": lambda make: _softmax(make, (make.size(8192, 5), make.size(1000, 33))),
     "softmax of long rows": lambda make: _softmax(make, (make.size(300, 3), make.size(100_003, 17_000))),
+    "softmax of few long rows": lambda make: _softmax(make, (make.size(8, 2), make.size(50_257, 16_401))),
+    "log_softmax of few long rows": lambda make: _softmax(make, (7, make.size(131_072, 16_400)), log=True),
     "softmax of columns": lambda make: _softmax(make, (make.size(32, 2), make.size(4096, 9), make.size(96, 5)), dim=1),
     "log_softmax": lambda make: _softmax(make, (make.size(2048, 5), make.size(32_000, 33)), log=True),
     "masked causal softmax": _masked_softmax,

@@ -148,6 +148,10 @@ def softmax(columns: int) -> None:
     backward(fastformer.softmax(empty(4096, columns)))
 
 
+def softmax_of_few_rows(columns: int) -> None:
+    backward(fastformer.softmax(empty(8, columns)))
+
+
 def softmax_across(columns: int) -> None:
     backward(fastformer.softmax(empty(columns, 4096), dim=0))
 
@@ -193,7 +197,7 @@ def merge(head_dim: int, parts: int) -> None:
 
 
 def calls_of_rows() -> Iterator[Call]:
-    for call, columns in product((softmax, softmax_across, norm, cross_entropy), COLUMNS):
+    for call, columns in product((softmax, softmax_of_few_rows, softmax_across, norm, cross_entropy), COLUMNS):
         yield partial(call, columns)
     for columns in (1, 64, 1024, 4096):
         yield partial(embedding, columns)

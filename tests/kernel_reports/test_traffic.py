@@ -27,7 +27,14 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
     """The figures of each kernel, by the first two parts of the work's name and by the kernel's name."""
     folder = tmp_path_factory.mktemp("traffic")
     (folder / "compile.py").write_text(COMPILE)
-    calls = ("norm/layer-512-residual/", "norm/layer-4096-residual/", "merge_attention/", "decode/", "cross_entropy/")
+    calls = (
+        "norm/layer-512-residual/",
+        "norm/layer-4096-residual/",
+        "merge_attention/",
+        "decode/",
+        "cross_entropy/",
+        "softmax/8x",
+    )
     done = python(str(folder / "compile.py"), str(folder / "cache"), *calls)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -58,6 +65,18 @@ def test_a_norm_reads_and_writes_once(figures: dict, columns: int) -> None:
 
 
 @pytest.mark.cpu
+def test_a_softmax_of_few_rows_reads_each_tensor_twice_and_writes_once(figures: dict) -> None:
+    """The first launch of each pass writes single numbers, statistics of its part."""
+    tile = 2 * 4096
+    traffic = {"_softmax_forward_kernel": (1, 0), "_softmax_forward_kernel (2)": (1, 1)}
+    traffic |= {"_softmax_backward_kernel": (2, 0), "_softmax_backward_kernel (2)": (2, 1)}
+    for kernel, (read, written) in traffic.items():
+        entry = figures["softmax/8x131072", kernel]
+        assert entry["configuration"]["BLOCK_COLUMNS"] == 4096 and entry["spill_bytes"] == 0
+        assert (moved(entry, "LDG"), moved(entry, "STG")) == (read * tile, written * tile), kernel
+
+
+@pytest.mark.cpu
 def test_kernels_of_rows_keep_programs_resident(figures: dict) -> None:
     """No spills, and at least 768 threads of the norm's kernels and 1,280 of a merge's on a multiprocessor."""
     for (work, kernel), entry in figures.items():
@@ -76,3 +95,9 @@ def test_rows_that_begin_anywhere_are_read_and_written_in_wide_accesses(figures:
         assert entry["spill_bytes"] == 0
         assert highlights["LDG.128"] >= 4 and highlights.get("LDG.16", 0) < 16, highlights
     assert highlights["STG.128"] == 4 and highlights["STG.16"] == 1, highlights
+    for way, tensors in (("forward", 1), ("backward", 2)):
+        entry = figures["softmax/8x50257", f"_softmax_{way}_kernel (2)"]
+        highlights = entry["highlights"]
+        assert entry["spill_bytes"] == 0
+        assert highlights["LDG.128"] == 2 * tensors and highlights["LDG.16"] == tensors, highlights
+        assert highlights["STG.128"] == 2 and highlights["STG.16"] == 1, highlights

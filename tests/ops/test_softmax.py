@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import hypothesis.strategies as st
@@ -10,6 +11,8 @@ import reference
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
+from fastformer_kernels.configurations import forced
+from fastformer_kernels.rows import RowConfiguration
 from hypothesis import given, settings
 
 import fastformer
@@ -75,6 +78,66 @@ def test_matches_float64(backend: str, shape: tuple[int, ...], log: bool, dtype:
 def test_rows_longer_than_a_tile_or_across_memory(backend: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     check(torch.randn(shape), 1)
+
+
+# The interpreter has two multiprocessors: up to four long rows are split.
+LONG_ROWS = [(1, 16385), (2, 16401), (4, 40000), (5, 16391)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("shape", LONG_ROWS)
+def test_long_rows_that_are_split_or_begin_anywhere(
+    backend: str, shape: tuple[int, int], log: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    padded = torch.randn(shape[0], shape[1] + 3).to(dtype) * 4
+    mask = torch.randn(shape[1]).masked_fill(torch.rand(shape[1]) < 0.2, -INFINITY)
+    # Rows of an odd stride, in place, and with an offset that leaves whole parts of the first rows without a score.
+    check(padded[:, 2:-1], -1, log)
+    check(padded[:, :-3], -1, log, inplace=True, mask=mask, scale=0.3, causal=True, alignment="top_left")
+    check(padded[:, :-3], -1, log, mask=mask > 0, causal=True)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("shape", LONG_ROWS)
+def test_long_rows_of_infinity_and_nan(backend: str, shape: tuple[int, int], log: bool) -> None:
+    torch.manual_seed(0)
+    x, nothing = torch.randn(shape), -INFINITY if log else 0.0
+    for value, column in itertools.product((float("nan"), INFINITY), (0, 8, shape[1] // 2, shape[1] - 1)):
+        x[-1] = -INFINITY
+        x[-1, column] = value
+        x.requires_grad_()
+        y = FUNCTIONS[log](x)
+        (gradient,) = torch.autograd.grad(y[-1].sum(), x)
+        assert y[-1].isnan().all() and not y[:-1].isnan().any()
+        assert gradient[-1].isnan().all() and not gradient[:-1].any()
+        x = x.detach()
+    x[-1] = -INFINITY
+    x.requires_grad_()
+    y = FUNCTIONS[log](x)
+    assert (y[-1] == nothing).all() and not y.isnan().any()
+    assert not torch.autograd.grad(y[-1].nan_to_num(neginf=0.0).sum(), x)[0].any()
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_split_row_is_the_whole_row(log: bool) -> None:
+    """Also with parts of several tiles, and with rows across memory."""
+    torch.manual_seed(0)
+    for x, dim in ((torch.randn(3, 20003), 1), (torch.randn(20003, 3), 0)):
+        results = []
+        for split in (0, 1, 2, 64):
+            configuration = RowConfiguration(tile_elements=4096, thread_elements=16, split=split)
+            leaf = x.clone().requires_grad_()
+            with (
+                fastformer.backend("triton"),
+                forced({"softmax_forward": configuration, "softmax_backward": configuration}),
+            ):
+                y = FUNCTIONS[log](leaf, dim)
+                y.backward(x)
+            results.append((y.detach(), leaf.grad))
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0])
 
 
 @settings(max_examples=40)

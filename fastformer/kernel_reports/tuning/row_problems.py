@@ -80,7 +80,9 @@ def _case(operation: str, rows: int, columns: int, centered: bool) -> str:
 
 
 def softmax_problems(dtype: torch.dtype, sizes: Sizes) -> Iterator[Problem]:
-    """Yield softmax along rows, forward and backward."""
+    """Yield softmax along rows, forward and backward: of a few scores of every word, and of many rows."""
+    for columns, forward in product(sizes.classes, (True, False)):
+        yield _softmax_problem(dtype, 8, columns, forward)
     for columns, forward in product(sizes.columns, (True, False)):
         yield _softmax_problem(dtype, sizes.elements // columns, columns, forward)
 

@@ -1,5 +1,7 @@
 """The launch configurations to measure are exactly those that fit, to the byte."""
 
+from dataclasses import replace
+
 import pytest
 from fastformer_kernels.matmul import Configuration, product_candidates
 from fastformer_kernels.rows import RowConfiguration, row_candidates
@@ -28,6 +30,14 @@ def test_products_overlap_their_epilogue_where_there_are_descriptors() -> None:
     assert not any(each.descriptor_stores or each.warp_specialize for each in without)
     assert any(each.flatten for each in without)
     assert all(each.descriptors for each in with_descriptors if each.descriptor_stores or each.warp_specialize)
+
+
+def test_few_rows_are_split_over_few_and_many_programs_or_not_at_all() -> None:
+    shipped = RowConfiguration(4096, 16, split=4)
+    every = row_candidates(shipped)
+    assert len(set(every)) == len(every) and shipped not in every
+    assert {each.split for each in every if replace(each, split=4) == shipped} == {0, 1, 2, 8}
+    assert {each.tile_elements for each in every if each.split == 4} == {2048, 4096, 8192, 16384}
 
 
 def test_rows_are_loaded_ahead_to_two_depths_by_few_programs() -> None:
