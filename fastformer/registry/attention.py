@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastformer import ScoreMod
 from fastformer.ops.attention.block_mask import BlockMask
 from fastformer.registry.make import Make
 from fastformer.registry.operator import Call, Operator
+from fastformer.registry.score_mod import DECAY
 
 
 def _inputs(
@@ -64,6 +66,7 @@ def _features(make: Make, batch: int, heads: int, queries: int, keys: int) -> di
         "sinks": lambda: ("sinks", make.normal(heads, dtype=make.wide)),
         "alibi": lambda: ("alibi_slopes", make.normal(heads, dtype=make.wide)),
         "relative": lambda: ("relative_bias", make.normal(heads, 2 * keys - 1)),
+        "score_mod": lambda: ("score_mod", DECAY),
         "bias": lambda: ("bias", make.normal(1, heads, queries, keys)),
         "mask": lambda: ("mask", make.booleans(batch, 1, queries, keys)),
         "block_mask": lambda: ("mask", make.block_mask(queries, keys)),
@@ -94,12 +97,17 @@ def plain_attention(
     *,
     causal: bool = False,
     softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
 ) -> Tensor:
     """Compute attention by the formula. The output of a query that may attend to no key is zero."""
     group = query.shape[1] // key.shape[1]
     key, value = (each if group == 1 else each.repeat_interleave(group, 1) for each in (key, value))
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    if score_mod is not None:
+        indices = (torch.arange(n, device=query.device) for n in scores.shape)
+        assert score_mod.reference is not None
+        scores = score_mod.reference(scores, *torch.meshgrid(*indices, indexing="ij")).to(scores.dtype)
     scores = scores if bias is None else scores + bias
     allowed = allowed_pairs(query.shape[2], key.shape[2], mask, causal, query.device)
     if allowed is None:

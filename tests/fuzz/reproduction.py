@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from fastformer import BlockMask, ScoreMod
+
 
 def program(
     function: str,
@@ -24,6 +26,7 @@ def program(
         'os.environ["TRITON_INTERPRET"] = "1"  # delete this line on a GPU, and move the tensors there',
         "import torch, fastformer",
         "from torch import tensor",
+        "from fastformer.registry.score_mod import DECAY",
         "",
         *(f"{name} = {_expression(value)}" for name, value in tensors.items()),
         f"options = {_options(options)}",
@@ -62,4 +65,10 @@ def _number(element: float | int | bool) -> str:
 
 
 def _options(options: dict[str, Any]) -> str:
-    return "dict(" + ", ".join(f"{name}={value!r}" for name, value in options.items()) + ")"
+    return "dict(" + ", ".join(f"{name}={_option(value)}" for name, value in options.items()) + ")"
+
+
+def _option(value: Any) -> str:
+    if isinstance(value, BlockMask):
+        return f"fastformer.BlockMask.from_mask({_expression(value.to_dense())})"
+    return "DECAY" if isinstance(value, ScoreMod) else repr(value)

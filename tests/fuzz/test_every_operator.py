@@ -21,12 +21,14 @@ import pytest
 import reference
 import torch
 from devices import here
+from fastformer_kernels.attention.arguments import MASK_TILE
 from fuzz.reproduction import program
 from hypothesis import HealthCheck, given, note, settings
 
 import fastformer
 from fastformer import registry
 from fastformer.registry import Call
+from fastformer.registry.score_mod import DECAY
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["plain", "transposed", "sliced", "expanded"]
@@ -62,6 +64,15 @@ def draw_indices(draw: st.DrawFn, *shape: int, below: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     dtype = draw(st.sampled_from([torch.int64, torch.int32]))
     return here(torch.randint(below, shape, generator=generator, dtype=dtype, device="cpu"))
+
+
+def draw_block_mask(draw: st.DrawFn, queries: int, keys: int) -> fastformer.BlockMask:
+    """Draw a mask whose tiles show nothing, everything, or random elements."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    tiles = torch.randint(3, (-(-queries // MASK_TILE), -(-keys // MASK_TILE)), generator=generator, device="cpu")
+    kinds = tiles.repeat_interleave(MASK_TILE, 0).repeat_interleave(MASK_TILE, 1)[:queries, :keys]
+    random = torch.rand(kinds.shape, generator=generator, device="cpu") > 0.5
+    return fastformer.BlockMask.from_mask(here((kinds == 1) | ((kinds == 2) & random)))
 
 
 def sizes(most: int) -> st.SearchStrategy[int]:
@@ -159,19 +170,33 @@ def plain_cross_entropy(
 
 
 @st.composite
-def attention_calls(draw: st.DrawFn) -> Call:
-    dtype, batch, kv_heads = draw(st.sampled_from(DTYPES)), draw(sizes(2)), draw(sizes(2))
-    queries, keys, head_dim = draw(sizes(40)), draw(sizes(40)), draw(sizes(20))
-    heads = kv_heads * draw(sizes(2))
+def attention_calls(
+    draw: st.DrawFn,
+    *,
+    most: int = 2,
+    tokens: tuple[int, int] = (40, 40),
+    head_dims: tuple[int, int] = (1, 20),
+    block_mask: bool = False,
+    score_mod: bool = False,
+) -> Call:
+    dtype, batch, kv_heads = draw(st.sampled_from(DTYPES)), draw(sizes(most)), draw(sizes(most))
+    queries, keys = (draw(sizes(size)) for size in tokens)
+    head_dim = draw(st.integers(*head_dims))
+    heads = kv_heads * draw(sizes(most))
     tensors = {
         name: draw_tensor(draw, batch, h, n, head_dim, dtype=dtype)
         for name, h, n in (("query", heads, queries), ("key", kv_heads, keys), ("value", kv_heads, keys))
     }
     if draw(st.booleans()):
         tensors["bias"] = draw_tensor(draw, 1, heads, queries, keys, dtype=dtype)
-    if draw(st.booleans()):
+    options: dict[str, Any] = {"softcap": draw(st.sampled_from([None, 4.0]))}
+    if block_mask:
+        options["mask"] = draw_block_mask(draw, queries, keys)
+    elif draw(st.booleans()):
         tensors["mask"] = draw_tensor(draw, 1, 1, queries, keys, dtype=torch.float32) > -0.5
-    return Call(tensors, {"softcap": draw(st.sampled_from([None, 4.0]))})
+    if score_mod:
+        options["score_mod"] = DECAY
+    return Call(tensors, options)
 
 
 @st.composite
@@ -230,15 +255,21 @@ def rotary_calls(draw: st.DrawFn) -> Call:
 
 
 @st.composite
-def decode_calls(draw: st.DrawFn) -> Call:
+def decode_calls(
+    draw: st.DrawFn, *, tokens: int = 60, head_dims: tuple[int, int] = (1, 20), block_mask: bool = False
+) -> Call:
     dtype, batch, kv_heads = draw(st.sampled_from(DTYPES)), draw(sizes(2)), draw(sizes(2))
-    heads, queries, capacity, head_dim = kv_heads * draw(sizes(2)), draw(sizes(3)), draw(sizes(60)), draw(sizes(20))
+    heads, queries, capacity = kv_heads * draw(sizes(2)), draw(sizes(3)), draw(sizes(tokens))
+    head_dim = draw(st.integers(*head_dims))
     lengths = draw(st.lists(st.integers(0, capacity), min_size=batch, max_size=batch))
     tensors = {"query": draw_tensor(draw, batch, heads, queries, head_dim, dtype=dtype)}
     for name in ("key_cache", "value_cache"):
         tensors[name] = draw_tensor(draw, batch, kv_heads, capacity, head_dim, dtype=dtype)
     tensors["lengths"] = torch.tensor(lengths, dtype=torch.int32)
-    return Call(tensors, {"splits": draw(st.integers(1, 4)), "softcap": draw(st.sampled_from([None, 4.0]))})
+    options = {"splits": draw(st.integers(1, 4)), "softcap": draw(st.sampled_from([None, 4.0]))}
+    if block_mask:
+        options["mask"] = draw_block_mask(draw, capacity, capacity)
+    return Call(tensors, options)
 
 
 @st.composite
@@ -355,6 +386,8 @@ def ordinary_calls(draw: st.DrawFn, name: str) -> Call:
 class Operator(NamedTuple):
     """A strategy for calls of an operator, its roundings, and its reference if not the registry's formula.
 
+    It is called by the operator's name in the registry, which may be followed by ", " and what its calls have.
+
     `units` is the error that a result in float32 may have on top of that of sums, in units of rounding. For an
     exponential it is the size of the exponent, which is a difference of two scores. For other operators it is what
     their tests in tests/ops derive: half a unit for each operation.
@@ -379,7 +412,14 @@ OPERATORS = {
     # Scores are below 5 * 5, plus 5 for the bias, where head_dim is 1, and smaller where they are sums.
     "attention": Operator(attention_calls, units=60),
     "attention_weights": Operator(attention_weights_calls, units=60, judge=plain_attention_weights),
+    # One head: the backward walks through whole tiles of 128 queries and keys.
+    "attention, block mask": Operator(lambda: attention_calls(most=1, tokens=(10, 140), block_mask=True), units=60),
+    # DECAY makes no score larger, and adds the number of the head, below 4.
+    "attention, score_mod": Operator(lambda: attention_calls(tokens=(20, 40), score_mod=True), units=60),
+    "attention, wide heads": Operator(lambda: attention_calls(tokens=(20, 20), head_dims=(257, 512)), units=60),
     "decode_attention": Operator(decode_calls, units=60),
+    "decode_attention, block mask": Operator(lambda: decode_calls(tokens=300, block_mask=True), units=60),
+    "decode_attention, wide heads": Operator(lambda: decode_calls(head_dims=(257, 512)), units=60),
     # Log-sum-exps are below 5.
     "merge_attention": Operator(merge_calls, units=10),
     # Two products and a sum: the allowance for sums is enough.
@@ -412,6 +452,11 @@ def results(
     return [*(o.detach() for o in outputs), *torch.autograd.grad(loss, [given[name] for name in leaves])]
 
 
+def registered(name: str) -> registry.Operator:
+    """The registry's operator of a name in `OPERATORS`."""
+    return registry.OPERATORS[name.partition(", ")[0]]
+
+
 def check(name: str, call: Call) -> None:
     """Fail if a backend errs by more than twice PyTorch, plus the roundings of a sum over the longest dimension.
 
@@ -419,16 +464,16 @@ def check(name: str, call: Call) -> None:
     was rounded to it. In a float32 call the operator's own roundings are added.
     """
     tensors, options = call
-    operator = registry.OPERATORS[name]
+    operator = registered(name)
     plain, leaves, written = OPERATORS[name].judge or operator.plain, operator.differentiable(tensors), operator.written
-    note(program(name, tensors, options, leaves, [*written]))
+    note(program(operator.name, tensors, options, leaves, [*written]))
     exact, pytorch = (results(plain, given, options, leaves, written) for given in (call.double().tensors, tensors))
     longest = max(max(tensor.shape, default=1) for tensor in tensors.values())
     unit = max(torch.finfo(tensor.dtype).eps for tensor in tensors.values() if tensor.is_floating_point())
     units = longest**0.5 + (OPERATORS[name].units if unit == torch.finfo(torch.float32).eps else 0)
     for backend in ("triton", "torch"):
         with fastformer.backend(backend):
-            actual = results(getattr(fastformer, name), tensors, options, leaves, written)
+            actual = results(getattr(fastformer, operator.name), tensors, options, leaves, written)
         for number, (a, p, e) in enumerate(zip(actual, pytorch, exact, strict=True)):
             finite = e.isfinite()
             assert torch.equal(a.isfinite(), finite), f"{name}, {backend}, result {number}: infinities differ"
@@ -452,13 +497,14 @@ def test_any_call(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in OPERATORS if name != "append_to_cache"])
 def test_each_gradient_alone(name: str, backend: str) -> None:
     """A gradient is the same whether it is computed alone or together with the others."""
-    function = getattr(fastformer, name)
+    operator = registered(name)
+    function = getattr(fastformer, operator.name)
 
     @settings(max_examples=4)
     @given(call=OPERATORS[name].calls())
     def run(call: Call) -> None:
         tensors, options = call
-        leaves = registry.OPERATORS[name].differentiable(tensors)
+        leaves = operator.differentiable(tensors)
         together = results(function, tensors, options, leaves, [])
         count = len(together) - len(leaves)
         unit = max(torch.finfo(tensor.dtype).eps for tensor in tensors.values() if tensor.is_floating_point())

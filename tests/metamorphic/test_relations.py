@@ -11,6 +11,8 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 
 import fastformer
@@ -155,6 +157,76 @@ def test_heads_that_share_keys_are_heads_with_their_own(backend_name: str, data:
         close(shared, repeated, key.shape[2])
     else:
         assert torch.equal(shared, repeated)
+
+
+def draw_masked(data: st.DataObject) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Query, key and value of two sequences, and a mask of more than one tile for each head and sequence."""
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    queries, keys = data.draw(st.integers(1, 12)), data.draw(st.integers(129, 140))
+    tensors = [torch.randn(2, heads, size, 8) for heads, size in ((2, queries), (2, keys), (2, keys))]
+    mask = torch.rand(2, 2, queries, keys) > 0.5
+    mask[data.draw(st.integers(0, 1)), data.draw(st.integers(0, 1)), :, :128] = data.draw(st.booleans())
+    return tensors, mask
+
+
+@settings(max_examples=1)
+@given(data=st.data())
+def test_a_block_mask_is_its_elements(backend_name: str, data: st.DataObject) -> None:
+    tensors, mask = draw_masked(data)
+    tensors, mask = [each[:1] for each in tensors], mask[:1]
+    grad = torch.randn_like(tensors[0])
+    dense, blocks = (
+        with_gradients(tensors, grad, backend_name, mask=each) for each in (mask, fastformer.BlockMask.from_mask(mask))
+    )
+    for a, b in zip(blocks, dense, strict=True):
+        close(a, b, mask.shape[-1])
+
+
+@settings(max_examples=3)
+@given(data=st.data())
+def test_heads_and_sequences_have_their_own_block_masks(backend_name: str, data: st.DataObject) -> None:
+    tensors, mask = draw_masked(data)
+    with fastformer.backend(backend_name):
+        whole = attention(*tensors, mask=fastformer.BlockMask.from_mask(mask))
+        swapped = attention(*(each.flip(1) for each in tensors), mask=fastformer.BlockMask.from_mask(mask.flip(1)))
+        alone = attention(*(each[1:] for each in tensors), mask=fastformer.BlockMask.from_mask(mask[1:]))
+    close(swapped.flip(1), whole, mask.shape[-1])
+    close(alone, whole[1:], mask.shape[-1])
+
+
+@triton.jit
+def more(score, b, h, q, k):
+    return score + 16.0
+
+
+@triton.jit
+def same(dscore, score, b, h, q, k):
+    return dscore
+
+
+@triton.jit
+def nearer(score, b, h, q, k):
+    return score - tl.exp2(-1.0 - h) * tl.abs(q - k)
+
+
+MORE = fastformer.ScoreMod(more, same, lambda score, b, h, q, k: score + 16.0)
+NEARER = fastformer.ScoreMod(nearer, same, lambda score, b, h, q, k: score - 2.0 ** (-1.0 - h) * (q - k).abs())
+
+
+@settings(max_examples=2)
+@given(data=st.data())
+def test_a_score_mod_is_what_it_computes(backend_name: str, data: st.DataObject) -> None:
+    """One that adds a constant changes nothing. One that makes scores fall with the distance is ALiBi."""
+    tensors = draw_tensors(data)
+    grad = torch.randn_like(tensors[0])
+    plain, alibi = {}, {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])}
+    for mod, options in ((MORE, plain), (NEARER, alibi)):
+        wanted = with_gradients(tensors, grad, backend_name, alignment="top_left", **options)
+        actual = with_gradients(tensors, grad, backend_name, alignment="top_left", score_mod=mod)
+        # As for a bias, the sum with 16 is 4 bits coarser.
+        terms = 16 * 2 * max(tensors[0].shape[2], tensors[1].shape[2])
+        for a, b in zip(actual, wanted, strict=True):
+            close(a, b, terms)
 
 
 def test_no_dropout_is_dropout_of_nothing(backend_name: str) -> None:
