@@ -16,8 +16,9 @@ from fastformer.files import OVERWRITE_HELP, atomic_file, check_out
 
 _DESCRIPTION = """\
 Measure the error of every operator and its gradients against float64 on this machine, with difficult inputs: large
-logits, long rows, tiny scales, masks, lengths. It is compared with PyTorch's plain computation in the same dtype and,
-for attention, with scaled_dot_product_attention. The Triton backend is measured on a GPU, or with TRITON_INTERPRET=1.
+logits, long rows, tiny scales, masks, lengths, wide heads. It is compared with PyTorch's plain computation in the same
+dtype and, for attention, with scaled_dot_product_attention. The Triton backend is measured on a GPU, or with
+TRITON_INTERPRET=1.
 
 examples:
   fastformer numerics

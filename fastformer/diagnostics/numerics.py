@@ -75,7 +75,7 @@ def errors_of(problem: Problem, dtype: str, device: str, seed: int) -> Iterator[
         return operator.ours(**{name: _like(value, call.tensors.get(name)) for name, value in arguments.items()})
 
     measured = {"pytorch": _units(_results(operator, operator.plain, rounded), exact)}
-    if operator.fused is not None:
+    if operator.fused is not None and "score_mod" not in rounded.options:  # PyTorch's takes no function of the scores
         measured["sdpa"] = _units(_results(operator, operator.fused, rounded), exact)
     for backend in available_backends(device):
         with fastformer.backend(backend):
@@ -150,6 +150,9 @@ _REGIMES: dict[str, dict[str, dict[str, Any]]] = {
         "tiny values": _ATTENTION | {"value_scale": 1e-4},
         "random mask": _ATTENTION | {"features": ("mask",)},
         "causal": _ATTENTION | {"features": ("causal",)},
+        "block mask": _ATTENTION | {"keys": 140, "features": ("block_mask",)},
+        "score_mod": _ATTENTION | {"features": ("score_mod",)},
+        "wide heads": _ATTENTION | {"keys": 48, "head_dim": 512},
     },
     "decode_attention": {
         "ordinary": _DECODE,
@@ -158,6 +161,8 @@ _REGIMES: dict[str, dict[str, dict[str, Any]]] = {
         "tiny values": _DECODE | {"value_scale": 1e-4},
         "lengths": {"lengths": (96, 17, 2)},
         "pages": {"lengths": (96, 41), "page_size": 16},
+        "block mask": {"lengths": (140, 41), "block_mask": True},
+        "latent": {"lengths": (48,), "head_dim": 576, "latent_dim": 512},
     },
     "merge_attention": {
         "ordinary": {},

@@ -67,17 +67,11 @@ def contiguous_cache(cache: Tensor, block_table: Tensor | None) -> Tensor:
     return rearrange(cache[block_table], "batch pages slots heads dim -> batch heads (pages slots) dim")
 
 
-def _mask(query: Tensor, key: Tensor, lengths: Tensor) -> Tensor:
-    """A mask (batch, 1, queries, keys) that lets each query attend to the keys up to its own position."""
-    places = torch.arange(query.shape[2], device=query.device) - query.shape[2]
-    last = lengths[:, None] + places
-    return (torch.arange(key.shape[2], device=query.device) <= last[..., None])[:, None]
-
-
-def _mask_by_position(mask: BlockMask, query: Tensor, lengths: Tensor) -> Tensor:
-    """The elements of a block mask for these queries, (batch, 1, queries, keys)."""
+def _seen(query: Tensor, key: Tensor, lengths: Tensor, mask: BlockMask | None) -> Tensor:
+    """A mask (batch, 1, queries, keys): each query sees the keys up to its own position that `mask` shows it."""
     position = lengths[:, None] + torch.arange(query.shape[2], device=query.device) - query.shape[2]
-    return mask.to_dense()[0, 0, position][:, None]
+    earlier = (torch.arange(key.shape[2], device=query.device) <= position[..., None])[:, None]
+    return earlier if mask is None else earlier & mask.to_dense()[0, 0, position][:, None]
 
 
 def _plain(
@@ -93,16 +87,20 @@ def _plain(
 ) -> Tensor:
     """Compute the attention by the formula. It ignores `splits`, which does not change the result."""
     key, value = contiguous_cache(key_cache, block_table), contiguous_cache(value_cache, block_table)
-    seen = _mask(query, key, lengths)
-    seen = seen if mask is None else seen & _mask_by_position(mask, query, lengths)
-    return plain_attention(query, key, value, seen, softcap=softcap)
+    return plain_attention(query, key, value, _seen(query, key, lengths, mask), softcap=softcap)
 
 
 def _fused(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, block_table: Tensor | None = None
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    mask: BlockMask | None = None,
 ) -> Tensor:
     key, value = contiguous_cache(key_cache, block_table), contiguous_cache(value_cache, block_table)
-    return fused_attention(query, key, value, _mask(query, key, lengths))
+    return fused_attention(query, key, value, _seen(query, key, lengths, mask))
 
 
 DECODE_ATTENTION = Operator(
