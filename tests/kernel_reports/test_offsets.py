@@ -12,7 +12,7 @@ pytestmark = pytest.mark.cpu
 # Products that fit in 32 bits: they count tiles of work, of which there are at most as many as programs.
 COUNTS = {
     "tiles * heads_in_cache": "tiles of the heads that are taken together, at most all programs",
-    "first_head * heads_in_cache": "a quotient times its divisor, at most the program's number",
+    "group * heads_in_cache": "a quotient times its divisor, at most the program's number",
     "first_head * tiles": "tiles of the heads before these, at most the program's number",
     "split * share": "tiles of keys before a split, at most the tiles of a sequence",
 }
