@@ -86,33 +86,25 @@ def apply_dropout_(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
     return input
 
 
-def draw_dropped(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
-    """Draw which elements of the rows of `input` (..., columns) are dropped, for `dropped`.
+def dropped(input: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
+    """Return what `apply_dropout_` makes of the rows of `input` (..., columns), by differentiable functions.
 
-    A compiler sees one operator, whose bits it keeps for the backward.
+    A compiler sees one operator that draws the mask, and fuses the rest with its neighbours.
     """
     columns, rows = input.shape[-1], input[..., 0].numel()
     if torch.compiler.is_compiling():
-        return _dropout_flags(seed, rows, columns, dropout_p)
-    return _dropped_rows(0, rows, (columns + 3) // 4, seed, dropout_p)
-
-
-def dropped(input: Tensor, drawn: Tensor, dropout_p: float) -> Tensor:
-    """Return what `apply_dropout_` makes of the rows of `input` (..., columns), by differentiable functions.
-
-    Args:
-        drawn: what `draw_dropped` returned for a tensor of input's shape.
-    """
-    if drawn.dtype == torch.uint8:
-        drawn = ((drawn[..., None] >> torch.arange(8, dtype=torch.uint8, device=drawn.device)) & 1).bool().flatten(-2)
-    return input.masked_fill(drawn[:, : input.shape[-1]].view(input.shape), 0.0) * kept_scale(dropout_p)
+        places = torch.arange(8, dtype=torch.uint8, device=input.device)
+        absent = ((_dropout_flags(seed, rows, columns, dropout_p)[..., None] >> places) & 1).bool().flatten(-2)
+    else:
+        absent = _dropped_rows(0, rows, (columns + 3) // 4, seed, dropout_p)
+    return input.masked_fill(absent[:, :columns].view(input.shape), 0.0) * kept_scale(dropout_p)
 
 
 @operator("fastformer::dropout_flags")
 def _dropout_flags(seed: Tensor, rows: int, columns: int, dropout_p: float) -> Tensor:
     """The elements of a matrix that are dropped, (rows, columns / 8 rounded up) uint8, each byte's lowest bit first.
 
-    The compiler keeps these bits for the backward. It would take minutes to compile the generator's integer arithmetic.
+    The compiler keeps these bits for the backward. It would take long to compile the generator's integer arithmetic.
     """
     groups = (columns + 3) // 4
     if seed.is_cpu and not use_triton(seed):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastformer.backends import use_triton
 from fastformer.ops.checks import check_device, check_floating, check_indices, check_like, check_shape
-from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_dropped, draw_seed, dropped, kernel_dropout
+from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropped, kernel_dropout
 from fastformer.ops.operator import in_dtype, operator, vjp
 from fastformer.ops.packing import packed_positions
 
@@ -227,7 +227,7 @@ def _formula(call: _Embedding) -> tuple[Tensor, Tensor, Tensor]:
     if call.norm_bias is not None:
         output = output + call.norm_bias
     if call.seed is not None:
-        output = dropped(output, draw_dropped(output, call.seed, call.dropout_p), call.dropout_p)
+        output = dropped(output, call.seed, call.dropout_p)
     return output.to(call.word_weight.dtype), mean, rstd
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_device_type, to_autocast_dtype
 from fastformer.ops.checks import check_device, check_floating, check_like, check_shape
-from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_dropped, draw_seed, dropped, kernel_dropout
+from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropped, kernel_dropout
 from fastformer.ops.operator import operator, vjp
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "squared_relu", "identity")
@@ -210,12 +210,10 @@ def _formula(call: _FeedForward) -> tuple[Tensor, Tensor, Tensor]:
     else:
         hidden = hidden * _activate(F.linear(call.input, call.gate_weight, call.gate_bias), call.activation)
     if call.hidden_seed is not None:
-        drawn = draw_dropped(hidden, call.hidden_seed, call.hidden_dropout_p)
-        hidden = dropped(hidden, drawn, call.hidden_dropout_p)
+        hidden = dropped(hidden, call.hidden_seed, call.hidden_dropout_p)
     output = F.linear(hidden, call.down_weight, call.down_bias)
     if call.output_seed is not None:
-        drawn = draw_dropped(output, call.output_seed, call.output_dropout_p)
-        output = dropped(output, drawn, call.output_dropout_p)
+        output = dropped(output, call.output_seed, call.output_dropout_p)
     if call.residual is not None:
         output = output + call.residual
     # Pre-activations are stored for the operator's derivative; a formula does not need them.

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastformer.backends import use_triton
 from fastformer.ops.autocast import autocast_float32_dtype
 from fastformer.ops.checks import FLOATING_DTYPES, check_device, check_floating, check_shape
-from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_dropped, draw_seed, dropped, kernel_dropout
+from fastformer.ops.dropout import apply_dropout_, check_dropout_p, draw_seed, dropped, kernel_dropout
 from fastformer.ops.operator import in_dtype, operator, runs_in_pytorch
 
 MAX_COLUMNS = 65536
@@ -386,30 +386,6 @@ def _(call: _NormBackward) -> tuple[Tensor, Tensor | None, Tensor | None]:
     )
 
 
-def _normalized(call: _Norm) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """The output, x if `keep_sum`, rows' rstd and mean (..., 1), and what dropout drew, by differentiable functions."""
-    input, residual, weight, bias, input_bias, seed, eps, centered, dropout_p, dtype, keep_sum = call
-    total = in_dtype(input, torch.float32)
-    if input_bias is not None:
-        total = total + input_bias
-    drawn = None if seed is None else draw_dropped(input, seed, dropout_p)
-    if drawn is not None:
-        total = dropped(total, drawn, dropout_p)
-    if residual is not None:
-        total = total + residual
-    total = in_dtype(total, dtype)
-    wide = in_dtype(total, torch.float32)
-    mean = wide.mean(-1, keepdim=True) if centered else None
-    deviation = wide if mean is None else wide - mean
-    rstd = torch.rsqrt(deviation.square().mean(-1, keepdim=True) + eps)
-    output = deviation * rstd
-    if weight is not None:
-        output = output * weight
-    if bias is not None:
-        output = output + bias
-    return in_dtype(output, dtype), total if keep_sum else None, rstd, mean, drawn
-
-
 def _gradients(
     grad_output: Tensor,
     grad_sum: Tensor | None,
@@ -417,7 +393,7 @@ def _gradients(
     mean: Tensor | None,
     rstd: Tensor,
     weight: Tensor | None,
-    drawn: Tensor | None,
+    seed: Tensor | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients in float32 of input and residual, then terms of those of weight and bias, by differentiable functions.
@@ -433,14 +409,33 @@ def _gradients(
     grad_x = grad_x * rstd
     if grad_sum is not None:
         grad_x = grad_x + grad_sum
-    return grad_x if drawn is None else dropped(grad_x, drawn, dropout_p), grad_x, dy * normalised, dy
+    return grad_x if seed is None else dropped(grad_x, seed, dropout_p), grad_x, dy * normalised, dy
 
 
 @_norm.register_formula
 def _(call: _Norm) -> tuple[Tensor, Tensor | None, Tensor]:
-    output, total, rstd, mean, _ = _normalized(call)
-    statistics = [rstd.flatten()] if mean is None else [rstd.flatten(), mean.flatten()]
-    return output, total, torch.stack(statistics)
+    input, residual, weight, bias, input_bias, seed, eps, centered, dropout_p, dtype, keep_sum = call
+    total = in_dtype(input, torch.float32)
+    if input_bias is not None:
+        total = total + input_bias
+    if seed is not None:
+        total = dropped(total, seed, dropout_p)
+    if residual is not None:
+        total = total + residual
+    total = in_dtype(total, dtype)
+    wide = in_dtype(total, torch.float32)
+    mean = wide.mean(-1, keepdim=True) if centered else None
+    deviation = wide if mean is None else wide - mean
+    # A product with `rsqrt` has a derivative with its third power, which overflows or vanishes long before the square.
+    std = torch.sqrt(deviation.square().mean(-1, keepdim=True) + eps)
+    output = deviation / std
+    if weight is not None:
+        output = output * weight
+    if bias is not None:
+        output = output + bias
+    rstd = std.reciprocal().flatten()
+    statistics = [rstd] if mean is None else [rstd, mean.flatten()]
+    return in_dtype(output, dtype), total if keep_sum else None, torch.stack(statistics)
 
 
 @_norm_backward.register_formula
@@ -451,9 +446,8 @@ def _(call: _NormBackward) -> tuple[Tensor, Tensor | None, Tensor | None]:
     variance = (wide if mean is None else wide - mean).square().mean(-1, keepdim=True)
     eps = (call.statistics[0].view(variance.shape).square().reciprocal() - variance).detach()
     rstd = torch.rsqrt(variance + eps)
-    drawn = None if call.seed is None else draw_dropped(call.x, call.seed, call.dropout_p)
     grad_input, grad_residual, of_weight, of_bias = _gradients(
-        call.grad_output, call.grad_sum, call.x, mean, rstd, call.weight, drawn, call.dropout_p
+        call.grad_output, call.grad_sum, call.x, mean, rstd, call.weight, call.seed, call.dropout_p
     )
     wanted = (
         (call.weight_needs_grad, of_weight),
@@ -523,37 +517,7 @@ def _backward(
 
 
 _norm.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _setup_decomposed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-    call = _Norm._make(inputs)
-    _, total, rstd, mean, drawn = output
-    ctx.save_for_backward(total if call.keep_sum else call.input, mean, rstd, call.weight, drawn)
-    ctx.dtypes = tuple([_dtype(tensor) for tensor in call[:5]])
-    ctx.keep_sum, ctx.dropout_p = call.keep_sum, call.dropout_p
-    ctx.set_materialize_grads(False)
-
-
-def _backward_decomposed(
-    ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    x, mean, rstd, weight, drawn = ctx.saved_tensors
-    if not ctx.keep_sum:
-        grad_sum = None
-    if grad_output is None:
-        grad_output = x.new_zeros(()).expand(x.shape)
-    grad_input, grad_residual, of_weight, of_bias = _gradients(
-        grad_output, grad_sum, x, mean, rstd, weight, drawn, ctx.dropout_p
-    )
-    wide = (grad_input, grad_residual, *[_matrix(terms).sum(0) for terms in (of_weight, of_bias, grad_input)])
-    grads = [
-        gradient.to(dtype) if needed else None
-        for gradient, dtype, needed in zip(wide, ctx.dtypes, ctx.needs_input_grad[:5], strict=True)
-    ]
-    return *grads, *(None,) * (len(_Norm._fields) - 5)
-
-
-_norm.register_decomposition(_normalized, backward=_backward_decomposed, setup_context=_setup_decomposed)
+_norm.register_decomposition()
 
 
 def _rows(tensor: Tensor) -> Tensor:

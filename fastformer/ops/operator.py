@@ -219,22 +219,19 @@ class Operator:
 
     def register_decomposition(
         self,
-        decomposition: Implementation | None = None,
         *,
         backward: Callable[..., Any] | None = None,
         setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     ) -> None:
-        """Register functions of PyTorch that torch.compile traces in the operator's place, to fuse them with others.
+        """Let torch.compile trace the operator's formula in its place, to fuse it with other functions.
 
-        They are traced as long as the backend is "auto". The compiler chooses what it keeps for the backward and what
+        It is traced as long as the backend is "auto". The compiler chooses what it keeps for the backward and what
         it computes again.
 
         Args:
-            decomposition: takes the operator's arguments and returns its outputs; by default the operator's formula.
-            backward, setup_context: the derivative, as in `register_autograd`; by default that of the decomposition.
+            backward, setup_context: the derivative, as in `register_autograd`; by default that of the formula.
         """
-        given = None if decomposition is None else without_autocast(_of_fields(decomposition, self._bundle))
-        self._decomposition = traced = given or self._formula
+        self._decomposition = traced = self._formula
         if traced is not None and backward is not None and setup_context is not None:
             self._decomposed = _function(traced, backward, setup_context)
 

@@ -308,7 +308,7 @@ def _backward(ctx: Any, grad_query: Tensor, grad_key: Tensor | None) -> tuple[Te
 
 
 _rotary.register_autograd(_backward, setup_context=_setup_context)
-_rotary.register_decomposition(backward=_backward, setup_context=_setup_context)
+_rotary.register_decomposition()
 
 
 class _InplaceRotary(torch.autograd.Function):

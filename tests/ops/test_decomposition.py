@@ -213,6 +213,46 @@ def test_the_flags_are_drawn_once_and_kept_as_bits() -> None:
     assert drawn.meta["val"].dtype == torch.uint8 and drawn.meta["val"].shape == (6, 3)
 
 
+def second_derivatives(function: Callable[..., Any]) -> tuple[Tensor, ...]:
+    leaves = inputs()
+
+    def times_mean(*tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = function(*tensors)
+        return tuple(output * tensors[0].mean() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+    torch.manual_seed(1)
+    loss = torch.stack([output.sin().sum() for output in times_mean(*leaves)]).sum()
+    first = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+    weights = [torch.randn_like(each) for each in first]
+    return torch.autograd.grad(first, leaves, grad_outputs=weights, materialize_grads=True)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "layer_norm_alone", "rotary", "feed_forward"])
+def test_second_derivatives_have_all_terms_or_are_refused(name: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="eager")
+    torch.testing.assert_close(*map(second_derivatives, (compiled, FUNCTIONS[name])))
+    compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="double backward"):
+        second_derivatives(compiled)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("centered", [False, True])
+def test_gradients_of_a_norm_of_tiny_and_huge_rows(scale: float, centered: bool) -> None:
+    def norm(x: Tensor) -> Tensor:
+        if centered:
+            return fastformer.layer_norm(x, (10,), eps=0.0)
+        return fastformer.rms_norm(x, (10,), eps=0.0)
+
+    torch.manual_seed(0)
+    x, grad = (scale * torch.randn(4, 10)).requires_grad_(), torch.randn(4, 10)
+    torch._dynamo.reset()
+    functions = torch.compile(norm, fullgraph=True, backend="aot_eager"), norm
+    actual, expected = (torch.autograd.grad(each(x), x, grad)[0] for each in functions)
+    torch.testing.assert_close(scale * actual, scale * expected)
+
+
 def test_a_feed_forward_that_computes_again_stays_an_operator() -> None:
     graphs = Graphs()
     square = torch.randn(10, 10, requires_grad=True)
