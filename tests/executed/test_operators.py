@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -310,6 +311,29 @@ def test_attention_with_specialized_warps(specialized_warps: None, feature: str)
     """Several tiles of queries and keys, whose numbers fill neither a tile nor 16 bytes."""
     tensors = [randn(1, size, HEADS, 16).transpose(1, 2) for size in (149, 139, 139)]
     check_attention(tensors, FEATURES[feature](), torch.bfloat16)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_by_descriptors_of_whole_tensors(
+    specialized_warps: None, batch_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two programs take all tiles, and find each head by its place in a descriptor that they make once."""
+    from fastformer_kernels.attention import launch
+
+    monkeypatch.setattr(launch, "multiprocessors_of", lambda tensor: 2)
+    found = []
+    describes = launch.describes_whole_tensors
+    monkeypatch.setattr(
+        "fastformer_kernels.attention.forward.describes_whole_tensors",
+        lambda *given: found.append(describes(*given)) or found[-1],
+    )
+    configurations = {"attention_forward": replace(SPECIALIZED["attention_forward"], resident=1)}
+    tensors = [randn(2, heads, 256, 16) for heads in (2, 1, 1)]
+    if batch_first:
+        tensors = [rearrange(randn(2, 256, heads, 16), "b n h d -> b h n d") for heads in (2, 1, 1)]
+    with forced(configurations):
+        check_attention(tensors, {"causal": True}, torch.bfloat16)
+    assert found == [True]
 
 
 def test_packed_attention_with_specialized_warps(specialized_warps: None) -> None:

@@ -1036,8 +1036,10 @@ def _key_value_gradient(
                 persistent=programs < all_tiles,
                 descriptors=descriptors,
                 warp_specialize=descriptors
-                and specializes_warps(configuration, loops)
-                and uses_descriptors(key, value),
+                and specializes_warps(configuration, arguments, loops)
+                and uses_descriptors(key, value)
+                # The loop over the heads that share keys would be around the specialised one: the compiler refuses.
+                and query.shape[1] == key.shape[1],
             ),
             **configuration.options,
         },
@@ -1087,7 +1089,7 @@ def _query_gradient(
                 loops=loops,
                 persistent=programs < all_tiles,
                 descriptors=descriptors,
-                warp_specialize=descriptors and specializes_warps(configuration, loops),
+                warp_specialize=descriptors and specializes_warps(configuration, arguments, loops),
             ),
             **configuration.options,
         },

@@ -18,6 +18,7 @@ from fastformer_kernels.attention.arguments import AttentionArguments, empty_lse
 from fastformer_kernels.attention.kernel_arguments import Sizes, features, layout, operand, rows, sizes
 from fastformer_kernels.attention.launch import (
     constants_of_call,
+    describes_whole_tensors,
     forward_configuration,
     heads_in_cache,
     launch_size,
@@ -43,6 +44,7 @@ from fastformer_kernels.attention.tiles import (
     listed_at,
     listed_ranges,
     load_rows,
+    place_in_tensor,
     mask_at_head,
     prefix_length,
     query_bounds,
@@ -54,6 +56,7 @@ from fastformer_kernels.attention.tiles import (
     store_rows,
     tile_and_row,
     tile_start,
+    tensor_rows,
     tiles_ahead,
     tiles_in,
 )
@@ -77,8 +80,20 @@ class _OnlineSoftmax(NamedTuple):
 
 
 class _Sources(NamedTuple):
-    """The memory that tiles of keys and values are loaded from: pointers, or tensor descriptors."""
+    """The memory that tiles are loaded from: pointers or tensor descriptors, and a head's place in a descriptor."""
 
+    k: Any
+    v: Any
+    k_row: Any
+    k_column: Any
+    v_row: Any
+    v_column: Any
+
+
+class _Tensors(NamedTuple):
+    """Descriptors of whole tensors, which a program makes once for all its tiles."""
+
+    q: Any
     k: Any
     v: Any
 
@@ -119,6 +134,8 @@ def _attend(
             constants.BLOCK_D,
             TESTED,
             constants.DESCRIPTORS,
+            sources.k_row,
+            sources.k_column,
         )
         zeros = tl.zeros((constants.BLOCK_M, constants.BLOCK_N), tl.float32)
         products = dot(q_tile, tl.trans(key_tile), zeros, constants.INPUT_PRECISION)
@@ -157,6 +174,8 @@ def _attend(
             constants.BLOCK_V,
             TESTED,
             constants.DESCRIPTORS,
+            sources.v_row,
+            sources.v_column,
         )
         weights = round_to(weights, value_tile.dtype)
         accumulator = dot(weights, value_tile, accumulator * rescale[:, None], constants.INPUT_PRECISION)
@@ -195,14 +214,22 @@ def _attention_forward_kernel(
         layout, features, constants: a `Layout`, a `Features`, a `Constants`.
     """
     sizes = Sizes(all_tiles, tiles, heads_in_cache, heads, queries, keys, query_tokens, key_tokens)
+    whole = None
+    if constants.WHOLE_TENSORS:
+        kv_heads = heads // layout.group
+        whole = _Tensors(
+            tensor_rows(q, query_tokens, heads, queries, constants.BLOCK_M, constants.BLOCK_D),
+            tensor_rows(k, key_tokens, kv_heads, keys, constants.BLOCK_N, constants.BLOCK_D),
+            tensor_rows(v, key_tokens, kv_heads, keys, constants.BLOCK_N, constants.BLOCK_V),
+        )
     stop, step = tiles_ahead(all_tiles, constants.PERSISTENT)
     for ahead in range(0, stop, step):
         number = tl.program_id(0) + ahead
-        _forward_tile(q, k, v, o, lse, sinks_pointer, number, sizes, layout, features, constants)
+        _forward_tile(q, k, v, o, lse, sinks_pointer, whole, number, sizes, layout, features, constants)
 
 
 @triton.jit
-def _forward_tile(q, k, v, o, lse, sinks_pointer, number, sizes, layout, features, constants):
+def _forward_tile(q, k, v, o, lse, sinks_pointer, whole, number, sizes, layout, features, constants):
     """Compute output and log-sum-exp of tile number `number`: some queries of one head of one sequence."""
     DESCRIPTORS: tl.constexpr = constants.DESCRIPTORS
     BLOCK_M: tl.constexpr = constants.BLOCK_M
@@ -218,15 +245,24 @@ def _forward_tile(q, k, v, o, lse, sinks_pointer, number, sizes, layout, feature
     k_start, keys, _ = key_bounds(batch, layout, sizes.keys, sizes.key_tokens)
     span = Span(queries, keys, keys - queries if constants.BOTTOM_RIGHT else 0, prefix_length(batch, layout))
     kv_head = head // layout.group
-    k_pointer = at_head(k, batch, kv_head, k_start)
-    v_pointer = at_head(v, batch, kv_head, k_start)
-    k_source = rows_of(k_pointer, keys, k, constants.head_dim, BLOCK_N, BLOCK_D, DESCRIPTORS)
-    v_source = rows_of(v_pointer, keys, v, constants.value_dim, BLOCK_N, BLOCK_V, DESCRIPTORS)
-    q_pointer = at_head(q, batch, head, q_start)
-    q_source = rows_of(q_pointer, queries, q, constants.head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    q_row, q_column, k_row, k_column, v_row, v_column = 0, 0, 0, 0, 0, 0
+    if constants.WHOLE_TENSORS:
+        q_source, k_source, v_source = whole
+        q_row, q_column = place_in_tensor(q, batch, head)
+        k_row, k_column = place_in_tensor(k, batch, kv_head)
+        v_row, v_column = place_in_tensor(v, batch, kv_head)
+    else:
+        k_pointer = at_head(k, batch, kv_head, k_start)
+        v_pointer = at_head(v, batch, kv_head, k_start)
+        k_source = rows_of(k_pointer, keys, k, constants.head_dim, BLOCK_N, BLOCK_D, DESCRIPTORS)
+        v_source = rows_of(v_pointer, keys, v, constants.value_dim, BLOCK_N, BLOCK_V, DESCRIPTORS)
+        q_pointer = at_head(q, batch, head, q_start)
+        q_source = rows_of(q_pointer, queries, q, constants.head_dim, BLOCK_M, BLOCK_D, DESCRIPTORS)
     # An empty sequence's descriptor has one row, which does not exist: start after it.
     q_first = tl.where(first < queries, first, tl.maximum(first, 1))
-    q_tile = load_rows(q_source, q_first, queries, q, constants.head_dim, BLOCK_M, BLOCK_D, True, DESCRIPTORS)
+    q_tile = load_rows(
+        q_source, q_first, queries, q, constants.head_dim, BLOCK_M, BLOCK_D, True, DESCRIPTORS, q_row, q_column
+    )
     head_features = HeadFeatures(
         scale_of(features, head),
         slope_of(features, batch, head),
@@ -248,7 +284,7 @@ def _forward_tile(q, k, v, o, lse, sinks_pointer, number, sizes, layout, feature
     else:
         ranges = key_ranges(first, span, features, constants)
     softmax = _OnlineSoftmax(accumulator, maximum, total)
-    sources = _Sources(k_source, v_source)
+    sources = _Sources(k_source, v_source, k_row, k_column, v_row, v_column)
     place = _Place(first, batch, head, batch * sizes.heads + head)
     for tested in tl.static_range(1 if constants.LOOPS == ONE_LOOP else 0, 1 if constants.LOOPS == UNTESTED else 2):
         softmax = _attend(
@@ -321,7 +357,10 @@ def _launch_forward(
                 loops=loops,
                 persistent=programs < all_tiles,
                 descriptors=descriptors,
-                warp_specialize=descriptors and specializes_warps(configuration, loops),
+                warp_specialize=descriptors and specializes_warps(configuration, arguments, loops),
+                whole_tensors=descriptors
+                and programs < all_tiles
+                and describes_whole_tensors(query, key, value, arguments, configuration),
             ),
             **configuration.options,
         },

@@ -167,6 +167,7 @@ class Constants(NamedTuple):
         PERSISTENT: whether a program takes one tile after another.
         DESCRIPTORS: whether tiles are loaded by tensor descriptors (the bulk copy engine).
         WARP_SPECIALIZE: whether copies and products have separate warps.
+        WHOLE_TENSORS: whether a program makes one descriptor of each tensor for all its tiles, else one for each tile.
         SCORE_MOD: the key of a `ScoreMod`, which makes its source a part of the kernel's own; or None.
         MOD_SCORES, MOD_GRADIENT: its functions.
     """
@@ -184,6 +185,7 @@ class Constants(NamedTuple):
     PERSISTENT: bool
     DESCRIPTORS: bool
     WARP_SPECIALIZE: bool
+    WHOLE_TENSORS: bool
     SCORE_MOD: str | None
     MOD_SCORES: Any
     MOD_GRADIENT: Any

@@ -57,6 +57,8 @@ class AttentionConfiguration:
 HEAD_DIM_CLASSES = (64, 128, 256, 512)
 LENGTH_CLASSES = (512, 2048)
 LARGEST_BLOCK = 128
+# Descriptors count rows and columns in 32 bits.
+_FEWEST_64_BIT = 1 << 31
 
 
 def _block_of(head_dim: int) -> int:
@@ -526,6 +528,7 @@ def constants_of_call(
     persistent: bool = False,
     descriptors: bool = False,
     warp_specialize: bool = False,
+    whole_tensors: bool = False,
 ) -> Constants:
     """The compile-time constants of a kernel for this call."""
     score_mod = None if arguments.score_mod is None else score_mod_of(arguments.score_mod)
@@ -544,6 +547,7 @@ def constants_of_call(
             PERSISTENT=persistent,
             DESCRIPTORS=descriptors,
             WARP_SPECIALIZE=warp_specialize,
+            WHOLE_TENSORS=whole_tensors,
             SCORE_MOD=arguments.score_mod,
             MOD_SCORES=None if score_mod is None else score_mod.forward,
             MOD_GRADIENT=None if score_mod is None else score_mod.backward,
@@ -574,9 +578,9 @@ def loops_of(configuration: AttentionConfiguration, arguments: AttentionArgument
     return ONE_LOOP.value if configuration.one_loop and arguments.query_lists is None else TWO_LOOPS.value
 
 
-def specializes_warps(configuration: AttentionConfiguration, loops: int) -> bool:
+def specializes_warps(configuration: AttentionConfiguration, arguments: AttentionArguments, loops: int) -> bool:
     """True if copies and products have separate warps in a kernel with this constant LOOPS."""
-    return configuration.warp_specialize and loops != TWO_LOOPS.value
+    return configuration.warp_specialize and loops != TWO_LOOPS.value and _suits_specialized_warps(arguments)
 
 
 def launch_size(
@@ -597,6 +601,40 @@ def heads_in_cache(first: torch.Tensor, second: torch.Tensor, arguments: Attenti
     length = max(arguments.max_seqlen_q, arguments.max_seqlen_k, 1)
     bytes_per_head = length * (first.shape[-1] + second.shape[-1]) * first.element_size()
     return max(1, architecture_of(first).l2 // 2 // bytes_per_head)
+
+
+def describes_whole_tensors(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    arguments: AttentionArguments,
+    configuration: AttentionConfiguration,
+) -> bool:
+    """True if a descriptor of a whole tensor serves all its heads: no tile reaches beyond a sequence or a head."""
+    return (
+        not arguments.packed
+        and arguments.key_lengths is None
+        and arguments.max_seqlen_q % configuration.block_m == 0
+        and arguments.max_seqlen_k % configuration.block_n == 0
+        and all(_is_matrix_of_heads(tensor) for tensor in (query, key, value))
+    )
+
+
+def _is_matrix_of_heads(tensor: torch.Tensor) -> bool:
+    """True if each head of a dense tensor is a block of one matrix with rows of `stride(2)` elements."""
+    batch, heads, length, head_dim = tensor.shape
+    stride_b, stride_h, stride_row, _ = tensor.stride()
+    last = (batch - 1) * stride_b + (heads - 1) * stride_h
+    # Each stride leads to other rows, or all places that it leads to are in one row.
+    batches_in_a_row = last + head_dim <= stride_row
+    heads_in_a_row = (heads - 1) * stride_h + head_dim <= stride_row and stride_b % stride_row == 0
+    other_rows = stride_h % stride_row == 0 and stride_b % stride_row == 0
+    return (
+        head_dim == _block_of(head_dim)
+        and (batches_in_a_row or heads_in_a_row or other_rows)
+        and stride_row < _FEWEST_64_BIT
+        and last // stride_row + length < _FEWEST_64_BIT
+    )
 
 
 def uses_descriptors(*tensors: torch.Tensor) -> bool:

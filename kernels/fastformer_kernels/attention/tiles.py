@@ -377,6 +377,26 @@ def rows_of(
 
 
 @triton.jit
+def tensor_rows(operand, batches, heads, length, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A descriptor of a whole tensor, as rows of `stride_row` elements: see `place_in_tensor`.
+
+    A program makes it once for all its tiles. It gives the next sequence's rows beyond the end of a sequence, and the
+    next head's elements beyond head_dim: tiles must reach beyond neither.
+    """
+    last = tl.cast(batches - 1, tl.int64) * operand.stride_b + tl.cast(heads - 1, tl.int64) * operand.stride_h
+    rows = (last // operand.stride_row).to(tl.int32) + length
+    columns, stride = tl.cast(operand.stride_row, tl.int32), tl.cast(operand.stride_row, tl.int64)
+    return tl.make_tensor_descriptor(operand.pointer, [rows, columns], [stride, 1], [BLOCK, BLOCK_D])
+
+
+@triton.jit
+def place_in_tensor(operand, batch, head):
+    """Row and column of the first element of (batch, head) in a descriptor of `tensor_rows`."""
+    first = batch * operand.stride_b + head * operand.stride_h
+    return (first // operand.stride_row).to(tl.int32), (first % operand.stride_row).to(tl.int32)
+
+
+@triton.jit
 def load_rows(
     source,
     start,
@@ -387,10 +407,15 @@ def load_rows(
     BLOCK_D: tl.constexpr,
     CHECK: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    first_row=0,
+    column=0,
 ):
-    """Load rows [start, start + BLOCK) of a matrix of `operand`; with CHECK or a descriptor, zeros beyond its end."""
+    """Load rows [start, start + BLOCK) of a matrix of `operand`; with CHECK or a descriptor, zeros beyond its end.
+
+    first_row, column: for a descriptor, the place of the matrix in what it describes.
+    """
     if DESCRIPTOR:
-        return source.load([start, 0])
+        return source.load([first_row + start, column])
     else:
         row = tl.arange(0, BLOCK)
         dim = tl.arange(0, BLOCK_D)

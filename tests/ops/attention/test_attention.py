@@ -332,6 +332,32 @@ def test_tensors_that_no_descriptor_describes() -> None:
     assert not launch.uses_descriptors(torch.zeros(1, 2, 8, 12, dtype=torch.float16))
 
 
+WHOLE: dict[str, tuple[Callable[[], torch.Tensor], bool]] = {
+    "contiguous": (lambda: torch.empty(2, 3, 64, 32), True),
+    "heads side by side": (lambda: torch.empty(2, 64, 3, 32).transpose(1, 2), True),
+    "part of a projection": (lambda: torch.empty(2, 64, 3, 3, 32)[:, :, 1].transpose(1, 2), True),
+    "sequence first": (lambda: torch.empty(64, 2, 3, 32).permute(1, 2, 0, 3), True),
+    "shared head": (lambda: torch.empty(2, 1, 64, 32).expand(2, 3, 64, 32), True),
+    "head_dim that fills no tile": (lambda: torch.empty(2, 3, 64, 24), False),
+    "batches between rows": (lambda: torch.empty_strided((2, 3, 64, 32), (48, 64 * 96, 96, 1)), False),
+    "heads across rows": (lambda: torch.empty_strided((2, 3, 64, 32), (64 * 96, 48, 96, 1)), False),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_tensors_that_one_descriptor_describes(name: str) -> None:
+    make, wanted = WHOLE[name]
+    tensor = make()
+    assert launch._is_matrix_of_heads(tensor) is wanted
+    if wanted:  # the head at the place that kernels compute is the tensor's own
+        batch, head = 1, 2
+        first = batch * tensor.stride(0) + head * tensor.stride(1)
+        matrix = torch.arange(2**20).as_strided((1000, tensor.stride(2)), (tensor.stride(2), 1))
+        row, column = divmod(first, tensor.stride(2))
+        exact = torch.arange(2**20).as_strided(tensor.shape, tensor.stride())[batch, head]
+        assert torch.equal(matrix[row : row + 64, column : column + 32], exact)
+
+
 def test_query_and_key_norms(backend: str) -> None:
     query, key, value = with_two_heads()
     query_norm, key_norm = fastformer.nn.RMSNorm(16), fastformer.nn.LayerNorm(16)
