@@ -311,6 +311,7 @@ _CASES: dict[str, dict[str, _Variant]] = {
         "d64": _attention_variant(True, 64),
         "d64-causal": _attention_variant(True, 64, "causal"),
         "d128": _attention_variant(True, 128),
+        "d96-causal": _attention_variant(True, 96, "causal"),
         "d128-causal": _attention_variant(True, 128, "causal"),
         "d256-causal": _attention_variant(True, 256, "causal"),
         "d512-causal": _attention_variant(True, 512, "causal"),
