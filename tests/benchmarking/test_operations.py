@@ -26,7 +26,8 @@ def test_every_public_operator_is_in_a_study(quick: bool) -> None:
     setting = Setting(CPU, quick)
     names = [case.name for study in (attention, operators) for case in study.cases(setting)]
     assert len(set(names)) == len(names)
-    assert set(ops.__all__) - set(re.findall(r"\w+", " ".join(names))) == set()
+    operations = {name for name in ops.__all__ if not isinstance(getattr(ops, name), type)}
+    assert operations - set(re.findall(r"\w+", " ".join(names))) == set()
 
 
 def call(**options: object) -> Attention:

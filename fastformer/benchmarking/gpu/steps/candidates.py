@@ -114,7 +114,7 @@ def launches() -> Iterator[Callable[[], object]]:
 STEP = Step(
     name="candidates",
     title="a dozen launch configurations of each kernel, compared with the shipped one",
-    seconds=110,
+    seconds=102,
     run=run,
     launches=launches,
 )
