@@ -441,10 +441,9 @@ def _default_forward(
     """The configuration of the forward kernel that is shipped for such a call."""
     kind, present = _kind(query, value), _features(query, value, arguments)
     if _suits_specialized_warps(arguments) and uses_descriptors(query, key, value):
-        whole = _choose(_FORWARD_WHOLE, kind)
-        if whole is not None and not needs_tests(arguments, arguments.max_seqlen_k, whole.block_n):
-            return whole
-        specialized = _choose_with(_FORWARD_SPECIALIZED_WITH, kind, present) or _choose(_FORWARD_SPECIALIZED, kind)
+        whole = not needs_tests(arguments, arguments.max_seqlen_k, LARGEST_BLOCK)
+        specialized = _choose_with(_FORWARD_SPECIALIZED_WITH, kind, present)
+        specialized = specialized or _choose(_FORWARD_WHOLE if whole else _FORWARD_SPECIALIZED, kind)
         if specialized is not None:
             return specialized
     return _choose_with(_FORWARD_WITH, kind, present) or _choose(_FORWARD, kind) or _INTERPRETER
