@@ -26,6 +26,7 @@ LEFT = {
     "CLIP": {"feed-forward": "computes no feed-forward with relu, gelu"},  # quick_gelu
     "gpt-oss": {"rotary position embedding": "not simply each twice"},
     "Llama 4": {"normalisation": "its size cannot be told"},
+    "DeepSeek-V3": {"rotary position embedding": "it rotates by more than one function"},
 }
 REPLACED = {
     "BERT": {"embeddings", "feed-forward", "residual and normalisation", "normalisation", "loss", "attention"},
