@@ -11,8 +11,6 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from accuracy import assert_as_accurate
 from einops import rearrange
 from fastformer_kernels.attention.launch import AttentionConfiguration
@@ -34,6 +32,7 @@ from fastformer.ops.normalization import layer_norm, rms_norm
 from fastformer.ops.rotary import rotary
 from fastformer.ops.softmax import log_softmax, softmax
 from fastformer.registry import OPERATORS, Call, Make
+from fastformer.registry.score_mod import DECAY
 
 DEVICE = "cuda"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -176,23 +175,12 @@ def test_attention(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_attention(tensors, FEATURES[feature](), torch.bfloat16)
 
 
-@triton.jit
-def decay(score, b, h, q, k):
-    return score * tl.exp2(-0.1 * tl.abs(q - k).to(tl.float32)) + h
-
-
-@triton.jit
-def decay_gradient(dscore, score, b, h, q, k):
-    return dscore * tl.exp2(-0.1 * tl.abs(q - k).to(tl.float32))
-
-
 def test_attention_with_a_score_mod(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastformer_kernels import launch
 
     monkeypatch.setattr(launch, "_target", launch.INTERPRETER)
     torch.manual_seed(0)
     tensors = [randn(1, HEADS, size, 16) for size in (QUERIES, KEYS, KEYS)]
-    mod = fastformer.ScoreMod(decay, decay_gradient)
     q, k = torch.arange(QUERIES, device=DEVICE)[:, None], torch.arange(KEYS, device=DEVICE)
     factor = torch.exp2(-0.1 * (q - k).abs())
 
@@ -203,7 +191,7 @@ def test_attention_with_a_score_mod(monkeypatch: pytest.MonkeyPatch) -> None:
         return scores.softmax(-1) @ value, scores.logsumexp(-1)
 
     def operator(*tensors: torch.Tensor) -> Any:
-        return attention(*tensors, causal=True, score_mod=mod, return_lse=True)
+        return attention(*tensors, causal=True, score_mod=DECAY, return_lse=True)
 
     agree(operator, exact, exact, tensors, torch.bfloat16)
 

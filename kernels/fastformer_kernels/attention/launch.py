@@ -212,8 +212,8 @@ _BACKWARD_LOADING: dict[str, Table] = {
         }
     },
 }
-# A single loop, which the compiler splits among specialised warps: they copy while others multiply. It tests every tile
-# if some need a test. Calls for which `_suits_specialized_warps` is true have it.
+# One loop, which the compiler splits among specialised warps: some copy while others multiply. It tests every tile if
+# some tiles need a test. It is for the calls of which `_suits_specialized_warps` is true.
 _HOPPER_FORWARD_SPECIALIZED: Table = {
     2: {128: AttentionConfiguration(128, 128, 4, 2, resident=1, descriptors=True, warp_specialize=True, one_loop=True)}
 }
