@@ -27,6 +27,18 @@ def as_dtype(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def run(function: Any, tensors: list[torch.Tensor], options: dict[str, Any], weights: list[torch.Tensor]) -> list[Any]:
+    """Return output, log-sum-exp and every gradient, for a loss that uses both results."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    learned = {name: options[name].detach().requires_grad_() for name in learned_in(options)}
+    output, lse = function(*leaves, **{**options, **learned})
+    finite = torch.isfinite(lse)
+    loss = (output * weights[0].to(output.dtype)).sum()
+    loss = loss + (lse.masked_fill(~finite, 0.0) * weights[1].to(lse.dtype)).sum()
+    loss.backward()
+    return [output.detach(), lse.detach(), *(leaf.grad for leaf in leaves), *(leaf.grad for leaf in learned.values())]
+
+
 def magnitudes(
     actual: dict[str, torch.Tensor],
     exact: dict[str, torch.Tensor],

@@ -13,7 +13,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
-from attention_accuracy import as_dtype, learned_in, magnitudes, result_names
+from attention_accuracy import as_dtype, magnitudes, result_names, run
 from devices import here
 from fastformer_kernels.attention import launch
 from fastformer_kernels.configurations import forced
@@ -29,18 +29,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 GPU = torch.cuda.is_available()
 # Twice the error of the log-sum-exp of PyTorch's 16-bit kernel on a CPU, whose exponentials have 14 bits.
 FLASH_LSE = 1.2e-4
-
-
-def run(function: Any, tensors: list[torch.Tensor], options: dict[str, Any], weights: list[torch.Tensor]) -> list[Any]:
-    """Return output, log-sum-exp and every gradient, for a loss that uses both results."""
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    learned = {name: options[name].detach().requires_grad_() for name in learned_in(options)}
-    output, lse = function(*leaves, **{**options, **learned})
-    finite = torch.isfinite(lse)
-    loss = (output * weights[0].to(output.dtype)).sum()
-    loss = loss + (lse.masked_fill(~finite, 0.0) * weights[1].to(lse.dtype)).sum()
-    loss.backward()
-    return [output.detach(), lse.detach(), *(leaf.grad for leaf in leaves), *(leaf.grad for leaf in learned.values())]
 
 
 def check(tensors: list[torch.Tensor], options: dict[str, Any], dropout_seed: int = 0) -> None:

@@ -12,7 +12,7 @@ import pytest
 import reference
 import torch
 from accuracy import assert_as_accurate
-from attention_accuracy import as_dtype, learned_in, magnitudes, result_names
+from attention_accuracy import as_dtype, magnitudes, result_names, run
 from fastformer_kernels.attention import launch
 from fastformer_kernels.configurations import forced
 from torch import Tensor
@@ -93,17 +93,6 @@ def test_masks_of_flex_attention(block_size: Any) -> None:
         warnings.simplefilter("ignore")  # that it is not compiled
         expected = flex_attention.flex_attention(query, key, value, block_mask=theirs)
     torch.testing.assert_close(fastformer.attention(query, key, value, mask=ours), expected)
-
-
-def run(function: Any, tensors: list[Tensor], options: dict[str, Any], weights: list[Tensor]) -> list[Tensor]:
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    learned = {name: options[name].detach().requires_grad_() for name in learned_in(options)}
-    output, lse = function(*leaves, **{**options, **learned})
-    finite = torch.isfinite(lse)
-    loss = (output * weights[0].to(output.dtype)).sum()
-    loss = loss + (lse.masked_fill(~finite, 0.0) * weights[1].to(lse.dtype)).sum()
-    loss.backward()
-    return [output.detach(), lse.detach(), *(leaf.grad for leaf in leaves), *(leaf.grad for leaf in learned.values())]
 
 
 def with_lse(*tensors: Tensor, **options: Any) -> Any:
