@@ -1,7 +1,7 @@
 """A program that compiles every launch configuration chosen on one architecture, and prints which kernels fit there.
 
-Each entry of the tables becomes a separate object, which shows the entry that a call chose. A call below is compiled
-if it chooses an entry that no earlier call chose. Entries that no call chooses are printed.
+Each configuration of the tables becomes a new object, which shows what a call chose. A call below is compiled if it
+chooses a configuration that no earlier call chose. Configurations that no call chooses are printed.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def attention(head_dim: int, dtype: torch.dtype, *features: str) -> None:
         "packed": lambda: {"cu_seqlens_q": integers(5), "max_seqlen_q": LENGTH},
         "window": lambda: {"window": (256, 256)},
         "alibi": lambda: {"alibi_slopes": empty(heads)},
+        "softcap": lambda: {"softcap": 30.0},
     }
     options = [known[feature]() for feature in features if feature in known]
     torch.use_deterministic_algorithms("deterministic" in features)
@@ -128,6 +129,10 @@ ATTENTION = (
     ("grouped", "causal"),
     ("window",),
     ("alibi", "causal"),
+    ("softcap", "causal"),
+    ("causal", "deterministic"),
+    ("dropout", "causal", "deterministic"),
+    ("grouped", "causal", "deterministic"),
     ("loaded", "causal", "deterministic"),
 )
 
@@ -219,8 +224,9 @@ def modules() -> list[ModuleType]:
 def entries(architecture: str) -> dict[str, Any]:
     """Return every configuration for `architecture` by its place: those in the modules' tables, and single ones.
 
-    Each configuration is replaced in its place by a new object.
+    Each configuration is replaced by a new object, the same in all places that share it.
     """
+    copies: dict[int, Any] = {}
     variables = {id(value): value for module in modules() for value in vars(module).values()}
     parts = {id(part) for value in variables.values() for part in _tables_within(value)}
     found: dict[str, Any] = {}
@@ -229,7 +235,7 @@ def entries(architecture: str) -> dict[str, Any]:
             of_rows = architecture in OF_ROWS and isinstance(value, RowConfiguration)
             # A table that is part of another one is visited there.
             if of_rows or (_is_table(value) and id(value) not in parts):
-                setattr(module, name, _separate(value, (module.__name__, name), architecture, found))
+                setattr(module, name, _separate(value, (module.__name__, name), architecture, found, copies))
     return found
 
 
@@ -246,13 +252,18 @@ def _is_table(value: Any) -> bool:
     )
 
 
-def _separate(value: Any, place: tuple[Any, ...], architecture: str, found: dict[str, Any]) -> Any:
-    """Return a copy of a table with copies of its configurations, and add those for `architecture` to `found`."""
+def _separate(
+    value: Any, place: tuple[Any, ...], architecture: str, found: dict[str, Any], copies: dict[int, Any]
+) -> Any:
+    """Return a copy of a table with copies of its configurations, and add those for `architecture` to `found`.
+
+    `copies` holds the copies made so far, by the ids of the originals.
+    """
     if isinstance(value, dict):
-        return {key: _separate(inner, (*place, key), architecture, found) for key, inner in value.items()}
+        return {key: _separate(inner, (*place, key), architecture, found, copies) for key, inner in value.items()}
     if not is_dataclass(value) or isinstance(value, (type, Architecture)):
         return value
-    copy = replace(value)
+    copy = copies.setdefault(id(value), replace(value))
     if architecture in place or isinstance(value, RowConfiguration):
         found[" ".join(map(str, place))] = copy
     return copy
