@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Measure on this machine's GPU, for every class of shapes, which of a dozen launch configurations of a kernel is the
 fastest. For the parts of a feed-forward block, also measure whether one fused kernel is faster than a library's matrix
-product followed by one pass. Without this, shipped defaults are used. A configuration wins only if its results agree
+product followed by one pass, and for attention in Hugging Face models, whether PyTorch's own is faster. Without this,
+shipped defaults are used. A configuration wins only if its results agree
 with the default's. Compiling takes most of the time: some minutes on 16 cores. The winners are kept for this GPU's
 architecture and this version of triton in FASTFORMER_CACHE/plans.json (default: ~/.cache/fastformer/plans.json), and
 are used from then on.

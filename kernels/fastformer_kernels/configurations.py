@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -66,8 +65,11 @@ def class_key(operation: str, shape: tuple[str, ...]) -> str:
 
 def size_class(size: int, ends: tuple[int, ...]) -> str:
     """The class of a size. `ends` are the largest sizes of all classes except the last."""
-    index = bisect_left(ends, size)
-    return f"<={ends[index]}" if index < len(ends) else f">{ends[-1]}"
+    # torch.compile cannot trace `bisect`.
+    for end in ends:
+        if size <= end:
+            return f"<={end}"
+    return f">{ends[-1]}"
 
 
 def others_than(default: T, found: Iterable[T]) -> list[T]:

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.output_capturing import _active_collector
 
-from fastformer.integrations.attention import on_cpu
+from fastformer.integrations.attention import on_cpu, on_gpu
 from fastformer.integrations.attention.mask import AttentionMask, MaskStructure, elements_of
 from fastformer.integrations.attention.paged_cache import updated_pages
+from fastformer.integrations.attention.sdpa import Sdpa, sdpa_backends
 from fastformer.ops import attention, attention_weights
 from fastformer.ops.packing import packed_sequences
 
@@ -89,7 +90,8 @@ def attention_forward(
         deterministic: whether gradients must be the same in every run.
 
     On a CPU without a chosen backend, the model's own SDPA runs instead if our operator would skip too little work to
-    be faster. With dropout SDPA always runs there, and the pattern is then PyTorch's.
+    be faster. With dropout SDPA always runs there, and the pattern is then PyTorch's. On a GPU SDPA runs where
+    `fastformer tune` measured that it is faster.
 
     Returns:
         The output, (batch, queries, heads, value_head_dim), and the weights, (batch, heads, queries, keys), or None.
@@ -115,12 +117,15 @@ def attention_forward(
     if not weights_wanted and not any(
         given is not None for given in (softcap, s_aux, sinks, indices, block_indices, cu_seq_lens_q)
     ):
-        choice = on_cpu.choose(structure, attention_mask, query, key, position_bias, dropout_p)
-        if isinstance(choice, on_cpu.Sdpa):
-            mask, causal = choice
-            return sdpa_attention_forward(
-                module, query, key, value, mask, dropout_p, scaling, is_causal=causal, position_bias=position_bias
-            )
+        choice = on_gpu.choose(structure, query, key, value, position_bias, dropout_p) or on_cpu.choose(
+            structure, attention_mask, query, key, position_bias, dropout_p
+        )
+        if isinstance(choice, Sdpa):
+            mask, causal, cudnn = choice
+            with sdpa_backends(cudnn):
+                return sdpa_attention_forward(
+                    module, query, key, value, mask, dropout_p, scaling, is_causal=causal, position_bias=position_bias
+                )
         structure = choice
     by_row = weights_wanted or any(given is not None for given in (position_bias, indices, block_indices, sinks))
     boundaries = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)

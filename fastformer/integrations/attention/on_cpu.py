@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastformer.backends import selected_backend
 from fastformer.integrations.attention.mask import MaskStructure, elements_of
+from fastformer.integrations.attention.sdpa import Sdpa, only_causal, sdpa_call
 from fastformer.ops.attention.flash import FLASH_ROWS
 
 # Costs of our operator compared with SDPA, for a call and for each row computed alone. The unit is floating-point
@@ -28,13 +28,6 @@ LEARNED_SCORES = 1 << 22
 SDPA_KEYS = 512
 """The number of keys that PyTorch's flash attention on a CPU handles at a time, masked or not."""
 Span = tuple[int, int]
-
-
-class Sdpa(NamedTuple):
-    """PyTorch's scaled_dot_product_attention, with this mask and `is_causal`."""
-
-    mask: Tensor | None
-    causal: bool
 
 
 def choose(
@@ -93,7 +86,7 @@ def operator_is_faster(
     queries, keys = _spans(structure, batch, m, n, bias)
     sizes = [(b - a, d - c) for (a, b), (c, d) in zip(queries, keys, strict=True)]
     pairs = sum(of_row * _keys_computed(of_row, keys_of_row, structure) for of_row, keys_of_row in sizes)
-    skips_blocks = bias is None and _only_causal(structure, m, n)
+    skips_blocks = bias is None and only_causal(structure, m, n)
     in_sdpa = batch * m * (min(n, (m + SDPA_KEYS) / 2) if skips_blocks else n)
     cost = OPERATOR_COST + ROW_COST * (0 if structure.spans is None else batch)
     of_bias = 0.0 if bias is None else BIAS_COST * in_sdpa
@@ -164,28 +157,3 @@ def without_padding(
 
 def _boundaries(lengths: list[int]) -> Tensor:
     return torch.tensor([*itertools.accumulate(lengths, initial=0)], dtype=torch.int32)
-
-
-def sdpa_call(structure: MaskStructure, m: int, n: int) -> Sdpa | None:
-    """Return the mask, (batch, 1, 1, n), and `is_causal` with which SDPA computes `structure`; None if it cannot."""
-    last_query = m == 1 and structure.causal and (structure.alignment == "bottom_right" or n == 1)
-    if structure.ignores_positions or (last_query and _unlimited(structure)):
-        return Sdpa(_key_mask(structure, n), False)
-    return Sdpa(None, True) if _only_causal(structure, m, n) else None
-
-
-def _only_causal(structure: MaskStructure, m: int, n: int) -> bool:
-    keys = structure.key_mask is None and structure.key_lengths is None
-    return keys and structure.causal and _unlimited(structure) and m == n
-
-
-def _unlimited(structure: MaskStructure) -> bool:
-    return structure.window == (None, None) and structure.chunk is None
-
-
-def _key_mask(structure: MaskStructure, n: int) -> Tensor | None:
-    lengths = structure.key_lengths
-    if lengths is None:
-        return structure.key_mask
-    mask = (torch.arange(n) < lengths[:, None])[:, None, None]
-    return mask if structure.key_mask is None else mask & structure.key_mask

@@ -11,6 +11,7 @@ from fastformer_kernels.attention.candidates import (
     forward_candidates,
     query_gradient_candidates,
 )
+from fastformer_kernels.attention.plan import AttentionPlan
 from fastformer_kernels.launch import Architecture
 from fastformer_kernels.matmul import product_candidates
 from fastformer_kernels.plans import FeedForwardPlan
@@ -48,6 +49,8 @@ def candidates(operation: str, default: Any, architecture: Architecture, head_di
         return decode_candidates(default)
     if operation in _ROWS:
         return row_candidates(default)
+    if isinstance(default, AttentionPlan):
+        return [AttentionPlan(fastformer=False), AttentionPlan(fastformer=False, cudnn=True)]
     if isinstance(default, FeedForwardPlan):
         return [FeedForwardPlan(not default.fused)]
     return product_candidates(default, element_size, architecture.shared_memory)

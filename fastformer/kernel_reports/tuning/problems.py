@@ -7,6 +7,7 @@ from itertools import chain
 
 import torch
 
+from fastformer.kernel_reports.tuning.attention_plan_problems import attention_plan_problems
 from fastformer.kernel_reports.tuning.attention_problems import attention_problems, decode_problems
 from fastformer.kernel_reports.tuning.feed_forward_problems import feed_forward_problems
 from fastformer.kernel_reports.tuning.problem import FULL, Group, Problem, Sizes
@@ -22,11 +23,13 @@ def problems(dtypes: Iterable[torch.dtype], groups: Iterable[Group], sizes: Size
         for dtype in dtypes
         for problem in chain(
             attention_problems(dtype, sizes, sizes.lengths[:1], both),
+            attention_plan_problems(dtype, sizes, sizes.lengths[:1]),
             norm_problems(dtype, sizes, "norm_backward"),
             cross_entropy_problems(dtype, sizes),
             decode_problems(dtype, sizes),
             feed_forward_problems(dtype, sizes),
             attention_problems(dtype, sizes, sizes.lengths[1:], both),
+            attention_plan_problems(dtype, sizes, sizes.lengths[1:]),
             norm_problems(dtype, sizes, "norm_forward"),
             softmax_problems(dtype, sizes),
             attention_problems(dtype, sizes, sizes.lengths, ("attention_deterministic", "attention_query_gradient")),
