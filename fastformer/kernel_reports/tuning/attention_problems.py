@@ -18,36 +18,50 @@ from fastformer.kernel_reports.tuning.problem import Call, Make, Problem, Result
 _NOTHING_LEARNED = Learned(bias=False, relative=False, alibi_slopes=False, head_scales=False, sinks=False)
 
 
+# Sizes of a query's and a key's head, and of a value's.
+HeadDims = tuple[int, int]
+
+
 def attention_problems(
     dtype: torch.dtype, sizes: Sizes, lengths: Iterable[int], operations: Iterable[str]
 ) -> Iterator[Problem]:
     """Yield full and causal attention for each number of keys in `lengths`."""
     for length, head_dim, causal, operation in product(lengths, sizes.head_dims, (True, False), operations):
-        yield _attention_problem(operation, dtype, sizes, length, head_dim, causal)
+        yield _attention_problem(operation, dtype, sizes, length, (head_dim, head_dim), causal)
+
+
+def wide_attention_problems(dtype: torch.dtype, sizes: Sizes) -> Iterator[Problem]:
+    """Yield attention of wide heads. A kernel of its own computes dQ for the widest, in every backward."""
+    operations = ("attention_forward", "attention_query_gradient", "attention_backward", "attention_deterministic")
+    for head_dims, causal, operation in product(sizes.wide_head_dims, (True, False), operations):
+        yield _attention_problem(operation, dtype, sizes, sizes.lengths[0], head_dims, causal)
 
 
 def decode_problems(dtype: torch.dtype, sizes: Sizes) -> Iterator[Problem]:
     """Yield attention of one new token of each sequence to a cache."""
     for batch, keys in sizes.caches:
         yield _decode_problem(dtype, sizes, batch, keys)
+    for batch, keys in sizes.latent_caches:
+        yield _latent_decode_problem(dtype, batch, keys)
 
 
 def _attention_problem(
-    operation: str, dtype: torch.dtype, sizes: Sizes, length: int, head_dim: int, causal: bool
+    operation: str, dtype: torch.dtype, sizes: Sizes, length: int, head_dims: HeadDims, causal: bool
 ) -> Problem:
+    head_dim, value_dim = head_dims
     arguments = _arguments(length, head_dim, causal)
-    shape = (max(1, sizes.tokens // length), length, max(1, sizes.width // head_dim), head_dim)
+    batch, heads = max(1, sizes.tokens // length), max(1, sizes.width // head_dim)
 
-    def heads(device: torch.device) -> Tensor:
+    def random(width: int, device: torch.device) -> Tensor:
         # The layout of a projection's result: the heads of a token are next to each other.
-        return torch.randn(shape, device=device).to(dtype).transpose(1, 2)
+        return torch.randn(batch, length, heads, width, device=device).to(dtype).transpose(1, 2)
 
     def of_forward(device: torch.device) -> Tensors:
-        return [heads(device) for _ in range(3)]
+        return [random(width, device) for width in (head_dim, head_dim, value_dim)]
 
     def of_backward(device: torch.device) -> Tensors:
         inputs = of_forward(device)
-        return [heads(device), *inputs, *attention_forward(inputs[0], inputs[1], inputs[2], arguments)]
+        return [random(value_dim, device), *inputs, *attention_forward(inputs[0], inputs[1], inputs[2], arguments)]
 
     def forward(query: Tensor, key: Tensor, value: Tensor) -> Results:
         return attention_forward(query, key, value, arguments)
@@ -73,8 +87,9 @@ def _attention_problem(
         "attention_query_gradient": (of_backward, deterministic),
     }
     tensors, call = calls[operation]
-    case = f"{operation} {'causal' if causal else 'full'} head_dim {head_dim}, {length} keys"
-    return Problem("attention", operation, case, dtype, tensors, call, head_dim)
+    widths = f"{head_dim}" if head_dim == value_dim else f"{head_dim}, values {value_dim}"
+    case = f"{operation} {'causal' if causal else 'full'} head_dim {widths}, {length} keys"
+    return Problem("attention", operation, case, dtype, tensors, call, max(head_dims))
 
 
 def _arguments(length: int, head_dim: int, causal: bool) -> AttentionArguments:
@@ -117,19 +132,39 @@ def _decode_problem(dtype: torch.dtype, sizes: Sizes, batch: int, keys: int) -> 
         return [query, *caches, torch.full((batch,), keys, dtype=torch.int32, device=device)]
 
     def call(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> Results:
-        arguments = DecodeArguments(
-            lengths=lengths,
-            query_lengths=None,
-            block_table=None,
-            alibi_slopes=None,
-            sinks=None,
-            lists=None,
-            bits=None,
-            scale=head_dim**-0.5,
-            left=UNBOUNDED,
-            right=UNBOUNDED,
-            softcap=0.0,
-        )
-        return decode_forward(query, key_cache, value_cache, arguments, None)
+        return decode_forward(query, key_cache, value_cache, _decode_arguments(lengths, head_dim), None)
 
     return Problem("decode", "decode", f"decode {batch} sequences, {keys} keys", dtype, tensors, call)
+
+
+def _latent_decode_problem(dtype: torch.dtype, batch: int, keys: int) -> Problem:
+    """Absorbed multi-head latent attention, with the heads of DeepSeek-V3."""
+    heads, head_dim, value_dim = 128, 576, 512
+
+    def tensors(device: torch.device) -> Tensors:
+        query, cache = (
+            torch.randn(batch, *size, head_dim, device=device).to(dtype) for size in ((heads, 1), (1, keys))
+        )
+        return [query, cache, torch.full((batch,), keys, dtype=torch.int32, device=device)]
+
+    def call(query: Tensor, cache: Tensor, lengths: Tensor) -> Results:
+        return decode_forward(query, cache, cache[..., :value_dim], _decode_arguments(lengths, head_dim), None)
+
+    case = f"decode {batch} sequences, {keys} latent keys"
+    return Problem("decode", "decode", case, dtype, tensors, call)
+
+
+def _decode_arguments(lengths: Tensor, head_dim: int) -> DecodeArguments:
+    return DecodeArguments(
+        lengths=lengths,
+        query_lengths=None,
+        block_table=None,
+        alibi_slopes=None,
+        sinks=None,
+        lists=None,
+        bits=None,
+        scale=head_dim**-0.5,
+        left=UNBOUNDED,
+        right=UNBOUNDED,
+        softcap=0.0,
+    )

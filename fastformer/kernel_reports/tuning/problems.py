@@ -8,7 +8,11 @@ from itertools import chain
 import torch
 
 from fastformer.kernel_reports.tuning.attention_plan_problems import attention_plan_problems
-from fastformer.kernel_reports.tuning.attention_problems import attention_problems, decode_problems
+from fastformer.kernel_reports.tuning.attention_problems import (
+    attention_problems,
+    decode_problems,
+    wide_attention_problems,
+)
 from fastformer.kernel_reports.tuning.feed_forward_problems import feed_forward_problems
 from fastformer.kernel_reports.tuning.problem import FULL, Group, Problem, Sizes
 from fastformer.kernel_reports.tuning.row_problems import cross_entropy_problems, norm_problems, softmax_problems
@@ -28,6 +32,7 @@ def problems(dtypes: Iterable[torch.dtype], groups: Iterable[Group], sizes: Size
             cross_entropy_problems(dtype, sizes),
             decode_problems(dtype, sizes),
             feed_forward_problems(dtype, sizes),
+            wide_attention_problems(dtype, sizes),
             attention_problems(dtype, sizes, sizes.lengths[1:], both),
             attention_plan_problems(dtype, sizes, sizes.lengths[1:]),
             norm_problems(dtype, sizes, "norm_forward"),

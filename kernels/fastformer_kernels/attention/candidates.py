@@ -117,7 +117,7 @@ def backward_candidates(
     They differ in tiles, in descriptors or pointers, and in whether dQ is added up or comes from its own kernel."""
     tiles = _tiles(_BACKWARD_TILES, architecture, head_dim, element_size)
     found = [_plain(default, tile) for tile in tiles]
-    found += [replace(choice, two_kernels=True) for choice in (default, *found[:1], *found[3:5])]
+    found += [replace(choice, two_kernels=not default.two_kernels) for choice in (default, *found[:1], *found[3:5])]
     found += [replace(default, resident=1), replace(default, one_loop=True)]
     if default.descriptors:
         found.append(replace(default, descriptors=False))
@@ -175,8 +175,14 @@ def _tiles(
 
 def _plain(default: AttentionConfiguration, tile: Tile) -> AttentionConfiguration:
     block_m, block_n, num_warps, num_stages = tile
-    return AttentionConfiguration(
-        block_m, block_n, num_warps, num_stages, resident=default.resident, descriptors=default.descriptors
+    return replace(
+        default,
+        block_m=block_m,
+        block_n=block_n,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        warp_specialize=False,
+        one_loop=False,
     )
 
 

@@ -416,7 +416,8 @@ def _shape_class(query: torch.Tensor, value: torch.Tensor, arguments: AttentionA
     )
     return _class_words(
         query.element_size(),
-        max(query.shape[-1], value.shape[-1]),
+        query.shape[-1],
+        value.shape[-1],
         arguments.max_seqlen_k,
         "borders" if borders else "whole",
         "loaded" if arguments.loads_scores else "folded" if folds_scale(arguments) else "computed",
@@ -426,10 +427,11 @@ def _shape_class(query: torch.Tensor, value: torch.Tensor, arguments: AttentionA
 
 
 @lru_cache
-def _class_words(element_size: int, head_dim: int, keys: int, *words: str) -> tuple[str, ...]:
+def _class_words(element_size: int, head_dim: int, value_dim: int, keys: int, *words: str) -> tuple[str, ...]:
     return (
         f"{8 * element_size}-bit",
         f"head_dim{size_class(head_dim, HEAD_DIM_CLASSES)}",
+        f"value_dim{size_class(value_dim, HEAD_DIM_CLASSES)}",
         *words,
         f"keys{size_class(keys, LENGTH_CLASSES)}",
     )

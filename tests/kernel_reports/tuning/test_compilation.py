@@ -49,3 +49,40 @@ def test_candidates_are_compiled_beforehand(tmp_path: Path) -> None:
     assert (found["launches"], found["missed"]) == (4, [])
     assert [len(failures) for failures in found["failed"]] == [1, 1]
     assert all("tile_elements=3000" in failures[0] for failures in found["failed"])
+
+
+# Print, for each problem of attention's kernels, its operation, its head_dim, the key of its class, and its candidates.
+CANDIDATES = """
+import json
+import torch
+from dataclasses import asdict
+from fastformer_kernels.attention.plan import OPERATION
+from fastformer_kernels.configurations import shipped_defaults
+from fastformer.kernel_reports.compilation import specializations_of
+from fastformer.kernel_reports.tuning.compilation import launches
+from fastformer.kernel_reports.tuning.problems import problems
+
+for problem in problems([torch.bfloat16], ["attention"]):
+    if problem.operation == OPERATION:
+        continue
+    with shipped_defaults() as asked:
+        specializations_of([lambda: problem.call(*problem.tensors(torch.device("meta")))], "sm_90")
+    key = next(key for key in asked if key.split()[0] == problem.operation)
+    print(json.dumps([problem.operation, problem.head_dim, key, [*map(asdict, launches(problem, "sm_90"))]]))
+"""
+
+
+@pytest.mark.cpu
+def test_problems_of_attention_are_of_different_classes_and_have_several_tiles() -> None:
+    """With the widest heads, too. In their backward, dQ is added up or comes from a kernel of its own."""
+    done = python("-c", CANDIDATES)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len({key for _, _, key, _ in found}) == len(found)
+    for operation, head_dim, _, candidates in found:
+        assert len({(choice["block_m"], choice["block_n"]) for choice in candidates}) > 2, (operation, head_dim)
+        if operation == "attention_backward":
+            assert {choice["two_kernels"] for choice in candidates} == {False, True}
+    assert {operation for operation, head_dim, *_ in found if head_dim == 512} == {
+        "attention_forward", "attention_backward", "attention_deterministic", "attention_query_gradient"
+    }  # fmt: skip
