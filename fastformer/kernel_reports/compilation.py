@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
+import io
+import operator
 import os
 import pickle
 import threading
@@ -47,15 +48,14 @@ class Specialization:
     Attributes:
         architecture: a name in `ARCHITECTURES`.
         module, kernel: the module and the name of the Triton function.
-        data: Triton's own serialisation of signature, constants, attributes and options, as JSON.
-        arguments: signature, constants and attributes, pickled. JSON loses the classes of named tuples, which kernels
-            have as arguments.
+        key: Triton's own key of the types, constants and options.
+        arguments: what Triton compiles the function with, as `_pickled` returns it.
     """
 
     architecture: str
     module: str
     kernel: str
-    data: str
+    key: str
     arguments: bytes = field(compare=False, repr=False)
 
 
@@ -107,22 +107,26 @@ def compile_ahead(
 
 
 def specializations_of(work: Sequence[Work], architecture: str) -> list[Specialization]:
-    """The distinct specialisations that `work` requests on `architecture`. Nothing is compiled."""
+    """The distinct specialisations that `work` requests on `architecture`. Nothing is compiled.
+
+    Raises:
+        ValueError: a function of the user's own, such as one of a `ScoreMod`, cannot be found by its name.
+    """
     found: dict[Specialization, None] = {}
 
-    def keep(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
-        arguments = pickle.dumps((compile["signature"], compile["constants"], compile["configs"][0]))
-        data = compile["specialization_data"]
-        found[Specialization(architecture, fn.module, fn.name, data, arguments)] = None
-        return True  # stops the launch here
+    def keep(function: JITFunction, key: str, signature: Any, device: Any, *rest: Any, **_: bool) -> None:
+        arguments = _pickled((signature, *rest[:3]))
+        found[Specialization(architecture, function.module, function.fn.__qualname__, key, arguments)] = None
 
-    previous, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, keep
+    # Triton stops a launch for which this returns None. Its own hook here comes too late: what is given to the hook is
+    # first made JSON, which fails for a function among the constants.
+    compiling, JITFunction._do_compile = JITFunction._do_compile, keep
     try:
         with stand_in(architecture), kernels_of_meta_operators():
             for run in work:
                 run()
     finally:
-        triton.knobs.runtime.jit_cache_hook = previous
+        JITFunction._do_compile = compiling
     return list(found)
 
 
@@ -230,19 +234,44 @@ def _what_it_lacks(metadata: Any, architecture: Architecture) -> str | None:
 
 
 def _specialize(function: JITFunction, specialization: Specialization) -> Any:
-    """Compile a kernel as `JITFunction.preload` does, but from pickled arguments instead of JSON."""
     device = triton.runtime.driver.active.get_current_device()
-    backend = function.device_caches[device][3]
-    known = json.loads(specialization.data)
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in known["options"].items()}
-    signature, constants, attributes = pickle.loads(specialization.arguments)
-    return function._do_compile(
-        known["key"], signature, device, constants, backend.parse_options(options), attributes, warmup=True
-    )
+    signature, constants, options, attributes = pickle.loads(specialization.arguments)
+    return function._do_compile(specialization.key, signature, device, constants, options, attributes, warmup=True)
 
 
 def _find(specialization: Specialization) -> JITFunction:
-    function = getattr(importlib.import_module(specialization.module), specialization.kernel)
+    function = _named(specialization.module, specialization.kernel)
     while not isinstance(function, JITFunction):  # heuristics wrap the function
         function = function.fn
     return function
+
+
+def _named(module: str, name: str) -> Any:
+    return operator.attrgetter(name)(importlib.import_module(module))
+
+
+def _pickled(arguments: tuple[Any, ...]) -> bytes:
+    """Signature, constants, options and attributes of a specialisation, for another process."""
+    stream = io.BytesIO()
+    _Pickler(stream).dump(arguments)
+    return stream.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles a Triton function, which a `ScoreMod` has among the constants, as its module and name."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, JITFunction):
+            return NotImplemented
+        module, name = value.module, value.fn.__qualname__
+        try:
+            # In another process, the program's own module has another name, which the name of a kernel contains.
+            found = None if module == "__main__" else _named(module, name)
+        except (ImportError, AttributeError):
+            found = None
+        if found is not value:
+            raise ValueError(
+                f"the Triton function {name} of module {module} cannot be compiled in another process, which would not "
+                "find it. Define it at the top of a module that is imported, under its own name"
+            )
+        return _named, (module, name)

@@ -325,6 +325,7 @@ _CASES: dict[str, dict[str, _Variant]] = {
         "d128-window": _attention_variant(True, 128, "window"),
         "d64-block_mask": _attention_variant(True, 64, "block_mask"),
         "d128-block_mask": _attention_variant(True, 128, "block_mask"),
+        "d128-causal-score_mod": _attention_variant(True, 128, "causal", "score_mod"),
         "d128-block_mask-deterministic": _attention_variant(False, 128, "block_mask"),
         "d64-deterministic": _attention_variant(False, 64),
         "d128-causal-deterministic": _attention_variant(True, 128, "causal"),

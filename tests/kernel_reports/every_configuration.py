@@ -28,8 +28,10 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 import fastformer
+from fastformer import BlockMask
 from fastformer.kernel_reports.compilation import Specialization, compiler, specializations_of
 from fastformer.ops.attention.merge import merge_attention
+from fastformer.registry.score_mod import DECAY
 
 HEAD_DIMS = (64, 128, 256, 512)
 # Keys in a cache may be wider than values.
@@ -79,6 +81,8 @@ def attention(head_dim: int, dtype: torch.dtype, *features: str) -> None:
         "window": lambda: {"window": (256, 256)},
         "alibi": lambda: {"alibi_slopes": empty(heads)},
         "softcap": lambda: {"softcap": 30.0},
+        "score_mod": lambda: {"score_mod": DECAY},
+        "block mask": lambda: {"mask": BlockMask.from_mask(torch.ones(LENGTH, LENGTH).tril() > 0).to("meta")},
     }
     options = [known[feature]() for feature in features if feature in known]
     torch.use_deterministic_algorithms("deterministic" in features)
@@ -134,6 +138,8 @@ ATTENTION = (
     ("dropout", "causal", "deterministic"),
     ("grouped", "causal", "deterministic"),
     ("loaded", "causal", "deterministic"),
+    ("score_mod", "causal"),
+    ("block mask",),
 )
 
 

@@ -225,6 +225,67 @@ def test_a_compiler_that_crashes_fails_its_own_kernel_alone(tmp_path: Path) -> N
     assert list((tmp_path / "cache").glob("*/*.cubin"))
 
 
+# A user's own functions of the scores, compiled ahead by one process ("compile") and launched by another.
+FUNCTIONS = """
+import triton
+import fastformer
+
+@triton.jit
+def halved(score, b, h, q, k):
+    return score * 0.5
+
+def found():
+    return fastformer.ScoreMod(halved, halved, lambda score, b, h, q, k: score * 0.5)
+
+def hidden():
+    @triton.jit
+    def within(score, b, h, q, k):
+        return score * 0.5
+
+    return fastformer.ScoreMod(within, within)
+"""
+ATTEND = """
+import sys
+from pathlib import Path
+import torch
+import fastformer, functions
+from fastformer.kernel_reports.compilation import compile_ahead, compiled_by
+
+def attend():
+    query, key, value = (torch.empty(1, 1, 64, 16, dtype=torch.float16, device="meta") for _ in range(3))
+    fastformer.attention(query, key, value, score_mod=getattr(functions, sys.argv[2])())
+
+if __name__ == "__main__":
+    cache = Path(sys.argv[3])
+    if sys.argv[1] == "compile":
+        print([str(failure) for failure in compile_ahead([attend], ["sm_80"], cache, 1)[1]])
+    else:
+        print(compiled_by([attend], ["sm_80"], cache))
+"""
+
+
+@pytest.fixture
+def attend(tmp_path: Path) -> Path:
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+    script = tmp_path / "attend.py"
+    script.write_text(ATTEND)
+    return script
+
+
+def test_a_function_of_the_scores_is_compiled_ahead(attend: Path, tmp_path: Path) -> None:
+    for step in ("compile", "launch"):
+        done = python(str(attend), step, "found", str(tmp_path / "cache"))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "[]"
+    assert len(list((tmp_path / "cache").glob("*/*.cubin"))) == 1
+
+
+def test_a_function_that_no_other_process_finds_is_named(attend: Path, tmp_path: Path) -> None:
+    done = python(str(attend), "compile", "hidden", str(tmp_path / "cache"))
+    assert done.returncode == 1
+    assert "the Triton function hidden.<locals>.within of module functions cannot be compiled" in done.stderr
+
+
 # Print the number of kernels, and those whose name in the cache changes if they are visited in reverse order.
 NAMES = """
 import importlib, pkgutil

@@ -28,7 +28,7 @@ for layout in LAYOUTS:
     found = specializations_of(work, "sm_90")
     launched[layout] = {
         "kernels": sorted({f"{s.module}.{s.kernel}" for s in found}),
-        "wide": sorted({f"{s.module}.{s.kernel}" for s in found if '"i64"' in s.data}),
+        "wide": sorted({f"{s.module}.{s.kernel}" for s in found if "'i64'" in s.key}),
     }
 guarded = {f"{s.module}.{s.kernel}" for s in specializations_of([c.run for c in cases(guarded=True)], "sm_90")}
 print(json.dumps({"kernels": sorted(kernels), "launched": launched, "guarded": sorted(guarded)}))

@@ -21,7 +21,9 @@ from fastformer_kernels.attention import launch as launch_of_attention
 from torch import Tensor
 
 import fastformer
+from fastformer import BlockMask
 from fastformer.kernel_reports.devices import DEVICES
+from fastformer.registry.score_mod import DECAY
 
 pytestmark = pytest.mark.cpu
 
@@ -213,6 +215,8 @@ def test_limits_agree_with_what_the_cost_model_knows_of_the_devices(name: str) -
         ({}, "undropped"),
         ({"bias": torch.zeros(256, 256)}, "loaded"),
         ({"softcap": 5.0}, "computed"),
+        ({"score_mod": DECAY}, "modified"),
+        ({"mask": BlockMask.from_mask(torch.ones(256, 256, dtype=torch.bool))}, "listed"),
         ({}, "folded"),
     ],
     ids=str,

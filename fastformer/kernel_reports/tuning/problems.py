@@ -22,6 +22,7 @@ def problems(dtypes: Iterable[torch.dtype], groups: Iterable[Group], sizes: Size
     """One call for each class of shapes of these groups of operations."""
     wanted = set(groups)
     both = ("attention_forward", "attention_backward")
+    deterministic = ("attention_deterministic", "attention_query_gradient")
     return [
         problem
         for dtype in dtypes
@@ -37,7 +38,8 @@ def problems(dtypes: Iterable[torch.dtype], groups: Iterable[Group], sizes: Size
             attention_plan_problems(dtype, sizes, sizes.lengths[1:]),
             norm_problems(dtype, sizes, "norm_forward"),
             softmax_problems(dtype, sizes),
-            attention_problems(dtype, sizes, sizes.lengths, ("attention_deterministic", "attention_query_gradient")),
+            attention_problems(dtype, sizes, sizes.lengths, deterministic),
+            attention_problems(dtype, sizes, sizes.lengths, (*both, *deterministic), ("block mask", "score_mod")),
         )
         if problem.group in wanted
     ]

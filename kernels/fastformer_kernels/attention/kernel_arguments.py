@@ -168,7 +168,7 @@ class Constants(NamedTuple):
         DESCRIPTORS: whether tiles are loaded by tensor descriptors (the bulk copy engine).
         WARP_SPECIALIZE: whether copies and products have separate warps.
         WHOLE_TENSORS: whether a program makes one descriptor of each tensor for all its tiles, else one for each tile.
-        SCORE_MOD: the key of a `ScoreMod`, which makes its source a part of the kernel's own; or None.
+        SCORE_MOD: the `source` of a `ScoreMod`, by which Triton tells its kernels from those of others; or None.
         MOD_SCORES, MOD_GRADIENT: its functions.
     """
 

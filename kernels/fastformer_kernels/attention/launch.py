@@ -285,12 +285,18 @@ _HOPPER_FORWARD_ALIBI: Table = {2: {**_FORWARD["sm_90"][2], 512: _WIDE_HOPPER_FO
 _HOPPER_BACKWARD_SMALL: Table = {
     2: {64: _BACKWARD["sm_90"][2][64], 128: AttentionConfiguration(32, 64, 8, 2, descriptors=True)}
 }
+_BLACKWELL_FORWARD_SCORE_MOD: Table = {
+    2: {
+        64: AttentionConfiguration(128, 64, 8, 2, descriptors=True),
+        128: AttentionConfiguration(128, 64, 8, 2, descriptors=True),
+    }
+}
 # The hyperbolic tangent of a softcap leaves too few registers for specialised warps there.
 _FORWARD_SPECIALIZED_WITH: dict[Feature, dict[str, Table]] = {"softcap": {"sm_100": _FORWARD["sm_100"]}}
 _FORWARD_WITH: dict[Feature, dict[str, Table]] = {
     "mask or bias": _FORWARD_LOADING,
     "dropout": {"sm_90": _HOPPER_FORWARD_DROPOUT},
-    "score_mod": {"sm_90": _HOPPER_FORWARD_DROPOUT},
+    "score_mod": {"sm_90": _HOPPER_FORWARD_DROPOUT, "sm_100": _BLACKWELL_FORWARD_SCORE_MOD},
     "alibi": {"sm_90": _HOPPER_FORWARD_ALIBI},
 }
 _BACKWARD_WITH: dict[Feature, dict[str, Table]] = {
@@ -419,11 +425,20 @@ def _shape_class(query: torch.Tensor, value: torch.Tensor, arguments: AttentionA
         query.shape[-1],
         value.shape[-1],
         arguments.max_seqlen_k,
-        "borders" if borders else "whole",
-        "loaded" if arguments.loads_scores else "folded" if folds_scale(arguments) else "computed",
+        "listed" if arguments.query_lists is not None else "borders" if borders else "whole",
+        _scoring(arguments),
         "undropped" if arguments.seed is None else "dropped",
         "descriptors" if uses_descriptors(query, value) else "pointers",
     )
+
+
+def _scoring(arguments: AttentionArguments) -> str:
+    """The word of a call's class that says what its scores cost."""
+    if arguments.loads_scores:
+        return "loaded"
+    if arguments.score_mod is not None:
+        return "modified"
+    return "folded" if folds_scale(arguments) else "computed"
 
 
 @lru_cache
@@ -550,7 +565,7 @@ def constants_of_call(
             DESCRIPTORS=descriptors,
             WARP_SPECIALIZE=warp_specialize,
             WHOLE_TENSORS=whole_tensors,
-            SCORE_MOD=arguments.score_mod,
+            SCORE_MOD=None if score_mod is None else score_mod.source,
             MOD_SCORES=None if score_mod is None else score_mod.forward,
             MOD_GRADIENT=None if score_mod is None else score_mod.backward,
         )

@@ -53,7 +53,8 @@ class ScoreMod:
         if reference is not None and not callable(reference):
             raise TypeError(f"reference must be a function; got {type(reference).__name__}")
         self.forward, self.backward, self.reference = forward, backward, reference
-        self.key = f"{_source_key(forward)} {_source_key(backward)} {id(reference)}"
+        self.source = f"{_source_key(forward)} {_source_key(backward)}"
+        self.key = f"{self.source} {id(reference)}"
         # An operator takes no function: it takes this key. Functions stay, since a kept launch may refer to them.
         _known[self.key] = self
 
