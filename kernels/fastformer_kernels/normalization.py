@@ -27,6 +27,12 @@ from fastformer_kernels.configurations import chosen
 from fastformer_kernels.dropout import Dropout, dropout_arguments, dropout_keep
 from fastformer_kernels.kept_launches import Launch, kept_launch
 from fastformer_kernels.launch import COMPILER_OPTIONS, multiprocessors_of
+from fastformer_kernels.norms_of_odd_rows import (
+    are_odd_rows,
+    backward_of_odd_rows,
+    backward_programs,
+    forward_of_odd_rows,
+)
 from fastformer_kernels.precision import round_to
 from fastformer_kernels.rows import Matrix, RowConfiguration, aligned, alignment, row_class
 
@@ -480,6 +486,9 @@ def _launch_forward(
 ) -> Launch:
     """Describe the launch. `written` holds the output, of `dtype`, the statistics and, if it is kept, x."""
     output, statistics, *total = written
+    if seed is None and input_bias is None and are_odd_rows(input, residual):
+        kept = total[0] if total else None
+        return forward_of_odd_rows(input, residual, weight, bias, output, kept, statistics, eps, centered)
     rows, columns = statistics.shape[1], input.shape[-1]
     one_pass = columns <= FORWARD_ONE_PASS_COLUMNS
     configuration = _configuration("norm_forward", _FORWARD_CONFIGURATION, input, centered)
@@ -554,14 +563,17 @@ def norm_backward(
     # For the widest rows, a third running sum would spill registers.
     widest = min(BACKWARD_THREE_SUMS_COLUMNS, BACKWARD_ONE_PASS_COLUMNS)
     sums_input_bias = input_bias_needs_grad and columns <= widest
-    tiles = _backward_tiles(x, centered, dropout is not None, sums_input_bias)
+    if dropout is None and not sums_input_bias and are_odd_rows(x, grad_output, grad_sum):
+        programs = backward_programs(x, centered)
+    else:
+        programs = _backward_tiles(x, centered, dropout is not None, sums_input_bias).programs
     wanted = weight_needs_grad + bias_needs_grad + sums_input_bias
     grad_input = torch.empty_like(x, dtype=input_dtype, memory_format=torch.contiguous_format)
     written = [grad_input]
     if residual_dtype is not None:
         written.append(torch.empty_like(grad_input, dtype=residual_dtype))
     if wanted:
-        written.append(statistics.new_empty(wanted, tiles.programs, columns))
+        written.append(statistics.new_empty(wanted, programs, columns))
     _launch_backward(
         grad_output,
         grad_sum,
@@ -603,11 +615,17 @@ def _launch_backward(
     sums_input_bias: bool,
 ) -> list[Launch]:
     """Describe the launches. `written` holds the gradient of input and, if wanted, that of residual and the sums."""
-    tiles = _backward_tiles(x, centered, seed is not None, sums_input_bias)
-    rows, columns = statistics.shape[1], x.shape[-1]
     grad_input, *others = written
     grad_residual = None if residual_dtype is None else others.pop(0)
     sums = others[0] if others else None
+    if seed is None and not sums_input_bias and are_odd_rows(x, grad_output, grad_sum):
+        launch = backward_of_odd_rows(
+            grad_output, grad_sum, x, statistics, weight, grad_input, grad_residual, sums, centered, sums_weight,
+            sums_bias,
+        )  # fmt: skip
+        return [launch]
+    tiles = _backward_tiles(x, centered, seed is not None, sums_input_bias)
+    rows, columns = statistics.shape[1], x.shape[-1]
     matrices = {"grad_output": _matrix(grad_output), "grad_sum": _matrix(grad_sum), "x": _matrix(x)}
     of_row = matrices | {
         "weight_pointer": weight,

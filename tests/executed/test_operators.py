@@ -386,7 +386,7 @@ def test_softmax(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("centered", [True, False])
-@pytest.mark.parametrize("shape", [(5, 33), (300, 24), (2, 20000)])
+@pytest.mark.parametrize("shape", [(5, 33), (300, 24), (2, 20000), (19, 521)])
 def test_norm(shape: tuple[int, int], centered: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     columns = shape[1]
@@ -409,13 +409,14 @@ def test_norm(shape: tuple[int, int], centered: bool, dtype: torch.dtype) -> Non
         )
 
 
-def test_norm_with_residual() -> None:
+@pytest.mark.parametrize("columns", [24, 515])
+def test_norm_with_residual(columns: int) -> None:
     torch.manual_seed(0)
     agree(
-        lambda x, r, w, b: layer_norm(x, (24,), w, b, 1e-5, residual=r),
+        lambda x, r, w, b: layer_norm(x, (columns,), w, b, 1e-5, residual=r),
         lambda x, r, w, b: (reference.layer_norm(x + r, w, b, 1e-5), x + r),
-        lambda x, r, w, b: (F.layer_norm(x + r, (24,), w, b, 1e-5), x + r),
-        [randn(9, 24), randn(9, 24), randn(24), randn(24)],
+        lambda x, r, w, b: (F.layer_norm(x + r, (columns,), w, b, 1e-5), x + r),
+        [randn(9, columns), randn(9, columns), randn(columns), randn(columns)],
         torch.bfloat16,
     )
 

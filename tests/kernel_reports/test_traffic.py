@@ -29,6 +29,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
     (folder / "compile.py").write_text(COMPILE)
     calls = (
         "norm/layer-512-residual/",
+        "norm/layer-4095-residual/",
         "norm/layer-4096-residual/",
         "merge_attention/",
         "decode/",
@@ -80,7 +81,7 @@ def test_a_softmax_of_few_rows_reads_each_tensor_twice_and_writes_once(figures: 
 def test_kernels_of_rows_keep_programs_resident(figures: dict) -> None:
     """No spills, and at least 768 threads of the norm's kernels and 1,280 of a merge's on a multiprocessor."""
     for (work, kernel), entry in figures.items():
-        least = {"_merge_kernel": 1280, "_forward_kernel": 768, "_backward_kernel": 768}.get(kernel)
+        least = 1280 if kernel == "_merge_kernel" else 768 if work.startswith("norm/") else 0
         if least and "attention/" not in work.removeprefix("merge_"):
             assert entry["spill_bytes"] == 0, (work, kernel)
             assert entry["ctas"] * 32 * entry["configuration"]["num_warps"] >= least, (work, kernel, entry["registers"])
@@ -95,6 +96,12 @@ def test_rows_that_begin_anywhere_are_read_and_written_in_wide_accesses(figures:
         assert entry["spill_bytes"] == 0
         assert highlights["LDG.128"] >= 4 and highlights.get("LDG.16", 0) < 16, highlights
     assert highlights["STG.128"] == 4 and highlights["STG.16"] == 1, highlights
+    for way, read, written in (("forward", 2, 2), ("backward", 3, 1)):
+        entry = figures["norm/layer-4095-residual", f"_{way}_of_odd_rows_kernel"]
+        highlights = entry["highlights"]
+        assert entry["configuration"]["BLOCK_COLUMNS"] == 8 * 32 * entry["configuration"]["num_warps"]
+        assert highlights["LDG.128"] == highlights["LDG.16"] == read, highlights
+        assert highlights["STG.128"] == highlights["STG.16"] == written, highlights
     for way, tensors in (("forward", 1), ("backward", 2)):
         entry = figures["softmax/8x50257", f"_softmax_{way}_kernel (2)"]
         highlights = entry["highlights"]

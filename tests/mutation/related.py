@@ -57,6 +57,7 @@ RELATED: list[tuple[str, list[str]]] = [
             "nn/test_normalization.py",
         ],
     ),
+    ("kernels/fastformer_kernels/norms_of_odd_rows.py", ["ops/test_normalization.py"]),
     (
         "kernels/fastformer_kernels/embedding.py",
         ["ops/test_embedding.py", "fuzz/test_every_operator.py::test_any_call[transformer_embedding]"],

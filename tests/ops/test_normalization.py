@@ -22,6 +22,8 @@ from fastformer.ops.normalization import layer_norm, rms_norm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
+# As few programs as the kernels of odd rows can have: each takes every 8th row.
+FEW_PROGRAMS = RowConfiguration(tile_elements=1024, thread_elements=8, programs=1)
 
 
 def gradients(output: torch.Tensor, leaves: list[torch.Tensor], grad_output: torch.Tensor) -> list[torch.Tensor]:
@@ -195,6 +197,44 @@ def test_long_rows(backend: str, centered: bool, monkeypatch: pytest.MonkeyPatch
     with forced({"norm_forward": tiles_of_64, "norm_backward": tiles_of_64}):
         check_fused((5, 203), torch.float32, torch.float32, centered, True, 0.25, True, monkeypatch)
         check_fused((3, 128), torch.bfloat16, None, centered, False, 0.0, True, monkeypatch)
+
+
+# The kernels of odd rows begin at 513 columns.
+@pytest.mark.parametrize(("rows", "columns"), [(3, 513), (17, 771), (33, 1023), (2, 4095)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("centered", [True, False])
+def test_odd_rows(
+    backend: str, centered: bool, dtype: torch.dtype, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(rows, columns) * 2 + 1).to(dtype)
+    check(x, centered, affine=True)
+    check(x, centered, affine=False)
+    with forced({"norm_forward": FEW_PROGRAMS, "norm_backward": FEW_PROGRAMS}):
+        check_fused((rows, columns), dtype, dtype, centered, False, 0.0, True, monkeypatch)
+        check_fused((rows, columns), dtype, torch.float32, centered, False, 0.0, False, monkeypatch)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_nan_stays_in_its_odd_row(backend: str, centered: bool) -> None:
+    norm = layer_norm if centered else rms_norm
+    for column in (0, 300, 512):
+        x = torch.randn(20, 513, dtype=torch.bfloat16)
+        x[9, column] = float("nan")
+        x.requires_grad_()
+        output = norm(x, (513,))
+        output.sum().backward()
+        assert x.grad is not None
+        for tensor in (output, x.grad):
+            assert tensor.isnan().all(1).nonzero().flatten().tolist() == [9]
+            assert tensor.isnan().any(1).nonzero().flatten().tolist() == [9]
+
+
+def test_odd_rows_of_any_strides(backend: str) -> None:
+    """Rows that do not lie end to end, or that do not begin at a multiple of 16 bytes."""
+    torch.manual_seed(0)
+    check(torch.randn(9, 600).bfloat16()[:, 7:596], True, affine=True)
+    check(torch.randn(9 * 589 + 3).bfloat16()[3:].view(9, 589), True, affine=True)
 
 
 def test_dropout_drops_the_right_share(backend: str) -> None:
