@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from fastformer_kernels.attention.launch import AttentionConfiguration
+from fastformer_kernels.configurations import forced
 from gpu.attention_by_rows import attention_tensors, judge_attention
 from gpu.judging import DTYPES
 from gpu.making import Maker, dry_with
@@ -33,6 +35,17 @@ def test_whole_tiles(head_dim: int, causal: bool, make: Maker) -> None:
     """Calls of whole tiles, which use specialised warps, are accurate."""
     tokens, head_dim = make.size(4096, 32), make.size(head_dim, 16)
     judge_attention(attention_tensors(make, 1, 2, 2, tokens, tokens, head_dim), {"causal": causal}, "bf16")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", dry_with((), (64, 128)))
+def test_sums_that_are_seldom_rescaled(head_dim: int, causal: bool, precision: str, make: Maker) -> None:
+    """Maxima that grow from tile to tile, by less and by more than lazy rescaling leaves alone."""
+    query, key, value = attention_tensors(make, 1, 2, 2, 1100, 1291, head_dim)
+    key = key * torch.linspace(0.1, 8.0, 1291, device=make.device, dtype=key.dtype)[:, None]
+    with forced({"attention_forward": AttentionConfiguration(128, 64, 8, 2, lazy_rescale=True)}):
+        judge_attention([query, key, value], {"causal": causal}, precision)
 
 
 Feature = Callable[[Maker, int, int], dict[str, Any]]

@@ -80,6 +80,9 @@ _SMALL_TILES = (
     (64, 32, 8, 1),
     (32, 64, 8, 1),
 )
+# GPUs of NVIDIA's that keep a tile's sums in registers. On sm_100 they are in tensor memory: a warp that skips their
+# multiplications would load and store them all the same, and the compiler passes the weights through shared memory.
+_SUMS_IN_REGISTERS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 # Bytes of shared memory that a kernel needs besides its tiles.
 _RESERVE = 20 * 1024
 
@@ -93,7 +96,8 @@ def forward_candidates(
     """Configurations of the forward kernel to compare.
 
     They differ in tiles, in descriptors or pointers, and in one program for each tile or resident programs. Where the
-    hardware has descriptors, some have specialised warps in one loop."""
+    hardware has descriptors, some have specialised warps in one loop. Some rescale their sums lazily, where a warp
+    decides for 16 rows at once."""
     tiles = _tiles(_FORWARD_TILES, architecture, head_dim, element_size)
     found = [_plain(default, tile) for tile in tiles]
     found += [replace(default, resident=resident) for resident in (0, 1, 2)]
@@ -101,6 +105,9 @@ def forward_candidates(
         found.append(replace(default, descriptors=False, warp_specialize=False))
         specialized = [_specialized(tile) for tile in _SPECIALIZED_FORWARD_TILES]
         found += [*specialized, replace(specialized[0], resident=1)]
+    if architecture.name in _SUMS_IN_REGISTERS:
+        lazy = [default, replace(specialized[0], resident=1)] if default.descriptors else [default]
+        found += [replace(each, lazy_rescale=True) for each in lazy if each.block_m >= 16 * each.num_warps]
 
     def memory(choice: AttentionConfiguration) -> int:
         # The queries stay in shared memory; keys and values are loaded ahead.

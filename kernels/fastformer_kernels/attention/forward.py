@@ -27,6 +27,7 @@ from fastformer_kernels.attention.launch import (
     specializes_warps,
     uses_descriptors,
 )
+from fastformer_kernels.attention.lazy_rescaling import lazily_rescaled, lazy_maximum
 from fastformer_kernels.attention.tiles import (
     ONE_LOOP,
     UNTESTED,
@@ -70,7 +71,7 @@ class _OnlineSoftmax(NamedTuple):
 
     Attributes:
         accumulator: (BLOCK_M, BLOCK_V), the sum of values, weighted by exp2(score - maximum).
-        maximum: (BLOCK_M,), the greatest score in units of log2.
+        maximum: (BLOCK_M,), the greatest score in units of log2, or near it with LAZY_RESCALE.
         total: (BLOCK_M,), the sum of the weights.
     """
 
@@ -148,6 +149,8 @@ def _attend(
         if TESTED and bits is None:
             scores = hide(scores, start, limits, features, True)
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * multiplier)
+        if constants.LAZY_RESCALE:
+            new_maximum = lazy_maximum(new_maximum, maximum)
         shift = new_maximum
         if (
             TESTED
@@ -158,6 +161,8 @@ def _attend(
             shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         weights = tl.exp2(scores * multiplier - shift[:, None])
         rescale = tl.exp2(maximum - shift)
+        if constants.LAZY_RESCALE:
+            accumulator = lazily_rescaled(accumulator, rescale[:, None], constants.BLOCK_V)
         total = total * rescale + tl.sum(weights, axis=1)
         if features.seed is not None:
             keep = dropout_keep(
@@ -178,7 +183,9 @@ def _attend(
             sources.v_column,
         )
         weights = round_to(weights, value_tile.dtype)
-        accumulator = dot(weights, value_tile, accumulator * rescale[:, None], constants.INPUT_PRECISION)
+        if not constants.LAZY_RESCALE:
+            accumulator *= rescale[:, None]
+        accumulator = dot(weights, value_tile, accumulator, constants.INPUT_PRECISION)
         maximum = new_maximum
     return _OnlineSoftmax(accumulator, maximum, total)
 

@@ -167,6 +167,7 @@ class Constants(NamedTuple):
         PERSISTENT: whether a program takes one tile after another.
         DESCRIPTORS: whether tiles are loaded by tensor descriptors (the bulk copy engine).
         WARP_SPECIALIZE: whether copies and products have separate warps.
+        LAZY_RESCALE: whether the forward rescales its sums only where a maximum has grown much: see `lazy_rescaling`.
         WHOLE_TENSORS: whether a program makes one descriptor of each tensor for all its tiles, else one for each tile.
         SCORE_MOD: the `source` of a `ScoreMod`, by which Triton tells its kernels from those of others; or None.
         MOD_SCORES, MOD_GRADIENT: its functions.
@@ -185,6 +186,7 @@ class Constants(NamedTuple):
     PERSISTENT: bool
     DESCRIPTORS: bool
     WARP_SPECIALIZE: bool
+    LAZY_RESCALE: bool
     WHOLE_TENSORS: bool
     SCORE_MOD: str | None
     MOD_SCORES: Any

@@ -35,6 +35,7 @@ class AttentionConfiguration:
         one_loop: where some tiles need a test, whether one loop tests all tiles; else those tiles have a separate loop.
         two_kernels: for the backward only: whether a separate kernel, which recomputes the weights, computes dQ.
             Else dQ is added up in memory.
+        lazy_rescale: for the forward only: whether it rescales its sums only where a maximum has grown much.
     """
 
     block_m: int
@@ -46,6 +47,7 @@ class AttentionConfiguration:
     warp_specialize: bool = False
     one_loop: bool = False
     two_kernels: bool = False
+    lazy_rescale: bool = False
 
     @property
     def options(self) -> dict[str, object]:
@@ -564,6 +566,7 @@ def constants_of_call(
             PERSISTENT=persistent,
             DESCRIPTORS=descriptors,
             WARP_SPECIALIZE=warp_specialize,
+            LAZY_RESCALE=configuration.lazy_rescale,
             WHOLE_TENSORS=whole_tensors,
             SCORE_MOD=None if score_mod is None else score_mod.source,
             MOD_SCORES=None if score_mod is None else score_mod.forward,

@@ -3,6 +3,9 @@
 from dataclasses import replace
 
 import pytest
+from fastformer_kernels.attention.candidates import forward_candidates
+from fastformer_kernels.attention.launch import AttentionConfiguration
+from fastformer_kernels.launch import ARCHITECTURES
 from fastformer_kernels.matmul import Configuration, product_candidates
 from fastformer_kernels.rows import RowConfiguration, row_candidates
 
@@ -48,3 +51,17 @@ def test_rows_are_loaded_ahead_to_two_depths_by_few_programs() -> None:
     assert {stages for _, stages in ahead} == {2, 3}
     assert len(ahead) == 2 * len({programs for programs, _ in ahead})
     assert all(programs.bit_count() == 1 for programs, _ in ahead)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sums_are_rescaled_lazily_where_a_warp_has_16_rows_of_them_in_registers(architecture: str) -> None:
+    def lazy(shipped: AttentionConfiguration) -> list[AttentionConfiguration]:
+        every = forward_candidates(shipped, ARCHITECTURES[architecture], 64, 2)
+        return [choice for choice in every if choice.lazy_rescale]
+
+    shipped = AttentionConfiguration(64, 64, 4, 2)
+    in_registers = architecture.startswith("sm") and architecture != "sm_100"
+    assert lazy(shipped) == ([replace(shipped, lazy_rescale=True)] if in_registers else [])
+    assert lazy(replace(shipped, num_warps=8)) == []
+    if architecture == "sm_90":
+        assert [choice.warp_specialize for choice in lazy(replace(shipped, descriptors=True))] == [False, True]

@@ -17,6 +17,7 @@ from attention_accuracy import as_dtype, magnitudes, result_names, run
 from devices import here
 from fastformer_kernels.attention import launch
 from fastformer_kernels.configurations import forced
+from fastformer_kernels.constants import LOG2_E
 from hypothesis import given, seed, settings
 
 import fastformer
@@ -135,6 +136,7 @@ def configurations(draw: st.DrawFn) -> dict[str, launch.AttentionConfiguration]:
             block_n=draw(sizes),
             one_loop=draw(switches),
             two_kernels=draw(switches),
+            lazy_rescale=draw(switches),
         )
         for operation in ("attention_forward", "attention_backward", "attention_query_gradient")
     }
@@ -304,11 +306,56 @@ SOME_KEYS: dict[str, Any] = {"key_lengths": torch.tensor([5], dtype=torch.int32)
 
 
 @pytest.mark.parametrize("options", [{"causal": True}, {"window": (20, 3)}, SOME_KEYS, EVERYTHING], ids="-".join)
-@pytest.mark.parametrize("fields", [("one_loop",), ("two_kernels", "one_loop"), SPECIALIZED], ids=str)
+@pytest.mark.parametrize(
+    "fields", [("one_loop",), ("two_kernels", "one_loop"), ("lazy_rescale",), SPECIALIZED], ids=str
+)
 def test_other_ways_to_walk_over_tiles(options: dict[str, Any], fields: tuple[str, ...]) -> None:
     configuration = dataclasses.replace(launch._INTERPRETER, block_m=32, **dict.fromkeys(fields, True))
     with forced(dict.fromkeys(("attention_forward", "attention_backward", "attention_query_gradient"), configuration)):
         check(with_two_heads(), here(options))
+
+
+# The greatest score of each of five tiles of keys, in units of log2. Maxima may lag by 8.
+MAXIMA = {
+    "slow": [0.0, 5.0, 7.9, 10.0, 15.8],
+    "fast": [0.0, 9.0, 30.0, 31.0, 60.0],
+    "falling": [50.0, 20.0, 0.0, -40.0, 57.0],
+    "huge": [-300.0, 300.0, 307.0, 309.0, 2000.0],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("growth", MAXIMA)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"sinks": torch.tensor([3.0])}], ids="-".join)
+def test_sums_that_are_seldom_rescaled(options: dict[str, Any], growth: str, dtype: torch.dtype) -> None:
+    """Maxima grow from tile to tile; rows of opposite sign see them fall. Some tiles and one row are hidden."""
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 1, 80, 16) * 0.1, torch.randn(1, 1, 80, 16)
+    query[..., 0] = torch.tensor([1.0, -1.0]).repeat(40)
+    key[..., 0] = torch.tensor(MAXIMA[growth]).repeat_interleave(16) / LOG2_E.value
+    mask = torch.ones(1, 1, 80, 80, dtype=torch.bool)
+    mask[..., :20, :32] = False
+    mask[..., 40:45, 48:64] = False
+    mask[..., 79, :] = False
+    lazy = dataclasses.replace(launch._INTERPRETER, lazy_rescale=True)
+    with forced({"attention_forward": lazy}):
+        tensors = [tensor.to(dtype) for tensor in (query, key, torch.randn(1, 1, 80, 16))]
+        check(tensors, here({**options, "mask": mask, "scale": 1.0}))
+
+
+def test_nan_and_infinity_where_sums_are_seldom_rescaled() -> None:
+    query, key, value = torch.randn(3, 1, 1, 48, 4).unbind()
+    query[0, 0, 3, 1], query[0, 0, 5, 1] = float("nan"), float("inf")
+    sinks = torch.tensor([float("nan")])
+    for options in ({}, {"sinks": sinks}):
+        results = []
+        for lazy in (False, True):
+            configuration = dataclasses.replace(launch._INTERPRETER, lazy_rescale=lazy)
+            with fastformer.backend("triton"), forced({"attention_forward": configuration}):
+                results.append(with_lse(query, key, value, **options))
+        for usual, lazily in zip(*results, strict=True):
+            assert usual[0, 0, 3].isnan().all()
+            torch.testing.assert_close(lazily, usual, equal_nan=True)
 
 
 def test_tensors_that_no_descriptor_describes() -> None:
