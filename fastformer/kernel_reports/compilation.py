@@ -114,20 +114,34 @@ def specializations_of(work: Sequence[Work], architecture: str) -> list[Speciali
     """
     found: dict[Specialization, None] = {}
 
-    def keep(function: JITFunction, key: str, signature: Any, device: Any, *rest: Any, **_: bool) -> None:
-        arguments = _pickled((signature, *rest[:3]))
-        found[Specialization(architecture, function.module, function.fn.__qualname__, key, arguments)] = None
+    def keep(function: JITFunction, key: str, *arguments: Any) -> None:
+        found[Specialization(architecture, function.module, function.fn.__qualname__, key, _pickled(arguments))] = None
 
-    # Triton stops a launch for which this returns None. Its own hook here comes too late: what is given to the hook is
-    # first made JSON, which fails for a function among the constants.
-    compiling, JITFunction._do_compile = JITFunction._do_compile, keep
+    with instead_of_compiling(keep), stand_in(architecture), kernels_of_meta_operators():
+        for run in work:
+            run()
+    return list(found)
+
+
+@contextlib.contextmanager
+def instead_of_compiling(keep: Callable[..., None]) -> Iterator[None]:
+    """Stop every launch that has to compile within the block, and call `keep` instead.
+
+    Triton has a hook for this, but it first makes JSON of what it gives the hook, which fails for a function among the
+    constants.
+
+    Args:
+        keep: takes the function, Triton's key of the specialisation, signature, constants, options and attributes.
+    """
+
+    def stop(function: JITFunction, key: str, signature: Any, device: Any, *rest: Any, warmup: bool = False) -> None:
+        keep(function, key, signature, *rest[:3])
+
+    compiling, JITFunction._do_compile = JITFunction._do_compile, stop
     try:
-        with stand_in(architecture), kernels_of_meta_operators():
-            for run in work:
-                run()
+        yield
     finally:
         JITFunction._do_compile = compiling
-    return list(found)
 
 
 @contextlib.contextmanager

@@ -11,12 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-import triton
 from triton._C.libtriton import ir
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
-from fastformer.kernel_reports.compilation import Work
+from fastformer.kernel_reports.compilation import Work, instead_of_compiling
 from fastformer.kernel_reports.meta_operators import kernels_of_meta_operators
 from fastformer.kernel_reports.stand_in import gpu_target, stand_in
 
@@ -81,20 +80,14 @@ def intermediate_representations(work: list[Work], architecture: str) -> Iterato
     """Yield name and IR of each kernel that `work` launches, with device functions inlined; nothing is compiled."""
     found: dict[str, tuple[str, str]] = {}
 
-    def keep(*, fn, compile, **_: object) -> bool:
-        data = compile["specialization_data"]
-        if data not in found:
-            source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0])
-            found[data] = (fn.name, _inlined(source, architecture))
-        return True
+    def keep(function, key, signature, constants, options, attributes) -> None:
+        if key not in found:
+            source = ASTSource(function, signature, constants, attributes)
+            found[key] = (function.fn.__qualname__, _inlined(source, architecture))
 
-    previous, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, keep
-    try:
-        with stand_in(architecture), kernels_of_meta_operators():
-            for run in work:
-                run()
-    finally:
-        triton.knobs.runtime.jit_cache_hook = previous
+    with instead_of_compiling(keep), stand_in(architecture), kernels_of_meta_operators():
+        for run in work:
+            run()
     yield from found.values()
 
 
