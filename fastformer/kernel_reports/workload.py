@@ -160,9 +160,16 @@ def _settings(variant: str) -> Iterator[None]:
 # --- Sizes and features -----------------------------------------------------------------------------------------------
 
 
-def _attention(make: Maker, head_dim: int, features: tuple[str, ...] = (), value_dim: int = 0, group: int = 1) -> Sizes:
+def _attention(
+    make: Maker,
+    head_dim: int,
+    features: tuple[str, ...] = (),
+    value_dim: int = 0,
+    group: int = 1,
+    tokens: int = 1024,
+) -> Sizes:
     heads = 8
-    sequence = make.rows(1024, heads * head_dim)
+    sequence = make.rows(tokens, heads * head_dim)
     return {
         "batch": 4 if "packed" in features else 2,
         "heads": heads,
@@ -327,6 +334,10 @@ _CASES: dict[str, dict[str, _Variant]] = {
         "d128-block_mask": _attention_variant(True, 128, "block_mask"),
         "d128-causal-score_mod": _attention_variant(True, 128, "causal", "score_mod"),
         "d128-block_mask-deterministic": _attention_variant(False, 128, "block_mask"),
+        # A mask with so many elements is packed to bits first.
+        "d64-large_mask": _Variant(
+            "attention", partial(_attention, head_dim=64, features=("mask",), tokens=2048), _BF16
+        ),
         "d64-deterministic": _attention_variant(False, 64),
         "d128-causal-deterministic": _attention_variant(True, 128, "causal"),
         **{

@@ -221,6 +221,28 @@ def test_attention_with_a_block_mask(architecture: str, deterministic: bool, mon
     agree(operator, exact, exact, tensors, torch.bfloat16)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": (100, 5)}], ids=str)
+def test_attention_with_a_mask_that_is_packed(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastformer.ops.attention import packed_mask
+
+    monkeypatch.setattr(packed_mask, "_FEWEST_ELEMENTS", 1)
+    torch.manual_seed(0)
+    tensors = [randn(1, heads, size, 20) for heads, size in ((2, 140), (1, 150), (1, 150))]
+    mask = torch.rand(1, 1, 140, 150, device=DEVICE) > 0.5
+    mask[:, :, :128, :128] = True
+    mask[:, :, 128:, 128:] = False
+    packed_mask._kept.clear()
+
+    def operator(*tensors: torch.Tensor) -> Any:
+        return attention(*tensors, mask=mask, return_lse=True, **options)
+
+    def exact(*tensors: torch.Tensor) -> Any:
+        return reference.attention(*tensors, mask=mask, **options)
+
+    agree(operator, exact, exact, tensors, torch.bfloat16)
+    assert len(packed_mask._kept) == 2  # by query and by key
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_as_an_architecture_launches_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastformer_kernels import launch

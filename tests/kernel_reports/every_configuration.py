@@ -98,6 +98,12 @@ def attention_weights(head_dim: int, dtype: torch.dtype) -> None:
     fastformer.attention_weights(query, key, torch.empty(2, 8, LENGTH, device="meta"), causal=True, rows=range(64))
 
 
+def large_mask() -> None:
+    """Run attention with a mask that is packed to bits first."""
+    query, key, value = (torch.empty(2, 2, 4 * LENGTH, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    fastformer.attention(query, key, value, mask=integers(1, 1, 4 * LENGTH, 4 * LENGTH, dtype=torch.bool))
+
+
 def decode(head_dim: int, dtype: torch.dtype) -> None:
     """Decode from a contiguous and from a paged cache, with the largest number of rows in a tile."""
     batch, kv_heads, group, queries, page = 4, 2, 8, 8, 16
@@ -224,6 +230,7 @@ def calls_of_rows() -> Iterator[Call]:
         yield from (partial(append, head_dim, tokens) for tokens in (1, 512))
         yield from (partial(merge, head_dim, parts) for parts in (2, 64))
         yield from (partial(attention_weights, head_dim, dtype) for dtype in DTYPES)
+    yield large_mask
 
 
 # ---- The entries of the tables, and the calls that choose them -------------------------------------------------------

@@ -33,6 +33,7 @@ RELATED: list[tuple[str, list[str]]] = [
         [
             "ops/attention/test_attention.py",
             "ops/attention/test_block_mask.py",
+            "ops/attention/test_packed_mask.py",
             "ops/attention/test_score_mod.py",
             "ops/test_launch.py",
             "ops/test_kept_launches.py",

@@ -21,6 +21,7 @@ from fastformer_kernels.attention.score_mod import ScoreMod, score_mod_of
 from fastformer.backends import use_triton
 from fastformer.ops.attention.block_mask import BlockMask
 from fastformer.ops.attention.masked_nan import attention_ignoring_masked_nan
+from fastformer.ops.attention.packed_mask import with_packed_mask
 from fastformer.ops.attention.torch_backend import attention_backward_torch, attention_formula, attention_forward_torch
 from fastformer.ops.autocast import autocast_device_type, to_autocast_dtype
 from fastformer.ops.checks import (
@@ -80,6 +81,8 @@ def attention(
 
     Who may attend to whom (all conditions hold together; positions count within a sequence):
         mask: boolean, True = may attend, or floating, added to the scores; broadcasts to (batch, heads, queries, keys).
+            A large boolean one that all heads share is packed to bits, once for all layers and passes, if kernels run:
+            a change of its elements must be known to PyTorch, as changes by its own functions are.
             Or a `fastformer.BlockMask`, without elements where it is all or nothing. It takes no other condition beside
             it: limits by position or by length are part of its function. Dense only.
         causal: no key after the query's own position.
@@ -158,6 +161,7 @@ def attention(
         max_seqlen_k,
         score_mod,
     )
+    arguments = with_packed_mask(query, arguments)
     if ignore_masked_nan and use_triton(query):
         output, lse = attention_ignoring_masked_nan(_attention, query, key, value, arguments)
     else:

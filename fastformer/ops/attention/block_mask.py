@@ -240,12 +240,36 @@ def _unpacked(words: Tensor) -> Tensor:
     return ((words[..., None] >> place) & 1).bool().flatten(-2)
 
 
-def _listed(kinds: Tensor) -> Tensor:
-    """The lists of (batch, heads, row tiles, column tiles), each tile _NOTHING, _EVERYTHING or _PARTIAL."""
+def listed_tiles(kinds: Tensor, bits: Tensor) -> TileLists:
+    """The lists of a mask of which each tile has bits; no number is read from the device.
+
+    Args:
+        kinds: (batch, heads, row tiles, column tiles), each tile _NOTHING, _EVERYTHING or _PARTIAL.
+        bits: (batch, heads, row tiles, column tiles, 128, 4) int32.
+    """
+    columns = kinds.shape[-1]
+    first_tile = columns * torch.arange(kinds.shape[:-1].numel(), device=kinds.device).view(kinds.shape[:-1])
+    lists = _listed(kinds, _PARTIAL + first_tile)
+    # Each row of tiles has places for all its tiles. Those seen in part come first, in the order of the list.
+    place = torch.arange(columns, device=kinds.device) + lists[..., :1]
+    order = lists[..., LIST_HEADER:].long().gather(-1, place % columns)
+    placed = bits.new_empty(_PARTIAL + kinds.numel(), MASK_TILE, MASK_WORDS)
+    placed[_NOTHING].zero_()
+    placed[_EVERYTHING].fill_(-1)
+    torch.index_select(bits.flatten(0, 3), 0, (first_tile[..., None] + order).flatten(), out=placed[_PARTIAL:])
+    return TileLists(lists, placed)
+
+
+def _listed(kinds: Tensor, first: Tensor | None = None) -> Tensor:
+    """The lists of (batch, heads, row tiles, column tiles), each tile _NOTHING, _EVERYTHING or _PARTIAL.
+
+    first: the place of each list's first bits, (batch, heads, row tiles); by default there is none for whole tiles.
+    """
     whole, partial = kinds == _EVERYTHING, kinds == _PARTIAL
     order = torch.where(whole, 0, torch.where(partial, 1, 2)).argsort(dim=-1, stable=True)
     counts = partial.sum(-1)
-    first = _PARTIAL + counts.flatten().cumsum(0).view(counts.shape) - counts
+    if first is None:
+        first = _PARTIAL + counts.flatten().cumsum(0).view(counts.shape) - counts
     return torch.cat([torch.stack([whole.sum(-1), counts, first], -1), order], -1).int()
 
 
