@@ -40,6 +40,8 @@ from fastformer_kernels.rows import Matrix, RowConfiguration, aligned, alignment
 # rows are read once more.
 FORWARD_ONE_PASS_COLUMNS = 16384
 BACKWARD_ONE_PASS_COLUMNS = 8192
+# Longest 16-bit row of which a program keeps the sum for dw in registers, though not the row itself.
+BACKWARD_WIDE_COLUMNS = 16384
 BACKWARD_THREE_SUMS_COLUMNS = 4096
 _FORWARD_CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=16)
 # The backward holds a row, its gradient and up to three running sums at once, so each thread has half as many elements.
@@ -51,6 +53,10 @@ _BACKWARD_CONFIGURATIONS = {
     4096: RowConfiguration(tile_elements=4096, thread_elements=8, programs=2, registers=64),
     8192: RowConfiguration(tile_elements=8192, thread_elements=8, programs=1, registers=64),
 }
+# Of wide rows, the sum for dw takes half of the registers that the threads have.
+_WIDE_BACKWARD_CONFIGURATION = RowConfiguration(
+    tile_elements=4096, thread_elements=8, most_threads=512, programs=1, registers=128
+)
 # Where those limits would make a kernel spill: with dropout in wide rows, with a third sum, and in float32 rows of up
 # to 512 columns, whose tile has more rows. And for the kernels of longer rows.
 _BACKWARD_CONFIGURATION = RowConfiguration(tile_elements=4096, thread_elements=8, most_threads=512, programs=2)
@@ -320,6 +326,89 @@ def _backward_kernel(
 
 
 @triton.jit
+def _load_terms(dy_row, dy_stride, x_row, x_stride, weight_pointer, mean, rstd, column, columns):
+    """dy, g = dy * w and n = (x - mean) rstd of a part of a row, (1, columns of the part)."""
+    valid = column < columns
+    dy = tl.load(dy_row + column * dy_stride, mask=valid, other=0.0).to(tl.float32)
+    x = tl.load(x_row + column * x_stride, mask=valid, other=0.0).to(tl.float32)
+    return dy, scale_and_shift(dy, weight_pointer, None, column, columns), (x - mean) * rstd
+
+
+@triton.jit
+def _backward_wide_rows_kernel(
+    grad_output,
+    grad_sum,
+    x,
+    weight_pointer,
+    statistics_pointer,
+    dropout,
+    grad_input_pointer,
+    grad_residual_pointer,
+    sums_pointer,
+    rows,
+    columns,
+    CENTERED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Compute dx and this program's sum for dw; arguments as in `_backward_kernel`.
+
+    Rows are read in PARTS parts of BLOCK_COLUMNS, and once more, out of a cache, for dx: registers keep dw alone. The
+    pointer of the sum may be None.
+    """
+    columns = aligned(columns, ALIGNMENT)
+    column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
+    zero = tl.zeros((1, BLOCK_COLUMNS), tl.float32)
+    weight_sums = (zero,)
+    for _ in tl.static_range(PARTS - 1):
+        weight_sums += (zero,)
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        dy_row = grad_output.pointer + aligned(row * grad_output.stride_row, ALIGNMENT)
+        x_row = x.pointer + aligned(row * x.stride_row, ALIGNMENT)
+        rstd = tl.load(statistics_pointer + row)
+        mean = 0.0
+        if CENTERED:
+            mean = tl.load(statistics_pointer + rows + row)
+        products = zero
+        sums = zero
+        for part in tl.static_range(PARTS):
+            at = part * BLOCK_COLUMNS + column
+            dy, g, normalised = _load_terms(
+                dy_row, grad_output.stride_column, x_row, x.stride_column, weight_pointer, mean, rstd, at, columns
+            )
+            products += g * normalised
+            sums += g
+        # Else the compiler would keep in registers what it has read, and they would spill.
+        tl.debug_barrier()
+        mean_product = tl.sum(products, axis=1)[:, None] / columns
+        mean_g = tl.zeros((1, 1), tl.float32)
+        if CENTERED:
+            mean_g = tl.sum(sums, axis=1)[:, None] / columns
+        for part in tl.static_range(PARTS):
+            at = part * BLOCK_COLUMNS + column
+            valid = at < columns
+            dy, g, normalised = _load_terms(
+                dy_row, grad_output.stride_column, x_row, x.stride_column, weight_pointer, mean, rstd, at, columns
+            )
+            # The sum of this part is the first one; the new one becomes the last.
+            weight_sums = weight_sums[1:] + (weight_sums[0] + dy * normalised,)  # noqa: RUF005
+            dx = rstd * (g - normalised * mean_product - mean_g)
+            if grad_sum.pointer is not None:
+                sum_row = grad_sum.pointer + aligned(row * grad_sum.stride_row, ALIGNMENT)
+                dx += tl.load(sum_row + at * grad_sum.stride_column, mask=valid, other=0.0).to(tl.float32)
+            _store_gradients(
+                dx, grad_input_pointer, grad_residual_pointer, dropout, row, 0, row * columns + at, valid, 1,
+                BLOCK_COLUMNS,
+            )  # fmt: skip
+    if sums_pointer is not None:
+        for part in tl.static_range(PARTS):
+            at = part * BLOCK_COLUMNS + column
+            place = sums_pointer + tl.program_id(0).to(tl.int64) * columns + at
+            tl.store(place, weight_sums[part], mask=at < columns)
+
+
+@triton.jit
 def _backward_long_row_kernel(
     grad_output,
     grad_sum,
@@ -563,11 +652,12 @@ def norm_backward(
     # For the widest rows, a third running sum would spill registers.
     widest = min(BACKWARD_THREE_SUMS_COLUMNS, BACKWARD_ONE_PASS_COLUMNS)
     sums_input_bias = input_bias_needs_grad and columns <= widest
+    sums_bias = bias_needs_grad and not _are_wide(x, dropout is not None)
     if dropout is None and not sums_input_bias and are_odd_rows(x, grad_output, grad_sum):
         programs = backward_programs(x, centered)
     else:
         programs = _backward_tiles(x, centered, dropout is not None, sums_input_bias).programs
-    wanted = weight_needs_grad + bias_needs_grad + sums_input_bias
+    wanted = weight_needs_grad + sums_bias + sums_input_bias
     grad_input = torch.empty_like(x, dtype=input_dtype, memory_format=torch.contiguous_format)
     written = [grad_input]
     if residual_dtype is not None:
@@ -586,14 +676,23 @@ def norm_backward(
         *dropout_arguments(dropout),
         centered,
         weight_needs_grad,
-        bias_needs_grad,
+        sums_bias,
         sums_input_bias,
     )
-    parameters = written[-1].sum(1) if wanted else None
+    parameters = [written[-1].sum(1)] if wanted else []
+    if bias_needs_grad and not sums_bias:
+        parameters.append(_sum_of_rows(grad_output))
     if input_bias_needs_grad and not sums_input_bias:
-        grad_input_bias = grad_input.view(-1, columns).sum(0, dtype=torch.float32, keepdim=True)
-        parameters = grad_input_bias if parameters is None else torch.cat([parameters, grad_input_bias])
-    return NormGradients(grad_input, None if residual_dtype is None else written[1], parameters)
+        parameters.append(_sum_of_rows(grad_input))
+    return NormGradients(
+        grad_input,
+        None if residual_dtype is None else written[1],
+        torch.cat(parameters) if len(parameters) > 1 else parameters[0] if parameters else None,
+    )
+
+
+def _sum_of_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1, tensor.shape[-1]).sum(0, dtype=torch.float32, keepdim=True)
 
 
 @kept_launch
@@ -651,6 +750,10 @@ def _launch_backward(
             **tiles.configuration.register_limit(x),
         }
         return [Launch(_backward_kernel, (tiles.programs,), of_row | of_sums | options)]
+    if _are_wide(x, seed is not None):
+        options |= {"PARTS": triton.cdiv(columns, tiles.columns), **tiles.configuration.register_limit(x)}
+        wide = {"sums_pointer": sums, "rows": rows}
+        return [Launch(_backward_wide_rows_kernel, (tiles.programs,), of_row | wide | options)]
     launches = [Launch(_backward_long_row_kernel, (rows,), of_row | options)]
     if sums is not None:
         read = {name: of_row[name] for name in ("grad_output", "x", "statistics_pointer", "columns")}
@@ -674,7 +777,7 @@ def _backward_tiles(x: torch.Tensor, centered: bool, has_dropout: bool, has_thre
     rows = x.numel() // columns
     # With dropout, a float32 row of 8,192 elements would spill.
     one_pass = columns <= BACKWARD_ONE_PASS_COLUMNS and (not has_dropout or columns * x.element_size() <= 16384)
-    default = _BACKWARD_CONFIGURATION
+    default = _WIDE_BACKWARD_CONFIGURATION if _are_wide(x, has_dropout) else _BACKWARD_CONFIGURATION
     fits = columns > 512 or x.element_size() == 2
     if one_pass and fits and not has_three_sums and (columns <= 1024 or not has_dropout):
         default = next(configuration for most, configuration in _BACKWARD_CONFIGURATIONS.items() if columns <= most)
@@ -683,6 +786,13 @@ def _backward_tiles(x: torch.Tensor, centered: bool, has_dropout: bool, has_thre
     block_rows = _block_rows(block_columns, rows, configuration)
     programs = min(-(-rows // block_rows), configuration.programs * multiprocessors_of(x))
     return _BackwardTiles(one_pass, block_rows, block_columns, programs, configuration)
+
+
+def _are_wide(x: torch.Tensor, has_dropout: bool) -> bool:
+    """Whether the rows of `x` are those of `_backward_wide_rows_kernel`, which would spill in other cases."""
+    columns = x.shape[-1]
+    fits = columns % 4 == 0 and x.element_size() == 2 and not has_dropout
+    return fits and BACKWARD_ONE_PASS_COLUMNS < columns <= BACKWARD_WIDE_COLUMNS
 
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -408,7 +408,7 @@ def test_softmax(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("centered", [True, False])
-@pytest.mark.parametrize("shape", [(5, 33), (300, 24), (2, 20000), (19, 521)])
+@pytest.mark.parametrize("shape", [(5, 33), (300, 24), (2, 20000), (19, 521), (3, 9000)])
 def test_norm(shape: tuple[int, int], centered: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     columns = shape[1]

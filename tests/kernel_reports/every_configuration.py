@@ -179,7 +179,8 @@ def norm(columns: int) -> None:
     backward(*fastformer.layer_norm(x, (columns,), *parameters, residual=residual, dropout_p=0.1))
 
 
-def norm_of_odd_rows(columns: int) -> None:
+def norm_of_16_bit_rows(columns: int) -> None:
+    """Run the kernels of odd and of wide rows."""
     x, residual = (empty(4096, columns, dtype=torch.bfloat16) for _ in range(2))
     backward(*fastformer.layer_norm(x, (columns,), empty(columns), empty(columns), residual=residual))
 
@@ -223,8 +224,8 @@ def calls_of_rows() -> Iterator[Call]:
         yield partial(call, columns)
     for columns in (1, 64, 1024, 4096):
         yield partial(embedding, columns)
-    for columns in (1023, 2047, 4095, 8191):
-        yield partial(norm_of_odd_rows, columns)
+    for columns in (1023, 2047, 4095, 8191, 16384):
+        yield partial(norm_of_16_bit_rows, columns)
     for head_dim in HEAD_DIMS:
         yield from (partial(rotary, head_dim, interleaved) for interleaved in (False, True))
         yield from (partial(append, head_dim, tokens) for tokens in (1, 512))

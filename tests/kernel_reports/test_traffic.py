@@ -31,6 +31,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
         "norm/layer-512-residual/",
         "norm/layer-4095-residual/",
         "norm/layer-4096-residual/",
+        "norm/layer-16384-residual/",
         "merge_attention/",
         "decode/",
         "cross_entropy/",
@@ -66,6 +67,17 @@ def test_a_norm_reads_and_writes_once(figures: dict, columns: int) -> None:
 
 
 @pytest.mark.cpu
+def test_the_backward_of_a_wide_norm_is_one_kernel(figures: dict) -> None:
+    """It reads the gradient of the output, x and weight for the means, and the same with the sum's gradient for dx."""
+    work, columns = "norm/layer-16384-residual", 16384
+    backwards = [entry for (name, kernel), entry in figures.items() if name == work and "backward" in kernel]
+    assert [entry["kernel"] for entry in backwards] == ["_backward_wide_rows_kernel"]
+    assert backwards[0]["spill_bytes"] == 0
+    assert moved(backwards[0], "LDG") == 2 * (2 * 2 * columns + 4 * columns) + 2 * columns
+    assert moved(backwards[0], "STG") == 2 * columns + 4 * columns  # the input's gradient, and partial sums
+
+
+@pytest.mark.cpu
 def test_a_softmax_of_few_rows_reads_each_tensor_twice_and_writes_once(figures: dict) -> None:
     """The first launch of each pass writes single numbers, statistics of its part."""
     tile = 2 * 4096
@@ -79,9 +91,13 @@ def test_a_softmax_of_few_rows_reads_each_tensor_twice_and_writes_once(figures: 
 
 @pytest.mark.cpu
 def test_kernels_of_rows_keep_programs_resident(figures: dict) -> None:
-    """No spills, and at least 768 threads of the norm's kernels and 1,280 of a merge's on a multiprocessor."""
+    """No spills, and at least 768 threads of the norm's kernels and 1,280 of a merge's on a multiprocessor.
+
+    A wide norm's backward has half of the registers for its sums, and 512 threads.
+    """
     for (work, kernel), entry in figures.items():
         least = 1280 if kernel == "_merge_kernel" else 768 if work.startswith("norm/") else 0
+        least = 512 if kernel == "_backward_wide_rows_kernel" else least
         if least and "attention/" not in work.removeprefix("merge_"):
             assert entry["spill_bytes"] == 0, (work, kernel)
             assert entry["ctas"] * 32 * entry["configuration"]["num_warps"] >= least, (work, kernel, entry["registers"])

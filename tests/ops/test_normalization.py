@@ -193,10 +193,24 @@ def test_long_rows(backend: str, centered: bool, monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(0)
     monkeypatch.setattr("fastformer_kernels.normalization.FORWARD_ONE_PASS_COLUMNS", 64)
     monkeypatch.setattr("fastformer_kernels.normalization.BACKWARD_ONE_PASS_COLUMNS", 16)
+    monkeypatch.setattr("fastformer_kernels.normalization.BACKWARD_WIDE_COLUMNS", 16)
     tiles_of_64 = RowConfiguration(tile_elements=64, thread_elements=8, programs=4)
     with forced({"norm_forward": tiles_of_64, "norm_backward": tiles_of_64}):
         check_fused((5, 203), torch.float32, torch.float32, centered, True, 0.25, True, monkeypatch)
         check_fused((3, 128), torch.bfloat16, None, centered, False, 0.0, True, monkeypatch)
+
+
+@pytest.mark.parametrize("columns", [68, 203, 256])
+@pytest.mark.parametrize("centered", [True, False])
+def test_wide_rows(backend: str, centered: bool, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are longer than a tile, and whose parameters' sums fit in registers."""
+    torch.manual_seed(0)
+    monkeypatch.setattr("fastformer_kernels.normalization.BACKWARD_ONE_PASS_COLUMNS", 64)
+    with forced({"norm_backward": RowConfiguration(tile_elements=64, thread_elements=8, programs=1)}):
+        check((torch.randn(5, columns) * 2 + 1).bfloat16(), centered, affine=False)
+        check_fused((5, columns), torch.bfloat16, torch.bfloat16, centered, True, 0.0, True, monkeypatch)
+        check_fused((3, columns), torch.float16, None, centered, False, 0.0, True, monkeypatch)
+        check_fused((3, columns), torch.float16, None, centered, False, 0.25, True, monkeypatch)
 
 
 # The kernels of odd rows begin at 513 columns.
