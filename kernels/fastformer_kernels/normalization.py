@@ -360,7 +360,7 @@ def _backward_wide_rows_kernel(
     columns = aligned(columns, ALIGNMENT)
     column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)[None, :]
     zero = tl.zeros((1, BLOCK_COLUMNS), tl.float32)
-    weight_sums = (zero,)
+    weight_sums = tl.tuple((zero,))
     for _ in tl.static_range(PARTS - 1):
         weight_sums += (zero,)
     for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
