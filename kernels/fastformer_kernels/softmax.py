@@ -137,6 +137,15 @@ def _load_parts(pointer, row, row_valid, other, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _of_row(x):
+    """A number for each row, (rows, 1); of a single row a scalar, which ties no layouts together.
+
+    Triton 3.6 would give the numbers of the parts the layout of a tile of scores, and compute each many times.
+    """
+    return tl.sum(x, axis=0) if x.shape[0] == 1 else x[:, None]
+
+
+@triton.jit
 def _softmax_forward_kernel(
     input,
     mask,
@@ -214,8 +223,8 @@ def _softmax_forward_kernel(
         if PARTS and WRITES:
             maxima = _load_parts(maximum_pointer, row, row_valid, float("-inf"), PARTS)
             totals = _load_parts(total_pointer, row, row_valid, 0.0, PARTS)
-            maximum = tl.max(maxima, axis=1)[:, None]
-            total = tl.sum(totals * tl.exp2((maxima - _finite(maximum)) * LOG2_E), axis=1)[:, None]
+            maximum = _of_row(tl.max(maxima, axis=1))
+            total = _of_row(tl.sum(totals * tl.exp2((maxima - _finite(maximum)) * LOG2_E), axis=1))
         else:
             maximum = tl.full((BLOCK_ROWS, 1), float("-inf"), tl.float32)
             total = tl.zeros((BLOCK_ROWS, 1), tl.float32)
@@ -333,7 +342,7 @@ def _softmax_backward_kernel(
         if PARTS:
             begin, stop = _part_columns(part_columns, columns)
         if PARTS and WRITES:
-            dot = tl.sum(_load_parts(dot_pointer, row, row_valid, 0.0, PARTS), axis=1)[:, None]
+            dot = _of_row(tl.sum(_load_parts(dot_pointer, row, row_valid, 0.0, PARTS), axis=1))
         else:
             terms = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
             for start in range(begin, stop, BLOCK_COLUMNS):
