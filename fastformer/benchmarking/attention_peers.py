@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,12 +19,15 @@ from fastformer.benchmarking.measurement import OURS
 from fastformer.benchmarking.study import Peer
 from fastformer.ops import BlockMask, alibi_slopes, attention, scaled_dot_product_attention
 from fastformer.ops.attention.block_mask import MaskFunction
+from fastformer.ops.attention.packed_mask import masks_as_given
 
 MAX_DISTANCE = 128
 """The largest distance with its own relative bias; all larger distances share one."""
 
 FLEX = "FlexAttention"
 BLOCK_MASK = f"{OURS}, block mask"
+DENSE_MASK = f"{OURS}, dense mask"
+MASK_OF_BYTES = f"{OURS}, dense mask that is not packed"
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,11 @@ def compiled_peers(call: Attention) -> dict[str, Peer]:
 def with_block_mask(call: Attention) -> Peer:
     """Our attention with a block mask, for a call with no option except `causal`, `window`, `lengths`, `packed`."""
     return Peer(partial(_call, call, _block_mask))
+
+
+def with_dense_mask(call: Attention, packed: bool) -> Peer:
+    """Our attention with a boolean tensor for `causal` and `window`, which is packed to bits or read as it is."""
+    return Peer(partial(_call, call, partial(_dense_mask, packed=packed), False))
 
 
 def twin(call: Attention) -> Peer:
@@ -452,6 +461,19 @@ def _predicate(call: Attention) -> tuple[MaskFunction, int | None, int]:
 
     batch = call.batch if call.lengths is not None and not packed else None
     return may_attend, batch, len(document) if packed else call.sequence
+
+
+def _dense_mask(call: Attention, packed: bool) -> Function:
+    mask = _mask(call)
+
+    def function(query: Tensor, key: Tensor, value: Tensor, *_: None) -> Tensor:
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+        with nullcontext() if packed else masks_as_given():
+            output = attention(query, key, value, mask=mask)
+        assert isinstance(output, Tensor)
+        return output.transpose(1, 2)
+
+    return function
 
 
 def _block_mask(call: Attention) -> Function:

@@ -17,7 +17,8 @@ import fastformer.nn
 from fastformer.cuda_graphs import CudaRecorder
 from fastformer.generation import Generator, SamplingParameters, generator, workspace
 from fastformer.models import FastformerConfig, FastformerForCausalLM, FastformerForPreTraining
-from fastformer.ops import append_to_cache, decode_attention, layer_norm, rotary_frequencies, rotary_table
+from fastformer.ops import append_to_cache, attention, decode_attention, layer_norm, rotary_frequencies, rotary_table
+from fastformer.ops.attention import packed_mask
 
 _WARM_UP = 3
 Results = Callable[[], list[Tensor]]
@@ -59,6 +60,23 @@ def test_other_inputs(call: Call, dry: bool) -> None:
     for tensor, values in zip(first, others, strict=True):
         tensor.copy_(values)
     assert_same(replay(), expected)
+
+
+def test_a_mask_that_is_packed_may_change(make: Maker, dry: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph packs the elements that a mask has at the replay, even if the mask was packed before."""
+    monkeypatch.setattr(packed_mask, "_FEWEST_ELEMENTS", 1)
+    size, head_dim = make.size(1000, 140), 20
+    mask = make.booleans(1, 1, size, size, share=0.5)
+    tensors = [make.normal(1, 2, size, head_dim).bfloat16().requires_grad_() for _ in range(3)]
+
+    def step() -> list[Tensor]:
+        output = attention(*tensors, mask=mask)
+        return [output.detach(), *torch.autograd.grad(output.sum(), tensors)]
+
+    step()
+    replay = captured(step, dry)
+    mask.copy_(mask.roll(7, -1))
+    assert_same(replay(), step())
 
 
 def test_dropout_is_drawn_anew(make: Maker, dry: bool) -> None:

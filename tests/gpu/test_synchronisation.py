@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fastformer.generation.cached_model import CachedModel
 from fastformer.models import FastformerConfig, FastformerForCausalLM, FastformerForMaskedLM
+from fastformer.ops import attention
+from fastformer.ops.attention import packed_mask
 
 
 @contextmanager
@@ -40,6 +42,16 @@ def test_operators(call: Call, dry: bool) -> None:
     results(call.operator, inputs, grads)
     with no_waiting(dry):
         results(call.operator, inputs, grads)
+
+
+def test_packing_a_mask(make: Maker, dry: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_mask, "_FEWEST_ELEMENTS", 1)
+    size = make.size(1000, 140)
+    query, key, value = (make.normal(1, 2, size, 20).bfloat16().requires_grad_() for _ in range(3))
+    mask = make.booleans(1, 1, size, size, share=0.5)
+    attention(query, key, value, mask=mask)
+    with no_waiting(dry):
+        attention(query, key, value, mask=~mask)
 
 
 def configuration(make: Maker, **options: object) -> FastformerConfig:

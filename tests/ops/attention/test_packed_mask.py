@@ -212,6 +212,8 @@ def test_what_is_not_reused_or_counted_stays_dense(packed: list[bool], monkeypat
     call(mask[:, :, :1].expand(-1, -1, QUERIES, -1))  # the same keys for all queries
     with fastformer.backend("torch"):
         call(mask)
+    with packed_mask.masks_as_given():
+        call(mask)
     with torch.inference_mode():
         call(mask.clone())
     monkeypatch.setattr(packed_mask, "_FEWEST_ELEMENTS", 1 << 22)

@@ -13,13 +13,16 @@ import torch
 from fastformer.backends import backend
 from fastformer.benchmarking.attention_peers import (
     BLOCK_MASK,
+    DENSE_MASK,
     FLEX,
+    MASK_OF_BYTES,
     Attention,
     compiled_peers,
     exact_first_heads,
     of_first_heads,
     peers,
     with_block_mask,
+    with_dense_mask,
 )
 from fastformer.benchmarking.gpu.rates import Case, launches, rates
 from fastformer.benchmarking.gpu.step import Record, Setting, Step
@@ -33,6 +36,11 @@ WIDTH, TOKENS = 2048, 16384
 # Peers that are slow by design, or the same as another peer. There is no time for them.
 _LEFT_OUT = {"PyTorch eager", "SDPA math", "SDPA, one sequence at a time"}
 _FIRST = (OURS, "SDPA cuDNN", "SDPA flash", "PyTorch varlen_attn", "flash-attn", "SDPA memory-efficient", "xFormers")
+_OUR_MASKS: dict[str, Callable[[Attention], Peer]] = {
+    BLOCK_MASK: with_block_mask,
+    DENSE_MASK: partial(with_dense_mask, packed=True),
+    MASK_OF_BYTES: partial(with_dense_mask, packed=False),
+}
 # A multiple of 1/16, which is cuDNN's resolution.
 _DROPOUT = 0.125
 
@@ -61,7 +69,7 @@ def _features(device: torch.device, dry: bool) -> Iterator[Case]:
     features: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         "packed, causal": ({"lengths": lengths, "packed": True, "causal": True}, (BLOCK_MASK, FLEX)),
         "grouped queries, causal": ({"causal": True, "kv_heads": heads // 4}, ()),
-        f"window {window}": ({"causal": True, "window": window}, (BLOCK_MASK, FLEX)),
+        f"window {window}": ({"causal": True, "window": window}, (*_OUR_MASKS, FLEX)),
         "padding": ({"lengths": lengths}, ()),
         "softcap, causal": ({"causal": True, "softcap": 50.0}, (FLEX, "torch.compile")),
         "sinks, causal": ({"causal": True, "sinks": True}, ("torch.compile",)),
@@ -86,11 +94,10 @@ def _dtype(dry: bool) -> torch.dtype:
 
 
 def _case(title: str, call: Attention, further: tuple[str, ...]) -> Case:
-    """A case with the usual peers and with `further` ones: a block mask, and those that take seconds to compile."""
+    """A case with the usual peers and with `further` ones: masks, and those that take seconds to compile."""
     found = {name: peer for name, peer in peers(call, flex=False).items() if name not in _LEFT_OUT}
     in_order: dict[str, Peer] = {name: found[name] for name in _FIRST if name in found}
-    if BLOCK_MASK in further:
-        in_order[BLOCK_MASK] = with_block_mask(call)
+    in_order |= {name: make(call) for name, make in _OUR_MASKS.items() if name in further}
     in_order |= {name: peer for name, peer in compiled_peers(call).items() if name in further}
     exact: Callable[[], Any] | None = None if call.dropout_p else partial(exact_first_heads, call)
     return Case(
