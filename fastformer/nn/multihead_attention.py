@@ -186,6 +186,8 @@ def _as_scores(name: str, mask: torch.Tensor | None, shapes: list[tuple[int, ...
 
 
 def _check_dtype(name: str, mask: torch.Tensor) -> None:
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(mask).__name__}")
     if mask.dtype != torch.bool and mask.dtype not in FLOATING_DTYPES:
         raise TypeError(
             f"{name} must be boolean (True = ignore), float32, float16 or bfloat16 (added to the scores); "

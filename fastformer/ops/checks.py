@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
+from numbers import Integral
 
 import torch
 
@@ -16,6 +18,26 @@ def check_floating(name: str, tensor: torch.Tensor) -> None:
     """Raise TypeError unless `tensor` is float32, float16 or bfloat16."""
     if tensor.dtype not in FLOATING_DTYPES:
         raise TypeError(f"{name} must be float32, float16 or bfloat16; got {tensor.dtype}")
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raise ValueError unless `softcap` is None or a positive number."""
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None for none; got {softcap}")
+
+
+def check_whole(name: str, value: object, least: int, none_means: str) -> None:
+    """Raise unless `value` is a whole number (TypeError) of at least `least` (ValueError)."""
+    if not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"{name} must be a whole number, or None for {none_means}; got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, or None for {none_means}; got {value}")
+
+
+def class_name(value: object) -> str:
+    """The name of the class of `value`, with its module if it is not built in."""
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

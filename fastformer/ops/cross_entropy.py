@@ -15,7 +15,7 @@ from torch.nn import _reduction
 from fastformer.backends import use_triton
 from fastformer.debugging import assert_on_device, debugging
 from fastformer.ops.autocast import autocast_device_type
-from fastformer.ops.checks import can_be_read, check_device, check_floating, check_shape
+from fastformer.ops.checks import can_be_read, check_device, check_floating, check_shape, check_softcap
 from fastformer.ops.operator import operator, runs_in_pytorch, vjp
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -146,8 +146,7 @@ def checked_options(
         raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing}")
     if not z_loss >= 0.0:
         raise ValueError(f"z_loss must be at least 0; got {z_loss}")
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap must be positive, or None; got {softcap}")
+    check_softcap(softcap)
     return ignore_index, label_smoothing, z_loss, softcap or 0.0
 
 

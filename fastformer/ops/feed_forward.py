@@ -420,7 +420,10 @@ def _activate(x: Tensor, activation: str, inplace: bool = False) -> Tensor:
     if activation == "identity":
         return x if inplace else x.clone()
     x = F.relu(x, inplace)
-    return x.square_() if activation == "squared_relu" else x
+    if activation == "squared_relu":
+        # The gradient of relu needs its result, which would be overwritten.
+        return x.square() if x.requires_grad else x.square_()
+    return x
 
 
 def _activate_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:

@@ -297,7 +297,7 @@ def test_compiles_without_graph_break(inplace: bool) -> None:
         ({"reduction": "max"}, ValueError, "reduction must be one of mean, sum, none; got 'max'"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\]; got 1.5"),
         ({"z_loss": -1.0}, ValueError, "z_loss must be at least 0; got -1.0"),
-        ({"softcap": 0.0}, ValueError, "softcap must be positive, or None; got 0.0"),
+        ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, or None for none; got 0.0"),
     ],
 )
 def test_refuses_what_it_cannot_do(change: dict[str, Any], error: type, message: str) -> None:

@@ -186,6 +186,7 @@ CASES = {
     "linear_cross_entropy of rows": Case(*_linear_cross_entropy("none"), LINEAR),
     "feed_forward": Case(*_feed_forward("gelu", F.gelu), FEED_FORWARD),
     "feed_forward, silu": Case(*_feed_forward("silu", F.silu), FEED_FORWARD),
+    "feed_forward, squared_relu": Case(*_feed_forward("squared_relu", lambda x: F.relu(x).square()), FEED_FORWARD),
     "transformer_embedding": Case(_embedding, _embedding_of_pytorch, ((5, 4), (7, 4), (4,), (4,))),
     "attention": Case(*_attention(causal=True), QKV),
     "attention, window": Case(*_attention(window=(1, 1), softcap=2.0), QKV),

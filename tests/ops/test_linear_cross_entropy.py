@@ -325,7 +325,7 @@ def test_autocast(device: torch.device) -> None:
         ({"reduction": "max"}, ValueError, "reduction must be one of mean, sum, none; got 'max'"),
         ({"class_weight": torch.zeros(300)}, ValueError, r"class_weight must have shape \(301,\); got \(300,\)"),
         ({"memory_budget": 0}, ValueError, "memory_budget must be at least 1 byte; got 0"),
-        ({"softcap": -1.0}, ValueError, "softcap must be positive, or None; got -1.0"),
+        ({"softcap": -1.0}, ValueError, "softcap must be positive and finite, or None for none; got -1.0"),
     ],
 )
 def test_refuses_what_it_cannot_do(change: dict[str, Any], error: type, message: str) -> None:

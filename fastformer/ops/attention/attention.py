@@ -19,7 +19,7 @@ from fastformer_kernels.attention.arguments import (
 from fastformer_kernels.attention.score_mod import ScoreMod, score_mod_of
 
 from fastformer.backends import use_triton
-from fastformer.ops.attention.block_mask import BlockMask
+from fastformer.ops.attention.block_mask import FROM_FLEX, BlockMask
 from fastformer.ops.attention.masked_nan import attention_ignoring_masked_nan
 from fastformer.ops.attention.packed_mask import with_packed_mask
 from fastformer.ops.attention.torch_backend import attention_backward_torch, attention_formula, attention_forward_torch
@@ -34,6 +34,9 @@ from fastformer.ops.checks import (
     check_lengths,
     check_like,
     check_shape,
+    check_softcap,
+    check_whole,
+    class_name,
 )
 from fastformer.ops.dropout import check_dropout_p, draw_seed
 from fastformer.ops.operator import operator, schema_of_fields, vjp
@@ -216,13 +219,12 @@ def checked_arguments(
     if mask is not None or bias is not None:
         mask, bias = mask_and_bias(mask, bias, (batch, heads, queries, keys), query)
     left, right = _check_window(window, causal)
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be 1 or more, or None for no limit; got {chunk}")
+    if chunk is not None:
+        check_whole("chunk", chunk, 1, "no limit")
     if alignment not in ("bottom_right", "top_left"):
         raise ValueError(f"alignment must be 'bottom_right' or 'top_left'; got {alignment!r}")
     check_dropout_p(dropout_p)
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap must be positive, or None for none; got {softcap}")
+    check_softcap(softcap)
     if key_lengths is not None:
         check_int32("key_lengths", key_lengths, (batch,), "query", query)
     if prefix_lengths is not None:
@@ -319,10 +321,12 @@ def _check_max_seqlen(max_seqlen_q: int | None, max_seqlen_k: int | None, same: 
 def _check_window(window: tuple[int | None, int | None] | None, causal: bool) -> tuple[int, int]:
     if window is None:
         return UNBOUNDED, 0 if causal else UNBOUNDED
+    if not isinstance(window, Sequence) or len(window) != 2:
+        raise TypeError(f"window must be a pair (left, right), or None for no limit; got {window!r}")
     left, right = window
     for name, extent in (("left", left), ("right", right)):
-        if extent is not None and extent < 0:
-            raise ValueError(f"window's {name} extent must be 0 or more, or None for no limit; got {extent}")
+        if extent is not None:
+            check_whole(f"window's {name} extent", extent, 0, "no limit")
     if causal:
         right = 0
     return _extent(left), _extent(right)
@@ -349,6 +353,7 @@ def mask_and_bias(
 
 
 _Tiles = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+_ACCEPTED = {"mask": f"a tensor or a fastformer.BlockMask{FROM_FLEX}", "bias": "a tensor"}
 # Without a block mask: the arguments that it fills.
 _NO_TILES: _Tiles = (None, None, None, None)
 _LIMITS = ("causal", "window", "chunk", "prefix_lengths", "key_lengths", "cu_seqlens_q")
@@ -374,6 +379,8 @@ def _check_broadcast(
     name: str, tensor: torch.Tensor, shape: tuple[int, int, int, int], query: torch.Tensor
 ) -> torch.Tensor:
     """Return `tensor` as 4-D, after checking that it broadcasts to (batch, heads, queries, keys)."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be {_ACCEPTED[name]}; got {class_name(tensor)}")
     check_device(name, tensor, "query", query)
     given = tuple(tensor.shape)
     if not broadcasts(given, shape):

@@ -9,6 +9,9 @@ import torch
 from fastformer_kernels.attention.arguments import LIST_HEADER, MASK_TILE, MASK_WORDS, WORD_BITS
 from torch import Tensor
 
+from fastformer.ops.checks import broadcasts
+
+FROM_FLEX = " (BlockMask.from_flex makes one of FlexAttention's)"
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Piece = Callable[[slice, slice, slice], Tensor]
 
@@ -87,9 +90,9 @@ class BlockMask:
         """Make the lists of a function of indices. Its elements are computed some rows of tiles at a time.
 
         Args:
-            mask_mod: takes batch, head, query and key, int64 tensors on `device` that broadcast against each other, and
-                returns a boolean tensor, True = may attend. FlexAttention's functions of single indices do, if they are
-                made of elementwise operations and indexing.
+            mask_mod: takes batch, head, query and key, int64 tensors of four dimensions on `device` that broadcast
+                against each other, and returns a boolean tensor that broadcasts with them, True = may attend.
+                FlexAttention's functions of single indices do, if they are made of elementwise operations and indexing.
             batch, heads: None if the mask is the same for all; the function then gets 0.
             queries, keys: their numbers. The first of each has index 0.
         """
@@ -101,10 +104,17 @@ class BlockMask:
 
         def piece(b: slice, h: slice, q: slice) -> Tensor:
             parts = (torch.arange(part.start, part.stop, device=device) for part in (b, h, q, slice(0, keys)))
-            indices = [part.view(-1, *(1,) * (3 - place)) for place, part in enumerate(parts)]
+            indices = [part.view(*(1,) * place, -1, *(1,) * (3 - place)) for place, part in enumerate(parts)]
             seen = mask_mod(*indices)
             _check_boolean("the result of mask_mod", seen)
-            return seen.expand(torch.broadcast_shapes(*(part.shape for part in indices)))
+            piece_shape = torch.broadcast_shapes(*(part.shape for part in indices))
+            # A function that reduces something would silently give all pairs the same.
+            if seen.dim() != 4 or not broadcasts(tuple(seen.shape), tuple(piece_shape)):
+                raise ValueError(
+                    "mask_mod must return 4 dimensions that broadcast to its indices (batch, heads, queries, keys), "
+                    f"{tuple(piece_shape)}; got {tuple(seen.shape)}"
+                )
+            return seen.expand(piece_shape)
 
         return cls.from_pieces(shape, device, piece)
 
@@ -129,30 +139,48 @@ class BlockMask:
 
     @classmethod
     def from_flex(cls, block_mask: Any) -> BlockMask:
-        """Make the lists of a `torch.nn.attention.flex_attention.BlockMask`, with any block size."""
+        """Make the lists of a `torch.nn.attention.flex_attention.BlockMask`, with any block size.
+
+        Raises:
+            TypeError: it is something else. ValueError: it is a slice of one, whose function has other indices.
+        """
+        from torch.nn.attention import flex_attention
+
+        if not isinstance(block_mask, flex_attention.BlockMask):
+            raise TypeError(f"block_mask must be FlexAttention's BlockMask; got {type(block_mask).__name__}")
         batch, heads = block_mask.kv_num_blocks.shape[:2]
         queries, keys = block_mask.seq_lengths
         rows, columns = block_mask.BLOCK_SIZE
         partial = _blocks(block_mask.kv_num_blocks, block_mask.kv_indices)
         whole = torch.zeros_like(partial)
         if block_mask.full_kv_num_blocks is not None:
+            assert block_mask.full_kv_indices is not None
             whole = _blocks(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+        if partial.shape[2] != -(-queries // rows):
+            raise ValueError(
+                f"block_mask must have the lists of all its {queries} queries; got {partial.shape[2]} blocks of {rows}"
+            )
+        mask_mod = _of_all_indices(block_mask.mask_mod)
 
         def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             block = (b, h, q // rows, k // columns)
-            return whole[block] | (partial[block] & block_mask.mask_mod(b, h, q, k))
+            return whole[block] | (partial[block] & mask_mod(*(index.flatten() for index in (b, h, q, k))))
 
         return cls.from_function(seen, batch, heads, queries, keys, device=block_mask.kv_num_blocks.device)
 
     @property
     def by_key(self) -> TileLists:
-        """The tiles of queries that see each tile of keys, for the backward; made once.
+        """The tiles of queries that see each tile of keys, for the backward; made once outside of traces.
 
         Ask for it before a CUDA graph records a call, or the graph makes it in each replay.
         """
-        if self._by_key is None:
-            self._by_key = _transposed(self.by_query)
-        return self._by_key
+        if self._by_key is not None:
+            return self._by_key
+        by_key = _transposed(self.by_query)
+        # Others are of no use after the trace or the transform of torch.func that they belong to.
+        if torch.compiler.is_dynamo_compiling() or all(map(_is_ordinary, by_key)):
+            self._by_key = by_key
+        return by_key
 
     @property
     def device(self) -> torch.device:
@@ -167,6 +195,7 @@ class BlockMask:
 
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask on another device."""
+        device = torch.device(device)  # a dtype, which a tensor's `to` would take, is an error
         by_query, by_key = (
             None if lists is None else TileLists(*(tensor.to(device) for tensor in lists))
             for lists in (self.by_query, self._by_key)
@@ -198,6 +227,17 @@ def listed_columns(lists: Tensor, batch: slice, rows: slice) -> tuple[int, int]:
     batch = slice(0, 1) if lists.shape[0] == 1 else batch
     seen = _places_of_bits(lists[batch, :, first:last]).flatten(0, 2).amax(0).nonzero().flatten()
     return (int(seen[0]) * MASK_TILE, (int(seen[-1]) + 1) * MASK_TILE) if len(seen) else (0, 0)
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _of_all_indices(mask_mod: MaskFunction) -> MaskFunction:
+    """Turn FlexAttention's function of single indices into one of four vectors, with a result of four dimensions."""
+    for place in (3, 2, 1, 0):
+        mask_mod = torch.vmap(mask_mod, tuple(0 if each == place else None for each in range(4)))
+    return mask_mod
 
 
 def _check_boolean(name: str, tensor: Any) -> None:

@@ -13,7 +13,7 @@ from fastformer_kernels.attention.decode_arguments import DecodeArguments, cache
 
 from fastformer.backends import use_triton
 from fastformer.ops.attention.attention import _check_sinks, _check_slopes, _check_window
-from fastformer.ops.attention.block_mask import BlockMask, shown_in_rows
+from fastformer.ops.attention.block_mask import FROM_FLEX, BlockMask, shown_in_rows
 from fastformer.ops.attention.cache import check_caches, check_same_places
 from fastformer.ops.attention.explicit import largest_score, product_of_visible
 from fastformer.ops.attention.flash import is_finite
@@ -27,6 +27,8 @@ from fastformer.ops.checks import (
     check_no_gradient,
     check_pages,
     check_pages_on_device,
+    check_softcap,
+    class_name,
 )
 from fastformer.ops.operator import operator
 
@@ -107,8 +109,7 @@ def decode_attention(
     check_int32("lengths", lengths, (batch,), "query", query)
     if query_lengths is not None:
         check_int32("query_lengths", query_lengths, (batch,), "query", query)
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap must be positive, or None for none; got {softcap}")
+    check_softcap(softcap)
     if splits is not None and splits < 1:
         raise ValueError(f"splits must be at least 1, or None to choose by rule; got {splits}")
     left, right = _check_window(window, causal)
@@ -155,7 +156,7 @@ def _check_mask(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mask's lists and bits."""
     if not isinstance(mask, BlockMask):
-        raise TypeError(f"mask must be a BlockMask; got {type(mask).__name__}")
+        raise TypeError(f"mask must be a fastformer.BlockMask{FROM_FLEX}; got {class_name(mask)}")
     check_device("mask", mask.by_query.lists, "query", query)
     cache = cache_shape(key_cache, block_table)
     heads, capacity = (query.shape[0], cache.kv_heads), (cache.capacity, cache.capacity)

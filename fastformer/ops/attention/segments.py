@@ -139,7 +139,15 @@ class Segment(NamedTuple):
         heads = slice(0, scores.shape[1])
         parts = (self.batch, heads, self.queries, self.keys)
         indices = [torch.arange(part.start, part.stop, device=scores.device) for part in parts]
-        return reference(scores, *(index.view(-1, *(1,) * (3 - place)) for place, index in enumerate(indices)))
+        changed = reference(scores, *(index.view(-1, *(1,) * (3 - place)) for place, index in enumerate(indices)))
+        if not isinstance(changed, torch.Tensor):
+            raise TypeError(f"score_mod's reference must return a tensor; got {type(changed).__name__}")
+        if changed.shape != scores.shape or changed.dtype != scores.dtype:
+            raise ValueError(
+                f"score_mod's reference must return the scores' shape and dtype, {tuple(scores.shape)} and "
+                f"{scores.dtype}; got {tuple(changed.shape)} and {changed.dtype}"
+            )
+        return changed
 
     def visible(self, device: torch.device) -> torch.Tensor | None:
         """The keys that each query sees by mask, position and bias; 4-D boolean, or None for all keys."""

@@ -157,6 +157,7 @@ def _attend(
             or head_features.mask is not None
             or head_features.bias is not None
             or head_features.relative is not None
+            or constants.SCORE_MOD is not None
         ):
             shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         weights = tl.exp2(scores * multiplier - shift[:, None])

@@ -31,6 +31,7 @@ class ScoreMod:
 
     Raises:
         TypeError: a function is missing or of the wrong kind.
+        ValueError: `reference` uses a tensor that requires a gradient.
 
     >>> @triton.jit
     ... def decay(score, b, h, q, k):
@@ -52,19 +53,43 @@ class ScoreMod:
                 raise TypeError(f"{name} must be a @triton.jit function; got {type(function).__name__}")
         if reference is not None and not callable(reference):
             raise TypeError(f"reference must be a function; got {type(reference).__name__}")
+        if learned := _learned_by(reference):
+            raise ValueError(
+                f"reference must not use tensors that learn, which would get no gradient; got {', '.join(learned)}. "
+                "There are bias, relative_bias, alibi_slopes and a scale for each head"
+            )
         self.forward, self.backward, self.reference = forward, backward, reference
         self.source = f"{_source_key(forward)} {_source_key(backward)}"
-        self.key = f"{self.source} {id(reference)}"
+        self.key = " ".join((self.source, *(str(id(function)) for function in (forward, backward, reference))))
         # An operator takes no function: it takes this key. Functions stay, since a kept launch may refer to them.
         _known[self.key] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The key is of this process.
+        return ScoreMod, (self.forward, self.backward, self.reference)
 
 
 _known: dict[str, ScoreMod] = {}
 
 
 def score_mod_of(key: str) -> ScoreMod:
-    """The ScoreMod with this key."""
+    """The ScoreMod with this key.
+
+    Raises:
+        RuntimeError: it was made in another process, whose exported program runs here.
+    """
+    if key not in _known:
+        raise RuntimeError("score_mod is unknown in this process: export a program anew where its ScoreMod is made")
     return _known[key]
+
+
+def _learned_by(function: Any) -> list[str]:
+    """The names of the variables from outside that a function uses and that are tensors with a gradient."""
+    if not inspect.isfunction(function):
+        return []
+    outside = inspect.getclosurevars(function)
+    values = {**outside.globals, **outside.nonlocals}
+    return [name for name, value in values.items() if isinstance(value, torch.Tensor) and value.requires_grad]
 
 
 def _source_key(function: Any) -> str:

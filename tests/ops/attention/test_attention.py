@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import reference
 import torch
@@ -603,6 +604,12 @@ CU = torch.tensor([0, 2, 5], dtype=torch.int32)
         ((Q, Q, Q), {"mask": torch.ones(3, 5, dtype=torch.bool)}, ValueError, r"mask must broadcast.*\(3, 5\)"),
         ((Q, Q, Q), {"mask": torch.ones(5, 5, dtype=torch.int64)}, TypeError, "mask must be boolean"),
         ((Q, Q, Q), {"window": (-1, 2)}, ValueError, "window's left extent"),
+        ((Q, Q, Q), {"window": (1.5, None)}, TypeError, "window's left extent must be a whole number.*got 1.5"),
+        ((Q, Q, Q), {"window": 3}, TypeError, "window must be a pair .left, right.*got 3"),
+        ((Q, Q, Q), {"chunk": 2.5}, TypeError, "chunk must be a whole number, or None for no limit; got 2.5"),
+        ((Q, Q, Q), {"softcap": float("inf")}, ValueError, "softcap must be positive and finite.*got inf"),
+        ((Q, Q, Q), {"mask": [[1]]}, TypeError, "mask must be a tensor or a fastformer.BlockMask.*got list"),
+        ((Q, Q, Q), {"bias": np.zeros((1, 1))}, TypeError, "bias must be a tensor; got numpy.ndarray"),
         ((Q, Q, Q), {"chunk": 0}, ValueError, "chunk must be 1 or more"),
         ((Q, Q, Q), {"prefix_lengths": CU[1:]}, ValueError, "prefix_lengths needs causal=True"),
         ((Q, Q, Q), {"scale": torch.ones(3)}, ValueError, r"scale must have shape \(4,\); got \(3,\)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 import warnings
@@ -20,6 +21,7 @@ from torch.nn.attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import fastformer
+import fastformer.nn
 from fastformer import BlockMask
 from fastformer.ops.attention.block_mask import shown_in_rows
 
@@ -93,6 +95,49 @@ def test_masks_of_flex_attention(block_size: Any) -> None:
         warnings.simplefilter("ignore")  # that it is not compiled
         expected = flex_attention.flex_attention(query, key, value, block_mask=theirs)
     torch.testing.assert_close(fastformer.attention(query, key, value, mask=ours), expected)
+
+
+TAGS = torch.rand(350, 3) > 0.6
+
+
+def test_functions_of_flex_attention_may_reduce() -> None:
+    """FlexAttention calls a function with single indices."""
+    mask_mod = lambda b, h, q, k: (TAGS[q] & TAGS[k]).any()  # noqa: E731
+    flex = flex_attention.create_block_mask(mask_mod, 1, 2, 350, 300, device="cpu")
+    wanted = flex_attention.create_mask(mask_mod, 1, 2, 350, 300, device="cpu")
+    assert torch.equal(BlockMask.from_flex(flex).to_dense(), wanted)
+
+
+def exported(mask: BlockMask, tensors: Tensor) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, tensors: Tensor) -> Tensor:
+            return fastformer.attention(*tensors, mask=mask)
+
+    torch.export.export(Layer(), (tensors,), strict=False)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        exported,
+        lambda mask, tensors: torch.func.grad(lambda each: fastformer.attention(*each, mask=mask).sum())(tensors),
+        lambda mask, tensors: torch.func.vmap(lambda each: fastformer.attention(*each, mask=mask))(tensors[None]),
+    ],
+    ids=["export", "torch.func.grad", "vmap"],
+)
+def test_a_trace_or_transform_leaves_the_mask_as_it_was(first: Callable[..., object]) -> None:
+    torch.manual_seed(0)
+    tensors, elements = torch.randn(3, 1, 2, 20, 8), torch.rand(20, 20) > 0.5
+    mask = BlockMask.from_mask(elements)
+    first(mask, tensors)
+    results = []
+    for given in (mask, BlockMask.from_mask(elements)):
+        leaves = tensors.clone().requires_grad_()
+        with fastformer.backend("triton"):
+            fastformer.attention(*leaves, mask=given).sum().backward()
+        results.append(leaves.grad)
+    assert torch.equal(*results)
+    assert torch.equal(copy.deepcopy(mask).by_key.bits, BlockMask.from_mask(elements).by_key.bits)
 
 
 def with_lse(*tensors: Tensor, **options: Any) -> Any:
@@ -253,6 +298,25 @@ def test_what_is_wrong_is_said() -> None:
         BlockMask.from_mask(torch.ones(20, dtype=torch.bool))
     with pytest.raises(TypeError, match="the result of mask_mod must be a boolean tensor"):
         BlockMask.from_function(lambda b, h, q, k: q - k, None, None, 20, 20)
+    with pytest.raises(ValueError, match=r"mask_mod must return 4 dimensions .*\(1, 1, 20, 20\); got \(\)"):
+        BlockMask.from_function(lambda b, h, q, k: (TAGS[q] & TAGS[k]).any(), None, None, 20, 20)
+    flex = flex_attention.create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 300, 300, device="cpu")
+    for call in (
+        lambda: fastformer.attention(*tensors, mask=flex),
+        lambda: fastformer.decode_attention(
+            tensors[0], *tensors[1:], lengths=torch.tensor([20, 20], dtype=torch.int32), mask=flex
+        ),
+    ):
+        with pytest.raises(TypeError, match=r"BlockMask \(BlockMask.from_flex .*got torch.nn.attention.flex"):
+            call()
+    with pytest.raises(ValueError, match="lists of all its 300 queries; got 2 blocks of 128"):
+        BlockMask.from_flex(flex[:, :, 1:3])
+    with pytest.raises(TypeError, match="block_mask must be FlexAttention's BlockMask; got Tensor"):
+        BlockMask.from_flex(tensors)
+    with pytest.raises(TypeError, match="attn_mask must be a tensor; got BlockMask"):
+        fastformer.nn.MultiheadAttention(8, 1)(*torch.zeros(3, 20, 1, 8), attn_mask=mask)
+    with pytest.raises(RuntimeError):
+        mask.to(torch.float16)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="queries must not be negative"):
         BlockMask.from_function(documents, None, None, -1, 20)
 
