@@ -315,7 +315,7 @@ def test_what_is_wrong_is_said() -> None:
         BlockMask.from_flex(tensors)
     with pytest.raises(TypeError, match="attn_mask must be a tensor; got BlockMask"):
         fastformer.nn.MultiheadAttention(8, 1)(*torch.zeros(3, 20, 1, 8), attn_mask=mask)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(TypeError, match="device"):
         mask.to(torch.float16)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="queries must not be negative"):
         BlockMask.from_function(documents, None, None, -1, 20)

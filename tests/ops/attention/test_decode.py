@@ -161,7 +161,7 @@ def test_a_mask_of_other_sizes_is_refused() -> None:
     mask = fastformer.BlockMask.from_mask(torch.ones(1, 2, 20, 20, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"mask must have the sizes .* of \(1, 1, 20, 20\); got \(1, 2, 20, 20\)"):
         decode_attention(query, cache, cache, lengths=int32([3]), mask=mask)
-    with pytest.raises(TypeError, match="mask must be a fastformer.BlockMask .*; got torch.Tensor"):
+    with pytest.raises(TypeError, match=r"mask must be a fastformer.BlockMask .*; got torch.Tensor"):
         decode_attention(query, cache, cache, lengths=int32([3]), mask=torch.ones(20, 20, dtype=torch.bool))
 
 
