@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -441,13 +443,35 @@ def _weight_gradient(so_far: Tensor, logits: Tensor, x: Tensor, number: int, who
         return torch.mm(logits.T, x, out=so_far)
     if x.dtype == torch.float32:
         return so_far.addmm_(logits.T, x) if number else torch.mm(logits.T, x, out=so_far)
-    if x.get_device() >= 0 and torch.version.cuda:
-        # cuBLAS adds 16-bit products to a float32 sum, without rounding each chunk's product first.
+    if _adds_in_float32(x.device, x.dtype):
+        # Each chunk's product is added to the float32 sum without being rounded first.
         if number == 0:
             return torch.mm(logits.T, x, out_dtype=torch.float32)
         return torch.addmm(so_far, logits.T, x, out_dtype=torch.float32, out=so_far)
     product = logits.T @ x
     return so_far.add_(product) if number else product.float()
+
+
+@cache
+def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the library of a device adds products of 16-bit matrices to a float32 sum: cuBLAS does.
+
+    Tried once, with small matrices, so that a library that refuses costs accuracy and a warning, not a training run.
+    """
+    if device.type != "cuda" or not torch.version.cuda:
+        return False
+    matrix, total = torch.ones(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.mm(matrix, matrix, out_dtype=torch.float32)
+        torch.addmm(total, matrix, matrix, out_dtype=torch.float32, out=total)
+    except RuntimeError as error:
+        warnings.warn(
+            f"the products of each chunk of linear_cross_entropy are rounded to {dtype} before they are added to the "
+            f"weight's gradient, because {device} refuses to add them in float32: {error}",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _parts(of_rows: Tensor, step: int) -> Sequence[Tensor]:

@@ -15,7 +15,12 @@ from hypothesis import given, settings
 from torch.utils.checkpoint import checkpoint
 
 from fastformer.backends import backend as use_backend
-from fastformer.ops.linear_cross_entropy import _budget_of_gpu, _last_budgets, linear_cross_entropy
+from fastformer.ops.linear_cross_entropy import (
+    _adds_in_float32,
+    _budget_of_gpu,
+    _last_budgets,
+    linear_cross_entropy,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["mean", "sum", "none"]
@@ -282,6 +287,32 @@ def test_budget_of_a_gpu_follows_its_free_memory(monkeypatch: pytest.MonkeyPatch
     free[0] = 64 << 30
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert budget(1 << 20, 256 << 10) == 256 << 20, "the same order of sums in each run"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_library_that_refuses_float32_sums_is_not_asked_again(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library of a GPU is asked once, and products are then rounded before they are added."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    asked = []
+
+    def refuse(*matrices: torch.Tensor, **options: Any) -> torch.Tensor:
+        asked.append(options)
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+    ones, zeros = torch.ones, torch.zeros
+    monkeypatch.setattr(torch, "ones", lambda *shape, device, **options: ones(*shape, **options))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: zeros(*shape))
+    monkeypatch.setattr(torch, "mm", refuse)
+    _adds_in_float32.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"are rounded to torch\..*float.*NOT_SUPPORTED"):
+            assert not _adds_in_float32(torch.device("cuda", 0), dtype)
+        assert not _adds_in_float32(torch.device("cuda", 0), dtype)
+    finally:
+        _adds_in_float32.cache_clear()
+    assert asked == [{"out_dtype": torch.float32}]
 
 
 def test_registration(backend: str) -> None:
