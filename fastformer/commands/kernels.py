@@ -48,8 +48,8 @@ _CHECK = """\
 Check for regressions: compile the guarded cases, and compare them with the figures recorded in the repository for this
 version of triton. It is an error if a kernel has a new spill, too much shared memory, over 3% more instructions, lacks
 a wgmma, tcgen05, TMA or asynchronous copy that it had, or is not in the figures. On sm_90, 16-bit attention with
-head_dim 64, 128 or 512 may not spill at all. On sm_86, sm_89, sm_120 and gfx950 only attention is guarded: causal, with
-block masks, and with heads wider than 128.
+head_dim 64, 96, 128, 256 or 512 may not spill at all. On sm_86, sm_89, sm_120 and gfx950 only attention is guarded:
+causal, with block masks, and with heads wider than 128.
 
 examples:
   fastformer kernels check --figures tests/kernel_reports/kernel_figures

@@ -216,7 +216,7 @@ def test_the_gate_names_what_got_worse(change: dict, expected: list[str]) -> Non
         ("sm_90", "attention/d128-causal-grouped/float16/aligned", 4, True),
         ("sm_90", "attention/d128/bfloat16/aligned", 0, False),
         ("sm_90", "attention/d128/float32/aligned", 4, False),
-        ("sm_90", "attention/d256-causal/bfloat16/aligned", 4, False),
+        ("sm_90", "attention/d256-causal/bfloat16/aligned", 4, True),
         ("sm_90", "attention_weights/d64-causal/bfloat16/aligned", 4, False),
         ("sm_80", "attention/d64/bfloat16/aligned", 4, False),
     ],

@@ -577,7 +577,12 @@ def _add_queries(
     key_tile, value_tile = owned
     key = (place.first_key + tl.arange(0, BLOCK_N))[:, None]
     limits = query_limits(key, span, features)
-    for index in tl.range(0, tiles_in(ranges, TESTED, BLOCK_M), warp_specialize=constants.WARP_SPECIALIZE):
+    for index in tl.range(
+        0,
+        tiles_in(ranges, TESTED, BLOCK_M),
+        warp_specialize=constants.WARP_SPECIALIZE,
+        disable_licm=not constants.HOIST,
+    ):
         start = tile_start(index, ranges, head_features.listed, TESTED, BLOCK_M)
         query = start + tl.arange(0, BLOCK_M)
         lse_log2, delta = _load_statistics(of_rows, start, span.queries, BLOCK_M, TESTED, constants.WARP_SPECIALIZE)
@@ -760,7 +765,12 @@ def _add_keys(
     limits = key_limits(query, span, features)
     if not constants.WARP_SPECIALIZE:
         lse_log2, delta = _load_statistics(of_rows, place.first_query, span.queries, BLOCK_M, True, False)
-    for index in tl.range(0, tiles_in(ranges, TESTED, BLOCK_N), warp_specialize=constants.WARP_SPECIALIZE):
+    for index in tl.range(
+        0,
+        tiles_in(ranges, TESTED, BLOCK_N),
+        warp_specialize=constants.WARP_SPECIALIZE,
+        disable_licm=not constants.HOIST,
+    ):
         start = tile_start(index, ranges, head_features.listed, TESTED, BLOCK_N)
         key = (start + tl.arange(0, BLOCK_N))[None, :]
         key_tile = load_rows(

@@ -125,7 +125,7 @@ def backward_candidates(
     tiles = _tiles(_BACKWARD_TILES, architecture, head_dim, element_size)
     found = [_plain(default, tile) for tile in tiles]
     found += [replace(choice, two_kernels=not default.two_kernels) for choice in (default, *found[:1], *found[3:5])]
-    found += [replace(default, resident=1), replace(default, one_loop=True)]
+    found += [replace(default, resident=1), replace(default, one_loop=True), replace(default, hoist=not default.hoist)]
     if default.descriptors:
         found.append(replace(default, descriptors=False))
         found += [replace(_specialized(tile), two_kernels=True) for tile in _SPECIALIZED_BACKWARD_TILES]
@@ -150,6 +150,7 @@ def query_gradient_candidates(
     """Configurations to compare of the kernel that computes dQ alone."""
     tiles = _tiles(_QUERY_GRADIENT_TILES, architecture, head_dim, element_size)
     found = [_plain(default, tile) for tile in tiles]
+    found.append(replace(default, hoist=not default.hoist))
     if default.descriptors:
         found.append(replace(default, descriptors=False, warp_specialize=False))
         found += [_specialized(tile) for tile in _SPECIALIZED_QUERY_GRADIENT_TILES]

@@ -188,6 +188,7 @@ class Constants(NamedTuple):
     WARP_SPECIALIZE: bool
     LAZY_RESCALE: bool
     WHOLE_TENSORS: bool
+    HOIST: bool
     SCORE_MOD: str | None
     MOD_SCORES: Any
     MOD_GRADIENT: Any

@@ -36,6 +36,8 @@ class AttentionConfiguration:
         two_kernels: for the backward only: whether a separate kernel, which recomputes the weights, computes dQ.
             Else dQ is added up in memory.
         lazy_rescale: for the forward only: whether it rescales its sums only where a maximum has grown much.
+        hoist: for the backward only: whether addresses that stay the same in a loop are computed before it. A wide tile
+            has dozens. Else each use computes its own, which costs instructions and leaves registers free.
     """
 
     block_m: int
@@ -48,6 +50,7 @@ class AttentionConfiguration:
     one_loop: bool = False
     two_kernels: bool = False
     lazy_rescale: bool = False
+    hoist: bool = True
 
     @property
     def options(self) -> dict[str, object]:
@@ -141,7 +144,7 @@ _CDNA_BACKWARD: Table = {
         64: AttentionConfiguration(32, 32, 4, 1),
         128: AttentionConfiguration(16, 32, 4, 1),
         256: AttentionConfiguration(16, 16, 4, 1),
-        512: AttentionConfiguration(16, 16, 4, 1, two_kernels=True),
+        512: AttentionConfiguration(16, 16, 4, 1, two_kernels=True, hoist=False),
     },
 }
 _FORWARD: dict[str, Table] = {
@@ -205,6 +208,7 @@ _BACKWARD_LOADING: dict[str, Table] = {
         2: {
             64: AttentionConfiguration(32, 64, 4, 2, descriptors=True),
             128: AttentionConfiguration(32, 32, 8, 2, descriptors=True),
+            256: AttentionConfiguration(32, 32, 8, 1, descriptors=True),
         }
     },
     "sm_100": {
@@ -251,11 +255,11 @@ _BACKWARD: dict[str, Table] = {
             64: AttentionConfiguration(64, 128, 8, 2, descriptors=True),
             128: for_triton(
                 {
-                    (3, 6): AttentionConfiguration(64, 64, 8, 2, descriptors=True),
+                    (3, 6): AttentionConfiguration(32, 128, 8, 2, descriptors=True, hoist=False),
                     (3, 9): AttentionConfiguration(32, 128, 8, 2, descriptors=True),
                 }
             ),
-            256: AttentionConfiguration(32, 32, 8, 1, descriptors=True),
+            256: AttentionConfiguration(32, 64, 8, 2, descriptors=True, hoist=False),
             512: _WIDE_HOPPER_BACKWARD,
         },
         4: _FLOAT32_BACKWARD,
@@ -284,9 +288,21 @@ _HOPPER_FORWARD_DROPOUT: Table = {
     }
 }
 _HOPPER_FORWARD_ALIBI: Table = {2: {**_FORWARD["sm_90"][2], 512: _WIDE_HOPPER_FORWARD}}
-_HOPPER_BACKWARD_SMALL: Table = {
-    2: {64: _BACKWARD["sm_90"][2][64], 128: AttentionConfiguration(32, 64, 8, 2, descriptors=True)}
+_BLACKWELL_BACKWARD_GROUPED: Table = {
+    2: {
+        64: _BACKWARD["sm_100"][2][64],
+        128: AttentionConfiguration(32, 64, 8, 2, descriptors=True, one_loop=True, hoist=False),
+    }
 }
+# Without addresses computed before the loops there is room for as many keys as without these features.
+_HOPPER_BACKWARD_CROWDED: Table = {
+    2: {
+        64: _BACKWARD["sm_90"][2][64],
+        128: AttentionConfiguration(32, 128, 8, 2, descriptors=True, hoist=False),
+        256: AttentionConfiguration(32, 64, 8, 1, descriptors=True, one_loop=True, hoist=False),
+    }
+}
+_AMPERE_BACKWARD_GROUPED: Table = {2: {64: _AMPERE_BACKWARD[2][64], 128: AttentionConfiguration(32, 64, 8, 2)}}
 _BLACKWELL_FORWARD_SCORE_MOD: Table = {
     2: {
         64: AttentionConfiguration(128, 64, 8, 2, descriptors=True),
@@ -303,11 +319,13 @@ _FORWARD_WITH: dict[Feature, dict[str, Table]] = {
 }
 _BACKWARD_WITH: dict[Feature, dict[str, Table]] = {
     "mask or bias": _BACKWARD_LOADING,
-    "grouped heads": {"sm_90": _HOPPER_BACKWARD_SMALL},
-    "dropout": {"sm_90": _HOPPER_BACKWARD_SMALL},
-    "score_mod": {"sm_90": _HOPPER_BACKWARD_SMALL},
-    "window": {"sm_90": for_triton({(3, 6): _HOPPER_BACKWARD_SMALL, (3, 9): {}})},
-    "alibi": {"sm_90": for_triton({(3, 6): _HOPPER_BACKWARD_SMALL, (3, 9): {}})},
+    "grouped heads": {
+        **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), _AMPERE_BACKWARD_GROUPED),
+        "sm_90": _HOPPER_BACKWARD_CROWDED,
+        "sm_100": _BLACKWELL_BACKWARD_GROUPED,
+    },
+    "dropout": {"sm_90": _HOPPER_BACKWARD_CROWDED},
+    "score_mod": {"sm_90": _HOPPER_BACKWARD_CROWDED},
 }
 # dK and dV alone, in one loop with specialised warps, for calls for which `_default_alone` finds it possible. Each warp
 # group needs 64 keys: with fewer, both would compute the same.
@@ -334,7 +352,7 @@ _HOPPER_QUERY_GRADIENT: Table = {
     2: {
         128: AttentionConfiguration(128, 64, 8, 2, descriptors=True),
         256: AttentionConfiguration(64, 32, 8, 2, descriptors=True),
-        512: AttentionConfiguration(32, 16, 8, 1),
+        512: AttentionConfiguration(64, 32, 8, 1, descriptors=True, hoist=False),
     },
     4: _AMPERE_QUERY_GRADIENT[4],
 }
@@ -344,7 +362,7 @@ _BLACKWELL_QUERY_GRADIENT: Table = {
 }
 _CDNA_QUERY_GRADIENT: Table = {
     2: {**_CDNA_BACKWARD[2], 512: AttentionConfiguration(32, 16, 4, 1)},
-    4: {**_CDNA_BACKWARD[4], 512: AttentionConfiguration(16, 16, 4, 1)},
+    4: {**_CDNA_BACKWARD[4], 512: AttentionConfiguration(16, 16, 4, 1, hoist=False)},
 }
 _QUERY_GRADIENT: dict[str, Table] = {
     **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), _AMPERE_QUERY_GRADIENT),
@@ -352,6 +370,7 @@ _QUERY_GRADIENT: dict[str, Table] = {
     "sm_100": _BLACKWELL_QUERY_GRADIENT,
     **dict.fromkeys(("gfx90a", "gfx942", "gfx950"), _CDNA_QUERY_GRADIENT),
 }
+_WIDE_HOPPER_QUERY_GRADIENT = AttentionConfiguration(64, 16, 8, 1, descriptors=True, hoist=False)
 _QUERY_GRADIENT_WITH: dict[Feature, dict[str, Table]] = {
     "mask or bias": {
         "sm_90": {
@@ -359,13 +378,19 @@ _QUERY_GRADIENT_WITH: dict[Feature, dict[str, Table]] = {
                 64: AttentionConfiguration(64, 32, 4, 2, descriptors=True),
                 128: AttentionConfiguration(64, 32, 8, 2, descriptors=True),
                 256: _AMPERE_BACKWARD[2][256],
-                512: AttentionConfiguration(16, 16, 8, 1),
+                512: _WIDE_HOPPER_QUERY_GRADIENT,
             }
         },
         "sm_100": {2: {**_BLACKWELL_QUERY_GRADIENT[2], 512: AttentionConfiguration(16, 16, 8, 1)}},
     },
     "dropout": {
-        "sm_90": {2: {**_HOPPER_QUERY_GRADIENT[2], 128: AttentionConfiguration(64, 64, 8, 2, descriptors=True)}}
+        "sm_90": {
+            2: {
+                **_HOPPER_QUERY_GRADIENT[2],
+                128: AttentionConfiguration(64, 64, 8, 2, descriptors=True),
+                512: _WIDE_HOPPER_QUERY_GRADIENT,
+            }
+        }
     },
 }
 # Small tiles, so that small tests have several of them.
@@ -568,6 +593,7 @@ def constants_of_call(
             WARP_SPECIALIZE=warp_specialize,
             LAZY_RESCALE=configuration.lazy_rescale,
             WHOLE_TENSORS=whole_tensors,
+            HOIST=configuration.hoist,
             SCORE_MOD=None if score_mod is None else score_mod.source,
             MOD_SCORES=None if score_mod is None else score_mod.forward,
             MOD_GRADIENT=None if score_mod is None else score_mod.backward,
