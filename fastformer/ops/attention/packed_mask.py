@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from fastformer_kernels.attention.arguments import AttentionArguments
+from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -44,7 +44,7 @@ def with_packed_mask(query: Tensor, arguments: AttentionArguments) -> AttentionA
     """The same call, with its mask packed if that pays.
 
     It pays for kernels if the mask has many elements and all heads share it. The limits by position and by length
-    become a part of the packed mask; they stay arguments too, because positions may depend on them.
+    become a part of the packed mask. Of these arguments only `key_lengths` stays, since positions may depend on it.
 
     A packed mask is kept as long as the mask lives and PyTorch counts no change of it. It is not kept, but packed in
     each call, while a CUDA graph is recorded: replays may find other elements. What torch.compile or another tracer
@@ -55,8 +55,17 @@ def with_packed_mask(query: Tensor, arguments: AttentionArguments) -> AttentionA
         return arguments
     by_query = _packed(arguments, by_key=False)
     by_key = _packed(arguments, by_key=True) if torch.is_grad_enabled() else (None, None)
-    lists, bits = by_query
-    return arguments._replace(mask=None, query_lists=lists, query_bits=bits, key_lists=by_key[0], key_bits=by_key[1])
+    return arguments._replace(
+        mask=None,
+        prefix_lengths=None,
+        query_lists=by_query[0],
+        query_bits=by_query[1],
+        key_lists=by_key[0],
+        key_bits=by_key[1],
+        left=UNBOUNDED,
+        right=UNBOUNDED,
+        chunk=0,
+    )
 
 
 def _pays(query: Tensor, arguments: AttentionArguments) -> bool:

@@ -13,7 +13,7 @@ import torch
 from accuracy import assert_as_accurate
 from attention_accuracy import as_dtype, magnitudes, result_names, run
 from fastformer_kernels.attention import launch, mask_tiles
-from fastformer_kernels.attention.arguments import AttentionArguments
+from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
 from fastformer_kernels.configurations import forced
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -145,6 +145,23 @@ def test_whole_and_hidden_tiles_are_listed_without_bits() -> None:
 
 def arguments_of_size(mask: Tensor) -> AttentionArguments:
     return arguments_of(random_mask())._replace(mask=mask, max_seqlen_q=mask.shape[2], max_seqlen_k=mask.shape[3])
+
+
+@pytest.mark.quick
+def test_limits_become_a_part_of_the_mask() -> None:
+    """What is left is a call with a block mask, whose tiles may reach beyond the ends."""
+    query, mask = torch.randn(BATCH, HEADS, QUERIES, 8), random_mask()
+    arguments = arguments_of(mask)._replace(left=70, right=0, chunk=90, key_lengths=LENGTHS)
+    result = packed_mask.with_packed_mask(query, arguments)
+    assert result.query_lists is not None and result.query_bits is not None
+    assert (result.mask, result.left, result.right, result.chunk) == (None, UNBOUNDED, UNBOUNDED, 0)
+    q, k = torch.arange(QUERIES) + (LENGTHS - QUERIES)[:, None, None, None], torch.arange(KEYS)
+    q = q.transpose(-1, -2)
+    wanted = mask & (k <= q) & (k >= q - 70) & (k.div(90, rounding_mode="floor") == q.div(90, rounding_mode="floor"))
+    wanted &= k < LENGTHS[:, None, None, None]
+    assert torch.equal(
+        shown_in_rows(result.query_lists, result.query_bits, slice(0, 2), slice(0, QUERIES), KEYS), wanted
+    )
 
 
 def call(mask: Tensor, **options: Any) -> Tensor:
