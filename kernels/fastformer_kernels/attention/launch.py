@@ -259,7 +259,8 @@ _BACKWARD: dict[str, Table] = {
                     (3, 9): AttentionConfiguration(32, 128, 8, 2, descriptors=True),
                 }
             ),
-            256: AttentionConfiguration(32, 64, 8, 2, descriptors=True, hoist=False),
+            # In one loop without stages, pointers fit too, for tensors that no descriptor can describe.
+            256: AttentionConfiguration(32, 64, 8, 1, descriptors=True, one_loop=True, hoist=False),
             512: _WIDE_HOPPER_BACKWARD,
         },
         4: _FLOAT32_BACKWARD,
@@ -299,7 +300,6 @@ _HOPPER_BACKWARD_CROWDED: Table = {
     2: {
         64: _BACKWARD["sm_90"][2][64],
         128: AttentionConfiguration(32, 128, 8, 2, descriptors=True, hoist=False),
-        256: AttentionConfiguration(32, 64, 8, 1, descriptors=True, one_loop=True, hoist=False),
     }
 }
 _AMPERE_BACKWARD_GROUPED: Table = {2: {64: _AMPERE_BACKWARD[2][64], 128: AttentionConfiguration(32, 64, 8, 2)}}
