@@ -44,8 +44,11 @@ def found() -> dict:
 
 @pytest.mark.parametrize("layout", ["aligned", "odd", "offset", "huge"])
 def test_every_kernel_is_compiled(found: dict, layout: str) -> None:
-    assert found["kernels"]
-    assert found["launched"][layout]["kernels"] == found["kernels"]
+    # The input's rows in the offset layout do not lie end to end.
+    not_there = {"_forward_of_odd_rows_kernel"} if layout == "offset" else set()
+    expected = [name for name in found["kernels"] if name.rpartition(".")[2] not in not_there]
+    assert expected
+    assert found["launched"][layout]["kernels"] == expected
 
 
 def test_a_layout_is_huge_where_the_others_are_not(found: dict) -> None:
