@@ -378,6 +378,8 @@ CALLS: dict[str, MakeCall] = {
     "log_softmax": lambda make: _softmax(make, (make.size(2048, 5), make.size(32_000, 33)), log=True),
     "masked causal softmax": _masked_softmax,
     "layer_norm": lambda make: _norm(make, make.size(16_384, 9), make.size(768, 24), centered=True),
+    "layer_norm of odd rows": lambda make: _norm(make, make.size(5_000, 9), make.size(4_095, 515), centered=True),
+    "layer_norm of wide rows": lambda make: _norm(make, make.size(1_000, 2), make.size(16_384, 8_200), centered=True),
     "layer_norm of long rows": lambda make: _norm(make, make.size(600, 2), make.size(65_536, 20_000), centered=True),
     "rms_norm": lambda make: _norm(make, make.size(8192, 9), make.size(4096, 24), centered=False),
     "rms_norm of odd rows": lambda make: _norm(make, make.size(4097, 9), make.size(5003, 23), centered=False),
