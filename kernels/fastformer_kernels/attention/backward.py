@@ -6,7 +6,8 @@ dK = scale dS^T Q, dV = P^T dO (FlashAttention-2, Dao 2023, https://arxiv.org/ab
 A program owns a tile of keys and walks over the queries of every head that shares them, with five products for each
 pair of tiles. It keeps dK and dV in registers, and adds dQ and the gradients of bias and relative bias up in memory.
 The order of those additions varies. If determinism is asked for, or a launch configuration says so, the programs leave
-them out: another kernel, whose programs own tiles of queries, recomputes the weights and computes dQ.
+them out: another kernel, whose programs own tiles of queries, recomputes the weights and computes dQ. That kernel runs
+first and computes delta of its queries, for which a launch of its own would read dO once more.
 """
 
 from __future__ import annotations
@@ -119,6 +120,14 @@ class _QuerySources(NamedTuple):
     dq: Any
 
 
+class _Results(NamedTuple):
+    """What the forward returned: output and log-sum-exp, and the gradient of the latter, if it has one."""
+
+    output: torch.Tensor
+    lse: torch.Tensor
+    grad_lse: torch.Tensor | None
+
+
 class _StatisticsSource(NamedTuple):
     """The memory that a head's `Statistics` are loaded from.
 
@@ -227,19 +236,39 @@ def _row_statistics_kernel(
     first = program % tiles * BLOCK_M
     head = (program // tiles % heads).to(tl.int64)
     batch = (program // tiles // heads).to(tl.int64)
-    o_tile = load_rows(at_head(o, batch, head, 0), first, queries, o, value_dim, BLOCK_M, BLOCK_V, True, False)
     do_tile = load_rows(at_head(do, batch, head, 0), first, queries, do, value_dim, BLOCK_M, BLOCK_V, True, False)
-    sums = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), axis=1)
-    row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
-    valid = row < queries
+    _statistics_of_tile(o, do_tile, lse, dlse, statistics, batch, head, 0, first, queries, value_dim)
+
+
+@triton.jit
+def _statistics_of_tile(o, do_tile, lse, dlse, statistics, batch, head, start, first, queries, value_dim: tl.constexpr):
+    """Compute the `Statistics` of a tile of rows, store them, and return them: LSE in units of log2, and delta.
+
+    Rows beyond the last get an LSE that makes their weights zero.
+
+    Args:
+        o, lse, dlse, statistics: see `_row_statistics_kernel`.
+        do_tile: the output's gradient in these rows.
+        start: the first row of a sequence of `queries` rows.
+        first: the first row of the tile, counted from `start`.
+    """
+    BLOCK_M: tl.constexpr = do_tile.shape[0]
+    BLOCK_V: tl.constexpr = do_tile.shape[1]
+    o_tile = load_rows(at_head(o, batch, head, start), first, queries, o, value_dim, BLOCK_M, BLOCK_V, True, False)
+    delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), axis=1)
+    query = first + tl.arange(0, BLOCK_M)
+    valid = query < queries
+    row = start + query.to(tl.int64)
     if dlse.pointer is not None:
         at = batch * dlse.stride_b + head * dlse.stride_h + row * dlse.stride_row
-        sums -= tl.load(dlse.pointer + at, mask=valid, other=0.0)
-    row_lse = tl.load(lse.pointer + batch * lse.stride_b + head * lse.stride_h + row, mask=valid, other=0.0)
-    at = batch * statistics.stride_b + head * statistics.stride_h + row
+        delta -= tl.load(dlse.pointer + at, mask=valid, other=0.0)
+    at = batch * lse.stride_b + head * lse.stride_h + row
+    row_lse = tl.load(lse.pointer + at, mask=valid, other=float("-inf"))
     lse_log2 = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
+    at = batch * statistics.stride_b + head * statistics.stride_h + row
     tl.store(statistics.lse_log2 + at, lse_log2, mask=valid)
-    tl.store(statistics.delta + at, sums, mask=valid)
+    tl.store(statistics.delta + at, delta, mask=valid)
+    return lse_log2, delta
 
 
 @triton.jit
@@ -650,6 +679,9 @@ def _query_gradient_kernel(
     k,
     v,
     do,
+    o,
+    lse,
+    dlse,
     statistics,
     dq,
     gradients,
@@ -667,17 +699,25 @@ def _query_gradient_kernel(
 ):
     """Compute dQ = scale dS K in registers, without additions in memory, and the `ScoreGradients`.
 
-    The arguments are those of `_key_value_gradient_kernel`; dq is written.
+    Args:
+        o, lse, dlse: see `_row_statistics_kernel`, in whose place this kernel writes `statistics`. Specialised warps
+            need them written before.
+
+    The other arguments are those of `_key_value_gradient_kernel`; dq is written.
     """
     sizes = Sizes(all_tiles, tiles, heads_in_cache, heads, queries, keys, query_tokens, key_tokens)
     stop, step = tiles_ahead(all_tiles, constants.PERSISTENT)
     for ahead in range(0, stop, step):
         number = tl.program_id(0) + ahead
-        _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, layout, features, constants)
+        _query_gradient_tile(
+            q, k, v, do, o, lse, dlse, statistics, dq, gradients, number, sizes, layout, features, constants
+        )
 
 
 @triton.jit
-def _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, layout, features, constants):
+def _query_gradient_tile(
+    q, k, v, do, o, lse, dlse, statistics, dq, gradients, number, sizes, layout, features, constants
+):
     """Compute dQ of tile number `number` of queries, from all the keys that it meets."""
     heads = sizes.heads
     DESCRIPTORS: tl.constexpr = constants.DESCRIPTORS
@@ -705,7 +745,12 @@ def _query_gradient_tile(q, k, v, do, statistics, dq, gradients, number, sizes, 
     q_first = tl.where(first < queries, first, tl.maximum(first, 1))
     q_tile = load_rows(q_source, q_first, queries, q, head_dim, BLOCK_M, BLOCK_D, True, DESCRIPTORS)
     do_tile = load_rows(do_source, q_first, queries, do, value_dim, BLOCK_M, BLOCK_V, True, DESCRIPTORS)
-    of_rows = _statistics_of(statistics, batch, head, q_start, sizes, layout, BLOCK_M, constants.WARP_SPECIALIZE)
+    if constants.WARP_SPECIALIZE:
+        of_rows = _statistics_of(statistics, batch, head, q_start, sizes, layout, BLOCK_M, True)
+    else:
+        of_rows = _statistics_of_tile(
+            o, do_tile, lse, dlse, statistics, batch, head, q_start, first, queries, value_dim
+        )
     head_features = HeadFeatures(
         scale_of(features, head),
         slope_of(features, batch, head),
@@ -754,7 +799,9 @@ def _add_keys(
 ):
     """Add the part of the keys to the `_QuerySums` of the `_QueryTiles` that the program owns.
 
-    It takes the tiles of keys that need a test if TESTED, else those that need none.
+    It takes the tiles of keys that need a test if TESTED, else those that need none. of_rows is LSE and delta of the
+    queries or, for specialised warps, the `_StatisticsSource`: the compiler cannot give these warps a vector from
+    outside their loop.
     """
     BLOCK_M: tl.constexpr = constants.BLOCK_M
     BLOCK_N: tl.constexpr = constants.BLOCK_N
@@ -764,7 +811,7 @@ def _add_keys(
     query = (place.first_query + tl.arange(0, BLOCK_M))[:, None]
     limits = key_limits(query, span, features)
     if not constants.WARP_SPECIALIZE:
-        lse_log2, delta = _load_statistics(of_rows, place.first_query, span.queries, BLOCK_M, True, False)
+        lse_log2, delta = of_rows
     for index in tl.range(
         0,
         tiles_in(ranges, TESTED, BLOCK_N),
@@ -779,7 +826,7 @@ def _add_keys(
         value_tile = load_rows(
             sources.v, start, span.keys, v, constants.value_dim, BLOCK_N, constants.BLOCK_V, TESTED, DESCRIPTORS
         )
-        if constants.WARP_SPECIALIZE:  # the compiler cannot give these warps a vector loaded before the loop
+        if constants.WARP_SPECIALIZE:
             lse_log2, delta = _load_statistics(of_rows, place.first_query, span.queries, BLOCK_M, True, True)
         zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         products = dot(q_tile, tl.trans(key_tile), zeros, constants.INPUT_PRECISION)
@@ -971,18 +1018,21 @@ def _launch_backward(
     lse_log2, delta, grad_query, grad_key, grad_value, *totals = outputs
     sums = _ScoreSums(*fields[: len(_NO_SUMS)])
     arguments = AttentionArguments.of_launch(fields[len(_NO_SUMS) :])
-    launches: list[Launch | None] = []
-    if query.numel():
-        launches.append(_row_statistics(output, grad_output, lse, grad_lse, lse_log2, delta))
-    inputs, key_grads = (query, key, value, grad_output, statistics(lse_log2, delta)), (grad_key, grad_value)
+    results, of_rows = _Results(output, lse, grad_lse), statistics(lse_log2, delta)
+    inputs, key_grads = (query, key, value, grad_output, of_rows), (grad_key, grad_value)
     configuration = _key_configuration(query, value, arguments, deterministic)
     if totals:
         scale = 1.0 if arguments.head_scales is not None else arguments.scale
-        launches.append(_key_value_gradient(*inputs, totals[0], *key_grads, sums, arguments, configuration))
-        launches.append(_scale_and_round(totals[0], grad_query, scale))
+        launches = [
+            _row_statistics(results, grad_output, of_rows),
+            _key_value_gradient(*inputs, totals[0], *key_grads, sums, arguments, configuration),
+            _scale_and_round(totals[0], grad_query, scale),
+        ]
     else:
-        launches.append(_query_gradient(*inputs, grad_query, sums, arguments))
-        launches.append(_key_value_gradient(*inputs, None, *key_grads, _NO_SUMS, arguments, configuration))
+        launches = [
+            *_query_gradient(*inputs, results, grad_query, sums, arguments),
+            _key_value_gradient(*inputs, None, *key_grads, _NO_SUMS, arguments, configuration),
+        ]
     return [launch for launch in launches if launch is not None]
 
 
@@ -1002,7 +1052,7 @@ def _key_value_gradient(
     """Describe the launch that computes the gradients of key and value, or return None if there is nothing to do.
 
     Args:
-        of_rows: the statistics that `_row_statistics` writes.
+        of_rows: the statistics that a launch before this one writes.
         total: the float32 sum to which query's gradient is added; None if another kernel computes that gradient.
         sums: the sums to which this kernel adds the gradients of the scores.
     """
@@ -1063,21 +1113,23 @@ def _query_gradient(
     value: torch.Tensor,
     grad_output: torch.Tensor,
     of_rows: Statistics,
+    results: _Results,
     grad_query: torch.Tensor,
     sums: _ScoreSums,
     arguments: AttentionArguments,
-) -> Launch | None:
-    """Describe the launch that computes the gradient of query alone, or return None if there is nothing to do."""
+) -> list[Launch | None]:
+    """Describe the launches that compute the statistics of the queries and their gradient alone."""
     configuration = query_gradient_configuration(query, value, arguments)
     tiles = triton.cdiv(arguments.max_seqlen_q, configuration.block_m)
     all_tiles = tiles * query.shape[1] * arguments.batch(query)
     if all_tiles == 0 or query.numel() == 0:
-        return None
+        return []
     descriptors = configuration.descriptors and uses_descriptors(query, key, value, grad_output)
     loops = loops_of(configuration, arguments, needs_tests(arguments, arguments.max_seqlen_k, configuration.block_n))
+    warp_specialize = descriptors and specializes_warps(configuration, arguments, loops)
     programs = launch_size(all_tiles, query, arguments, configuration)
     together = heads_in_cache(key, value, arguments)
-    return Launch(
+    launch = Launch(
         _query_gradient_kernel,
         (programs,),
         {
@@ -1085,6 +1137,9 @@ def _query_gradient(
             "k": operand(key),
             "v": operand(value),
             "do": operand(grad_output),
+            "o": operand(results.output),
+            "lse": rows(results.lse),
+            "dlse": rows(results.grad_lse),
             "statistics": of_rows,
             "dq": operand(grad_query),
             "gradients": sums.as_argument(),
@@ -1099,25 +1154,22 @@ def _query_gradient(
                 loops=loops,
                 persistent=programs < all_tiles,
                 descriptors=descriptors,
-                warp_specialize=descriptors and specializes_warps(configuration, arguments, loops),
+                warp_specialize=warp_specialize,
             ),
             **configuration.options,
         },
         descriptors,
     )
+    return [_row_statistics(results, grad_output, of_rows), launch] if warp_specialize else [launch]
 
 
-def _row_statistics(
-    output: torch.Tensor,
-    grad_output: torch.Tensor,
-    lse: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    lse_log2: torch.Tensor,
-    delta: torch.Tensor,
-) -> Launch:
-    """Describe the launch that writes the statistics of each query, `lse_log2` and `delta`."""
+def _row_statistics(results: _Results, grad_output: torch.Tensor, of_rows: Statistics) -> Launch | None:
+    """Describe the launch that writes the statistics of each query, or return None if there is none."""
+    output, lse, grad_lse = results
+    if lse.numel() == 0:
+        return None
     block_v, block_m = _row_blocks(output)
-    batch, heads, length = delta.shape if delta.dim() == 3 else (1, *delta.shape)
+    batch, heads, length = lse.shape if lse.dim() == 3 else (1, *lse.shape)
     tiles = triton.cdiv(length, block_m)
     return Launch(
         _row_statistics_kernel,
@@ -1127,7 +1179,7 @@ def _row_statistics(
             "do": operand(grad_output),
             "lse": rows(lse),
             "dlse": rows(grad_lse),
-            "statistics": statistics(lse_log2, delta),
+            "statistics": of_rows,
             "tiles": tiles,
             "heads": heads,
             "queries": length,

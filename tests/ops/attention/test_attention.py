@@ -440,13 +440,15 @@ PACKED_FEATURES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("two_kernels", [False, True])
 @pytest.mark.parametrize("options", PACKED_FEATURES, ids=lambda options: "-".join(options))
-def test_packed_is_each_sequence_alone(backend: str, options: dict[str, Any]) -> None:
+def test_packed_is_each_sequence_alone(backend: str, options: dict[str, Any], two_kernels: bool) -> None:
     tensors, cu_seqlens, lengths = packed_and_padded()
     options = here(options)
     leaves = [t.requires_grad_() for t in tensors]
-    output, lse = with_lse(*leaves, cu_seqlens_q=cu_seqlens, max_seqlen_q=max(lengths), **options)
-    grads = torch.autograd.grad(output.square().sum() + lse.sum(), leaves)
+    with forced({"attention_backward": dataclasses.replace(launch._INTERPRETER, two_kernels=two_kernels)}):
+        output, lse = with_lse(*leaves, cu_seqlens_q=cu_seqlens, max_seqlen_q=max(lengths), **options)
+        grads = torch.autograd.grad(output.square().sum() + lse.sum(), leaves)
     start = 0
     for index, length in enumerate(lengths):
         part = [t.detach()[start : start + length].transpose(0, 1)[None].requires_grad_() for t in tensors]
