@@ -85,7 +85,7 @@ def attention(
     Who may attend to whom (all conditions hold together; positions count within a sequence):
         mask: boolean, True = may attend, or floating, added to the scores; broadcasts to (batch, heads, queries, keys).
             A large boolean one that all heads share is packed to bits, once for all layers and passes, if kernels run:
-            a change of its elements must be known to PyTorch, as changes by its own functions are.
+            a change of its elements must count in `mask._version`, unlike those by `mask.data` or a collective.
             Or a `fastformer.BlockMask`, without elements where it is all or nothing. It takes no other condition beside
             it: limits by position or by length are part of its function. Dense only.
         causal: no key after the query's own position.

@@ -8,22 +8,24 @@ tile.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from fastformer_kernels.attention.arguments import UNBOUNDED, AttentionArguments
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastformer.backends import use_triton
 from fastformer.ops.attention.block_mask import TileLists, listed_tiles
 
 # Fewer elements are read so quickly that the thirty small launches of packing would not pay.
 _FEWEST_ELEMENTS = 1 << 22
-# The packed masks that are kept at a time.
-_MOST_KEPT = 16
+# The packed masks that are kept at a time; training needs two for each mask.
+_MOST_KEPT = 32
 
 
 _as_given = False
@@ -46,10 +48,10 @@ def with_packed_mask(query: Tensor, arguments: AttentionArguments) -> AttentionA
     It pays for kernels if the mask has many elements and all heads share it. The limits by position and by length
     become a part of the packed mask. Of these arguments only `key_lengths` stays, since positions may depend on it.
 
-    A packed mask is kept as long as the mask lives and PyTorch counts no change of it. It is not kept, but packed in
-    each call, while a CUDA graph is recorded: replays may find other elements. What torch.compile or another tracer
-    sees stays dense, since generated code may write to memory without counting, and so do inference tensors, whose
-    changes are not counted.
+    A packed mask is kept as long as the mask, or the tensor of which it is a view, lives and PyTorch counts no change
+    of it. It is packed in each call while a CUDA graph is recorded, and if a graph of torch.compile's returned it:
+    replays may find other elements. What torch.compile or another tracer sees stays dense, since generated code may
+    write to memory without counting, and so do inference tensors, whose changes are not counted.
     """
     if arguments.mask is None or not _pays(query, arguments):
         return arguments
@@ -106,36 +108,61 @@ class _Kept(NamedTuple):
 
     Attributes:
         versions: those of the tensors that it was made of.
-        owners: their memory, which is not kept alive. Its address is not given to other memory meanwhile.
+        owners: those tensors, or the ones of which they are views. They are not kept alive.
         tiles: the packed mask.
     """
 
     versions: tuple[int, ...]
-    owners: tuple[StorageWeakRef, ...]
+    owners: tuple[weakref.ref[Tensor], ...]
     tiles: TileLists
 
 
+# The mask used last is at the end.
 _kept: dict[tuple[Any, ...], _Kept] = {}
+# A mask may die, which removes what is kept of it, while this thread changes the table.
+_changing = threading.RLock()
 
 
 def _packed(arguments: AttentionArguments, *, by_key: bool) -> TileLists:
     """The call's packed mask by query or by key, kept from an earlier call or new."""
     sources = [t for t in (arguments.mask, arguments.key_lengths, arguments.prefix_lengths) if t is not None]
-    if _is_recorded(sources[0]) or any(source.is_inference() for source in sources):
+    owners = [source if source._base is None else source._base for source in sources]
+    if _is_recorded(sources[0]) or any(map(_changes_uncounted, owners)):
         return _pack(arguments, by_key)
-    forget_dead_masks()
     a = arguments
     limits = (a.key_lengths is None, a.left, a.right, a.chunk, a.bottom_right, a.max_seqlen_q, a.max_seqlen_k)
     key = (by_key, _stream_of(sources[0]), limits, *map(_place, sources))
     versions = tuple(source._version for source in sources)
-    kept = _kept.get(key)
-    if kept is None or kept.versions != versions:
-        owners = tuple(StorageWeakRef(source.untyped_storage()) for source in sources)
-        kept = _Kept(versions, owners, _pack(arguments, by_key))
-        if len(_kept) >= _MOST_KEPT:
-            del _kept[next(iter(_kept))]
-        _kept[key] = kept
-    return kept.tiles
+    with _changing:
+        kept = _kept.pop(key, None)
+        if kept is not None and kept.versions == versions and _are(kept.owners, owners):
+            _kept[key] = kept
+            return kept.tiles
+    # A mask that validation packs in inference mode serves training too.
+    with torch.inference_mode(False), torch.no_grad():
+        tiles = _pack(arguments, by_key)
+    with _changing:
+        _kept[key] = _Kept(versions, tuple(weakref.ref(owner, partial(_forget, key)) for owner in owners), tiles)
+        while len(_kept) > _MOST_KEPT:
+            _kept.pop(next(iter(_kept)), None)
+    return tiles
+
+
+def _are(references: tuple[weakref.ref[Tensor], ...], tensors: list[Tensor]) -> bool:
+    """Whether each reference is to the tensor in its place. Others of the same memory count changes for themselves."""
+    return all(reference() is tensor for reference, tensor in zip(references, tensors, strict=True))
+
+
+def _forget(key: tuple[Any, ...], dead: weakref.ref[Tensor]) -> None:
+    """Free what is kept under `key`, if it was made of a tensor that is not alive any more."""
+    with _changing:
+        if key in _kept and any(owner is dead for owner in _kept[key].owners):
+            del _kept[key]
+
+
+def _changes_uncounted(tensor: Tensor) -> bool:
+    """Whether the tensor may change without a new version: by inference mode, or by the replay of a compiled graph."""
+    return tensor.is_inference() or torch._C._is_cached_tensor(tensor)  # type: ignore[attr-defined]
 
 
 def _is_recorded(tensor: Tensor) -> bool:
@@ -149,15 +176,8 @@ def _stream_of(tensor: Tensor) -> int:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """What tells the elements of a tensor from those of all other living tensors."""
+    """What tells a tensor from other views of the same memory."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def forget_dead_masks() -> None:
-    """Free the packed masks of masks that are not alive any more."""
-    for key, kept in list(_kept.items()):
-        if any(owner.expired() for owner in kept.owners):
-            _kept.pop(key, None)
 
 
 def _pack(arguments: AttentionArguments, by_key: bool) -> TileLists:

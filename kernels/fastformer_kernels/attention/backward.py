@@ -50,6 +50,7 @@ from fastformer_kernels.attention.launch import (
     query_gradient_configuration,
     specializes_warps,
     uses_descriptors,
+    with_aligned_rows,
 )
 from fastformer_kernels.attention.tiles import (
     ONE_LOOP,
@@ -903,7 +904,7 @@ def attention_backward(
     outputs = [lse_log2, delta, grad_query, grad_key, grad_value]
     if not two_kernels:
         outputs.append(torch.zeros_like(grad_query, dtype=torch.float32))
-    inputs = (query, key, value, grad_output, output, lse, grad_lse)
+    inputs = (*with_aligned_rows(query, key, value, grad_output, output), lse, grad_lse)
     precision = input_precision(query.dtype)
     _launch_backward(*inputs, tuple(outputs), deterministic, precision, *sums, *arguments.for_launch())
     learned = _learned_gradients(sums, lse, delta, arguments, needed) if True in needed else _NOTHING_LEARNED

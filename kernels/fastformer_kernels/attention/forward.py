@@ -26,6 +26,7 @@ from fastformer_kernels.attention.launch import (
     needs_tests,
     specializes_warps,
     uses_descriptors,
+    with_aligned_rows,
 )
 from fastformer_kernels.attention.lazy_rescaling import lazily_rescaled, lazy_maximum
 from fastformer_kernels.attention.tiles import (
@@ -315,6 +316,7 @@ def attention_forward(
     output, lse = empty_output(query, value), empty_lse(query)
     if query.numel():
         precision = input_precision(query.dtype)
+        query, key, value = with_aligned_rows(query, key, value)
         _launch_forward(query, key, value, (output, lse), precision, *arguments.for_launch())
     return output, lse
 

@@ -62,6 +62,8 @@ class AttentionConfiguration:
 HEAD_DIM_CLASSES = (64, 128, 256, 512)
 LENGTH_CLASSES = (512, 2048)
 LARGEST_BLOCK = 128
+# The widest heads whose tiles may be read element by element.
+_WIDEST_BY_ELEMENT = 128
 # Descriptors count rows and columns in 32 bits.
 _FEWEST_64_BIT = 1 << 31
 
@@ -681,6 +683,23 @@ def _is_matrix_of_heads(tensor: torch.Tensor) -> bool:
         and stride_row < _FEWEST_64_BIT
         and last // stride_row + length < _FEWEST_64_BIT
     )
+
+
+def with_aligned_rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors; where heads are wide, copies of those that no descriptor can describe.
+
+    A tile of wide heads that is read element by element needs more registers than there are. A copy takes a fraction of
+    the time that attention takes.
+    """
+    if max(tensor.shape[-1] for tensor in tensors) <= _WIDEST_BY_ELEMENT:
+        return tensors
+    return tuple(tensor if uses_descriptors(tensor) else _with_aligned_rows(tensor) for tensor in tensors)
+
+
+def _with_aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
+    elements = 16 // tensor.element_size()
+    width = triton.cdiv(tensor.shape[-1], elements) * elements
+    return tensor.new_empty((*tensor.shape[:-1], width))[..., : tensor.shape[-1]].copy_(tensor)
 
 
 def uses_descriptors(*tensors: torch.Tensor) -> bool:

@@ -15,7 +15,8 @@ from triton.language.target_info import is_cuda
 
 from fastformer_kernels.precision import INTERPRETED
 
-# In units of log2. Weights are at most 2^8 then, where float16 ends at 65504.
+# In units of log2. Weights are at most 2^8 then, where float16 ends at 65504. The sums of weights times values, in
+# float32, have as much less room: values above 1e33 could overflow.
 MARGIN = tl.constexpr(8.0)
 
 

@@ -236,6 +236,22 @@ def test_wide_heads(head_dim: int, value_dim: int, dtype: torch.dtype, options: 
     check([torch.randn(1, *shape).to(dtype) for shape in shapes], options)
 
 
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(130, 9), (16, 251)])
+def test_wide_heads_at_odd_addresses(head_dim: int, value_dim: int) -> None:
+    torch.manual_seed(0)
+    shapes = ((2, 17, head_dim), (1, 21, head_dim), (1, 21, value_dim))
+    check([torch.randn(1, *shape[:-1], shape[-1] + 1)[..., 1:] for shape in shapes], {"causal": True})
+
+
+@pytest.mark.quick
+def test_only_wide_heads_are_copied_to_aligned_rows() -> None:
+    odd, even, narrow = torch.randn(3, 4, 251)[..., 1:], torch.randn(3, 4, 256), torch.randn(3, 4, 65)[..., 1:]
+    copied, same = launch.with_aligned_rows(odd, even)
+    assert torch.equal(copied, odd) and launch.uses_descriptors(copied) and not launch.uses_descriptors(odd)
+    assert same is even
+    assert launch.with_aligned_rows(narrow)[0] is narrow
+
+
 EVERYTHING: dict[str, Any] = {
     "bias": torch.linspace(-1, 1, 2 * 37).view(1, 2, 37, 1),
     "relative_bias": torch.linspace(-1, 1, 2 * 21).view(2, 21),

@@ -207,17 +207,52 @@ def test_a_mask_that_is_gone_leaves_nothing(packed: list[bool]) -> None:
             torch.testing.assert_close(call(mask), wanted)
             del mask
             gc.collect()
-            packed_mask.forget_dead_masks()
             assert not packed_mask._kept
     assert len(packed) == 3
 
 
-def test_few_masks_are_kept() -> None:
-    masks = [random_mask(queries=20, keys=20) for _ in range(20)]
+def test_few_masks_are_kept_those_used_last(packed: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_mask, "_MOST_KEPT", 3)
+    masks = [random_mask(queries=20, keys=20) for _ in range(4)]
     with torch.no_grad():
-        for mask in masks:
+        for number in (0, 1, 2, 0, 3, 0, 2, 1):
+            call(masks[number])
+    assert len(packed_mask._kept) == 3
+    assert len(packed) == 5  # 0, 1, 2, 3, and 1 once more
+
+
+def test_a_mask_that_validation_packed_serves_training() -> None:
+    mask = random_mask()
+    tensors = [torch.randn(BATCH, 2, size, 8, requires_grad=True) for size in (QUERIES, KEYS, KEYS)]
+    with torch.inference_mode():
+        fastformer.attention(*tensors, mask=mask)
+    fastformer.attention(*tensors, mask=mask).sum().backward()
+    assert tensors[0].grad is not None
+
+
+def test_tensors_of_the_same_memory_count_changes_for_themselves(packed: list[bool]) -> None:
+    mask, aliases = random_mask(), []
+    with torch.no_grad():
+        for _ in range(2):
+            alias = mask.data
+            alias.copy_(random_mask())
+            torch.testing.assert_close(call(alias), call(alias.expand(-1, 2, -1, -1).clone()))
+            aliases.append(alias)
+    assert len(packed) == 2
+
+
+def test_what_a_replayed_graph_returns_is_not_kept(packed: list[bool]) -> None:
+    mask = random_mask()
+    torch._C._set_cached_tensors_enabled(True)
+    torch._C._add_cached_tensor(mask)
+    try:
+        with torch.no_grad():
             call(mask)
-    assert len(packed_mask._kept) == packed_mask._MOST_KEPT
+            call(mask)
+    finally:
+        torch._C._remove_cached_tensor(mask)
+        torch._C._set_cached_tensors_enabled(False)
+    assert len(packed) == 2 and not packed_mask._kept
 
 
 def test_what_is_not_reused_or_counted_stays_dense(packed: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
