@@ -271,7 +271,7 @@ _BACKWARD: dict[str, Table] = {
         2: {
             64: AttentionConfiguration(64, 128, 8, 2, descriptors=True),
             128: AttentionConfiguration(64, 64, 8, 2, descriptors=True),
-            256: AttentionConfiguration(32, 64, 8, 1, descriptors=True),
+            256: AttentionConfiguration(32, 64, 8, 1, descriptors=True, hoist=False),
             512: _WIDE_HOPPER_BACKWARD,
         },
         4: _FLOAT32_BACKWARD,
@@ -286,7 +286,7 @@ _HOPPER_FORWARD_DROPOUT: Table = {
     2: {
         64: _FORWARD["sm_90"][2][64],
         128: AttentionConfiguration(128, 64, 8, 2, resident=1, descriptors=True),
-        256: _FORWARD["sm_90"][2][256],
+        256: AttentionConfiguration(128, 64, 8, 2, descriptors=True),
         512: _WIDE_HOPPER_FORWARD,
     }
 }
@@ -295,6 +295,8 @@ _BLACKWELL_BACKWARD_GROUPED: Table = {
     2: {
         64: _BACKWARD["sm_100"][2][64],
         128: AttentionConfiguration(32, 64, 8, 2, descriptors=True, one_loop=True, hoist=False),
+        # Two loops would need more tensor memory than there is.
+        256: AttentionConfiguration(32, 64, 8, 1, descriptors=True, one_loop=True, hoist=False),
     }
 }
 # Without addresses computed before the loops there is room for as many keys as without these features.
@@ -304,7 +306,21 @@ _HOPPER_BACKWARD_CROWDED: Table = {
         128: AttentionConfiguration(32, 128, 8, 2, descriptors=True, hoist=False),
     }
 }
-_AMPERE_BACKWARD_GROUPED: Table = {2: {64: _AMPERE_BACKWARD[2][64], 128: AttentionConfiguration(32, 64, 8, 2)}}
+_WIDE_BACKWARD_DROPOUT = AttentionConfiguration(32, 16, 8, 1, descriptors=True, two_kernels=True)
+_HOPPER_BACKWARD_DROPOUT: Table = {
+    2: {**_HOPPER_BACKWARD_CROWDED[2], 256: _BACKWARD["sm_90"][2][256], 512: _WIDE_BACKWARD_DROPOUT}
+}
+_BLACKWELL_BACKWARD_DROPOUT: Table = {2: {**_BACKWARD["sm_100"][2], 512: _WIDE_BACKWARD_DROPOUT}}
+_ADA_BACKWARD_GROUPED: Table = {
+    2: {
+        64: _AMPERE_BACKWARD[2][64],
+        128: AttentionConfiguration(32, 64, 8, 2),
+        256: AttentionConfiguration(32, 32, 8, 1, one_loop=True),
+    }
+}
+_AMPERE_BACKWARD_GROUPED: Table = {
+    2: {**_ADA_BACKWARD_GROUPED[2], 512: AttentionConfiguration(32, 16, 8, 1, two_kernels=True, hoist=False)}
+}
 _BLACKWELL_FORWARD_SCORE_MOD: Table = {
     2: {
         64: AttentionConfiguration(128, 64, 8, 2, descriptors=True),
@@ -322,11 +338,12 @@ _FORWARD_WITH: dict[Feature, dict[str, Table]] = {
 _BACKWARD_WITH: dict[Feature, dict[str, Table]] = {
     "mask or bias": _BACKWARD_LOADING,
     "grouped heads": {
-        **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), _AMPERE_BACKWARD_GROUPED),
+        "sm_80": _AMPERE_BACKWARD_GROUPED,
+        **dict.fromkeys(("sm_86", "sm_89", "sm_120"), _ADA_BACKWARD_GROUPED),
         "sm_90": _HOPPER_BACKWARD_CROWDED,
         "sm_100": _BLACKWELL_BACKWARD_GROUPED,
     },
-    "dropout": {"sm_90": _HOPPER_BACKWARD_CROWDED},
+    "dropout": {"sm_90": _HOPPER_BACKWARD_DROPOUT, "sm_100": _BLACKWELL_BACKWARD_DROPOUT},
     "score_mod": {"sm_90": _HOPPER_BACKWARD_CROWDED},
 }
 # dK and dV alone, in one loop with specialised warps, for calls for which `_default_alone` finds it possible. Each warp
