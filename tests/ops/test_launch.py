@@ -219,7 +219,7 @@ def test_limits_agree_with_what_the_cost_model_knows_of_the_devices(name: str) -
         ({"mask": BlockMask.from_mask(torch.ones(256, 256, dtype=torch.bool))}, "listed"),
         ({}, "folded"),
     ],
-    ids=str,
+    ids=lambda given: "-".join(given) if isinstance(given, dict) else given,
 )
 def test_attention_s_class_says_what_decides_its_speed(
     options: dict[str, Any], word: str, monkeypatch: pytest.MonkeyPatch

@@ -217,6 +217,7 @@ _BACKWARD_LOADING: dict[str, Table] = {
         2: {
             64: AttentionConfiguration(32, 64, 8, 1, descriptors=True),
             128: AttentionConfiguration(32, 64, 8, 1, descriptors=True),
+            256: AttentionConfiguration(32, 32, 8, 1, descriptors=True),
         }
     },
 }
@@ -293,7 +294,7 @@ _HOPPER_FORWARD_DROPOUT: Table = {
 _HOPPER_FORWARD_ALIBI: Table = {2: {**_FORWARD["sm_90"][2], 512: _WIDE_HOPPER_FORWARD}}
 _BLACKWELL_BACKWARD_GROUPED: Table = {
     2: {
-        64: _BACKWARD["sm_100"][2][64],
+        64: AttentionConfiguration(64, 64, 8, 2, descriptors=True),
         128: AttentionConfiguration(32, 64, 8, 2, descriptors=True, one_loop=True, hoist=False),
         # Two loops would need more tensor memory than there is.
         256: AttentionConfiguration(32, 64, 8, 1, descriptors=True, one_loop=True, hoist=False),
