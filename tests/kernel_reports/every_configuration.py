@@ -131,7 +131,7 @@ def feed_forward(dtype: torch.dtype, gated: bool) -> None:
 
 
 ATTENTION = (
-    ("loaded", "causal"),
+    ("loaded", "causal", "grouped"),
     ("causal",),
     ("forward",),
     ("dropout", "causal"),
