@@ -38,8 +38,6 @@ def judge_attention(
         options = {name: value.to(dtype) if name.endswith("bias") else value for name, value in options.items()}
         grads = _output_grads(tensors, packed=ends is not None)
         actual = _of_the_operator(tensors, options, grads, ends)
-        if isinstance(options.get("mask"), BlockMask):
-            options["mask"] = options["mask"].to_dense()
         exact = _by_sequences([tensor.double() for tensor in tensors], options, grads, ends)
         pytorch = _by_sequences(tensors, options, grads, ends)
     for name, units in magnitudes(actual, exact, _dense(grads[0]), [_dense(t) for t in tensors], options).items():
@@ -107,6 +105,8 @@ def _by_sequences(
 
 def by_rows(tensors: list[Tensor], options: dict[str, Any], grads: list[Tensor]) -> Results:
     """Compute the reference in the dtype of the tensors, with sums over blocks in float64."""
+    if isinstance(options.get("mask"), BlockMask):
+        options = {**options, "mask": options["mask"].to_dense()}
     leaves, options = _leaves(tensors, options, tensors[0].dtype)
     query, key, value = leaves[:3]
     torch.manual_seed(SEED)
