@@ -257,7 +257,7 @@ def _backward_of_odd_rows_kernel(
 
 
 def are_odd_rows(tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether these kernels handle the rows of these tensors: they are contiguous, odd, and 16 bits wide at least."""
+    """Whether these kernels handle the rows of these tensors: contiguous, an odd number of 16-bit elements each."""
     columns = tensor.shape[-1]
     odd = columns % 2 == 1 and LEAST_COLUMNS <= columns <= MOST_COLUMNS and tensor.element_size() == 2
     return odd and all(each is None or each.is_contiguous() for each in (tensor, *others))

@@ -27,7 +27,6 @@ _FEWEST_ELEMENTS = 1 << 22
 # The packed masks that are kept at a time; training needs two for each mask.
 _MOST_KEPT = 32
 
-
 _as_given = False
 
 

@@ -262,7 +262,7 @@ _BACKWARD: dict[str, Table] = {
                     (3, 9): AttentionConfiguration(32, 128, 8, 2, descriptors=True),
                 }
             ),
-            # In one loop without stages, pointers fit too, for tensors that no descriptor can describe.
+            # One loop, without stages, leaves registers free for more keys.
             256: AttentionConfiguration(32, 64, 8, 1, descriptors=True, one_loop=True, hoist=False),
             512: _WIDE_HOPPER_BACKWARD,
         },

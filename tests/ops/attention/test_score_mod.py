@@ -189,6 +189,6 @@ torch.save(fastformer.attention(query, query, query, score_mod=mod), sys.argv[1]
 
 
 @pytest.mark.quick
-def test_functions_of_the_same_source_share_their_key() -> None:
+def test_the_same_functions_share_their_key() -> None:
     assert ScoreMod(squash, squash_gradient, squash_reference).key == SQUASH.key
     assert ScoreMod(squash_gradient, squash, squash_reference).key != SQUASH.key
